@@ -8,6 +8,8 @@ from setuptools import find_packages, setup
 
 BESIDE = ("benchmarks", "export", "kernels")
 
-within = find_packages(include=["xfm_fast", "xfm_fast.*"], exclude=[f"xfm_fast.{name}*" for name in BESIDE])
+within = find_packages(
+    include=["xfm_fast", "xfm_fast.*"], exclude=[f"xfm_fast.{name}*" for name in BESIDE]
+)
 beside = [f"xfm_fast.{name}" for name in find_packages(include=[f"{name}*" for name in BESIDE])]
 setup(packages=within + beside, package_dir={f"xfm_fast.{name}": name for name in BESIDE})

@@ -112,7 +112,14 @@ class Context:
 
     def add_out_of_time(self, work: str, name: str, backend: str, **fields: Any) -> None:
         """Append a row of work that there was no time for."""
-        self.add(work, name, backend, status="absent", reason="no time was left for it in this stage", **fields)
+        self.add(
+            work,
+            name,
+            backend,
+            status="absent",
+            reason="no time was left for it in this stage",
+            **fields,
+        )
 
     def append(self, **content: Any) -> None:
         """Append a `row`, facts about the `machine`, or reasons why stages are `absent`, by name."""
@@ -120,10 +127,14 @@ class Context:
 
     def command(self, program: str, *, small: bool) -> list[str]:
         """The command of another process with the arguments of this one."""
-        return stage_command(program, self.stage, self.device_name, small, self.out, max(1.0, self.left))
+        return stage_command(
+            program, self.stage, self.device_name, small, self.out, max(1.0, self.left)
+        )
 
 
-def stage_command(program: str, stage: str, device: str, small: bool, out: Path, seconds: float) -> list[str]:
+def stage_command(
+    program: str, stage: str, device: str, small: bool, out: Path, seconds: float
+) -> list[str]:
     """The command that runs a function of `device_stages`, or `module:function`."""
     settings = {
         "program": program, "stage": stage, "device": device, "small": small, "out": str(out), "seconds": seconds,
@@ -135,10 +146,14 @@ def run_stage(settings: str) -> int:
     """Run the stage of a `stage_command` in this process."""
     given = json.loads(settings)
     module, _, function = given["program"].rpartition(":")
-    program = getattr(importlib.import_module(module or "xfm_fast.benchmarks.device_stages"), function)
+    program = getattr(
+        importlib.import_module(module or "xfm_fast.benchmarks.device_stages"), function
+    )
     deadline = time.monotonic() + given["seconds"]
     try:
-        program(Context(given["stage"], given["device"], given["small"], Path(given["out"]), deadline))
+        program(
+            Context(given["stage"], given["device"], given["small"], Path(given["out"]), deadline)
+        )
     except Exception as error:
         prepared = sys.modules.get("xfm_fast.kernels.prepared")
         if prepared is None or not isinstance(error, prepared.NotPreparedError):
@@ -210,7 +225,9 @@ def run(plan: Plan) -> int:
         for number, stage in enumerate(plan.stages):
             started = time.monotonic()
             remaining = end - started
-            allowed = remaining * stage.seconds / sum(other.seconds for other in plan.stages[number:])
+            allowed = (
+                remaining * stage.seconds / sum(other.seconds for other in plan.stages[number:])
+            )
             if interrupted:
                 status, reason = "absent", "the run was interrupted"
             elif (missing := why_absent(stage, plan.device) or absent.get(stage.name)) is not None:
@@ -227,12 +244,21 @@ def run(plan: Plan) -> int:
             fine = fine and status in ("measured", "absent")
             seconds = [spent] if status != "absent" else []
             row = make_row(
-                "stage", f"stage {stage.name}", "device", status=status, reason=reason, unit="stages", seconds=seconds
+                "stage",
+                f"stage {stage.name}",
+                "device",
+                status=status,
+                reason=reason,
+                unit="stages",
+                seconds=seconds,
             )
             append_entry(rows, stage.name, row=plain(row))
             for entry in read_entries(rows):
                 absent |= entry.get("absent", {})
-            print(f"{stage.name}: {status} in {spent:.0f} s{f', {reason}' if reason else ''}", flush=True)
+            print(
+                f"{stage.name}: {status} in {spent:.0f} s{f', {reason}' if reason else ''}",
+                flush=True,
+            )
     document = _document(plan, date, time.monotonic() - begun, interrupted)
     table = format_table(document)
     write_whole(plan.out / DOCUMENT, document.encoded())
@@ -254,24 +280,37 @@ def why_absent(stage: Stage, device: str) -> str | None:
     return None
 
 
-def _run_stage(stage: Stage, plan: Plan, log: IO[bytes], allowed: float) -> tuple[Status, str | None]:
+def _run_stage(
+    stage: Stage, plan: Plan, log: IO[bytes], allowed: float
+) -> tuple[Status, str | None]:
     """Status and reason of a stage; its process and all that it started have ended afterwards."""
     log.write(f"\n--- {stage.name}, at most {allowed:.0f} s\n".encode())
     log.flush()
     # The process has a few seconds less, to end by itself.
     own = max(1.0, allowed - min(_GRACE_S, allowed / 4))
-    command = stage_command(stage.program, stage.name, plan.device, plan.small, plan.out.resolve(), own)
+    command = stage_command(
+        stage.program, stage.name, plan.device, plan.small, plan.out.resolve(), own
+    )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # Later stages find what earlier ones compiled; a folder named by the user may come from another machine.
     prepared = Path(environment.get("XFM_PREPARED_KERNELS", ""), "manifest.json")
     # A kernel that Triton finds in its cache is not replaced by a prepared one.
-    cache = f"triton-{hashlib.sha256(prepared.read_bytes()).hexdigest()[:8]}" if prepared.is_file() else "triton"
+    cache = (
+        f"triton-{hashlib.sha256(prepared.read_bytes()).hexdigest()[:8]}"
+        if prepared.is_file()
+        else "triton"
+    )
     environment.setdefault("TRITON_CACHE_DIR", str((plan.out / cache).resolve()))
     # The stage imports this package from where this process did, installed or not.
     environment["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     environment["PYTHONUNBUFFERED"] = "1"
     process = subprocess.Popen(
-        command, stdout=log, stderr=subprocess.STDOUT, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+        command,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         code = process.wait(allowed)
@@ -287,7 +326,9 @@ def _run_stage(stage: Stage, plan: Plan, log: IO[bytes], allowed: float) -> tupl
         process.wait()
     if code == 0:
         return "measured", None
-    lines = [line for line in Path(log.name).read_text(errors="replace").splitlines() if line.strip()]
+    lines = [
+        line for line in Path(log.name).read_text(errors="replace").splitlines() if line.strip()
+    ]
     if code == _NOT_PREPARED:
         return "absent", lines[-1].strip()[:300]
     return "failed", f"exit code {code}: {lines[-1].strip()[:300]}"
@@ -360,7 +401,11 @@ def _format_duration(seconds: float | None) -> str:
     if seconds is None:
         return ""
     return next(
-        (f"{seconds / size:.3g} {unit}" for unit, size in (("s", 1.0), ("ms", 1e-3)) if seconds >= size),
+        (
+            f"{seconds / size:.3g} {unit}"
+            for unit, size in (("s", 1.0), ("ms", 1e-3))
+            if seconds >= size
+        ),
         f"{seconds * 1e6:.3g} µs",
     )
 
@@ -373,19 +418,36 @@ def main(arguments: list[str] | None = None) -> int:
         description="Measure a bare GPU machine within a budget. Rows are appended to DIR/rows.jsonl as they are "
         "measured; a table and a document for xfm-fast bench report end the run.",
     )
-    parser.add_argument("--budget", type=float, default=540.0, metavar="SECONDS", help="for everything [540]")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="receives rows, log, table and document")
-    parser.add_argument("--kernels", type=Path, metavar="FOLDER", help="that --prepare wrote [$XFM_PREPARED_KERNELS]")
+    parser.add_argument(
+        "--budget", type=float, default=540.0, metavar="SECONDS", help="for everything [540]"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="receives rows, log, table and document"
+    )
+    parser.add_argument(
+        "--kernels",
+        type=Path,
+        metavar="FOLDER",
+        help="that --prepare wrote [$XFM_PREPARED_KERNELS]",
+    )
     parser.add_argument(
         "--prepare",
         type=Path,
         metavar="FOLDER",
         help="only compile the kernels of all stages into FOLDER, without a GPU, for a machine with an older Triton",
     )
-    parser.add_argument("--arch", type=int, default=90, help="to prepare for: ten times the compute capability [90]")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses the program [cuda]")
-    parser.add_argument("--small", action="store_true", help="shapes of milliseconds, to see that everything runs")
-    parser.add_argument("--stages", default=",".join(names), metavar="NAMES", help=f"only these: {', '.join(names)}")
+    parser.add_argument(
+        "--arch", type=int, default=90, help="to prepare for: ten times the compute capability [90]"
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses the program [cuda]"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="shapes of milliseconds, to see that everything runs"
+    )
+    parser.add_argument(
+        "--stages", default=",".join(names), metavar="NAMES", help=f"only these: {', '.join(names)}"
+    )
     parser.add_argument("--commit", help="of the source, if git is missing [$XFM_COMMIT]")
     options = parser.parse_args(arguments)
     if options.prepare is not None:
@@ -397,19 +459,43 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["XFM_PREPARED_KERNELS"] = str(options.kernels.resolve())
     chosen = [name.strip() for name in options.stages.split(",") if name.strip()]
     if unknown := [name for name in chosen if name not in names]:
-        print(f"--stages {', '.join(unknown)} is unknown; choose from {', '.join(names)}", file=sys.stderr)
+        print(
+            f"--stages {', '.join(unknown)} is unknown; choose from {', '.join(names)}",
+            file=sys.stderr,
+        )
         return 2
     if not options.budget > 0:
-        print(f"--budget {options.budget:g} leaves no time; give seconds, such as 540", file=sys.stderr)
+        print(
+            f"--budget {options.budget:g} leaves no time; give seconds, such as 540",
+            file=sys.stderr,
+        )
         return 2
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        print(f"--out {options.out} cannot be made ({error.strerror}); name another folder", file=sys.stderr)
+        print(
+            f"--out {options.out} cannot be made ({error.strerror}); name another folder",
+            file=sys.stderr,
+        )
         return 2
     stages = tuple(stage for stage in STAGES if stage.name in chosen or stage.name == "check")
-    command = ["python3", "-m", "xfm_fast.benchmarks.device", *(sys.argv[1:] if arguments is None else arguments)]
-    return run(Plan(stages, options.out, options.budget, options.device, options.small, options.commit, command))
+    command = [
+        "python3",
+        "-m",
+        "xfm_fast.benchmarks.device",
+        *(sys.argv[1:] if arguments is None else arguments),
+    ]
+    return run(
+        Plan(
+            stages,
+            options.out,
+            options.budget,
+            options.device,
+            options.small,
+            options.commit,
+            command,
+        )
+    )
 
 
 if __name__ == "__main__":

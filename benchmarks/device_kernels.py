@@ -89,11 +89,15 @@ def prepare(folder: Path, arch: int) -> int:
         purposes[purpose] = launches
         print(f"{purpose}: {len(launches)} kernels", flush=True)
     try:
-        manifest = prepared.write(folder, purposes, arch, progress=lambda line: print(line, flush=True))
+        manifest = prepared.write(
+            folder, purposes, arch, progress=lambda line: print(line, flush=True)
+        )
     except (InputError, OSError) as error:
         print(f"--prepare {folder}: {error}", file=sys.stderr)
         return 2
     size = sum(path.stat().st_size for path in folder.iterdir())
     seconds = time.perf_counter() - begun
-    print(f"{folder}: {manifest}, {size / 2**20:.1f} MiB, in {seconds:.0f} s; there: --kernels {folder.name}")
+    print(
+        f"{folder}: {manifest}, {size / 2**20:.1f} MiB, in {seconds:.0f} s; there: --kernels {folder.name}"
+    )
     return int(failed)

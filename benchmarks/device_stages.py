@@ -41,14 +41,21 @@ _LENGTHS = (11, 12, 13, 14, 15)
 
 
 def efficiency(
-    device: torch.device, flops: float, seconds: float, *, speed: float = 1.0, traffic: float | None = None
+    device: torch.device,
+    flops: float,
+    seconds: float,
+    *,
+    speed: float = 1.0,
+    traffic: float | None = None,
 ) -> dict[str, Any]:
     """Arithmetic of a run as fields of a row; `speed` is the rate of the dtype relative to bf16."""
     sheet = machine.data_sheet(device)
     return {
         "needed_flops": round(flops),
         "bytes": None if traffic is None else round(traffic),
-        "mfu_data_sheet": flops / seconds / (speed * sheet.flops_per_s) if sheet and flops else None,
+        "mfu_data_sheet": flops / seconds / (speed * sheet.flops_per_s)
+        if sheet and flops
+        else None,
         "share_of_floor": traffic / sheet.bytes_per_s / seconds if sheet and traffic else None,
     }
 
@@ -56,13 +63,19 @@ def efficiency(
 def check_stages(context: Context) -> None:
     """A row of the versions that decide what can run, and the reasons of the stages that cannot, before any begins."""
     parts = [f"PyTorch {torch.__version__}", f"Python {sys.version.split()[0]}"]
-    parts += [f"no {name}" for name in ("triton", "pydantic", "pytest") if importlib.util.find_spec(name) is None]
+    parts += [
+        f"no {name}"
+        for name in ("triton", "pydantic", "pytest")
+        if importlib.util.find_spec(name) is None
+    ]
     without, absent = STAGES[1:], dict[str, str]()
     try:
         capability = torch.cuda.get_device_capability() if context.device.type == "cuda" else None
         without = tuple(stage for stage in without if stage.gpu or "triton" in stage.needs)
         if capability is not None:
-            parts.append(f"{torch.cuda.get_device_name()}, compute capability {capability[0]}.{capability[1]}")
+            parts.append(
+                f"{torch.cuda.get_device_name()}, compute capability {capability[0]}.{capability[1]}"
+            )
         if capability is not None and "no triton" not in parts:
             arch = 10 * capability[0] + capability[1]
             parts.append("Triton {}, ptxas {}".format(*compiler_versions(arch)))
@@ -74,7 +87,9 @@ def check_stages(context: Context) -> None:
         absent = {stage.name: one_line(error) for stage in without}
         parts.append(one_line(error))
     for stage in STAGES[1:]:
-        print(f"{stage.name}: {why_absent(stage, context.device_name) or absent.get(stage.name) or 'can run'}")
+        print(
+            f"{stage.name}: {why_absent(stage, context.device_name) or absent.get(stage.name) or 'can run'}"
+        )
     context.append(absent=absent)
     context.add("check", "what can run here", "device", reason="; ".join(parts), unit="stages")
 
@@ -85,7 +100,9 @@ def _launch_one(device: torch.device) -> None:
 
     x, weight = torch.randn(64, 768, device=device), torch.ones(768, device=device)
     found = ops.layer_norm(x, weight, weight, 1e-5, backend="triton")
-    torch.testing.assert_close(found, reference.layer_norm(x, weight, weight, 1e-5), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        found, reference.layer_norm(x, weight, weight, 1e-5), atol=1e-5, rtol=1e-5
+    )
 
 
 def _unprepared(fault: str, arch: int) -> tuple[dict[str, str], str]:
@@ -99,7 +116,9 @@ def _unprepared(fault: str, arch: int) -> tuple[dict[str, str], str]:
             reason = f"{fault}; its launches are not among the prepared kernels"
         except InputError as error:
             reason = note = f"{fault}; {error}"
-    return {stage.name: reason for stage in STAGES if stage.attends and stage.name not in purposes}, note
+    return {
+        stage.name: reason for stage in STAGES if stage.attends and stage.name not in purposes
+    }, note
 
 
 def describe_machine(context: Context) -> None:
@@ -119,21 +138,31 @@ def measure_ceilings(context: Context) -> None:
     moved = 2 * (64 << 20 if context.small or device.type == "cpu" else 2 << 30)
     source = torch.ones(moved // 8, dtype=torch.float32, device=device)
     copy: Call = partial(torch.empty_like(source).copy_, source)
-    _add_ceiling(context, f"copy of {moved // 2 >> 20} MiB", "fp32", lambda: copy, traffic=float(moved))
+    _add_ceiling(
+        context, f"copy of {moved // 2 >> 20} MiB", "fp32", lambda: copy, traffic=float(moved)
+    )
     generator = torch.Generator().manual_seed(0)
     # A GPU multiplies zeros faster than random numbers.
     x, y = (torch.randn(size, size, generator=generator).to(device) for _ in range(2))
     # TF32 stays on once it is set, so it is the last.
-    rates = {"bf16": 1.0, "fp16": 1.0, "fp8": 2.0, "tf32": 0.5} if device.type == "cuda" else {"fp32": 0.5, "bf16": 1.0}
+    rates = (
+        {"bf16": 1.0, "fp16": 1.0, "fp8": 2.0, "tf32": 0.5}
+        if device.type == "cuda"
+        else {"fp32": 0.5, "bf16": 1.0}
+    )
     for dtype, speed in rates.items():
         name = f"product {size} × {size} × {size}"
         try:
             gemm = _gemm(dtype, x, y)
             gemm()
         except Exception as error:  # this card or this PyTorch lacks the dtype
-            context.add("ceiling", name, "torch", dtype=dtype, status="not offered", reason=one_line(error))
+            context.add(
+                "ceiling", name, "torch", dtype=dtype, status="not offered", reason=one_line(error)
+            )
             continue
-        _add_ceiling(context, name, dtype, partial(_gemm, dtype, x, y), flops=2.0 * size**3, speed=speed)
+        _add_ceiling(
+            context, name, dtype, partial(_gemm, dtype, x, y), flops=2.0 * size**3, speed=speed
+        )
 
 
 def _gemm(dtype: str, x: Tensor, y: Tensor) -> Call:
@@ -147,13 +176,27 @@ def _gemm(dtype: str, x: Tensor, y: Tensor) -> Call:
 
 
 def _add_ceiling(
-    context: Context, name: str, dtype: str, prepare: Callable[[], Call], flops: float = 0.0, **work: float
+    context: Context,
+    name: str,
+    dtype: str,
+    prepare: Callable[[], Call],
+    flops: float = 0.0,
+    **work: float,
 ) -> None:
     clock = Clocked(prepare, context.device)
     clock()
     seconds = [clock()[0] for _ in range(7)]
     share = efficiency(context.device, flops, statistics.median(seconds), **work)
-    context.add("ceiling", name, "torch", dtype=dtype, seconds=seconds, host_s=clock.host_s, timed_by=clock.by, **share)
+    context.add(
+        "ceiling",
+        name,
+        "torch",
+        dtype=dtype,
+        seconds=seconds,
+        host_s=clock.host_s,
+        timed_by=clock.by,
+        **share,
+    )
 
 
 def compile_launches(context: Context) -> None:
@@ -163,9 +206,17 @@ def compile_launches(context: Context) -> None:
     from .work.kernels import case_names
 
     # All backends in bf16, ours in fp16.
-    names, begun, failed = case_names(context.device, DTYPES[context.dtype]), time.monotonic(), list[str]()
-    launches = [(name, dtype, context.device, context.small) for dtype in ("bf16", "fp16") for name in names]
-    with multiprocessing.get_context("spawn").Pool(min(len(os.sched_getaffinity(0)), len(launches))) as pool:
+    names, begun, failed = (
+        case_names(context.device, DTYPES[context.dtype]),
+        time.monotonic(),
+        list[str](),
+    )
+    launches = [
+        (name, dtype, context.device, context.small) for dtype in ("bf16", "fp16") for name in names
+    ]
+    with multiprocessing.get_context("spawn").Pool(
+        min(len(os.sched_getaffinity(0)), len(launches))
+    ) as pool:
         for launch, result in [(launch, pool.apply_async(run_case, launch)) for launch in launches]:
             try:
                 result.get(max(0.1, context.left))
@@ -178,11 +229,16 @@ def compile_launches(context: Context) -> None:
     )  # fmt: skip
 
 
-def run_case(name: str, dtype: str, device: torch.device, small: bool, alone: bool | None = None) -> None:
+def run_case(
+    name: str, dtype: str, device: torch.device, small: bool, alone: bool | None = None
+) -> None:
     """Run the backends of a case once in every direction, or (by default in fp16) ours alone, which may raise."""
     from .work.kernels import CASES, DTYPES, OURS
 
-    op, alone = CASES[name](device, DTYPES[dtype], small), dtype == "fp16" if alone is None else alone
+    op, alone = (
+        CASES[name](device, DTYPES[dtype], small),
+        dtype == "fp16" if alone is None else alone,
+    )
     for direction in op.work:
         for backend in op.backends(dtype, direction, band=0.0):
             if backend.lacking is None and (backend.name == OURS or not alone):
@@ -199,16 +255,44 @@ _NODE = re.compile(r"tests/kernels/(test_\w+\.py)(?:::(\S+))?")
 def run_tests(context: Context) -> None:
     """Rows of the Triton tests by module, compiled on a GPU and interpreted without: passes and failures."""
     roots = Path(__file__).resolve().parents[1], Path.cwd()
-    root = next((root for root in roots if (root / "tests" / "kernels" / "triton_testing.py").is_file()), None)
+    root = next(
+        (root for root in roots if (root / "tests" / "kernels" / "triton_testing.py").is_file()),
+        None,
+    )
     if root is None:
-        context.add("tests", "Triton tests", "pytest", status="absent", reason="this is no checkout: it has no tests")
+        context.add(
+            "tests",
+            "Triton tests",
+            "pytest",
+            status="absent",
+            reason="this is no checkout: it has no tests",
+        )
         return
     compiled, environment, begun = context.device.type == "cuda", dict(os.environ), time.monotonic()
-    tests = sorted(path.relative_to(root).as_posix() for path in (root / "tests/kernels").glob("test_triton_*.py"))
-    command = [sys.executable, "-m", "pytest", "--tb=line", "-rs", "-p", "no:cacheprovider", "--color=no", "-v", "-m"]
+    tests = sorted(
+        path.relative_to(root).as_posix()
+        for path in (root / "tests/kernels").glob("test_triton_*.py")
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--tb=line",
+        "-rs",
+        "-p",
+        "no:cacheprovider",
+        "--color=no",
+        "-v",
+        "-m",
+    ]
     if compiled:
         # A module that lacks a package is one error, and the others run.
-        command += ["gpu and not slow", "--continue-on-collection-errors", *tests, "tests/kernels/test_gpu.py"]
+        command += [
+            "gpu and not slow",
+            "--continue-on-collection-errors",
+            *tests,
+            "tests/kernels/test_gpu.py",
+        ]
         if importlib.util.find_spec("xdist") is not None:
             command += ["-n", str(len(os.sched_getaffinity(0)))]
     else:
@@ -219,7 +303,15 @@ def run_tests(context: Context) -> None:
     with log.open("w") as output:
         try:
             limit = max(1.0, context.left - 1)
-            subprocess.run(command, cwd=root, env=environment, stdout=output, stderr=output, timeout=limit, check=False)
+            subprocess.run(
+                command,
+                cwd=root,
+                env=environment,
+                stdout=output,
+                stderr=output,
+                timeout=limit,
+                check=False,
+            )
         except subprocess.TimeoutExpired:
             incomplete = "the rest was not reached in time"
     modules: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -235,8 +327,18 @@ def run_tests(context: Context) -> None:
         failed = found["failed"] + found["error"]
         parts = [f"{len(names)} {outcome}" for outcome, names in sorted(found.items()) if names]
         parts += [", ".join(failed[:6])] if failed else []
-        parts += sorted(set(re.findall(r"cannot run: (.*?);", text)))[:1] if found["skipped"] else []
-        status = "failed" if failed else "partial" if incomplete else "measured" if found["passed"] else "absent"
+        parts += (
+            sorted(set(re.findall(r"cannot run: (.*?);", text)))[:1] if found["skipped"] else []
+        )
+        status = (
+            "failed"
+            if failed
+            else "partial"
+            if incomplete
+            else "measured"
+            if found["passed"]
+            else "absent"
+        )
         add(
             module,
             backend,
@@ -245,7 +347,13 @@ def run_tests(context: Context) -> None:
             reason=", ".join(filter(None, [*parts, incomplete])),
         )
     if not modules:
-        add("Triton tests", backend, status="failed", items=0, reason=incomplete or "pytest ran none; see pytest.txt")
+        add(
+            "Triton tests",
+            backend,
+            status="failed",
+            items=0,
+            reason=incomplete or "pytest ran none; see pytest.txt",
+        )
     passed = sum(len(found["passed"]) for found in modules.values())
     add("all modules", backend, items=passed, seconds=[time.monotonic() - begun])
 
@@ -262,7 +370,9 @@ def run_sanitizer(context: Context) -> None:
         command += context.command("launch_ops", small=True)
         begun, limit = time.monotonic(), context.left - 1
         try:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit, check=False)
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=limit, check=False
+            )
         except subprocess.TimeoutExpired:
             reason = f"not done in {limit:.0f} s"
             context.add("sanitizer", tool, "compute-sanitizer", status="partial", reason=reason)
@@ -271,8 +381,12 @@ def run_sanitizer(context: Context) -> None:
         summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", done.stdout)
         lines = summary or done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         fine = done.returncode == 0 and bool(summary)
-        fields: dict[str, Any] = {"seconds": [time.monotonic() - begun]} if fine else {"status": "failed"}
-        context.add("sanitizer", tool, "compute-sanitizer", reason=lines[-1].strip()[:300], **fields)
+        fields: dict[str, Any] = (
+            {"seconds": [time.monotonic() - begun]} if fine else {"status": "failed"}
+        )
+        context.add(
+            "sanitizer", tool, "compute-sanitizer", reason=lines[-1].strip()[:300], **fields
+        )
 
 
 def launch_ops(context: Context) -> None:
@@ -315,7 +429,10 @@ def _random_model(context: Context, image_size: int, **parts: Any) -> Any:
         model = XFM(config, **parts)
     needed = model.state_dict()
     state = random_state(config, parts["heads"], 0)
-    model.load_state_dict({name: state[name].to(context.device, DTYPES[context.dtype]) for name in needed}, assign=True)
+    model.load_state_dict(
+        {name: state[name].to(context.device, DTYPES[context.dtype]) for name in needed},
+        assign=True,
+    )
     return model.eval().requires_grad_(False)
 
 
@@ -358,11 +475,23 @@ def measure_encoder(context: Context) -> None:
         for size in sizes:
             model = encoder(context, size)
             for batch in batches:
-                pixels = torch.randn(batch, 3, size, size, device=context.device, dtype=DTYPES[context.dtype])
-                ways = {"eager": lambda model, pixels: partial(model.encode_image, pixels), "CUDA graph": graph}
-                ways |= {"fp8": fp8, **({"torch.compile": compiled} if (size, batch) in long else {})}
+                pixels = torch.randn(
+                    batch, 3, size, size, device=context.device, dtype=DTYPES[context.dtype]
+                )
+                ways = {
+                    "eager": lambda model, pixels: partial(model.encode_image, pixels),
+                    "CUDA graph": graph,
+                }
+                ways |= {
+                    "fp8": fp8,
+                    **({"torch.compile": compiled} if (size, batch) in long else {}),
+                }
                 backends = [
-                    Backend(name, "fp8" if name == "fp8" else context.dtype, partial(prepare, model, pixels))
+                    Backend(
+                        name,
+                        "fp8" if name == "fp8" else context.dtype,
+                        partial(prepare, model, pixels),
+                    )
                     for name, prepare in ways.items()
                 ]
                 needed = flops.image_encoder(model.config, batch).total
@@ -420,15 +549,20 @@ def random_pairs(config: Any, pairs: int) -> Any:
     lengths = torch.tensor([_LENGTHS[number % len(_LENGTHS)] for number in range(pairs)])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     first = max(config.pad_token_id, config.bos_token_id, config.eos_token_id) + 1
-    ids = torch.randint(first, config.vocab_size, mask.shape, generator=draw).masked_fill(~mask, config.pad_token_id)
-    positions = torch.stack([1 + torch.randperm(int(n) - 2, generator=draw)[:3].sort().values for n in lengths])
+    ids = torch.randint(first, config.vocab_size, mask.shape, generator=draw).masked_fill(
+        ~mask, config.pad_token_id
+    )
+    positions = torch.stack(
+        [1 + torch.randperm(int(n) - 2, generator=draw)[:3].sort().values for n in lengths]
+    )
     return PairBatch(
         input_ids=ids,
         attention_mask=mask.long(),
         masked_input_ids=ids.scatter(1, positions, config.vocab_size - 1),
         masked_positions=positions,
         masked_labels=ids.gather(1, positions),
-        patch_mask=torch.rand(pairs, config.num_patches, generator=draw).argsort(1) < config.num_masking_patches,
+        patch_mask=torch.rand(pairs, config.num_patches, generator=draw).argsort(1)
+        < config.num_masking_patches,
         image=torch.randn(pairs, 3, config.image_size, config.image_size, generator=draw),
     )
 
@@ -436,7 +570,13 @@ def random_pairs(config: Any, pairs: int) -> Any:
 def rerank_coco(context: Context) -> None:
     """A row of pairs per second over the candidates of COCO-5k, on random embeddings, as far as the time goes."""
     from xfm_fast import flops
-    from xfm_fast.tasks.reranking import ImageIndex, ModelScorer, TextIndex, score_candidates, top_candidates
+    from xfm_fast.tasks.reranking import (
+        ImageIndex,
+        ModelScorer,
+        TextIndex,
+        score_candidates,
+        top_candidates,
+    )
 
     device = context.device
     images, texts, k, size = (20, 60, 8, 32) if context.small else (5000, 25_010, 256, 384)
@@ -447,12 +587,17 @@ def rerank_coco(context: Context) -> None:
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw, device=device, dtype=DTYPES[context.dtype])
 
-    lengths = torch.tensor([_LENGTHS[number % len(_LENGTHS)] for number in range(texts)], device=device)
+    lengths = torch.tensor(
+        [_LENGTHS[number % len(_LENGTHS)] for number in range(texts)], device=device
+    )
     image_index = ImageIndex(
-        noise(images, config.num_image_tokens, config.vision_width), F.normalize(noise(images, 64).float(), dim=-1)
+        noise(images, config.num_image_tokens, config.vision_width),
+        F.normalize(noise(images, 64).float(), dim=-1),
     )
     text_index = TextIndex(
-        noise(int(lengths.sum()), config.text_width), lengths, F.normalize(noise(texts, 64).float(), dim=-1)
+        noise(int(lengths.sum()), config.text_width),
+        lengths,
+        F.normalize(noise(texts, 64).float(), dim=-1),
     )
     candidates = top_candidates(image_index.features, text_index.features, k, k)
     scored = 0
@@ -464,15 +609,21 @@ def rerank_coco(context: Context) -> None:
             raise TimeoutError
 
     # Compile and allocate before the clock runs.
-    score_candidates(ModelScorer(model), image_index, text_index, candidates.of_images(0, 2), None, None, None)
+    score_candidates(
+        ModelScorer(model), image_index, text_index, candidates.of_images(0, 2), None, None, None
+    )
     if device.type == "cuda":
         torch.cuda.synchronize()
     begun = time.perf_counter()
     with suppress(TimeoutError):
-        score_candidates(ModelScorer(model), image_index, text_index, candidates, None, None, progress)
+        score_candidates(
+            ModelScorer(model), image_index, text_index, candidates, None, None, progress
+        )
     seconds, complete = time.perf_counter() - begun, scored == candidates.pairs
     if not scored:
-        context.add_out_of_time("rerank", f"COCO-5k re-ranking, {candidates.pairs} pairs", "xfm-fast")
+        context.add_out_of_time(
+            "rerank", f"COCO-5k re-ranking, {candidates.pairs} pairs", "xfm-fast"
+        )
         return
     tokens, counts = lengths.cpu()[candidates.texts[:scored]].unique(return_counts=True)
     needed = sum(
@@ -481,7 +632,9 @@ def rerank_coco(context: Context) -> None:
     )
     reason = f"{scored / candidates.pairs:.0%} of the pairs"
     if not complete:
-        reason += f"; all {candidates.pairs:,} would take {seconds * candidates.pairs / scored:.0f} s"
+        reason += (
+            f"; all {candidates.pairs:,} would take {seconds * candidates.pairs / scored:.0f} s"
+        )
     context.add(
         "rerank", f"COCO-5k re-ranking at {size}, random embeddings, {scored} of {candidates.pairs} pairs", "xfm-fast",
         dtype=context.dtype, unit="pairs", items=scored, seconds=[seconds],
@@ -497,7 +650,13 @@ def tune_kernels(context: Context) -> None:
 
     arch, gpu = architecture(context.device), torch.cuda.get_device_name(context.device)
     specs = {spec.name: spec for spec in shipped_kernels()}
-    for name in ("relpos_forward", "relpos_forward_fragments", "relpos_dkdv", "relpos_dq", "varlen_forward"):
+    for name in (
+        "relpos_forward",
+        "relpos_forward_fragments",
+        "relpos_dkdv",
+        "relpos_dq",
+        "varlen_forward",
+    ):
         if name in specs and not tune.sizes(specs[name], [64], arch):
             continue
         if name not in specs or context.left < 5:
@@ -506,10 +665,19 @@ def tune_kernels(context: Context) -> None:
         try:
             choice: Any = tune.search(specs[name], 64, "bf16", arch)
         except Exception as error:  # the next kernel goes on
-            context.add("tune", name, "searched", dtype="bf16", status="failed", reason=one_line(error))
+            context.add(
+                "tune", name, "searched", dtype="bf16", status="failed", reason=one_line(error)
+            )
             continue
         tune.write([choice], arch, gpu, context.out)
         context.add("tune", name, "in use", dtype="bf16", seconds=[choice.before])
-        context.add("tune", name, "searched", dtype="bf16", seconds=[choice.seconds], reason=describe(choice.config))
+        context.add(
+            "tune",
+            name,
+            "searched",
+            dtype="bf16",
+            seconds=[choice.seconds],
+            reason=describe(choice.config),
+        )
         if choice.flash is not None:
             context.add("tune", name, "flash-attn", dtype="bf16", seconds=[choice.flash])

@@ -64,7 +64,11 @@ class Collection:
 
     def captions_of(self, photo: int) -> list[str]:
         """The captions of a photograph."""
-        return [caption for caption, owner in zip(self.captions, self.photo_of, strict=True) if owner == photo]
+        return [
+            caption
+            for caption, owner in zip(self.captions, self.photo_of, strict=True)
+            if owner == photo
+        ]
 
     def texts(self, count: int) -> list[str]:
         """`count` captions: the first of every photograph, then the second, and from the start if there are too few."""
@@ -102,7 +106,9 @@ def captions_table() -> Any:
 def bundled() -> Collection:
     """The photographs of scikit-image and scikit-learn, with our captions; `DataError` if neither is installed."""
     table = captions_table()
-    collection = Collection("the photographs of scikit-image and scikit-learn, captions written for xfm-fast")
+    collection = Collection(
+        "the photographs of scikit-image and scikit-learn, captions written for xfm-fast"
+    )
     absent: set[str] = set()
     for photo in table["photos"]:
         package = photo["package"]
@@ -110,16 +116,22 @@ def bundled() -> Collection:
         if spec is None or spec.origin is None:
             absent.add(package)
             continue
-        path, captions = Path(spec.origin).parent / table["folders"][package] / photo["file"], photo["captions"]
+        path, captions = (
+            Path(spec.origin).parent / table["folders"][package] / photo["file"],
+            photo["captions"],
+        )
         collection.add(
-            f"{package}/{photo['file']}", lambda path=path, captions=captions: (decode_image(path), captions)
+            f"{package}/{photo['file']}",
+            lambda path=path, captions=captions: (decode_image(path), captions),
         )
     if not collection.names:
         raise DataError(
             'no photographs: scikit-image and scikit-learn are not installed; pip install ".[bench]", or name '
             "your own with --data"
         )
-    collection.skipped += [Skip(what=package, reason=f"{package} is not installed") for package in sorted(absent)]
+    collection.skipped += [
+        Skip(what=package, reason=f"{package} is not installed") for package in sorted(absent)
+    ]
     return collection
 
 
@@ -130,7 +142,9 @@ def from_files(path: str | Path, most: int = MOST_PHOTOS) -> Collection:
     """
     pictures = open_collection(path)
     entries, faults = pictures.listing()
-    collection = Collection(str(path), skipped=[Skip(what=name, reason=reason) for name, reason in faults.items()])
+    collection = Collection(
+        str(path), skipped=[Skip(what=name, reason=reason) for name, reason in faults.items()]
+    )
     for number, entry in enumerate(entries):
         if len(collection.names) == most:
             collection.left_unread = len(entries) - number
@@ -192,7 +206,9 @@ class Inputs:
         config, generator = self.sizes, torch.Generator().manual_seed(self.seed)
         ids = torch.full((len(lengths), max(lengths)), config.pad_token_id)
         for row, length in zip(ids, lengths, strict=True):
-            row[:length] = torch.randint(_first_word(config), config.vocab_size, (length,), generator=generator)
+            row[:length] = torch.randint(
+                _first_word(config), config.vocab_size, (length,), generator=generator
+            )
             row[0], row[length - 1] = config.bos_token_id, config.eos_token_id
         ids = ids.to(self.device)
         return Texts(ids, ids.ne(config.pad_token_id).long())
@@ -214,10 +230,17 @@ class Inputs:
         for count, inner, ending in zip(_PREFIXES, _INNER, _ENDING, strict=True):
             weights = torch.arange(1, len(level) + 1).double() ** -_SKEW
             # Each has one child; the others are drawn.
-            drawn = torch.multinomial(weights, count, replacement=True, generator=generator)[len(level) :]
+            drawn = torch.multinomial(weights, count, replacement=True, generator=generator)[
+                len(level) :
+            ]
             below = []
-            for prefix, others in zip(level, torch.bincount(drawn, minlength=len(level)).tolist(), strict=True):
-                tokens = torch.randperm(config.vocab_size - first, generator=generator)[: 1 + others] + first
+            for prefix, others in zip(
+                level, torch.bincount(drawn, minlength=len(level)).tolist(), strict=True
+            ):
+                tokens = (
+                    torch.randperm(config.vocab_size - first, generator=generator)[: 1 + others]
+                    + first
+                )
                 below += [[*prefix, token] for token in tokens.tolist()]
             order = torch.randperm(len(below), generator=generator).tolist()
             level = [below[place] for place in order[:inner]]
@@ -225,7 +248,9 @@ class Inputs:
             answers += [[*below[place], config.eos_token_id] for place in order[::-1][:ending]]
         order = torch.randperm(len(answers), generator=generator).tolist()
         ids = [torch.tensor(answers[place]) for place in order]
-        padded = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=config.pad_token_id).to(self.device)
+        padded = nn.utils.rnn.pad_sequence(
+            ids, batch_first=True, padding_value=config.pad_token_id
+        ).to(self.device)
         return Texts(padded, padded.ne(config.pad_token_id).long())
 
 
@@ -245,7 +270,13 @@ class Subjects:
     """
 
     def __init__(
-        self, config: XFMConfig, state: Mapping[str, Tensor], origin: str, builders: Builders, *, trained: bool
+        self,
+        config: XFMConfig,
+        state: Mapping[str, Tensor],
+        origin: str,
+        builders: Builders,
+        *,
+        trained: bool,
     ) -> None:
         self.config, self.origin, self.builders, self.trained = config, origin, builders, trained
         self.tokenizer: CaptionTokenizer | None = None
@@ -260,10 +291,18 @@ class Subjects:
         source.check()
         if source.model is None:
             config = preset_config(source.random or "base")
-            return cls(config, random_state(config, HEADS, 0), "random weights (seed 0)", builders, trained=False)
+            return cls(
+                config,
+                random_state(config, HEADS, 0),
+                "random weights (seed 0)",
+                builders,
+                trained=False,
+            )
         opened = open_model(source, needs=HEADS, device="cpu")
         if lacking := {*HEADS} - {*opened.model.heads}:
-            raise UnavailableError(f"{source.model} has no {' or '.join(lacking)} head; give a pretrained model")
+            raise UnavailableError(
+                f"{source.model} has no {' or '.join(lacking)} head; give a pretrained model"
+            )
         state = checkpoint.select_heads(opened.model.state_dict(), HEADS)
         subjects = cls(opened.model.config, state, opened.origin, builders, trained=True)
         subjects.tokenizer = opened.model.tokenizer
@@ -276,7 +315,9 @@ class Subjects:
         key = (task, image_size, dtype)
         if key not in self._models:
             if task:
-                self._models = {known: model for known, model in self._models.items() if known[0] in ("", task)}
+                self._models = {
+                    known: model for known, model in self._models.items() if known[0] in ("", task)
+                }
             config = self.config.replace(image_size=image_size)
             if dtype not in self._shared:
                 self._shared[dtype] = {
@@ -285,7 +326,9 @@ class Subjects:
                     if not name.endswith(_TABLE)
                 }
             tables = {
-                name: checkpoint.interpolate_table(tensor, (config.grid, config.grid)).to(self.device, dtype)
+                name: checkpoint.interpolate_table(tensor, (config.grid, config.grid)).to(
+                    self.device, dtype
+                )
                 for name, tensor in self._state.items()
                 if name.endswith(_TABLE)
             }
@@ -295,7 +338,11 @@ class Subjects:
             own = checkpoint.random_tensors(
                 {name: tensor for name, tensor in wanted.items() if name not in self._state}, 0
             )
-            given = {**self._shared[dtype], **tables, **{n: t.to(self.device, dtype) for n, t in own.items()}}
+            given = {
+                **self._shared[dtype],
+                **tables,
+                **{n: t.to(self.device, dtype) for n, t in own.items()},
+            }
             model.load_state_dict({name: given[name] for name in wanted}, assign=True)
             self._models[key] = model.eval().requires_grad_(False)
         return self._models[key]
@@ -312,7 +359,9 @@ def random_state(config: XFMConfig, heads: Iterable[Head], seed: int) -> dict[st
         return checkpoint.random_tensors(XFM(config, heads=heads).state_dict(), seed)
 
 
-def make_tokenizer(config: XFMConfig, files: Path | None, collection: Collection) -> CaptionTokenizer:
+def make_tokenizer(
+    config: XFMConfig, files: Path | None, collection: Collection
+) -> CaptionTokenizer:
     """RoBERTa's tokenizer from its files, or one of a model's vocabulary size, trained on the captions."""
     if files is not None:
         return CaptionTokenizer.from_files(files)
@@ -331,7 +380,9 @@ def described(collection: Collection, tokenizer: CaptionTokenizer) -> Data:
 class Material(Inputs):
     """The inputs of a model under test, and its embeddings, computed once in fp32."""
 
-    def __init__(self, subjects: Subjects, collection: Collection, tokenizer: CaptionTokenizer, seed: int = 0) -> None:
+    def __init__(
+        self, subjects: Subjects, collection: Collection, tokenizer: CaptionTokenizer, seed: int = 0
+    ) -> None:
         super().__init__(collection, tokenizer, subjects.config, seed, subjects.device)
         self.subjects = subjects
         self._images: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -344,7 +395,9 @@ class Material(Inputs):
         if (count, image_size) not in self._images:
             model = self.subjects.model(image_size, torch.float32)
             with torch.inference_mode():
-                parts = [model.encode_image(part) for part in self.pixels(count, image_size).split(8)]
+                parts = [
+                    model.encode_image(part) for part in self.pixels(count, image_size).split(8)
+                ]
                 embeds = torch.cat(parts)
                 self._images[count, image_size] = embeds, model.project_image(embeds)
         return self._images[count, image_size]

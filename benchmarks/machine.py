@@ -81,7 +81,10 @@ def _cpuinfo() -> dict[str, str]:
     """Linux's facts of the first processor; empty elsewhere."""
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-        return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+        return {
+            key.strip(): value.strip()
+            for key, _, value in (line.partition(":") for line in reversed(lines))
+        }
     return {}
 
 
@@ -119,11 +122,15 @@ def choose_dtypes(
     """
     if names and names != ("auto",):
         if unknown := [name for name in names if name not in DTYPES]:
-            raise UnavailableError(f"dtype {', '.join(unknown)!r} is unknown; choose from {', '.join(DTYPES)}")
+            raise UnavailableError(
+                f"dtype {', '.join(unknown)!r} is unknown; choose from {', '.join(DTYPES)}"
+            )
         return list(dict.fromkeys(names)), {}
     if device.type == "cuda" or has_native_bf16():
         return [*DTYPES], {}
-    return ["fp32"], {"bf16": "not offered by this CPU (no AVX-512 BF16, AMX or ARM BF16); --dtype bf16 emulates it"}
+    return ["fp32"], {
+        "bf16": "not offered by this CPU (no AVX-512 BF16, AMX or ARM BF16); --dtype bf16 emulates it"
+    }
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -153,7 +160,9 @@ def optional_packages() -> list[dict[str, str | None]]:
         if found and name == "onnxruntime":
             try:
                 providers = importlib.import_module("onnxruntime").get_available_providers()
-                detail = ", ".join(provider.removesuffix("ExecutionProvider") for provider in providers)
+                detail = ", ".join(
+                    provider.removesuffix("ExecutionProvider") for provider in providers
+                )
             except Exception as error:  # a broken installation is worth a line, not a traceback
                 detail = f"does not import ({type(error).__name__}: {error})"
         remedy = extra if " " in extra else f'pip install ".[{extra}]"'
@@ -195,7 +204,12 @@ def describe() -> dict[str, Any]:
         "onnxruntime",
         "openvino",
     )
-    cpu, gpus, ptxas, commit = _cpuinfo().get("model name") or _cpuinfo().get("Model"), [], None, None
+    cpu, gpus, ptxas, commit = (
+        _cpuinfo().get("model name") or _cpuinfo().get("Model"),
+        [],
+        None,
+        None,
+    )
     if not cpu and sys.platform == "darwin":
         cpu = _output("sysctl", "-n", "machdep.cpu.brand_string")
     if torch.cuda.is_available():
@@ -203,7 +217,9 @@ def describe() -> dict[str, Any]:
             capability = f"{each.major}.{each.minor}"
             memory = round(each.total_memory / 1e9, 1)
             gpus.append({"name": each.name, "compute_capability": capability, "memory_gb": memory})
-    with suppress(Exception):  # without Triton, without its NVIDIA backend, of a version without this function
+    with suppress(
+        Exception
+    ):  # without Triton, without its NVIDIA backend, of a version without this function
         major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
         ptxas = compiler_versions(10 * major + minor)[1]
     folder = Path(__file__).resolve().parents[1]
@@ -235,14 +251,18 @@ def describe() -> dict[str, Any]:
         "versions": {name: _version(name) for name in names} | {"ptxas": ptxas},
         "xfm_fast": xfm_fast.__version__,
         "commit": commit,
-        "dirty": bool(_output("git", "-C", str(folder), "status", "--porcelain")) if commit else None,
+        "dirty": bool(_output("git", "-C", str(folder), "status", "--porcelain"))
+        if commit
+        else None,
     }
 
 
 def _output(*command: str) -> str | None:
     """The output of a command; None if it fails."""
     with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
     return None
 
 
@@ -256,10 +276,14 @@ def choose_paths() -> list[dict[str, Any]]:
     return [
         {
             "operation": found.operation,
-            "dtype": {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(found.dtype, str(found.dtype)),
+            "dtype": {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(
+                found.dtype, str(found.dtype)
+            ),
             "chosen": found.chosen,
             "reason": found.reason,
-            "flops_per_s": {name: race.flops / s for name, s in found.seconds.items() if 0 < s < float("inf")},
+            "flops_per_s": {
+                name: race.flops / s for name, s in found.seconds.items() if 0 < s < float("inf")
+            },
             "rejected": found.rejected,
         }
         for dtype in dtypes
@@ -284,7 +308,9 @@ def gpu_counters(device: torch.device) -> Callable[[], tuple[float, float]]:
     return read
 
 
-def _best_rate(amount: float, run: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
+def _best_rate(
+    amount: float, run: Callable[[], object], device: torch.device, repeats: int = 3
+) -> float:
     """`amount` per second in the fastest of a few runs."""
     best, spent = math.inf, 0.0
     for _ in range(repeats):
@@ -304,7 +330,9 @@ class GemmProbe:
         self.flops, self._device = 2 * rows * inputs * outputs, device
         x = torch.randn(rows, inputs, generator=generator).to(device, dtype)
         weight = (torch.randn(outputs, inputs, generator=generator) / inputs**0.5).to(device, dtype)
-        candidates: dict[str, Callable[[], object]] = {"cuBLAS" if x.is_cuda else "MKL": lambda: F.linear(x, weight)}
+        candidates: dict[str, Callable[[], object]] = {
+            "cuBLAS" if x.is_cuda else "MKL": lambda: F.linear(x, weight)
+        }
         if not x.is_cuda:
             candidates |= _onednn(x, weight)
             if llvm.why_not(dtype) is None:
@@ -312,7 +340,9 @@ class GemmProbe:
         rates = {}
         with torch.no_grad():
             for name, run in candidates.items():
-                with suppress(RuntimeError, AttributeError, NotImplementedError):  # private ops of this build
+                with suppress(
+                    RuntimeError, AttributeError, NotImplementedError
+                ):  # private ops of this build
                     # The first call of a library prepares it, which may take longer than all that is timed.
                     run()
                     rates[name] = _best_rate(self.flops, run, device, 4)
@@ -358,7 +388,9 @@ class Readings:
 
     def note(self, dtype: str) -> str:
         """What is remarkable about the machine meanwhile."""
-        remarks = [f"the GEMM rate moved by more than {CONTENTION:.0%}"] if self.contended(dtype) else []
+        remarks = (
+            [f"the GEMM rate moved by more than {CONTENTION:.0%}"] if self.contended(dtype) else []
+        )
         if self.gpu:
             (clock, cold), (last, warm) = self.gpu[0], self.gpu[-1]
             if moved([mhz for mhz, _ in self.gpu]):
@@ -383,7 +415,9 @@ class MachineProbes:
 
     def _copy(self) -> float:
         """Bytes per second that a large copy reads and writes."""
-        return _best_rate(2 * self._source.nbytes, lambda: self._target.copy_(self._source), self._device)
+        return _best_rate(
+            2 * self._source.nbytes, lambda: self._target.copy_(self._source), self._device
+        )
 
     def read(self, into: Readings) -> None:
         """Add one reading of everything."""
@@ -396,6 +430,10 @@ class MachineProbes:
     def describe(self) -> dict[str, dict[str, Any]]:
         """A reading for the head of a document: `record.Probe` by dtype, as plain values."""
         return {
-            name: {"library": probe.library, "gemm_flops_per_s": probe(), "copy_bytes_per_s": self._copy()}
+            name: {
+                "library": probe.library,
+                "gemm_flops_per_s": probe(),
+                "copy_bytes_per_s": self._copy(),
+            }
             for name, probe in self._gemm.items()
         }

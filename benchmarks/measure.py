@@ -169,11 +169,16 @@ class Case:
 
     def repeated(self, rows: Iterable[Result], note: str = "", **changes: Any) -> Case:
         """The same backends at other work, with the status and comparison of their results at this one."""
-        known, backends = {f"{row.backend} {row.dtype}": row for row in rows if row.place == self.place}, []
+        known, backends = (
+            {f"{row.backend} {row.dtype}": row for row in rows if row.place == self.place},
+            [],
+        )
         for backend in self.backends:
             row = known.get(backend.key)
             if row is not None:
-                lacking = None if row.status in ("measured", "partial") else (row.status, row.reason)
+                lacking = (
+                    None if row.status in ("measured", "partial") else (row.status, row.reason)
+                )
                 parity = row.parity and replace(row.parity, note=row.parity.note + note)
                 backend = replace(backend, lacking=lacking, parity=parity)
             backends.append(backend)
@@ -269,7 +274,9 @@ class Comparator:
             band = case.fp32_band
         if band is None:
             least = 0.0 if kind == torch.float32 else case.rounding * torch.finfo(kind).eps
-            band = parity_band(kind, max(self._own_error(backend.dtype), least), fp32=case.fp32_band)
+            band = parity_band(
+                kind, max(self._own_error(backend.dtype), least), fp32=case.fp32_band
+            )
         cosine = None
         if backend.dtype == "int8" and isinstance(result, Tensor):
             pair = (value.double().flatten() for value in (result, self._reference("fp32")))
@@ -304,7 +311,9 @@ def compared(key: str, dtype: str, theirs: Sequence[float], ours: Sequence[float
     low, high = ratio_interval(theirs, ours)
     ratio = statistics.median(theirs) / statistics.median(ours)
     same = its_dtype == dtype
-    return Comparison(backend=backend, dtype=its_dtype, like_for_like=same, ratio=ratio, low=low, high=high)
+    return Comparison(
+        backend=backend, dtype=its_dtype, like_for_like=same, ratio=ratio, low=low, high=high
+    )
 
 
 def interleave(
@@ -328,7 +337,9 @@ def interleave(
             return
         try:
             seconds = blocks[name]()
-        except Exception as error:  # a backend of another library may fail in any way; the run goes on
+        except (
+            Exception
+        ) as error:  # a backend of another library may fail in any way; the run goes on
             out.failures[name] = one_line(error)
             return
         if not warmup:
@@ -377,7 +388,13 @@ class Run:
         self, document: Document, options: Any, progress: Progress, dtypes: Sequence[str], scratch: Path,
         keep: Callable[[Document], None],
     ) -> None:  # fmt: skip
-        self.document, self.options, self.progress, self.scratch, self.keep = document, options, progress, scratch, keep
+        self.document, self.options, self.progress, self.scratch, self.keep = (
+            document,
+            options,
+            progress,
+            scratch,
+            keep,
+        )
         self.device = torch.device(document.device)
         self.dtypes, self.absent = machine.choose_dtypes(dtypes, self.device)
         self.probes: MachineProbes | None = None
@@ -385,7 +402,9 @@ class Run:
     def probe(self) -> None:
         """Prepare the machine probes."""
         self.probes = MachineProbes(self.dtypes, self.device)
-        self.document.probes = {name: Probe(**rates) for name, rates in self.probes.describe().items()}
+        self.document.probes = {
+            name: Probe(**rates) for name, rates in self.probes.describe().items()
+        }
 
     def add(self, rows: Sequence[Result]) -> None:
         """Add results to the document."""
@@ -409,7 +428,10 @@ class Run:
                 continue
             self.progress.step(f"comparing {backend.key}")
             try:
-                with torch.set_grad_enabled(case.grad), watching() if case.watched else nullcontext({}) as ran:
+                with (
+                    torch.set_grad_enabled(case.grad),
+                    watching() if case.watched else nullcontext({}) as ran,
+                ):
                     call, result = backend.build(), None
                     if case.reference is not None and not backend.bound:
                         result = (backend.check or call)()
@@ -479,7 +501,11 @@ def why_fallback(ran: Mapping[str, str], device: torch.device) -> str | None:
         return f"{', '.join(ran)} is PyTorch's own kernel on this device" if own else None
     why = "it does not take these arguments"
     try:
-        resolve("cpu" if device.type == "cpu" else "triton", torch.empty(0, device=device), has_flash=True)
+        resolve(
+            "cpu" if device.type == "cpu" else "triton",
+            torch.empty(0, device=device),
+            has_flash=True,
+        )
     except InputError as error:
         why = str(error)
     return f"{', '.join(fell)} would be PyTorch's under this name: {why}"
@@ -491,7 +517,9 @@ Benchmark = Callable[..., Document]
 BENCHMARKS: dict[str, Benchmark] = {}
 
 
-def benchmark(name: str, *, title: str, reference: str) -> Callable[[Callable[..., Any]], Benchmark]:
+def benchmark(
+    name: str, *, title: str, reference: str
+) -> Callable[[Callable[..., Any]], Benchmark]:
     """Register a benchmark: a generator of cases from a `Run`, each measured before the next is made.
 
     It becomes a function of options, a progress display, the command line and `keep`, which is called with the document
@@ -507,12 +535,22 @@ def benchmark(name: str, *, title: str, reference: str) -> Callable[[Callable[..
             begun = time.perf_counter()
             asked: Any = SimpleNamespace(**{"device": "cpu", "dtype": ()} | vars(options))
             device = machine.choose_device(asked.device)
-            dtypes = asked.dtype if isinstance(asked.dtype, tuple) else [n for n in DTYPES if n == asked.dtype]
+            dtypes = (
+                asked.dtype
+                if isinstance(asked.dtype, tuple)
+                else [n for n in DTYPES if n == asked.dtype]
+            )
             torch.set_num_threads(machine.default_threads())
             torch.manual_seed(0)
-            named = vars(options) | {key: value for key, value in given.items() if isinstance(value, str)}
+            named = vars(options) | {
+                key: value for key, value in given.items() if isinstance(value, str)
+            }
             plain = {
-                key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+                key: str(value)
+                if isinstance(value, Path)
+                else list(value)
+                if isinstance(value, tuple)
+                else value
                 for key, value in named.items()
             }
             document = Document(
@@ -575,9 +613,13 @@ def _fill(row: Result, backend: Backend, samples: Samples, block: Block, run: Ru
                 row.extra[name] = statistics.median(shares)
         if sheet is not None and row.dtype != "fp32":
             # The data sheet is of 16-bit products; those of fp8 are twice as fast.
-            row.extra["mfu_data_sheet"] = needed / median / sheet.flops_per_s / (2 if row.dtype == "fp8" else 1)
+            row.extra["mfu_data_sheet"] = (
+                needed / median / sheet.flops_per_s / (2 if row.dtype == "fp8" else 1)
+            )
         if sheet is not None and (traffic := row.number("bytes")) is not None:
-            row.extra["share_of_floor"] = roofline.Work("", "", needed, traffic).floor(sheet) / median
+            row.extra["share_of_floor"] = (
+                roofline.Work("", "", needed, traffic).floor(sheet) / median
+            )
     if not samples.interrupted:
         row.extra |= backend.detail(median)
 
@@ -605,7 +647,9 @@ def bootstrap(
     draw = np.random.default_rng(0)
     chosen = [draw.integers(0, size, (_RESAMPLES, size)) for size in sizes[: 1 if paired else None]]
     places = chosen * len(series) if paired else chosen
-    found = statistic(*(np.asarray(each)[place] for each, place in zip(series, places, strict=True)))
+    found = statistic(
+        *(np.asarray(each)[place] for each, place in zip(series, places, strict=True))
+    )
     low, high = np.percentile(found, (2.5, 97.5))
     return float(low), float(high)
 
@@ -615,5 +659,10 @@ def ratio_interval(
 ) -> tuple[float, float] | tuple[None, None]:
     """Interval of median(slow) / median(fast); `paired` rounds are resampled together, so that common drift cancels."""
     rounds = min(len(slow), len(fast)) if paired else None
-    interval = bootstrap(lambda a, b: np.median(a, -1) / np.median(b, -1), slow[:rounds], fast[:rounds], paired=paired)
+    interval = bootstrap(
+        lambda a, b: np.median(a, -1) / np.median(b, -1),
+        slow[:rounds],
+        fast[:rounds],
+        paired=paired,
+    )
     return interval or (None, None)

@@ -92,7 +92,9 @@ class ScenarioOptions(ModelOptions):
         for field in fields(ScenarioOptions):
             shared = field.name in ModelOptions.__dataclass_fields__
             if not shared and field.name not in own and getattr(self, field.name) != field.default:
-                raise InputError(f"{scenario or 'the suite'} has no --{field.name.replace('_', '-')}; leave it out")
+                raise InputError(
+                    f"{scenario or 'the suite'} has no --{field.name.replace('_', '-')}; leave it out"
+                )
 
 
 _OWN: dict[str | None, tuple[str, ...]] = {None: (), "coco": (), "serve": ("clients", "requests")}

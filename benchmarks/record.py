@@ -146,7 +146,9 @@ class Result:
     @property
     def measured(self) -> bool:
         """True if it has numbers, complete or interrupted."""
-        return self.status in ("measured", "partial") and bool(self.seconds or self.number("max_qps") is not None)
+        return self.status in ("measured", "partial") and bool(
+            self.seconds or self.number("max_qps") is not None
+        )
 
     @property
     def median_s(self) -> float | None:
@@ -281,16 +283,22 @@ class Document:
 
     def reference_row(self, row: Result) -> Result | None:
         """The reference at the same case, in fp32 or else in the dtype of the row."""
-        return self.at_same_case(row, self.reference, "fp32") or self.at_same_case(row, self.reference, row.dtype)
+        return self.at_same_case(row, self.reference, "fp32") or self.at_same_case(
+            row, self.reference, row.dtype
+        )
 
     def headline(self, row: Result) -> Comparison | None:
         """Comparison with the reference in fp32, or else in the dtype of the row."""
         found = [other for other in row.against if other.backend == self.reference]
-        return next((c for c in found if c.dtype == "fp32"), None) or next((c for c in found if c.like_for_like), None)
+        return next((c for c in found if c.dtype == "fp32"), None) or next(
+            (c for c in found if c.like_for_like), None
+        )
 
     def like_for_like(self, row: Result) -> Comparison | None:
         """Comparison with the reference in the same dtype."""
-        return next((c for c in row.against if c.backend == self.reference and c.like_for_like), None)
+        return next(
+            (c for c in row.against if c.backend == self.reference and c.like_for_like), None
+        )
 
     def encoded(self) -> bytes:
         """The document as JSON."""
@@ -323,10 +331,17 @@ def parse(hint: Any, value: Any, where: str = "") -> Any:
     """A record from values of JSON; raises `ValueError` with the place of the first fault."""
     origin, parts = get_origin(hint), get_args(hint)
     if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, dict):
-        hints, needed = _hints(hint), {each.name for each in fields(hint) if _default(each) is MISSING}
+        hints, needed = (
+            _hints(hint),
+            {each.name for each in fields(hint) if _default(each) is MISSING},
+        )
         if faults := sorted(value.keys() - hints.keys()) or sorted(needed - value.keys()):
-            raise ValueError(f"{where}{faults[0]} {'is unknown' if faults[0] in value else 'is missing'}")
-        return hint(**{name: parse(hints[name], one, f"{where}{name}.") for name, one in value.items()})
+            raise ValueError(
+                f"{where}{faults[0]} {'is unknown' if faults[0] in value else 'is missing'}"
+            )
+        return hint(
+            **{name: parse(hints[name], one, f"{where}{name}.") for name, one in value.items()}
+        )
     if origin in (Union, UnionType):
         for part in parts:
             with suppress(ValueError):
@@ -337,9 +352,15 @@ def parse(hint: Any, value: Any, where: str = "") -> Any:
         return {name: parse(parts[1], one, f"{where}{name}.") for name, one in value.items()}
     elif hint is float and type(value) is int:
         return float(value)
-    elif hint is Any or type(value) is hint or any(type(value) is type(one) and value == one for one in parts):
+    elif (
+        hint is Any
+        or type(value) is hint
+        or any(type(value) is type(one) and value == one for one in parts)
+    ):
         return value
-    raise ValueError(f"{where.removesuffix('.')} is {str(value)[:80]!r}; it must be {str(hint).replace('typing.', '')}")
+    raise ValueError(
+        f"{where.removesuffix('.')} is {str(value)[:80]!r}; it must be {str(hint).replace('typing.', '')}"
+    )
 
 
 _hints = cache(get_type_hints)
@@ -365,9 +386,13 @@ def load(path: str | Path) -> Document:
     try:
         content = read_json(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); name a results file that exists") from None
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); name a results file that exists"
+        ) from None
     except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}); name a file that xfm-fast bench wrote") from None
+        raise DataError(
+            f"{path} is not JSON ({error}); name a file that xfm-fast bench wrote"
+        ) from None
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:
         raise DataError(
@@ -395,7 +420,11 @@ def save(document: Document, folder: str | Path, page: str) -> Path:
     candidates = [stem, *(f"{stem}-{number}" for number in range(2, 1000))]
     stem = next((name for name in candidates if not (folder / f"{name}.json").exists()), stem)
     content, html = document.encoded(), page.encode()
-    files = {f"{name}.{kind}": text for name in (stem, "latest") for kind, text in (("json", content), ("html", html))}
+    files = {
+        f"{name}.{kind}": text
+        for name in (stem, "latest")
+        for kind, text in (("json", content), ("html", html))
+    }
     write_bytes({folder / name: text for name, text in files.items()})
     return folder / f"{stem}.json"
 

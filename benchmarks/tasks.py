@@ -142,14 +142,23 @@ def _captioning(inputs: Inputs, count: int) -> Batch:
 
 def _text(inputs: Inputs, count: int) -> Batch:
     longest = inputs.sizes.max_text_length
-    ids, mask = inputs.random_texts([min(length, longest) for length in islice(cycle(_TEXT_LENGTHS), count)])
-    return {"input_ids": ids, "attention_mask": mask, "targets": torch.arange(count) % _TEXT_CLASSES}
+    ids, mask = inputs.random_texts(
+        [min(length, longest) for length in islice(cycle(_TEXT_LENGTHS), count)]
+    )
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "targets": torch.arange(count) % _TEXT_CLASSES,
+    }
 
 
 def _image(inputs: Inputs, count: int) -> Batch:
     # What Mixup makes of two classes.
     targets = torch.zeros(count, _IMAGE_CLASSES)
-    targets[:, 0], targets[torch.arange(count), 1 + torch.arange(count) % (_IMAGE_CLASSES - 1)] = 0.3, 0.7
+    targets[:, 0], targets[torch.arange(count), 1 + torch.arange(count) % (_IMAGE_CLASSES - 1)] = (
+        0.3,
+        0.7,
+    )
     return {"pixels": inputs.pixels(count), "targets": targets}
 
 
@@ -199,7 +208,17 @@ def bench_task(kind: str, inputs: Inputs, folder: Path) -> BenchTask:
             image.save(folder / f"{number}.png")
         photos, rng = len(inputs.collection.images), np.random.default_rng(inputs.seed)
         captions = enumerate(inputs.collection.texts(count))
-        records = [task.example(Path(f"{number % photos}.png"), caption) for number, caption in captions]
+        records = [
+            task.example(Path(f"{number % photos}.png"), caption) for number, caption in captions
+        ]
         return {"batch": task.collate([task.item(record, rng) for record in records], rng)}
 
-    return BenchTask(kind, "items", (4, 2, 32), None, lambda config: task.build(), batch, losses_of=task.losses_of)
+    return BenchTask(
+        kind,
+        "items",
+        (4, 2, 32),
+        None,
+        lambda config: task.build(),
+        batch,
+        losses_of=task.losses_of,
+    )

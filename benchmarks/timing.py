@@ -46,9 +46,13 @@ def parity_band(dtype: torch.dtype, own: float = 0.0, fp32: float = FP32_BAND) -
     return max(fp32, 3 * own) if dtype == torch.float32 else 2 * own + torch.finfo(dtype).eps
 
 
-def timed(run: Callable[[], Any], device: torch.device, *, waits: bool = False) -> tuple[Any, float]:
+def timed(
+    run: Callable[[], Any], device: torch.device, *, waits: bool = False
+) -> tuple[Any, float]:
     """Output and seconds, on a GPU between two events of the stream, unless the run `waits` for its results itself."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+    events = (
+        [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+    )
     for event in events[:1]:
         event.record()
     start = time.perf_counter()

@@ -28,11 +28,18 @@ name = sys.argv[1] if len(sys.argv) > 1 else None
 model = AutoModel.from_pretrained(name) if name else BertModel(BertConfig(num_hidden_layers=2))
 model.eval()
 lengths = torch.randint(5, 40, (16, 1))
-batch = {"input_ids": torch.randint(1000, 2000, (16, 40)), "attention_mask": (torch.arange(40) < lengths).long()}
+batch = {
+    "input_ids": torch.randint(1000, 2000, (16, 40)),
+    "attention_mask": (torch.arange(40) < lengths).long(),
+}
 with torch.inference_mode():
     before = seconds(model, batch)
-    report = xfm_fast.accelerate(model, unpad=True, verify=batch)  # raises where outputs differ by more than rounding
+    report = xfm_fast.accelerate(
+        model, unpad=True, verify=batch
+    )  # raises where outputs differ by more than rounding
     after = seconds(model, batch)
 print(report)
-print(f"{before * 1000:.1f} ms before, {after * 1000:.1f} ms after: {before / after:.2f} times as fast")
+print(
+    f"{before * 1000:.1f} ms before, {after * 1000:.1f} ms after: {before / after:.2f} times as fast"
+)
 report.revert()

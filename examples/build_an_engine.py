@@ -17,11 +17,15 @@ made = export_onnx(model, out / "onnx", consumer="onnxruntime", dtype="fp32", gr
 print(f"{out / 'onnx'}: {', '.join(made.graph_names)}")
 pixels = torch.randn(2, 3, model.config.image_size, model.config.image_size)
 with torch.inference_mode():
-    error = (Session.load(out / "onnx").encode_image(pixels) - model.encode_image(pixels)).abs().max()
+    error = (
+        (Session.load(out / "onnx").encode_image(pixels) - model.encode_image(pixels)).abs().max()
+    )
 print(f"ONNX Runtime differs from the model by {error:.1e}")
 try:
     # No GPU is needed to build for one.
-    engines = export_engines(model, out / "engines", "tensorrt-rtx", graphs=("vision",), dtype="bf16", sm=("80",))
+    engines = export_engines(
+        model, out / "engines", "tensorrt-rtx", graphs=("vision",), dtype="bf16", sm=("80",)
+    )
     print(f"{out / 'engines'}: {', '.join(engines.graph_names)} for sm_80")
 except UnavailableError as error:
     print(f"no engine: {error}")

@@ -15,12 +15,16 @@ from xfm_fast.finetuning.recipe import load_finetune_recipe
 from xfm_fast.finetuning.run import finetune
 
 table, model, *changes = sys.argv[1:]
-recipe = load_finetune_recipe("retrieval_csv", [f"data.train={table}", f"init.checkpoint={model}", *changes])
+recipe = load_finetune_recipe(
+    "retrieval_csv", [f"data.train={table}", f"init.checkpoint={model}", *changes]
+)
 finetune(recipe)
 print(f"saved: {recipe.checkpoint.folder}")
 with open(table, encoding="utf-8-sig", newline="") as file:
     rows = [row for row, _ in zip(csv.DictReader(file), range(3), strict=False)]
 predictor = xfm_fast.load(recipe.checkpoint.folder)
-(answer,) = predictor.predict([Path(table).parent / rows[0]["image"]], [row["caption"] for row in rows])
+(answer,) = predictor.predict(
+    [Path(table).parent / rows[0]["image"]], [row["caption"] for row in rows]
+)
 for text in answer["texts"]:
     print(f"{text['score']:.3f}  {text['text']}")

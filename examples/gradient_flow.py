@@ -23,10 +23,21 @@ TRAINED = {
 }
 model = XFM.from_pretrained(sys.argv[1]) if sys.argv[1:] else XFM(XFMConfig.preset("tiny"))
 config, wrong = model.eval().config, []
-parts = {"language": "text_encoder.roberta.", "vision": "vision_encoder.", "fusion": "fusion_encoder.roberta.encoder."}
-weights = {part: [p for n, p in model.named_parameters() if n.startswith(prefix)] for part, prefix in parts.items()}
+parts = {
+    "language": "text_encoder.roberta.",
+    "vision": "vision_encoder.",
+    "fusion": "fusion_encoder.roberta.encoder.",
+}
+weights = {
+    part: [p for n, p in model.named_parameters() if n.startswith(prefix)]
+    for part, prefix in parts.items()
+}
 ids = torch.randint(4, config.mask_token_id, (4, 12))
-text: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "masked_labels": ids[:, [3, 5]]}
+text: dict[str, Any] = {
+    "input_ids": ids,
+    "attention_mask": torch.ones_like(ids),
+    "masked_labels": ids[:, [3, 5]],
+}
 text["masked_input_ids"] = ids.index_fill(1, torch.tensor([3, 5]), config.mask_token_id)
 text["masked_positions"] = torch.tensor([[3, 5]]).expand(4, 2)
 image = torch.randn(4, 3, config.image_size, config.image_size)
@@ -36,7 +47,10 @@ for batch in (TextBatch(**text), PairBatch(image=image, **text)):
         norms = {}
         for part, of_part in weights.items():
             found = torch.autograd.grad(value, of_part, allow_unused=True, retain_graph=True)
-            norms[part] = sum(float(gradient.norm()) ** 2 for gradient in found if gradient is not None) ** 0.5
+            norms[part] = (
+                sum(float(gradient.norm()) ** 2 for gradient in found if gradient is not None)
+                ** 0.5
+            )
         print(f"{loss:10}", *(f"{norm:10.3g}" for norm in norms.values()))
         reached = {part for part, norm in norms.items() if norm > 0}
         wrong += [f"{loss}: {part}" for part in sorted(reached ^ set(TRAINED[loss].split()))]

@@ -98,11 +98,15 @@ class Builder:
             )
         return targets
 
-    def targets(self, request: EngineRequest, named: Sequence[int], present: int | None) -> tuple[int, ...]:
+    def targets(
+        self, request: EngineRequest, named: Sequence[int], present: int | None
+    ) -> tuple[int, ...]:
         """The compute capabilities to build for: named ones, or this machine's."""
         if tuple(map(int, re.findall(r"\d+", self.version)[:3])) < _OLDEST_TENSORRT:
             oldest = ".".join(map(str, _OLDEST_TENSORRT))
-            raise UnavailableError(f"{self.title} is too old to read attention; pip install 'tensorrt>={oldest}'")
+            raise UnavailableError(
+                f"{self.title} is too old to read attention; pip install 'tensorrt>={oldest}'"
+            )
         if present is None:
             raise UnavailableError(
                 "TensorRT times kernels on the GPU that it builds for, and PyTorch finds no NVIDIA GPU here; build on "
@@ -119,7 +123,9 @@ class Builder:
                 f"hardware_compatible={level!r} is unknown; use ampere_plus or same_compute_capability"
             )
         if level == "ampere_plus" and present < 80:
-            raise UnavailableError(f"hardware_compatible={level!r} needs SM80 or newer, and this GPU is SM{present}")
+            raise UnavailableError(
+                f"hardware_compatible={level!r} needs SM80 or newer, and this GPU is SM{present}"
+            )
         return (present,)
 
     def network(self, builder: Any) -> Any:
@@ -139,7 +145,9 @@ class Builder:
             config.set_flag(self.trt.BuilderFlag.VERSION_COMPATIBLE)
         if request.hardware_compatible:
             level = request.hardware_compatible.upper()
-            config.hardware_compatibility_level = getattr(self.trt.HardwareCompatibilityLevel, level)
+            config.hardware_compatibility_level = getattr(
+                self.trt.HardwareCompatibilityLevel, level
+            )
         if request.timing_cache is not None:
             stored = request.timing_cache.read_bytes() if request.timing_cache.is_file() else b""
             # TensorRT rejects timings of another GPU or version; the build then starts with an empty cache.
@@ -155,10 +163,14 @@ class BuilderForRTX(Builder):
     # It has no fp32 GEMMs for Turing.
     least = LEAST_CAPABILITY | {"fp32": 80}
 
-    def targets(self, request: EngineRequest, named: Sequence[int], present: int | None) -> tuple[int, ...]:
+    def targets(
+        self, request: EngineRequest, named: Sequence[int], present: int | None
+    ) -> tuple[int, ...]:
         """See `Builder.targets`."""
         if isinstance(request, TensorRTRequest):
-            raise UnavailableError(f"{self.title} has no options of TensorRTRequest; use EngineRequest, with sm=")
+            raise UnavailableError(
+                f"{self.title} has no options of TensorRTRequest; use EngineRequest, with sm="
+            )
         names = (re.fullmatch(r"SM(\d+)", name) for name in dir(self.trt.ComputeCapability))
         known = sorted(int(name[1]) for name in names if name)
         targets = tuple(sorted(set(named))) or (() if present is None else (present,))
@@ -184,14 +196,18 @@ class BuilderForRTX(Builder):
         config.set_flag(self.trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         config.num_compute_capabilities = len(targets)
         for number, target in enumerate(targets):
-            config.set_compute_capability(getattr(self.trt.ComputeCapability, f"SM{target}"), number)
+            config.set_compute_capability(
+                getattr(self.trt.ComputeCapability, f"SM{target}"), number
+            )
 
 
 def find_builder(name: str) -> Builder:
     """The builder of a runtime; raises `UnavailableError` with the extra to install."""
     builders = {each.runtime.name: each for each in (Builder, BuilderForRTX)}
     if name not in builders:
-        raise UnavailableError(f"engine library {name!r} is unknown; choose from {', '.join(builders)}")
+        raise UnavailableError(
+            f"engine library {name!r} is unknown; choose from {', '.join(builders)}"
+        )
     return builders[name]()
 
 
@@ -242,9 +258,14 @@ def engine_graphs(
 ) -> Iterator[Callable[[Progress], Manifest]]:
     """Export the graphs of engines and yield the function that builds them, which no longer needs the model."""
     folder = Path(folder)
-    request = replace(request or (TensorRTRequest if consumer == "tensorrt" else EngineRequest)(), **changes)
+    request = replace(
+        request or (TensorRTRequest if consumer == "tensorrt" else EngineRequest)(), **changes
+    )
     library, targets, spelling = check_request(consumer, request)
-    profiles, dtype = parse_profiles(request.profile, packed=request.packed), data_type(request.dtype)
+    profiles, dtype = (
+        parse_profiles(request.profile, packed=request.packed),
+        data_type(request.dtype),
+    )
     built = build_graphs(model, spelling, request)
     for record in graph_records(built, dtype, model, request.sizes):
         graph_profiles(record, profiles)
@@ -253,11 +274,19 @@ def engine_graphs(
     scheme = None
     if request.quantize:
         scheme = Scheme(check_quantisation(request.quantize, dtype, request.budget, [*built]))
-        examples = examples or generated_examples(model.config, longest=request.sizes.get("length", LONGEST))
+        examples = examples or generated_examples(
+            model.config, longest=request.sizes.get("length", LONGEST)
+        )
     # A graph joins weights into new ones.
     del built
     graphs = OnnxRequest(
-        request.dtype, request.graphs, request.fixed, request.all_tokens, request.packed, consumer, request.opset
+        request.dtype,
+        request.graphs,
+        request.fixed,
+        request.all_tokens,
+        request.packed,
+        consumer,
+        request.opset,
     )
     with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx-") as scratch:
         onnx = folder / ONNX_FOLDER if request.keep_onnx else Path(scratch)
@@ -281,19 +310,25 @@ def engine_graphs(
                     wide_files = {name for record in exported.graphs for name in record.files}
                     with tempfile.TemporaryDirectory(dir=onnx, prefix=".quantised-") as narrow:
                         comparison = Comparison(exported, onnx, reference)
-                        quantise_graphs(exported, comparison, Path(narrow), scheme, request.budget, progress)
+                        quantise_graphs(
+                            exported, comparison, Path(narrow), scheme, request.budget, progress
+                        )
                         for name in wide_files:
                             (onnx / name).unlink()
                         for path in Path(narrow).iterdir():
                             path.replace(onnx / path.name)
                     # Smaller weights may no longer need a file of their own.
-                    names = [record.name for record in exported.files if (onnx / record.name).exists()]
+                    names = [
+                        record.name for record in exported.files if (onnx / record.name).exists()
+                    ]
                     exported.files = record_files(onnx, names)
                     for record in exported.graphs:
                         if record.quantisation is not None:
                             record.quantisation.wide_launches = wide[record.name]
             exported.save(onnx)
-            return build_engines(exported, onnx, folder, library, targets, request, progress, compare)
+            return build_engines(
+                exported, onnx, folder, library, targets, request, progress, compare
+            )
 
         del model
         yield build
@@ -314,7 +349,14 @@ def _count_launches(
         progress(f"building {record.name} in {exported.dtype} to count its launches")
         with tempfile.TemporaryDirectory(dir=onnx, prefix=".engine-") as scratch:
             engine = Path(scratch, f"{record.name}.engine")
-            build_engine(library, onnx / record.file, engine, request, targets, graph_profiles(record, profiles))
+            build_engine(
+                library,
+                onnx / record.file,
+                engine,
+                request,
+                targets,
+                graph_profiles(record, profiles),
+            )
             counts[record.name] = [len(steps) for steps in schedules(engine)]
     return counts
 
@@ -328,12 +370,16 @@ def schedules(engine: Path) -> list[list[tuple[str, str]]]:
         # Products have schedules of their own, which say how each is compiled when the engine is loaded.
         if "region=runtime-fusion-consts" in text[begin - 300 : begin]:
             continue
-        steps = re.findall(r'^  (\w+)=\{ name="?(\w+)', text[begin : text.index("\n}\n", begin)], re.MULTILINE)
+        steps = re.findall(
+            r'^  (\w+)=\{ name="?(\w+)', text[begin : text.index("\n}\n", begin)], re.MULTILINE
+        )
         profiles.append([step for step in steps if step[0] not in ("shape_call", "signal", "wait")])
     return profiles
 
 
-def check_request(consumer: str, request: EngineRequest) -> tuple[Builder, tuple[int, ...], Spelling]:
+def check_request(
+    consumer: str, request: EngineRequest
+) -> tuple[Builder, tuple[int, ...], Spelling]:
     """Check a request before a checkpoint is read; returns builder, compute capabilities and attention form."""
     parse_profiles(request.profile, packed=request.packed)
     spelling = find_runtime(consumer).spelling(request.dtype, request.opset)
@@ -341,7 +387,9 @@ def check_request(consumer: str, request: EngineRequest) -> tuple[Builder, tuple
     library = find_builder(consumer)
     targets = library.check(request, request.dtype)
     if request.quantize:
-        library.check(request, check_quantisation(request.quantize, data_type(request.dtype), request.budget))
+        library.check(
+            request, check_quantisation(request.quantize, data_type(request.dtype), request.budget)
+        )
     return library, targets, spelling
 
 
@@ -358,7 +406,9 @@ def build_engines(
     """Build an engine of every graph of the ONNX export in `onnx` into an existing folder."""
     profiles = parse_profiles(request.profile, packed=request.packed)
     records = [
-        record.model_copy(update={"file": f"{record.name}.engine", "profiles": graph_profiles(record, profiles)})
+        record.model_copy(
+            update={"file": f"{record.name}.engine", "profiles": graph_profiles(record, profiles)}
+        )
         for record in exported.graphs
     ]
 
@@ -377,7 +427,10 @@ def build_engines(
         version_compatible=getattr(request, "version_compatible", False),
         hardware_compatibility=getattr(request, "hardware_compatible", None),
     )
-    options = {"profiles": [str(profile) for profile in profiles], "optimization_level": request.level}
+    options = {
+        "profiles": [str(profile) for profile in profiles],
+        "optimization_level": request.level,
+    }
     content = exported.unverified(
         kind=library.name,
         consumer=library.name,
@@ -415,7 +468,9 @@ def build_engine(
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(onnx)):
         found = [parser.get_error(number) for number in range(parser.num_errors)]
-        named = [f"node {each.node_name()} ({each.node_operator()}): {each.desc()}" for each in found]
+        named = [
+            f"node {each.node_name()} ({each.node_operator()}): {each.desc()}" for each in found
+        ]
         raise _failure(library, "read", onnx, named + errors)
     errors.clear()
     config = builder.create_builder_config()
@@ -424,7 +479,9 @@ def build_engine(
         shapes = builder.create_optimization_profile()
         for number in range(network.num_inputs):
             name = network.get_input(number).name
-            shapes.set_shape(name, tuple(record.least[name]), tuple(record.best[name]), tuple(record.most[name]))
+            shapes.set_shape(
+                name, tuple(record.least[name]), tuple(record.best[name]), tuple(record.most[name])
+            )
         if config.add_optimization_profile(shapes) < 0:
             raise _failure(library, "build", onnx, errors)
     # What stopped the builder, in a callback: Ctrl-C, a full disk.
@@ -476,7 +533,9 @@ def build_engine(
 
     write_files({engine: write})
     if isinstance(request, TensorRTRequest) and request.timing_cache is not None:
-        write_bytes({request.timing_cache: bytes(memoryview(config.get_timing_cache().serialize()))})
+        write_bytes(
+            {request.timing_cache: bytes(memoryview(config.get_timing_cache().serialize()))}
+        )
 
 
 RULES = (
@@ -527,9 +586,19 @@ def _failure(library: Builder, verb: str, path: Path, messages: Sequence[str]) -
     """The error of a build, naming the ONNX nodes of its message, or the nodes that read a tensor of it."""
     import onnx
 
-    relevant = [message for message in messages if not _NOISE.match(message)] or [*messages, "no message"][:1]
-    known = ((text, message) for pattern, text in RULES for message in relevant if re.search(pattern, message))
-    unknown = "see the builder's own messages with XFM_DEBUG=1, or try the other of --dtype bf16 and fp16"
+    relevant = [message for message in messages if not _NOISE.match(message)] or [
+        *messages,
+        "no message",
+    ][:1]
+    known = (
+        (text, message)
+        for pattern, text in RULES
+        for message in relevant
+        if re.search(pattern, message)
+    )
+    unknown = (
+        "see the builder's own messages with XFM_DEBUG=1, or try the other of --dtype bf16 and fp16"
+    )
     text, message = next(known, (unknown, relevant[0]))
     words = set(re.findall(r"[\w./:-]+", message))
     # The compiler numbers copies of a tensor: bias.1 is bias.

@@ -55,7 +55,12 @@ class Examples:
 
 
 def make_examples(
-    pixels: Tensor, rows: Sequence[Sequence[int]], config: XFMConfig, *, origin: str, longest: int = LONGEST
+    pixels: Tensor,
+    rows: Sequence[Sequence[int]],
+    config: XFMConfig,
+    *,
+    origin: str,
+    longest: int = LONGEST,
 ) -> Examples:
     """Examples from images and token ids; the first captions are cut or extended to lengths from 1 to `longest`."""
     if not len(pixels) or not len(rows):
@@ -68,7 +73,9 @@ def make_examples(
     for number, row in enumerate(rows):
         ids = list(row[:longest])
         if number < len(lengths):
-            following = [token for later in (*rows[number:], *rows[:number]) for token in later[1:-1]]
+            following = [
+                token for later in (*rows[number:], *rows[:number]) for token in later[1:-1]
+            ]
             inner = following * (1 + longest // max(len(following), 1))
             ids = [row[0], *inner[: max(lengths[number] - 2, 0)], row[-1]][: lengths[number]]
         texts.append(ids)
@@ -95,10 +102,14 @@ def generated_examples(
         length = int(torch.randint(6, 19, (), generator=generator))
         ids = torch.randint(4, config.mask_token_id, (length,), generator=generator)
         rows.append([config.bos_token_id, *ids.tolist(), config.eos_token_id])
-    return make_examples(pixels, rows, config, origin=f"generated images and texts (seed {seed})", longest=longest)
+    return make_examples(
+        pixels, rows, config, origin=f"generated images and texts (seed {seed})", longest=longest
+    )
 
 
-def reference_bytes(config: XFMConfig, *, images: int = 4, texts: int = 48, decodes: bool = False) -> int:
+def reference_bytes(
+    config: XFMConfig, *, images: int = 4, texts: int = 48, decodes: bool = False
+) -> int:
     """Approximate size of a reference on disk; `decodes` includes the logits of a decoder."""
     tokens, width = config.num_image_tokens, config.text_width
     memory = 2 * config.fusion_layers * tokens * width
@@ -129,7 +140,10 @@ class Reference:
 
     def save(self, folder: Path) -> None:
         """Write `reference.safetensors` atomically."""
-        numbers = {f"{_ROUNDING}{name}": torch.tensor(value).double() for name, value in self.rounding.items()}
+        numbers = {
+            f"{_ROUNDING}{name}": torch.tensor(value).double()
+            for name, value in self.rounding.items()
+        }
         content = self.tensors | numbers
         write_files({folder / REFERENCE_FILE: lambda file: write_safetensors(file, content)})
 
@@ -140,17 +154,31 @@ class Reference:
         try:
             content = load_file(path)
         except FileNotFoundError:
-            raise ExportError(f"{folder} has no {REFERENCE_FILE} to compare with; export again") from None
+            raise ExportError(
+                f"{folder} has no {REFERENCE_FILE} to compare with; export again"
+            ) from None
         except Exception as error:  # the library raises errors of its own
-            raise ExportError(f"{path} is damaged ({error}); copy the folder again or export again") from None
+            raise ExportError(
+                f"{path} is damaged ({error}); copy the folder again or export again"
+            ) from None
         rounding = {
-            name.removeprefix(_ROUNDING): float(value) for name, value in content.items() if name.startswith(_ROUNDING)
+            name.removeprefix(_ROUNDING): float(value)
+            for name, value in content.items()
+            if name.startswith(_ROUNDING)
         }
-        return cls({name: value for name, value in content.items() if not name.startswith(_ROUNDING)}, rounding)
+        return cls(
+            {name: value for name, value in content.items() if not name.startswith(_ROUNDING)},
+            rounding,
+        )
 
 
 def make_reference(
-    model: XFM, examples: Examples, graphs: Iterable[GraphName], dtype: DType, *, all_tokens: bool = False
+    model: XFM,
+    examples: Examples,
+    graphs: Iterable[GraphName],
+    dtype: DType,
+    *,
+    all_tokens: bool = False,
 ) -> Reference:
     """Run the model, unpadded, in fp32 and in the dtype of the export; computes only the outputs of `graphs`."""
     wanted = frozenset(graphs)
@@ -163,7 +191,9 @@ def make_reference(
     rounding = {}
     if dtype != "fp32":
         rounded = _model_results(model, DTYPES[dtype], examples, wanted, all_tokens)
-        rounding = {name: float((rounded[name] - value).abs().max()) for name, value in truth.items()}
+        rounding = {
+            name: float((rounded[name] - value).abs().max()) for name, value in truth.items()
+        }
     return Reference(inputs | {name: value.contiguous() for name, value in truth.items()}, rounding)
 
 
@@ -184,10 +214,16 @@ def _model_results(
         if own or wanted & {"image_memory", "fusion"}:
             memory = _part(model, "fusion_encoder", dtype).image_memory(found["image_embeds"][:1])
             found |= graph_memory(memory)
-        reads = model.decoder_reads if wanted & DECODER_GRAPHS and isinstance(model, TaskModel) else None
+        reads = (
+            model.decoder_reads
+            if wanted & DECODER_GRAPHS and isinstance(model, TaskModel)
+            else None
+        )
         if wanted & {"fusion", "match"} or reads == "fusion":
             whole = reads == "fusion" or (all_tokens and "fusion" in wanted)
-            found |= _fusion_results(_part(model, "fusion_encoder", dtype), found, examples.attention_mask, whole)
+            found |= _fusion_results(
+                _part(model, "fusion_encoder", dtype), found, examples.attention_mask, whole
+            )
         if own and isinstance(model, TaskModel):
             # The memory of other images than the first comes from `image_memory`.
             images = examples.pixels if "image_memory" in wanted else examples.pixels[:1]
@@ -199,7 +235,9 @@ def _model_results(
             found.pop("text_embeds", None)
     finally:
         model.train(training)
-    return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
+    return {
+        name: value.float() if value.is_floating_point() else value for name, value in found.items()
+    }
 
 
 def _part(model: M, large: str, dtype: torch.dtype) -> M:
@@ -238,10 +276,17 @@ def graph_memory(memory: ImageMemory) -> dict[str, Tensor]:
     return dict(zip(memory_names(len(memory.layers)), parts, strict=True))
 
 
-def _fusion_results(model: XFM, found: dict[str, Tensor], mask: Tensor, all_tokens: bool) -> dict[str, Tensor]:
+def _fusion_results(
+    model: XFM, found: dict[str, Tensor], mask: Tensor, all_tokens: bool
+) -> dict[str, Tensor]:
     embeds = found["text_embeds"]
-    heads = {"matching": ("match_logits", model.match_logits), "boxes": ("boxes", model.predict_boxes)}
-    offered: dict[str, Callable[[Tensor], Tensor]] = dict(heads[head] for head in heads if head in model.heads)
+    heads = {
+        "matching": ("match_logits", model.match_logits),
+        "boxes": ("boxes", model.predict_boxes),
+    }
+    offered: dict[str, Callable[[Tensor], Tensor]] = dict(
+        heads[head] for head in heads if head in model.heads
+    )
     if getattr(model, "modality", None) == "pair":
         offered["class_logits"] = lambda fused: cast(Any, model).cls_head(fused[:, 0])
     results: dict[str, list[Tensor]] = {"fused": [], **{name: [] for name in offered}}
@@ -262,7 +307,9 @@ def _fusion_results(model: XFM, found: dict[str, Tensor], mask: Tensor, all_toke
     return stacked | whole
 
 
-def _decoder_results(model: Any, reads: str, found: dict[str, Tensor], examples: Examples) -> dict[str, Tensor]:
+def _decoder_results(
+    model: Any, reads: str, found: dict[str, Tensor], examples: Examples
+) -> dict[str, Tensor]:
     """A few decoder states, and teacher-forced steps of a few captions from each of them."""
     if reads == "fusion":
         mask = examples.attention_mask[:_STATES].bool()
@@ -292,4 +339,7 @@ def _decoder_results(model: Any, reads: str, found: dict[str, Tensor], examples:
         parts += [part.transpose(1, 2) for part in padded.unbind(2)]
     made |= dict(zip(memory_names(layers, "decoder"), parts, strict=True))
     shape = (count, len(tokens), written)
-    return made | {"step_logits": logits.view(*shape, -1), "present": present.view(*shape, layers, *present.shape[3:])}
+    return made | {
+        "step_logits": logits.view(*shape, -1),
+        "present": present.view(*shape, layers, *present.shape[3:]),
+    }

@@ -40,7 +40,11 @@ from .request import ALL_GRAPHS, DEFAULT_GRAPHS, GRAPHS, PAIR_GRAPH, AttentionFo
 
 M = TypeVar("M", bound=nn.Module)
 
-DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES: dict[DType, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 
 _MASKED = -10000.0
 
@@ -71,7 +75,9 @@ class Graph(nn.Module):
     gathered: int = 0
     """How many of the last inputs are the tuple `*memory` of `forward`."""
 
-    def describe(self, model: XFM, inputs: Sequence[str], outputs: Sequence[str], *keep: str, **sizes: int) -> None:
+    def describe(
+        self, model: XFM, inputs: Sequence[str], outputs: Sequence[str], *keep: str, **sizes: int
+    ) -> None:
         """Set inputs and outputs by name; `keep` names the dimensions in brackets that they have."""
         config = model.config
         sizes = {
@@ -92,7 +98,11 @@ class Graph(nn.Module):
     @property
     def axes(self) -> list[str]:
         """The axes of all inputs that vary."""
-        return [*dict.fromkeys(dim for tensor in self.inputs for dim in tensor.dims if isinstance(dim, str))]
+        return [
+            *dict.fromkeys(
+                dim for tensor in self.inputs for dim in tensor.dims if isinstance(dim, str)
+            )
+        ]
 
 
 class _Heads(nn.ModuleDict):
@@ -125,8 +135,12 @@ class _Joined(nn.Module):
         self.weight: Tensor
         self.bias: Tensor
         # Buffers, because the parameters of a graph are the model's own.
-        self.register_buffer("weight", torch.cat([part.weight.detach() for part in parts]), persistent=False)
-        self.register_buffer("bias", torch.cat([part.bias.detach() for part in parts]), persistent=False)
+        self.register_buffer(
+            "weight", torch.cat([part.weight.detach() for part in parts]), persistent=False
+        )
+        self.register_buffer(
+            "bias", torch.cat([part.bias.detach() for part in parts]), persistent=False
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -140,7 +154,11 @@ class _Patches(nn.Module):
         self.proj = proj
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return F.conv2d(pixels, self.proj.weight, self.proj.bias, stride=self.proj.stride).flatten(2).transpose(1, 2)
+        return (
+            F.conv2d(pixels, self.proj.weight, self.proj.bias, stride=self.proj.stride)
+            .flatten(2)
+            .transpose(1, 2)
+        )
 
 
 class _PositionAttention(nn.Module):
@@ -152,7 +170,12 @@ class _PositionAttention(nn.Module):
         super().__init__()
         self.heads = attn.heads
         self.form: AttentionForm = form
-        self.qkv, self.proj, self.q_bias, self.v_bias = attn.qkv, attn.proj, attn.q_bias, attn.v_bias
+        self.qkv, self.proj, self.q_bias, self.v_bias = (
+            attn.qkv,
+            attn.proj,
+            attn.q_bias,
+            attn.v_bias,
+        )
         # Not read, but among the weights that the graph is made of.
         self.relative_position_bias_table = attn.relative_position_bias_table
         bias = position_bias(attn.relative_position_bias_table.detach(), attn.window)[None]
@@ -185,7 +208,9 @@ class VisionGraph(Graph):
         self.encoder = _with_parts(
             encoder,
             patch_embed=_Patches(encoder.patch_embed.proj),
-            blocks=nn.ModuleList(_with_parts(block, attn=_PositionAttention(block.attn, form)) for block in blocks),
+            blocks=nn.ModuleList(
+                _with_parts(block, attn=_PositionAttention(block.attn, form)) for block in blocks
+            ),
         )
         self.heads = _Heads(
             image_feature=model.vision_proj if "contrastive" in model.heads else None,
@@ -207,7 +232,12 @@ class VisionGraph(Graph):
             # Without the class token, which the mean of the patches replaces: TensorRT fuses this into the last GEMM.
             x = ops.layer_norm(x[:, 1:], norm.weight, norm.bias, norm.eps)
             x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
-        return (x, *self.heads(torch.cat([x[:, 0], x[:, 1:].mean(1)], dim=-1) if self.reads_mean else x[:, 0]))
+        return (
+            x,
+            *self.heads(
+                torch.cat([x[:, 0], x[:, 1:].mean(1)], dim=-1) if self.reads_mean else x[:, 0]
+            ),
+        )
 
 
 class _SelfAttention(nn.Module):
@@ -223,7 +253,9 @@ class _SelfAttention(nn.Module):
         self.output = layer.attention.output
         self.first = parts.query if first_only else None
         linears = (*(() if first_only else (parts.query,)), parts.key, parts.value)
-        self.register_buffer("weight", torch.cat([each.weight.detach() for each in linears]), persistent=False)
+        self.register_buffer(
+            "weight", torch.cat([each.weight.detach() for each in linears]), persistent=False
+        )
         dense = self.output.dense
         # TensorRT fuses primitives into an attention in the layout of the next GEMM, where its operator costs a copy;
         # a GEMM without bias needs one layout kernel, one with bias three. The key bias adds a constant to all scores
@@ -250,7 +282,11 @@ class _SelfAttention(nn.Module):
 
 
 def _cross_attention(
-    layer: TransformerLayer, x: Tensor, memory: Sequence[Tensor], mask: Tensor | None, form: AttentionForm
+    layer: TransformerLayer,
+    x: Tensor,
+    memory: Sequence[Tensor],
+    mask: Tensor | None,
+    form: AttentionForm,
 ) -> Tensor:
     """The cross-attention branch: `[P, L, width]` over keys and values of B memories `[B, H, M, D]`, P / B on each."""
     parts = layer.crossattention
@@ -281,7 +317,11 @@ class TextGraph(Graph):
             text_feature=model.text_proj if "contrastive" in model.heads else None,
             class_logits=_class_head(model, "text"),
         )
-        inputs = ["packed_ids", "positions", "segments", "firsts"] if packed else ["input_ids", "attention_mask"]
+        inputs = (
+            ["packed_ids", "positions", "segments", "firsts"]
+            if packed
+            else ["input_ids", "attention_mask"]
+        )
         self.describe(model, inputs, ["packed_embeds" if packed else "text_embeds", *self.heads])
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
@@ -322,13 +362,20 @@ class _MemoryGraph(Graph):
         # Only the projections: the file then holds only their weights.
         attentions = [layer.crossattention.self for layer in stack]
         self.heads = attentions[0].heads
-        self.parts = nn.ModuleList(part for parts in attentions for part in (parts.key, parts.value))
-        self.projections = _Joined(*(part for parts in attentions for part in (parts.key, parts.value)))
+        self.parts = nn.ModuleList(
+            part for parts in attentions for part in (parts.key, parts.value)
+        )
+        self.projections = _Joined(
+            *(part for parts in attentions for part in (parts.key, parts.value))
+        )
 
     def forward(self, states: Tensor) -> tuple[Tensor, ...]:
         """`[B, M, width]` → keys and values of layer 0, of layer 1, ...: `[B, H, M, D]` each."""
         projected = self.projections(states).unflatten(-1, (len(self.parts), self.heads, -1))
-        return tuple(projected[:, :, number].transpose(1, 2).contiguous() for number in range(len(self.parts)))
+        return tuple(
+            projected[:, :, number].transpose(1, 2).contiguous()
+            for number in range(len(self.parts))
+        )
 
 
 class ImageMemoryGraph(_MemoryGraph):
@@ -348,7 +395,8 @@ class FusionGraph(Graph):
         self.form: AttentionForm = form
         last = self.stack[len(self.stack) - 1]
         self.attentions = nn.ModuleList(
-            _SelfAttention(layer, first_only=layer is last and not all_tokens) for layer in self.stack
+            _SelfAttention(layer, first_only=layer is last and not all_tokens)
+            for layer in self.stack
         )
         self.heads = _Heads(
             match_logits=model.itm_head if "matching" in model.heads else None,
@@ -358,14 +406,22 @@ class FusionGraph(Graph):
         memory = memory_names(model.config.fusion_layers)
         self.gathered = len(memory)
         keep = ("texts", "length") if all_tokens else ("texts",)
-        self.describe(model, ["text_embeds", "attention_mask", *memory], ["fused", *self.heads], *keep)
+        self.describe(
+            model, ["text_embeds", "attention_mask", *memory], ["fused", *self.heads], *keep
+        )
 
-    def forward(self, text_embeds: Tensor, attention_mask: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, text_embeds: Tensor, attention_mask: Tensor, *memory: Tensor
+    ) -> tuple[Tensor, ...]:
         """`[B, T, L, width]`, `[B, T, L]`, keys and values `[B, H, M, D]` of every layer → token 0 (or all), heads."""
         batch, texts, length, width = text_embeds.shape
         mask = _additive(attention_mask.reshape(batch * texts, length), text_embeds.dtype)
         x = self.layers(text_embeds.reshape(batch * texts, length, width), mask, memory)
-        fused = x.reshape(batch, texts, length, width) if self.all_tokens else x.reshape(batch, texts, width)
+        fused = (
+            x.reshape(batch, texts, length, width)
+            if self.all_tokens
+            else x.reshape(batch, texts, width)
+        )
         return (fused, *self.heads(fused[:, :, 0] if self.all_tokens else fused))
 
     def layers(
@@ -383,7 +439,9 @@ class FusionGraph(Graph):
                 x = attend(*last(x))
             elif number or not self_attended:
                 x = attend(x, mask)
-            x = layer.feed_forward(_cross_attention(layer, x, memory[2 * number : 2 * number + 2], None, self.form))
+            x = layer.feed_forward(
+                _cross_attention(layer, x, memory[2 * number : 2 * number + 2], None, self.form)
+            )
         return x
 
 
@@ -410,7 +468,11 @@ class PackedFusionGraph(FusionGraph):
         places = (places + torch.arange(batch, device=places.device)[:, None] * tokens).flatten()
 
         def chosen(x: Tensor) -> Tensor:
-            return x.reshape(batch * tokens, width).index_select(0, places).reshape(batch, texts, width)
+            return (
+                x.reshape(batch * tokens, width)
+                .index_select(0, places)
+                .reshape(batch, texts, width)
+            )
 
         def last(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             # All rows of an image form one sequence, because rows differ in their number of captions.
@@ -456,7 +518,9 @@ class PairGraph(Graph):
         inputs = ["text_embeds", "attention_mask", *memory]
         self.describe(model, inputs, ["class_logits"], "pair", labels=2)
 
-    def forward(self, text_embeds: Tensor, attention_mask: Tensor, *memory: Tensor) -> tuple[Tensor]:
+    def forward(
+        self, text_embeds: Tensor, attention_mask: Tensor, *memory: Tensor
+    ) -> tuple[Tensor]:
         """`[B, L, width]`, `[B, L]`, keys and values `[B, 2, H, M, D]` of both images, layer by layer → `[B, 2]`."""
         mask = _additive(attention_mask, text_embeds.dtype)
         # The self-attention of layer 0 reads no image and is computed once for both.
@@ -484,7 +548,8 @@ class DecoderStepGraph(Graph):
         self.decoder, self.heads = model.text_decoder, model.config.text_heads
         stack = self.decoder.roberta.encoder
         self.linears = nn.ModuleList(
-            _Joined(parts.query, parts.key, parts.value) for parts in (layer.attention.self for layer in stack)
+            _Joined(parts.query, parts.key, parts.value)
+            for parts in (layer.attention.self for layer in stack)
         )
         self.has_mask = decoder_reads(model) == "fusion"
         memory = [*memory_names(len(stack), "decoder"), *(["memory_mask"] if self.has_mask else [])]
@@ -494,7 +559,9 @@ class DecoderStepGraph(Graph):
             **_states_sizes(model),
         )  # fmt: skip
 
-    def forward(self, token_ids: Tensor, past: Tensor, past_mask: Tensor, *memory: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, token_ids: Tensor, past: Tensor, past_mask: Tensor, *memory: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Logits `[B, T, vocabulary]`, and keys and values of the token `[B, T, layers, 2, H, D]`."""
         batch, texts = token_ids.shape
         rows, embeddings = batch * texts, self.decoder.roberta.embeddings
@@ -504,9 +571,13 @@ class DecoderStepGraph(Graph):
         memory_mask = _additive(memory[-1], x.dtype) if self.has_mask else None
         past = past.flatten(0, 1)
         present = []
-        for number, (linear, layer) in enumerate(zip(self.linears, self.decoder.roberta.encoder, strict=True)):
+        for number, (linear, layer) in enumerate(
+            zip(self.linears, self.decoder.roberta.encoder, strict=True)
+        ):
             q, k, v = linear(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-            keys, values = (torch.cat([past[:, number, place], new], dim=2) for place, new in enumerate((k, v)))
+            keys, values = (
+                torch.cat([past[:, number, place], new], dim=2) for place, new in enumerate((k, v))
+            )
             present += [k[:, :, 0], v[:, :, 0]]
             # TensorRT for RTX 1.7 builds no attention of one query over a past of any length.
             context = attention(q, keys, values, hidden, "primitives").transpose(1, 2).flatten(2)
@@ -548,9 +619,15 @@ def default_graphs(model: XFM) -> tuple[GraphName, ...]:
     if isinstance(model, TaskModel) and model.own_graphs:
         return ("vision", "text", "image_memory", *model.own_graphs)  # pyright: ignore[reportReturnType]
     if (reads := decoder_reads(model)) is not None:
-        return (*(("vision",) if reads == "image" else DEFAULT_GRAPHS), "decoder_memory", "decoder_step")
+        return (
+            *(("vision",) if reads == "image" else DEFAULT_GRAPHS),
+            "decoder_memory",
+            "decoder_step",
+        )
     modality = getattr(model, "modality", "pair")
-    return DEFAULT_GRAPHS if modality == "pair" else ("vision",) if modality == "image" else ("text",)
+    return (
+        DEFAULT_GRAPHS if modality == "pair" else ("vision",) if modality == "image" else ("text",)
+    )
 
 
 def needs_all_tokens(model: XFM, all_tokens: bool) -> bool:
@@ -558,17 +635,30 @@ def needs_all_tokens(model: XFM, all_tokens: bool) -> bool:
     return all_tokens or decoder_reads(model) == "fusion"
 
 
-def build(name: GraphName, model: XFM, form: AttentionForm, *, all_tokens: bool = False, packed: bool = False) -> Graph:
+def build(
+    name: GraphName,
+    model: XFM,
+    form: AttentionForm,
+    *,
+    all_tokens: bool = False,
+    packed: bool = False,
+) -> Graph:
     """One graph in evaluation mode that shares the model's parameters; its outputs follow the model's heads."""
     if name not in ALL_GRAPHS:
         raise UnavailableError(f"graph {name!r} is unknown; choose from {', '.join(ALL_GRAPHS)}")
     if is_frozen(model):
-        raise InputError("the model is frozen for inference, and a graph holds its weights; call unfreeze() first")
+        raise InputError(
+            "the model is frozen for inference, and a graph holds its weights; call unfreeze() first"
+        )
     needs = {"vision": "vision", "text": "text", "match": "vision text fusion"}.get(name, "fusion")
-    lacks = [f"the {each} encoder" for each in needs.split() if not hasattr(model, f"{each}_encoder")]
+    lacks = [
+        f"the {each} encoder" for each in needs.split() if not hasattr(model, f"{each}_encoder")
+    ]
     if name == "match" and "matching" not in model.heads:
         lacks.append("the head 'matching'")
-    if name not in (*GRAPHS, "decoder_memory", "decoder_step") and name not in getattr(model, "own_graphs", ()):
+    if name not in (*GRAPHS, "decoder_memory", "decoder_step") and name not in getattr(
+        model, "own_graphs", ()
+    ):
         lacks.append(f"the head of the task {name}")
     if name.startswith("decoder_"):
         lacks = ["a decoder"] if decoder_reads(model) is None else []
@@ -579,7 +669,9 @@ def build(name: GraphName, model: XFM, form: AttentionForm, *, all_tokens: bool 
             f"graph {name!r} needs {' and '.join(lacks)}, which this model was built without; export other graphs"
         )
     if name == "fusion":
-        return (PackedFusionGraph if packed else FusionGraph)(model, form, all_tokens=all_tokens).eval()
+        return (PackedFusionGraph if packed else FusionGraph)(
+            model, form, all_tokens=all_tokens
+        ).eval()
     made: Any = PackedTextGraph if packed and name == "text" else GRAPH_CLASSES[name]
     return made(model, form).eval()
 
@@ -594,7 +686,9 @@ def memory_names(layers: int, owner: str = "memory") -> list[str]:
     return [f"{owner}_{kind}_{number}" for number in range(layers) for kind in ("keys", "values")]
 
 
-def trace(graph: Graph, dtype: DType, fixed: Mapping[str, int], device: str = "cpu") -> torch.export.ExportedProgram:
+def trace(
+    graph: Graph, dtype: DType, fixed: Mapping[str, int], device: str = "cpu"
+) -> torch.export.ExportedProgram:
     """The exported program of a graph with parameters in `dtype`, on a device."""
     inputs, shapes = tracing_call(graph, DTYPES[dtype], graph.own_sizes(fixed))
     with torch.no_grad(), frozen(graph):
@@ -610,18 +704,30 @@ def tracing_call(
     graph: Graph, dtype: torch.dtype, fixed: Mapping[str, int]
 ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """Inputs to trace a graph with, and the dynamic dimensions of each, in `forward`'s order."""
-    dims = {name: torch.export.Dim(name, min=1, max=axis.most) for name, axis in AXES.items() if name not in fixed}
+    dims = {
+        name: torch.export.Dim(name, min=1, max=axis.most)
+        for name, axis in AXES.items()
+        if name not in fixed
+    }
     shapes = tuple(
-        {place: dims[axis] for place, axis in enumerate(tensor.dims) if isinstance(axis, str) and axis in dims}
+        {
+            place: dims[axis]
+            for place, axis in enumerate(tensor.dims)
+            if isinstance(axis, str) and axis in dims
+        }
         for tensor in graph.inputs
     )
-    inputs = random_inputs(graph, {name: axis.traced for name, axis in AXES.items()} | dict(fixed), dtype)
+    inputs = random_inputs(
+        graph, {name: axis.traced for name, axis in AXES.items()} | dict(fixed), dtype
+    )
     if graph.gathered:
         shapes = (*shapes[: -graph.gathered], shapes[-graph.gathered :])
     return inputs, shapes
 
 
-def random_inputs(graph: Graph, sizes: Mapping[str, int], dtype: torch.dtype, *, seed: int = 0) -> tuple[Tensor, ...]:
+def random_inputs(
+    graph: Graph, sizes: Mapping[str, int], dtype: torch.dtype, *, seed: int = 0
+) -> tuple[Tensor, ...]:
     """Inputs of a graph at given axis sizes: noise, small ids, captions of decreasing length."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -635,7 +741,11 @@ def random_inputs(graph: Graph, sizes: Mapping[str, int], dtype: torch.dtype, *,
         if spec.name in ("positions", "segments"):
             # A text in every row.
             real = _real(shape)
-            count = real.cumsum(-1) + 1 if spec.name == "positions" else torch.arange(shape[-2])[:, None] + 1
+            count = (
+                real.cumsum(-1) + 1
+                if spec.name == "positions"
+                else torch.arange(shape[-2])[:, None] + 1
+            )
             return torch.where(real, count, int(spec.name == "positions"))
         if spec.name == "firsts":
             rows = torch.arange(shape[-2]) % sizes["rows"]
@@ -657,14 +767,18 @@ def check_fixed(graphs: Iterable[Graph], fixed: Mapping[str, int]) -> None:
     known = {axis for graph in graphs for axis in graph.axes}
     for name, size in fixed.items():
         if name not in known:
-            raise InputError(f"axis {name!r} cannot be fixed; choose from {', '.join(sorted(known)) or 'none'}")
+            raise InputError(
+                f"axis {name!r} cannot be fixed; choose from {', '.join(sorted(known)) or 'none'}"
+            )
         if size < 1:
             raise InputError(f"{name}={size} is no size; give a positive number")
 
 
 def in_dtype(module: M, dtype: torch.dtype) -> M:
     """The module in `dtype`: itself where it already is, else a copy."""
-    tensors = [each for each in (*module.parameters(), *module.buffers()) if each.is_floating_point()]
+    tensors = [
+        each for each in (*module.parameters(), *module.buffers()) if each.is_floating_point()
+    ]
     if all(each.dtype == dtype for each in tensors):
         return module
     # Converted tensor by tensor: a copy of the module first would hold all weights in the old dtype.
@@ -672,7 +786,9 @@ def in_dtype(module: M, dtype: torch.dtype) -> M:
     for each in tensors:
         value = each.detach().to(dtype)
         is_parameter = isinstance(each, nn.Parameter)
-        converted[id(each)] = nn.Parameter(value, requires_grad=each.requires_grad) if is_parameter else value
+        converted[id(each)] = (
+            nn.Parameter(value, requires_grad=each.requires_grad) if is_parameter else value
+        )
     return copy.deepcopy(module, converted).to(dtype)
 
 

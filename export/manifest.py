@@ -143,8 +143,15 @@ class TensorRecord(_Record):
     def of(cls, name: str, keep: Collection[str], sizes: Mapping[str, int]) -> Self:
         """The tensor of a graph in fp32, given what it has of the dimensions in brackets, and sizes of the model."""
         base = _table_name(name)
-        words = (word for word in _DIMS[base].split() if not word.startswith("[") or word.strip("[]") in keep)
-        dims = [sizes.get(dim, int(dim) if dim.isdigit() else dim) for dim in (word.strip("[]") for word in words)]
+        words = (
+            word
+            for word in _DIMS[base].split()
+            if not word.startswith("[") or word.strip("[]") in keep
+        )
+        dims = [
+            sizes.get(dim, int(dim) if dim.isdigit() else dim)
+            for dim in (word.strip("[]") for word in words)
+        ]
         return cls(name=name, dtype="int64" if base in _INTEGERS else "float32", dims=dims)
 
     @property
@@ -189,7 +196,9 @@ class GraphRecord(_Record):
 
     name: GraphName
     file: str
-    files: list[str] = Field(description="the file and what lies beside it, such as external weights")
+    files: list[str] = Field(
+        description="the file and what lies beside it, such as external weights"
+    )
     inputs: list[TensorRecord]
     outputs: list[TensorRecord]
     axes: dict[str, AxisRecord]
@@ -277,7 +286,9 @@ class Manifest(_Record):
     dtype: DType
     consumer: str = Field(description="the runtime that it was made for")
     opset: int | None
-    attention: AttentionForm | Literal["function"] = Field(description="`function` is that of older exports")
+    attention: AttentionForm | Literal["function"] = Field(
+        description="`function` is that of older exports"
+    )
     all_tokens: bool
     packed: bool = False
     fixed: dict[str, int]
@@ -303,7 +314,11 @@ class Manifest(_Record):
 
     def unverified(self, **changes: Any) -> Self:
         """A copy with changes, not compared with the model."""
-        fresh = {"status": "unverified", "reason": "it was not compared with the model", "verification": None}
+        fresh = {
+            "status": "unverified",
+            "reason": "it was not compared with the model",
+            "verification": None,
+        }
         return self.model_copy(update={**fresh, **changes})
 
     @property
@@ -340,7 +355,9 @@ class Manifest(_Record):
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json` atomically."""
-        content = json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False).encode() + b"\n"
+        content = (
+            json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False).encode() + b"\n"
+        )
         write_bytes({folder / MANIFEST_FILE: content})
 
     @classmethod
@@ -362,14 +379,22 @@ class Manifest(_Record):
         try:
             content = read_json(path)
         except (FileNotFoundError, NotADirectoryError):
-            raise ExportError(f"{folder} has no {MANIFEST_FILE}; give the folder of a finished export") from None
+            raise ExportError(
+                f"{folder} has no {MANIFEST_FILE}; give the folder of a finished export"
+            ) from None
         except OSError as error:
-            raise ExportError(f"{path} cannot be read ({error.strerror or error}); check its permissions") from None
+            raise ExportError(
+                f"{path} cannot be read ({error.strerror or error}); check its permissions"
+            ) from None
         except ValueError as error:
-            raise ExportError(f"{path} is damaged ({error}); copy the folder again or export again") from None
+            raise ExportError(
+                f"{path} is damaged ({error}); copy the folder again or export again"
+            ) from None
         written = content.get("format") if isinstance(content, dict) else None
         if type(written) is not int:
-            raise ExportError(f"{path} is no manifest of xfm-fast (it has no format number); export again")
+            raise ExportError(
+                f"{path} is no manifest of xfm-fast (it has no format number); export again"
+            )
         if written != FORMAT_VERSION:
             by = content.get("xfm_fast", "an unknown version")
             remedy = "upgrade xfm-fast" if written > FORMAT_VERSION else "export again"
@@ -382,7 +407,9 @@ class Manifest(_Record):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "its files"
-            raise ExportError(f"{path} is damaged at {where} ({advice(first)}); export again") from None
+            raise ExportError(
+                f"{path} is damaged at {where} ({advice(first)}); export again"
+            ) from None
 
     def require_target(self, *, library_version: str, compute_capability: int | None) -> None:
         """Raise `ExportError` where this library version or GPU (None: unchecked) does not run the engines."""
@@ -412,7 +439,10 @@ class Manifest(_Record):
 def new_manifest(**fields: Any) -> Manifest:
     """A manifest with the current time, version and commit."""
     return Manifest(
-        created=datetime.now(UTC).isoformat(timespec="seconds"), xfm_fast=__version__, commit=commit(), **fields
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        xfm_fast=__version__,
+        commit=commit(),
+        **fields,
     )
 
 
@@ -451,7 +481,10 @@ def external_files(path: Path) -> set[str]:
     """Names of the external weight files of an ONNX graph, parsed without the `onnx` package."""
     names: set[str] = set()
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
             rest = [("model", 0, len(content))]
             while rest:
                 message, start, end = rest.pop()
@@ -464,7 +497,9 @@ def external_files(path: Path) -> set[str]:
                 if entry.get(1) == b"location":
                     names.add(entry.get(2, b"").decode())
     except (OSError, ValueError, IndexError) as error:
-        raise ExportError(f"{path} is no ONNX graph that can be read ({error}); export again") from None
+        raise ExportError(
+            f"{path} is no ONNX graph that can be read ({error}); export again"
+        ) from None
     return names
 
 
@@ -508,7 +543,9 @@ def record_files(folder: Path, names: Iterable[str]) -> list[FileRecord]:
         try:
             records.append(FileRecord(name=name, bytes=path.stat().st_size, sha256=sha256(path)))
         except OSError as error:
-            raise StorageError(f"{path} cannot be read back ({error.strerror or error}); export again") from error
+            raise StorageError(
+                f"{path} cannot be read back ({error.strerror or error}); export again"
+            ) from error
     return records
 
 
@@ -544,6 +581,10 @@ def commit() -> str | None:
 
 def _git(folder: Path, *arguments: str) -> str:
     done = subprocess.run(
-        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ["git", "-C", str(folder), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=10,
     )
     return done.stdout.strip()

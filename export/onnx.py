@@ -84,7 +84,9 @@ def export_onnx(
             "source": content.source,
             "weights_sha256": content.weights_sha256,
             "tokenizer_sha256": content.tokenizer_sha256,
-            "preprocessing": json.dumps(json.loads(preprocessor_json(model.config)), sort_keys=True),
+            "preprocessing": json.dumps(
+                json.loads(preprocessor_json(model.config)), sort_keys=True
+            ),
             "special_tokens": json.dumps(ends | {"pad": model.config.pad_token_id}),
         }
         metadata = {f"xfm_fast.{name}": value for name, value in facts.items() if value is not None}

@@ -125,7 +125,9 @@ def export_graphs(
 
     def write_one(record: GraphRecord) -> Sequence[str]:
         progress(f"exporting {record.name}")
-        graph = build(record.name, model, spelling.form, all_tokens=all_tokens, packed=request.packed)
+        graph = build(
+            record.name, model, spelling.form, all_tokens=all_tokens, packed=request.packed
+        )
         converted = in_dtype(graph, DTYPES[dtype])
         files = write(converted, record, content)
         if converted is not graph:
@@ -141,7 +143,9 @@ def export_graphs(
         reference = keep_results(content, folder, model, examples)
         if compared:
             # Packages are code, and these are our own.
-            compare_with_reference(content, folder, reference, "aoti" if content.kind == "aoti" else "auto")
+            compare_with_reference(
+                content, folder, reference, "aoti" if content.kind == "aoti" else "auto"
+            )
 
     return fill_folder(content, folder, records, write_one, compare, companions)
 
@@ -165,11 +169,15 @@ def fill_folder(
         gc.collect()
         release_freed_memory()
         seconds = round(record.build_seconds + time.perf_counter() - started, 3)
-        graphs.append(record.model_copy(update={"file": files[0], "files": files, "build_seconds": seconds}))
+        graphs.append(
+            record.model_copy(update={"file": files[0], "files": files, "build_seconds": seconds})
+        )
     content.graphs = graphs
     companions = {**companions, README_FILE: readme(content).encode()}
     write_bytes({folder / name: data for name, data in companions.items()})
-    content.files = record_files(folder, [*companions, *(name for graph in graphs for name in graph.files)])
+    content.files = record_files(
+        folder, [*companions, *(name for graph in graphs for name in graph.files)]
+    )
     try:
         compare(content)
     finally:
@@ -184,17 +192,25 @@ def build_graphs(model: XFM, spelling: Spelling, request: ExportRequest) -> dict
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"graph {twice[0]!r} is named twice; name it once")
     form = {"all_tokens": needs_all_tokens(model, request.all_tokens), "packed": request.packed}
-    built: dict[GraphName, Graph] = {name: build(name, model, spelling.form, **form) for name in names}
+    built: dict[GraphName, Graph] = {
+        name: build(name, model, spelling.form, **form) for name in names
+    }
     check_fixed(built.values(), request.sizes)
     longest = model.config.max_text_length
     for axis, size in request.sizes.items():
         if axis in ("length", "past") and size > longest:
-            raise InputError(f"{axis}={size} exceeds the {longest} positions of this model; use fewer")
+            raise InputError(
+                f"{axis}={size} exceeds the {longest} positions of this model; use fewer"
+            )
     return built
 
 
 def graph_records(
-    built: Mapping[GraphName, Graph], dtype: DType, model: XFM, fixed: Mapping[str, int], suffix: str = ""
+    built: Mapping[GraphName, Graph],
+    dtype: DType,
+    model: XFM,
+    fixed: Mapping[str, int],
+    suffix: str = "",
 ) -> list[GraphRecord]:
     """Records of graphs before they are written."""
 
@@ -228,7 +244,9 @@ def graph_bytes(graph: nn.Module, model: XFM, dtype: DType) -> int:
     size = DTYPES[dtype].itemsize
     config = model.config
     biases = config.vision_depth * config.vision_heads * config.num_image_tokens**2
-    has_vision = any(name.endswith("relative_position_bias_table") for name, _ in graph.named_parameters())
+    has_vision = any(
+        name.endswith("relative_position_bias_table") for name, _ in graph.named_parameters()
+    )
     parameters = sum(parameter.numel() for parameter in graph.parameters())
     return (parameters + (biases if has_vision else 0)) * size + _ROOM_PER_GRAPH
 
@@ -255,7 +273,9 @@ def sidecar_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
     try:
         return {name: (folder / name).read_bytes() for name in names}
     except OSError as error:
-        raise StorageError(f"{error.filename} cannot be read ({error.strerror or error}); export again") from error
+        raise StorageError(
+            f"{error.filename} cannot be read ({error.strerror or error}); export again"
+        ) from error
 
 
 def weights_sha256(model: nn.Module, graphs: Iterable[nn.Module]) -> str:
@@ -266,7 +286,9 @@ def weights_sha256(model: nn.Module, graphs: Iterable[nn.Module]) -> str:
         if id(parameter) not in read:
             continue
         digest.update(f"{name} {parameter.dtype} {[*parameter.shape]}".encode())
-        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(
+            parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        )
     return digest.hexdigest()
 
 
@@ -276,7 +298,10 @@ def readme(manifest: Manifest) -> str:
     session = 'session = Session.load("this folder")'
     rows = []
     for graph in manifest.graphs:
-        sides = ("<br>".join(f"{each.name} {each.dims}" for each in side) for side in (graph.inputs, graph.outputs))
+        sides = (
+            "<br>".join(f"{each.name} {each.dims}" for each in side)
+            for side in (graph.inputs, graph.outputs)
+        )
         rows.append(f"| {graph.name} | {graph.file} | {' | '.join(sides)} |")
     inputs = 'inputs = session.processor(images=["photo.jpg"], text=["a caption"])'
     parts = [
@@ -302,7 +327,8 @@ def _trtexec(record: GraphRecord, packed: bool) -> str:
     for name, chosen in (("min", "least"), ("opt", "best"), ("max", "most")) if record.axes else ():
         # A model may accept less than the profile has.
         sizes = {
-            axis: min(getattr(axes[axis], chosen), has.most or axes[axis].most) for axis, has in record.axes.items()
+            axis: min(getattr(axes[axis], chosen), has.most or axes[axis].most)
+            for axis, has in record.axes.items()
         }
         shapes = (
             f"{tensor.name}:{'x'.join(str(sizes[dim] if isinstance(dim, str) else dim) for dim in tensor.dims)}"

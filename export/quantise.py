@@ -66,15 +66,23 @@ _LEAST_ROW = 5
 _EXTREMES: dict[Quantisation, float] = {"int8": 127.0, "fp8": 448.0}
 
 
-def check_quantisation(kind: str, dtype: DType, budget: float, graphs: Sequence[GraphName] = ()) -> Quantisation:
+def check_quantisation(
+    kind: str, dtype: DType, budget: float, graphs: Sequence[GraphName] = ()
+) -> Quantisation:
     """Check kind, dtype, budget and graphs before one is exported."""
     if kind not in get_args(Quantisation):
-        raise UnavailableError(f"quantisation {kind!r} is unknown; choose from {', '.join(get_args(Quantisation))}")
+        raise UnavailableError(
+            f"quantisation {kind!r} is unknown; choose from {', '.join(get_args(Quantisation))}"
+        )
     if others := [name for name in graphs if name not in GRAPHS]:
-        raise UnavailableError(f"graph {others[0]!r} has no 8-bit form; export {', '.join(GRAPHS)}, or without 8 bits")
+        raise UnavailableError(
+            f"graph {others[0]!r} has no 8-bit form; export {', '.join(GRAPHS)}, or without 8 bits"
+        )
     most = THRESHOLDS[dtype].cosine
     if not 0 < budget <= most:
-        raise InputError(f"--budget {budget} cannot be kept, {dtype} itself is held to {most}; give {BUDGET}")
+        raise InputError(
+            f"--budget {budget} cannot be kept, {dtype} itself is held to {most}; give {BUDGET}"
+        )
     OnnxRuntime.import_library()
     return kind  # pyright: ignore[reportReturnType]
 
@@ -103,7 +111,9 @@ class Scheme(NamedTuple):
     def store(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """A weight `[K, N]` in 8 bits, and its scales `[N]`, or `[]` in fp8."""
         extreme, columns = _EXTREMES[self.kind], self.kind == "int8"
-        scale = ((weight.abs().amax(0) if columns else weight.abs().max()) / extreme).clamp(min=1e-12)
+        scale = ((weight.abs().amax(0) if columns else weight.abs().max()) / extreme).clamp(
+            min=1e-12
+        )
         levels = (weight / scale).clamp(-extreme, extreme)
         return levels.round().to(torch.int8) if columns else levels.to(torch.float8_e4m3fn), scale
 
@@ -161,20 +171,37 @@ def sites(model: Any) -> list[Site]:
 
     def layer(gemm: Any) -> str:
         """Return the layer's name by that of its weight, or of its bias in older exports."""
-        added = [name for node in readers.get(gemm.output[0], ()) if node.op_type == "Add" for name in node.input]
-        named = [name for name in (gemm.input[1], *added) if name in constants and name.endswith((".weight", ".bias"))]
+        added = [
+            name
+            for node in readers.get(gemm.output[0], ())
+            if node.op_type == "Add"
+            for name in node.input
+        ]
+        named = [
+            name
+            for name in (gemm.input[1], *added)
+            if name in constants and name.endswith((".weight", ".bias"))
+        ]
         return named[0].rpartition(".")[0] if named else gemm.name
 
     found = []
     for tensor, nodes in readers.items():
         products = [node for node in nodes if node.op_type == "MatMul" and node.input[0] == tensor]
-        gemms = [node for node in products if len(getattr(constants.get(node.input[1]), "dims", ())) == 2]
+        gemms = [
+            node for node in products if len(getattr(constants.get(node.input[1]), "dims", ())) == 2
+        ]
         layers, made = tuple(map(layer, gemms)), made_by.get(tensor)
         operator = "" if made is None else made.op_type
         if not gemms or operator == "Concat" or any("heads." in name for name in layers):
             continue
-        folds = operator == "LayerNormalization" and len(gemms) == len(nodes) and tensor not in returned
-        norm = made.name if folds and made and all(name in constants for name in made.input[1:]) else ""
+        folds = (
+            operator == "LayerNormalization" and len(gemms) == len(nodes) and tensor not in returned
+        )
+        norm = (
+            made.name
+            if folds and made and all(name in constants for name in made.input[1:])
+            else ""
+        )
         weights = tuple(_array(constants[node.input[1]]) for node in gemms)
         found.append(Site(tensor, tuple(node.name for node in gemms), layers, weights, norm))
     return found
@@ -187,7 +214,9 @@ def tables(model: Any) -> list[Table]:
     for tensor in model.graph.initializer:
         nodes = readers.get(tensor.name, ())
         by_row = all(
-            node.op_type == "Gather" and node.input[0] == tensor.name and not any(each.i for each in node.attribute)
+            node.op_type == "Gather"
+            and node.input[0] == tensor.name
+            and not any(each.i for each in node.attribute)
             for node in nodes
         )
         if nodes and by_row and len(tensor.dims) == 2 and math.prod(tensor.dims) >= _LEAST_TABLE:
@@ -207,13 +236,19 @@ def _token_rows(values: np.ndarray, feed: Feed) -> Tensor:
     rows = torch.from_numpy(values).float()
     rows = rows.flatten(0, -2) if rows.dim() > 1 else rows.reshape(-1, 1)
     mask = next((feed[name] for name in ("attention_mask", "segments") if name in feed), None)
-    return rows if mask is None or mask.size != len(rows) else rows[torch.from_numpy(mask).bool().flatten()]
+    return (
+        rows
+        if mask is None or mask.size != len(rows)
+        else rows[torch.from_numpy(mask).bool().flatten()]
+    )
 
 
 def _session(path: Path) -> Any:
     import onnxruntime
 
-    return onnxruntime.InferenceSession(str(path), session_options(), providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        str(path), session_options(), providers=["CPUExecutionProvider"]
+    )
 
 
 def run_graph(model: Any, feeds: Sequence[Feed]) -> Iterator[dict[str, Any]]:
@@ -227,20 +262,26 @@ def run_graph(model: Any, feeds: Sequence[Feed]) -> Iterator[dict[str, Any]]:
         yield dict(zip(names, session.run(names, dict(feed)), strict=True))
 
 
-def observe(model: Any, found: Sequence[Site], feeds: Sequence[Feed]) -> tuple[list[Seen], list[dict[str, Any]]]:
+def observe(
+    model: Any, found: Sequence[Site], feeds: Sequence[Feed]
+) -> tuple[list[Seen], list[dict[str, Any]]]:
     """Run an fp32 graph on feeds; returns statistics of the sites' tensors and all outputs."""
     import onnx
 
     model = copy.deepcopy(model)
     outputs = [value.name for value in model.graph.output]
     known = {*outputs, *(value.name for value in model.graph.input)}
-    model.graph.output.extend(onnx.ValueInfoProto(name=site.tensor) for site in found if site.tensor not in known)
+    model.graph.output.extend(
+        onnx.ValueInfoProto(name=site.tensor) for site in found if site.tensor not in known
+    )
     parts: list[list[Seen]] = [[] for _ in found]
     results = []
     for feed, made in zip(feeds, run_graph(model, feeds), strict=True):
         results.append({name: made[name] for name in outputs})
         for site, part in zip(found, parts, strict=True):
-            rows = _token_rows(feed[site.tensor] if site.tensor in feed else made[site.tensor], feed)
+            rows = _token_rows(
+                feed[site.tensor] if site.tensor in feed else made[site.tensor], feed
+            )
             step = math.ceil(len(rows) * len(feeds) / _CALIBRATION_ROWS)
             part.append(Seen(rows.amin(0), rows.amax(0), rows[::step].clone()))
     seen = []
@@ -262,7 +303,13 @@ def fit(site: Site, seen: Seen, scheme: Scheme) -> Fitted:
         stored = [scheme.store(weight * smoothing[:, None]) for weight in site.weights]
         rounded = torch.cat([values.float() * scales for values, scales in stored], 1)
         result = scheme.round(seen.rows / smoothing, scale, zero) @ rounded
-        return Fitted(site, smoothing, scale, zero, float((result - exact).norm() / exact.norm().clamp(min=1e-12)))
+        return Fitted(
+            site,
+            smoothing,
+            scale,
+            zero,
+            float((result - exact).norm() / exact.norm().clamp(min=1e-12)),
+        )
 
     plain = attempt(torch.ones_like(largest))
     heaviest = weights.abs().amax(1).clamp(min=1e-8)
@@ -273,11 +320,15 @@ def fit(site: Site, seen: Seen, scheme: Scheme) -> Fitted:
         smoothing = torch.where(largest > 0, smoothing / smoothing.log().mean().exp(), 1.0)
         smoothed.append(attempt(smoothing.clamp(1e-3, 1e3)))
     best = min(smoothed, key=lambda fitted: fitted.error)
-    smoothing = (best if best.error < plain.error * (1 if site.norm else _WORTH_A_PASS) else plain).smoothing
+    smoothing = (
+        best if best.error < plain.error * (1 if site.norm else _WORTH_A_PASS) else plain
+    ).smoothing
     return min((attempt(smoothing, clip) for clip in _CLIPS), key=lambda fitted: fitted.error)
 
 
-def quantise_graph(model: Any, chosen: Sequence[Fitted], scheme: Scheme, tables: Sequence[Table] = ()) -> Any:
+def quantise_graph(
+    model: Any, chosen: Sequence[Fitted], scheme: Scheme, tables: Sequence[Table] = ()
+) -> Any:
     """Return a copy of an ONNX graph with some of its sites and tables in 8 bits."""
     from onnx import TensorProto, helper
 
@@ -286,7 +337,10 @@ def quantise_graph(model: Any, chosen: Sequence[Fitted], scheme: Scheme, tables:
     constants = {tensor.name: tensor for tensor in graph.initializer}
     nodes = {node.name: node for node in graph.node}
     eight_bits = TensorProto.FLOAT8E4M3FN if scheme.kind == "fp8" else TensorProto.INT8
-    wide_types: dict[int, torch.dtype] = {TensorProto.FLOAT: torch.float32, TensorProto.FLOAT16: torch.float16}
+    wide_types: dict[int, torch.dtype] = {
+        TensorProto.FLOAT: torch.float32,
+        TensorProto.FLOAT16: torch.float16,
+    }
 
     def add(name: str, value: Tensor, kind: int) -> str:
         content = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -313,11 +367,17 @@ def quantise_graph(model: Any, chosen: Sequence[Fitted], scheme: Scheme, tables:
         tensor = site.tensor
         if not site.norm and bool((smoothing != 1).any()):
             inverse = add(f"{name}.inverse_smoothing", (1 / smoothing).to(dtype), wide)
-            before.append(helper.make_node("Mul", [tensor, inverse], [f"{name}.smoothed"], f"{name}.smooth"))
+            before.append(
+                helper.make_node("Mul", [tensor, inverse], [f"{name}.smoothed"], f"{name}.smooth")
+            )
             tensor = f"{name}.smoothed"
-        before.append(helper.make_node("QuantizeLinear", [tensor, *scales], [f"{name}.q"], f"{name}.quantize"))
         before.append(
-            helper.make_node("DequantizeLinear", [f"{name}.q", *scales], [f"{name}.dq"], f"{name}.dequantize")
+            helper.make_node("QuantizeLinear", [tensor, *scales], [f"{name}.q"], f"{name}.quantize")
+        )
+        before.append(
+            helper.make_node(
+                "DequantizeLinear", [f"{name}.q", *scales], [f"{name}.dq"], f"{name}.dequantize"
+            )
         )
         for gemm in site.gemms:
             weight = _array(constants[nodes[gemm].input[1]])
@@ -328,7 +388,9 @@ def quantise_graph(model: Any, chosen: Sequence[Fitted], scheme: Scheme, tables:
                 add(f"{gemm}.weight_zero", torch.zeros(steps.shape, dtype=torch.uint8), eight_bits),
             ]
             axis: dict[str, Any] = {"axis": 1} if steps.dim() else {}
-            read = helper.make_node("DequantizeLinear", stored, [f"{gemm}.weight_dq"], f"{gemm}.dequantize", **axis)
+            read = helper.make_node(
+                "DequantizeLinear", stored, [f"{gemm}.weight_dq"], f"{gemm}.dequantize", **axis
+            )
             before.append(read)
             nodes[gemm].input[0], nodes[gemm].input[1] = f"{name}.dq", f"{gemm}.weight_dq"
     replaced: dict[str, list[Any]] = {}
@@ -349,9 +411,16 @@ def quantise_graph(model: Any, chosen: Sequence[Fitted], scheme: Scheme, tables:
                 helper.make_node("Gather", [stored[1], index], parts[2:], parts[2]),
                 helper.make_node("Mul", parts[1:], [nodes[gather].output[0]], gather),
             ]
-    order = [each for node in graph.node for each in (*inserted.get(node.name, ()), *replaced.get(node.name, (node,)))]
+    order = [
+        each
+        for node in graph.node
+        for each in (*inserted.get(node.name, ()), *replaced.get(node.name, (node,)))
+    ]
     names = {name for node in order for name in node.input} | {value.name for value in graph.output}
-    for part, kept in ((graph.node, order), (graph.initializer, [t for t in graph.initializer if t.name in names])):
+    for part, kept in (
+        (graph.node, order),
+        (graph.initializer, [t for t in graph.initializer if t.name in names]),
+    ):
         del part[:]
         part.extend(kept)
     return model
@@ -364,10 +433,14 @@ def save(model: Any, path: Path) -> None:
     external = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > LARGEST_FILE
     beside = path.with_name(f"{path.name}.data")
     beside.unlink(missing_ok=True)
-    onnx.save(model, str(path), save_as_external_data=external, location=beside.name, size_threshold=1024)
+    onnx.save(
+        model, str(path), save_as_external_data=external, location=beside.name, size_threshold=1024
+    )
 
 
-def calibration_inputs(comparison: Comparison, record: GraphRecord, *, rest: bool = False) -> list[Feed]:
+def calibration_inputs(
+    comparison: Comparison, record: GraphRecord, *, rest: bool = False
+) -> list[Feed]:
     """Return inputs as a session gives them to a graph, each image with its share of the texts, in fp32 and int64."""
     images, texts = calibration_part(comparison.reference, rest=rest)
     ranges = graph_slots(record)[0].ranges
@@ -382,7 +455,10 @@ def calibration_inputs(comparison: Comparison, record: GraphRecord, *, rest: boo
         for n in range(len(images))
     ]
     return [
-        {name: (value.float() if value.is_floating_point() else value).numpy() for name, value in inputs.items()}
+        {
+            name: (value.float() if value.is_floating_point() else value).numpy()
+            for name, value in inputs.items()
+        }
         for inputs in comparison.inputs(record.name, cases)
     ]
 
@@ -392,13 +468,18 @@ class _Trials:
 
     def __init__(self, feeds: Sequence[Feed], truths: Sequence[Feed]) -> None:
         self.feeds, self.truths = feeds, truths
-        self.extents = {name: max(float(np.abs(each[name]).max(initial=0)) for each in truths) for name in truths[0]}
+        self.extents = {
+            name: max(float(np.abs(each[name]).max(initial=0)) for each in truths)
+            for name in truths[0]
+        }
 
     def least_cosine(self, model: Any, most: int | None = None) -> float:
         """Return the least cosine of a graph over all inputs, or the first ones."""
         feeds, truths = self.feeds[:most], self.truths[:most]
         outputs = run_graph(model, feeds)
-        return min(least_cosine(*each, self.extents) for each in zip(outputs, truths, feeds, strict=True))
+        return min(
+            least_cosine(*each, self.extents) for each in zip(outputs, truths, feeds, strict=True)
+        )
 
 
 class GraphPlan:
@@ -482,7 +563,12 @@ class GraphPlan:
 
 
 def quantise_graphs(
-    exported: Manifest, comparison: Comparison, out: Path, scheme: Scheme, budget: float, progress: Progress = silent
+    exported: Manifest,
+    comparison: Comparison,
+    out: Path,
+    scheme: Scheme,
+    budget: float,
+    progress: Progress = silent,
 ) -> None:
     """Write the ONNX files of an export to `out` with 8-bit GEMMs within a budget, compare them, record the choices.
 
@@ -503,7 +589,9 @@ def quantise_graphs(
             if record.name not in plans:
                 progress(f"choosing GEMMs of {record.name}")
                 feeds = calibration_inputs(comparison, record)
-                plans[record.name] = GraphPlan(comparison.folder / record.file, feeds, scheme, budget)
+                plans[record.name] = GraphPlan(
+                    comparison.folder / record.file, feeds, scheme, budget
+                )
             record.quantisation = plans[record.name].write(path)
         except (XFMError, OSError):
             raise
@@ -535,7 +623,8 @@ def quantise_graphs(
         changed = [
             record
             for record in exported.graphs
-            if record.name in failed and plans[record.name].retreat(calibration_inputs(comparison, record, rest=True))
+            if record.name in failed
+            and plans[record.name].retreat(calibration_inputs(comparison, record, rest=True))
         ]
     for record in exported.graphs if scheme.unsigned else ():
         assert record.quantisation is not None
@@ -572,7 +661,11 @@ def least_cosine(output: Feed, truth: Feed, feed: Feed, extents: Mapping[str, fl
         if name in ("scores", "match_logits") and truth[name].shape[1] >= _LEAST_ROW:
             scores = [torch.from_numpy(values[name]).double() for values in (output, truth)]
             scores = [each[..., 1] if name == "match_logits" else each for each in scores]
-            cosines.append(F.cosine_similarity(*(each - each.mean(-1, keepdim=True) for each in scores), dim=-1))
+            cosines.append(
+                F.cosine_similarity(
+                    *(each - each.mean(-1, keepdim=True) for each in scores), dim=-1
+                )
+            )
         if name == "scores" or exact.shape[-1] < _LEAST_ROW:
             cosines.append(1 - ((rows - exact).flatten() / (extents[name] or 1)).square() / 2)
         else:
@@ -610,7 +703,9 @@ def quantize_int8(
         storing(out, "choose another folder"),
         tempfile.TemporaryDirectory(dir=out, prefix=".int8-") as scratch,
     ):
-        quantise_graphs(changed, Comparison(source, folder, reference), Path(scratch), scheme, budget, progress)
+        quantise_graphs(
+            changed, Comparison(source, folder, reference), Path(scratch), scheme, budget, progress
+        )
 
         def write(record: GraphRecord) -> list[str]:
             for name in record.files:

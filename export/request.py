@@ -14,7 +14,9 @@ from annotated_types import Ge
 
 from xfm_fast.errors import InputError, UnavailableError
 
-GraphName = Literal["vision", "text", "image_memory", "fusion", "match", "nlvr2", "decoder_memory", "decoder_step"]
+GraphName = Literal[
+    "vision", "text", "image_memory", "fusion", "match", "nlvr2", "decoder_memory", "decoder_step"
+]
 ALL_GRAPHS: tuple[GraphName, ...] = get_args(GraphName)
 
 PAIR_GRAPH: GraphName = "nlvr2"
@@ -73,7 +75,9 @@ class ExportRequest:
         names = tuple(part.strip() for part in joined(self.graphs).split(",") if part.strip())
         for name in names:
             if name not in ALL_GRAPHS:
-                raise UnavailableError(f"graph {name!r} is unknown; choose from {', '.join(ALL_GRAPHS)}")
+                raise UnavailableError(
+                    f"graph {name!r} is unknown; choose from {', '.join(ALL_GRAPHS)}"
+                )
         if not names:
             raise InputError(
                 f"--graphs {self.graphs!r} names no graph; choose from {', '.join(ALL_GRAPHS)}, or omit it"
@@ -90,7 +94,9 @@ class ExportRequest:
         for part in filter(None, (part.strip() for part in joined(given).split(","))):
             name, _, size = (piece.strip() for piece in part.partition("="))
             if not name or not size.isdigit():
-                raise InputError(f"--fixed {part!r} is not understood; write axis=size, such as batch=1,length=40")
+                raise InputError(
+                    f"--fixed {part!r} is not understood; write axis=size, such as batch=1,length=40"
+                )
             fixed[name] = int(size)
         return fixed
 
@@ -128,9 +134,13 @@ class RepositoryOptions:
         """Raise `UnavailableError` for unknown choices, and `InputError` for values that models cannot have."""
         for name, choices in (("pipeline", get_args(Pipeline)), ("device", get_args(ServedDevice))):
             if (value := getattr(self, name)) not in choices:
-                raise UnavailableError(f"{name} {value!r} is unknown; choose from {', '.join(choices)}")
+                raise UnavailableError(
+                    f"{name} {value!r} is unknown; choose from {', '.join(choices)}"
+                )
         if not re.fullmatch(r"[A-Za-z][\w-]*", self.prefix, re.ASCII):
-            raise InputError(f"prefix {self.prefix!r} cannot name models; use letters, digits, - and _")
+            raise InputError(
+                f"prefix {self.prefix!r} cannot name models; use letters, digits, - and _"
+            )
         if self.most_batch < 1:
             raise InputError(f"most_batch is {self.most_batch}; it must be at least 1")
 

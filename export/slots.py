@@ -32,8 +32,15 @@ from .manifest import AXES, GraphRecord, ProfileRecord, TensorRecord
 
 # Tokens of a row that are tried: about as many as a caption has, to where attention begins to count.
 _TARGETS = (32, 48, 64, 96, 128)
-_SYNTAX = "write name:axis=least..best..most, such as latency:batch=1,texts=1..8..64,length=1..16..40"
-TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64}
+_SYNTAX = (
+    "write name:axis=least..best..most, such as latency:batch=1,texts=1..8..64,length=1..16..40"
+)
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+}
 
 
 class SizeRange(NamedTuple):
@@ -116,13 +123,18 @@ def parse_profiles(texts: Iterable[str], *, packed: bool = False) -> tuple[Slot,
         for part in filter(None, map(str.strip, rest.split(","))):
             axis, _, sizes = (piece.strip() for piece in part.partition("="))
             if axis not in AXES or axis in axes:
-                raise InputError(f"profile {name!r}: {axis!r} is twice there, or not one of {', '.join(AXES)}")
+                raise InputError(
+                    f"profile {name!r}: {axis!r} is twice there, or not one of {', '.join(AXES)}"
+                )
             # `a..b` is tuned for b.
             numbers = [
-                int(size) if size.isascii() and size.isdigit() else 0 for size in map(str.strip, sizes.split(".."))
+                int(size) if size.isascii() and size.isdigit() else 0
+                for size in map(str.strip, sizes.split(".."))
             ]
             if len(numbers) > 3 or numbers[0] < 1 or numbers != sorted(numbers):
-                raise InputError(f"profile {name!r}: {axis}={sizes} is no rising range from 1 or more; {_SYNTAX}")
+                raise InputError(
+                    f"profile {name!r}: {axis}={sizes} is no rising range from 1 or more; {_SYNTAX}"
+                )
             axes[axis] = SizeRange(numbers[0], numbers[-1], numbers[len(numbers) // 2])
         if not axes or any(name == other.name for other in profiles):
             raise InputError(f"profile {name!r} is empty or defined twice; {_SYNTAX}")
@@ -136,7 +148,11 @@ def graph_profiles(graph: GraphRecord, profiles: Sequence[Slot]) -> list[Profile
     for profile in profiles if graph.axes else ():
         for axis, accepted in graph.axes.items():
             sizes, top = profile.ranges.get(axis), accepted.most
-            if sizes is None or sizes.least < accepted.least or (top is not None and (sizes.most or top) > top):
+            if (
+                sizes is None
+                or sizes.least < accepted.least
+                or (top is not None and (sizes.most or top) > top)
+            ):
                 raise InputError(
                     f"profile {profile.name!r} has {axis}={sizes} and graph {graph.name!r} accepts "
                     f"{SizeRange(accepted.least, top)}; give {axis}=least..best..most within it"
@@ -144,7 +160,8 @@ def graph_profiles(graph: GraphRecord, profiles: Sequence[Slot]) -> list[Profile
         shapes = {
             bound: {
                 tensor.name: [
-                    getattr(profile.ranges[dim], bound) if isinstance(dim, str) else dim for dim in tensor.dims
+                    getattr(profile.ranges[dim], bound) if isinstance(dim, str) else dim
+                    for dim in tensor.dims
                 ]
                 for tensor in graph.inputs
             }
@@ -187,7 +204,9 @@ def graph_slots(record: GraphRecord) -> list[Slot]:
     return [Slot("fixed", 0, ranges) if slot.fixed else slot]
 
 
-def choose_slot(graph: str, slots: Sequence[Slot], sizes: Mapping[str, int]) -> tuple[Slot, dict[str, int]]:
+def choose_slot(
+    graph: str, slots: Sequence[Slot], sizes: Mapping[str, int]
+) -> tuple[Slot, dict[str, int]]:
     """The slot with the least padding for a request, and the padded sizes; raises `InputError` where no slot fits."""
     fitting = [(slot, padded) for slot in slots if (padded := slot.padded(sizes)) is not None]
     if not fitting:
@@ -199,7 +218,9 @@ def choose_slot(graph: str, slots: Sequence[Slot], sizes: Mapping[str, int]) -> 
 
     def waste(choice: tuple[Slot, dict[str, int]]) -> tuple[int, float]:
         slot, padded = choice
-        return prod(padded.values()), prod(inf if r.most is None else r.most for r in slot.ranges.values())
+        return prod(padded.values()), prod(
+            inf if r.most is None else r.most for r in slot.ranges.values()
+        )
 
     return min(fitting, key=waste)
 
@@ -236,9 +257,14 @@ def request_sizes(record: GraphRecord, inputs: Mapping[str, Tensor]) -> dict[str
     return sizes
 
 
-def pad_tensor(value: Tensor, axes: Sequence[str | None], sizes: Mapping[str, int], filling: int = 0) -> Tensor:
+def pad_tensor(
+    value: Tensor, axes: Sequence[str | None], sizes: Mapping[str, int], filling: int = 0
+) -> Tensor:
     """Append `filling` until the dimensions of axes have their sizes; the tensor itself where they do."""
-    lacking = [0 if axis is None else sizes[axis] - size for axis, size in zip(axes, value.shape, strict=False)]
+    lacking = [
+        0 if axis is None else sizes[axis] - size
+        for axis, size in zip(axes, value.shape, strict=False)
+    ]
     if not any(lacking):
         return value
     pads = [0] * (2 * (value.dim() - len(axes)))
@@ -254,10 +280,13 @@ def trim_tensor(value: Tensor, axes: Sequence[str | None], sizes: Mapping[str, i
     return value
 
 
-def empty_tensors(tensors: Iterable[TensorRecord], sizes: Mapping[str, int], device: torch.device) -> dict[str, Tensor]:
+def empty_tensors(
+    tensors: Iterable[TensorRecord], sizes: Mapping[str, int], device: torch.device
+) -> dict[str, Tensor]:
     """Uninitialised memory for inputs or outputs of a graph at the given sizes."""
     return {
-        each.name: torch.empty(each.shape(sizes), dtype=TORCH_DTYPES[each.dtype], device=device) for each in tensors
+        each.name: torch.empty(each.shape(sizes), dtype=TORCH_DTYPES[each.dtype], device=device)
+        for each in tensors
     }
 
 
@@ -302,7 +331,12 @@ class PassLimits:
         taken = []
         for allowed in (slot.ranges["length"] for slot in slots):
             if allowed.most is None or length <= allowed.most:
-                taken.append(max(stepped if allowed.most is None else min(stepped, allowed.most), allowed.least))
+                taken.append(
+                    max(
+                        stepped if allowed.most is None else min(stepped, allowed.most),
+                        allowed.least,
+                    )
+                )
         return min(taken, default=length)
 
 
@@ -317,7 +351,11 @@ def token_batches(
     """Divide captions into passes with the fewest padded tokens plus `pass_tokens` per pass."""
     rows = sorted(range(len(lengths)), key=lengths.__getitem__)
     # rows[:bounds[n]] are the captions of the n shortest distinct lengths.
-    bounds = [place for place in range(len(rows)) if not place or lengths[rows[place]] > lengths[rows[place - 1]]]
+    bounds = [
+        place
+        for place in range(len(rows))
+        if not place or lengths[rows[place]] > lengths[rows[place - 1]]
+    ]
     bounds.append(len(rows))
     batches: list[TokenBatch] = []
     for start, stop in _cuts(
@@ -395,13 +433,25 @@ def plan_passes(
                 [lengths[text] for text in texts], limits.budget, pass_tokens=price, most=largest(slots, axis),
                 padded=lambda length: limits.padded(length, slots),
             )  # fmt: skip
-            rows = [Rows(tuple((texts[number],) for number in batch.rows), batch.length) for batch in batches]
+            rows = [
+                Rows(tuple((texts[number],) for number in batch.rows), batch.length)
+                for batch in batches
+            ]
         passes += [Pass((image,), (each.texts,), each.length) for each in rows]
-    return passes if image_of is None else _combine(passes, slots, limits, "texts" if packed_width is None else "rows")
+    return (
+        passes
+        if image_of is None
+        else _combine(passes, slots, limits, "texts" if packed_width is None else "rows")
+    )
 
 
 def _row_batches(
-    texts: Sequence[int], lengths: Sequence[int], slots: Sequence[Slot], limits: PassLimits, width: int, top: int | None
+    texts: Sequence[int],
+    lengths: Sequence[int],
+    slots: Sequence[Slot],
+    limits: PassLimits,
+    width: int,
+    top: int | None,
 ) -> list[Rows]:
     """Divide captions into passes of a packed graph, which takes `top` captions at once."""
     tokens, most = sum(lengths[text] for text in texts), top or len(texts)
@@ -421,7 +471,9 @@ def _row_batches(
     raise AssertionError("a text alone fits into every slot that takes its length")
 
 
-def _combine(units: Sequence[Pass], slots: Sequence[Slot], limits: PassLimits, axis: str) -> list[Pass]:
+def _combine(
+    units: Sequence[Pass], slots: Sequence[Slot], limits: PassLimits, axis: str
+) -> list[Pass]:
     """Combine passes of one image each into passes of equal numbers of rows."""
     by_count: dict[int, list[Pass]] = {}
     for unit in units:
@@ -434,7 +486,9 @@ def _combine(units: Sequence[Pass], slots: Sequence[Slot], limits: PassLimits, a
             limits.budget,
             pass_tokens=limits.pass_tokens,
             # A profile may take many memories or many texts of each, but not both.
-            most=largest([slot for slot in slots if slot.padded({axis: count}) is not None], "batch"),
+            most=largest(
+                [slot for slot in slots if slot.padded({axis: count}) is not None], "batch"
+            ),
         )
         for batch in batches:
             # In the order of the images, so that neighbouring memories need no copy.
@@ -479,7 +533,9 @@ def pack_rows(
     return best
 
 
-def _fill_rows(order: Sequence[int], lengths: Sequence[int], count: int) -> tuple[tuple[tuple[int, ...], ...], int]:
+def _fill_rows(
+    order: Sequence[int], lengths: Sequence[int], count: int
+) -> tuple[tuple[tuple[int, ...], ...], int]:
     """Greedy packing into `count` rows, longest caption first; returns the rows and the tokens of the fullest."""
     rows: list[list[int]] = [[] for _ in range(count)]
     loads = [(0, row) for row in range(count)]
@@ -503,12 +559,16 @@ class Layout:
     found: Tensor  # [P] position of the results of each among all B T
 
     @classmethod
-    def of(cls, images: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int], length: int) -> Layout:
+    def of(
+        cls, images: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int], length: int
+    ) -> Layout:
         """The layout of captions: `images` holds the rows of every image, the same number of rows each."""
         counts = [sum(map(len, rows)) for rows in images]
         rows, most = len(images[0]), max(counts)
         texts = np.array([text for image in images for row in image for text in row])
-        row = np.repeat(np.arange(len(images) * rows), [len(row) for image in images for row in image])
+        row = np.repeat(
+            np.arange(len(images) * rows), [len(row) for image in images for row in image]
+        )
         sizes = np.asarray(lengths)[texts]
         before = np.cumsum(sizes) - sizes
         # Tokens before the first caption of a row; empty rows are not read.
@@ -528,7 +588,10 @@ class Layout:
         firsts[image, number] = np.stack([row % rows, offset], axis=1)
         source, found = starts[texts][of] + inner, image * most + number
         return cls(
-            *map(torch.from_numpy, (source, place, segments.reshape(len(images), rows, length), firsts, texts, found))
+            *map(
+                torch.from_numpy,
+                (source, place, segments.reshape(len(images), rows, length), firsts, texts, found),
+            )
         )
 
     def inputs(self, packed: bool) -> dict[str, Tensor]:
@@ -541,5 +604,11 @@ class Layout:
         """Token values `[tokens of all captions, ...]` → `[B, R, L, ...]`; padding is arbitrary where None."""
         index = torch.zeros(self.segments.numel(), dtype=torch.long)
         index[self.place] = self.source
-        out = values.index_select(0, index.to(values.device)).view(*self.segments.shape, *values.shape[1:])
-        return out if padding is None else out.masked_fill((self.segments == 0).to(out.device), padding)
+        out = values.index_select(0, index.to(values.device)).view(
+            *self.segments.shape, *values.shape[1:]
+        )
+        return (
+            out
+            if padding is None
+            else out.masked_fill((self.segments == 0).to(out.device), padding)
+        )

@@ -19,7 +19,15 @@ from torch import Tensor
 from xfm_fast.errors import UnavailableError
 from xfm_fast.models.xfm import XFM
 
-from .expected import DECODER_GRAPHS, LONGEST, REFERENCE_FILE, Examples, Reference, generated_examples, make_reference
+from .expected import (
+    DECODER_GRAPHS,
+    LONGEST,
+    REFERENCE_FILE,
+    Examples,
+    Reference,
+    generated_examples,
+    make_reference,
+)
 from .graphs import DTYPES, is_memory, memory_names
 from .manifest import Check, GraphRecord, Manifest, RankCheck, VerificationRecord, record_files
 from .request import BUDGET, DEFAULT_GRAPHS, PAIR_GRAPH, DType, GraphName
@@ -34,23 +42,32 @@ _ONE_PASS = 1 << 30
 
 
 def verify_export(
-    folder: str | Path, model: XFM, examples: Examples | None = None, runtime: Runtime | str = "auto"
+    folder: str | Path,
+    model: XFM,
+    examples: Examples | None = None,
+    runtime: Runtime | str = "auto",
 ) -> Manifest:
     """Write the reference of `model` into the folder of an export, and compare the export with it."""
     folder = Path(folder)
     manifest = Manifest.load(folder, check_files=False)
     try:
-        compare_with_reference(manifest, folder, keep_results(manifest, folder, model, examples), runtime)
+        compare_with_reference(
+            manifest, folder, keep_results(manifest, folder, model, examples), runtime
+        )
     finally:
         manifest.save(folder)
     return manifest
 
 
-def keep_results(manifest: Manifest, folder: Path, model: XFM, examples: Examples | None = None) -> Reference:
+def keep_results(
+    manifest: Manifest, folder: Path, model: XFM, examples: Examples | None = None
+) -> Reference:
     """Write the reference of the model into the folder of an export."""
     longest = manifest.fixed.get("length", LONGEST)
     examples = generated_examples(model.config, longest=longest) if examples is None else examples
-    reference = make_reference(model, examples, manifest.graph_names, manifest.dtype, all_tokens=manifest.all_tokens)
+    reference = make_reference(
+        model, examples, manifest.graph_names, manifest.dtype, all_tokens=manifest.all_tokens
+    )
     manifest.examples = examples.origin
     keep_reference(manifest, folder, reference)
     return reference
@@ -63,7 +80,9 @@ def keep_reference(manifest: Manifest, folder: Path, reference: Reference) -> No
     manifest.files = [*others, *record_files(folder, [REFERENCE_FILE])]
 
 
-def verify(folder: str | Path, runtime: Runtime | str = "auto", *, check_files: bool = True) -> Manifest:
+def verify(
+    folder: str | Path, runtime: Runtime | str = "auto", *, check_files: bool = True
+) -> Manifest:
     """Compare an export with its reference and save the result in the manifest; packages run with `aoti` only."""
     folder = Path(folder)
     manifest = Manifest.load(folder, check_files=check_files)
@@ -86,13 +105,17 @@ def compare_with_reference(
             manifest.status, manifest.reason = "unverified", str(error)
         elif graphs.differing:
             differing = ", ".join(graphs.differing)
-            manifest.status, manifest.reason = "failed", f"its graphs differ from the model: {differing}"
+            manifest.status, manifest.reason = (
+                "failed",
+                f"its graphs differ from the model: {differing}",
+            )
         else:
             manifest.status, manifest.reason = "graphs verified", f"engine not run here: {error}"
         return
     record = VerificationRecord(
         runtime=comparison.description,
-        examples=("the other half of " if manifest.options.get("arithmetic") else "") + manifest.examples,
+        examples=("the other half of " if manifest.options.get("arithmetic") else "")
+        + manifest.examples,
         seconds=round(time.perf_counter() - started, 3),
         checks=checks,
         ranks=ranks,
@@ -107,7 +130,12 @@ class Recorder(Runtime):
     """A runtime that records the shapes of every run, and the inputs of the graph `idle`, which returns zeros."""
 
     def __init__(self, runtime: Runtime, idle: str) -> None:
-        self.runtime, self.idle, self.device, self.description = runtime, idle, runtime.device, runtime.description
+        self.runtime, self.idle, self.device, self.description = (
+            runtime,
+            idle,
+            runtime.device,
+            runtime.description,
+        )
         self.shapes: dict[str, list[tuple[int, ...]]] = {}
         self.inputs: list[Mapping[str, Tensor]] = []
 
@@ -115,8 +143,13 @@ class Recorder(Runtime):
         """See `Runtime.load`."""
         graph = None if record.name == self.idle else self.runtime.load(record, path)
 
-        def run(inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-            shape, shapes = tuple(inputs[record.inputs[0].name].shape), self.shapes.setdefault(record.name, [])
+        def run(
+            inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]
+        ) -> dict[str, Tensor]:
+            shape, shapes = (
+                tuple(inputs[record.inputs[0].name].shape),
+                self.shapes.setdefault(record.name, []),
+            )
             if shape not in shapes:
                 shapes.append(shape)
             if graph is not None:
@@ -155,8 +188,19 @@ def chunks(count: int, size: int) -> Iterator[Tensor]:
 class Comparison:
     """The graphs of an export run on the inputs of a reference, and their outputs compared with its results."""
 
-    def __init__(self, manifest: Manifest, folder: Path, reference: Reference, runtime: Runtime | str = "auto") -> None:
-        self.manifest, self.folder, self.reference, self.runtime = manifest, folder, reference, runtime
+    def __init__(
+        self,
+        manifest: Manifest,
+        folder: Path,
+        reference: Reference,
+        runtime: Runtime | str = "auto",
+    ) -> None:
+        self.manifest, self.folder, self.reference, self.runtime = (
+            manifest,
+            folder,
+            reference,
+            runtime,
+        )
         self.known = reference.tensors
         self.lengths = self.known["attention_mask"].sum(1)
         self.images, self.texts = torch.arange(reference.images), torch.arange(reference.texts)
@@ -172,7 +216,9 @@ class Comparison:
         part = self.manifest
         if self.manifest.kind == "onnx":
             loaded = {graph, "image_memory"} if graph in ("fusion", PAIR_GRAPH) else {graph}
-            part = part.model_copy(update={"graphs": [each for each in part.graphs if each.name in loaded]})
+            part = part.model_copy(
+                update={"graphs": [each for each in part.graphs if each.name in loaded]}
+            )
         runtime = self.runtime
         if part.kind == "onnx" and runtime in ("auto", OnnxRuntime.name):
             # On the CPU, where bf16 graphs are computed in fp32.
@@ -197,12 +243,18 @@ class Comparison:
 
     def run(self) -> tuple[list[Check], list[RankCheck]]:
         """Run every graph over the range of its shapes and compare all outputs with the reference."""
-        threshold, reference, dtype = threshold_of(self.manifest), self.reference, self.manifest.dtype
+        threshold, reference, dtype = (
+            threshold_of(self.manifest),
+            self.reference,
+            self.manifest.dtype,
+        )
         checks: list[Check] = []
         ranks: list[RankCheck] = []
         computed = dict(self.known)
         # 8-bit errors accumulate from graph to graph, which the ranks of a single graph do not show.
-        chained = self.manifest.options.get("arithmetic") and {*DEFAULT_GRAPHS} <= {*self.manifest.graph_names}
+        chained = self.manifest.options.get("arithmetic") and {*DEFAULT_GRAPHS} <= {
+            *self.manifest.graph_names
+        }
         for record in self.manifest.graphs:
             session, found = self.session(record.name), Findings(record.name)
             with torch.inference_mode():
@@ -217,16 +269,25 @@ class Comparison:
                     for name in {"image_embeds", "text_embeds"} & {*outputs} if chained else ():
                         rows = case.images if name == "image_embeds" else case.texts[:, 0]
                         value = outputs[name].float().cpu()
-                        computed[name] = computed[name].index_put((rows[:, None], torch.arange(value.shape[1])), value)
+                        computed[name] = computed[name].index_put(
+                            (rows[:, None], torch.arange(value.shape[1])), value
+                        )
             del session  # before the next graph is loaded
             shapes = self.recorder.shapes[record.name]
-            checks += [found.check(output, shapes, threshold, reference, dtype) for output in found.outputs]
+            checks += [
+                found.check(output, shapes, threshold, reference, dtype) for output in found.outputs
+            ]
             ranks += _rank_check(record.name, found.scores, threshold, reference)
         if chained:
             record, found = self.manifest.graph("fusion"), Findings("fusion")
             with torch.inference_mode():
                 *_, case = self.cases(record)
-                self._compare("fusion", case, self.outputs(self.session("fusion"), "fusion", case, computed), found)
+                self._compare(
+                    "fusion",
+                    case,
+                    self.outputs(self.session("fusion"), "fusion", case, computed),
+                    found,
+                )
             ranks += _rank_check("all", found.scores, threshold, reference)
         return checks, ranks
 
@@ -274,12 +335,16 @@ class Comparison:
             pairs = torch.stack([images, (images + 1) % self.reference.images], 1).flatten()
             layers = self._memory(session, pairs, known).layers.items()
             memory = {name: layer.unflatten(0, (-1, 2)) for name, layer in layers}
-            return session.in_batches(PAIR_GRAPH, {"text_embeds": embeds, "attention_mask": mask, **memory})
+            return session.in_batches(
+                PAIR_GRAPH, {"text_embeds": embeds, "attention_mask": mask, **memory}
+            )
         image_of = torch.arange(len(images)).repeat_interleave(case.texts.shape[1]).tolist()
         tokens, memory = embeds[mask.bool().to(embeds.device)], self._memory(session, images, known)
         return session.fuse_packed(tokens, mask.sum(1), memory, image_of)
 
-    def _memory(self, session: TaskSession, images: Tensor, known: Mapping[str, Tensor]) -> SessionMemory:
+    def _memory(
+        self, session: TaskSession, images: Tensor, known: Mapping[str, Tensor]
+    ) -> SessionMemory:
         if "image_memory" in session.manifest.graph_names:
             return session.image_memory(known["image_embeds"][images])
         layers = {name: known[name] for name in memory_names(session.config.fusion_layers)}
@@ -288,7 +353,9 @@ class Comparison:
              for name, layer in layers.items()}
         )  # fmt: skip
 
-    def _compare(self, graph: str, case: Case, outputs: Mapping[str, Tensor], found: Findings) -> None:
+    def _compare(
+        self, graph: str, case: Case, outputs: Mapping[str, Tensor], found: Findings
+    ) -> None:
         known, rows = self.known, case.texts.flatten()
         images = case.images if graph in ("vision", "image_memory") else case.images.repeat_interleave(
             case.texts.shape[1]
@@ -301,14 +368,24 @@ class Comparison:
                 found.add("memory", mine, known[name].expand_as(mine))
             elif name in ("text_embeds", "fused_tokens"):
                 real = known["attention_mask"][rows, : int(self.lengths[rows].max())].bool()
-                truth = (known[name] if name == "text_embeds" else known[name][0])[rows, : real.shape[1]][real]
+                truth = (known[name] if name == "text_embeds" else known[name][0])[
+                    rows, : real.shape[1]
+                ][real]
                 # The reference of fused tokens covers image 0 only.
-                ours = images.repeat_interleave(real.sum(1)) == 0 if name == "fused_tokens" else slice(None)
-                found.add(name, (value[real] if name == "text_embeds" else value)[ours], truth[ours])
+                ours = (
+                    images.repeat_interleave(real.sum(1)) == 0
+                    if name == "fused_tokens"
+                    else slice(None)
+                )
+                found.add(
+                    name, (value[real] if name == "text_embeds" else value)[ours], truth[ours]
+                )
             else:
                 found.add(name, value, known[name][index])
             if name in ("match_logits", "scores"):
-                found.add_scores(images, rows, value[:, 1] if name == "match_logits" else value, self.reference)
+                found.add_scores(
+                    images, rows, value[:, 1] if name == "match_logits" else value, self.reference
+                )
 
     def _project_states(self, session: TaskSession, found: Findings) -> None:
         known = self.known
@@ -332,7 +409,9 @@ class Comparison:
                     tokens = known["tokens"][chosen].expand(states, -1, -1)
                     past = session.unwritten(states, texts, 0)
                     for step in range(min(tokens.shape[2], session.positions)):
-                        logits, present = session.next_tokens(tokens[:, :, step], past, memory.select(rows))
+                        logits, present = session.next_tokens(
+                            tokens[:, :, step], past, memory.select(rows)
+                        )
                         at = rows[:, None], chosen, step
                         found.add("logits", logits.float().cpu(), known["step_logits"][at])
                         found.add("present", present.float().cpu(), known["present"][at])
@@ -372,13 +451,19 @@ class Threshold:
         if not self.rounding:
             return self.absolute + self.relative * extent
         unit = torch.finfo(DTYPES[dtype]).eps * extent
-        own = max(error for stored, error in reference.rounding.items() if _check_name(stored) == name)
+        own = max(
+            error for stored, error in reference.rounding.items() if _check_name(stored) == name
+        )
         return self.rounding * own + 2 * unit
 
     def ties(self, reference: Reference) -> float:
         """The largest difference of two scores that may swap ranks."""
         extent = float(reference.tensors["scores"].abs().max()) if self.relative_tie else 0.0
-        return max(self.tie, 2 * reference.rounding["scores"] if self.rounding else 0.0, self.relative_tie * extent)
+        return max(
+            self.tie,
+            2 * reference.rounding["scores"] if self.rounding else 0.0,
+            self.relative_tie * extent,
+        )
 
 
 THRESHOLDS: dict[DType, Threshold] = {
@@ -399,7 +484,13 @@ def threshold_of(manifest: Manifest) -> Threshold:
     budget = manifest.options.get("budget", BUDGET)
     turned, unit = (2 - 2 * budget) ** 0.5, torch.finfo(torch.bfloat16).eps
     return Threshold(
-        absolute=0, rounding=0, cosine=budget, tie=1e-5, ranks=0.95, relative=turned, relative_tie=2 * unit
+        absolute=0,
+        rounding=0,
+        cosine=budget,
+        tie=1e-5,
+        ranks=0.95,
+        relative=turned,
+        relative_tie=2 * unit,
     )
 
 
@@ -439,7 +530,9 @@ class Findings:
     def add(self, name: str, value: Tensor, truth: Tensor) -> None:
         errors = self.outputs.setdefault(name, _Errors())
         if value.shape != truth.shape:
-            raise ValueError(f"{self.graph} returned {name} of shape {[*value.shape]}, expected {[*truth.shape]}")
+            raise ValueError(
+                f"{self.graph} returned {name} of shape {[*value.shape]}, expected {[*truth.shape]}"
+            )
         if not truth.numel():
             return
         error = (value.double() - truth.double()).abs()
@@ -452,13 +545,20 @@ class Findings:
             cosine = F.cosine_similarity(value.double(), truth.double(), dim=-1)
             errors.cosine = float(torch.tensor([errors.cosine, float(cosine.min())]).min())
 
-    def add_scores(self, images: Tensor, texts: Tensor, scores: Tensor, reference: Reference) -> None:
+    def add_scores(
+        self, images: Tensor, texts: Tensor, scores: Tensor, reference: Reference
+    ) -> None:
         if self.scores is None:
             self.scores = torch.full((reference.images, reference.texts), torch.nan)
         self.scores[images, texts] = scores
 
     def check(
-        self, output: str, shapes: Sequence[Sequence[int]], threshold: Threshold, reference: Reference, dtype: DType
+        self,
+        output: str,
+        shapes: Sequence[Sequence[int]],
+        threshold: Threshold,
+        reference: Reference,
+        dtype: DType,
     ) -> Check:
         errors = self.outputs[output]
         allowed = threshold.allowed(output, errors.extent, reference, dtype)
@@ -484,7 +584,10 @@ def _finite(value: float) -> float | None:
 
 
 def _rank_check(
-    graph: GraphName | Literal["all"], scores: Tensor | None, threshold: Threshold, reference: Reference
+    graph: GraphName | Literal["all"],
+    scores: Tensor | None,
+    threshold: Threshold,
+    reference: Reference,
 ) -> list[RankCheck]:
     """The order of scores compared with the model's; none without two candidates of an image."""
     if scores is None:

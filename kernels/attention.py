@@ -85,7 +85,9 @@ def _relpos_kernel(a: RelPos, call: Call) -> Tensor:
     _check_bias(a, call)
     if a.key_mask is not None:
         if call.chosen == "triton" and named(call.backend):
-            raise InputError("backend 'triton' has no key_mask for relpos_attention; use 'auto' or 'reference'")
+            raise InputError(
+                "backend 'triton' has no key_mask for relpos_attention; use 'auto' or 'reference'"
+            )
         return _composed(a)
     if call.chosen != "triton":
         return _relpos(a, call.chosen)[0]
@@ -94,7 +96,9 @@ def _relpos_kernel(a: RelPos, call: Call) -> Tensor:
     dtype = a.q.dtype if a.q.dtype == torch.float64 else autocast_dtype(a.q.device) or a.q.dtype
     if a.bias is None:
         # Outside the operator, so that a graph contains what fills it.
-        a = a._replace(bias=_make_bias(a.table, a.window, a.scale, dtype, call.chosen, a.q.shape[-1]))
+        a = a._replace(
+            bias=_make_bias(a.table, a.window, a.scale, dtype, call.chosen, a.q.shape[-1])
+        )
     scale = _scale_of_bias(a.scale, dtype)
     if scale != a.scale:
         # By a power of two, which rounds nothing that counts beside the bias.
@@ -115,7 +119,9 @@ def _with_heads_of(head_dims: Sequence[int], a: Any) -> Any:
     if width in head_dims:
         return a
     if width > head_dims[-1]:
-        raise InputError(f"heads of {width} are wider than {head_dims[-1]}, the widest of backend 'triton'; use 'auto'")
+        raise InputError(
+            f"heads of {width} are wider than {head_dims[-1]}, the widest of backend 'triton'; use 'auto'"
+        )
     wider = next(d for d in head_dims if d > width)
     return a._replace(**{name: F.pad(getattr(a, name), (0, wider - width)) for name in "qkv"})
 
@@ -162,13 +168,20 @@ def relpos_bias(
 
 
 def _make_bias(
-    table: Tensor, window: tuple[int, int], scale: float, dtype: torch.dtype, backend: str, head_dim: int
+    table: Tensor,
+    window: tuple[int, int],
+    scale: float,
+    dtype: torch.dtype,
+    backend: str,
+    head_dim: int,
 ) -> Tensor:
     if backend != "triton":
         return _bias(table, window)
     scale = _scale_of_bias(scale, dtype)
     name = f"padded bias {window} {dtype} {scale} {head_dim}"
-    return cached(name, (table,), lambda: _relpos_bias(table.detach(), *window, dtype, scale, False, head_dim))
+    return cached(
+        name, (table,), lambda: _relpos_bias(table.detach(), *window, dtype, scale, False, head_dim)
+    )
 
 
 def _composed(a: RelPos) -> Tensor:
@@ -185,25 +198,39 @@ def _composed(a: RelPos) -> Tensor:
 
 def _laid_out(out: Tensor) -> Tensor:
     """The result of PyTorch's attention; in an exported graph a copy, since its decomposition has other strides."""
-    return out.clone(memory_format=torch.contiguous_format) if torch.compiler.is_exporting() else out
+    return (
+        out.clone(memory_format=torch.contiguous_format) if torch.compiler.is_exporting() else out
+    )
 
 
 def _bias(table: Tensor, window: tuple[int, int]) -> Tensor:
-    return cached(f"position bias {window}", (table,), lambda: attention.position_bias(table.detach(), window))
+    return cached(
+        f"position bias {window}", (table,), lambda: attention.position_bias(table.detach(), window)
+    )
 
 
 def _make_relpos_bias(
-    table: Tensor, height: int, width: int, dtype: torch.dtype, scale: float, turned: bool, head_dim: int = 0
+    table: Tensor,
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    scale: float,
+    turned: bool,
+    head_dim: int = 0,
 ) -> Tensor:
     from .triton.relpos_table import materialise_bias
 
     fragments = _in_fragments(head_dim, dtype, table.device, turned=turned)
-    return materialise_bias(table, (height, width), dtype, scale, turned=turned, fragments=fragments)
+    return materialise_bias(
+        table, (height, width), dtype, scale, turned=turned, fragments=fragments
+    )
 
 
 def _in_fragments(head_dim: int, dtype: torch.dtype, device: torch.device, *, turned: bool) -> bool:
     """Whether a bias is stored in fragments; fakes ask too, possibly without Triton or a GPU."""
-    on_gpu = (device.type == "cuda" and torch.cuda.is_available()) or emulated_architecture() is not None
+    on_gpu = (
+        device.type == "cuda" and torch.cuda.is_available()
+    ) or emulated_architecture() is not None
     if not head_dim or turned or not on_gpu:
         return False
     from .triton.relpos_table import takes_fragments
@@ -212,7 +239,13 @@ def _in_fragments(head_dim: int, dtype: torch.dtype, device: torch.device, *, tu
 
 
 def _relpos_bias_fake(
-    table: Tensor, height: int, width: int, dtype: torch.dtype, scale: float, turned: bool, head_dim: int = 0
+    table: Tensor,
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    scale: float,
+    turned: bool,
+    head_dim: int = 0,
 ) -> Tensor:
     fragments = _in_fragments(head_dim, dtype, table.device, turned=turned)
     shape = checks.bias_shape(1 + height * width, table.shape[1], fragments=fragments)
@@ -220,7 +253,11 @@ def _relpos_bias_fake(
 
 
 def _padded_bias(a: RelPos) -> Tensor:
-    return _make_relpos_bias(a.table, *a.window, a.q.dtype, a.scale, turned=False) if a.bias is None else a.bias
+    return (
+        _make_relpos_bias(a.table, *a.window, a.q.dtype, a.scale, turned=False)
+        if a.bias is None
+        else a.bias
+    )
 
 
 def _relpos_forward(a: RelPos, backend: str) -> tuple[Tensor, Tensor]:
@@ -229,7 +266,9 @@ def _relpos_forward(a: RelPos, backend: str) -> tuple[Tensor, Tensor]:
 
         return relpos_attention_forward(a.q, a.k, a.v, _padded_bias(a), a.scale)
     bias = _bias(a.table, _pair(a.window)) if a.bias is None else a.bias
-    return biased_attention(a.q, a.k, a.v, a.scale, bias[None]), a.q.new_empty(0, dtype=torch.float32)
+    return biased_attention(a.q, a.k, a.v, a.scale, bias[None]), a.q.new_empty(
+        0, dtype=torch.float32
+    )
 
 
 def _pair(window: Sequence[int]) -> tuple[int, int]:
@@ -260,7 +299,12 @@ def _relpos_backward(
 
 
 def _relpos_gradient(
-    call: Any, upstream: Gradients, a: RelPos, outputs: Sequence[Tensor], needs: Sequence[bool], backend: str
+    call: Any,
+    upstream: Gradients,
+    a: RelPos,
+    outputs: Sequence[Tensor],
+    needs: Sequence[bool],
+    backend: str,
 ) -> Gradients:
     if backend == "triton":
         # Outside the operator too.
@@ -332,19 +376,28 @@ def varlen_attention(
             the tensors (checked on CPU and within `check_contents()`).
     """
     scale = checks.scale_of(q, scale)
-    given = Varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, dropout_p, seed, key_mask)
+    given = Varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, dropout_p, seed, key_mask
+    )
     return _varlen_attention(given, backend)
 
 
 def _varlen_reference(a: Varlen, call: Call) -> Tensor:
     if torch.compiler.is_exporting():
         return _padded(a)
-    if a.q.device.type == "cpu" and not named(call.backend) and not transformed() and not torch.jit.is_tracing():
+    if (
+        a.q.device.type == "cpu"
+        and not named(call.backend)
+        and not transformed()
+        and not torch.jit.is_tracing()
+    ):
         # The definition reads offsets, whose values `make_fx` and fakes do not have; these can record the operator.
         return _varlen_kernel(a, call._replace(chosen="cpu"))
     if call.chosen == "flash_attn":
         if a.dropout_p and a.seed is not None:
-            raise InputError("backend 'flash_attn' draws its dropout itself and takes no seed; use 'auto' or 'triton'")
+            raise InputError(
+                "backend 'flash_attn' draws its dropout itself and takes no seed; use 'auto' or 'triton'"
+            )
         return _flash_attention(a)
     a.packed.bounds(a.q, a.k)
     return reference.varlen_attention(*a[:5], a.scale, a.dropout_p, a.key_mask, a.seed)
@@ -373,11 +426,16 @@ def _in_batches(a: Varlen, call: Call) -> Tensor:
     queries, _ = _padded_places(a.cu_seqlens_q, a.max_q, a.q)
     keys, there = _padded_places(a.cu_seqlens_k, a.max_k, a.k)
     # Places without a token read a row of zeros: a weight of 0 would let a NaN of another sequence through.
-    q, k, v = (F.pad(t, (0, 0, 0, 0, 0, 1))[places] for t, places in zip(a[:3], (queries, keys, keys), strict=True))
+    q, k, v = (
+        F.pad(t, (0, 0, 0, 0, 0, 1))[places]
+        for t, places in zip(a[:3], (queries, keys, keys), strict=True)
+    )
     if a.key_mask is not None:
         there = there & F.pad(a.key_mask, (0, 1))[keys]
     bias = torch.zeros(1, 1, 1, 1, device=q.device)
-    out = bias_attention(q, k, v, bias, there, a.dropout_p, scale=a.scale, seed=a.seed, backend=call.backend)
+    out = bias_attention(
+        q, k, v, bias, there, a.dropout_p, scale=a.scale, seed=a.seed, backend=call.backend
+    )
     bounds = a.cu_seqlens_q.contiguous()
     tokens = torch.arange(a.q.shape[0], dtype=bounds.dtype, device=q.device)
     sequences = torch.searchsorted(bounds[1:], tokens, right=True)
@@ -417,8 +475,13 @@ def _flash_is_faster(a: Varlen) -> bool:
     from .triton.varlen_attention import tuned_backends
 
     gradient = torch.is_grad_enabled() and (a.q.requires_grad or a.k.requires_grad)
-    backends = tuned_backends(a.q, a.k, a.packed, autocast_dtype(a.q.device) or a.q.dtype, gradient=gradient)
-    return backends == {"flash_attn"} and _why_not("flash_attn", a.q.device.type, a.q.device.index) is None
+    backends = tuned_backends(
+        a.q, a.k, a.packed, autocast_dtype(a.q.device) or a.q.dtype, gradient=gradient
+    )
+    return (
+        backends == {"flash_attn"}
+        and _why_not("flash_attn", a.q.device.type, a.q.device.index) is None
+    )
 
 
 def _varlen_forward(a: Varlen, backend: str) -> tuple[Tensor, Tensor]:
@@ -559,8 +622,13 @@ def _bias_reference(a: Biased, call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _bias_kernel(a: Biased, call: Call) -> tuple[Tensor, Tensor]:
-    a, width = _expanded(a._replace(seed=checks.drawn_seed(a.dropout_p, a.seed, a.q.device))), a.q.shape[-1]
-    out, lse = _biased(_with_heads_of(BIAS_HEAD_DIMS, a) if call.chosen == "triton" else a, call.chosen)
+    a, width = (
+        _expanded(a._replace(seed=checks.drawn_seed(a.dropout_p, a.seed, a.q.device))),
+        a.q.shape[-1],
+    )
+    out, lse = _biased(
+        _with_heads_of(BIAS_HEAD_DIMS, a) if call.chosen == "triton" else a, call.chosen
+    )
     return _first_columns(out, width), lse
 
 
@@ -591,7 +659,9 @@ def _biased_forward(a: Biased, backend: str) -> tuple[Tensor, Tensor]:
     hiding = _hiding(a)
     if hiding is None and seed is None and not return_lse:
         bias = bias.to(q.dtype)
-        return biased_attention(q, k, v, scale, bias if bias.shape[0] > 1 else bias.contiguous()), lse
+        return biased_attention(
+            q, k, v, scale, bias if bias.shape[0] > 1 else bias.contiguous()
+        ), lse
     dropout = None if seed is None else Dropout(dropout_p, seed)
     return tiled_attention(q, k, v, scale, bias, dropout, hiding, lse if return_lse else None), lse
 

@@ -82,7 +82,9 @@ def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = 
     name = _chosen.name if backend is None else _known(backend)
     if name == "flash_attn" and not has_flash:
         if backend is not None:
-            raise InputError("backend 'flash_attn' has attention of packed sequences only; use 'auto' or another one")
+            raise InputError(
+                "backend 'flash_attn' has attention of packed sequences only; use 'auto' or another one"
+            )
         name = "auto"
     device, wide = None, False
     for tensor in tensors:
@@ -91,7 +93,9 @@ def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = 
         if device is None:
             device = tensor.device
         elif tensor.device != device:
-            raise InputError(f"tensors live on {device} and {tensor.device}; move them to one device")
+            raise InputError(
+                f"tensors live on {device} and {tensor.device}; move them to one device"
+            )
         wide = wide or tensor.dtype == torch.float64
     assert device is not None
     if torch.compiler.is_exporting():
@@ -99,11 +103,15 @@ def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = 
         return "reference"
     if transformed():
         if name not in ("auto", "reference"):
-            raise InputError(f"backend {name!r} knows neither torch.func nor forward mode; use 'auto' or 'reference'")
+            raise InputError(
+                f"backend {name!r} knows neither torch.func nor forward mode; use 'auto' or 'reference'"
+            )
         return "reference"
     if not torch.compiler.is_compiling() and not readable(*tensors):
         if name not in ("auto", "reference"):
-            classes = ", ".join(sorted({type(tensor).__name__ for tensor in tensors if tensor is not None}))
+            classes = ", ".join(
+                sorted({type(tensor).__name__ for tensor in tensors if tensor is not None})
+            )
             raise InputError(
                 f"backend {name!r} reads memory, which a trace does not record and a tensor subclass may lack (here "
                 f"{classes}); use 'auto' or 'reference'"
@@ -157,7 +165,9 @@ PLAIN: set[type[Tensor]] = {Tensor, nn.Parameter}
 _keys = torch._C._dispatch_keys
 # What dispatch sees in a dense tensor, made in inference mode or not: no subclass, lazy conjugate, wrapper or proxy.
 _DENSE: set[int] = set()
-_RECORDING = [getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL")]
+_RECORDING = [
+    getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL")
+]
 
 
 def readable(*tensors: Tensor | None) -> bool:
@@ -213,10 +223,16 @@ def _why_not(name: Backend, device: str, index: int | None) -> str | None:
         return None if device == "cpu" else f"a tensor lives on {device}"
     if name == "triton" and not _installed("triton"):
         return "the package triton is not installed"
-    if name == "flash_attn" and not (_installed("flash_attn") or _installed("flash_attn_interface")):
+    if name == "flash_attn" and not (
+        _installed("flash_attn") or _installed("flash_attn_interface")
+    ):
         return "the package flash_attn is not installed"
     # The interpreter and the emulation run Triton kernels on CPU tensors: slow, for tests.
-    if name == "triton" and device == "cpu" and (_emulated or os.environ.get("TRITON_INTERPRET") == "1"):
+    if (
+        name == "triton"
+        and device == "cpu"
+        and (_emulated or os.environ.get("TRITON_INTERPRET") == "1")
+    ):
         return None
     if device != "cuda":
         return f"it needs a CUDA GPU and the tensors live on {device}"

@@ -44,12 +44,16 @@ class Sources:
     counter, go unseen. On an accelerator a comparison would wait for the device, and versions decide.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], dropped: Callable[[Any], None] | None = None) -> None:
+    def __init__(
+        self, tensors: Sequence[Tensor], dropped: Callable[[Any], None] | None = None
+    ) -> None:
         self._facts = [(weakref.ref(t.untyped_storage(), dropped), _facts(t)) for t in tensors]
         on_host = [place for place, t in enumerate(tensors) if t.device.type == "cpu"]
         by_address = [place for place in on_host if _has_words(tensors[place])]
         self._words = _words([tensors[place] for place in by_address]) if by_address else None
-        self._values = [(place, _values(tensors[place]).clone()) for place in on_host if place not in by_address]
+        self._values = [
+            (place, _values(tensors[place]).clone()) for place in on_host if place not in by_address
+        ]
 
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:
         """True if these are the tensors, and no write to them was seen."""
@@ -75,7 +79,11 @@ def _has_words(tensor: Tensor) -> bool:
     """True for floats that compiled code can compare."""
     from .cpu import llvm
 
-    return tensor.is_floating_point() and tensor.untyped_storage().nbytes() >= _WORD and llvm.why_not() is None
+    return (
+        tensor.is_floating_point()
+        and tensor.untyped_storage().nbytes() >= _WORD
+        and llvm.why_not() is None
+    )
 
 
 def _words(tensors: Sequence[Tensor]) -> Words:
@@ -166,7 +174,9 @@ def cached(name: str, sources: tuple[Tensor, ...], compute: Callable[[], T], *fa
             # Before the value: a write in between leaves a value that is newer than what it is compared with.
             seen = Sources(sources, partial(_drop, kept, key))
             value = compute()
-        entry = kept[key] = _Entry(seen, facts, value, _Filled(first.device) if first.is_cuda else None)
+        entry = kept[key] = _Entry(
+            seen, facts, value, _Filled(first.device) if first.is_cuda else None
+        )
     if entry.filled is not None and not _capturing(first):
         entry.filled.wait(entry.value)
     return entry.value
@@ -263,5 +273,9 @@ def clear() -> None:
 
 def cached_tensors(sources: Iterable[Tensor]) -> list[Any]:
     """All cached tensors of these sources; a CUDA graph that reads them stores this list, in case of `clear`."""
-    found = [_entries[key] for key in {id(source.untyped_storage()) for source in sources} if key in _entries]
+    found = [
+        _entries[key]
+        for key in {id(source.untyped_storage()) for source in sources}
+        if key in _entries
+    ]
     return [entry.value for _, kept in found for entry in kept.values()]

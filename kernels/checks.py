@@ -114,7 +114,9 @@ class Branch(NamedTuple):
         _linear(x, weight, self.bias)
         if weight_out is not None:
             if weight_out.ndim != 2 or weight_out.shape[1] != weight.shape[0]:
-                refuse("weight_in [F, M], weight_out [M, F]", weight_in=weight, weight_out=weight_out)
+                refuse(
+                    "weight_in [F, M], weight_out [M, F]", weight_in=weight, weight_out=weight_out
+                )
             _linear(x, weight_out, self.bias_out, "_out")
         if self.residual is not None:
             _branch((*x.shape[:-1], (weight if weight_out is None else weight_out).shape[0]), self)
@@ -154,8 +156,15 @@ class Norm(NamedTuple):
     def check(self) -> None:
         x, weight, bias, eps = self
         fit = x.shape[-1:] == weight.shape == bias.shape
-        if not fit or not (x.is_floating_point() and weight.is_floating_point() and bias.is_floating_point()):
-            refuse("x [..., M], weight [M], bias [M], all floating point", x=x, weight=weight, bias=bias)
+        if not fit or not (
+            x.is_floating_point() and weight.is_floating_point() and bias.is_floating_point()
+        ):
+            refuse(
+                "x [..., M], weight [M], bias [M], all floating point",
+                x=x,
+                weight=weight,
+                bias=bias,
+            )
         if not 0 <= eps < math.inf:
             refuse("finite and not negative", eps=eps)
 
@@ -197,10 +206,20 @@ class Embedding(NamedTuple):
 
     def check(self) -> None:
         tokens, positions, word, position, type_row, weight, bias, eps, padding_idx = self
-        tables = word.ndim == position.ndim == 2 and word.shape[1:] == position.shape[1:] == type_row.shape
+        tables = (
+            word.ndim == position.ndim == 2
+            and word.shape[1:] == position.shape[1:] == type_row.shape
+        )
         if not tables or tokens.shape != positions.shape:
             must = "tokens and positions [...], word [V, M], position [P, M], type_row [M]"
-            refuse(must, tokens=tokens, positions=positions, word=word, position=position, type_row=type_row)
+            refuse(
+                must,
+                tokens=tokens,
+                positions=positions,
+                word=word,
+                position=position,
+                type_row=type_row,
+            )
         if tokens.dtype not in _INTEGERS or positions.dtype not in _INTEGERS:
             refuse("int32 or int64", tokens=tokens, positions=positions)
         if padding_idx is not None and not 0 <= padding_idx < min(word.shape[0], position.shape[0]):
@@ -221,7 +240,12 @@ class Vocabulary(NamedTuple):
 
     def check(self) -> None:
         h, w, b, target, _, label_smoothing, _ = self
-        fit = w.ndim == 2 and h.shape[-1:] == w.shape[1:] and h.shape[:-1] == target.shape and 0 not in w.shape
+        fit = (
+            w.ndim == 2
+            and h.shape[-1:] == w.shape[1:]
+            and h.shape[:-1] == target.shape
+            and 0 not in w.shape
+        )
         if not fit or (b is not None and b.shape != w.shape[:1]):
             refuse("h [..., K], w [V, K], b [V], target [...]", h=h, w=w, b=b, target=target)
         if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
@@ -263,7 +287,11 @@ class RelPos(NamedTuple):
             refuse(f"q [B, {1 + height * width}, H, D], with a class token", window=window, q=q)
         shape = ((2 * height - 1) * (2 * width - 1) + 3, q.shape[2])
         if table.shape != shape or not table.is_floating_point():
-            refuse(f"{[*shape]} floating point; interpolate it when the resolution changes", window=window, table=table)
+            refuse(
+                f"{[*shape]} floating point; interpolate it when the resolution changes",
+                window=window,
+                table=table,
+            )
         _key_mask(key_mask, q.shape[:2])
 
 
@@ -288,11 +316,22 @@ class Biased(NamedTuple):
         _one_attention_type(q, k, v)
         (batch, queries, heads, _), keys = q.shape, k.shape[1]
         sizes = (heads, queries, keys)
-        fit = bias.ndim == 4 and all(size in (1, full) for size, full in zip(bias.shape[1:], sizes, strict=True))
+        fit = bias.ndim == 4 and all(
+            size in (1, full) for size, full in zip(bias.shape[1:], sizes, strict=True)
+        )
         if not fit or (bias.shape[0] != batch and (not bias.shape[0] or batch % bias.shape[0])):
-            refuse(f"[G, {heads}, {queries}, {keys}] or 1 where all share it, G a divisor of {batch}", bias=bias)
-        if not bias.is_floating_point() or (bias.dtype == torch.float64) != (q.dtype == torch.float64):
-            refuse("floating point, float64 only with float64; of a boolean mask, zeros and -inf", bias=bias, q=q)
+            refuse(
+                f"[G, {heads}, {queries}, {keys}] or 1 where all share it, G a divisor of {batch}",
+                bias=bias,
+            )
+        if not bias.is_floating_point() or (bias.dtype == torch.float64) != (
+            q.dtype == torch.float64
+        ):
+            refuse(
+                "floating point, float64 only with float64; of a boolean mask, zeros and -inf",
+                bias=bias,
+                q=q,
+            )
         _key_mask(key_mask, torch.Size((batch, keys)))
         dropout(dropout_p, seed)
 
@@ -315,7 +354,10 @@ class Packed(NamedTuple):
             refuse("q [Tq, H, D], k and v [Tk, H, D]", q=q, k=k, v=v)
         _one_attention_type(q, k, v)
         bounds = self[:2]
-        if any(t.ndim != 1 or t.shape != bounds[0].shape or not t.numel() or t.dtype not in _INTEGERS for t in bounds):
+        if any(
+            t.ndim != 1 or t.shape != bounds[0].shape or not t.numel() or t.dtype not in _INTEGERS
+            for t in bounds
+        ):
             refuse("both int32 or int64 [S + 1]", cu_seqlens_q=bounds[0], cu_seqlens_k=bounds[1])
         _key_mask(self.key_mask, k.shape[:1])
         dropout(self.dropout_p, self.seed)
@@ -323,7 +365,11 @@ class Packed(NamedTuple):
     def bounds(self, q: Tensor, k: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The offsets as numbers, which describe q and k or are refused."""
         found = offsets_of(self.cu_seqlens_q, q, self.max_q, "q")
-        if self.cu_seqlens_k is self.cu_seqlens_q and self.max_k == self.max_q and k.shape[0] == q.shape[0]:
+        if (
+            self.cu_seqlens_k is self.cu_seqlens_q
+            and self.max_k == self.max_q
+            and k.shape[0] == q.shape[0]
+        ):
             return found, found
         return found, offsets_of(self.cu_seqlens_k, k, self.max_k, "k")
 
@@ -387,14 +433,18 @@ def dropout(dropout_p: float, seed: Tensor | None) -> None:
     """A probability, and what decides which elements it concerns."""
     if not 0 <= dropout_p < 1:
         refuse("a probability below 1", dropout_p=dropout_p)
-    if seed is not None and (not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1):
+    if seed is not None and (
+        not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1
+    ):
         refuse("one int64 on the device of the other tensors", seed=seed)
 
 
 def seed_of(dropout_p: float, seed: Tensor | None) -> Tensor:
     """The seed, without which a backward pass could not drop what the forward pass dropped."""
     if seed is None:
-        raise InputError(f"dropout_p={dropout_p} needs a seed: the backward must drop what the forward dropped")
+        raise InputError(
+            f"dropout_p={dropout_p} needs a seed: the backward must drop what the forward dropped"
+        )
     return seed
 
 
@@ -431,7 +481,9 @@ def offsets_of(offsets: Tensor, packed: Tensor, longest: int, name: str) -> tupl
     if min(lengths, default=0) < 0:
         raise InputError(f"cu_seqlens_{name} decreases; offsets must not")
     if max(lengths, default=0) > longest:
-        raise InputError(f"max_{name}={longest} is smaller than the longest sequence, {max(lengths)}")
+        raise InputError(
+            f"max_{name}={longest} is smaller than the longest sequence, {max(lengths)}"
+        )
     return bounds
 
 
@@ -440,7 +492,9 @@ def check_ids(ids: Tensor, rows: int, name: str) -> None:
     outside = ((ids < 0) | (ids >= rows)).reshape(-1)
     if host.any_true(outside):
         first = host.integer(ids.reshape(-1)[host.true_places(outside)[0]])
-        raise IndexError(f"{name} hold {first}, outside a table of {rows} rows: compare the tokenizer with the model")
+        raise IndexError(
+            f"{name} hold {first}, outside a table of {rows} rows: compare the tokenizer with the model"
+        )
 
 
 def check_targets(target: Tensor, vocabulary: int, ignore_index: int) -> None:
@@ -460,8 +514,13 @@ def _branch(out: tuple[int, ...], branch: Any) -> None:
         refuse(f"{[*out]}, the shape of the branch", residual=residual)
     if gamma is not None and (gamma.shape != out[-1:] or not gamma.is_floating_point()):
         refuse(f"floating point [{out[-1]}]", gamma=gamma)
-    if row_scale is not None and (len(out) < 2 or row_scale.shape != out[:1] or not row_scale.is_floating_point()):
-        refuse(f"floating point {[*out[:1]]}, a factor per entry of a branch {[*out]}", row_scale=row_scale)
+    if row_scale is not None and (
+        len(out) < 2 or row_scale.shape != out[:1] or not row_scale.is_floating_point()
+    ):
+        refuse(
+            f"floating point {[*out[:1]]}, a factor per entry of a branch {[*out]}",
+            row_scale=row_scale,
+        )
     dropout(branch.dropout_p, None)
 
 

@@ -18,7 +18,9 @@ def is_stream(path: Path) -> bool:
 
     They are written through, since a rename would replace them by a file.
     """
-    return _descriptor(path) is not None or (path.exists() and not (path.is_file() or path.is_dir()))
+    return _descriptor(path) is not None or (
+        path.exists() and not (path.is_file() or path.is_dir())
+    )
 
 
 def _descriptor(path: Path) -> int | None:

@@ -67,7 +67,10 @@ def unmark(weights: Iterable[Tensor | None]) -> None:
 
 
 def keep_within(
-    agreement: Callable[[], float], groups: Sequence[Sequence[Tensor]], kind: EightBits, least: float
+    agreement: Callable[[], float],
+    groups: Sequence[Sequence[Tensor]],
+    kind: EightBits,
+    least: float,
 ) -> int:
     """Unflag the groups of weights that cost most agreement with the floating-point results, until it reaches `least`.
 
@@ -103,7 +106,11 @@ def copy_flag(weight: Tensor, *sources: Tensor) -> Tensor:
     """A weight computed from others, without gradient, with their common flag if they have one."""
     kinds: set[EightBits | None] = {kind_of(each) for each in sources}
     kind = kinds.pop() if len(kinds) == 1 else None
-    return weight if kind is None or weight.requires_grad else _CLASSES[kind](weight, requires_grad=False)
+    return (
+        weight
+        if kind is None or weight.requires_grad
+        else _CLASSES[kind](weight, requires_grad=False)
+    )
 
 
 def concatenate(weights: Iterable[Tensor]) -> Tensor:

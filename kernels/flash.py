@@ -25,7 +25,9 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
     if packed.key_mask is not None:
         raise InputError("backend 'flash_attn' has no key_mask; use 'auto' or 'triton'")
     if q.dtype not in (torch.float16, torch.bfloat16):
-        raise InputError(f"q is {q.dtype}; backend 'flash_attn' has float16 and bfloat16: convert it or use 'auto'")
+        raise InputError(
+            f"q is {q.dtype}; backend 'flash_attn' has float16 and bfloat16: convert it or use 'auto'"
+        )
     capability = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 8
     run = function(capability, dropout=packed.dropout_p > 0)
     # By name: their positions differ from version to version.
@@ -53,13 +55,24 @@ def fastest(capability: int, *, dropout: bool = False) -> tuple[int, Callable[..
     for version in (2,) if dropout else _ORDER.get(capability, _NEWER):
         try:
             return version, importlib.import_module(_MODULES[version]).flash_attn_varlen_func
-        except Exception as error:  # of a build for another PyTorch or GPU, which has errors of its own
+        except (
+            Exception
+        ) as error:  # of a build for another PyTorch or GPU, which has errors of its own
             reasons.append(f"{_MODULES[version]}: {type(error).__name__}: {error}")
     package = "flash-attn 2, the only version with dropout," if dropout else "flash-attn"
-    raise InputError(f"{package} cannot be imported; install it or use backend 'auto' ({'; '.join(reasons)})")
+    raise InputError(
+        f"{package} cannot be imported; install it or use backend 'auto' ({'; '.join(reasons)})"
+    )
 
 
 def _aligned(tensor: Tensor) -> Tensor:
     """`[T, H, D]` itself if its rows are contiguous and begin at multiples of 16 bytes, else a copy."""
-    starts = (tensor.data_ptr(), *(stride * tensor.element_size() for stride in tensor.stride()[:2]))
-    return tensor if tensor.stride(-1) == 1 and not any(start % 16 for start in starts) else tensor.contiguous()
+    starts = (
+        tensor.data_ptr(),
+        *(stride * tensor.element_size() for stride in tensor.stride()[:2]),
+    )
+    return (
+        tensor
+        if tensor.stride(-1) == 1 and not any(start % 16 for start in starts)
+        else tensor.contiguous()
+    )

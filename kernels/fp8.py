@@ -93,7 +93,9 @@ def should_use(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
         return False  # laid out for a library of the CPU, or in 8 bits already
     if not _switch.on and torch.compiler.is_exporting():
         return False  # an exported graph has the weights as they are, and is quantised by its own means
-    records = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *others))
+    records = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, *others)
+    )
     if records or transformed():
         raise InputError(
             "linear layers in fp8 have no gradient: run the model under torch.no_grad(), or without fp8 "
@@ -103,11 +105,15 @@ def should_use(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
     return True
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: Backend | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, backend: Backend | None = None
+) -> Tensor:
     """`x W^T + b` of rows and weight rounded to fp8, summed in fp32, in the dtype of x or of autocast."""
     dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device) or x.dtype
     if not x.is_cuda or (named(backend) and resolve(backend, x) == "reference"):
-        wide = cached("fp8 rows in fp32", (weight,), lambda: reference.rounded_rows(weight.detach()))
+        wide = cached(
+            "fp8 rows in fp32", (weight,), lambda: reference.rounded_rows(weight.detach())
+        )
         if resolve(backend, x, weight, bias) != "triton":
             return reference.product_of_rounded(reference.rounded_rows(x), wide, bias).to(dtype)
         # Interpreted kernels round the rows; there is no library that multiplies them.
@@ -117,7 +123,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: Backend | No
     if not x.numel():  # which the library refuses
         return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
     rows, scales = rounded(x, backend)
-    columns, column_scales = cached("fp8 rows", (weight,), lambda: reference.quantise_rows(weight.detach()))
+    columns, column_scales = cached(
+        "fp8 rows", (weight,), lambda: reference.quantise_rows(weight.detach())
+    )
     made = torch._scaled_mm(
         rows,
         columns.t(),
@@ -150,7 +158,9 @@ def makes_fp8_rows(chosen: Backend, weight: Tensor, *tensors: Tensor | None) -> 
     if torch.is_inference_mode_enabled():
         # Tensors made in it carry no version: a change between the kernel and the product could not be seen.
         return False
-    return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (weight, *tensors))
+    return not torch.is_grad_enabled() or not any(
+        t is not None and t.requires_grad for t in (weight, *tensors)
+    )
 
 
 def keep(x: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
@@ -175,5 +185,7 @@ def _why_not(device: str, index: int | None) -> str | None:
         return f"a tensor lives on {device} and only NVIDIA GPUs have them here"
     capability = torch.cuda.get_device_capability(index)
     if capability < _OLDEST_GPU:
-        return f"GPU {index} has compute capability {capability[0]}.{capability[1]} and fp8 needs 8.9"
+        return (
+            f"GPU {index} has compute capability {capability[0]}.{capability[1]} and fp8 needs 8.9"
+        )
     return None

@@ -63,7 +63,9 @@ class Op:
         # Places of fields: a call of few rows takes a few microseconds.
         places = {field: place for place, field in enumerate(arguments._fields)}
         self._weights = [places[field] for field in weights]
-        self._beside = [place for field, place in places.items() if field not in (*weights, "residual")]
+        self._beside = [
+            place for field, place in places.items() if field not in (*weights, "residual")
+        ]
         self._operands = [place for field, place in places.items() if field not in _ENDS]
         self._chance = [places[field] for field in ("row_scale", "dropout_p") if field in places]
         OPS[name] = self
@@ -89,10 +91,16 @@ class Op:
         # CPU paths are opaque to a compiler, which has its own.
         if "inference" in rungs and not compiling and self._infers(arguments, call, tensors):
             return rungs["inference"](arguments, call)
-        if "training" in rungs and trains(call, _floats(arguments[place] for place in self._operands)):
+        if "training" in rungs and trains(
+            call, _floats(arguments[place] for place in self._operands)
+        ):
             return rungs["training"](arguments, call)
         fits = self.fits.get(call.chosen)
-        if "kernel" in rungs and call.chosen in self.kernels and (fits is None or named(backend) or fits(arguments)):
+        if (
+            "kernel" in rungs
+            and call.chosen in self.kernels
+            and (fits is None or named(backend) or fits(arguments))
+        ):
             return rungs["kernel"](arguments, call)
         return rungs["reference"](arguments, call)
 
@@ -128,7 +136,11 @@ class Op:
             if records or weight.is_inference() or weight.device != x.device:
                 return False
         others = _floats(arguments[place] for place in self._beside)
-        return self._is_certain(arguments) and infers(call, others) and int8.is_faster(self.int8_race, x, weights[0])
+        return (
+            self._is_certain(arguments)
+            and infers(call, others)
+            and int8.is_faster(self.int8_race, x, weights[0])
+        )
 
     def _infers(self, arguments: Any, call: Call, tensors: Sequence[Tensor]) -> bool:
         if not self._is_certain(arguments):
@@ -217,7 +229,12 @@ def trains(call: Call, tensors: Sequence[Tensor]) -> bool:
     if torch.is_autocast_enabled("cpu"):
         types, known = {torch.get_autocast_dtype("cpu")}, types <= {*CPU_DTYPES}
     known = known and not any(map(is_frozen, tensors))
-    return known and len(types) == 1 and types <= {*CPU_DTYPES} and any(t.requires_grad for t in tensors)
+    return (
+        known
+        and len(types) == 1
+        and types <= {*CPU_DTYPES}
+        and any(t.requires_grad for t in tensors)
+    )
 
 
 def runs_cpu_inference(backend: Backend | None, *tensors: Tensor | None) -> bool:

@@ -44,7 +44,9 @@ def operator(
     _library.impl(name, on_device_of_arguments(implementation), "CUDA")
     torch.library.register_fake(qualified, fake, lib=_library)
     if backward is not None:
-        torch.library.register_autograd(qualified, _once(name, backward), setup_context=setup_context, lib=_library)
+        torch.library.register_autograd(
+            qualified, _once(name, backward), setup_context=setup_context, lib=_library
+        )
     registered = getattr(getattr(torch.ops, NAMESPACE), name).default
     if autocast is not False:
         for device, key in _AUTOCAST.items():
@@ -152,17 +154,27 @@ def differentiable(
         for place in lists:
             parts += values[place]
             values[place] = len(values[place])
-        ctx.save_for_backward(*[value if isinstance(value, Tensor) else None for value in values], *parts)
+        ctx.save_for_backward(
+            *[value if isinstance(value, Tensor) else None for value in values], *parts
+        )
         ctx.values = [None if isinstance(value, Tensor) else value for value in values]
 
     def run_gradient(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
         made: dict[str, Any] = {}
         if any(g is not None for g in upstream[:most]):
             tensors, count = ctx.saved_tensors, len(ctx.values)
-            values = [v if t is None else t for t, v in zip(tensors[:count], ctx.values, strict=True)]
+            values = [
+                v if t is None else t for t, v in zip(tensors[:count], ctx.values, strict=True)
+            ]
             for place in lists:
-                values[place], count = [*tensors[count : count + values[place]]], count + values[place]
-            saved, wanted = arguments(*values[: len(fields)]), [ctx.needs_input_grad[place] for place in places]
+                values[place], count = (
+                    [*tensors[count : count + values[place]]],
+                    count + values[place],
+                )
+            saved, wanted = (
+                arguments(*values[: len(fields)]),
+                [ctx.needs_input_grad[place] for place in places],
+            )
             needs = [any(need) if isinstance(need, (list, tuple)) else need for need in wanted]
             given = (upstream[:most], saved, values[len(fields) :], needs, ctx.backend)
             found = call_gradient(*given) if around is None else around(call_gradient, *given)
@@ -191,7 +203,9 @@ def _schema_types(name: str, arguments: type[Any]) -> list[str]:
     for field in arguments._fields:
         if hints[field] not in _TYPES:
             hint, known = formatannotation(hints[field]), ", ".join(map(formatannotation, _TYPES))
-            raise InputError(f"{name}: the field {field} of {arguments.__name__} is {hint}; use one of {known}")
+            raise InputError(
+                f"{name}: the field {field} of {arguments.__name__} is {hint}; use one of {known}"
+            )
     return [_TYPES[hints[field]] for field in arguments._fields]
 
 
@@ -229,7 +243,9 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
-        raise InputError(f"{ctx.name} has no second derivative; compute it within ops.use_backend('reference')")
+        raise InputError(
+            f"{ctx.name} has no second derivative; compute it within ops.use_backend('reference')"
+        )
 
 
 def _once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -258,7 +274,9 @@ def on_device_of_arguments(implementation: Callable[..., Any]) -> Callable[..., 
     """The implementation, run with the device of its first argument on a GPU as the current one."""
 
     def run(*arguments: Any) -> Any:
-        device = next(a.device for a in arguments if isinstance(a, Tensor) and a.device.type == "cuda")
+        device = next(
+            a.device for a in arguments if isinstance(a, Tensor) and a.device.type == "cuda"
+        )
         with torch.cuda.device(device):
             return implementation(*arguments)
 
@@ -275,13 +293,20 @@ def _casting(
         dtype = torch.get_autocast_dtype(device)
         with torch._C._ExcludeDispatchKeyGuard(below):
             return registered(
-                *(_cast(a, dtype) if places is None or i in places else a for i, a in enumerate(arguments))
+                *(
+                    _cast(a, dtype) if places is None or i in places else a
+                    for i, a in enumerate(arguments)
+                )
             )
 
     return cast_and_call
 
 
 def _cast(argument: Any, dtype: torch.dtype) -> Any:
-    if isinstance(argument, Tensor) and argument.is_floating_point() and argument.dtype != torch.float64:
+    if (
+        isinstance(argument, Tensor)
+        and argument.is_floating_point()
+        and argument.dtype != torch.float64
+    ):
         return argument.to(dtype)
     return argument

@@ -38,7 +38,9 @@ def floating_dtype(kind: str, device: torch.device) -> torch.dtype | None:
     if kind == "fp8":
         fp8.require(device)
     elif device.type != "cpu":
-        raise UnavailableError(f"int8 is for CPUs, and the model is on {device}; move it with model.to('cpu')")
+        raise UnavailableError(
+            f"int8 is for CPUs, and the model is on {device}; move it with model.to('cpu')"
+        )
     else:
         int8.require()
     fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -48,7 +50,9 @@ def floating_dtype(kind: str, device: torch.device) -> torch.dtype | None:
 def _infer(a: Branch, _: Call) -> Tensor:
     """On a CPU, without a norm."""
     if a.weight_out is not None:
-        return cpu.mlp_residual(a.x, a.weight, a.bias, a.weight_out, a.bias_out, a.residual, a.gamma)
+        return cpu.mlp_residual(
+            a.x, a.weight, a.bias, a.weight_out, a.bias_out, a.residual, a.gamma
+        )
     if a.residual is not None:
         return cpu.linear_residual(a.x, a.weight, a.bias, a.residual, a.gamma)
     return cpu.linear(a.x, a.weight, a.bias)
@@ -66,12 +70,20 @@ def _infer_in_int8(a: Branch, _: Call) -> Tensor:
 
 def _in_fp8(a: Branch, call: Call) -> Tensor:
     out = fp8.linear(a.x, a.weight, a.bias, call.backend)
-    return out if a.residual is None else reference.branch_end(out, a.residual, a.gamma, a.row_scale, a.dropout_p)
+    return (
+        out
+        if a.residual is None
+        else reference.branch_end(out, a.residual, a.gamma, a.row_scale, a.dropout_p)
+    )
 
 
 def _by_reference(a: Branch, _: Call) -> Tensor:
     out = reference.linear(a.x, a.weight, a.bias)
-    return out if a.residual is None else reference.branch_end(out, a.residual, a.gamma, a.row_scale, a.dropout_p)
+    return (
+        out
+        if a.residual is None
+        else reference.branch_end(out, a.residual, a.gamma, a.row_scale, a.dropout_p)
+    )
 
 
 def _layer_by_layer(a: Branch, call: Call) -> Tensor:
@@ -81,7 +93,9 @@ def _layer_by_layer(a: Branch, call: Call) -> Tensor:
         rest = a._replace(x=normed, norm_weight=None, norm_bias=None)
         return (_linear if a.weight_out is None else _mlp_residual)(rest, call.backend)
     hidden = linear_gelu(a.x, a.weight, a.bias, backend=call.backend)
-    last = a._replace(x=hidden, weight=a.weight_out, bias=a.bias_out, weight_out=None, bias_out=None)
+    last = a._replace(
+        x=hidden, weight=a.weight_out, bias=a.bias_out, weight_out=None, bias_out=None
+    )
     return _linear_residual(last, call.backend)
 
 
@@ -91,7 +105,9 @@ def _train(a: Branch, _: Call) -> Tensor:
     x = a.x.to(dtype) if a.norm_weight is None else a.x
     inner = a._replace(x=x, residual_is_x=a.residual is x, dtype=dtype)
     if a.dropout_p or (a.row_scale is not None and a.row_scale.requires_grad):
-        inner = inner._replace(residual=None, gamma=None, row_scale=None, dropout_p=0.0, residual_is_x=False)
+        inner = inner._replace(
+            residual=None, gamma=None, row_scale=None, dropout_p=0.0, residual_is_x=False
+        )
         out = _branch(inner, "cpu")[0]
         if a.dropout_p:
             dropout = Dropout(a.dropout_p, torch.randint(1 << 62, (1,)))
@@ -113,19 +129,29 @@ _SEVERAL: dict[Rung, Any] = {**_SINGLE, "fp8": _layer_by_layer, "reference": _la
 _NORMED = {rung: run for rung, run in _SEVERAL.items() if rung not in ("frozen", "inference")}
 _LAYERS = ("weight", "weight_out")
 _linear = Op("linear", Branch, _SINGLE, weights=("weight",), int8_race="linear")
-_linear_residual = Op("linear_residual", Branch, _SINGLE, weights=("weight",), int8_race="linear_residual")
+_linear_residual = Op(
+    "linear_residual", Branch, _SINGLE, weights=("weight",), int8_race="linear_residual"
+)
 _mlp_residual = Op("mlp_residual", Branch, _SEVERAL, weights=_LAYERS, int8_race="mlp_residual")
-_layer_norm_linear = Op("layer_norm_linear", Branch, _NORMED, weights=("weight",), int8_race="linear")
+_layer_norm_linear = Op(
+    "layer_norm_linear", Branch, _NORMED, weights=("weight",), int8_race="linear"
+)
 _layer_norm_mlp = Op("layer_norm_mlp", Branch, _NORMED, weights=_LAYERS, int8_race="mlp_residual")
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend | None = None
+) -> Tensor:
     """`x W^T + b`. x `[..., K]`, weight `[M, K]`, bias `[M]` → `[..., M]`."""
     return _linear(Branch(x, weight, bias), backend)
 
 
 def joined_linear(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, backend: Backend | None = None
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    *,
+    backend: Backend | None = None,
 ) -> Tensor:
     """`linear` of several layers in one GEMM: x `[..., K]`, weights `[M_i, K]`, biases `[M_i]` → `[..., Σ M_i]`.
 
@@ -139,15 +165,25 @@ def joined_linear(
     for weight, bias in zip(weights, biases or [None] * len(weights), strict=True):
         Branch(x, weight, bias).check()
     given = any(bias is not None for bias in biases)
-    biases = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)] if given else []
+    biases = (
+        [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
+        if given
+        else []
+    )
     call = Call(backend, resolve(backend, x, *weights, *biases))
-    if trains(call, [x, *weights, *biases]) and not any(kind_of(w) or fp8.is_active(w) for w in weights):
+    if trains(call, [x, *weights, *biases]) and not any(
+        kind_of(w) or fp8.is_active(w) for w in weights
+    ):
         dtype = autocast_dtype(x.device) or x.dtype
         return _side_by_side(_Joined(x.to(dtype), [*weights], [*biases], dtype), "cpu")[0]
-    return linear(x, torch.cat([*weights]), torch.cat([*biases]) if biases else None, backend=backend)
+    return linear(
+        x, torch.cat([*weights]), torch.cat([*biases]) if biases else None, backend=backend
+    )
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend | None = None) -> Tensor:
+def linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend | None = None
+) -> Tensor:
     """`gelu(x W^T + b)` with the erf form of GELU. x `[..., K]`, weight `[M, K]`, bias `[M]` → `[..., M]`."""
     return _linear_gelu(LinearGELU(x, weight, bias), backend)
 
@@ -176,7 +212,11 @@ def _gelu_forward(a: LinearGELU, backend: str) -> tuple[Tensor, Tensor]:
 
         out, kept = linear_gelu_forward(x, weight, bias, keep=keep)
     else:
-        kept = cpu.trained_linear(x, weight, bias) if x.dtype in CPU_DTYPES else F.linear(x, weight, bias)
+        kept = (
+            cpu.trained_linear(x, weight, bias)
+            if x.dtype in CPU_DTYPES
+            else F.linear(x, weight, bias)
+        )
         out = F.gelu(kept)
     return out, x.new_empty(0) if kept is None or not keep else kept
 
@@ -187,7 +227,11 @@ def _gelu_fake(a: LinearGELU, backend: str) -> tuple[Tensor, Tensor]:
 
 
 def _gelu_backward(
-    upstream: Gradients, a: LinearGELU, outputs: Sequence[Tensor], needs: Sequence[bool], backend: str
+    upstream: Gradients,
+    a: LinearGELU,
+    outputs: Sequence[Tensor],
+    needs: Sequence[bool],
+    backend: str,
 ) -> Gradients:
     dout, kept = upstream[0], outputs[1]
     assert dout is not None
@@ -244,7 +288,9 @@ def linear_residual(
         row_scale: `[B]`, one factor per entry of the first dimension: stochastic depth.
         dropout_p: probability of zeroing an element of the branch.
     """
-    branch = Branch(x, weight, bias, residual=residual, gamma=gamma, row_scale=row_scale, dropout_p=dropout_p)
+    branch = Branch(
+        x, weight, bias, residual=residual, gamma=gamma, row_scale=row_scale, dropout_p=dropout_p
+    )
     return _linear_residual(branch, backend)
 
 
@@ -364,7 +410,19 @@ def linear_add_layer_norm(
     Returns:
         (normed, summed), both `[..., M]`.
     """
-    given = (x, weight, bias, residual, norm_weight, norm_bias, eps, gamma, row_scale, dropout_p, wide)
+    given = (
+        x,
+        weight,
+        bias,
+        residual,
+        norm_weight,
+        norm_bias,
+        eps,
+        gamma,
+        row_scale,
+        dropout_p,
+        wide,
+    )
     return _linear_add_layer_norm(_LinearNorm(*given), backend)
 
 
@@ -468,8 +526,12 @@ def _linear_gradients(
     dbias = dbias.to(wide)
     if gamma is not None:
         if needs.gamma:
-            dgamma = torch.mul(dweight, weight, out=scratch("weights and gradients", tuple(weight.shape), wide)).sum(1)
-            dgamma = (dgamma if bias is None else dgamma.addcmul_(bias.to(dgamma.dtype), dbias)).to(gamma.dtype)
+            dgamma = torch.mul(
+                dweight, weight, out=scratch("weights and gradients", tuple(weight.shape), wide)
+            ).sum(1)
+            dgamma = (dgamma if bias is None else dgamma.addcmul_(bias.to(dgamma.dtype), dbias)).to(
+                gamma.dtype
+            )
         dweight = dweight.mul_(gamma[:, None]) if needs.weight else none
         dbias = dbias.mul_(gamma) if needs.bias else none
     if not needs.x:
@@ -534,7 +596,10 @@ def _branch_backward(
     if a.weight_out is not None:
         hidden = _activated(kept) if need["weight_out"] or of_gamma else kept
         outer = _Needs(True, need["weight_out"], need["bias_out"], of_gamma)
-        wide, place = _wide([a.weight_out], a.dtype, gamma), scratch("hidden gradient", tuple(kept.shape), a.dtype)
+        wide, place = (
+            _wide([a.weight_out], a.dtype, gamma),
+            scratch("hidden gradient", tuple(kept.shape), a.dtype),
+        )
         dhidden, *of_outer = _linear_gradients(
             upstream, hidden, a.weight_out, outer, a.bias_out, gamma, wide=wide, place=place
         )
@@ -542,16 +607,29 @@ def _branch_backward(
         upstream = torch.ops.aten.gelu_backward.grad_input(dhidden, kept, grad_input=dhidden)
         gamma, of_gamma = None, False
     rows, bias = _normed(a)[0], torch.cat([*a.biases]) if a.biases else None
-    inner, wide = _Needs(need_x, need["weight"], need["bias"], of_gamma), _wide(a.weights, a.dtype, gamma)
+    inner, wide = (
+        _Needs(need_x, need["weight"], need["bias"], of_gamma),
+        _wide(a.weights, a.dtype, gamma),
+    )
     weight = _joined(a.weights, a.dtype)
-    dx, dweight, dbias, dgamma = _linear_gradients(upstream, rows, weight, inner, bias, gamma, wide=wide)
+    dx, dweight, dbias, dgamma = _linear_gradients(
+        upstream, rows, weight, inner, bias, gamma, wide=wide
+    )
     of_norm = (None, None)
     if need_x and a.norm_weight is not None:
         dx, *of_norm = cpu_norms.layer_norm_backward(dx, a.x, a.norm_weight, mean, rstd)
     if need_x and a.residual_is_x:
         dx = dx.add_(dout)
     dgamma = dgamma if a.weight_out is None else of_outer[2]
-    return dx, _as_parts(dweight, a.weights), _as_parts(dbias, a.biases), *of_norm, *of_outer[:2], dgamma, None
+    return (
+        dx,
+        _as_parts(dweight, a.weights),
+        _as_parts(dbias, a.biases),
+        *of_norm,
+        *of_outer[:2],
+        dgamma,
+        None,
+    )
 
 
 def _as_parts(gradient: Tensor, parts: Sequence[Tensor]) -> Tensor:
@@ -568,7 +646,17 @@ def _branch_gradient(call: Any, grads: Gradients, a: Branch, *rest: Any) -> Grad
     return *found, grads[0] if needs[-1] and not a.residual_is_x else None
 
 
-_WRT = ("x", "weight", "bias", "norm_weight", "norm_bias", "weight_out", "bias_out", "gamma", "residual")
+_WRT = (
+    "x",
+    "weight",
+    "bias",
+    "norm_weight",
+    "norm_bias",
+    "weight_out",
+    "bias_out",
+    "gamma",
+    "residual",
+)
 _branch = differentiable(
     "trained_branch",
     Branch,

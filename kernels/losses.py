@@ -107,13 +107,17 @@ def _is_eager(name: str, a: Vocabulary) -> bool:
     # Of other types, slices are as fast and take less memory.
     if dtype != torch.bfloat16 or not 0 < logits <= cpu.logits_at_once(dtype):
         return False
-    return select(f"{name} of {'few' if logits <= _FEW_LOGITS else 'many'} logits", dtype) == "eager"
+    return (
+        select(f"{name} of {'few' if logits <= _FEW_LOGITS else 'many'} logits", dtype) == "eager"
+    )
 
 
 def _eager_cross_entropy(a: Vocabulary) -> Tensor:
     # Rows that do not count may hold anything.
     rows, targets, _ = cpu.counted_rows(a.h, a.target, a.w.shape[0], a.ignore_index)
-    return reference.linear_cross_entropy(rows, a.w, a.b, targets, a.ignore_index, a.label_smoothing)
+    return reference.linear_cross_entropy(
+        rows, a.w, a.b, targets, a.ignore_index, a.label_smoothing
+    )
 
 
 def _eager_log_likelihood(a: Vocabulary) -> Tensor:
@@ -140,14 +144,18 @@ def _fake(a: Vocabulary, backend: str) -> tuple[Tensor, ...]:
     loss = h.new_empty((), dtype=wide)
     if backend == "cpu":
         pairs = zip(a[:3], a.needs, strict=True)
-        dh, dw, db = (t.new_empty(t.shape) if t is not None and need else h.new_empty(0) for t, need in pairs)
+        dh, dw, db = (
+            t.new_empty(t.shape) if t is not None and need else h.new_empty(0) for t, need in pairs
+        )
         dlogits = cpu.logits_gradient(h, w) if a.needs[1] else None
         return loss, dh, dw if dlogits is None else dlogits, db
     rows = math.prod(h.shape[:-1])
     return loss, h.new_empty(rows, dtype=wide), h.new_empty(rows, dtype=wide), h.new_empty(0)
 
 
-def _saved_for_backward(a: Vocabulary, outputs: Sequence[Tensor], backend: str) -> tuple[Vocabulary, Sequence[Any]]:
+def _saved_for_backward(
+    a: Vocabulary, outputs: Sequence[Tensor], backend: str
+) -> tuple[Vocabulary, Sequence[Any]]:
     if backend != "cpu":
         return a, (None, *outputs[1:3], None)
     late = a.needs[1] and cpu.keeps_logits(a.h, a.w)
@@ -156,7 +164,12 @@ def _saved_for_backward(a: Vocabulary, outputs: Sequence[Tensor], backend: str) 
 
 
 def _gradient(
-    call: Any, upstream: Gradients, a: Vocabulary, outputs: Sequence[Tensor], needs: Sequence[bool], backend: str
+    call: Any,
+    upstream: Gradients,
+    a: Vocabulary,
+    outputs: Sequence[Tensor],
+    needs: Sequence[bool],
+    backend: str,
 ) -> Gradients:
     if backend != "cpu":
         return call(upstream, a, outputs, needs, backend)
@@ -171,9 +184,16 @@ def _gradient(
 
 
 def _backward(
-    name: str, upstream: Gradients, a: Vocabulary, outputs: Sequence[Tensor], needs: Sequence[bool], backend: str
+    name: str,
+    upstream: Gradients,
+    a: Vocabulary,
+    outputs: Sequence[Tensor],
+    needs: Sequence[bool],
+    backend: str,
 ) -> Gradients:
-    return getattr(_module(backend), name)(upstream[0], a, RowStatistics(*outputs[1:3]), tuple(needs))
+    return getattr(_module(backend), name)(
+        upstream[0], a, RowStatistics(*outputs[1:3]), tuple(needs)
+    )
 
 
 _vocabulary_grad = operator(
@@ -200,7 +220,9 @@ _linear_cross_entropy = Op(
     Vocabulary,
     {
         "kernel": lambda a, call: _kernel("linear_cross_entropy", a, call),
-        "reference": lambda a, _: reference.linear_cross_entropy(*a._replace(target=a.target.long())[:6]),
+        "reference": lambda a, _: reference.linear_cross_entropy(
+            *a._replace(target=a.target.long())[:6]
+        ),
     },
 )
 
@@ -233,12 +255,17 @@ _token_log_likelihood = Op(
     Vocabulary,
     {
         "kernel": lambda a, call: _kernel("token_log_likelihood", a, call),
-        "reference": lambda a, _: reference.token_log_likelihood(*a._replace(target=a.target.long())[:5]),
+        "reference": lambda a, _: reference.token_log_likelihood(
+            *a._replace(target=a.target.long())[:5]
+        ),
     },
 )
 
 _OPERATORS = {"linear_cross_entropy": _cross_entropy, "token_log_likelihood": _log_likelihood}
-_EAGER = {"linear_cross_entropy": _eager_cross_entropy, "token_log_likelihood": _eager_log_likelihood}
+_EAGER = {
+    "linear_cross_entropy": _eager_cross_entropy,
+    "token_log_likelihood": _eager_log_likelihood,
+}
 # What the last cache holds in fp32, roughly; beyond it, passes over all logits wait for memory.
 _FEW_LOGITS = 1 << 21
 # Rows, entries of the vocabulary, and width.

@@ -17,7 +17,9 @@ from .ladder import Call, Op
 from .library import Gradients, differentiable, on_device_of_arguments
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: Backend | None = None) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: Backend | None = None
+) -> Tensor:
     """LayerNorm over the last dimension, statistics in fp32 for half precision. x `[..., M]` → `[..., M]`."""
     return _layer_norm(Norm(x, weight, bias, eps), backend)
 
@@ -193,11 +195,17 @@ def _add_norm_backward(
     return found.dx, dresidual, found.dweight, found.dbias, found.dgamma
 
 
-def _add_norm_backward_fake(a: AddNorm, outputs: Sequence[Tensor], needs: Sequence[bool]) -> Gradients:
+def _add_norm_backward_fake(
+    a: AddNorm, outputs: Sequence[Tensor], needs: Sequence[bool]
+) -> Gradients:
     summed = outputs[1]
     dx = summed.new_empty(summed.shape, dtype=a.x.dtype)
     dresidual = None if _one_gradient(a, summed) else summed.new_empty(summed.shape)
-    return dx, dresidual, *(None if t is None else t.new_empty(t.shape) for t in (a.weight, a.weight, a.gamma))
+    return (
+        dx,
+        dresidual,
+        *(None if t is None else t.new_empty(t.shape) for t in (a.weight, a.weight, a.gamma)),
+    )
 
 
 def _one_gradient(a: AddNorm, summed: Tensor) -> bool:
@@ -206,7 +214,12 @@ def _one_gradient(a: AddNorm, summed: Tensor) -> bool:
 
 
 def _add_norm_gradient(
-    call: Any, upstream: Gradients, a: AddNorm, outputs: Sequence[Tensor], needs: Sequence[bool], backend: str
+    call: Any,
+    upstream: Gradients,
+    a: AddNorm,
+    outputs: Sequence[Tensor],
+    needs: Sequence[bool],
+    backend: str,
 ) -> Gradients:
     if not _one_gradient(a, outputs[1]):
         return call(upstream, a, outputs, needs, backend)
@@ -214,7 +227,9 @@ def _add_norm_gradient(
     return dx if needs[0] else None, dx if needs[1] else None, *rest
 
 
-def _saved_for_add_norm(a: AddNorm, outputs: Sequence[Tensor], backend: str) -> tuple[AddNorm, Sequence[Any]]:
+def _saved_for_add_norm(
+    a: AddNorm, outputs: Sequence[Tensor], backend: str
+) -> tuple[AddNorm, Sequence[Any]]:
     # Only the gradient of gamma needs the branch itself; on a CPU its dtype is else enough.
     x = a.x.new_empty(0) if backend == "cpu" and a.gamma is None else a.x
     return a._replace(x=x, residual=None, bias=None), (None, *outputs[1:])
@@ -254,7 +269,11 @@ def _embed_fake(a: Embedding, _: str) -> tuple[Tensor, ...]:
 
 
 def _embed_backward(
-    upstream: Gradients, a: Embedding, outputs: Sequence[Tensor], needs: Sequence[bool], backend: str
+    upstream: Gradients,
+    a: Embedding,
+    outputs: Sequence[Tensor],
+    needs: Sequence[bool],
+    backend: str,
 ) -> Gradients:
     return _module(backend).embedding_norm_backward(upstream[0], *outputs[1:], a)
 

@@ -66,20 +66,35 @@ class Launch:
             for kind in ("constant", "attrs")
         )
         options = {name: given["options"].get(name) for name in _OPTIONS}
-        return Launch(function.__module__, function.__qualname__, given["signature"], constants, attrs, options)
+        return Launch(
+            function.__module__,
+            function.__qualname__,
+            given["signature"],
+            constants,
+            attrs,
+            options,
+        )
 
     @property
     def key(self) -> str:
         """Equal for the same launch in all versions of Triton, but for its options, which an override does not know."""
         attrs = sorted((path, value) for path, value in self.attrs if value)
-        parts = self.module, self.kernel, self.signature, sorted(self.constants, key=lambda each: each[0]), attrs
+        parts = (
+            self.module,
+            self.kernel,
+            self.signature,
+            sorted(self.constants, key=lambda each: each[0]),
+            attrs,
+        )
         return json.dumps(parts, sort_keys=True)
 
     @property
     def source(self) -> Any:
         """What Triton compiles."""
         kernel = getattr(importlib.import_module(self.module), self.kernel)
-        constants, attrs = ({tuple(path): value for path, value in each} for each in (self.constants, self.attrs))
+        constants, attrs = (
+            {tuple(path): value for path, value in each} for each in (self.constants, self.attrs)
+        )
         return _source(kernel, self.signature, constants, attrs)
 
 
@@ -102,7 +117,9 @@ class Manifest:
 
     def __str__(self) -> str:
         triton, ptxas = self.compiler
-        return f"{len(self.launches)} kernels for sm_{self.arch} by Triton {triton} and ptxas {ptxas}"
+        return (
+            f"{len(self.launches)} kernels for sm_{self.arch} by Triton {triton} and ptxas {ptxas}"
+        )
 
 
 def record(work: Callable[[], object], arch: int) -> list[Launch]:
@@ -157,7 +174,9 @@ def write(
     for launch in (launch for each in purposes.values() for launch in each):
         other = launches.setdefault(launch.key, launch)
         if other.options != launch.options:
-            raise InputError(f"{launch.kernel} is launched with {other.options} and with {launch.options}")
+            raise InputError(
+                f"{launch.kernel} is launched with {other.options} and with {launch.options}"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
     for old in folder.glob("*.cubin"):
@@ -165,13 +184,19 @@ def write(
     compiled: list[Launch] = []
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn"), _start) as pool:
         each = pool.map(_compile, launches.values(), [arch] * len(launches))
-        for number, (launch, (cubin, ptx, shared)) in enumerate(zip(launches.values(), each, strict=True)):
+        for number, (launch, (cubin, ptx, shared)) in enumerate(
+            zip(launches.values(), each, strict=True)
+        ):
             name = f"{number:03d}-{launch.module.rpartition('.')[2]}-{launch.kernel}.cubin"
             progress(f"{number + 1} of {len(launches)}: {name}, {len(cubin) >> 10} KiB")
             if _is_asynchronous(ptx):
                 write_whole(folder / name, cubin)
                 digest = hashlib.sha256(cubin).hexdigest()
-                compiled.append(replace(launch, file=name, sha256=digest, shared=shared, parameters=_parameters(ptx)))
+                compiled.append(
+                    replace(
+                        launch, file=name, sha256=digest, shared=shared, parameters=_parameters(ptx)
+                    )
+                )
     counts = {purpose: len(each) for purpose, each in purposes.items()}
     manifest = Manifest(_VERSION, arch, [*compiler_versions(arch)], _sources(), counts, compiled)
     write_whole(folder / MANIFEST, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
@@ -196,7 +221,9 @@ def _compile(launch: Launch, arch: int) -> tuple[bytes, str, int]:
     from triton.backends.compiler import GPUTarget
 
     options = {name: value for name, value in launch.options.items() if value is not None}
-    compiled: Any = triton.compile(launch.source, target=GPUTarget("cuda", arch, 32), options=options)
+    compiled: Any = triton.compile(
+        launch.source, target=GPUTarget("cuda", arch, 32), options=options
+    )
     return compiled.asm["cubin"], compiled.asm["ptx"], compiled.metadata.shared
 
 
@@ -207,7 +234,11 @@ def _is_asynchronous(ptx: str) -> bool:
 
 def _parameters(ptx: str) -> tuple[int, ...]:
     entry = _ENTRY.search(ptx)
-    return tuple(int(bits) for bits in re.findall(r"\.param\s+\.[a-z]+(\d+)", entry[1])) if entry else ()
+    return (
+        tuple(int(bits) for bits in re.findall(r"\.param\s+\.[a-z]+(\d+)", entry[1]))
+        if entry
+        else ()
+    )
 
 
 def read(folder: Path, arch: int) -> Manifest:
@@ -216,11 +247,18 @@ def read(folder: Path, arch: int) -> Manifest:
     try:
         content = json.loads((folder / MANIFEST).read_bytes())
         if content["version"] != _VERSION:
-            raise InputError(f"{folder} has version {content['version']!r} and this code reads {_VERSION}; {again}")
-        launches = [Launch(**{**launch, "parameters": tuple(launch["parameters"])}) for launch in content["launches"]]
+            raise InputError(
+                f"{folder} has version {content['version']!r} and this code reads {_VERSION}; {again}"
+            )
+        launches = [
+            Launch(**{**launch, "parameters": tuple(launch["parameters"])})
+            for launch in content["launches"]
+        ]
         manifest = Manifest(**{**content, "launches": launches})
     except OSError as error:
-        raise InputError(f"{folder / MANIFEST} cannot be read ({error.strerror}); {again}") from None
+        raise InputError(
+            f"{folder / MANIFEST} cannot be read ({error.strerror}); {again}"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise
@@ -228,7 +266,9 @@ def read(folder: Path, arch: int) -> Manifest:
     if manifest.arch != arch:
         raise InputError(f"{folder} is for sm_{manifest.arch} and the GPU is sm_{arch}; {again}")
     if manifest.sources != _sources():
-        raise InputError(f"files in {_FAMILY} are not those that {folder} was prepared from; {again}")
+        raise InputError(
+            f"files in {_FAMILY} are not those that {folder} was prepared from; {again}"
+        )
     for launch in manifest.launches:
         content, inside = b"", launch.file == Path(launch.file).name
         with suppress(OSError):
@@ -255,7 +295,9 @@ def install(folder: Path, arch: int) -> Manifest:
     runtime: Any = knobs.runtime
     manifest = read(folder, arch)
     if not hasattr(runtime, "jit_post_compile_hook") or not hasattr(knobs.compilation, "override"):
-        raise InputError(f"Triton {compiler_versions(arch)[0]} is too old for prepared kernels; install triton >= 3.6")
+        raise InputError(
+            f"Triton {compiler_versions(arch)[0]} is too old for prepared kernels; install triton >= 3.6"
+        )
     overriding = _Overriding(folder.resolve(), {launch.key: launch for launch in manifest.launches})
     knobs.compilation.override, knobs.cache.override_dir = True, overriding.scratch.name
     runtime.jit_cache_hook = _chained(overriding.before, runtime.jit_cache_hook)
@@ -312,12 +354,12 @@ def _why_refused(compiled: Any, launch: Launch | None) -> str | None:
         return f"was prepared with {launch.options} and is launched with {options}; {again}"
     if hashlib.sha256(compiled.asm["cubin"]).hexdigest() != launch.sha256:
         return (
-            "comes from a cache that was filled without the prepared kernels; set TRITON_CACHE_DIR to an empty folder"
+            "comes from a cache that was filled without the prepared kernels; "
+            "set TRITON_CACHE_DIR to an empty folder"
         )
     if _parameters(compiled.asm["ptx"]) != launch.parameters:
-        return (
-            f"takes {launch.parameters} bits of parameters, and this Triton passes {_parameters(compiled.asm['ptx'])}"
-        )
+        passed = _parameters(compiled.asm["ptx"])
+        return f"takes {launch.parameters} bits of parameters, and this Triton passes {passed}"
     if compiled.metadata.shared < launch.shared:
         return f"needs {launch.shared} B of shared memory and this Triton gives {compiled.metadata.shared}"
     return None

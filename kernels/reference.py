@@ -17,12 +17,16 @@ HIDDEN = -1e30
 """A bias of this or less hides a key: -inf, and the least numbers of fp32 and bf16, which masks are often made of."""
 
 
-def _dropout(probability: float, seed: Tensor | None, device: torch.device) -> Callable[[Tensor], Tensor]:
+def _dropout(
+    probability: float, seed: Tensor | None, device: torch.device
+) -> Callable[[Tensor], Tensor]:
     """Dropout by PyTorch's generator, or by one of its own that follows from the seed."""
     if seed is None:
         return lambda x: F.dropout(x, probability)
     generator = torch.Generator(device).manual_seed(host.integer(seed))
-    return lambda x: x * torch.empty_like(x).bernoulli_(1 - probability, generator=generator) / (1 - probability)
+    return lambda x: (
+        x * torch.empty_like(x).bernoulli_(1 - probability, generator=generator) / (1 - probability)
+    )
 
 
 def int8_steps(largest: Tensor, dtype: torch.dtype, *, gelu: bool = False) -> Tensor:
@@ -98,7 +102,11 @@ def linear_residual(
 
 
 def branch_end(
-    out: Tensor, residual: Tensor, gamma: Tensor | None, row_scale: Tensor | None, dropout_p: float = 0.0
+    out: Tensor,
+    residual: Tensor,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """`residual + row_scale · gamma · dropout(out)`."""
     if dropout_p:
@@ -205,7 +213,9 @@ def varlen_attention(
         queries = q[bounds_q[i] : bounds_q[i + 1]].transpose(0, 1)
         keys, values = (t[bounds_k[i] : bounds_k[i + 1]].transpose(0, 1) for t in (k, v))
         scores = queries @ keys.transpose(-1, -2) * scale
-        weights = _weights(scores, None if key_mask is None else key_mask[bounds_k[i] : bounds_k[i + 1]])
+        weights = _weights(
+            scores, None if key_mask is None else key_mask[bounds_k[i] : bounds_k[i + 1]]
+        )
         outputs.append((drop(weights) @ values).transpose(0, 1))
     return torch.cat(outputs) if outputs else q.new_zeros(q.shape)
 
@@ -251,12 +261,21 @@ def embed_layer_norm(
     padding_idx: int | None = None,
 ) -> Tensor:
     """LayerNorm of word + position + type embeddings; the rows `padding_idx` of both tables receive no gradient."""
-    embedded = F.embedding(tokens, word, padding_idx) + type_row + F.embedding(positions, position, padding_idx)
+    embedded = (
+        F.embedding(tokens, word, padding_idx)
+        + type_row
+        + F.embedding(positions, position, padding_idx)
+    )
     return F.layer_norm(embedded, (word.shape[1],), weight, bias, eps)
 
 
 def linear_cross_entropy(
-    h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, ignore_index: int = -100, label_smoothing: float = 0.0
+    h: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    target: Tensor,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Mean cross-entropy of the logits `h w^T + b` over the rows that are not ignored; 0 if all rows are.
 
@@ -265,16 +284,24 @@ def linear_cross_entropy(
     logits = F.linear(h, w, b).reshape(-1, w.shape[0])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     summed = F.cross_entropy(
-        logits, target.flatten(), ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
+        logits,
+        target.flatten(),
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction="sum",
     )
     return summed / (target != ignore_index).sum().clamp_min(1)
 
 
-def token_log_likelihood(h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, ignore_index: int = -100) -> Tensor:
+def token_log_likelihood(
+    h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, ignore_index: int = -100
+) -> Tensor:
     """`log softmax(h w^T + b)[target]`, row by row; 0 where the target is `ignore_index`."""
     logits = F.linear(h, w, b).reshape(-1, w.shape[0])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return -F.cross_entropy(logits, target.flatten(), ignore_index=ignore_index, reduction="none").view(target.shape)
+    return -F.cross_entropy(
+        logits, target.flatten(), ignore_index=ignore_index, reduction="none"
+    ).view(target.shape)
 
 
 def hard_negative_weights(similarity: Tensor, mask: Tensor) -> Tensor:

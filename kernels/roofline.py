@@ -60,7 +60,9 @@ def varlen_attention(
     return _attention("varlen_attention", shape, pairs, operands, 0, queries, backward=backward)
 
 
-def _attention(op: str, shape: str, pairs: int, operands: int, bias: int, queries: int, *, backward: bool) -> Work:
+def _attention(
+    op: str, shape: str, pairs: int, operands: int, bias: int, queries: int, *, backward: bool
+) -> Work:
     products = 5 if backward else 2  # qkᵀ again, dv, dp, dq, dk; or qkᵀ and pv
     flops = products * 2 * pairs * HEADS * HEAD_DIM
     statistics = queries * HEADS * _FP32
@@ -74,7 +76,9 @@ def add_layer_norm(rows: int, *, backward: bool = False, element: int = 2) -> Wo
     tensors = 4
     flops = (14 if backward else 9) * rows * WIDTH
     name = "add_layer_norm" + (" backward" if backward else "")
-    return Work(name, f"{rows} × {WIDTH}", flops, tensors * rows * WIDTH * element + 2 * rows * _FP32)
+    return Work(
+        name, f"{rows} × {WIDTH}", flops, tensors * rows * WIDTH * element + 2 * rows * _FP32
+    )
 
 
 def linear_gelu(rows: int, *, backward: bool = False, element: int = 2) -> Work:
@@ -91,4 +95,9 @@ def linear_cross_entropy(rows: int, vocabulary: int, *, element: int = 2) -> Wor
     """Loss over a vocabulary with its gradients: three GEMMs, and no logits in memory."""
     product = 2 * rows * WIDTH * vocabulary
     traffic = 2 * (rows * WIDTH + vocabulary * WIDTH + vocabulary) * element
-    return Work("linear_cross_entropy and gradients", f"{rows} × {WIDTH} → {vocabulary}", 3 * product, traffic)
+    return Work(
+        "linear_cross_entropy and gradients",
+        f"{rows} × {WIDTH} → {vocabulary}",
+        3 * product,
+        traffic,
+    )

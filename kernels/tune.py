@@ -62,8 +62,13 @@ def sizes(spec: KernelSpec, head_dims: Iterable[int], arch: int = 80) -> list[in
     if spec.name == "relpos_forward" and 90 <= arch < 100:
         head_dims = [d for d in head_dims if d not in FRAGMENT_HEAD_DIMS]
     # This form stands in for another one, and only as long as that has the tiles that it is made for.
-    attention = all("head_dim" in variant for variant in spec.variants) and not spec.name.endswith("_narrow")
-    tiled = attention and set(spec.config(spec.variants[0], "bf16", 80).tiles) >= {"BLOCK_M", "BLOCK_N"}
+    attention = all("head_dim" in variant for variant in spec.variants) and not spec.name.endswith(
+        "_narrow"
+    )
+    tiled = attention and set(spec.config(spec.variants[0], "bf16", 80).tiles) >= {
+        "BLOCK_M",
+        "BLOCK_N",
+    }
     return [d for d in head_dims if any(v["head_dim"] == d for v in spec.variants)] if tiled else []
 
 
@@ -72,13 +77,17 @@ def candidates(kernel: str) -> list[LaunchConfig]:
     if "_heads" in kernel:
         return [
             LaunchConfig({"HEADS": heads, "BLOCK_M": m, "BLOCK_N": n}, num_warps, num_stages)
-            for heads, m, n, num_stages in itertools.product((2, 4, 8), (16, 32), (16, 32, 64), (1, 2))
+            for heads, m, n, num_stages in itertools.product(
+                (2, 4, 8), (16, 32), (16, 32, 64), (1, 2)
+            )
             for num_warps in (heads // 2, heads)
         ]
     if kernel.endswith("_fragments"):
         block_m, block_n = FRAGMENT_TILE
         return [
-            LaunchConfig({"BLOCK_M": block_m, "BLOCK_N": block_n}, 8, num_stages, registers=registers)
+            LaunchConfig(
+                {"BLOCK_M": block_m, "BLOCK_N": block_n}, 8, num_stages, registers=registers
+            )
             for num_stages, registers in itertools.product((1, 2, 3, 4), (0, 112, 126))
         ]
     short = kernel.endswith("_short")
@@ -91,7 +100,12 @@ def candidates(kernel: str) -> list[LaunchConfig]:
 
 def acceptable(row: Row) -> bool:
     """True for a compilation that may be shipped: it compiles, fits and does not spill."""
-    return not row.error and not row.stack_bytes and row.occupancy > 0 and row.shared_bytes <= row.shared_limit
+    return (
+        not row.error
+        and not row.stack_bytes
+        and row.occupancy > 0
+        and row.shared_bytes <= row.shared_limit
+    )
 
 
 def search(
@@ -115,29 +129,48 @@ def search(
         raise ValueError(f"kernel {spec.name} has no form for head_dim {size}")
 
     def examine(variants: list[Mapping[str, Any]], configs: list[LaunchConfig]) -> list[Row]:
-        return compile_rows([Form(spec, variant, arch, dtype, config) for config in configs for variant in variants])
+        return compile_rows(
+            [Form(spec, variant, arch, dtype, config) for config in configs for variant in variants]
+        )
 
     in_use = spec.config(forms[0], dtype, arch)
     grid = [
-        replace(c, apart=in_use.apart, fenced=in_use.fenced) for c in (candidates(spec.name) if grid is None else grid)
+        replace(c, apart=in_use.apart, fenced=in_use.fenced)
+        for c in (candidates(spec.name) if grid is None else grid)
     ]
     configs = [in_use, *(c for c in grid if c != in_use)]
-    good = [c for c, row in zip(configs, examine(forms[:1], configs), strict=True) if acceptable(row)]
+    good = [
+        c for c, row in zip(configs, examine(forms[:1], configs), strict=True) if acceptable(row)
+    ]
     run = workload(spec.name, size, dtype)
     times: list[tuple[float, int]] = []
     for number, config in enumerate(good):
         with using(spec.name, size, dtype, arch, config):
             times.append((timer(run), number))
     before = next((seconds for seconds, number in times if good[number] == in_use), float("inf"))
-    ranked = sorted((seconds if good[n] == in_use else seconds / (1 - MARGIN), n) for seconds, n in times)
+    ranked = sorted(
+        (seconds if good[n] == in_use else seconds / (1 - MARGIN), n) for seconds, n in times
+    )
     for _, number in ranked:
         if all(map(acceptable, examine(forms, [good[number]]))):
             seconds = next(s for s, n in times if n == number)
             rejected = len(configs) - len(good)
             theirs = flash_workload(spec.name, size, dtype)
             flash_seconds = None if theirs is None else timer(theirs)
-            return Choice(spec.name, dtype, size, good[number], seconds, before, rejected, len(good), flash_seconds)
-    raise ValueError(f"kernel {spec.name} at head_dim {size}: every configuration spills or does not fit")
+            return Choice(
+                spec.name,
+                dtype,
+                size,
+                good[number],
+                seconds,
+                before,
+                rejected,
+                len(good),
+                flash_seconds,
+            )
+    raise ValueError(
+        f"kernel {spec.name} at head_dim {size}: every configuration spills or does not fit"
+    )
 
 
 @contextmanager
@@ -160,7 +193,11 @@ def using(kernel: str, size: int, dtype: str, arch: int, config: LaunchConfig) -
 
 
 def _entry(config: LaunchConfig) -> dict[str, Any]:
-    return {name: value for name, value in asdict(config).items() if value or name in ("num_warps", "num_stages")}
+    return {
+        name: value
+        for name, value in asdict(config).items()
+        if value or name in ("num_warps", "num_stages")
+    }
 
 
 def write(choices: Iterable[Choice], arch: int, gpu: str, folder: Path = TUNING) -> Path:
@@ -177,7 +214,10 @@ def write(choices: Iterable[Choice], arch: int, gpu: str, folder: Path = TUNING)
         table.setdefault(choice.kernel, {})[f"{choice.dtype}/{choice.size}"] = entry
     kernels = []
     for kernel, rows in sorted(table.items()):
-        lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in sorted(rows.items()))
+        lines = ",\n".join(
+            f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}"
+            for k, v in sorted(rows.items())
+        )
         kernels.append(f" {json.dumps(kernel)}: {{\n{lines}\n }}")
     write_whole(path, ("{\n" + ",\n".join(kernels) + "\n}\n").encode())
     return path
@@ -215,7 +255,9 @@ def model_workload(kernel: str, size: int, dtype: str, device: str = "cuda") -> 
             backward = partial(bias_attention.bias_attention_backward, dout, None, biased)
         else:
             table, fragments = noise(rows, heads).float(), takes_fragments(size, q.dtype, q.device)
-            bias = relpos_attention.materialise_bias(table, window, q.dtype, scale, fragments=fragments)
+            bias = relpos_attention.materialise_bias(
+                table, window, q.dtype, scale, fragments=fragments
+            )
             turned = relpos_attention.materialise_bias(table, window, q.dtype, scale, turned=True)
             forward = partial(relpos_attention.relpos_attention_forward, q, k, v, bias, scale)
             a = RelPos(q, k, v, table, window, scale, turned=turned)
@@ -228,11 +270,15 @@ def model_workload(kernel: str, size: int, dtype: str, device: str = "cuda") -> 
     return lambda: backward(*results, *last)
 
 
-def flash_workload(kernel: str, size: int, dtype: str, device: str = "cuda") -> Callable[[], Any] | None:
+def flash_workload(
+    kernel: str, size: int, dtype: str, device: str = "cuda"
+) -> Callable[[], Any] | None:
     """The work of `model_workload` by flash-attn, without a mask; None where it is not installed or does not apply."""
     family, _, part = kernel.partition("_")
     backward = part in ("dkdv", "dkdv_short")
-    if family != "varlen" or not (backward or part in ("forward", "forward_heads", "forward_heads_many")):
+    if family != "varlen" or not (
+        backward or part in ("forward", "forward_heads", "forward_heads_many")
+    ):
         return None
     if _why_not("flash_attn", device, None) is not None:
         return None
@@ -254,7 +300,13 @@ def _packed(
     noise: Callable[..., torch.Tensor], head_dim: int, part: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Packed]:
     few, many = ([13] * 256, [13] * 256), ([13] * 256, [577] * 256)
-    queries, keys = few if part.endswith(("_short", "_heads")) else many if part.endswith("_many") else ([3328], [577])
+    queries, keys = (
+        few
+        if part.endswith(("_short", "_heads"))
+        else many
+        if part.endswith("_many")
+        else ([3328], [577])
+    )
     heads, scale = 12, head_dim**-0.5
     q, dout = noise(sum(queries), heads, head_dim), noise(sum(queries), heads, head_dim)
     k, v = noise(sum(keys), heads, head_dim), noise(sum(keys), heads, head_dim)

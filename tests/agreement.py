@@ -33,7 +33,9 @@ def with_weights(model: M, case: str, dtype: torch.dtype, task: str | None = Non
     weights = tensors(f"{case}/weights")
     if task is not None:
         extra = tensors(f"{case}/ft_extra_weights")
-        weights = weights | {name.partition("/")[2]: t for name, t in extra.items() if name.startswith(f"{task}/")}
+        weights = weights | {
+            name.partition("/")[2]: t for name, t in extra.items() if name.startswith(f"{task}/")
+        }
     model.load_state_dict({name: weights[name] for name in model.state_dict()})
     return model.to(dtype).eval()
 
@@ -54,7 +56,9 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return float((value.detach().double() - truth).abs().max()) / (largest or 1.0)
 
 
-def assert_agrees(name: str, value: Tensor, truth: Tensor, plain: Sequence[Tensor], dtype: torch.dtype) -> None:
+def assert_agrees(
+    name: str, value: Tensor, truth: Tensor, plain: Sequence[Tensor], dtype: torch.dtype
+) -> None:
     """fp64 values to 1e-10; fp32 values as accurately as plain PyTorch's, the official run's and other draws."""
     if dtype == torch.float64 or not truth.is_floating_point():
         error = relative_error(value, truth)
@@ -94,7 +98,9 @@ def assert_gradient_norms(
             assert absent, f"{what} reaches {name}, which it must not"
         else:
             assert gradient is not None, f"{what} does not reach {name}"
-            assert gradient.norm().item() == pytest.approx(norm, rel=rel, abs=small * largest), f"{what}: {name}"
+            assert gradient.norm().item() == pytest.approx(norm, rel=rel, abs=small * largest), (
+                f"{what}: {name}"
+            )
 
 
 @contextmanager

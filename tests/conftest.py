@@ -57,8 +57,14 @@ def golden(relative_path: str) -> Path:
         return PACKED / relative_path
     if (PACKED / f"{relative_path}.xz").is_file():
         return _unpack(relative_path)
-    hint = f"nor in XFM_GOLDEN={complete}" if complete else "and XFM_GOLDEN, the folder of a complete set, is not set"
-    pytest.skip(f"golden vectors {relative_path} are not in tests/golden {hint}", allow_module_level=True)
+    hint = (
+        f"nor in XFM_GOLDEN={complete}"
+        if complete
+        else "and XFM_GOLDEN, the folder of a complete set, is not set"
+    )
+    pytest.skip(
+        f"golden vectors {relative_path} are not in tests/golden {hint}", allow_module_level=True
+    )
 
 
 @cache
@@ -101,7 +107,9 @@ def official_keys(model: str = "base") -> dict[str, dict[str, Any]]:
         return keys
     change = load_json(f"official_keys_{model}")
     lacking = set(change["pretrain_keys_not_in_this_model"])
-    shapes = {name: both["this"] for name, both in change["shape_differs_from_pretrain_224"].items()}
+    shapes = {
+        name: both["this"] for name, both in change["shape_differs_from_pretrain_224"].items()
+    }
     out = {}
     for name, entry in keys.items():
         if name not in lacking:
@@ -112,7 +120,11 @@ def official_keys(model: str = "base") -> dict[str, dict[str, Any]]:
 
 def base_shapes() -> dict[str, list[int]]:
     """Name -> shape of every floating-point entry of the official base model."""
-    return {name: entry["shape"] for name, entry in official_keys().items() if entry["dtype"] == "float32"}
+    return {
+        name: entry["shape"]
+        for name, entry in official_keys().items()
+        if entry["dtype"] == "float32"
+    }
 
 
 def base_tensor(name: str, shape: Iterable[int]) -> Tensor:
@@ -147,7 +159,11 @@ def base_state(shapes: Mapping[str, Iterable[int]] | None = None) -> dict[str, T
     out = {}
     for name, shape in (base_shapes() if shapes is None else shapes).items():
         part, _, rest = name.partition(".")
-        origin = f"{part}.{ties[rest]}" if part in ("text_encoder", "fusion_encoder") and rest in ties else name
+        origin = (
+            f"{part}.{ties[rest]}"
+            if part in ("text_encoder", "fusion_encoder") and rest in ties
+            else name
+        )
         if origin not in made:
             made[origin] = base_tensor(origin, shape)
         out[name] = made[origin]

@@ -18,7 +18,11 @@ _SECTION = re.compile(r"^(Args|Attributes|Returns|Raises):$", re.MULTILINE)
 
 def sources() -> list[Path]:
     """Every Python file of the package; the links in xfm_fast are not entered."""
-    return sorted(path for folder in ("xfm_fast", "kernels", "export", "benchmarks") for path in _python(ROOT / folder))
+    return sorted(
+        path
+        for folder in ("xfm_fast", "kernels", "export", "benchmarks")
+        for path in _python(ROOT / folder)
+    )
 
 
 def files_of_tests() -> list[Path]:
@@ -48,7 +52,9 @@ def figures() -> dict[str, float]:
     for path in files:
         total += path.read_text(encoding="utf-8").count("\n")
         for node in ast.walk(tree(path)):
-            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
+            if not isinstance(
+                node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module
+            ):
                 continue
             text = ast.get_docstring(node) or ""
             words.update(re.findall("[a-z]+", text.lower()))
@@ -82,7 +88,11 @@ def over_budget() -> Iterator[str]:
             yield f"{name}: {lines} lines and no budget; add it under [lines]"
         elif lines > allowed:
             yield f"{name}: {lines} lines, {lines - allowed} over budget"
-    yield from (f"{n}: {v}, allowed {BUDGET['limits'][n]}" for n, v in figures().items() if v > BUDGET["limits"][n])
+    yield from (
+        f"{n}: {v}, allowed {BUDGET['limits'][n]}"
+        for n, v in figures().items()
+        if v > BUDGET["limits"][n]
+    )
 
 
 def main() -> None:
@@ -95,13 +105,18 @@ def main() -> None:
             changes[folder_of(ROOT / name)] += int(added) - int(removed)
     print(f"{'folder':24} {'lines':>7} {'budget':>7}" + (f"  since {since}" if since else ""))
     for name, lines in lines_per_folder().items():
-        print(f"{name:24} {lines:7,} {BUDGET['lines'].get(name, 0):7,}" + (f"  {changes[name]:+,}" if since else ""))
+        print(
+            f"{name:24} {lines:7,} {BUDGET['lines'].get(name, 0):7,}"
+            + (f"  {changes[name]:+,}" if since else "")
+        )
     for name, value in figures().items():
         print(f"{name}: {value:,} (≤ {BUDGET['limits'][name]:,})")
 
 
 def _git(*words: str) -> str:
-    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    return subprocess.run(
+        ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout
 
 
 def _python(folder: Path) -> Iterator[Path]:

@@ -76,7 +76,9 @@ def _part(module: str) -> str | None:
     parts = module.split(".")
     if parts[0] != "xfm_fast" or len(parts) == 1:
         return None
-    return next((name for name in LEVELS if parts[1] == name or parts[1].startswith(f"{name}_")), parts[1])
+    return next(
+        (name for name in LEVELS if parts[1] == name or parts[1].startswith(f"{name}_")), parts[1]
+    )
 
 
 def _level(part: str) -> int:
@@ -115,7 +117,10 @@ def test_the_tree_is_seen() -> None:
 def test_no_files_import_each_other() -> None:
     """Imports for type checkers and inside functions count; a package's face hands names on and does not."""
     files = {_module(path): path for path in SOURCES if path.name != "__init__.py"}
-    graph = {module: {each for each, _ in _imports(path)} & files.keys() - {module} for module, path in files.items()}
+    graph = {
+        module: {each for each, _ in _imports(path)} & files.keys() - {module}
+        for module, path in files.items()
+    }
     TopologicalSorter(graph).prepare()
 
 
@@ -140,8 +145,12 @@ def test_no_two_parts_import_each_other() -> None:
         source = _part(_module(path))
         targets = {_part(imported) for imported, _ in _imports(path)}
         if source is not None:
-            arrows.setdefault(source, set()).update(target for target in targets if target not in (None, source))
-    mutual = sorted((a, b) for a, targets in arrows.items() for b in targets if a < b and a in arrows.get(b, ()))
+            arrows.setdefault(source, set()).update(
+                target for target in targets if target not in (None, source)
+            )
+    mutual = sorted(
+        (a, b) for a, targets in arrows.items() for b in targets if a < b and a in arrows.get(b, ())
+    )
     assert not mutual, f"pairs of parts that import each other: {mutual}"
 
 
@@ -153,8 +162,9 @@ def test_kernels_know_nothing_of_models() -> None:
         for imported, line in _imports(path)
         if not _within(imported, KERNELS_MAY_IMPORT)
     ]
-    assert not wrong, "kernels/ may import the standard library, torch, triton, numpy and flash_attn:\n" + "\n".join(
-        wrong
+    assert not wrong, (
+        "kernels/ may import the standard library, torch, triton, numpy and flash_attn:\n"
+        + "\n".join(wrong)
     )
 
 
@@ -168,7 +178,9 @@ def test_linked_folders_are_imported_by_their_package_name() -> None:
     wrong = [
         place
         for path in FILES
-        for place in _places(path, (line for name, line in _imports(path) if name.split(".")[0] in links))
+        for place in _places(
+            path, (line for name, line in _imports(path) if name.split(".")[0] in links)
+        )
     ]
     assert not wrong, f"write xfm_fast.kernels: {wrong}"
 
@@ -182,8 +194,12 @@ def test_comments_are_sober() -> None:
     wrong = []
     for path in FILES:
         with tokenize.open(path) as source:
-            comments = [t for t in tokenize.generate_tokens(source.readline) if t.type == tokenize.COMMENT]
-        found = (t.start[0] for t in comments if BANNER.match(t.string) or UNFINISHED.search(t.string))
+            comments = [
+                t for t in tokenize.generate_tokens(source.readline) if t.type == tokenize.COMMENT
+            ]
+        found = (
+            t.start[0] for t in comments if BANNER.match(t.string) or UNFINISHED.search(t.string)
+        )
         wrong += _places(path, found)
     assert not wrong
 
@@ -215,9 +231,22 @@ def test_few_files_have_one_importer() -> None:
 
 
 # Functions that may open by themselves, and what they open.
-OPENING = {("xfm_fast/training/recipe.py", "read_recipe"): "a recipe of the package, which may be an archive"}
+OPENING = {
+    (
+        "xfm_fast/training/recipe.py",
+        "read_recipe",
+    ): "a recipe of the package, which may be an archive"
+}
 OPENED_BY_NAME = {"open", "safe_open", "load_file"}
-OPENED_BY_METHOD = {"open", "read_text", "read_bytes", "memmap", "fromfile", "loadtxt", "genfromtxt"}
+OPENED_BY_METHOD = {
+    "open",
+    "read_text",
+    "read_bytes",
+    "memmap",
+    "fromfile",
+    "loadtxt",
+    "genfromtxt",
+}
 # What is open already, or lies in memory.
 OPEN = {"file", "fileobj", "BytesIO"}
 
@@ -228,12 +257,23 @@ def _openings(path: Path) -> Iterator[tuple[str, int]]:
     for function, call in ((each, call) for each in functions for call in ast.walk(each)):
         if not isinstance(call, ast.Call):
             continue
-        name, given = ast.unparse(call.func), [*call.args, *(keyword.value for keyword in call.keywords)]
+        name, given = (
+            ast.unparse(call.func),
+            [*call.args, *(keyword.value for keyword in call.keywords)],
+        )
         method = call.func.attr if isinstance(call.func, ast.Attribute) else ""
-        if name not in OPENED_BY_NAME | {"np.load", "torch.load"} and method not in OPENED_BY_METHOD:
+        if (
+            name not in OPENED_BY_NAME | {"np.load", "torch.load"}
+            and method not in OPENED_BY_METHOD
+        ):
             continue
-        words = {keyword.arg for keyword in call.keywords} | {word for each in given for word in _words(each)}
-        is_new = any(isinstance(each, ast.Constant) and each.value in ("w", "wb", "x", "xb") for each in given)
+        words = {keyword.arg for keyword in call.keywords} | {
+            word for each in given for word in _words(each)
+        }
+        is_new = any(
+            isinstance(each, ast.Constant) and each.value in ("w", "wb", "x", "xb")
+            for each in given
+        )
         # An entry of `READERS` has a function of this name.
         if not is_new and not words & OPEN and not name.startswith("READERS["):
             yield function.name, call.lineno
@@ -282,5 +322,7 @@ def test_a_file_opened_elsewhere_is_found(tmp_path: Path) -> None:
         "np.memmap(file, np.int64)",
     ]
     code = tmp_path / "code.py"
-    code.write_text("".join(f"def f{n}(path):\n    return {call}\n" for n, call in enumerate(calls + allowed)))
+    code.write_text(
+        "".join(f"def f{n}(path):\n    return {call}\n" for n, call in enumerate(calls + allowed))
+    )
     assert [line // 2 for _, line in _openings(code)] == [n + 1 for n in range(len(calls))]

@@ -36,8 +36,12 @@ def test_the_official_pretraining_yaml_is_the_base_preset(tmp_path: Path) -> Non
     path.write_text(yaml.safe_dump(TRAINING))
     assert XFMConfig.from_official(path) == XFMConfig.preset("base")
     assert XFMConfig.from_official(TRAINING) == XFMConfig.preset("base")
-    assert XFMConfig.from_official(TRAINING, image_size=384) == XFMConfig.preset("base", image_size=384)
-    codes = XFMConfig.from_official(TRAINING | {"use_vision_tokenizer": True, "codebook_size": 1024})
+    assert XFMConfig.from_official(TRAINING, image_size=384) == XFMConfig.preset(
+        "base", image_size=384
+    )
+    codes = XFMConfig.from_official(
+        TRAINING | {"use_vision_tokenizer": True, "codebook_size": 1024}
+    )
     assert codes == XFMConfig.preset("base", codebook_size=1024)
 
 
@@ -45,7 +49,9 @@ def test_the_roberta_config_beside_the_yaml_is_read(tmp_path: Path) -> None:
     folder = tmp_path / "roberta-small"
     folder.mkdir()
     (folder / "config.json").write_text(
-        json.dumps({"hidden_size": 96, "num_attention_heads": 6, "vocab_size": 99, "layer_norm_eps": 1e-07})
+        json.dumps(
+            {"hidden_size": 96, "num_attention_heads": 6, "vocab_size": 99, "layer_norm_eps": 1e-07}
+        )
     )
     path = tmp_path / "train.yaml"
     path.write_text(yaml.safe_dump(TRAINING | {"text_encoder": "roberta-small", "temp": "7e-2"}))

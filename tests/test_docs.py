@@ -28,4 +28,7 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     assert {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"} <= built
     home = (tmp_path / "site/index.html").read_text()
     assert all(part in home for part in ("pip install", "https://example.org/xfm", "slate"))
-    assert "The probability that each text describes the image" in (tmp_path / "site/api/index.html").read_text()
+    assert (
+        "The probability that each text describes the image"
+        in (tmp_path / "site/api/index.html").read_text()
+    )

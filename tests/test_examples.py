@@ -70,7 +70,9 @@ def test_gradient_flow(run: Run, tmp_path: Path) -> None:
     for arguments in ((), (tmp_path / "weights",)):
         head, *lines = (line.split() for line in run("gradient_flow", *arguments).splitlines())
         assert head == ["loss", "language", "vision", "fusion"]
-        trained = {loss: "".join("0" if norm == "0" else "1" for norm in norms) for loss, *norms in lines}
+        trained = {
+            loss: "".join("0" if norm == "0" else "1" for norm in norms) for loss, *norms in lines
+        }
         assert trained == {"mlm": "100", "itc": "110", "itm": "011", "imlm": "011", "mim": "010"}
     # Weights whose configuration lets the fusion losses through, and a vision encoder that nothing reaches.
     path = tmp_path / "weights/config.json"
@@ -109,7 +111,9 @@ def test_finetune_on_my_csv(run: Run, photos: Path, tmp_path: Path) -> None:
     rows = "".join(f'{number}.png,"a red circle, {number}"\n' for number in range(4))
     (photos / "pairs.csv").write_text("image,caption\n" + rows)
     write_model(tmp_path / "weights", seed=0)
-    out = run("finetune_on_my_csv", photos / "pairs.csv", tmp_path / "weights", "epochs=1", "workers=0")
+    out = run(
+        "finetune_on_my_csv", photos / "pairs.csv", tmp_path / "weights", "epochs=1", "workers=0"
+    )
     assert "saved: runs/retrieval_csv" in out
     assert out.count("  a red circle, ") == 3
 

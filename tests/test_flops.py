@@ -20,7 +20,9 @@ from xfm_fast.packing import ImageGroups, Packing
 
 CONFIGS = [
     XFMConfig.preset("tiny"),
-    XFMConfig.preset("tiny", image_size=40, vision_width=48, vision_heads=3, text_width=32, text_intermediate=80),
+    XFMConfig.preset(
+        "tiny", image_size=40, vision_width=48, vision_heads=3, text_width=32, text_intermediate=80
+    ),
 ]
 LENGTHS = [7, 12, 3, 9]
 PADDED = 12
@@ -35,7 +37,9 @@ def _measured(run: Callable[[], Any]) -> tuple[Any, int]:
 
 
 def _ids(cfg: XFMConfig) -> Tensor:
-    return torch.randint(4, cfg.vocab_size, (len(LENGTHS), PADDED)).masked_fill(MASK == 0, cfg.pad_token_id)
+    return torch.randint(4, cfg.vocab_size, (len(LENGTHS), PADDED)).masked_fill(
+        MASK == 0, cfg.pad_token_id
+    )
 
 
 @each_config
@@ -55,7 +59,9 @@ def test_official_counts_are_those_of_the_twin(cfg: XFMConfig) -> None:
 
 
 @each_config
-@pytest.mark.parametrize(("first_token_only", "self_attended", "layers"), [(False, True, 1), (True, False, 3)])
+@pytest.mark.parametrize(
+    ("first_token_only", "self_attended", "layers"), [(False, True, 1), (True, False, 3)]
+)
 def test_packed_counts_are_those_of_the_model(
     cfg: XFMConfig, first_token_only: bool, self_attended: bool, layers: int
 ) -> None:
@@ -73,11 +79,18 @@ def test_packed_counts_are_those_of_the_model(
         assert count == flops.image_memory(cfg, 2).total
         assert sum(layer.numel() for layer in memory.layers) == 2 * flops.image_memory_values(cfg)
         tokens = packing.pack(texts)
-        attended, count = _measured(lambda: model.fusion_encoder.first_self_attention(tokens, packing))
+        attended, count = _measured(
+            lambda: model.fusion_encoder.first_self_attention(tokens, packing)
+        )
         assert count == flops.first_self_attention(cfg, torch.tensor(LENGTHS)).total
-        options: dict[str, Any] = {"first_token_only": first_token_only, "self_attended": self_attended}
+        options: dict[str, Any] = {
+            "first_token_only": first_token_only,
+            "self_attended": self_attended,
+        }
         start = attended if self_attended else tokens
-        fused, count = _measured(lambda: model.fusion_encoder(start, packing, memory, groups, **options))
+        fused, count = _measured(
+            lambda: model.fusion_encoder(start, packing, memory, groups, **options)
+        )
         assert count == flops.fusion(cfg, LENGTHS, **options).total
         _, count = _measured(lambda: model.match_logits(fused[: len(LENGTHS), None]))
         assert count == flops.matching_head(cfg, len(LENGTHS)).total
@@ -107,7 +120,9 @@ def test_training_steps_are_those_of_model_and_twin(cfg: XFMConfig) -> None:
     # Every caption is drawn once.
     drawn = own.roll(-1), own.roll(1)
     with ops.use_backend("reference"):
-        _, count = _measured(lambda: total(pretraining_losses(model, batch, hard_negatives=drawn)).backward())
+        _, count = _measured(
+            lambda: total(pretraining_losses(model, batch, hard_negatives=drawn)).backward()
+        )
     assert count == flops.pretraining_step(cfg, LENGTHS, masked).total
     _, count = _measured(lambda: total(OfficialTrainingTwin(model).losses(batch)).backward())
     assert count == flops.official_pretraining_step(cfg, len(LENGTHS), PADDED, slots=4).total

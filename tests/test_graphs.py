@@ -18,7 +18,9 @@ from xfm_fast import XFM, XFMConfig, accelerate, graphs
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.graphs import CallGraphs, NoHostReads, Recorder, Recording, Shapes, XFMGraphs, capture
 
-SHAPES = Shapes(images=(1, 4), texts=((2, 6, 8), (5, 9, 20)), matches=((1, 3, 9, 12), (3, 5, 9, 20)))
+SHAPES = Shapes(
+    images=(1, 4), texts=((2, 6, 8), (5, 9, 20)), matches=((1, 3, 9, 12), (3, 5, 9, 20))
+)
 
 
 class StandIn:
@@ -33,7 +35,9 @@ class StandIn:
 
         def replay() -> None:
             self.replayed += 1
-            for kept, new in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(run()), strict=True):
+            for kept, new in zip(
+                pytree.tree_leaves(outputs), pytree.tree_leaves(run()), strict=True
+            ):
                 kept.copy_(new)
 
         return Recording(replay, outputs)
@@ -41,7 +45,9 @@ class StandIn:
 
 def model_on(device: str) -> XFM:
     torch.manual_seed(0)
-    config = XFMConfig.preset("tiny", vision_width=64, vision_heads=2, text_width=64, text_heads=2, vocab_size=64)
+    config = XFMConfig.preset(
+        "tiny", vision_width=64, vision_heads=2, text_width=64, text_heads=2, vocab_size=64
+    )
     model = XFM(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -84,7 +90,9 @@ def agree(found: Tensor, expected: Tensor) -> None:
 
 
 @torch.no_grad()
-def test_images_of_any_number_up_to_the_captured(model: XFM, captured: XFMGraphs, device: str) -> None:
+def test_images_of_any_number_up_to_the_captured(
+    model: XFM, captured: XFMGraphs, device: str
+) -> None:
     """A smaller call after a larger one must not see what the larger one left."""
     side = model.config.image_size
     for count in (1, 4, 3, 2, 0):
@@ -101,7 +109,9 @@ def test_images_of_any_number_up_to_the_captured(model: XFM, captured: XFMGraphs
 
 @torch.no_grad()
 @pytest.mark.parametrize(("count", "length"), [(1, 6), (5, 9), (1, 2), (2, 4)])
-def test_texts_of_any_lengths(model: XFM, captured: XFMGraphs, device: str, count: int, length: int) -> None:
+def test_texts_of_any_lengths(
+    model: XFM, captured: XFMGraphs, device: str, count: int, length: int
+) -> None:
     captured.encode_text(*texts(5, 7, device))
     ids, mask = texts(count, length, device)
     agree(captured.encode_text(ids, mask), model.encode_text(ids, mask))
@@ -114,7 +124,9 @@ def test_texts_of_any_lengths(model: XFM, captured: XFMGraphs, device: str, coun
 @pytest.mark.parametrize("index", [[1, 0, 0, 1, 1], [1, 1, 1], [0]])
 def test_pairs(model: XFM, captured: XFMGraphs, device: str, index: list[int]) -> None:
     side = model.config.image_size
-    memory = model.image_memory(model.encode_image(torch.randn(max(index) + 1, 3, side, side, device=device)))
+    memory = model.image_memory(
+        model.encode_image(torch.randn(max(index) + 1, 3, side, side, device=device))
+    )
     ids, mask = texts(len(index), 8, device)
     embeds, of = model.encode_text(ids, mask), torch.tensor(index, device=device)
     found = captured.fuse(embeds, mask, memory, of)
@@ -168,7 +180,11 @@ def test_models_that_cannot_be_captured_are_refused() -> None:
         capture(model, shapes)
     foreign: Any = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)).eval()
     text_only = XFM(model.config, heads=(), encoders=("text",)).eval()
-    for refused, named in ((model.train(), "training"), (foreign, "Sequential"), (text_only, "images")):
+    for refused, named in (
+        (model.train(), "training"),
+        (foreign, "Sequential"),
+        (text_only, "images"),
+    ):
         with pytest.raises(InputError, match=named):
             capture(refused, shapes, recorder=StandIn())
     foreign[1].train()
@@ -230,7 +246,9 @@ def test_a_call_on_another_stream_waits_for_the_one_before(monkeypatch: pytest.M
     monkeypatch.setattr(nn.Parameter, "is_cuda", property(lambda _: True), raising=False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
     fill = graphs._Calls.fill
-    monkeypatch.setattr(graphs._Calls, "fill", lambda *given: happened.append("filled") or fill(*given))
+    monkeypatch.setattr(
+        graphs._Calls, "fill", lambda *given: happened.append("filled") or fill(*given)
+    )
     module = Branching().eval()
     calls = CallGraphs(module, module, record)
     with torch.no_grad():
@@ -262,12 +280,16 @@ def test_any_module_is_captured_once_a_shape(monkeypatch: pytest.MonkeyPatch) ->
     assert stand_in.recorded == 4
 
 
-def test_accelerate_takes_graphs_out_again(monkeypatch: pytest.MonkeyPatch, device: str, recorder: Recorder) -> None:
+def test_accelerate_takes_graphs_out_again(
+    monkeypatch: pytest.MonkeyPatch, device: str, recorder: Recorder
+) -> None:
     from xfm_fast.replace import acceleration
 
     if device == "cpu":
         monkeypatch.setattr(acceleration, "require_gpu", lambda module: None)
-        monkeypatch.setattr(acceleration, "CallGraphs", lambda run, module: CallGraphs(run, module, recorder))
+        monkeypatch.setattr(
+            acceleration, "CallGraphs", lambda run, module: CallGraphs(run, module, recorder)
+        )
     layer = nn.TransformerEncoderLayer(64, 2, 64, batch_first=True).eval().to(device)
     x = torch.randn(2, 5, 64, device=device)
     with pytest.raises(InputError, match="cuda_graphs"):

@@ -40,7 +40,9 @@ HOSTILE = {
     "half a pair as a key": (r'{"\udfff": 1}', r"half of a surrogate pair, \\udfff"),
     "long number": ("1" + "0" * 4000, "more than 64 bits"),
 }
-LAUGHS = "\n".join(["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))])
+LAUGHS = "\n".join(
+    ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))]
+)
 
 
 @pytest.mark.parametrize(("text", "message"), HOSTILE.values(), ids=HOSTILE)
@@ -99,7 +101,9 @@ def test_foreign_files_are_opened_at_once_or_refused(tmp_path: Path) -> None:
         assert file.read() == b"ab"
 
 
-def test_a_pipe_that_takes_the_name_meanwhile_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipe_that_takes_the_name_meanwhile_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.setattr(io, "require_file", Path)
     for opened in (open_data, open_to_append):
@@ -109,7 +113,11 @@ def test_a_pipe_that_takes_the_name_meanwhile_is_refused(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize(
     ("name", "plain"),
-    [("a.onnx", True), ("ä", True), *((n, False) for n in ("", ".", "..", "a/b", "/a", "a\\b", "a\0", "x" * 256))],
+    [
+        ("a.onnx", True),
+        ("ä", True),
+        *((n, False) for n in ("", ".", "..", "a/b", "/a", "a\\b", "a\0", "x" * 256)),
+    ],
 )
 def test_plain_names(name: str, plain: bool) -> None:
     assert is_plain_name(name) == plain
@@ -132,7 +140,9 @@ def assert_untouched(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("call", "successes"), [("fsync", 1), ("replace", 0)])
-def test_a_failing_system_call(saved: Path, monkeypatch: pytest.MonkeyPatch, call: str, successes: int) -> None:
+def test_a_failing_system_call(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, call: str, successes: int
+) -> None:
     real, calls = getattr(os, call), 0
 
     def failing(*args: Any) -> Any:
@@ -231,7 +241,8 @@ def test_names_of_open_files_are_written_where_they_stand(
 def test_standard_streams_are_no_files_to_replace(tmp_path: Path) -> None:
     with (tmp_path / "out").open("wb") as out:
         program = (
-            "from pathlib import Path; from xfm_fast.kernels.files import *; print(is_stream(Path('/dev/stdout')))"
+            "from pathlib import Path; from xfm_fast.kernels.files import *; "
+            "print(is_stream(Path('/dev/stdout')))"
         )
         subprocess.run([sys.executable, "-c", program], stdout=out, cwd=ROOT, check=True)
     assert (tmp_path / "out").read_text() == "True\n"
@@ -240,7 +251,9 @@ def test_standard_streams_are_no_files_to_replace(tmp_path: Path) -> None:
 @pytest.fixture(params=["fcntl", "no locks there"])
 def locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "no locks there":
-        monkeypatch.setattr(io.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOTSUP, "no")))
+        monkeypatch.setattr(
+            io.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOTSUP, "no"))
+        )
     return request.param
 
 
@@ -253,7 +266,9 @@ def _holding(lock: Path) -> subprocess.Popen[str]:
             print("held", flush=True)
             time.sleep(60)
     """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     return process
@@ -272,7 +287,10 @@ def test_one_holds_and_the_second_is_told_who(tmp_path: Path, locks: str) -> Non
     # What a killed process leaves is no obstacle.
     assert lock.exists()
     with hold(lock, "the run"):
-        with pytest.raises(StorageError, match=rf"in use by process {os.getpid()} "), hold(lock, "the run"):
+        with (
+            pytest.raises(StorageError, match=rf"in use by process {os.getpid()} "),
+            hold(lock, "the run"),
+        ):
             pytest.fail("it was held twice")
         assert lock.exists()
     assert not lock.exists()
@@ -289,7 +307,9 @@ def test_a_forked_child_does_not_hold(tmp_path: Path) -> None:
                 time.sleep(60)
             os.kill(os.getpid(), 9)
     """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     child = int(process.stdout.readline())
     process.wait()

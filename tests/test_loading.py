@@ -30,7 +30,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("sources")
     words = CaptionTokenizer.train_on_texts([" ".join(VOCABULARY)], 500)
     torch.manual_seed(0)
-    model = XFM(XFMConfig.preset("tiny", vocab_size=words.vocab_size, vision_depth=1, text_layers=1, fusion_layers=1))
+    model = XFM(
+        XFMConfig.preset(
+            "tiny", vocab_size=words.vocab_size, vision_depth=1, text_layers=1, fusion_layers=1
+        )
+    )
     model.tokenizer = words
     model.save_pretrained(place / "model")
     torch.save({"model": to_official(model.state_dict(), model.config)}, place / "official.th")
@@ -53,7 +57,9 @@ def _sizes(config: XFMConfig) -> str:
 
 
 @pytest.fixture(params=["folder", "run", "hub", "official"])
-def source(request: pytest.FixtureRequest, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
+def source(
+    request: pytest.FixtureRequest, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Source:
     """The same weights from every kind of source."""
     if request.param == "folder":
         return Source(str(folder / "model"), device="cpu")
@@ -63,10 +69,16 @@ def source(request: pytest.FixtureRequest, folder: Path, tmp_path: Path, monkeyp
         return Source(str(tmp_path / "run"), device="cpu")
     if request.param == "hub":
         local = hub.local_folder
-        monkeypatch.setattr(hub, "local_folder", lambda name, **_: folder / "model" if name == "org/x" else local(name))
+        monkeypatch.setattr(
+            hub,
+            "local_folder",
+            lambda name, **_: folder / "model" if name == "org/x" else local(name),
+        )
         return Source("org/x", device="cpu")
     sizes = str(folder / "sizes.json")
-    return Source(str(folder / "official.th"), config=sizes, tokenizer=folder / "tokenizer.json", device="cpu")
+    return Source(
+        str(folder / "official.th"), config=sizes, tokenizer=folder / "tokenizer.json", device="cpu"
+    )
 
 
 def _same(model: XFM, state: dict[str, Tensor]) -> None:
@@ -96,7 +108,10 @@ def test_every_command_takes_every_source(source: Source, folder: Path, tmp_path
         options += [f"--config={source.config}", f"--tokenizer={source.tokenizer}"]
     for number in range(3):
         write_picture(tmp_path / "photos" / f"{number}.png", number)
-    for command in (["index", tmp_path / "photos"], ["search", tmp_path / "photos", "a red circle", "--json"]):
+    for command in (
+        ["index", tmp_path / "photos"],
+        ["search", tmp_path / "photos", "a red circle", "--json"],
+    ):
         done = invoke([*command, *options])
         assert done.exit_code == 0, done.stderr
     assert len(json.loads(done.stdout)["hits"]) == 3
@@ -104,7 +119,9 @@ def test_every_command_takes_every_source(source: Source, folder: Path, tmp_path
     assert served.heads == ("contrastive", "matching")
     if source.config is not None:
         pytest.importorskip("onnxscript", reason="exports to ONNX need onnxscript")
-        done = invoke(["export", *options, "--out", tmp_path / "exported", "--graphs", "image_memory"])
+        done = invoke(
+            ["export", *options, "--out", tmp_path / "exported", "--graphs", "image_memory"]
+        )
         assert done.exit_code == 0, done.stderr
 
 
@@ -128,7 +145,9 @@ def test_random_weights_are_the_same_each_time_and_never_zero() -> None:
         ({"model": "{}/official.th"}, CheckpointError, "vision_depth=1"),
     ],
 )
-def test_wrong_options(options: dict[str, str], error: type[XFMError], part: str, folder: Path) -> None:
+def test_wrong_options(
+    options: dict[str, str], error: type[XFMError], part: str, folder: Path
+) -> None:
     given = {name: value.format(folder) for name, value in options.items()}
     with pytest.raises(error, match=part):
         open_model(Source(**given))  # pyright: ignore[reportArgumentType]

@@ -23,7 +23,9 @@ def test_a_mapped_file_of_another_size_is_refused(tmp_path) -> None:
         open_mapped(tmp_path / "m", (4, 2), torch.bfloat16)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="others keep nothing, or cannot be asked")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="others keep nothing, or cannot be asked"
+)
 def test_freed_memory_is_given_back() -> None:
     """Blocks of a size that glibc takes from its heap, the last of which stays."""
     blocks = [bytes([1]) * (1 << 16) for _ in range(2000)]

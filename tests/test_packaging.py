@@ -41,9 +41,15 @@ def _build(kind: str, tree: Path, into: Path) -> Path:
     into.mkdir(parents=True)
     code = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
     done = subprocess.run(
-        [sys.executable, "-c", code, f"build_{kind}", str(into)], cwd=tree, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, f"build_{kind}", str(into)],
+        cwd=tree,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert done.returncode == 0, f"build_{kind} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == 0, (
+        f"build_{kind} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    )
     (built,) = into.iterdir()
     return built
 
@@ -54,11 +60,20 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
     base = tmp_path_factory.mktemp("packaging")
     source = base / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"):
+    for name in (
+        "pyproject.toml",
+        "setup.py",
+        "MANIFEST.in",
+        "README.md",
+        "CHANGELOG.md",
+        "LICENSE",
+    ):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, source)
     for name in ("xfm_fast", *LINKED):
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
     # A test in the tree shows that tests are left out.
     (source / "tests").mkdir()
     (source / "tests" / "test_nothing.py").touch()
@@ -69,7 +84,9 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
         archive.extractall(base / "unpacked-sdist", filter="data")
     (tree,) = (base / "unpacked-sdist").iterdir()
     wheel_from_sdist = _build("wheel", tree, base / "wheel-from-sdist")
-    wheel_without_links = _build("wheel", _without_links(source, base / "no-links"), base / "wheel-without-links")
+    wheel_without_links = _build(
+        "wheel", _without_links(source, base / "no-links"), base / "wheel-without-links"
+    )
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(base / "unpacked")
     return Builds(source, sdist, wheel, wheel_from_sdist, wheel_without_links, base / "unpacked")
@@ -77,7 +94,9 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
 
 def _without_links(source: Path, tree: Path) -> Path:
     """The tree as an unpacked ZIP has it: each link is a text file that holds the link's target."""
-    shutil.copytree(source, tree, symlinks=True, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    shutil.copytree(
+        source, tree, symlinks=True, ignore=shutil.ignore_patterns("build", "*.egg-info")
+    )
     for name in LINKED:
         (tree / "xfm_fast" / name).unlink()
         (tree / "xfm_fast" / name).write_text(f"../{name}")
@@ -91,7 +110,10 @@ def _contents(wheel: Path) -> dict[str, int]:
 
 def _payload(tree: Path) -> Iterator[str]:
     for folder, _, files in os.walk(tree / "xfm_fast", followlinks=True):
-        if Path(folder).name in ("micro", "results"):  # pytest-benchmark's and measured rows: for a checkout
+        if Path(folder).name in (
+            "micro",
+            "results",
+        ):  # pytest-benchmark's and measured rows: for a checkout
             continue
         for name in files:
             if name == "py.typed" or Path(name).suffix in DATA_SUFFIXES | {".py"}:
@@ -111,7 +133,9 @@ def test_links_are_relative_and_lead_to_the_folder_beside_the_package(name: str)
 def test_wheel_holds_every_module_and_data_file(builds: Builds) -> None:
     held = {name for name in _contents(builds.wheel) if ".dist-info/" not in name}
     expected = set(_payload(builds.source))
-    assert held == expected, f"missing (no __init__.py beside it?): {expected - held}; unexpected: {held - expected}"
+    assert held == expected, (
+        f"missing (no __init__.py beside it?): {expected - held}; unexpected: {held - expected}"
+    )
     assert {f"xfm_fast/{name}/__init__.py" for name in LINKED} | {"xfm_fast/py.typed"} <= held
 
 
@@ -183,12 +207,19 @@ def test_no_licence_of_a_requirement_binds() -> None:
         except metadata.PackageNotFoundError:
             continue
         licences = [found.get("License-Expression") or "", *(found.get_all("Classifier") or [])]
-        assert not [each for each in licences if re.search(r"\bA?GPL|GNU (Affero )?General Public", each)], requirement
+        assert not [
+            each for each in licences if re.search(r"\bA?GPL|GNU (Affero )?General Public", each)
+        ], requirement
 
 
 def test_no_message_installs_a_package_that_is_not_ours() -> None:
     """The name is free on package indexes: whoever takes it would be installed."""
     folders = (*LINKED, "docs", "examples", "xfm_fast")
-    files = [path for folder in folders for form in ("py", "md") for path in (ROOT / folder).rglob(f"*.{form}")]
+    files = [
+        path
+        for folder in folders
+        for form in ("py", "md")
+        for path in (ROOT / folder).rglob(f"*.{form}")
+    ]
     for path in (*files, ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
         assert not re.search(r"pip install ['\"]?xfm-fast", path.read_text(encoding="utf-8")), path

@@ -54,7 +54,9 @@ def test_packing_moves_real_tokens_and_nothing_else(case: tuple[Tensor, Tensor |
 
 
 @given(ordered_masks())
-def test_keeping_padding_keeps_every_token_and_marks_the_real_ones(case: tuple[Tensor, Tensor | None]) -> None:
+def test_keeping_padding_keeps_every_token_and_marks_the_real_ones(
+    case: tuple[Tensor, Tensor | None],
+) -> None:
     mask, order = case
     packing = Packing.from_mask(mask, order=order, keep_padding=True)
     padded = torch.arange(mask.numel()).view(mask.shape)
@@ -115,12 +117,19 @@ def test_a_last_layer_that_computes_reads_alone(mask: Tensor, seed: int) -> None
     draw = random.Random(seed)
     places = [draw.choices(range(length), k=draw.randint(0, 3)) for length in mask.sum(1).tolist()]
     starts = packing.cu_seqlens.tolist()
-    rows = torch.tensor([starts[text] + place for text, of in enumerate(places) for place in of], dtype=torch.long)
+    rows = torch.tensor(
+        [starts[text] + place for text, of in enumerate(places) for place in of], dtype=torch.long
+    )
     reads = Reads(cu_seqlens=offsets(torch.tensor([len(of) for of in places])), rows=rows)
     with torch.inference_mode():
         whole = model.text_encoder(ids, packing)
-        assert torch.allclose(model.text_encoder(ids, packing, reads=reads), whole[rows], rtol=0, atol=1e-12)
-        memory, groups = model.image_memory(embeds), ImageGroups.from_index(torch.arange(len(mask)), len(mask))
+        assert torch.allclose(
+            model.text_encoder(ids, packing, reads=reads), whole[rows], rtol=0, atol=1e-12
+        )
+        memory, groups = (
+            model.image_memory(embeds),
+            ImageGroups.from_index(torch.arange(len(mask)), len(mask)),
+        )
         fused = model.fusion_encoder(whole, packing, memory, groups)
         read = model.fusion_encoder(whole, packing, memory, groups, reads=reads)
         assert torch.allclose(read, fused[rows], rtol=0, atol=1e-12)
@@ -133,7 +142,9 @@ MODEL = XFM(XFMConfig.preset("tiny")).double().eval()
 def batch(model: XFM, mask: Tensor, images: int) -> tuple[Tensor, Tensor]:
     """Text ids with `pad` where the mask is 0, and image embeddings."""
     ids = torch.randint(4, model.config.vocab_size, mask.shape)
-    embeds = torch.randn(images, model.config.num_image_tokens, model.config.vision_width, dtype=torch.float64)
+    embeds = torch.randn(
+        images, model.config.num_image_tokens, model.config.vision_width, dtype=torch.float64
+    )
     return ids.masked_fill(~mask, model.config.pad_token_id), embeds
 
 
@@ -150,7 +161,9 @@ def test_holes_are_left_out_and_zero(mask: Tensor) -> None:
             alone = model.encode_text(ids[row : row + 1, real])
             assert torch.allclose(text[row, real], alone[0], rtol=0, atol=1e-12)
             memory = model.image_memory(embeds[row : row + 1])
-            assert torch.allclose(fused[row, real], model.fuse(alone, real[real][None], memory)[0], rtol=0, atol=1e-12)
+            assert torch.allclose(
+                fused[row, real], model.fuse(alone, real[real][None], memory)[0], rtol=0, atol=1e-12
+            )
     assert not text[~mask].any()
     assert not fused[~mask].any()
 
@@ -159,7 +172,9 @@ def test_holes_are_left_out_and_zero(mask: Tensor) -> None:
 @given(masks(empty=False), st.data())
 def test_shuffled_texts_are_fused_as_pair_by_pair(mask: Tensor, data: st.DataObject) -> None:
     model, images = MODEL, 3
-    index = torch.tensor(data.draw(st.lists(st.integers(0, images - 1), min_size=len(mask), max_size=len(mask))))
+    index = torch.tensor(
+        data.draw(st.lists(st.integers(0, images - 1), min_size=len(mask), max_size=len(mask)))
+    )
     ids, embeds = batch(model, mask, images)
     visible = torch.rand(images, embeds.shape[1]) < 0.7
     visible[:, 0] = True
@@ -185,7 +200,10 @@ def test_selected_memory() -> None:
     """`select` of images in any order is the memory of those images; a slice copies nothing."""
     model = with_weights(XFM(config("tiny_b")), "tiny_b", torch.float64)
     x = inputs_of("tiny_b/inputs", torch.float64)
-    embeds, visible = model.encode_image(x["image"]), torch.rand(3, model.config.num_image_tokens) < 0.5
+    embeds, visible = (
+        model.encode_image(x["image"]),
+        torch.rand(3, model.config.num_image_tokens) < 0.5,
+    )
     memory = model.image_memory(embeds, visible)
     index = torch.tensor([2, 0, 2, 1])
     chosen, again = memory.select(index), model.image_memory(embeds[index], visible[index])

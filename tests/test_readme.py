@@ -29,7 +29,9 @@ from xfm_fast.benchmarks.work.drop_in import trained_minilm
 from xfm_fast.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
-MAKEFILE = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+MAKEFILE = set(
+    re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+)
 
 
 PAGES = pages()
@@ -51,13 +53,21 @@ def _blocks(page: Path) -> list[tuple[str, str, str]]:
 def _shown(page: Path) -> list[list[str]]:
     """Commands in blocks that are not run: they want the reader's own files, hours or a GPU."""
     blocks = re.findall(r"^```text\n(.*?)^```", _text(page), flags=re.MULTILINE | re.DOTALL)
-    words = [words for block in blocks for words in _commands(block, r"xfm-fast [a-z]|make |torchrun ")]
-    return [["xfm-fast", *each[each.index("xfm_fast.cli") + 1 :]] if "-m" in each else each for each in words]
+    words = [
+        words for block in blocks for words in _commands(block, r"xfm-fast [a-z]|make |torchrun ")
+    ]
+    return [
+        ["xfm-fast", *each[each.index("xfm_fast.cli") + 1 :]] if "-m" in each else each
+        for each in words
+    ]
 
 
 def _like(output: str) -> list[str]:
     """The lines of an output without what differs by machine: numbers, and whether products were timed."""
-    lines = [re.sub(r"^(?:the verify batch ran|no speed is given).*", "speed", line) for line in output.splitlines()]
+    lines = [
+        re.sub(r"^(?:the verify batch ran|no speed is given).*", "speed", line)
+        for line in output.splitlines()
+    ]
     return [re.sub(r"-?[\d.,]*\d(?:e[+-]\d+)?[×%]?|─|\s", "", line) for line in lines]
 
 
@@ -105,9 +115,14 @@ def _run(words: list[str], folder: Path) -> str:
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=[pytest.mark.slow] if page.stem in LONG else [], id=page.stem) for page in PAGES],
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page.stem in LONG else [], id=page.stem)
+        for page in PAGES
+    ],
 )
-def test_blocks_run_from_top_to_bottom(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_run_from_top_to_bottom(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for language, block, said in _blocks(page):
         if language == "python":
@@ -118,7 +133,9 @@ def test_blocks_run_from_top_to_bottom(page: Path, tmp_path: Path, monkeypatch: 
             output = "".join(_run(words, tmp_path) for words in _commands(block))
         printed_lines = iter(_like(output))
         for line in _like(said):
-            assert line in printed_lines, f"{page.name} says {line!r}, and this is printed:\n{output}"
+            assert line in printed_lines, (
+                f"{page.name} says {line!r}, and this is printed:\n{output}"
+            )
 
 
 @each_page
@@ -146,7 +163,9 @@ for language, block in blocks:
 
 
 def _install_line() -> str:
-    (requirement,) = re.findall(r"^pip install '?(\.[^'\s]*)'?", _text(ROOT / "README.md"), flags=re.MULTILINE)
+    (requirement,) = re.findall(
+        r"^pip install '?(\.[^'\s]*)'?", _text(ROOT / "README.md"), flags=re.MULTILINE
+    )
     return requirement
 
 
@@ -162,7 +181,14 @@ def test_blocks_of_the_readme_run_in_an_environment_of_their_own(tmp_path: Path)
     python = tmp_path / "venv/bin/python"
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    install = [str(python), "-m", "pip", "install", "--quiet", f"{ROOT}{_install_line().removeprefix('.')}"]
+    install = [
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        f"{ROOT}{_install_line().removeprefix('.')}",
+    ]
     done = subprocess.run(install, capture_output=True, text=True, check=False, env=environment)
     if done.returncode and "connection" in done.stderr.lower():
         pytest.skip("no package index can be reached")
@@ -179,7 +205,11 @@ def test_commands_in_running_text_exist(page: Path) -> None:
     for command in _mentioned(page, "make"):
         assert shlex.split(command)[1] in MAKEFILE, command
     for command in _mentioned(page, "xfm-fast"):
-        words = [word for word in shlex.split(command)[1:] if not word.startswith("-") and not word.isupper()]
+        words = [
+            word
+            for word in shlex.split(command)[1:]
+            if not word.startswith("-") and not word.isupper()
+        ]
         text = _help(tuple(words))
         for option in re.findall(r"--[a-z-]+", command):
             assert option in text, command
@@ -247,7 +277,10 @@ def test_a_stale_table_is_found_and_rewritten(tmp_path: Path) -> None:
     (tmp_path / file).parent.mkdir(parents=True)
     shutil.copy(ROOT / file, tmp_path / file)
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n<!-- bench:begin {file} -->\n| old |\n<!-- bench:end -->\nafter\n", encoding="utf-8")
+    readme.write_text(
+        f"before\n<!-- bench:begin {file} -->\n| old |\n<!-- bench:end -->\nafter\n",
+        encoding="utf-8",
+    )
     fresh = regenerated(readme)
     document = load(ROOT / file)
     rows = [row for row in document.measured if row.ours]
@@ -267,10 +300,17 @@ def test_a_stale_table_is_found_and_rewritten(tmp_path: Path) -> None:
 
 def test_the_downstream_table_is_that_of_the_committed_study() -> None:
     stored = ROOT / "benchmarks/results/downstream-tiny-shapes.md"
-    table = "\n".join(line for line in stored.read_text(encoding="utf-8").splitlines() if line.startswith("|"))
+    table = "\n".join(
+        line for line in stored.read_text(encoding="utf-8").splitlines() if line.startswith("|")
+    )
     page = _text(ROOT / "docs/fine-tuning.md")
-    assert page.split("<!-- downstream:begin -->\n")[1].split("\n<!-- downstream:end -->")[0] == table
+    assert (
+        page.split("<!-- downstream:begin -->\n")[1].split("\n<!-- downstream:end -->")[0] == table
+    )
     document = json.loads(stored.with_suffix(".json").read_text(encoding="utf-8"))
     for row in (row for row in document["rows"] if any(row["by_seed"].values())):
-        said = (", ".join(f"{value:.1f}" for value in row["by_seed"][split].values()) for split in document["splits"])
+        said = (
+            ", ".join(f"{value:.1f}" for value in row["by_seed"][split].values())
+            for split in document["splits"]
+        )
         assert f"| {row['metric']} | {' | '.join(said)} |" in table

@@ -46,17 +46,35 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
             (folder / "evaluation" / split).mkdir(parents=True)
             metrics = dict.fromkeys(names, value + int(arguments["seed"]))
             # Whole, as the command writes it, because another thread reads the results so far.
-            write_bytes({folder / "evaluation" / split / "metrics.json": json.dumps({"metrics": metrics}).encode()})
+            write_bytes(
+                {
+                    folder / "evaluation" / split / "metrics.json": json.dumps(
+                        {"metrics": metrics}
+                    ).encode()
+                }
+            )
 
     monkeypatch.setattr(tasks, "_run", pretend)
     return made
 
 
-def test_tasks_are_evaluated_on_both_splits_once(calls: list[dict[str, str]], tmp_path: Path) -> None:
-    command = ["reproduce", "downstream", "--seeds", "2", "--out", str(tmp_path), "model.patch_size=4"]
+def test_tasks_are_evaluated_on_both_splits_once(
+    calls: list[dict[str, str]], tmp_path: Path
+) -> None:
+    command = [
+        "reproduce",
+        "downstream",
+        "--seeds",
+        "2",
+        "--out",
+        str(tmp_path),
+        "model.patch_size=4",
+    ]
     assert invoke(command).exit_code == 0
     plan = [f"finetune {recipe}" for recipe in tasks.RECIPES]
-    assert sorted(call["command"] for call in calls) == sorted(["pretrain pretrain_tiny_shapes", *plan, *plan])
+    assert sorted(call["command"] for call in calls) == sorted(
+        ["pretrain pretrain_tiny_shapes", *plan, *plan]
+    )
     for call in calls[1:]:
         assert "model.patch_size" not in call
         assert call["init.checkpoint"] == str(tmp_path / "pretrain_tiny_shapes")
@@ -107,7 +125,12 @@ def test_doses_are_what_their_names_say() -> None:
             assert [each.method.stop_gradient for each in pair] == [True, False]
             assert pair[1].model_copy(update={"method": pair[0].method}) == pair[0]
             assert PARTS[dose(share, weight, stop=True)].itc == weight
-            drawn = Counter(stream for step in range(1, 57) for update in pair[0].updates_in(step) for stream in update)
+            drawn = Counter(
+                stream
+                for step in range(1, 57)
+                for update in pair[0].updates_in(step)
+                for stream in update
+            )
             assert drawn["pairs"] == 56
             assert drawn["text"] / drawn.total() == float(Fraction(share))
             assert pair[0].losses_of("pairs") == ("itc", "itm", "imlm")
@@ -126,7 +149,10 @@ def test_images_of_mim_have_no_captions() -> None:
     streams = recipes["guided"].streams
     assert "mim" not in recipes["guided"].losses_of("pairs")
     # Other scenes, with combinations of colour and shape that no caption names.
-    assert (streams["pairs"].paths, streams["images"].paths) == (("pairs_train.jsonl",), ("images_test.jsonl",))
+    assert (streams["pairs"].paths, streams["images"].paths) == (
+        ("pairs_train.jsonl",),
+        ("images_test.jsonl",),
+    )
 
 
 def small_model(recipe: Recipe) -> XFM:
@@ -142,7 +168,9 @@ def language_gradient(name: str, losses: Sequence[str], seed: int = 0) -> Tensor
     torch.manual_seed(1)
     values = claims.losses_for(PARTS[name], recipe, model)(model, batch, losses=losses)
     sum(values.values(), torch.zeros(())).backward()
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.text_encoder.parameters()]
+    parts = [
+        torch.zeros_like(p) if p.grad is None else p.grad for p in model.text_encoder.parameters()
+    ]
     return torch.cat([part.flatten() for part in parts])
 
 
@@ -165,7 +193,10 @@ def test_targets_of_mim() -> None:
     generator = torch.Generator().manual_seed(0)
     images = claims._images(range(6), 32)
     batch = ImageBatch(image=images, patch_mask=torch.rand(6, 64, generator=generator) < 0.4)
-    losses = {name: claims.losses_for(PARTS[name], recipe, model) for name in ("guided", "frozen", "codes")}
+    losses = {
+        name: claims.losses_for(PARTS[name], recipe, model)
+        for name in ("guided", "frozen", "codes")
+    }
 
     def value(name: str) -> float:
         return losses[name](model, batch, losses=["mim"])["mim"].item()
@@ -178,8 +209,12 @@ def test_targets_of_mim() -> None:
             parameter.mul_(1.5)
     assert batch.patch_mask is not None
     masked = model.encode_image(images, batch.patch_mask)
-    assert value("frozen") == pytest.approx(masked_image_loss(masked, before, batch.patch_mask).item(), rel=1e-4)
-    assert value("guided") == pytest.approx(pretraining_losses(model, batch)["mim"].item(), rel=1e-4)
+    assert value("frozen") == pytest.approx(
+        masked_image_loss(masked, before, batch.patch_mask).item(), rel=1e-4
+    )
+    assert value("guided") == pytest.approx(
+        pretraining_losses(model, batch)["mim"].item(), rel=1e-4
+    )
     assert value("guided") != pytest.approx(value("frozen"), rel=0.01)
 
 
@@ -213,7 +248,9 @@ def test_a_bigram_costs_what_counting_says() -> None:
     assert claims.bigram_cost(learnt, held_out, 5) == pytest.approx(sum(costs) / len(costs))
 
 
-def test_documents_are_what_apt_and_python_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_are_what_apt_and_python_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(claims, "_PACKAGE_LISTS", tmp_path / "nowhere")
     fallback = [*claims.documents()]
     assert {source for source, _, _ in fallback} == {"Python's documentation"}
@@ -230,7 +267,11 @@ def test_documents_are_what_apt_and_python_have(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(claims, "_PACKAGE_LISTS", tmp_path)
     monkeypatch.setattr(claims, "_LIST_READER", str(reader))
     first, second, third = [*claims.documents()][:3]
-    assert first == ("Debian's package descriptions", "shape", "draws shapes\n\n It draws\n circles.\n .\n More.")
+    assert first == (
+        "Debian's package descriptions",
+        "shape",
+        "draws shapes\n\n It draws\n circles.\n .\n More.",
+    )
     # Every eighth.
     assert second[1:] == ("other", "tool 8\n\n A tool.\n")
     assert third[0] == "Python's documentation"
@@ -238,15 +279,21 @@ def test_documents_are_what_apt_and_python_have(tmp_path: Path, monkeypatch: pyt
 
 @pytest.fixture(scope="module")
 def tokenizer() -> CaptionTokenizer:
-    return CaptionTokenizer.train_on_texts([f"sentence {n} of a text about shapes" for n in range(50)], 300)
+    return CaptionTokenizer.train_on_texts(
+        [f"sentence {n} of a text about shapes" for n in range(50)], 300
+    )
 
 
 def test_held_out_loss_hides_every_target(tokenizer: CaptionTokenizer) -> None:
     """Tokens that masking left or replaced are hidden too; unused positions are not."""
     model = small_model(recipe_of("language", *SMALL[3:])).eval()
-    ids, mask = tokenizer.encode(["sentence 3 of a text", "about shapes 12", "a text"], pad_to_longest=True)
+    ids, mask = tokenizer.encode(
+        ["sentence 3 of a text", "about shapes 12", "a text"], pad_to_longest=True
+    )
     positions = torch.tensor([[1, 3], [2, 0], [1, 0]])
-    labels = torch.where(torch.tensor([[1, 1], [1, 0], [1, 0]]) > 0, ids.gather(1, positions), IGNORED)
+    labels = torch.where(
+        torch.tensor([[1, 1], [1, 0], [1, 0]]) > 0, ids.gather(1, positions), IGNORED
+    )
     names = ("input_ids", "attention_mask", "masked_input_ids", "masked_positions", "masked_labels")
 
     def batch(inputs: Tensor) -> TextBatch:
@@ -263,16 +310,24 @@ def test_held_out_loss_hides_every_target(tokenizer: CaptionTokenizer) -> None:
     hidden, other = ids.clone(), ids + 1
     for row, column in ((0, 1), (0, 3), (1, 2), (2, 1)):
         hidden[row, column] = other[row, column] = 399
-    expected = [pretraining_losses(model, batch(inputs))["mlm"].item() for inputs in (hidden, other)]
+    expected = [
+        pretraining_losses(model, batch(inputs))["mlm"].item() for inputs in (hidden, other)
+    ]
     epoch: Any = Epoch()
-    assert claims.hidden_token_loss(model, epoch, "mlm", 399) == pytest.approx(sum(expected) / 2, rel=1e-9)
+    assert claims.hidden_token_loss(model, epoch, "mlm", 399) == pytest.approx(
+        sum(expected) / 2, rel=1e-9
+    )
 
 
-def test_order_of_words_is_read_from_features(tokenizer: CaptionTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_order_of_words_is_read_from_features(
+    tokenizer: CaptionTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Certain for an encoder that sees it, chance for one that does not."""
     monkeypatch.setattr(claims, "_FITTED", 200)
     sentences = [f"a text about {n} shapes of a sentence" for n in range(400)]
-    original = {tuple(tokenizer.encode([text], pad_to_longest=True)[0][0].tolist()) for text in sentences}
+    original = {
+        tuple(tokenizer.encode([text], pad_to_longest=True)[0][0].tolist()) for text in sentences
+    }
 
     class Encoder:
         def __init__(self, feature: Callable[[tuple[int, ...]], float]) -> None:
@@ -295,7 +350,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A study of some parts, in seconds; returns their names."""
     doses = [dose("1/8", 0.1, stop=True), dose("1/8", 0.1, stop=False)]
     names = ["language", *doses, "vision", "codes", "guided", "frozen", "no MIM"]
-    documents = [("some text", f"document {n}", f"Sentence {n} of a text about {n % 7} shapes.") for n in range(800)]
+    documents = [
+        ("some text", f"document {n}", f"Sentence {n} of a text about {n % 7} shapes.")
+        for n in range(800)
+    ]
     for name, value in {
         "PARTS": {name: PARTS[name] for name in names},
         "documents": lambda: iter(documents),
@@ -337,7 +395,11 @@ def test_claims_are_trained_measured_and_not_repeated(
     assert json.loads(json.dumps(run_claims(tmp_path, seeds=1, overrides=SMALL))) == content
     # Only the first stages keep their models, from which more seeds would start.
     kept = {path.parent.name for path in tmp_path.glob("seed-0/*/model")}
-    assert kept == {"language", "vision"} == {path.name for path in tmp_path.glob("seed-0/*") if path.is_dir()}
+    assert (
+        kept
+        == {"language", "vision"}
+        == {path.name for path in tmp_path.glob("seed-0/*") if path.is_dir()}
+    )
 
     metrics = {name: by_seed["0"] for name, by_seed in content["parts"].items()}
     assert [*metrics] == small
@@ -367,7 +429,9 @@ def test_probe_ranks_by_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(120, 6, generator=generator) * torch.tensor([1.0, 10, 0.1, 1, 1, 1]) + 3
     noise = torch.randn(120, generator=generator)
-    targets = torch.stack([features[:, 1] / 10 + features[:, 3] > 4.5, features[:, 0] + noise > 3], 1)
+    targets = torch.stack(
+        [features[:, 1] / 10 + features[:, 3] > 4.5, features[:, 0] + noise > 3], 1
+    )
     areas = []
     columns = torch.cat([features, torch.ones(120, 1)], 1).double()
     for target in targets.unbind(1):

@@ -91,9 +91,13 @@ class RegionLayout:
         texts, _ = batch.check_texts()
         mask = batch.region_mask
         if mask.ndim != 2 or mask.shape[0] != texts:
-            raise InputError(f"region_mask is {[*mask.shape]}; {texts} texts need [{texts}, 1 + patches]")
+            raise InputError(
+                f"region_mask is {[*mask.shape]}; {texts} texts need [{texts}, 1 + patches]"
+            )
         if batch.is_image.shape != (texts,):
-            raise InputError(f"is_image is {[*batch.is_image.shape]}; there must be one for each of the {texts} texts")
+            raise InputError(
+                f"is_image is {[*batch.is_image.shape]}; there must be one for each of the {texts} texts"
+            )
         boxed, real = torch.arange(texts, device=mask.device), batch.attention_mask.bool()
         if on_host(real):
             boxed = host.true_places(~batch.is_image.bool())
@@ -128,7 +132,12 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if is_dataclass(value) and not isinstance(value, type):
-        return type(value)(**{field.name: _map_tensors(getattr(value, field.name), change) for field in fields(value)})
+        return type(value)(
+            **{
+                field.name: _map_tensors(getattr(value, field.name), change)
+                for field in fields(value)
+            }
+        )
     return value
 
 
@@ -172,14 +181,20 @@ class TextBatch(TensorBatch):
         for name in ("attention_mask", "masked_input_ids"):
             _check_shape(name, getattr(self, name), self.input_ids.shape, "input_ids")
         if self.masked_positions.ndim != 2 or self.masked_positions.shape[0] != texts:
-            raise InputError(f"masked_positions are {[*self.masked_positions.shape]}; {texts} texts need [{texts}, M]")
-        _check_shape("masked_labels", self.masked_labels, self.masked_positions.shape, "masked_positions")
+            raise InputError(
+                f"masked_positions are {[*self.masked_positions.shape]}; {texts} texts need [{texts}, M]"
+            )
+        _check_shape(
+            "masked_labels", self.masked_labels, self.masked_positions.shape, "masked_positions"
+        )
         return texts, length
 
 
 def _check_shape(name: str, tensor: Tensor, shape: torch.Size, like: str) -> None:
     if tensor.shape != shape:
-        raise InputError(f"{name} is {[*tensor.shape]} and {like} {[*shape]}; both must have the same shape")
+        raise InputError(
+            f"{name} is {[*tensor.shape]} and {like} {[*shape]}; both must have the same shape"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +202,9 @@ class PairBatch(TextBatch):
     """B images with one caption each."""
 
     image: Tensor  # [B, 3, R, R] normalised pixels
-    image_ids: Tensor | None = None  # [B], equal for captions of the same image; None when all images differ
+    image_ids: Tensor | None = (
+        None  # [B], equal for captions of the same image; None when all images differ
+    )
     patch_mask: Tensor | None = None  # [B, N] boolean, patches hidden by masked image modelling
 
 
@@ -203,7 +220,11 @@ class RegionBatch(TextBatch):
     regions: RegionLayout | None = None  # set by `prepare`, like `layout`
 
     def prepare(self) -> Self:
-        return super().prepare() if self.regions is not None else replace(self, regions=RegionLayout.of(self)).prepare()
+        return (
+            super().prepare()
+            if self.regions is not None
+            else replace(self, regions=RegionLayout.of(self)).prepare()
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

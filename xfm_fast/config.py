@@ -73,15 +73,21 @@ class XFMConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    image_size: int = Field(224, gt=0, description="input resolution in pixels, a multiple of patch_size")
+    image_size: int = Field(
+        224, gt=0, description="input resolution in pixels, a multiple of patch_size"
+    )
     patch_size: int = Field(16, gt=0)
     vision_width: int = Field(768, gt=0)
     vision_depth: int = Field(12, gt=0)
     vision_heads: int = Field(12, gt=0)
     vision_mlp_ratio: float = Field(4.0, gt=0)
     vision_layer_norm_eps: float = Field(1e-6, gt=0)
-    layer_scale_init: float = Field(0.1, gt=0, description="initial LayerScale gamma of every vision block")
-    drop_path_rate: float = Field(0.1, ge=0, lt=1, description="stochastic depth of the last block; linear from 0")
+    layer_scale_init: float = Field(
+        0.1, gt=0, description="initial LayerScale gamma of every vision block"
+    )
+    drop_path_rate: float = Field(
+        0.1, ge=0, lt=1, description="stochastic depth of the last block; linear from 0"
+    )
     local_attn_depth: int = Field(
         -1,
         description="number of last vision blocks in which a region attends to its own patches only; "
@@ -105,22 +111,36 @@ class XFMConfig(BaseModel):
     attention_dropout: float = Field(0.1, ge=0, lt=1)
 
     mask_token: int | None = Field(
-        None, ge=0, description="id of the token that stands for a hidden word; by default the last of the vocabulary"
+        None,
+        ge=0,
+        description="id of the token that stands for a hidden word; by default the last of the vocabulary",
     )
 
     fusion_layers: int = Field(12, ge=0)
-    fusion_layer_norm_eps: float | None = Field(None, gt=0, description="by default that of the text encoder")
+    fusion_layer_norm_eps: float | None = Field(
+        None, gt=0, description="by default that of the text encoder"
+    )
     embed_dim: int = Field(256, gt=0, description="width of the contrastive space")
     head_layer_norm_eps: float = Field(1e-5, gt=0)
-    temperature: float = Field(0.07, gt=0, description="initial temperature of the contrastive loss")
+    temperature: float = Field(
+        0.07, gt=0, description="initial temperature of the contrastive loss"
+    )
     min_temperature: float = Field(0.001, gt=0)
     max_temperature: float = Field(0.5, gt=0)
     learnable_temperature: bool = True
 
-    num_masking_patches: int = Field(75, gt=0, description="patches hidden by masked image modelling")
-    min_num_patches: int = Field(16, gt=0, description="smallest block that the mask generator draws")
-    mim_patches_only: bool = Field(False, description="leave the pooled image token out of the MIM loss")
-    codebook_size: int = Field(8192, gt=1, description="codes of an image tokenizer, for the head `codes` of MIM")
+    num_masking_patches: int = Field(
+        75, gt=0, description="patches hidden by masked image modelling"
+    )
+    min_num_patches: int = Field(
+        16, gt=0, description="smallest block that the mask generator draws"
+    )
+    mim_patches_only: bool = Field(
+        False, description="leave the pooled image token out of the MIM loss"
+    )
+    codebook_size: int = Field(
+        8192, gt=1, description="codes of an image tokenizer, for the head `codes` of MIM"
+    )
     detach_text_for_mlm: bool = Field(
         True, description="stop the gradient of image-conditioned MLM at the text encoder"
     )
@@ -158,7 +178,9 @@ class XFMConfig(BaseModel):
             )
         for name in ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token"):
             if (getattr(self, name) or 0) >= self.vocab_size:
-                raise ValueError(f"{name}={getattr(self, name)} lies outside vocab_size={self.vocab_size}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} lies outside vocab_size={self.vocab_size}"
+                )
         if not self.min_temperature <= self.temperature <= self.max_temperature:
             raise ValueError(
                 f"temperature={self.temperature} lies outside "
@@ -180,7 +202,9 @@ class XFMConfig(BaseModel):
         parts = {
             ("vision_depth", "vision_width", "vision_mlp_ratio"): self.vision_depth
             * (4 * vision**2 + 2 * vision * mlp + _LAYER),
-            ("image_size", "patch_size", "vision_depth"): side**2 * self.vision_heads * self.vision_depth
+            ("image_size", "patch_size", "vision_depth"): side**2
+            * self.vision_heads
+            * self.vision_depth
             + self.num_image_tokens**2,
             ("patch_size", "vision_width"): 3 * self.patch_size**2 * vision,
             ("text_layers", "text_width", "text_intermediate"): self.text_layers
@@ -245,7 +269,9 @@ class XFMConfig(BaseModel):
     def preset(cls, name: PresetName, **overrides: Any) -> XFMConfig:
         """Return `base` (the published model) or `tiny` (same structure, runs in milliseconds), overriding fields."""
         if name not in _PRESETS:
-            raise ConfigError(f"preset {name!r} is unknown; choose one of {', '.join(sorted(_PRESETS))}")
+            raise ConfigError(
+                f"preset {name!r} is unknown; choose one of {', '.join(sorted(_PRESETS))}"
+            )
         return cls(**(_PRESETS[name] | overrides))
 
     @classmethod
@@ -272,7 +298,11 @@ class XFMConfig(BaseModel):
             base = Path(source).resolve().parent
             source = _read_mapping(Path(source))
         try:
-            fields = _from_flat(source) if "text_width" in source else _from_training_yaml(source, roberta, base)
+            fields = (
+                _from_flat(source)
+                if "text_width" in source
+                else _from_training_yaml(source, roberta, base)
+            )
         except ConfigError:
             raise
         except (TypeError, ValueError) as error:
@@ -317,7 +347,9 @@ def _explain(error: ValidationError) -> str:
         if not where:
             lines.append(message)
         elif problem["type"] == "extra_forbidden":
-            lines.append(f"{where} is not a field of XFMConfig (fields: {', '.join(sorted(XFMConfig.model_fields))})")
+            lines.append(
+                f"{where} is not a field of XFMConfig (fields: {', '.join(sorted(XFMConfig.model_fields))})"
+            )
         else:
             lines.append(f"{where}={problem['input']!r}: {message}")
     return "; ".join(lines)
@@ -329,11 +361,17 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         text = read_bytes(path, MOST_YAML_BYTES)
         value = parse_json(text) if path.suffix == ".json" else parse_yaml(text)
     except OSError as error:
-        raise ConfigError(f"configuration {path} cannot be read ({error}); check the path") from None
+        raise ConfigError(
+            f"configuration {path} cannot be read ({error}); check the path"
+        ) from None
     except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"configuration {path} is not valid {path.suffix.lstrip('.') or 'YAML'}: {error}") from None
+        raise ConfigError(
+            f"configuration {path} is not valid {path.suffix.lstrip('.') or 'YAML'}: {error}"
+        ) from None
     if not isinstance(value, dict):
-        raise ConfigError(f"configuration {path} is a {type(value).__name__}; give a mapping of names to values")
+        raise ConfigError(
+            f"configuration {path} is a {type(value).__name__}; give a mapping of names to values"
+        )
     if other := [name for name in value if not isinstance(name, str)]:
         raise ConfigError(f"configuration {path} has the key {other[0]!r}; keys must be strings")
     return value
@@ -341,7 +379,9 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 
 def _require(source: dict[str, Any], name: str) -> Any:
     if name not in source:
-        raise ConfigError(f"the official configuration lacks {name!r}; add it or pass an XFMConfig built by keyword")
+        raise ConfigError(
+            f"the official configuration lacks {name!r}; add it or pass an XFMConfig built by keyword"
+        )
     return source[name]
 
 
@@ -354,7 +394,9 @@ def _check_fusion_split(source: dict[str, Any], text_layers: int) -> None:
         )
     fusion_start = source.get("fusion_fusion_start_at", 0)
     if fusion_start != 0:
-        raise ConfigError(f"fusion_fusion_start_at={fusion_start} omits cross-attention in fusion layers; set it to 0")
+        raise ConfigError(
+            f"fusion_fusion_start_at={fusion_start} omits cross-attention in fusion layers; set it to 0"
+        )
 
 
 _SHARED_KEYS = {
@@ -375,7 +417,9 @@ _SHARED_KEYS = {
 def _shared_fields(source: dict[str, Any]) -> dict[str, Any]:
     fields = {ours: source[theirs] for theirs, ours in _SHARED_KEYS.items() if theirs in source}
     # YAML 1.1 reads "1e-3" as a string.
-    return {name: float(value) if isinstance(value, str) else value for name, value in fields.items()}
+    return {
+        name: float(value) if isinstance(value, str) else value for name, value in fields.items()
+    }
 
 
 def _from_flat(source: dict[str, Any]) -> dict[str, Any]:
@@ -417,13 +461,17 @@ def _from_training_yaml(
 ) -> dict[str, Any]:
     for other in ("use_clip_vit", "use_swin"):
         if source.get(other):
-            raise ConfigError(f"{other}=True selects another vision encoder; xfm-fast builds BEiT-v2: set use_beit_v2")
+            raise ConfigError(
+                f"{other}=True selects another vision encoder; xfm-fast builds BEiT-v2: set use_beit_v2"
+            )
     if not source.get("use_beit_v2"):
         raise ConfigError("use_beit_v2 is not set; xfm-fast builds the BEiT-v2 vision encoder only")
     vision_config = str(_require(source, "vision_config"))
     size = next((name for name in _BEIT_SIZES if name in Path(vision_config).name), None)
     if size is None:
-        raise ConfigError(f"vision_config={vision_config!r} names neither a base nor a large BEiT-v2")
+        raise ConfigError(
+            f"vision_config={vision_config!r} names neither a base nor a large BEiT-v2"
+        )
     text = _roberta_config(roberta, str(_require(source, "text_encoder")), base)
     # Image classification runs without text, and GLUE without fusion layers: 0 is a legal number of layers.
     text_layers = source.get("text_num_hidden_layers", 12)
@@ -452,7 +500,9 @@ def _from_training_yaml(
     )
 
 
-def _roberta_config(given: dict[str, Any] | str | Path | None, text_encoder: str, base: Path) -> dict[str, Any]:
+def _roberta_config(
+    given: dict[str, Any] | str | Path | None, text_encoder: str, base: Path
+) -> dict[str, Any]:
     if isinstance(given, dict):
         return _ROBERTA_BASE | given
     if given is not None:
@@ -463,4 +513,6 @@ def _roberta_config(given: dict[str, Any] | str | Path | None, text_encoder: str
             return _ROBERTA_BASE | _read_mapping(folder / "config.json")
     if Path(text_encoder).name == "roberta-base":
         return dict(_ROBERTA_BASE)
-    raise ConfigError(f"text_encoder={text_encoder!r} has no config.json; pass roberta=<its config.json>")
+    raise ConfigError(
+        f"text_encoder={text_encoder!r} has no config.json; pass roberta=<its config.json>"
+    )

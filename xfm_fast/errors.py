@@ -84,7 +84,9 @@ def explain_types(function: F) -> F:
     return call  # type: ignore[return-value]
 
 
-def wrong_argument(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+def wrong_argument(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
     """Describe the first argument whose value does not fit its annotation; None if all fit or cannot be checked."""
     from pydantic import TypeAdapter, ValidationError
 
@@ -101,7 +103,9 @@ def wrong_argument(function: Callable[..., Any], args: tuple[Any, ...], kwargs: 
             hint = get_type_hints(SimpleNamespace(__annotations__={name: annotation}), names)[name]
             # Within a tuple, for a model has its own configuration.
             one: Any = tuple.__class_getitem__(hint)
-            TypeAdapter(one, config={"arbitrary_types_allowed": True}).validate_python((value,), strict=True)
+            TypeAdapter(one, config={"arbitrary_types_allowed": True}).validate_python(
+                (value,), strict=True
+            )
         except ValidationError:
             shown = (repr(value).splitlines() or [""])[0][:60]
             return f"{name} is {shown} ({type(value).__name__}); give {annotation}"

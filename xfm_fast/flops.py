@@ -79,7 +79,9 @@ def matching_head(config: XFMConfig, texts: int) -> Count:
 def image_memory(config: XFMConfig, images: int, image_tokens: int | None = None) -> Count:
     """Keys and values of every fusion layer."""
     tokens = config.num_image_tokens if image_tokens is None else image_tokens
-    return config.fusion_layers * linear(images * tokens, config.vision_width, 2 * config.text_width)
+    return config.fusion_layers * linear(
+        images * tokens, config.vision_width, 2 * config.text_width
+    )
 
 
 def image_memory_values(config: XFMConfig, image_tokens: int | None = None) -> int:
@@ -122,7 +124,9 @@ def fusion(
     return count
 
 
-def official_fusion(config: XFMConfig, pairs: int, padded_length: int, image_tokens: int | None = None) -> Count:
+def official_fusion(
+    config: XFMConfig, pairs: int, padded_length: int, image_tokens: int | None = None
+) -> Count:
     """Pairs as the official code scores them: padded, with keys and values of the image computed for every pair."""
     per_pair = image_memory(config, 1, image_tokens) + fusion(config, [padded_length], image_tokens)
     return pairs * (per_pair + matching_head(config, 1))
@@ -151,13 +155,23 @@ def pretraining_step(config: XFMConfig, lengths: Lengths, masked: Lengths) -> Co
     sizes, reads = _sizes(lengths), _sizes(masked)
     pairs = len(sizes)
     trained = _encoders_and_features(config, sizes)
-    trained += image_memory(config, pairs) + matching_head(config, 3 * pairs) + lm_head(config, sum(reads))
-    trained += 2 * first_self_attention(config, sizes) + fusion(config, sizes, reads=reads, self_attended=True)
+    trained += (
+        image_memory(config, pairs) + matching_head(config, 3 * pairs) + lm_head(config, sum(reads))
+    )
+    trained += 2 * first_self_attention(config, sizes) + fusion(
+        config, sizes, reads=reads, self_attended=True
+    )
     trained += fusion(config, 3 * sizes, first_token_only=True, self_attended=True)
-    return 3 * trained + text_encoder(config, sizes) - _stopped_gradients(config, pairs, 2 * sum(sizes))
+    return (
+        3 * trained
+        + text_encoder(config, sizes)
+        - _stopped_gradients(config, pairs, 2 * sum(sizes))
+    )
 
 
-def official_pretraining_step(config: XFMConfig, pairs: int, padded_length: int, slots: int) -> Count:
+def official_pretraining_step(
+    config: XFMConfig, pairs: int, padded_length: int, slots: int
+) -> Count:
     """The same losses of B pairs as the official code computes them: padded, with an image memory for every pair.
 
     `slots` are the positions per caption that reach the vocabulary, used or not.
@@ -175,7 +189,11 @@ def _encoders_and_features(config: XFMConfig, sizes: list[int]) -> Count:
     """B images, whole and masked, and B captions with their features and similarities."""
     pairs = len(sizes)
     encoders = image_encoder(config, 2 * pairs) + text_encoder(config, sizes)
-    return encoders + contrastive_features(config, pairs, pairs) + linear(pairs, config.embed_dim, pairs)
+    return (
+        encoders
+        + contrastive_features(config, pairs, pairs)
+        + linear(pairs, config.embed_dim, pairs)
+    )
 
 
 def _stopped_gradients(config: XFMConfig, images: int, tokens: int) -> Count:

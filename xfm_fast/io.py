@@ -132,7 +132,11 @@ def parse_yaml(text: str | bytes) -> Any:
 def check_text(value: Any, text: str | bytes) -> None:
     """Raise `ValueError` if the parsed value contains half of a surrogate pair, which cannot be written as UTF-8."""
     # Only an escape can add a surrogate, and such escapes are rare.
-    if (b"\\ud" in text or b"\\uD" in text) if isinstance(text, bytes) else ("\\ud" in text or "\\uD" in text):
+    if (
+        (b"\\ud" in text or b"\\uD" in text)
+        if isinstance(text, bytes)
+        else ("\\ud" in text or "\\uD" in text)
+    ):
         try:
             json.dumps(value, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:
@@ -141,7 +145,11 @@ def check_text(value: Any, text: str | bytes) -> None:
 
 def is_plain_name(name: str) -> bool:
     """Return True for a plain file name: no path separators, and no name that an operating system refuses."""
-    return name not in ("", ".", "..") and not set(name) & set("/\\\0") and len(os.fsencode(name)) <= 255
+    return (
+        name not in ("", ".", "..")
+        and not set(name) & set("/\\\0")
+        and len(os.fsencode(name)) <= 255
+    )
 
 
 def advice(problem: Mapping[str, Any]) -> str:
@@ -234,7 +242,9 @@ def write_files(writers: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
         for current, writer in writers.items():
             if current in streams:
                 continue
-            temporary = current.with_name(f".{current.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+            temporary = current.with_name(
+                f".{current.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+            )
             finished[temporary] = current
             with temporary.open("xb") as file:
                 writer(file)
@@ -249,7 +259,9 @@ def write_files(writers: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
         for folder in {path.parent for path in finished.values()}:
             sync_folder(folder)
     except OSError as error:
-        changed = f"{', '.join(replaced)} is already replaced" if replaced else "the files are unchanged"
+        changed = (
+            f"{', '.join(replaced)} is already replaced" if replaced else "the files are unchanged"
+        )
         raise StorageError(
             f"{current} could not be written ({_reason(error)}); {changed}: free space or choose another folder"
         ) from error
@@ -280,7 +292,12 @@ def make_folder(folder: Path) -> None:
 
 def write_bytes(contents: Mapping[Path, bytes | memoryview]) -> None:
     """`write_files` for in-memory contents."""
-    write_files({path: lambda file, content=content: file.write(content) for path, content in contents.items()})
+    write_files(
+        {
+            path: lambda file, content=content: file.write(content)
+            for path, content in contents.items()
+        }
+    )
 
 
 _held: set[Path] = set()
@@ -340,7 +357,9 @@ def _acquire_lock(lock: Path, what: str) -> FileIO:
                 file.close()
                 raise _lock_error(what, holder) from None
             # A process on another machine may be alive; on this machine a dead one left the file.
-            if holder and (holder.get("host") != socket.gethostname() or psutil.pid_exists(holder["process"])):
+            if holder and (
+                holder.get("host") != socket.gethostname() or psutil.pid_exists(holder["process"])
+            ):
                 file.close()
                 raise _lock_error(what, holder) from None
         try:
@@ -361,7 +380,11 @@ def _read_holder(file: FileIO) -> dict[str, Any]:
 
 
 def _lock_error(what: str, holder: Mapping[str, Any]) -> StorageError:
-    who = f"process {holder['process']} on {holder.get('host')} since {holder.get('since')}" if holder else "another"
+    who = (
+        f"process {holder['process']} on {holder.get('host')} since {holder.get('since')}"
+        if holder
+        else "another"
+    )
     return StorageError(f"{what} is in use by {who}; wait until it ends, or choose another folder")
 
 

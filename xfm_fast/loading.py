@@ -72,7 +72,9 @@ class Weights:
             given = f"--model {self.model} and --random {self.random}" if self.model else "no model"
             raise InputError(f"{given}; give either --model or --random")
         if self.config is not None and (self.model is None or not local_path(self.model).is_file()):
-            raise InputError(f"--config {self.config} gives the sizes of an official checkpoint file; leave it out")
+            raise InputError(
+                f"--config {self.config} gives the sizes of an official checkpoint file; leave it out"
+            )
         if self.is_export and self.image_size is not None:
             raise InputError(f"{self.model} is an export, of one size; leave out --image-size")
 
@@ -148,7 +150,9 @@ def open_model(
 
     source.check()
     if source.is_export:
-        raise InputError(f"{source.model} is an export; predict, serve, index and search run it: name the run it is of")
+        raise InputError(
+            f"{source.model} is an export; predict, serve, index and search run it: name the run it is of"
+        )
     place = source.choose_device() if device is None else torch.device(device)
     if source.model is None:
         opened = _random(source)
@@ -176,11 +180,15 @@ def _random(source: Source) -> Opened:
 
     words = CaptionTokenizer.train_on_texts([" ".join(VOCABULARY)], 1000)
     config = XFMConfig.preset(source.random or "tiny")
-    config = config.replace(vocab_size=max(config.vocab_size, words.vocab_size)).resized(source.image_size)
+    config = config.replace(vocab_size=max(config.vocab_size, words.vocab_size)).resized(
+        source.image_size
+    )
     with without_values():
         model = XFM(config)
     model.load_state_dict(random_tensors(model.state_dict()), assign=True)
-    model.tokenizer = words if source.tokenizer is None else read_tokenizer(source.tokenizer, config)
+    model.tokenizer = (
+        words if source.tokenizer is None else read_tokenizer(source.tokenizer, config)
+    )
     return Opened(model, source.label, f"random weights of preset {source.random}")
 
 
@@ -210,14 +218,23 @@ def _folder(source: Source, tasks: Collection[str] | None) -> Opened:
     place = resolve(source.model)
     options, task = task_of(place), None
     if options is None:
-        model, origin = XFM.from_pretrained(place, tokenizer=source.tokenizer), f"checkpoint {source.label}"
+        model, origin = (
+            XFM.from_pretrained(place, tokenizer=source.tokenizer),
+            f"checkpoint {source.label}",
+        )
     elif tasks is not None and options.kind not in tasks:
-        raise UnavailableError(f"{source.model} is fine-tuned for {options.kind}; give one of {', '.join(tasks)}")
+        raise UnavailableError(
+            f"{source.model} is fine-tuned for {options.kind}; give one of {', '.join(tasks)}"
+        )
     elif source.tokenizer is not None:
         raise InputError(f"{source.model} has a vocabulary of its own; leave out --tokenizer")
     else:
         predictor = load(place)
-        model, task, origin = predictor.model, predictor.task, f"run {source.label} of the task {options.kind}"
+        model, task, origin = (
+            predictor.model,
+            predictor.task,
+            f"run {source.label} of the task {options.kind}",
+        )
         assert isinstance(model, XFM)
     if source.image_size not in (None, model.config.image_size):
         model.set_image_size(source.image_size)

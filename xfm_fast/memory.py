@@ -55,14 +55,19 @@ class PeakMemory:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self.method == "sampled":
             self._stop.set()
             self._thread.join()
             self.peak = max(self.peak, resident_bytes())
         else:
-            marks = re.findall(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+            marks = re.findall(
+                r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE
+            )
             self.peak = max([self.start, *(int(mark) * 1024 for mark in marks)])
 
 

@@ -69,7 +69,9 @@ class Packing(Sequences):
 
     positions: Tensor  # [T] flat positions in the padded batch, in packed order
     shape: tuple[int, int]  # (P, L) of the padded batch
-    order: Tensor | None = None  # [P] index of the sequence at each packed position; None for the original order
+    order: Tensor | None = (
+        None  # [P] index of the sequence at each packed position; None for the original order
+    )
     whole: bool = False  # True without padding: nothing moves
 
     @classmethod
@@ -91,19 +93,29 @@ class Packing(Sequences):
         mask = attention_mask.bool()
         rows = mask if order is None else mask[order]
         texts, length = rows.shape
-        if lengths is not None and (len(lengths) != texts or any(not 0 <= n <= length for n in lengths)):
-            raise InputError(f"lengths are {[*lengths]}; they must be {texts} numbers from 0 to {length}")
+        if lengths is not None and (
+            len(lengths) != texts or any(not 0 <= n <= length for n in lengths)
+        ):
+            raise InputError(
+                f"lengths are {[*lengths]}; they must be {texts} numbers from 0 to {length}"
+            )
         kept = torch.ones_like(rows) if keep_padding else rows
         longest = None
         if keep_padding:
             positions, longest = torch.arange(texts * length, device=rows.device), length
         elif lengths is None or on_host(kept):
-            positions = host.true_places(kept) if on_host(kept) else kept.flatten().nonzero().flatten()
+            positions = (
+                host.true_places(kept) if on_host(kept) else kept.flatten().nonzero().flatten()
+            )
             if lengths is not None and sum(lengths) != len(positions):
-                raise InputError(f"lengths add up to {sum(lengths)}; the mask shows {len(positions)} tokens")
+                raise InputError(
+                    f"lengths add up to {sum(lengths)}; the mask shows {len(positions)} tokens"
+                )
         else:
             # Unlike `nonzero`, sorting does not synchronise for the number of tokens.
-            positions = kept.flatten().to(torch.uint8).argsort(descending=True, stable=True)[: sum(lengths)]
+            positions = (
+                kept.flatten().to(torch.uint8).argsort(descending=True, stable=True)[: sum(lengths)]
+            )
         if lengths is not None and not keep_padding:
             longest = max(lengths, default=0)
         if order is not None:
@@ -119,7 +131,11 @@ class Packing(Sequences):
 
     def to(self, device: torch.device) -> Packing:
         """Move the layout to another device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
         return replace(self, **moved)
 
     def pack(self, padded: Tensor) -> Tensor:
@@ -148,10 +164,14 @@ class ImageGroups:
     """Sequences grouped by image: the texts of an image form one long query sequence in cross-attention."""
 
     cu_texts: Tensor  # [B + 1] offsets of the images in the ordered sequences
-    order: Tensor | None = None  # [P] permutation that groups the sequences; None if they are grouped already
+    order: Tensor | None = (
+        None  # [P] permutation that groups the sequences; None if they are grouped already
+    )
 
     @classmethod
-    def from_index(cls, image_index: Tensor, images: int, device: torch.device | None = None) -> ImageGroups:
+    def from_index(
+        cls, image_index: Tensor, images: int, device: torch.device | None = None
+    ) -> ImageGroups:
         """Group P texts by image: `image_index` `[P]` integers below `images`, on the host to avoid a synchronisation.
 
         `device` is where the texts are, by default the device of the index.
@@ -161,7 +181,11 @@ class ImageGroups:
             groups = cls.from_index(index, images)
             order = None if groups.order is None else groups.order.to(device, non_blocking=True)
             return cls(groups.cu_texts.to(device, non_blocking=True), order)
-        order = None if index.numel() < 2 or bool((index.diff() >= 0).all()) else index.argsort(stable=True)
+        order = (
+            None
+            if index.numel() < 2 or bool((index.diff() >= 0).all())
+            else index.argsort(stable=True)
+        )
         return cls(offsets(torch.bincount(index, minlength=images)), order)
 
     def token_offsets(self, cu_seqlens: Tensor) -> Tensor:
@@ -181,7 +205,9 @@ def ragged_rows(starts: Tensor, lengths: Tensor, total: int | None = None) -> Te
 
     `total`, the sum of the lengths, avoids a synchronisation on an accelerator.
     """
-    first = torch.repeat_interleave(starts - (lengths.cumsum(0) - lengths), lengths, output_size=total)
+    first = torch.repeat_interleave(
+        starts - (lengths.cumsum(0) - lengths), lengths, output_size=total
+    )
     return first + torch.arange(first.shape[0], device=starts.device)
 
 

@@ -62,15 +62,23 @@ class CaptionTokenizer:
         self._tokenizer = tokenizer
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        pieces = tokenizer.token_to_id(BOS) is None and tokenizer.token_to_id(_OF_BERT[0]) is not None
+        pieces = (
+            tokenizer.token_to_id(BOS) is None and tokenizer.token_to_id(_OF_BERT[0]) is not None
+        )
         self._special = bos, pad, eos, _, _ = _OF_BERT if pieces else (BOS, PAD, EOS, UNK, MASK)
-        ids = {token: number for token in (bos, pad, eos) if (number := tokenizer.token_to_id(token)) is not None}
+        ids = {
+            token: number
+            for token in (bos, pad, eos)
+            if (number := tokenizer.token_to_id(token)) is not None
+        }
         absent = [token for token in (bos, pad, eos) if token not in ids]
         if absent:
             raise DataError(
                 f"the vocabulary in {origin} lacks {', '.join(absent)}; give RoBERTa's vocab.json and merges.txt"
             )
-        self.bos_token_id, self.pad_token_id, self.eos_token_id = (ids[token] for token in (bos, pad, eos))
+        self.bos_token_id, self.pad_token_id, self.eos_token_id = (
+            ids[token] for token in (bos, pad, eos)
+        )
         size, most = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values(), default=-1)
         if most >= size:
             raise DataError(
@@ -102,7 +110,9 @@ class CaptionTokenizer:
             raise DataError(
                 f"{path} has no tokenizer; give a tokenizer.json, or a folder with vocab.json and merges.txt"
             )
-        model = _parse(path, lambda: models.BPE.from_file(str(vocabulary), str(merges), unk_token=UNK))
+        model = _parse(
+            path, lambda: models.BPE.from_file(str(vocabulary), str(merges), unk_token=UNK)
+        )
         return cls(_byte_level(model), str(path))
 
     @classmethod
@@ -117,7 +127,9 @@ class CaptionTokenizer:
         """
         least = _BYTES + 5
         if vocab_size < least:
-            raise DataError(f"vocab_size={vocab_size} is too small for bytes and special tokens; use at least {least}")
+            raise DataError(
+                f"vocab_size={vocab_size} is too small for bytes and special tokens; use at least {least}"
+            )
         tokenizer = _byte_level(models.BPE(unk_token=UNK))
         trainer: Any = trainers.BpeTrainer(
             vocab_size=vocab_size - 1,
@@ -144,7 +156,9 @@ class CaptionTokenizer:
         mask = self._special[-1]
         number = self._tokenizer.token_to_id(mask)
         if number is None:
-            raise DataError(f"the vocabulary in {self.origin} lacks {mask}; give RoBERTa's vocabulary, which has it")
+            raise DataError(
+                f"the vocabulary in {self.origin} lacks {mask}; give RoBERTa's vocabulary, which has it"
+            )
         return number
 
     def check(self, config: XFMConfig) -> None:
@@ -194,11 +208,15 @@ class CaptionTokenizer:
             DataError: a text has no tokens, or `max_tokens` leaves no room for any.
         """
         if max_tokens < 3:
-            raise DataError(f"max_tokens={max_tokens} leaves no room between <s> and </s>; use at least 3")
+            raise DataError(
+                f"max_tokens={max_tokens} leaves no room between <s> and </s>; use at least 3"
+            )
         rows = []
         for number, encoding in enumerate(self._encode_batch(list(texts))):
             if not encoding.ids:
-                raise DataError(f"text {number} ({texts[number]!r}) has no tokens; write words or remove it")
+                raise DataError(
+                    f"text {number} ({texts[number]!r}) has no tokens; write words or remove it"
+                )
             rows.append([self.bos_token_id, *encoding.ids[: max_tokens - 2], self.eos_token_id])
         return rows
 
@@ -221,7 +239,9 @@ class CaptionTokenizer:
             )
         a, b = (encoding.ids for encoding in self._encode_batch([first, second]))
         if not (a or b):
-            raise DataError(f"neither {first!r} nor {second!r} has tokens; write words or remove the pair")
+            raise DataError(
+                f"neither {first!r} nor {second!r} has tokens; write words or remove the pair"
+            )
         room = max_tokens - 4
         of_a = min(len(a), max(room - len(b), room - room // 2))
         end = [self.eos_token_id]
@@ -243,11 +263,15 @@ class CaptionTokenizer:
             # The library does not name the text.
             for number, text in enumerate(texts):
                 if not isinstance(text, str):
-                    raise DataError(f"text {number} is a {type(text).__name__}; give strings") from None
+                    raise DataError(
+                        f"text {number} is a {type(text).__name__}; give strings"
+                    ) from None
                 try:
                     text.encode()
                 except UnicodeEncodeError:
-                    raise DataError(f"text {number} ({text!a}) contains half of a surrogate pair; remove it") from None
+                    raise DataError(
+                        f"text {number} ({text!a}) contains half of a surrogate pair; remove it"
+                    ) from None
             raise
 
     def word_starts(self, ids: Sequence[int]) -> list[bool]:
@@ -293,7 +317,9 @@ def _word_pieces(vocabulary: Path) -> Tokenizer:
     setattr(tokenizer, "normalizer", normalizers.BertNormalizer(lowercase=True))  # noqa: B010
     setattr(tokenizer, "pre_tokenizer", pre_tokenizers.BertPreTokenizer())  # noqa: B010
     setattr(tokenizer, "decoder", decoders.WordPiece())  # noqa: B010
-    tokenizer.add_special_tokens([token for token in _OF_BERT if tokenizer.token_to_id(token) is not None])
+    tokenizer.add_special_tokens(
+        [token for token in _OF_BERT if tokenizer.token_to_id(token) is not None]
+    )
     return tokenizer
 
 
@@ -304,4 +330,6 @@ def _parse(path: Path, read: Any) -> Any:
         # The library raises bare exceptions, and panics of its Rust code, which are none of `Exception`.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise DataError(f"{path} is not a readable tokenizer ({error}); download or copy it again") from None
+        raise DataError(
+            f"{path} is not a readable tokenizer ({error}); download or copy it again"
+        ) from None

@@ -85,12 +85,16 @@ class Engine:
         """Match score of every pair: `[P]`."""
         raise NotImplementedError
 
-    def search(self, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int) -> Found:
+    def search(
+        self, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int
+    ) -> Found:
         """For every text `[Q, L]` the k most similar images, re-ranked."""
         embeds, projection = self.embed_texts(input_ids, attention_mask), self.model.text_proj
         features = F.normalize(F.linear(embeds[:, 0], projection.weight, projection.bias), dim=-1)
         best = (features @ index.features.t()).topk(min(k, len(index.features)), dim=1).indices
-        scores, order = self.scores(embeds, attention_mask, index, best).sort(dim=1, descending=True)
+        scores, order = self.scores(embeds, attention_mask, index, best).sort(
+            dim=1, descending=True
+        )
         return Found(best.gather(1, order), scores)
 
     def scores(self, embeds: Tensor, mask: Tensor, index: SearchIndex, best: Tensor) -> Tensor:
@@ -99,7 +103,9 @@ class Engine:
         images, every = index.embeds[best.flatten()], torch.arange(best.numel(), device=best.device)
         return self.rerank(Pairs(images, embeds[rows], mask[rows], every)).view(best.shape)
 
-    def evaluate(self, batches: Sequence[Tensor], input_ids: Tensor, attention_mask: Tensor, k: int) -> Everything:
+    def evaluate(
+        self, batches: Sequence[Tensor], input_ids: Tensor, attention_mask: Tensor, k: int
+    ) -> Everything:
         """Batches of pixels and texts `[T, L]`, each against its k best candidates in both directions."""
         raise NotImplementedError
 
@@ -111,7 +117,9 @@ class Engine:
         """`[B, 3, R, R]` and expressions `[P, L]` with their image `[P]` → boxes `[P, 4]`."""
         raise NotImplementedError
 
-    def captions(self, pixels: Tensor, prompt: Tensor, longest: int, shortest: int, beams: int) -> Tensor:
+    def captions(
+        self, pixels: Tensor, prompt: Tensor, longest: int, shortest: int, beams: int
+    ) -> Tensor:
         """`[B, 3, R, R]` and a prompt `[S]` → captions `[B, L]` of at most `longest` tokens, padded."""
         raise NotImplementedError
 

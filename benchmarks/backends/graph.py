@@ -65,8 +65,15 @@ class ExportedCall:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             inputs = dict(zip(names, args, strict=False)) | kwargs
-            outputs = [torch.from_numpy(x) for x in infer({name: inputs[name].numpy() for name in self.names})]
-            return outputs[0] if self.output is None else self.output(**dict(zip(self.fields, outputs, strict=True)))
+            outputs = [
+                torch.from_numpy(x)
+                for x in infer({name: inputs[name].numpy() for name in self.names})
+            ]
+            return (
+                outputs[0]
+                if self.output is None
+                else self.output(**dict(zip(self.fields, outputs, strict=True)))
+            )
 
         module.__dict__["forward"] = forward
         return bound
@@ -121,7 +128,9 @@ def _tensors_of_call(module: nn.Module, call: Callable[[], Any]) -> dict[str, Te
         arguments = dict(zip(names, args, strict=False)) | kwargs
         if not calls:
             # A batch of one would be a constant of the graph.
-            calls.append({name: torch.cat([x, x]) for name, x in arguments.items() if isinstance(x, Tensor)})
+            calls.append(
+                {name: torch.cat([x, x]) for name, x in arguments.items() if isinstance(x, Tensor)}
+            )
         return original(*args, **kwargs)
 
     # Hooks would miss callers of `forward` itself, as sentence-transformers is.

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
 from xfm_fast.errors import InputError
 from xfm_fast.kernels.reference import relative_position_index
-from xfm_fast.models.text import Attention, DeepMLPHead, Embeddings, LMHead, MLPHead, ResidualNorm, TransformerLayer
+from xfm_fast.models.text import (
+    Attention,
+    DeepMLPHead,
+    Embeddings,
+    LMHead,
+    MLPHead,
+    ResidualNorm,
+    TransformerLayer,
+)
 from xfm_fast.models.vision import Block, RelPosAttention
 from xfm_fast.models.xfm import XFM
 
@@ -50,7 +58,9 @@ class OfficialTwin:
             x = self._vision_block(block, x)
         return self._finish_image(x)
 
-    def encode_regions(self, pixels: Tensor, image_index: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_regions(
+        self, pixels: Tensor, image_index: Tensor, region_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """R regions of B images; arguments and result as for `XFM.encode_regions`."""
         region_mask = region_mask.to(pixels.dtype)
         if self.config.local_attn_depth <= 0:
@@ -80,15 +90,23 @@ class OfficialTwin:
 
     def _embed_tokens(self, embeddings: Embeddings, input_ids: Tensor, behind: int = 0) -> Tensor:
         real = input_ids.ne(self.config.pad_token_id).int()
-        positions = ((real.cumsum(1).type_as(real) + behind) * real).long() + self.config.pad_token_id
+        positions = (
+            (real.cumsum(1).type_as(real) + behind) * real
+        ).long() + self.config.pad_token_id
         padding = self.config.pad_token_id
         x = F.embedding(input_ids, embeddings.word_embeddings.weight, padding)
         x = x + F.embedding(torch.zeros_like(input_ids), embeddings.token_type_embeddings.weight)
         x += F.embedding(positions, embeddings.position_embeddings.weight, padding)
-        return F.dropout(layer_norm(embeddings.LayerNorm, x), embeddings.dropout, embeddings.training)
+        return F.dropout(
+            layer_norm(embeddings.LayerNorm, x), embeddings.dropout, embeddings.training
+        )
 
     def fuse_pairs(
-        self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor, token_mask: Tensor | None = None
+        self,
+        text_embeds: Tensor,
+        attention_mask: Tensor,
+        image_embeds: Tensor,
+        token_mask: Tensor | None = None,
     ) -> Tensor:
         """Fuse P texts `[P, L, text_width]` with an image `[P, M, vision_width]` each → `[P, L, text_width]`.
 
@@ -96,7 +114,9 @@ class OfficialTwin:
         """
         text_mask = _additive(attention_mask, text_embeds.dtype)
         if token_mask is None:
-            token_mask = torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image_embeds.device)
+            token_mask = torch.ones(
+                image_embeds.shape[:2], dtype=torch.long, device=image_embeds.device
+            )
         image_mask = _additive(token_mask, text_embeds.dtype)
         x = text_embeds
         for layer in self.model.fusion_encoder.roberta.encoder.layer:
@@ -105,7 +125,9 @@ class OfficialTwin:
             x = self._feed_forward(layer, x)
         return x
 
-    def decode(self, decoder: Any, ids: Tensor, mask: Tensor, states: Tensor, state_mask: Tensor) -> Tensor:
+    def decode(
+        self, decoder: Any, ids: Tensor, mask: Tensor, states: Tensor, state_mask: Tensor
+    ) -> Tensor:
         """Logits `[A, L, vocabulary]` of texts `[A, L]` by a `TextDecoder`.
 
         Each text has states `[A, M, width]` and their mask `[A, M]`.
@@ -141,7 +163,10 @@ class OfficialTwin:
             key, value = _memory_heads(layer.attention, x)
             if past:
                 known_key, known_value, *image = past[number]
-                key, value = torch.cat((known_key, key), dim=2), torch.cat((known_value, value), dim=2)
+                key, value = (
+                    torch.cat((known_key, key), dim=2),
+                    torch.cat((known_value, value), dim=2),
+                )
             else:
                 image = _memory_heads(crossed, states)
             x = _attend_to(layer.attention, x, key, value, causal)
@@ -161,19 +186,27 @@ class OfficialTwin:
     def project_image(self, image_embeds: Tensor) -> Tensor:
         """Contrastive feature of the image token: `[B, 1 + N, vision_width]` → `[B, embed_dim]`."""
         projection = self.model.vision_proj
-        return F.normalize(F.linear(image_embeds[:, 0, :], projection.weight, projection.bias), dim=-1)
+        return F.normalize(
+            F.linear(image_embeds[:, 0, :], projection.weight, projection.bias), dim=-1
+        )
 
     def project_text(self, text_embeds: Tensor) -> Tensor:
         """Contrastive feature of text token 0: `[B, L, text_width]` → `[B, embed_dim]`."""
         projection = self.model.text_proj
-        return F.normalize(F.linear(text_embeds[:, 0, :], projection.weight, projection.bias), dim=-1)
+        return F.normalize(
+            F.linear(text_embeds[:, 0, :], projection.weight, projection.bias), dim=-1
+        )
 
-    def rerank_image(self, image_embeds: Tensor, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+    def rerank_image(
+        self, image_embeds: Tensor, text_embeds: Tensor, attention_mask: Tensor
+    ) -> Tensor:
         """Match scores `[P]` of P candidate texts for one image, its tokens `[M, vision_width]` repeated for each."""
         repeated = image_embeds.repeat(text_embeds.shape[0], 1, 1)
         return self.match_scores(self.fuse_pairs(text_embeds, attention_mask, repeated))
 
-    def rerank_text(self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor) -> Tensor:
+    def rerank_text(
+        self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor
+    ) -> Tensor:
         """Match scores `[P]` of P candidate images `[P, M, vision_width]` for one text `[L, text_width]`."""
         candidates = image_embeds.shape[0]
         texts, masks = text_embeds.repeat(candidates, 1, 1), attention_mask.repeat(candidates, 1)
@@ -187,13 +220,19 @@ class OfficialTwin:
         Returns scores `[I, T]` and `[T, I]`, -100 for pairs that were not scored.
         """
         similarity = self.project_image(image_embeds) @ self.project_text(text_embeds).t()
-        of_images, of_texts = (torch.full_like(each, _NOT_SCORED) for each in (similarity, similarity.t()))
+        of_images, of_texts = (
+            torch.full_like(each, _NOT_SCORED) for each in (similarity, similarity.t())
+        )
         for number, (row, scores) in enumerate(zip(similarity, of_images, strict=True)):
             best = row.topk(k).indices
-            scores[best] = self.rerank_image(image_embeds[number], text_embeds[best], attention_mask[best])
+            scores[best] = self.rerank_image(
+                image_embeds[number], text_embeds[best], attention_mask[best]
+            )
         for number, (row, scores) in enumerate(zip(similarity.t(), of_texts, strict=True)):
             best = row.topk(k).indices
-            scores[best] = self.rerank_text(text_embeds[number], attention_mask[number], image_embeds[best])
+            scores[best] = self.rerank_text(
+                text_embeds[number], attention_mask[number], image_embeds[best]
+            )
         return of_images, of_texts
 
     def _embed_patches(self, pixels: Tensor, patch_mask: Tensor | None) -> Tensor:
@@ -221,7 +260,9 @@ class OfficialTwin:
         hidden = F.linear(F.gelu(hidden), block.mlp.fc2.weight, block.mlp.fc2.bias)
         return x + _drop_path(block, block.gamma_2 * hidden)
 
-    def _window_attention(self, attention: RelPosAttention, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _window_attention(
+        self, attention: RelPosAttention, x: Tensor, mask: Tensor | None
+    ) -> Tensor:
         batch, tokens, _ = x.shape
         bias = torch.cat((attention.q_bias, torch.zeros_like(attention.v_bias), attention.v_bias))
         qkv = F.linear(x, attention.qkv.weight, bias)
@@ -233,7 +274,11 @@ class OfficialTwin:
         if mask is not None:
             scores = scores + mask
         context = scores.softmax(dim=-1) @ v
-        return F.linear(context.transpose(1, 2).reshape(batch, tokens, -1), attention.proj.weight, attention.proj.bias)
+        return F.linear(
+            context.transpose(1, 2).reshape(batch, tokens, -1),
+            attention.proj.weight,
+            attention.proj.bias,
+        )
 
     def _self_attention(self, layer: TransformerLayer, x: Tensor, mask: Tensor) -> Tensor:
         return _attend(layer.attention, x, x, mask)
@@ -254,7 +299,11 @@ class OfficialTrainingTwin(OfficialTwin):
     """
 
     def losses(
-        self, batch: Batch, *, hard_negatives: tuple[Tensor, Tensor] | None = None, patch_mask: Tensor | None = None
+        self,
+        batch: Batch,
+        *,
+        hard_negatives: tuple[Tensor, Tensor] | None = None,
+        patch_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The losses of a batch, by the names of `pretraining_losses`.
 
@@ -321,10 +370,15 @@ class OfficialTrainingTwin(OfficialTwin):
         return {"itc": itc, "itm": itm}
 
     @torch.no_grad()
-    def draw_negatives(self, image: Tensor, text: Tensor, image_ids: Tensor | None) -> tuple[list[int], list[int]]:
+    def draw_negatives(
+        self, image: Tensor, text: Tensor, image_ids: Tensor | None
+    ) -> tuple[list[int], list[int]]:
         """The image for each text and the text for each image, from features `[B, embed_dim]`."""
         similarity = image @ text.t() / self.model.temp
-        of_images, of_texts = F.softmax(similarity, dim=1) + 1e-5, F.softmax(similarity.t(), dim=1) + 1e-5
+        of_images, of_texts = (
+            F.softmax(similarity, dim=1) + 1e-5,
+            F.softmax(similarity.t(), dim=1) + 1e-5,
+        )
         if image_ids is None:
             of_images.fill_diagonal_(0)
             of_texts.fill_diagonal_(0)
@@ -350,13 +404,19 @@ class OfficialTrainingTwin(OfficialTwin):
         negative = self.fuse_pairs(texts, masks, images, token_mask)[:, 0, :]
         logits = mlp_head(self.model.itm_head, torch.cat((positive, negative)))
         pairs = text.shape[0]
-        labels = torch.cat((torch.ones(pairs, dtype=torch.long), torch.zeros(2 * pairs, dtype=torch.long)))
+        labels = torch.cat(
+            (torch.ones(pairs, dtype=torch.long), torch.zeros(2 * pairs, dtype=torch.long))
+        )
         return F.cross_entropy(logits, labels.to(logits.device))
 
-    def _masked_image(self, batch: PairBatch | ImageBatch, image: Tensor, patch_mask: Tensor | None) -> Tensor:
+    def _masked_image(
+        self, batch: PairBatch | ImageBatch, image: Tensor, patch_mask: Tensor | None
+    ) -> Tensor:
         patch_mask = batch.patch_mask if patch_mask is None else patch_mask
         if patch_mask is None:
-            raise InputError("neither the batch nor the call has a patch_mask; masked image modelling needs one")
+            raise InputError(
+                "neither the batch nor the call has a patch_mask; masked image modelling needs one"
+            )
         hidden, target = patch_mask.bool(), image.detach()
         masked = self.encode_image(batch.image, patch_mask)
         loss = F.mse_loss(masked[:, 1:][hidden], target[:, 1:][hidden])

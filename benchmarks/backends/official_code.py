@@ -35,7 +35,11 @@ from .engine import Engine, Pairs
 from .public_modules import beit_settings, roberta_settings
 
 CLONE_MARK = "models/xfm.py"
-_TRANSFORMERS_HELPERS = ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer")
+_TRANSFORMERS_HELPERS = (
+    "apply_chunking_to_forward",
+    "find_pruneable_heads_and_indices",
+    "prune_linear_layer",
+)
 _DOCUMENTATION = (
     "add_code_sample_docstrings", "add_start_docstrings", "add_start_docstrings_to_model_forward",
     "replace_return_docstrings",
@@ -49,7 +53,9 @@ class OfficialCodeEngine(Engine):
         self.model = model
         self._pipe, other_end = multiprocessing.Pipe()
         settings = str(clone.resolve()), model.config.model_dump(), torch.get_num_threads()
-        process = multiprocessing.get_context("spawn").Process(target=_serve, args=(other_end, *settings), daemon=True)
+        process = multiprocessing.get_context("spawn").Process(
+            target=_serve, args=(other_end, *settings), daemon=True
+        )
         process.start()
         other_end.close()
         weakref.finalize(self, process.terminate)
@@ -67,7 +73,9 @@ class OfficialCodeEngine(Engine):
     def _ask(self, work: str, **tensors: Tensor) -> Tensor:
         try:
             self._pipe.send_bytes(work.encode())
-            self._pipe.send_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+            self._pipe.send_bytes(
+                save({name: tensor.contiguous() for name, tensor in tensors.items()})
+            )
             error, answer = self._pipe.recv_bytes().decode(), self._pipe.recv_bytes()
         except (EOFError, OSError):
             raise UnavailableError("the process of the official code has ended") from None
@@ -117,7 +125,12 @@ def _install_stand_ins() -> None:
     base.init_weights = initialise
     configuration: Any = importlib.import_module("transformers.configuration_utils")
     settings = getattr(configuration, "PreTrainedConfig", None) or configuration.PretrainedConfig
-    defaults = {"chunk_size_feed_forward": 0, "is_decoder": False, "add_cross_attention": False, "use_cache": True}
+    defaults = {
+        "chunk_size_feed_forward": 0,
+        "is_decoder": False,
+        "add_cross_attention": False,
+        "use_cache": True,
+    }
     for name, value in defaults.items():
         if not hasattr(settings, name):
             setattr(settings, name, value)
@@ -136,10 +149,16 @@ def _build(config: XFMConfig, folder: Path) -> Any:
         "attention_probs_dropout_prob": config.attention_dropout, "initializer_range": 0.02,
     }  # fmt: skip
     (text / "config.json").write_text(json.dumps(roberta))
-    vision.write_text(json.dumps({"ckpt": "", "vision_width": config.vision_width, "patch_size": config.patch_size}))
+    vision.write_text(
+        json.dumps(
+            {"ckpt": "", "vision_width": config.vision_width, "patch_size": config.patch_size}
+        )
+    )
     beit: Any = importlib.import_module("models.beit2")
     # The official constructor has the base and large sizes only.
-    beit.beit_base_patch16 = lambda **options: beit.VisionTransformer(**(beit_settings(config) | options))
+    beit.beit_base_patch16 = lambda **options: beit.VisionTransformer(
+        **(beit_settings(config) | options)
+    )
     official: Any = importlib.import_module("models.model_retrieval")
     return official.XFMForRetrieval(
         {
@@ -198,7 +217,10 @@ def _load(config: XFMConfig, weights: dict[str, Tensor]) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         model = _build(config, Path(folder)).eval()
     # The fine-tuning classes hold the language encoder without its masked-language wrapper.
-    state = {name.replace("text_encoder.roberta.", "text_encoder.", 1): tensor for name, tensor in weights.items()}
+    state = {
+        name.replace("text_encoder.roberta.", "text_encoder.", 1): tensor
+        for name, tensor in weights.items()
+    }
     unused = (
         "lm_head", "lm_cap_head", "fusion_encoder.roberta.embeddings", "position_ids", "relative_position_index",
         "fusion_proj",

@@ -29,12 +29,19 @@ class OfficialFineTuningTwin(OfficialTrainingTwin):
     Arguments are as for the losses of the models. A method needs the model of its task.
     """
 
-    def retrieval(self, batch: PairBatch, hard_negatives: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
+    def retrieval(
+        self, batch: PairBatch, hard_negatives: tuple[Tensor, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """ITC and ITM, whose gradient reaches the text encoder as it does not in pretraining."""
         image = self.encode_image(batch.image)
         text = self.encode_text(batch.input_ids, batch.attention_mask)
         return self.contrast_and_match(
-            batch.attention_mask, image, text, text, image_ids=batch.image_ids, hard_negatives=hard_negatives
+            batch.attention_mask,
+            image,
+            text,
+            text,
+            image_ids=batch.image_ids,
+            hard_negatives=hard_negatives,
         )
 
     def answers(
@@ -46,17 +53,27 @@ class OfficialFineTuningTwin(OfficialTrainingTwin):
         questions = self.fuse_pairs(text, question_mask, self.encode_image(pixels))
         states: list[Tensor] = []
         masks: list[Tensor] = []
-        for state, mask, copies in zip(questions, question_mask, answers_per_question.tolist(), strict=True):
+        for state, mask, copies in zip(
+            questions, question_mask, answers_per_question.tolist(), strict=True
+        ):
             states += [state] * copies
             masks += [mask] * copies
-        losses = self._answer_losses(answer_ids, answer_mask, torch.stack(states), torch.stack(masks))
+        losses = self._answer_losses(
+            answer_ids, answer_mask, torch.stack(states), torch.stack(masks)
+        )
         return (answer_weights * losses).sum() / len(pixels)
 
-    def _answer_losses(self, ids: Tensor, mask: Tensor, states: Tensor, state_mask: Tensor) -> Tensor:
+    def _answer_losses(
+        self, ids: Tensor, mask: Tensor, states: Tensor, state_mask: Tensor
+    ) -> Tensor:
         """`[A]` negative log-likelihoods of answers `[A, L]`, each with states `[A, M, width]`."""
-        logits = self.decode(self.model.text_decoder, ids, mask, states, state_mask)[:, :-1].contiguous()
+        logits = self.decode(self.model.text_decoder, ids, mask, states, state_mask)[
+            :, :-1
+        ].contiguous()
         targets = ids.masked_fill(mask == 0, -100)[:, 1:].contiguous()
-        losses = F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1), reduction="none")
+        losses = F.cross_entropy(
+            logits.view(-1, logits.shape[-1]), targets.view(-1), reduction="none"
+        )
         return losses.view(len(ids), -1).sum(1)
 
     def rank_answers(
@@ -71,8 +88,13 @@ class OfficialFineTuningTwin(OfficialTrainingTwin):
         """
         text = self.encode_text(question_ids, question_mask)
         states = self.fuse_pairs(text, question_mask, self.encode_image(pixels))
-        begun, every = answer_ids[:1, :1].repeat(len(states), 1), torch.ones(states.shape[:2], device=states.device)
-        first = self.decode(self.model.text_decoder, begun, torch.ones_like(begun), states, every)[:, 0]
+        begun, every = (
+            answer_ids[:1, :1].repeat(len(states), 1),
+            torch.ones(states.shape[:2], device=states.device),
+        )
+        first = self.decode(self.model.text_decoder, begun, torch.ones_like(begun), states, every)[
+            :, 0
+        ]
         likeliest, candidates = first.softmax(1).index_select(1, answer_ids[:, 1]).topk(k, dim=1)
         chosen = candidates.flatten()
         copies, visible = (each.repeat_interleave(k, 0) for each in (states, every))
@@ -80,7 +102,9 @@ class OfficialFineTuningTwin(OfficialTrainingTwin):
         best = (likeliest.log() - losses.view_as(likeliest)).topk(k, dim=1)
         return AnswerRanking(candidates.gather(1, best.indices), best.values)
 
-    def statements(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> Tensor:
+    def statements(
+        self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor, targets: Tensor
+    ) -> Tensor:
         """Cross-entropy of statements about two images; arguments as for the model of `xfm_fast.tasks`."""
         return F.cross_entropy(self.statement_logits(pixels, input_ids, attention_mask), targets)
 
@@ -89,7 +113,9 @@ class OfficialFineTuningTwin(OfficialTrainingTwin):
         head = self.model.cls_head
         first, second = self.encode_image(pixels).split(len(input_ids))
         text = self.encode_text(input_ids, attention_mask)
-        halves = [self.fuse_pairs(text, attention_mask, image)[:, 0, :] for image in (first, second)]
+        halves = [
+            self.fuse_pairs(text, attention_mask, image)[:, 0, :] for image in (first, second)
+        ]
         return mlp_head(head, torch.cat(halves, dim=-1))
 
     def grounding(
@@ -107,21 +133,36 @@ class OfficialFineTuningTwin(OfficialTrainingTwin):
         return mlp_head(head, fused[:, 0, :]).float().sigmoid()
 
     def captions(
-        self, pixels: Tensor, caption_ids: Tensor, caption_mask: Tensor, prompt_length: int, label_smoothing: float
+        self,
+        pixels: Tensor,
+        caption_ids: Tensor,
+        caption_mask: Tensor,
+        prompt_length: int,
+        label_smoothing: float,
     ) -> Tensor:
         """Captioning: mean over the tokens after the prompt; arguments as for `CaptioningModel`."""
         decoder = self.model.text_decoder
         image = self.encode_image(pixels)
         everywhere = torch.ones(image.shape[:2], dtype=torch.long, device=image.device)
-        logits = self.decode(decoder, caption_ids, caption_mask, image, everywhere)[:, :-1].contiguous()
+        logits = self.decode(decoder, caption_ids, caption_mask, image, everywhere)[
+            :, :-1
+        ].contiguous()
         targets = caption_ids.masked_fill(caption_mask == 0, -100)
         targets[:, :prompt_length] = -100
         return F.cross_entropy(
-            logits.view(-1, logits.shape[-1]), targets[:, 1:].flatten(), label_smoothing=label_smoothing
+            logits.view(-1, logits.shape[-1]),
+            targets[:, 1:].flatten(),
+            label_smoothing=label_smoothing,
         )
 
     def write_captions(
-        self, pixels: Tensor, prompt_ids: Tensor, *, max_length: int, min_length: int, num_beams: int
+        self,
+        pixels: Tensor,
+        prompt_ids: Tensor,
+        *,
+        max_length: int,
+        min_length: int,
+        num_beams: int,
     ) -> Tensor:
         """Captions `[B, L]` by beam search; arguments as for `CaptioningModel.generate`.
 
@@ -165,12 +206,16 @@ class OfficialEngine(Engine):
     """
 
     def __init__(
-        self, model: XFM, compiled: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None
+        self,
+        model: XFM,
+        compiled: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None,
     ) -> None:
         self.model, self._twin = model, OfficialFineTuningTwin(model)
         twin = self._twin
         encoders = twin.encode_image, twin.encode_text, twin.fuse_pairs
-        self._images, self._texts, self._fuse = encoders if compiled is None else map(compiled, encoders)
+        self._images, self._texts, self._fuse = (
+            encoders if compiled is None else map(compiled, encoders)
+        )
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         return self._images(pixels)
@@ -183,7 +228,9 @@ class OfficialEngine(Engine):
         for number, image in enumerate(pairs.images):
             chosen = pairs.image_of == number
             embeds = pairs.embeds[chosen]
-            scores.append(self._scores(embeds, pairs.mask[chosen], image.expand(len(embeds), -1, -1)))
+            scores.append(
+                self._scores(embeds, pairs.mask[chosen], image.expand(len(embeds), -1, -1))
+            )
         return torch.cat(scores)
 
     def scores(self, embeds: Tensor, mask: Tensor, index: SearchIndex, best: Tensor) -> Tensor:
@@ -197,9 +244,13 @@ class OfficialEngine(Engine):
         # The official code repeats an image's tokens in memory.
         return self._twin.match_scores(self._fuse(embeds, mask, images.contiguous()))
 
-    def evaluate(self, batches: Sequence[Tensor], input_ids: Tensor, attention_mask: Tensor, k: int) -> Everything:
+    def evaluate(
+        self, batches: Sequence[Tensor], input_ids: Tensor, attention_mask: Tensor, k: int
+    ) -> Everything:
         images = torch.cat([self._images(pixels) for pixels in batches])
-        return Everything(*self._twin.retrieve(images, self._texts(input_ids, attention_mask), attention_mask, k))
+        return Everything(
+            *self._twin.retrieve(images, self._texts(input_ids, attention_mask), attention_mask, k)
+        )
 
     def statements(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         return self._twin.statement_logits(pixels, ids, mask)
@@ -207,16 +258,24 @@ class OfficialEngine(Engine):
     def boxes(self, pixels: Tensor, ids: Tensor, mask: Tensor, image_of: Tensor) -> Tensor:
         return self._twin.boxes(pixels[image_of], ids, mask)
 
-    def captions(self, pixels: Tensor, prompt: Tensor, longest: int, shortest: int, beams: int) -> Tensor:
-        return self._twin.write_captions(pixels, prompt, max_length=longest, min_length=shortest, num_beams=beams)
+    def captions(
+        self, pixels: Tensor, prompt: Tensor, longest: int, shortest: int, beams: int
+    ) -> Tensor:
+        return self._twin.write_captions(
+            pixels, prompt, max_length=longest, min_length=shortest, num_beams=beams
+        )
 
     def answers(
         self, pixels: Tensor, ids: Tensor, mask: Tensor, image_of: Tensor, answers: AnswerList
     ) -> AnswerRanking:
         """The questions one after another, each without padding."""
         rankings = []
-        for image, question, length in zip(image_of.tolist(), ids, mask.sum(1).tolist(), strict=True):
+        for image, question, length in zip(
+            image_of.tolist(), ids, mask.sum(1).tolist(), strict=True
+        ):
             question = question[None, :length]
             inputs = pixels[image : image + 1], question, torch.ones_like(question)
-            rankings.append(self._twin.rank_answers(*inputs, answers.ids, answers.mask, k=answers.k))
+            rankings.append(
+                self._twin.rank_answers(*inputs, answers.ids, answers.mask, k=answers.k)
+            )
         return AnswerRanking(*(torch.cat(parts) for parts in zip(*rankings, strict=True)))

@@ -28,7 +28,11 @@ from .engine import AnswerList, Engine, Everything, Found, Pairs, SearchIndex
 
 def served(model: XFM) -> XFM:
     """The model as one serves it: frozen where there is a CPU, in a copy, for others read its weights as they were."""
-    if model.device.type != "cpu" or model.dtype not in (torch.float32, torch.bfloat16) or model.quantised:
+    if (
+        model.device.type != "cpu"
+        or model.dtype not in (torch.float32, torch.bfloat16)
+        or model.quantised
+    ):
         return model
     return copy.deepcopy(model).freeze()
 
@@ -53,14 +57,21 @@ class OurEngine(Engine):
         with use_backend(self.backend):
             return rerank(self.model, pairs)
 
-    def search(self, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int) -> Found:
+    def search(
+        self, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int
+    ) -> Found:
         with use_backend(self.backend):
             return retrieve(Retriever(self.model), input_ids, attention_mask, index, k)
 
-    def evaluate(self, batches: Sequence[Tensor], input_ids: Tensor, attention_mask: Tensor, k: int) -> Everything:
+    def evaluate(
+        self, batches: Sequence[Tensor], input_ids: Tensor, attention_mask: Tensor, k: int
+    ) -> Everything:
         retriever = Retriever(self.model)
         with use_backend(self.backend):
-            images, texts = retriever.embed_images(batches), retriever.embed_texts([(input_ids, attention_mask)])
+            images, texts = (
+                retriever.embed_images(batches),
+                retriever.embed_texts([(input_ids, attention_mask)]),
+            )
             result = retriever.rerank(images, texts, k)
         return Everything(result.score_i2t, result.score_t2i)
 
@@ -72,9 +83,13 @@ class OurEngine(Engine):
         with use_backend(self.backend):
             return self.model.boxes(pixels, ids, mask, image_of)
 
-    def captions(self, pixels: Tensor, prompt: Tensor, longest: int, shortest: int, beams: int) -> Tensor:
+    def captions(
+        self, pixels: Tensor, prompt: Tensor, longest: int, shortest: int, beams: int
+    ) -> Tensor:
         with use_backend(self.backend):
-            return self.model.generate(pixels, prompt, max_length=longest, min_length=shortest, num_beams=beams)
+            return self.model.generate(
+                pixels, prompt, max_length=longest, min_length=shortest, num_beams=beams
+            )
 
     def answers(
         self, pixels: Tensor, ids: Tensor, mask: Tensor, image_of: Tensor, answers: AnswerList
@@ -83,7 +98,9 @@ class OurEngine(Engine):
             memory = self.model.encode_questions(pixels, ids, mask, image_of)
             k = answers.trie.answers if answers.whole else answers.k
             # As the official score does it.
-            return self.model.rank_answers(memory, answers.trie, k=k, best=answers.best, count_first_token_twice=True)
+            return self.model.rank_answers(
+                memory, answers.trie, k=k, best=answers.best, count_first_token_twice=True
+            )
 
 
 class SessionEngine(Engine):
@@ -102,7 +119,9 @@ class SessionEngine(Engine):
     def rerank(self, pairs: Pairs) -> Tensor:
         return rerank(self._session, pairs)
 
-    def search(self, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int) -> Found:
+    def search(
+        self, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int
+    ) -> Found:
         assert self._retriever is not None
         return retrieve(self._retriever, input_ids, attention_mask, index, k)
 
@@ -128,7 +147,11 @@ def export_engine(
     runtime, graphs = find_runtime(library), GRAPHS[work]
     precision = "bf16" if runtime.precisions and dtype == "bf16" else None
     folder = scratch / "-".join([library, dtype, *["int8"] * int8, *["packed"] * packed, work])
-    common: dict[str, Any] = {"dtype": "fp32" if precision else dtype, "graphs": graphs, "packed": packed}
+    common: dict[str, Any] = {
+        "dtype": "fp32" if precision else dtype,
+        "graphs": graphs,
+        "packed": packed,
+    }
     begun = time.perf_counter()
     if int8:
         with TemporaryDirectory(dir=scratch) as wide:
@@ -156,7 +179,9 @@ def rerank(model: Any, pairs: Pairs) -> Tensor:
     return model.match_logits(fused)[:, 1]
 
 
-def retrieve(retriever: Retriever, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int) -> Found:
+def retrieve(
+    retriever: Retriever, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int
+) -> Found:
     """`Retriever.search_images` for texts that come as ids."""
     texts = retriever.embed_texts([(input_ids, attention_mask)])
     return Found(*retriever.search_images(texts, ImageIndex(index.embeds, index.features), k))

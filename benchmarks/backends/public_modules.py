@@ -22,7 +22,11 @@ from xfm_fast.models.xfm import XFM
 from .engine import Engine, Pairs
 from .official_algorithm import layer_norm, mlp_head
 
-_VISION, _TEXT, _FUSION = "vision_encoder.", "text_encoder.roberta.", "fusion_encoder.roberta.encoder."
+_VISION, _TEXT, _FUSION = (
+    "vision_encoder.",
+    "text_encoder.roberta.",
+    "fusion_encoder.roberta.encoder.",
+)
 # Names of a BEiT block in transformers 5 and, behind them, in 4.
 _BEIT_BLOCK = {
     "gamma_1": ("lambda_1", "lambda_1"),
@@ -37,7 +41,10 @@ _BEIT_BLOCK = {
         "attention.attention.relative_position_bias.relative_position_bias_table",
     ),
 }
-_BEIT_QKV = (("q_proj", "k_proj", "v_proj"), ("attention.query", "attention.key", "attention.value"))
+_BEIT_QKV = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("attention.query", "attention.key", "attention.value"),
+)
 
 
 class TransformersEngine(Engine):
@@ -50,12 +57,16 @@ class TransformersEngine(Engine):
         if "vision" in parts:
             self._vision = _load(model, *_beit(transformers, model))
         if "text" in parts:
-            text = transformers.RobertaModel(transformers.RobertaConfig(**settings), add_pooling_layer=False)
+            text = transformers.RobertaModel(
+                transformers.RobertaConfig(**settings), add_pooling_layer=False
+            )
             self._text = _load(model, text, _part(model, _TEXT))
         if "fusion" in parts:
             blip: Any = importlib.import_module("transformers.models.blip.modeling_blip_text")
             settings |= {"num_hidden_layers": model.config.fusion_layers, "is_decoder": True}
-            config = transformers.BlipTextConfig(**settings, encoder_hidden_size=model.config.vision_width)
+            config = transformers.BlipTextConfig(
+                **settings, encoder_hidden_size=model.config.vision_width
+            )
             self._fusion = _load(model, blip.BlipTextEncoder(config), _part(model, _FUSION))
 
     def embed_images(self, pixels: Tensor) -> Tensor:
@@ -63,7 +74,9 @@ class TransformersEngine(Engine):
 
     def embed_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         longest = int(attention_mask.sum(1).max())
-        out = self._text(input_ids=input_ids[:, :longest], attention_mask=attention_mask[:, :longest])
+        out = self._text(
+            input_ids=input_ids[:, :longest], attention_mask=attention_mask[:, :longest]
+        )
         return F.pad(out.last_hidden_state, (0, 0, 0, input_ids.shape[1] - longest))
 
     def rerank(self, pairs: Pairs) -> Tensor:
@@ -71,7 +84,9 @@ class TransformersEngine(Engine):
         mask = pairs.mask[:, None, None, :longest].to(pairs.embeds.dtype)
         hidden = (1.0 - mask) * torch.finfo(mask.dtype).min
         fused = self._fusion(
-            pairs.embeds[:, :longest], attention_mask=hidden, encoder_hidden_states=pairs.images[pairs.image_of]
+            pairs.embeds[:, :longest],
+            attention_mask=hidden,
+            encoder_hidden_states=pairs.images[pairs.image_of],
         ).last_hidden_state
         return mlp_head(self.model.itm_head, fused[:, 0])[:, 1]
 
@@ -86,7 +101,9 @@ class TimmEngine(Engine):
             num_classes=0, init_values=config.layer_scale_init, use_abs_pos_emb=False, use_rel_pos_bias=True,
             **beit_settings(config),
         )  # fmt: skip
-        state = {name: tensor for name, tensor in _part(model, _VISION).items() if name != "mask_token"}
+        state = {
+            name: tensor for name, tensor in _part(model, _VISION).items() if name != "mask_token"
+        }
         self.model = model
         self._module = _load(model, module, state)
 
@@ -102,16 +119,24 @@ def finish_image(model: XFM, tokens: Tensor) -> Tensor:
 
 def _part(model: XFM, prefix: str) -> dict[str, Tensor]:
     """The weights of an encoder, under names without its prefix."""
-    return {n.removeprefix(prefix): t for n, t in model.state_dict().items() if n.startswith(prefix)}
+    return {
+        n.removeprefix(prefix): t for n, t in model.state_dict().items() if n.startswith(prefix)
+    }
 
 
 def _load(model: XFM, module: Any, state: Mapping[str, Tensor]) -> Any:
     """A module with weights, on the device of the model; RuntimeError if it has other parameters than the weights."""
     outcome = module.load_state_dict(dict(state), strict=False)
     buffers = ("position_ids", "token_type_ids", "relative_position_index")
-    wrong = [name for name in (*outcome.missing_keys, *outcome.unexpected_keys) if not name.endswith(buffers)]
+    wrong = [
+        name
+        for name in (*outcome.missing_keys, *outcome.unexpected_keys)
+        if not name.endswith(buffers)
+    ]
     if wrong:
-        raise RuntimeError(f"{type(module).__name__} of this version has other parameters, such as {wrong[0]}")
+        raise RuntimeError(
+            f"{type(module).__name__} of this version has other parameters, such as {wrong[0]}"
+        )
     return module.to(model.device, model.dtype).eval().requires_grad_(False)
 
 
@@ -178,10 +203,15 @@ def _beit(transformers: Any, model: XFM) -> tuple[Any, dict[str, Tensor]]:
         block, inner = f"layers.{parts[1]}." if newer else f"encoder.layer.{parts[1]}.", parts[2]
         q, k, v = (f"{block}attention.{part}" for part in _BEIT_QKV[spelling])
         if inner == "attn.qkv.weight":
-            named |= {f"{target}.weight": part for target, part in zip((q, k, v), tensor.chunk(3), strict=True)}
+            named |= {
+                f"{target}.weight": part
+                for target, part in zip((q, k, v), tensor.chunk(3), strict=True)
+            }
         elif inner in ("attn.q_bias", "attn.v_bias"):
             named[f"{q if inner == 'attn.q_bias' else v}.bias"] = tensor
         else:
-            stem = next(stem for stem in _BEIT_BLOCK if inner == stem or inner.startswith(f"{stem}."))
+            stem = next(
+                stem for stem in _BEIT_BLOCK if inner == stem or inner.startswith(f"{stem}.")
+            )
             named[block + _BEIT_BLOCK[stem][spelling] + inner.removeprefix(stem)] = tensor
     return module, named

@@ -101,14 +101,20 @@ def _official_code(setup: Setup) -> Engine:
     return OfficialCodeEngine(setup.model, setup.official)
 
 
-def _needs(*packages: str, on: Literal["cpu", "cuda"] | None = None) -> Callable[[torch.device], str | None]:
+def _needs(
+    *packages: str, on: Literal["cpu", "cuda"] | None = None
+) -> Callable[[torch.device], str | None]:
     def why_absent(device: torch.device) -> str | None:
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
         if missing:
             return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
         if on is None or device.type == on:
             return None
-        return "runs on the CPU here" if on == "cpu" else f"needs an NVIDIA GPU, and this run is on {device.type}"
+        return (
+            "runs on the CPU here"
+            if on == "cpu"
+            else f"needs an NVIDIA GPU, and this run is on {device.type}"
+        )
 
     return why_absent
 
@@ -140,7 +146,9 @@ def export_backends(runtime: type[Runtime]) -> Iterator[ModelBackend]:
     def make(setup: Setup, **form: bool) -> Engine:
         model = setup.subjects.model(setup.image_size, torch.float32)
         dtype: Any = setup.dtype
-        return export_engine(model, runtime.name, dtype, setup.work, setup.scratch, setup.device, **form)
+        return export_engine(
+            model, runtime.name, dtype, setup.work, setup.scratch, setup.device, **form
+        )
 
     def absent(device: torch.device) -> str | None:
         return "is measured on the CPU" if device.type != "cpu" else runtime.why_absent(device)
@@ -149,7 +157,12 @@ def export_backends(runtime: type[Runtime]) -> Iterator[ModelBackend]:
         "dtypes": runtime.dtypes, "package": runtime.package.replace("_", "-"), "heavy": True, "schedule": None
     }  # fmt: skip
     yield ModelBackend(
-        runtime.name, runtime.title, make, why_absent=runtime.why_absent, named=not runtime.automatic, **common
+        runtime.name,
+        runtime.title,
+        make,
+        why_absent=runtime.why_absent,
+        named=not runtime.automatic,
+        **common,
     )
     if runtime.kind == "onnx":
         texts = ("embed-text", "rerank")
@@ -205,7 +218,12 @@ BACKENDS: tuple[ModelBackend, ...] = (
 
 
 def choose(
-    names: Sequence[str], work: str, device: torch.device, *, quick: bool, official: Path | None = None
+    names: Sequence[str],
+    work: str,
+    device: torch.device,
+    *,
+    quick: bool,
+    official: Path | None = None,
 ) -> tuple[list[ModelBackend], dict[str, str]]:
     """The backends at a kind of work, and the other ones with the reason.
 
@@ -216,10 +234,14 @@ def choose(
     known = {backend.name: backend for backend in BACKENDS}
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise UnavailableError(f"baseline {unknown[0]!r} is unknown; choose from {', '.join(known)}")
+        raise UnavailableError(
+            f"baseline {unknown[0]!r} is unknown; choose from {', '.join(known)}"
+        )
     # A path without the code must not end in a table without its row.
     if official is not None and not (official / CLONE_MARK).is_file():
-        raise UnavailableError(f"--official {official} has no {CLONE_MARK}; name a clone of the official repository")
+        raise UnavailableError(
+            f"--official {official} has no {CLONE_MARK}; name a clone of the official repository"
+        )
     present, absent = [], {}
     for name, backend in known.items():
         why = backend.why_absent(device)

@@ -17,7 +17,11 @@ from xfm_fast.benchmarks.work.kernels import CASES, Direction, case_names, step
 @pytest.mark.parametrize("size", ["tiny", "base"])
 @pytest.mark.parametrize("name", CASES)
 def test_op(
-    name: str, size: str, direction: Direction, backend: Literal["auto", "reference"], benchmark: BenchmarkFixture
+    name: str,
+    size: str,
+    direction: Direction,
+    backend: Literal["auto", "reference"],
+    benchmark: BenchmarkFixture,
 ) -> None:
     """One pass of our op or of its reference, with finite results."""
     device = machine.choose_device(None)
@@ -37,7 +41,9 @@ def test_op(
         return result
 
     benchmark.group = f"{case.name}, {direction}"
-    benchmark.extra_info.update(device=str(device), threads=torch.get_num_threads(), torch=torch.__version__)
+    benchmark.extra_info.update(
+        device=str(device), threads=torch.get_num_threads(), torch=torch.__version__
+    )
     result = benchmark(finished)
     outputs = result if isinstance(result, tuple) else (result,)
     assert all(output.isfinite().all() for output in outputs if output is not None)

@@ -26,7 +26,9 @@ from .tables import Column, build, plain, print_line, print_table, span, work
 SIGNIFICANCE = 0.05
 SMALLEST_EFFECT = 0.02
 
-Verdict = Literal["faster", "slower", "no difference", "too few samples", "not tested", "contended", "lost", "new"]
+Verdict = Literal[
+    "faster", "slower", "no difference", "too few samples", "not tested", "contended", "lost", "new"
+]
 
 
 @dataclass
@@ -70,7 +72,9 @@ class Changes:
 def compare(a: Document, b: Document) -> Changes:
     """Compare two documents; raises `DataError` if they are of different benchmarks or share no row."""
     if a.benchmark != b.benchmark:
-        raise DataError(f"A is a document of {a.benchmark} and B of {b.benchmark}; compare two of the same benchmark")
+        raise DataError(
+            f"A is a document of {a.benchmark} and B of {b.benchmark}; compare two of the same benchmark"
+        )
     before, after = ({row.key: row for row in document.rows} for document in (a, b))
     if not before.keys() & after.keys():
         raise DataError(
@@ -88,7 +92,9 @@ def compare(a: Document, b: Document) -> Changes:
     from scipy import stats  # a second of loading, see `measure.bootstrap`
 
     tests = (stats.mannwhitneyu(before[key].seconds, after[key].seconds).pvalue for key in tested)
-    adjusted = dict(zip(tested, stats.false_discovery_control(list(tests)) if tested else [], strict=True))
+    adjusted = dict(
+        zip(tested, stats.false_discovery_control(list(tests)) if tested else [], strict=True)
+    )
     changes = []
     for key in dict.fromkeys([*before, *after]):
         one, other = before.get(key), after.get(key)
@@ -96,17 +102,28 @@ def compare(a: Document, b: Document) -> Changes:
         row = other or one
         assert row is not None
         if had != has:
-            gone = f"B: {other.status}. {other.reason or ''}".strip() if other is not None else "not in B"
+            gone = (
+                f"B: {other.status}. {other.reason or ''}".strip()
+                if other is not None
+                else "not in B"
+            )
             reason = gone if had else ""
-            changes.append(Change(row.name, row.backend, row.dtype, "lost" if had else "new", reason=reason))
+            changes.append(
+                Change(row.name, row.backend, row.dtype, "lost" if had else "new", reason=reason)
+            )
         elif one is not None and other is not None and has:
-            change = Change(work(row, unit=False), row.backend, row.dtype, "not tested", ratios[key])
+            change = Change(
+                work(row, unit=False), row.backend, row.dtype, "not tested", ratios[key]
+            )
             # The samples are of different runs.
             change.low, change.high = ratio_interval(one.seconds, other.seconds, paired=False)
             if key in adjusted:
                 change.p = float(adjusted[key])
                 change.verdict = "no difference"
-                if change.p < SIGNIFICANCE and max(ratio := ratios[key] or 1, 1 / ratio) - 1 > SMALLEST_EFFECT:
+                if (
+                    change.p < SIGNIFICANCE
+                    and max(ratio := ratios[key] or 1, 1 / ratio) - 1 > SMALLEST_EFFECT
+                ):
                     change.verdict = "faster" if ratio > 1 else "slower"
             else:
                 change.verdict = _untested(one, other) or "not tested"
@@ -136,7 +153,9 @@ def _flags(a: Document, b: Document) -> list[str]:
     def facts(machine: dict[str, Any]) -> dict[str, Any]:
         found = {f"machine: {name}": machine.get(key) for name, key in names.items()}
         found |= {f"{key}:": machine.get(key) for key in ("torch", "python", "xfm_fast", "commit")}
-        return found | {f"{package}:": version for package, version in machine.get("versions", {}).items()}
+        return found | {
+            f"{package}:": version for package, version in machine.get("versions", {}).items()
+        }
 
     one, other = facts(a.machine), facts(b.machine)
     flags = [
@@ -186,5 +205,7 @@ def print_changes(found: Changes, console: Console) -> None:
     )
     print_line(rule, "dim", console)
     verdicts = [change.verdict for change in found.changes if change.backend == OURS]
-    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
+    counts = ", ".join(
+        f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)
+    )
     print_line(f"{OURS}: {counts or 'no row in both'}", "bold", console)

@@ -14,10 +14,26 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..record import OURS, Comparison, Document, Result, groups
-from .tables import STYLES, marked, number, plain, print_line, print_table, si, span, speed, tables, times, work
+from .tables import (
+    STYLES,
+    marked,
+    number,
+    plain,
+    print_line,
+    print_table,
+    si,
+    span,
+    speed,
+    tables,
+    times,
+    work,
+)
 
 _TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader(__package__ or "", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    loader=jinja2.PackageLoader(__package__ or "", "templates"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
 )
 # The longest bar, in percent of the drawing, leaves room for the factor at its end.
 _LONGEST_BAR = 76.0
@@ -45,8 +61,14 @@ def headlines(document: Document) -> list[Headline]:
             found.setdefault(key, []).append((row, compared))
     lines = []
     for candidates in found.values():
-        row, against = max(candidates, key=lambda c: (not c[0].contended, c[1].low is not None, c[1].low or c[1].ratio))
-        other, same = document.at_same_case(row, against.backend, against.dtype), document.like_for_like(row)
+        row, against = max(
+            candidates,
+            key=lambda c: (not c[0].contended, c[1].low is not None, c[1].low or c[1].ratio),
+        )
+        other, same = (
+            document.at_same_case(row, against.backend, against.dtype),
+            document.like_for_like(row),
+        )
         value, unit, _ = speed(row)
         label = other.title if other else f"{against.backend}, {against.dtype}"
         interval = span(against)
@@ -56,7 +78,9 @@ def headlines(document: Document) -> list[Headline]:
                 row.name.split(" (")[0] + ("" if row.mode == "offline" else f", {row.mode}"),
                 f"{number(value)} {unit} in {row.dtype}, against {label}",
                 f"95% interval {interval}" if interval else "without an interval",
-                "" if same is None or against.like_for_like else f"{times(same.ratio)} like for like, both {row.dtype}",
+                ""
+                if same is None or against.like_for_like
+                else f"{times(same.ratio)} like for like, both {row.dtype}",
             )
         )
     return lines
@@ -65,10 +89,16 @@ def headlines(document: Document) -> list[Headline]:
 def remarks(document: Document) -> Iterator[tuple[str, str]]:
     """Sentences to read before the results, each with its kind: `bad`, `warning` or empty."""
     if document.interrupted:
-        yield "bad", "The run was interrupted: rows marked * hold the samples until then, later ones are missing."
+        yield (
+            "bad",
+            "The run was interrupted: rows marked * hold the samples until then, later ones are missing.",
+        )
     for row in document.rows:
         if row.status in ("failed", "parity failed") and not row.extra.get("bounds"):
-            yield "bad", f"{row.title}, {work(row)}: {row.status}: {row.reason or 'no reason is known'}"
+            yield (
+                "bad",
+                f"{row.title}, {work(row)}: {row.status}: {row.reason or 'no reason is known'}",
+            )
     if document.options.get("quick") or document.options.get("small"):
         yield "", "Short form: less work and fewer samples than the full measurement."
     notes = [note for note in dict.fromkeys(row.text("note") for row in document.rows) if note]
@@ -88,7 +118,11 @@ def remarks(document: Document) -> Iterator[tuple[str, str]]:
 def place(document: Document) -> str:
     """Version, machine, threads, PyTorch and date in one line."""
     machine = document.machine
-    gpus = ", ".join(gpu["name"] for gpu in machine.get("gpus", [])) if document.device == "cuda" else ""
+    gpus = (
+        ", ".join(gpu["name"] for gpu in machine.get("gpus", []))
+        if document.device == "cuda"
+        else ""
+    )
     threads = machine.get("threads", 1)
     return (
         f"{OURS} {machine.get('xfm_fast')} on {gpus or machine.get('cpu', 'an unknown processor')}, {threads} "
@@ -105,33 +139,62 @@ def facts(document: Document) -> list[tuple[str, str]]:
     if known and all(one.passed for _, one in judged):
         row, worst = max(known, key=lambda pair: (pair[1].error or 0) / (pair[1].band or 1))
         closest = f"{row.name} {row.dtype}, {worst.error:.1e} of {worst.band:.1e}"
-        lines.append(("parity", f"equal in all {len(judged)} comparisons (closest to its limit: {closest})"))
+        lines.append(
+            ("parity", f"equal in all {len(judged)} comparisons (closest to its limit: {closest})")
+        )
     if counts := [len(row.seconds) for row in document.measured if row.seconds]:
-        lines.append(("samples", f"medians of {min(counts)} to {max(counts)} samples of interleaved rounds"))
+        lines.append(
+            ("samples", f"medians of {min(counts)} to {max(counts)} samples of interleaved rounds")
+        )
     if model := document.model:
-        lines.append(("model", f"{model.preset}, {model.parameters / 1e6:.0f}M parameters, {model.origin}"))
+        lines.append(
+            ("model", f"{model.preset}, {model.parameters / 1e6:.0f}M parameters, {model.origin}")
+        )
     if recall := next(filter(None, (row.parts("recall") for row in document.rows)), None):
         ways = {"text": "txt", "image": "img"}
-        depths = {way: "/".join(f"{recall.get(f'{key}_r{k}', 0):.0f}" for k in (1, 5, 10)) for way, key in ways.items()}
-        lines.append(("retrieval", ", ".join(f"{way} R@1/5/10 {text}" for way, text in depths.items())))
+        depths = {
+            way: "/".join(f"{recall.get(f'{key}_r{k}', 0):.0f}" for k in (1, 5, 10))
+            for way, key in ways.items()
+        }
+        lines.append(
+            ("retrieval", ", ".join(f"{way} R@1/5/10 {text}" for way, text in depths.items()))
+        )
     if data := document.data:
         unread = f"; {data.left_unread} more photographs were not read" if data.left_unread else ""
-        lines.append(("data", f"{data.photos} photographs, {data.captions} captions; {data.origin}{unread}"))
+        lines.append(
+            ("data", f"{data.photos} photographs, {data.captions} captions; {data.origin}{unread}")
+        )
         lines.append(("tokens", f"{data.tokenizer}, {data.vocabulary} entries"))
     if cold := document.cold_start:
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in cold.items())
         lines.append(("cold start", f"{sum(cold.values()):.1f} s: {parts}"))
     for dtype, probe in document.probes.items():
         copies = f", copies {si(probe.copy_bytes_per_s, 'B/s')}" if probe.copy_bytes_per_s else ""
-        lines.append((f"probes, {dtype}", f"GEMMs {si(probe.gemm_flops_per_s, 'FLOP/s')} ({probe.library}){copies}"))
-    lines.append(("absent", "; ".join(f"{one.label} ({one.reason})" for one in document.baselines if one.reason)))
+        lines.append(
+            (
+                f"probes, {dtype}",
+                f"GEMMs {si(probe.gemm_flops_per_s, 'FLOP/s')} ({probe.library}){copies}",
+            )
+        )
+    lines.append(
+        (
+            "absent",
+            "; ".join(f"{one.label} ({one.reason})" for one in document.baselines if one.reason),
+        )
+    )
     return [(name, words) for name, words in lines if words]
 
 
 def circumstances(document: Document) -> list[tuple[str, str]]:
     """The machine, versions and command with which another reader can measure the same."""
-    lines = [(key.replace("_", " "), plain(value)) for key, value in document.machine.items() if key != "cpu_flags"]
-    present = [f"{one.label} {one.version or ''}".rstrip() for one in document.baselines if not one.reason]
+    lines = [
+        (key.replace("_", " "), plain(value))
+        for key, value in document.machine.items()
+        if key != "cpu_flags"
+    ]
+    present = [
+        f"{one.label} {one.version or ''}".rstrip() for one in document.baselines if not one.reason
+    ]
     lines += [
         ("backends", ", ".join(present)),
         ("paths", plain(document.paths)),
@@ -189,9 +252,13 @@ def speeds(document: Document) -> list[Bars]:
         for dtype in dict.fromkeys(row.dtype for row in group if row.ours):
             rows = [row for row in group if row.dtype == dtype]
             # A dtype in which the reference was not run is compared with its fp32, by name.
-            base = document.at_same_case(rows[0], document.reference, dtype) or document.reference_row(rows[0])
+            base = document.at_same_case(
+                rows[0], document.reference, dtype
+            ) or document.reference_row(rows[0])
             # Eager attention over texts of several lengths has a longer name.
-            base = base or next((row for row in rows if row.backend.startswith(document.reference)), None)
+            base = base or next(
+                (row for row in rows if row.backend.startswith(document.reference)), None
+            )
             if base is not None and base not in rows:
                 rows.append(base)
             if len(rows) > 1:
@@ -207,14 +274,20 @@ def _bar(row: Result, base: Result | None) -> Bar:
     if unit == f"{row.unit}/s":
         low, high = row.number("rate_low"), row.number("rate_high")
     if base is not None:
-        found = next((c for c in row.against if (c.backend, c.dtype) == (base.backend, base.dtype)), None)
+        found = next(
+            (c for c in row.against if (c.backend, c.dtype) == (base.backend, base.dtype)), None
+        )
         ratio = found.ratio if found else pace / _pace(base) if _pace(base) else 0.0
         factor = "1×" if row is base else times(ratio) if ratio else ""
         # The interval of a factor is of samples of the same rounds.
         if found is not None and found.low is not None and found.high is not None:
             low, high = pace * found.low / ratio, pace * found.high / ratio
     agrees = " ✓" if row.parity and row.parity.passed and row is not base else ""
-    label = row.label.split(",")[0] if row is base else textwrap.shorten(row.label, _LONGEST_LABEL, placeholder=" …")
+    label = (
+        row.label.split(",")[0]
+        if row is base
+        else textwrap.shorten(row.label, _LONGEST_LABEL, placeholder=" …")
+    )
     label = f"{label}, {row.dtype}{' (a bound)' if row.extra.get('bounds') else ''}"
     ours = row.ours or row.backend.startswith(OURS)
     return Bar(label, pace, factor, marked(f"{number(value)} {unit}{agrees}", row), ours, low, high)
@@ -231,13 +304,17 @@ def html(document: Document) -> str:
     found = headlines(document)
     return _TEMPLATES.get_template("page.html").render(
         title=document.title,
-        description=". ".join([*(f"{one.factor} at {one.what} ({one.about})" for one in found[:2]), place(document)]),
+        description=". ".join(
+            [*(f"{one.factor} at {one.what} ({one.about})" for one in found[:2]), place(document)]
+        ),
         place=place(document),
         remarks=list(remarks(document)),
         headlines=found,
         speed_about=speed_about,
         charts=speeds(document),
         tables=tables(document),
-        replaced={row.name: row.extra["replaced"] for row in document.rows if row.extra.get("replaced")},
+        replaced={
+            row.name: row.extra["replaced"] for row in document.rows if row.extra.get("replaced")
+        },
         facts=[*facts(document), *circumstances(document)],
     )

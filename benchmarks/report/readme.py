@@ -74,7 +74,11 @@ def regenerated(page: Path) -> str:
         )
 
     def table(region: re.Match[str]) -> str:
-        return region["begin"] + FORMS[region["form"]](load(page.parent / region["file"])) + region["end"]
+        return (
+            region["begin"]
+            + FORMS[region["form"]](load(page.parent / region["file"]))
+            + region["end"]
+        )
 
     return REGION.sub(table, text)
 
@@ -95,7 +99,10 @@ def draw_picture() -> None:
     height = 0.8 / len(colors)
     for index, (runtime, color) in enumerate(colors.items()):
         rows = [row for row, call in enumerate(calls) if runtime in call.ratios]
-        positions, values = [row + index * height for row in rows], [calls[row].ratios[runtime] for row in rows]
+        positions, values = (
+            [row + index * height for row in rows],
+            [calls[row].ratios[runtime] for row in rows],
+        )
         axes.barh(positions, values, height * 0.9, color=color, label=runtime)
         for position, value in zip(positions, values, strict=True):
             axes.text(value, position, f" {times(value)}", va="center", fontsize=9, color=INK)

@@ -61,32 +61,53 @@ class Table:
 
 
 def build(
-    title: str, rows: Iterable[Any], columns: Iterable[Column], about: str = "", *, detail: bool = False
+    title: str,
+    rows: Iterable[Any],
+    columns: Iterable[Column],
+    about: str = "",
+    *,
+    detail: bool = False,
 ) -> Table:
     """A table of rows without its empty columns."""
     rows = list(rows)
-    filled = [(column, cells) for column in columns if any(cells := [column.cell(row) for row in rows])]
+    filled = [
+        (column, cells) for column in columns if any(cells := [column.cell(row) for row in rows])
+    ]
     lines = [list(line) for line in zip(*(cells for _, cells in filled), strict=True)]
-    weak = frozenset(place for place, row in enumerate(rows) if isinstance(row, Result) and not row.ours)
+    weak = frozenset(
+        place for place, row in enumerate(rows) if isinstance(row, Result) and not row.ours
+    )
     return Table(title, [column for column, _ in filled], lines, about, detail, weak)
 
 
 def pivot(
-    heads: Sequence[str], cells: Iterable[tuple[tuple[str, ...], str, str]], title: str = "", about: str = ""
+    heads: Sequence[str],
+    cells: Iterable[tuple[tuple[str, ...], str, str]],
+    title: str = "",
+    about: str = "",
 ) -> Table:
     """A line per first and a column per second of (line, column, text)."""
     lines, names = dict[tuple[str, ...], dict[str, str]](), dict[str, None]()
     for line, name, text in cells:
         lines.setdefault(line, {})[name] = text
         names[name] = None
-    columns = [Column(head, lambda line, place=place: line[0][place], number=False) for place, head in enumerate(heads)]
+    columns = [
+        Column(head, lambda line, place=place: line[0][place], number=False)
+        for place, head in enumerate(heads)
+    ]
     columns += [Column(name, lambda line, name=name: line[1].get(name, "")) for name in names]
     return build(title, lines.items(), columns, about, detail=True)
 
 
 def seconds(value: float) -> str:
     """A time in the unit that suits it."""
-    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} µs"
+    return (
+        f"{value:.3g} s"
+        if value >= 1
+        else f"{value * 1e3:.3g} ms"
+        if value >= 1e-3
+        else f"{value * 1e6:.3g} µs"
+    )
 
 
 def number(value: float) -> str:
@@ -108,7 +129,9 @@ def plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {one}" for name, one in value.items() if one is not None)
     if isinstance(value, list):
-        return ", ".join(str(one.get("name", one) if isinstance(one, dict) else one) for one in value)
+        return ", ".join(
+            str(one.get("name", one) if isinstance(one, dict) else one) for one in value
+        )
     return "" if value is None else str(value)
 
 
@@ -119,7 +142,11 @@ def times(ratio: float) -> str:
 
 def span(pair: Any) -> str:
     """The interval of a comparison; empty without one."""
-    return "" if pair is None or pair.low is None or pair.high is None else f"{pair.low:.2f} to {pair.high:.2f}"
+    return (
+        ""
+        if pair is None or pair.low is None or pair.high is None
+        else f"{pair.low:.2f} to {pair.high:.2f}"
+    )
 
 
 def speed(row: Result) -> tuple[float, str, bool]:
@@ -187,7 +214,11 @@ _QUANTITIES: tuple[tuple[str, Callable[[Result], float | None], float, str, bool
 
 
 def _quantity(
-    head: str, find: Callable[[Result], float | None], scale: float = 1, form: str = "", detail: bool = False
+    head: str,
+    find: Callable[[Result], float | None],
+    scale: float = 1,
+    form: str = "",
+    detail: bool = False,
 ) -> Column:
     """A column of numbers, empty for a row without the number."""
 
@@ -217,7 +248,9 @@ def _with_reference(document: Document) -> list[Column]:
         return "" if found is None else times(found.ratio)
 
     def same_dtype(row: Result) -> str:
-        return _speed(document.at_same_case(row, reference, row.dtype)) if row.dtype != "fp32" else ""
+        return (
+            _speed(document.at_same_case(row, reference, row.dtype)) if row.dtype != "fp32" else ""
+        )
 
     def peak(row: Result) -> float | None:
         found = document.reference_row(row)
@@ -241,7 +274,11 @@ def _with_backends(document: Document) -> list[Column]:
 
     def compared(row: Result, dtype: str) -> Comparison | None:
         ours = document.at_same_case(row, OURS, dtype)
-        found = (c for c in (ours.against if ours else []) if (c.backend, c.dtype) == (row.backend, row.dtype))
+        found = (
+            c
+            for c in (ours.against if ours else [])
+            if (c.backend, c.dtype) == (row.backend, row.dtype)
+        )
         return None if row.ours else next(found, None)
 
     def ratio(row: Result, dtype: str) -> str:
@@ -254,12 +291,23 @@ def _with_backends(document: Document) -> list[Column]:
         Column("dtype", lambda row: row.dtype, number=False),
         Column("speed", _speed),
         # The speed of single requests is their p50.
-        _quantity("p50 ms", lambda row: _quantile_ms(row, 0.5) if row.mode == "server" else None, detail=True),
+        _quantity(
+            "p50 ms",
+            lambda row: _quantile_ms(row, 0.5) if row.mode == "server" else None,
+            detail=True,
+        ),
         _quantity("p90 ms", lambda row: _quantile_ms(row, 0.9), detail=True),
         _quantity("p99 ms", lambda row: _quantile_ms(row, 0.99)),
-        *(Column(f"{OURS} {dtype} is", lambda row, dtype=dtype: ratio(row, dtype)) for dtype in dtypes),
         *(
-            Column(f"95% interval, {dtype}", lambda row, dtype=dtype: span(compared(row, dtype)), detail=True)
+            Column(f"{OURS} {dtype} is", lambda row, dtype=dtype: ratio(row, dtype))
+            for dtype in dtypes
+        ),
+        *(
+            Column(
+                f"95% interval, {dtype}",
+                lambda row, dtype=dtype: span(compared(row, dtype)),
+                detail=True,
+            )
             for dtype in dtypes
         ),
     ]
@@ -283,12 +331,21 @@ def tables(document: Document) -> list[Table]:
     found = [build("All rows", [row for row in rows if row.ours or not pairs], columns, about)]
     for part, title in (("stages", "by stage"), ("operations", "by kind of operation")):
         shares = (
-            ((work(row, unit=False), row.title), name, f"{value / (sum(row.parts(part).values()) or 1):.0%}")
+            (
+                (work(row, unit=False), row.title),
+                name,
+                f"{value / (sum(row.parts(part).values()) or 1):.0%}",
+            )
             for row in rows
             for name, value in row.parts(part).items()
         )
         found.append(
-            pivot(("work", "backend"), shares, f"Where the time goes, {title}", "Shares of the time of one run.")
+            pivot(
+                ("work", "backend"),
+                shares,
+                f"Where the time goes, {title}",
+                "Shares of the time of one run.",
+            )
         )
     for row in rows:
         left = row.parts("receipt")
@@ -300,19 +357,36 @@ def tables(document: Document) -> list[Table]:
             Column("factor", lambda step: times(step[1] / (step[0][1] or 1))),
         ]
         found.append(build("Receipt", steps, costs, detail=True))
-    missing = [(work(r), r.title, r.status, r.reason or "") for r in document.rows if not r.measured or r.reason]
+    missing = [
+        (work(r), r.title, r.status, r.reason or "")
+        for r in document.rows
+        if not r.measured or r.reason
+    ]
     # A dtype that the processor lacks is listed once, not at every row.
     lacking = dict.fromkeys(("all", *line[1:]) for line in missing if line[2] == "not offered")
     missing = [line for line in missing if line[2] != "not offered"] + sorted(lacking)
     heads = ("work", "backend", "status", "reason")
-    columns = [Column(head, lambda line, place=place: line[place], number=False) for place, head in enumerate(heads)]
-    found.append(build("Not measured", missing, columns, "Rows without numbers, and why.", detail=True))
+    columns = [
+        Column(head, lambda line, place=place: line[place], number=False)
+        for place, head in enumerate(heads)
+    ]
+    found.append(
+        build("Not measured", missing, columns, "Rows without numbers, and why.", detail=True)
+    )
     skipped = document.data.skipped if document.data else []
     columns = [
         Column("skipped", lambda skip: skip.what, number=False),
         Column("reason", lambda skip: skip.reason, number=False),
     ]
-    found.append(build(f"Skipped ({len(skipped)})", skipped, columns, "Inputs that could not be used.", detail=True))
+    found.append(
+        build(
+            f"Skipped ({len(skipped)})",
+            skipped,
+            columns,
+            "Inputs that could not be used.",
+            detail=True,
+        )
+    )
     return [table for table in found if table.lines]
 
 
@@ -320,8 +394,13 @@ def markdown_table(table: Table) -> str:
     """A table without its details; ends with a line break."""
     places = [place for place, column in enumerate(table.columns) if not column.detail]
     lines = [[column.head for column in table.columns], *table.lines]
-    drawn = ["| " + " | ".join(line[place].replace("|", "\\|") for place in places) + " |" for line in lines]
-    drawn.insert(1, "|" + "".join("---:|" if table.columns[place].number else "---|" for place in places))
+    drawn = [
+        "| " + " | ".join(line[place].replace("|", "\\|") for place in places) + " |"
+        for line in lines
+    ]
+    drawn.insert(
+        1, "|" + "".join("---:|" if table.columns[place].number else "---|" for place in places)
+    )
     return "\n".join(drawn) + "\n"
 
 
@@ -385,14 +464,21 @@ def int8_gains(document: Document) -> str:
             for head, quantity, form in _QUALITY:
                 value = rounded.number(quantity)
                 cells.append((line, head, "" if value is None else format(value, form)))
-    return markdown_table(pivot(("call", "inputs", "int8 of"), cells)) + f"\n{machine_line(document)}\n"
+    return (
+        markdown_table(pivot(("call", "inputs", "int8 of"), cells))
+        + f"\n{machine_line(document)}\n"
+    )
 
 
 def machine_line(document: Document) -> str:
     """Return the processor, threads, versions and date of a document as a line of Markdown."""
     machine = document.machine
     versions = machine.get("versions", {})
-    facts = [processor(document), f"{machine['threads']} threads", f"PyTorch {machine['torch'].split('+')[0]}"]
+    facts = [
+        processor(document),
+        f"{machine['threads']} threads",
+        f"PyTorch {machine['torch'].split('+')[0]}",
+    ]
     facts += [f"{title} {versions[name]}" for name, title in _BESIDE.items() if versions.get(name)]
     return f"*{', '.join([*facts, document.date[:10]])}*"
 
@@ -410,7 +496,9 @@ def by_backend(document: Document) -> str:
 def drop_in_rows(document: Document) -> list[Result]:
     """The accelerated rows of `drop-in`; raises `DataError` for another benchmark."""
     if document.benchmark != "drop-in":
-        raise DataError(f"gains are of bench drop-in, and these are results of {document.benchmark}")
+        raise DataError(
+            f"gains are of bench drop-in, and these are results of {document.benchmark}"
+        )
     return [row for row in document.rows if row.ours]
 
 
@@ -434,15 +522,24 @@ def print_table(table: Table, console: Console) -> None:
     for place, column in enumerate(columns):
         texts = [column.head, *(line[place] for line in table.lines)]
         words = max(len(word) for text in texts for word in text.split())
-        least.append(max(words, *map(len, texts[1:])) if column.number else max(words, _WORK if place == 0 else 0))
+        least.append(
+            max(words, *map(len, texts[1:]))
+            if column.number
+            else max(words, _WORK if place == 0 else 0)
+        )
     places = list(range(len(columns)))
-    order = sorted((p for p in places if columns[p].number or columns[p].detail), key=lambda p: columns[p].detail)
+    order = sorted(
+        (p for p in places if columns[p].number or columns[p].detail),
+        key=lambda p: columns[p].detail,
+    )
     while order and sum(least[place] + _GAP for place in places) - _GAP > console.width:
         places.remove(order.pop())
     grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
     for place in places:
         justify = "right" if columns[place].number else "left"
-        grid.add_column(columns[place].head, justify=justify, min_width=least[place], vertical="top")
+        grid.add_column(
+            columns[place].head, justify=justify, min_width=least[place], vertical="top"
+        )
     above, most = "", _MOST_SKIPPED if table.title.startswith("Skipped") else len(table.lines)
     for row, line in enumerate(table.lines[:most]):
         cells = []
@@ -460,4 +557,6 @@ def print_table(table: Table, console: Console) -> None:
         print_line(table.about, "dim", console)
     console.print(grid)
     if len(table.lines) > most:
-        print_line(f"... and {len(table.lines) - most} more (all are in the JSON file)", "dim", console)
+        print_line(
+            f"... and {len(table.lines) - most} more (all are in the JSON file)", "dim", console
+        )

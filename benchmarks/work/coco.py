@@ -80,7 +80,9 @@ def receipt(config: XFMConfig, sizes: Sizes) -> dict[str, float]:
     memory = flops.image_memory(config, 1).total
 
     def fusion(lengths: Sequence[int], *, first_only: bool = False, shared: bool = False) -> float:
-        whole = flops.fusion(config, lengths, first_token_only=first_only, self_attended=shared).total
+        whole = flops.fusion(
+            config, lengths, first_token_only=first_only, self_attended=shared
+        ).total
         return whole / len(lengths) + flops.matching_head(config, 1).total
 
     first = flops.first_self_attention(config, sample).total * sizes.texts / len(sample)
@@ -91,7 +93,9 @@ def receipt(config: XFMConfig, sizes: Sizes) -> dict[str, float]:
         "keys and values of an image once": shared_memory + padded + pairs * fusion([MAX_TOKENS]),
         "no padding": packed + pairs * fusion(sample),
         "last layer for token 0 alone": packed + pairs * fusion(sample, first_only=True),
-        "first self-attention of a text once": packed + first + pairs * fusion(sample, first_only=True, shared=True),
+        "first self-attention of a text once": packed
+        + first
+        + pairs * fusion(sample, first_only=True, shared=True),
     }
 
 
@@ -120,7 +124,9 @@ def run(run: Run) -> Iterator[Case]:
             return [time.perf_counter() - begun]
 
     blocks = {
-        f"{part}: {key}": partial(block, call) for key, parts in procedures.items() for part, (_, call) in parts.items()
+        f"{part}: {key}": partial(block, call)
+        for key, parts in procedures.items()
+        for part, (_, call) in parts.items()
     }
     samples = interleave(
         blocks, run.probes, rounds=3, budget_s=scale.budget_s, most_rounds=30, warmups=1,
@@ -132,7 +138,8 @@ def run(run: Run) -> Iterator[Case]:
     for key, parts in procedures.items():
         backend, dtype = key.split(" ")
         stages = {
-            part: [times * second for second in samples.seconds(f"{part}: {key}")] for part, (times, _) in parts.items()
+            part: [times * second for second in samples.seconds(f"{part}: {key}")]
+            for part, (times, _) in parts.items()
         }
         failures = [why for name, why in samples.failures.items() if name.endswith(f": {key}")]
         row = Result(
@@ -156,7 +163,9 @@ def run(run: Run) -> Iterator[Case]:
     yield from ()
 
 
-def _parts(material: Material, scale: Scale, passes: Passes, sizes: Sizes, dtype: str | None) -> dict[str, Part]:
+def _parts(
+    material: Material, scale: Scale, passes: Passes, sizes: Sizes, dtype: str | None
+) -> dict[str, Part]:
     """The parts of our procedure in a dtype; without one, of the official procedure."""
     kind = torch.float32 if dtype is None else DTYPES[dtype]
     model: Any = material.subjects.model(scale.image_size, kind)
@@ -165,12 +174,20 @@ def _parts(material: Material, scale: Scale, passes: Passes, sizes: Sizes, dtype
     pixels = material.pixels(passes.photos, scale.image_size).to(kind)
     given = material.texts(max(passes.texts, passes.captions, passes.official_pairs))
     ids, mask = (tensor[: passes.captions] for tensor in given)
-    of_pass = Texts(*(tensor[: passes.official_pairs if dtype is None else passes.texts] for tensor in given))
+    of_pass = Texts(
+        *(tensor[: passes.official_pairs if dtype is None else passes.texts] for tensor in given)
+    )
     with torch.inference_mode():
         images, embeds = model.encode_image(pixels[: passes.images]), model.encode_text(*of_pass)
     parts: dict[str, Part] = {
-        "embed images": (IMAGES / passes.photos, lambda: model.project_image(model.encode_image(pixels))),
-        "embed texts": (TEXTS / passes.captions, lambda: model.project_text(model.encode_text(ids, mask))),
+        "embed images": (
+            IMAGES / passes.photos,
+            lambda: model.project_image(model.encode_image(pixels)),
+        ),
+        "embed texts": (
+            TEXTS / passes.captions,
+            lambda: model.project_text(model.encode_text(ids, mask)),
+        ),
     }
     if dtype is None:
         return parts | {

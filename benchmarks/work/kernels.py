@@ -41,7 +41,11 @@ Call = Callable[..., Tensor]
 EAGER = "eager"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ROUNDS = 7
-_SDPA = {"math": SDPBackend.MATH, "efficient": SDPBackend.EFFICIENT_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+_SDPA = {
+    "math": SDPBackend.MATH,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
 # The CPU template of FlexAttention compiles neither dynamic sizes nor parts of a graph.
 _ON_CPU: dict[str, Any] = {"dynamic": False, "fullgraph": True}
 
@@ -73,7 +77,9 @@ class OpCase:
                 continue
             check = step(call, self.inputs, "forward")
             build = partial(self._prepare, call, direction)
-            backends.append(Backend(name, dtype, build, check=check, band=band, bound=name in self.bounds))
+            backends.append(
+                Backend(name, dtype, build, check=check, band=band, bound=name in self.bounds)
+            )
         return backends
 
     def _prepare(self, call: Call, direction: Direction) -> Callable[[], Callable[[], object]]:
@@ -131,8 +137,15 @@ def directions(op: OpCase, dtype: str, run: Run, deadline: float = math.inf) -> 
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     first, *others = op.work
-    limits: dict[str, Any] = {"rounds": _ROUNDS, "most_rounds": _ROUNDS, "deadline": deadline, "watched": True}
-    case = Case(op.name.split()[0], op.name, [], mode=first, judge="the definition in fp64", **limits)
+    limits: dict[str, Any] = {
+        "rounds": _ROUNDS,
+        "most_rounds": _ROUNDS,
+        "deadline": deadline,
+        "watched": True,
+    }
+    case = Case(
+        op.name.split()[0], op.name, [], mode=first, judge="the definition in fp64", **limits
+    )
     try:
         exact = op.reference(*(t.double() for t in op.inputs))
         band = op.band(exact)
@@ -145,7 +158,9 @@ def directions(op: OpCase, dtype: str, run: Run, deadline: float = math.inf) -> 
     yield case
     for direction in others:
         again = replace(case, backends=op.backends(dtype, direction, band))
-        yield again.repeated(run.document.rows, mode=direction, count=partial(_work, op.work[direction]))
+        yield again.repeated(
+            run.document.rows, mode=direction, count=partial(_work, op.work[direction])
+        )
 
 
 def _work(work: roofline.Work | None, backend: Backend, result: object) -> Extra:
@@ -180,7 +195,10 @@ def execute(target: str, dtypes: Sequence[str] = ("bf16", "fp16", "fp32")) -> It
                     yield Executed(name, dtype, 0, (str(error),), tuple(launches))
                     continue
                 plain, exact = (
-                    [step(op.reference, tuple(t.to(kind) for t in op.inputs), direction)() for direction in _BOTH]
+                    [
+                        step(op.reference, tuple(t.to(kind) for t in op.inputs), direction)()
+                        for direction in _BOTH
+                    ]
                     for kind in (DTYPES[dtype], torch.float64)
                 )
             runs: Any = found, plain, exact
@@ -190,15 +208,25 @@ def execute(target: str, dtypes: Sequence[str] = ("bf16", "fp16", "fp32")) -> It
                 if true is None:
                     continue
                 checks += 1
-                error, band = relative_error(ours, true), parity_band(DTYPES[dtype], relative_error(theirs, true))
+                error, band = (
+                    relative_error(ours, true),
+                    parity_band(DTYPES[dtype], relative_error(theirs, true)),
+                )
                 if error > band:
-                    wrong.append(f"{'result' if not number else f'gradient {number}'}: error {error:.1e} > {band:.1e}")
+                    wrong.append(
+                        f"{'result' if not number else f'gradient {number}'}: error {error:.1e} > {band:.1e}"
+                    )
             yield Executed(name, dtype, checks, tuple(wrong), tuple(launches))
 
 
 _BOTH: tuple[Direction, ...] = ("forward", "forward and backward")
 _EXECUTED = (
-    *("relpos_attention at 224 px", "varlen_attention of captions", "varlen_attention to an image", "bias_attention"),
+    *(
+        "relpos_attention at 224 px",
+        "varlen_attention of captions",
+        "varlen_attention to an image",
+        "bias_attention",
+    ),
     *(
         "add_layer_norm",
         "layer_norm",
@@ -226,18 +254,24 @@ def run(run: Run, cases: Cases | None = None, deadline: float = math.inf) -> Ite
         run.progress.stage(name)
         if time.perf_counter() > deadline:
             late: Any = "absent", "no time was left for it in this stage"
-            run.add([Case(name.split()[0], name, []).result(Backend(OURS, dtype, dict, lacking=late))])
+            run.add(
+                [Case(name.split()[0], name, []).result(Backend(OURS, dtype, dict, lacking=late))]
+            )
         else:
             yield from directions(make(device, DTYPES[dtype], options.quick), dtype, run, deadline)
 
 
-def _both(work: Callable[..., roofline.Work], inputs: tuple[Tensor, ...]) -> dict[Direction, roofline.Work | None]:
+def _both(
+    work: Callable[..., roofline.Work], inputs: tuple[Tensor, ...]
+) -> dict[Direction, roofline.Work | None]:
     """Forward and backward pass, timed separately."""
     element = inputs[0].element_size()
     return {"forward": work(element=element), "backward": work(backward=True, element=element)}
 
 
-def _tensors(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+def _tensors(
+    device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]
+) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     return tuple(torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
 
@@ -271,7 +305,11 @@ def _relpos(side: int, device: torch.device, dtype: torch.dtype, small: bool) ->
 
     def bias_of(table: Tensor) -> Tensor:
         """The bias as this model is usually written: inference computes it once, training gathers it every time."""
-        return table[index.view(-1)].view(1, tokens, tokens, HEADS).permute(0, 3, 1, 2) if _trains() else bias
+        return (
+            table[index.view(-1)].view(1, tokens, tokens, HEADS).permute(0, 3, 1, 2)
+            if _trains()
+            else bias
+        )
 
     def eager(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -310,7 +348,9 @@ def _relpos(side: int, device: torch.device, dtype: torch.dtype, small: bool) ->
     if device.type == "cuda":
         flash = _flex(read, kernel_options={"BACKEND": "FLASH"})
         missing = "flash-attn-4 is not installed"
-        others["flash-attn 4, bias by score_mod"] = flash if available("flash_attn.cute") else missing
+        others["flash-attn 4, bias by score_mod"] = (
+            flash if available("flash_attn.cute") else missing
+        )
     # Inference computes the bias once, before the graphs that read it are captured.
     ready = ops.relpos_bias(table, window, dtype=dtype, scale=HEAD_DIM**-0.5, head_dim=HEAD_DIM)
     inputs = q, k, v, table
@@ -330,7 +370,11 @@ def _trains() -> bool:
 
 
 def _flex(
-    bias_from: Callable[[Tensor], Call], *, dynamic: bool | None = None, fullgraph: bool = False, **options: Any
+    bias_from: Callable[[Tensor], Call],
+    *,
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+    **options: Any,
 ) -> Call:
     """FlexAttention with a bias of head, query and key that is made from the table."""
     from torch.nn.attention.flex_attention import flex_attention
@@ -341,7 +385,9 @@ def _flex(
         _refuse_gradient(q, k, v, table)
         bias = bias_from(table)
 
-        def biased(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        def biased(
+            score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor
+        ) -> Tensor:
             return score + bias(head, query, key)
 
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -359,9 +405,12 @@ def _refuse_gradient(*inputs: Tensor) -> None:
 
 def _varlen(captions: bool, device: torch.device, dtype: torch.dtype, small: bool) -> OpCase:
     """Self-attention of packed captions, or cross-attention of all captions of an image to its tokens."""
-    sequences, queries, keys = (8 if small else 256, 13, 13) if captions else (1, 64 if small else 3328, 577)
+    sequences, queries, keys = (
+        (8 if small else 256, 13, 13) if captions else (1, 64 if small else 3328, 577)
+    )
     of_queries, of_keys = (
-        torch.arange(sequences + 1, dtype=torch.int32, device=device) * length for length in (queries, keys)
+        torch.arange(sequences + 1, dtype=torch.int32, device=device) * length
+        for length in (queries, keys)
     )
     rows, columns, longest = sequences * queries, sequences * keys, [queries, keys]
     inputs = _tensors(device, dtype, *((n, HEADS, HEAD_DIM) for n in (rows, columns, columns)))
@@ -390,7 +439,9 @@ def _varlen(captions: bool, device: torch.device, dtype: torch.dtype, small: boo
         others["torch varlen_attn"] = torch_varlen
         others |= _flash_attention(ours, device)
     else:
-        others |= _compiled(device, small, {"FlexAttention, document mask": _documents(of_queries, of_keys)})
+        others |= _compiled(
+            device, small, {"FlexAttention, document mask": _documents(of_queries, of_keys)}
+        )
     work = partial(roofline.varlen_attention, rows * keys, rows, columns, size)
     return OpCase(f"varlen_attention {name}", inputs, ours, plain, _both(work, inputs), others)
 
@@ -409,7 +460,9 @@ def _documents(of_queries: Tensor, of_keys: Tensor) -> Call:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     compiled = torch.compile(flex_attention, **_ON_CPU)
-    queries, keys = (torch.arange(len(o) - 1).repeat_interleave(o.diff()) for o in (of_queries, of_keys))
+    queries, keys = (
+        torch.arange(len(o) - 1).repeat_interleave(o.diff()) for o in (of_queries, of_keys)
+    )
 
     @cache
     def mask() -> Any:
@@ -456,7 +509,9 @@ def _linear_gelu(device: torch.device, dtype: torch.dtype, small: bool) -> OpCas
     inputs = x, weight / WIDTH**0.5, bias
     eager, name = reference.linear_gelu, f"linear_gelu {rows} × {WIDTH} → {HIDDEN}"
     work = _both(partial(roofline.linear_gelu, rows), inputs)
-    return OpCase(name, inputs, ops.linear_gelu, eager, work, {EAGER: eager}, {"the product alone": F.linear})
+    return OpCase(
+        name, inputs, ops.linear_gelu, eager, work, {EAGER: eager}, {"the product alone": F.linear}
+    )
 
 
 def _vocabulary(device: torch.device, dtype: torch.dtype, small: bool) -> OpCase:
@@ -472,7 +527,9 @@ def _vocabulary(device: torch.device, dtype: torch.dtype, small: bool) -> OpCase
 
         return Liger.apply(h, w, target, b)[0]
 
-    others: dict[str, Call | str] = {EAGER: lambda *a: F.cross_entropy(F.linear(*a).float(), target)}
+    others: dict[str, Call | str] = {
+        EAGER: lambda *a: F.cross_entropy(F.linear(*a).float(), target)
+    }
     if available("liger_kernel"):
         others["Liger"] = liger
     elif h.is_cuda:
@@ -482,7 +539,11 @@ def _vocabulary(device: torch.device, dtype: torch.dtype, small: bool) -> OpCase
         (h, w / WIDTH**0.5, b),
         lambda *a: ops.linear_cross_entropy(*a, target),
         lambda *a: reference.linear_cross_entropy(*a, target),
-        {"forward and backward": roofline.linear_cross_entropy(rows, entries, element=h.element_size())},
+        {
+            "forward and backward": roofline.linear_cross_entropy(
+                rows, entries, element=h.element_size()
+            )
+        },
         others,
         {"the product alone": F.linear},
     )
@@ -496,7 +557,9 @@ def _int8_linear(device: torch.device, dtype: torch.dtype, small: bool) -> OpCas
     marked = torch.nn.Parameter(weight.clone(), requires_grad=False)
     mark([marked], "int8")
     names = "torchao", "torchao, torch.compile"
-    others: dict[str, Call | str] = dict.fromkeys(names, "torchao is not installed; pip install torchao")
+    others: dict[str, Call | str] = dict.fromkeys(
+        names, "torchao is not installed; pip install torchao"
+    )
     if available("torchao"):
         others = {names[0]: _torchao(weight, bias)}
         others |= _compiled(device, small, {names[1]: _torchao(weight, bias, **_ON_CPU)})
@@ -539,11 +602,23 @@ def _torchao(weight: Tensor, bias: Tensor, **compiled: Any) -> Call:
 # The other ops, against the backend `reference`: a call, and its inputs by the names of `_other`.
 _OTHERS: dict[str, tuple[Call, str]] = {
     "bias_attention": (ops.bias_attention, "heads heads heads scores"),
-    "embed_layer_norm": (lambda *a: ops.embed_layer_norm(_ids(a[0]), _ids(a[0]), *a, 1e-5), "x x row norm"),
-    "joined_linear": (lambda x, *layers: ops.joined_linear(x, layers[::2], layers[1::2]), "x up square"),
+    "embed_layer_norm": (
+        lambda *a: ops.embed_layer_norm(_ids(a[0]), _ids(a[0]), *a, 1e-5),
+        "x x row norm",
+    ),
+    "joined_linear": (
+        lambda x, *layers: ops.joined_linear(x, layers[::2], layers[1::2]),
+        "x up square",
+    ),
     "layer_norm": (lambda *a: ops.layer_norm(*a, 1e-5), "x norm"),
-    "layer_norm_linear": (lambda x, w, b, *layer: ops.layer_norm_linear(x, w, b, 1e-5, *layer), "x norm up"),
-    "layer_norm_mlp": (lambda x, w, b, *layers: ops.layer_norm_mlp(x, w, b, 1e-5, *layers), "x norm up down"),
+    "layer_norm_linear": (
+        lambda x, w, b, *layer: ops.layer_norm_linear(x, w, b, 1e-5, *layer),
+        "x norm up",
+    ),
+    "layer_norm_mlp": (
+        lambda x, w, b, *layers: ops.layer_norm_mlp(x, w, b, 1e-5, *layers),
+        "x norm up down",
+    ),
     "linear": (ops.linear, "x up"),
     "linear_add_layer_norm": (partial(_first, ops.linear_add_layer_norm), "wide down x norm"),
     "linear_residual": (ops.linear_residual, "wide down x"),
@@ -595,5 +670,7 @@ CASES: dict[str, Callable[[torch.device, torch.dtype, bool], OpCase]] = {
 
 def case_names(device: torch.device, dtype: torch.dtype) -> list[str]:
     """The cases that a device has: int8 needs a CPU with instructions for it."""
-    in_int8 = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and int8.why_not() is None
+    in_int8 = (
+        device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and int8.why_not() is None
+    )
     return [name for name in CASES if name != _INT8 or in_int8]

@@ -27,7 +27,16 @@ from ..options import ModelOptions
 from ..record import OFFICIAL, OURS, Baseline, Extra, Mode, Model, Status
 from ..tasks import BUILDERS, OFFICIAL_TASKS
 from ..timing import DTYPES
-from .requests import TASK_WORK, EmbedImage, EmbedText, Rerank, Retrieval, Retrieve, Workload, task_workload
+from .requests import (
+    TASK_WORK,
+    EmbedImage,
+    EmbedText,
+    Rerank,
+    Retrieval,
+    Retrieve,
+    Workload,
+    task_workload,
+)
 
 # Seconds after which the rows that are left get one sample; of tasks so much later.
 _DEADLINE_S, _QUICK_S, _TASKS_S = 185, 42, 100
@@ -70,7 +79,9 @@ class Scale:
         if work in TASK_WORK:
             texts, k = 2 if quick else 5, 128
         return cls(
-            image_size=asked.get("image_size", 48 if tiny else 480 if work.startswith("vqa") else 384),
+            image_size=asked.get(
+                "image_size", 48 if tiny else 480 if work.startswith("vqa") else 384
+            ),
             batch=batch,
             requests=max(16, batch),
             texts=texts,
@@ -130,14 +141,17 @@ def note_paths(run: Run) -> None:
     """Write the implementations that operations chose on this CPU into the document."""
     names = {kind: name for name, kind in DTYPES.items()}
     run.document.paths = {
-        f"{found.operation} {names.get(found.dtype, found.dtype)}": found.chosen for found in selections()
+        f"{found.operation} {names.get(found.dtype, found.dtype)}": found.chosen
+        for found in selections()
     }
 
 
 class LazyEngine:
     """A backend of the model in a dtype, loaded when first needed and kept for all cases."""
 
-    def __init__(self, backend: ModelBackend, dtype: str, setup: Setup, absent_dtypes: dict[str, str]) -> None:
+    def __init__(
+        self, backend: ModelBackend, dtype: str, setup: Setup, absent_dtypes: dict[str, str]
+    ) -> None:
         self.backend, self.dtype, self._setup = backend, dtype, setup
         self.key, self.ours = f"{backend.name} {dtype}", backend.name == OURS
         self.lacking: tuple[Status, str] | None = None
@@ -177,18 +191,29 @@ class LazyEngine:
 
 
 def engines(
-    run: Run, material: Material, work: str, image_size: int, baselines: Sequence[str], official: Path | None = None
+    run: Run,
+    material: Material,
+    work: str,
+    image_size: int,
+    baselines: Sequence[str],
+    official: Path | None = None,
 ) -> list[LazyEngine]:
     """Every backend at a kind of work in every dtype; see `choose`."""
-    present, absent = choose(baselines, work, run.device, quick=run.options.quick, official=official)
+    present, absent = choose(
+        baselines, work, run.device, quick=run.options.quick, official=official
+    )
     run.document.baselines = [
-        Baseline(backend=one.name, label=one.label, version=one.version, reason=absent.get(one.name))
+        Baseline(
+            backend=one.name, label=one.label, version=one.version, reason=absent.get(one.name)
+        )
         for one in BACKENDS
     ]
     found = []
     for backend in present:
         for dtype in (*run.dtypes, *run.absent):
-            setup = Setup(material.subjects, work, image_size, dtype, run.device, run.scratch, official)
+            setup = Setup(
+                material.subjects, work, image_size, dtype, run.device, run.scratch, official
+            )
             found.append(LazyEngine(backend, dtype, setup, run.absent))
     return found
 
@@ -208,7 +233,9 @@ def case(
         answer = engine.answer(workload)
         if engine.ours:
             first = engine.cold_start.get("first_call_s")
-            run.document.cold_start.setdefault("first call", float(first) if isinstance(first, float) else 0.0)
+            run.document.cold_start.setdefault(
+                "first call", float(first) if isinstance(first, float) else 0.0
+            )
         if mode != "offline":
             # Libraries prepare for shapes when they first see them.
             for number in workload.distinct():
@@ -217,7 +244,9 @@ def case(
 
     def reference(dtype: str) -> Any:
         with torch.inference_mode():
-            official = OfficialEngine(subjects.model(workload.image_size, _WIDE[dtype], workload.work))
+            official = OfficialEngine(
+                subjects.model(workload.image_size, _WIDE[dtype], workload.work)
+            )
             return workload.prepare(official, _WIDE[dtype])(numbers)
 
     @cache
@@ -302,13 +331,23 @@ def suite(run: Run) -> Iterator[Case]:
         lambda: EmbedImage(material, large, 1 if quick else 4),
         lambda: EmbedText(material, 8 if quick else 32),
         lambda: Rerank(material, large, 16 if quick else 64, 1),
-        lambda: Retrieval(material, large, 2 if quick else 6, 2, 2 if quick else 3, 1 if quick else 4),
+        lambda: Retrieval(
+            material, large, 2 if quick else 6, 2, 2 if quick else 3, 1 if quick else 4
+        ),
     ):
         workload = make()
         batch = workload.requests if workload.work.startswith("embed") else 1
         run.progress.stage(workload.name(batch))
-        found = of_small if workload.work == "embed-image" and workload.image_size == small else of_large
-        found = [engine for engine in found if engine.backend.works is None or workload.work in engine.backend.works]
+        found = (
+            of_small
+            if workload.work == "embed-image" and workload.image_size == small
+            else of_large
+        )
+        found = [
+            engine
+            for engine in found
+            if engine.backend.works is None or workload.work in engine.backend.works
+        ]
         # The comparison has warmed up already.
         yield case(run, workload, found, batch=batch, **limits)
     of_small.clear()
@@ -319,7 +358,13 @@ def suite(run: Run) -> Iterator[Case]:
         scale = Scale.of(task, options, run.device)
         texts, batch = (_TASK_ITEMS, 1) if task in ("vqa", "grounding") else (1, _TASK_ITEMS)
         workload = task_workload(task, material, scale.image_size, texts, scale.k, batch)
-        yield case(run, workload, suite_engines(run, material, task, scale.image_size), batch=batch, **limits)
+        yield case(
+            run,
+            workload,
+            suite_engines(run, material, task, scale.image_size),
+            batch=batch,
+            **limits,
+        )
     note_paths(run)
     # The other backends do not take part.
     run.document.baselines = []
@@ -330,5 +375,9 @@ def suite_engines(run: Run, material: Material, work: str, image_size: int) -> l
     quick = run.options.quick or not machine.has_native_bf16()
     found = engines(run, material, work, image_size, (OURS,))
     wide = [engine for engine in found if engine.ours or engine.dtype == "fp32"]
-    half = [one for one in found if one.backend.name == OFFICIAL and one.dtype != "fp32" and not one.lacking]
+    half = [
+        one
+        for one in found
+        if one.backend.name == OFFICIAL and one.dtype != "fp32" and not one.lacking
+    ]
     return wide if quick else wide + half

@@ -133,7 +133,9 @@ class EmbedImage(Workload):
     work, unit = "embed-image", "images"
 
     def __init__(self, material: Material, image_size: int, requests: int) -> None:
-        super().__init__(material, requests, image_size, inputs=[material.pixels(requests, image_size)])
+        super().__init__(
+            material, requests, image_size, inputs=[material.pixels(requests, image_size)]
+        )
 
     def name(self, count: int) -> str:
         return f"embed {counted(count, 'image')} of {self.image_size} px"
@@ -185,7 +187,9 @@ class Rerank(Workload):
     def run(self, engine: Engine, numbers: Tensor, *inputs: Tensor) -> Tensor:
         images, embeds = inputs
         rows = self.rows(numbers.tolist())
-        return engine.rerank(Pairs(images[numbers], embeds[rows], self.texts(numbers).mask, self.image_of(numbers)))
+        return engine.rerank(
+            Pairs(images[numbers], embeds[rows], self.texts(numbers).mask, self.image_of(numbers))
+        )
 
 
 class Retrieve(Workload):
@@ -193,14 +197,20 @@ class Retrieve(Workload):
 
     work, unit = "retrieve", "queries"
 
-    def __init__(self, material: Material, image_size: int, index: int, k: int, requests: int) -> None:
+    def __init__(
+        self, material: Material, image_size: int, index: int, k: int, requests: int
+    ) -> None:
         given = material.texts(requests)
         self._index = min(index, len(material.collection.names))
         self._k, self._span = min(k, self._index), given.span
-        super().__init__(material, requests, image_size, given, inputs=material.images(self._index, image_size))
+        super().__init__(
+            material, requests, image_size, given, inputs=material.images(self._index, image_size)
+        )
 
     def name(self, count: int) -> str:
-        found = f"{self._k} best of {counted(self._index, 'image')} of {self.image_size} px, re-ranked"
+        found = (
+            f"{self._k} best of {counted(self._index, 'image')} of {self.image_size} px, re-ranked"
+        )
         return f"retrieve for {counted(count, 'caption')} ({self._span} tokens) the {found}"
 
     def run(self, engine: Engine, numbers: Tensor, *inputs: Tensor) -> Found:
@@ -218,7 +228,9 @@ class Retrieve(Workload):
             yours += [pair[1] for pair in common]
         if not mine:
             return Difference(float("inf"), "no candidate in common")
-        return Difference(relative_error(torch.tensor(mine), torch.tensor(yours)), _near_ties(differing))
+        return Difference(
+            relative_error(torch.tensor(mine), torch.tensor(yours)), _near_ties(differing)
+        )
 
 
 class Retrieval(Workload):
@@ -227,15 +239,25 @@ class Retrieval(Workload):
     work, unit = "retrieval", "searches"
 
     def __init__(
-        self, material: Material, image_size: int, photos: int, captions_per_photo: int, k: int, batch: int
+        self,
+        material: Material,
+        image_size: int,
+        photos: int,
+        captions_per_photo: int,
+        k: int,
+        batch: int,
     ) -> None:
         collection = material.collection
         photos = min(photos, len(collection.names))
         chosen = [collection.captions_of(photo)[:captions_per_photo] for photo in range(photos)]
         self._given = material.encoded([caption for captions in chosen for caption in captions])
-        self._image_of_text = torch.tensor([photo for photo, captions in enumerate(chosen) for _ in captions])
+        self._image_of_text = torch.tensor(
+            [photo for photo, captions in enumerate(chosen) for _ in captions]
+        )
         self._k, self._batch, self._photos = min(k, photos), batch, photos
-        super().__init__(material, 1, image_size, self._given, inputs=[material.pixels(photos, image_size)])
+        super().__init__(
+            material, 1, image_size, self._given, inputs=[material.pixels(photos, image_size)]
+        )
 
     def name(self, count: int) -> str:
         images = f"{counted(self._photos, 'image')} of {self.image_size} px"
@@ -254,11 +276,17 @@ class Retrieval(Workload):
             scored, expected = mine != UNSCORED, yours != UNSCORED
             both = scored & expected
             differing += int((scored ^ expected).sum())
-            errors.append(relative_error(mine[both], yours[both]) if bool(both.any()) else float("inf"))
+            errors.append(
+                relative_error(mine[both], yours[both]) if bool(both.any()) else float("inf")
+            )
         return Difference(max(errors), _near_ties(differing))
 
     def recall(self, answer: Everything) -> dict[str, float]:
-        return recall(answer.image_to_text.float().cpu(), answer.text_to_image.float().cpu(), self._image_of_text)
+        return recall(
+            answer.image_to_text.float().cpu(),
+            answer.text_to_image.float().cpu(),
+            self._image_of_text,
+        )
 
 
 class TaskWorkload(Workload):
@@ -287,14 +315,18 @@ class Statements(TaskWorkload):
     work, unit = "nlvr2", "statements"
 
     def __init__(self, material: Material, image_size: int, requests: int) -> None:
-        super().__init__(material, image_size, requests, material.texts(requests), photos=requests + 1)
+        super().__init__(
+            material, image_size, requests, material.texts(requests), photos=requests + 1
+        )
 
     def name(self, count: int) -> str:
         return f"judge {counted(count, 'statement')} on two images each of {self.image_size} px"
 
     def run(self, engine: Engine, numbers: Tensor, *inputs: Tensor) -> Tensor:
         pixels = inputs[0]
-        return engine.statements(torch.cat((pixels[numbers], pixels[numbers + 1])), *self.texts(numbers))
+        return engine.statements(
+            torch.cat((pixels[numbers], pixels[numbers + 1])), *self.texts(numbers)
+        )
 
 
 class Expressions(TaskWorkload):
@@ -330,18 +362,32 @@ class Captions(TaskWorkload):
 
     def compare(self, numbers: Sequence[int], ours: Tensor, theirs: Tensor) -> Difference:
         """Log-likelihoods of the captions, a token, officially in fp32: near ties lead a search to others as likely."""
-        pairs = [(self._score(n, a), self._score(n, b)) for n, a, b in zip(numbers, ours, theirs, strict=True)]
-        others = sum(one.tolist() != other.tolist() for one, other in zip(ours, theirs, strict=True))
+        pairs = [
+            (self._score(n, a), self._score(n, b))
+            for n, a, b in zip(numbers, ours, theirs, strict=True)
+        ]
+        others = sum(
+            one.tolist() != other.tolist() for one, other in zip(ours, theirs, strict=True)
+        )
         error = relative_error(*(torch.tensor(scores) for scores in zip(*pairs, strict=True)))
-        return Difference(error, f"near ties led to {counted(others, 'other caption')}" if others else "")
+        return Difference(
+            error, f"near ties led to {counted(others, 'other caption')}" if others else ""
+        )
 
     def _score(self, number: int, ids: Tensor) -> float:
         key = number % self.requests, *ids.tolist()
         if key not in self._scores:
-            twin = OfficialFineTuningTwin(self.material.subjects.model(self.image_size, torch.float32, self.work))
-            real, pixels = ids.ne(self.config.pad_token_id).long()[None], self.inputs[0][key[0] : key[0] + 1]
+            twin = OfficialFineTuningTwin(
+                self.material.subjects.model(self.image_size, torch.float32, self.work)
+            )
+            real, pixels = (
+                ids.ne(self.config.pad_token_id).long()[None],
+                self.inputs[0][key[0] : key[0] + 1],
+            )
             with torch.inference_mode():
-                loss = twin.captions(pixels, ids[None], real, len(self._prompt), label_smoothing=0.0)
+                loss = twin.captions(
+                    pixels, ids[None], real, len(self._prompt), label_smoothing=0.0
+                )
             self._scores[key] = float(loss)
         return self._scores[key]
 
@@ -367,14 +413,18 @@ class Questions(TaskWorkload):
 
     unit = "questions"
 
-    def __init__(self, material: Material, work: str, image_size: int, texts: int, k: int, requests: int) -> None:
+    def __init__(
+        self, material: Material, work: str, image_size: int, texts: int, k: int, requests: int
+    ) -> None:
         self.work, self._kind = work, ANSWERING[work]
         ids, mask = material.answers()
         if k > len(ids):
             raise InputError(f"k={k}; with {len(ids)} answers it must be 1 to {len(ids)}")
         trie = AnswerTrie.of(ids, mask, material.config(image_size))
         self._list = AnswerList(ids, mask, trie, k, self._kind.whole_list, self._kind.best)
-        super().__init__(material, image_size, requests, material.questions(requests * texts), texts)
+        super().__init__(
+            material, image_size, requests, material.questions(requests * texts), texts
+        )
 
     def name(self, count: int) -> str:
         words = self._kind.words.format(k=self._list.k, n=f"{self._list.trie.answers:,}")
@@ -388,9 +438,15 @@ class Questions(TaskWorkload):
     def padded(self, lengths: Sequence[int]) -> int:
         return sum(lengths)
 
-    def compare(self, numbers: Sequence[int], ours: AnswerRanking, theirs: AnswerRanking) -> Difference:
+    def compare(
+        self, numbers: Sequence[int], ours: AnswerRanking, theirs: AnswerRanking
+    ) -> Difference:
         # The official algorithm in another dtype has ranked only the candidates too.
-        return compared(ours, theirs, whole_list=self._kind.whole_list and ours.indices.shape != theirs.indices.shape)
+        return compared(
+            ours,
+            theirs,
+            whole_list=self._kind.whole_list and ours.indices.shape != theirs.indices.shape,
+        )
 
 
 def compared(ours: AnswerRanking, truth: AnswerRanking, *, whole_list: bool = False) -> Difference:
@@ -401,14 +457,21 @@ def compared(ours: AnswerRanking, truth: AnswerRanking, *, whole_list: bool = Fa
     mine: list[float] = []
     theirs: list[float] = []
     alone = 0
-    for indices, scores, other_indices, other_scores in zip(*map(torch.Tensor.tolist, (*ours, *truth)), strict=True):
-        found, known = (dict(zip(*pair, strict=True)) for pair in ((indices, scores), (other_indices, other_scores)))
+    for indices, scores, other_indices, other_scores in zip(
+        *map(torch.Tensor.tolist, (*ours, *truth)), strict=True
+    ):
+        found, known = (
+            dict(zip(*pair, strict=True))
+            for pair in ((indices, scores), (other_indices, other_scores))
+        )
         shared = found.keys() & known.keys()
         mine += [found[index] for index in shared] + scores[:1]
         theirs += [known[index] for index in shared]
         theirs.append(max(scores[0], other_scores[0]) if whole_list else other_scores[0])
         if whole_list:
-            missing = max((known[index] for index in known.keys() - found.keys()), default=scores[-1])
+            missing = max(
+                (known[index] for index in known.keys() - found.keys()), default=scores[-1]
+            )
             mine.append(scores[-1])
             theirs.append(max(scores[-1], missing))
         else:

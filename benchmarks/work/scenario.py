@@ -85,7 +85,9 @@ def search_rates(
     for key, call in calls.items():
         run.progress.step(f"{key}, pace")
         try:
-            singles[key] = statistics.median(_seconds(call, [number]) for number in range(_BOUND_SAMPLES))
+            singles[key] = statistics.median(
+                _seconds(call, [number]) for number in range(_BOUND_SAMPLES)
+            )
             rate = max(1 / singles[key], len(batch) / _seconds(call, batch))
             searches[key] = RateSearch(_FIRST_SHARE * rate, scale.trials, scale.resolution)
         except Exception as error:
@@ -102,7 +104,12 @@ def search_rates(
                 requests = int(max(10, least, min(scale.trial_requests, rate * scale.trial_s)))
                 try:
                     trial = serve(
-                        calls[key], rate, requests, largest_batch=scale.batch, bound_s=bound_s, seed=run.options.seed
+                        calls[key],
+                        rate,
+                        requests,
+                        largest_batch=scale.batch,
+                        bound_s=bound_s,
+                        seed=run.options.seed,
                     )
                 except Exception as error:
                     failures[key] = one_line(error)
@@ -127,18 +134,24 @@ def _fill(row: Result, search: RateSearch, bound_s: float, others: dict[str, Rat
     if not search.done:
         row.status, row.reason = "partial", f"interrupted after {len(search.trials)} trials"
     elif served is None:
-        row.reason = f"the bound broke at every rate that was tried, down to {search.worst:.3g} a second"
+        row.reason = (
+            f"the bound broke at every rate that was tried, down to {search.worst:.3g} a second"
+        )
     elif search.worst == math.inf:
         row.reason = "the bound held at every rate that was tried"
     trials = {f"{trial.rate:.6g}": percentile(trial.latencies, 0.99) for trial in search.trials}
     row.extra |= {"max_qps": search.best, "bound_s": bound_s, "trials": trials}
     if served is not None:
-        row.extra |= {f"p{share}_s": percentile(served.latencies, share / 100) for share in (50, 90, 99)}
+        row.extra |= {
+            f"p{share}_s": percentile(served.latencies, share / 100) for share in (50, 90, 99)
+        }
     for key, other in others.items() if row.backend == OURS else ():
         if other is not search and other.best > 0:
             backend, dtype = key.rsplit(" ", 1)
             ratio, same = search.best / other.best, dtype == row.dtype
-            row.against.append(Comparison(backend=backend, dtype=dtype, like_for_like=same, ratio=ratio))
+            row.against.append(
+                Comparison(backend=backend, dtype=dtype, like_for_like=same, ratio=ratio)
+            )
 
 
 def _bound(options: ScenarioOptions, single: dict[str, float]) -> tuple[float, str]:
@@ -149,7 +162,10 @@ def _bound(options: ScenarioOptions, single: dict[str, float]) -> tuple[float, s
     seconds = single.get(key, 1.0)
     bound, origin = _BOUND_FACTOR * seconds, f"{_BOUND_FACTOR:.0f} times one request of {key}"
     if bound < _LEAST_BOUND_S:
-        return _LEAST_BOUND_S, f"{origin} ({seconds * 1e3:.3g} ms), but at least {_LEAST_BOUND_S * 1e3:.0f} ms"
+        return (
+            _LEAST_BOUND_S,
+            f"{origin} ({seconds * 1e3:.3g} ms), but at least {_LEAST_BOUND_S * 1e3:.0f} ms",
+        )
     return bound, f"{origin} ({seconds * 1e3:.3g} ms)"
 
 
@@ -229,7 +245,11 @@ class RateSearch:
     @property
     def served(self) -> Trial | None:
         """The trial of the highest rate that held."""
-        return max((trial for trial in self.trials if trial.held), key=lambda trial: trial.rate, default=None)
+        return max(
+            (trial for trial in self.trials if trial.held),
+            key=lambda trial: trial.rate,
+            default=None,
+        )
 
     @property
     def best(self) -> float:
@@ -239,11 +259,16 @@ class RateSearch:
     @property
     def worst(self) -> float:
         """The lowest rate that failed; one that failed by chance below one that held does not count."""
-        return min((each.rate for each in self.trials if not each.held and each.rate > self.best), default=math.inf)
+        return min(
+            (each.rate for each in self.trials if not each.held and each.rate > self.best),
+            default=math.inf,
+        )
 
     @property
     def done(self) -> bool:
-        return len(self.trials) >= self.most or (self.best > 0 and self.worst / self.best <= self.resolution)
+        return len(self.trials) >= self.most or (
+            self.best > 0 and self.worst / self.best <= self.resolution
+        )
 
     def next_rate(self) -> float:
         """The rate to try now."""

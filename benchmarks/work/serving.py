@@ -46,14 +46,21 @@ _DOCUMENTS = 16
 # Backend -> label and options of the service.
 _SERVICES: dict[str, tuple[str, tuple[str, ...]]] = {
     OURS: ("xfm-fast serve", ()),
-    ONE_AT_A_TIME: ("one request at a time, nothing kept", ("--batch-tokens", "1", "--cache-mb", "0")),
+    ONE_AT_A_TIME: (
+        "one request at a time, nothing kept",
+        ("--batch-tokens", "1", "--cache-mb", "0"),
+    ),
 }
 
 Request = dict[str, Any]
 """The body of a rerank request."""
 
 
-@benchmark("serve", title="The HTTP service under load, against one request at a time", reference=ONE_AT_A_TIME)
+@benchmark(
+    "serve",
+    title="The HTTP service under load, against one request at a time",
+    reference=ONE_AT_A_TIME,
+)
 def run(run: Run) -> Iterator[Case]:
     """Two kinds of requests by several numbers of clients."""
     options, chance, dtype = run.options, random.Random(run.options.seed), run.dtypes[0]
@@ -94,12 +101,17 @@ def run(run: Run) -> Iterator[Case]:
             ),
         ):  # fmt: skip
             for port, _ in services.values() if work == "serve-known" else ():
-                drive(port, [{"query": "a dog", "documents": [{"image": url}]} for url in catalogue], 1)
+                drive(
+                    port,
+                    [{"query": "a dog", "documents": [{"image": url}]} for url in catalogue],
+                    1,
+                )
             for clients in options.clients:
                 run.progress.stage(f"{words}, {clients} clients")
                 count = max(options.requests, clients)
                 backends = [
-                    _backend(name, dtype, *each, clients, count, make, checked) for name, each in services.items()
+                    _backend(name, dtype, *each, clients, count, make, checked)
+                    for name, each in services.items()
                 ]
                 yield Case(
                     work, f"re-rank over HTTP: {words}, {clients} clients", backends, "requests", count,
@@ -140,11 +152,15 @@ def _backend(
 
 def send(connection: HTTPConnection, request: Request) -> Any:
     """The response to a request; raises `UnavailableError` unless its status is 200."""
-    connection.request("POST", "/v1/rerank", json.dumps(request), {"content-type": "application/json"})
+    connection.request(
+        "POST", "/v1/rerank", json.dumps(request), {"content-type": "application/json"}
+    )
     answer = connection.getresponse()
     content = answer.read()
     if answer.status != 200:
-        raise UnavailableError(f"status {answer.status} for /v1/rerank: {content[:200].decode(errors='replace')}")
+        raise UnavailableError(
+            f"status {answer.status} for /v1/rerank: {content[:200].decode(errors='replace')}"
+        )
     return json.loads(content)
 
 
@@ -168,7 +184,9 @@ def drive(port: int, requests: Sequence[Request], clients: int) -> list[float]:
     return latencies
 
 
-def known(chance: random.Random, captions: list[str], catalogue: list[str], documents: int = _DOCUMENTS) -> Request:
+def known(
+    chance: random.Random, captions: list[str], catalogue: list[str], documents: int = _DOCUMENTS
+) -> Request:
     """A caption and images of a catalogue."""
     images = chance.sample(catalogue, documents)
     return {"query": chance.choice(captions), "documents": [{"image": url} for url in images]}
@@ -188,15 +206,28 @@ def crop_url(image: Image.Image, chance: random.Random) -> str:
     width, height = int(image.width * share), int(image.height * share)
     left, top = chance.randint(0, image.width - width), chance.randint(0, image.height - height)
     stream = io.BytesIO()
-    image.crop((left, top, left + width, top + height)).resize((_SIDE, _SIDE)).save(stream, "JPEG", quality=85)
+    image.crop((left, top, left + width, top + height)).resize((_SIDE, _SIDE)).save(
+        stream, "JPEG", quality=85
+    )
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 @contextmanager
 def service(folder: Path, *arguments: str) -> Iterator[tuple[int, psutil.Process]]:
     """Serve a model in a process: its port and the process. Raises `UnavailableError` if it does not start."""
-    command = [sys.executable, "-m", "xfm_fast.cli", "serve", str(folder), "--port", "0", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as begun:
+    command = [
+        sys.executable,
+        "-m",
+        "xfm_fast.cli",
+        "serve",
+        str(folder),
+        "--port",
+        "0",
+        *arguments,
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as begun:
         try:
             assert begun.stdout is not None
             assert begun.stderr is not None

@@ -87,7 +87,11 @@ class Step:
         return next(name for name in self.losses if name != OURS)
 
     def run(
-        self, procedure: Procedure, autocast: torch.dtype | None = None, *, given_negatives: bool = False
+        self,
+        procedure: Procedure,
+        autocast: torch.dtype | None = None,
+        *,
+        given_negatives: bool = False,
     ) -> Losses:
         """Forward and backward pass of all losses, from no gradients to gradients in the parameters.
 
@@ -101,7 +105,9 @@ class Step:
         with torch.enable_grad():
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 losses = self.losses[procedure](negatives)
-                total = torch.stack([loss.float() if autocast else loss for loss in losses.values()]).sum()
+                total = torch.stack(
+                    [loss.float() if autocast else loss for loss in losses.values()]
+                ).sum()
             total.backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
@@ -120,14 +126,18 @@ class Step:
         return counter.get_total_flops()
 
 
-def make_step(task: BenchTask, config: XFMConfig, seed: int, batch: Batch, device: torch.device) -> Step:
+def make_step(
+    task: BenchTask, config: XFMConfig, seed: int, batch: Batch, device: torch.device
+) -> Step:
     """The step of a model with random weights on a batch."""
     with torch.device("meta"):
         model = task.build(config)
     state = checkpoint.random_tensors(model.state_dict(), seed)
     model.load_state_dict({name: tensor.to(device) for name, tensor in state.items()}, assign=True)
     twin = OfficialFineTuningTwin(model.eval())
-    batch = {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
+    batch = {
+        name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()
+    }
     pairs = batch.get("batch")
 
     def ours(negatives: Negatives) -> Losses:
@@ -136,7 +146,11 @@ def make_step(task: BenchTask, config: XFMConfig, seed: int, batch: Batch, devic
         if pairs is not None:
             return pretraining_losses(model, pairs, hard_negatives=negatives, **task.losses)
         found = model(**batch)
-        return {"loss": found} if isinstance(found, Tensor) else dict(zip(("bbox_l1", "bbox_giou"), found, strict=True))
+        return (
+            {"loss": found}
+            if isinstance(found, Tensor)
+            else dict(zip(("bbox_l1", "bbox_giou"), found, strict=True))
+        )
 
     def judge(negatives: Negatives) -> Losses:
         if task.official is None:
@@ -147,7 +161,11 @@ def make_step(task: BenchTask, config: XFMConfig, seed: int, batch: Batch, devic
         return {"loss": found} if isinstance(found, Tensor) else found
 
     fields = batch if pairs is None else vars(pairs)
-    names = ("question_ids", "question_mask"), ("caption_ids", "caption_mask"), ("input_ids", "attention_mask")
+    names = (
+        ("question_ids", "question_mask"),
+        ("caption_ids", "caption_mask"),
+        ("input_ids", "attention_mask"),
+    )
     texts = next((Texts(fields[ids], fields[mask]) for ids, mask in names if ids in fields), None)
     judged_by = REFERENCE_OPS if task.official is None else OFFICIAL
     return Step(model, batch, {OURS: ours, judged_by: judge}, texts)
@@ -164,7 +182,9 @@ def run(run: Run) -> Iterator[Case]:
     if names[0] and names[0] not in TASKS:
         raise UnavailableError(f"task {names[0]!r} is unknown; choose from {', '.join(TASKS)}, all")
     variants = (False,) if options.quick else (False, True)
-    run.progress.begin(1 + len(names) * (1 + len(variants)) + (names == [""] and not gpu) * len(variants))
+    run.progress.begin(
+        1 + len(names) * (1 + len(variants)) + (names == [""] and not gpu) * len(variants)
+    )
     run.progress.stage("photographs and captions")
     collection, preset = bundled(), preset_config(options.preset)
     tokenizer = CaptionTokenizer.train_on_texts(collection.captions, preset.vocab_size)
@@ -176,7 +196,9 @@ def run(run: Run) -> Iterator[Case]:
         task = bench_task(name, inputs, run.scratch) if name else PRETRAINING
         count = options.pairs or task.counts[2 if gpu else options.quick]
         if count < 2:
-            raise UnavailableError(f"a step of {count} pair has no hard negatives; use --pairs 2 or more")
+            raise UnavailableError(
+                f"a step of {count} pair has no hard negatives; use --pairs 2 or more"
+            )
         if task.image_size is not None and options.preset != "tiny":
             config = inputs.sizes = config.replace(image_size=task.image_size)
         batch = task.batch(inputs, count)
@@ -200,14 +222,18 @@ def run(run: Run) -> Iterator[Case]:
         yield from _cases(run, step, Case(work, title, [], task.unit, count), memory)
 
 
-def _cases(run: Run, step: Step, named: Case, memory: dict[tuple[str, str, bool], Extra]) -> Iterator[Case]:
+def _cases(
+    run: Run, step: Step, named: Case, memory: dict[tuple[str, str, bool], Extra]
+) -> Iterator[Case]:
     """A step without and with dropout; both procedures agree without it.
 
     `named` has the work, name, unit and items; `memory` is by procedure, dtype and dropout.
     """
     quick, gpu = run.options.quick, run.device.type == "cuda"
     # As published, the official procedure runs in fp32; on a GPU in the dtype of ours.
-    official = {dtype if gpu else "fp32" for dtype in run.dtypes} | (set() if quick else set(run.dtypes))
+    official = {dtype if gpu else "fp32" for dtype in run.dtypes} | (
+        set() if quick else set(run.dtypes)
+    )
     dtypes = {OURS: run.dtypes, step.judge: [name for name in AUTOCAST if name in official]}
     procedures = [(procedure, dtype) for procedure in dtypes for dtype in dtypes[procedure]]
     budget_s = 0.2 if run.options.preset == "tiny" else 10.0
@@ -222,20 +248,27 @@ def _cases(run: Run, step: Step, named: Case, memory: dict[tuple[str, str, bool]
         extra: Extra = {"needed_flops": flops[OURS], "flops": flops[backend.name]}
         if step.texts is not None:
             tokens = sum(step.texts.lengths)
-            extra |= {"tokens": tokens, "padded_tokens": tokens if backend.name == OURS else step.texts.ids.numel()}
+            extra |= {
+                "tokens": tokens,
+                "padded_tokens": tokens if backend.name == OURS else step.texts.ids.numel(),
+            }
         if gpu:
             parameters = sum(parameter.nbytes for parameter in step.model.parameters())
             extra |= {"parameter_bytes": parameters, "gradient_bytes": parameters}
         return extra
 
     def backend(procedure: Procedure, dtype: str, dropout: bool) -> Backend:
-        call, check = partial(training, procedure, dtype, dropout), partial(step.outcome, procedure, AUTOCAST[dtype])
+        call, check = (
+            partial(training, procedure, dtype, dropout),
+            partial(step.outcome, procedure, AUTOCAST[dtype]),
+        )
         extra = memory.get((procedure, dtype, dropout), {})
         return Backend(procedure, dtype, lambda: call, LABELS[procedure], check, extra=extra)
 
     def backends(dropout: bool) -> list[Backend]:
         lacking = [
-            Backend(OURS, dtype, dict, LABELS[OURS], lacking=("not offered", why)) for dtype, why in run.absent.items()
+            Backend(OURS, dtype, dict, LABELS[OURS], lacking=("not offered", why))
+            for dtype, why in run.absent.items()
         ]
         return lacking + [backend(procedure, dtype, dropout) for procedure, dtype in procedures]
 
@@ -250,7 +283,9 @@ def _cases(run: Run, step: Step, named: Case, memory: dict[tuple[str, str, bool]
         name = f"{named.name}, with dropout"
         run.progress.stage(name)
         again = replace(case, backends=backends(dropout=True))
-        yield again.repeated(run.document.rows, "; compared without dropout", work=f"{named.work}-dropout", name=name)
+        yield again.repeated(
+            run.document.rows, "; compared without dropout", work=f"{named.work}-dropout", name=name
+        )
 
 
 def _memory(
@@ -264,10 +299,14 @@ def _memory(
         for procedure, dtypes in ((OURS, run.dtypes), (OFFICIAL, official)):
             for dtype in dtypes:
                 run.progress.step(f"{procedure} {dtype}, own process")
-                measured = partial(memory_use, procedure, config, batch, dtype, dropout, run.options.seed)
+                measured = partial(
+                    memory_use, procedure, config, batch, dtype, dropout, run.options.seed
+                )
                 memory[procedure, dtype, dropout] = measured()
                 if procedure == OURS:
-                    memory[procedure, dtype, dropout]["checkpointed_bytes"] = measured(checkpointed=True)["peak_bytes"]
+                    memory[procedure, dtype, dropout]["checkpointed_bytes"] = measured(
+                        checkpointed=True
+                    )["peak_bytes"]
     return memory
 
 
@@ -276,8 +315,14 @@ def difference(ours: Outcome, truth: Outcome) -> Difference:
 
     Gradients are compared by their L2 norm. NaN counts as infinite, and so does a gradient that only one of them has.
     """
-    losses = max(_finite((ours.losses[name] / loss - 1).abs()) for name, loss in truth.losses.items())
-    scale = max(float(gradient.double().norm()) for gradient in truth.gradients.values() if gradient is not None)
+    losses = max(
+        _finite((ours.losses[name] / loss - 1).abs()) for name, loss in truth.losses.items()
+    )
+    scale = max(
+        float(gradient.double().norm())
+        for gradient in truth.gradients.values()
+        if gradient is not None
+    )
     squares, distances, worst, parameter = 0.0, 0.0, 0.0, ""
     for name, expected in truth.gradients.items():
         found = ours.gradients[name]
@@ -315,11 +360,23 @@ def memory_use(
     `checkpointed` recomputes the activations of our layers. Raises `UnavailableError` if the process does not end by
     itself; it is killed where memory runs out.
     """
-    arrays = {name: value.cpu().numpy() for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    arrays = {
+        name: value.cpu().numpy()
+        for name, value in vars(batch).items()
+        if isinstance(value, Tensor)
+    }
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(
-                _own_memory, procedure, config, arrays, dtype, dropout, seed, torch.get_num_threads(), checkpointed
+                _own_memory,
+                procedure,
+                config,
+                arrays,
+                dtype,
+                dropout,
+                seed,
+                torch.get_num_threads(),
+                checkpointed,
             ).result()
         except Exception as error:
             raise UnavailableError(
@@ -335,7 +392,9 @@ def _own_memory(
     keep_freed_memory()
     torch.set_num_threads(threads)
     tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    step = make_step(PRETRAINING, config, seed, {"batch": PairBatch(**tensors)}, torch.device("cpu"))
+    step = make_step(
+        PRETRAINING, config, seed, {"batch": PairBatch(**tensors)}, torch.device("cpu")
+    )
     step.model.train(dropout)
     if checkpointed:
         # Here, for it brings modules along that no other procedure needs in memory.

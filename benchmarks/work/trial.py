@@ -77,11 +77,18 @@ class Batch:
         """The shortest text without padding, or one image."""
         mask = self.arguments.get("attention_mask")
         if mask is None:
-            return Batch({name: value[:1] for name, value in self.arguments.items()}, 1, self.unit, "one image")
+            return Batch(
+                {name: value[:1] for name, value in self.arguments.items()},
+                1,
+                self.unit,
+                "one image",
+            )
         row = int(mask.sum(1).argmin())
         length = int(mask[row].sum())
         chosen = {
-            name: value[row : row + 1, :length] if value.shape == mask.shape else value[row : row + 1]
+            name: value[row : row + 1, :length]
+            if value.shape == mask.shape
+            else value[row : row + 1]
             for name, value in self.arguments.items()
         }
         return Batch(chosen, 1, self.unit, f"one text of {length} tokens")
@@ -105,7 +112,10 @@ class Opened:
     @property
     def takes_images(self) -> bool:
         """True for models of timm, and with an argument `pixel_values`."""
-        return self.folder is None or "pixel_values" in inspect.signature(self.model.forward).parameters
+        return (
+            self.folder is None
+            or "pixel_values" in inspect.signature(self.model.forward).parameters
+        )
 
 
 def open_model(name: str) -> Opened:
@@ -120,10 +130,16 @@ def open_model(name: str) -> Opened:
     config = _read_json(folder / "config.json")
     own = model_folder(folder)
     sizes = _read_json(own / "config.json") if own else None
-    if (folder / MANIFEST_FILE).is_file() or (isinstance(sizes, dict) and sizes.get("model_type") == MODEL_TYPE):
-        raise InputError(f"{name} is an X-FM, which needs no accelerate; xfm-fast bench --model measures it")
+    if (folder / MANIFEST_FILE).is_file() or (
+        isinstance(sizes, dict) and sizes.get("model_type") == MODEL_TYPE
+    ):
+        raise InputError(
+            f"{name} is an X-FM, which needs no accelerate; xfm-fast bench --model measures it"
+        )
     if not isinstance(config, dict):
-        raise CheckpointError(f"{folder} has no config.json; give the folder that save_pretrained wrote")
+        raise CheckpointError(
+            f"{folder} has no config.json; give the folder that save_pretrained wrote"
+        )
     try:
         import transformers
     except ImportError:
@@ -131,7 +147,9 @@ def open_model(name: str) -> Opened:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if not config.get("model_type"):
-        raise InputError(f"{folder / 'config.json'} has no model_type, which selects the class of transformers")
+        raise InputError(
+            f"{folder / 'config.json'} has no model_type, which selects the class of transformers"
+        )
     architectures = [kind for kind in config.get("architectures") or [] if isinstance(kind, str)]
     known = [getattr(transformers, kind, None) for kind in architectures] or [None]
     if "auto_map" in config and None in known:
@@ -140,7 +158,9 @@ def open_model(name: str) -> Opened:
             "call xfm_fast.accelerate(model, verify=batch)"
         )
     if not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
-        raise CheckpointError(f"{folder} has no model.safetensors; give the folder that save_pretrained wrote")
+        raise CheckpointError(
+            f"{folder} has no model.safetensors; give the folder that save_pretrained wrote"
+        )
     kind: Any = next(filter(None, known), transformers.AutoModel)
     try:
         model = kind.from_pretrained(str(folder), local_files_only=True, weights_only=True)
@@ -150,10 +170,14 @@ def open_model(name: str) -> Opened:
         ) from error
     missing = sorted(key for key, p in model.named_parameters() if p.is_meta)
     if missing:
-        raise CheckpointError(f"{name} lacks weights of {missing[0]} and {len(missing) - 1} more; give complete files")
+        raise CheckpointError(
+            f"{name} lacks weights of {missing[0]} and {len(missing) - 1} more; give complete files"
+        )
     size = getattr(getattr(model.config, "vision_config", model.config), "image_size", None)
     # transformers 5 opens a model in the dtype of its file.
-    return Opened(name, model.float().eval(), folder, size[0] if isinstance(size, list | tuple) else size)
+    return Opened(
+        name, model.float().eval(), folder, size[0] if isinstance(size, list | tuple) else size
+    )
 
 
 def _open_timm(name: str) -> Opened:
@@ -165,7 +189,9 @@ def _open_timm(name: str) -> Opened:
     kind = name.removeprefix(TIMM)
     if not timm.is_model(kind.split(".")[0]):
         near = ", ".join(get_close_matches(kind, timm.list_models(), n=3))
-        raise InputError(f"timm has no model {kind!r}; near it are {near or 'none, see timm.list_models()'}")
+        raise InputError(
+            f"timm has no model {kind!r}; near it are {near or 'none, see timm.list_models()'}"
+        )
     # The values of weights do not change times.
     model = timm.create_model(kind, pretrained=False).eval()
     size = resolve_model_data_config(model)["input_size"][-1]
@@ -182,7 +208,9 @@ def _model_folder(name: str) -> Path:
         inner = isinstance(first, str) and first and (path / first / "config.json").is_file()
         return path / str(first) if inner else path
     if path.exists():
-        raise CheckpointError(f"{name} is a file; give its folder, or a file of X-FM to xfm-fast bench --model")
+        raise CheckpointError(
+            f"{name} is a file; give its folder, or a file of X-FM to xfm-fast bench --model"
+        )
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CheckpointError(f"{name} is no folder; check the path")
     try:
@@ -205,7 +233,9 @@ def _read_json(file: Path) -> Any:
     try:
         return read_json(file) if file.is_file() else None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({one_line(error)}); check the file") from error
+        raise CheckpointError(
+            f"{file} cannot be read ({one_line(error)}); check the file"
+        ) from error
 
 
 def read_texts(file: Path) -> list[str]:
@@ -238,27 +268,44 @@ def text_batch(opened: Opened, texts: list[str]) -> Batch:
     config = getattr(config, "text_config", config)
     pad = getattr(config, "pad_token_id", None) or 0
     # The positions of RoBERTa begin behind that of its padding.
-    positions = (getattr(config, "max_position_embeddings", None) or _MOST_TOKENS) - (2 if pad else 0)
+    positions = (getattr(config, "max_position_embeddings", None) or _MOST_TOKENS) - (
+        2 if pad else 0
+    )
     most = max(1, min(_MOST_TOKENS, positions))
     notes: list[str] = []
     assert opened.folder is not None
-    if any((opened.folder / file).is_file() for file in ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")):
+    if any(
+        (opened.folder / file).is_file()
+        for file in ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")
+    ):
         import transformers
 
         try:
-            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(opened.folder), local_files_only=True)
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+                str(opened.folder), local_files_only=True
+            )
             if tokenizer.pad_token is None:
                 tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-            encoded = dict(tokenizer(texts, padding=True, truncation=True, max_length=most, return_tensors="pt"))
+            encoded = dict(
+                tokenizer(
+                    texts, padding=True, truncation=True, max_length=most, return_tensors="pt"
+                )
+            )
         except Exception as error:  # tokenizers raises anything for a foreign file
             reason = one_line(error)
-            raise DataError(f"the tokenizer of {opened.name} cannot be used ({reason}); check its files") from error
+            raise DataError(
+                f"the tokenizer of {opened.name} cannot be used ({reason}); check its files"
+            ) from error
         arguments = {"attention_mask": torch.ones_like(encoded["input_ids"]), **encoded}
     else:
-        notes.append("it has no tokenizer, so ids are made up: as many as the texts have words, and a third more")
+        notes.append(
+            "it has no tokenizer, so ids are made up: as many as the texts have words, and a third more"
+        )
         sizes = torch.tensor([min(most, 2 + len(text.split()) * 4 // 3) for text in texts])
         mask = torch.arange(int(sizes.max())) < sizes[:, None]
-        ids = torch.randint(min(5, known - 1), known, mask.shape, generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(
+            min(5, known - 1), known, mask.shape, generator=torch.Generator().manual_seed(0)
+        )
         arguments = {"input_ids": ids.masked_fill(~mask, pad), "attention_mask": mask.long()}
     highest = int(arguments["input_ids"].max())
     if highest >= known:
@@ -271,7 +318,9 @@ def text_batch(opened: Opened, texts: list[str]) -> Batch:
     notes.append(f"{1 - share:.0%} of the tokens of the batch are padding")
     accepted = inspect.signature(opened.model.forward).parameters
     words = f"{len(texts)} texts of {min(lengths)} to {max(lengths)} tokens"
-    return Batch({k: v for k, v in arguments.items() if k in accepted}, len(texts), "texts", words, notes)
+    return Batch(
+        {k: v for k, v in arguments.items() if k in accepted}, len(texts), "texts", words, notes
+    )
 
 
 def image_batch(opened: Opened, folder: Path | None) -> Batch:
@@ -284,21 +333,34 @@ def image_batch(opened: Opened, folder: Path | None) -> Batch:
         try:
             images = bundled().images[:_PHOTOS]
         except DataError:
-            notes.append("no photographs are installed, so the images are noise: they change no time")
+            notes.append(
+                "no photographs are installed, so the images are noise: they change no time"
+            )
     else:
         try:
-            files = sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES)[:_PHOTOS]
+            files = sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES)[
+                :_PHOTOS
+            ]
         except OSError as error:
-            raise DataError(f"--inputs {folder} cannot be read ({one_line(error)}); check its permissions") from error
+            raise DataError(
+                f"--inputs {folder} cannot be read ({one_line(error)}); check its permissions"
+            ) from error
         if not files:
-            raise DataError(f"--inputs {folder} holds no image ({', '.join(_SUFFIXES)}); name a folder of images")
+            raise DataError(
+                f"--inputs {folder} holds no image ({', '.join(_SUFFIXES)}); name a folder of images"
+            )
         images = [decode_image(file, file.name) for file in files]
     size = opened.size or 224
-    pixels = [normalize(resize(to_tensor(i.convert("RGB")), [size, size]), [0.5] * 3, [0.5] * 3) for i in images]
+    pixels = [
+        normalize(resize(to_tensor(i.convert("RGB")), [size, size]), [0.5] * 3, [0.5] * 3)
+        for i in images
+    ]
     noise = torch.randn(_PHOTOS, 3, size, size, generator=torch.Generator().manual_seed(0))
     batch = torch.stack(pixels) if pixels else noise
     name = "" if opened.folder is None else "pixel_values"
-    return Batch({name: batch}, len(batch), "images", f"{len(batch)} images at {size} px", notes=notes)
+    return Batch(
+        {name: batch}, len(batch), "images", f"{len(batch)} images at {size} px", notes=notes
+    )
 
 
 @dataclass(frozen=True)
@@ -326,7 +388,9 @@ class Trial:
     notes: list[str]
 
 
-def run(name: str, options: TryOptions, progress: Progress | None = None, command: Sequence[str] = ()) -> Trial:
+def run(
+    name: str, options: TryOptions, progress: Progress | None = None, command: Sequence[str] = ()
+) -> Trial:
     """Try a model by its name, as `open_model` takes it. Ctrl-C keeps what was measured."""
     opened = open_model(name)
     batch = _batch(opened, options)
@@ -334,7 +398,11 @@ def run(name: str, options: TryOptions, progress: Progress | None = None, comman
     report = accelerate(_shared_copy(opened.model))
     document = _trial(options, progress, command, model=name, opened=opened, batch=batch)
     begins = (f"{len(report.replaced)} modules replaced", "unknown: ")
-    notes = [*opened.notes, *batch.notes, *(line for line in str(report).splitlines() if line.startswith(begins))]
+    notes = [
+        *opened.notes,
+        *batch.notes,
+        *(line for line in str(report).splitlines() if line.startswith(begins)),
+    ]
     return Trial(document, *advice(document, batch.words, notes))
 
 
@@ -345,12 +413,18 @@ def _trial(run: Run, model: str, opened: Opened, batch: Batch) -> Iterator[Case]
     quick = run.options.quick
     rounded = run.options.dtype in ((), ("auto",)) and int8.why_not() is None
     calls = _TEXT_CALLS if batch.unit == "texts" else _IMAGE_CALLS
-    calls = {call: options for call, options in calls.items() if rounded or options.get("dtype") != "int8"}
+    calls = {
+        call: options
+        for call, options in calls.items()
+        if rounded or options.get("dtype") != "int8"
+    }
     for one in (batch, batch.first()):
         run.progress.stage(one.words)
         backends, reports = _backends(opened, one, calls, run.dtypes)
 
-        def count(backend: Backend, result: object, reports: dict[str, list[str]] = reports) -> Extra:
+        def count(
+            backend: Backend, result: object, reports: dict[str, list[str]] = reports
+        ) -> Extra:
             return {"replaced": reports[backend.name]} if backend.name in reports else {}
 
         yield Case(
@@ -358,9 +432,14 @@ def _trial(run: Run, model: str, opened: Opened, batch: Batch) -> Iterator[Case]
             reference=lambda dtype, one=one: _output(one, copy.deepcopy(opened.model).to(DTYPES[dtype])),
             count=count, rounds=2 if quick else 5, budget_s=0.0 if quick else 15.0,
         )  # fmt: skip
-        row = next((row for row in run.document.rows if (row.backend, row.name) == (UNTOUCHED, one.words)), None)
+        row = next(
+            (row for row in run.document.rows if (row.backend, row.name) == (UNTOUCHED, one.words)),
+            None,
+        )
         if row is not None and row.status == "failed":
-            raise InputError(f"{opened.name} does not run on {one.words} as it is ({row.reason}); give another batch")
+            raise InputError(
+                f"{opened.name} does not run on {one.words} as it is ({row.reason}); give another batch"
+            )
 
 
 def _backends(
@@ -377,7 +456,9 @@ def _backends(
 
     def accelerated(call: str, options: dict[str, Any], dtype: str) -> Call:
         changes_weights = options.get("freeze") or options.get("dtype") == "int8"
-        fast = copy.deepcopy(untouched(dtype)) if changes_weights else _shared_copy(untouched(dtype))
+        fast = (
+            copy.deepcopy(untouched(dtype)) if changes_weights else _shared_copy(untouched(dtype))
+        )
         reports[call] = str(accelerate(fast, **options)).splitlines()
         return partial(_output, batch, fast)
 
@@ -390,7 +471,9 @@ def _backends(
             elif dtype == dtypes[0]:
                 found.append(Backend(call, "int8", build, band=INT8_BAND, optional=True))
     for dtype in dtypes:
-        found.append(Backend(UNTOUCHED, dtype, lambda dtype=dtype: partial(_output, batch, untouched(dtype))))
+        found.append(
+            Backend(UNTOUCHED, dtype, lambda dtype=dtype: partial(_output, batch, untouched(dtype)))
+        )
     return found, reports
 
 
@@ -413,7 +496,9 @@ def advice(document: Document, words: str, notes: list[str]) -> tuple[list[Line]
         error = 1.0 if row.parity is None or row.parity.error is None else row.parity.error
         convert = "import torch; model.to(torch.bfloat16); " if dtype == "bf16" else ""
         outputs = "same outputs" if dtype == own else f"within {max(1, math.ceil(100 * error))}%"
-        lines.append(Line(outputs, best / untouched, f"{convert}import xfm_fast; xfm_fast.{row.backend}"))
+        lines.append(
+            Line(outputs, best / untouched, f"{convert}import xfm_fast; xfm_fast.{row.backend}")
+        )
     return lines, notes if lines else [*notes, "no gain here; leave the model as it is"]
 
 
@@ -428,9 +513,13 @@ def _batch(opened: Opened, options: TryOptions) -> Batch:
     images = inputs if inputs is not None and inputs.is_dir() else None
     texts = inputs if images is None else None
     if images is not None and not opened.takes_images:
-        raise InputError(f"--inputs {inputs} is a folder of images, and {kind} takes none; give a file of texts")
+        raise InputError(
+            f"--inputs {inputs} is a folder of images, and {kind} takes none; give a file of texts"
+        )
     if texts is not None and not opened.takes_texts:
-        raise InputError(f"--inputs {inputs} is no folder of images, and {kind} takes no texts; give one")
+        raise InputError(
+            f"--inputs {inputs} is no folder of images, and {kind} takes no texts; give one"
+        )
     if not opened.takes_texts:
         return image_batch(opened, images)
     lines = example_texts() if texts is None else read_texts(texts)

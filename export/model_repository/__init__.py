@@ -42,7 +42,12 @@ _ROOM = 8 << 20
 # Requests of the rank model in one batch.
 _RANK_BATCH = 8
 _BATCHING = {"max_queue_delay_microseconds": 500}
-_DTYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "int64": "TYPE_INT64"}
+_DTYPES = {
+    "float32": "TYPE_FP32",
+    "float16": "TYPE_FP16",
+    "bfloat16": "TYPE_BF16",
+    "int64": "TYPE_INT64",
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,9 @@ def write_model_repository(
     folder, out, options = Path(folder), Path(out), options or RepositoryOptions()
     export, repository = folder.resolve(), out.resolve()
     if export == repository or export in repository.parents or repository in export.parents:
-        raise InputError(f"{out} and the export {folder} contain each other; choose a separate folder")
+        raise InputError(
+            f"{out} and the export {folder} contain each other; choose a separate folder"
+        )
     progress("comparing the export with its manifest")
     manifest = Manifest.load(folder)
     if tokenizer is None and options.pipeline == "rank":
@@ -90,18 +97,24 @@ def write_model_repository(
     return models
 
 
-def _write_model(model: PlannedModel, export: Path, home: Path, tokenizer: CaptionTokenizer | None) -> None:
+def _write_model(
+    model: PlannedModel, export: Path, home: Path, tokenizer: CaptionTokenizer | None
+) -> None:
     version = home / "1"
     version.mkdir(parents=True)
     for name in model.graph.files if model.graph else ():
         shutil.copyfile(export / name, version / name)
         with (version / name).open("rb") as file:
             os.fsync(file.fileno())
-    contents = {home / "config.pbtxt": "".join(f"{line}\n" for line in render(model.config)).encode()}
+    contents = {
+        home / "config.pbtxt": "".join(f"{line}\n" for line in render(model.config)).encode()
+    }
     if model.manifest is not None and tokenizer is not None:
         contents[version / "model.py"] = _RANK_SCRIPT.encode()
         tokenizer.save(version / TOKENIZER_FILE)
-        model.manifest.model_copy(update={"files": record_files(version, [TOKENIZER_FILE])}).save(version)
+        model.manifest.model_copy(update={"files": record_files(version, [TOKENIZER_FILE])}).save(
+            version
+        )
     write_bytes(contents)
 
 
@@ -111,17 +124,27 @@ def plan_models(
     """The models of a repository; raises an `XFMError` for exports, options and tokenizers that do not fit."""
     options.check()
     if manifest.status == "failed":
-        raise ExportError(f"this export failed verification ({manifest.reason}); export again in another --dtype")
+        raise ExportError(
+            f"this export failed verification ({manifest.reason}); export again in another --dtype"
+        )
     if manifest.packed:
-        raise ExportError("the graphs take packed captions and Triton's models padded ones; export without --packed")
+        raise ExportError(
+            "the graphs take packed captions and Triton's models padded ones; export without --packed"
+        )
     if manifest.kind not in PLATFORMS:
-        raise ExportError(f"Triton runs {' and '.join(PLATFORMS)}, not {manifest.kind}; export to one of them")
+        raise ExportError(
+            f"Triton runs {' and '.join(PLATFORMS)}, not {manifest.kind}; export to one of them"
+        )
     if manifest.kind == "tensorrt":
         if options.device == "cpu":
-            raise ExportError("device cpu does not run engines of tensorrt; leave it out, or export to onnx")
+            raise ExportError(
+                "device cpu does not run engines of tensorrt; leave it out, or export to onnx"
+            )
         options = replace(options, device="gpu")
     models = [
-        PlannedModel(name, graph_config(name, record, PLATFORMS[manifest.kind], options), graph=record)
+        PlannedModel(
+            name, graph_config(name, record, PLATFORMS[manifest.kind], options), graph=record
+        )
         for record in manifest.graphs
         for name in [f"{options.prefix}_{record.name}"]
     ]
@@ -130,17 +153,27 @@ def plan_models(
     return models
 
 
-def _plan_rank(manifest: Manifest, options: RepositoryOptions, tokenizer: CaptionTokenizer | None) -> PlannedModel:
+def _plan_rank(
+    manifest: Manifest, options: RepositoryOptions, tokenizer: CaptionTokenizer | None
+) -> PlannedModel:
     graphs = "choose --pipeline graphs"
     if missing := [graph for graph in DEFAULT_GRAPHS if graph not in manifest.graph_names]:
-        raise ExportError(f"rank needs the graphs {', '.join(missing)}; export them with --graphs, or {graphs}")
+        raise ExportError(
+            f"rank needs the graphs {', '.join(missing)}; export them with --graphs, or {graphs}"
+        )
     if all(output.name != "match_logits" for output in manifest.graph("fusion").outputs):
-        raise ExportError(f"rank needs match logits; export a model with the 'matching' head, or {graphs}")
+        raise ExportError(
+            f"rank needs match logits; export a model with the 'matching' head, or {graphs}"
+        )
     if tokenizer is None:
-        raise InputError(f"rank needs a tokenizer for captions; export the model with --tokenizer, or {graphs}")
+        raise InputError(
+            f"rank needs a tokenizer for captions; export the model with --tokenizer, or {graphs}"
+        )
     tokenizer.check(manifest.xfm_config)
     if manifest.tokenizer_sha256 not in (None, tokenizer.sha256()):
-        raise InputError(f"{tokenizer.origin} is not the export's tokenizer; give the tokenizer of the export")
+        raise InputError(
+            f"{tokenizer.origin} is not the export's tokenizer; give the tokenizer of the export"
+        )
     records = []
     for graph in DEFAULT_GRAPHS:
         record = manifest.graph(graph)
@@ -150,11 +183,17 @@ def _plan_rank(manifest: Manifest, options: RepositoryOptions, tokenizer: Captio
             batch = AxisRecord(least=record.axes["batch"].least, most=rows)
             record = record.model_copy(update={"axes": record.axes | {"batch": batch}})
         records.append(record)
-    longest = [largest(graph_slots(record), "length") for record in records if record.name in ("text", "fusion")]
+    longest = [
+        largest(graph_slots(record), "length")
+        for record in records
+        if record.name in ("text", "fusion")
+    ]
     tokens = min(_OFFICIAL_TOKENS, manifest.xfm_config.max_text_length, *filter(None, longest))
     name = f"{options.prefix}_rank"
     config = rank_config(name, tokens, options)
-    return PlannedModel(name, config, manifest=manifest.model_copy(update={"graphs": records, "files": []}))
+    return PlannedModel(
+        name, config, manifest=manifest.model_copy(update={"graphs": records, "files": []})
+    )
 
 
 class Symbol(str):
@@ -171,22 +210,33 @@ def most_batch(record: GraphRecord, most: int) -> int:
         return most
 
     def covers(wide: Slot, slot: Slot) -> bool:
-        pairs = ((wide.ranges[axis], sizes) for axis, sizes in slot.ranges.items() if axis != "batch")
+        pairs = (
+            (wide.ranges[axis], sizes) for axis, sizes in slot.ranges.items() if axis != "batch"
+        )
         return wide.ranges["batch"].least <= 1 and all(
-            wider.least <= sizes.least and (sizes.most or inf) <= (wider.most or inf) for wider, sizes in pairs
+            wider.least <= sizes.least and (sizes.most or inf) <= (wider.most or inf)
+            for wider, sizes in pairs
         )
 
     widest = [slot for slot in slots if slot.ranges["batch"].most == top]
-    return top if top > 1 and any(all(covers(wide, slot) for slot in slots) for wide in widest) else 0
+    return (
+        top if top > 1 and any(all(covers(wide, slot) for slot in slots) for wide in widest) else 0
+    )
 
 
-def graph_config(name: str, record: GraphRecord, platform: str, options: RepositoryOptions) -> dict[str, Any]:
+def graph_config(
+    name: str, record: GraphRecord, platform: str, options: RepositoryOptions
+) -> dict[str, Any]:
     """The configuration of a graph's model."""
     batch, slots = most_batch(record, options.most_batch), graph_slots(record)
 
     def tensor(each: TensorRecord) -> dict[str, Any]:
         dims = [dim if isinstance(dim, int) else -1 for dim in each.dims]
-        return {"name": each.name, "data_type": Symbol(_DTYPES[each.dtype]), "dims": dims[1:] if batch else dims}
+        return {
+            "name": each.name,
+            "data_type": Symbol(_DTYPES[each.dtype]),
+            "dims": dims[1:] if batch else dims,
+        }
 
     def warmup(slot: Slot) -> dict[str, Any]:
         sizes = slot.example()
@@ -202,11 +252,21 @@ def graph_config(name: str, record: GraphRecord, platform: str, options: Reposit
             }
             for each in record.inputs
         ]
-        return {"name": slot.name, "batch_size": min(sizes["batch"], batch) if batch else 1, "inputs": inputs}
+        return {
+            "name": slot.name,
+            "batch_size": min(sizes["batch"], batch) if batch else 1,
+            "inputs": inputs,
+        }
 
     # One group for all profiles: an instance then has a context per profile and takes the closest to a request.
     profiles = [str(slot.number) for slot in slots] if record.profiles else []
-    tuned = sorted({best for slot in slots if (best := slot.ranges["batch"].best) is not None and 1 < best <= batch})
+    tuned = sorted(
+        {
+            best
+            for slot in slots
+            if (best := slot.ranges["batch"].best) is not None and 1 < best <= batch
+        }
+    )
     captured = {"cuda": {"graphs": True, "graph_spec": _cuda_graphs(record, slots, batch)}}
     return {
         "name": name,
@@ -215,7 +275,9 @@ def graph_config(name: str, record: GraphRecord, platform: str, options: Reposit
         "max_batch_size": batch,
         "input": [tensor(each) for each in record.inputs],
         "output": [tensor(each) for each in record.outputs],
-        "instance_group": [{"count": 1, "kind": Symbol(f"KIND_{options.device.upper()}"), "profile": profiles}],
+        "instance_group": [
+            {"count": 1, "kind": Symbol(f"KIND_{options.device.upper()}"), "profile": profiles}
+        ],
         "model_warmup": [warmup(slot) for slot in slots],
         **({"dynamic_batching": {"preferred_batch_size": tuned, **_BATCHING}} if batch else {}),
         **({"optimization": captured} if profiles else {}),
@@ -236,7 +298,9 @@ def _cuda_graphs(record: GraphRecord, slots: Sequence[Slot], batch: int) -> list
         ]
         if batch:
             lower = {"batch_size": slot.ranges["batch"].least, "input": shapes}
-            specs.append({"batch_size": sizes["batch"], "input": shapes, "graph_lower_bound": lower})
+            specs.append(
+                {"batch_size": sizes["batch"], "input": shapes, "graph_lower_bound": lower}
+            )
         else:
             specs.append({"input": shapes})
     return specs
@@ -256,7 +320,10 @@ def rank_config(name: str, tokens: int, options: RepositoryOptions) -> dict[str,
         "backend": "python",
         "max_batch_size": _RANK_BATCH,
         # Ragged: requests with different numbers of images and captions share a batch.
-        "input": [tensor(each, "TYPE_STRING", -1, allow_ragged_batch=True) for each in ("images", "captions")],
+        "input": [
+            tensor(each, "TYPE_STRING", -1, allow_ragged_batch=True)
+            for each in ("images", "captions")
+        ],
         "output": [
             tensor("scores", "TYPE_FP32", -1, -1),
             tensor("caption_order", "TYPE_INT64", -1, -1),
@@ -265,8 +332,12 @@ def rank_config(name: str, tokens: int, options: RepositoryOptions) -> dict[str,
         ],
         "dynamic_batching": _BATCHING,
         # One instance, because instances do not share the cache of image memories.
-        "instance_group": [{"count": 1, "kind": Symbol("KIND_GPU" if options.device == "gpu" else "KIND_CPU")}],
-        "parameters": [{"key": key, "value": {"string_value": str(value)}} for key, value in values.items()],
+        "instance_group": [
+            {"count": 1, "kind": Symbol("KIND_GPU" if options.device == "gpu" else "KIND_CPU")}
+        ],
+        "parameters": [
+            {"key": key, "value": {"string_value": str(value)}} for key, value in values.items()
+        ],
     }
 
 

@@ -38,8 +38,15 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"])["parameters"]
         values = {name: value["string_value"] for name, value in parameters.items()}
         folder = Path(args["model_repository"], args["model_version"])
-        device = f"cuda:{args['model_instance_device_id']}" if args["model_instance_kind"] == "GPU" else "cpu"
-        self.limits = {"images": int(values["most_images"]), "captions": int(values["most_captions"])}
+        device = (
+            f"cuda:{args['model_instance_device_id']}"
+            if args["model_instance_kind"] == "GPU"
+            else "cpu"
+        )
+        self.limits = {
+            "images": int(values["most_images"]),
+            "captions": int(values["most_captions"]),
+        }
         self.tokens = int(values["tokens"])
         try:
             self.session = Session(folder, ServerRuntime(values["prefix"], torch.device(device)))
@@ -56,7 +63,9 @@ class TritonPythonModel:
             rows = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in names]
             try:
                 if len(rows[0]) != len(rows[1]):
-                    raise InputError(f"images have {len(rows[0])} rows and captions {len(rows[1])}; give as many")
+                    raise InputError(
+                        f"images have {len(rows[0])} rows and captions {len(rows[1])}; give as many"
+                    )
                 parsed.append([self.query(*map(list, pair)) for pair in zip(*rows, strict=True)])
             except XFMError as error:
                 parsed.append(error)
@@ -68,7 +77,8 @@ class TritonPythonModel:
         except Exception as error:  # the model survives any failure of its requests
             return [_failed(each if isinstance(each, XFMError) else error) for each in parsed]
         return [
-            _failed(each) if isinstance(each, XFMError) else _response([next(ranked) for _ in each]) for each in parsed
+            _failed(each) if isinstance(each, XFMError) else _response([next(ranked) for _ in each])
+            for each in parsed
         ]
 
     def query(self, images: Sequence[bytes], captions: Sequence[bytes]) -> Query:
@@ -78,18 +88,26 @@ class TritonPythonModel:
                 raise InputError(f"the request has {len(items)} {noun}; give 1 to {most}")
         for number, content in enumerate(images):
             if len(content) > _IMAGE_BYTES:
-                raise InputError(f"image {number} has {len(content):,} bytes; give at most {_IMAGE_BYTES:,}")
-        pictures = tuple(self.ranker.picture(content, f"image {number}") for number, content in enumerate(images))
+                raise InputError(
+                    f"image {number} has {len(content):,} bytes; give at most {_IMAGE_BYTES:,}"
+                )
+        pictures = tuple(
+            self.ranker.picture(content, f"image {number}") for number, content in enumerate(images)
+        )
         texts = []
         for number, caption in enumerate(captions):
             try:
                 text = caption.decode()
                 if len(text) > _CAPTION_CHARACTERS:
                     most = f"{_CAPTION_CHARACTERS:,}"
-                    raise InputError(f"caption {number} has {len(text):,} characters; give at most {most}")
+                    raise InputError(
+                        f"caption {number} has {len(text):,} characters; give at most {most}"
+                    )
                 texts.append(pre_caption(text))
             except UnicodeDecodeError as error:
-                raise DataError(f"caption {number} is not UTF-8 ({error}); encode it in UTF-8") from None
+                raise DataError(
+                    f"caption {number} is not UTF-8 ({error}); encode it in UTF-8"
+                ) from None
             except DataError as error:
                 raise DataError(f"caption {number}: {error}") from None
         return Query(pictures, tuple(map(tuple, self.tokenizer.encode_ids(texts, self.tokens))))
@@ -99,7 +117,11 @@ class ServerRuntime(Runtime):
     """Graphs that are the models `<prefix>_<graph>` of the server."""
 
     def __init__(self, prefix: str, device: torch.device) -> None:
-        self.description, self.device, self._prefix = f"models {prefix}_* of the server ({device})", device, prefix
+        self.description, self.device, self._prefix = (
+            f"models {prefix}_* of the server ({device})",
+            device,
+            prefix,
+        )
 
     def load(self, record: GraphRecord, path: Path) -> LoadedGraph:
         """See `Runtime.load`."""
@@ -107,15 +129,22 @@ class ServerRuntime(Runtime):
         gpu = self.device.type == "cuda"
         memory = pb_utils.TRITONSERVER_MEMORY_GPU if gpu else pb_utils.TRITONSERVER_MEMORY_CPU
 
-        def run(inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        def run(
+            inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]
+        ) -> dict[str, Tensor]:
             response = pb_utils.InferenceRequest(
                 model_name=name,
                 requested_output_names=outputs,
-                inputs=[pb_utils.Tensor.from_dlpack(each, value.contiguous()) for each, value in inputs.items()],
+                inputs=[
+                    pb_utils.Tensor.from_dlpack(each, value.contiguous())
+                    for each, value in inputs.items()
+                ],
                 preferred_memory=pb_utils.PreferredMemory(memory, self.device.index or 0),
             ).exec()
             if response.has_error():
-                raise ExportError(f"model {name!r} failed ({response.error().message()}); see the server's log")
+                raise ExportError(
+                    f"model {name!r} failed ({response.error().message()}); see the server's log"
+                )
             # A copy, because the server reuses the memory of its outputs.
             return {
                 tensor.name(): torch.from_dlpack(tensor.to_dlpack()).to(self.device, copy=True)
@@ -137,5 +166,8 @@ def _response(answers: Sequence[Ranking | XFMError]) -> Any:
         return _failed(errors[0])
     names = ("scores", "caption_order", "image_order", "reused")
     return pb_utils.InferenceResponse(
-        [pb_utils.Tensor(name, torch.stack([getattr(each, name) for each in answers]).numpy()) for name in names]
+        [
+            pb_utils.Tensor(name, torch.stack([getattr(each, name) for each in answers]).numpy())
+            for name in names
+        ]
     )

@@ -51,7 +51,9 @@ class Spelling(NamedTuple):
 class LoadedGraph(Protocol):
     """A graph that is ready to run."""
 
-    def run(self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int], /) -> dict[str, Tensor]:
+    def run(
+        self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int], /
+    ) -> dict[str, Tensor]:
         """All outputs by name, for contiguous inputs on the runtime's device with the sizes of a slot."""
         ...
 
@@ -59,7 +61,9 @@ class LoadedGraph(Protocol):
 class RunFunction:
     """A `LoadedGraph` made of a function."""
 
-    def __init__(self, run: Callable[[Mapping[str, Tensor], Slot, Mapping[str, int]], dict[str, Tensor]]) -> None:
+    def __init__(
+        self, run: Callable[[Mapping[str, Tensor], Slot, Mapping[str, int]], dict[str, Tensor]]
+    ) -> None:
         self.run = run
 
 
@@ -102,7 +106,9 @@ class Runtime:
 
         self.library: Any = self.import_library()
         if device is not None and device.type != "cpu":
-            raise UnavailableError(f"{self.title} is used on the CPU here, not on {device}; use device='cpu'")
+            raise UnavailableError(
+                f"{self.title} is used on the CPU here, not on {device}; use device='cpu'"
+            )
         self.device = torch.device("cpu")
         self.description = f"{self.name} {getattr(self.library, '__version__', '')}, CPU"
 
@@ -113,14 +119,17 @@ class Runtime:
     @classmethod
     def why_absent(cls, device: torch.device) -> str | None:
         """Why a benchmark on a device cannot export for it and run it; None where it can."""
-        missing = [name for name in (cls.package, "onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+        missing = [
+            name
+            for name in (cls.package, "onnx", "onnxscript")
+            if importlib.util.find_spec(name) is None
+        ]
         if missing:
             return f"{' and '.join(missing)} not installed"
         if device.type in cls.devices:
             return None
-        return (
-            f"{'runs on the CPU' if 'cpu' in cls.devices else 'needs an NVIDIA GPU'}, and this run is on {device.type}"
-        )
+        needs = "runs on the CPU" if "cpu" in cls.devices else "needs an NVIDIA GPU"
+        return f"{needs}, and this run is on {device.type}"
 
     @classmethod
     def export(cls, model: Any, folder: str | Path, request: Any = None, **given: Any) -> Manifest:
@@ -154,7 +163,9 @@ class Runtime:
             return importlib.import_module(cls.package)
         except (ImportError, OSError) as error:
             remedy = f"pip install '.[{cls.extra}]'" if cls.extra else f"install {cls.package}"
-            raise UnavailableError(f"{cls.title} is not installed ({' '.join(str(error).split())}); {remedy}") from None
+            raise UnavailableError(
+                f"{cls.title} is not installed ({' '.join(str(error).split())}); {remedy}"
+            ) from None
 
 
 _Kind = TypeVar("_Kind", bound=type[Runtime])
@@ -189,7 +200,9 @@ def find_runtime(name: str) -> type[Runtime]:
 def data_type(name: str) -> DType:
     """The dtype of a name; raises `UnavailableError` for an unknown one."""
     if name not in get_args(DType):
-        raise UnavailableError(f"dtype {name!r} is unknown; choose from {', '.join(get_args(DType))}")
+        raise UnavailableError(
+            f"dtype {name!r} is unknown; choose from {', '.join(get_args(DType))}"
+        )
     return name  # pyright: ignore[reportReturnType]
 
 
@@ -197,7 +210,9 @@ def choose_runtime(manifest: Manifest, folder: Path) -> str:
     """The runtime that `auto` stands for; raises `ExportError` for files that run code when they are loaded."""
     fitting = [each for each in runtimes().values() if each.kind == manifest.kind]
     if not fitting:
-        raise ExportError(f"{folder} holds {manifest.kind!r}, which no runtime runs; register one, or export again")
+        raise ExportError(
+            f"{folder} holds {manifest.kind!r}, which no runtime runs; register one, or export again"
+        )
     fitting.sort(key=lambda each: each.name != manifest.consumer)
     first = fitting[0]
     if not first.automatic:
@@ -205,19 +220,28 @@ def choose_runtime(manifest: Manifest, folder: Path) -> str:
             f"{folder} holds files of {first.title}, native code that runs when it is loaded; if you trust their "
             f"origin, ask for it by name: runtime={first.name!r}, or --runtime {first.name} on the command line"
         )
-    installed = (each.name for each in fitting if each.automatic and importlib.util.find_spec(each.package) is not None)
+    installed = (
+        each.name
+        for each in fitting
+        if each.automatic and importlib.util.find_spec(each.package) is not None
+    )
     return next(installed, first.name)
 
 
 def open_runtime(
-    name: str, manifest: Manifest, device: torch.device | str | None = None, precision: Precision | None = None
+    name: str,
+    manifest: Manifest,
+    device: torch.device | str | None = None,
+    precision: Precision | None = None,
 ) -> Runtime:
     """The runtime of a name, on a device, for an export."""
     import torch
 
     kind = find_runtime(name)
     if manifest.kind != kind.kind:
-        fitting = next((each.name for each in runtimes().values() if each.kind == manifest.kind), "auto")
+        fitting = next(
+            (each.name for each in runtimes().values() if each.kind == manifest.kind), "auto"
+        )
         raise ExportError(
             f"runtime {name!r} runs {kind.kind} and this export holds {manifest.kind}; load it with "
             f"runtime={fitting!r}, or export again with xfm-fast export --to {kind.kind}"
@@ -231,10 +255,14 @@ def open_runtime(
     return kind(manifest, None if device is None else torch.device(device), **chosen)
 
 
-def failed_run(description: str, graph: str, inputs: Mapping[str, Tensor], reason: str) -> ExportError:
+def failed_run(
+    description: str, graph: str, inputs: Mapping[str, Tensor], reason: str
+) -> ExportError:
     """The error of a graph that loaded but does not run."""
     shapes = ", ".join(f"{name} {[*value.shape]}" for name, value in inputs.items())
-    return ExportError(f"{description} failed in graph {graph!r} on {shapes} ({reason}); try smaller batches")
+    return ExportError(
+        f"{description} failed in graph {graph!r} on {shapes} ({reason}); try smaller batches"
+    )
 
 
 def first_line(error: Exception) -> str:

@@ -9,7 +9,9 @@ import platform
 import tempfile
 import warnings
 from collections.abc import Mapping
-from collections.abc import Sequence as Sequence  # the command line resolves inherited annotations here
+from collections.abc import (
+    Sequence as Sequence,
+)  # the command line resolves inherited annotations here
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +20,16 @@ from xfm_fast.errors import ExportError, UnavailableError
 
 from ..request import DType as DType
 from ..request import ExportRequest
-from . import LoadedGraph, RunFunction, Runtime, Spelling, data_type, failed_run, first_line, register
+from . import (
+    LoadedGraph,
+    RunFunction,
+    Runtime,
+    Spelling,
+    data_type,
+    failed_run,
+    first_line,
+    register,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +39,21 @@ if TYPE_CHECKING:
     from ..manifest import GraphRecord, Manifest, PackageTarget
 
 # Extensions that compilers make use of for arithmetic, by the names that Linux gives them.
-_EXTENSIONS = ("amx", "asimd", "avx", "bf16", "bmi", "f16c", "fma", "gfni", "i8mm", "sse", "sve", "vaes", "vpclmul")
+_EXTENSIONS = (
+    "amx",
+    "asimd",
+    "avx",
+    "bf16",
+    "bmi",
+    "f16c",
+    "fma",
+    "gfni",
+    "i8mm",
+    "sse",
+    "sve",
+    "vaes",
+    "vpclmul",
+)
 # Subgraphs of weights only (such as the joined QKV bias of vision) are computed on loading, not in every call.
 _COMPILER = {"aot_inductor.use_runtime_constant_folding": True}
 
@@ -49,7 +74,9 @@ class PackageRequest(ExportRequest):
 
         data_type(self.dtype)
         if self.device != "cpu" and not (self.device == "cuda" and torch.cuda.is_available()):
-            raise UnavailableError(f"device {self.device!r} is not available to PyTorch here; use --device cpu")
+            raise UnavailableError(
+                f"device {self.device!r} is not available to PyTorch here; use --device cpu"
+            )
 
 
 @register
@@ -68,11 +95,17 @@ class AOTInductor(Runtime):
 
         target = manifest.package
         if target is None:
-            raise ExportError("the manifest of these packages does not say what they were compiled for; export again")
+            raise ExportError(
+                "the manifest of these packages does not say what they were compiled for; export again"
+            )
         if device is not None and device.type != target.device:
-            raise UnavailableError(f"these packages were compiled for {target.device}, not for {device.type}")
+            raise UnavailableError(
+                f"these packages were compiled for {target.device}, not for {device.type}"
+            )
         if target.device == "cuda" and not torch.cuda.is_available():
-            raise UnavailableError("these packages were compiled for an NVIDIA GPU and PyTorch finds none here")
+            raise UnavailableError(
+                "these packages were compiled for an NVIDIA GPU and PyTorch finds none here"
+            )
         here = local_target(target.device)
         lacking = sorted({*target.instructions} - {*here.instructions}) if here.instructions else []
         for name in ("torch", "architecture", "compute_capability"):
@@ -86,7 +119,9 @@ class AOTInductor(Runtime):
         self.device = torch.device("cpu")
         if target.device == "cuda":
             index = None if device is None else device.index
-            self.device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+            self.device = torch.device(
+                "cuda", torch.cuda.current_device() if index is None else index
+            )
         self.description = f"AOTInductor of torch {torch.__version__}, {target.device.upper()}"
 
     def load(self, record: GraphRecord, path: Path) -> LoadedGraph:
@@ -105,14 +140,23 @@ class AOTInductor(Runtime):
             try:
                 results = package(*(inputs[tensor.name] for tensor in record.inputs))
             except Exception as error:
-                raise failed_run(self.description, record.name, inputs, first_line(error)) from error
-            return {tensor.name: value for tensor, value in zip(record.outputs, results, strict=True)}
+                raise failed_run(
+                    self.description, record.name, inputs, first_line(error)
+                ) from error
+            return {
+                tensor.name: value for tensor, value in zip(record.outputs, results, strict=True)
+            }
 
         return RunFunction(run)
 
 
 def export_packages(
-    model: Any, folder: str | Path, request: PackageRequest | None = None, *, consumer: str = "aoti", **given: Any
+    model: Any,
+    folder: str | Path,
+    request: PackageRequest | None = None,
+    *,
+    consumer: str = "aoti",
+    **given: Any,
 ) -> Manifest:
     """Compile graphs of a model to `<graph>.pt2` for this machine, and write `manifest.json`."""
     from torch._inductor import aoti_compile_and_package
@@ -135,7 +179,9 @@ def export_packages(
             ):
                 program = trace(graph, request.dtype, content.fixed, request.device)
                 made = Path(scratch, record.file)
-                aoti_compile_and_package(program, package_path=str(made), inductor_configs=_COMPILER)
+                aoti_compile_and_package(
+                    program, package_path=str(made), inductor_configs=_COMPILER
+                )
                 made.replace(Path(folder, record.file))
         except Exception as error:  # the compiler's own classes, which share no public base
             raise ExportError(
@@ -161,7 +207,14 @@ def local_target(device: Literal["cpu", "cuda"]) -> PackageTarget:
 
     listing = Path("/proc/cpuinfo")
     lines = listing.read_text().splitlines() if listing.exists() else []
-    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    flags = next(
+        (
+            line.partition(":")[2].split()
+            for line in lines
+            if line.startswith(("flags", "Features"))
+        ),
+        [],
+    )
     major, minor = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
     return PackageTarget(
         torch=torch.__version__,

@@ -40,7 +40,9 @@ class OnnxRuntime(Runtime):
     dtypes = ("fp32",)
     devices = ("cpu", "cuda")
 
-    def __init__(self, manifest: Manifest, device: torch.device | None = None, *, compares: bool = False) -> None:
+    def __init__(
+        self, manifest: Manifest, device: torch.device | None = None, *, compares: bool = False
+    ) -> None:
         self.library: Any = self.import_library()
         self.device = self._device(device)
         self.description = f"onnxruntime {self.library.__version__}, {self.device.type.upper()}"
@@ -64,7 +66,9 @@ class OnnxRuntime(Runtime):
         if chosen.type != "cuda":
             raise UnavailableError(f"ONNX Runtime is used on cpu or cuda here, not on {chosen}")
         if not provided or not torch.cuda.is_available():
-            lacking = "PyTorch finds no GPU" if provided else "this onnxruntime has no CUDA provider"
+            lacking = (
+                "PyTorch finds no GPU" if provided else "this onnxruntime has no CUDA provider"
+            )
             raise UnavailableError(
                 f"device {chosen} cannot be used: {lacking}; pip install onnxruntime-gpu, or use cpu"
             )
@@ -76,7 +80,9 @@ class OnnxRuntime(Runtime):
             return self._load(record, path)
         wide = {
             side: [
-                tensor.model_copy(update={"dtype": "float32"}) if tensor.dtype == "bfloat16" else tensor
+                tensor.model_copy(update={"dtype": "float32"})
+                if tensor.dtype == "bfloat16"
+                else tensor
                 for tensor in getattr(record, side)
             ]
             for side in ("inputs", "outputs")
@@ -101,23 +107,37 @@ class OnnxRuntime(Runtime):
         if self.device.type == "cuda":
             stream = torch.cuda.Stream(self.device)
             # By default fp32 operands are rounded to TF32, an error a hundred times that of fp32.
-            options = {"device_id": self.device.index, "use_tf32": 0, "user_compute_stream": str(stream.cuda_stream)}
+            options = {
+                "device_id": self.device.index,
+                "use_tf32": 0,
+                "user_compute_stream": str(stream.cuda_stream),
+            }
             providers.insert(0, ("CUDAExecutionProvider", options))
         try:
-            session = self.library.InferenceSession(str(path), self._options(record), providers=providers)
+            session = self.library.InferenceSession(
+                str(path), self._options(record), providers=providers
+            )
         except Exception as error:  # the library's own classes, which share no public base
             raise ExportError(
                 f"{self.description} does not load {path.name} ({first_line(error)}); export it with --for "
                 f"{self.name}, or upgrade onnxruntime"
             ) from error
-        types = {tensor.name: _ELEMENT_TYPES[tensor.dtype] for tensor in (*record.inputs, *record.outputs)}
+        types = {
+            tensor.name: _ELEMENT_TYPES[tensor.dtype]
+            for tensor in (*record.inputs, *record.outputs)
+        }
         where = self.device.type, self.device.index or 0
         # On a GPU calls of a graph follow each other, on the one stream that its session computes on.
         turn = contextlib.nullcontext() if stream is None else threading.Lock()
 
-        def run(inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        def run(
+            inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]
+        ) -> dict[str, Tensor]:
             if self._widens:
-                inputs = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
+                inputs = {
+                    name: value.float() if value.is_floating_point() else value
+                    for name, value in inputs.items()
+                }
             outputs = empty_tensors(record.outputs, sizes, self.device)
             binding = session.io_binding()
             for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
@@ -130,8 +150,14 @@ class OnnxRuntime(Runtime):
                 try:
                     session.run_with_iobinding(binding)
                 except Exception as error:
-                    raise failed_run(self.description, record.name, inputs, first_line(error)) from error
-            return {name: value.bfloat16() for name, value in outputs.items()} if self._widens else outputs
+                    raise failed_run(
+                        self.description, record.name, inputs, first_line(error)
+                    ) from error
+            return (
+                {name: value.bfloat16() for name, value in outputs.items()}
+                if self._widens
+                else outputs
+            )
 
         return RunFunction(run)
 
@@ -160,7 +186,9 @@ def session_options(device: str = "cpu") -> Any:
     options.intra_op_num_threads = torch.get_num_threads()
     if device == "cpu":
         # On a CPU the fused kernel is slower than the sum and the norm that it replaces.
-        options.add_session_config_entry("optimization.disable_specified_optimizers", "SkipLayerNormFusion")
+        options.add_session_config_entry(
+            "optimization.disable_specified_optimizers", "SkipLayerNormFusion"
+        )
     if not getattr(torch.cpu, "_is_vnni_supported", bool)():
         # Without VNNI two int8 products are added in 16 bits, which overflows unless this is set. With VNNI the option
         # would triple the time.

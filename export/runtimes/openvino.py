@@ -34,20 +34,30 @@ class OpenVINO(Runtime):
     precisions = ("fp32", "bf16")
 
     def __init__(
-        self, manifest: Manifest, device: torch.device | None = None, *, precision: Precision = "fp32"
+        self,
+        manifest: Manifest,
+        device: torch.device | None = None,
+        *,
+        precision: Precision = "fp32",
     ) -> None:
         super().__init__(manifest, device)
         self.spelling(manifest.dtype)
         version: str = self.library.__version__
         known = tuple(int(part) for part in version.split("-")[0].split(".")[:2])
-        if manifest.attention == "function" or (manifest.attention == "opset23" and known < _FIRST_WITH_ATTENTION):
+        if manifest.attention == "function" or (
+            manifest.attention == "opset23" and known < _FIRST_WITH_ATTENTION
+        ):
             raise ExportError(
                 f"this export spells attention as {manifest.attention}, which OpenVINO {version} does not read; export "
                 "it with --for openvino"
             )
         self._core: Any = self.library.Core()
-        if precision == "bf16" and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            raise UnavailableError("this processor has no bf16 arithmetic; leave out precision='bf16'")
+        if precision == "bf16" and "BF16" not in self._core.get_property(
+            "CPU", "OPTIMIZATION_CAPABILITIES"
+        ):
+            raise UnavailableError(
+                "this processor has no bf16 arithmetic; leave out precision='bf16'"
+            )
         self._precision: Precision = precision
         self.description = f"openvino {version.split('-')[0]}, CPU, {precision}"
 
@@ -80,7 +90,9 @@ class OpenVINO(Runtime):
             ) from error
         request, lock = compiled.create_infer_request(), threading.Lock()
 
-        def run(inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        def run(
+            inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]
+        ) -> dict[str, Tensor]:
             outputs = empty_tensors(record.outputs, sizes, self.device)
             with lock:
                 for name, value in {**inputs, **outputs}.items():
@@ -88,7 +100,9 @@ class OpenVINO(Runtime):
                 try:
                     request.infer()
                 except Exception as error:
-                    raise failed_run(self.description, record.name, inputs, _reason(error)) from error
+                    raise failed_run(
+                        self.description, record.name, inputs, _reason(error)
+                    ) from error
             return outputs
 
         return RunFunction(run)
@@ -97,4 +111,6 @@ class OpenVINO(Runtime):
 def _reason(error: Exception) -> str:
     """The message of an error without the places in the library's source."""
     lines = [line.strip() for line in str(error).splitlines()]
-    return " ".join(line for line in lines if line and not line.startswith(("Exception from", "Check '")))[:300]
+    return " ".join(
+        line for line in lines if line and not line.startswith(("Exception from", "Check '"))
+    )[:300]

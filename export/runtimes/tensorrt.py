@@ -139,7 +139,9 @@ def local_capability() -> int | None:
     return 10 * major + minor
 
 
-def check_engine_file(path: Path, runtime: type[Runtime], *, expected_bytes: int | None = None) -> None:
+def check_engine_file(
+    path: Path, runtime: type[Runtime], *, expected_bytes: int | None = None
+) -> None:
     """Raise `ExportError` for a missing, empty, truncated or foreign engine, before a runtime asserts on it."""
     again = f"copy the file again or build it with xfm-fast export --to {runtime.name}"
     try:
@@ -147,12 +149,16 @@ def check_engine_file(path: Path, runtime: type[Runtime], *, expected_bytes: int
         with path.open("rb") as file:
             head = file.read(_RTX_HEADER)
     except OSError as error:
-        raise ExportError(f"engine {path} cannot be read ({error.strerror or error}); {again}") from None
+        raise ExportError(
+            f"engine {path} cannot be read ({error.strerror or error}); {again}"
+        ) from None
     if not size:
         raise ExportError(f"engine {path} is empty; {again}")
     of_rtx = head.startswith(_RTX_MAGIC)
     if of_rtx != (runtime.name == TensorRTForRTX.name) or (of_rtx and len(head) < _RTX_HEADER):
-        raise ExportError(f"engine {path} cannot be loaded, it is no engine of {runtime.title}; {again}")
+        raise ExportError(
+            f"engine {path} cannot be loaded, it is no engine of {runtime.title}; {again}"
+        )
     for expected in (int.from_bytes(head[16:24], "little") if of_rtx else None, expected_bytes):
         if expected is not None and size != expected:
             state = "truncated" if size < expected else "damaged"
@@ -169,7 +175,9 @@ class TensorRT(Runtime):
     exporter = "xfm_fast.export.engines:export_engines"
     devices = ("cuda",)
 
-    def __init__(self, manifest: Manifest, device: torch.device | None = None, *, cuda: Any = None) -> None:
+    def __init__(
+        self, manifest: Manifest, device: torch.device | None = None, *, cuda: Any = None
+    ) -> None:
         import torch
 
         self.library = self.import_library()
@@ -183,7 +191,9 @@ class TensorRT(Runtime):
         self.errors: list[str] = []
         # The runtime keeps no reference to it.
         self._logger = message_logger(self.library, self.errors)
-        self._runtime: Any = start(f"{self.title} {self.version}", self.library.Runtime, self._logger, self.errors)
+        self._runtime: Any = start(
+            f"{self.title} {self.version}", self.library.Runtime, self._logger, self.errors
+        )
         if manifest.target is not None and manifest.target.version_compatible:
             # The engine carries the runtime of the version that built it.
             self._runtime.engine_host_code_allowed = True
@@ -199,7 +209,9 @@ class TensorRT(Runtime):
         # A wrong version shows on a machine without a GPU too.
         self.manifest.require_target(library_version=self.version, compute_capability=None)
         if chosen is not None and chosen.type != "cuda":
-            raise UnavailableError(f"{self.title} runs on NVIDIA GPUs, not on {chosen}; use device='cuda'")
+            raise UnavailableError(
+                f"{self.title} runs on NVIDIA GPUs, not on {chosen}; use device='cuda'"
+            )
         capability = local_capability()
         if capability is None:
             raise UnavailableError(
@@ -207,7 +219,9 @@ class TensorRT(Runtime):
                 "xfm-fast export"
             )
         self.manifest.require_target(library_version=self.version, compute_capability=capability)
-        index = torch.cuda.current_device() if chosen is None or chosen.index is None else chosen.index
+        index = (
+            torch.cuda.current_device() if chosen is None or chosen.index is None else chosen.index
+        )
         return torch.device("cuda", index)
 
     def allocate(self, size: int, graph: str) -> _Activations:
@@ -287,10 +301,16 @@ class _Engine:
         self._cold = {slot.number for slot in slots}
         weakref.finalize(self, self._kernels.save).atexit = False
 
-    def run(self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    def run(
+        self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]
+    ) -> dict[str, Tensor]:
         with self._runtime.lock:
             captured = self._fitting(slot, sizes)
-            outputs = self._launch(inputs, slot, sizes) if captured is None else captured.replay(inputs, sizes)
+            outputs = (
+                self._launch(inputs, slot, sizes)
+                if captured is None
+                else captured.replay(inputs, sizes)
+            )
             if slot.number in self._cold:
                 self._cold.remove(slot.number)
                 if not self._cold:
@@ -302,20 +322,26 @@ class _Engine:
         fitting = [
             each
             for each in self._captured
-            if each.profile == slot.number and all(size <= each.sizes[axis] for axis, size in sizes.items())
+            if each.profile == slot.number
+            and all(size <= each.sizes[axis] for axis, size in sizes.items())
         ]
         best = min(fitting, key=lambda each: prod(each.sizes.values()), default=None)
         if best is None or prod(best.sizes.values()) > _MOST_PADDING * prod(sizes.values()):
             return None
         return best
 
-    def _launch(self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    def _launch(
+        self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]
+    ) -> dict[str, Tensor]:
         from ..slots import empty_tensors
 
         outputs = empty_tensors(self._record.outputs, sizes, self._device)
         current = self._cuda.current_stream(self._device)
         # Referenced until the caller's stream waits for the engine's, so that this memory is not reused before.
-        bound = {name: value.clone() if value.data_ptr() % _ALIGNMENT else value for name, value in inputs.items()}
+        bound = {
+            name: value.clone() if value.data_ptr() % _ALIGNMENT else value
+            for name, value in inputs.items()
+        }
         self._stream.wait_stream(current)
         context, memory = self._contexts[slot.number], self._runtime.activations
         # Replaced where an engine loaded later needs more. Setting the same memory again could discard captured graphs.
@@ -337,20 +363,35 @@ class _Engine:
             context.set_optimization_profile_async(profile, self._stream.cuda_stream)
         return context
 
-    def _enqueue(self, context: Any, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+    def _enqueue(
+        self, context: Any, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
+    ) -> None:
         self._runtime.errors.clear()
-        accepted = [context.set_input_shape(name, tuple(value.shape)) for name, value in inputs.items()]
+        accepted = [
+            context.set_input_shape(name, tuple(value.shape)) for name, value in inputs.items()
+        ]
         for name, value in (*inputs.items(), *outputs.items()):
             accepted.append(context.set_tensor_address(name, value.data_ptr()))
         if not all(accepted) or not context.execute_async_v3(self._stream.cuda_stream):
-            raise failed_run(self._runtime.description, self._record.name, inputs, first_error(self._runtime.errors))
+            raise failed_run(
+                self._runtime.description,
+                self._record.name,
+                inputs,
+                first_error(self._runtime.errors),
+            )
 
     def _capture(self, slot: Slot) -> None:
         """Capture shapes around the tuned one of a slot with a single batch size."""
-        if not slot.ranges["batch"].single or not all(size.best or size.single for size in slot.ranges.values()):
+        if not slot.ranges["batch"].single or not all(
+            size.best or size.single for size in slot.ranges.values()
+        ):
             return
         profiled = bool(self._record.profiles)
-        size = self._engine.get_device_memory_size_for_profile_v2(slot.number) if profiled else self._size
+        size = (
+            self._engine.get_device_memory_size_for_profile_v2(slot.number)
+            if profiled
+            else self._size
+        )
         memory = self._runtime.allocate(int(size), self._record.name)
         for chosen in product(*map(_steps, slot.ranges.values())):
             if not self._capture_shape(slot, dict(zip(slot.ranges, chosen, strict=True)), memory):
@@ -378,7 +419,9 @@ class _Engine:
             with self._cuda.graph(graph, stream=self._stream):
                 self._enqueue(context, inputs, outputs)
         except (RuntimeError, ExportError) as error:
-            _log.info("graph %r runs without a CUDA graph at %s: %s", self._record.name, sizes, error)
+            _log.info(
+                "graph %r runs without a CUDA graph at %s: %s", self._record.name, sizes, error
+            )
             return False
 
         # The function is kept by this object, and must not keep it.
@@ -396,7 +439,8 @@ class _Engine:
                 part.copy_(given[tensor.name], non_blocking=True)
             graph.replay()
             results = {
-                tensor.name: trim_tensor(outputs[tensor.name], tensor.axes, to).clone() for tensor in record.outputs
+                tensor.name: trim_tensor(outputs[tensor.name], tensor.axes, to).clone()
+                for tensor in record.outputs
             }
             memory.free = cuda.Event()
             memory.free.record(current)
@@ -452,7 +496,9 @@ class KernelCache:
     def context(self) -> Any:
         """A new context; None where memory is short."""
         if self._config is None:
-            return self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            return self._engine.create_execution_context(
+                self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            )
         return self._engine.create_execution_context(self._config)
 
     def save(self) -> None:

@@ -49,7 +49,10 @@ from ..slots import (
 # Padded tokens of a pass, the price of a pass in tokens, and the step of lengths. A pass reads all weights of an
 # encoder and cuts the memory into layers, which takes a CPU as long as some dozens of tokens. A GPU profits from few
 # shapes.
-_LIMITS = {"cpu": PassLimits(budget=2048, pass_tokens=32), "cuda": PassLimits(budget=32768, pass_tokens=512, step=8)}
+_LIMITS = {
+    "cpu": PassLimits(budget=2048, pass_tokens=32),
+    "cuda": PassLimits(budget=32768, pass_tokens=512, step=8),
+}
 
 # Inputs that are filled up with the token of padding.
 _PADDED = ("input_ids", "packed_ids")
@@ -97,7 +100,11 @@ class SessionMemory:
             index = index.to(self._first.device)
 
         def chosen(value: Tensor) -> Tensor:
-            return value[index] if isinstance(index, slice) else value.index_select(0, index.to(value.device))
+            return (
+                value[index]
+                if isinstance(index, slice)
+                else value.index_select(0, index.to(value.device))
+            )
 
         layers = {name: chosen(layer) for name, layer in self.layers.items()}
         return SessionMemory(layers, None if self.mask is None else chosen(self.mask))
@@ -117,7 +124,12 @@ class SessionMemory:
         """The images of several memories, concatenated."""
         if len(memories) == 1:
             return memories[0]
-        return cls({name: torch.cat([each.layers[name] for each in memories]) for name in memories[0].layers})
+        return cls(
+            {
+                name: torch.cat([each.layers[name] for each in memories])
+                for name in memories[0].layers
+            }
+        )
 
 
 class Session:
@@ -146,7 +158,9 @@ class Session:
         manifest: Manifest | None = None,
     ) -> None:
         self.folder = Path(folder)
-        self.manifest = Manifest.load(self.folder, check_files=verify_files) if manifest is None else manifest
+        self.manifest = (
+            Manifest.load(self.folder, check_files=verify_files) if manifest is None else manifest
+        )
         self.config: XFMConfig = self.manifest.xfm_config
         if isinstance(runtime, str):
             name = choose_runtime(self.manifest, self.folder) if runtime == "auto" else runtime
@@ -209,7 +223,9 @@ class Session:
         session.warm_up()
         return session
 
-    def predict(self, images: Sequence[str | Path] = (), texts: Sequence[str] = ()) -> list[dict[str, Any]]:
+    def predict(
+        self, images: Sequence[str | Path] = (), texts: Sequence[str] = ()
+    ) -> list[dict[str, Any]]:
         """Answers for image files and texts, as `xfm_fast.load(folder).predict` returns them.
 
         Args:
@@ -276,7 +292,9 @@ class Session:
         self.require(graph)
         return self._slots[graph]
 
-    def example_inputs(self, graph: GraphName, slot: Slot, sizes: Mapping[str, int] | None = None) -> dict[str, Tensor]:
+    def example_inputs(
+        self, graph: GraphName, slot: Slot, sizes: Mapping[str, int] | None = None
+    ) -> dict[str, Tensor]:
         """Inputs of zeros, ids and full masks, at given or tuned sizes."""
         sizes = slot.example() if sizes is None else sizes
         made = {}
@@ -324,7 +342,10 @@ class Session:
         outputs = self._graphs[name].run(prepared, slot, padded)
         if padded == sizes:
             return outputs
-        return {output.name: trim_tensor(outputs[output.name], output.axes, sizes) for output in record.outputs}
+        return {
+            output.name: trim_tensor(outputs[output.name], output.axes, sizes)
+            for output in record.outputs
+        }
 
     def require(self, name: str) -> GraphName:
         if name not in self.manifest.graph_names:
@@ -333,19 +354,27 @@ class Session:
                 f"with --graphs"
             )
         if not self._ready:
-            raise UnavailableError("this session is not ready; call warm_up() first, or open it with Session.load")
+            raise UnavailableError(
+                "this session is not ready; call warm_up() first, or open it with Session.load"
+            )
         return name
 
-    def pieces(self, graph: GraphName, axis: str, count: int, *limits: int, **sizes: int) -> Sequence[slice]:
+    def pieces(
+        self, graph: GraphName, axis: str, count: int, *limits: int, **sizes: int
+    ) -> Sequence[slice]:
         """0 to `count` in slices within the limits and the largest size of an axis, in the slots that take `sizes`."""
         most = largest([slot for slot in self.slots(graph) if slot.padded(sizes) is not None], axis)
         size = max(1, min((*limits, count) if most is None else (*limits, count, most)))
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
-    def in_batches(self, graph: GraphName, inputs: Mapping[str, Tensor], *limits: int) -> dict[str, Tensor]:
+    def in_batches(
+        self, graph: GraphName, inputs: Mapping[str, Tensor], *limits: int
+    ) -> dict[str, Tensor]:
         """Run a graph on any number of rows, in passes that it accepts."""
         rows = self.pieces(graph, "batch", len(next(iter(inputs.values()))), *limits)
-        passes = [self.call(graph, {name: value[part] for name, value in inputs.items()}) for part in rows]
+        passes = [
+            self.call(graph, {name: value[part] for name, value in inputs.items()}) for part in rows
+        ]
         if not passes:
             return self.zeros(graph, request_sizes(self.manifest.graph(graph), inputs))
         if len(passes) == 1:
@@ -355,7 +384,9 @@ class Session:
     def zeros(self, name: GraphName, sizes: Mapping[str, int]) -> dict[str, Tensor]:
         outputs = self.manifest.graph(name).outputs
         made = empty_tensors(outputs, sizes, self.device)
-        return {each.name: trim_tensor(made[each.name], each.axes, sizes).zero_() for each in outputs}
+        return {
+            each.name: trim_tensor(made[each.name], each.axes, sizes).zero_() for each in outputs
+        }
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -399,8 +430,13 @@ class Session:
         padding, real = self.config.pad_token_id, input_ids.ne(self.config.pad_token_id)
         values = {"packed_ids": input_ids, "positions": real.cumsum(1) * real + padding}
         lengths, tokens = mask.sum(1).tolist(), mask.flatten().nonzero().flatten()
-        given = {name: (value.flatten().index_select(0, tokens), padding) for name, value in values.items()}
-        passes = plan_passes("text", None, lengths, self.slots("text"), self.limits, packed_width=self._packed_width)
+        given = {
+            name: (value.flatten().index_select(0, tokens), padding)
+            for name, value in values.items()
+        }
+        passes = plan_passes(
+            "text", None, lengths, self.slots("text"), self.limits, packed_width=self._packed_width
+        )
         outputs = self._run_passes("text", passes, lengths, given, rows=(texts * width, tokens))
         embeds = outputs.pop("packed_embeds")
         return {"text_embeds": embeds.view(texts, width, embeds.shape[1]), **outputs}
@@ -415,7 +451,9 @@ class Session:
         for output in self.manifest.graph("text").outputs:
             shape = (texts, width) if "length" in output.axes else (texts,)
             dtype = TORCH_DTYPES[output.dtype]
-            outputs[output.name] = torch.zeros(*shape, int(output.dims[-1]), dtype=dtype, device=self.device)
+            outputs[output.name] = torch.zeros(
+                *shape, int(output.dims[-1]), dtype=dtype, device=self.device
+            )
         for work in plan_passes("text", None, lengths, self.slots("text"), self.limits):
             rows = torch.tensor([text for (text,) in work.rows[0]], device=self.device)
             kept, sizes = min(work.length, width), {"batch": len(rows), "length": work.length}
@@ -425,7 +463,9 @@ class Session:
                 "attention_mask": pad_tensor(real, ("batch", "length"), sizes),
             }
             made = self.call("text", given)
-            outputs["text_embeds"][rows, :kept] = made.pop("text_embeds")[:, :kept] * real[..., None]
+            outputs["text_embeds"][rows, :kept] = (
+                made.pop("text_embeds")[:, :kept] * real[..., None]
+            )
             for name, value in made.items():
                 outputs[name][rows] = value
         return outputs
@@ -455,17 +495,23 @@ class Session:
                 by_token.add(output.name)
                 count = sum(lengths) if rows is None else rows[0]
             dtype = TORCH_DTYPES[output.dtype]
-            outputs[output.name] = torch.zeros(count, int(output.dims[-1]), dtype=dtype, device=self.device)
+            outputs[output.name] = torch.zeros(
+                count, int(output.dims[-1]), dtype=dtype, device=self.device
+            )
         empty = torch.empty(0, dtype=torch.long)
         for work in passes:
             layout = Layout.of(work.rows, lengths, work.length)
-            given = layout.inputs(packed) | {name: layout.spread(*value) for name, value in tokens.items()}
+            given = layout.inputs(packed) | {
+                name: layout.spread(*value) for name, value in tokens.items()
+            }
             if memory is None:
                 given = {name: value[0] for name, value in given.items()}
             else:
                 given |= memory.rows(work.images).layers
             of_tokens = (layout.source, layout.place) if by_token else (empty, empty)
-            source, place, texts, found = (index.to(self.device) for index in (*of_tokens, layout.texts, layout.found))
+            source, place, texts, found = (
+                index.to(self.device) for index in (*of_tokens, layout.texts, layout.found)
+            )
             into = source if rows is None else rows[1].index_select(0, source)
             for name, value in self.call(graph, given).items():
                 to, at = (into, place) if name in by_token else (texts, found)
@@ -526,7 +572,9 @@ class Session:
         texts = text_embeds.shape[0]
         if image_index is None:
             if texts != memory.images:
-                raise InputError(f"{texts} texts and {memory.images} images do not pair up; pass image_index")
+                raise InputError(
+                    f"{texts} texts and {memory.images} images do not pair up; pass image_index"
+                )
             image_index = torch.arange(texts)
         image_of = checks.check_image_index(image_index, memory.images, texts, "texts").tolist()
         with torch.inference_mode():
@@ -562,13 +610,17 @@ class Session:
         self.require("image_memory")
         self.require("fusion")
         if "matching" not in self.heads:
-            raise UnavailableError("this export has no match logits: its model was built without the 'matching' head")
+            raise UnavailableError(
+                "this export has no match logits: its model was built without the 'matching' head"
+            )
         return SessionScorer(self)
 
     def passes(self, lengths: Sequence[int], image_of: Sequence[int]) -> Sequence[Pass]:
         """The passes of `fuse_packed`."""
         slots = self.slots("fusion")
-        return plan_passes("fusion", image_of, lengths, slots, self.limits, packed_width=self._packed_width)
+        return plan_passes(
+            "fusion", image_of, lengths, slots, self.limits, packed_width=self._packed_width
+        )
 
     def fuse_packed(
         self, tokens: Tensor, lengths: Tensor, memory: SessionMemory, image_of: Sequence[int]
@@ -587,7 +639,9 @@ class Session:
         """
         sizes = lengths.tolist()
         name = "packed_embeds" if self.manifest.packed else "text_embeds"
-        outputs = self._run_passes("fusion", self.passes(sizes, image_of), sizes, {name: (tokens, None)}, memory)
+        outputs = self._run_passes(
+            "fusion", self.passes(sizes, image_of), sizes, {name: (tokens, None)}, memory
+        )
         if self.manifest.all_tokens and not self.manifest.packed:
             whole = outputs["fused"]
             starts = offsets(lengths.to(self.device))[:-1].long()
@@ -641,10 +695,14 @@ class SessionScorer:
         """The memory of images `[B, 1 + N, width]`."""
         return self.session.image_memory(image_embeds)
 
-    def scores(self, tokens: Tensor, sequences: Sequences, memory: SessionMemory, groups: ImageGroups) -> Tensor:
+    def scores(
+        self, tokens: Tensor, sequences: Sequences, memory: SessionMemory, groups: ImageGroups
+    ) -> Tensor:
         """Match score of every caption with its image: `[P]`."""
         lengths, texts = sequences.cu_seqlens.diff(), groups.cu_texts.diff().long()
-        image_of = torch.repeat_interleave(torch.arange(len(texts), device=texts.device), texts).tolist()
+        image_of = torch.repeat_interleave(
+            torch.arange(len(texts), device=texts.device), texts
+        ).tolist()
         with torch.inference_mode():
             outputs = self.session.fuse_packed(
                 tokens.to(self.session.device, self.session.dtype), lengths, memory, image_of
@@ -654,7 +712,9 @@ class SessionScorer:
     def fingerprint(self) -> str:
         """A hash of the weights and the runtime, which decides the last digits."""
         manifest = self.session.manifest
-        files = {name for graph in ("image_memory", "fusion") for name in manifest.graph(graph).files}
+        files = {
+            name for graph in ("image_memory", "fusion") for name in manifest.graph(graph).files
+        }
         sums = sorted(record.sha256 for record in manifest.files if record.name in files)
         facts = [self.session.description, manifest.weights_sha256, *sums]
         return hashlib.sha256(" ".join(facts).encode()).hexdigest()[:16]
@@ -686,7 +746,11 @@ class SessionRanks:
         return [memory.select(torch.tensor([row])) for row in range(memory.images)]
 
     def logits(
-        self, tokens: Tensor, lengths: Tensor, memories: Sequence[SessionMemory], counts: Sequence[int]
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        memories: Sequence[SessionMemory],
+        counts: Sequence[int],
     ) -> Tensor:
         memory = SessionMemory.joined(memories)
         image_of = [image for image, count in enumerate(counts) for _ in range(count)]

@@ -39,7 +39,9 @@ class Comparison:
     note: str = ""
 
 
-def read(path: Path = BASELINE, *, kernels: Collection[str] = (), arches: Collection[int] | None = None) -> Accepted:
+def read(
+    path: Path = BASELINE, *, kernels: Collection[str] = (), arches: Collection[int] | None = None
+) -> Accepted:
     """The accepted figures of these kernels (empty: all) and architectures; ValueError for a damaged file."""
     if not path.is_file():
         return Accepted("", {})
@@ -60,7 +62,9 @@ def read(path: Path = BASELINE, *, kernels: Collection[str] = (), arches: Collec
     return Accepted(compiler, kept)
 
 
-def compare(rows: Iterable[Row], accepted: Accepted, *, compiler: str, shipped: Collection[str]) -> Comparison:
+def compare(
+    rows: Iterable[Row], accepted: Accepted, *, compiler: str, shipped: Collection[str]
+) -> Comparison:
     """Compare rows with the accepted figures; `shipped` are the keys of all forms in their scope, compiled or not."""
     worse: list[str] = []
     better: list[str] = []
@@ -84,11 +88,15 @@ def compare(rows: Iterable[Row], accepted: Accepted, *, compiler: str, shipped: 
                 worse.append(f"{row.key}: {', '.join(down)}{moved}")
             elif up:
                 better.append(f"{row.key}: {', '.join(up)}{moved}")
-    worse += [f"{key}: is accepted but no longer shipped" for key in accepted.rows if key not in shipped]
+    worse += [
+        f"{key}: is accepted but no longer shipped" for key in accepted.rows if key not in shipped
+    ]
     return Comparison(worse, better, note)
 
 
-def accept(rows: Iterable[Row], *, compiler: str, forget: Collection[str] = (), path: Path = BASELINE) -> None:
+def accept(
+    rows: Iterable[Row], *, compiler: str, forget: Collection[str] = (), path: Path = BASELINE
+) -> None:
     """Accept the figures of rows from one compiler; other rows of the file stay, except the keys to forget."""
     rows = list(rows)
     if failed := [row.key for row in rows if row.error]:
@@ -101,14 +109,18 @@ def accept(rows: Iterable[Row], *, compiler: str, forget: Collection[str] = (), 
             f"{len(others)} accepted figures are of {old.compiler}, these of {compiler}; accept all: --all --accept"
         )
     lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted((remaining | new).items())]
-    text = f'{{\n "compiler": {json.dumps(compiler)},\n "rows": {{\n' + ",\n".join(lines) + "\n }\n}\n"
+    text = (
+        f'{{\n "compiler": {json.dumps(compiler)},\n "rows": {{\n' + ",\n".join(lines) + "\n }\n}\n"
+    )
     write_whole(path, text.encode())
 
 
 def figures(row: Row) -> dict[str, Any]:
     """The part of a row that the file stores."""
     waits = row.waits_per_tensor_core
-    stored = {"config": row.config, "made_of": row.made_of} | {name: getattr(row, name) for name in _COMPARED}
+    stored = {"config": row.config, "made_of": row.made_of} | {
+        name: getattr(row, name) for name in _COMPARED
+    }
     return stored | {
         "waits_per_tensor_core": None if waits is None else round(waits, 3),
         "tensor_core": sorted(row.tensor_core or ()),
@@ -116,7 +128,9 @@ def figures(row: Row) -> dict[str, Any]:
     }
 
 
-def _differences(row: Row, old: Mapping[str, Any], names: Iterable[str]) -> tuple[list[str], list[str]]:
+def _differences(
+    row: Row, old: Mapping[str, Any], names: Iterable[str]
+) -> tuple[list[str], list[str]]:
     """(worse, better), a phrase for each figure; absent figures are not compared."""
     new = figures(row)
     worse: list[str] = []
@@ -126,7 +140,10 @@ def _differences(row: Row, old: Mapping[str, Any], names: Iterable[str]) -> tupl
         if before is None or after is None or before == after:
             continue
         if name == "warnings":
-            grew, shown = not set(after) <= set(before), [", ".join(codes) or "none" for codes in (before, after)]
+            grew, shown = (
+                not set(after) <= set(before),
+                [", ".join(codes) or "none" for codes in (before, after)],
+            )
         else:
             grew, shown = (after < before) == (name == _HIGHER_IS_BETTER), [before, after]
         (worse if grew else better).append(f"{name} {shown[0]} → {shown[1]}")

@@ -56,7 +56,9 @@ class Figures:
     loop_waits: int = 0
     unfenced_writes: int = 0  # this and the next: see `machine_code`
     unfenced_copies: int = 0
-    unsafe_operands: int = 0  # `machine_code.register_operands`, if the assembler may overwrite them
+    unsafe_operands: int = (
+        0  # `machine_code.register_operands`, if the assembler may overwrite them
+    )
     warnings: list[str] | None = None  # the assembler's codes for serialised wgmma, such as `C7515`
     error: str = ""
 
@@ -85,7 +87,9 @@ class Form:
     @property
     def key(self) -> str:
         """The identity across audits, in which the configuration may change."""
-        return f"{self.spec.name} | {describe_variant(self.variant)} | sm_{self.arch} | {self.dtype}"
+        return (
+            f"{self.spec.name} | {describe_variant(self.variant)} | sm_{self.arch} | {self.dtype}"
+        )
 
     @cached_property
     def task(self) -> Task:
@@ -93,9 +97,18 @@ class Form:
         request = self.spec.request(self.variant, self.dtype, self.arch, self.config)
         kernel, request = request.kernel, replace(request, kernel=None)
         if not hasattr(kernel, "cache_key"):
-            raise RuntimeError("kernels are interpreted in this process; unset TRITON_INTERPRET to compile them")
+            raise RuntimeError(
+                "kernels are interpreted in this process; unset TRITON_INTERPRET to compile them"
+            )
         versions = compiler(), ptxas_version(self.arch)
-        parts = (source_hash(kernel), kernel.fn.__qualname__, repr(request), self.arch, *versions, _MEASURING_HASH)
+        parts = (
+            source_hash(kernel),
+            kernel.fn.__qualname__,
+            repr(request),
+            self.arch,
+            *versions,
+            _MEASURING_HASH,
+        )
         key = hashlib.sha256(repr(parts).encode()).hexdigest()
         return Task(kernel.fn.__module__, kernel.fn.__qualname__, request, self.arch, key)
 
@@ -143,12 +156,16 @@ def shipped_kernels() -> list[KernelSpec]:
     for module in sorted(info.name for info in pkgutil.iter_modules(family.__path__)):
         for spec in getattr(importlib.import_module(f"{family.__name__}.{module}"), "KERNELS", ()):
             if kernels.setdefault(spec.name, spec) is not spec:
-                raise ValueError(f"two kernels are called {spec.name}; names are keys of tables and must differ")
+                raise ValueError(
+                    f"two kernels are called {spec.name}; names are keys of tables and must differ"
+                )
     return [kernels[name] for name in sorted(kernels)]
 
 
 def shipped_forms(
-    specs: Iterable[KernelSpec], arches: Iterable[int] = ARCHITECTURES, dtypes: Iterable[str] = ("fp16", "bf16")
+    specs: Iterable[KernelSpec],
+    arches: Iterable[int] = ARCHITECTURES,
+    dtypes: Iterable[str] = ("fp16", "bf16"),
 ) -> list[Form]:
     """Every form of the kernels, with its own launch configuration."""
     arches, dtypes = tuple(arches), tuple(dtypes)
@@ -177,7 +194,9 @@ def representative(forms: Iterable[Form]) -> list[Form]:
         kind = form.spec.name, form.arch, form.dtype
         if form.arch == 90 and form.dtype == "bf16":
             largest = max(variant.get("head_dim", 64) for variant in form.spec.variants)
-            others = not form.spec.name.startswith("bias_attention") and (size in HEAD_DIMS or size == largest)
+            others = not form.spec.name.startswith("bias_attention") and (
+                size in HEAD_DIMS or size == largest
+            )
             included = size == 64 or others
         else:
             included = size == 64 and kind not in seen and (form.dtype == "bf16" or form.arch == 80)
@@ -201,7 +220,9 @@ def compile_rows(
 ) -> list[Row]:
     """One row per form, in order; options as in `compile_all`."""
     forms = list(forms)
-    figures = compile_all([form.task for form in forms], jobs=jobs, cache_dir=cache_dir, progress=progress)
+    figures = compile_all(
+        [form.task for form in forms], jobs=jobs, cache_dir=cache_dir, progress=progress
+    )
     return [
         Row(
             **asdict(figures[form.task.key]),
@@ -252,7 +273,10 @@ def compile_all(
     folder.mkdir(parents=True, exist_ok=True)
     count = min(len(missing), jobs or len(os.sched_getaffinity(0)))
     idle: Queue[ProcessPoolExecutor] = Queue()
-    with tempfile.TemporaryDirectory(prefix="xfm-audit-") as scratch, ThreadPoolExecutor(count) as threads:
+    with (
+        tempfile.TemporaryDirectory(prefix="xfm-audit-") as scratch,
+        ThreadPoolExecutor(count) as threads,
+    ):
 
         def new_process() -> ProcessPoolExecutor:
             return ProcessPoolExecutor(1, get_context("spawn"), start, (scratch,))
@@ -270,7 +294,9 @@ def compile_all(
         for _ in range(count):
             idle.put(new_process())
         try:
-            for done, (task, figures) in enumerate(zip(missing, threads.map(run, missing), strict=True), 1):
+            for done, (task, figures) in enumerate(
+                zip(missing, threads.map(run, missing), strict=True), 1
+            ):
                 results[task.key] = figures
                 if not figures.error:
                     write_whole(folder / f"{task.key}.json", json.dumps(asdict(figures)).encode())
@@ -285,7 +311,11 @@ def compile_all(
 
 def start(scratch: str) -> None:
     """Prepare the process: Triton prints the assembler's log and caches in `scratch`."""
-    os.environ |= {"TRITON_CACHE_DIR": scratch, "TRITON_DISABLE_LINE_INFO": "0", "TRITON_DUMP_PTXAS_LOG": "1"}
+    os.environ |= {
+        "TRITON_CACHE_DIR": scratch,
+        "TRITON_DISABLE_LINE_INFO": "0",
+        "TRITON_DUMP_PTXAS_LOG": "1",
+    }
 
 
 def measure(task: Task) -> Figures:
@@ -307,7 +337,9 @@ def _measure(task: Task) -> Figures:
     source = ASTSource(kernel, task.request.signature, task.request.constexprs, task.request.attrs)
     options = dict(task.request.options)
     with contextlib.redirect_stdout(io.StringIO()) as log:
-        compiled: Any = triton.compile(source, target=GPUTarget("cuda", task.arch, 32), options=options)
+        compiled: Any = triton.compile(
+            source, target=GPUTarget("cuda", task.arch, 32), options=options
+        )
     code = machine_code.parse(*disassemble(compiled.asm["cubin"]))
     loop, warps = code.main_loop, compiled.metadata.num_warps
     # From Hopper on the disassembler counts the driver's reserve as the kernel's.
@@ -349,7 +381,9 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
         file.flush()
         # -ndf skips the analysis of indirect branches, which Triton does not emit.
         for command in ((tools.nvdisasm.path, "-c", "-ndf"), (tools.cuobjdump.path, "-res-usage")):
-            done = subprocess.run([*command, file.name], capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                [*command, file.name], capture_output=True, text=True, check=False
+            )
             if done.returncode:
                 raise RuntimeError(f"{Path(command[0]).name} failed: {done.stderr.strip()[:500]}")
             outputs.append(done.stdout)
@@ -365,7 +399,11 @@ def source_hash(kernel: Any) -> str:
             seen.add(id(function))
             if function.starting_line_number:
                 function.starting_line_number, function.hash = 0, None
-            pending += [value for value in function.fn.__globals__.values() if hasattr(value, "starting_line_number")]
+            pending += [
+                value
+                for value in function.fn.__globals__.values()
+                if hasattr(value, "starting_line_number")
+            ]
     return kernel.cache_key
 
 

@@ -43,7 +43,9 @@ LIMITS = {
 }
 
 # /*0120*/  @!P0 BRA `(.L_x_3) ;  /* 0x00000000008c8947 */
-_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Za-z0-9_.]*)\s*([^;]*);")
+_INSTRUCTION = re.compile(
+    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Za-z0-9_.]*)\s*([^;]*);"
+)
 _LABEL = re.compile(r"^\s*([.$\w]+):\s*$")
 _RESOURCES = re.compile(r"\bREG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _TARGET = re.compile(r"`\(([^)]+)\)")
@@ -107,13 +109,20 @@ class MachineCode:
         return [
             loop
             for loop in working
-            if not any(other is not loop and set(other.instructions) < set(loop.instructions) for other in working)
+            if not any(
+                other is not loop and set(other.instructions) < set(loop.instructions)
+                for other in working
+            )
         ]
 
     @property
     def main_loop(self) -> Loop | None:
         """The inner loop with the most tensor-core instructions; without tensor cores, the longest."""
-        return max(self.inner_loops, key=lambda loop: (loop.tensor_core, len(loop.instructions)), default=None)
+        return max(
+            self.inner_loops,
+            key=lambda loop: (loop.tensor_core, len(loop.instructions)),
+            default=None,
+        )
 
 
 def parse(disassembly: str, resources: str) -> MachineCode:
@@ -142,7 +151,9 @@ def parse(disassembly: str, resources: str) -> MachineCode:
         place = labels.get(target[1]) if target else None
         # Padding for alignment follows a branch to itself; neither is reachable.
         if opcode != "NOP" and place != int(address, 16):
-            made = Instruction(int(address, 16), predicate or "", opcode, tuple(modifiers), place, operands.strip())
+            made = Instruction(
+                int(address, 16), predicate or "", opcode, tuple(modifiers), place, operands.strip()
+            )
             instructions.append(made)
     return MachineCode(registers, stack + local, shared, tuple(instructions))
 
@@ -161,7 +172,9 @@ def natural_loops(instructions: tuple[Instruction, ...]) -> list[Loop]:
     while changed:
         changed = False
         for block in list(dominators)[1:]:
-            common = set.intersection(*(dominators[p] for p in predecessors[block] if p in reachable)) | {block}
+            common = set.intersection(
+                *(dominators[p] for p in predecessors[block] if p in reachable)
+            ) | {block}
             if common != dominators[block]:
                 dominators[block], changed = common, True
     bodies: dict[int, set[int]] = {}
@@ -170,7 +183,10 @@ def natural_loops(instructions: tuple[Instruction, ...]) -> list[Loop]:
             if head in dominators[tail]:
                 body = bodies.setdefault(head, {head})
                 body |= _reach({tail}, predecessors, body) & reachable
-    return [Loop(tuple(i for block in sorted(bodies[head]) for i in blocks[block])) for head in sorted(bodies)]
+    return [
+        Loop(tuple(i for block in sorted(bodies[head]) for i in blocks[block]))
+        for head in sorted(bodies)
+    ]
 
 
 def _reach(start: set[int], edges: list[list[int]], visited: set[int]) -> set[int]:
@@ -184,7 +200,9 @@ def _reach(start: set[int], edges: list[list[int]], visited: set[int]) -> set[in
     return found
 
 
-def _flow_graph(instructions: tuple[Instruction, ...]) -> tuple[list[list[Instruction]], list[list[int]]]:
+def _flow_graph(
+    instructions: tuple[Instruction, ...],
+) -> tuple[list[list[Instruction]], list[list[int]]]:
     """Basic blocks, and the successors of each."""
     leaders = {i.target for i in instructions if i.opcode in ("BRA", "CALL")}
     blocks: list[list[Instruction]] = []
@@ -228,7 +246,11 @@ def unfenced_copies(ptx: str) -> int:
                 pending = False
             elif "wgmma.mma_async" in text and pending:
                 unfenced.add(n)
-            elif again and (branch := _PTX_BRANCH.search(text)) and (start := labels.get(branch[1], n)) < n:
+            elif (
+                again
+                and (branch := _PTX_BRANCH.search(text))
+                and (start := labels.get(branch[1], n)) < n
+            ):
                 follow(start, n, pending, again=False)
         return pending
 
@@ -271,7 +293,9 @@ def unfenced_writes(loop: Loop | None, warps: int) -> int:
     return count
 
 
-def occupancy(arch: int, *, registers: int, shared_bytes: int, warps: int, tensor_memory: int = 0) -> int:
+def occupancy(
+    arch: int, *, registers: int, shared_bytes: int, warps: int, tensor_memory: int = 0
+) -> int:
     """Resident blocks of one multiprocessor, from registers per thread and shared memory, warps and columns per block.
 
     `shared_bytes` is static plus dynamic, without the driver's reserve. 0 if no block fits.
@@ -280,7 +304,10 @@ def occupancy(arch: int, *, registers: int, shared_bytes: int, warps: int, tenso
     if shared_bytes > limit.block_shared:
         return 0
     per_warp = _round_up(registers * 32, _REGISTER_UNIT)
-    resident_warps = min(limit.warps, _REGISTERS // _PARTITIONS // per_warp * _PARTITIONS if per_warp else limit.warps)
+    resident_warps = min(
+        limit.warps,
+        _REGISTERS // _PARTITIONS // per_warp * _PARTITIONS if per_warp else limit.warps,
+    )
     shared = _round_up(shared_bytes + RESERVED_SHARED, _SHARED_UNIT)
     blocks = min(limit.blocks, resident_warps // warps, limit.shared // shared)
     return min(blocks, _TENSOR_MEMORY // tensor_memory) if tensor_memory else blocks
@@ -289,7 +316,11 @@ def occupancy(arch: int, *, registers: int, shared_bytes: int, warps: int, tenso
 def register_limit(arch: int, *, registers: int, **usage: int) -> int:
     """The most registers per thread at the same occupancy; with eight warps the cliff is 128, with four also 168."""
     blocks = occupancy(arch, registers=registers, **usage)
-    return max(n for n in range(registers, _MOST_REGISTERS + 1) if occupancy(arch, registers=n, **usage) == blocks)
+    return max(
+        n
+        for n in range(registers, _MOST_REGISTERS + 1)
+        if occupancy(arch, registers=n, **usage) == blocks
+    )
 
 
 def _round_up(value: int, unit: int) -> int:

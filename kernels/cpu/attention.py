@@ -59,7 +59,9 @@ class Tile(NamedTuple):
     last: bool
 
 
-def tile_shape(batch: int, heads: int, queries: int, keys: int, itemsize: int) -> tuple[int, int, int]:
+def tile_shape(
+    batch: int, heads: int, queries: int, keys: int, itemsize: int
+) -> tuple[int, int, int]:
     """Batch entries, heads and rows of a tile: all heads if they fit, else whole heads, else rows of two heads."""
     most, queries = max(1, _TILE_BYTES // (itemsize * max(1, keys))), max(1, queries)
     if heads * queries <= most:
@@ -81,14 +83,21 @@ def tiles(q: Tensor, keys: int, period: int = 1) -> Iterator[Tile]:
         for base in range(0, batch, within):
             for b in range(base, base + within, entries):
                 for r in range(0, queries, rows):
-                    parts = (slice(b, min(b + entries, base + within)), slice(h, min(h + group, heads)))
-                    yield Tile(*parts, slice(r, min(r + rows, queries)), r == 0, r + rows >= queries)
+                    parts = (
+                        slice(b, min(b + entries, base + within)),
+                        slice(h, min(h + group, heads)),
+                    )
+                    yield Tile(
+                        *parts, slice(r, min(r + rows, queries)), r == 0, r + rows >= queries
+                    )
 
 
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor) -> Tensor:
     """Attention `[B, N, H, D]` with a bias `[G, H, N, N]`: entry b mod G for batch entry b, G a divisor of B."""
     short = q.shape[1] * k.shape[1] <= _SHORT_SCORES
-    if (short and q.shape[0] <= _FEW) or (not short and max(q.shape[1], k.shape[1]) <= _MEDIUM_TOKENS):
+    if (short and q.shape[0] <= _FEW) or (
+        not short and max(q.shape[1], k.shape[1]) <= _MEDIUM_TOKENS
+    ):
         # Whichever is the best without a bias is so with one.
         return plain_attention(q, k, v, scale, bias)
     name = _select("short biased attention" if short else "biased attention", q)
@@ -96,7 +105,9 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
     return _ALL[name](q, k, v, scale, bias if name == "llvm" else bias.to(q.dtype))
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None
+) -> Tensor:
     """Attention `[B, Nq, H, D]` of dense sequences, with an additive mask `[G, 1 or H, 1 or Nq, Nk]`, G dividing B."""
     name = choice(q.shape[1], k.shape[1], q)
     if name != "llvm" and q.shape[0] <= _FEW and q.shape[1] * k.shape[1] <= _SHORT_SCORES:
@@ -134,24 +145,32 @@ def tiled_attention(
     rescale = 1.0 if dropout is None else 1 / dropout.kept
     for tile, where, keys, values in _tiles_with_keys(q, k, v, bias):
         into = None if lse is None else lse[tile.batch, tile.heads, tile.rows]
-        weights = tile_weights(head_major("queries", q[where]), keys, scale, tile, bias, hiding, into)
+        weights = tile_weights(
+            head_major("queries", q[where]), keys, scale, tile, bias, hiding, into
+        )
         if dropout is not None:
             weights *= dropout.mask(tuple(weights.shape), weights.dtype)
         out[where] = token_major(product("attended", weights, values, rescale), out[where])
     return out
 
 
-def exp2_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+def exp2_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None
+) -> Tensor:
     """`tiled_attention` with powers of two in place of the softmax."""
     if q.dtype not in _WIDE_RANGE or not q.numel() or not k.shape[1]:
         return tiled_attention(q, k, v, scale, bias)
     out, sums = torch.empty(q.shape, dtype=q.dtype), torch.empty((*q.shape[:-1], 1), dtype=q.dtype)
     for tile, where, keys, values in _tiles_with_keys(q, k, v, bias):
-        weights = tile_scores(head_major("queries", q[where]), keys, scale * _LOG2E, tile, bias, factor=_LOG2E)
+        weights = tile_scores(
+            head_major("queries", q[where]), keys, scale * _LOG2E, tile, bias, factor=_LOG2E
+        )
         torch.exp2(weights, out=weights)
         of_rows = token_major(weights.sum(-1, keepdim=True), sums[where])
         sums[where] = of_rows
-        torch.div(token_major(product("attended", weights, values), out[where]), of_rows, out=out[where])
+        torch.div(
+            token_major(product("attended", weights, values), out[where]), of_rows, out=out[where]
+        )
     least, most = map(host.number, torch.aminmax(sums))
     # A comparison with NaN is false.
     return out if least > _LEAST_SUM and most < _MOST_SUM else tiled_attention(q, k, v, scale, bias)
@@ -185,17 +204,28 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients by our kernel where it is faster and applies, else by `tiled_attention_backward`."""
     masked = hiding is not None and hiding.key_mask is not None
-    if dropout is None and dlse is None and not masked and compiles_backward(q, k.shape[1], biased=bias_gradient):
+    if (
+        dropout is None
+        and dlse is None
+        and not masked
+        and compiles_backward(q, k.shape[1], biased=bias_gradient)
+    ):
         return compiled_backward(dout, q, k, v, scale, bias, bias_gradient=bias_gradient)
     # Converted once, not for every tile; our kernel adds it in fp32.
     given = (dout, q, k, v, scale, bias if bias is None else bias.to(q.dtype), dropout)
     return tiled_attention_backward(*given, bias_gradient=bias_gradient, hiding=hiding, dlse=dlse)
 
 
-def compiles_backward(q: Tensor, keys: int, queries: int | None = None, *, biased: bool = False) -> bool:
+def compiles_backward(
+    q: Tensor, keys: int, queries: int | None = None, *, biased: bool = False
+) -> bool:
     """Whether our kernel computes gradients of attention without dropout; q is `[B, Nq, H, D]`, or `[..., D]`."""
     queries = q.shape[1] if queries is None else queries
-    operation = ("short " if queries * keys <= _SHORT_SCORES else "") + "biased " * biased + "attention backward"
+    operation = (
+        ("short " if queries * keys <= _SHORT_SCORES else "")
+        + "biased " * biased
+        + "attention backward"
+    )
     if _select(operation, q) != "llvm":
         return False
     from .llvm.attention_backward import takes
@@ -225,7 +255,11 @@ def tiled_attention_backward(
     dq, dk, dv = into or [torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v)]
     period = 1 if bias is None else bias.shape[0]
     scores = (period, q.shape[2], q.shape[1], k.shape[1])
-    dbias = torch.empty(scores, dtype=torch.promote_types(q.dtype, torch.float32)) if bias_gradient else None
+    dbias = (
+        torch.empty(scores, dtype=torch.promote_types(q.dtype, torch.float32))
+        if bias_gradient
+        else None
+    )
     rescale = 1.0 if dropout is None else 1 / dropout.kept
     keys = values = q
     for tile in tiles(q, k.shape[1], period):
@@ -287,7 +321,11 @@ def tile_weights(
     blind = None if hiding is None else flat.amax(-1, keepdim=True) <= HIDDEN
     if lse is not None:
         found = torch.logsumexp(flat.to(lse.dtype), -1)
-        lse.copy_((found if blind is None else found.masked_fill_(blind[..., 0], -torch.inf)).view(lse.shape))
+        lse.copy_(
+            (found if blind is None else found.masked_fill_(blind[..., 0], -torch.inf)).view(
+                lse.shape
+            )
+        )
     torch.softmax(flat, -1, out=flat)
     return flat if blind is None else flat.masked_fill_(blind, 0)
 
@@ -304,7 +342,12 @@ def tile_scores(
     """`scale · q k^T + factor · bias` of a tile, `[b·h, r, Nk]` in scratch memory; arguments as in `tile_weights`."""
     if bias is None:
         return product("scores", q, k.transpose(1, 2), scale)
-    shape = (tile.batch.stop - tile.batch.start, tile.heads.stop - tile.heads.start, q.shape[1], k.shape[1])
+    shape = (
+        tile.batch.stop - tile.batch.start,
+        tile.heads.stop - tile.heads.start,
+        q.shape[1],
+        k.shape[1],
+    )
     scores = scratch("scores", shape, q.dtype)
     # Inside the product the bias is added before the rounding to half precision.
     parts = zip((_of_period(tile, bias.shape[0]), tile.heads, tile.rows), bias.shape, strict=False)
@@ -326,7 +369,9 @@ def _of_period(tile: Tile, period: int) -> slice:
     return slice(0, period) if entries >= period else slice(first, first + entries)
 
 
-def _accumulate(gradient: Tensor, scores: Tensor, rows: Tensor, scale: float, tile: Tile, name: str) -> None:
+def _accumulate(
+    gradient: Tensor, scores: Tensor, rows: Tensor, scale: float, tile: Tile, name: str
+) -> None:
     """Add `scale · scores^T rows` of a tile to the gradient of its keys or values, which all of its rows share."""
     part = product("part", scores.transpose(1, 2), rows, scale)
     # Tiles of rows add up in fp32; a single tile needs neither the sum nor the copy.
@@ -386,7 +431,11 @@ def _compiled(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
     # Imported where it runs, because its compiler takes long to load.
     from .llvm.attention import attention, takes
 
-    return attention(q, k, v, scale, bias) if takes(q, k.shape[1]) else exp2_attention(q, k, v, scale, bias)
+    return (
+        attention(q, k, v, scale, bias)
+        if takes(q, k.shape[1])
+        else exp2_attention(q, k, v, scale, bias)
+    )
 
 
 def compiled_backward(dout: Tensor, q: Tensor, *given: Any, **options: Any) -> _Gradients:
@@ -416,13 +465,19 @@ if _LLVM:
     _BACKWARD["llvm"] = partial(_gradients, compiled_backward)
 
 
-def _example(dtype: torch.dtype, q: tuple[int, ...], keys: int, bias: tuple[int, ...] | None = None) -> tuple[Any, ...]:
+def _example(
+    dtype: torch.dtype, q: tuple[int, ...], keys: int, bias: tuple[int, ...] | None = None
+) -> tuple[Any, ...]:
     """Q of this shape, k, v and scale, and a bias of this shape; views of one projection for an image."""
     if bias is not None and q[0] == 1:
         parts, scores = operands(dtype, (q[0], keys, 3, *q[2:]), bias)
         return *parts.unbind(2), q[-1] ** -0.5, scores
     k = (q[0], keys, *q[2:])
-    return *operands(dtype, q, k, k), q[-1] ** -0.5, None if bias is None else operands(dtype, bias)[0]
+    return (
+        *operands(dtype, q, k, k),
+        q[-1] ** -0.5,
+        None if bias is None else operands(dtype, bias)[0],
+    )
 
 
 # The operands that are timed: a passage over an image, texts, captions; an image, and windows of one.

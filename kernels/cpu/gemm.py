@@ -107,7 +107,9 @@ def chosen(weight: Tensor, rows: int) -> Chosen:
     return Chosen(_LINEAR[linear], _GELU[gelu], _RESIDUAL[residual])
 
 
-def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor | None) -> Tensor:
+def linear_residual(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor | None
+) -> Tensor:
     """`residual + gamma · (x W^T + b)`. LayerScale is folded into the weight where the addition is fused."""
     rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, residual.shape[-1])
     name = _choose("linear_residual", weight, rows.shape[0])
@@ -120,8 +122,14 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
         product = multiply(F.linear if name == "aten" else onednn_linear, rows, weight, bias)
         out = torch.addcmul(sums, product, gamma, out=product)
     else:
-        scaled_weight = cached("layer-scaled weight", (weight, gamma), lambda: weight * gamma[:, None])
-        scaled_bias = None if bias is None else cached("layer-scaled bias", (bias, gamma), lambda: bias * gamma)
+        scaled_weight = cached(
+            "layer-scaled weight", (weight, gamma), lambda: weight * gamma[:, None]
+        )
+        scaled_bias = (
+            None
+            if bias is None
+            else cached("layer-scaled bias", (bias, gamma), lambda: bias * gamma)
+        )
         out = multiply(_RESIDUAL[name], rows, scaled_weight, scaled_bias, sums)
     return out.view(residual.shape)
 
@@ -142,17 +150,28 @@ def mlp_residual(
     """
     rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, residual.shape[-1])
     weights = {"linear_gelu": weight_in, "linear_residual": weight_out}
-    first, second = (_choose(operation, weight, rows.shape[0]) for operation, weight in weights.items())
+    first, second = (
+        _choose(operation, weight, rows.shape[0]) for operation, weight in weights.items()
+    )
     if first == second == "llvm":
-        hidden = scratch("hidden", (min(_COMPILED_ROWS, rows.shape[0]), weight_in.shape[0]), x.dtype)
-        parts = [slice(start, start + _COMPILED_ROWS) for start in range(0, rows.shape[0], _COMPILED_ROWS)]
+        hidden = scratch(
+            "hidden", (min(_COMPILED_ROWS, rows.shape[0]), weight_in.shape[0]), x.dtype
+        )
+        parts = [
+            slice(start, start + _COMPILED_ROWS)
+            for start in range(0, rows.shape[0], _COMPILED_ROWS)
+        ]
         out = torch.empty_like(sums)
         for part in parts:
-            middle = compiled(rows[part], weight_in, bias_in, gelu=True, out=hidden[: rows[part].shape[0]])
+            middle = compiled(
+                rows[part], weight_in, bias_in, gelu=True, out=hidden[: rows[part].shape[0]]
+            )
             compiled(middle, weight_out, bias_out, sums[part], gamma, out=out[part])
         return out.view(residual.shape)
     if first != "aten" or second != "aten" or bias_in is None or bias_out is None:
-        return linear_residual(linear_gelu(rows, weight_in, bias_in), weight_out, bias_out, residual, gamma)
+        return linear_residual(
+            linear_gelu(rows, weight_in, bias_in), weight_out, bias_out, residual, gamma
+        )
     step = max(1, _HIDDEN_BYTES // (weight_in.shape[0] * x.element_size()))
     hidden = scratch("hidden", (min(step, rows.shape[0]), weight_in.shape[0]), x.dtype)
     out = torch.empty_like(sums)
@@ -173,10 +192,14 @@ def trained_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     name = _select("trained linear", weight, x.dtype)
     # Our kernel rounds a weight where it lays it out, others are given a copy.
     weight = weight if name == "llvm" else weight.to(x.dtype)
-    return _TRAINED[name](x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+    return _TRAINED[name](x.reshape(-1, x.shape[-1]), weight, bias).view(
+        *x.shape[:-1], weight.shape[0]
+    )
 
 
-def input_gradient(dout: Tensor, weight: Tensor, factors: Tensor | None = None, place: Tensor | None = None) -> Tensor:
+def input_gradient(
+    dout: Tensor, weight: Tensor, factors: Tensor | None = None, place: Tensor | None = None
+) -> Tensor:
     """`dout (f · W)`: `[..., M]`, `[M, K]` → `[..., K]` in the dtype of dout, with factors `[M]`."""
     name = _select("input gradient", weight, dout.dtype, turned=True)
     rows, found = dout.reshape(-1, dout.shape[-1]), None
@@ -187,11 +210,15 @@ def input_gradient(dout: Tensor, weight: Tensor, factors: Tensor | None = None, 
         found = _compiled(rows, weight, None, turned=True, factors=scales, out=place)
     if found is None:
         weight = weight.to(dout.dtype)
-        found = _INPUT[name](rows, weight if factors is None else weight * factors[:, None].to(weight.dtype))
+        found = _INPUT[name](
+            rows, weight if factors is None else weight * factors[:, None].to(weight.dtype)
+        )
     return found.view(*dout.shape[:-1], weight.shape[1])
 
 
-def weight_gradient(dout: Tensor, x: Tensor, dtype: torch.dtype | None = None, sums: Tensor | None = None) -> Tensor:
+def weight_gradient(
+    dout: Tensor, x: Tensor, dtype: torch.dtype | None = None, sums: Tensor | None = None
+) -> Tensor:
     """`dout^T x` over all rows: `[..., M]`, `[..., K]` → `[M, K]`; `sums` `[M]` in fp32 receives the bias gradient."""
     dtype, dout, x = dtype or x.dtype, dout.reshape(-1, dout.shape[-1]), x.reshape(-1, x.shape[-1])
     # Some libraries refuse a product over no rows.
@@ -206,7 +233,9 @@ def weight_gradient(dout: Tensor, x: Tensor, dtype: torch.dtype | None = None, s
 
 def bias_gradient(dout: Tensor) -> Tensor:
     """`[..., M]` → `[M]`, in fp32 or wider."""
-    return dout.reshape(-1, dout.shape[-1]).sum(0, dtype=torch.promote_types(dout.dtype, torch.float32))
+    return dout.reshape(-1, dout.shape[-1]).sum(
+        0, dtype=torch.promote_types(dout.dtype, torch.float32)
+    )
 
 
 def _choose(operation: str, weight: Tensor, rows: int) -> str:
@@ -226,14 +255,18 @@ def _choose(operation: str, weight: Tensor, rows: int) -> str:
     return _select(of_few_rows, weight) if rows < _FEW and "packed" not in name else name
 
 
-def _select(operation: str, weight: Tensor, dtype: torch.dtype | None = None, *, turned: bool = False) -> str:
+def _select(
+    operation: str, weight: Tensor, dtype: torch.dtype | None = None, *, turned: bool = False
+) -> str:
     """The choice for a weight `[M, K]`, or `[K, M]` if `turned`, in a dtype, by default its own."""
     inputs, outputs = weight.shape if turned else weight.shape[::-1]
     dtype = dtype or weight.dtype
     return select(operation, dtype, whole=llvm.fits(outputs, inputs, dtype))
 
 
-def multiply(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor) -> Tensor:
+def multiply(
+    product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor
+) -> Tensor:
     """`product(x, weight, bias, *others)` on all rows or in slices, whichever is faster by measurement.
 
     With AMX, oneDNN divides a GEMM among the threads by a model of the caches, which at some sizes picks a single
@@ -289,7 +322,9 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool 
     """`x W^T + b` by oneDNN, or its GELU: x `[n, K]`, weight `[M, K]`, any strides."""
     after = ("gelu", [], "none") if gelu else ("none", [], "")
     # oneDNN ignores the stride of a bias.
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None if bias is None else bias.contiguous(), *after)
+    return torch.ops.mkldnn._linear_pointwise(
+        x, weight, None if bias is None else bias.contiguous(), *after
+    )
 
 
 def onednn_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
@@ -327,7 +362,12 @@ _compiled_gelu = partial(compiled, gelu=True)
 
 
 def _compiled(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor | None, turned: bool = False, **options: Any
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *others: Tensor | None,
+    turned: bool = False,
+    **options: Any,
 ) -> Tensor | None:
     """The result of the compiled kernel; None for unsupported sizes."""
     if (reason := llvm.why_not(x.dtype)) is not None:
@@ -336,7 +376,11 @@ def _compiled(
     from .llvm.linear import linear, takes
 
     given = [None if t is None else t.contiguous() for t in (bias, *others)]
-    return linear(x, weight, *given, turned=turned, **options) if takes(x, weight, *given, turned=turned) else None
+    return (
+        linear(x, weight, *given, turned=turned, **options)
+        if takes(x, weight, *given, turned=turned)
+        else None
+    )
 
 
 _UNDIVIDED = (compiled, _compiled_gelu)
@@ -359,9 +403,13 @@ _GELU: dict[str, Product] = {
 }
 _RESIDUAL: dict[str, Product] = {
     # The GEMM accumulates into the sum: one pass less than a linear layer followed by an addition.
-    "aten": lambda x, w, b, residual: (residual.clone() if b is None else residual + b).addmm_(x, w.t()),
+    "aten": lambda x, w, b, residual: (residual.clone() if b is None else residual + b).addmm_(
+        x, w.t()
+    ),
     "onednn": onednn_residual,
-    "onednn-packed": lambda x, w, b, residual: onednn_residual(x, _packed(w, x.shape[0]), b, residual),
+    "onednn-packed": lambda x, w, b, residual: onednn_residual(
+        x, _packed(w, x.shape[0]), b, residual
+    ),
     **({"llvm": compiled} if _HERE else {}),
 }
 
@@ -380,11 +428,19 @@ def _onednn_input(dout: Tensor, weight: Tensor) -> Tensor:
     return onednn_linear(dout, weight.t(), None)
 
 
-def _transposed_weight(dout: Tensor, x: Tensor, product: Callable[[Tensor, Tensor], Tensor] = torch.mm) -> Tensor:
+def _transposed_weight(
+    dout: Tensor, x: Tensor, product: Callable[[Tensor, Tensor], Tensor] = torch.mm
+) -> Tensor:
     """Transpose the narrower factor first: libraries are slower at it inside a half-precision GEMM."""
     narrow, wide = (dout, x) if dout.shape[1] <= x.shape[1] else (x, dout)
-    found = product(_transpose(narrow, scratch("transposed", (narrow.shape[1], narrow.shape[0]), x.dtype)), wide)
-    return found if narrow is dout else _transpose(found, found.new_empty(found.shape[1], found.shape[0]))
+    found = product(
+        _transpose(narrow, scratch("transposed", (narrow.shape[1], narrow.shape[0]), x.dtype)), wide
+    )
+    return (
+        found
+        if narrow is dout
+        else _transpose(found, found.new_empty(found.shape[1], found.shape[0]))
+    )
 
 
 def _compiled_input(dout: Tensor, weight: Tensor) -> Tensor:
@@ -420,10 +476,18 @@ _WEIGHT: dict[str, Product] = {
 
 
 def _example(
-    dtype: torch.dtype, rows: int, outputs: int = _WIDTH, names: tuple[str, ...] = ("x", "weight", "bias")
+    dtype: torch.dtype,
+    rows: int,
+    outputs: int = _WIDTH,
+    names: tuple[str, ...] = ("x", "weight", "bias"),
 ) -> tuple[Tensor, ...]:
     """Operands of a layer of the base width, by name."""
-    shapes = {"x": (rows, _WIDTH), "weight": (outputs, _WIDTH), "bias": (outputs,), "residual": (rows, outputs)}
+    shapes = {
+        "x": (rows, _WIDTH),
+        "weight": (outputs, _WIDTH),
+        "bias": (outputs,),
+        "residual": (rows, outputs),
+    }
     found = dict(zip(shapes, operands(dtype, *shapes.values()), strict=True))
     found["weight"] /= _WIDTH**0.5
     # Read from memory in a timing, as in a model; of few rows it would take all candidates equally long.
@@ -432,7 +496,9 @@ def _example(
     return tuple(found[name] for name in names)
 
 
-def _register(operation: str, candidates: dict[str, Product], rows: int, *names: str, outputs: int = _WIDTH) -> None:
+def _register(
+    operation: str, candidates: dict[str, Product], rows: int, *names: str, outputs: int = _WIDTH
+) -> None:
     example = partial(_example, rows=rows, outputs=outputs, names=names or ("x", "weight", "bias"))
     # Our own kernel of weight gradients takes any sizes.
     any_size = operation in ("weight gradient", "layout for few rows")
@@ -500,7 +566,9 @@ def _of_many_rows(dtype: torch.dtype) -> list[Selection]:
 def _layout_share(*found: Selection) -> float | None:
     """The time of weights in oneDNN's layout relative to plain ones, over several GEMMs, since one is too noisy."""
     every = [each.seconds for each in found if "onednn-packed" in each.seconds]
-    as_they_are = [min(time for name, time in seconds.items() if "packed" not in name) for seconds in every]
+    as_they_are = [
+        min(time for name, time in seconds.items() if "packed" not in name) for seconds in every
+    ]
     return sum(seconds["onednn-packed"] for seconds in every) / sum(as_they_are) if every else None
 
 

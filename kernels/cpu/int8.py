@@ -43,7 +43,9 @@ def require() -> None:
     """Raise UnavailableError where int8 is unavailable."""
     reason = why_not()
     if reason is not None:
-        raise UnavailableError(f"dtype='int8' is not offered here: {reason}; use float32 or bfloat16")
+        raise UnavailableError(
+            f"dtype='int8' is not offered here: {reason}; use float32 or bfloat16"
+        )
 
 
 @cache
@@ -62,9 +64,13 @@ def why_not() -> str | None:
         wanted = reference.linear(reference.as_int8(x), reference.as_int8(weight), None)
         if not host.number((found - wanted).abs().max()) <= 1e-4 * host.number(wanted.abs().max()):
             return "sums of bytes are cut off by this processor, which lacks VNNI instructions"
-        seconds, _ = thread_seconds({"int8": _onednn_linear, "fp32": torch.nn.functional.linear}, (x, weight, None))
+        seconds, _ = thread_seconds(
+            {"int8": _onednn_linear, "fp32": torch.nn.functional.linear}, (x, weight, None)
+        )
     faster = seconds["int8"] < seconds["fp32"]
-    return None if faster else "products of bytes are slower than those of float32 on this processor"
+    return (
+        None if faster else "products of bytes are slower than those of float32 on this processor"
+    )
 
 
 def is_faster(operation: str, x: Tensor, weight: Tensor) -> bool:
@@ -93,7 +99,9 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.aten.gelu_(_onednn_linear(x, weight, bias))
 
 
-def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor | None) -> Tensor:
+def linear_residual(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor | None
+) -> Tensor:
     """`residual + gamma · (x W^T + b)`. LayerScale is a factor of the weight's scales."""
     rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, weight.shape[0])
     if _library(x.dtype, weight) == "llvm":
@@ -175,13 +183,19 @@ class Prepared(NamedTuple):
         x = x if x.stride(-1) == 1 else x.contiguous()
         if residual is not None and residual.stride(-1) != 1:
             residual = residual.contiguous()
-        return int8_linear(x, self.panels, self.bias, residual, out, gelu=gelu, of_gelu=of_gelu, norm=norm)
+        return int8_linear(
+            x, self.panels, self.bias, residual, out, gelu=gelu, of_gelu=of_gelu, norm=norm
+        )
 
 
-def prepared_mlp(first: Prepared, second: Prepared, x: Tensor, residual: Tensor, *, norm: Norm | None = None) -> Tensor:
+def prepared_mlp(
+    first: Prepared, second: Prepared, x: Tensor, residual: Tensor, *, norm: Norm | None = None
+) -> Tensor:
     """`residual + second(gelu(first(norm(x))))` for x `[n, K]`, residual `[n, M]`; the hidden layer is fp32."""
     out = torch.empty_like(residual)
-    hidden = scratch("int8 hidden", (min(_MOST_ROWS, len(x)), first.panels.steps.shape[0]), torch.float32)
+    hidden = scratch(
+        "int8 hidden", (min(_MOST_ROWS, len(x)), first.panels.steps.shape[0]), torch.float32
+    )
     for start in range(0, len(x), _MOST_ROWS):
         part = slice(start, start + _MOST_ROWS)
         middle = hidden[: len(x[part])]
@@ -190,11 +204,15 @@ def prepared_mlp(first: Prepared, second: Prepared, x: Tensor, residual: Tensor,
     return out
 
 
-def prepared(weights: tuple[Tensor, ...], biases: tuple[Tensor, ...], joined: Callable[[], Tensor]) -> Prepared:
+def prepared(
+    weights: tuple[Tensor, ...], biases: tuple[Tensor, ...], joined: Callable[[], Tensor]
+) -> Prepared:
     """Joined quantised layers, cached until a weight or bias changes; `joined` concatenates the weights."""
 
     def made() -> Prepared:
-        return Prepared.of(joined(), torch.cat([each.float() for each in biases]) if biases else None)
+        return Prepared.of(
+            joined(), torch.cat([each.float() for each in biases]) if biases else None
+        )
 
     return cached("int8 layer", (*weights, *biases), made)
 
@@ -219,7 +237,9 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     packed, wide = _factors(weight, bias)
     levels, steps = _quantised(rows, x.dtype)
-    return _rescaled(_product(levels, packed, ZERO_BYTE, x.dtype), steps, wide).view(*x.shape[:-1], weight.shape[0])
+    return _rescaled(_product(levels, packed, ZERO_BYTE, x.dtype), steps, wide).view(
+        *x.shape[:-1], weight.shape[0]
+    )
 
 
 def _compiled_linear(
@@ -250,7 +270,9 @@ def _levels(weight: Tensor) -> tuple[Tensor, Tensor]:
     return levels, scales
 
 
-def _factors(weight: Tensor, bias: Tensor | None, gamma: Tensor | None = None) -> tuple[_Packed, Tensor | None]:
+def _factors(
+    weight: Tensor, bias: Tensor | None, gamma: Tensor | None = None
+) -> tuple[_Packed, Tensor | None]:
     """An int8 weight and its fp32 bias, both times gamma."""
 
     def pack() -> _Packed:
@@ -283,10 +305,16 @@ def _product(levels: Tensor, packed: _Packed, zero: int, dtype: torch.dtype) -> 
 def _rescaled(product: Tensor, steps: Tensor, bias: Tensor | None) -> Tensor:
     """`product · steps + bias`, in place."""
     steps = steps.to(product.dtype)
-    return product.mul_(steps) if bias is None else torch.addcmul(bias.to(product.dtype), product, steps, out=product)
+    return (
+        product.mul_(steps)
+        if bias is None
+        else torch.addcmul(bias.to(product.dtype), product, steps, out=product)
+    )
 
 
-def _add_branch(product: Tensor, steps: Tensor, bias: Tensor | None, sums: Tensor, out: Tensor) -> None:
+def _add_branch(
+    product: Tensor, steps: Tensor, bias: Tensor | None, sums: Tensor, out: Tensor
+) -> None:
     """`sums + product · steps + bias`, rounded once; the product is overwritten."""
     length = _block_length(product.shape[1])
     for start in range(0, len(sums), length):
@@ -323,7 +351,9 @@ def _quantised(
             if values.dtype != torch.float32:
                 # Operands of two types would be converted one by one.
                 values = place.copy_(values)
-            largest = torch.maximum(values.amax(1, keepdim=True), values.amin(1, keepdim=True).neg_())
+            largest = torch.maximum(
+                values.amax(1, keepdim=True), values.amin(1, keepdim=True).neg_()
+            )
         step = reference.int8_steps(largest, dtype, gelu=of_gelu is not None)
         torch.addcmul(shift, values, step.float().reciprocal(), out=place)
         levels[block], steps[block] = place.view(torch.int32), step
@@ -335,7 +365,11 @@ def _example(
 ) -> tuple[Tensor | None, ...]:
     """Operands of a linear layer, or of an MLP."""
     (x,) = operands(dtype, (rows, shapes[0][1]))
-    layers = [part for outputs, inputs in shapes for part in operands(dtype, (outputs, inputs), (outputs,))]
+    layers = [
+        part
+        for outputs, inputs in shapes
+        for part in operands(dtype, (outputs, inputs), (outputs,))
+    ]
     return x, *layers, *([*operands(dtype, (rows, shapes[-1][0])), None] if residual else [])
 
 
@@ -350,14 +384,27 @@ _LAYERS: dict[str, tuple[tuple[int, int], ...]] = {
 }
 
 
-def _register(operation: str, candidates: dict[str, Callable[..., Tensor]], layer: str, rows: int) -> None:
+def _register(
+    operation: str, candidates: dict[str, Callable[..., Tensor]], layer: str, rows: int
+) -> None:
     shapes = _LAYERS[layer]
     flops = 2 * rows * sum(outputs * inputs for outputs, inputs in shapes)
     example = partial(_example, rows=rows, shapes=shapes, residual=layer != "linear")
-    register(operation, Race(candidates, example, flops, alike=False, why_not=why_not), any_size=True)
+    register(
+        operation, Race(candidates, example, flops, alike=False, why_not=why_not), any_size=True
+    )
 
 
 _register("products of bytes", _LIBRARIES, "linear", _MANY_ROWS)
-for _layer, _int8 in (("linear", linear), ("linear_residual", linear_residual), ("mlp_residual", mlp_residual)):
+for _layer, _int8 in (
+    ("linear", linear),
+    ("linear_residual", linear_residual),
+    ("mlp_residual", mlp_residual),
+):
     for _suffix, _rows in (("", _MANY_ROWS), (" of few rows", _FEW_ROWS)):
-        _register(f"{_layer} in 8 bits{_suffix}", {"int8": _int8, "floats": getattr(gemm, _layer)}, _layer, _rows)
+        _register(
+            f"{_layer} in 8 bits{_suffix}",
+            {"int8": _int8, "floats": getattr(gemm, _layer)},
+            _layer,
+            _rows,
+        )

@@ -34,7 +34,9 @@ _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def linear_cross_entropy_forward(a: Vocabulary, dlogits: Tensor | None = None) -> tuple[Tensor, Gradients]:
+def linear_cross_entropy_forward(
+    a: Vocabulary, dlogits: Tensor | None = None
+) -> tuple[Tensor, Gradients]:
     """Mean loss (at least fp32) and its gradients (dh, dw, db) as selected by `needs`, None for the others.
 
     With `dlogits` `[rows, V]` from `logits_gradient`, the gradient of the logits is written there for
@@ -67,7 +69,9 @@ def linear_cross_entropy_forward(a: Vocabulary, dlogits: Tensor | None = None) -
         total += running.losses(statistics, label_smoothing, w.shape[0]).sum()
         # The last slice is the one that cache still holds.
         for part in reversed(slices if any(needs) else []):
-            gradient = _to_gradient(logits.pop(), statistics, t_block, None, part, label_smoothing, w.shape[0])
+            gradient = _to_gradient(
+                logits.pop(), statistics, t_block, None, part, label_smoothing, w.shape[0]
+            )
             gradients.add(gradient, block, part)
             if dlogits is not None:
                 _slice_of(dlogits, rows.shape[0], part).copy_(gradient)
@@ -86,7 +90,9 @@ def keeps_logits(h: Tensor, w: Tensor) -> bool:
     return 0 < rows <= h.shape[-1] and len(_row_blocks(h.reshape(-1, h.shape[-1]), w.shape[0])) == 1
 
 
-def vocabulary_gradient(h: Tensor, target: Tensor, dlogits: Tensor, ignore_index: int = -100) -> Tensor:
+def vocabulary_gradient(
+    h: Tensor, target: Tensor, dlogits: Tensor, ignore_index: int = -100
+) -> Tensor:
     """`[V, K]`: dw for a loss with gradient 1, bit for bit as from the forward; arguments as there."""
     vocabulary = dlogits.shape[1]
     rows, _, _ = counted_rows(h, target, vocabulary, ignore_index)
@@ -126,11 +132,15 @@ def token_log_likelihood_forward(a: Vocabulary) -> tuple[Tensor, RowStatistics]:
     return out.view(target.shape), RowStatistics(maximum, log_sum)
 
 
-def token_log_likelihood_backward(dout: Tensor, a: Vocabulary, statistics: RowStatistics, needs: Needs) -> Gradients:
+def token_log_likelihood_backward(
+    dout: Tensor, a: Vocabulary, statistics: RowStatistics, needs: Needs
+) -> Gradients:
     """(dh, dw, db), None where not needed; `dout` `[...]` is the gradient of every row's log-likelihood."""
     h, w, b, target, *_ = a
     rows, targets = h.reshape(-1, h.shape[-1]), target.reshape(-1)
-    coefficients = -dout.reshape(-1).to(statistics.maximum.dtype).masked_fill(targets == a.ignore_index, 0)
+    coefficients = (
+        -dout.reshape(-1).to(statistics.maximum.dtype).masked_fill(targets == a.ignore_index, 0)
+    )
     blocks = _row_blocks(rows, _SLICE)
     gradients = _Accumulators(rows, w, b, needs, len(blocks), 1.0)
     slices = _vocabulary_slices(w.shape[0]) if any(needs) else []
@@ -140,7 +150,9 @@ def token_log_likelihood_backward(dout: Tensor, a: Vocabulary, statistics: RowSt
         for block in blocks:
             here = RowStatistics(*(s[block] for s in statistics))
             logits = _logits(rows[block], w, b, part, memory[0])
-            gradient = _to_gradient(logits, here, targets[block], coefficients[block], part, 0.0, w.shape[0])
+            gradient = _to_gradient(
+                logits, here, targets[block], coefficients[block], part, 0.0, w.shape[0]
+            )
             gradients.add(gradient, block, part)
     return gradients.finish(h, None)
 
@@ -180,7 +192,9 @@ class _Running:
     def statistics(self) -> RowStatistics:
         maxima = torch.stack(self.maxima)
         maximum = maxima.amax(0)
-        return RowStatistics(maximum, (torch.stack(self.sums) * (maxima - maximum).exp_()).sum(0).log_())
+        return RowStatistics(
+            maximum, (torch.stack(self.sums) * (maxima - maximum).exp_()).sum(0).log_()
+        )
 
     def losses(self, statistics: RowStatistics, label_smoothing: float, vocabulary: int) -> Tensor:
         losses = statistics.log_sum - (self.target_logit - statistics.maximum)
@@ -193,14 +207,18 @@ class _Running:
 class _Accumulators:
     """The three gradients: `scale` times the sums over blocks of rows and slices of the vocabulary."""
 
-    def __init__(self, h: Tensor, w: Tensor, b: Tensor | None, needs: Needs, blocks: int, scale: float) -> None:
+    def __init__(
+        self, h: Tensor, w: Tensor, b: Tensor | None, needs: Needs, blocks: int, scale: float
+    ) -> None:
         self.h, self.w, self.b, self.scale = h, w, b, scale
         self.dtype = torch.promote_types(h.dtype, torch.float32)
         # The rows of a block are summed inside the product, which is as wide as fp32, and with the blocks before where
         # the product can add to its result.
         adds = _chosen("vocabulary dw", h.dtype) == "aten"
         dtype = w.dtype if blocks <= (_ROUNDED_BLOCKS if adds else 1) else self.dtype
-        self.dw = (torch.empty_like if blocks else torch.zeros_like)(w, dtype=dtype) if needs[1] else None
+        self.dw = (
+            (torch.empty_like if blocks else torch.zeros_like)(w, dtype=dtype) if needs[1] else None
+        )
         self.dh = torch.zeros_like(h, dtype=self.dtype) if needs[0] else None
         self.db = torch.zeros_like(b, dtype=self.dtype) if needs[2] and b is not None else None
 
@@ -209,7 +227,14 @@ class _Accumulators:
             _add_product(self.dh[block], gradient, self.w[part].t(), "vocabulary dh", self.scale)
         if self.dw is not None:
             first = block.start == 0
-            _add_product(self.dw[part], gradient.t(), self.h[block].t(), "vocabulary dw", self.scale, first=first)
+            _add_product(
+                self.dw[part],
+                gradient.t(),
+                self.h[block].t(),
+                "vocabulary dw",
+                self.scale,
+                first=first,
+            )
         if self.db is not None:
             for tile in _tiles(gradient):
                 self.db[part] += in_dtype("vocabulary logits", gradient[tile], self.dtype).sum(0)
@@ -247,7 +272,9 @@ def _to_gradient(
 
     # Where the target is, 1 is subtracted before the rounding to half precision.
     dtype = statistics.maximum.dtype
-    picked = gradient(logits[inside, columns].to(dtype)[:, None], inside)[:, 0] - (1 - label_smoothing)
+    picked = gradient(logits[inside, columns].to(dtype)[:, None], inside)[:, 0] - (
+        1 - label_smoothing
+    )
     if coefficients is not None:
         picked *= coefficients[inside]
     for tile in _tiles(logits):
@@ -273,13 +300,20 @@ def _onednn_product(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, y, bias, "none", [], "")
 
 
-_PRODUCTS: dict[str, Callable[..., Tensor]] = {"aten": lambda x, y: x @ y.t(), "onednn": _onednn_product}
+_PRODUCTS: dict[str, Callable[..., Tensor]] = {
+    "aten": lambda x, y: x @ y.t(),
+    "onednn": _onednn_product,
+}
 
 
 def _example(role: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Operands of the GEMM `x y^T` with this role, strided as in use, about the size of a slice."""
     h, w, g = operands(dtype, (256, 512), (512, 512), (256, 512))
-    return {"vocabulary logits": (h, w), "vocabulary dh": (g, w.t()), "vocabulary dw": (g.t(), h.t())}[role]
+    return {
+        "vocabulary logits": (h, w),
+        "vocabulary dh": (g, w.t()),
+        "vocabulary dw": (g.t(), h.t()),
+    }[role]
 
 
 for _role in ("vocabulary logits", "vocabulary dh", "vocabulary dw"):
@@ -297,10 +331,16 @@ def _logits(h: Tensor, w: Tensor, b: Tensor | None, part: slice, memory: Tensor)
         return _onednn_product(h, w[part], None if bias is None else bias.contiguous())
     shape = (h.shape[0], part.stop - part.start)
     out = memory[: math.prod(shape)].view(shape)
-    return torch.mm(h, w[part].t(), out=out) if bias is None else torch.addmm(bias, h, w[part].t(), out=out)
+    return (
+        torch.mm(h, w[part].t(), out=out)
+        if bias is None
+        else torch.addmm(bias, h, w[part].t(), out=out)
+    )
 
 
-def _add_product(accumulator: Tensor, x: Tensor, y: Tensor, role: str, scale: float, *, first: bool = False) -> None:
+def _add_product(
+    accumulator: Tensor, x: Tensor, y: Tensor, role: str, scale: float, *, first: bool = False
+) -> None:
     """`accumulator += scale · x y^T`; the first time, what it held before does not count."""
     name = _chosen(role, x.dtype)
     if name == "aten" and accumulator.dtype == x.dtype:
@@ -311,7 +351,9 @@ def _add_product(accumulator: Tensor, x: Tensor, y: Tensor, role: str, scale: fl
         accumulator.add_(_PRODUCTS[name](x, y), alpha=scale)
 
 
-def counted_rows(h: Tensor, target: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def counted_rows(
+    h: Tensor, target: Tensor, vocabulary: int, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rows `[M', K]` and targets that count, and their numbers if some do not."""
     checks.check_targets(target, vocabulary, ignore_index)
     rows, targets = h.reshape(-1, h.shape[-1]), target.reshape(-1)

@@ -80,14 +80,18 @@ def embedding_norm_forward(a: Embedding) -> tuple[Tensor, Tensor, Tensor]:
     return layer_norm_forward(_embed(*a[:5]), a.weight, a.bias, a.eps)
 
 
-def embedding_norm_backward(dnormed: Tensor, mean: Tensor, rstd: Tensor, a: Embedding) -> tuple[Tensor, ...]:
+def embedding_norm_backward(
+    dnormed: Tensor, mean: Tensor, rstd: Tensor, a: Embedding
+) -> tuple[Tensor, ...]:
     """Gradients of the tables, the type row and the norm, from recomputed sums; row `padding_idx` receives none."""
     embedded = _embed(*a[:5])
     ds, dweight, dbias = layer_norm_backward(dnormed, embedded, a.weight, mean, rstd)
     skipped = -1 if a.padding_idx is None else a.padding_idx
     rows = ds.reshape(-1, ds.shape[-1]).to(_wide(ds))
     dword, dposition = (
-        torch.ops.aten.embedding_dense_backward(rows, ids.reshape(-1), table.shape[0], skipped, False).to(table.dtype)
+        torch.ops.aten.embedding_dense_backward(
+            rows, ids.reshape(-1), table.shape[0], skipped, False
+        ).to(table.dtype)
         for ids, table in ((a.tokens, a.word), (a.positions, a.position))
     )
     return dword, dposition, rows.sum(0).to(a.type_row.dtype), dweight, dbias
@@ -110,7 +114,9 @@ def _factor(gamma: Tensor | None, row_scale: Tensor | None, x: Tensor) -> Tensor
     return rows if gamma is None else rows * gamma
 
 
-def _dropout_factor(x: Tensor, dtype: torch.dtype, dropout_p: float, seed: Tensor | None) -> Tensor | None:
+def _dropout_factor(
+    x: Tensor, dtype: torch.dtype, dropout_p: float, seed: Tensor | None
+) -> Tensor | None:
     """The dropout factor of every element of x, reproducible by the seed: 0 or 1/(1-p)."""
     if not dropout_p:
         return None
@@ -119,13 +125,21 @@ def _dropout_factor(x: Tensor, dtype: torch.dtype, dropout_p: float, seed: Tenso
 
 
 def add_branch(
-    branch: Tensor, residual: Tensor, gamma: Tensor | None, row_scale: Tensor | None, *, in_place: bool = False
+    branch: Tensor,
+    residual: Tensor,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    *,
+    in_place: bool = False,
 ) -> Tensor:
     """`residual + row_scale · gamma · branch`, as wide as its two terms, in one pass over memory.
 
     `in_place`: overwrite `branch` if it is as wide as the sum, since a second tensor would fragment memory.
     """
-    dtype, factor = torch.promote_types(branch.dtype, residual.dtype), _factor(gamma, row_scale, branch)
+    dtype, factor = (
+        torch.promote_types(branch.dtype, residual.dtype),
+        _factor(gamma, row_scale, branch),
+    )
     place = branch if in_place and branch.dtype == dtype else None
     if factor is None:
         return torch.add(residual, branch, out=place)
@@ -140,7 +154,9 @@ def layer_norm_forward(
     # PyTorch keeps the statistics in the type of the parameters, so these are what has to be wide.
     wide = _wide(summed)
     bias = None if bias is None else bias.to(wide)
-    normed, mean, rstd = torch.native_layer_norm(summed, (summed.shape[-1],), weight.to(wide), bias, eps)
+    normed, mean, rstd = torch.native_layer_norm(
+        summed, (summed.shape[-1],), weight.to(wide), bias, eps
+    )
     return normed, mean.flatten(), rstd.flatten()
 
 
@@ -152,7 +168,9 @@ def layer_norm_backward(
     width, wide = rows.shape[1], _wide(summed)
     factors = weight.to(wide)
 
-    def gradients(rows: Tensor, upstream: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def gradients(
+        rows: Tensor, upstream: Tensor, mean: Tensor, rstd: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         statistics = (mean[:, None], rstd[:, None])
         return torch.ops.aten.native_layer_norm_backward(
             upstream, rows, (width,), *statistics, factors, factors, [True, True, True]
@@ -162,14 +180,22 @@ def layer_norm_backward(
         ds, dweight, dbias = gradients(rows, upstream, mean, rstd)
     else:
         # PyTorch adds rows in the dtype of the upstream gradient: half precision loses what they have in common.
-        ds, dweight, dbias = (torch.empty(rows.shape, dtype=rows.dtype), *torch.zeros(2, width, dtype=wide))
+        ds, dweight, dbias = (
+            torch.empty(rows.shape, dtype=rows.dtype),
+            *torch.zeros(2, width, dtype=wide),
+        )
         for tile in even_slices(len(rows), max(1, torch.get_num_threads() * _TILE // width)):
-            operands = in_dtype("summed", rows[tile], wide), in_dtype("normed gradient", upstream[tile], wide)
+            operands = (
+                in_dtype("summed", rows[tile], wide),
+                in_dtype("normed gradient", upstream[tile], wide),
+            )
             ds[tile], of_weight, of_bias = gradients(*operands, mean[tile], rstd[tile])
             dweight += of_weight
             dbias += of_bias
     return ds.view(summed.shape), dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
-def _embed(tokens: Tensor, positions: Tensor, word: Tensor, position: Tensor, type_row: Tensor) -> Tensor:
+def _embed(
+    tokens: Tensor, positions: Tensor, word: Tensor, position: Tensor, type_row: Tensor
+) -> Tensor:
     return F.embedding(tokens, word).add_(type_row).add_(F.embedding(positions, position))

@@ -74,12 +74,24 @@ class Selection:
     @property
     def reason(self) -> str:
         """Why this one, in a sentence."""
-        where = {"measured": "", "file": f" (from the file in {CHOICES})", "settled": " (settled by the program)"}
+        where = {
+            "measured": "",
+            "file": f" (from the file in {CHOICES})",
+            "settled": " (settled by the program)",
+        }
         if len(self.seconds) < 2:
-            return (f"{self.chosen} is the only one here" if self.seconds else "not compared") + where[self.source]
-        other = min((name for name in self.seconds if name != self.chosen), key=self.seconds.__getitem__)
+            return (
+                f"{self.chosen} is the only one here" if self.seconds else "not compared"
+            ) + where[self.source]
+        other = min(
+            (name for name in self.seconds if name != self.chosen), key=self.seconds.__getitem__
+        )
         fast, slow = sorted((self.seconds[other], self.seconds[self.chosen]))
-        gain = f"{slow / fast:.1f} times faster" if slow >= 2 * fast else f"{1 - fast / slow:.1%} faster"
+        gain = (
+            f"{slow / fast:.1f} times faster"
+            if slow >= 2 * fast
+            else f"{1 - fast / slow:.1%} faster"
+        )
         if self.seconds[self.chosen] <= self.seconds[other]:
             return f"{self.chosen} measured {gain} than {other}{where[self.source]}"
         margin = 1 - 1 / (_FAVOUR if _COPIES in other else 1 + self.noise)
@@ -114,7 +126,11 @@ def register(operation: str, race: Race, *, any_size: bool = False) -> None:
 
 def races() -> dict[str, Race]:
     """The operations of this machine by name, of the modules that are imported: `kernels.ops` imports all."""
-    return {name: race for name, race in RACES.items() if len(race.candidates) > 1 and race.why_not() is None}
+    return {
+        name: race
+        for name, race in RACES.items()
+        if len(race.candidates) > 1 and race.why_not() is None
+    }
 
 
 def operands(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
@@ -169,8 +185,14 @@ def compare(operation: str, dtype: torch.dtype) -> Selection:
 
 def _among(operation: str, race: Race, dtype: torch.dtype) -> Selection | None:
     """For odd sizes, the result of an earlier comparison restricted to these candidates."""
-    whole = _selections.get((operation.removesuffix(_ODD), dtype)) if operation.endswith(_ODD) else None
-    seconds = {} if whole is None else {name: time for name, time in whole.seconds.items() if name in race.candidates}
+    whole = (
+        _selections.get((operation.removesuffix(_ODD), dtype)) if operation.endswith(_ODD) else None
+    )
+    seconds = (
+        {}
+        if whole is None
+        else {name: time for name, time in whole.seconds.items() if name in race.candidates}
+    )
     if whole is None or not seconds:
         return None
     chosen = whole.chosen if whole.chosen in race.candidates else _fastest(seconds, whole.noise)
@@ -186,7 +208,11 @@ def processor() -> str:
     pairs = (line.partition(":") for line in reversed(lines))
     facts = {key.strip(): value.strip() for key, _, value in pairs}
     parts = [facts.get("model name", platform.machine())]
-    parts += [f"{key.removeprefix('cpu ')} {facts[key]}" for key in ("cpu family", "model") if key in facts]
+    parts += [
+        f"{key.removeprefix('cpu ')} {facts[key]}"
+        for key in ("cpu family", "model")
+        if key in facts
+    ]
     return ", ".join(parts)
 
 
@@ -203,7 +229,12 @@ def choices() -> dict[str, Any]:
         }
         for s in selections()
     ]
-    return {"schema": _SCHEMA, "processor": processor(), "torch": torch.__version__, "choices": found}
+    return {
+        "schema": _SCHEMA,
+        "processor": processor(),
+        "torch": torch.__version__,
+        "choices": found,
+    }
 
 
 def _file_choices() -> dict[tuple[str, torch.dtype], Selection]:
@@ -218,25 +249,35 @@ def _read(path: str) -> dict[tuple[str, torch.dtype], Selection]:
     try:
         document = json.loads(Path(path).read_text())
         if document["schema"] != _SCHEMA:
-            raise InputError(f"{path} has schema {document['schema']}; this version reads {_SCHEMA}; {remedy}")
+            raise InputError(
+                f"{path} has schema {document['schema']}; this version reads {_SCHEMA}; {remedy}"
+            )
         for what, here in (("processor", processor()), ("torch", torch.__version__)):
             if document[what] != here:
-                raise InputError(f"{path} was written for {what} {document[what]!r} and this is {here!r}; {remedy}")
+                raise InputError(
+                    f"{path} was written for {what} {document[what]!r} and this is {here!r}; {remedy}"
+                )
         found = {}
         for each in document["choices"]:
             dtype, chosen = getattr(torch, each["dtype"]), str(each["chosen"])
             seconds = {name: float(time) for name, time in each["seconds"].items()}
-            if seconds and (chosen not in seconds or not all(0 < time < math.inf for time in seconds.values())):
+            if seconds and (
+                chosen not in seconds or not all(0 < time < math.inf for time in seconds.values())
+            ):
                 raise ValueError(f"{each['operation']} chooses {chosen!r} of the times {seconds}")
             parts = (each["operation"], dtype, chosen, seconds, dict(each["rejected"]))
             noise = float(each.get("noise", 0.0))
             found[each["operation"], dtype] = Selection(*parts, source="file", noise=noise)
     except OSError as error:
-        raise InputError(f"{CHOICES} names {path}, which cannot be read: {error.strerror}; {remedy}") from error
+        raise InputError(
+            f"{CHOICES} names {path}, which cannot be read: {error.strerror}; {remedy}"
+        ) from error
     except InputError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"{path} is no file of choices ({type(error).__name__}: {error}); {remedy}") from error
+        raise InputError(
+            f"{path} is no file of choices ({type(error).__name__}: {error}); {remedy}"
+        ) from error
     return found
 
 
@@ -259,10 +300,15 @@ def _compare(operation: str, race: Race, dtype: torch.dtype) -> Selection:
         arguments = race.example(dtype)
         truth, allowed = None, math.inf
         if race.alike:
-            wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
+            wide = [
+                a.double() if isinstance(a, Tensor) and a.is_floating_point() else a
+                for a in arguments
+            ]
             truth = trusted(*wide)
             unit = torch.finfo(dtype).eps
-            allowed = min(2 * _error(trusted(*arguments), truth) + 2 * unit, _CEILING * unit) + _SUMMATION
+            allowed = (
+                min(2 * _error(trusted(*arguments), truth) + 2 * unit, _CEILING * unit) + _SUMMATION
+            )
         usable = {trusted_name: trusted}
         for name, candidate in list(race.candidates.items())[1:]:
             try:
@@ -299,7 +345,10 @@ def thread_seconds(
     weights = sum(a.numel() * a.element_size() for a in arguments if isinstance(a, Parameter))
     count = min(_ROUNDS * len(candidates), _COLD_BYTES // weights) if weights else 0
     copies = [
-        tuple(Parameter(a.detach().clone(), False) if isinstance(a, Parameter) else a for a in arguments)
+        tuple(
+            Parameter(a.detach().clone(), False) if isinstance(a, Parameter) else a
+            for a in arguments
+        )
         for _ in range(count)
     ] or [arguments]
     calls = cycle(copies)
@@ -320,7 +369,9 @@ def thread_seconds(
         torch.set_num_threads(threads)
     best = {name: sorted(times)[:2] for name, times in rounds.items()}
     noise = median((second - first) / first if first else 0.0 for first, second in best.values())
-    return {name: first for name, (first, _) in best.items()}, min(max(noise, _LEAST_NOISE), _FAVOUR - 1)
+    return {name: first for name, (first, _) in best.items()}, min(
+        max(noise, _LEAST_NOISE), _FAVOUR - 1
+    )
 
 
 def _error(value: Tensor, truth: Tensor) -> float:

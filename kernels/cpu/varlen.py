@@ -57,7 +57,11 @@ def varlen_attention(
         group = plan.groups[0]
         padded = (group.queries.padded(q), group.keys.padded(k), group.keys.padded(v))
         attended = plain_attention(*padded, scale, group.mask).flatten(0, 1)
-        return attended if group.queries.slots is None else attended.index_select(0, group.queries.slots)
+        return (
+            attended
+            if group.queries.slots is None
+            else attended.index_select(0, group.queries.slots)
+        )
     out = torch.zeros(q.shape, dtype=q.dtype) if plan.empty else torch.empty(q.shape, dtype=q.dtype)
     for group in plan.groups:
         padded = (group.queries.padded(q), group.keys.padded(k), group.keys.padded(v))
@@ -87,7 +91,9 @@ def varlen_attention_backward(
         k, v, bounds_k = without_masked_keys(k, v, bounds_k, key_mask)
         part = varlen_attention_backward(dout, q, k, v, bounds_q, bounds_k, scale, dropout)
         return part[0], dk.index_copy_(0, visible, part[1]), dv.index_copy_(0, visible, part[2])
-    longest_q, longest_k = (max((b - a for a, b in pairwise(bounds)), default=0) for bounds in (bounds_q, bounds_k))
+    longest_q, longest_k = (
+        max((b - a for a, b in pairwise(bounds)), default=0) for bounds in (bounds_q, bounds_k)
+    )
     if dropout is None and compiles_backward(q, longest_k, longest_q):
         # It reads every sequence where it lies.
         given = (dout[None], q[None], k[None], v[None], scale)
@@ -95,13 +101,22 @@ def varlen_attention_backward(
         return dq[0], dk[0], dv[0]
     plan = plan_of(bounds_q, bounds_k)
     made = (plan.empty, plan.unread, plan.unread)
-    whole = [(torch.zeros if z else torch.empty)(t.shape, dtype=t.dtype) for t, z in zip((q, k, v), made, strict=True)]
+    whole = [
+        (torch.zeros if z else torch.empty)(t.shape, dtype=t.dtype)
+        for t, z in zip((q, k, v), made, strict=True)
+    ]
     for group in plan.groups:
         upstream = group.queries.padded(dout, repeated=False)
         padded = (upstream, group.queries.padded(q), group.keys.padded(k), group.keys.padded(v))
-        into = (group.queries.place(whole[0]), group.keys.place(whole[1]), group.keys.place(whole[2]))
+        into = (
+            group.queries.place(whole[0]),
+            group.keys.place(whole[1]),
+            group.keys.place(whole[2]),
+        )
         tiled_attention_backward(*padded, scale, group.mask, dropout, into=into)
-        for side, gradient, part in zip((group.queries, group.keys, group.keys), into, whole, strict=True):
+        for side, gradient, part in zip(
+            (group.queries, group.keys, group.keys), into, whole, strict=True
+        ):
             side.unpad(gradient, part)
     return whole[0], whole[1], whole[2]
 
@@ -133,7 +148,11 @@ class Side(NamedTuple):
             return packed[self.rows].unflatten(0, (self.sequences, self.longest))
         found = packed.index_select(0, self.rows)
         if not repeated and self.slots is not None:
-            found *= torch.zeros(len(found), dtype=found.dtype).index_fill_(0, self.slots, 1).view(-1, 1, 1)
+            found *= (
+                torch.zeros(len(found), dtype=found.dtype)
+                .index_fill_(0, self.slots, 1)
+                .view(-1, 1, 1)
+            )
         return found.view(self.sequences, self.longest, *packed.shape[1:])
 
     def place(self, packed: Tensor) -> Tensor:
@@ -151,7 +170,9 @@ class Side(NamedTuple):
         elif self.slots is None:
             packed.index_copy_(0, self.rows, padded.flatten(0, 1))
         else:
-            packed.index_copy_(0, self.rows[self.slots], padded.flatten(0, 1).index_select(0, self.slots))
+            packed.index_copy_(
+                0, self.rows[self.slots], padded.flatten(0, 1).index_select(0, self.slots)
+            )
 
 
 class Group(NamedTuple):
@@ -182,9 +203,14 @@ class Plan(NamedTuple):
 @torch.inference_mode(False)  # a plan made by inference serves training too
 def plan_of(bounds_q: tuple[int, ...], bounds_k: tuple[int, ...]) -> Plan:
     """Groups of similar length from S + 1 offsets: padded until that costs more scores than another group."""
-    lengths = [(bounds_q[i + 1] - bounds_q[i], bounds_k[i + 1] - bounds_k[i]) for i in range(len(bounds_q) - 1)]
+    lengths = [
+        (bounds_q[i + 1] - bounds_q[i], bounds_k[i + 1] - bounds_k[i])
+        for i in range(len(bounds_q) - 1)
+    ]
     # Lengths of keys ascend, so that the last member of a group has the most keys.
-    order = sorted((i for i, sizes in enumerate(lengths) if all(sizes)), key=lambda i: lengths[i][::-1])
+    order = sorted(
+        (i for i, sizes in enumerate(lengths) if all(sizes)), key=lambda i: lengths[i][::-1]
+    )
     groups: list[Group] = []
     start = 0
     while start < len(order):

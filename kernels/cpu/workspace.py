@@ -86,7 +86,11 @@ def keep_freed_memory() -> bool:
         mallopt = library.mallopt
     except (OSError, AttributeError):
         return False
-    options = ((_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, _HEAP))
+    options = (
+        (_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD),
+        (_M_TRIM_THRESHOLD, 2**31 - 1),
+        (_M_TOP_PAD, _HEAP),
+    )
     # Set every option, even if one fails.
     understood = min(mallopt(option, value) for option, value in options) == 1
     if understood:
@@ -111,7 +115,9 @@ def _ask_for_huge_pages(library: ctypes.CDLL) -> None:
     library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     library.free(library.malloc(_LARGEST_THRESHOLD - (1 << 20)))
     # The heap has several parts after earlier madvise calls.
-    heap = re.findall(r"^(\w+)-(\w+) .*\[heap\]$", Path("/proc/self/maps").read_text(), re.MULTILINE)
+    heap = re.findall(
+        r"^(\w+)-(\w+) .*\[heap\]$", Path("/proc/self/maps").read_text(), re.MULTILINE
+    )
     if heap:
         begin, end = -(-int(heap[0][0], 16) // _HUGE_PAGE) * _HUGE_PAGE, int(heap[-1][1], 16)
         # No effect where Linux has no huge pages.

@@ -95,7 +95,9 @@ class Shadow:
         self.written = np.zeros(ctas * size, np.int32)
         self.reads = np.zeros((ctas * size, _READERS * clocks.warps), np.int32)
 
-    def read(self, place: Array, cta: Any, agent: Any, at: Any, *, warps: Any, proxy: bool = False) -> list[str]:
+    def read(
+        self, place: Array, cta: Any, agent: Any, at: Any, *, warps: Any, proxy: bool = False
+    ) -> list[str]:
         """Record reads of granules at time `at`, by warps that must know of the writes; returns hazards.
 
         `warps` issue the read: one each, or `[n, 1]` together. `proxy`: by the async proxy.
@@ -106,7 +108,9 @@ class Shadow:
             found.append("read of uninitialised memory")
         written = self.written[place]
         known = self.clocks.known[cta, warps, writer]
-        found += self._unordered("read of what is written by", writer[self._any(known < written) & (writer >= 0)])
+        found += self._unordered(
+            "read of what is written by", writer[self._any(known < written) & (writer >= 0)]
+        )
         if proxy:
             # Copies by cp.async belong to the generic proxy too.
             generic = (writer >= 0) & np.isin(writer // self.clocks.warps, (THREADS, COPY))
@@ -115,12 +119,16 @@ class Shadow:
         self.reads[place, agent] = at
         return found
 
-    def write(self, place: Array, cta: Any, agent: Any, at: Any, *, warps: Any, changed: Any = True) -> list[str]:
+    def write(
+        self, place: Array, cta: Any, agent: Any, at: Any, *, warps: Any, changed: Any = True
+    ) -> list[str]:
         """Record writes. Two writes of one value may race, as Triton's replicated threads do."""
         writer = self.writer[place]
         _, cta, warps = np.broadcast_arrays(place, cta, warps)
         known = self.clocks.known[cta, warps]
-        late = (np.take_along_axis(known, writer[:, None].clip(0), 1)[:, 0] < self.written[place]) & (writer >= 0)
+        late = (
+            np.take_along_axis(known, writer[:, None].clip(0), 1)[:, 0] < self.written[place]
+        ) & (writer >= 0)
         found = self._unordered("write over what is written by", writer[late & changed])
         readers = np.nonzero(self.reads[place] > known[:, : self.reads.shape[1]])[1]
         found += self._unordered("write over what is read by", readers)

@@ -48,7 +48,9 @@ def fp32_to_e4m3(values: Array) -> Array:
     # In units of the last of three bits of the mantissa: 8 to 15 for normal numbers.
     steps = np.rint(magnitude * 2.0 ** (3 - exponent))
     bits = np.where(np.isnan(values), 0x7F, (exponent + 6) * 8 + steps)
-    return np.nan_to_num(bits).astype(np.uint8) | (np.signbit(values).astype(np.uint8) << np.uint8(7))
+    return np.nan_to_num(bits).astype(np.uint8) | (
+        np.signbit(values).astype(np.uint8) << np.uint8(7)
+    )
 
 
 def flush(values: Array) -> Array:
@@ -61,8 +63,12 @@ def fma(x: Array, y: Array, z: Array) -> Array:
     product = x.astype(np.float64) * y.astype(np.float64)
     wide = np.asarray(product + z)
     # Rounding to fp64 first can go wrong only amid two fp32 numbers and among subnormal ones.
-    amid = ((wide.view(np.uint64) & np.uint64(0x1FFFFFFF)) == np.uint64(0x10000000)) | (np.abs(wide) < 2.0**-125)
-    return (np.where(amid, _sum_to_odd(product, z), wide) if amid.any() else wide).astype(np.float32)
+    amid = ((wide.view(np.uint64) & np.uint64(0x1FFFFFFF)) == np.uint64(0x10000000)) | (
+        np.abs(wide) < 2.0**-125
+    )
+    return (np.where(amid, _sum_to_odd(product, z), wide) if amid.any() else wide).astype(
+        np.float32
+    )
 
 
 def _sum_to_odd(x: Array, y: Array) -> Array:
@@ -79,10 +85,16 @@ def _fma_half(x: Array, y: Array, z: Array) -> Array:
     wide = _sum_to_odd(x.astype(np.float64) * y.astype(np.float64), z)
     found = wide.astype(np.float32)
     inexact = np.isfinite(found) & (found != wide) & ((found.view(np.uint32) & np.uint32(1)) == 0)
-    return np.where(inexact, np.nextafter(found, np.where(wide > found, np.inf, -np.inf).astype(np.float32)), found)
+    return np.where(
+        inexact,
+        np.nextafter(found, np.where(wide > found, np.inf, -np.inf).astype(np.float32)),
+        found,
+    )
 
 
-def pure(patterns: str, function: Function, result: str = "", *arguments: str, flushes: bool = False) -> None:
+def pure(
+    patterns: str, function: Function, result: str = "", *arguments: str, flushes: bool = False
+) -> None:
     """Register forms that compute a function of their operands; types default to the last of the form."""
     for name in expand(patterns):
         kind = name.rpartition(".")[2]
@@ -90,9 +102,14 @@ def pure(patterns: str, function: Function, result: str = "", *arguments: str, f
         FORMS[name] = partial(_apply, function=function, to=to, types=types, flushes=flushes)
 
 
-def _apply(m: Machine, each: Instruction, *, function: Function, to: Any, types: list[Any], flushes: bool) -> None:
+def _apply(
+    m: Machine, each: Instruction, *, function: Function, to: Any, types: list[Any], flushes: bool
+) -> None:
     sources = each.operands[1:]
-    values = [m.read(operand, types[min(i, len(types) - 1)], computes=True) for i, operand in enumerate(sources)]
+    values = [
+        m.read(operand, types[min(i, len(types) - 1)], computes=True)
+        for i, operand in enumerate(sources)
+    ]
     if flushes:
         values = [flush(value) for value in values]
     found = np.asarray(function(*values))
@@ -105,7 +122,9 @@ def packed(function: Function, unpack: Function, pack: Function) -> Function:
     """A function of both halves of 32 bits."""
 
     def apply(*values: Array) -> Array:
-        return _join(*(pack(function(*(unpack(half(value, i)) for value in values))) for i in (0, 1)))
+        return _join(
+            *(pack(function(*(unpack(half(value, i)) for value in values))) for i in (0, 1))
+        )
 
     return apply
 
@@ -147,7 +166,9 @@ def _wide(function: Function, kind: str) -> Function:
 def _divide(x: Array, y: Array) -> Array:
     """The quotient of integers, cut off toward zero; all bits are set where the divisor is zero."""
     unsigned = UNSIGNED[x.dtype.itemsize]
-    size = [np.where(value < 0, 0 - value, value).astype(x.dtype).view(unsigned) for value in (x, y)]
+    size = [
+        np.where(value < 0, 0 - value, value).astype(x.dtype).view(unsigned) for value in (x, y)
+    ]
     quotient = size[0] // np.maximum(size[1], unsigned.type(1))
     signed = np.where((x < 0) != (y < 0), unsigned.type(0) - quotient, quotient)
     return np.where(y == 0, ~unsigned.type(0), signed).astype(unsigned).view(x.dtype)
@@ -156,7 +177,11 @@ def _divide(x: Array, y: Array) -> Array:
 def _divide_approximately(x: Array, y: Array) -> Array:
     """A quotient that is 0 for the largest divisors: their reciprocals are subnormal."""
     large = (np.abs(y) > 2.0**126) & np.isfinite(y)
-    return np.where(large, np.where(np.isinf(x), np.float32(np.nan), np.copysign(np.float32(0), x) * np.sign(y)), x / y)
+    return np.where(
+        large,
+        np.where(np.isinf(x), np.float32(np.nan), np.copysign(np.float32(0), x) * np.sign(y)),
+        x / y,
+    )
 
 
 def _remainder(x: Array, y: Array) -> Array:
@@ -168,9 +193,13 @@ def _to_integer(x: Array, *, round_: Function, to: np.dtype[Any]) -> Array:
     """An integer of fp32; numbers beyond its range are its ends; NaN is 0, or the least of 64 bits."""
     end = 2.0 ** (8 * to.itemsize - (to.kind == "i"))
     rounded = round_(x.astype(np.float64))
-    inside = np.clip(np.nan_to_num(rounded), float(np.iinfo(to).min), np.nextafter(end, 0)).astype(to)
+    inside = np.clip(np.nan_to_num(rounded), float(np.iinfo(to).min), np.nextafter(end, 0)).astype(
+        to
+    )
     invalid = np.array(1 << 63, np.uint64).view(np.int64) if to.itemsize == 8 else 0
-    return np.where(np.isnan(x), to.type(invalid), np.where(rounded >= end, np.iinfo(to).max, inside))
+    return np.where(
+        np.isnan(x), to.type(invalid), np.where(rounded >= end, np.iinfo(to).max, inside)
+    )
 
 
 def _join(low: Array, high: Array) -> Array:
@@ -191,7 +220,10 @@ def _shift(x: Array, count: Array, function: Function) -> Array:
 
 def _extract(x: Array, place: Array, length: Array, *, signed: bool) -> Array:
     """A field of bits (`bfe`)."""
-    place, length = np.minimum(place & 0xFF, 32).astype(np.int64), np.minimum(length & 0xFF, 32).astype(np.int64)
+    place, length = (
+        np.minimum(place & 0xFF, 32).astype(np.int64),
+        np.minimum(length & 0xFF, 32).astype(np.int64),
+    )
     wide = x.view(np.int32).astype(np.int64) if signed else x.astype(np.int64)
     found = (wide >> place) & ((1 << length) - 1)
     if not signed:
@@ -217,7 +249,10 @@ def _permute(x: Array, y: Array, selector: Array) -> Array:
 
 _HALVES = {
     "bf16x2": (bf16_to_fp32, fp32_to_bf16),
-    "f16x2": (lambda bits: bits.view(np.float16).astype(np.float32), lambda v: v.astype(np.float16).view(np.uint16)),
+    "f16x2": (
+        lambda bits: bits.view(np.float16).astype(np.float32),
+        lambda v: v.astype(np.float16).view(np.uint16),
+    ),
 }
 _SINGLE = {kind.removesuffix("x2"): both for kind, both in _HALVES.items()}
 _FLUSHES = (("", False), (".ftz", True))
@@ -239,8 +274,20 @@ for _name, _function in (("add", np.add), ("sub", np.subtract), ("mul", np.multi
             pure(f"{_name}{_mode}.{_kind}", _rounded(_function, *_both), "b16", "b16")
 for _name, _function in (("add", np.add), ("sub", np.subtract)):
     pure(f"{_name}.{{s16,s32,s64,u32,u64}}", _function)
-    pure(f"{_name}.rn.f32.bf16", lambda x, y, run=_function: run(bf16_to_fp32(x), y), "f32", "b16", "f32")
-    pure(f"{_name}.rn.f32.f16", lambda x, y, run=_function: run(x.astype(np.float32), y), "f32", "f16", "f32")
+    pure(
+        f"{_name}.rn.f32.bf16",
+        lambda x, y, run=_function: run(bf16_to_fp32(x), y),
+        "f32",
+        "b16",
+        "f32",
+    )
+    pure(
+        f"{_name}.rn.f32.f16",
+        lambda x, y, run=_function: run(x.astype(np.float32), y),
+        "f32",
+        "f16",
+        "f32",
+    )
 pure("mul.lo.{s16,s32,s64,u32}", np.multiply)
 pure("mul.hi.u32", lambda x, y: (x.astype(np.uint64) * y.astype(np.uint64)) >> np.uint64(32))
 pure("mul.hi.s32", lambda x, y: (x.astype(np.int64) * y.astype(np.int64)) >> np.int64(32))
@@ -253,8 +300,22 @@ pure("fma.rn.ftz.f32", fma, flushes=True)
 pure("fma.rn.f32x2", _pairs(fma), "b64", "b64")
 for _kind, _both in _HALVES.items():
     pure(f"fma.rn.{_kind}", packed(_fma_half, *_both), "b32", "b32")
-pure("fma.rn.f32.bf16", lambda x, y, z: fma(bf16_to_fp32(x), bf16_to_fp32(y), z), "f32", "b16", "b16", "f32")
-pure("fma.rn.f32.f16", lambda x, y, z: fma(x.astype(np.float32), y.astype(np.float32), z), "f32", "f16", "f16", "f32")
+pure(
+    "fma.rn.f32.bf16",
+    lambda x, y, z: fma(bf16_to_fp32(x), bf16_to_fp32(y), z),
+    "f32",
+    "b16",
+    "b16",
+    "f32",
+)
+pure(
+    "fma.rn.f32.f16",
+    lambda x, y, z: fma(x.astype(np.float32), y.astype(np.float32), z),
+    "f32",
+    "f16",
+    "f16",
+    "f32",
+)
 for _kind, _both in _SINGLE.items():
     pure(f"fma.rn.{_kind}", _rounded(_fma_half, *_both), "b16", "b16")
 pure("div.{s32,u32,s64}", _divide)
@@ -266,7 +327,9 @@ pure("rcp.{rn,approx}.f32", lambda x: np.float32(1) / x)
 for _suffix, _flushes in _FLUSHES:
     pure(f"ex2.approx{_suffix}.f32", np.exp2, flushes=_flushes)
     pure(f"lg2.approx{_suffix}.f32", np.log2, flushes=_flushes)
-    pure(f"rsqrt.approx{_suffix}.f32", lambda x: 1 / np.sqrt(x.astype(np.float64)), flushes=_flushes)
+    pure(
+        f"rsqrt.approx{_suffix}.f32", lambda x: 1 / np.sqrt(x.astype(np.float64)), flushes=_flushes
+    )
     pure(f"sqrt.{{rn,approx}}{_suffix}.f32", np.sqrt, flushes=_flushes)
     pure(f"abs{_suffix}.f32", np.abs, flushes=_flushes)
     pure(f"neg{_suffix}.f32", np.negative, flushes=_flushes)
@@ -295,7 +358,12 @@ pure("cvt.rn.bf16.f32", fp32_to_bf16, "b16", "f32")
 pure("cvt.rn.f16.f32", lambda x: x, "f16", "f32")
 for _kind, (_, _pack) in _HALVES.items():
     pure(f"cvt.rn.{_kind}.f32", lambda x, y, pack=_pack: _join(pack(y), pack(x)), "b32", "f32")
-pure("cvt.rn.satfinite.e4m3x2.f32", lambda x, y: _join_bytes(fp32_to_e4m3(y), fp32_to_e4m3(x)), "b16", "f32")
+pure(
+    "cvt.rn.satfinite.e4m3x2.f32",
+    lambda x, y: _join_bytes(fp32_to_e4m3(y), fp32_to_e4m3(x)),
+    "b16",
+    "f32",
+)
 pure("cvt.rn.f32.{s32,u32,s64}", lambda x: x, "f32")
 for _to in ("s8", "s16", "s32", "s64", "u8", "u16", "u32", "u64"):
     pure(f"cvt.{_to}.{{s8,s16,s32,s64,u8,u16,u32,u64}}", lambda x: x, _to)
@@ -303,7 +371,12 @@ _ROUND = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
 for _name, _function in _ROUND.items():
     pure(f"cvt.{_name}.f32.f32", _function)
     for _to in ("s32", "u32", "s64"):
-        pure(f"cvt.{_name}.{_to}.f32", partial(_to_integer, round_=_function, to=DTYPES[_to]), _to, "f32")
+        pure(
+            f"cvt.{_name}.{_to}.f32",
+            partial(_to_integer, round_=_function, to=DTYPES[_to]),
+            _to,
+            "f32",
+        )
 
 
 def _compare(m: Machine, each: Instruction, *, compare: Function, dtype: Any) -> None:
@@ -320,9 +393,14 @@ def _select(m: Machine, each: Instruction) -> None:
     """What is not chosen may be incomplete."""
     to, *sources, condition = each.operands
     chosen = m.read(condition, DTYPES["pred"], computes=True)
-    x, y = (m.read(source, DTYPES[each.form.rpartition(".")[2]], computes=True) for source in sources)
+    x, y = (
+        m.read(source, DTYPES[each.form.rpartition(".")[2]], computes=True) for source in sources
+    )
     m.write(to, np.where(chosen, x, y))
-    known = [m.partial[each][m.threads()] if each in m.partial else np.True_ for each in (*sources, condition)]
+    known = [
+        m.partial[each][m.threads()] if each in m.partial else np.True_
+        for each in (*sources, condition)
+    ]
     m.mark(to, np.where(chosen, known[0], known[1]) & known[2])
     m.delay(to, [*sources, condition])
 
@@ -331,7 +409,12 @@ def _unordered(compare: Function) -> Function:
     return lambda x, y: np.isnan(x) | np.isnan(y) | compare(x, y)
 
 
-_ORDERED: dict[str, Function] = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+_ORDERED: dict[str, Function] = {
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
 _EQUAL: dict[str, Function] = {"eq": np.equal, "ne": np.not_equal}
 _FLOATS = {
     **_ORDERED,
@@ -348,7 +431,9 @@ for _kinds, _comparisons in (
 ):
     for _kind in _kinds.split():
         for _name, _function in _comparisons.items():
-            FORMS[f"setp.{_name}.{_kind}"] = partial(_compare, compare=_function, dtype=DTYPES[_kind])
+            FORMS[f"setp.{_name}.{_kind}"] = partial(
+                _compare, compare=_function, dtype=DTYPES[_kind]
+            )
 
 
 @form("mov.{b16,b32,b64,u16,u32,u64,s16,s32,s64,f32,pred}")
@@ -364,10 +449,15 @@ def _move(m: Machine, each: Instruction) -> None:
         return
     dtype = DTYPES[each.form.rpartition(".")[2]]
     if isinstance(source, tuple):
-        parts = [m.array(part, UNSIGNED[dtype.itemsize // len(source)], computes=True) for part in source]
+        parts = [
+            m.array(part, UNSIGNED[dtype.itemsize // len(source)], computes=True) for part in source
+        ]
         m.write(to, np.stack(parts, -1).view(UNSIGNED[dtype.itemsize])[:, 0])
         # LLVM packs one number beside an undefined one.
-        known = [m.partial[part][m.threads()] if part in m.partial else np.ones(1, bool) for part in source]
+        known = [
+            m.partial[part][m.threads()] if part in m.partial else np.ones(1, bool)
+            for part in source
+        ]
         m.mark(to, np.logical_or.reduce(np.broadcast_arrays(*known)))
         m.delay(to, source)
         return

@@ -126,14 +126,20 @@ def emulated(
             a launch or misaligned, a deadlock, or a loop without an end.
     """
     if knobs.runtime.interpret:
-        raise EmulationError("Triton interprets kernels in this process; unset TRITON_INTERPRET before it is imported")
+        raise EmulationError(
+            "Triton interprets kernels in this process; unset TRITON_INTERPRET before it is imported"
+        )
     triton_driver: Any = driver
     known = ("sm_80", "sm_90", "sm_100", "sm_120"), (*_SCHEDULES, "both")
     if target not in known[0] or schedule not in known[1]:
-        raise EmulationError(f"target {target!r}, schedule {schedule!r}: must be one of {known[0]} and of {known[1]}")
+        raise EmulationError(
+            f"target {target!r}, schedule {schedule!r}: must be one of {known[0]} and of {known[1]}"
+        )
     previous = triton_driver._active
     schedules = _SCHEDULES if schedule == "both" else (schedule,)
-    emulation = _Emulation(int(target.removeprefix("sm_")), schedules, seed, strict, allow, edit, limit)
+    emulation = _Emulation(
+        int(target.removeprefix("sm_")), schedules, seed, strict, allow, edit, limit
+    )
     _current.append(emulation)
     triton_driver.set_active(_Driver(emulation.architecture))
     setattr(JITFunction, "run", _run)  # noqa: B010
@@ -168,7 +174,9 @@ def _run(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **options: An
         ptx = emulation.edit(name, ptx)
         _assemble(ptx, name, emulation.architecture)
     program = _program(ptx)
-    bound = {p.name: p.default for p in kernel.params} | dict(zip(kernel.arg_names, args, strict=False))
+    bound = {p.name: p.default for p in kernel.params} | dict(
+        zip(kernel.arg_names, args, strict=False)
+    )
     bound |= {key: value for key, value in options.items() if key in kernel.arg_names}
     dimensions: Any = grid(bound) if callable(grid) else grid
     sizes = [*dimensions, 1, 1][:3]
@@ -180,11 +188,19 @@ def _run(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **options: An
     batch = max(1, min(_THREADS // program.threads, _SHARED_BYTES // max(shared, 1)))
     memory = Allocations(arguments.windows)
     start, instructions, hazards, results = time.perf_counter(), 0, {}, []
-    before = [content.clone() for content in arguments.contents()] if len(emulation.schedules) > 1 else []
+    before = (
+        [content.clone() for content in arguments.contents()]
+        if len(emulation.schedules) > 1
+        else []
+    )
     for schedule in emulation.schedules:
         if results:
             arguments.restore(before)
-        order = ctas if schedule == "lockstep" else np.random.default_rng(emulation.seed).permutation(ctas)
+        order = (
+            ctas
+            if schedule == "lockstep"
+            else np.random.default_rng(emulation.seed).permutation(ctas)
+        )
         for first in range(0, len(order), batch):
             machine = Machine(
                 program,
@@ -201,25 +217,43 @@ def _run(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **options: An
             try:
                 machine.run()
             except _MALFORMED as error:
-                machine.fault(f"the instruction cannot be executed ({type(error).__name__}: {error})")
+                machine.fault(
+                    f"the instruction cannot be executed ({type(error).__name__}: {error})"
+                )
             instructions += machine.instructions
             hazards |= machine.hazards
         if before:
             results.append([content.clone() for content in arguments.contents()])
     if any(not torch.equal(one, other) for one, other in zip(*results, strict=True)):
-        hazards["order", ""] = Hazard("results that depend on the order of warps and CTAs", "", name, 1)
+        hazards["order", ""] = Hazard(
+            "results that depend on the order of warps and CTAs", "", name, 1
+        )
     seconds = time.perf_counter() - start
     found = tuple(hazards.values())
-    emulation.launches.append(Launch(name, tuple(sizes), program.threads, instructions, seconds, found))
+    emulation.launches.append(
+        Launch(name, tuple(sizes), program.threads, instructions, seconds, found)
+    )
     serious = [each for each in found if not any(kind in each.kind for kind in emulation.allow)]
     if serious and emulation.strict:
-        shown = "\n".join(f"{each.place}: {each.kind}, in `{each.instruction[:120]}`" for each in serious[:10])
-        raise HazardError(f"kernel {name} on sm_{emulation.architecture}: {len(serious)} hazards\n{shown}")
+        shown = "\n".join(
+            f"{each.place}: {each.kind}, in `{each.instruction[:120]}`" for each in serious[:10]
+        )
+        raise HazardError(
+            f"kernel {name} on sm_{emulation.architecture}: {len(serious)} hazards\n{shown}"
+        )
     return compiled
 
 
 # What texts raise that are no PTX.
-_MALFORMED = (ArithmeticError, AssertionError, AttributeError, LookupError, StopIteration, TypeError, ValueError)
+_MALFORMED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    StopIteration,
+    TypeError,
+    ValueError,
+)
 
 
 @lru_cache(256)
@@ -235,10 +269,19 @@ def _assemble(ptx: str, kernel: str, architecture: int) -> None:
     """Raise `EmulationError` for PTX that the assembler refuses."""
     target = re.search(r"\.target\s+(\w+)", ptx)
     name = target.group(1) if target else f"sm_{architecture}"
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source, tempfile.NamedTemporaryFile() as output:
+    with (
+        tempfile.NamedTemporaryFile("w", suffix=".ptx") as source,
+        tempfile.NamedTemporaryFile() as output,
+    ):
         source.write(ptx)
         source.flush()
-        command = [get_ptxas(architecture).path, f"--gpu-name={name}", source.name, "-o", output.name]
+        command = [
+            get_ptxas(architecture).path,
+            f"--gpu-name={name}",
+            source.name,
+            "-o",
+            output.name,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
@@ -258,9 +301,13 @@ class _Arguments:
         """Read the values of all parameters that are not constants."""
         layouts = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
         for index, name in enumerate(kernel.arg_names):
-            self._bind(compiled.src.signature[name], bound[name], (index,), compiled.src.constants, layouts)
+            self._bind(
+                compiled.src.signature[name], bound[name], (index,), compiled.src.constants, layouts
+            )
 
-    def _bind(self, dtype: Any, value: Any, path: tuple[int, ...], constants: Any, layouts: Iterator[Any]) -> None:
+    def _bind(
+        self, dtype: Any, value: Any, path: tuple[int, ...], constants: Any, layouts: Iterator[Any]
+    ) -> None:
         if dtype == "constexpr" or path in constants:
             return
         if isinstance(dtype, tuple):
@@ -309,12 +356,17 @@ class _Arguments:
         names, values = program.parameters, self.values
         spare = len(names) - len(values)
         if spare not in (0, 1, 2):
-            raise EmulationError(f"kernel {program.name} has {len(names)} parameters for {len(values)} values")
+            raise EmulationError(
+                f"kernel {program.name} has {len(names)} parameters for {len(values)} values"
+            )
         return dict(zip(names, [*values, *[0] * spare], strict=True))
 
     def contents(self) -> Iterator[Tensor]:
         """Iterate over the bytes of every storage."""
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in self._tensors}
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage()
+            for tensor in self._tensors
+        }
         for storage in storages.values():
             yield torch.empty(0, dtype=torch.uint8).set_(storage)
 
@@ -328,6 +380,8 @@ def _tile(descriptor: Any, layout: Mapping[str, Any], address: int) -> _Tile:
     """Return the tile of a `TensorDescriptor` in the layout that the kernel was compiled for."""
     size = descriptor.base.element_size()
     if address % 16 or any(stride * size % 16 for stride in descriptor.strides[:-1]):
-        raise EmulationError("the address or a stride of a tensor descriptor is not a multiple of 16 bytes")
+        raise EmulationError(
+            "the address or a stride of a tensor descriptor is not a multiple of 16 bytes"
+        )
     sizes = tuple(descriptor.shape), tuple(descriptor.strides), tuple(layout["block_size"])
     return _Tile(address, size, *sizes, _SWIZZLES[layout["swizzle"]])

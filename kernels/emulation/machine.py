@@ -78,7 +78,9 @@ class Allocations:
     """The memory that a kernel may access, by address."""
 
     def __init__(self, windows: Sequence[Window]) -> None:
-        self.windows = sorted((window for window in windows if window.size), key=lambda window: window.address)
+        self.windows = sorted(
+            (window for window in windows if window.size), key=lambda window: window.address
+        )
         self.bytes = []
         for window in self.windows:
             start = window.real - window.real % 16
@@ -91,7 +93,9 @@ class Allocations:
         """The allocation of each access of `size` bytes, -1 out of bounds."""
         number = np.searchsorted(self.starts, address, "right") - 1
         inside = (
-            (number >= 0) & (address + size <= self.ends[number]) if len(self.ends) else np.zeros(len(address), bool)
+            (number >= 0) & (address + size <= self.ends[number])
+            if len(self.ends)
+            else np.zeros(len(address), bool)
         )
         for index, window in enumerate(self.windows):
             if window.elements is not None and (among := inside & (number == index)).any():
@@ -134,8 +138,12 @@ class Machine:
         self.lane = self.tid & 31
         # Swizzled tiles begin at multiples of 1,024 bytes.
         self.shared_bytes = -(-max(shared_bytes, 16) // 1024) * 1024
-        self.shared = np.full(self.cta_count * self.shared_bytes // 2, POISON, np.uint16).view(np.uint8)
-        scalar = [each.form for each in program.code if each.form.startswith(("ld.shared", "st.shared"))]
+        self.shared = np.full(self.cta_count * self.shared_bytes // 2, POISON, np.uint16).view(
+            np.uint8
+        )
+        scalar = [
+            each.form for each in program.code if each.form.startswith(("ld.shared", "st.shared"))
+        ]
         self.granule = min([4, *(int(name.rpartition(".b")[2]) // 8 for name in scalar)])
         self.clocks = Clocks(self.cta_count, self.warps)
         self.shadow = Shadow(self.clocks, self.cta_count, self.shared_bytes // self.granule)
@@ -145,8 +153,14 @@ class Machine:
             "%laneid": self.lane,
             "%ntid.x": np.full(self.size, program.threads, np.uint32),
             **{f"%tid.{axis}": np.zeros(self.size, np.uint32) for axis in "yz"},
-            **{f"%ctaid.{axis}": ctas[self.cta, i].astype(np.uint32) for i, axis in enumerate("xyz")},
-            **{f"%nctaid.{axis}": np.full(self.size, grid[i], np.uint32) for i, axis in enumerate("xyz")},
+            **{
+                f"%ctaid.{axis}": ctas[self.cta, i].astype(np.uint32)
+                for i, axis in enumerate("xyz")
+            },
+            **{
+                f"%nctaid.{axis}": np.full(self.size, grid[i], np.uint32)
+                for i, axis in enumerate("xyz")
+            },
             "%cluster_ctarank": np.zeros(self.size, np.uint32),
         }
         self.partial: dict[str, Array] = {}
@@ -175,7 +189,9 @@ class Machine:
         self.active: Array | None = None
         # In the random schedule one group of warps runs: instructions of a warpgroup need all of its warps.
         self.groups_of = (
-            None if schedule == "lockstep" else (self.all_threads >> 5) // (4 if self.warps % 4 == 0 else 1)
+            None
+            if schedule == "lockstep"
+            else (self.all_threads >> 5) // (4 if self.warps % 4 == 0 else 1)
         )
         self.random, self.group = np.random.default_rng(seed), -1
         self.instructions, self.limit = 0, limit
@@ -207,7 +223,9 @@ class Machine:
             return values
         if values.itemsize != dtype.itemsize:
             if dtype == _BOOL or values.itemsize < dtype.itemsize:
-                self.fault(f"register {operand} has {8 * values.itemsize} bits and is read as {dtype}")
+                self.fault(
+                    f"register {operand} has {8 * values.itemsize} bits and is read as {dtype}"
+                )
             values = values.astype(UNSIGNED[dtype.itemsize])
         return values.view(dtype)
 
@@ -224,7 +242,9 @@ class Machine:
             self.unfenced.add(operand)
         dtype, values = self.types[operand], np.asarray(values)
         if values.itemsize < dtype.itemsize:
-            values = values.astype(f"{values.dtype.kind if values.dtype.kind == 'i' else 'u'}{dtype.itemsize}")
+            values = values.astype(
+                f"{values.dtype.kind if values.dtype.kind == 'i' else 'u'}{dtype.itemsize}"
+            )
         values = values.view(dtype)
         if self.active is None:
             self.registers[operand] = values if values.ndim else np.full(self.size, values)
@@ -248,12 +268,16 @@ class Machine:
         """What is stored, an address or a condition: `read` with an element a thread, which must have been written."""
         values = self.read(operand, dtype)
         if operand in self.partial and not self.partial[operand][self.threads()].all():
-            self.hazard(f"use of register {operand}, to which some threads wrote nothing", self.count)
+            self.hazard(
+                f"use of register {operand}, to which some threads wrote nothing", self.count
+            )
         return np.broadcast_to(values, self.count)
 
     def inherit(self, operand: Operand, sources: Sequence[Operand]) -> None:
         """A result is as incomplete as what it was computed from, until it is used."""
-        missing = [self.partial[source][self.threads()] for source in sources if source in self.partial]
+        missing = [
+            self.partial[source][self.threads()] for source in sources if source in self.partial
+        ]
         if missing:
             self.mark(operand, np.logical_and.reduce(missing))
         self.delay(operand, sources)
@@ -279,9 +303,13 @@ class Machine:
         dtype = self.types[name]
         if dtype == _BOOL:
             return np.zeros(self.size, bool)
-        return np.full(self.size * max(dtype.itemsize, 2) // 2, POISON, np.uint16).view(dtype)[: self.size]
+        return np.full(self.size * max(dtype.itemsize, 2) // 2, POISON, np.uint16).view(dtype)[
+            : self.size
+        ]
 
-    def _check_busy(self, uses: dict[str, Array], name: str, what: str, *, computes: bool = False) -> None:
+    def _check_busy(
+        self, uses: dict[str, Array], name: str, what: str, *, computes: bool = False
+    ) -> None:
         groups = uses[name][self.threads()]
         if what == "read" and (loading := groups == LOADING).any():
             if not computes:
@@ -289,7 +317,9 @@ class Machine:
             groups = np.where(loading, 0, groups)
         if (groups > 0).any():
             use = "tcgen05.ld loads" if (groups == LOADING).any() else "wgmma uses"
-            self.hazard(f"{what} of a register that {use}, before its wait", int((groups > 0).sum()))
+            self.hazard(
+                f"{what} of a register that {use}, before its wait", int((groups > 0).sum())
+            )
 
     def _use_early(self, among: Array) -> None:
         """Remember a use of what is still loaded, by some of the executing threads, until a wait follows or none."""
@@ -356,8 +386,16 @@ class Machine:
             where = f" by thread {int(self.tid[thread])} of CTA {cta}"
         each = self.instruction
         # A hazard may be what led here, and would be lost.
-        after = next((f", after a {hazard.kind} at {hazard.place}" for hazard in reversed(self.hazards.values())), "")
-        raise EmulationError(f"kernel {self.program.name}, {each.place}: {message}{where}, in `{each.text}`{after}")
+        after = next(
+            (
+                f", after a {hazard.kind} at {hazard.place}"
+                for hazard in reversed(self.hazards.values())
+            ),
+            "",
+        )
+        raise EmulationError(
+            f"kernel {self.program.name}, {each.place}: {message}{where}, in `{each.text}`{after}"
+        )
 
     def hazard(self, kind: str, count: int) -> None:
         """Record a hazard of the current instruction, once."""
@@ -372,7 +410,9 @@ class Machine:
         values = self.use(base, self.types[base])
         return values.astype(np.int64) + operand.offset
 
-    def load(self, address: Array, size: int, count: int = 1, *, what: str = "load", align: int = 0) -> Array:
+    def load(
+        self, address: Array, size: int, count: int = 1, *, what: str = "load", align: int = 0
+    ) -> Array:
         """`[threads, count]` elements of global memory."""
         out = np.empty((len(address), count), UNSIGNED[size])
         for chosen, start, view in self._global(address, size, count, what, align):
@@ -404,7 +444,9 @@ class Machine:
     def _check_alignment(self, address: Array, size: int, what: str) -> None:
         if (address % size).any():
             first = int(np.argmax(address % size != 0))
-            self.fault(f"{what} of {size} bytes at {hex(int(address[first]))}, which is not aligned")
+            self.fault(
+                f"{what} of {size} bytes at {hex(int(address[first]))}, which is not aligned"
+            )
 
     def physical(self, address: Array, size: int, cta: Any) -> Array:
         """Indices into `shared` of accesses of `size` bytes."""
@@ -437,12 +479,15 @@ class Machine:
             warp = np.broadcast_to(threads[:, None] >> 5, index.shape)
             winner = dict(zip(index.reshape(-1).tolist(), warp.reshape(-1).tolist(), strict=True))
             others = sum(
-                winner[place] != of for place, of in zip(index[lost].tolist(), warp[lost].tolist(), strict=True)
+                winner[place] != of
+                for place, of in zip(index[lost].tolist(), warp[lost].tolist(), strict=True)
             )
             if others:
                 self.hazard("warps write different values to one place", others)
 
-    def _record(self, access: Any, physical: Array, size: int, threads: Array, **options: Any) -> None:
+    def _record(
+        self, access: Any, physical: Array, size: int, threads: Array, **options: Any
+    ) -> None:
         granules = self.granules(physical, size)
         repeated = {name: np.repeat(value, granules.shape[1]) for name, value in options.items()}
         warp, cta = (np.repeat(each[threads], granules.shape[1]) for each in (self.warp, self.cta))
@@ -462,7 +507,10 @@ class Machine:
         if self.copies:
             self.hazard("asynchronous copies that nothing waits for", len(self.copies))
         if self.tensor_columns is not None and self.tensor_columns.any():
-            self.hazard("tensor memory that is still allocated at exit", int((self.tensor_columns > 0).sum()))
+            self.hazard(
+                "tensor memory that is still allocated at exit",
+                int((self.tensor_columns > 0).sum()),
+            )
         self.active = None
         self.resolve_early(NO_WAIT)
 
@@ -490,7 +538,9 @@ class Machine:
             number += 1
             self.instructions += 1
             if self.instructions > self.limit:
-                self.fault(f"more than {self.limit} instructions, as in a loop without an end; raise limit=")
+                self.fault(
+                    f"more than {self.limit} instructions, as in a loop without an end; raise limit="
+                )
             if each.guard is not None:
                 chosen = self.use(each.guard, _BOOL) != each.negated
                 if not chosen.all():
@@ -526,7 +576,9 @@ class Machine:
             return False
         flight = self.flights.pop(0)
         flight.land()
-        self.arrive(flight.barrier, flight.clock, transferred=flight.transferred, arrivals=flight.arrivals)
+        self.arrive(
+            flight.barrier, flight.clock, transferred=flight.transferred, arrivals=flight.arrivals
+        )
         return True
 
     def agent(self, kind: int, warp: Any) -> Any:
@@ -552,7 +604,9 @@ class Machine:
             self.hazard("use of a memory barrier whose initialisation is not ordered before it", 1)
         return found
 
-    def arrive(self, barrier: MemoryBarrier, clock: Array, *, transferred: int = 0, arrivals: int = 1) -> None:
+    def arrive(
+        self, barrier: MemoryBarrier, clock: Array, *, transferred: int = 0, arrivals: int = 1
+    ) -> None:
         """Count arrivals and bytes; a phase that is complete lets polling threads look again."""
         barrier.clock = np.maximum(barrier.clock, clock)
         barrier.pending -= arrivals

@@ -17,7 +17,9 @@ _U32, _BOOL = np.dtype("u4"), np.dtype(bool)
 
 def registers(operand: Operand) -> tuple[Any, ...]:
     """The registers of a vector, or the one."""
-    return operand if isinstance(operand, tuple) and not isinstance(operand, Address) else (operand,)
+    return (
+        operand if isinstance(operand, tuple) and not isinstance(operand, Address) else (operand,)
+    )
 
 
 def _ignore(m: Machine, each: Instruction) -> None:
@@ -30,7 +32,12 @@ form("griddepcontrol.{wait,launch_dependents}", "bar.warp.sync")(_ignore)
 @form("ld.param.{b8,b16,b32,b64,u32,u64,s32,s64,f32}")
 def _load_parameter(m: Machine, each: Instruction) -> None:
     to, source = each.operands
-    m.write(to, immediate(m.parameters[source.base] >> (8 * source.offset), DTYPES[each.form.rpartition(".")[2]]))
+    m.write(
+        to,
+        immediate(
+            m.parameters[source.base] >> (8 * source.offset), DTYPES[each.form.rpartition(".")[2]]
+        ),
+    )
 
 
 @form("ld.global{,.v2,.v4}.{b8,b16,b32,b64}", "ld.global.v8.b32")
@@ -73,7 +80,9 @@ def _shuffle(m: Machine, each: Instruction) -> None:
     target, *predicate = registers(to)
     warps = m.whole_warps()
     lane = np.arange(32)
-    by, bound = (m.array(operand, _U32).reshape(-1, 32).astype(np.int64) for operand in (distance, clamp))
+    by, bound = (
+        m.array(operand, _U32).reshape(-1, 32).astype(np.int64) for operand in (distance, clamp)
+    )
     if ((bound >> 8) & 31).any():
         m.fault("shuffles within parts of a warp are not emulated")
     mode, by = each.form.split(".")[2], by & 31
@@ -100,7 +109,9 @@ _REDUCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-@form("redux.sync.{add,min,max}.{s32,u32}", "redux.sync.{and,or,xor}.b32", "redux.sync.{min,max}.f32")
+@form(
+    "redux.sync.{add,min,max}.{s32,u32}", "redux.sync.{and,or,xor}.b32", "redux.sync.{min,max}.f32"
+)
 def _reduce(m: Machine, each: Instruction) -> None:
     """Over a warp; for floats, NaN counts only where every lane has it."""
     m.whole_warps()
@@ -179,7 +190,9 @@ def _copy(m: Machine, each: Instruction) -> None:
         if bytes_read % 4:
             m.fault(f"asynchronous copies of {bytes_read} bytes are not emulated")
         chosen = read == bytes_read
-        words = m.load(addresses[chosen], 4, int(bytes_read) // 4, what="asynchronous copy", align=size)
+        words = m.load(
+            addresses[chosen], 4, int(bytes_read) // 4, what="asynchronous copy", align=size
+        )
         data[chosen, : words.shape[1]] = words
     physical = m.physical(m.address(to), size, m.cta[threads])
     granules = m.granules(physical, size)
@@ -208,7 +221,9 @@ def _wait_for_copies(m: Machine, each: Instruction) -> None:
     left = []
     for owners, group, physical, data in m.copies:
         lands = waiting[owners] & (group < landed[owners])
-        m.shared.view(np.uint32)[physical[lands, None] // 4 + np.arange(data.shape[1])] = data[lands]
+        m.shared.view(np.uint32)[physical[lands, None] // 4 + np.arange(data.shape[1])] = data[
+            lands
+        ]
         if not lands.all():
             left.append([part[~lands] for part in (owners, group, physical, data)])
     m.copies = left
@@ -234,7 +249,9 @@ def _invalidate_barrier(m: Machine, each: Instruction) -> None:
 
 @form("mbarrier.arrive{,.expect_tx}.shared{,::cta}.b64")
 def _arrive(m: Machine, each: Instruction) -> None:
-    place = next(number for number, operand in enumerate(each.operands) if isinstance(operand, Address))
+    place = next(
+        number for number, operand in enumerate(each.operands) if isinstance(operand, Address)
+    )
     expected = each.operands[place + 1] if "expect_tx" in each.form else 0
     bytes_expected = m.array(expected, _U32)
     for number, (cta, address, warp) in enumerate(barrier_places(m, each.operands[place])):

@@ -68,7 +68,9 @@ class Program:
         self._forms, self._scopes, self._branches = forms, [("", {})], []
         self._read(body)
         for instruction, name, scopes in self._branches:
-            instruction.target = next(self.labels[name + scope] for scope in scopes if name + scope in self.labels)
+            instruction.target = next(
+                self.labels[name + scope] for scope in scopes if name + scope in self.labels
+            )
         ends = {number + 1 for number, each in enumerate(self.code) if each.form in _ENDS}
         self.leaders = frozenset({*self.labels.values(), *ends})
 
@@ -100,20 +102,26 @@ class Program:
         assert match is not None, text
         negated, guard, form, rest = match.groups()
         if form not in self._forms:
-            raise EmulationError(f"kernel {self.name}, {place}: {form} is not emulated, in `{text}`")
+            raise EmulationError(
+                f"kernel {self.name}, {place}: {form} is not emulated, in `{text}`"
+            )
         guard = None if guard is None else self._resolve(guard)
         branch = form.startswith("bra")
         operands = () if branch else tuple(self._operand(part) for part in _split(rest))
         made = Instruction(form, operands, guard, negated == "!", place, text, self._forms[form])
         if branch:
-            self._branches.append((made, rest.strip(), [scope for scope, _ in reversed(self._scopes)]))
+            self._branches.append(
+                (made, rest.strip(), [scope for scope, _ in reversed(self._scopes)])
+            )
         self.code.append(made)
 
     def _declare(self, kind: str, names: str) -> None:
         scope, local = self._scopes[-1]
         for name in _split(names):
             if several := re.fullmatch(r"(%?\w+)<(\d+)>", name):
-                self.registers |= {f"{several[1]}{number}": kind for number in range(int(several[2]))}
+                self.registers |= {
+                    f"{several[1]}{number}": kind for number in range(int(several[2]))
+                }
             else:
                 local[name] = name + scope
                 self.registers[name + scope] = kind

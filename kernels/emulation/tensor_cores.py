@@ -14,7 +14,10 @@ from .ptx import Instruction, Operand
 
 _U32, _U64, _F32, _BOOL = np.dtype("u4"), np.dtype("u8"), np.dtype("f4"), np.dtype(bool)
 _LANE = np.arange(32)
-_ROW, _COLUMN = _LANE >> 2, 2 * (_LANE & 3)  # of a lane's elements in a fragment of eight rows and eight columns
+_ROW, _COLUMN = (
+    _LANE >> 2,
+    2 * (_LANE & 3),
+)  # of a lane's elements in a fragment of eight rows and eight columns
 _TMEM_COLUMNS = 512
 
 
@@ -26,14 +29,18 @@ def _matrices(m: Machine, operand: Operand, count: int) -> tuple[Array, Array]:
     """Threads that give the addresses of the eight rows of each matrix `[warps, count, 8]`, and these addresses."""
     warps = m.whole_warps()
     address = m.address(operand).reshape(-1, 32)
-    return warps[:, : 8 * count].reshape(-1, count, 8), address[:, : 8 * count].reshape(-1, count, 8)
+    return warps[:, : 8 * count].reshape(-1, count, 8), address[:, : 8 * count].reshape(
+        -1, count, 8
+    )
 
 
 @form("ldmatrix.sync.aligned.m8n8.{x1,x2,x4}{,.trans}.shared{,::cta}.b16")
 def _load_matrix(m: Machine, each: Instruction) -> None:
     targets = registers(each.operands[0])
     threads, address = _matrices(m, each.operands[1], len(targets))
-    rows = m.load_shared(address.reshape(-1), 2, 8, threads.reshape(-1)).reshape(-1, len(targets), 8, 8)
+    rows = m.load_shared(address.reshape(-1), 2, 8, threads.reshape(-1)).reshape(
+        -1, len(targets), 8, 8
+    )
     rows = rows.swapaxes(2, 3) if ".trans" in each.form else rows
     pairs = np.ascontiguousarray(rows).view(np.uint32).reshape(-1, len(targets), 32)
     for number, target in enumerate(targets):
@@ -64,15 +71,25 @@ def _multiply(m: Machine, each: Instruction) -> None:
         for number, bits in enumerate(parts):
             row, column = _ROW + 8 * (number % tall), number // tall
             if kind == "tf32":
-                matrix[:, row, (_LANE & 3) + 4 * column] = (bits & np.uint32(0xFFFFE000)).view(np.float32)
+                matrix[:, row, (_LANE & 3) + 4 * column] = (bits & np.uint32(0xFFFFE000)).view(
+                    np.float32
+                )
             else:
                 for i in (0, 1):
                     matrix[:, row, _COLUMN + 8 * column + i] = _floats(half(bits, i), kind)
     product = x @ y.swapaxes(1, 2)
-    incomplete = [m.partial[part][m.threads()] for source in sources for part in source if part in m.partial]
-    known = np.logical_and.reduce(incomplete).reshape(-1, 32).all(1).repeat(32) if incomplete else np.ones(1, bool)
+    incomplete = [
+        m.partial[part][m.threads()] for source in sources for part in source if part in m.partial
+    ]
+    known = (
+        np.logical_and.reduce(incomplete).reshape(-1, 32).all(1).repeat(32)
+        if incomplete
+        else np.ones(1, bool)
+    )
     for number, target in enumerate(to):
-        found = product[:, _ROW + 8 * (number >> 1), _COLUMN + (number & 1)] + c[number].view(np.float32)
+        found = product[:, _ROW + 8 * (number >> 1), _COLUMN + (number & 1)] + c[number].view(
+            np.float32
+        )
         m.write(target, found.reshape(-1))
         m.mark(target, known)
 
@@ -97,7 +114,14 @@ class _Product(NamedTuple):
 
 
 def _tile(
-    m: Machine, descriptor: int, product: _Product, rows: int, kind: str, *, transposed: bool, wide: bool
+    m: Machine,
+    descriptor: int,
+    product: _Product,
+    rows: int,
+    kind: str,
+    *,
+    transposed: bool,
+    wide: bool,
 ) -> Array:
     """A matrix `[rows, 16]` in shared memory, at a descriptor, and its read recorded.
 
@@ -105,14 +129,20 @@ def _tile(
     """
     start, leading, stride = (_field(descriptor, first, 14) << 4 for first in (0, 16, 32))
     mode = (
-        {2: 128, 4: 64, 6: 32}.get(_field(descriptor, 61, 3)) if wide else {1: 128, 2: 64, 3: 32}.get(descriptor >> 62)
+        {2: 128, 4: 64, 6: 32}.get(_field(descriptor, 61, 3))
+        if wide
+        else {1: 128, 2: 64, 3: 32}.get(descriptor >> 62)
     )
     if mode is None or _field(descriptor, 49, 3):
-        m.fault(f"matrix descriptor {descriptor:#x} has no swizzle or a base offset, which are not emulated")
+        m.fault(
+            f"matrix descriptor {descriptor:#x} has no swizzle or a base offset, which are not emulated"
+        )
     row, column = np.arange(rows)[:, None], np.arange(16)[None, :]
     if transposed:
         across = mode // 2
-        place = row // across * leading + column // 8 * stride + column % 8 * mode + row % across * 2
+        place = (
+            row // across * leading + column // 8 * stride + column % 8 * mode + row % across * 2
+        )
     else:
         place = row // 8 * stride + row % 8 * mode + column * 2
     address = start + place
@@ -129,7 +159,12 @@ def _fragments(count: int) -> tuple[Array, Array]:
     return 16 * warp + _ROW + 8 * ((number >> 1) & 1), 8 * (number >> 2) + _COLUMN + (number & 1)
 
 
-@form(*(f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{{bf16.bf16,f16.f16}}" for n in range(8, 257, 8)))
+@form(
+    *(
+        f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{{bf16.bf16,f16.f16}}"
+        for n in range(8, 257, 8)
+    )
+)
 def _multiply_warpgroup(m: Machine, each: Instruction) -> None:
     """The product of a warpgroup: computed here, in flight until its group is waited for."""
     to, a, b, scale, *flags = each.operands
@@ -145,7 +180,10 @@ def _multiply_warpgroup(m: Machine, each: Instruction) -> None:
     # Products may follow each other in the same registers.
     busy, m.busy, unfenced, m.unfenced = m.busy, {}, m.unfenced, None
     previous = np.stack(
-        [m.array(target, _F32) if add.any() else np.zeros(len(threads), np.float32) for target in targets]
+        [
+            m.array(target, _F32) if add.any() else np.zeros(len(threads), np.float32)
+            for target in targets
+        ]
     )
     m.busy = busy
     parts = [m.array(part, _U32).reshape(-1, 4, 32) for part in a] if isinstance(a, tuple) else []
@@ -165,8 +203,12 @@ def _multiply_warpgroup(m: Machine, each: Instruction) -> None:
                     rows = 16 * np.arange(4)[:, None] + _ROW + 8 * (place & 1)
                     x[rows, _COLUMN + 8 * (place >> 1) + i] = _floats(half(part[number], i), kind)
         else:
-            x = _tile(m, int(left[128 * number]), product, 64, kind, transposed=transposed[0], wide=False)
-        y = _tile(m, int(right[number]), product, width, kind, transposed=transposed[-1], wide=False)
+            x = _tile(
+                m, int(left[128 * number]), product, 64, kind, transposed=transposed[0], wide=False
+            )
+        y = _tile(
+            m, int(right[number]), product, width, kind, transposed=transposed[-1], wide=False
+        )
         total = (x @ y.T)[row, column].reshape(len(targets), 128)
         chosen = slice(128 * number, 128 * number + 128)
         found[:, chosen] = total + (previous[:, chosen] if add[number] else 0)
@@ -208,7 +250,9 @@ def _wait_for_products(m: Machine, each: Instruction) -> None:
     m.clocks.learn(cta, m.warp[threads], agent, done)
 
 
-@form("cp.async.bulk.tensor.{2d,3d,4d,5d}.shared::{cta,cluster}.global.mbarrier::complete_tx::bytes")
+@form(
+    "cp.async.bulk.tensor.{2d,3d,4d,5d}.shared::{cta,cluster}.global.mbarrier::complete_tx::bytes"
+)
 def _copy_tile(m: Machine, each: Instruction) -> None:
     """A tile of a tensor by its descriptor; elements beyond the tensor are zeros."""
     to, (source, coordinates), barrier = each.operands[:3]
@@ -222,13 +266,19 @@ def _copy_tile(m: Machine, each: Instruction) -> None:
         size, box = tile.element_bytes, tile.box
         ranges = (np.arange(n) + int(first[number]) for n, first in zip(box, start, strict=True))
         index = np.meshgrid(*ranges, indexing="ij")
-        inside = np.all([(i >= 0) & (i < n) for i, n in zip(index, tile.shape, strict=True)], 0).reshape(-1)
-        offset = np.add.reduce([i * s for i, s in zip(index, tile.strides, strict=True)]).reshape(-1)
+        inside = np.all(
+            [(i >= 0) & (i < n) for i, n in zip(index, tile.shape, strict=True)], 0
+        ).reshape(-1)
+        offset = np.add.reduce([i * s for i, s in zip(index, tile.strides, strict=True)]).reshape(
+            -1
+        )
         data = np.zeros(len(inside), UNSIGNED[size])
         data[inside] = m.load(tile.address + size * offset[inside], size, what="bulk copy")[:, 0]
         first, element = int(places[number]), np.arange(len(data))
         if first % (8 * max(tile.swizzle, 2)):
-            m.fault(f"a tile with a swizzle of {tile.swizzle} bytes begins at {first}, which is not aligned")
+            m.fault(
+                f"a tile with a swizzle of {tile.swizzle} bytes begins at {first}, which is not aligned"
+            )
         place = first + size * element
         place ^= ((place >> 7) & (max(tile.swizzle, 16) // 16 - 1)) << 4
         physical = m.physical(place, size, cta)
@@ -237,7 +287,9 @@ def _copy_tile(m: Machine, each: Instruction) -> None:
         def land(physical: Array = physical, data: Array = data, size: int = size) -> None:
             m.shared.view(UNSIGNED[size])[physical // size] = data
 
-        at = m.fly(cta, agent, m.barrier(cta, address, warp), land=land, transferred=len(data) * size)
+        at = m.fly(
+            cta, agent, m.barrier(cta, address, warp), land=land, transferred=len(data) * size
+        )
         m.note(m.shadow.write(granules, cta, agent, at, warps=warp), len(granules))
 
 
@@ -249,7 +301,9 @@ def _allocate(m: Machine, each: Instruction) -> None:
     threads = m.whole_warps()[:, 0]
     columns = int(m.use(each.operands[1], _U32)[0])
     if m.tensor_memory is None:
-        m.tensor_memory = np.full((m.cta_count, 128, 2 * _TMEM_COLUMNS), POISON, np.uint16).view(np.uint32)
+        m.tensor_memory = np.full((m.cta_count, 128, 2 * _TMEM_COLUMNS), POISON, np.uint16).view(
+            np.uint32
+        )
         m.tensor_shadow = Shadow(m.clocks, m.cta_count, 8 * _TMEM_COLUMNS)
         m.tensor_columns = np.zeros(m.cta_count, np.int64)
     first = m.tensor_columns[m.cta[threads]].astype(np.uint32)
@@ -259,7 +313,10 @@ def _allocate(m: Machine, each: Instruction) -> None:
     m.store_shared(m.address(each.operands[0])[::32], first[:, None], threads)
 
 
-@form("tcgen05.dealloc.cta_group::1.sync.aligned.b32", "tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned")
+@form(
+    "tcgen05.dealloc.cta_group::1.sync.aligned.b32",
+    "tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned",
+)
 def _deallocate(m: Machine, each: Instruction) -> None:
     if "dealloc." in each.form:
         m.tensor_columns[m.cta[m.threads()[::32]]] -= int(m.use(each.operands[1], _U32)[0])
@@ -306,7 +363,9 @@ def _load_tensor(m: Machine, each: Instruction) -> None:
     at = m.flight_numbers[of_cta, agent] + 1
     m.note(m.tensor_shadow.read(granules[written], of_cta, agent, at, warps=warp), len(threads))
     loaded = m.tensor_memory[cta[:, None], lane[:, None], columns]
-    for target, values, known in zip(targets, loaded.T, written.reshape(loaded.shape).T, strict=True):
+    for target, values, known in zip(
+        targets, loaded.T, written.reshape(loaded.shape).T, strict=True
+    ):
         m.write(target, values)
         m.mark(target, known)
         m.busy.setdefault(target, np.zeros(m.size, np.int64))[threads] = LOADING
@@ -353,21 +412,39 @@ def _multiply_tensor(m: Machine, each: Instruction) -> None:
         cta, warp, bits = int(m.cta[thread]), int(m.warp[thread]), int(what[number])
         product = _Product.of(m, cta, warp, warp)
         # fp32 sums, two operands of one type, and none of them negated, sparse or saturated.
-        if bits & 0x607F != 0x10 or _field(bits, 7, 3) != _field(bits, 10, 3) or _field(bits, 7, 3) > 1:
+        if (
+            bits & 0x607F != 0x10
+            or _field(bits, 7, 3) != _field(bits, 10, 3)
+            or _field(bits, 7, 3) > 1
+        ):
             m.fault(f"products described by {bits:#x} are not emulated")
         rows, width = _field(bits, 24, 5) << 4, _field(bits, 17, 6) << 3
         kind = ("f16", "bf16")[_field(bits, 7, 3)]
         lane, column = int(target[number]) >> 16, int(target[number]) & 0xFFFF
         # 64 rows lie in 16 lanes of each quarter.
-        lanes = lane + (np.arange(rows) if rows == 128 else np.arange(64) // 16 * 32 + np.arange(64) % 16)
+        lanes = lane + (
+            np.arange(rows) if rows == 128 else np.arange(64) // 16 * 32 + np.arange(64) % 16
+        )
         if hasattr(a, "base"):
             first = int(left[number]) & 0xFFFF
-            words = m.tensor_memory[cta, (int(left[number]) >> 16) + lanes - lane, first : first + 8]
+            words = m.tensor_memory[
+                cta, (int(left[number]) >> 16) + lanes - lane, first : first + 8
+            ]
             x = _floats(np.ascontiguousarray(words).view(np.uint16), kind)
             _use_tensor(m, product, lanes, first, 8, write=False)
         else:
-            x = _tile(m, int(left[number]), product, rows, kind, transposed=bool(bits >> 15 & 1), wide=True)
-        y = _tile(m, int(right[number]), product, width, kind, transposed=bool(bits >> 16 & 1), wide=True)
+            x = _tile(
+                m,
+                int(left[number]),
+                product,
+                rows,
+                kind,
+                transposed=bool(bits >> 15 & 1),
+                wide=True,
+            )
+        y = _tile(
+            m, int(right[number]), product, width, kind, transposed=bool(bits >> 16 & 1), wide=True
+        )
         view = m.tensor_memory.view(np.float32)[cta]
         found = x @ y.T
         if adds[number]:
@@ -381,10 +458,14 @@ def _forget_own(shadow: Shadow, granules: Array, agent: Any) -> None:
     shadow.written[granules[shadow.writer[granules] == agent]] = 0
 
 
-def _use_tensor(m: Machine, product: _Product, lanes: Array, column: int, width: int, *, write: bool) -> None:
+def _use_tensor(
+    m: Machine, product: _Product, lanes: Array, column: int, width: int, *, write: bool
+) -> None:
     """Record a product's access to tensor memory."""
     halves = np.unique(lanes // 16) * 16
-    places = _tensor_granules(np.full(len(halves), product.cta), halves, column + np.arange(width)[None])
+    places = _tensor_granules(
+        np.full(len(halves), product.cta), halves, column + np.arange(width)[None]
+    )
     _forget_own(m.tensor_shadow, places, product.agent)
     use = m.tensor_shadow.write if write else m.tensor_shadow.read
     m.note(use(places, *product[:3], warps=product.warps), len(places))

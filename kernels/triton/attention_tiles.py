@@ -51,7 +51,14 @@ def load_rows(pointers, inside, MASKED: tl.constexpr):
 
 @triton.jit
 def load_pieces(
-    base, rows, stride, inside, D_A: tl.constexpr, D_B: tl.constexpr, MASKED: tl.constexpr, DIM: tl.constexpr = 0
+    base,
+    rows,
+    stride,
+    inside,
+    D_A: tl.constexpr,
+    D_B: tl.constexpr,
+    MASKED: tl.constexpr,
+    DIM: tl.constexpr = 0,
 ):
     """Rows of a matrix with contiguous columns, in two pieces; the second may hold zeros beyond DIM columns."""
     pointers = base + rows[:, None] * stride
@@ -62,17 +69,23 @@ def load_pieces(
         if (DIM == 0) | (DIM == D_A + D_B):
             b = load_rows(pointers + (D_A + columns), inside, MASKED)
         elif MASKED:
-            b = tl.load(pointers + (D_A + columns), mask=inside[:, None] & (columns < DIM - D_A), other=0.0)
+            b = tl.load(
+                pointers + (D_A + columns), mask=inside[:, None] & (columns < DIM - D_A), other=0.0
+            )
         else:
             b = tl.load(pointers + (D_A + columns), mask=columns < DIM - D_A, other=0.0)
     return a, b
 
 
 @triton.jit
-def store_pieces(base, rows, stride, inside, a, b, D_A: tl.constexpr, D_B: tl.constexpr, DIM: tl.constexpr = 0):
+def store_pieces(
+    base, rows, stride, inside, a, b, D_A: tl.constexpr, D_B: tl.constexpr, DIM: tl.constexpr = 0
+):
     """The counterpart of `load_pieces`, converting to the type of the destination."""
     pointers = base + rows[:, None] * stride
-    tl.store(pointers + tl.arange(0, D_A)[None, :], a.to(base.dtype.element_ty), mask=inside[:, None])
+    tl.store(
+        pointers + tl.arange(0, D_A)[None, :], a.to(base.dtype.element_ty), mask=inside[:, None]
+    )
     if D_B > 0:
         columns = tl.arange(0, D_B)[None, :]
         kept = inside[:, None] if DIM == 0 else inside[:, None] & (columns < DIM - D_A)
@@ -116,7 +129,9 @@ def dropout_keep(seed, stream, queries, keys, THRESHOLD: tl.constexpr):
     r0, r1, r2, r3 = philox_impl(
         keys & 0xFFFFFFE7, queries & 0xFFFFFFF7, stream_low, stream_high, seed_low, seed_high, 7
     )
-    bits = tl.where((keys & 16) == 0, tl.where((keys & 8) == 0, r0, r1), tl.where((keys & 8) == 0, r2, r3))
+    bits = tl.where(
+        (keys & 16) == 0, tl.where((keys & 8) == 0, r0, r1), tl.where((keys & 8) == 0, r2, r3)
+    )
     bits = tl.where((queries & 8) == 0, bits & 0xFFFF, bits >> 16)
     return bits >= THRESHOLD
 
@@ -162,7 +177,9 @@ def forward_tile(
     else:
         row_sum = row_sum * shrink + tl.sum(weights, 1)
     if THRESHOLD > 0:
-        weights = tl.where(dropout_keep(seed, stream, queries[:, None], keys[None, :], THRESHOLD), weights, 0.0)
+        weights = tl.where(
+            dropout_keep(seed, stream, queries[:, None], keys[None, :], THRESHOLD), weights, 0.0
+        )
     if loaded is None:
         v_a, v_b = load_pieces(v_base, columns, stride_vn, inside, D_A, D_B, MASKED)
     else:
@@ -233,7 +250,11 @@ def dkdv_tile(
     kept = kept.to(q_a.dtype)
     dv_a = tl.dot(kept, g_a, dv_a, input_precision=PRECISION)
     if APART:
-        dk_a = tl.fma(dk_a, tl.full(dk_a.shape, 1.0, tl.float32), tl.dot(dscores, q_a, input_precision=PRECISION))
+        dk_a = tl.fma(
+            dk_a,
+            tl.full(dk_a.shape, 1.0, tl.float32),
+            tl.dot(dscores, q_a, input_precision=PRECISION),
+        )
     else:
         dk_a = tl.dot(dscores, q_a, dk_a, input_precision=PRECISION)
     if D_B > 0:
@@ -291,12 +312,24 @@ def statistics_kernel(
     inside = rows < queries - start
     columns = tl.arange(0, WIDTH)[None, :]
     present = inside[:, None] & (columns < DIM)
-    out_base = out_ptr + b * stride_ob + tl.cast(start, tl.int64) * stride_on + h * tl.multiple_of(stride_oh, MULTIPLE)
-    dout_base = (
-        dout_ptr + b * stride_gb + tl.cast(start, tl.int64) * stride_gn + h * tl.multiple_of(stride_gh, MULTIPLE)
+    out_base = (
+        out_ptr
+        + b * stride_ob
+        + tl.cast(start, tl.int64) * stride_on
+        + h * tl.multiple_of(stride_oh, MULTIPLE)
     )
-    out = tl.load(out_base + rows[:, None] * stride_on + columns, mask=present, other=0.0).to(tl.float32)
-    dout = tl.load(dout_base + rows[:, None] * stride_gn + columns, mask=present, other=0.0).to(tl.float32)
+    dout_base = (
+        dout_ptr
+        + b * stride_gb
+        + tl.cast(start, tl.int64) * stride_gn
+        + h * tl.multiple_of(stride_gh, MULTIPLE)
+    )
+    out = tl.load(out_base + rows[:, None] * stride_on + columns, mask=present, other=0.0).to(
+        tl.float32
+    )
+    dout = tl.load(dout_base + rows[:, None] * stride_gn + columns, mask=present, other=0.0).to(
+        tl.float32
+    )
     delta = tl.sum(out * dout, 1)
     statistics = (b * heads + h) * queries + start + rows
     if HAS_DLSE:
@@ -333,7 +366,9 @@ def backward_statistics(
     batch, queries, heads, head_dim = out.shape
     delta, row_lse = torch.empty_like(lse), torch.empty_like(lse)
     if out.numel():
-        options, config = launch_options(STATISTICS, out, head_dim=head_dim, dlse=dlse is not None, multiple=multiple)
+        options, config = launch_options(
+            STATISTICS, out, head_dim=head_dim, dlse=dlse is not None, multiple=multiple
+        )
         statistics_kernel[(triton.cdiv(queries, config.tiles["BLOCK"]) * heads * batch,)](
             out, dout, lse, lse if dlse is None else dlse.float().contiguous(), delta, row_lse,
             *strides_of(out, dout), heads, queries, **options,
@@ -371,11 +406,17 @@ def attention_spec(
             "APART": config.apart,
             "FENCED": config.fenced,
         }
-        return {key: value for key, value in (common | dict(extras(variant, config))).items() if key in fields}
+        return {
+            key: value
+            for key, value in (common | dict(extras(variant, config))).items()
+            if key in fields
+        }
 
     def config(variant: Variant, dtype: str, arch: int) -> LaunchConfig:
         # Packed attention has kernels of their own names for dropout.
-        dropout = name.startswith("bias_attention") and dropout_threshold(variant.get("dropout", 0.0)) > 0
+        dropout = (
+            name.startswith("bias_attention") and dropout_threshold(variant.get("dropout", 0.0)) > 0
+        )
         return config_for(name, variant["head_dim"], dtype, arch, dropout=dropout)
 
     return KernelSpec(name, kernel, tuple(variants), config, constants, **options)
@@ -419,7 +460,9 @@ def strides_of(*tensors: Tensor) -> tuple[int, ...]:
     )
 
 
-def optional_arguments(q: Tensor, key_mask: Tensor | None, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, ...]:
+def optional_arguments(
+    q: Tensor, key_mask: Tensor | None, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, ...]:
     """The mask as bytes and the seed, or for an absent one any tensor."""
     seed = checks.seed_of(dropout_p, seed) if dropout_threshold(dropout_p) else q
     return q if key_mask is None else key_mask.contiguous().view(torch.uint8), seed

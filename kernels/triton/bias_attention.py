@@ -67,7 +67,11 @@ def locate(tiles, batch, period):
     entry = tl.program_id(0) // tiles % batch
     sharing = batch // period
     b = entry % sharing * period + entry // sharing
-    return tl.program_id(0) % tiles, tl.cast(b, tl.int64), tl.cast(tl.program_id(0) // tiles // batch, tl.int64)
+    return (
+        tl.program_id(0) % tiles,
+        tl.cast(b, tl.int64),
+        tl.cast(tl.program_id(0) // tiles // batch, tl.int64),
+    )
 
 
 @triton.jit
@@ -78,7 +82,9 @@ def add_product(acc, x, y, PRECISION: tl.constexpr, APART: tl.constexpr):
     compiler would make every product wait for the one before.
     """
     if APART:
-        out = tl.fma(acc, tl.full(acc.shape, 1.0, tl.float32), tl.dot(x, y, input_precision=PRECISION))
+        out = tl.fma(
+            acc, tl.full(acc.shape, 1.0, tl.float32), tl.dot(x, y, input_precision=PRECISION)
+        )
     else:
         out = tl.dot(x, y, acc, input_precision=PRECISION)
     return out
@@ -100,7 +106,11 @@ def forward_step(
     if D_B > 0:
         scores = tl.dot(q_b, tl.trans(k_b), scores, input_precision=PRECISION)
     if HAS_MASK:
-        allowed = tl.load(mask_base + columns, mask=inside, other=0) if MASKED else tl.load(mask_base + columns)
+        allowed = (
+            tl.load(mask_base + columns, mask=inside, other=0)
+            if MASKED
+            else tl.load(mask_base + columns)
+        )
         scores = tl.where((allowed != 0)[None, :], scores, float("-inf"))
     factor: tl.constexpr = SCALE * LOG2E
     new_max = tl.maximum(row_max, tl.max(scores, 1))
@@ -110,12 +120,16 @@ def forward_step(
     weights = tl.exp2(scores * factor - (finite_max * factor)[:, None])
     row_sum = row_sum * shrink + tl.sum(weights, 1)
     if THRESHOLD > 0:
-        weights = tl.where(dropout_keep(seed, stream, queries[:, None], keys[None, :], THRESHOLD), weights, 0.0)
+        weights = tl.where(
+            dropout_keep(seed, stream, queries[:, None], keys[None, :], THRESHOLD), weights, 0.0
+        )
     v_a, v_b = load_pieces(v_base, columns, stride_vn, inside, D_A, D_B, MASKED, DIM)
     weights = weights.to(v_a.dtype)
     # As in `add_product`, with the sum shrunk on the way.
     acc_a = tl.fma(
-        acc_a, tl.broadcast_to(shrink[:, None], acc_a.shape), tl.dot(weights, v_a, input_precision=PRECISION)
+        acc_a,
+        tl.broadcast_to(shrink[:, None], acc_a.shape),
+        tl.dot(weights, v_a, input_precision=PRECISION),
     )
     if D_B > 0:
         part = tl.dot(weights, v_b, input_precision=PRECISION)
@@ -140,11 +154,18 @@ def forward_kernel(
     # Rows beyond the last repeat it: they read valid memory and are not stored.
     clamped = tl.minimum(rows, queries - 1 - start)
     # Head dimensions are multiples of 8, and so are strides: that is what loads of 128 bits need to know.
-    q_base = q_ptr + b * stride_qb + h * tl.multiple_of(stride_qh, 8) + tl.cast(start, tl.int64) * stride_qn
+    q_base = (
+        q_ptr
+        + b * stride_qb
+        + h * tl.multiple_of(stride_qh, 8)
+        + tl.cast(start, tl.int64) * stride_qn
+    )
     q_a, q_b = load_pieces(q_base, clamped, stride_qn, inside, D_A, D_B, False, DIM)
     k_base = k_ptr + b * stride_kb + h * tl.multiple_of(stride_kh, 8)
     v_base = v_ptr + b * stride_vb + h * tl.multiple_of(stride_vh, 8)
-    bias_base = bias_ptr + b % period * stride_bg + h * stride_bh + tl.cast(start, tl.int64) * stride_bm
+    bias_base = (
+        bias_ptr + b % period * stride_bg + h * stride_bh + tl.cast(start, tl.int64) * stride_bm
+    )
     mask_base = mask_ptr + b * keys
     seed = tl.load(seed_ptr) if THRESHOLD > 0 else 0
     stream = dropout_stream(h, b)
@@ -178,7 +199,12 @@ def forward_kernel(
     attended = row_sum > 0
     row_sum = tl.where(attended, row_sum, 1.0)
     inverse = tl.where(attended, rescale / row_sum, 0.0)[:, None]
-    out_base = out_ptr + b * stride_ob + h * tl.multiple_of(stride_oh, 8) + tl.cast(start, tl.int64) * stride_on
+    out_base = (
+        out_ptr
+        + b * stride_ob
+        + h * tl.multiple_of(stride_oh, 8)
+        + tl.cast(start, tl.int64) * stride_on
+    )
     store_pieces(out_base, rows, stride_on, inside, acc_a * inverse, acc_b * inverse, D_A, D_B, DIM)
     lse = tl.where(attended, row_max * SCALE + tl.log2(row_sum) / LOG2E, float("-inf"))
     tl.store(lse_ptr + (b * heads + h) * queries + start + rows, lse, mask=inside)
@@ -251,15 +277,27 @@ def dkdv_kernel(
     inside = columns < keys - start
     # Keys beyond the last repeat it, and are not stored.
     clamped = tl.minimum(columns, keys - 1 - start)
-    k_base = k_ptr + b * stride_kb + h * tl.multiple_of(stride_kh, 8) + tl.cast(start, tl.int64) * stride_kn
-    v_base = v_ptr + b * stride_vb + h * tl.multiple_of(stride_vh, 8) + tl.cast(start, tl.int64) * stride_vn
+    k_base = (
+        k_ptr
+        + b * stride_kb
+        + h * tl.multiple_of(stride_kh, 8)
+        + tl.cast(start, tl.int64) * stride_kn
+    )
+    v_base = (
+        v_ptr
+        + b * stride_vb
+        + h * tl.multiple_of(stride_vh, 8)
+        + tl.cast(start, tl.int64) * stride_vn
+    )
     k_a, k_b = load_pieces(k_base, clamped, stride_kn, inside, D_A, D_B, False, DIM)
     v_a, v_b = load_pieces(v_base, clamped, stride_vn, inside, D_A, D_B, False, DIM)
     q_base = q_ptr + b * stride_qb + h * tl.multiple_of(stride_qh, 8)
     g_base = dout_ptr + b * stride_gb + h * tl.multiple_of(stride_gh, 8)
     lse_base = row_lse_ptr + (b * heads + h) * queries
     delta_base = delta_ptr + (b * heads + h) * queries
-    bias_base = bias_ptr + b % period * stride_bg + h * stride_bh + tl.cast(start, tl.int64) * stride_bn
+    bias_base = (
+        bias_ptr + b % period * stride_bg + h * stride_bh + tl.cast(start, tl.int64) * stride_bn
+    )
     seed = tl.load(seed_ptr) if THRESHOLD > 0 else 0
     stream = dropout_stream(h, b)
     dk_a = tl.zeros([BLOCK_N, D_A], tl.float32)
@@ -299,7 +337,9 @@ def dkdv_kernel(
     if DV:
         store_pieces(dv_ptr + gradient, columns, stride_dn, inside, dv_a, dv_b, D_A, D_B, DIM)
     if DK:
-        store_pieces(dk_ptr + gradient, columns, stride_dn, inside, dk_a * SCALE, dk_b * SCALE, D_A, D_B, DIM)
+        store_pieces(
+            dk_ptr + gradient, columns, stride_dn, inside, dk_a * SCALE, dk_b * SCALE, D_A, D_B, DIM
+        )
 
 
 @triton.jit
@@ -316,7 +356,11 @@ def dq_step(
     k_a, k_b = load_pieces(k_base, columns, stride_kn, inside, D_A, D_B, MASKED, DIM)
     bias = load_bias(bias_base, bias_rows, stride_bm, columns, left, MASKED)
     if HAS_MASK:
-        allowed = tl.load(mask_base + columns, mask=inside, other=0) if MASKED else tl.load(mask_base + columns)
+        allowed = (
+            tl.load(mask_base + columns, mask=inside, other=0)
+            if MASKED
+            else tl.load(mask_base + columns)
+        )
         bias = tl.where((allowed != 0)[None, :], bias, float("-inf"))
     scores = product(q_a, q_b, k_a, k_b, D_B, PRECISION)
     weights = softmax_weights(scores, row_lse[:, None], SCALE, PRECISION, bias)
@@ -356,8 +400,18 @@ def dq_kernel(
     rows = tl.arange(0, BLOCK_M)
     inside = rows < queries - start
     clamped = tl.minimum(rows, queries - 1 - start)
-    q_base = q_ptr + b * stride_qb + h * tl.multiple_of(stride_qh, 8) + tl.cast(start, tl.int64) * stride_qn
-    g_base = dout_ptr + b * stride_gb + h * tl.multiple_of(stride_gh, 8) + tl.cast(start, tl.int64) * stride_gn
+    q_base = (
+        q_ptr
+        + b * stride_qb
+        + h * tl.multiple_of(stride_qh, 8)
+        + tl.cast(start, tl.int64) * stride_qn
+    )
+    g_base = (
+        dout_ptr
+        + b * stride_gb
+        + h * tl.multiple_of(stride_gh, 8)
+        + tl.cast(start, tl.int64) * stride_gn
+    )
     q_a, q_b = load_pieces(q_base, clamped, stride_qn, inside, D_A, D_B, False, DIM)
     g_a, g_b = load_pieces(g_base, clamped, stride_gn, inside, D_A, D_B, False, DIM)
     statistics = (b * heads + h) * queries + start
@@ -365,7 +419,9 @@ def dq_kernel(
     delta = tl.load(delta_ptr + statistics + clamped)
     k_base = k_ptr + b * stride_kb + h * tl.multiple_of(stride_kh, 8)
     v_base = v_ptr + b * stride_vb + h * tl.multiple_of(stride_vh, 8)
-    bias_base = bias_ptr + b % period * stride_bg + h * stride_bh + tl.cast(start, tl.int64) * stride_bm
+    bias_base = (
+        bias_ptr + b % period * stride_bg + h * stride_bh + tl.cast(start, tl.int64) * stride_bm
+    )
     dbias_base = dbias_ptr + statistics * stride_dm
     dbias_rows = rows[:, None] * stride_dm
     mask_base = mask_ptr + b * keys
@@ -427,16 +483,40 @@ def dbias_kernel(
     # Rows that are read twice are not stored, and columns beyond the last have a bias of -inf.
     clamped_rows = tl.minimum(rows, queries - 1 - start_m)
     clamped_columns = tl.minimum(columns, keys - 1 - start_n)
-    bias_base = bias_ptr + g * stride_bg + h * stride_bh + tl.cast(start_m, tl.int64) * stride_bm + start_n
+    bias_base = (
+        bias_ptr + g * stride_bg + h * stride_bh + tl.cast(start_m, tl.int64) * stride_bm + start_n
+    )
     bias = load_bias(bias_base, clamped_rows, stride_bm, columns, keys - start_n, True)
     seed = tl.load(seed_ptr) if THRESHOLD > 0 else 0
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for entry in tl.range(part * share, tl.minimum(part * share + share, sharing), num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
+    for entry in tl.range(
+        part * share, tl.minimum(part * share + share, sharing), num_stages=STAGES
+    ):  # pyright: ignore[reportGeneralTypeIssues]
         b = g + tl.cast(entry, tl.int64) * period
-        q_base = q_ptr + b * stride_qb + h * tl.multiple_of(stride_qh, 8) + tl.cast(start_m, tl.int64) * stride_qn
-        g_base = dout_ptr + b * stride_gb + h * tl.multiple_of(stride_gh, 8) + tl.cast(start_m, tl.int64) * stride_gn
-        k_base = k_ptr + b * stride_kb + h * tl.multiple_of(stride_kh, 8) + tl.cast(start_n, tl.int64) * stride_kn
-        v_base = v_ptr + b * stride_vb + h * tl.multiple_of(stride_vh, 8) + tl.cast(start_n, tl.int64) * stride_vn
+        q_base = (
+            q_ptr
+            + b * stride_qb
+            + h * tl.multiple_of(stride_qh, 8)
+            + tl.cast(start_m, tl.int64) * stride_qn
+        )
+        g_base = (
+            dout_ptr
+            + b * stride_gb
+            + h * tl.multiple_of(stride_gh, 8)
+            + tl.cast(start_m, tl.int64) * stride_gn
+        )
+        k_base = (
+            k_ptr
+            + b * stride_kb
+            + h * tl.multiple_of(stride_kh, 8)
+            + tl.cast(start_n, tl.int64) * stride_kn
+        )
+        v_base = (
+            v_ptr
+            + b * stride_vb
+            + h * tl.multiple_of(stride_vh, 8)
+            + tl.cast(start_n, tl.int64) * stride_vn
+        )
         q_a, q_b = load_pieces(q_base, clamped_rows, stride_qn, rows, D_A, D_B, False, DIM)
         k_a, k_b = load_pieces(k_base, clamped_columns, stride_kn, columns, D_A, D_B, False, DIM)
         statistics = (b * heads + h) * queries + start_m
@@ -462,7 +542,9 @@ def dbias_kernel(
     tl.store(dbias, acc.to(dbias_ptr.dtype.element_ty), mask=kept)
 
 
-def _spec(name: str, kernel: Any, *more: Variant, looped: str = "BLOCK_N", **options: Any) -> KernelSpec:
+def _spec(
+    name: str, kernel: Any, *more: Variant, looped: str = "BLOCK_N", **options: Any
+) -> KernelSpec:
     def extras(variant: Variant, config: LaunchConfig) -> Mapping[str, Any]:
         return {
             "TAIL": tail_size(variant.get("looped", 577), config.tiles[looped]),
@@ -481,7 +563,9 @@ def _spec(name: str, kernel: Any, *more: Variant, looped: str = "BLOCK_N", **opt
 FORWARD = _spec("bias_attention_forward", forward_kernel)
 DKDV = _spec("bias_attention_dkdv", dkdv_kernel, looped="BLOCK_M")
 DQ = _spec("bias_attention_dq", dq_kernel, {"head_dim": 64, "own_bias": True})
-DBIAS = _spec("bias_attention_dbias", dbias_kernel, types=lambda variant, dtype: {"dbias_ptr": "*fp32"})
+DBIAS = _spec(
+    "bias_attention_dbias", dbias_kernel, types=lambda variant, dtype: {"dbias_ptr": "*fp32"}
+)
 KERNELS = [FORWARD, DKDV, DQ, DBIAS]
 # The widest head of which one launch of the dkdv kernel sums both gradients.
 _ONE_LAUNCH = 128
@@ -517,7 +601,13 @@ def bias_attention_forward(a: Biased) -> tuple[Tensor, Tensor]:
 
 
 def bias_attention_backward(
-    dout: Tensor, dlse: Tensor | None, a: Biased, out: Tensor, lse: Tensor, *, bias_gradient: bool = True
+    dout: Tensor,
+    dlse: Tensor | None,
+    a: Biased,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    bias_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Deterministic gradients of `bias_attention_forward`: dq, dk, dv, and dbias `[G, H, Nq, Nk]`, contiguous.
 
@@ -539,10 +629,24 @@ def bias_attention_backward(
     counts = (batch, heads, period, queries, keys)
     variant = _variant(a)
 
-    for dk_wanted, dv_wanted in ((True, True),) if head_dim <= _ONE_LAUNCH else ((True, False), (False, True)):
-        options, config = launch_options(DKDV, q, looped=queries, dk=dk_wanted, dv=dv_wanted, **variant)
+    for dk_wanted, dv_wanted in (
+        ((True, True),) if head_dim <= _ONE_LAUNCH else ((True, False), (False, True))
+    ):
+        options, config = launch_options(
+            DKDV, q, looped=queries, dk=dk_wanted, dv=dv_wanted, **variant
+        )
         dkdv_kernel[(triton.cdiv(keys, config.tiles["BLOCK_N"]) * batch * heads,)](
-            q, k, v, dout, turned, *rest, dk, dv, *strides_of(q, k, v, dout, turned), *counts, **options
+            q,
+            k,
+            v,
+            dout,
+            turned,
+            *rest,
+            dk,
+            dv,
+            *strides_of(q, k, v, dout, turned),
+            *counts,
+            **options,
         )
 
     inputs, strides = (q, k, v, dout, bias, *rest), strides_of(q, k, v, dout, bias)
@@ -555,10 +659,16 @@ def bias_attention_backward(
         return dq, dk, dv, dbias
 
     options, config = launch_options(DBIAS, q, **variant)
-    tiles = triton.cdiv(queries, config.tiles["BLOCK_M"]) * triton.cdiv(keys, config.tiles["BLOCK_N"])
+    tiles = triton.cdiv(queries, config.tiles["BLOCK_M"]) * triton.cdiv(
+        keys, config.tiles["BLOCK_N"]
+    )
     programs = tiles * period * heads
     parts = bias_partials(batch // period, programs)
-    partial = dbias if parts == 1 else torch.empty((parts, *dbias.shape), dtype=torch.float32, device=q.device)
+    partial = (
+        dbias
+        if parts == 1
+        else torch.empty((parts, *dbias.shape), dtype=torch.float32, device=q.device)
+    )
     dbias_kernel[(programs, parts)](*inputs, partial, *strides, keys, *counts, **options)
     return dq, dk, dv, dbias if parts == 1 else partial.sum(0).to(bias.dtype)
 
@@ -571,7 +681,9 @@ def _variant(a: Biased) -> dict[str, Any]:
 def _bias_rows(bias: Tensor) -> Tensor:
     """The bias itself if its rows are contiguous, of whole vectors and begin where one may, else a padded copy."""
     sizes, strides = bias.shape, bias.stride()
-    aligned = all(stride % 16 == 0 for size, stride in zip(sizes[:3], strides[:3], strict=True) if size > 1)
+    aligned = all(
+        stride % 16 == 0 for size, stride in zip(sizes[:3], strides[:3], strict=True) if size > 1
+    )
     if aligned and strides[2] * 256 < 2**31 and strides[3] == 1 and sizes[3] % 16 == 0:
         return bias
     # What is expanded, as the heads of a mask, is copied once.

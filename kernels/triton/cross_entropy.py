@@ -68,7 +68,9 @@ def running_softmax_kernel(
     else:
         before = tl.load(maximum_ptr + row)
         maximum = tl.maximum(maximum, before)
-        sums = tl.load(sum_ptr + row) * tl.exp(before - maximum) + tl.sum(tl.exp(logits - maximum), 0)
+        sums = tl.load(sum_ptr + row) * tl.exp(before - maximum) + tl.sum(
+            tl.exp(logits - maximum), 0
+        )
         picked += tl.load(picked_ptr + row)
         if SMOOTH:
             total += tl.load(total_ptr + row)
@@ -80,7 +82,10 @@ def running_softmax_kernel(
             loss = (1 - smoothing) * loss + smoothing * (log_sum - (total / vocabulary - maximum))
         wrong = (target != ignore_index) & ((target < 0) | (target >= vocabulary))
         tl.store(sum_ptr + row, tl.where(wrong, float("nan"), log_sum))
-        tl.store(loss_ptr + row, tl.where(target == ignore_index, 0.0, tl.where(wrong, float("nan"), loss)))
+        tl.store(
+            loss_ptr + row,
+            tl.where(target == ignore_index, 0.0, tl.where(wrong, float("nan"), loss)),
+        )
     else:
         tl.store(sum_ptr + row, sums)
         tl.store(picked_ptr + row, picked)
@@ -125,7 +130,9 @@ RUNNING_SOFTMAX = row_spec(
     softmax_config,
     lambda variant: {name.upper(): variant[name] for name in ("first", "last", "smooth")},
 )
-SOFTMAX_GRADIENT = row_spec("softmax_gradient", softmax_gradient_kernel, ({"width": 7232},), softmax_config)
+SOFTMAX_GRADIENT = row_spec(
+    "softmax_gradient", softmax_gradient_kernel, ({"width": 7232},), softmax_config
+)
 KERNELS = [RUNNING_SOFTMAX, SOFTMAX_GRADIENT]
 
 
@@ -138,7 +145,9 @@ def linear_cross_entropy_forward(a: Vocabulary) -> tuple[Tensor, RowStatistics]:
     return losses.sum() / (a.target != a.ignore_index).sum().clamp_min(1), statistics
 
 
-def linear_cross_entropy_backward(dloss: Tensor, a: Vocabulary, statistics: RowStatistics, needs: Needs) -> Gradients:
+def linear_cross_entropy_backward(
+    dloss: Tensor, a: Vocabulary, statistics: RowStatistics, needs: Needs
+) -> Gradients:
     """(dh, dw, db), as selected by `needs`, for the scalar gradient `dloss` of the loss."""
     counted = a.target.reshape(-1) != a.ignore_index
     return _gradients(counted * (dloss.float() / counted.sum().clamp_min(1)), a, statistics, needs)
@@ -151,7 +160,9 @@ def token_log_likelihood_forward(a: Vocabulary) -> tuple[Tensor, RowStatistics]:
     return (0 - losses).view(a.target.shape), statistics
 
 
-def token_log_likelihood_backward(dout: Tensor, a: Vocabulary, statistics: RowStatistics, needs: Needs) -> Gradients:
+def token_log_likelihood_backward(
+    dout: Tensor, a: Vocabulary, statistics: RowStatistics, needs: Needs
+) -> Gradients:
     """(dh, dw, db), as selected by `needs`; `dout` `[...]` is the gradient of every row's log-likelihood."""
     coefficients = -dout.reshape(-1).float().masked_fill(a.target.reshape(-1) == a.ignore_index, 0)
     return _gradients(coefficients, a, statistics, needs)
@@ -169,7 +180,9 @@ class _Blocks:
         width = triton.cdiv(vocabulary, triton.cdiv(vocabulary, _SLICE))
         self.width = triton.cdiv(width, 64 * parts) * 64 * parts
         most = max(1, _BUFFER_BYTES // (self.width * self.h.element_size()))
-        self.slices = [slice(i, min(i + self.width, vocabulary)) for i in range(0, vocabulary, self.width)]
+        self.slices = [
+            slice(i, min(i + self.width, vocabulary)) for i in range(0, vocabulary, self.width)
+        ]
         self.rows = [slice(i, min(i + most, count)) for i in range(0, count, most)]
         self.buffer = self.h.new_empty(min(most, count), self.width)
 
@@ -183,11 +196,17 @@ class _Blocks:
 def _row_losses(a: Vocabulary) -> tuple[Tensor, RowStatistics]:
     blocks, vocabulary = _Blocks(a), a.w.shape[0]
     count = blocks.h.shape[0]
-    maximum, sums, picked, total, losses = (a.h.new_empty(count, dtype=torch.float32) for _ in range(5))
+    maximum, sums, picked, total, losses = (
+        a.h.new_empty(count, dtype=torch.float32) for _ in range(5)
+    )
     for rows in blocks.rows:
         for part in blocks.slices:
             logits = blocks.logits(rows, part)
-            flags = {"first": part.start == 0, "last": part.stop == vocabulary, "smooth": a.label_smoothing > 0}
+            flags = {
+                "first": part.start == 0,
+                "last": part.stop == vocabulary,
+                "smooth": a.label_smoothing > 0,
+            }
             options, _ = launch_options(RUNNING_SOFTMAX, a.h, width=blocks.width, **flags)
             # The kernel reads a row of the buffer beyond the logits.
             running_softmax_kernel[(logits.shape[0],)](
@@ -197,14 +216,24 @@ def _row_losses(a: Vocabulary) -> tuple[Tensor, RowStatistics]:
     return losses, RowStatistics(maximum, sums)
 
 
-def _gradients(coefficients: Tensor, a: Vocabulary, statistics: RowStatistics, needs: Needs) -> Gradients:
+def _gradients(
+    coefficients: Tensor, a: Vocabulary, statistics: RowStatistics, needs: Needs
+) -> Gradients:
     blocks, (h, w, b) = _Blocks(a), a[:3]
     options, _ = launch_options(SOFTMAX_GRADIENT, h, width=blocks.width)
     dh = torch.zeros(blocks.h.shape, dtype=torch.float32, device=h.device) if needs[0] else None
     dw = torch.empty(w.shape, dtype=w.dtype, device=w.device) if needs[1] else None
-    db = torch.zeros(b.shape, dtype=torch.float32, device=b.device) if needs[2] and b is not None else None
+    db = (
+        torch.zeros(b.shape, dtype=torch.float32, device=b.device)
+        if needs[2] and b is not None
+        else None
+    )
     for part in blocks.slices if any(needs) else []:
-        wide = w.new_zeros(part.stop - part.start, w.shape[1], dtype=torch.float32) if len(blocks.rows) != 1 else None
+        wide = (
+            w.new_zeros(part.stop - part.start, w.shape[1], dtype=torch.float32)
+            if len(blocks.rows) != 1
+            else None
+        )
         for rows in blocks.rows:
             gradient = blocks.logits(rows, part)
             softmax_gradient_kernel[(gradient.shape[0],)](
@@ -251,7 +280,9 @@ def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
         total += _wide_product(x, y)
         return
     length = x.shape[1] // parts
-    total += _wide_product(x.unflatten(1, (parts, length)).transpose(0, 1), y.unflatten(0, (parts, length))).sum(0)
+    total += _wide_product(
+        x.unflatten(1, (parts, length)).transpose(0, 1), y.unflatten(0, (parts, length))
+    ).sum(0)
 
 
 # Rows and columns of the tile of a product that one multiprocessor computes, and what it costs to write and add one

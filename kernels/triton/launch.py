@@ -46,7 +46,11 @@ class LaunchConfig:
     @property
     def options(self) -> dict[str, int]:
         """Compile options of a launch. FMA fusion is explicit: Triton's default changes in 3.10."""
-        given = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        given = {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
         return given | ({"maxnreg": self.registers} if self.registers else {})
 
 
@@ -64,11 +68,14 @@ class CompileRequest:
 # Types of arguments by name, where a kernel does not differ: other pointers are to the dtype that it computes in, other
 # numbers are 32-bit integers.
 _STATISTICS = (
-    "mean rstd partials lse dlse row_lse delta scales maximum sum picked total loss log_sum coefficient entries largest"
+    "mean rstd partials lse dlse row_lse delta scales maximum sum picked total loss log_sum "
+    "coefficient entries largest"
 )
 _TYPES = {
     **dict.fromkeys((f"{name}_ptr" for name in _STATISTICS.split()), "*fp32"),
-    **dict.fromkeys(("seed_ptr", "tokens_ptr", "positions_ptr", "target_ptr", "ids_ptr", "order_ptr"), "*i64"),
+    **dict.fromkeys(
+        ("seed_ptr", "tokens_ptr", "positions_ptr", "target_ptr", "ids_ptr", "order_ptr"), "*i64"
+    ),
     **dict.fromkeys(("cu_q_ptr", "cu_k_ptr"), "*i32"),
     **dict.fromkeys(("eps", "keep_scale", "smoothing", "inverse"), "fp32"),
     "mask_ptr": "*u8",
@@ -95,7 +102,9 @@ class KernelSpec:
     dtypes: tuple[str, ...] = ("fp16", "bf16")
     arches: tuple[int, ...] = ()  # the only architectures to compile for; empty for all
 
-    def request(self, variant: Variant, dtype: str, arch: int, config: LaunchConfig | None = None) -> CompileRequest:
+    def request(
+        self, variant: Variant, dtype: str, arch: int, config: LaunchConfig | None = None
+    ) -> CompileRequest:
         """The compilation of one variant for one dtype and architecture, with its own or another configuration."""
         config = self.config(variant, dtype, arch) if config is None else config
         constants = {**self.constants(variant, dtype, config), **config.tiles}
@@ -116,16 +125,22 @@ class KernelSpec:
         return CompileRequest(self.kernel, signature, ordered, attrs, config.options)
 
 
-def launch_options(spec: KernelSpec, like: Tensor, **variant: Any) -> tuple[dict[str, Any], LaunchConfig]:
+def launch_options(
+    spec: KernelSpec, like: Tensor, **variant: Any
+) -> tuple[dict[str, Any], LaunchConfig]:
     """Constants, tiles and compile options of a launch on tensors like this one, and its configuration."""
     return cached_options(spec, dtype_name(like.dtype), architecture(like.device), **variant)
 
 
 @lru_cache(4096)
-def cached_options(spec: KernelSpec, dtype: str, arch: int, **variant: Any) -> tuple[dict[str, Any], LaunchConfig]:
+def cached_options(
+    spec: KernelSpec, dtype: str, arch: int, **variant: Any
+) -> tuple[dict[str, Any], LaunchConfig]:
     """`launch_options` for a dtype and an architecture; to be forgotten when the table of configurations changes."""
     config = spec.config(variant, dtype, arch)
-    constants = {k: v for k, v in spec.constants(variant, dtype, config).items() if not k.endswith("_ptr")}
+    constants = {
+        k: v for k, v in spec.constants(variant, dtype, config).items() if not k.endswith("_ptr")
+    }
     return {**constants, **config.tiles, **config.options}, config
 
 
@@ -144,7 +159,11 @@ def architecture(device: torch.device) -> int:
 
 def multiprocessors(device: torch.device) -> int:
     """The multiprocessors of a GPU; 1 for the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 1
+    )
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -175,7 +194,9 @@ def tuned_backend(kernel: str, size: int, dtype: str, arch: int) -> str:
     return _tuned(arch).get(kernel, {}).get(f"{dtype}/{size}", {}).get("backend", "triton")
 
 
-def config_for(kernel: str, head_dim: int, dtype: str, arch: int, *, dropout: bool = False) -> LaunchConfig:
+def config_for(
+    kernel: str, head_dim: int, dtype: str, arch: int, *, dropout: bool = False
+) -> LaunchConfig:
     """The configuration of an attention kernel: tuned for this architecture, or heuristic.
 
     With `dropout` it is heuristic: random bits take registers, and the table has none for them under this name.
@@ -227,28 +248,140 @@ _TILES: dict[str, dict[int, _Rows]] = {
         120: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2)),
     },
     "bias_attention_forward": {
-        80: ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
-        90: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
-        100: ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
-        120: ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+        80: (
+            (64, 64, 4, 2),
+            (64, 32, 4, 2),
+            (64, 32, 4, 2),
+            (64, 32, 4, 2),
+            (64, 32, 8, 2),
+            (64, 32, 8, 2),
+        ),
+        90: (
+            (64, 64, 4, 2),
+            (64, 64, 4, 2),
+            (64, 64, 4, 2),
+            (64, 64, 4, 2),
+            (64, 64, 8, 2),
+            (64, 32, 8, 2),
+        ),
+        100: (
+            (128, 64, 8, 2),
+            (128, 64, 8, 2),
+            (128, 64, 8, 2),
+            (128, 32, 8, 2),
+            (128, 32, 8, 2),
+            (128, 32, 8, 2),
+        ),
+        120: (
+            (64, 64, 4, 2),
+            (64, 32, 4, 2),
+            (64, 32, 4, 2),
+            (64, 32, 4, 2),
+            (64, 32, 8, 2),
+            (64, 32, 8, 2),
+        ),
     },
     "bias_attention_dkdv": {
-        80: ((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 1), (32, 16, 8, 1)),
-        90: ((64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 4, 2)),
-        100: ((128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 1), (128, 16, 8, 1)),
-        120: ((64, 16, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2), (64, 16, 8, 1), (32, 16, 8, 1)),
+        80: (
+            (64, 32, 4, 2),
+            (64, 32, 8, 2),
+            (64, 32, 8, 2),
+            (64, 32, 8, 2),
+            (64, 16, 8, 1),
+            (32, 16, 8, 1),
+        ),
+        90: (
+            (64, 64, 4, 2),
+            (64, 32, 8, 2),
+            (64, 32, 4, 2),
+            (64, 32, 4, 2),
+            (64, 32, 8, 2),
+            (64, 16, 4, 2),
+        ),
+        100: (
+            (128, 32, 8, 2),
+            (128, 32, 8, 2),
+            (128, 32, 8, 2),
+            (128, 32, 8, 2),
+            (128, 32, 8, 1),
+            (128, 16, 8, 1),
+        ),
+        120: (
+            (64, 16, 4, 2),
+            (64, 32, 8, 2),
+            (64, 32, 8, 2),
+            (64, 16, 8, 2),
+            (64, 16, 8, 1),
+            (32, 16, 8, 1),
+        ),
     },
     "bias_attention_dq": {
-        80: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 8, 1)),
-        90: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
-        100: ((128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 1), (128, 32, 8, 1)),
-        120: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 8, 1)),
+        80: (
+            (64, 32, 4, 2),
+            (64, 32, 4, 2),
+            (64, 32, 4, 2),
+            (64, 32, 8, 2),
+            (64, 32, 8, 1),
+            (64, 16, 8, 1),
+        ),
+        90: (
+            (64, 64, 4, 2),
+            (64, 64, 4, 2),
+            (64, 64, 4, 2),
+            (64, 32, 4, 2),
+            (64, 32, 8, 2),
+            (64, 32, 8, 2),
+        ),
+        100: (
+            (128, 64, 8, 2),
+            (128, 32, 8, 2),
+            (128, 32, 8, 2),
+            (128, 32, 8, 2),
+            (128, 32, 8, 1),
+            (128, 32, 8, 1),
+        ),
+        120: (
+            (64, 32, 4, 2),
+            (64, 32, 4, 2),
+            (64, 32, 4, 2),
+            (64, 32, 8, 2),
+            (64, 32, 8, 1),
+            (64, 16, 8, 1),
+        ),
     },
     "bias_attention_dbias": {
-        80: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
-        90: ((64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
-        100: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
-        120: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
+        80: (
+            (64, 32, 4, 2),
+            (64, 32, 4, 2),
+            (64, 32, 4, 2),
+            (64, 32, 4, 2),
+            (64, 32, 8, 1),
+            (64, 32, 8, 1),
+        ),
+        90: (
+            (64, 64, 4, 2),
+            (64, 64, 8, 2),
+            (64, 64, 4, 2),
+            (64, 32, 4, 2),
+            (64, 32, 8, 1),
+            (64, 32, 8, 1),
+        ),
+        100: (
+            (64, 64, 4, 2),
+            (64, 64, 4, 2),
+            (64, 64, 4, 2),
+            (64, 32, 4, 2),
+            (64, 32, 8, 1),
+            (64, 32, 8, 1),
+        ),
+        120: (
+            (64, 32, 4, 2),
+            (64, 32, 4, 2),
+            (64, 32, 4, 2),
+            (64, 32, 4, 2),
+            (64, 32, 8, 1),
+            (64, 32, 8, 1),
+        ),
     },
 }
 # By the end of a kernel's name: packed attention with dropout or a mask of keys, which take registers; sequences of at
@@ -268,13 +401,23 @@ _FORMS: dict[str, _Rows] = {
 _APART = {"relpos_dkdv": 64, "bias_attention_dkdv": 64, "bias_attention_dq": 192}
 
 
-def heuristic_config(kernel: str, head_dim: int, dtype: str, arch: int, *, dropout: bool = False) -> LaunchConfig:
+def heuristic_config(
+    kernel: str, head_dim: int, dtype: str, arch: int, *, dropout: bool = False
+) -> LaunchConfig:
     """A configuration without spills in half precision, for two programs per multiprocessor at head dimension 64.
 
     fp32 is for exactness, not speed: it does not use the tensor cores. Architectures between the table's entries (86,
     89, 103, 121) use the nearest one that fits in their shared memory.
     """
-    nearest = (80 if arch == 80 else 120) if arch < 90 else 90 if arch < 100 else 100 if arch < 120 else 120
+    nearest = (
+        (80 if arch == 80 else 120)
+        if arch < 90
+        else 90
+        if arch < 100
+        else 100
+        if arch < 120
+        else 120
+    )
     if dtype == "fp32":
         own, other, warps, stages = (32, 32, 4, 1) if head_dim > 64 else (32, 64, 4, 1)
     else:
@@ -292,7 +435,9 @@ def heuristic_config(kernel: str, head_dim: int, dtype: str, arch: int, *, dropo
     # Two more than two programs a multiprocessor may have, else.
     registers = 126 if kernel.endswith("_fragments") else 0
     tiles = {**heads, "BLOCK_M": block_m, "BLOCK_N": block_n}
-    return LaunchConfig(tiles, warps, stages, head_dim <= widest, registers, fenced=0 < widest < head_dim)
+    return LaunchConfig(
+        tiles, warps, stages, head_dim <= widest, registers, fenced=0 < widest < head_dim
+    )
 
 
 def tail_size(tokens: int, block: int, masked: int = 32) -> int:

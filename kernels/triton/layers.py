@@ -45,7 +45,9 @@ _DROPOUT_STEPS = 1 << 24
 
 
 @triton.jit
-def dropout_factors(seed_ptr, rows, drop_below, keep_scale, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def dropout_factors(
+    seed_ptr, rows, drop_below, keep_scale, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
     """`[ROWS, BLOCK]` factors 0 or 1/(1-p) for whole rows: Philox of (seed, row, column), four columns a call."""
     quads: tl.constexpr = (WIDTH + 3) // 4
     offsets = rows.to(tl.int64)[:, None] * quads + tl.arange(0, BLOCK // 4)[None, :]
@@ -81,8 +83,12 @@ def store_norm(
     weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
     normed = centred * rstd[:, None] * weight[None, :]
     if bias_ptr is not None:
-        normed += tl.load(bias_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
-    tl.store(normed_ptr + (rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]), normed, mask=inside)
+        normed += tl.load(bias_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[
+            None, :
+        ]
+    tl.store(
+        normed_ptr + (rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]), normed, mask=inside
+    )
     tl.store(mean_ptr + rows, mean, mask=there)
     tl.store(rstd_ptr + rows, rstd, mask=there)
     return normed
@@ -99,7 +105,9 @@ def backward_step(
     normalised = tl.where(inside, (values - mean[:, None]) * rstd[:, None], 0.0)
     if BLOCK > 4096:
         # Wide rows leave no registers to hold the weight; it comes from the nearest cache.
-        weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
+        weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[
+            None, :
+        ]
     ds = normalise_backward(dnormed, normalised, weight, rstd, WIDTH)
     return ds, tl.sum(dnormed * normalised, 0), tl.sum(dnormed, 0)
 
@@ -114,8 +122,12 @@ def embedding_sum(
     place = tl.load(positions_ptr + rows, mask=there, other=0).to(tl.int64)
     known = (token >= 0) & (token < words) & (place >= 0) & (place < places)
     inside = (there & known)[:, None] & across[None, :]
-    total = tl.load(word_ptr + token[:, None] * WIDTH + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    total += tl.load(position_ptr + place[:, None] * WIDTH + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    total = tl.load(
+        word_ptr + token[:, None] * WIDTH + columns[None, :], mask=inside, other=0.0
+    ).to(tl.float32)
+    total += tl.load(
+        position_ptr + place[:, None] * WIDTH + columns[None, :], mask=inside, other=0.0
+    ).to(tl.float32)
     row = tl.load(type_ptr + columns, mask=across, other=0.0).to(tl.float32)
     total = tl.where(there[:, None], total + row[None, :], 0.0)
     return tl.where((there & ~known)[:, None] & across[None, :], float("nan"), total)
@@ -134,13 +146,19 @@ def add_layer_norm_forward_kernel(
     there = rows < count
     inside = there[:, None] & (columns < WIDTH)[None, :]
     far = rows.to(tl.int64)[:, None]
-    values = tl.load(x_ptr + far * stride_x + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(x_ptr + far * stride_x + columns[None, :], mask=inside, other=0.0).to(
+        tl.float32
+    )
     if HAS_DROPOUT:
         values *= dropout_factors(seed_ptr, rows, drop_below, keep_scale, WIDTH, BLOCK)
     if gamma_ptr is not None:
-        values *= tl.load(gamma_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
+        values *= tl.load(gamma_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[
+            None, :
+        ]
     if row_scale_ptr is not None:
-        values *= tl.load(row_scale_ptr + rows // rows_per_scale, mask=there, other=0.0).to(tl.float32)[:, None]
+        values *= tl.load(row_scale_ptr + rows // rows_per_scale, mask=there, other=0.0).to(
+            tl.float32
+        )[:, None]
     if residual_ptr is not None:
         addresses = residual_ptr + far * stride_residual + columns[None, :]
         values += tl.load(addresses, mask=inside, other=0.0).to(tl.float32)
@@ -151,11 +169,24 @@ def add_layer_norm_forward_kernel(
         # The backward sees the sum as it was stored, so the statistics are those of the stored sum.
         values = summed.to(tl.float32)
     normed = store_norm(
-        values, rows, columns, there, inside, weight_ptr, bias_ptr, normed_ptr, mean_ptr, rstd_ptr, eps, WIDTH
+        values,
+        rows,
+        columns,
+        there,
+        inside,
+        weight_ptr,
+        bias_ptr,
+        normed_ptr,
+        mean_ptr,
+        rstd_ptr,
+        eps,
+        WIDTH,
     )
     if rounded_ptr is not None:
         # As a product would read them: of the type that they are stored in.
-        rounded, scales = round_rows(tl.where(inside, normed.to(normed_ptr.dtype.element_ty).to(tl.float32), 0.0))
+        rounded, scales = round_rows(
+            tl.where(inside, normed.to(normed_ptr.dtype.element_ty).to(tl.float32), 0.0)
+        )
         tl.store(rounded_ptr + out, rounded, mask=inside)
         tl.store(scales_ptr + rows, scales, mask=there)
 
@@ -170,10 +201,34 @@ def embedding_norm_forward_kernel(
     columns = tl.arange(0, BLOCK)
     there, across = rows < count, columns < WIDTH
     values = embedding_sum(
-        tokens_ptr, positions_ptr, word_ptr, position_ptr, type_ptr, rows, columns, there, across, words, places, WIDTH
+        tokens_ptr,
+        positions_ptr,
+        word_ptr,
+        position_ptr,
+        type_ptr,
+        rows,
+        columns,
+        there,
+        across,
+        words,
+        places,
+        WIDTH,
     )
     inside = there[:, None] & across[None, :]
-    store_norm(values, rows, columns, there, inside, weight_ptr, bias_ptr, normed_ptr, mean_ptr, rstd_ptr, eps, WIDTH)
+    store_norm(
+        values,
+        rows,
+        columns,
+        there,
+        inside,
+        weight_ptr,
+        bias_ptr,
+        normed_ptr,
+        mean_ptr,
+        rstd_ptr,
+        eps,
+        WIDTH,
+    )
 
 
 @triton.jit(do_not_specialize=["count", "rows_per_scale", "drop_below"])
@@ -198,10 +253,23 @@ def add_layer_norm_backward_kernel(
         inside = there[:, None] & across[None, :]
         far = rows.to(tl.int64)[:, None]
         dense = far * WIDTH + columns[None, :]
-        dnormed = tl.load(dnormed_ptr + far * stride_dnormed + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        dnormed = tl.load(
+            dnormed_ptr + far * stride_dnormed + columns[None, :], mask=inside, other=0.0
+        ).to(tl.float32)
         summed = tl.load(sums_ptr + dense, mask=inside, other=0.0).to(tl.float32)
         ds, of_weight, of_bias = backward_step(
-            summed, dnormed, weight, weight_ptr, mean_ptr, rstd_ptr, rows, columns, there, inside, WIDTH, BLOCK
+            summed,
+            dnormed,
+            weight,
+            weight_ptr,
+            mean_ptr,
+            rstd_ptr,
+            rows,
+            columns,
+            there,
+            inside,
+            WIDTH,
+            BLOCK,
         )
         dweight += of_weight
         dbias += of_bias
@@ -212,12 +280,16 @@ def add_layer_norm_backward_kernel(
             tl.store(dresidual_ptr + dense, ds, mask=inside)
         if dx_ptr is not None:
             if row_scale_ptr is not None:
-                ds *= tl.load(row_scale_ptr + rows // rows_per_scale, mask=there, other=0.0).to(tl.float32)[:, None]
+                ds *= tl.load(row_scale_ptr + rows // rows_per_scale, mask=there, other=0.0).to(
+                    tl.float32
+                )[:, None]
             if HAS_DROPOUT:
                 ds *= dropout_factors(seed_ptr, rows, drop_below, keep_scale, WIDTH, BLOCK)
             if gamma_ptr is not None:
                 # γ stands behind dropout, but factors commute: what is dropped counts neither here nor there.
-                x = tl.load(branch_ptr + far * stride_branch + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+                x = tl.load(
+                    branch_ptr + far * stride_branch + columns[None, :], mask=inside, other=0.0
+                ).to(tl.float32)
                 dgamma += tl.sum(ds * x, 0)
                 ds *= tl.load(gamma_ptr + columns, mask=across, other=0.0).to(tl.float32)[None, :]
             tl.store(dx_ptr + dense, ds, mask=inside)
@@ -248,13 +320,26 @@ def embedding_norm_backward_kernel(
         there = rows < count
         inside = there[:, None] & across[None, :]
         far = rows.to(tl.int64)[:, None]
-        dnormed = tl.load(dnormed_ptr + far * stride_dnormed + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        dnormed = tl.load(
+            dnormed_ptr + far * stride_dnormed + columns[None, :], mask=inside, other=0.0
+        ).to(tl.float32)
         values = embedding_sum(
             tokens_ptr, positions_ptr, word_ptr, position_ptr, type_ptr, rows, columns, there, across, words, places,
             WIDTH,
         )  # fmt: skip
         ds, of_weight, of_bias = backward_step(
-            values, dnormed, weight, weight_ptr, mean_ptr, rstd_ptr, rows, columns, there, inside, WIDTH, BLOCK
+            values,
+            dnormed,
+            weight,
+            weight_ptr,
+            mean_ptr,
+            rstd_ptr,
+            rows,
+            columns,
+            there,
+            inside,
+            WIDTH,
+            BLOCK,
         )
         tl.store(ds_ptr + far * WIDTH + columns[None, :], ds, mask=inside)
         dweight += of_weight
@@ -296,7 +381,9 @@ def segment_sum_kernel(
 def forward_config(width: int) -> LaunchConfig:
     """One row a program, 16 elements a thread."""
     block = max(16, triton.next_power_of_2(width))
-    return LaunchConfig({"BLOCK": block, "ROWS": 1}, num_warps=min(16, max(1, block // 512)), num_stages=1)
+    return LaunchConfig(
+        {"BLOCK": block, "ROWS": 1}, num_warps=min(16, max(1, block // 512)), num_stages=1
+    )
 
 
 def backward_config(width: int) -> LaunchConfig:
@@ -318,7 +405,9 @@ _OPTIONAL = {
 
 
 def _constants(variant: Variant) -> dict[str, Any]:
-    absent = [name for feature, names in _OPTIONAL.items() if not variant.get(feature) for name in names]
+    absent = [
+        name for feature, names in _OPTIONAL.items() if not variant.get(feature) for name in names
+    ]
     if not (variant.get("gamma") or variant["dropout"]):
         absent.append("dresidual_ptr")
     return {**dict.fromkeys(absent), "HAS_DROPOUT": variant["dropout"]}
@@ -337,7 +426,9 @@ _VARIANTS = tuple(
         (8192, True, False, True),
     )
 )
-FORWARD = row_spec("add_layer_norm_forward", add_layer_norm_forward_kernel, _VARIANTS, forward_config, _constants)
+FORWARD = row_spec(
+    "add_layer_norm_forward", add_layer_norm_forward_kernel, _VARIANTS, forward_config, _constants
+)
 FORWARD_FP8 = row_spec(
     "add_layer_norm_forward_fp8",
     add_layer_norm_forward_kernel,
@@ -346,8 +437,16 @@ FORWARD_FP8 = row_spec(
     _constants,
     arches=ARCHES,
 )
-BACKWARD = row_spec("add_layer_norm_backward", add_layer_norm_backward_kernel, _VARIANTS, backward_config, _constants)
-EMBED_FORWARD = row_spec("embedding_norm_forward", embedding_norm_forward_kernel, ({"width": 768},), forward_config)
+BACKWARD = row_spec(
+    "add_layer_norm_backward",
+    add_layer_norm_backward_kernel,
+    _VARIANTS,
+    backward_config,
+    _constants,
+)
+EMBED_FORWARD = row_spec(
+    "embedding_norm_forward", embedding_norm_forward_kernel, ({"width": 768},), forward_config
+)
 EMBED_BACKWARD = row_spec(
     "embedding_norm_backward",
     embedding_norm_backward_kernel,
@@ -364,7 +463,9 @@ SEGMENT_SUM = row_spec(
 )
 
 
-def add_layer_norm_forward(a: AddNorm, *, rounded: tuple[Tensor, Tensor] | None = None) -> AddLayerNorm:
+def add_layer_norm_forward(
+    a: AddNorm, *, rounded: tuple[Tensor, Tensor] | None = None
+) -> AddLayerNorm:
     """`summed = residual + row_scale · gamma · dropout(x)` and its LayerNorm.
 
     `normed` has the dtype of x, or with `wide` of the sum; `rounded` is memory from `rows.room_for`, for `normed` in
@@ -378,7 +479,9 @@ def add_layer_norm_forward(a: AddNorm, *, rounded: tuple[Tensor, Tensor] | None 
     summed = x if plain else torch.empty(x.shape, dtype=dtype, device=x.device)
     mean, rstd = _statistics(rows.shape[0], x)
     added = None if residual is None else contiguous_rows(residual)
-    options, config = launch_options(FORWARD_FP8 if rounded else FORWARD, x, width=width, dropout=a.dropout_p > 0)
+    options, config = launch_options(
+        FORWARD_FP8 if rounded else FORWARD, x, width=width, dropout=a.dropout_p > 0
+    )
     scales_per_row, seed, drop_below, keep_scale = _chance(a)
     if rows.shape[0]:
         add_layer_norm_forward_kernel[(triton.cdiv(rows.shape[0], config.tiles["ROWS"]),)](
@@ -403,7 +506,10 @@ def add_layer_norm_backward(
     """Gradients of every floating-point input; `dsummed` None means zero."""
     x, weight, gamma, row_scale = a.x, a.weight, a.gamma, a.row_scale
     width, rows, sums = width_of(x), contiguous_rows(x), contiguous_rows(summed).contiguous()
-    upstream, skipped = contiguous_rows(dnormed), None if dsummed is None else contiguous_rows(dsummed)
+    upstream, skipped = (
+        contiguous_rows(dnormed),
+        None if dsummed is None else contiguous_rows(dsummed),
+    )
     scaled = gamma is not None or row_scale is not None or a.dropout_p > 0
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     apart = has_residual and (scaled or x.dtype != summed.dtype)
@@ -424,7 +530,9 @@ def add_layer_norm_backward(
     return AddLayerNormGradients(dx, dx if dresidual is None else dresidual, dweight, dbias, dgamma)
 
 
-def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """LayerNorm over the last dimension of `[..., M]`: normed, and mean and rstd `[rows]` fp32."""
     normed, _, mean, rstd = add_layer_norm_forward(AddNorm(x, None, weight, bias, eps))
     return normed, mean, rstd
@@ -435,14 +543,18 @@ def layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias)."""
     given = AddNorm(x, None, weight, None, 0.0)
-    dx, _, dweight, dbias, _ = add_layer_norm_backward(dnormed, None, x, mean, rstd, given, has_residual=False)
+    dx, _, dweight, dbias, _ = add_layer_norm_backward(
+        dnormed, None, x, mean, rstd, given, has_residual=False
+    )
     return dx, dweight, dbias
 
 
 def width_of(x: Tensor) -> int:
     """Length of the rows of x, if a tile can hold them."""
     if not 1 <= x.shape[-1] <= LARGEST_WIDTH:
-        raise InputError(f"x is {[*x.shape]}; the Triton LayerNorm takes rows of 1 to {LARGEST_WIDTH} elements")
+        raise InputError(
+            f"x is {[*x.shape]}; the Triton LayerNorm takes rows of 1 to {LARGEST_WIDTH} elements"
+        )
     return x.shape[-1]
 
 
@@ -455,9 +567,16 @@ def _chance(a: AddNorm) -> tuple[int, Tensor | None, int, float]:
 
     Of 2^24 equally likely values, values below the threshold are dropped, others scaled.
     """
-    rows = 1 if a.row_scale is None else max(1, a.x.numel() // (a.x.shape[-1] * max(1, a.x.shape[0])))
+    rows = (
+        1 if a.row_scale is None else max(1, a.x.numel() // (a.x.shape[-1] * max(1, a.x.shape[0])))
+    )
     seed = checks.seed_of(a.dropout_p, a.seed) if a.dropout_p else None
-    return rows, seed, round(a.dropout_p * _DROPOUT_STEPS), 1 / (1 - a.dropout_p) if a.dropout_p < 1 else 0.0
+    return (
+        rows,
+        seed,
+        round(a.dropout_p * _DROPOUT_STEPS),
+        1 / (1 - a.dropout_p) if a.dropout_p < 1 else 0.0,
+    )
 
 
 def embedding_norm_forward(a: Embedding) -> tuple[Tensor, Tensor, Tensor]:
@@ -478,7 +597,9 @@ def embedding_norm_forward(a: Embedding) -> tuple[Tensor, Tensor, Tensor]:
     return normed, mean, rstd
 
 
-def embedding_norm_backward(dnormed: Tensor, mean: Tensor, rstd: Tensor, a: Embedding) -> tuple[Tensor, ...]:
+def embedding_norm_backward(
+    dnormed: Tensor, mean: Tensor, rstd: Tensor, a: Embedding
+) -> tuple[Tensor, ...]:
     """Gradients of tables, type row and norm; zero in row `padding_idx` of both tables, as in RoBERTa."""
     word, position, weight = a.word, a.position, a.weight
     width, count = width_of(word), a.tokens.numel()
@@ -493,7 +614,8 @@ def embedding_norm_backward(dnormed: Tensor, mean: Tensor, rstd: Tensor, a: Embe
     )  # fmt: skip
     dweight, dbias, dtype_row = ordered_sum(partials, weight, weight, a.type_row)
     dword, dposition = (
-        _table_gradient(entries, ds, table, a.padding_idx) for entries, table in zip(ids, (word, position), strict=True)
+        _table_gradient(entries, ds, table, a.padding_idx)
+        for entries, table in zip(ids, (word, position), strict=True)
     )
     return dword, dposition, dtype_row, dweight, dbias
 
@@ -506,7 +628,14 @@ def _table_gradient(ids: Tensor, rows: Tensor, table: Tensor, padding_idx: int |
         ordered, order = torch.sort(ids.long(), stable=True)
         options, config = launch_options(SEGMENT_SUM, rows, width=width)
         segment_sum_kernel[(count, triton.cdiv(width, config.tiles["BLOCK_COLUMNS"]))](
-            ordered, order, rows, gradient, count, table.shape[0], -1 if padding_idx is None else padding_idx, **options
+            ordered,
+            order,
+            rows,
+            gradient,
+            count,
+            table.shape[0],
+            -1 if padding_idx is None else padding_idx,
+            **options,
         )
     return gradient
 
@@ -535,7 +664,14 @@ def activated(y, bias_ptr, out, columns, inside, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def bias_gelu_forward_kernel(
-    y_ptr, bias_ptr, out_ptr, stride_y, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+    y_ptr,
+    bias_ptr,
+    out_ptr,
+    stride_y,
+    count,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """One program for ROWS rows and BLOCK columns."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -591,8 +727,12 @@ def bias_gelu_backward_kernel(
         rows = step * ROWS + tl.arange(0, ROWS)
         inside = (rows < count)[:, None] & across[None, :]
         far = rows.to(tl.int64)[:, None]
-        z = tl.load(y_ptr + far * stride_y + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        dout = tl.load(dout_ptr + far * stride_dout + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        z = tl.load(y_ptr + far * stride_y + columns[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
+        dout = tl.load(dout_ptr + far * stride_dout + columns[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
         z += bias
         below = 0.5 * (1.0 + tl.erf(z * _SQRT_HALF))
         dy = dout * (below + z * tl.exp(-0.5 * z * z) * _SQRT_HALF_OVER_PI)
@@ -617,20 +757,28 @@ def _in_pieces(width: int) -> LaunchConfig:
     """A row in two pieces that are powers of two, 8 elements a thread."""
     block = max(16, 1 << width.bit_length() - 1)
     rest = max(16, triton.next_power_of_2(width - block)) if width > block else 0
-    return LaunchConfig({"BLOCK": block, "REST": rest}, num_warps=min(16, max(1, block // 256)), num_stages=1)
+    return LaunchConfig(
+        {"BLOCK": block, "REST": rest}, num_warps=min(16, max(1, block // 256)), num_stages=1
+    )
 
 
 _WIDTHS = ({"width": 768}, {"width": 3072})
 GELU_FORWARD = row_spec("bias_gelu_forward", bias_gelu_forward_kernel, _WIDTHS, _fitted(1024, 2))
 GELU_BACKWARD = row_spec("bias_gelu_backward", bias_gelu_backward_kernel, _WIDTHS, _fitted(512, 4))
-GELU_QUANTISE = row_spec("bias_gelu_quantise", bias_gelu_quantise_kernel, _WIDTHS[1:], _in_pieces, arches=ARCHES)
+GELU_QUANTISE = row_spec(
+    "bias_gelu_quantise", bias_gelu_quantise_kernel, _WIDTHS[1:], _in_pieces, arches=ARCHES
+)
 
 
 def bias_gelu_forward(y: Tensor, bias: Tensor | None, *, overwrite: bool = False) -> Tensor:
     """`gelu(y + bias)`, erf form, for y `[..., N]`; `overwrite` writes over a contiguous y, if no backward needs it."""
     rows = contiguous_rows(y)
     count, width = rows.shape
-    out = y if overwrite and y.is_contiguous() else torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    out = (
+        y
+        if overwrite and y.is_contiguous()
+        else torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    )
     if rows.numel():
         options, config = launch_options(GELU_FORWARD, y, width=width)
         grid = triton.cdiv(count, config.tiles["ROWS"]), triton.cdiv(width, config.tiles["BLOCK"])
@@ -646,32 +794,55 @@ def bias_gelu_quantise(y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, 
     rounded, scales = room_for(rows)
     if rows.numel():
         options, _ = launch_options(GELU_QUANTISE, y, width=width)
-        bias_gelu_quantise_kernel[(count,)](rows, dense(bias), out, rounded, scales, rows.stride(0), count, **options)
+        bias_gelu_quantise_kernel[(count,)](
+            rows, dense(bias), out, rounded, scales, rows.stride(0), count, **options
+        )
     return out, rounded, scales
 
 
-def bias_gelu_backward(dout: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def bias_gelu_backward(
+    dout: Tensor, y: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """(dy, dbias) from the gradient `[..., N]` of the result and the y of the forward."""
     rows, upstream = contiguous_rows(y), contiguous_rows(dout)
     count, width = rows.shape
     dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     options, config = launch_options(GELU_BACKWARD, y, width=width)
     programs = first_stage_programs(triton.cdiv(count, config.tiles["ROWS"]), y.device)
-    partials = None if bias is None else torch.empty(1, programs, width, dtype=torch.float32, device=y.device)
+    partials = (
+        None
+        if bias is None
+        else torch.empty(1, programs, width, dtype=torch.float32, device=y.device)
+    )
     bias_gelu_backward_kernel[(programs, triton.cdiv(width, config.tiles["BLOCK"]))](
-        upstream, rows, dense(bias), dy, partials, upstream.stride(0), rows.stride(0), count, **options
+        upstream,
+        rows,
+        dense(bias),
+        dy,
+        partials,
+        upstream.stride(0),
+        rows.stride(0),
+        count,
+        **options,
     )
     return dy, None if bias is None or partials is None else ordered_sum(partials, bias)[0]
 
 
-def linear_gelu_forward(x: Tensor, w: Tensor, b: Tensor | None, *, keep: bool = True) -> tuple[Tensor, Tensor | None]:
+def linear_gelu_forward(
+    x: Tensor, w: Tensor, b: Tensor | None, *, keep: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """`gelu(x w^T + b)` and, to `keep` for the backward, `x w^T`. x `[..., K]`, w `[N, K]`, b `[N]` → `[..., N]`."""
     y = torch.matmul(x, w.t())
     return bias_gelu_forward(y, b, overwrite=not keep), y if keep else None
 
 
 def linear_gelu_backward(
-    dout: Tensor, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, needs: tuple[bool, bool, bool] = (True, True, True)
+    dout: Tensor,
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    y: Tensor,
+    needs: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dw, db), as selected by `needs`; y is the saved tensor of the forward."""
     dy, db = bias_gelu_backward(dout, y, b)

@@ -112,7 +112,9 @@ def forward_kernel(
             )  # fmt: skip
     out_base = out_ptr + b * stride_ob + h * stride_oh + start.to(tl.int64) * stride_on
     lse_base = lse_ptr + (b * heads + h) * tokens + start
-    _store(out_base, lse_base, acc_a, acc_b, row_max, row_sum, rows, inside, stride_on, SCALE, D_A, D_B)
+    _store(
+        out_base, lse_base, acc_a, acc_b, row_max, row_sum, rows, inside, stride_on, SCALE, D_A, D_B
+    )
 
 
 @triton.jit
@@ -149,7 +151,9 @@ def fragments_kernel(
     clamped = tl.minimum(rows, tokens - 1 - start)
     q_base = q_ptr + b * stride_qb + h * stride_qh + start.to(tl.int64) * stride_qn
     q, _ = load_pieces(q_base, clamped, stride_qn, inside, D_A, D_B, False)
-    bias_base = bias_ptr + (h * tl.num_programs(0) + tl.program_id(0)) * (BLOCK_M // 2) * stride_bias
+    bias_base = (
+        bias_ptr + (h * tl.num_programs(0) + tl.program_id(0)) * (BLOCK_M // 2) * stride_bias
+    )
     fragments = tl.arange(0, 2 * BLOCK_M)[:, None] * 16 + tl.arange(0, 16)[None, :]
     bias_ahead = unfold_fragments(tl.load(bias_base + fragments))
     full = tokens // BLOCK_N * BLOCK_N
@@ -183,7 +187,9 @@ def fragments_kernel(
             )  # fmt: skip
     out_base = out_ptr + b * stride_ob + h * stride_oh + start.to(tl.int64) * stride_on
     lse_base = lse_ptr + (b * heads + h) * tokens + start
-    _store(out_base, lse_base, acc, rest, row_max, row_sum, rows, inside, stride_on, SCALE, D_A, D_B)
+    _store(
+        out_base, lse_base, acc, rest, row_max, row_sum, rows, inside, stride_on, SCALE, D_A, D_B
+    )
 
 
 @triton.jit(do_not_specialize=["batch", "heads", "tokens"])
@@ -243,7 +249,9 @@ def dkdv_kernel(
     stride_dn = heads * (D_A + D_B)
     gradient = (b * tokens + start) * stride_dn + h * (D_A + D_B)
     store_pieces(dv_ptr + gradient, columns, stride_dn, inside, dv_a, dv_b, D_A, D_B)
-    store_pieces(dk_ptr + gradient, columns, stride_dn, inside, dk_a * SCALE, dk_b * SCALE, D_A, D_B)
+    store_pieces(
+        dk_ptr + gradient, columns, stride_dn, inside, dk_a * SCALE, dk_b * SCALE, D_A, D_B
+    )
 
 
 @triton.jit(do_not_specialize=["batch", "heads", "tokens"])
@@ -266,7 +274,9 @@ def dq_kernel(
     for first in tl.range(0, tokens, BLOCK_N, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         inside = columns < tokens - first
         k_a, k_b = load_pieces(k_base, columns, stride_kn, inside, D_A, D_B, True)
-        dscores = tl.trans(tl.load(ds_base + ds_tile, mask=inside[:, None] & present[None, :], other=0.0))
+        dscores = tl.trans(
+            tl.load(ds_base + ds_tile, mask=inside[:, None] & present[None, :], other=0.0)
+        )
         dq_a = tl.dot(dscores, k_a, dq_a, input_precision=PRECISION)
         if D_B > 0:
             dq_b = tl.dot(dscores, k_b, dq_b, input_precision=PRECISION)
@@ -274,12 +284,20 @@ def dq_kernel(
         ds_base += BLOCK_N * stride_ds
     stride_dn = heads * (D_A + D_B)
     dq_base = dq_ptr + (b * tokens + start) * stride_dn + h * (D_A + D_B)
-    store_pieces(dq_base, rows, stride_dn, rows < tokens - start, dq_a * SCALE, dq_b * SCALE, D_A, D_B)
+    store_pieces(
+        dq_base, rows, stride_dn, rows < tokens - start, dq_a * SCALE, dq_b * SCALE, D_A, D_B
+    )
 
 
 @triton.jit(do_not_specialize=["batch"])
 def batch_sum_kernel(
-    ds_ptr, dbias_ptr, stride_ds, batch, FIRST: tl.constexpr, BLOCK: tl.constexpr, ENTRIES: tl.constexpr
+    ds_ptr,
+    dbias_ptr,
+    stride_ds,
+    batch,
+    FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
 ):
     """BLOCK gradients of scores, summed over batch entries in order: into fp32, or onto it unless FIRST.
 
@@ -321,14 +339,18 @@ def _spec(
 MASKED_QUERIES = 16
 # 577 tokens stand for windows of 14², 24² and 30² patches, which all have the same kind of last tile.
 FORWARD = _spec("relpos_forward", forward_kernel, {"tokens": 577})
-FRAGMENTS = _spec("relpos_forward_fragments", fragments_kernel, {"tokens": 577}, FRAGMENT_HEAD_DIMS, arches=(90,))
+FRAGMENTS = _spec(
+    "relpos_forward_fragments", fragments_kernel, {"tokens": 577}, FRAGMENT_HEAD_DIMS, arches=(90,)
+)
 DKDV = _spec("relpos_dkdv", dkdv_kernel, {"tokens": 577})
 DQ = _spec("relpos_dq", dq_kernel, {})
 BATCH_SUM = KernelSpec(
     name="relpos_batch_sum",
     kernel=batch_sum_kernel,
     variants=({"first": True}, {"first": False}),
-    config=lambda variant, dtype, arch: LaunchConfig({"BLOCK": 1024, "ENTRIES": 4}, num_warps=4, num_stages=1),
+    config=lambda variant, dtype, arch: LaunchConfig(
+        {"BLOCK": 1024, "ENTRIES": 4}, num_warps=4, num_stages=1
+    ),
     constants=lambda variant, dtype, config: {"FIRST": variant["first"]},
     types=lambda variant, dtype: {"dbias_ptr": "*fp32"},
     tensor_core=False,
@@ -347,7 +369,9 @@ def entries_at_once(batch: int, entry_bytes: int) -> int:
     return triton.cdiv(batch, triton.cdiv(batch, most))
 
 
-def relpos_attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def relpos_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """softmax(scale · q kᵀ + bias) v `[B, N, H, D]`, contiguous, and the natural logsumexp `[B, H, N]` in fp32.
 
     q, k, v: `[B, N, H, D]`, D in `HEAD_DIMS`, of any strides; copied if the last dimension is not contiguous. The bias
@@ -359,7 +383,9 @@ def relpos_attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scal
     batch, tokens, heads, head_dim = q.shape
     if fragments and batch > _LARGEST_GRID:
         parts = zip(*(t.split(_LARGEST_GRID) for t in (q, k, v)), strict=True)
-        outs, lses = zip(*(relpos_attention_forward(*part, bias, scale) for part in parts), strict=True)
+        outs, lses = zip(
+            *(relpos_attention_forward(*part, bias, scale) for part in parts), strict=True
+        )
         return torch.cat(outs), torch.cat(lses)
     q, k, v = (addressable(t) for t in (q, k, v))
     out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device)
@@ -377,7 +403,18 @@ def relpos_attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scal
             )  # fmt: skip
         else:
             forward_kernel[(tiles * batch * heads,)](
-                q, k, v, bias, out, lse, *strides_of(q, k, v, out), columns, batch, heads, tokens, **options
+                q,
+                k,
+                v,
+                bias,
+                out,
+                lse,
+                *strides_of(q, k, v, out),
+                columns,
+                batch,
+                heads,
+                tokens,
+                **options,
             )
     return out, lse
 
@@ -396,7 +433,9 @@ def _described(tensor: Tensor, rows: int) -> tuple[Tensor, TensorDescriptor]:
         tensor = tensor.clone(memory_format=torch.contiguous_format)
         outer, row = tensor.stride()[:2]
     strides = [outer if batch > 1 else tokens * row, row, 1]
-    return tensor, TensorDescriptor(tensor, [batch, tokens, heads * head_dim], strides, [1, rows, head_dim])
+    return tensor, TensorDescriptor(
+        tensor, [batch, tokens, heads * head_dim], strides, [1, rows, head_dim]
+    )
 
 
 def relpos_attention_backward(
@@ -436,11 +475,21 @@ def relpos_attention_backward(
             *strides_of(*operands), turned.stride(1), stride, count, heads, tokens, **of_keys,
         )  # fmt: skip
         dq_kernel[(triton.cdiv(tokens, block_of_queries) * count * heads,)](
-            k[part], scores, dq[part], *strides_of(k[part]), stride, count, heads, tokens, **of_queries
+            k[part],
+            scores,
+            dq[part],
+            *strides_of(k[part]),
+            stride,
+            count,
+            heads,
+            tokens,
+            **of_queries,
         )
         options, config = launch_options(BATCH_SUM, q, first=first == 0)
         size = dbias.numel()
-        batch_sum_kernel[(triton.cdiv(size, config.tiles["BLOCK"]),)](scores, dbias, size, count, **options)
+        batch_sum_kernel[(triton.cdiv(size, config.tiles["BLOCK"]),)](
+            scores, dbias, size, count, **options
+        )
     return dq, dk, dv, table_gradient(dbias, a.window, turned=True)
 
 

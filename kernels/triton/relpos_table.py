@@ -49,7 +49,12 @@ def unfold_fragments(words):
     """
     low = words.to(tl.int16).to(tl.float16, bitcast=True)
     high = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-    return tl.join(low, high).reshape(2, 2, 8, 8, 4, 4, 2).permute(2, 0, 3, 1, 5, 4, 6).reshape(128, 64)
+    return (
+        tl.join(low, high)
+        .reshape(2, 2, 8, 8, 4, 4, 2)
+        .permute(2, 0, 3, 1, 5, 4, 6)
+        .reshape(128, 64)
+    )
 
 
 @triton.jit
@@ -117,7 +122,11 @@ def bias_kernel(
         tl.store(base + (lines[:, None] * BLOCK + places[None, :]), value)
     else:
         base = bias_ptr + h * tokens * stride_bias
-        tl.store(base + rows[:, None] * stride_bias + columns[None, :], value, mask=(rows < tokens)[:, None])
+        tl.store(
+            base + rows[:, None] * stride_bias + columns[None, :],
+            value,
+            mask=(rows < tokens)[:, None],
+        )
 
 
 def _bias_config(variant: Variant, dtype: str, arch: int) -> LaunchConfig:
@@ -160,9 +169,14 @@ def materialise_bias(
     table = table.detach()
     tokens, heads = 1 + window[0] * window[1], table.shape[1]
     storage = bias_dtype(dtype)
-    shape, padded = checks.bias_shape(tokens, heads, fragments=fragments), triton.cdiv(tokens, BIAS_TILE) * BIAS_TILE
+    shape, padded = (
+        checks.bias_shape(tokens, heads, fragments=fragments),
+        triton.cdiv(tokens, BIAS_TILE) * BIAS_TILE,
+    )
     # Entries of a head side by side, from which neighbours are gathered.
-    entries = torch.empty((heads, table.shape[0]), dtype=torch.float32, device=table.device).copy_(table.t())
+    entries = torch.empty((heads, table.shape[0]), dtype=torch.float32, device=table.device).copy_(
+        table.t()
+    )
     # The window of a query at (y, x) begins there in the table of distances.
     distances = entries[:, :-3].reshape(heads, 2 * window[0] - 1, 2 * window[1] - 1)
     largest = F.max_pool2d(F.max_pool2d(distances, (window[0], 1), 1), (1, window[1]), 1)
@@ -231,7 +245,9 @@ def table_gradient_kernel(
             for first in range(1, tokens, BLOCK_DX):
                 patch = first + tl.arange(0, BLOCK_DX)
                 of_first_row += tl.load(base + patch, mask=patch < tokens, other=0.0)
-                of_first_column += tl.load(base + patch * stride_bias, mask=patch < tokens, other=0.0)
+                of_first_column += tl.load(
+                    base + patch * stride_bias, mask=patch < tokens, other=0.0
+                )
         class_rows = dtable_ptr + (2 * height - 1) * span * heads + h
         tl.store(class_rows + (heads if TURNED else 0), tl.sum(of_first_row, 0))
         tl.store(class_rows + (0 if TURNED else heads), tl.sum(of_first_column, 0))
@@ -271,5 +287,7 @@ def table_gradient(dbias: Tensor, window: tuple[int, int], *, turned: bool = Fal
     dtable = torch.empty((rows, heads), dtype=torch.float32, device=dbias.device)
     options, config = launch_options(TABLE_GRADIENT, dbias, width=width, turned=turned)
     programs = (2 * height - 1) * triton.cdiv(2 * width - 1, config.tiles["BLOCK_DX"]) + 1
-    table_gradient_kernel[(programs, heads)](dbias, dtable, dbias.stride(2), parts, heads, height, width, **options)
+    table_gradient_kernel[(programs, heads)](
+        dbias, dtable, dbias.stride(2), parts, heads, height, width, **options
+    )
     return dtable

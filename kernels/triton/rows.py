@@ -43,7 +43,9 @@ def row_spec(
         variants=variants,
         config=lambda variant, dtype, arch: heuristic(variant["width"]),
         constants=lambda variant, dtype, config: {
-            name: value for name, value in {"WIDTH": variant["width"], **constants(variant)}.items() if name in fields
+            name: value
+            for name, value in {"WIDTH": variant["width"], **constants(variant)}.items()
+            if name in fields
         },
         tensor_core=False,
         **options,
@@ -82,7 +84,9 @@ def ordered_sum_kernel(
     sums = tl.zeros([BLOCK_PARTIALS, BLOCK_COLUMNS], tl.float32)
     for start in range(0, count, BLOCK_PARTIALS):
         there = (start + rows < count)[:, None] & inside[None, :]
-        sums += tl.load(base + (start + rows)[:, None] * WIDTH + columns[None, :], mask=there, other=0.0)
+        sums += tl.load(
+            base + (start + rows)[:, None] * WIDTH + columns[None, :], mask=there, other=0.0
+        )
     total = tl.sum(sums, 0)
     if which == 0:
         tl.store(first_ptr + columns, total, mask=inside)
@@ -101,8 +105,13 @@ SUM = row_spec(
     "ordered_sum",
     ordered_sum_kernel,
     ({"width": 768, "outputs": 2}, {"width": 3072, "outputs": 1}),
-    lambda width: LaunchConfig({"BLOCK_PARTIALS": 128, "BLOCK_COLUMNS": 32}, num_warps=8, num_stages=1),
-    lambda variant: {"OUTPUTS": variant["outputs"], **dict.fromkeys(_POINTERS[variant["outputs"] :])},
+    lambda width: LaunchConfig(
+        {"BLOCK_PARTIALS": 128, "BLOCK_COLUMNS": 32}, num_warps=8, num_stages=1
+    ),
+    lambda variant: {
+        "OUTPUTS": variant["outputs"],
+        **dict.fromkeys(_POINTERS[variant["outputs"] :]),
+    },
 )
 
 
@@ -133,7 +142,14 @@ def round_rows(values):
 
 @triton.jit(do_not_specialize=["count"])
 def quantise_rows_kernel(
-    x_ptr, rows_ptr, scales_ptr, stride_x, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+    x_ptr,
+    rows_ptr,
+    scales_ptr,
+    stride_x,
+    count,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """One program for ROWS rows."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -141,7 +157,9 @@ def quantise_rows_kernel(
     there = rows < count
     inside = there[:, None] & (columns < WIDTH)[None, :]
     far = rows.to(tl.int64)[:, None]
-    values = tl.load(x_ptr + far * stride_x + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(x_ptr + far * stride_x + columns[None, :], mask=inside, other=0.0).to(
+        tl.float32
+    )
     rounded, scales = round_rows(values)
     tl.store(rows_ptr + far * WIDTH + columns[None, :], rounded, mask=inside)
     tl.store(scales_ptr + rows, scales, mask=there)
@@ -150,7 +168,9 @@ def quantise_rows_kernel(
 def row_wise(width: int) -> LaunchConfig:
     """One row a program, 8 elements a thread: a row is kept until its largest entry is known."""
     block = max(16, triton.next_power_of_2(width))
-    return LaunchConfig({"BLOCK": block, "ROWS": 1}, num_warps=min(16, max(1, block // 256)), num_stages=1)
+    return LaunchConfig(
+        {"BLOCK": block, "ROWS": 1}, num_warps=min(16, max(1, block // 256)), num_stages=1
+    )
 
 
 QUANTISE = row_spec(

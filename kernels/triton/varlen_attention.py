@@ -129,7 +129,9 @@ def forward_kernel(
     full = (tl.cdiv(length_k, BLOCK_N) if MASKED else length_k // BLOCK_N) * BLOCK_N
     for first in range(0, full, BLOCK_N):
         present = columns < length_k - first
-        allowed = tl.load(mask + first + columns, mask=present, other=0) != 0 if HAS_MASK else columns
+        allowed = (
+            tl.load(mask + first + columns, mask=present, other=0) != 0 if HAS_MASK else columns
+        )
         acc_a, acc_b, row_max, row_sum = forward_tile(
             q_a, q_b, acc_a, acc_b, row_max, row_sum,
             k_base, v_base, stride_kn, stride_vn, None, present, allowed, seed, stream, start + rows, first + columns,
@@ -174,7 +176,9 @@ def heads_forward_kernel(
     """
     groups = tl.cdiv(heads, HEADS)
     # Neighbours read the same rows.
-    s, start = locate_tile(cu_q_ptr, sequences, tiles, tl.program_id(0) // groups, BLOCK_M, SEARCHED)
+    s, start = locate_tile(
+        cu_q_ptr, sequences, tiles, tl.program_id(0) // groups, BLOCK_M, SEARCHED
+    )
     first_q = tl.load(cu_q_ptr + s)
     length_q = (tl.load(cu_q_ptr + s + 1) - first_q).to(tl.int32)
     first_k = tl.load(cu_k_ptr + s).to(tl.int64)
@@ -191,9 +195,15 @@ def heads_forward_kernel(
     d_a = tl.arange(0, D_A)[None, None, :]
     d_b = D_A + tl.arange(0, D_B if D_B > 0 else 16)[None, None, :]
     inside = (rows < length_q - start)[None, :, None]
-    q_rows = (q_ptr + token * stride_qn + h * stride_qh)[:, None, None] + rows[None, :, None] * stride_qn
-    k_rows = (k_ptr + first_k * stride_kn + h * stride_kh)[:, None, None] + columns[None, :, None] * stride_kn
-    v_rows = (v_ptr + first_k * stride_vn + h * stride_vh)[:, None, None] + columns[None, :, None] * stride_vn
+    q_rows = (q_ptr + token * stride_qn + h * stride_qh)[:, None, None] + rows[
+        None, :, None
+    ] * stride_qn
+    k_rows = (k_ptr + first_k * stride_kn + h * stride_kh)[:, None, None] + columns[
+        None, :, None
+    ] * stride_kn
+    v_rows = (v_ptr + first_k * stride_vn + h * stride_vh)[:, None, None] + columns[
+        None, :, None
+    ] * stride_vn
     q_a = tl.load(q_rows + d_a, mask=inside, other=0.0)
     q_b = tl.load(q_rows + d_b, mask=inside, other=0.0) if D_B > 0 else q_a
     row_max = tl.full([HEADS, BLOCK_M], float("-inf"), tl.float32)
@@ -233,7 +243,9 @@ def heads_forward_kernel(
     attended = row_sum > 0
     row_sum = tl.where(attended, row_sum, 1.0)
     inverse = tl.where(attended, 1.0 / row_sum, 0.0)[:, :, None]
-    out_rows = (out_ptr + token * stride_on + h * stride_oh)[:, None, None] + rows[None, :, None] * stride_on
+    out_rows = (out_ptr + token * stride_on + h * stride_oh)[:, None, None] + rows[
+        None, :, None
+    ] * stride_on
     kind = out_ptr.dtype.element_ty
     tl.store(out_rows + d_a, (acc_a * inverse).to(kind), mask=own[:, None, None] & inside)
     if D_B > 0:
@@ -264,8 +276,12 @@ def dkdv_kernel(
     token = first_k.to(tl.int64) + start
     columns = tl.arange(0, BLOCK_N)
     inside = columns < length_k - start
-    k_a, k_b = load_pieces(k_ptr + token * stride_kn + h * stride_kh, columns, stride_kn, inside, D_A, D_B, True)
-    v_a, v_b = load_pieces(v_ptr + token * stride_vn + h * stride_vh, columns, stride_vn, inside, D_A, D_B, True)
+    k_a, k_b = load_pieces(
+        k_ptr + token * stride_kn + h * stride_kh, columns, stride_kn, inside, D_A, D_B, True
+    )
+    v_a, v_b = load_pieces(
+        v_ptr + token * stride_vn + h * stride_vh, columns, stride_vn, inside, D_A, D_B, True
+    )
     q_base = q_ptr + first_q * stride_qn + h * stride_qh
     g_base = dout_ptr + first_q * stride_gn + h * stride_gh
     row_lse = row_lse_ptr + h * queries + first_q
@@ -333,8 +349,12 @@ def dq_kernel(
     token = first_q.to(tl.int64) + start
     rows = tl.arange(0, BLOCK_M)
     inside = rows < length_q - start
-    q_a, q_b = load_pieces(q_ptr + token * stride_qn + h * stride_qh, rows, stride_qn, inside, D_A, D_B, True)
-    g_a, g_b = load_pieces(dout_ptr + token * stride_gn + h * stride_gh, rows, stride_gn, inside, D_A, D_B, True)
+    q_a, q_b = load_pieces(
+        q_ptr + token * stride_qn + h * stride_qh, rows, stride_qn, inside, D_A, D_B, True
+    )
+    g_a, g_b = load_pieces(
+        dout_ptr + token * stride_gn + h * stride_gh, rows, stride_gn, inside, D_A, D_B, True
+    )
     row_lse = tl.load(row_lse_ptr + h * queries + token + rows, mask=inside, other=float("inf"))
     delta = tl.load(delta_ptr + h * queries + token + rows, mask=inside, other=0.0)
     k_base = k_ptr + first_k * stride_kn + h * stride_kh
@@ -349,7 +369,9 @@ def dq_kernel(
     full = (tl.cdiv(length_k, BLOCK_N) if MASKED else length_k // BLOCK_N) * BLOCK_N
     for first in range(0, full, BLOCK_N):
         present = columns < length_k - first
-        allowed = tl.load(mask + first + columns, mask=present, other=0) != 0 if HAS_MASK else columns
+        allowed = (
+            tl.load(mask + first + columns, mask=present, other=0) != 0 if HAS_MASK else columns
+        )
         dq_a, dq_b = dq_tile(
             q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
             present, allowed, seed, stream, start + rows, first + columns,
@@ -360,7 +382,9 @@ def dq_kernel(
     if not MASKED:
         if full < length_k:
             present = columns < length_k - full
-            allowed = tl.load(mask + full + columns, mask=present, other=0) != 0 if HAS_MASK else columns
+            allowed = (
+                tl.load(mask + full + columns, mask=present, other=0) != 0 if HAS_MASK else columns
+            )
             dq_a, dq_b = dq_tile(
                 q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
                 present, allowed, seed, stream, start + rows, full + columns,
@@ -375,7 +399,10 @@ def _spec(name: str, kernel: Any, variants: Sequence[Variant]) -> KernelSpec:
     def extras(variant: Variant, config: LaunchConfig) -> Mapping[str, Any]:
         # Images have one size, and a class token or few tokens after whole tiles.
         rest = variant.get("keys", 0) % config.tiles["BLOCK_N"]
-        return {"SEARCHED": variant.get("searched", False), "TAIL": _SMALLEST if 0 < rest <= _SMALLEST else 0}
+        return {
+            "SEARCHED": variant.get("searched", False),
+            "TAIL": _SMALLEST if 0 < rest <= _SMALLEST else 0,
+        }
 
     return attention_spec(name, kernel, variants, extras)
 
@@ -398,7 +425,9 @@ KERNELS: list[KernelSpec] = [
         for name, kernel in (("dkdv", dkdv_kernel), ("dq", dq_kernel))
     ),
     _spec("varlen_forward", forward_kernel, [*_IMAGES, *_ALL, _SEARCHED]),
-    _spec("varlen_forward_narrow", forward_kernel, [{"head_dim": 64, "keys": 577}, {"head_dim": 64}]),
+    _spec(
+        "varlen_forward_narrow", forward_kernel, [{"head_dim": 64, "keys": 577}, {"head_dim": 64}]
+    ),
     _spec("varlen_forward_masked", forward_kernel, [_MASK]),
     _spec("varlen_forward_dropout", forward_kernel, [_DROPOUT]),
     _spec("varlen_forward_short", forward_kernel, [*_ALL, _MASK, _DROPOUT]),
@@ -408,7 +437,9 @@ KERNELS: list[KernelSpec] = [
 _SPECS = {spec.name: spec for spec in KERNELS}
 
 
-def varlen_attention_forward(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
+def varlen_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, packed: Packed
+) -> tuple[Tensor, Tensor]:
     """softmax(scale · q kᵀ) v `[Tq, H, D]` of every sequence, contiguous, and the natural logsumexp `[H, Tq]` in fp32.
 
     D in `HEAD_DIMS`, any strides; copied if the last dimension is not contiguous. Queries without keys give zeros and
@@ -424,11 +455,19 @@ def varlen_attention_forward(q: Tensor, k: Tensor, v: Tensor, packed: Packed) ->
     if q.numel():
         form = _forward_form(q, k, packed)
         # Known to be all of one length: the last tile of keys has a size of its own.
-        known = k.shape[0] == sequences * packed.max_k and packed.key_mask is None and not packed.dropout_p
+        known = (
+            k.shape[0] == sequences * packed.max_k
+            and packed.key_mask is None
+            and not packed.dropout_p
+        )
         keys = packed.max_k if known else 0
-        options, config, tiles = _options(form, q, packed, total, packed.max_q, "BLOCK_M", keys=keys)
+        options, config, tiles = _options(
+            form, q, packed, total, packed.max_q, "BLOCK_M", keys=keys
+        )
         if form == "varlen_forward" and _narrower(tiles * heads, q):
-            options, config, tiles = _options(f"{form}_narrow", q, packed, total, packed.max_q, "BLOCK_M", keys=keys)
+            options, config, tiles = _options(
+                f"{form}_narrow", q, packed, total, packed.max_q, "BLOCK_M", keys=keys
+            )
         mask, seed = optional_arguments(q, packed.key_mask, packed.dropout_p, packed.seed)
         inputs = (q, k, v, packed.cu_seqlens_q.contiguous(), packed.cu_seqlens_k.contiguous(), mask)
         rest = (*strides_of(q, k, v, out), sequences, tiles, total)
@@ -454,19 +493,28 @@ def varlen_attention_backward(
     delta, row_lse = (t[0] for t in backward_statistics(out[None], dout[None], lse[None]))
     offsets = (packed.cu_seqlens_q.contiguous(), packed.cu_seqlens_k.contiguous())
     optional = optional_arguments(q, packed.key_mask, packed.dropout_p, packed.seed)
-    inputs, strides = (q, k, v, dout, *offsets, *optional, row_lse, delta), strides_of(q, k, v, dout)
+    inputs, strides = (
+        (q, k, v, dout, *offsets, *optional, row_lse, delta),
+        strides_of(q, k, v, dout),
+    )
     if k.numel():
         form = _form("varlen_dkdv", k, packed.max_k, packed)
         options, _, tiles = _options(form, q, packed, k.shape[0], packed.max_k, "BLOCK_N")
-        dkdv_kernel[(tiles * heads,)](*inputs, dk, dv, *strides, sequences, tiles, q.shape[0], heads, **options)
+        dkdv_kernel[(tiles * heads,)](
+            *inputs, dk, dv, *strides, sequences, tiles, q.shape[0], heads, **options
+        )
     if q.numel():
         form = _form("varlen_dq", q, packed.max_q, packed)
         options, _, tiles = _options(form, q, packed, q.shape[0], packed.max_q, "BLOCK_M")
-        dq_kernel[(tiles * heads,)](*inputs, dq, *strides, sequences, tiles, q.shape[0], heads, **options)
+        dq_kernel[(tiles * heads,)](
+            *inputs, dq, *strides, sequences, tiles, q.shape[0], heads, **options
+        )
     return dq, dk, dv
 
 
-def tuned_backends(q: Tensor, k: Tensor, packed: Packed, dtype: torch.dtype, *, gradient: bool) -> set[str]:
+def tuned_backends(
+    q: Tensor, k: Tensor, packed: Packed, dtype: torch.dtype, *, gradient: bool
+) -> set[str]:
     """What the architecture's table names as fastest for the forms that these sequences would take."""
     forms = {_forward_form(q, k, packed)}
     if gradient:
@@ -503,7 +551,12 @@ def _narrower(programs: int, q: Tensor) -> bool:
     save a wave of few; else the larger tile is better. A tuned configuration takes precedence.
     """
     dtype, arch = dtype_name(q.dtype), architecture(q.device)
-    if dtype == "fp32" or q.shape[-1] != 64 or not 90 <= arch < 100 or tuned_config("varlen_forward", 64, dtype, arch):
+    if (
+        dtype == "fp32"
+        or q.shape[-1] != 64
+        or not 90 <= arch < 100
+        or tuned_config("varlen_forward", 64, dtype, arch)
+    ):
         return False
     processors = multiprocessors(q.device)
     return 1.4 * triton.cdiv(programs, 5 * processors) < triton.cdiv(programs, 4 * processors)

@@ -123,7 +123,9 @@ def test_what_cannot_run_is_absent_with_the_reason(made_up: Path) -> None:
     }
 
 
-def test_kernels_of_another_folder_have_a_cache_of_their_own(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_of_another_folder_have_a_cache_of_their_own(
+    made_up: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What Triton finds in its cache it does not replace."""
     (made_up.parent / "made_up_stages.py").write_text(
         "import os\n\ndef fine(context):\n    context.append(cache=os.environ['TRITON_CACHE_DIR'])\n"
@@ -134,7 +136,9 @@ def test_kernels_of_another_folder_have_a_cache_of_their_own(made_up: Path, monk
             (made_up / "manifest.json").write_text(manifest)
             monkeypatch.setenv("XFM_PREPARED_KERNELS", str(made_up))
         assert run(plan(made_up, stage("fine"))) == 0
-        found += [entry["cache"] for entry in read_entries(made_up / "rows.jsonl") if "cache" in entry]
+        found += [
+            entry["cache"] for entry in read_entries(made_up / "rows.jsonl") if "cache" in entry
+        ]
     assert len(set(found)) == 3
     assert found[0] == str(made_up / "triton")
 
@@ -161,12 +165,17 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], tuple[dict[str, 
 
 
 def test_the_check_says_which_stages_can_run(
-    tmp_path: Path, hopper: Callable[[Path], tuple[dict[str, str], str]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    hopper: Callable[[Path], tuple[dict[str, str], str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     attention = {"sanitizer", "encoder", "step", "coco", "tune"}
     absent, note = hopper(tmp_path)
     assert absent.keys() == attention
-    assert all("Triton 3.6.0 lacks fences" in reason and "--kernels" in reason for reason in absent.values())
+    assert all(
+        "Triton 3.6.0 lacks fences" in reason and "--kernels" in reason
+        for reason in absent.values()
+    )
     assert "Made-up H100, compute capability 9.0; Triton 3.6.0, ptxas 12.8" in note
 
     monkeypatch.setenv("XFM_PREPARED_KERNELS", str(tmp_path / "none"))
@@ -181,7 +190,9 @@ def test_the_check_says_which_stages_can_run(
     assert "kernels for sm_90 by Triton 3.9.0 and ptxas 13.4" in note
 
     # A kernel that is wrong, or that cannot be compiled.
-    monkeypatch.setattr(device_stages, "_launch_one", lambda device: torch.testing.assert_close(1.0, 2.0))
+    monkeypatch.setattr(
+        device_stages, "_launch_one", lambda device: torch.testing.assert_close(1.0, 2.0)
+    )
     absent, note = hopper(tmp_path)
     assert absent.keys() == {one.name for one in STAGES if one.gpu or "triton" in one.needs}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -205,9 +216,23 @@ def rehearse(out: Path, *arguments: str, path: Path | None = None) -> list[Resul
         # As on a machine without make, git and a home of its own.
         "PATH": str(Path(sys.executable).parent),
     }  # fmt: skip
-    command = [sys.executable, "-m", "xfm_fast.benchmarks.device", "--device", "cpu", "--small", "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "xfm_fast.benchmarks.device",
+        "--device",
+        "cpu",
+        "--small",
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(
-        [*command, *arguments], env=environment, cwd=out.parent, capture_output=True, text=True, timeout=6000
+        [*command, *arguments],
+        env=environment,
+        cwd=out.parent,
+        capture_output=True,
+        text=True,
+        timeout=6000,
     )
     assert done.returncode == 0, done.stdout + done.stderr + (out / "log.txt").read_text()[-3000:]
     return record.load(out / "device.json").rows
@@ -217,15 +242,26 @@ def rehearse(out: Path, *arguments: str, path: Path | None = None) -> list[Resul
 def test_kernel_stages_need_no_pydantic(tmp_path: Path) -> None:
     for name in ("pydantic", "cyclopts", "scipy", "annotated_types"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text(f"raise ImportError('{name} must not be needed here')\n")
-    rows = rehearse(tmp_path / "out", "--stages", "tests,operations,tune", "--budget", "3000", path=tmp_path)
+        (tmp_path / name / "__init__.py").write_text(
+            f"raise ImportError('{name} must not be needed here')\n"
+        )
+    rows = rehearse(
+        tmp_path / "out", "--stages", "tests,operations,tune", "--budget", "3000", path=tmp_path
+    )
     ours = [row for row in rows if row.work == "relpos_attention" and row.ours]
     assert {row.mode for row in ours} == {"forward", "backward"}
     assert all(row.measured and row.parity is not None and row.parity.passed for row in ours)
     assert any(other.backend == "eager" for other in ours[0].against)
     # The check is always there.
-    assert [row.status for row in rows if row.work == "stage"] == ["measured", "measured", "measured", "absent"]
-    tested = next(row for row in rows if row.work == "tests" and row.name == "test_triton_contract.py")
+    assert [row.status for row in rows if row.work == "stage"] == [
+        "measured",
+        "measured",
+        "measured",
+        "absent",
+    ]
+    tested = next(
+        row for row in rows if row.work == "tests" and row.name == "test_triton_contract.py"
+    )
     assert tested.items > 0
     assert tested.status == "measured"
 
@@ -236,9 +272,13 @@ def test_the_whole_program_is_rehearsed(tmp_path: Path) -> None:
     stages = {row.name.removeprefix("stage "): row for row in rows if row.work == "stage"}
     assert list(stages) == [one.name for one in STAGES]
     for one in STAGES:
-        assert stages[one.name].status == ("absent" if one.gpu else "measured"), stages[one.name].reason
+        assert stages[one.name].status == ("absent" if one.gpu else "measured"), stages[
+            one.name
+        ].reason
     done = {row.work for row in rows if row.status == "measured"}
     assert {"ceiling", "tests", "relpos_attention", "encoder", "train-step", "rerank"} <= done
     assert {row.name.split()[0] for row in rows if row.work == "ceiling"} == {"copy", "product"}
     assert json.loads((tmp_path / "out" / "device.json").read_text())["machine"]["cores_logical"]
-    assert {row.status for row in rows if row.work == "encoder" and row.backend == "CUDA graph"} == {"absent"}
+    assert {
+        row.status for row in rows if row.work == "encoder" and row.backend == "CUDA graph"
+    } == {"absent"}

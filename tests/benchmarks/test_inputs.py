@@ -45,7 +45,12 @@ def test_a_folder_of_photographs(folder: Path) -> None:
     """Forms of collections are tested in tests/data; here, what is used of them and what is skipped."""
     collection = from_files(folder)
     assert collection.names == ["a.jpg", "sub/b.png"]
-    assert collection.captions == ["a noisy picture", "second caption of a", "another one", "with two captions"]
+    assert collection.captions == [
+        "a noisy picture",
+        "second caption of a",
+        "another one",
+        "with two captions",
+    ]
     assert collection.photo_of == [0, 0, 1, 1]
     assert collection.texts(3) == ["a noisy picture", "another one", "second caption of a"]
     assert {skip.what for skip in collection.skipped} >= {"sub/b.png", "broken.jpg", "absent.png"}

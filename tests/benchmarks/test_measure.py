@@ -46,7 +46,9 @@ def test_every_backend_runs_once_a_round_in_changing_order() -> None:
 
 
 def _case(*backends: Backend, **more: Any) -> Case:
-    return Case("toy", "a toy", backends, judge="plain", reference=lambda dtype: X.sin(), rounds=3, **more)
+    return Case(
+        "toy", "a toy", backends, judge="plain", reference=lambda dtype: X.sin(), rounds=3, **more
+    )
 
 
 def _measure(*cases: Case) -> Document:
@@ -84,14 +86,18 @@ def test_what_agrees_is_timed_and_what_differs_fails_or_lacks_something_is_a_row
     assert {other.backend for other in rows["xfm-fast"].against} == {"plain"}
     assert all(len(rows[name].seconds) == 3 for name in ("xfm-fast", "plain"))
     assert document.ok
-    assert [[row.place for row in group] for group in groups(document.rows)] == [[rows["plain"].place] * 6]
+    assert [[row.place for row in group] for group in groups(document.rows)] == [
+        [rows["plain"].place] * 6
+    ]
 
 
 def test_without_an_xfm_fast_that_agrees_nothing_is_timed() -> None:
     document = _measure(_case(_plain("xfm-fast", 1e-3), _plain()))
     assert not document.ok
     assert not document.measured
-    nothing = _measure(_case(Backend("xfm-fast", "fp32", lambda: lambda: X.sin() * float("nan")), _plain()))
+    nothing = _measure(
+        _case(Backend("xfm-fast", "fp32", lambda: lambda: X.sin() * float("nan")), _plain())
+    )
     assert nothing.rows[0].parity is not None
     assert nothing.rows[0].parity.error is None
 
@@ -107,7 +113,9 @@ def test_an_interruption_keeps_whole_samples() -> None:
             raise KeyboardInterrupt
         return X.sin()
 
-    document = _measure(_case(_plain("xfm-fast"), Backend("plain", "fp32", lambda: call)), _case(_plain("late")))
+    document = _measure(
+        _case(_plain("xfm-fast"), Backend("plain", "fp32", lambda: call)), _case(_plain("late"))
+    )
     assert document.interrupted
     assert {row.status for row in document.rows} == {"partial"}
     assert {row.backend for row in document.rows} == {"xfm-fast", "plain"}
@@ -116,11 +124,24 @@ def test_an_interruption_keeps_whole_samples() -> None:
 
 def test_the_band_follows_from_the_reference_itself() -> None:
     half = X.sin().bfloat16().float()
-    case = Case("toy", "a toy", [], judge="plain", reference=lambda dtype: half if dtype == "bf16" else X.sin())
+    case = Case(
+        "toy",
+        "a toy",
+        [],
+        judge="plain",
+        reference=lambda dtype: half if dtype == "bf16" else X.sin(),
+    )
     parity = Comparator(case).parity(Backend("other", "bf16", dict), half)
     assert parity.band == pytest.approx(parity_band(torch.bfloat16, relative_error(half, X.sin())))
     assert parity.passed
-    wide = Case("toy", "a toy", [], judge="plain", wide=True, reference=lambda d: X.sin() + 2e-5 * (d == "fp64"))
+    wide = Case(
+        "toy",
+        "a toy",
+        [],
+        judge="plain",
+        wide=True,
+        reference=lambda d: X.sin() + 2e-5 * (d == "fp64"),
+    )
     assert Comparator(wide).parity(Backend("other", "fp32", dict), X.sin() + 5e-5).passed
     assert not Comparator(case).parity(Backend("other", "fp32", dict), X.sin() + 5e-5).passed
     int8 = Comparator(case).parity(Backend("other", "int8", dict, band=0.1), half)
@@ -138,7 +159,10 @@ def test_intervals_hold_their_value_and_drift_cancels() -> None:
     # The standard error of a median is 1.25 σ / √n.
     assert bounds[1] - bounds[0] == pytest.approx(2 * 1.96 * 1.25 / 200**0.5, rel=0.35)
     assert bootstrap(partial(np.median, axis=-1), values[:2]) is None
-    assert [percentile([float(v) for v in range(1, 101)], share) for share in (0.5, 0.99)] == [50, 99]
+    assert [percentile([float(v) for v in range(1, 101)], share) for share in (0.5, 0.99)] == [
+        50,
+        99,
+    ]
 
 
 def test_errors_and_what_rounding_allows() -> None:
@@ -155,7 +179,9 @@ def test_a_fallback_to_pytorch_has_no_time_under_our_name(monkeypatch: pytest.Mo
     own = ladder.resolve
 
     def faulty(name: Any, *tensors: Any, has_flash: bool = False) -> Any:
-        return "reference" if has_flash and name is None else own(name, *tensors, has_flash=has_flash)
+        return (
+            "reference" if has_flash and name is None else own(name, *tensors, has_flash=has_flash)
+        )
 
     names = ("varlen_attention of captions", "bias_attention", "add_layer_norm", "layer_norm")
     options = SimpleNamespace(device="cpu", dtype="fp32", quick=True)

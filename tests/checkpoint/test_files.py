@@ -19,7 +19,13 @@ from torch import Tensor, nn
 
 from tests.checkpoint.conftest import STATE, assert_same, written
 from tests.conftest import CASES, config, load_tensors
-from xfm_fast.checkpoint import load_pretrained_files, read_state_dict, save_pretrained, to_official, to_ours
+from xfm_fast.checkpoint import (
+    load_pretrained_files,
+    read_state_dict,
+    save_pretrained,
+    to_official,
+    to_ours,
+)
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError
 from xfm_fast.models.xfm import XFM
@@ -39,7 +45,9 @@ def test_torch_files(tmp_path: Path, zipped: bool, nesting: tuple[str, ...]) -> 
 
 @pytest.mark.parametrize("prefix", ["module.", "module._orig_mod."])
 def test_wrapper_prefixes(tmp_path: Path, prefix: str) -> None:
-    torch.save({"model": {prefix + name: value for name, value in STATE.items()}}, tmp_path / "x.th")
+    torch.save(
+        {"model": {prefix + name: value for name, value in STATE.items()}}, tmp_path / "x.th"
+    )
     assert_same(read_state_dict(tmp_path / "x.th"), STATE)
     mixed = {"module.a": torch.zeros(1), "b": torch.zeros(1)}
     torch.save(mixed, tmp_path / "y.th")
@@ -100,7 +108,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "expanded": (lambda path: torch.save({"w": torch.zeros(1).expand(1 << 50)}, path), "4 bytes"),
     "fp8": (lambda path: torch.save({"w": torch.zeros(2).to(torch.float8_e4m3fn)}, path), "float8"),
     "a module": (lambda path: torch.save(nn.Linear(2, 2), path), "torch.nn.modules.linear.Linear"),
-    "a number": (lambda path: torch.save({"a": torch.zeros(1), "epoch": 3}, path), "int under 'epoch'"),
+    "a number": (
+        lambda path: torch.save({"a": torch.zeros(1), "epoch": 3}, path),
+        "int under 'epoch'",
+    ),
     "nothing": (lambda path: torch.save({"model": {}}, path), "no tensors"),
 }
 
@@ -183,10 +194,16 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     assert_same(load_file(path), {name: value.detach() for name, value in state.items()})
     with safe_open(path, framework="pt") as file:
-        assert file.metadata() == {"format": "pt", "xfm_fast_format": "1", "xfm_fast": version("xfm-fast")}
+        assert file.metadata() == {
+            "format": "pt",
+            "xfm_fast_format": "1",
+            "xfm_fast": version("xfm-fast"),
+        }
 
 
-@pytest.mark.parametrize("tensor", [torch.zeros(2, dtype=torch.complex64), torch.eye(2).to_sparse()])
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(2, dtype=torch.complex64), torch.eye(2).to_sparse()]
+)
 def test_tensors_that_safetensors_lacks(tensor: Tensor, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="'w'"):
         save_pretrained({"w": tensor}, XFMConfig.preset("tiny"), tmp_path)
@@ -202,7 +219,9 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         load_pretrained_files(tmp_path)
     for version_of_format in ("2", "²"):
-        save_file(STATE, tmp_path / "model.safetensors", metadata={"xfm_fast_format": version_of_format})
+        save_file(
+            STATE, tmp_path / "model.safetensors", metadata={"xfm_fast_format": version_of_format}
+        )
         with pytest.raises(CheckpointError, match="upgrade xfm-fast"):
             load_pretrained_files(tmp_path)
     save_file(STATE, tmp_path / "model.safetensors")
@@ -210,7 +229,8 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "part"), [({"text_layers": 20_000}, "text_layers=3"), ({"vocab_size": 10**6}, "vocab_size=512")]
+    ("changes", "part"),
+    [({"text_layers": 20_000}, "text_layers=3"), ({"vocab_size": 10**6}, "vocab_size=512")],
 )
 def test_a_false_config_is_refused_before_memory_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], part: str

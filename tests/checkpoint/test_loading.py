@@ -25,7 +25,9 @@ def test_load_into(tiny: tuple[XFMConfig, dict[str, Tensor]]) -> None:
     assert_same(dict(model.state_dict()), state)
 
 
-def test_everything_that_does_not_fit_is_in_one_error(tiny: tuple[XFMConfig, dict[str, Tensor]]) -> None:
+def test_everything_that_does_not_fit_is_in_one_error(
+    tiny: tuple[XFMConfig, dict[str, Tensor]],
+) -> None:
     cfg, state = tiny
     model = XFM(cfg)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -60,7 +62,9 @@ def test_heads_that_one_side_lacks(tiny: tuple[XFMConfig, dict[str, Tensor]], he
         load_into(XFM(cfg), select_heads(state, others), what="partial")
     with pytest.raises(CheckpointError, match=f"'{head}' head"):
         load_into(XFM(cfg, heads=others), state, what="full")
-    assert load_into(XFM(cfg, heads=others), select_heads(state, others), what="partial").fresh == []
+    assert (
+        load_into(XFM(cfg, heads=others), select_heads(state, others), what="partial").fresh == []
+    )
 
 
 def test_weights_of_a_file_are_mapped_and_never_written_to(tmp_path: Path) -> None:
@@ -78,7 +82,9 @@ def test_weights_of_a_file_are_mapped_and_never_written_to(tmp_path: Path) -> No
     assert torch.equal(changed, other.state_dict()[name] + 1)
     # A save into the same folder puts another file in its place.
     model.save_pretrained(tmp_path)
-    assert torch.equal(other.state_dict()[name] + 1, XFM.from_pretrained(tmp_path).state_dict()[name])
+    assert torch.equal(
+        other.state_dict()[name] + 1, XFM.from_pretrained(tmp_path).state_dict()[name]
+    )
 
 
 def test_state_dicts_of_the_caller_are_copied() -> None:

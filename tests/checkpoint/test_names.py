@@ -9,8 +9,25 @@ import pytest
 import torch
 
 from tests.checkpoint.conftest import assert_same, assert_same_shapes, meta
-from tests.conftest import CASES, base_inputs, base_shapes, base_state, config, load_json, load_tensors, official_keys
-from xfm_fast.checkpoint import HEAD_PREFIXES, heads_in, load_into, select_heads, to_official, to_ours, underivable
+from tests.conftest import (
+    CASES,
+    base_inputs,
+    base_shapes,
+    base_state,
+    config,
+    load_json,
+    load_tensors,
+    official_keys,
+)
+from xfm_fast.checkpoint import (
+    HEAD_PREFIXES,
+    heads_in,
+    load_into,
+    select_heads,
+    to_official,
+    to_ours,
+    underivable,
+)
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError
 from xfm_fast.models.xfm import ALL_HEADS, XFM, Head
@@ -67,7 +84,9 @@ def test_text_decoder_there_and_back() -> None:
         if name.startswith("vqa/")
     }
     part = "text_decoder"
-    extra[f"{part}.lm_head.decoder.weight"] = extra[f"{part}.roberta.embeddings.word_embeddings.weight"]
+    extra[f"{part}.lm_head.decoder.weight"] = extra[
+        f"{part}.roberta.embeddings.word_embeddings.weight"
+    ]
     extra[f"{part}.lm_head.decoder.bias"] = extra[f"{part}.lm_head.bias"]
     extra[f"{part}.roberta.embeddings.position_ids"] = torch.arange(cfg.max_positions)[None]
     state, report = to_ours(extra, cfg)
@@ -93,7 +112,9 @@ def test_the_head_of_an_image_tokenizer() -> None:
     """What the official `use_vision_tokenizer` adds: the head is loaded if asked for, the tokenizer never."""
     cfg = config("tiny_b").replace(codebook_size=7)
     head = {"lm_head.weight": torch.randn(7, cfg.vision_width), "lm_head.bias": torch.randn(7)}
-    official = load_tensors("tiny_b/weights") | head | {"vqkd.quantize.embedding.weight": torch.ones(7, 2)}
+    official = (
+        load_tensors("tiny_b/weights") | head | {"vqkd.quantize.embedding.weight": torch.ones(7, 2)}
+    )
     plain = XFM.from_official(official, cfg)
     assert heads_in(plain.state_dict()) == ALL_HEADS
     model = XFM.from_official(official, cfg, heads=(*ALL_HEADS, "codes"))
@@ -109,7 +130,9 @@ def test_without_dead_weights_the_rest_is_derived(caplog: pytest.LogCaptureFixtu
     back = to_official(state, cfg)
     lost = underivable(state, cfg)
     assert set(back) == set(official) - set(lost)
-    assert set(lost) == set(report.unused) | {f"{part}_encoder.lm_cap_head.decoder.bias" for part in ("text", "fusion")}
+    assert set(lost) == set(report.unused) | {
+        f"{part}_encoder.lm_cap_head.decoder.bias" for part in ("text", "fusion")
+    }
     assert f"{len(lost)} official weights" in caplog.text
     assert_same(back, {name: official[name] for name in back})
     floating = to_official(state, cfg, unused=report.unused, integer_buffers=False)
@@ -141,7 +164,9 @@ def test_fine_tuning_keys(model: str) -> None:
     official = meta(keys)
     state, report = to_ours(official, cfg)
     assert report.naming == "fine-tuning"
-    assert_same_shapes(to_official(state, cfg, unused=report.unused, naming=report.naming), official)
+    assert_same_shapes(
+        to_official(state, cfg, unused=report.unused, naming=report.naming), official
+    )
     with torch.device("meta"):
         own = XFM(cfg, heads=heads_in(state)).state_dict()
     added = {name for name in state if name.startswith(("cls_head.", "text_decoder."))}
@@ -158,7 +183,9 @@ def test_tables_are_interpolated_to_the_configuration() -> None:
     wanted = load_tensors("tiny_b/ft_outputs")["retrieval/interpolated_table_block0"]
     torch.testing.assert_close(state[TABLE].double(), wanted, rtol=0, atol=1e-6)
     load_into(XFM(cfg), state, what="interpolated")
-    assert to_official(state, cfg)["vision_encoder.blocks.1.attn.relative_position_index"].shape == (50, 50)
+    assert to_official(state, cfg)[
+        "vision_encoder.blocks.1.attn.relative_position_index"
+    ].shape == (50, 50)
 
 
 def test_tied_names_that_disagree() -> None:
@@ -179,7 +206,11 @@ def test_base_inputs_follow_the_rule() -> None:
 
 def test_base_weights_follow_the_rule() -> None:
     shapes, check = base_shapes(), load_json("base/weights_check")
-    small = {name: entry for name, entry in check.items() if json.dumps(entry["shape"]).count("50265") == 0}
+    small = {
+        name: entry
+        for name, entry in check.items()
+        if json.dumps(entry["shape"]).count("50265") == 0
+    }
     state = base_state({name: shapes[name] for name in small})
     for name, entry in small.items():
         assert list(state[name].shape) == entry["shape"]

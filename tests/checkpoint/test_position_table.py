@@ -35,7 +35,10 @@ def test_source_positions(window: int) -> None:
     wanted = load_json("relpos/positions")[f"14to{window}"]
     positions = source_positions(27, 2 * window - 1)
     torch.testing.assert_close(
-        torch.tensor(positions), torch.tensor(wanted["source_positions"]).double(), rtol=1e-7, atol=0
+        torch.tensor(positions),
+        torch.tensor(wanted["source_positions"]).double(),
+        rtol=1e-7,
+        atol=0,
     )
     assert wanted["target_positions"] == list(range(-window + 1, window))
 

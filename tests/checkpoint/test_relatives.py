@@ -22,7 +22,16 @@ from xfm_fast.models.convert import to_xfm_folder
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tokenizer import CaptionTokenizer
 
-IMAGE, PATCH, VISION, VISION_HEADS, TEXT, TEXT_HEADS, HIDDEN, VOCABULARY = 32, 8, 24, 3, 16, 2, 40, 120
+IMAGE, PATCH, VISION, VISION_HEADS, TEXT, TEXT_HEADS, HIDDEN, VOCABULARY = (
+    32,
+    8,
+    24,
+    3,
+    16,
+    2,
+    40,
+    120,
+)
 LANGUAGE, FUSION = 3, 2
 State = dict[str, Tensor]
 
@@ -33,7 +42,10 @@ def linear(state: State, name: str, inputs: int, outputs: int) -> None:
 
 
 def norm(state: State, name: str, width: int) -> None:
-    state[f"{name}.weight"], state[f"{name}.bias"] = torch.rand(width) + 0.5, torch.randn(width) * 0.1
+    state[f"{name}.weight"], state[f"{name}.bias"] = (
+        torch.rand(width) + 0.5,
+        torch.randn(width) * 0.1,
+    )
 
 
 def text_layer(state: State, name: str, *, looks: bool) -> None:
@@ -68,9 +80,9 @@ def vision(state: State) -> None:
     window = IMAGE // PATCH
     state["vision_encoder.cls_token"] = torch.randn(1, 1, VISION)
     linear(state, "vision_encoder.patch_embed.proj", 3 * PATCH * PATCH, VISION)
-    state["vision_encoder.patch_embed.proj.weight"] = state["vision_encoder.patch_embed.proj.weight"].view(
-        VISION, 3, PATCH, PATCH
-    )
+    state["vision_encoder.patch_embed.proj.weight"] = state[
+        "vision_encoder.patch_embed.proj.weight"
+    ].view(VISION, 3, PATCH, PATCH)
     for number in range(2):
         block = f"vision_encoder.blocks.{number}"
         for gamma in ("gamma_1", "gamma_2"):
@@ -78,7 +90,9 @@ def vision(state: State) -> None:
         norm(state, f"{block}.norm1", VISION)
         norm(state, f"{block}.norm2", VISION)
         state[f"{block}.attn.q_bias"], state[f"{block}.attn.v_bias"] = torch.randn(2, VISION) * 0.1
-        state[f"{block}.attn.relative_position_bias_table"] = torch.randn((2 * window - 1) ** 2 + 3, VISION_HEADS)
+        state[f"{block}.attn.relative_position_bias_table"] = torch.randn(
+            (2 * window - 1) ** 2 + 3, VISION_HEADS
+        )
         state[f"{block}.attn.relative_position_index"] = relative_position_index(window)
         state[f"{block}.attn.qkv.weight"] = torch.randn(3 * VISION, VISION) / math.sqrt(VISION)
         linear(state, f"{block}.attn.proj", VISION, VISION)
@@ -106,7 +120,9 @@ def x2vlm(seed: int = 0) -> State:
     for number in range(LANGUAGE + FUSION):
         text_layer(state, f"text_encoder.bert.encoder.layer.{number}", looks=number >= LANGUAGE)
     vocabulary_head(state, "text_encoder.cls.predictions")
-    state["text_encoder.cls.predictions.decoder.weight"] = state["text_encoder.bert.embeddings.word_embeddings.weight"]
+    state["text_encoder.cls.predictions.decoder.weight"] = state[
+        "text_encoder.bert.embeddings.word_embeddings.weight"
+    ]
     heads(state)
     return state
 
@@ -138,15 +154,22 @@ def cclm() -> State:
 class Twin:
     """The published computation, in plain PyTorch on a state dict in fp64."""
 
-    def __init__(self, state: State, *, text: str, fusion: str, first: int, eps: float, shift: int) -> None:
-        self.state = {name: value.double() if value.is_floating_point() else value for name, value in state.items()}
+    def __init__(
+        self, state: State, *, text: str, fusion: str, first: int, eps: float, shift: int
+    ) -> None:
+        self.state = {
+            name: value.double() if value.is_floating_point() else value
+            for name, value in state.items()
+        }
         self.text, self.fusion, self.first, self.eps, self.shift = text, fusion, first, eps, shift
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self.state[f"{name}.weight"], self.state.get(f"{name}.bias"))
 
     def _norm(self, name: str, x: Tensor, eps: float) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.state[f"{name}.weight"], self.state[f"{name}.bias"], eps)
+        return F.layer_norm(
+            x, x.shape[-1:], self.state[f"{name}.weight"], self.state[f"{name}.bias"], eps
+        )
 
     def images(self, pixels: Tensor) -> Tensor:
         state = self.state
@@ -158,7 +181,9 @@ class Twin:
         x = torch.cat([state["vision_encoder.cls_token"].expand(len(x), -1, -1), x], 1)
         for number in range(2):
             block = f"vision_encoder.blocks.{number}"
-            bias = torch.cat([state[f"{block}.attn.q_bias"], torch.zeros(VISION), state[f"{block}.attn.v_bias"]])
+            bias = torch.cat(
+                [state[f"{block}.attn.q_bias"], torch.zeros(VISION), state[f"{block}.attn.v_bias"]]
+            )
             inner = self._norm(f"{block}.norm1", x, 1e-6)
             qkv = F.linear(inner, state[f"{block}.attn.qkv.weight"], bias)
             q, k, v = qkv.unflatten(-1, (3, VISION_HEADS, -1)).permute(2, 0, 3, 1, 4)
@@ -172,29 +197,41 @@ class Twin:
         patches = self._norm("vision_encoder.fc_norm", x[:, 1:], 1e-6)
         return torch.cat([patches.mean(1, keepdim=True), patches], 1)
 
-    def _attend(self, name: str, x: Tensor, seen: Tensor, hidden: Tensor | None, eps: float) -> Tensor:
+    def _attend(
+        self, name: str, x: Tensor, seen: Tensor, hidden: Tensor | None, eps: float
+    ) -> Tensor:
         q, k, v = (
-            self._linear(f"{name}.self.{part}", source).unflatten(-1, (TEXT_HEADS, -1)).transpose(1, 2)
+            self._linear(f"{name}.self.{part}", source)
+            .unflatten(-1, (TEXT_HEADS, -1))
+            .transpose(1, 2)
             for part, source in (("query", x), ("key", seen), ("value", seen))
         )
         scores = q @ k.mT / math.sqrt(TEXT // TEXT_HEADS)
         if hidden is not None:
             scores = scores.masked_fill(hidden[:, None, None], -math.inf)
         context = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-        return self._norm(f"{name}.output.LayerNorm", self._linear(f"{name}.output.dense", context) + x, eps)
+        return self._norm(
+            f"{name}.output.LayerNorm", self._linear(f"{name}.output.dense", context) + x, eps
+        )
 
-    def _layer(self, name: str, x: Tensor, mask: Tensor, images: Tensor | None, eps: float) -> Tensor:
+    def _layer(
+        self, name: str, x: Tensor, mask: Tensor, images: Tensor | None, eps: float
+    ) -> Tensor:
         x = self._attend(f"{name}.attention", x, x, ~mask, eps)
         if images is not None:
             x = self._attend(f"{name}.crossattention", x, images, None, eps)
-        inner = self._linear(f"{name}.output.dense", F.gelu(self._linear(f"{name}.intermediate.dense", x)))
+        inner = self._linear(
+            f"{name}.output.dense", F.gelu(self._linear(f"{name}.intermediate.dense", x))
+        )
         return self._norm(f"{name}.output.LayerNorm", inner + x, eps)
 
     def texts(self, ids: Tensor, mask: Tensor) -> Tensor:
         positions = (mask.cumsum(1) - 1 + self.shift).clamp_min(0)
         embedded = (
             F.embedding(ids, self.state[f"{self.text}embeddings.word_embeddings.weight"])
-            + F.embedding(positions, self.state[f"{self.text}embeddings.position_embeddings.weight"])
+            + F.embedding(
+                positions, self.state[f"{self.text}embeddings.position_embeddings.weight"]
+            )
             + self.state[f"{self.text}embeddings.token_type_embeddings.weight"][0]
         )
         x = self._norm(f"{self.text}embeddings.LayerNorm", embedded, self.eps)
@@ -204,11 +241,16 @@ class Twin:
 
     def fuse(self, texts: Tensor, mask: Tensor, images: Tensor) -> Tensor:
         for number in range(FUSION):
-            texts = self._layer(f"{self.fusion}encoder.layer.{number + self.first}", texts, mask, images, 1e-12)
+            texts = self._layer(
+                f"{self.fusion}encoder.layer.{number + self.first}", texts, mask, images, 1e-12
+            )
         return texts
 
     def head(self, name: str, fused: Tensor) -> Tensor:
-        return self._linear(f"{name}.3", F.gelu(self._norm(f"{name}.1", self._linear(f"{name}.0", fused[:, 0]), 1e-5)))
+        return self._linear(
+            f"{name}.3",
+            F.gelu(self._norm(f"{name}.1", self._linear(f"{name}.0", fused[:, 0]), 1e-5)),
+        )
 
     def words(self, name: str, fused: Tensor) -> Tensor:
         inner = F.gelu(self._linear(f"{name}.transform.dense", fused))
@@ -219,12 +261,24 @@ class Twin:
 KINDS: dict[str, tuple[Callable[[], State], dict[str, object], str | None]] = {
     "pretraining": (
         x2vlm,
-        {"text": "text_encoder.bert.", "fusion": "text_encoder.bert.", "first": LANGUAGE, "eps": 1e-12, "shift": 0},
+        {
+            "text": "text_encoder.bert.",
+            "fusion": "text_encoder.bert.",
+            "first": LANGUAGE,
+            "eps": 1e-12,
+            "shift": 0,
+        },
         "text_encoder.cls.predictions",
     ),
     "retrieval": (
         x2vlm_retrieval,
-        {"text": "text_encoder.", "fusion": "text_encoder.", "first": LANGUAGE, "eps": 1e-12, "shift": 0},
+        {
+            "text": "text_encoder.",
+            "fusion": "text_encoder.",
+            "first": LANGUAGE,
+            "eps": 1e-12,
+            "shift": 0,
+        },
         None,
     ),
     "cclm": (
@@ -241,7 +295,9 @@ def test_the_function_is_the_same(kind: str) -> None:
     state = make()
     twin = Twin(state, **form)  # type: ignore[arg-type]
     model = XFM.from_x2vlm(state, text_heads=TEXT_HEADS, dtype=torch.float64)
-    assert set(model.heads) == {"contrastive", "matching"} | (set() if words is None else {"imlm", "boxes"})
+    assert set(model.heads) == {"contrastive", "matching"} | (
+        set() if words is None else {"imlm", "boxes"}
+    )
     assert model.config.mask_token_id == (103 if kind != "cclm" else VOCABULARY - 1)
 
     pad = model.config.pad_token_id
@@ -260,15 +316,27 @@ def test_the_function_is_the_same(kind: str) -> None:
         features = F.normalize(twin._linear("text_proj", expected[:, 0]), dim=-1)
         torch.testing.assert_close(model.project_text(texts), features)
         torch.testing.assert_close(
-            model.project_image(images), F.normalize(twin._linear("vision_proj", images[:, 0]), dim=-1)
+            model.project_image(images),
+            F.normalize(twin._linear("vision_proj", images[:, 0]), dim=-1),
         )
         if words is not None:
-            torch.testing.assert_close(model.predict_boxes(fused), twin.head("bbox_head", of_twin).sigmoid())
-            torch.testing.assert_close(model.imlm_logits(fused)[mask], twin.words(words, of_twin)[mask])
+            torch.testing.assert_close(
+                model.predict_boxes(fused), twin.head("bbox_head", of_twin).sigmoid()
+            )
+            torch.testing.assert_close(
+                model.imlm_logits(fused)[mask], twin.words(words, of_twin)[mask]
+            )
 
 
 def test_word_pieces(tmp_path: Path) -> None:
-    words = ["[PAD]", *(f"[unused{number}]" for number in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = [
+        "[PAD]",
+        *(f"[unused{number}]" for number in range(99)),
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+    ]
     words += ["a", "dog", "##s", "beach", "on"]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
     tokenizer = CaptionTokenizer.from_files(tmp_path)
@@ -325,7 +393,9 @@ def blip(first: int = 0) -> State:
         (blip(1), "ALBEF", "absolute positions"),
     ],
 )
-def test_what_computes_something_else_is_refused(state: State, name: str, reason: str, tmp_path: Path) -> None:
+def test_what_computes_something_else_is_refused(
+    state: State, name: str, reason: str, tmp_path: Path
+) -> None:
     assert relative_of(state) == name
     torch.save(state, tmp_path / "theirs.pth")
     for call in (

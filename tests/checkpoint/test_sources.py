@@ -15,7 +15,9 @@ from xfm_fast.models.xfm import XFM
 
 
 def hugging_face(cfg: XFMConfig, kind: str) -> nn.Module:
-    transformers = pytest.importorskip("transformers", reason="compares with the Hugging Face RoBERTa")
+    transformers = pytest.importorskip(
+        "transformers", reason="compares with the Hugging Face RoBERTa"
+    )
     torch.manual_seed(3)
     made = transformers.RobertaConfig(
         vocab_size=cfg.vocab_size,
@@ -56,7 +58,9 @@ def test_hugging_face_roberta(kind: str) -> None:
 
     ids, mask = text_batch(cfg)
     with torch.no_grad():
-        out = theirs(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
+        out = theirs(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[
+            -1
+        ]
         ours = model.encode_text(ids, mask)
     real = mask.bool()
     torch.testing.assert_close(ours[real], out[real], rtol=1e-4, atol=1e-5)
@@ -78,7 +82,10 @@ def beit2(cfg: XFMConfig, *, shared: bool, pretrained: bool) -> dict[str, Tensor
         for name in tables:
             del state[name]
     else:
-        state |= {f"blocks.{block}.attn.relative_position_index": index for block in range(cfg.vision_depth)}
+        state |= {
+            f"blocks.{block}.attn.relative_position_index": index
+            for block in range(cfg.vision_depth)
+        }
     if pretrained:
         del state["fc_norm.weight"], state["fc_norm.bias"]
         state |= {"norm.weight": torch.ones(48), "norm.bias": torch.ones(48)}
@@ -102,7 +109,9 @@ def test_beit2(nesting: str | None, shared: bool, pretrained: bool, size: int) -
     for block in range(cfg.vision_depth):
         key = f"blocks.{block}.attn.relative_position_bias_table"
         table = source["rel_pos_bias.relative_position_bias_table" if shared else key]
-        assert torch.equal(state[f"vision_encoder.{key}"], interpolate_table(table, (cfg.grid, cfg.grid)))
+        assert torch.equal(
+            state[f"vision_encoder.{key}"], interpolate_table(table, (cfg.grid, cfg.grid))
+        )
     assert torch.equal(state["vision_encoder.blocks.1.gamma_2"], source["blocks.1.gamma_2"])
 
 
@@ -111,14 +120,22 @@ def test_initialise_both(tmp_path: Path) -> None:
     source = beit2(config("tiny_b"), shared=True, pretrained=True)
     torch.save({"model": source}, tmp_path / "beit.pth")
     model = XFM(cfg)
-    fusion = model.state_dict()["fusion_encoder.roberta.encoder.layer.0.output.dense.weight"].clone()
+    fusion = model.state_dict()[
+        "fusion_encoder.roberta.encoder.layer.0.output.dense.weight"
+    ].clone()
     report = initialise(
-        model, roberta=hugging_face(cfg, "RobertaForMaskedLM").state_dict(), beit2=tmp_path / "beit.pth"
+        model,
+        roberta=hugging_face(cfg, "RobertaForMaskedLM").state_dict(),
+        beit2=tmp_path / "beit.pth",
     )
-    assert {name for name in report.fresh if name.startswith(("vision_encoder.", "text_encoder."))} == {
+    assert {
+        name for name in report.fresh if name.startswith(("vision_encoder.", "text_encoder."))
+    } == {
         "vision_encoder.fc_norm.weight",
         "vision_encoder.fc_norm.bias",
     }
     assert set(report.fresh) | set(report.loaded) == set(model.state_dict())
-    assert torch.equal(model.state_dict()["fusion_encoder.roberta.encoder.layer.0.output.dense.weight"], fusion)
+    assert torch.equal(
+        model.state_dict()["fusion_encoder.roberta.encoder.layer.0.output.dense.weight"], fusion
+    )
     assert torch.equal(model.state_dict()["vision_encoder.cls_token"], source["cls_token"])

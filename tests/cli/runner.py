@@ -30,4 +30,8 @@ def invoke(arguments: Sequence[object]) -> Done:
             main([str(argument) for argument in arguments])
         except SystemExit as stop:
             code = stop.code
-    return Done(code if isinstance(code, int) else 0 if code is None else 1, stdout.getvalue(), stderr.getvalue())
+    return Done(
+        code if isinstance(code, int) else 0 if code is None else 1,
+        stdout.getvalue(),
+        stderr.getvalue(),
+    )

@@ -44,14 +44,23 @@ def test_choices_for_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     done = invoke(["tune", "--cpu", "--out", out])
     assert done.exit_code == 0, done.stderr
     assert f"{selection.CHOICES}={out}" in done.stdout
-    kept = {(each["operation"], each["dtype"]): each["chosen"] for each in json.loads(out.read_text())["choices"]}
+    kept = {
+        (each["operation"], each["dtype"]): each["chosen"]
+        for each in json.loads(out.read_text())["choices"]
+    }
     assert {operation for operation, _ in kept} == set(races())
     selection._read.cache_clear()
     monkeypatch.setattr(selection, "_selections", {})
     monkeypatch.setenv(selection.CHOICES, str(out))
     paths = json.loads(invoke(["info", "--json"]).stdout)["paths"]
     table = invoke(["info"]).stdout
-    for word in ("bf16", "AVX2" if "x86" in os.uname().machine else "NEON", "onnxruntime", "flash-attn", "linear"):
+    for word in (
+        "bf16",
+        "AVX2" if "x86" in os.uname().machine else "NEON",
+        "onnxruntime",
+        "flash-attn",
+        "linear",
+    ):
         assert word in table
     names = {"fp32": "float32", "bf16": "bfloat16"}
     assert {(path["operation"], names[path["dtype"]]): path["chosen"] for path in paths} == kept
@@ -63,7 +72,9 @@ def test_choices_for_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert str(name) in refused.stderr
 
 
-def _commands(group: App = app, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], App]]:
+def _commands(
+    group: App = app, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], App]]:
     """Every command and group with its words, completion among them."""
     yield path, group
     for name in group:
@@ -76,7 +87,9 @@ each_command = pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
 
 
 @each_command
-def test_help_fits_a_terminal_and_breaks_no_word(path: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_fits_a_terminal_and_breaks_no_word(
+    path: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     done = invoke([*path, "--help"])
     assert (done.exit_code, done.stderr) == (0, "")
@@ -102,7 +115,9 @@ def test_wrong_usage_is_one_line(path: tuple[str, ...]) -> None:
 
 def test_commands_and_options_are_few() -> None:
     """The options of a shared group count once."""
-    commands = {path: command for path, command in COMMANDS.items() if command.default_command and path}
+    commands = {
+        path: command for path, command in COMMANDS.items() if command.default_command and path
+    }
     options = {
         (argument.name, argument.parameter.help)
         for command in commands.values()

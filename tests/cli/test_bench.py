@@ -37,7 +37,16 @@ def test_a_scenario_is_printed_and_saved(tmp_path: Path) -> None:
 def test_the_list_has_all_scenarios_and_baselines() -> None:
     done = invoke(["bench", "list"])
     assert done.exit_code == 0, done.output
-    for name in ("embed-image", "embed-text", "rerank", "retrieve", "vqa-best", "captioning", "train-step", "kernels"):
+    for name in (
+        "embed-image",
+        "embed-text",
+        "rerank",
+        "retrieve",
+        "vqa-best",
+        "captioning",
+        "train-step",
+        "kernels",
+    ):
         assert name in done.output
     for name in (
         "official-algorithm",

@@ -30,7 +30,9 @@ def test_a_bad_file_is_listed_and_exits_with_1(tmp_path: Path) -> None:
 
 
 def test_json(tmp_path: Path) -> None:
-    result = _run("check", write_lines(tmp_path / "a.jsonl", ["{"] * 30), "--task", "text", "--json")
+    result = _run(
+        "check", write_lines(tmp_path / "a.jsonl", ["{"] * 30), "--task", "text", "--json"
+    )
     assert result.exit_code == 1
     content = json.loads(result.stdout)
     assert (content["rows"], content["broken"], content["ok"]) == (30, 30, False)
@@ -44,7 +46,9 @@ def test_there_and_back(tmp_path: Path) -> None:
     assert "1 broken rows left out" in there.output
     back = _run("convert", tmp_path / "shards", tmp_path / "b.jsonl")
     assert "120 rows in 1 file:" in back.output
-    assert [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()] == pairs(120)
+    assert [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()] == pairs(
+        120
+    )
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:

@@ -39,14 +39,18 @@ def test_random_weights_are_noted(folder: Path, tmp_path: Path) -> None:
     assert "THE WEIGHTS ARE RANDOM" in done.stderr
     assert "broken.png" in done.stderr
     assert "indexed: 4 images, 4 of them read now, 0 gone, 1 left out" in done.stdout
-    done = invoke(["search", folder, "a red circle", "--top", 3, "--sheet", tmp_path / "sheet.html"])
+    done = invoke(
+        ["search", folder, "a red circle", "--top", 3, "--sheet", tmp_path / "sheet.html"]
+    )
     assert done.exit_code == 0
     assert "THE WEIGHTS ARE RANDOM" in done.stderr
     assert done.stdout.count(".png") == 3
     assert "The weights are random" in (tmp_path / "sheet.html").read_text()
 
 
-def test_a_model_and_an_index_of_ones_own(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_and_an_index_of_ones_own(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_model(tmp_path / "weights", seed=0)
     monkeypatch.chdir(tmp_path)
     done = invoke(["index", "photos", "--model", "weights", "--index", "found", "--json"])
@@ -98,9 +102,15 @@ def test_one_line_and_code_2(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("a text file")
     for arguments, message in (
         (["search", folder, "a dog", "--random", "tiny"], "was made with"),
-        (["search", folder, "a dog", "--random", "tiny", "--model", "x"], "--model x and --random tiny"),
+        (
+            ["search", folder, "a dog", "--random", "tiny", "--model", "x"],
+            "--model x and --random tiny",
+        ),
         (["search", folder, "a dog", "--sheet", "a.png"], "a.png"),
-        (["search", folder, tmp_path / "note.txt", "--model", tmp_path / "weights"], "in no format that Pillow reads"),
+        (
+            ["search", folder, tmp_path / "note.txt", "--model", tmp_path / "weights"],
+            "in no format that Pillow reads",
+        ),
         (["index", folder, "--random", "tiny"], "(--index)"),
         (["index", tmp_path / "nowhere", "--random", "tiny"], "does not exist"),
         (["index", folder, "--model", tmp_path / "nothing"], "nothing"),
@@ -130,12 +140,16 @@ def test_workers_and_torchrun_make_the_index_of_one_process(folder: Path, tmp_pa
     weights = write_model(tmp_path / "weights", seed=0)
     named = ["index", folder, "--model", weights]
     alone = json.loads(invoke([*named, "--json", "--index", tmp_path / "alone"]).stdout)
-    code, output, errors = _end(_start([*named, "--index", tmp_path / "shared", "--workers", "2", "--json"]))
+    code, output, errors = _end(
+        _start([*named, "--index", tmp_path / "shared", "--workers", "2", "--json"])
+    )
     assert (code, errors) == (0, "")
     assert json.loads(output) == alone | {"folder": str(tmp_path / "shared")}
     joined = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29731"}
     ranks = [
-        _start([*named, "--index", tmp_path / "joined"], **joined, RANK=str(rank), LOCAL_RANK=str(rank))
+        _start(
+            [*named, "--index", tmp_path / "joined"], **joined, RANK=str(rank), LOCAL_RANK=str(rank)
+        )
         for rank in range(2)
     ]
     (_, output, _), (_, silence, _) = map(_end, ranks)
@@ -149,8 +163,12 @@ def test_workers_and_torchrun_make_the_index_of_one_process(folder: Path, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("target", "number"), [("command", signal.SIGTERM), ("worker", signal.SIGKILL)])
-def test_interrupted_workers_resume(folder: Path, tmp_path: Path, target: str, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("target", "number"), [("command", signal.SIGTERM), ("worker", signal.SIGKILL)]
+)
+def test_interrupted_workers_resume(
+    folder: Path, tmp_path: Path, target: str, number: signal.Signals
+) -> None:
     for image in range(4, 400):
         write_picture(folder / f"{image:03}.png", image)
     named = ["index", folder, "--random", "tiny", "--workers", "2"]
@@ -179,6 +197,8 @@ def test_interrupted_workers_resume(folder: Path, tmp_path: Path, target: str, n
 
 @pytest.mark.slow
 def test_a_worker_that_cannot_start_is_explained(folder: Path) -> None:
-    code, _, errors = _end(_start(["index", folder, "--random", "tiny", "--workers", "2", "--device", "cuda"]))
+    code, _, errors = _end(
+        _start(["index", folder, "--random", "tiny", "--workers", "2", "--device", "cuda"])
+    )
     assert code == 2
     assert errors.splitlines()[-1].count("GPU") >= 1

@@ -43,7 +43,9 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def test_pretrain_makes_the_world_the_vocabulary_and_the_model(recipe: Path, tmp_path: Path) -> None:
+def test_pretrain_makes_the_world_the_vocabulary_and_the_model(
+    recipe: Path, tmp_path: Path
+) -> None:
     result = invoke(["pretrain", str(recipe)])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "world/world.json").is_file()
@@ -54,7 +56,9 @@ def test_pretrain_makes_the_world_the_vocabulary_and_the_model(recipe: Path, tmp
     assert losses.startswith("step 3  text/mlm ")
     assert "pairs/itc" in losses
     run = tmp_path / "run"
-    assert saved == f"saved: {run}/model; fine-tune it: xfm-fast finetune RECIPE init.checkpoint={run}"
+    assert (
+        saved == f"saved: {run}/model; fine-tune it: xfm-fast finetune RECIPE init.checkpoint={run}"
+    )
     before = XFM.from_pretrained(tmp_path / "run/model")
     assert before.encode("a red circle").ndim == 1
 
@@ -72,10 +76,16 @@ def environment() -> dict[str, str]:
 
 def test_an_official_file_is_answered_with_the_recipe_of_the_same_run(tmp_path: Path) -> None:
     official = tmp_path / "Pretrain.yaml"
-    official.write_text("train_file: [a.json]\nimage_res: 224\nschedular: {sched: linear, epochs: 100}\n")
+    official.write_text(
+        "train_file: [a.json]\nimage_res: 224\nschedular: {sched: linear, epochs: 100}\n"
+    )
     result = invoke(["pretrain", official])
     assert result.exit_code == 2
-    for named in ("Pretrain.yaml has no streams", "pretrain pretrain_base_4m data=", "xfm-fast finetune"):
+    for named in (
+        "Pretrain.yaml has no streams",
+        "pretrain pretrain_base_4m data=",
+        "xfm-fast finetune",
+    ):
         assert named in result.stderr
     assert "init.checkpoint" not in result.stderr
 
@@ -113,7 +123,9 @@ def torchrun(*arguments: str) -> list[str]:
 def test_processes_end_when_all_is_written(recipe: Path, tmp_path: Path, parallel: str) -> None:
     for number in range(4):
         folder = tmp_path / f"{parallel}{number}"
-        command = torchrun(str(recipe), "steps=1", f"parallel={parallel}", f"checkpoint.folder={folder}")
+        command = torchrun(
+            str(recipe), "steps=1", f"parallel={parallel}", f"checkpoint.folder={folder}"
+        )
         subprocess.run(command, env=environment(), cwd=ROOT, timeout=180, check=True)
         assert (folder / "model/model.safetensors").is_file()
 
@@ -153,7 +165,9 @@ def test_exit_codes(arguments: list[str], before: str, code: int, world_size: st
 def test_torchrun_and_a_signal(recipe: Path, tmp_path: Path) -> None:
     """Two processes under torchrun; SIGTERM ends them with a checkpoint, and one process goes on from there."""
     command = torchrun(str(recipe), "steps=100000")
-    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
     log = tmp_path / "run/log.jsonl"
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline and not (log.exists() and len(read_log(log)) >= 3):
@@ -177,8 +191,14 @@ FOREIGN_VALUES = [
     ("optimizer.lr=.inf", "optimizer.lr=inf: use a finite number"),
     ("optimizer.lr=.nan", "optimizer.lr=nan"),
     ("streams.pairs.weight=.inf", "streams.pairs.weight=inf: use a finite number"),
-    ("streams.pairs.batch_size=1000000000000", "streams.pairs.batch_size=1000000000000: use at most 1048576"),
-    ("streams.regions.max_images=1000000000000", "streams.regions.max_images=1000000000000: use at most"),
+    (
+        "streams.pairs.batch_size=1000000000000",
+        "streams.pairs.batch_size=1000000000000: use at most 1048576",
+    ),
+    (
+        "streams.regions.max_images=1000000000000",
+        "streams.regions.max_images=1000000000000: use at most",
+    ),
     ("shapes.train=1000000000000", "shapes.train=1000000000000: use at most"),
     ('checkpoint.folder="a\\0b"', "checkpoint.folder='a\\x00b': it holds a NUL"),
     ('data="a\\0b"', "data='a\\x00b': it holds a NUL"),
@@ -187,7 +207,9 @@ FOREIGN_VALUES = [
 
 
 @pytest.mark.parametrize(("override", "message"), FOREIGN_VALUES)
-def test_values_that_no_run_can_have(recipe: Path, tmp_path: Path, override: str, message: str) -> None:
+def test_values_that_no_run_can_have(
+    recipe: Path, tmp_path: Path, override: str, message: str
+) -> None:
     done = invoke(["pretrain", recipe, override])
     assert done.exit_code == 2
     assert message in done.stderr
@@ -205,14 +227,23 @@ def test_values_that_no_run_can_have(recipe: Path, tmp_path: Path, override: str
     ],
 )
 def test_values_that_no_fine_tuning_can_have(tmp_path: Path, override: str, message: str) -> None:
-    sizes = ["model={preset: tiny}", f"checkpoint.folder={tmp_path / 'run'}", "batch_size=4", "tokenizer=x"]
+    sizes = [
+        "model={preset: tiny}",
+        f"checkpoint.folder={tmp_path / 'run'}",
+        "batch_size=4",
+        "tokenizer=x",
+    ]
     done = invoke(["finetune", "vqa2", *sizes, override])
     assert done.exit_code == 2
     assert message in done.stderr
 
 
-@pytest.mark.parametrize("name", ["run/log.jsonl", "world/.pairs_train.jsonl.index", "run/quarantine/pairs.jsonl"])
-def test_a_pipe_among_the_files_of_a_run_hangs_nothing(recipe: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["run/log.jsonl", "world/.pairs_train.jsonl.index", "run/quarantine/pairs.jsonl"]
+)
+def test_a_pipe_among_the_files_of_a_run_hangs_nothing(
+    recipe: Path, tmp_path: Path, name: str
+) -> None:
     invoke(["pretrain", recipe, "steps=1"])
     for path in (tmp_path / "run").glob("checkpoints"):
         shutil.rmtree(path)

@@ -55,7 +55,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_only_what_agrees_is_timed(results: list[Path]) -> None:
     document = record.load(results[0])
     status = {row.backend: row.status for row in document.rows}
-    assert status == {OURS: "measured", "torch": "measured", "sigmoid": "parity failed", "int8": "not offered"}
+    assert status == {
+        OURS: "measured",
+        "torch": "measured",
+        "sigmoid": "parity failed",
+        "int8": "not offered",
+    }
     ours = document.rows[0]
     assert len(ours.seconds) == 4
     assert ours.rate == pytest.approx(16 / (ours.median_s or 0))
@@ -66,7 +71,11 @@ def test_only_what_agrees_is_timed(results: list[Path]) -> None:
 def test_it_is_reported_and_compared_as_every_other(results: list[Path]) -> None:
     document = record.load(results[0])
     assert "A softmax of one&#39;s own" in report.html(document)
-    assert report.markdown(document).splitlines()[2].startswith("| softmax of 16 rows, rows/s | fp32 | ")
+    assert (
+        report.markdown(document)
+        .splitlines()[2]
+        .startswith("| softmax of 16 rows, rows/s | fp32 | ")
+    )
     shown = invoke(["bench", "report", str(results[0])])
     assert "sigmoid, fp32" in shown.stdout
     assert "nobody wrote it" in shown.stdout

@@ -51,7 +51,9 @@ TOY = LayerSpec(
 )
 
 
-@pytest.mark.parametrize("options", [{}, {"freeze": True}, {"dtype": "int8"}], ids=["plain", "freeze", "int8"])
+@pytest.mark.parametrize(
+    "options", [{}, {"freeze": True}, {"dtype": "int8"}], ids=["plain", "freeze", "int8"]
+)
 def test_a_family_of_ones_own(options: dict[str, Any]) -> None:
     if "dtype" in options and int8.why_not() is not None:
         pytest.skip(f"no int8 GEMM here: {int8.why_not()}")
@@ -64,7 +66,9 @@ def test_a_family_of_ones_own(options: dict[str, Any]) -> None:
     assert report.unknown == []
     assert "0 and 1 more" in str(report)
     with torch.no_grad():
-        torch.testing.assert_close(fast(x).float(), wanted, rtol=0, atol=0.05 if "dtype" in options else 1e-5)
+        torch.testing.assert_close(
+            fast(x).float(), wanted, rtol=0, atol=0.05 if "dtype" in options else 1e-5
+        )
     if not options:
         for each in (model, fast):
             each(x).square().sum().backward()

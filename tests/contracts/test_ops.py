@@ -39,11 +39,15 @@ def test_the_ladder_picks_its_implementation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("toy", "definition", "count"), [(toy_scale, torch.mul, 2), (toy_square, torch.square, 1)], ids=["scale", "square"]
+    ("toy", "definition", "count"),
+    [(toy_scale, torch.mul, 2), (toy_square, torch.square, 1)],
+    ids=["scale", "square"],
 )
 def test_its_gradient_fake_and_compilation(toy: Any, definition: Any, count: int) -> None:
     """With one result; with several gradients and with one."""
-    arguments = (torch.randn(2, 3, 4, requires_grad=True), torch.randn(4, requires_grad=True))[:count]
+    arguments = (torch.randn(2, 3, 4, requires_grad=True), torch.randn(4, requires_grad=True))[
+        :count
+    ]
 
     def gradients(run: Any, **options: Any) -> tuple[Tensor, ...]:
         return torch.autograd.grad(run(*arguments).square().sum(), arguments, **options)
@@ -69,14 +73,18 @@ def test_a_field_without_a_schema_is_named() -> None:
     def never(*_: Any) -> Any:
         raise AssertionError("nothing is run")
 
-    with pytest.raises(InputError, match=r"toy_word: the field word of Worded is dict\[str, int\].*torch\.Tensor"):
+    with pytest.raises(
+        InputError, match=r"toy_word: the field word of Worded is dict\[str, int\].*torch\.Tensor"
+    ):
         differentiable("toy_word", Worded, never, never, never, wrt=("x",), outputs=1)
 
 
 def test_its_benchmark_compares_before_it_times() -> None:
     document = kernels.run(KernelOptions(device="cpu"), cases={"toy_scale": case})
     assert {(row.backend, row.mode) for row in document.rows} == {
-        (backend, direction) for backend in ("xfm-fast", "eager") for direction in ("forward", "backward")
+        (backend, direction)
+        for backend in ("xfm-fast", "eager")
+        for direction in ("forward", "backward")
     }
     for row in document.rows:
         assert row.measured

@@ -6,7 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.data.record_files import base64_picture, picture, tiny_config, tiny_tokenizer, write_lines, write_tar
+from tests.data.record_files import (
+    base64_picture,
+    picture,
+    tiny_config,
+    tiny_tokenizer,
+    write_lines,
+    write_tar,
+)
 from xfm_fast.data import records
 from xfm_fast.data.collection import open_collection, retrieval_rows
 from xfm_fast.data.converting import to_lines
@@ -48,16 +55,27 @@ class Blocks:
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(READERS, "blocks", Reader(lambda path, _: path.suffix == ".blocks", Blocks))
     path = tmp_path / "a.blocks"
-    path.write_bytes(b"--next--".join([picture(0), b"a cat", picture(1), b"the dog", picture(2), b""]))
+    path.write_bytes(
+        b"--next--".join([picture(0), b"a cat", picture(1), b"the dog", picture(2), b""])
+    )
     return path
 
 
 def test_a_format_from_outside_is_read_everywhere(toy: Path, tmp_path: Path) -> None:
     report = check(toy, "pairs", Options(tiny_config(), tolerate_bad=0.5))
-    assert (report.rows, report.broken, report.ok, report.problems[0].row) == (3, 1, True, "block 2")
+    assert (report.rows, report.broken, report.ok, report.problems[0].row) == (
+        3,
+        1,
+        True,
+        "block 2",
+    )
     collection = open_collection(toy)
     entries = collection.listing().entries
-    assert [entry.name for entry in entries] == ["a.blocks#block 0", "a.blocks#block 1", "a.blocks#block 2"]
+    assert [entry.name for entry in entries] == [
+        "a.blocks#block 0",
+        "a.blocks#block 1",
+        "a.blocks#block 2",
+    ]
     assert collection.load(entries[1])[1] == ("the dog",)
     assert to_lines(toy, tmp_path / "a.jsonl").rows == 2
     (rows,) = retrieval_rows([toy])
@@ -66,7 +84,9 @@ def test_a_format_from_outside_is_read_everywhere(toy: Path, tmp_path: Path) -> 
     batches = []
     for data in (toy, tmp_path / "a.jsonl"):
         options: Any = PairStreamOptions(shuffle=False, augment=False, bad_share=0.5)
-        stream = Stream(data, options, config=tiny_config(), tokenizer=tiny_tokenizer(), batch_size=2, seed=0)
+        stream = Stream(
+            data, options, config=tiny_config(), tokenizer=tiny_tokenizer(), batch_size=2, seed=0
+        )
         batches.append(stream.batch(0))
     assert np.array_equal(batches[0].image, batches[1].image)
     assert np.array_equal(batches[0].input_ids, batches[1].input_ids)
@@ -78,7 +98,9 @@ def test_a_reader_names_its_broken_rows(form: str, tmp_path: Path) -> None:
     path = {
         "lines": lambda: write_lines(tmp_path / "a.jsonl", [good, "{cut"]),
         "pairs": lambda: write_lines(tmp_path / "a.csv", ["image,caption", "a.jpg,a cat", "b.jpg"]),
-        "shards": lambda: write_tar(tmp_path / "a.tar", {"0.jpg": picture(0), "0.txt": b"a cat", "1.json": b"{"}),
+        "shards": lambda: write_tar(
+            tmp_path / "a.tar", {"0.jpg": picture(0), "0.txt": b"a cat", "1.json": b"{"}
+        ),
     }[form]()
     assert records.find_reader(path) == form
     (rows,) = open_records(path).files

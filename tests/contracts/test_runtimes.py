@@ -38,8 +38,12 @@ class ToyGraph:
         self.graph = reference.ReferenceEvaluator(str(path))
 
     def run(self, inputs: Mapping[str, Tensor], *sizes: Any) -> dict[str, Tensor]:
-        results = self.graph.run(self.names, {name: value.numpy() for name, value in inputs.items()})
-        return {name: torch.from_numpy(value) for name, value in zip(self.names, results, strict=True)}
+        results = self.graph.run(
+            self.names, {name: value.numpy() for name, value in inputs.items()}
+        )
+        return {
+            name: torch.from_numpy(value) for name, value in zip(self.names, results, strict=True)
+        }
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +65,9 @@ def test_a_runtime_from_outside(tmp_path: Path) -> None:
     assert manifest.verification is not None
     assert manifest.verification.runtime.startswith("toy ")
     session = Session.load(tmp_path)
-    assert session.description == manifest.verification.runtime, "auto takes the runtime that an export is made for"
+    assert session.description == manifest.verification.runtime, (
+        "auto takes the runtime that an export is made for"
+    )
     pixels = torch.randn(2, 3, model.config.image_size, model.config.image_size)
     with torch.no_grad():
         expected = model.encode_image(pixels)

@@ -89,7 +89,10 @@ def made(recipe: Make, world: Path, tmp_path: Path) -> Make:
                 for element in json.loads((world / files.format(split)).read_text()):
                     boxes.setdefault(element["image"], []).append(element["bbox"])
             (tmp_path / "detections.json").write_text(json.dumps(boxes))
-            splits = {split: [files.format(split), str(tmp_path / "detections.json")] for split in ("val", "test")}
+            splits = {
+                split: [files.format(split), str(tmp_path / "detections.json")]
+                for split in ("val", "test")
+            }
             changes["data"] = {"root": str(world), "train": files.format("train"), "splits": splits}
         return recipe(kind, files, task=CASES[kind].options, **changes)
 
@@ -105,7 +108,9 @@ def _close(a: Any, b: Any) -> bool:
 
 
 def test_every_task_has_a_tiny_recipe() -> None:
-    assert {read_recipe(name, FINETUNING)["task"]["kind"] for name in NAMES} == {*KINDS} - {"weak_grounding"}
+    assert {read_recipe(name, FINETUNING)["task"]["kind"] for name in NAMES} == {*KINDS} - {
+        "weak_grounding"
+    }
     assert {*KINDS} == CASES.keys()
 
 
@@ -143,7 +148,9 @@ def test_official_weights_come_back_whole(kind: str, made: Make, tmp_path: Path)
     official = to_official(first.state_dict(), task.config, naming="fine-tuning")
     torch.save({"model": official}, tmp_path / "fine_tuned.th")
     assert load_weights(second, task, tmp_path / "fine_tuned.th")
-    assert all(torch.equal(second.state_dict()[name], value) for name, value in first.state_dict().items())
+    assert all(
+        torch.equal(second.state_dict()[name], value) for name, value in first.state_dict().items()
+    )
     again = to_official(second.state_dict(), task.config, naming="fine-tuning")
     assert again.keys() == official.keys()
     assert all(torch.equal(again[name], value) for name, value in official.items())
@@ -161,7 +168,9 @@ def test_a_few_steps(name: str, world: Path, pretrained: Path, tmp_path: Path) -
     recipe = load_finetune_recipe(name, overrides)
     assert in_processes(process, 1, tmp_path / "meet", recipe, {"at_step": 2}) == [-9]
     finetune(recipe)
-    metrics: dict[str, Any] = json.loads((folder / "evaluation/test/metrics.json").read_text())["metrics"]
+    metrics: dict[str, Any] = json.loads((folder / "evaluation/test/metrics.json").read_text())[
+        "metrics"
+    ]
     assert metrics
     assert set(metrics) <= set(TASKS[recipe.task.kind].metrics)
     assert evaluate(recipe, folder, "test", tmp_path / "again") == pytest.approx(metrics, abs=1e-6)
@@ -194,7 +203,10 @@ def test_a_task_from_outside(recipe: Make, world: Path, tmp_path: Path) -> None:
     """One file of 80 lines is fine-tuned, resumed, evaluated, asked, checked and exported."""
     for split in ("train", "val", "test"):
         elements = json.loads((world / f"retrieval_{split}.json").read_text())
-        captions = [each["caption"] if isinstance(each["caption"], str) else each["caption"][0] for each in elements]
+        captions = [
+            each["caption"] if isinstance(each["caption"], str) else each["caption"][0]
+            for each in elements
+        ]
         rows = [{"image": each["image"], "caption": text, "likeness": 0.9}
                 for each, text in zip(elements, captions, strict=True)]  # fmt: skip
         (tmp_path / f"likeness_{split}.json").write_text(json.dumps(rows[:24]))
@@ -206,7 +218,9 @@ def test_a_task_from_outside(recipe: Make, world: Path, tmp_path: Path) -> None:
     assert finetune(made).metrics == result.metrics
     assert result.metrics["test"]["closeness"] > 50
     run = Path(made.checkpoint.folder)
-    assert evaluate(made, run, "test", tmp_path / "again") == pytest.approx(result.metrics["test"], abs=1e-6)
+    assert evaluate(made, run, "test", tmp_path / "again") == pytest.approx(
+        result.metrics["test"], abs=1e-6
+    )
     request = [world / IMAGES[0]], ["a red circle"]
     predictor = xfm_fast.load(run)
     (row,) = predictor.predict(*request)
@@ -215,14 +229,18 @@ def test_a_task_from_outside(recipe: Make, world: Path, tmp_path: Path) -> None:
         predictor.predict(request[0], ["a", "b"])
     with pytest.raises(ConfigError, match=r"task\.knd .*kind"):
         recipe("likeness", "", data=data, task={"knd": 1})
-    options = Options(config=XFMConfig.preset("tiny", image_size=32, patch_size=8), image_root=world)
+    options = Options(
+        config=XFMConfig.preset("tiny", image_size=32, patch_size=8), image_root=world
+    )
     report = check([files.format("train")], "likeness", options)
     assert (report.ok, report.rows, report.texts) == (True, 24, 24)
     pytest.importorskip("onnxruntime", reason="exports are run by it")
     from xfm_fast.export import export_onnx
 
     model: Any = predictor.model
-    export_onnx(model, tmp_path / "out", graphs=("vision", "text"), companions=explanation(predictor.task))
+    export_onnx(
+        model, tmp_path / "out", graphs=("vision", "text"), companions=explanation(predictor.task)
+    )
     assert xfm_fast.load(tmp_path / "out").predict(*request)[0] == pytest.approx(row, abs=1e-4)
 
 
@@ -230,7 +248,9 @@ def test_a_task_from_outside_is_measured(monkeypatch: pytest.MonkeyPatch) -> Non
     """Its own losses on the reference ops are the judge, for it has no official procedure."""
     monkeypatch.setitem(machine.PROBE_SHAPE, "cpu", (128, 256, 256))
     monkeypatch.setitem(machine.COPY_BYTES, "cpu", 1 << 16)
-    step = StepOptions(random="tiny", quick=True, device="cpu", dtype=("fp32",), task="likeness", pairs=2)
+    step = StepOptions(
+        random="tiny", quick=True, device="cpu", dtype=("fp32",), task="likeness", pairs=2
+    )
     document = training.run(step)
     expected = [(OURS, "measured"), (training.REFERENCE_OPS, "measured")]
     assert [(row.backend, row.status) for row in document.rows] == expected

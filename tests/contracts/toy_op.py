@@ -64,7 +64,11 @@ _operator = differentiable(
 TOY = Op(
     "toy_scale",
     ToyScale,
-    {"inference": _on_cpu, "kernel": lambda a, call: _operator(a, call.chosen)[0], "reference": _reference},
+    {
+        "inference": _on_cpu,
+        "kernel": lambda a, call: _operator(a, call.chosen)[0],
+        "reference": _reference,
+    },
     kernels=("cpu",),
 )
 
@@ -108,4 +112,11 @@ def case(*_: object) -> OpCase:
     """The operation as a case of the kernels' benchmark."""
     work = Work("toy_scale", "64 × 32", flops=64 * 32, bytes=3 * 4 * 64 * 32)
     inputs = torch.randn(64, 32), torch.randn(32)
-    return OpCase("toy_scale", inputs, toy_scale, torch.mul, {"forward": work, "backward": None}, {EAGER: torch.mul})
+    return OpCase(
+        "toy_scale",
+        inputs,
+        toy_scale,
+        torch.mul,
+        {"forward": work, "backward": None},
+        {EAGER: torch.mul},
+    )

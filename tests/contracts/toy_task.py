@@ -8,7 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from xfm_fast.data.annotations import Annotation, AnnotationRows, Elements, Text, as_rows, read_array
+from xfm_fast.data.annotations import (
+    Annotation,
+    AnnotationRows,
+    Elements,
+    Text,
+    as_rows,
+    read_array,
+)
 from xfm_fast.data.files import Paths, find_files
 from xfm_fast.tasks.evaluation import Metrics, Row
 from xfm_fast.tasks.task import PairInput, Task, TaskModel, TaskOptions, register, require_inputs
@@ -30,11 +37,16 @@ class LikenessBatch(PairInput):
 
 
 def likeness_rows(paths: Paths) -> list[AnnotationRows[LikenessRecord]]:
-    return as_rows([Elements(str(path), read_array(path)) for path in find_files(paths)], LikenessRecord)
+    return as_rows(
+        [Elements(str(path), read_array(path)) for path in find_files(paths)], LikenessRecord
+    )
 
 
 def cosine(model: Any, image: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    return (model.project_image(model.encode_image(image)) * model.project_text(model.encode_text(ids, mask))).sum(-1)
+    return (
+        model.project_image(model.encode_image(image))
+        * model.project_text(model.encode_text(ids, mask))
+    ).sum(-1)
 
 
 @register
@@ -50,13 +62,20 @@ class LikenessTask(Task[LikenessOptions, LikenessRecord, Any, LikenessBatch]):
         return likeness_rows(paths)
 
     def item(self, record: LikenessRecord, rng: Any) -> tuple[Tensor, list[int], float]:
-        return self.pixels(record.image), self.caption_ids(record.caption, 30), record.likeness or 0.0
+        return (
+            self.pixels(record.image),
+            self.caption_ids(record.caption, 30),
+            record.likeness or 0.0,
+        )
 
     def collate(self, items: list[Any], rng: Any) -> LikenessBatch:
         images, texts, targets = zip(*items, strict=True)
         ids, mask = self.padded(texts)
         return LikenessBatch(
-            image=torch.stack(images), input_ids=ids, attention_mask=mask, targets=torch.tensor(targets)
+            image=torch.stack(images),
+            input_ids=ids,
+            attention_mask=mask,
+            targets=torch.tensor(targets),
         )
 
     def losses_of(self, model: Any, batch: LikenessBatch) -> dict[str, Tensor]:
@@ -69,7 +88,10 @@ class LikenessTask(Task[LikenessOptions, LikenessRecord, Any, LikenessBatch]):
         return [{"likeness": value} for value in cosine(model, pixels, ids, mask).tolist()]
 
     def score(self, rows: Sequence[Row], records: Sequence[LikenessRecord]) -> Metrics:
-        errors = [abs(row["likeness"] - (record.likeness or 0)) for row, record in zip(rows, records, strict=True)]
+        errors = [
+            abs(row["likeness"] - (record.likeness or 0))
+            for row, record in zip(rows, records, strict=True)
+        ]
         return {"closeness": 100 - 100 * sum(errors) / len(errors)}
 
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[LikenessRecord]:

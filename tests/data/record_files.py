@@ -17,7 +17,9 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.tokenizer import CaptionTokenizer
 
 
-def picture(number: int, size: tuple[int, int] = (40, 30), form: str = "JPEG", mode: str = "RGB") -> bytes:
+def picture(
+    number: int, size: tuple[int, int] = (40, 30), form: str = "JPEG", mode: str = "RGB"
+) -> bytes:
     """An encoded image, different for every number."""
     small = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     buffer = io.BytesIO()
@@ -47,7 +49,11 @@ def region(number: int) -> dict[str, Any]:
 
 def write_lines(path: Path, rows: Iterable[Any], *, end: str = "\n") -> Path:
     """Rows as line JSON; strings are written as they are."""
-    path.write_bytes(b"".join(((row if isinstance(row, str) else json.dumps(row)) + end).encode() for row in rows))
+    path.write_bytes(
+        b"".join(
+            ((row if isinstance(row, str) else json.dumps(row)) + end).encode() for row in rows
+        )
+    )
     return path
 
 
@@ -65,4 +71,6 @@ def tiny_config(**overrides: Any) -> XFMConfig:
 
 
 def tiny_tokenizer() -> CaptionTokenizer:
-    return CaptionTokenizer.train_on_texts(["picture number of a cat", "the dog", "whole", "red"], 320)
+    return CaptionTokenizer.train_on_texts(
+        ["picture number of a cat", "the dog", "whole", "red"], 320
+    )

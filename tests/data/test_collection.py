@@ -16,7 +16,12 @@ from tests.search.conftest import photos as photos
 from tests.search.conftest import write_picture
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import check_images
-from xfm_fast.data.collection import captioning_test_rows, open_collection, retrieval_rows, retrieval_test_rows
+from xfm_fast.data.collection import (
+    captioning_test_rows,
+    open_collection,
+    retrieval_rows,
+    retrieval_test_rows,
+)
 from xfm_fast.data.images import decode_pixels, record_pixels
 from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.records import image_at, open_records
@@ -47,7 +52,9 @@ def test_captions_beside_images_and_in_a_table(photos: Path) -> None:
     assert entries[1].caption is None
     assert [*faults] == ["trip/1.txt"]
     assert "is not UTF-8" in faults["trip/1.txt"]
-    (photos / "captions.csv").write_text("image,caption\n./2.png,two\ntrip/3.png,three\n2.png,again\ngone.png,none\n")
+    (photos / "captions.csv").write_text(
+        "image,caption\n./2.png,two\ntrip/3.png,three\n2.png,again\ngone.png,none\n"
+    )
     entries, faults = collection.listing()
     assert {entry.name: entry.captions for entry in entries if entry.captions} == {
         "2.png": ("two", "again"), "trip/3.png": ("three",)
@@ -62,9 +69,13 @@ def test_a_list_of_paths(photos: Path, form: str) -> None:
     rows += [{"image": "0.png", "caption": "again"}, {"image": "gone.png", "caption": "three"}]
     path = photos / f"list.{form}"
     if form == "csv":
-        path.write_text("image,caption\n" + "".join(f"{row['image']},{row['caption']}\n" for row in rows))
+        path.write_text(
+            "image,caption\n" + "".join(f"{row['image']},{row['caption']}\n" for row in rows)
+        )
     else:
-        path.write_text(json.dumps(rows) if form == "json" else "".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text(
+            json.dumps(rows) if form == "json" else "".join(json.dumps(row) + "\n" for row in rows)
+        )
     collection = open_collection(path)
     entries, faults = collection.listing()
     assert [(entry.name, entry.captions) for entry in entries] == [
@@ -85,7 +96,10 @@ def written(folder: Path, form: str) -> Path:
     names = ("a", "b")
     said = {"a": ["a red circle"], "b": ["a blue star", "a star"]}
     if form == "lines":
-        rows = [{"binary": base64.b64encode(picture(n)).decode(), "desc": said[name]} for n, name in enumerate(names)]
+        rows = [
+            {"binary": base64.b64encode(picture(n)).decode(), "desc": said[name]}
+            for n, name in enumerate(names)
+        ]
         return write_lines(folder / "pairs.jsonl", rows)
     if form == "shard":
         members = {f"{name}.jpg": picture(number) for number, name in enumerate(names)}
@@ -98,7 +112,9 @@ def written(folder: Path, form: str) -> Path:
             (folder / f"{name}.txt").write_text("\n".join(said[name]) + "\n")
         return folder
     table = folder / ("captions.csv" if form == "folder of a table" else "pairs.csv")
-    table.write_text("image,caption\n" + "".join(f"{name}.jpg,{each}\n" for name in names for each in said[name]))
+    table.write_text(
+        "image,caption\n" + "".join(f"{name}.jpg,{each}\n" for name in names for each in said[name])
+    )
     return table if form == "table" else folder
 
 
@@ -119,7 +135,11 @@ def test_one_convention_everywhere(form: str, tmp_path: Path) -> None:
         record = rows.read(row)
         assert torch.equal(record_pixels(record, ImageOptions(), rng), pixels[number])
         said = record["desc"]
-        assert [said] if isinstance(said, str) else said == [["a red circle"], ["a blue star", "a star"]][number]
+        assert (
+            [said]
+            if isinstance(said, str)
+            else said == [["a red circle"], ["a blue star", "a star"]][number]
+        )
     report = check(place, "pairs", Options(XFMConfig.preset("tiny")))
     assert (report.rows, report.broken) == (2, 0)
     # Fine-tuning, and its evaluation.
@@ -128,7 +148,12 @@ def test_one_convention_everywhere(form: str, tmp_path: Path) -> None:
     check_images(tests, tmp_path)
     for number, record in enumerate(tests):
         assert torch.equal(decode_pixels(image_at(tmp_path / record.image)), pixels[number])
-    texts = [text for rows in retrieval_test_rows(place) for record in rows.records() for text in record.caption]
+    texts = [
+        text
+        for rows in retrieval_test_rows(place)
+        for record in rows.records()
+        for text in record.caption
+    ]
     assert texts == ["a red circle", "a blue star", "a star"]
     trained = [record for rows in retrieval_rows(place) for record in rows.records()]
     assert [record.caption for record in trained] == texts
@@ -141,10 +166,16 @@ def test_a_table_in_a_folder_names_images_of_the_folder_only(tmp_path: Path) -> 
     for place in (folder / "a.jpg", tmp_path / "private.jpg"):
         place.write_bytes(picture(0))
     rows = [{"image": "./a.jpg", "caption": "a cat"}, {"image": "a.jpg", "caption": "one cat"}]
-    rows += [{"image": name, "caption": "a secret"} for name in ("../private.jpg", str(tmp_path / "private.jpg"))]
+    rows += [
+        {"image": name, "caption": "a secret"}
+        for name in ("../private.jpg", str(tmp_path / "private.jpg"))
+    ]
     (folder / "captions.json").write_text(json.dumps(rows))
     (read,) = open_records(folder).files
-    assert (len(read), read.read(0)) == (3, {"binary": folder / "a.jpg", "desc": ["a cat", "one cat"]})
+    assert (len(read), read.read(0)) == (
+        3,
+        {"binary": folder / "a.jpg", "desc": ["a cat", "one cat"]},
+    )
     for reader in (open_records(folder).files[0], captioning_test_rows(folder)[0]):
         for row in (1, 2):
             with pytest.raises(DataError, match=r"private\.jpg"):

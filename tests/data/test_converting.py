@@ -13,7 +13,9 @@ from xfm_fast.data.records import open_records
 from xfm_fast.data.streams import Quarantine
 from xfm_fast.errors import DataError, StorageError
 
-WRAPPED = "\n".join(base64_picture(0)[start : start + 60] for start in range(0, len(base64_picture(0)), 60))
+WRAPPED = "\n".join(
+    base64_picture(0)[start : start + 60] for start in range(0, len(base64_picture(0)), 60)
+)
 RECORDS: list[dict[str, Any]] = [
     *pairs(3),
     region(3),
@@ -32,7 +34,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _there_and_back(records: list[dict[str, Any]], folder: Path, **options: Any) -> list[dict[str, Any]]:
+def _there_and_back(
+    records: list[dict[str, Any]], folder: Path, **options: Any
+) -> list[dict[str, Any]]:
     to_shards(write_lines(folder / "a.jsonl", records), folder / "shards", **options)
     to_lines(folder / "shards", folder / "b.jsonl")
     return _rows(folder / "b.jsonl")
@@ -49,7 +53,12 @@ def test_shards_are_deterministic_webdataset(tmp_path: Path) -> None:
     done = to_shards(lines, tmp_path / "shards", samples_per_shard=2)
     assert (done.rows, done.skipped, len(done.files)) == (3, 0, 2)
     with tarfile.open(done.files[0]) as archive:
-        assert archive.getnames() == ["000000000.jpg", "000000000.txt", "000000001.jpg", "000000001.txt"]
+        assert archive.getnames() == [
+            "000000000.jpg",
+            "000000000.txt",
+            "000000001.jpg",
+            "000000001.txt",
+        ]
     to_shards(lines, tmp_path / "again", samples_per_shard=2)
     assert done.files[0].read_bytes() == (tmp_path / "again" / done.files[0].name).read_bytes()
     assert len(to_shards(lines, tmp_path / "small", bytes_per_shard=3000).files) > 1
@@ -63,18 +72,25 @@ def test_shards_are_deterministic_webdataset(tmp_path: Path) -> None:
 
 def test_broken_rows_are_left_out_and_listed(tmp_path: Path) -> None:
     lines = write_lines(tmp_path / "a.jsonl", [*pairs(2), "{cut", {"binary": "a", "desc": "b"}])
-    done = to_shards(lines, tmp_path / "shards", quarantine=Quarantine(tmp_path / "q.jsonl", tolerate_bad=0.5))
+    done = to_shards(
+        lines, tmp_path / "shards", quarantine=Quarantine(tmp_path / "q.jsonl", tolerate_bad=0.5)
+    )
     assert (done.rows, done.skipped) == (2, 2)
     assert [entry["row"] for entry in _rows(tmp_path / "q.jsonl")] == [3, 4]
     for convert, target in ((to_shards, "other"), (to_lines, "other.jsonl")):
         with pytest.raises(DataError, match="2 of 4"):
             convert(lines, tmp_path / target)
         assert not (tmp_path / target).exists()
-    shard = write_tar(tmp_path / "a.tar", {"0.jpg": picture(0), "0.cls": b"1", "1.jpg": picture(1), "1.seg.png": b"x"})
+    shard = write_tar(
+        tmp_path / "a.tar",
+        {"0.jpg": picture(0), "0.cls": b"1", "1.jpg": picture(1), "1.seg.png": b"x"},
+    )
     assert to_lines(shard, tmp_path / "b.jsonl").ignored == {"cls": 1, "seg.png": 1}
 
 
-def test_existing_files_stay_and_failures_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_files_stay_and_failures_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines = write_lines(tmp_path / "a.jsonl", pairs(1))
     (tmp_path / "empty").mkdir()
     to_shards(lines, tmp_path / "empty")
@@ -101,16 +117,24 @@ def test_tables_of_file_names_carry_their_images(tmp_path: Path, name: str) -> N
     rows = [{"image": f"{number}.jpg", "caption": f"picture {number}"} for number in (0, 1, 2, 9)]
     rows.append({"image": "0.jpg", "caption": "again"})
     if name.endswith(".csv"):
-        (tmp_path / name).write_text("image,caption\n" + "".join(f"{row['image']},{row['caption']}\n" for row in rows))
+        (tmp_path / name).write_text(
+            "image,caption\n" + "".join(f"{row['image']},{row['caption']}\n" for row in rows)
+        )
     else:
         write_lines(tmp_path / name, rows)
     bad = Quarantine(None, tolerate_bad=0.5)
     assert to_shards(tmp_path / name, tmp_path / "shards", quarantine=bad).rows == 3
-    done = to_lines(tmp_path / name, tmp_path / "lines.jsonl", quarantine=Quarantine(None, tolerate_bad=0.5))
+    done = to_lines(
+        tmp_path / name, tmp_path / "lines.jsonl", quarantine=Quarantine(None, tolerate_bad=0.5)
+    )
     assert (done.rows, done.skipped) == (3, 1)
-    expected = [{"binary": base64_picture(number), "desc": f"picture {number}"} for number in range(3)]
+    expected = [
+        {"binary": base64_picture(number), "desc": f"picture {number}"} for number in range(3)
+    ]
     expected[0]["desc"] = ["picture 0", "again"]  # type: ignore[assignment]
-    found = [{key: row[key] for key in ("binary", "desc")} for row in _rows(tmp_path / "lines.jsonl")]
+    found = [
+        {key: row[key] for key in ("binary", "desc")} for row in _rows(tmp_path / "lines.jsonl")
+    ]
     assert found == expected
     to_lines(tmp_path / "shards", tmp_path / "back.jsonl")
     assert _rows(tmp_path / "back.jsonl") == expected

@@ -37,25 +37,40 @@ def table(folder: Path, names: Callable[[int], str]) -> Path:
 
 def lines(folder: Path) -> Path:
     folder.mkdir()
-    rows = ({"binary": base64.b64encode(each).decode(), "desc": "a cat"} for each in reversed(CONTENTS))
+    rows = (
+        {"binary": base64.b64encode(each).decode(), "desc": "a cat"} for each in reversed(CONTENTS)
+    )
     return write_lines(folder / "pairs.jsonl", rows)
 
 
 def shard(folder: Path) -> Path:
     folder.mkdir()
     members = {
-        f"{n:03}.{end}": [each, b"a cat"][end == "txt"] for n, each in enumerate(CONTENTS) for end in ("jpg", "txt")
+        f"{n:03}.{end}": [each, b"a cat"][end == "txt"]
+        for n, each in enumerate(CONTENTS)
+        for end in ("jpg", "txt")
     }
     return write_tar(folder / "0.tar", members)
 
 
 def opened(
-    path: Path, share: float = SHARE, observer: Callable[[bytes], None] | None = None, batch_size: int = 8
+    path: Path,
+    share: float = SHARE,
+    observer: Callable[[bytes], None] | None = None,
+    batch_size: int = 8,
 ) -> Stream[PairBatch]:
     vocabulary = CaptionTokenizer.train_on_texts(["a cat number"], 300)
     config = XFMConfig.preset("tiny", vocab_size=vocabulary.vocab_size)
     options = PairStreamOptions(hold_out=share, augment=False)
-    return Stream(path, options, config=config, tokenizer=vocabulary, batch_size=batch_size, seed=0, observer=observer)
+    return Stream(
+        path,
+        options,
+        config=config,
+        tokenizer=vocabulary,
+        batch_size=batch_size,
+        seed=0,
+        observer=observer,
+    )
 
 
 def test_the_bytes_decide_in_every_form_of_data(tmp_path: Path) -> None:
@@ -119,7 +134,11 @@ def test_texts_have_nothing_to_hold_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_loaders_read_is_known_afterwards(workers: int, tmp_path: Path) -> None:
     """Also after a restart, which reads other images, and on top of what initial weights were trained on."""
-    path, run, later = table(tmp_path / "a", lambda number: f"{number}.jpg"), tmp_path / "run", tmp_path / "later"
+    path, run, later = (
+        table(tmp_path / "a", lambda number: f"{number}.jpg"),
+        tmp_path / "run",
+        tmp_path / "later",
+    )
     names = [f"{number}.jpg" for number in range(COUNT)]
     run.mkdir()
     later.mkdir()

@@ -15,7 +15,15 @@ from PIL import Image, ImageOps
 from PIL.Image import Resampling
 
 from tests.serve.conftest import inflating_png, scans
-from xfm_fast.data.images import MEAN, STD, decode_image, decode_pixels, image_size, load_image, to_rgb
+from xfm_fast.data.images import (
+    MEAN,
+    STD,
+    decode_image,
+    decode_pixels,
+    image_size,
+    load_image,
+    to_rgb,
+)
 from xfm_fast.errors import DataError
 
 
@@ -44,7 +52,8 @@ def _png(
     header = struct.pack(">IIBBBBB", width, height, bits, mode, 0, 0, interlaced)
     parts = ((b"IHDR", header), *chunks, (b"IDAT", zlib.compress(pixels)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in parts
     )
 
 
@@ -52,7 +61,9 @@ def test_transform_is_the_official_one() -> None:
     picture = _picture()
     ours = load_image(_bytes(picture), 32)
     resized = np.asarray(picture.resize((32, 32), Resampling.BICUBIC), dtype=np.float32) / 255
-    expected = torch.from_numpy((resized - np.array(MEAN, np.float32)) / np.array(STD, np.float32)).permute(2, 0, 1)
+    expected = torch.from_numpy(
+        (resized - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
+    ).permute(2, 0, 1)
     assert ours.shape == (3, 32, 32)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
@@ -121,7 +132,9 @@ def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
         (_png(0, 5), "."),
     ],
 )
-def test_bad_bytes_are_one_clear_error(data: bytes, message: str, recwarn: pytest.WarningsRecorder) -> None:
+def test_bad_bytes_are_one_clear_error(
+    data: bytes, message: str, recwarn: pytest.WarningsRecorder
+) -> None:
     for decode in (decode_image, decode_pixels):
         with pytest.raises(DataError, match=rf"photo\.jpg.*{message}"):
             decode(data, "photo.jpg")
@@ -156,12 +169,20 @@ def test_what_is_cut_off_is_refused_or_was_nothing(form: str) -> None:
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 def test_pixels_are_those_of_pillow(form: str) -> None:
-    for mode in ("RGB", "L", "CMYK", "YCbCr") if form == "JPEG" else ("RGB", "L", "P", "RGBA", "LA", "1"):
-        for options in ({}, {"quality": 30, "progressive": True, "subsampling": 2}) if form == "JPEG" else ({},):
+    for mode in (
+        ("RGB", "L", "CMYK", "YCbCr") if form == "JPEG" else ("RGB", "L", "P", "RGBA", "LA", "1")
+    ):
+        for options in (
+            ({}, {"quality": 30, "progressive": True, "subsampling": 2})
+            if form == "JPEG"
+            else ({},)
+        ):
             data = _bytes(_picture(mode), form, **options)
             pixels = decode_pixels(data)
             assert pixels.dtype == torch.uint8
-            assert torch.equal(pixels, torch.from_numpy(np.array(decode_image(data))).permute(2, 0, 1))
+            assert torch.equal(
+                pixels, torch.from_numpy(np.array(decode_image(data))).permute(2, 0, 1)
+            )
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,13 @@ def _check(batch: TextBatch, texts: list[EncodedText]) -> None:
         assert batch.attention_mask[row].tolist() == [1] * length + [0] * (width - length)
         assert batch.masked_positions[row].tolist() == text.positions + [0] * (most - count)
         assert batch.masked_labels[row].tolist() == text.labels + [-100] * (most - count)
-    for name in ("input_ids", "masked_input_ids", "attention_mask", "masked_positions", "masked_labels"):
+    for name in (
+        "input_ids",
+        "masked_input_ids",
+        "attention_mask",
+        "masked_positions",
+        "masked_labels",
+    ):
         assert getattr(batch, name).dtype == torch.int64
         assert len(getattr(batch, name)) == len(texts)
 
@@ -85,18 +91,27 @@ def _samples(counts: list[int]) -> tuple[list[RegionSample], list[list[EncodedTe
             RegionSample(
                 image=torch.full((3, 4, 4), float(image)),
                 texts=tuple(f"{image} {number}" for number in range(count)),
-                boxes=torch.stack([torch.full((count,), image / 100), numbers / 10, numbers, numbers], 1).float(),
+                boxes=torch.stack(
+                    [torch.full((count,), image / 100), numbers / 10, numbers, numbers], 1
+                ).float(),
                 region_mask=mask,
                 is_image=numbers == 0,
             )
         )
-        texts.append([EncodedText([0, 100 * image + n, 2], [0, 9, 2], [1], [100 * image + n]) for n in range(count)])
+        texts.append(
+            [
+                EncodedText([0, 100 * image + n, 2], [0, 9, 2], [1], [100 * image + n])
+                for n in range(count)
+            ]
+        )
     return samples, texts
 
 
 def _regions(counts: list[int], batch_size: int, seed: int = 0) -> RegionBatch:
     samples, texts = _samples(counts)
-    return collate_regions(samples, texts, batch_size, np.random.default_rng(seed), pad_token_id=PAD)
+    return collate_regions(
+        samples, texts, batch_size, np.random.default_rng(seed), pad_token_id=PAD
+    )
 
 
 @given(
@@ -106,7 +121,13 @@ def _regions(counts: list[int], batch_size: int, seed: int = 0) -> RegionBatch:
 )
 def test_regions_fill_the_batch_exactly(counts: list[int], batch_size: int, seed: int) -> None:
     batch = _regions(counts, batch_size, seed)
-    assert len(batch.input_ids) == len(batch.boxes) == len(batch.region_mask) == len(batch.is_image) == batch_size
+    assert (
+        len(batch.input_ids)
+        == len(batch.boxes)
+        == len(batch.region_mask)
+        == len(batch.is_image)
+        == batch_size
+    )
     assert batch.image_index.dtype == torch.int64
     numbers = batch.input_ids[:, 1]
     images, within = numbers // 100, numbers % 100

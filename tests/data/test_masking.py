@@ -22,7 +22,9 @@ def _mask(
     length: int, options: MaskingOptions, rng: np.random.Generator, starts: list[bool] | None = None
 ) -> MaskedText:
     ids = list(range(1000, 1000 + length))
-    return mask_tokens(ids, options, rng, vocab_size=VOCABULARY, mask_token_id=MASK, word_starts=starts)
+    return mask_tokens(
+        ids, options, rng, vocab_size=VOCABULARY, mask_token_id=MASK, word_starts=starts
+    )
 
 
 @given(
@@ -33,7 +35,9 @@ def _mask(
     size=st.integers(1, 6),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_exactly_that_many(length: int, probability: float, most: int, skipgrams: float, size: int, seed: int) -> None:
+def test_exactly_that_many(
+    length: int, probability: float, most: int, skipgrams: float, size: int, seed: int
+) -> None:
     options = MaskingOptions(probability, most, skipgrams, size)
     masked = _mask(length, options, np.random.default_rng(seed))
     assert len(masked.positions) == min(most, max(1, round(length * probability)), length - 1)
@@ -48,7 +52,9 @@ def test_exactly_that_many(length: int, probability: float, most: int, skipgrams
     assert masked == _mask(length, options, np.random.default_rng(seed))
 
 
-def _statistics(length: int, options: MaskingOptions, draws: int, seed: int) -> tuple[np.ndarray, int, int]:
+def _statistics(
+    length: int, options: MaskingOptions, draws: int, seed: int
+) -> tuple[np.ndarray, int, int]:
     """Shares <mask>/random/kept, right neighbour masked, second and last position masked; number of masked tokens."""
     rng = np.random.default_rng(seed)
     fates, neighbours, second, last, total = np.zeros(3), 0, 0, 0, 0
@@ -63,7 +69,11 @@ def _statistics(length: int, options: MaskingOptions, draws: int, seed: int) -> 
         second += 1 in positions
         last += length - 1 in positions
     (count,) = counts
-    return np.array([*(fates / total), neighbours / total, second / draws, last / draws]), total, count
+    return (
+        np.array([*(fates / total), neighbours / total, second / draws, last / draws]),
+        total,
+        count,
+    )
 
 
 def _band(expected: np.ndarray, count: int, draws: int) -> np.ndarray:
@@ -80,7 +90,9 @@ def test_statistics_are_the_official_ones() -> None:
     draws = 2000
     for seed, (case, official) in enumerate(load_json("masking/text_masking_stats").items()):
         probability, most, length = re.search(r"_p([\d.]+)_max(\d+)_len(\d+)", case).groups()
-        ours, _, count = _statistics(int(length), MaskingOptions(float(probability), int(most)), draws, seed)
+        ours, _, count = _statistics(
+            int(length), MaskingOptions(float(probability), int(most)), draws, seed
+        )
         assert [count] == official["n_masked"], case
         expected = np.array(
             [
@@ -90,7 +102,11 @@ def test_statistics_are_the_official_ones() -> None:
                 official["freq_last"],
             ]
         )
-        assert (np.abs(ours - expected) <= _band(expected, count, draws)).all(), (case, ours, expected)
+        assert (np.abs(ours - expected) <= _band(expected, count, draws)).all(), (
+            case,
+            ours,
+            expected,
+        )
 
 
 @given(
@@ -116,7 +132,9 @@ def test_whole_words_stay_whole(words: list[int], probability: float, most: int,
     assert len(masked.positions) > wanted - max(words)
 
 
-def plain_block_mask(grid: int, count: int, least: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+def plain_block_mask(
+    grid: int, count: int, least: int, rng: np.random.Generator
+) -> NDArray[np.bool_]:
     """The rule as it is told, on an array."""
     mask = np.zeros((grid, grid), dtype=bool)
     while mask.sum() < count:
@@ -144,15 +162,24 @@ def plain_block_mask(grid: int, count: int, least: int, rng: np.random.Generator
     return flat
 
 
-@given(grid=st.integers(1, 16), share=st.floats(0, 1), least=st.integers(1, 40), seed=st.integers(0, 2**32 - 1))
-def test_exactly_that_many_and_the_same_as_the_plain_generator(grid: int, share: float, least: int, seed: int) -> None:
+@given(
+    grid=st.integers(1, 16),
+    share=st.floats(0, 1),
+    least=st.integers(1, 40),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_exactly_that_many_and_the_same_as_the_plain_generator(
+    grid: int, share: float, least: int, seed: int
+) -> None:
     count = round(share * grid * grid)
     mask = block_mask(grid, count, least, np.random.default_rng(seed))
     assert mask.sum() == count
     assert np.array_equal(mask, plain_block_mask(grid, count, least, np.random.default_rng(seed)))
 
 
-def _deviations(masks: NDArray[np.bool_], official: dict[str, float]) -> tuple[NDArray[np.float64], float]:
+def _deviations(
+    masks: NDArray[np.bool_], official: dict[str, float]
+) -> tuple[NDArray[np.float64], float]:
     """In standard errors: of every position's frequency, and of the mean share of neighbours that are both hidden."""
     frequency = np.array(official["position_frequency"])
     both = 1 / len(masks) + 1 / official["draws"]
@@ -167,14 +194,23 @@ def _deviations(masks: NDArray[np.bool_], official: dict[str, float]) -> tuple[N
 
 
 @pytest.mark.parametrize(
-    ("case", "grid", "count", "least"), [("grid14_masked75_min16", 14, 75, 16), ("grid4_masked6_min2", 4, 6, 2)]
+    ("case", "grid", "count", "least"),
+    [("grid14_masked75_min16", 14, 75, 16), ("grid4_masked6_min2", 4, 6, 2)],
 )
-def test_block_statistics_are_the_official_ones(case: str, grid: int, count: int, least: int) -> None:
+def test_block_statistics_are_the_official_ones(
+    case: str, grid: int, count: int, least: int
+) -> None:
     official = load_json("masking/stats")[case]
     rng = np.random.default_rng(20)
-    masks = np.stack([block_mask(grid, count, least, rng) for _ in range(DRAWS)]).reshape(-1, grid, grid)
+    masks = np.stack([block_mask(grid, count, least, rng) for _ in range(DRAWS)]).reshape(
+        -1, grid, grid
+    )
     positions, mean = _deviations(masks, official)
     assert np.abs(positions).max() < 4.5
     assert abs(mean) < 4
-    smaller = np.stack([block_mask(grid, count, max(least // 2, 1), rng) for _ in range(4000)]).reshape(-1, grid, grid)
-    assert abs(_deviations(smaller, official)[1]) > 4, "the band does not tell blocks of another size"
+    smaller = np.stack(
+        [block_mask(grid, count, max(least // 2, 1), rng) for _ in range(4000)]
+    ).reshape(-1, grid, grid)
+    assert abs(_deviations(smaller, official)[1]) > 4, (
+        "the band does not tell blocks of another size"
+    )

@@ -14,12 +14,20 @@ from xfm_fast.training.recipe_fields import AnyStream
 def _recipe(folder: Path, *overrides: str) -> Any:
     return load_recipe(
         "pretrain_tiny_shapes",
-        ["shapes=null", f"data={folder}", f"checkpoint.folder={folder}/run", "streams.images=null", *overrides],
+        [
+            "shapes=null",
+            f"data={folder}",
+            f"checkpoint.folder={folder}/run",
+            "streams.images=null",
+            *overrides,
+        ],
     )
 
 
 def test_a_recipe_has_every_option_of_a_stream() -> None:
-    streams = {stream.model_fields["kind"].default: stream for stream in get_args(get_args(AnyStream)[0])}
+    streams = {
+        stream.model_fields["kind"].default: stream for stream in get_args(get_args(AnyStream)[0])
+    }
     assert set(streams) == set(STREAM_KINDS)
     for kind, options in STREAM_KINDS.items():
         assert issubclass(streams[kind], options)
@@ -34,7 +42,10 @@ def test_fields_and_folders_of_a_recipe_reach_the_reader(tmp_path: Path) -> None
     write_lines(tmp_path / "pairs_train.jsonl", rows)
     write_lines(tmp_path / "plain.jsonl", pairs(50))
     more = ["streams.regions=null", "streams.text=null"]
-    named = [f"streams.pairs.{given}" for given in ("image_key=file", "caption_key=said", "image_root=images")]
+    named = [
+        f"streams.pairs.{given}"
+        for given in ("image_key=file", "caption_key=said", "image_root=images")
+    ]
     with join_processes("cpu") as place:
         by_path = open_sources(_recipe(tmp_path, *more, *named), place)["pairs"].batch(0)
         plain = _recipe(tmp_path, *more, "streams.pairs.paths=plain.jsonl")

@@ -9,18 +9,32 @@ from hypothesis import strategies as st
 from xfm_fast.data.streams import permuted, replacement, shuffled
 
 
-@given(st.integers(1, 700), st.integers(0, 2**63), st.integers(0, 5), st.one_of(st.none(), st.integers(1, 800)))
-def test_an_epoch_visits_every_row_once(count: int, seed: int, epoch: int, window: int | None) -> None:
-    assert sorted(shuffled(place, count, seed, epoch, window) for place in range(count)) == list(range(count))
+@given(
+    st.integers(1, 700),
+    st.integers(0, 2**63),
+    st.integers(0, 5),
+    st.one_of(st.none(), st.integers(1, 800)),
+)
+def test_an_epoch_visits_every_row_once(
+    count: int, seed: int, epoch: int, window: int | None
+) -> None:
+    assert sorted(shuffled(place, count, seed, epoch, window) for place in range(count)) == list(
+        range(count)
+    )
 
 
 def test_orders_of_few_rows_are_about_equally_likely() -> None:
     seeds = 6000
     for count in (3, 4):
-        seen = Counter(tuple(shuffled(place, count, seed, 0) for place in range(count)) for seed in range(seeds))
+        seen = Counter(
+            tuple(shuffled(place, count, seed, 0) for place in range(count))
+            for seed in range(seeds)
+        )
         expected = seeds / factorial(count)
         assert len(seen) == factorial(count)
-        assert sum((times - expected) ** 2 / expected for times in seen.values()) < 3 * factorial(count)
+        assert sum((times - expected) ** 2 / expected for times in seen.values()) < 3 * factorial(
+            count
+        )
 
 
 def test_large_numbers_of_rows() -> None:

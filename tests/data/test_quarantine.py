@@ -36,7 +36,13 @@ def test_an_entry_says_what_and_where(tmp_path: Path) -> None:
 def test_rows_are_listed_once_over_processes_and_restarts(tmp_path: Path) -> None:
     rows = _file(tmp_path / "a.jsonl")
     first, second = (Quarantine(tmp_path / "q.jsonl") for _ in range(2))
-    for quarantine in (first, second, first, pickle.loads(pickle.dumps(second)), Quarantine(tmp_path / "q.jsonl")):
+    for quarantine in (
+        first,
+        second,
+        first,
+        pickle.loads(pickle.dumps(second)),
+        Quarantine(tmp_path / "q.jsonl"),
+    ):
         quarantine.add(rows, 3, ERROR)
         quarantine.add(rows, 4, ERROR)
     assert [entry["row"] for entry in _entries(tmp_path / "q.jsonl")] == [4, 5]
@@ -49,13 +55,19 @@ def test_rows_are_listed_once_over_processes_and_restarts(tmp_path: Path) -> Non
     assert Quarantine(tmp_path / "q.jsonl").count(rows) == 4
 
 
-@pytest.mark.parametrize(("rows", "tolerate", "allowed"), [(199, 0.01, 1), (200, 0.01, 2), (1000, 0.0, 1)])
+@pytest.mark.parametrize(
+    ("rows", "tolerate", "allowed"), [(199, 0.01, 1), (200, 0.01, 2), (1000, 0.0, 1)]
+)
 def test_the_limit(tmp_path: Path, rows: int, tolerate: float, allowed: int) -> None:
     file = ListRows([{}] * rows, "memory")
-    quarantine = Quarantine(tmp_path / "q.jsonl", tolerate_bad=tolerate, setting="streams.pairs.bad_share")
+    quarantine = Quarantine(
+        tmp_path / "q.jsonl", tolerate_bad=tolerate, setting="streams.pairs.bad_share"
+    )
     for row in range(allowed):
         quarantine.add(file, row, ERROR)
-    with pytest.raises(DataError, match=rf"memory.*{allowed + 1} of {rows}.*streams\.pairs\.bad_share$"):
+    with pytest.raises(
+        DataError, match=rf"memory.*{allowed + 1} of {rows}.*streams\.pairs\.bad_share$"
+    ):
         pickle.loads(pickle.dumps(quarantine)).add(file, allowed, ERROR)
     with pytest.raises(DataError, match=r"1\.5"):
         Quarantine(tolerate_bad=1.5)
@@ -84,10 +96,15 @@ def _write_many(process: int, folder: Path) -> None:
 def test_processes_write_together(tmp_path: Path) -> None:
     _file(tmp_path / "a.jsonl", 100)
     # Forked, since importing everything anew would take most of the time of this file.
-    processes = [get_context("fork").Process(target=_write_many, args=(number, tmp_path)) for number in range(3)]
+    processes = [
+        get_context("fork").Process(target=_write_many, args=(number, tmp_path))
+        for number in range(3)
+    ]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    assert sorted(int(str(entry["row"])) for entry in _entries(tmp_path / "q.jsonl")) == list(range(1, 61))
+    assert sorted(int(str(entry["row"])) for entry in _entries(tmp_path / "q.jsonl")) == list(
+        range(1, 61)
+    )

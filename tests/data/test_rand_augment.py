@@ -35,7 +35,9 @@ class _Sign(np.random.Generator):
         return self.value
 
 
-def _apply(operation: Operation, picture: Image.Image, level: float = 7, positive: bool = True) -> Pixels:
+def _apply(
+    operation: Operation, picture: Image.Image, level: float = 7, positive: bool = True
+) -> Pixels:
     return np.asarray(operation(picture, level, _Sign(positive)))
 
 
@@ -79,7 +81,9 @@ def _sharpness(pixels: Pixels) -> Pixels:
         ("Sharpness", _sharpness),
     ],
 )
-def test_colour_operations_are_what_their_definition_says(name: str, definition: Callable[[Pixels], Pixels]) -> None:
+def test_colour_operations_are_what_their_definition_says(
+    name: str, definition: Callable[[Pixels], Pixels]
+) -> None:
     for picture in (_picture(), _picture(1, (224, 224))):
         expected = definition(np.asarray(picture)).astype(int)
         # Truncation after arithmetic in single or double precision may differ by one level.
@@ -88,7 +92,9 @@ def test_colour_operations_are_what_their_definition_says(name: str, definition:
         assert difference.mean() < 0.01
 
 
-def _warped(pixels: Pixels, matrix: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def _warped(
+    pixels: Pixels, matrix: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """cv2.warpAffine by definition: pixel p of the result shows the source at matrix⁻¹ p, interpolated bilinearly.
 
     Returns the values, and where all four source pixels are inside the image.
@@ -144,7 +150,9 @@ INCREASING: dict[str, Callable[[NDArray[np.int64]], NDArray[Any]]] = {
     "Solarize": lambda pixels: np.where(pixels < 26, pixels, 255 - pixels),
     "SolarizeAdd": lambda pixels: np.where(pixels < 128, np.minimum(pixels + 99, 255), pixels),
     "Brightness": lambda pixels: np.clip(pixels * 1.81, 0, 255),
-    "Contrast": lambda pixels: np.clip(_mean_grey(pixels) + 1.81 * (pixels - _mean_grey(pixels)), 0, 255),
+    "Contrast": lambda pixels: np.clip(
+        _mean_grey(pixels) + 1.81 * (pixels - _mean_grey(pixels)), 0, 255
+    ),
     "Color": lambda pixels: np.clip(_grey(pixels) + 1.81 * (pixels - _grey(pixels)), 0, 255),
 }
 
@@ -175,8 +183,19 @@ def test_the_list_of_imagenet_and_its_warps() -> None:
     moved = _apply(operations["TranslateX"], picture, 10)  # 0.45 of the width, 18 pixels
     assert np.array_equal(moved[:, 18:], np.asarray(picture)[:, :22])
     assert (moved[:, :18] == IMAGENET_FILL).all()
-    assert np.array_equal(_apply(operations["TranslateY"], picture, 10)[18:], np.asarray(picture)[:22])
+    assert np.array_equal(
+        _apply(operations["TranslateY"], picture, 10)[18:], np.asarray(picture)[:22]
+    )
     turned = picture.rotate(27, Image.Resampling.BICUBIC, fillcolor=IMAGENET_FILL)
-    assert np.abs(_apply(operations["Rotate"], picture, 9).astype(int) - np.asarray(turned)).max() <= 1
-    sheared = picture.transform((40, 40), Image.Transform.AFFINE, (1, 0.27, 0, 0, 1, 0), Image.Resampling.BICUBIC)
-    assert np.abs(_apply(operations["ShearX"], picture, 9).astype(int) - np.asarray(sheared))[:, :25].max() <= 1
+    assert (
+        np.abs(_apply(operations["Rotate"], picture, 9).astype(int) - np.asarray(turned)).max() <= 1
+    )
+    sheared = picture.transform(
+        (40, 40), Image.Transform.AFFINE, (1, 0.27, 0, 0, 1, 0), Image.Resampling.BICUBIC
+    )
+    assert (
+        np.abs(_apply(operations["ShearX"], picture, 9).astype(int) - np.asarray(sheared))[
+            :, :25
+        ].max()
+        <= 1
+    )

@@ -31,14 +31,20 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 def _plain(path: Path) -> list[tuple[int, object]]:
     """The twin: the whole file, line by line."""
     text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    return [(number, json.loads(line)) for number, line in enumerate(text.split(b"\n"), 1) if line.strip()]
+    return [
+        (number, json.loads(line))
+        for number, line in enumerate(text.split(b"\n"), 1)
+        if line.strip()
+    ]
 
 
 def _all(file: LineFile | ShardFile) -> list[tuple[int | str, object]]:
     return [(file.label(row), file.read(row)) for row in range(len(file))]
 
 
-objects = st.dictionaries(st.text(max_size=5), st.one_of(st.text(max_size=30), st.integers(), st.none()), max_size=4)
+objects = st.dictionaries(
+    st.text(max_size=5), st.one_of(st.text(max_size=30), st.integers(), st.none()), max_size=4
+)
 blank = st.sampled_from(["", " ", "\t ", "\r"])
 
 
@@ -47,7 +53,12 @@ blank = st.sampled_from(["", " ", "\t ", "\r"])
     mark=st.booleans(), carriage=st.booleans(), last=st.booleans(), chunk=st.sampled_from([1, 3, 64, 1 << 20]),
 )  # fmt: skip
 def test_any_row_is_what_reading_line_by_line_gives(
-    tmp_path_factory: pytest.TempPathFactory, lines: list[str], mark: bool, carriage: bool, last: bool, chunk: int
+    tmp_path_factory: pytest.TempPathFactory,
+    lines: list[str],
+    mark: bool,
+    carriage: bool,
+    last: bool,
+    chunk: int,
 ) -> None:
     end = "\r\n" if carriage else "\n"
     content = end.join(lines) + (end if last else "")
@@ -67,7 +78,9 @@ def test_any_row_is_what_reading_line_by_line_gives(
         records._CHUNK = before
 
 
-def test_index_is_kept_beside_the_data_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_index_is_kept_beside_the_data_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"a": 1}, {"a": 2}])
     assert len(LineFile(path)) == 2
     side = tmp_path / ".a.jsonl.index"
@@ -104,7 +117,9 @@ FOREIGN: dict[str, Callable[[np.ndarray], Any]] = {
     "an offset before the file": lambda index: index.__setitem__(4, -5),
     "an offset behind the file": lambda index: index.__setitem__(5, 1 << 40),
     "offsets of another file": lambda index: index.__setitem__(slice(5, 7), index[5:7] + 3),
-    "offsets in another order": lambda index: index.__setitem__(slice(4, 7), index[4:7][::-1].copy()),
+    "offsets in another order": lambda index: index.__setitem__(
+        slice(4, 7), index[4:7][::-1].copy()
+    ),
     "a shorter file": lambda index: index.__setitem__(7, index[7] - 1),
     "a number too many": lambda index: np.append(index, 7),
     "a number too few": lambda index: index[:-1],
@@ -114,11 +129,15 @@ FOREIGN: dict[str, Callable[[np.ndarray], Any]] = {
 
 @pytest.mark.parametrize("change", FOREIGN.values(), ids=FOREIGN)
 @pytest.mark.parametrize("kind", ["lines", "shard"])
-def test_foreign_indexes_are_made_again(tmp_path: Path, kind: str, change: Callable[[np.ndarray], Any]) -> None:
+def test_foreign_indexes_are_made_again(
+    tmp_path: Path, kind: str, change: Callable[[np.ndarray], Any]
+) -> None:
     if kind == "lines":
         path = write_lines(tmp_path / "a.jsonl", pairs(3))
     else:
-        path = write_tar(tmp_path / "a.tar", {f"{n}.json": json.dumps({"n": n}).encode() for n in range(3)})
+        path = write_tar(
+            tmp_path / "a.tar", {f"{n}.json": json.dumps({"n": n}).encode() for n in range(3)}
+        )
     opened = LineFile if kind == "lines" else ShardFile
     expected = _all(opened(path))
     _indexed(path, change)
@@ -128,7 +147,9 @@ def test_foreign_indexes_are_made_again(tmp_path: Path, kind: str, change: Calla
 
 
 @pytest.mark.parametrize("shut", [False, True])
-def test_a_pipe_beside_the_data_is_passed_over(tmp_path: Path, shut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipe_beside_the_data_is_passed_over(
+    tmp_path: Path, shut: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/nowhere" if shut else str(tmp_path / "cache"))
     path = write_lines(tmp_path / "a.jsonl", [{"a": 1}, {"a": 2}])
     pipe = tmp_path / ".a.jsonl.index"
@@ -140,7 +161,9 @@ def test_a_pipe_beside_the_data_is_passed_over(tmp_path: Path, shut: bool, monke
 
 
 @pytest.mark.parametrize("line", ["[1, 2]", '{"a": "cut he', "[" * 100_000, b'{"a": "\xff"}'])
-def test_broken_lines_are_named(tmp_path: Path, line: str | bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_lines_are_named(
+    tmp_path: Path, line: str | bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": 1}\n' + (line.encode() if isinstance(line, str) else line))
     file = LineFile(path)
@@ -158,7 +181,10 @@ def test_paths(tmp_path: Path) -> None:
         (tmp_path / name).write_text("{}")
     parts = [tmp_path / "c,d.jsonl", tmp_path / "part-0", tmp_path / "part-1"]
     assert find_files(tmp_path) == parts
-    assert find_files(f"{tmp_path}/part-*, {tmp_path}/b") == [*parts[1:], tmp_path / "b" / "x.jsonl"]
+    assert find_files(f"{tmp_path}/part-*, {tmp_path}/b") == [
+        *parts[1:],
+        tmp_path / "b" / "x.jsonl",
+    ]
     assert find_files([tmp_path / "part-1", f"{tmp_path}/c,d.jsonl"]) == [parts[2], parts[0]]
     for wrong in (f"{tmp_path}/absent*", [tmp_path / "part-0", tmp_path], []):
         with pytest.raises(DataError):
@@ -200,7 +226,11 @@ def _webdataset(path: Path) -> list[tuple[str, dict[str, bytes]]]:
 def test_samples_become_records(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", _members(3))
     with tarfile.open(path, "a") as archive:
-        for name, kind in (("0003.jpg", tarfile.DIRTYPE), ("link.jpg", tarfile.SYMTYPE), ("README", tarfile.REGTYPE)):
+        for name, kind in (
+            ("0003.jpg", tarfile.DIRTYPE),
+            ("link.jpg", tarfile.SYMTYPE),
+            ("README", tarfile.REGTYPE),
+        ):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "0000.jpg"
             archive.addfile(info)
@@ -222,7 +252,9 @@ contents = st.dictionaries(
 def test_any_shard_reads_as_from_front_to_back(
     tmp_path_factory: pytest.TempPathFactory, samples: dict[str, dict[str, bytes]]
 ) -> None:
-    members = {f"{key}.{suffix}": data for key, each in samples.items() for suffix, data in each.items()}
+    members = {
+        f"{key}.{suffix}": data for key, each in samples.items() for suffix, data in each.items()
+    }
     path = write_tar(tmp_path_factory.mktemp("shards") / "a.tar", members)
     assert _samples(ShardFile(path)) == _webdataset(path)
     again = pickle.loads(pickle.dumps(ShardFile(path)))
@@ -249,6 +281,8 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
         ({"a.jpg": b"x", "a.JPG": b"y"}, "twice"),
     ],
 )
-def test_samples_that_are_no_records(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
+def test_samples_that_are_no_records(
+    tmp_path: Path, members: dict[str, bytes], message: str
+) -> None:
     with pytest.raises(DataError, match=message):
         ShardFile(write_tar(tmp_path / "a.tar", members)).read(0)

@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xfm_fast.data.options import RegionOptions
-from xfm_fast.data.regions import Rectangle, RegionSample, patch_mask, sample_grounding, sample_regions
+from xfm_fast.data.regions import (
+    Rectangle,
+    RegionSample,
+    patch_mask,
+    sample_grounding,
+    sample_regions,
+)
 from xfm_fast.errors import DataError
 
 SIZE, PATCH = 32, 8
@@ -36,7 +42,9 @@ def records(draw: st.DrawFn) -> tuple[dict[str, Any], np.ndarray]:
 
 def _sample(record: dict[str, Any], image: np.ndarray, seed: int, **options: Any) -> RegionSample:
     rng = np.random.default_rng(seed)
-    return sample_regions(record, image, rng, size=SIZE, patch_size=PATCH, options=RegionOptions(**options))
+    return sample_regions(
+        record, image, rng, size=SIZE, patch_size=PATCH, options=RegionOptions(**options)
+    )
 
 
 @given(made=records(), seed=st.integers(0, 2**32 - 1), most=st.integers(1, 6))
@@ -54,7 +62,10 @@ def test_invariants(made: tuple[dict[str, Any], np.ndarray], seed: int, most: in
     assert sample.texts[:whole] == ("everything",) * whole
     assert len(set(sample.texts)) == count, "no element comes twice"
     assert not sample.skipped
-    low, high = sample.boxes[:, :2] - sample.boxes[:, 2:] / 2, sample.boxes[:, :2] + sample.boxes[:, 2:] / 2
+    low, high = (
+        sample.boxes[:, :2] - sample.boxes[:, 2:] / 2,
+        sample.boxes[:, :2] + sample.boxes[:, 2:] / 2,
+    )
     assert (low >= -1e-6).all()
     assert (high <= 1 + 1e-6).all()
     assert (sample.boxes[:, 2:] > 0).all()
@@ -102,8 +113,15 @@ def _white(image: torch.Tensor) -> tuple[float, float, float, float]:
     bright = image.mean(0) > 0
     rows, columns = torch.nonzero(bright.any(1)).flatten(), torch.nonzero(bright.any(0)).flatten()
     size = image.shape[1]
-    left, right, top, bottom = (int(value) for value in (columns[0], columns[-1] + 1, rows[0], rows[-1] + 1))
-    return (left + right) / 2 / size, (top + bottom) / 2 / size, (right - left) / size, (bottom - top) / size
+    left, right, top, bottom = (
+        int(value) for value in (columns[0], columns[-1] + 1, rows[0], rows[-1] + 1)
+    )
+    return (
+        (left + right) / 2 / size,
+        (top + bottom) / 2 / size,
+        (right - left) / size,
+        (bottom - top) / size,
+    )
 
 
 def test_the_box_is_where_the_object_is_seen() -> None:
@@ -119,7 +137,12 @@ def test_the_box_is_where_the_object_is_seen() -> None:
 
 @pytest.mark.parametrize(("x", "kept"), [(-10, False), (-9, True)])
 def test_exactly_half_is_too_little(x: int, kept: bool) -> None:
-    record = {"elems": [{"bb": [0, 0, 20, 20], "caption": "all"}, {"bb": [x, 0, 20, 10], "caption": "part"}]}
+    record = {
+        "elems": [
+            {"bb": [0, 0, 20, 20], "caption": "all"},
+            {"bb": [x, 0, 20, 10], "caption": "part"},
+        ]
+    }
     for seed in range(5):
         assert ("part" in _sample(record, np.zeros((20, 20, 3), np.uint8), seed).texts) is kept
 
@@ -183,12 +206,16 @@ def test_grounding_views() -> None:
     image = _painted(120, 90, (30, 20, 50, 40))
     mirrored = 0
     for seed in range(60):
-        view, box = sample_grounding(image, [30, 20, 50, 40], "the white one", np.random.default_rng(seed), size=96)
+        view, box = sample_grounding(
+            image, [30, 20, 50, 40], "the white one", np.random.default_rng(seed), size=96
+        )
         assert view.shape == (3, 96, 96)
         assert np.abs(np.array(_white(view)) - box.numpy()).max() < 3.5 / 96
         mirrored += bool(box[0] > 0.5)
     assert 10 < mirrored < 50
-    fractions = sample_grounding(image, [30.25, 20.5, 50.5, 40.125], "x", np.random.default_rng(0), size=96)[1]
+    fractions = sample_grounding(
+        image, [30.25, 20.5, 50.5, 40.125], "x", np.random.default_rng(0), size=96
+    )[1]
     assert (fractions[2:] > 0).all()
     ramp = np.tile(np.linspace(0, 255, 40, dtype=np.uint8)[None, :, None], (20, 1, 3))
     for seed in range(30):

@@ -17,12 +17,25 @@ from PIL import Image
 
 from xfm_fast.data.shapes import Scene, Split, captions, render, scene, write_world
 from xfm_fast.data.shapes.language import ANSWERS, questions, references
-from xfm_fast.data.shapes.scenes import CANVAS, HELD_OUT, PAIRS, SPLITS, Thing, allowed_pairs, pixel_box
+from xfm_fast.data.shapes.scenes import (
+    CANVAS,
+    HELD_OUT,
+    PAIRS,
+    SPLITS,
+    Thing,
+    allowed_pairs,
+    pixel_box,
+)
 from xfm_fast.errors import DataError
 
 SCENES = {split: [scene(11, index, split) for index in range(150)] for split in SPLITS}
 NUMBERS = ["no", "one", "two", "three", "four", "five", "six"]
-CANON = {"to the left of": "left of", "to the right of": "right of", "over": "above", "under": "below"}
+CANON = {
+    "to the left of": "left of",
+    "to the right of": "right of",
+    "over": "above",
+    "under": "below",
+}
 RELATION = re.compile(r" ((?:to the )?(?:left|right) of|above|over|below|under) ")
 COUNTS: dict[Split, int] = {"train": 24, "val": 8, "test": 8, "known": 8}
 each_split = pytest.mark.parametrize("split", SPLITS)
@@ -48,7 +61,11 @@ def _meant(made: Scene, expression: str) -> list[Thing]:
     relation, anchor = rest
     anchors = _meant(made, anchor)
     assert len(anchors) == 1, expression
-    return [thing for thing in things if thing is not anchors[0] and _stands(thing, relation, anchors[0])]
+    return [
+        thing
+        for thing in things
+        if thing is not anchors[0] and _stands(thing, relation, anchors[0])
+    ]
 
 
 def test_a_scene_follows_from_seed_split_and_index() -> None:
@@ -60,7 +77,17 @@ def test_a_scene_follows_from_seed_split_and_index() -> None:
         ),
         ground=181,
     )
-    assert len({scene(seed, index, split) for seed in (1, 2) for index in range(20) for split in SPLITS}) == 160
+    assert (
+        len(
+            {
+                scene(seed, index, split)
+                for seed in (1, 2)
+                for index in range(20)
+                for split in SPLITS
+            }
+        )
+        == 160
+    )
 
 
 @each_split
@@ -77,7 +104,9 @@ def test_objects_lie_apart_and_show_the_combinations_of_their_split(split: Split
         for thing in made.things:
             assert min(thing.x, thing.y) >= 1
             assert max(thing.x, thing.y) + thing.side < CANVAS
-            cover[thing.y - 1 : thing.y + thing.side + 1, thing.x - 1 : thing.x + thing.side + 1] += 1
+            cover[
+                thing.y - 1 : thing.y + thing.side + 1, thing.x - 1 : thing.x + thing.side + 1
+            ] += 1
         assert cover.max() == 1
     assert seen == allowed_pairs(split)
     assert allowed_pairs("train") == PAIRS - HELD_OUT["val"] - HELD_OUT["test"]
@@ -87,7 +116,9 @@ def test_objects_lie_apart_and_show_the_combinations_of_their_split(split: Split
 def test_references_and_answers_are_right(split: Split) -> None:
     for made in SCENES[split]:
         for index, thing in enumerate(made.things):
-            assert all(_meant(made, str(reference)) == [thing] for reference in references(made, index))
+            assert all(
+                _meant(made, str(reference)) == [thing] for reference in references(made, index)
+            )
         for question, answer in questions(made, split):
             assert answer in ANSWERS
             assert answer == _answer(made, question), question
@@ -103,7 +134,9 @@ def _answer(made: Scene, question: str) -> str:
         return {"color": thing.colour, "size": thing.size, "shape": thing.shape}[match[1]]
     if match := re.fullmatch("what shape is (left of|right of|above|below) the (.*)", question):
         (anchor,) = _meant(made, match[2])
-        (thing,) = [one for one in made.things if one is not anchor and _stands(one, match[1], anchor)]
+        (thing,) = [
+            one for one in made.things if one is not anchor and _stands(one, match[1], anchor)
+        ]
         return thing.shape
     match = re.fullmatch("is the (.*) (left of|right of|above|below) the (.*)", question)
     assert match, question
@@ -120,7 +153,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _read(path: Path) -> Any:
     text = path.read_text()
-    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+    return (
+        [json.loads(line) for line in text.splitlines()]
+        if path.suffix == ".jsonl"
+        else json.loads(text)
+    )
 
 
 @each_split
@@ -133,13 +170,22 @@ def test_files_of_a_split(world: Path, split: Split) -> None:
         picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(row["binary"]))))
         assert np.array_equal(picture, render(made))
         places = enumerate(made.things)
-        boxes[row["binary"]] = {str(ref): [*pixel_box(thing)] for i, thing in places for ref in references(made, i)}
-    assert not {row["binary"] for row in pairs} & {row["binary"] for row in _read(world / f"images_{split}.jsonl")}
+        boxes[row["binary"]] = {
+            str(ref): [*pixel_box(thing)] for i, thing in places for ref in references(made, i)
+        }
+    assert not {row["binary"] for row in pairs} & {
+        row["binary"] for row in _read(world / f"images_{split}.jsonl")
+    }
     for row in _read(world / f"regions_{split}.jsonl"):
         for element in row["elems"]:
-            texts = element["caption"] if isinstance(element["caption"], list) else [element["caption"]]
+            texts = (
+                element["caption"] if isinstance(element["caption"], list) else [element["caption"]]
+            )
             for text in texts:
-                assert boxes[row["binary"]][f"{element.get('attributes', '')} {text}".strip()] == element["bb"]
+                assert (
+                    boxes[row["binary"]][f"{element.get('attributes', '')} {text}".strip()]
+                    == element["bb"]
+                )
     nlvr = _read(world / f"nlvr_{split}.json")
     assert [row["label"] for row in nlvr].count("True") == len(nlvr) / 2
     if split != "train":
@@ -152,7 +198,10 @@ def test_files_of_a_split(world: Path, split: Split) -> None:
         image = list(csv.DictReader(file))
     labels = [row["label"] for row in image]
     for row, label in zip(image, labels, strict=True):
-        assert label == max(scenes[int(Path(row["image"]).stem)].things, key=lambda thing: thing.side).shape
+        assert (
+            label
+            == max(scenes[int(Path(row["image"]).stem)].things, key=lambda thing: thing.side).shape
+        )
     assert split == "train" or len({labels.count(label) for label in labels}) == 1
 
 
@@ -165,7 +214,9 @@ def test_bytes_follow_from_the_arguments(world: Path, tmp_path: Path) -> None:
     (tmp_path / "again").mkdir()
     described = write_world(tmp_path / "again", seed=4, images=dict(reversed(COUNTS.items())))
     assert described == _read(world / "world.json")
-    assert [path.read_bytes() for path in files] == [(tmp_path / "again" / path.name).read_bytes() for path in files]
+    assert [path.read_bytes() for path in files] == [
+        (tmp_path / "again" / path.name).read_bytes() for path in files
+    ]
 
 
 def test_a_folder_is_reused_or_refused(world: Path, tmp_path: Path) -> None:

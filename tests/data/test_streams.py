@@ -14,7 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.data.record_files import base64_picture, pairs, region, tiny_config, tiny_tokenizer, write_lines
+from tests.data.record_files import (
+    base64_picture,
+    pairs,
+    region,
+    tiny_config,
+    tiny_tokenizer,
+    write_lines,
+)
 from xfm_fast.batches import Batch, PairBatch, TextBatch
 from xfm_fast.data import streams
 from xfm_fast.data.masking import MaskingOptions
@@ -87,11 +94,17 @@ def test_epochs_visit_every_row_once(tmp_path: Path) -> None:
     for window in (None, 4):
         source = _texts([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], window=window)
         assert len(source) == 4
-        epochs = [[n for batch in range(4) for n in _numbers(source.batch(4 * epoch + batch))] for epoch in range(3)]
+        epochs = [
+            [n for batch in range(4) for n in _numbers(source.batch(4 * epoch + batch))]
+            for epoch in range(3)
+        ]
         assert all(sorted(epoch) == list(range(16)) for epoch in epochs)
         assert epochs[0] != epochs[1] != epochs[2]
     plain = _texts([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], shuffle=False)
-    assert [n for batch in range(8) for n in _numbers(plain.batch(batch))] == [*range(16), *range(16)]
+    assert [n for batch in range(8) for n in _numbers(plain.batch(batch))] == [
+        *range(16),
+        *range(16),
+    ]
 
 
 def test_ranks_share_the_global_batch(tmp_path: Path) -> None:
@@ -160,7 +173,9 @@ def test_ids_that_were_made_before_are_not_made_again() -> None:
     plain = {"binary": base64_picture(0), "desc": text}
     for given in (ids, ids[1:-1]):
         tokenised = {"binary": base64_picture(0), "input_ids": given}
-        assert _same(_pairs([tokenised], batch_size=1).batch(0), _pairs([plain], batch_size=1).batch(0))
+        assert _same(
+            _pairs([tokenised], batch_size=1).batch(0), _pairs([plain], batch_size=1).batch(0)
+        )
         assert _same(_texts([tokenised]).batch(0), _texts([plain]).batch(0))
     for wrong in ([5, 10**6], [-1], "5", [1.5], [True], [], [0, 2]):
         with pytest.raises(DataError):

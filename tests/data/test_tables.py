@@ -15,7 +15,10 @@ from xfm_fast.errors import DataError
 
 # A line of training and one of the test file of each set, with their headers, as the official zips hold them.
 SETS = {
-    "cola": (['gj04\t0\t*\tThey said "so.', "gj04\t1\t\tHi."], ["index\tsentence", "0\tBill left."]),
+    "cola": (
+        ['gj04\t0\t*\tThey said "so.', "gj04\t1\t\tHi."],
+        ["index\tsentence", "0\tBill left."],
+    ),
     "mnli": (
         [
             "index\tpromptID\tpairID\tsentence1_parse\tsentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label",
@@ -33,14 +36,20 @@ SETS = {
         ["index\tquestion\tsentence", "0\tWho?\tHe."],
     ),
     "qqp": (
-        ["id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "133273\t213221\t213222\tHow?\tWhy?\t0"],
+        [
+            "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
+            "133273\t213221\t213222\tHow?\tWhy?\t0",
+        ],
         ["id\tquestion1\tquestion2", "0\tHow?\tWhy?"],
     ),
     "rte": (
         ["index\tsentence1\tsentence2\tlabel", "0\tA.\tB.\tentailment"],
         ["index\tsentence1\tsentence2", "0\tA.\tB."],
     ),
-    "sst2": (["sentence\tlabel", "hide new secretions \t0"], ["index\tsentence", "0\tuneasy mishmash"]),
+    "sst2": (
+        ["sentence\tlabel", "hide new secretions \t0"],
+        ["index\tsentence", "0\tuneasy mishmash"],
+    ),
     "stsb": (
         [
             "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
@@ -74,14 +83,18 @@ def test_sets_of_glue(tmp_path: Path, name: str) -> None:
 
 
 def test_broken_lines_of_glue(tmp_path: Path) -> None:
-    (rows,) = text_rows(_text(tmp_path / "dev.tsv", "sentence\tlabel\nfine\t2\nfine\n \t1\n"), glue="sst2")
+    (rows,) = text_rows(
+        _text(tmp_path / "dev.tsv", "sentence\tlabel\nfine\t2\nfine\n \t1\n"), glue="sst2"
+    )
     for row in range(3):
         with pytest.raises(DataError):
             rows.read(row)
 
 
 def test_tables_of_texts(tmp_path: Path) -> None:
-    (rows,) = text_rows(_text(tmp_path / "a.csv", 'text,label\n"a ""b"",\nc",good\n\nd,bad\ne\nf,\n'))
+    (rows,) = text_rows(
+        _text(tmp_path / "a.csv", 'text,label\n"a ""b"",\nc",good\n\nd,bad\ne\nf,\n')
+    )
     assert [(rows.read(row).text, rows.read(row).label, rows.label(row)) for row in (0, 1)] == [
         ('a "b",\nc', "good", 2),
         ("d", "bad", 5),
@@ -95,7 +108,12 @@ def test_tables_of_texts(tmp_path: Path) -> None:
 
 
 def test_lines_of_texts(tmp_path: Path) -> None:
-    lines = [{"premise": "a", "hypothesis": "b", "label": 1}, {"premise": "c", "label": 0.5}, "{", {"hypothesis": "d"}]
+    lines = [
+        {"premise": "a", "hypothesis": "b", "label": 1},
+        {"premise": "c", "label": 0.5},
+        "{",
+        {"hypothesis": "d"},
+    ]
     path = write_lines(tmp_path / "a.jsonl", lines)
     columns = {"text": "premise", "text2": "hypothesis"}
     (rows,) = text_rows(path, columns=columns)
@@ -115,7 +133,9 @@ class Dataset(dict[str, list[Any]]):
 
     @property
     def features(self) -> dict[str, Any]:
-        return {name: SimpleNamespace(names=self.names if name == "label" else None) for name in self}
+        return {
+            name: SimpleNamespace(names=self.names if name == "label" else None) for name in self
+        }
 
 
 def test_sets_that_datasets_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +155,14 @@ def test_sets_that_datasets_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_class_folders(tmp_path: Path) -> None:
-    for name in ("10/b.jpg", "10/deep/a.png", "9/A.JPEG", "9/.hidden.jpg", "9/notes.txt", ".git/a.jpg"):
+    for name in (
+        "10/b.jpg",
+        "10/deep/a.png",
+        "9/A.JPEG",
+        "9/.hidden.jpg",
+        "9/notes.txt",
+        ".git/a.jpg",
+    ):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture(0))

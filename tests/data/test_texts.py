@@ -27,9 +27,17 @@ def _rng(seed: int = 0) -> np.random.Generator:
 
 def test_the_official_options() -> None:
     masking = MaskingOptions(0.5, 15, 0.2, 3, False)
-    assert TextOptions(max_tokens=30, max_words=30, masking=masking, language=None, tokenized=False) == CAPTIONS
+    assert (
+        TextOptions(max_tokens=30, max_words=30, masking=masking, language=None, tokenized=False)
+        == CAPTIONS
+    )
     masking = MaskingOptions(0.15, 20, 0.2, 3, False)
-    assert TextStreamOptions(max_tokens=128, max_words=None, masking=masking, language=None, tokenized=False) == TEXTS
+    assert (
+        TextStreamOptions(
+            max_tokens=128, max_words=None, masking=masking, language=None, tokenized=False
+        )
+        == TEXTS
+    )
 
 
 @pytest.mark.parametrize(
@@ -42,7 +50,9 @@ def test_the_official_options() -> None:
         ([{"en": "a", "de": "b"}, "c"], "en", {"a", "c"}),
     ],
 )
-def test_any_of_the_given_texts_is_taken(value: Any, language: str | None, expected: set[str]) -> None:
+def test_any_of_the_given_texts_is_taken(
+    value: Any, language: str | None, expected: set[str]
+) -> None:
     drawn = Counter(choose_text(value, _rng(seed), language=language) for seed in range(100))
     assert set(drawn) == expected
     assert min(drawn.values()) > 100 / len(expected) / 2
@@ -68,7 +78,10 @@ def test_text_alone_is_not_cleaned(tokenizer: CaptionTokenizer) -> None:
     encoded = encode_text("  A cat, on a mat!  ", tokenizer, TEXTS, _rng())
     assert tokenizer.decode(encoded.ids) == "A cat, on a mat!"
     tokenized = TextOptions(max_tokens=128, max_words=None, tokenized=True)
-    assert tokenizer.decode(encode_text("skate ##board", tokenizer, tokenized, _rng()).ids) == "skateboard"
+    assert (
+        tokenizer.decode(encode_text("skate ##board", tokenizer, tokenized, _rng()).ids)
+        == "skateboard"
+    )
     with pytest.raises(DataError, match="empty"):
         encode_text("  ", tokenizer, TEXTS, _rng())
 

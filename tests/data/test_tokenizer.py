@@ -26,7 +26,9 @@ def tokenizer() -> CaptionTokenizer:
 def test_cleaning_reproduces_the_official_examples(clean: Callable[[str], str]) -> None:
     examples = load_json("metrics/metrics")[f"{clean.__name__}_max30"]
     assert examples
-    assert [clean(example["raw"]) for example in examples] == [example["out"] for example in examples]
+    assert [clean(example["raw"]) for example in examples] == [
+        example["out"] for example in examples
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,9 @@ def roberta(tokenizer: CaptionTokenizer, tmp_path_factory: pytest.TempPathFactor
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
     pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(pairs) + "\n", encoding="utf-8")
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(pairs) + "\n", encoding="utf-8"
+    )
     return transformers.RobertaTokenizer.from_pretrained(folder)
 
 
@@ -104,8 +108,12 @@ def test_any_text_survives_the_round_trip(text: str) -> None:
     assert tokenizer.decode(ids[0, : int(mask.sum())].tolist()) == text
 
 
-@pytest.mark.parametrize("change", [{"vocab": {}}, {"vocab": {"<s>": 0, "<pad>": 1, "</s>": 2**32 - 1}, "merges": []}])
-def test_false_vocabularies_are_refused(tmp_path: Path, tokenizer: CaptionTokenizer, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "change", [{"vocab": {}}, {"vocab": {"<s>": 0, "<pad>": 1, "</s>": 2**32 - 1}, "merges": []}]
+)
+def test_false_vocabularies_are_refused(
+    tmp_path: Path, tokenizer: CaptionTokenizer, change: dict[str, Any]
+) -> None:
     content = json.loads(tokenizer.to_json())
     content["model"] |= {"merges": []} | change
     content["added_tokens"] = []

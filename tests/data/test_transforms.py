@@ -42,7 +42,9 @@ def _picture(width: int = 90, height: int = 70, seed: int = 0) -> Image.Image:
     return small.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _normalised(image: Image.Image, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Tensor:
+def _normalised(
+    image: Image.Image, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD
+) -> Tensor:
     """ToTensor and Normalize, as they are told."""
     scaled = np.asarray(image, dtype=np.float64) / 255
     return torch.from_numpy((scaled - np.array(mean)) / np.array(std)).permute(2, 0, 1)
@@ -53,7 +55,11 @@ def _region(picture: Any, rng: np.random.Generator) -> Tensor:
 
 
 def _global_states() -> tuple[object, ...]:
-    return torch.get_rng_state().tolist(), np.random.get_state(legacy=False)["state"]["pos"], random.getstate()
+    return (
+        torch.get_rng_state().tolist(),
+        np.random.get_state(legacy=False)["state"]["pos"],
+        random.getstate(),
+    )
 
 
 ALL: dict[str, Callable[[Any, np.random.Generator], Tensor]] = {
@@ -88,7 +94,9 @@ def test_the_official_parameters() -> None:
     assert (pretraining.scale, pretraining.flip, pretraining.size) == ((0.2, 1.0), 0.5, 224)
     assert (finetuning.scale, finetuning.flip, finetuning.size) == ((0.5, 1.0), 0.5, 384)
     for transform in (pretraining, finetuning):
-        assert transform.augment == RandAugment("all", draws=2, probability=0.5, level=7, deviation=0)
+        assert transform.augment == RandAugment(
+            "all", draws=2, probability=0.5, level=7, deviation=0
+        )
         assert (transform.mean, transform.std) == (MEAN, STD)
     assert list(OPERATIONS["all"]) == [
         *("Identity", "AutoContrast", "Equalize", "Brightness", "Sharpness"),
@@ -96,8 +104,14 @@ def test_the_official_parameters() -> None:
     ]
     assert RegionTransform(224).augment == RandAugment("colour", draws=2, probability=0.5, level=7)
     imagenet = imagenet_training_transform(224)
-    assert (imagenet.view.scale, imagenet.view.mean, imagenet.view.std) == ((0.08, 1.0), IMAGENET_MEAN, IMAGENET_STD)
-    assert imagenet.view.augment == RandAugment("imagenet", draws=2, probability=0.5, level=9, deviation=0.5)
+    assert (imagenet.view.scale, imagenet.view.mean, imagenet.view.std) == (
+        (0.08, 1.0),
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+    )
+    assert imagenet.view.augment == RandAugment(
+        "imagenet", draws=2, probability=0.5, level=9, deviation=0.5
+    )
     assert imagenet.erase == RandomErasing(0.25, (0.02, 1 / 3), 0.3)
     probe = probe_training_transform(224, "caltech101")
     assert (probe.scale, probe.flip, probe.augment, probe.grey) == ((0.08, 1.0), 0.5, None, True)
@@ -119,7 +133,9 @@ def test_crops_are_distributed_as_those_of_torchvision() -> None:
     torch.manual_seed(0)
     crop, image = v2.RandomResizedCrop(32, scale=scale), torch.zeros(3, height, width)
     made = [crop.make_params([image]) for _ in range(draws)]
-    theirs = np.array([[m["left"], m["top"], m["left"] + m["width"], m["top"] + m["height"]] for m in made])
+    theirs = np.array(
+        [[m["left"], m["top"], m["left"] + m["width"], m["top"] + m["height"]] for m in made]
+    )
     for quantity in (
         lambda box: (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]),
         lambda box: (box[:, 2] - box[:, 0]) / (box[:, 3] - box[:, 1]),
@@ -127,7 +143,9 @@ def test_crops_are_distributed_as_those_of_torchvision() -> None:
         lambda box: box[:, 3],
     ):
         assert _same_distribution(quantity(ours), quantity(theirs)) > 0.01
-    other = np.array([random_crop_box(width, height, (0.25, 1.0), rng) for _ in range(draws)], dtype=float)
+    other = np.array(
+        [random_crop_box(width, height, (0.25, 1.0), rng) for _ in range(draws)], dtype=float
+    )
     area = [(box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) for box in (other, theirs)]
     assert _same_distribution(*area) < 1e-3, "the comparison would not notice another scale"
 
@@ -135,7 +153,9 @@ def test_crops_are_distributed_as_those_of_torchvision() -> None:
 @pytest.mark.parametrize("size", [16, 32, 160])
 def test_crop_and_resize_give_the_pixels_of_pil(size: int) -> None:
     picture, box = _picture(), (7, 3, 80, 61)
-    expected = np.asarray(picture.crop(box).resize((size, size), Image.Resampling.BICUBIC)).astype(int)
+    expected = np.asarray(picture.crop(box).resize((size, size), Image.Resampling.BICUBIC)).astype(
+        int
+    )
     for flip in (False, True):
         pixels = resize_crop(picture, box, size, flip=flip)
         assert pixels.dtype == torch.uint8
@@ -170,15 +190,21 @@ def test_imagenet_evaluation(size: int, side: int) -> None:
     width = int(side * 500 / 375)
     resized = picture.resize((width, side), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((side - size) / 2)
-    expected = _normalised(resized.crop((left, top, left + size, top + size)), IMAGENET_MEAN, IMAGENET_STD)
-    torch.testing.assert_close(imagenet_evaluation_transform(size)(picture).double(), expected, rtol=0, atol=1e-6)
+    expected = _normalised(
+        resized.crop((left, top, left + size, top + size)), IMAGENET_MEAN, IMAGENET_STD
+    )
+    torch.testing.assert_close(
+        imagenet_evaluation_transform(size)(picture).double(), expected, rtol=0, atol=1e-6
+    )
 
 
 def test_probe_evaluation() -> None:
     picture = _picture(400, 300)
     resized = picture.resize((384, 288), Image.Resampling.BICUBIC)
     expected = _normalised(resized.crop((80, 32, 304, 256)), HALF, HALF)
-    torch.testing.assert_close(probe_evaluation_transform(224, "dtd")(picture).double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        probe_evaluation_transform(224, "dtd")(picture).double(), expected, rtol=0, atol=1e-6
+    )
     digit = _picture(28, 28)
     grey = digit.resize((224, 224), Image.Resampling.BICUBIC).convert("L").convert("RGB")
     ours = probe_evaluation_transform(224, "mnist")(digit).double()
@@ -196,9 +222,16 @@ def test_erasing_follows_its_definition() -> None:
         if not changed.any():
             assert out is image
             continue
-        rows, columns = torch.nonzero(changed.any(1)).flatten(), torch.nonzero(changed.any(0)).flatten()
+        rows, columns = (
+            torch.nonzero(changed.any(1)).flatten(),
+            torch.nonzero(changed.any(0)).flatten(),
+        )
         height, width = len(rows), len(columns)
-        assert changed.sum() == height * width == (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
+        assert (
+            changed.sum()
+            == height * width
+            == (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
+        )
         areas.append(height * width / 2000)
         aspects.append(abs(math.log(height / width)))
     assert (image == 7).all(), "the input was changed"
@@ -211,13 +244,20 @@ def test_erasing_follows_its_definition() -> None:
 def test_what_must_not_be_flipped_is_not() -> None:
     assert mentions_side("what is left of the dog", ["cat", "on the Right"])
     assert not mentions_side("what is it", ["cat"])
-    picture = Image.fromarray(np.tile(np.linspace(0, 255, 64, dtype=np.uint8)[None, :, None], (64, 1, 3)))
+    picture = Image.fromarray(
+        np.tile(np.linspace(0, 255, 64, dtype=np.uint8)[None, :, None], (64, 1, 3))
+    )
     transform, flipped = TrainingTransform(16, None), 0
     for seed in range(100):
-        assert (transform(picture, np.random.default_rng(seed), may_flip=False).diff(dim=2) >= 0).all()
+        assert (
+            transform(picture, np.random.default_rng(seed), may_flip=False).diff(dim=2) >= 0
+        ).all()
         flipped += bool((transform(picture, np.random.default_rng(seed)).diff(dim=2) <= 0).all())
     assert abs(flipped - 50) < 4 * math.sqrt(25)
     # What comes after the flip does not depend on whether it was allowed.
     full = pretraining_transform(16)
-    pairs = [[full(picture, np.random.default_rng(seed), may_flip=may) for may in (True, False)] for seed in range(40)]
+    pairs = [
+        [full(picture, np.random.default_rng(seed), may_flip=may) for may in (True, False)]
+        for seed in range(40)
+    ]
     assert sum(torch.equal(a, b) for a, b in pairs) >= 10

@@ -73,16 +73,22 @@ class Eager(Runtime):
 
     description, device = "PyTorch", torch.device("cpu")
 
-    def __init__(self, built: Mapping[Any, Graph], spoil: Spoil = lambda graph, outputs: None) -> None:
+    def __init__(
+        self, built: Mapping[Any, Graph], spoil: Spoil = lambda graph, outputs: None
+    ) -> None:
         self.built, self.spoil = built, spoil
         self.shapes: dict[str, set[tuple[int, ...]]] = {}
 
     def load(self, record: Any, path: Path) -> Any:
-        def run(inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        def run(
+            inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]
+        ) -> dict[str, Tensor]:
             values = [inputs[tensor.name] for tensor in record.inputs]
             self.shapes.setdefault(record.name, set()).add(tuple(values[0].shape))
             results = self.built[record.name](*values)
-            outputs = {tensor.name: value for tensor, value in zip(record.outputs, results, strict=True)}
+            outputs = {
+                tensor.name: value for tensor, value in zip(record.outputs, results, strict=True)
+            }
             self.spoil(record.name, outputs)
             return outputs
 
@@ -124,7 +130,9 @@ def eager(
     **spoil: Any,
 ) -> Eager:
     """The graphs of a model, run by PyTorch."""
-    built = build_graphs(model, _SPELLING, ExportRequest(graphs=graphs, all_tokens=all_tokens, packed=packed))
+    built = build_graphs(
+        model, _SPELLING, ExportRequest(graphs=graphs, all_tokens=all_tokens, packed=packed)
+    )
     return Eager({name: in_dtype(graph, DTYPES[dtype]) for name, graph in built.items()}, **spoil)
 
 
@@ -142,17 +150,23 @@ def small_model() -> XFM:
 
 def scenes_examples(model: XFM, first: int, images: int) -> Examples:
     """Held-out scenes of one thing, from a number on, and captions of those and others."""
-    plain = [made for made in (scene(0, first + n, "val") for n in range(200)) if len(made.things) == 1]
+    plain = [
+        made for made in (scene(0, first + n, "val") for n in range(200)) if len(made.things) == 1
+    ]
     texts = sorted({captions(made)[0] for made in plain})[:24]
     assert model.tokenizer is not None
     rows = model.tokenizer.encode_ids(texts, 16)
     return Examples(
-        _pixels(plain[:images], model), *padded_texts(rows, model.config.pad_token_id), f"{images} scenes of shapes"
+        _pixels(plain[:images], model),
+        *padded_texts(rows, model.config.pad_token_id),
+        f"{images} scenes of shapes",
     )
 
 
 def _pixels(scenes: list[Scene], model: XFM) -> Tensor:
-    drawn = torch.stack([torch.from_numpy(render(each, model.config.image_size)) for each in scenes])
+    drawn = torch.stack(
+        [torch.from_numpy(render(each, model.config.image_size)) for each in scenes]
+    )
     return drawn.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -171,16 +185,25 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], obje
 @pytest.fixture(scope="session")
 def trained_model(tmp_path_factory: pytest.TempPathFactory) -> XFM:
     """A model that ranks captions of shapes, of a few seconds of training: random weights have no ranks to lose."""
-    return XFM.from_pretrained(once(tmp_path_factory, "trained", lambda folder: _trained().save_pretrained(folder)))
+    return XFM.from_pretrained(
+        once(tmp_path_factory, "trained", lambda folder: _trained().save_pretrained(folder))
+    )
 
 
 def _trained() -> XFM:
     tokenizer = CaptionTokenizer.train_on_texts([" ".join(VOCABULARY)], 500)
-    still = {"drop_path_rate": 0.0, "hidden_dropout": 0.0, "attention_dropout": 0.0, "layer_scale_init": 1.0}
+    still = {
+        "drop_path_rate": 0.0,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "layer_scale_init": 1.0,
+    }
     torch.manual_seed(0)
     model = XFM(XFMConfig.preset("tiny", vocab_size=tokenizer.vocab_size, **_SIZES, **still))
     model.tokenizer = tokenizer
-    scenes = [made for made in (scene(0, number) for number in range(1500)) if len(made.things) == 1]
+    scenes = [
+        made for made in (scene(0, number) for number in range(1500)) if len(made.things) == 1
+    ]
     texts = [captions(made)[0] for made in scenes]
     pixels, (ids, mask) = _pixels(scenes, model), padded_texts(tokenizer.encode_ids(texts, 16), 1)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
@@ -204,7 +227,12 @@ def _trained() -> XFM:
 
 
 def _exported(
-    factory: pytest.TempPathFactory, model: XFM, name: str, dtype: str, graphs: Sequence[str], **form: Any
+    factory: pytest.TempPathFactory,
+    model: XFM,
+    name: str,
+    dtype: str,
+    graphs: Sequence[str],
+    **form: Any,
 ) -> Path:
     pytest.importorskip("onnx", reason="exports to ONNX need onnx")
     pytest.importorskip("onnxscript", reason="exports to ONNX need onnxscript")
@@ -224,15 +252,22 @@ def exported_fp32(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
-def exported_packed(exported_fp32: Path, small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported_packed(
+    exported_fp32: Path, small_model: XFM, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The graphs of `exported_fp32` with texts in rows; those of images are the same."""
-    part = _exported(tmp_path_factory, small_model, "packed_texts", "fp32", ("text", "fusion"), packed=True)
+    part = _exported(
+        tmp_path_factory, small_model, "packed_texts", "fp32", ("text", "fusion"), packed=True
+    )
 
     def make(folder: Path) -> None:
         shutil.copytree(exported_fp32, folder)
         shutil.copytree(part, folder, dirs_exist_ok=True)
         manifest, images = Manifest.load(part), Manifest.load(exported_fp32)
-        manifest.graphs = [*(images.graph(name) for name in ("vision", "image_memory")), *manifest.graphs]
+        manifest.graphs = [
+            *(images.graph(name) for name in ("vision", "image_memory")),
+            *manifest.graphs,
+        ]
         manifest.files = record_files(folder, [record.name for record in images.files])
         manifest.save(folder)
         verify_export(folder, small_model)

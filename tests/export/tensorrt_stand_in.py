@@ -118,7 +118,10 @@ class FakeContext:
         engine.runs.append((self.profile, shapes))
         need = engine.get_device_memory_size_for_profile_v2(self.profile)
         assert self.memories[-1][1] >= need, "activations do not fit"
-        feeds = {each.name: _memory(addresses[each.name], shapes[each.name], each.dtype) for each in record.inputs}
+        feeds = {
+            each.name: _memory(addresses[each.name], shapes[each.name], each.dtype)
+            for each in record.inputs
+        }
         results: Any = engine.session.run([output.name for output in record.outputs], feeds)
         for output, result in zip(record.outputs, results, strict=True):
             _memory(addresses[output.name], result.shape, output.dtype)[...] = result
@@ -126,7 +129,12 @@ class FakeContext:
 
 class FakeEngine:
     # Larger for graphs that are loaded later, so that the shared memory has to grow.
-    NEEDS: ClassVar = {"vision": 1 << 20, "text": 1 << 19, "image_memory": 1 << 21, "fusion": 1 << 22}
+    NEEDS: ClassVar = {
+        "vision": 1 << 20,
+        "text": 1 << 19,
+        "image_memory": 1 << 21,
+        "fusion": 1 << 22,
+    }
 
     def __init__(self, cuda: FakeCuda, logger: Any, record: GraphRecord, onnx: str) -> None:
         self.cuda, self.logger, self.record = cuda, logger, record
@@ -150,17 +158,23 @@ def _memory(address: int, shape: tuple[int, ...], dtype: str) -> Any:
     return np.frombuffer(kind.from_address(address), dtype=dtype).reshape(shape)
 
 
-def tensorrt_module(version: str = "10.14.1", graphs: Mapping[str, GraphRecord] | None = None) -> Any:
+def tensorrt_module(
+    version: str = "10.14.1", graphs: Mapping[str, GraphRecord] | None = None
+) -> Any:
     """A module `tensorrt`; engines of `graphs` are deserialized into `module.engines`, and run with `module.cuda`."""
     module = MagicMock(__version__=version, cuda=FakeCuda(), engines={})
     module.__spec__ = ModuleSpec("tensorrt", None)
     severities = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
     module.ILogger = type("ILogger", (), {name: number for number, name in enumerate(severities)})
-    module.IProgressMonitor, module.IStreamWriter = (type(name, (), {}) for name in ("Monitor", "Writer"))
+    module.IProgressMonitor, module.IStreamWriter = (
+        type(name, (), {}) for name in ("Monitor", "Writer")
+    )
     module.NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1)
     module.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
     builder = module.Builder.return_value
-    builder.build_serialized_network_to_stream.side_effect = lambda _, __, writer: writer.write(b"plan of TensorRT")
+    builder.build_serialized_network_to_stream.side_effect = lambda _, __, writer: writer.write(
+        b"plan of TensorRT"
+    )
     network = builder.create_network.return_value
     network.num_inputs, network.get_input.return_value.name = 1, "x"
     config = builder.create_builder_config.return_value = MagicMock(spec_set=_CONFIG)

@@ -55,7 +55,12 @@ def foreign(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     record = manifest.graph("image_memory").model_copy(
         update={"file": "image_memory.pt2", "files": ["image_memory.pt2"]}
     )
-    changes = {"kind": "aoti", "consumer": "aoti", "package": local_target("cpu"), "graphs": [record]}
+    changes = {
+        "kind": "aoti",
+        "consumer": "aoti",
+        "package": local_target("cpu"),
+        "graphs": [record],
+    }
     made = manifest.model_copy(update=changes | {"files": record_files(folder, record.files)})
     examples = generated_examples(small_model.config, images=1, texts=1)
     keep_reference(made, folder, make_reference(small_model, examples, ("image_memory",), "fp32"))
@@ -80,13 +85,20 @@ def test_a_package_is_loaded_by_pytorch_without_this_project(
 ) -> None:
     embeds = torch.randn(3, small_model.config.num_image_tokens, small_model.config.vision_width)
     torch.save(embeds, tmp_path / "given.pt")
-    arguments = [str(memory_package / "image_memory.pt2"), *(str(tmp_path / name) for name in ("given.pt", "found.pt"))]
-    done = subprocess.run([sys.executable, "-c", BARE, *arguments], capture_output=True, text=True, check=False)
+    arguments = [
+        str(memory_package / "image_memory.pt2"),
+        *(str(tmp_path / name) for name in ("given.pt", "found.pt")),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, *arguments], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     graph = build("image_memory", small_model, "primitives")
     with torch.no_grad():
         expected = graph(embeds)
-    torch.testing.assert_close(tuple(torch.load(tmp_path / "found.pt", weights_only=True)), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        tuple(torch.load(tmp_path / "found.pt", weights_only=True)), expected, rtol=0, atol=1e-5
+    )
     found = Session.load(memory_package, "aoti").image_memory(embeds).layers
     torch.testing.assert_close(tuple(found.values()), expected, rtol=0, atol=1e-5)
 
@@ -105,7 +117,9 @@ def test_a_program_has_no_operator_of_this_project(small_model: XFM, name: Graph
         ("compute_capability", 90, "90"),
     ],
 )
-def test_packages_are_bound_to_their_machine(foreign: Path, field: str, value: Any, named: str) -> None:
+def test_packages_are_bound_to_their_machine(
+    foreign: Path, field: str, value: Any, named: str
+) -> None:
     manifest = Manifest.load(foreign)
     assert manifest.package is not None
     setattr(manifest.package, field, value)
@@ -124,7 +138,9 @@ def test_a_package_runs_only_by_name(
     foreign: Path, small_model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is native code: a folder that came from elsewhere must not run by being looked at."""
-    monkeypatch.setattr("torch._inductor.aoti_load_package", lambda *_, **__: pytest.fail("a package was loaded"))
+    monkeypatch.setattr(
+        "torch._inductor.aoti_load_package", lambda *_, **__: pytest.fail("a package was loaded")
+    )
     folder = Path(shutil.copytree(foreign, tmp_path / "copied"))
     before = (folder / "manifest.json").read_bytes()
     for load in (Session, Session.load, verify):

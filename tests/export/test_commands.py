@@ -33,18 +33,26 @@ def _run(*arguments: str, expect: int = 0) -> str:
 
 def test_exit_codes_say_how_much_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    shown = _run("--random", "tiny", "--out", str(out), "--graphs", "image_memory", "--dtype", "fp16")
+    shown = _run(
+        "--random", "tiny", "--out", str(out), "--graphs", "image_memory", "--dtype", "fp16"
+    )
     assert "verified" in shown
     assert re.search(r"image_memory +memory .* ok", shown)
     manifest = Manifest.load(out)
-    assert (manifest.status, manifest.dtype, manifest.graph_names) == ("verified", "fp16", ("image_memory",))
+    assert (manifest.status, manifest.dtype, manifest.graph_names) == (
+        "verified",
+        "fp16",
+        ("image_memory",),
+    )
     assert manifest.source == "random weights of preset tiny"
     assert str(tmp_path) not in (out / "manifest.json").read_text()
     assert "verified" in _run("verify", str(out))
     manifest, reference = Manifest.load(out), Reference.load(out)
     # Engines that cannot run here, built from graphs that were compared; and from graphs that were not.
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    engines = manifest.model_copy(update={"kind": "tensorrt-rtx", "graphs_verification": manifest.verification})
+    engines = manifest.model_copy(
+        update={"kind": "tensorrt-rtx", "graphs_verification": manifest.verification}
+    )
     engines.save(out)
     assert "graphs verified: engine not run here: " in _run("verify", str(out), expect=3)
     engines.model_copy(update={"graphs_verification": None}).save(out)
@@ -97,9 +105,22 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 def _base(out: Path, command: str, dtype: str, *options: str, expect: int = 0) -> Manifest:
     """An export of the base model in a process of its own, which holds at most twice the fp32 weights, all together."""
-    started = [sys.executable, "-m", "xfm_fast", "export", "--to", command, "--random", "base", "--dtype", dtype]
+    started = [
+        sys.executable,
+        "-m",
+        "xfm_fast",
+        "export",
+        "--to",
+        command,
+        "--random",
+        "base",
+        "--dtype",
+        dtype,
+    ]
     peak = out.with_name(f"{out.name}-peak")
-    done = subprocess.run([sys.executable, "-c", _STARTER, peak, *started, *options, "--out", str(out)], check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", _STARTER, peak, *started, *options, "--out", str(out)], check=False
+    )
     assert done.returncode == expect
     manifest = Manifest.load(out)
     weights = sum(file.bytes for file in manifest.files if file.name.endswith((".onnx", ".engine")))
@@ -113,7 +134,9 @@ def _base(out: Path, command: str, dtype: str, *options: str, expect: int = 0) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "size"), [("fp32", 224), ("fp32", 384), ("fp16", 224), ("bf16", 224)])
+@pytest.mark.parametrize(
+    ("dtype", "size"), [("fp32", 224), ("fp32", 384), ("fp16", 224), ("bf16", 224)]
+)
 def test_base_model_on_photographs(tmp_path: Path, dtype: str, size: int) -> None:
     """What is promised of fp32: 1e-4 on embeddings and scores, lengths 1 to 40, the order of candidates, and memory."""
     manifest = _base(tmp_path / "out", "onnx", dtype, "--image-size", str(size))
@@ -128,7 +151,14 @@ def test_base_model_on_photographs(tmp_path: Path, dtype: str, size: int) -> Non
 def test_engines_of_the_base_model(dtype: str, tmp_path: Path) -> None:
     """All four graphs at their real size, dynamic shapes, three architectures; each engine is about its weights."""
     pytest.importorskip("tensorrt_rtx")
-    manifest = _base(tmp_path, "tensorrt-rtx", dtype, "--sm", "80,89,120", expect=0 if torch.cuda.is_available() else 3)
+    manifest = _base(
+        tmp_path,
+        "tensorrt-rtx",
+        dtype,
+        "--sm",
+        "80,89,120",
+        expect=0 if torch.cuda.is_available() else 3,
+    )
     megabytes = {
         record.name.removesuffix(".engine"): record.bytes / 1e6
         for record in manifest.files
@@ -136,7 +166,9 @@ def test_engines_of_the_base_model(dtype: str, tmp_path: Path) -> None:
     }
     assert set(megabytes) == {"vision", "text", "image_memory", "fusion"}
     for name, size in (("vision", 172), ("text", 249), ("image_memory", 28), ("fusion", 227)):
-        assert size * 0.9 < megabytes[name] * 2 / DTYPES[manifest.dtype].itemsize < size * 1.4, megabytes
+        assert size * 0.9 < megabytes[name] * 2 / DTYPES[manifest.dtype].itemsize < size * 1.4, (
+            megabytes
+        )
 
 
 @pytest.mark.parametrize(
@@ -144,10 +176,16 @@ def test_engines_of_the_base_model(dtype: str, tmp_path: Path) -> None:
     [
         ((3.0, 2.0), [], ["1.50x the speed here (3.0 → 2.0 ms, run in turn)"]),
         ((2.0, 2.5), [], ["not faster here: 0.80x (2.0 → 2.5 ms, run in turn)"]),
-        ((0.0, 0.0), [27, 28], ["launches of the engine's profiles: 27 and 28, without 8 bits 23 and 24"]),
+        (
+            (0.0, 0.0),
+            [27, 28],
+            ["launches of the engine's profiles: 27 and 28, without 8 bits 23 and 24"],
+        ),
     ],
 )
-def test_what_8_bits_gain_is_said(milliseconds: tuple[float, float], launches: list[int], lines: list[str]) -> None:
+def test_what_8_bits_gain_is_said(
+    milliseconds: tuple[float, float], launches: list[int], lines: list[str]
+) -> None:
     wide, narrow = milliseconds
     record = QuantisationRecord(
         kind="int8", budget=0.99, cosine=0.995, products=24, kept=[], smoothed=0, wide_milliseconds=wide,

@@ -72,12 +72,17 @@ def test_text_of_ragged_lengths(model: XFM) -> None:
     _close(embeds[mask.bool()], expected[mask.bool()])
     _close(feature, model.project_text(expected))
     # A row without any token stays finite.
-    assert all(value.isfinite().all() for value in _run("text", model, torch.ones_like(ids), torch.zeros_like(mask)))
+    assert all(
+        value.isfinite().all()
+        for value in _run("text", model, torch.ones_like(ids), torch.zeros_like(mask))
+    )
 
 
 @torch.no_grad()
 def test_image_memory(model: XFM) -> None:
-    embeds = torch.randn(2, model.config.num_image_tokens, model.config.vision_width, dtype=model.dtype)
+    embeds = torch.randn(
+        2, model.config.num_image_tokens, model.config.vision_width, dtype=model.dtype
+    )
     expected = graph_memory(model.image_memory(embeds)).values()
     for found, wanted in zip(_run("image_memory", model, embeds), expected, strict=True):
         _close(found, wanted)
@@ -85,7 +90,9 @@ def test_image_memory(model: XFM) -> None:
 
 def _fusion_inputs(model: XFM, images: int) -> tuple[Tensor, Tensor, Tensor]:
     ids, mask = _texts(model)
-    embeds = torch.randn(images, model.config.num_image_tokens, model.config.vision_width, dtype=model.dtype)
+    embeds = torch.randn(
+        images, model.config.num_image_tokens, model.config.vision_width, dtype=model.dtype
+    )
     with torch.no_grad():
         return model.encode_text(ids, mask), mask, embeds
 
@@ -100,7 +107,9 @@ def test_fusion(model: XFM, all_tokens: bool, images: int, texts: int) -> None:
     memory = model.image_memory(image_embeds)
     expected = model.fuse(text_embeds, mask, memory, torch.arange(images).repeat_interleave(texts))
     grouped = text_embeds.unflatten(0, (images, texts)), mask.unflatten(0, (images, texts))
-    fused, logits, boxes = _run("fusion", model, *grouped, *graph_memory(memory).values(), all_tokens=all_tokens)
+    fused, logits, boxes = _run(
+        "fusion", model, *grouped, *graph_memory(memory).values(), all_tokens=all_tokens
+    )
     if all_tokens:
         _close(fused.flatten(0, 1)[mask.bool()], expected[mask.bool()])
     else:
@@ -114,12 +123,18 @@ def _in_rows(images: list[list[list[int]]], length: int) -> Layout:
     # Every token is found again where it was written.
     spread = layout.spread(torch.arange(sum(LENGTHS)) + 1, 0)
     assert torch.equal(spread.flatten()[layout.place], layout.source + 1)
-    assert int((spread == 0).sum()) == int((layout.segments == 0).sum()) == spread.numel() - len(layout.place)
+    assert (
+        int((spread == 0).sum())
+        == int((layout.segments == 0).sum())
+        == spread.numel() - len(layout.place)
+    )
     return layout
 
 
 @pytest.mark.parametrize(
-    ("rows", "length"), [([[3], [1, 2, 0], [5], [4]], 14), ([[0, 1, 2, 3, 4, 5]], 40)], ids=["rows", "one row"]
+    ("rows", "length"),
+    [([[3], [1, 2, 0], [5], [4]], 14), ([[0, 1, 2, 3, 4, 5]], 40)],
+    ids=["rows", "one row"],
 )
 @torch.no_grad()
 def test_texts_in_rows(model: XFM, rows: list[list[int]], length: int) -> None:
@@ -141,11 +156,18 @@ def test_texts_in_rows(model: XFM, rows: list[list[int]], length: int) -> None:
     ids=["shared memory", "several memories"],
 )
 @torch.no_grad()
-def test_fusion_in_rows(make_model: MakeModel, all_tokens: bool, layers: int, images: list[list[list[int]]]) -> None:
+def test_fusion_in_rows(
+    make_model: MakeModel, all_tokens: bool, layers: int, images: list[list[list[int]]]
+) -> None:
     model = make_model(fusion_layers=layers).double()
     text_embeds, mask, image_embeds = _fusion_inputs(model, len(images))
     real, layout = mask.bool(), _in_rows(images, 14)
-    index = torch.tensor([next(i for i, rows in enumerate(images) if any(t in row for row in rows)) for t in range(6)])
+    index = torch.tensor(
+        [
+            next(i for i, rows in enumerate(images) if any(t in row for row in rows))
+            for t in range(6)
+        ]
+    )
     memory = model.image_memory(image_embeds)
     expected = model.fuse(text_embeds, mask, memory, index)
     fused, logits, boxes, *every = _run(

@@ -13,7 +13,13 @@ import torch
 
 from xfm_fast.errors import ExportError, InputError, StorageError, UnavailableError
 from xfm_fast.export import manifest, onnx, pipeline
-from xfm_fast.export.manifest import EngineTarget, Manifest, QuantisationRecord, new_manifest, record_files
+from xfm_fast.export.manifest import (
+    EngineTarget,
+    Manifest,
+    QuantisationRecord,
+    new_manifest,
+    record_files,
+)
 from xfm_fast.export.onnx import export_onnx
 from xfm_fast.export.pipeline import build_graphs, weights_sha256
 from xfm_fast.export.request import DEFAULT_GRAPHS, ExportRequest
@@ -35,12 +41,21 @@ def folder(tmp_path: Path) -> Path:
     """A folder with two files and their manifest."""
     (tmp_path / "vision.onnx").write_bytes(b"v" * 100)
     (tmp_path / "text.onnx").write_bytes(b"t" * 50)
-    _manifest(files=record_files(tmp_path, ["vision.onnx", "text.onnx", "text.onnx"])).save(tmp_path)
+    _manifest(files=record_files(tmp_path, ["vision.onnx", "text.onnx", "text.onnx"])).save(
+        tmp_path
+    )
     return tmp_path
 
 
 def test_fields_of_earlier_exports_are_read() -> None:
-    chosen = {"kind": "int8", "budget": 0.99, "cosine": 0.999, "products": 2, "kept": [], "smoothed": 1}
+    chosen = {
+        "kind": "int8",
+        "budget": 0.99,
+        "cosine": 0.999,
+        "products": 2,
+        "kept": [],
+        "smoothed": 1,
+    }
     timed = {"wide_milliseconds": 2.0, "milliseconds": 1.0}
     later = {"tables": [], "launches": [], "wide_launches": []}
     assert QuantisationRecord.model_validate(chosen | timed).model_dump() == chosen | timed | later
@@ -88,7 +103,9 @@ def test_engines_belong_to_their_gpus_and_library() -> None:
     for version, capability, named in (("10.14.1", 75, "SM75"), ("10.15.0", 80, r"10\.15\.0")):
         with pytest.raises(ExportError, match=named):
             made.require_target(library_version=version, compute_capability=capability)
-    wide = target.model_copy(update={"version_compatible": True, "hardware_compatibility": "ampere_plus"})
+    wide = target.model_copy(
+        update={"version_compatible": True, "hardware_compatibility": "ampere_plus"}
+    )
     made = _manifest(kind="tensorrt", target=wide)
     made.require_target(library_version="10.15.0", compute_capability=90)
     for version, capability, named in (("10.14.1", 75, "SM75"), ("10.9.0", 80, r"10\.9")):
@@ -101,9 +118,13 @@ def test_export_describes_itself(exported_fp32: Path, small_model: XFM) -> None:
     loaded = Manifest.load(exported_fp32)
     assert loaded.graph_names == DEFAULT_GRAPHS
     assert loaded.xfm_config == small_model.config
-    graphs = build_graphs(small_model, Spelling("primitives", 20), ExportRequest(graphs=DEFAULT_GRAPHS))
+    graphs = build_graphs(
+        small_model, Spelling("primitives", 20), ExportRequest(graphs=DEFAULT_GRAPHS)
+    )
     assert loaded.weights_sha256 == weights_sha256(small_model, graphs.values())
-    assert {record.name for record in loaded.files} | {"manifest.json"} == {p.name for p in exported_fp32.iterdir()}
+    assert {record.name for record in loaded.files} | {"manifest.json"} == {
+        p.name for p in exported_fp32.iterdir()
+    }
     fusion = loaded.graph("fusion")
     assert [(tensor.dtype, tensor.dims) for tensor in fusion.inputs[:2]] == [
         ("float32", ["batch", "texts", "length", 64]), ("int64", ["batch", "texts", "length"]),
@@ -111,13 +132,16 @@ def test_export_describes_itself(exported_fp32: Path, small_model: XFM) -> None:
     assert fusion.axes["length"].most == small_model.config.max_text_length
     for graph in loaded.graphs:
         file = library.load(str(exported_fp32 / graph.file))
-        entries = {entry.key.removeprefix("xfm_fast."): entry.value for entry in file.metadata_props}
+        entries = {
+            entry.key.removeprefix("xfm_fast."): entry.value for entry in file.metadata_props
+        }
         assert json.loads(entries["config"]) == small_model.config.model_dump()
         facts = [entries[name] for name in ("graph", "weights_sha256", "dtype", "consumer")]
         assert facts == [graph.name, loaded.weights_sha256, "fp32", "onnxruntime"]
         assert [put.name for put in file.graph.output] == [tensor.name for tensor in graph.outputs]
         dims = {
-            put.name: [d.dim_param or d.dim_value for d in put.type.tensor_type.shape.dim] for put in file.graph.input
+            put.name: [d.dim_param or d.dim_value for d in put.type.tensor_type.shape.dim]
+            for put in file.graph.input
         }
         assert dims == {tensor.name: tensor.dims for tensor in graph.inputs}
 
@@ -128,7 +152,9 @@ def test_a_hash_is_of_the_weights_that_graphs_read(make_model: Callable[..., XFM
     before = weights_sha256(model, graphs.values())
     with torch.no_grad():
         model.get_parameter("itm_head.0.bias")[0] += 1
-        assert weights_sha256(model, graphs.values()) == before, "vision does not read the matching head"
+        assert weights_sha256(model, graphs.values()) == before, (
+            "vision does not read the matching head"
+        )
         model.vision_proj.bias[0] += 1
     assert weights_sha256(model, graphs.values()) != before
 
@@ -171,7 +197,9 @@ def test_a_full_disk(small_model: XFM, tmp_path: Path, monkeypatch: pytest.Monke
     _manifest().save(tmp_path)
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.shutil, "disk_usage", lambda folder: usage(1 << 30, 1 << 30, 1_000_000))
+        patch.setattr(
+            pipeline.shutil, "disk_usage", lambda folder: usage(1 << 30, 1 << 30, 1_000_000)
+        )
         with pytest.raises(StorageError, match=r"0\.00 GB"):
             export_onnx(small_model, tmp_path)
     assert Manifest.load(tmp_path).source == "a model"

@@ -40,7 +40,13 @@ def written(model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
     """Writes a graph once for each combination of arguments."""
     done: dict[Any, Path] = {}
 
-    def write(name: GraphName, form: AttentionForm = "opset23", opset: int = 23, dtype: DType = "fp32", **options: Any):
+    def write(
+        name: GraphName,
+        form: AttentionForm = "opset23",
+        opset: int = 23,
+        dtype: DType = "fp32",
+        **options: Any,
+    ):
         key = (name, form, opset, dtype, repr(sorted(options.items())))
         if key not in done:
             graph = in_dtype(build(name, model, form), DTYPES[dtype])
@@ -55,10 +61,15 @@ def _run(path: Path, inputs: dict[str, Tensor]) -> list[Tensor]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return [torch.from_numpy(value) for value in session.run(None, {n: t.numpy() for n, t in inputs.items()})]
+    return [
+        torch.from_numpy(value)
+        for value in session.run(None, {n: t.numpy() for n, t in inputs.items()})
+    ]
 
 
-def _assert_same(model: XFM, name: GraphName, path: Path, sizes: dict[str, int], dtype: DType = "fp32") -> None:
+def _assert_same(
+    model: XFM, name: GraphName, path: Path, sizes: dict[str, int], dtype: DType = "fp32"
+) -> None:
     graph = build(name, model, "opset23")
     values = random_inputs(graph, sizes, torch.float32)
     typed = [value.to(DTYPES[dtype]) if value.is_floating_point() else value for value in values]
@@ -68,7 +79,10 @@ def _assert_same(model: XFM, name: GraphName, path: Path, sizes: dict[str, int],
     for spec, mine, theirs in zip(graph.outputs, found, expected, strict=True):
         assert mine.shape == spec.shape(sizes)
         torch.testing.assert_close(
-            mine.float(), theirs, rtol=0, atol=TOLERANCE[dtype] * max(1.0, float(theirs.abs().max()))
+            mine.float(),
+            theirs,
+            rtol=0,
+            atol=TOLERANCE[dtype] * max(1.0, float(theirs.abs().max())),
         )
 
 
@@ -92,15 +106,24 @@ def test_every_spelling_is_valid_and_the_same_function(
     assert kinds.count(("", "Attention")) == (form == "opset23")
     assert kinds.count(("", "Softmax")) == (1 if form == "opset23" else 2)
     assert {domain for domain, _ in kinds} == {""}
-    kind = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16}.get(dtype, onnx.TensorProto.BFLOAT16)
-    assert {tensor.data_type for tensor in loaded.graph.initializer if len(tensor.dims) == 2} == {kind}
+    kind = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16}.get(
+        dtype, onnx.TensorProto.BFLOAT16
+    )
+    assert {tensor.data_type for tensor in loaded.graph.initializer if len(tensor.dims) == 2} == {
+        kind
+    }
     if dtype != "bf16":  # ONNX Runtime has no bf16 kernels for the CPU.
-        for sizes in ({"batch": 1, "texts": 1, "length": 1}, {"batch": 3, "texts": 2, "length": 40}):
+        for sizes in (
+            {"batch": 1, "texts": 1, "length": 1},
+            {"batch": 3, "texts": 2, "length": 40},
+        ):
             _assert_same(model, "fusion", path, sizes, dtype)
 
 
 @pytest.mark.parametrize("name", ["text", pytest.param("match", marks=pytest.mark.slow)])
-def test_graphs_are_the_same_function_at_every_size(model: XFM, written: Callable[..., Path], name: GraphName) -> None:
+def test_graphs_are_the_same_function_at_every_size(
+    model: XFM, written: Callable[..., Path], name: GraphName
+) -> None:
     path = written(name, metadata=METADATA)
     for sizes in ({"batch": 1, "texts": 1, "length": 1}, {"batch": 5, "texts": 4, "length": 40}):
         _assert_same(model, name, path, sizes)
@@ -120,10 +143,20 @@ def test_attention_reads_the_memory_where_it_lies(model: XFM, written: Callable[
 def test_names_are_clean_and_metadata_is_there(written: Callable[..., Path]) -> None:
     content = written("text", metadata=METADATA).read_bytes()
     root = Path(onnx_files.__file__).resolve().parents[1]
-    for name in [str(root), str(Path(torch.__file__).parent), "site-packages", str(Path.home()), "stack_trace"]:
+    for name in [
+        str(root),
+        str(Path(torch.__file__).parent),
+        "site-packages",
+        str(Path.home()),
+        "stack_trace",
+    ]:
         assert name.encode() not in content, name
     loaded = onnx.load_from_string(content)
-    assert (loaded.producer_name, loaded.producer_version, loaded.graph.name) == ("xfm-fast", __version__, "text")
+    assert (loaded.producer_name, loaded.producer_version, loaded.graph.name) == (
+        "xfm-fast",
+        __version__,
+        "text",
+    )
     assert {entry.key: entry.value for entry in loaded.metadata_props} == METADATA
     parts = [*loaded.graph.node, *loaded.graph.value_info, *loaded.graph.initializer]
     assert not [part.name for part in parts if part.doc_string or part.metadata_props]
@@ -141,7 +174,9 @@ def test_weights_beyond_the_limit_lie_beside_the_file(model: XFM, tmp_path: Path
     assert path.stat().st_size < 4000 < (tmp_path / "image_memory.onnx.data").stat().st_size
     onnx.checker.check_model(str(path), full_check=True)
     _assert_same(model, "image_memory", path, {"batch": 2})
-    assert all(parameter.requires_grad for parameter in graph.parameters()), "the model is left as it was"
+    assert all(parameter.requires_grad for parameter in graph.parameters()), (
+        "the model is left as it was"
+    )
     assert write_onnx(graph, path, spelling, "fp32") == [path]
     assert [*tmp_path.iterdir()] == [path]
 
@@ -154,14 +189,22 @@ def test_one_file_for_every_reader(exported_fp32: Path) -> None:
     onnx.checker.check_model(str(path), full_check=True)
     graph = build("fusion", build_model(), "primitives")
     sizes = {"batch": 2, "texts": 3, "length": 7}
-    values = dict(zip([spec.name for spec in graph.inputs], random_inputs(graph, sizes, torch.float32), strict=True))
+    values = dict(
+        zip(
+            [spec.name for spec in graph.inputs],
+            random_inputs(graph, sizes, torch.float32),
+            strict=True,
+        )
+    )
     expected = _run(path, values)
     feed = {key: value.numpy() for key, value in values.items()}
     found = {"onnx": ReferenceEvaluator(str(path)).run(None, feed)}
     if importlib.util.find_spec("openvino"):
         import openvino
 
-        compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = openvino.Core().compile_model(
+            str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+        )
         found["openvino"] = [*compiled(feed).values()]
     for results in found.values():
         for mine, theirs in zip(results, expected, strict=True):

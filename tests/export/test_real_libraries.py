@@ -30,7 +30,10 @@ from xfm_fast.export.model_repository import RepositoryOptions, write_model_repo
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="the packages are those of Linux")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="the packages are those of Linux"),
+]
 
 ROOT = Path(__file__).parents[2]
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -121,7 +124,9 @@ def installed(variable: str, commands: str) -> Path:
 
 def run_script(script: str, *arguments: object, **variables: str) -> str:
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ | variables)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ | variables
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -130,7 +135,14 @@ def run_script(script: str, *arguments: object, **variables: str) -> str:
 def triton_server(environment: Path, repository: Path, scratch: Path) -> Iterator[str]:
     """Run the server of nvidia-pytriton on a repository until all models are ready; yields its address."""
     site = environment / "lib" / f"python{PYTHON}" / "site-packages"
-    stub = site / "pytriton" / "tritonserver" / "python_backend_stubs" / PYTHON / "triton_python_backend_stub"
+    stub = (
+        site
+        / "pytriton"
+        / "tritonserver"
+        / "python_backend_stubs"
+        / PYTHON
+        / "triton_python_backend_stub"
+    )
     if not stub.is_file():
         pytest.skip(f"nvidia-pytriton in {environment} has no stub for Python {PYTHON}")
     # Behind the environment's own packages, whose NumPy is the older one.
@@ -142,18 +154,24 @@ def triton_server(environment: Path, repository: Path, scratch: Path) -> Iterato
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = f"--model-repository={repository} --backend-directory={backends} --http-address=127.0.0.1"
+    options = (
+        f"--model-repository={repository} --backend-directory={backends} --http-address=127.0.0.1"
+    )
     options += f" --http-port={port} --allow-grpc=false --allow-metrics=false"
     command = [server / "bin" / "tritonserver", *options.split()]
     path = {"PATH": f"{environment / 'bin'}:{os.environ['PATH']}", "LD_LIBRARY_PATH": libraries}
     log = scratch / "server.log"
     with log.open("wb") as output:
-        process = subprocess.Popen(command, env=os.environ | path, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, env=os.environ | path, stdout=output, stderr=subprocess.STDOUT
+        )
     try:
         for _ in range(600):
             assert process.poll() is None, log.read_text(errors="replace")[-8000:]
             with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/ready", timeout=5).close()
+                urllib.request.urlopen(
+                    f"http://127.0.0.1:{port}/v2/health/ready", timeout=5
+                ).close()
                 break
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}"
@@ -165,13 +183,19 @@ def triton_server(environment: Path, repository: Path, scratch: Path) -> Iterato
 def ask(address: str, images: list[bytes], captions: list[str]) -> dict[str, Any]:
     """Send a request to the rank model, its texts in binary, and return its outputs, or `error`."""
     inputs, content = [], b""
-    for name, values in {"images": images, "captions": [text.encode() for text in captions]}.items():
+    for name, values in {
+        "images": images,
+        "captions": [text.encode() for text in captions],
+    }.items():
         binary = b"".join(struct.pack("<I", len(each)) + each for each in values)
         sizes = {"shape": [1, len(values)], "parameters": {"binary_data_size": len(binary)}}
         inputs.append({"name": name, "datatype": "BYTES", **sizes})
         content += binary
     head = json.dumps({"inputs": inputs}).encode()
-    headers = {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"}
+    headers = {
+        "Inference-Header-Content-Length": str(len(head)),
+        "Content-Type": "application/octet-stream",
+    }
     request = urllib.request.Request(f"{address}/v2/models/xfm_rank/infer", head + content, headers)
     try:
         with urllib.request.urlopen(request, timeout=120) as response:
@@ -184,14 +208,24 @@ def ask(address: str, images: list[bytes], captions: list[str]) -> dict[str, Any
 def test_the_real_triton_server(exported_fp32: Path, small_model: XFM, tmp_path: Path) -> None:
     commands = "python -m venv DIR && DIR/bin/pip install 'numpy<2' nvidia-pytriton"
     environment = installed("XFM_FAST_TRITON_ENV", commands)
-    tokenizer = CaptionTokenizer.train_on_texts([pre_caption(text) for text in CAPTIONS], small_model.config.vocab_size)
+    tokenizer = CaptionTokenizer.train_on_texts(
+        [pre_caption(text) for text in CAPTIONS], small_model.config.vocab_size
+    )
     repository = tmp_path / "models"
-    write_model_repository(exported_fp32, repository, RepositoryOptions(device="cpu"), tokenizer=tokenizer)
+    write_model_repository(
+        exported_fp32, repository, RepositoryOptions(device="cpu"), tokenizer=tokenizer
+    )
     for graph in repository.glob("*/1/*.onnx"):
         graph.with_name("model.py").write_text(ONNX_MODEL)
         config = graph.parents[1] / "config.pbtxt"
-        lines = config.read_text().replace('platform: "onnxruntime_onnx"', 'backend: "python"').splitlines()
-        config.write_text("\n".join(line for line in lines if not line.startswith("default_model_filename")))
+        lines = (
+            config.read_text()
+            .replace('platform: "onnxruntime_onnx"', 'backend: "python"')
+            .splitlines()
+        )
+        config.write_text(
+            "\n".join(line for line in lines if not line.startswith("default_model_filename"))
+        )
     with triton_server(environment, repository, tmp_path) as address:
         images = [photo(1), photo(2, width=9)]
         answer = ask(address, images, CAPTIONS)
@@ -202,20 +236,35 @@ def test_the_real_triton_server(exported_fp32: Path, small_model: XFM, tmp_path:
 
 
 def test_the_real_module_of_tensorrt(exported_fp32: Path, tmp_path: Path) -> None:
-    bindings = installed("XFM_FAST_TENSORRT", "pip install --no-deps --target DIR tensorrt-cu13-bindings")
-    rtx = pytest.importorskip("tensorrt_rtx_libs", reason="the bindings are loaded over TensorRT for RTX")
+    bindings = installed(
+        "XFM_FAST_TENSORRT", "pip install --no-deps --target DIR tensorrt-cu13-bindings"
+    )
+    rtx = pytest.importorskip(
+        "tensorrt_rtx_libs", reason="the bindings are loaded over TensorRT for RTX"
+    )
     if (compiler := shutil.which("cc")) is None:
         pytest.skip("one function that TensorRT for RTX lacks is compiled by a C compiler")
     (metadata,) = bindings.glob("tensorrt_cu*_bindings-*.dist-info")
     major = metadata.name.split("-")[1].split(".")[0]
     libraries = Path(rtx.__path__[0])
-    for name, library in {"nvinfer": "tensorrt_rtx", "nvonnxparser": "tensorrt_onnxparser_rtx"}.items():
+    for name, library in {
+        "nvinfer": "tensorrt_rtx",
+        "nvonnxparser": "tensorrt_onnxparser_rtx",
+    }.items():
         (tmp_path / f"lib{name}.so.{major}").symlink_to(next(libraries.glob(f"lib{library}.so.*")))
     plugins = tmp_path / f"libnvinfer_plugin.so.{major}"
     source = b"_Bool initLibNvInferPlugins(void *logger, const char *space) { return 1; }"
-    subprocess.run([compiler, "-shared", "-fPIC", "-xc", "-", "-o", plugins], input=source, check=True)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-xc", "-", "-o", plugins], input=source, check=True
+    )
     (tmp_path / "engines").mkdir()
-    run_script(TENSORRT, bindings, exported_fp32, tmp_path / "engines", LD_LIBRARY_PATH=f"{tmp_path}:{libraries}")
+    run_script(
+        TENSORRT,
+        bindings,
+        exported_fp32,
+        tmp_path / "engines",
+        LD_LIBRARY_PATH=f"{tmp_path}:{libraries}",
+    )
 
 
 def test_the_partition_of_torch_tensorrt(tmp_path: Path) -> None:
@@ -225,9 +274,13 @@ def test_the_partition_of_torch_tensorrt(tmp_path: Path) -> None:
     folder = installed("XFM_FAST_TORCH_TENSORRT", command)
     pytest.importorskip("tensorrt_rtx", reason="the package looks at its version")
     # Without its libraries, which are linked to CUDA, the package is Python alone.
-    shutil.copytree(folder, tmp_path / "package", ignore=shutil.ignore_patterns("libtorchtrt*", "_C.*"))
+    shutil.copytree(
+        folder, tmp_path / "package", ignore=shutil.ignore_patterns("libtorchtrt*", "_C.*")
+    )
     graphs = ("vision", "text", "image_memory", "fusion", "nlvr2", "decoder_memory", "decoder_step")
-    backends, parts, left = json.loads(run_script(TORCH_TENSORRT, tmp_path / "package", *graphs).splitlines()[-1])
+    backends, parts, left = json.loads(
+        run_script(TORCH_TENSORRT, tmp_path / "package", *graphs).splitlines()[-1]
+    )
     assert "tensorrt" in backends
     summed = left.pop("text")
     assert summed in ([], ["torch.ops.aten.cumsum.default"])

@@ -34,7 +34,10 @@ import onnxruntime
 from tests.export.conftest import pixels_of, texts_of
 from tests.export.tensorrt_stand_in import tensorrt_module
 
-PROFILES = ("latency:batch=1,texts=1..8..16,length=1..8..24", "bulk:batch=1..4..6,texts=1..4..6,length=1..8..24")
+PROFILES = (
+    "latency:batch=1,texts=1..8..16,length=1..8..24",
+    "bulk:batch=1..4..6,texts=1..4..6,length=1..8..24",
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +47,17 @@ def engines(exported_fp32: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     manifest = Manifest.load(exported_fp32)
     records = []
     for record in manifest.graphs:
-        (folder / f"{record.name}.engine").write_text(json.dumps([record.name, str(exported_fp32 / record.file)]))
+        (folder / f"{record.name}.engine").write_text(
+            json.dumps([record.name, str(exported_fp32 / record.file)])
+        )
         profiles = graph_profiles(record, parse_profiles(PROFILES))
         files = {"file": f"{record.name}.engine", "files": [f"{record.name}.engine"]}
         records.append(record.model_copy(update=files | {"profiles": profiles}))
     target = EngineTarget(library="tensorrt", version="10.14.1", compute_capabilities=[89])
     names = [record.file for record in records]
-    (folder / "reference.safetensors").write_bytes((exported_fp32 / "reference.safetensors").read_bytes())
+    (folder / "reference.safetensors").write_bytes(
+        (exported_fp32 / "reference.safetensors").read_bytes()
+    )
     changes = {"kind": "tensorrt", "consumer": "tensorrt", "graphs": records, "target": target}
     manifest.model_copy(update=changes | {"files": record_files(folder, names)}).save(folder)
     return folder
@@ -59,7 +66,9 @@ def engines(exported_fp32: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture
 def stand_in(engines: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module `tensorrt` and its engines."""
-    module = tensorrt_module(graphs={record.name: record for record in Manifest.load(engines).graphs})
+    module = tensorrt_module(
+        graphs={record.name: record for record in Manifest.load(engines).graphs}
+    )
 
     class OnStandIn(TensorRT):
         def __init__(self, manifest: Manifest, device: Any = None) -> None:
@@ -78,7 +87,13 @@ def _same_retrieval(model: XFM, session: Session, tolerance: float = 1e-4) -> No
         retriever = Retriever(subject)
         images, texts = retriever.embed_images([pixels]), retriever.embed_texts([(ids, mask)])
         found.append(
-            (images.embeds, images.features, texts.tokens, texts.features, retriever.rerank(images, texts).scores)
+            (
+                images.embeds,
+                images.features,
+                texts.tokens,
+                texts.features,
+                retriever.rerank(images, texts).scores,
+            )
         )
     for ours, theirs in zip(*found, strict=True):
         assert (ours - theirs).abs().max() < tolerance
@@ -87,15 +102,27 @@ def _same_retrieval(model: XFM, session: Session, tolerance: float = 1e-4) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("runtime", "form"),
-    [("onnxruntime", "fixed"), ("openvino", "padded"), ("openvino", "packed"), ("openvino", "fixed")],
+    [
+        ("onnxruntime", "fixed"),
+        ("openvino", "padded"),
+        ("openvino", "packed"),
+        ("openvino", "fixed"),
+    ],
 )
 def test_every_runtime_gives_what_the_model_gives(
-    runtime: str, form: str, small_model: XFM, exported_fp32: Path, exported_packed: Path, tmp_path: Path
+    runtime: str,
+    form: str,
+    small_model: XFM,
+    exported_fp32: Path,
+    exported_packed: Path,
+    tmp_path: Path,
 ) -> None:
     pytest.importorskip(runtime)
     folder = {"padded": exported_fp32, "packed": exported_packed}.get(form, tmp_path)
     if form == "fixed":
-        export_onnx(small_model, folder, graphs=DEFAULT_GRAPHS, fixed={"batch": 2, "texts": 4, "length": 20})
+        export_onnx(
+            small_model, folder, graphs=DEFAULT_GRAPHS, fixed={"batch": 2, "texts": 4, "length": 20}
+        )
     session = Session.load(folder, runtime)
     assert session.description.startswith(runtime)
     _same_retrieval(small_model, session)
@@ -129,7 +156,9 @@ def test_engines_give_what_the_model_gives(engines: Path, small_model: XFM, stan
         session.encode_image(pixels_of(small_model, 2))
 
 
-def test_a_context_for_each_profile_and_each_captured_shape(engines: Path, small_model: XFM, stand_in: Any) -> None:
+def test_a_context_for_each_profile_and_each_captured_shape(
+    engines: Path, small_model: XFM, stand_in: Any
+) -> None:
     session, log = Session.load(engines), stand_in.cuda.log
     vision = stand_in.engines["vision"]
     assert [context.profile for context in vision.contexts] == [0, 1, 0]
@@ -151,7 +180,9 @@ def test_a_context_for_each_profile_and_each_captured_shape(engines: Path, small
     assert vision.runs[-1] == (1, {"pixels": (3, 3, *[small_model.config.image_size] * 2)})
 
 
-def test_requests_between_captured_shapes_are_padded(engines: Path, small_model: XFM, stand_in: Any) -> None:
+def test_requests_between_captured_shapes_are_padded(
+    engines: Path, small_model: XFM, stand_in: Any
+) -> None:
     """Shapes around the tuned one are captured; what lies between two is padded to the larger, and hidden."""
     session = Session.load(engines)
     text = stand_in.engines["text"]
@@ -164,18 +195,24 @@ def test_requests_between_captured_shapes_are_padded(engines: Path, small_model:
         stand_in.cuda.log.clear()
         made = session.run("text", {"input_ids": ids, "attention_mask": mask})
         assert text.runs[-1][1]["input_ids"] == (1, ran)
-        assert ("replay" in stand_in.cuda.log) == (ran != 1), "a captured shape of four times the work is not run"
+        assert ("replay" in stand_in.cuda.log) == (ran != 1), (
+            "a captured shape of four times the work is not run"
+        )
         with torch.no_grad():
             expected = small_model.encode_text(ids, mask)
         assert made["text_embeds"].shape == expected.shape
         assert (made["text_embeds"] - expected).abs().max() < 1e-4
     # Two axes: 5 texts of 3 tokens run as 8 of 4.
     slot = session.slots("fusion")[0]
-    session.run("fusion", session.example_inputs("fusion", slot, {"batch": 1, "texts": 5, "length": 4}))
+    session.run(
+        "fusion", session.example_inputs("fusion", slot, {"batch": 1, "texts": 5, "length": 4})
+    )
     assert stand_in.engines["fusion"].runs[-1][1]["attention_mask"] == (1, 8, 4)
 
 
-def test_engines_are_verified_through_a_session(engines: Path, stand_in: Any, tmp_path: Path) -> None:
+def test_engines_are_verified_through_a_session(
+    engines: Path, stand_in: Any, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(engines, tmp_path / "copy"))
     assert Reference.load(folder).texts > 16, "more than a profile takes at once"
     manifest = verify(folder)
@@ -221,12 +258,18 @@ def test_attention_that_openvino_does_not_read(
         Session.load(folder, "openvino")
 
 
-def test_gemms_on_a_gpu_are_not_rounded_to_tf32(exported_fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gemms_on_a_gpu_are_not_rounded_to_tf32(
+    exported_fp32: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The default of ONNX Runtime's CUDA provider, with an error a hundred times that of fp32."""
     manifest, given = Manifest.load(exported_fp32), []
     runtime = OnnxRuntime(manifest, torch.device("cpu"))
     runtime.device = torch.device("cuda", 1)
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, providers: given.extend(providers) or MagicMock())
+    monkeypatch.setattr(
+        onnxruntime,
+        "InferenceSession",
+        lambda *_, providers: given.extend(providers) or MagicMock(),
+    )
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(cuda_stream=77))
     runtime.load(manifest.graph("text"), exported_fp32 / "text.onnx")
     options = {"device_id": 1, "use_tf32": 0, "user_compute_stream": "77"}
@@ -238,12 +281,16 @@ def test_norms_are_not_fused_with_sums_on_a_cpu(exported_fp32: Path, tmp_path: P
     onnx = pytest.importorskip("onnx")
     options = session_options()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-    onnxruntime.InferenceSession(str(exported_fp32 / "text.onnx"), options, providers=["CPUExecutionProvider"])
+    onnxruntime.InferenceSession(
+        str(exported_fp32 / "text.onnx"), options, providers=["CPUExecutionProvider"]
+    )
     operators = {node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node}
     assert "LayerNormalization" in operators
     assert "SkipLayerNormalization" not in operators
     with pytest.raises(RuntimeError):
-        session_options("cuda").get_session_config_entry("optimization.disable_specified_optimizers")
+        session_options("cuda").get_session_config_entry(
+            "optimization.disable_specified_optimizers"
+        )
 
 
 def test_bytes_do_not_saturate_on_processors_without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     """Folders of weights of a task as runs leave them, random ones in which nothing is zero or one."""
     tokenizer = CaptionTokenizer.train_on_texts([" ".join(VOCABULARY)], 500)
-    config, made = XFMConfig.preset("tiny", vocab_size=tokenizer.vocab_size, **SMALL), tmp_path_factory.mktemp("tuned")
+    config, made = (
+        XFMConfig.preset("tiny", vocab_size=tokenizer.vocab_size, **SMALL),
+        tmp_path_factory.mktemp("tuned"),
+    )
 
     def make(name: str) -> Path:
         folder = made / name
@@ -168,7 +171,9 @@ def test_classes_of_pairs_are_an_output_of_fusion(tuned: Tuned) -> None:
     model = ClassificationModel(config, 3, modality="pair", head="mlp").eval()
     assert default_graphs(model) == ("vision", "text", "image_memory", "fusion")
     memory = graph_memory(model.image_memory(model.encode_image(pixels))).values()
-    found = build("fusion", model, "opset23")(model.encode_text(ids, mask)[:, None], mask[:, None], *memory)[-1]
+    found = build("fusion", model, "opset23")(
+        model.encode_text(ids, mask)[:, None], mask[:, None], *memory
+    )[-1]
     _close(found[:, 0], model.logits(pixels, ids, mask))
 
 
@@ -183,11 +188,17 @@ def test_steps_of_a_decoder(tuned: Tuned, task: str) -> None:
     mask = torch.ones(2, tokens, dtype=torch.long)
     if task == "vqa":
         mask[1, 3:] = 0
-    memory, given = decoder.memory(states, mask.bool()), [*project(states)] + [mask] * (task == "vqa")
+    memory, given = (
+        decoder.memory(states, mask.bool()),
+        [*project(states)] + [mask] * (task == "vqa"),
+    )
     ids = torch.randint(4, 100, (2, 3, 4))
     every = ids.flatten(0, 1)
     past = DecoderCache(4)
-    groups, packing = ImageGroups(torch.tensor([0, 3, 6])), Packing.from_mask(torch.ones_like(every))
+    groups, packing = (
+        ImageGroups(torch.tensor([0, 3, 6])),
+        Packing.from_mask(torch.ones_like(every)),
+    )
     expected = decoder.logits(decoder(every, packing, memory, groups, past=past)).view(2, 3, 4, -1)
     behind = torch.zeros(2, 3, 2, 2, 2, 1, 16, dtype=torch.float64)
     for place in range(4):
@@ -223,7 +234,8 @@ def test_sessions_answer_as_the_model(
             "past": AxisRecord(least=3, most=40), "length": AxisRecord(least=4, most=40),
         }  # fmt: skip
         records = [
-            record.model_copy(update={"axes": {axis: bounds[axis] for axis in record.axes}}) for record in records
+            record.model_copy(update={"axes": {axis: bounds[axis] for axis in record.axes}})
+            for record in records
         ]
     manifest = new_manifest(
         source="", weights_sha256="", tokenizer_sha256=None, config=model.config.model_dump(), dtype="fp32",
@@ -236,7 +248,10 @@ def test_sessions_answer_as_the_model(
     session = made(Path(), runtime, manifest=manifest)
     session.warm_up()
     count, texts = ASKED[task]
-    _alike(Predictor(session, predictor.task).predict(images[:count], texts), predictor.predict(images[:count], texts))
+    _alike(
+        Predictor(session, predictor.task).predict(images[:count], texts),
+        predictor.predict(images[:count], texts),
+    )
     assert {*runtime.shapes} == {*built}, "every graph has its part in the answer"
 
 
@@ -260,7 +275,9 @@ def test_the_commands(tuned: Tuned, images: list[str], tmp_path: Path, exported_
     """A run is exported, and the export predicts as the run."""
     pytest.importorskip("onnxruntime", reason="exports are run by it")
     out, pairs = tmp_path / "out", tmp_path / "pairs.jsonl"
-    pairs.write_text("".join(json.dumps({"image": image, "caption": "a red circle"}) + "\n" for image in images))
+    pairs.write_text(
+        "".join(json.dumps({"image": image, "caption": "a red circle"}) + "\n" for image in images)
+    )
     done = invoke(["export", tuned("image"), "--out", out, "--data", pairs])
     assert done.exit_code == 0, done.output
     assert "run image of the task image" in done.stdout
@@ -268,7 +285,10 @@ def test_the_commands(tuned: Tuned, images: list[str], tmp_path: Path, exported_
     expected = xfm_fast.load(tuned("image")).predict(images)
     done = invoke(["predict", out, *images])
     assert done.exit_code == 0, done.stderr
-    _alike([json.loads(line) for line in done.stdout.splitlines()], [json.loads(json.dumps(row)) for row in expected])
+    _alike(
+        [json.loads(line) for line in done.stdout.splitlines()],
+        [json.loads(json.dumps(row)) for row in expected],
+    )
     lines, answers = tmp_path / "lines.jsonl", tmp_path / "answers.jsonl"
     lines.write_text("".join(json.dumps({"image": image}) + "\n" for image in images))
     assert invoke(["predict", out, "--lines", lines, answers]).exit_code == 0

@@ -19,7 +19,13 @@ from xfm_fast.export.graphs import is_memory
 from xfm_fast.export.manifest import Manifest
 from xfm_fast.export.request import DType
 from xfm_fast.export.session import Session
-from xfm_fast.export.verification import THRESHOLDS, Threshold, rank_agreement, verify, verify_export
+from xfm_fast.export.verification import (
+    THRESHOLDS,
+    Threshold,
+    rank_agreement,
+    verify,
+    verify_export,
+)
 from xfm_fast.models.xfm import XFM
 
 
@@ -29,10 +35,15 @@ def judged(folder: Path, model: XFM, dtype: DType = "fp32", **spoil: Any) -> Man
 
 
 @pytest.mark.parametrize(
-    ("dtype", "all_tokens"), [("fp32", True), pytest.param("fp16", False, marks=pytest.mark.slow), ("bf16", False)]
+    ("dtype", "all_tokens"),
+    [("fp32", True), pytest.param("fp16", False, marks=pytest.mark.slow), ("bf16", False)],
 )
-def test_graphs_in_pytorch_are_verified(small_model: XFM, tmp_path: Path, dtype: DType, all_tokens: bool) -> None:
-    manifest = judged(write_export(tmp_path, small_model, dtype, all_tokens=all_tokens), small_model, dtype)
+def test_graphs_in_pytorch_are_verified(
+    small_model: XFM, tmp_path: Path, dtype: DType, all_tokens: bool
+) -> None:
+    manifest = judged(
+        write_export(tmp_path, small_model, dtype, all_tokens=all_tokens), small_model, dtype
+    )
     assert (manifest.status, manifest.reason) == ("verified", "")
     record = manifest.verification
     assert record is not None
@@ -43,7 +54,9 @@ def test_graphs_in_pytorch_are_verified(small_model: XFM, tmp_path: Path, dtype:
     assert (("fusion", "fused_tokens") in outputs) == all_tokens
     assert [ranks.graph for ranks in record.ranks] == ["fusion", "match"]
     if dtype == "fp32":
-        assert all(check.max_error is not None and check.max_error < 1e-5 for check in record.checks)
+        assert all(
+            check.max_error is not None and check.max_error < 1e-5 for check in record.checks
+        )
         assert all(ranks.identical == 1 for ranks in record.ranks)
     assert Manifest.load(tmp_path) == manifest
 
@@ -74,7 +87,9 @@ def _shift(output: str, amount: float) -> Spoil:
         ("scores", 1e-3, "match scores"),
     ],
 )
-def test_one_wrong_number_fails(small_model: XFM, tmp_path: Path, output: str, amount: float, named: str) -> None:
+def test_one_wrong_number_fails(
+    small_model: XFM, tmp_path: Path, output: str, amount: float, named: str
+) -> None:
     folder = write_export(tmp_path, small_model)
     manifest = judged(folder, small_model, spoil=_shift(output, amount))
     assert manifest.status == Manifest.load(folder).status == "failed"
@@ -88,13 +103,17 @@ def test_padding_of_text_embeddings_does_not_count(small_model: XFM, tmp_path: P
             outputs["text_embeds"] = outputs["text_embeds"].clone()
             outputs["text_embeds"][0, 1:] = 1e6
 
-    assert judged(write_export(tmp_path, small_model), small_model, spoil=spoil).status == "verified"
+    assert (
+        judged(write_export(tmp_path, small_model), small_model, spoil=spoil).status == "verified"
+    )
 
 
 def test_rounding_band_is_narrow(small_model: XFM, tmp_path: Path) -> None:
     """Ten times the rounding error of the dtype is no rounding error."""
     folder = write_export(tmp_path, small_model, "bf16")
-    rounding = make_reference(small_model, generated_examples(small_model.config), ("fusion",), "bf16").rounding
+    rounding = make_reference(
+        small_model, generated_examples(small_model.config), ("fusion",), "bf16"
+    ).rounding
     manifest = judged(folder, small_model, "bf16", spoil=_shift("fused", 10 * rounding["fused"]))
     assert "fusion fused" in manifest.reason
 
@@ -103,8 +122,12 @@ def test_angles_and_orders_are_judged_where_the_error_passes(
     small_model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_export(tmp_path, small_model)
-    monkeypatch.setitem(THRESHOLDS, "fp32", Threshold(absolute=10, rounding=0, cosine=0.99999, tie=1e-5, ranks=0.99))
-    assert judged(folder, small_model, spoil=_shift("image_feature", 0.1)).reason.endswith("vision image_feature")
+    monkeypatch.setitem(
+        THRESHOLDS, "fp32", Threshold(absolute=10, rounding=0, cosine=0.99999, tie=1e-5, ranks=0.99)
+    )
+    assert judged(folder, small_model, spoil=_shift("image_feature", 0.1)).reason.endswith(
+        "vision image_feature"
+    )
 
     def spoil(graph: str, outputs: dict[str, Tensor]) -> None:
         if graph == "match":
@@ -146,7 +169,9 @@ def test_a_wrong_weight_in_a_file_is_found(exported_fp32: Path, tmp_path: Path) 
     assert verify(folder).status == "verified"
 
 
-def test_bf16_graphs_are_compared_in_fp32(bf16_engines: Path, small_model: XFM, tmp_path: Path) -> None:
+def test_bf16_graphs_are_compared_in_fp32(
+    bf16_engines: Path, small_model: XFM, tmp_path: Path
+) -> None:
     """Within the band of bf16; a graph that lost a weight is found."""
     pytest.importorskip("onnxruntime")
     shutil.copytree(bf16_engines / "onnx", tmp_path, dirs_exist_ok=True)
@@ -158,7 +183,10 @@ def test_bf16_graphs_are_compared_in_fp32(bf16_engines: Path, small_model: XFM, 
     assert manifest.verification is not None
     assert "fp32" in manifest.verification.runtime
     # Rounded weights alone make more than the errors of fp32.
-    assert all(check.max_error is not None and check.max_error > 1e-4 for check in manifest.verification.checks)
+    assert all(
+        check.max_error is not None and check.max_error > 1e-4
+        for check in manifest.verification.checks
+    )
     with pytest.raises(UnavailableError, match="bf16"):
         Session.load(tmp_path)
     _lose_a_weight(tmp_path / "text.onnx", "LayerNorm.bias")

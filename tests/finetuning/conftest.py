@@ -36,8 +36,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def pretrained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as pretraining leaves it."""
-    texts = [json.loads(line)["desc"] for line in (world / "texts_train.jsonl").read_text().splitlines()]
-    said = [pre_caption(text) for each in texts for text in (each if isinstance(each, list) else [each])]
+    texts = [
+        json.loads(line)["desc"] for line in (world / "texts_train.jsonl").read_text().splitlines()
+    ]
+    said = [
+        pre_caption(text) for each in texts for text in (each if isinstance(each, list) else [each])
+    ]
     tokenizer = CaptionTokenizer.train_on_texts(said, 1000)
     torch.manual_seed(0)
     model = XFM(XFMConfig.preset("tiny", vocab_size=tokenizer.vocab_size, **SMALL))

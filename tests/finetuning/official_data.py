@@ -48,7 +48,8 @@ def write_annotations(data: Path, world: Path) -> None:
         captions = rows("captioning", split)
         if split != "train":
             shutil.copy(
-                world / f"captioning_{split}_gt.json", data / "coco_karpathy" / f"coco_karpathy_{split}_gt.json"
+                world / f"captioning_{split}_gt.json",
+                data / "coco_karpathy" / f"coco_karpathy_{split}_gt.json",
             )
             captions = [{"image": each["image"]} for each in captions]
         write(data / "coco_karpathy" / f"coco_karpathy_{split}.json", captions)
@@ -59,14 +60,27 @@ def write_annotations(data: Path, world: Path) -> None:
             boxes.append({"id": number, "bbox": element.pop("bbox")})
             said = [{"sent": element["text"], "tokens": [], "raw": "", "sent_id": number}]
             name = ("testA", "testB")[number % 2] if split == "test" else split
-            refs.append({"ref_id": number, "ann_id": number, "image_id": image, "split": name, "sentences": said})
+            refs.append(
+                {
+                    "ref_id": number,
+                    "ann_id": number,
+                    "image_id": image,
+                    "split": name,
+                    "sentences": said,
+                }
+            )
             element["ref_id"] = number
         write(data / f"refcoco+_{split}.json", expressions)
     (data / "refcoco+").mkdir()
     (data / "refcoco+" / "refs(unc).p").write_bytes(pickle.dumps(refs, 2))
-    known = [{"id": number, "file_name": name, "width": 32, "height": 32} for name, number in sizes.items()]
+    known = [
+        {"id": number, "file_name": name, "width": 32, "height": 32}
+        for name, number in sizes.items()
+    ]
     write(data / "refcoco+" / "instances.json", {"images": known, "annotations": boxes})
-    genome = [each | {"dataset": "vg", "answer": each["answer"][0]} for each in rows("vqa", "train")]
+    genome = [
+        each | {"dataset": "vg", "answer": each["answer"][0]} for each in rows("vqa", "train")
+    ]
     write(data / "vg_qa.json", genome)
     answers = json.loads((world / "answers.json").read_text())
     write(data / "answer_list.json", [*answers, *(f"answer {number}" for number in range(130))])
@@ -77,9 +91,19 @@ def write_glue(folder: Path) -> None:
     for name, form in GLUE.items():
         classes = form.classes or ("0.5", "4.5")
         columns = [column for column in (form.text, form.text2, form.label) if column]
-        for split in ("train", "dev", "dev_matched", "dev_mismatched", "test", "test_matched", "test_mismatched"):
+        for split in (
+            "train",
+            "dev",
+            "dev_matched",
+            "dev_mismatched",
+            "test",
+            "test_matched",
+            "test_mismatched",
+        ):
             lines = [
-                [f"text {number} of {label}"] * (len(columns) - 1) + [label] for label in classes for number in range(2)
+                [f"text {number} of {label}"] * (len(columns) - 1) + [label]
+                for label in classes
+                for number in range(2)
             ]
             if name == "cola" and not split.startswith("test"):
                 table = [["x", label, "", text] for text, label in lines]
@@ -87,11 +111,16 @@ def write_glue(folder: Path) -> None:
                 table = [columns, *lines]
             if split.startswith("test"):
                 # The truth of GLUE's test files is not published.
-                table = [["index", *columns[:-1]], *([str(row), *line[:-1]] for row, line in enumerate(lines))]
+                table = [
+                    ["index", *columns[:-1]],
+                    *([str(row), *line[:-1]] for row, line in enumerate(lines)),
+                ]
             write(folder / name / f"{split}.tsv", "".join("\t".join(line) + "\n" for line in table))
 
 
-def class_folders(root: Path, names: Sequence[str], file: str = "{}.jpg", each: int = 3) -> list[Path]:
+def class_folders(
+    root: Path, names: Sequence[str], file: str = "{}.jpg", each: int = 3
+) -> list[Path]:
     paths = [root / name / file.format(number) for name in names for number in range(1, each + 1)]
     for number, path in enumerate(paths):
         picture(path, 40 * number)
@@ -113,17 +142,27 @@ def cifar(root: Path, folder: str, files: Sequence[str], label: str, meta: str, 
 
 
 def cars(root: Path) -> None:
-    mat(root / "stanford_cars/devkit/cars_meta.mat", {"class_names": np.array(["ant", "bee"], dtype=object)})
+    mat(
+        root / "stanford_cars/devkit/cars_meta.mat",
+        {"class_names": np.array(["ant", "bee"], dtype=object)},
+    )
     kinds = [("fname", object), ("class", int)]
-    for split, place in (("train", "devkit/cars_train_annos.mat"), ("test", "cars_test_annos_withlabels.mat")):
+    for split, place in (
+        ("train", "devkit/cars_train_annos.mat"),
+        ("test", "cars_test_annos_withlabels.mat"),
+    ):
         paths = class_folders(root / "stanford_cars", [f"cars_{split}"])
-        rows = np.array([(path.name, 1 + number % 2) for number, path in enumerate(paths)], dtype=kinds)
+        rows = np.array(
+            [(path.name, 1 + number % 2) for number, path in enumerate(paths)], dtype=kinds
+        )
         mat(root / "stanford_cars" / place, {"annotations": rows})
 
 
 def fer(root: Path) -> None:
     usages = ["Training"] * 4 + ["PublicTest"] * 3 + ["PrivateTest"] * 2
-    lines = [f"{number % 7},{' '.join(['90'] * 2304)},{usage}" for number, usage in enumerate(usages)]
+    lines = [
+        f"{number % 7},{' '.join(['90'] * 2304)},{usage}" for number, usage in enumerate(usages)
+    ]
     write(root / "fer2013/fer2013.csv", "\n".join(["emotion,pixels,Usage", *lines, ""]))
 
 
@@ -155,7 +194,9 @@ def mnist(root: Path) -> None:
         pixels = np.stack([np.full((28, 28), 40 + 170 * label, np.uint8) for label in labels])
         head = struct.pack(">iiii", 0x803, len(labels), 28, 28)
         (raw / f"{name}-images-idx3-ubyte").write_bytes(head + pixels.tobytes())
-        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 0x801, len(labels)) + bytes(labels))
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">ii", 0x801, len(labels)) + bytes(labels)
+        )
 
 
 def pets(root: Path) -> None:
@@ -169,7 +210,10 @@ def pets(root: Path) -> None:
 def pcam(root: Path) -> None:
     """HDF5's place is taken by NumPy's archives; see `arrays_for_h5py`."""
     for split in ("train", "test"):
-        parts: dict[str, Any] = {"x": np.zeros((3, 96, 96, 3), np.uint8), "y": np.array([0, 1, 1]).reshape(3, 1, 1, 1)}
+        parts: dict[str, Any] = {
+            "x": np.zeros((3, 96, 96, 3), np.uint8),
+            "y": np.array([0, 1, 1]).reshape(3, 1, 1, 1),
+        }
         for part, values in parts.items():
             path = root / f"pcam/camelyonpatch_level_2_split_{split}_{part}.h5"
             path.parent.mkdir(parents=True, exist_ok=True)

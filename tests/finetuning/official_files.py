@@ -24,8 +24,17 @@ def trained(lr: str, epochs: int) -> Values:
 
 def retrieval(name: str, images: str, lr: str, *, accumulated: int = 1, **changed: Any) -> Values:
     files: Values = {f"{split}_file": f"{DATA}/{name}_{split}.json" for split in ("val", "test")}
-    files |= {"train_file": [f"{DATA}/{name}_train.json"], "image_root": images, "accumulation_steps": accumulated}
-    sizes = {"batch_size_train": 32, "batch_size_test": 64, "batch_size_test_text": 64, "max_tokens": 40}
+    files |= {
+        "train_file": [f"{DATA}/{name}_train.json"],
+        "image_root": images,
+        "accumulation_steps": accumulated,
+    }
+    sizes = {
+        "batch_size_train": 32,
+        "batch_size_test": 64,
+        "batch_size_test_text": 64,
+        "max_tokens": 40,
+    }
     return MODEL | trained(lr, changed.pop("epochs", 20)) | files | sizes | {
         "embed_dim": 256, "temp": 0.07, "k_test": 256,
     } | changed  # fmt: skip

@@ -48,10 +48,14 @@ def test_truth_in_a_file_of_its_own(task: Open, world: Path, tmp_path: Path) -> 
     path = tmp_path / "gt.json"
     path.write_text(json.dumps(truth))
     found = made.records([images, path], "test")
-    assert [(each.identity, each.caption) for each in found] == [(each.identity, each.caption) for each in whole]
+    assert [(each.identity, each.caption) for each in found] == [
+        (each.identity, each.caption) for each in whole
+    ]
     assert {each.caption for each in made.records([images], "test")} == {None}
     alone = made.records([world / "captioning_val_gt.json"], "test")
-    assert [(each.image, each.caption) for each in alone] == [(each.image, each.caption) for each in whole]
+    assert [(each.image, each.caption) for each in alone] == [
+        (each.image, each.caption) for each in whole
+    ]
     path.write_text(json.dumps({"images": [], "annotations": [{"image_id": 1}]}))
     with pytest.raises(DataError, match=r"gt\.json.*annotation 0"):
         made.records([images, path], "test")
@@ -72,7 +76,14 @@ def test_pairs_of_pretraining(task: Open, world: Path, tmp_path: Path) -> None:
     assert made.item(record, generator()).ids == item.ids
     with pytest.raises(DataError, match="'desc'"):
         made.item({"binary": record["binary"]}, generator())
-    named = task(pairs={"augment": False, "image_key": "image", "image_root": "images", "caption_key": "text"})
+    named = task(
+        pairs={
+            "augment": False,
+            "image_key": "image",
+            "image_root": "images",
+            "caption_key": "text",
+        }
+    )
     again = named.item({"image": "train/000000.png", "text": "a star"}, generator())
     assert torch.equal(again.image, item.image)
 
@@ -86,7 +97,9 @@ def test_captions_of_a_folder(recipe: Make, world: Path, tmp_path: Path) -> None
     assert [each["image_id"] for each in written] == [*range(12)]
     done = invoke(["predict", tmp_path / "run", world / "images/test"])
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [Path(row["image"]).name for row in rows] == [f"{number:06d}.png" for number in range(12)]
+    assert [Path(row["image"]).name for row in rows] == [
+        f"{number:06d}.png" for number in range(12)
+    ]
     assert [row["caption"] for row in rows] == [each["caption"] for each in written]
     (row,) = xfm_fast.load(tmp_path / "run").predict([world / "images/test/000003.png"])
     assert row["caption"] == written[3]["caption"]

@@ -28,7 +28,9 @@ def task(recipe: Make) -> Open:
 
 
 def record(**fields: Any) -> GroundingRecord:
-    return GroundingRecord.model_validate({"image": "a.png", "text": "red star", "ref_id": 0} | fields)
+    return GroundingRecord.model_validate(
+        {"image": "a.png", "text": "red star", "ref_id": 0} | fields
+    )
 
 
 def generator() -> np.random.Generator:
@@ -59,7 +61,9 @@ def test_boxes_at_the_edge(task: Open, photo: Path, augment: bool) -> None:
 
 
 @torch.no_grad()
-def test_boxes_are_in_pixels_and_expressions_grouped_by_image(task: Open, world: Path, photo: Path) -> None:
+def test_boxes_are_in_pixels_and_expressions_grouped_by_image(
+    task: Open, world: Path, photo: Path
+) -> None:
     made = task()
     records = [*made.records([world / "grounding_test.json"], "test")[:7], record(image=str(photo))]
     *_, last = made.predict(made.build().eval(), records)
@@ -67,7 +71,9 @@ def test_boxes_are_in_pixels_and_expressions_grouped_by_image(task: Open, world:
     assert last["bbox"] == pytest.approx([60 * (cx - w / 2), 40 * (cy - h / 2), 60 * w, 40 * h])
     groups = made.groups(records)
     assert sorted(number for group in groups for number in group) == [*range(8)]
-    assert [len({records[number].image for number in group}) for group in groups] == [1] * len(groups)
+    assert [len({records[number].image for number in group}) for group in groups] == [1] * len(
+        groups
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,9 +96,14 @@ def test_boxes_to_evaluate_on_are_judged_before_the_first_step(
     assert not (tmp_path / "run").exists()
 
 
-def test_training_takes_the_split_train_and_evaluation_the_others(task: Open, tmp_path: Path) -> None:
+def test_training_takes_the_split_train_and_evaluation_the_others(
+    task: Open, tmp_path: Path
+) -> None:
     path, splits = tmp_path / "arrays.json", ("train", "val", None)
-    elements = [{"image": "x.png", "text": "star", "ref_id": n, "split": split} for n, split in enumerate(splits)]
+    elements = [
+        {"image": "x.png", "text": "star", "ref_id": n, "split": split}
+        for n, split in enumerate(splits)
+    ]
     path.write_text(json.dumps(elements))
     (rows,), (others,) = task().rows([path]), task().test_rows([path], "test")
     trained: list[Any] = [rows.read(row) for row in range(len(rows))]
@@ -119,11 +130,22 @@ def test_captions_of_regions(task: Open, world: Path) -> None:
     assert batch.is_image.any()
     model = made.build().eval()
     losses = made.losses_of(model, batch)
-    wanted = model(batch.image, batch.input_ids, batch.attention_mask, batch.boxes, batch.image_index, batch.is_image)
+    wanted = model(
+        batch.image,
+        batch.input_ids,
+        batch.attention_mask,
+        batch.boxes,
+        batch.image_index,
+        batch.is_image,
+    )
     assert (losses["bbox_l1"], losses["bbox_giou"]) == (wanted.l1, wanted.giou)
     # Captions of whole images have no box.
     boxed = ~batch.is_image
     only = model(
-        batch.image, batch.input_ids[boxed], batch.attention_mask[boxed], batch.boxes[boxed], batch.image_index[boxed]
+        batch.image,
+        batch.input_ids[boxed],
+        batch.attention_mask[boxed],
+        batch.boxes[boxed],
+        batch.image_index[boxed],
     )
     assert losses["bbox_l1"].item() == pytest.approx(only.l1.item(), rel=1e-5)

@@ -64,10 +64,15 @@ def of_folders(recipe: Make, folder: Path, **changes: Any) -> FinetuneRecipe:
 
 
 def test_folders_of_classes(recipe: Make, folders: Path) -> None:
-    result = finetune(of_folders(recipe, folders, task={"frozen": True, "mixup": 0.2, "label_smoothing": 0.1}))
+    result = finetune(
+        of_folders(recipe, folders, task={"frozen": True, "mixup": 0.2, "label_smoothing": 0.1})
+    )
     assert result.metrics["val"]["top5"] == 100
     said = json.loads((folders / "run/evaluation/val/predictions.json").read_text())
-    assert [Path(row["image"]).parts[-2:] for row in said][::7] == [("dark", "0.png"), ("light", "3.png")]
+    assert [Path(row["image"]).parts[-2:] for row in said][::7] == [
+        ("dark", "0.png"),
+        ("light", "3.png"),
+    ]
     predictor = xfm_fast.load(result.folder)
     first, second = predictor.predict([folders / "val/dark/0.png", folders / "val/light/1.png"])
     assert set(first["probabilities"]) == set(second["probabilities"]) == {"dark", "light"}
@@ -84,7 +89,10 @@ def test_a_set_of_torchvision(recipe: Make, tmp_path: Path) -> None:
     assert isinstance(opened, ImageTask)
     assert opened.options.labels[:2] == ("0 - zero", "1 - one")
     records = opened.records([tmp_path], "test")
-    assert [(record.image, record.label) for record in records] == [("test/0", "1 - one"), ("test/1", "0 - zero")]
+    assert [(record.image, record.label) for record in records] == [
+        ("test/0", "1 - one"),
+        ("test/1", "0 - zero"),
+    ]
     pixels = opened.pixels_of_record(records[0])
     assert pixels.shape == (3, 32, 32)
     assert float(pixels.mean()) == pytest.approx((210 / 255 - 0.5) / 0.5, abs=0.01)
@@ -97,7 +105,9 @@ def test_a_set_without_splits_is_split_always_alike(tmp_path: Path) -> None:
         place.mkdir(parents=True)
         for number in range(1, 6):
             Image.new("L", (9, 9)).save(place / f"{name[:3]}_{number:04d}.jpg")
-    train, test, again = (open_torchvision("Caltech256", tmp_path, split) for split in ("train", "test", "test"))
+    train, test, again = (
+        open_torchvision("Caltech256", tmp_path, split) for split in ("train", "test", "test")
+    )
     assert sorted([*train.numbers, *test.numbers]) == [*range(10)]
     assert (len(test.numbers), test.numbers) == (2, again.numbers)
     assert train.classes == ["001.axe", "002.bear"]
@@ -105,7 +115,11 @@ def test_a_set_without_splits_is_split_always_alike(tmp_path: Path) -> None:
     assert test.picture(test.numbers[0]).mode == "RGB"
 
 
-def test_the_test_split_of_fer2013_is_the_private_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_test_split_of_fer2013_is_the_private_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fer(tmp_path)
-    monkeypatch.setattr(torchvision.datasets.fer2013, "check_integrity", lambda path, md5=None: Path(path).exists())
+    monkeypatch.setattr(
+        torchvision.datasets.fer2013, "check_integrity", lambda path, md5=None: Path(path).exists()
+    )
     assert [*open_torchvision("fer2013", tmp_path, "test").numbers] == [3, 4]

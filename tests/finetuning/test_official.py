@@ -10,8 +10,21 @@ import yaml
 from pydantic import TypeAdapter
 
 from tests.finetuning.conftest import SMALL
-from tests.finetuning.official_data import accept_made_up_files, write_image_set, write_official_world
-from tests.finetuning.official_files import CAPTIONING, FILES, GROUNDING, NLVR, PAIRS, REGIONS, SETS, VQA
+from tests.finetuning.official_data import (
+    accept_made_up_files,
+    write_image_set,
+    write_official_world,
+)
+from tests.finetuning.official_files import (
+    CAPTIONING,
+    FILES,
+    GROUNDING,
+    NLVR,
+    PAIRS,
+    REGIONS,
+    SETS,
+    VQA,
+)
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ConfigError
 from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
@@ -42,7 +55,9 @@ def load(values: dict[str, Any], tmp_path: Path, *overrides: str) -> FinetuneRec
         (FILES["glue_mnli"], "glue_mnli", {"task", "epochs", "batch_size", "optimizer", "schedule"}),
     ],
 )  # fmt: skip
-def test_a_published_file_is_our_recipe(values: dict[str, Any], ours: str, same: set[str], tmp_path: Path) -> None:
+def test_a_published_file_is_our_recipe(
+    values: dict[str, Any], ours: str, same: set[str], tmp_path: Path
+) -> None:
     """The shipped recipes hold the official numbers, so that both say the same."""
     official, shipped = load(values, tmp_path), load_finetune_recipe(ours)
     for section in same:
@@ -117,7 +132,8 @@ def official_world(world: Path, pretrained: Path, tmp_path_factory: pytest.TempP
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FILES]
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FILES],
 )
 def test_a_published_file_trains_and_is_evaluated(
     name: str, official_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -128,10 +144,20 @@ def test_a_published_file_trains_and_is_evaluated(
     if "dataset" in values:
         accept_made_up_files(monkeypatch)
         write_image_set(values, official_world)
-    layers = {f"{part}_layers": min(2, values[f"{part}_num_hidden_layers"]) for part in ("text", "fusion")}
+    layers = {
+        f"{part}_layers": min(2, values[f"{part}_num_hidden_layers"]) for part in ("text", "fusion")
+    }
     vocabulary = XFMConfig.load("pretrained/config.json").vocab_size
-    overrides = [f"model.{size}={value}" for size, value in {**SMALL, **layers, "vocab_size": vocabulary}.items()]
-    overrides += ["init.checkpoint=pretrained", f"checkpoint.folder={tmp_path / 'run'}", "steps=1", "device=cpu"]
+    overrides = [
+        f"model.{size}={value}"
+        for size, value in {**SMALL, **layers, "vocab_size": vocabulary}.items()
+    ]
+    overrides += [
+        "init.checkpoint=pretrained",
+        f"checkpoint.folder={tmp_path / 'run'}",
+        "steps=1",
+        "device=cpu",
+    ]
     overrides += ["batch_size=2", "eval_batch_size=4", "workers=0"]
     if "num_dec_layers" in values:
         overrides.append("task.decoder_layers=2")
@@ -142,7 +168,9 @@ def test_a_published_file_trains_and_is_evaluated(
     assert result.metrics.keys() == recipe.data.splits.keys()
     for split, metrics in result.metrics.items():
         assert metrics or (split.startswith("test") and "glue_datasets" in values)
-        assert evaluate(recipe, result.folder, split, tmp_path / split) == pytest.approx(metrics, abs=1e-6)
+        assert evaluate(recipe, result.folder, split, tmp_path / split) == pytest.approx(
+            metrics, abs=1e-6
+        )
 
 
 @pytest.mark.parametrize("kind", ["nlvr2", "grounding"])
@@ -157,10 +185,23 @@ def test_texts_are_truncated_to_words_only(kind: str, official_world: Path) -> N
     assert len(ids) > 40
 
 
-@pytest.mark.parametrize(("values", "ours"), [(REGIONS, "refcoco_domain"), (PAIRS, "captioning_domain")])
-def test_domain_pretraining_is_our_recipe(values: dict[str, Any], ours: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("values", "ours"), [(REGIONS, "refcoco_domain"), (PAIRS, "captioning_domain")]
+)
+def test_domain_pretraining_is_our_recipe(
+    values: dict[str, Any], ours: str, tmp_path: Path
+) -> None:
     official, shipped = load(values, tmp_path, "data.train=mine"), load_finetune_recipe(ours)
-    for section in ("model", "epochs", "steps", "batch_size", "optimizer", "schedule", "workers", "precision"):
+    for section in (
+        "model",
+        "epochs",
+        "steps",
+        "batch_size",
+        "optimizer",
+        "schedule",
+        "workers",
+        "precision",
+    ):
         assert getattr(official, section) == getattr(shipped, section), section
     for section in ("regions", "pairs"):
         assert getattr(official.task, section, None) == getattr(shipped.task, section, None)

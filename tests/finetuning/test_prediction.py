@@ -23,7 +23,9 @@ SENTENCES = ("there is a red circle in the left image", "both images show a star
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, world: Path, pretrained: Path) -> Path:
-    made = make_recipe(world, pretrained, tmp_path_factory.mktemp("nlvr2"))("nlvr2", "nlvr_{}.json", steps=1)
+    made = make_recipe(world, pretrained, tmp_path_factory.mktemp("nlvr2"))(
+        "nlvr2", "nlvr_{}.json", steps=1
+    )
     finetune(made)
     return Path(made.checkpoint.folder)
 
@@ -32,13 +34,20 @@ def run(tmp_path_factory: pytest.TempPathFactory, world: Path, pretrained: Path)
 def requests(world: Path, tmp_path: Path) -> Path:
     """Nine requests, one a line, with a blank line and a sentence with a line separator of Unicode."""
     images = sorted(map(str, (world / "images/test").glob("*.png")))
-    lines = [{"images": images[n : n + 2], "text": SENTENCES[n % 2] + ("\u2028" if n == 4 else "")} for n in range(9)]
+    lines = [
+        {"images": images[n : n + 2], "text": SENTENCES[n % 2] + ("\u2028" if n == 4 else "")}
+        for n in range(9)
+    ]
     path = tmp_path / "requests.jsonl"
-    path.write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n", encoding="utf-8")
+    path.write_text(
+        "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n", encoding="utf-8"
+    )
     return path
 
 
-def process(rank: int, world_size: int, meeting: Path, run: Path, lines: Path, out: Path, kill_at: int) -> None:
+def process(
+    rank: int, world_size: int, meeting: Path, run: Path, lines: Path, out: Path, kill_at: int
+) -> None:
     join_group(rank, world_size, meeting)
     predictor = load(run)
     task, calls = predictor.task, iter(range(1000))
@@ -59,7 +68,9 @@ def test_files_of_requests(run: Path, requests: Path, tmp_path: Path) -> None:
     answers = []
     for number, (processes, kill_at) in enumerate([(1, -1), (2, -1), (1, 2)]):
         out = tmp_path / f"{number}" / "answers.jsonl"
-        codes = in_processes(process, processes, tmp_path / f"meet{number}", run, requests, out, kill_at)
+        codes = in_processes(
+            process, processes, tmp_path / f"meet{number}", run, requests, out, kill_at
+        )
         if kill_at >= 0:
             assert codes == [-9]
             assert not out.exists()
@@ -81,7 +92,10 @@ def test_what_is_no_request(run: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError):
         answer_lines(predictor, tmp_path / "none", tmp_path / "out", work)
     (tmp_path / "full").symlink_to("/dev/full")
-    with (tmp_path / "redirected").open("wb") as file, pytest.raises(InputError, match="no regular file"):
+    with (
+        (tmp_path / "redirected").open("wb") as file,
+        pytest.raises(InputError, match="no regular file"),
+    ):
         answer_lines(predictor, path, Path(f"/dev/fd/{file.fileno()}"), work)
     with pytest.raises(InputError, match="full"):
         answer_lines(predictor, path, tmp_path / "full", work)

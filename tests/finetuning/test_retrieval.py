@@ -44,7 +44,12 @@ RESULTS = ("metrics.json", "receipt.json", "scores.safetensors")
 
 @pytest.fixture
 def small(recipe: Make) -> FinetuneRecipe:
-    return recipe("retrieval", "retrieval_{}.json", task={"k": 5, "augment": False, "max_tokens": 32}, epochs=1)
+    return recipe(
+        "retrieval",
+        "retrieval_{}.json",
+        task={"k": 5, "augment": False, "max_tokens": 32},
+        epochs=1,
+    )
 
 
 @pytest.fixture
@@ -59,7 +64,9 @@ def model(pretrained: Path) -> TaskModel:
     return TaskModel.from_pretrained(pretrained)
 
 
-def test_evaluation_re_ranks_all(task: RetrievalTask, model: TaskModel, world: Path, tmp_path: Path) -> None:
+def test_evaluation_re_ranks_all(
+    task: RetrievalTask, model: TaskModel, world: Path, tmp_path: Path
+) -> None:
     """Journals of other weights are ignored and deleted."""
     records = task.records([world / "retrieval_test.json"], "test")
     for name, identity in (("rows-00000", "other work"), ("rows-00001", "")):
@@ -69,7 +76,9 @@ def test_evaluation_re_ranks_all(task: RetrievalTask, model: TaskModel, world: P
     metrics = Evaluation(tmp_path, batch_size=4).run(task, model, records)
 
     retriever = Retriever(model)
-    images = retriever.embed_images([torch.stack([task.pixels(record.image) for record in records])])
+    images = retriever.embed_images(
+        [torch.stack([task.pixels(record.image) for record in records])]
+    )
     captions = [caption for record in records for caption in record.caption]
     texts = retriever.embed_texts([task.padded([task.ids(caption) for caption in captions])])
     expected = retriever.rerank(images, texts, k=5)
@@ -86,10 +95,18 @@ def test_evaluation_re_ranks_all(task: RetrievalTask, model: TaskModel, world: P
         ("sum", expected.score_i2t + similarity, expected.score_t2i + similarity.t()),
     ):
         true = reranking.recall(
-            i2t.masked_fill(unscored[0], -torch.inf), t2i.masked_fill(unscored[1], -torch.inf), images_of_texts
+            i2t.masked_fill(unscored[0], -torch.inf),
+            t2i.masked_fill(unscored[1], -torch.inf),
+            images_of_texts,
         )
-        assert {name.removeprefix(f"{rank}/"): metrics[name] for name in metrics if name.startswith(rank)} == true
-    assert {name: metrics[name] for name in metrics if "/" not in name} == expected.recall(images_of_texts)
+        assert {
+            name.removeprefix(f"{rank}/"): metrics[name]
+            for name in metrics
+            if name.startswith(rank)
+        } == true
+    assert {name: metrics[name] for name in metrics if "/" not in name} == expected.recall(
+        images_of_texts
+    )
     receipt = json.loads((tmp_path / "receipt.json").read_text())
     assert receipt["flops"] == expected.receipt.flops
     assert receipt["pairs_scored"] == len(found["score"])
@@ -98,14 +115,20 @@ def test_evaluation_re_ranks_all(task: RetrievalTask, model: TaskModel, world: P
     whole = fingerprint(task, model, records, 4)
     with torch.autocast("cpu", torch.bfloat16):
         assert fingerprint(task, model, records, 4) != whole
-    half = Evaluation(tmp_path, batch_size=4, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    half = Evaluation(
+        tmp_path, batch_size=4, autocast=lambda: torch.autocast("cpu", torch.bfloat16)
+    )
     half.run(task, model, records)
     scores = load_file(tmp_path / "scores.safetensors")["score"]
     assert bool((scores != scores.bfloat16()).any())
 
 
 def test_ranking_by_an_untrained_matching_head(
-    small: FinetuneRecipe, pretrained: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: FinetuneRecipe,
+    pretrained: Path,
+    world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Its evaluation warns; `auto` ranks by features, and the run records it for `search`, `predict` and `evaluate`."""
     blank = TaskModel.from_pretrained(pretrained)
@@ -126,13 +149,21 @@ def test_ranking_by_an_untrained_matching_head(
     run = Path(small.checkpoint.folder)
     assert open_model(run).rank == "similarity"
     again = recipe_of(run, ["choose=null", "task.rank=match"])
-    assert evaluate(again, run, "test", tmp_path / "again")["r_mean"] == result.metrics["test"]["match/r_mean"]
+    assert (
+        evaluate(again, run, "test", tmp_path / "again")["r_mean"]
+        == result.metrics["test"]["match/r_mean"]
+    )
     (row,) = load(run).predict([world / "images/test/000000.png"], ["a red circle", "a blue star"])
     assert [text["score"] for text in row["texts"]] == [text["cosine"] for text in row["texts"]]
 
 
 def process_of_an_evaluation(
-    rank: int, world_size: int, meeting_point: Path, recipe: FinetuneRecipe, folder: Path, kill_at: int
+    rank: int,
+    world_size: int,
+    meeting_point: Path,
+    recipe: FinetuneRecipe,
+    folder: Path,
+    kill_at: int,
 ) -> None:
     """Evaluates, and dies after `kill_at` scored blocks."""
     join_group(rank, world_size, meeting_point)
@@ -151,7 +182,9 @@ def process_of_an_evaluation(
 
 
 @pytest.mark.slow
-def test_same_on_any_number_of_processes_and_after_a_kill(small: FinetuneRecipe, tmp_path: Path) -> None:
+def test_same_on_any_number_of_processes_and_after_a_kill(
+    small: FinetuneRecipe, tmp_path: Path
+) -> None:
     def run(name: str, world_size: int, kill_at: int = -1) -> list[int]:
         return in_processes(
             process_of_an_evaluation, world_size, tmp_path / f"{name}-{world_size}-{kill_at}", small, tmp_path / name,
@@ -183,7 +216,9 @@ def test_memory_is_flat_in_the_number_of_images(tmp_path: Path, task: RetrievalT
     model = large.build()
 
     def peak(images: int) -> int:
-        records = [RetrievalTestRecord(image=f"{n}.png", caption=("a red circle",)) for n in range(images)]
+        records = [
+            RetrievalTestRecord(image=f"{n}.png", caption=("a red circle",)) for n in range(images)
+        ]
         with PeakMemory() as memory:
             Evaluation(tmp_path, batch_size=32).run(large, model, records)
         return memory.peak - memory.start
@@ -219,11 +254,21 @@ def test_own_pictures_are_one_command_each(
     table: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    done = invoke(["pretrain", "pretrain_csv", "data=own/train.csv", f"init.checkpoint={pretrained}", "steps=4"])
+    done = invoke(
+        [
+            "pretrain",
+            "pretrain_csv",
+            "data=own/train.csv",
+            f"init.checkpoint={pretrained}",
+            "steps=4",
+        ]
+    )
     assert done.exit_code == 0, done.output
     given = ["data.train=own/train.csv", "init.checkpoint=runs/pretrain_csv"]
     recipe = load_finetune_recipe("retrieval_csv", given)
-    assert done.stdout.splitlines()[-1].endswith(f"xfm-fast finetune retrieval_csv {' '.join(given)}")
+    assert done.stdout.splitlines()[-1].endswith(
+        f"xfm-fast finetune retrieval_csv {' '.join(given)}"
+    )
     assert (recipe.batch_size, recipe.epochs) == (2, 20)
     assert recipe.choose is not None
     assert recipe.choose.every == 50
@@ -250,7 +295,9 @@ def test_pretraining_leaves_out_what_retrieval_holds_out(
     names = [f"{number}.png" for number in range(24)]
     for number, name in enumerate(names):
         write_picture(tmp_path / name, number)
-    Path("train.csv").write_text("image,caption\n" + "".join(f"{name},a red circle\n" for name in names))
+    Path("train.csv").write_text(
+        "image,caption\n" + "".join(f"{name},a red circle\n" for name in names)
+    )
     told = "was trained on"
 
     def run(*command: str) -> str:
@@ -265,28 +312,46 @@ def test_pretraining_leaves_out_what_retrieval_holds_out(
     recipe = recipe_of(Path("runs/retrieval_csv"))
     held = {record.image for record in open_task(recipe).records(recipe.paths_of("val"), "val")}
     assert len(held) >= 2
-    for weights in ("runs/pretrain_csv/model", "runs/retrieval_csv/best", "runs/retrieval_csv/model"):
+    for weights in (
+        "runs/pretrain_csv/model",
+        "runs/retrieval_csv/best",
+        "runs/retrieval_csv/model",
+    ):
         assert {*trained_on(Path(weights), names, tmp_path)} == {*names} - held, weights
 
     leaking = ("streams.pairs.hold_out=0", "checkpoint.folder=runs/leaking", "steps=8")
     run("pretrain", "pretrain_csv", "data=train.csv", f"init.checkpoint={pretrained}", *leaking)
-    pairs = ("data.train=train.csv", "init.checkpoint=runs/leaking", "checkpoint.folder=runs/leaked", "epochs=1")
+    pairs = (
+        "data.train=train.csv",
+        "init.checkpoint=runs/leaking",
+        "checkpoint.folder=runs/leaked",
+        "epochs=1",
+    )
     message = f"leaking/model was trained on {len(held)} of the {len(held)} images of the split val"
     assert message in run("finetune", "retrieval_csv", *pairs)
     assert f"leaked/best was trained on {len(held)} of" in run("evaluate", "runs/leaked")
 
 
-def test_tables_folders_and_requests(small: FinetuneRecipe, task: RetrievalTask, world: Path, tmp_path: Path) -> None:
+def test_tables_folders_and_requests(
+    small: FinetuneRecipe, task: RetrievalTask, world: Path, tmp_path: Path
+) -> None:
     elements = json.loads((world / "retrieval_train.json").read_text())[:8]
     with (tmp_path / "pairs.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerows([["file", "said"], *([each["image"], each["caption"]] for each in elements)])
+        writer.writerows(
+            [["file", "said"], *([each["image"], each["caption"]] for each in elements)]
+        )
     options = RetrievalOptions(columns={"image": "file", "caption": "said"}, augment=False)
     made = RetrievalTask(options, small.model, task.tokenizer, images=world)
     (rows,) = made.rows([tmp_path / "pairs.csv"])
-    first, second, third = (made.item(rows.read(row), np.random.default_rng(0)) for row in (0, 1, 4))
+    first, second, third = (
+        made.item(rows.read(row), np.random.default_rng(0)) for row in (0, 1, 4)
+    )
     assert first.target == second.target != third.target
-    assert [len(record.caption) for record in made.records([tmp_path / "pairs.csv"], "test")] == [4, 4]
+    assert [len(record.caption) for record in made.records([tmp_path / "pairs.csv"], "test")] == [
+        4,
+        4,
+    ]
 
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -298,7 +363,10 @@ def test_tables_folders_and_requests(small: FinetuneRecipe, task: RetrievalTask,
         task.requests([Path("a.png")], ["..."])
     with pytest.raises(InputError, match="line"):
         task.request({"images": ["a.png", "b.png"], "text": "a dog"})
-    assert task.request({"image": "a.png", "text": ["a dog", "a cat"]}).caption == ("a dog", "a cat")
+    assert task.request({"image": "a.png", "text": ["a dog", "a cat"]}).caption == (
+        "a dog",
+        "a cat",
+    )
     with pytest.raises(ConfigError, match=r"task\.max_tokens=900"):
         RetrievalTask(RetrievalOptions(max_tokens=900), small.model, task.tokenizer)
 
@@ -307,8 +375,12 @@ def test_every_entry_sees_the_same_picture(pretrained: Path, tmp_path: Path) -> 
     """A turned, transparent picture is seen upright and on white."""
     given, seen = tmp_path / "given/a.png", tmp_path / "seen.png"
     given.parent.mkdir()
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 4), dtype=np.uint8))
-    picture.putalpha(Image.fromarray(np.where(np.arange(64) < 30, 0, 255)[None].repeat(48, 0).astype(np.uint8)))
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (48, 64, 4), dtype=np.uint8)
+    )
+    picture.putalpha(
+        Image.fromarray(np.where(np.arange(64) < 30, 0, 255)[None].repeat(48, 0).astype(np.uint8))
+    )
     white = Image.new("RGB", picture.size, "white")
     white.paste(picture, mask=picture)
     white.save(seen)
@@ -323,7 +395,9 @@ def test_every_entry_sees_the_same_picture(pretrained: Path, tmp_path: Path) -> 
             return model.project_image(model.encode_image(pixels[None]))[0]
 
     def task(**options: Any) -> RetrievalTask:
-        return RetrievalTask(RetrievalOptions(augment=False), model.config, model.tokenizer, **options)
+        return RetrievalTask(
+            RetrievalOptions(augment=False), model.config, model.tokenizer, **options
+        )
 
     build_index(given.parent, open_model(pretrained))
     record = RetrievalRecord(image=str(given), caption="a dog", image_id=0)

@@ -31,7 +31,9 @@ CHOICE = {"by": "accuracy", "split": "val"}
 Kill = dict[str, int]
 
 
-def process(rank: int, world_size: int, meeting_point: Path, recipe: FinetuneRecipe, kill: Kill) -> None:
+def process(
+    rank: int, world_size: int, meeting_point: Path, recipe: FinetuneRecipe, kill: Kill
+) -> None:
     """One process of a run, which may kill itself after a step or within an evaluation."""
     join_group(rank, world_size, meeting_point)
     if "at_step" in kill:
@@ -70,7 +72,9 @@ def metrics(recipe: FinetuneRecipe) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, world: Path, pretrained: Path) -> FinetuneRecipe:
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, world: Path, pretrained: Path
+) -> FinetuneRecipe:
     """An uninterrupted run in a process of its own."""
     folder = tmp_path_factory.mktemp("whole")
     made = make_recipe(world, pretrained, folder)(*NLVR2, choose=CHOICE)
@@ -79,7 +83,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory, world: Path, pretrained: Pat
 
 
 @pytest.mark.parametrize("kill", [{"at_step": 5}, {"at_batch": 1}])
-def test_killed_and_resumed(kill: Kill, whole: FinetuneRecipe, recipe: Make, tmp_path: Path) -> None:
+def test_killed_and_resumed(
+    kill: Kill, whole: FinetuneRecipe, recipe: Make, tmp_path: Path
+) -> None:
     """At the end of an epoch, and in the first evaluation."""
     again = recipe(*NLVR2, choose=CHOICE)
     assert in_processes(process, 1, tmp_path / "meet", again, kill) == [-9]
@@ -122,12 +128,22 @@ class Numbers:
 
 
 @pytest.mark.parametrize(("world_size", "count"), [(1, 13), (2, 7), (3, 11)])
-def test_the_last_batch_is_kept_like_the_official_loader_does(world_size: int, count: int, tmp_path: Path) -> None:
+def test_the_last_batch_is_kept_like_the_official_loader_does(
+    world_size: int, count: int, tmp_path: Path
+) -> None:
     """Rows are dealt as torch's DistributedSampler and DataLoader do: equally many a rank, and each is in a batch."""
     assert {kind for kind, task in TASKS.items() if not task.drop_last} == {"image", "text"}
-    rows = RecordSet([AnnotationRows(tmp_path, [{"text": str(n), "label": "a"} for n in range(count)], TextRecord)])
+    rows = RecordSet(
+        [
+            AnnotationRows(
+                tmp_path, [{"text": str(n), "label": "a"} for n in range(count)], TextRecord
+            )
+        ]
+    )
     numbered: Any = range(count)
-    official = DataLoader(numbered, batch_size=2, sampler=DistributedSampler(numbered, world_size, 0))
+    official = DataLoader(
+        numbered, batch_size=2, sampler=DistributedSampler(numbered, world_size, 0)
+    )
     ranks = [
         ShuffledBatches(
             rows, Numbers(), rows=2, seed=1, rank=rank, world_size=world_size, drop_last=False,
@@ -139,7 +155,9 @@ def test_the_last_batch_is_kept_like_the_official_loader_does(world_size: int, c
     for epoch in range(2):
         numbers = range(epoch * len(official), (epoch + 1) * len(official))
         dealt: list[Any] = [[source.batch(number) for number in numbers] for source in ranks]
-        assert all(list(map(len, batches)) == [len(batch) for batch in official] for batches in dealt)
+        assert all(
+            list(map(len, batches)) == [len(batch) for batch in official] for batches in dealt
+        )
         seen = [row for batches in dealt for batch in batches for row in batch]
         assert set(seen) == set(range(count))
         assert len(seen) - count < world_size
@@ -157,7 +175,10 @@ def test_a_copied_run_is_evaluated_in_its_own_folder(recipe: Make, tmp_path: Pat
     assert (copy / "evaluation/test/metrics.json").is_file()
     said = json.loads((copy / "recipe.json").read_text())
     said["shapes"] = {"train": 1, "val": 1, "test": 1}
-    for planted in ({"root": str(tmp_path / "planted")}, {"splits": {"../../planted": "nlvr_test.json"}}):
+    for planted in (
+        {"root": str(tmp_path / "planted")},
+        {"splits": {"../../planted": "nlvr_test.json"}},
+    ):
         (copy / "recipe.json").write_text(json.dumps(said | {"data": said["data"] | planted}))
         assert invoke(["evaluate", copy]).exit_code == 2
     assert not (tmp_path / "planted").exists()
@@ -169,14 +190,19 @@ def test_a_second_run_in_the_folder_changes_nothing_of_the_first(recipe: Make) -
     folder = Path(made.checkpoint.folder)
     finetune(made)
     before = (folder / "recipe.json").read_bytes()
-    with hold(folder / ".lock", "the first"), pytest.raises(StorageError, match=r"checkpoint\.folder="):
+    with (
+        hold(folder / ".lock", "the first"),
+        pytest.raises(StorageError, match=r"checkpoint\.folder="),
+    ):
         finetune(recipe(*NLVR2, steps=2))
     assert (folder / "recipe.json").read_bytes() == before
     finetune(recipe(*NLVR2, steps=2))
     assert json.loads((folder / "recipe.json").read_text())["steps"] == 2
 
 
-def test_what_is_refused_before_the_first_step(recipe: Make, pretrained: Path, world: Path, tmp_path: Path) -> None:
+def test_what_is_refused_before_the_first_step(
+    recipe: Make, pretrained: Path, world: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=r"choose\.split=dev"):
         recipe(*NLVR2, choose={"by": "accuracy", "split": "dev"})
     with pytest.raises(DataError, match=r"data\.train.*absent\.json"):
@@ -201,14 +227,21 @@ def test_a_broken_element_is_quarantined_and_a_missing_test_image_named(
     elements[5]["images"][0] = "images/train/none.png"
     path = tmp_path / "broken.json"
     path.write_text(json.dumps(elements))
-    data = {"root": str(world), "train": str(path), "splits": {"val": "nlvr_val.json"}, "bad_share": 0.1}
+    data = {
+        "root": str(world),
+        "train": str(path),
+        "splits": {"val": "nlvr_val.json"},
+        "bad_share": 0.1,
+    }
     made = recipe(*NLVR2, data=data, epochs=1)
     finetune(made)
     listed = (Path(made.checkpoint.folder) / "quarantine/train.jsonl").read_text().splitlines()
     assert [json.loads(line)["row"] for line in sorted(listed)] == ["element 3", "element 5"]
     path.write_text(json.dumps(elements[4:]))
     with pytest.raises(DataError, match=r"images/train/none\.png"):
-        evaluate(recipe(*NLVR2, data=data | {"splits": {"val": str(path)}}), "x", "val", tmp_path / "out")
+        evaluate(
+            recipe(*NLVR2, data=data | {"splits": {"val": str(path)}}), "x", "val", tmp_path / "out"
+        )
 
 
 def test_an_average_is_what_is_judged(recipe: Make) -> None:

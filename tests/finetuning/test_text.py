@@ -28,14 +28,18 @@ def test_a_pair_is_encoded_as_roberta_reads_it(recipe: Make) -> None:
     (rows,) = task.rows(recipe(*WORLD).paths_of("train"))
     records = [rows.read(number) for number in range(4)]
     model = task.build().train(False)
-    loss = task.losses_of(model, task.collate([task.item(record, RNG) for record in records], RNG))["loss"]
+    loss = task.losses_of(model, task.collate([task.item(record, RNG) for record in records], RNG))[
+        "loss"
+    ]
     encode = task.tokenizer.encode_ids
     ids = []
     for record in records:
         (first,), (second,) = encode([record.text], 99), encode([record.text2 or ""], 99)
         ids.append([*first, task.tokenizer.eos_token_id, *second[1:]])
     width = max(map(len, ids))
-    by_hand = torch.tensor([[*row, *[task.tokenizer.pad_token_id] * (width - len(row))] for row in ids])
+    by_hand = torch.tensor(
+        [[*row, *[task.tokenizer.pad_token_id] * (width - len(row))] for row in ids]
+    )
     targets = torch.tensor([("no", "yes").index(record.label or "") for record in records])
     torch.testing.assert_close(loss, model(None, by_hand, targets=targets))
 
@@ -52,9 +56,13 @@ def test_glue(name: str, recipe: Make, tmp_path: Path) -> None:
     write_glue(tmp_path)
     files = {"val": "dev.tsv", "test": "test.tsv"}
     if name == "mnli":
-        files = {each: f"{each}.tsv" for each in ("val", "test", "test_mismatched")} | {"val": "dev_matched.tsv"}
+        files = {each: f"{each}.tsv" for each in ("val", "test", "test_mismatched")} | {
+            "val": "dev_matched.tsv"
+        }
     data = {"root": str(tmp_path / name), "train": "train.tsv", "splits": files}
-    made = recipe("text", "", task={"glue": name, "max_tokens": 64}, data=data, steps=1, batch_size=2)
+    made = recipe(
+        "text", "", task={"glue": name, "max_tokens": 64}, data=data, steps=1, batch_size=2
+    )
     assert open_task(made).options.labels == (GLUE[name].classes or ())
     result = finetune(made)
     known_metrics, stem = RESULTS[name]
@@ -74,7 +82,9 @@ def test_glue(name: str, recipe: Make, tmp_path: Path) -> None:
         assert (folder / "test_mismatched" / "MNLI-mm.tsv").is_file()
 
 
-def run_on(recipe: Make, folder: Path, train: str, val: str, suffix: str = "csv", **task: Any) -> Any:
+def run_on(
+    recipe: Make, folder: Path, train: str, val: str, suffix: str = "csv", **task: Any
+) -> Any:
     for split, content in (("train", train), ("val", val)):
         (folder / f"{split}.{suffix}").write_text(content)
     data = {"root": str(folder), "train": f"train.{suffix}", "splits": {"val": f"val.{suffix}"}}
@@ -93,14 +103,22 @@ TRAIN = "text,label\ngood,up\nbad,down\nfine,up\n"
         (TRAIN, TRAIN, {"labels": ["up", "down", "up"]}, "'up'"),
     ],
 )
-def test_bad_data(train: str, val: str, options: dict[str, Any], said: str, recipe: Make, tmp_path: Path) -> None:
+def test_bad_data(
+    train: str, val: str, options: dict[str, Any], said: str, recipe: Make, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match=said):
         run_on(recipe, tmp_path, train, val, **options)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_test_file_without_labels_gets_predictions(recipe: Make, tmp_path: Path) -> None:
-    result = run_on(recipe, tmp_path, TRAIN.replace("label", "stars"), "text\nso\nlala\n", columns={"label": "stars"})
+    result = run_on(
+        recipe,
+        tmp_path,
+        TRAIN.replace("label", "stars"),
+        "text\nso\nlala\n",
+        columns={"label": "stars"},
+    )
     assert result.metrics["val"] == {}
     lines = (tmp_path / "run/evaluation/val/predictions.tsv").read_text().splitlines()
     assert [line.split("\t")[0] for line in lines] == ["index", "0", "1"]
@@ -117,7 +135,9 @@ def test_roberta_alone_is_a_start(recipe: Make, pretrained: Path, tmp_path: Path
     save_file(theirs, tmp_path / "roberta.safetensors")
     init = {"roberta": str(tmp_path / "roberta.safetensors")}
     tokenizer = str(pretrained / "tokenizer.json")
-    again = recipe(*WORLD, task=COLUMNS, init=init, model=made.model.model_dump(), tokenizer=tokenizer)
+    again = recipe(
+        *WORLD, task=COLUMNS, init=init, model=made.model.model_dump(), tokenizer=tokenizer
+    )
     model = initial_model(again, open_task(again))
     for name, value in model.state_dict().items():
         assert name.startswith("text_encoder.roberta.") == bool((value == 0.25).all()), name

@@ -38,7 +38,12 @@ def model(recipe: Make, task: VQATask) -> VQAModel:
 
 
 def record(**fields: Any) -> VQARecord:
-    shown = {"image": "images/train/000000.png", "question": "what is it", "question_id": 0, "answer": ["dog"]}
+    shown = {
+        "image": "images/train/000000.png",
+        "question": "what is it",
+        "question_id": 0,
+        "answer": ["dog"],
+    }
     return VQARecord(**shown | fields)
 
 
@@ -50,7 +55,9 @@ def written(path: Path, content: Any) -> Path:
 def test_answer_weights(task: VQATask) -> None:
     """Shares of the annotators; Visual Genome's only answer counts half, GQA's whole."""
     answers = {"vqa": ["dog", "cat", "dog", "dog"], "vg": "dog", "gqa": "dog"}
-    items = [task.item(record(dataset=name, answer=given), rng()) for name, given in answers.items()]
+    items = [
+        task.item(record(dataset=name, answer=given), rng()) for name, given in answers.items()
+    ]
     batch = task.collate(items, rng())
     assert batch.answer_weights.tolist() == [0.75, 0.25, 0.5, 1.0]
     assert batch.answers_per_question.tolist() == [2, 1, 1]
@@ -67,7 +74,9 @@ def test_questions_are_truncated_in_training_only(task: VQATask, model: VQAModel
 
 
 @torch.no_grad()
-def test_probabilities_are_those_of_writing_the_answer(task: VQATask, model: VQAModel, world: Path) -> None:
+def test_probabilities_are_those_of_writing_the_answer(
+    task: VQATask, model: VQAModel, world: Path
+) -> None:
     (asked, *_) = task.records([world / "vqa_val.json"], "val")
     best = task.predict(model, [asked])[0]
     answered = asked.model_copy(update={"answer": (best["answer"],)})
@@ -91,16 +100,23 @@ def test_the_official_ranking(task: VQATask, model: VQAModel, world: Path) -> No
     assert not mask.all()
     for row, places, shares in zip(rows, wanted.indices, wanted.probabilities, strict=True):
         found = [row, *row["runners_up"]]
-        assert [each["answer"] for each in found] == [(options.answers or ())[place] for place in places]
+        assert [each["answer"] for each in found] == [
+            (options.answers or ())[place] for place in places
+        ]
         assert [each["probability"] for each in found] == pytest.approx(shares.tolist(), rel=1e-4)
 
 
-def test_from_files_to_results(recipe: Make, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_files_to_results(
+    recipe: Make, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two sets with image folders; an empty answer; ranked, then generated."""
     elements = json.loads((world / "vqa_train.json").read_text())[:20]
     folder = str(world / "images")
     own = [each | {"image": each["image"].removeprefix("images/")} for each in elements]
-    other = [each | {"dataset": "vg", "image": "000000.png", "answer": "unheard of"} for each in elements[:4]]
+    other = [
+        each | {"dataset": "vg", "image": "000000.png", "answer": "unheard of"}
+        for each in elements[:4]
+    ]
     files = [
         written(tmp_path / "vqa.json", [own[0] | {"answer": ["", "two"]}, *own[1:]]),
         written(tmp_path / "vg.json", other),
@@ -115,7 +131,9 @@ def test_from_files_to_results(recipe: Make, world: Path, tmp_path: Path, capsys
     run = Path(made.checkpoint.folder)
     assert len(json.loads((run / "evaluation/val" / RESULT_FILE).read_text())) == 20
     assert result.metrics["val"].keys() == {"exact_match"}
-    (first, second) = xfm_fast.load(run).predict([f"{folder}/train/000000.png"], ["how many objects are there", "what"])
+    (first, second) = xfm_fast.load(run).predict(
+        [f"{folder}/train/000000.png"], ["how many objects are there", "what"]
+    )
     assert first["answer"] in json.loads((world / "answers.json").read_text())
     assert len(second["runners_up"]) == 4
     made = made.model_copy(update={"task": made.task.model_copy(update={"generate": True})})

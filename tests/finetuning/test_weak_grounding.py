@@ -38,7 +38,9 @@ def weak(recipe: Make, world: Path, tmp_path: Path, detections: Any) -> Finetune
     boxes = str(tmp_path / "dets.json")
     splits = {split: [f"grounding_{split}.json", boxes] for split in ("val", "test")}
     data = {"root": str(world), "train": "grounding_train.json", "splits": splits}
-    return recipe("weak_grounding", "", task={"augment": False, "max_tokens": 32}, data=data, steps=2)
+    return recipe(
+        "weak_grounding", "", task={"augment": False, "max_tokens": 32}, data=data, steps=2
+    )
 
 
 def test_heat_chooses_a_detection(weak: FinetuneRecipe, world: Path, tmp_path: Path) -> None:
@@ -53,7 +55,9 @@ def test_heat_chooses_a_detection(weak: FinetuneRecipe, world: Path, tmp_path: P
         assert row["bbox"] in [list(box) for box in record.detected]
     # The definition, one expression at a time.
     record, ids = records[0], task.tokenizer.encode([records[0].text], 32, pad_to_longest=True)
-    heat = cross_attention_heatmap(predictor.model, task.pixels(record.image)[None], *ids, tokens=ids[1])[0]
+    heat = cross_attention_heatmap(
+        predictor.model, task.pixels(record.image)[None], *ids, tokens=ids[1]
+    )[0]
     chosen = best_box(heat, torch.tensor(record.detected), (32, 32))
     assert rows[0]["bbox"] == list(record.detected[chosen])
     with pytest.raises(InputError, match="--heatmap OUT"):
@@ -68,7 +72,12 @@ def test_heat_chooses_a_detection(weak: FinetuneRecipe, world: Path, tmp_path: P
 
 
 def test_weights_of_other_tasks(weak: FinetuneRecipe, recipe: Make, tmp_path: Path) -> None:
-    retrieval = recipe("retrieval", "retrieval_{}.json", steps=1, checkpoint={"folder": str(tmp_path / "retrieval")})
+    retrieval = recipe(
+        "retrieval",
+        "retrieval_{}.json",
+        steps=1,
+        checkpoint={"folder": str(tmp_path / "retrieval")},
+    )
     finetune(retrieval)
     assert "accuracy" in evaluate(weak, tmp_path / "retrieval", "val", tmp_path / "a")
     task = {"format": 1, "task": {"kind": "image", "labels": ["a", "b"]}}

@@ -33,7 +33,12 @@ _EACH, _ONE = 0.3, 2.0
 # are all alike and only these roundings are left to judge by.
 _EACH_FP64, _ONE_FP64 = 16.0, 64.0
 # The largest share of the truth that may be wrong. An fp32 result may come of operands in bf16.
-_CEILINGS = {torch.float64: 1e-9, torch.float32: 8 * 2.0**-7, torch.float16: 8 * 2.0**-10, torch.bfloat16: 8 * 2.0**-7}
+_CEILINGS = {
+    torch.float64: 1e-9,
+    torch.float32: 8 * 2.0**-7,
+    torch.float16: 8 * 2.0**-10,
+    torch.bfloat16: 8 * 2.0**-7,
+}
 # Truths that are nothing but rounding, as the gradient of a bias of keys is, have no share.
 _NOTHING = 1e-12
 
@@ -72,7 +77,13 @@ class ShuffledSums(TorchDispatchMode):
         return func(*args, **kwargs) if taken_apart is NotImplemented else taken_apart
 
     def product(
-        self, x: Tensor, y: Tensor, added: Tensor | None = None, *, beta: float = 1, alpha: float = 1
+        self,
+        x: Tensor,
+        y: Tensor,
+        added: Tensor | None = None,
+        *,
+        beta: float = 1,
+        alpha: float = 1,
     ) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         found = torch.zeros(*x.shape[:-1], y.shape[-1], dtype=wide)
@@ -106,11 +117,17 @@ def assert_as_accurate(
     assert_accurate(found, plain, definition(*widened(arguments)), "result", ceiling=ceiling)
 
 
-def assert_below_ceiling(found: Tensor, truth: Tensor, name: str, ceiling: float | None = None) -> None:
+def assert_below_ceiling(
+    found: Tensor, truth: Tensor, name: str, ceiling: float | None = None
+) -> None:
     """The error of `found` is a small share of the truth, by root mean squares; by default that of its dtype."""
-    error, size = (float(t.double().square().mean().sqrt()) for t in (found.double() - truth, truth))
+    error, size = (
+        float(t.double().square().mean().sqrt()) for t in (found.double() - truth, truth)
+    )
     format = torch.finfo(found.dtype)
-    allowed = (_CEILINGS[found.dtype] if ceiling is None else ceiling) * size + format.tiny * format.eps
+    allowed = (
+        _CEILINGS[found.dtype] if ceiling is None else ceiling
+    ) * size + format.tiny * format.eps
     # Comparisons with NaN are false: NaN fails.
     fits = size < _NOTHING or error <= allowed
     assert fits, f"{name}: rms error {error:.2e} exceeds {allowed:.2e}, whoever shares it"
@@ -134,7 +151,9 @@ def assert_accurate(
     assert truth.dtype == torch.float64, f"{name}: the truth is {truth.dtype}"
     assert found.shape == truth.shape, f"{name}: shape {[*found.shape]} instead of {[*truth.shape]}"
     finite = truth.isfinite()
-    torch.testing.assert_close(found.double()[~finite], truth[~finite], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        found.double()[~finite], truth[~finite], rtol=0, atol=0, equal_nan=True
+    )
     exact = truth[finite]
     n = exact.numel()
     if not n:
@@ -146,14 +165,21 @@ def assert_accurate(
     largest, spread = float(exact.abs().max()), float(others.square().mean(1).max().sqrt())
     # The quantile of a mean of n squares of normal errors (Laurent and Massart 2000, lemma 1), and the bound of the
     # largest of n by the sum of their probabilities.
-    of_the_mean, of_the_worst = sqrt(1 + 2 * sqrt(_CHANCE / n) + 2 * _CHANCE / n), sqrt(2 * (log(2 * n) + _CHANCE))
+    of_the_mean, of_the_worst = (
+        sqrt(1 + 2 * sqrt(_CHANCE / n) + 2 * _CHANCE / n),
+        sqrt(2 * (log(2 * n) + _CHANCE)),
+    )
     typical = float(error.square().mean().sqrt())
     allowed = factor * of_the_mean * spread + unit * (
         each * float(exact.square().mean().sqrt()) + one * largest / sqrt(n)
     )
     # Comparisons with NaN are false: NaN fails.
-    assert typical <= allowed, f"{name}: rms error {typical:.2e} exceeds {allowed:.2e} (plain PyTorch {spread:.2e})"
+    assert typical <= allowed, (
+        f"{name}: rms error {typical:.2e} exceeds {allowed:.2e} (plain PyTorch {spread:.2e})"
+    )
     worst, other = float(error.abs().max()), float(others.abs().max())
     allowed = factor * max(other, of_the_worst * spread) + one * unit * largest
-    assert worst <= allowed, f"{name}: largest error {worst:.2e} exceeds {allowed:.2e} (plain PyTorch {other:.2e})"
+    assert worst <= allowed, (
+        f"{name}: largest error {worst:.2e} exceeds {allowed:.2e} (plain PyTorch {other:.2e})"
+    )
     assert_below_ceiling(found[finite], exact, name, ceiling)

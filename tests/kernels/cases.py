@@ -30,7 +30,9 @@ class Case(NamedTuple):
     forms: frozenset[str] = frozenset({"exported", "triton"})
     """`exported`: in a graph without operators of its own; `triton`: there is a kernel for these arguments."""
 
-    def arguments(self, dtype: torch.dtype = torch.float32, *, grad: bool = False, n: int = 3) -> Arguments:
+    def arguments(
+        self, dtype: torch.dtype = torch.float32, *, grad: bool = False, n: int = 3
+    ) -> Arguments:
         """Arguments by name. Numbers are the same in every dtype; fp64 holds what half precision rounded."""
         draw = torch.Generator().manual_seed(9)
         made: Arguments = {}
@@ -49,9 +51,13 @@ def leaves(arguments: Arguments) -> list[Tensor]:
 
 def converted(arguments: Arguments, dtype: torch.dtype, device: str = "cpu") -> Arguments:
     """The same numbers in another dtype and place, as leaves of their own."""
-    made = {name: t.detach().to(device) if isinstance(t, Tensor) else t for name, t in arguments.items()}
+    made = {
+        name: t.detach().to(device) if isinstance(t, Tensor) else t for name, t in arguments.items()
+    }
     return made | {
-        name: made[name].to(dtype).requires_grad_(t.requires_grad) for name, t in arguments.items() if _floating(t)
+        name: made[name].to(dtype).requires_grad_(t.requires_grad)
+        for name, t in arguments.items()
+        if _floating(t)
     }
 
 
@@ -64,15 +70,23 @@ def results(found: Any) -> tuple[Tensor, ...]:
     return tuple(t.clamp_min(-99) for t in (found if isinstance(found, tuple) else (found,)))
 
 
-def run(case: Case, arguments: Arguments, backend: ops.Backend | None = None, **options: Any) -> list[Tensor]:
+def run(
+    case: Case, arguments: Arguments, backend: ops.Backend | None = None, **options: Any
+) -> list[Tensor]:
     """Results of an operation and the gradients of its leaves, for upstream gradients that are always the same."""
     found = results(case.operation(**arguments, backend=backend, **options))
     wanted = leaves(arguments)
     if not wanted:
         return [t.detach() for t in found]
     draw = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(t.shape, generator=draw, dtype=torch.float64).bfloat16().to(t.dtype) for t in found]
-    return [*(t.detach() for t in found), *torch.autograd.grad(found, wanted, upstream, materialize_grads=True)]
+    upstream = [
+        torch.randn(t.shape, generator=draw, dtype=torch.float64).bfloat16().to(t.dtype)
+        for t in found
+    ]
+    return [
+        *(t.detach() for t in found),
+        *torch.autograd.grad(found, wanted, upstream, materialize_grads=True),
+    ]
 
 
 def offsets(*lengths: int) -> Tensor:
@@ -80,12 +94,22 @@ def offsets(*lengths: int) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-def _packed(queries: Callable[[int], tuple[int, ...]], keys: Callable[[int], tuple[int, ...]], **more: Any) -> Any:
+def _packed(
+    queries: Callable[[int], tuple[int, ...]], keys: Callable[[int], tuple[int, ...]], **more: Any
+) -> Any:
     def shapes(n: int) -> Arguments:
         q, k = queries(n), keys(n)
         made: Arguments = {"q": (sum(q), 2, 32), "k": (sum(k), 2, 32), "v": (sum(k), 2, 32)}
-        made |= {"cu_seqlens_q": offsets(*q), "cu_seqlens_k": offsets(*k), "max_q": max(q, default=0)}
-        return made | {"max_k": max(k, default=0)} | {name: make(sum(k)) for name, make in more.items()}
+        made |= {
+            "cu_seqlens_q": offsets(*q),
+            "cu_seqlens_k": offsets(*k),
+            "max_q": max(q, default=0),
+        }
+        return (
+            made
+            | {"max_k": max(k, default=0)}
+            | {name: make(sum(k)) for name, make in more.items()}
+        )
 
     return shapes
 
@@ -137,7 +161,9 @@ def _vocabulary(n: int) -> Arguments:
     return {"h": (3 * n, 32), "w": (50, 32), "b": (50,), "target": target}
 
 
-def _joined(x: Tensor, first: Tensor, second: Tensor, bias: Tensor, other: Tensor, **options: Any) -> Tensor:
+def _joined(
+    x: Tensor, first: Tensor, second: Tensor, bias: Tensor, other: Tensor, **options: Any
+) -> Tensor:
     return ops.joined_linear(x, [first, second], [bias, other], **options)
 
 
@@ -163,15 +189,22 @@ def _attention_gradients(
 ) -> tuple[Tensor, ...]:
     given = [t.detach().clone().requires_grad_() for t in (q, k, v, bias) if t is not None]
     with torch.enable_grad():
-        out = plain_attention(given[0], given[1], given[2], scale, None if bias is None else given[3])
+        out = plain_attention(
+            given[0], given[1], given[2], scale, None if bias is None else given[3]
+        )
     return torch.autograd.grad(out, given, dout)
 
 
 def assert_attention_gradients(found: Sequence[Tensor | None], *arguments: Any) -> None:
     """Those of q, k, v and the bias, as accurate as plain PyTorch's; that of a bias is summed and returned in fp32."""
-    plain, truth = draws(lambda: _attention_gradients(*arguments)), _attention_gradients(*widened(arguments))
+    plain, truth = (
+        draws(lambda: _attention_gradients(*arguments)),
+        _attention_gradients(*widened(arguments)),
+    )
     for i, gradient in enumerate(t for t in found if t is not None):
-        assert_accurate(gradient.to(plain[0][i].dtype), [each[i] for each in plain], truth[i], "qkvb"[i])
+        assert_accurate(
+            gradient.to(plain[0][i].dtype), [each[i] for each in plain], truth[i], "qkvb"[i]
+        )
 
 
 relpos = partial(ops.relpos_attention, window=(3, 5))
@@ -179,9 +212,13 @@ _NO_KERNEL = frozenset({"exported"})
 _TEXTS = (lambda n: (n + 1, 0, 1, 4 * n), lambda n: (2 * n, n, 0, 11))
 CASES: dict[str, Case] = {
     "relpos": Case(relpos, _window, ATTENTION),
-    "relpos, masked": Case(relpos, lambda n: _window(n) | {"key_mask": _some_keys(n, 16)}, ATTENTION, forms=_NO_KERNEL),
+    "relpos, masked": Case(
+        relpos, lambda n: _window(n) | {"key_mask": _some_keys(n, 16)}, ATTENTION, forms=_NO_KERNEL
+    ),
     "bias": Case(ops.bias_attention, lambda n: _biased(n, 1), ATTENTION),
-    "bias, by entry": Case(ops.bias_attention, lambda n: _biased(n, n) | {"key_mask": _some_keys(n, 9)}, ATTENTION),
+    "bias, by entry": Case(
+        ops.bias_attention, lambda n: _biased(n, n) | {"key_mask": _some_keys(n, 9)}, ATTENTION
+    ),
     "bias, by window": Case(
         partial(ops.bias_attention, return_lse=True),
         lambda n: _biased(2 * n, n) | {"key_mask": _some_keys(2 * n, 9)},
@@ -195,11 +232,16 @@ CASES: dict[str, Case] = {
         forms=frozenset({"triton"}),
     ),
     "varlen, masked": Case(
-        ops.varlen_attention, _packed(*_TEXTS, key_mask=_alternating), ATTENTION, forms=frozenset({"triton"})
+        ops.varlen_attention,
+        _packed(*_TEXTS, key_mask=_alternating),
+        ATTENTION,
+        forms=frozenset({"triton"}),
     ),
     "layer_norm": Case(partial(ops.layer_norm, eps=1e-5), _norm, autocast=None),
     "add_layer_norm": Case(
-        partial(ops.add_layer_norm, eps=1e-5), lambda n: _norm(n) | {"residual": (n, 5, 32)}, autocast=None
+        partial(ops.add_layer_norm, eps=1e-5),
+        lambda n: _norm(n) | {"residual": (n, 5, 32)},
+        autocast=None,
     ),
     "add_layer_norm, scaled": Case(
         _scaled(partial(ops.add_layer_norm, eps=1e-5)),
@@ -220,9 +262,13 @@ CASES: dict[str, Case] = {
         autocast=None,
     ),
     "linear": Case(ops.linear, _linear, LINEAR),
-    "linear, no bias": Case(partial(ops.linear, bias=None), lambda n: {"x": (n, 32), "weight": (64, 32)}, LINEAR),
+    "linear, no bias": Case(
+        partial(ops.linear, bias=None), lambda n: {"x": (n, 32), "weight": (64, 32)}, LINEAR
+    ),
     "linear_gelu": Case(ops.linear_gelu, _linear, (*LINEAR, "onednn+gelu")),
-    "linear_residual": Case(ops.linear_residual, lambda n: _linear(n, residual=(n, 5, 64), gamma=(64,)), LINEAR),
+    "linear_residual": Case(
+        ops.linear_residual, lambda n: _linear(n, residual=(n, 5, 64), gamma=(64,)), LINEAR
+    ),
     "linear_residual, scaled": Case(
         _scaled(ops.linear_residual),
         lambda n: _linear(n, residual=(n, 5, 64), gamma=(64,), row_scale=_factors(n)),
@@ -236,7 +282,13 @@ CASES: dict[str, Case] = {
     ),
     "joined_linear": Case(
         _joined,
-        lambda n: {"x": (n, 5, 32), "first": (64, 32), "second": (32, 32), "bias": (64,), "other": (32,)},
+        lambda n: {
+            "x": (n, 5, 32),
+            "first": (64, 32),
+            "second": (32, 32),
+            "bias": (64,),
+            "other": (32,),
+        },
         LINEAR,
     ),
     "layer_norm_linear": Case(
@@ -246,7 +298,10 @@ CASES: dict[str, Case] = {
     ),
     "layer_norm_mlp": Case(
         _scaled(partial(ops.layer_norm_mlp, eps=1e-5)),
-        lambda n: _layers(n) | {"norm_weight": (32,), "norm_bias": (32,), "gamma": (32,), "row_scale": _factors(n)},
+        lambda n: (
+            _layers(n)
+            | {"norm_weight": (32,), "norm_bias": (32,), "gamma": (32,), "row_scale": _factors(n)}
+        ),
         LINEAR,
     ),
     "linear_add_layer_norm": Case(
@@ -256,9 +311,14 @@ CASES: dict[str, Case] = {
         autocast=None,
     ),
     "linear_cross_entropy": Case(
-        partial(ops.linear_cross_entropy, label_smoothing=0.1), _vocabulary, LOSS, autocast=torch.float32
+        partial(ops.linear_cross_entropy, label_smoothing=0.1),
+        _vocabulary,
+        LOSS,
+        autocast=torch.float32,
     ),
-    "token_log_likelihood": Case(ops.token_log_likelihood, _vocabulary, LOSS, autocast=torch.float32),
+    "token_log_likelihood": Case(
+        ops.token_log_likelihood, _vocabulary, LOSS, autocast=torch.float32
+    ),
 }
 
 
@@ -268,12 +328,21 @@ CASES: dict[str, Case] = {
 def window(height: int, width: int, batch: int, heads: int, head_dim: int) -> Case:
     """Self-attention of a window with a class token."""
     rows = (2 * height - 1) * (2 * width - 1) + 3
-    shapes = dict.fromkeys("qkv", (batch, 1 + height * width, heads, head_dim)) | {"table": (rows, heads)}
+    shapes = dict.fromkeys("qkv", (batch, 1 + height * width, heads, head_dim)) | {
+        "table": (rows, heads)
+    }
     return Case(partial(ops.relpos_attention, window=(height, width)), lambda _: shapes)
 
 
 def biased(
-    batch: int, entries: int, queries: int, keys: int, heads: int, head_dim: int, *, masked: bool = False
+    batch: int,
+    entries: int,
+    queries: int,
+    keys: int,
+    heads: int,
+    head_dim: int,
+    *,
+    masked: bool = False,
 ) -> Case:
     """Attention with a bias that `entries` of the batch do not share, and its logsumexp."""
     shapes: Arguments = dict.fromkeys("kv", (batch, keys, heads, head_dim))
@@ -284,12 +353,24 @@ def biased(
 
 
 def packed(
-    queries: Sequence[int], keys: Sequence[int], heads: int, head_dim: int, key_mask: Tensor | None = None
+    queries: Sequence[int],
+    keys: Sequence[int],
+    heads: int,
+    head_dim: int,
+    key_mask: Tensor | None = None,
 ) -> Case:
     """Attention of sequences of these lengths."""
-    shapes: Arguments = dict.fromkeys("kv", (sum(keys), heads, head_dim)) | {"q": (sum(queries), heads, head_dim)}
-    shapes |= {"cu_seqlens_q": offsets(*queries), "cu_seqlens_k": offsets(*keys), "key_mask": key_mask}
-    return Case(ops.varlen_attention, lambda _: shapes | {"max_q": max(queries), "max_k": max(keys)})
+    shapes: Arguments = dict.fromkeys("kv", (sum(keys), heads, head_dim)) | {
+        "q": (sum(queries), heads, head_dim)
+    }
+    shapes |= {
+        "cu_seqlens_q": offsets(*queries),
+        "cu_seqlens_k": offsets(*keys),
+        "key_mask": key_mask,
+    }
+    return Case(
+        ops.varlen_attention, lambda _: shapes | {"max_q": max(queries), "max_k": max(keys)}
+    )
 
 
 def norm(*shape: int, scaled: bool = False) -> Case:
@@ -310,14 +391,21 @@ def embedding(count: int, width: int, padding: int | None) -> Case:
     """More tokens than entries, long runs, and entries that no token has."""
     tokens = torch.arange(count) * 7 % 9
     tokens[: count // 2] = 3
-    shapes = {"tokens": tokens, "positions": torch.arange(count) % 5, "word": (12, width), "position": (6, width)}
+    shapes = {
+        "tokens": tokens,
+        "positions": torch.arange(count) % 5,
+        "word": (12, width),
+        "position": (6, width),
+    }
     return Case(
         partial(ops.embed_layer_norm, eps=1e-5, padding_idx=padding),
         lambda _: shapes | dict.fromkeys(("type_row", "weight", "bias"), (width,)),
     )
 
 
-def vocabulary(operation: Any, rows: int, width: int, size: int, ignored: int = -100, **options: Any) -> Case:
+def vocabulary(
+    operation: Any, rows: int, width: int, size: int, ignored: int = -100, **options: Any
+) -> Case:
     """A loss over a vocabulary, some of whose rows do not count."""
     target = torch.arange(rows) * 7 % size
     target[2::5] = ignored

@@ -18,7 +18,17 @@ from xfm_fast.kernels.backend import _compiler_fault
 from xfm_fast.kernels.cpu import selection
 from xfm_fast.kernels.prepared import NotPreparedError
 
-LIBRARIES = ("aten", "onednn", "onednn-packed", "onednn+gelu", "tiled", "exp2", "llvm", "transposed", "eager")
+LIBRARIES = (
+    "aten",
+    "onednn",
+    "onednn-packed",
+    "onednn+gelu",
+    "tiled",
+    "exp2",
+    "llvm",
+    "transposed",
+    "eager",
+)
 _compare = selection._compare
 _compared: dict[tuple[str, torch.dtype], selection.Selection] = {}
 
@@ -29,7 +39,9 @@ def compared(operation: str, race: selection.Race, dtype: torch.dtype) -> select
     if key not in _compared:
         _compared[key] = _compare(operation, race, dtype)
     rejected = _compared[key].rejected
-    assert not any("relative error" in reason for reason in rejected.values()), f"{operation}: {rejected}"
+    assert not any("relative error" in reason for reason in rejected.values()), (
+        f"{operation}: {rejected}"
+    )
     return _compared[key]
 
 
@@ -57,7 +69,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Triton tests run interpreted and compiled, or emulated for the architectures in XFM_EMULATE."""
     if metafunc.module.__name__.rpartition(".")[2].startswith("test_triton_"):
         emulated = os.environ.get("XFM_EMULATE", "").split()
-        ways = [*emulated] if emulated else ["interpreted", pytest.param("compiled", marks=pytest.mark.gpu)]
+        ways = (
+            [*emulated]
+            if emulated
+            else ["interpreted", pytest.param("compiled", marks=pytest.mark.gpu)]
+        )
         metafunc.parametrize("execution", ways, indirect=True)
 
 
@@ -78,7 +94,9 @@ def execution(request: pytest.FixtureRequest) -> Iterator[None]:
     """How the kernels of a Triton test run; nothing for other tests."""
     way = getattr(request, "param", None)
     if way == "interpreted" and os.environ["TRITON_INTERPRET"] != "1":
-        pytest.skip("Triton compiles in this process; without a GPU or with TRITON_INTERPRET=1 it interprets")
+        pytest.skip(
+            "Triton compiles in this process; without a GPU or with TRITON_INTERPRET=1 it interprets"
+        )
     if way is not None and way.startswith("sm_"):
         from xfm_fast.kernels.backend import emulating
 

@@ -24,7 +24,18 @@ import torch
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
-from tests.kernels.cases import Case, activation, biased, embedding, leaves, norm, packed, results, vocabulary, window
+from tests.kernels.cases import (
+    Case,
+    activation,
+    biased,
+    embedding,
+    leaves,
+    norm,
+    packed,
+    results,
+    vocabulary,
+    window,
+)
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.audit import machine_code
 from xfm_fast.kernels.audit.compiling import disassemble
@@ -75,7 +86,9 @@ def figures(compiled: Any, log: str) -> dict[str, Any]:
         "loop_waits": machine_code.tensor_waits(code.main_loop),
         "loop_stores_to_shared": sum(i.opcode == "STS" for i in loop),
         "serialised": sorted(set(re.findall(r"C75\d\d", log))),
-        "integer_products": sorted(set(re.findall(r"arith\.muli .* : (?:tensor<\w*?)?(i\d+)", compiled.asm["ttir"]))),
+        "integer_products": sorted(
+            set(re.findall(r"arith\.muli .* : (?:tensor<\w*?)?(i\d+)", compiled.asm["ttir"]))
+        ),
     }
 
 
@@ -84,7 +97,9 @@ def step(case: Case) -> None:
     arguments = case.arguments(torch.bfloat16, grad=True)
     found = results(case.operation(**arguments, backend="triton"))
     wanted = [t for t in found if t.requires_grad]
-    torch.autograd.grad(wanted, leaves(arguments), [torch.zeros_like(t) for t in wanted], materialize_grads=True)
+    torch.autograd.grad(
+        wanted, leaves(arguments), [torch.zeros_like(t) for t in wanted], materialize_grads=True
+    )
 
 
 def fragments() -> None:
@@ -97,7 +112,10 @@ def fragments() -> None:
 @torch.no_grad()
 def rounding(count: int, width: int) -> None:
     """Rows in fp8: on their way out of a norm and out of GELU, and by themselves."""
-    x, vector, weight = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((count, width), width, (width, width)))
+    x, vector, weight = (
+        torch.zeros(shape, dtype=torch.bfloat16)
+        for shape in ((count, width), width, (width, width))
+    )
     call = partial(ops.linear, weight=weight, bias=None, backend="triton")
     with ops.use_fp8():
         normed, _ = ops.add_layer_norm(x, x, vector, vector, 1e-5, gamma=vector, backend="triton")
@@ -111,7 +129,11 @@ def captions(batches: int) -> None:
     for _ in range(batches):
         lengths = [draw.randint(5, 30) for _ in range(draw.randint(1, 96))]
         tokens = sum(lengths)
-        for case in (packed(lengths, lengths, 12, 64), packed([tokens], [197], 12, 64), norm(tokens, 16)):
+        for case in (
+            packed(lengths, lengths, 12, 64),
+            packed([tokens], [197], 12, 64),
+            norm(tokens, 16),
+        ):
             step(case)
         step(activation(tokens, 16))
         step(embedding(tokens, 16, 1))
@@ -129,7 +151,10 @@ _STEPS: dict[str, Case] = {
     "relpos": window(24, 24, 8, 12, 64),
     "relpos, one head": window(14, 14, 1, 1, 64),
     **{f"relpos, {d}": window(24, 24, 2, 4, d) for d in _SMALL},
-    **{f"bias, {d}": biased(8, 1, 577, 577, 4, d)._replace(operation=ops.bias_attention) for d in BIAS_HEAD_DIMS},
+    **{
+        f"bias, {d}": biased(8, 1, 577, 577, 4, d)._replace(operation=ops.bias_attention)
+        for d in BIAS_HEAD_DIMS
+    },
     "bias, an entry each": biased(2, 2, 577, 577, 4, 64),
     "bias, windows": biased(128, 64, 49, 49, 4, 32),
     "bias, dropout, masked": dropped(biased(8, 1, 577, 577, 4, 64, masked=True)),
@@ -147,7 +172,11 @@ _STEPS: dict[str, Case] = {
     "vocabulary": vocabulary(ops.linear_cross_entropy, 64, 768, 8200),
 }
 CASES: dict[str, Callable[[], None]] = {name: partial(step, case) for name, case in _STEPS.items()}
-CASES |= {"relpos, fragments, 64": fragments, "rounding": partial(rounding, 64, 768), "captions": partial(captions, 50)}
+CASES |= {
+    "relpos, fragments, 64": fragments,
+    "rounding": partial(rounding, 64, 768),
+    "captions": partial(captions, 50),
+}
 
 
 def main() -> None:

@@ -29,7 +29,9 @@ def rejected(found: Tensor, x: Tensor, y: Tensor) -> None:
 
 @each_dtype
 @pytest.mark.parametrize("shape", [(1, 64, 1), (40, 96, 50)])
-def test_any_order_of_summation_is_accurate(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_any_order_of_summation_is_accurate(
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
     x, y = operands(*shape, dtype)
     wide = [t.to(torch.promote_types(dtype, torch.float32)) for t in (x, y)]
     one_by_one = sum(wide[0][:, k, None] * wide[1][k] for k in torch.randperm(len(y)).tolist())
@@ -56,7 +58,9 @@ def test_small_but_systematic_errors_are_rejected() -> None:
     """All entries by three times the error of plain PyTorch, a single one by fifty times; sums in half precision."""
     x, y = operands(40, 96, 50, torch.float32)
     right, truth = product(x, y), product(*widened((x, y)))
-    error = max(float((p.double() - truth).square().mean().sqrt()) for p in draws(lambda: product(x, y)))
+    error = max(
+        float((p.double() - truth).square().mean().sqrt()) for p in draws(lambda: product(x, y))
+    )
     rejected((right.double() + 3 * error).float(), x, y)
     wrong = right.clone()
     wrong[1, 1] += 50 * error

@@ -64,7 +64,16 @@ def test_listing_and_its_natural_loops() -> None:
     assert [loop.instructions[0].address for loop in loops] == [0x10, 0x20, 0xA0]
     # The loop at 0x10 contains another, that at 0xa0 only waits.
     (main,) = code.inner_loops
-    assert [i.address for i in main.instructions] == [0x20, 0x30, 0x40, 0x50, 0x60, 0xA0, 0xB0, 0xC0]
+    assert [i.address for i in main.instructions] == [
+        0x20,
+        0x30,
+        0x40,
+        0x50,
+        0x60,
+        0xA0,
+        0xB0,
+        0xC0,
+    ]
     assert main.tensor_core == 1
 
 
@@ -83,7 +92,11 @@ def test_occupancy_by_hand() -> None:
         assert register_limit(90, registers=registers, shared_bytes=0, warps=warps) == cliff
 
 
-PRODUCT, WAIT, WRITE = "HGMMA.64x64x16.F32 R24, gdesc[UR8], R24, gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "STS [R4], R5"
+PRODUCT, WAIT, WRITE = (
+    "HGMMA.64x64x16.F32 R24, gdesc[UR8], R24, gsb0",
+    "WARPGROUP.DEPBAR.LE gsb0, 0x0",
+    "STS [R4], R5",
+)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +114,10 @@ def test_a_write_behind_a_wait_needs_a_barrier_between_groups_of_warps(
     lines: tuple[str, ...], warps: int, writes: int
 ) -> None:
     text = [".L_0:", "LDG.E R90, [R92.64]", *lines, "@P0 BRA `(.L_0)", "EXIT"]
-    numbered = [line if line.endswith(":") else f"        /*{16 * n:04x}*/   {line} ;" for n, line in enumerate(text)]
+    numbered = [
+        line if line.endswith(":") else f"        /*{16 * n:04x}*/   {line} ;"
+        for n, line in enumerate(text)
+    ]
     loop = machine_code.parse("\n".join(["toy:", *numbered]), RESOURCES).main_loop
     assert machine_code.unfenced_writes(loop, warps) == writes
     assert machine_code.tensor_waits(loop) == 1
@@ -118,8 +134,12 @@ $L__BB0_1:
 """
 
 
-@pytest.mark.parametrize(("fence", "unfenced"), [("fence.proxy.async.shared::cta;", 0), ("bar.sync 0;", 2)])
-def test_copies_without_a_fence_before_hoppers_products_are_counted(fence: str, unfenced: int) -> None:
+@pytest.mark.parametrize(
+    ("fence", "unfenced"), [("fence.proxy.async.shared::cta;", 0), ("bar.sync 0;", 2)]
+)
+def test_copies_without_a_fence_before_hoppers_products_are_counted(
+    fence: str, unfenced: int
+) -> None:
     """What is waited for at the end of a turn is read at the beginning of the next."""
     ptx = HOPPER.replace("FENCE", fence)
     assert machine_code.unfenced_copies(ptx) == unfenced
@@ -157,7 +177,9 @@ def test_worse_figures_are_named() -> None:
         assert not comparison.better
 
 
-def test_equal_and_better_figures_pass_and_another_compiler_is_held_to_what_does_not_depend_on_it() -> None:
+def test_equal_and_better_figures_pass_and_another_compiler_is_held_to_what_does_not_depend_on_it() -> (
+    None
+):
     assert compare(row_of()) == baseline.Comparison([], [])
     comparison = compare(row_of(registers=90, occupancy=5))
     assert not comparison.worse
@@ -187,11 +209,15 @@ def test_accepting_keeps_other_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_compiler_that_dies_loses_one_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_dies_loses_one_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "toy_fatal.py").write_text("import os\nos._exit(7)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     request = CompileRequest(None, {}, {}, {}, {})
-    tasks = [Task(module, "kernel", request, 80, module) for module in ("toy_fatal", "no_such_module")]
+    tasks = [
+        Task(module, "kernel", request, 80, module) for module in ("toy_fatal", "no_such_module")
+    ]
     fatal, absent = compile_all(tasks, jobs=1, cache_dir=tmp_path / "cache").values()
     assert "compiler died" in fatal.error
     assert "no_such_module" in absent.error
@@ -211,12 +237,20 @@ raise SystemExit(main(sys.argv[2:]))
 """
 
 
-def audit(*arguments: str, cache: Path, accepted: Path | str = "") -> subprocess.CompletedProcess[str]:
+def audit(
+    *arguments: str, cache: Path, accepted: Path | str = ""
+) -> subprocess.CompletedProcess[str]:
     # The audit compiles even where the tests interpret.
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "TRITON_INTERPRET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     environment["XDG_CACHE_HOME"] = str(cache)
     command = [sys.executable, "-c", COMMAND, str(accepted), "audit", *arguments]
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
 
 
 def test_command(tmp_path: Path) -> None:
@@ -258,7 +292,9 @@ TOY = launch.KernelSpec(
     name="toy",
     kernel=None,
     variants=({"head_dim": 64}, {"head_dim": 64, "mask": True}),
-    config=lambda variant, dtype, arch: launch.tuned_config("toy", variant["head_dim"], dtype, arch) or IN_USE,
+    config=lambda variant, dtype, arch: (
+        launch.tuned_config("toy", variant["head_dim"], dtype, arch) or IN_USE
+    ),
     constants=lambda *_: {},
 )
 
@@ -279,7 +315,9 @@ def test_the_fastest_configuration_without_spills_wins(
     """With a timer that reads the configuration, and an audit that rejects what the test says."""
 
     def examine(forms: list[Any], **_: Any) -> list[Row]:
-        spills = [(form.config.tiles["BLOCK_M"], "mask" in form.variant) == spilling for form in forms]
+        spills = [
+            (form.config.tiles["BLOCK_M"], "mask" in form.variant) == spilling for form in forms
+        ]
         return [row_of(stack_bytes=8 * spill) for spill in spills]
 
     monkeypatch.setattr(tune, "compile_rows", examine)
@@ -300,7 +338,9 @@ def test_the_fastest_configuration_without_spills_wins(
 
 
 @pytest.mark.parametrize(("arch", "plain", "fragments"), [(80, [64, 80], []), (90, [80], [64])])
-def test_hopper_tunes_the_kernel_that_it_launches(arch: int, plain: list[int], fragments: list[int]) -> None:
+def test_hopper_tunes_the_kernel_that_it_launches(
+    arch: int, plain: list[int], fragments: list[int]
+) -> None:
     specs = {spec.name: spec for spec in shipped_kernels()}
     assert tune.sizes(specs["relpos_forward"], [64, 80], arch) == plain
     assert tune.sizes(specs["relpos_forward_fragments"], [64, 80], arch) == fragments

@@ -115,9 +115,13 @@ def test_packed_weights_follow_their_parameters(change: Callable[[nn.Linear], No
     ops.linear(x, layer.weight, layer.bias)
     ops.linear_residual(x, layer.weight, layer.bias, torch.zeros(5, 16), gamma=torch.ones(16))
     change(layer)
-    assert_as_accurate(ops.linear(x, layer.weight, layer.bias), reference.linear, x, layer.weight, layer.bias)
+    assert_as_accurate(
+        ops.linear(x, layer.weight, layer.bias), reference.linear, x, layer.weight, layer.bias
+    )
     twin = copy.deepcopy(layer)
-    assert torch.equal(ops.linear(x, layer.weight, layer.bias), ops.linear(x, twin.weight, twin.bias))
+    assert torch.equal(
+        ops.linear(x, layer.weight, layer.bias), ops.linear(x, twin.weight, twin.bias)
+    )
 
 
 def test_an_entry_dies_with_any_of_its_sources_and_has_one_value() -> None:
@@ -143,7 +147,10 @@ def test_parameters_can_be_swapped() -> None:
     layer = nn.Linear(3, 4)
     cached("doubled", (layer.weight,), lambda: layer.weight.detach() * 2)
     torch.utils.swap_tensors(layer.weight, nn.Parameter(torch.ones(4, 3)))
-    assert torch.equal(cached("doubled", (layer.weight,), lambda: layer.weight.detach() * 2), torch.full((4, 3), 2.0))
+    assert torch.equal(
+        cached("doubled", (layer.weight,), lambda: layer.weight.detach() * 2),
+        torch.full((4, 3), 2.0),
+    )
 
 
 def test_values_that_are_no_numbers_are_equal_to_themselves() -> None:
@@ -157,7 +164,10 @@ def test_views_of_one_storage_are_apart() -> None:
     parts = whole.split(2)
     made = [cached("copy", (part,), part.clone) for part in parts]
     assert all(torch.equal(copied, part) for copied, part in zip(made, parts, strict=True))
-    assert all(cached("copy", (part,), part.clone) is copied for copied, part in zip(made, parts, strict=True))
+    assert all(
+        cached("copy", (part,), part.clone) is copied
+        for copied, part in zip(made, parts, strict=True)
+    )
 
 
 @pytest.mark.parametrize("elements", [5, 1 << 16])
@@ -171,8 +181,12 @@ def test_every_element_of_integers_is_compared(elements: int) -> None:
         assert torch.equal(cached("copy", (mask,), mask.clone), mask)
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (0, 5), (1,), (3, 1), (5000, 1), (1, 5000), (2, 3, 900)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool, torch.complex64])
+@pytest.mark.parametrize(
+    "shape", [(), (0,), (0, 5), (1,), (3, 1), (5000, 1), (1, 5000), (2, 3, 900)]
+)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool, torch.complex64]
+)
 def test_the_last_element_of_any_shape_is_seen(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     for tensor in (torch.zeros(shape, dtype=dtype), torch.zeros(7, dtype=dtype)[6:]):
         seen = caching.Sources([tensor])

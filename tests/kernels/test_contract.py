@@ -38,13 +38,23 @@ BACKENDS: tuple[ops.Backend, ...] = ("auto", "reference", *(("triton",) if HAS_T
 def quick(names: Iterable[str]) -> pytest.MarkDecorator:
     """Every case, of which these are in the quick suite."""
     return pytest.mark.parametrize(
-        "name", [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+        "name",
+        [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
     )
 
 
 each_operation = quick([name for name in CASES if "," not in name])
 # Operators of each kind: with lists, options, several results, and symbolic sizes.
-each_compiled = quick(["relpos", "varlen", "add_layer_norm", "joined_linear", "layer_norm_mlp", "linear_cross_entropy"])
+each_compiled = quick(
+    [
+        "relpos",
+        "varlen",
+        "add_layer_norm",
+        "joined_linear",
+        "layer_norm_mlp",
+        "linear_cross_entropy",
+    ]
+)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -56,7 +66,11 @@ def runnable(name: str, backend: ops.Backend) -> None:
 # Every library trains in fp32 and infers in bf16; the plain one and our kernels, whose code differs, train in bf16 too.
 WAYS = [
     pytest.param(
-        name, library, grad, dtype, id=f"{name}-{library}-{'training' if grad else 'inference'}-{str(dtype)[6:]}"
+        name,
+        library,
+        grad,
+        dtype,
+        id=f"{name}-{library}-{'training' if grad else 'inference'}-{str(dtype)[6:]}",
     )
     for name, case in CASES.items()
     for library in case.libraries
@@ -82,14 +96,20 @@ def test_results_and_gradients_are_as_accurate_as_plain_pytorch(
 
 @pytest.mark.parametrize("n", [316, pytest.param(2522, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", [name for name in CASES if re.search("norm|linear,|linear$|gelu|residual", name)])
-def test_gradients_of_many_rows_keep_what_these_have_in_common(name: str, dtype: torch.dtype, n: int) -> None:
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if re.search("norm|linear,|linear$|gelu|residual", name)]
+)
+def test_gradients_of_many_rows_keep_what_these_have_in_common(
+    name: str, dtype: torch.dtype, n: int
+) -> None:
     """Sums over 1,580 and 12,610 rows of one sign, which stand still in half precision."""
     arguments = CASES[name].arguments(dtype, grad=True, n=n)
 
     def gradients(arguments: Arguments, backend: ops.Backend) -> tuple[Tensor, ...]:
         found = results(CASES[name].operation(**arguments, backend=backend))
-        return torch.autograd.grad(found, leaves(arguments), [torch.full_like(t, 1 / 64) for t in found])
+        return torch.autograd.grad(
+            found, leaves(arguments), [torch.full_like(t, 1 / 64) for t in found]
+        )
 
     truth = gradients(converted(arguments, torch.float64), "reference")
     for i, (ours, right) in enumerate(zip(gradients(arguments, "auto"), truth, strict=True)):
@@ -105,7 +125,9 @@ def test_no_rows(name: str, backend: ops.Backend) -> None:
 
 
 @each_backend
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "row_scale" in case.shapes(1)])
+@pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if "row_scale" in case.shapes(1)]
+)
 def test_factors_of_branches_have_a_gradient(name: str, backend: ops.Backend) -> None:
     arguments = CASES[name].arguments(grad=True)
     arguments["row_scale"] = torch.tensor([0.0, 1.25, 2.0], requires_grad=True)
@@ -118,15 +140,24 @@ def test_factors_of_branches_have_a_gradient(name: str, backend: ops.Backend) ->
 @each_backend
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("present", [(), (False, False), (True, False), (False, True)])
-def test_joined_layers_need_no_biases(present: tuple[bool, ...], grad: bool, backend: ops.Backend) -> None:
-    x, first, second, *biases = (torch.randn(shape, requires_grad=grad) for shape in ((5, 8), (6, 8), (3, 8), 6, 3))
-    weights, given = [first, second], [b if there else None for b, there in zip(biases, present, strict=False)]
+def test_joined_layers_need_no_biases(
+    present: tuple[bool, ...], grad: bool, backend: ops.Backend
+) -> None:
+    x, first, second, *biases = (
+        torch.randn(shape, requires_grad=grad) for shape in ((5, 8), (6, 8), (3, 8), 6, 3)
+    )
+    weights, given = (
+        [first, second],
+        [b if there else None for b, there in zip(biases, present, strict=False)],
+    )
     apart = [reference.linear(x, w, b) for w, b in zip(weights, given or [None, None], strict=True)]
     found, expected = ops.joined_linear(x, weights, given, backend=backend), torch.cat(apart, 1)
     torch.testing.assert_close(found, expected)
     if grad:
         wanted = [x, first, second, *(b for b in given if b is not None)]
-        pairs = zip(*(torch.autograd.grad(t.square().sum(), wanted) for t in (found, expected)), strict=True)
+        pairs = zip(
+            *(torch.autograd.grad(t.square().sum(), wanted) for t in (found, expected)), strict=True
+        )
         for ours, right in pairs:
             torch.testing.assert_close(ours, right)
 
@@ -135,7 +166,11 @@ def test_joined_layers_need_no_biases(present: tuple[bool, ...], grad: bool, bac
 @pytest.mark.parametrize("autocast", [False, True])
 def test_joined_layers_that_do_not_fit_are_named(autocast: bool, grad: bool) -> None:
     """Before a concatenation could hide that one of them is of integers."""
-    x, weight, whole = torch.randn(5, 8, requires_grad=grad), torch.randn(6, 8), torch.ones(6, 8, dtype=torch.long)
+    x, weight, whole = (
+        torch.randn(5, 8, requires_grad=grad),
+        torch.randn(6, 8),
+        torch.ones(6, 8, dtype=torch.long),
+    )
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         for weights, biases, message in (
             ([weight, whole], [], r"weight \[6, 8\] int64"),
@@ -154,7 +189,10 @@ def test_gradients_of_one_argument_are_those_of_all(name: str) -> None:
     every = run(CASES[name], arguments)
     grads = every[len(every) - len(leaves(arguments)) :]
     for leaf, grad in zip(leaves(arguments), grads, strict=True):
-        alone = {key: t.detach() if isinstance(t, Tensor) and t is not leaf else t for key, t in arguments.items()}
+        alone = {
+            key: t.detach() if isinstance(t, Tensor) and t is not leaf else t
+            for key, t in arguments.items()
+        }
         torch.testing.assert_close(run(CASES[name], alone)[-1], grad, rtol=1e-4, atol=1e-4)
 
 
@@ -174,14 +212,18 @@ def test_no_argument_need_be_contiguous(name: str, backend: ops.Backend) -> None
     arguments = CASES[name].arguments(grad=True)
     views = {key: _strided(value) for key, value in arguments.items()}
     before = [t.detach().clone() for t in leaves(views)]
-    for found, right in zip(run(CASES[name], views, backend), run(CASES[name], arguments, backend), strict=True):
+    for found, right in zip(
+        run(CASES[name], views, backend), run(CASES[name], arguments, backend), strict=True
+    ):
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
     assert all(map(torch.equal, leaves(views), before)), "an operation wrote to its arguments"
 
 
 @each_operation
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_nothing_waits_for_a_device(name: str, backend: ops.Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_waits_for_a_device(
+    name: str, backend: ops.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What stops an accelerator is not called on CPU either, so a training step can be watched for it."""
     arguments = CASES[name].arguments(grad=True)
     plan_of.cache_clear()
@@ -207,7 +249,9 @@ def test_one_compilation_serves_every_number_of_rows(name: str) -> None:
         return results(CASES[name].operation(**arguments))
 
     torch._dynamo.reset()
-    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=count))
+    compiled = torch.compile(
+        call, fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=count)
+    )
     graphs = None
     for n in (4, 6, 7):
         arguments = CASES[name].arguments(grad=True, n=n)
@@ -243,7 +287,9 @@ def test_autocast(name: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = run(CASES[name], arguments)
     # A sum is as wide as its residual.
-    assert found[0].dtype == (torch.float32 if "residual" in arguments or "mlp" in name else CASES[name].autocast)
+    assert found[0].dtype == (
+        torch.float32 if "residual" in arguments or "mlp" in name else CASES[name].autocast
+    )
     for ours, right in zip(found, exact, strict=True):
         assert float((ours.float() - right).norm()) <= 0.03 * float(right.norm())
     assert all(g.dtype == torch.float32 for g in found[-len(leaves(arguments)) :])
@@ -256,17 +302,23 @@ def test_second_derivatives_are_refused(name: str, backend: ops.Backend) -> None
     runnable(name, backend)
     arguments = CASES[name].arguments(grad=True)
     wanted = leaves(arguments)
-    loss = sum(t.square().sum() for t in results(CASES[name].operation(**arguments, backend=backend)))
+    loss = sum(
+        t.square().sum() for t in results(CASES[name].operation(**arguments, backend=backend))
+    )
     assert isinstance(loss, Tensor)
     plain = torch.autograd.grad(loss, wanted, retain_graph=True)
     first = torch.autograd.grad(loss, wanted, create_graph=True)
     assert all(map(torch.equal, first, plain))
     # PyTorch's own LayerNorm, attention and GEMMs on a GPU have second derivatives.
     own = backend == "reference" or (backend == "auto" and name in ("layer_norm", "relpos, masked"))
-    own = own or (backend == "triton" and "transposed" in CASES[name].libraries and name != "linear_gelu")
+    own = own or (
+        backend == "triton" and "transposed" in CASES[name].libraries and name != "linear_gelu"
+    )
     for gradient in first if not own else ():
         with pytest.raises(InputError, match="reference"):
-            torch.autograd.grad(gradient.square().sum(), wanted, allow_unused=True, retain_graph=True)
+            torch.autograd.grad(
+                gradient.square().sum(), wanted, allow_unused=True, retain_graph=True
+            )
 
 
 class Calls(TorchDispatchMode):
@@ -307,7 +359,9 @@ def test_every_operator_is_called_by_a_case() -> None:
         with Calls() as seen:
             run(case, case.arguments(grad=True))
         called |= {*seen.calls}
-    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("xfm_fast::")}
+    registered = {
+        name for name in torch._C._dispatch_get_all_op_names() if name.startswith("xfm_fast::")
+    }
     # A CPU has PyTorch's own norm, makes no padded bias, and knows the gradients of a loss with the loss.
     only = {"layer_norm", "layer_norm_backward", "relpos_bias", "linear_cross_entropy_backward"}
     uncalled = {name.removeprefix("xfm_fast::") for name in registered - called}
@@ -318,16 +372,23 @@ def test_every_operator_is_called_by_a_case() -> None:
 def test_transforms_see_the_reference(name: str) -> None:
     case = CASES[name]
     given, directions = (case.arguments(torch.float64, grad=True) for _ in range(2))
-    names = [key for key, value in given.items() if isinstance(value, Tensor) and value.requires_grad]
+    names = [
+        key for key, value in given.items() if isinstance(value, Tensor) and value.requires_grad
+    ]
 
     def loss(*tensors: Tensor) -> Tensor:
-        return sum(t.square().sum() for t in results(case.operation(**given | dict(zip(names, tensors, strict=True)))))  # type: ignore[return-value]
+        return sum(
+            t.square().sum()
+            for t in results(case.operation(**given | dict(zip(names, tensors, strict=True))))
+        )  # type: ignore[return-value]
 
     wanted = [given[key] for key in names]
     expected = torch.autograd.grad(loss(*wanted), wanted)
     plain = tuple(t.detach() for t in wanted)
     ways = tuple(directions[key].detach() for key in names)
-    for ours, right in zip(torch.func.grad(loss, tuple(range(len(names))))(*plain), expected, strict=True):
+    for ours, right in zip(
+        torch.func.grad(loss, tuple(range(len(names))))(*plain), expected, strict=True
+    ):
         torch.testing.assert_close(ours, right)
     slope = sum((g * d).sum() for g, d in zip(expected, ways, strict=True))
     torch.testing.assert_close(torch.func.jvp(loss, plain, ways)[1], slope)
@@ -358,10 +419,18 @@ REFUSED: list[tuple[str, Arguments, str]] = [
     ("varlen", {"cu_seqlens_q": torch.tensor([1, 4, 4, 5, 17])}, "cu_seqlens_q.* 1 .*17"),
     ("varlen", {"cu_seqlens_k": torch.tensor([0, 20])}, r"cu_seqlens_k \[2\]"),
     ("varlen", {"max_q": 3}, "max_q=3.* 12"),
-    ("varlen|bias|add_layer_norm|linear_residual|mlp_residual", {"dropout_p": NAN}, "dropout_p=nan"),
+    (
+        "varlen|bias|add_layer_norm|linear_residual|mlp_residual",
+        {"dropout_p": NAN},
+        "dropout_p=nan",
+    ),
     ("add_layer_norm", {"residual": _random(5, 32)}, r"residual \[5, 32\]"),
     ("add_layer_norm|linear_residual|mlp_residual", {"gamma": _random(1)}, r"gamma.*\[1\]"),
-    ("add_layer_norm|linear_residual|mlp_residual", {"row_scale": _random(2)}, r"row_scale.*\[2\].*\[3\]"),
+    (
+        "add_layer_norm|linear_residual|mlp_residual",
+        {"row_scale": _random(2)},
+        r"row_scale.*\[2\].*\[3\]",
+    ),
     ("layer_norm|add_layer_norm", {"weight": _random(15)}, r"weight \[15\]"),
     ("layer_norm|add_layer_norm|embed_layer_norm", {"eps": -1.0}, "eps=-1.0"),
     ("embed_layer_norm", {"tokens": torch.zeros(3, 3)}, "tokens.*float32"),
@@ -369,11 +438,19 @@ REFUSED: list[tuple[str, Arguments, str]] = [
     ("embed_layer_norm", {"padding_idx": 7}, "padding_idx=7"),
     ("linear|linear_gelu|linear_residual", {"weight": _random(64, 7)}, r"weight \[64, 7\]"),
     ("linear|linear_gelu|linear_residual", {"bias": _random(1)}, r"bias.*\[1\].*\[64\]"),
-    ("linear|linear_gelu|linear_residual", {"x": _random(3, 5, 32).bfloat16()}, "x.*bfloat16.*float32"),
+    (
+        "linear|linear_gelu|linear_residual",
+        {"x": _random(3, 5, 32).bfloat16()},
+        "x.*bfloat16.*float32",
+    ),
     ("mlp_residual", {"weight_out": _random(32, 11)}, r"weight_out \[32, 11\]"),
     ("linear_cross_entropy|token_log_likelihood", {"w": _random(50, 7)}, r"w \[50, 7\]"),
     ("linear_cross_entropy|token_log_likelihood", {"b": _random(50).double()}, "b.*float64"),
-    ("linear_cross_entropy|token_log_likelihood", {"target": torch.zeros(4, dtype=torch.long)}, r"target \[4\]"),
+    (
+        "linear_cross_entropy|token_log_likelihood",
+        {"target": torch.zeros(4, dtype=torch.long)},
+        r"target \[4\]",
+    ),
     ("linear_cross_entropy|token_log_likelihood", {"target": torch.zeros(9)}, "target.*float32"),
     ("linear_cross_entropy", {"label_smoothing": NAN}, "label_smoothing=nan"),
 ]
@@ -412,7 +489,9 @@ def test_ids_outside_a_table(backend: ops.Backend) -> None:
     ],
     ids=str,
 )
-def test_a_backend_that_cannot_run_is_refused(change: Arguments, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_cannot_run_is_refused(
+    change: Arguments, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(InputError, match=message):
         CASES["relpos"].operation(**CASES["relpos"].arguments() | change)
@@ -423,17 +502,23 @@ def test_a_backend_that_cannot_run_is_refused(change: Arguments, message: str, m
 def test_dropout_follows_from_its_seed(name: str, backend: ops.Backend) -> None:
     """The gradient of a result that is linear in an argument drops what the result dropped."""
     linear = "x" if name == "add_layer_norm" else "v"
-    arguments = converted(CASES[name].arguments(grad=True), torch.float32 if backend == "triton" else torch.float64)
+    arguments = converted(
+        CASES[name].arguments(grad=True), torch.float32 if backend == "triton" else torch.float64
+    )
 
     def once(seed: int) -> Tensor:
-        found = CASES[name].operation(**arguments, dropout_p=0.4, seed=torch.tensor([seed]), backend=backend)
+        found = CASES[name].operation(
+            **arguments, dropout_p=0.4, seed=torch.tensor([seed]), backend=backend
+        )
         return found[1] - arguments["residual"] if name == "add_layer_norm" else found
 
     assert torch.equal(once(3), once(3))
     assert not torch.equal(once(3), once(4))
     out = once(3)
     (gradient,) = torch.autograd.grad(out.sum(), arguments[linear])
-    torch.testing.assert_close((gradient * arguments[linear]).sum(), out.sum(), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        (gradient * arguments[linear]).sum(), out.sum(), rtol=1e-4, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("name", ["varlen, masked", "bias, by entry", "add_layer_norm"])
@@ -441,7 +526,9 @@ def test_dropped_gradients_by_finite_differences(name: str) -> None:
     arguments = CASES[name].arguments(torch.float64, grad=True, n=1)
     if name.startswith("varlen"):
         arguments = {k: v[..., :1, :3] if k in ("q", "k", "v") else v for k, v in arguments.items()}
-    names = [key for key, value in arguments.items() if isinstance(value, Tensor) and value.requires_grad]
+    names = [
+        key for key, value in arguments.items() if isinstance(value, Tensor) and value.requires_grad
+    ]
 
     def dropped(*tensors: Tensor) -> tuple[Tensor, ...]:
         given = arguments | dict(zip(names, tensors, strict=True))
@@ -472,9 +559,13 @@ def test_a_nan_in_a_bias_reaches_its_query_alone(backend: ops.Backend) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("name", ["relpos, masked", "bias, by entry", "varlen, masked"])
-def test_a_query_that_sees_nothing_is_zero_and_moves_nothing(name: str, backend: ops.Backend) -> None:
+def test_a_query_that_sees_nothing_is_zero_and_moves_nothing(
+    name: str, backend: ops.Backend
+) -> None:
     arguments = CASES[name].arguments(grad=True)
-    rows, keys = (slice(0, 4), slice(0, 6)) if name.startswith("varlen") else (slice(1, 2), slice(1, 2))
+    rows, keys = (
+        (slice(0, 4), slice(0, 6)) if name.startswith("varlen") else (slice(1, 2), slice(1, 2))
+    )
     arguments["key_mask"][keys] = False
     out, dq, dk, dv, *_ = run(CASES[name], arguments, backend)
     assert not any(t[part].any() for t, part in ((out, rows), (dq, rows), (dk, keys), (dv, keys)))
@@ -507,7 +598,9 @@ def test_padding_rows_of_the_tables_receive_no_gradient() -> None:
 def test_nothing_to_predict_and_huge_logits(backend: ops.Backend) -> None:
     case = CASES["linear_cross_entropy"]
     arguments = case.arguments(grad=True)
-    assert not any(t.any() for t in run(case, arguments | {"target": torch.full((9,), -100)}, backend))
+    assert not any(
+        t.any() for t in run(case, arguments | {"target": torch.full((9,), -100)}, backend)
+    )
     with torch.no_grad():
         arguments["h"] *= 3000
     found = run(case, arguments, backend)
@@ -524,7 +617,10 @@ def test_losses_in_bf16_run_what_measured_faster(
     name: str, autocast: bool, library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All logits at once where they are no more than a block, or slices; labels and skipped rows are treated alike."""
-    case, arguments = CASES[name], CASES[name].arguments(torch.float32 if autocast else torch.bfloat16, grad=True)
+    case, arguments = (
+        CASES[name],
+        CASES[name].arguments(torch.float32 if autocast else torch.bfloat16, grad=True),
+    )
 
     def operators() -> set[str]:
         # The race that a first call runs has calls of its own.
@@ -589,7 +685,9 @@ def _kept(call: Callable[[], Any]) -> list[Tensor]:
         ("joined_linear", []),
     ],
 )
-def test_training_keeps_the_input_of_a_branch_alone(name: str, extra: list[tuple[int, ...]]) -> None:
+def test_training_keeps_the_input_of_a_branch_alone(
+    name: str, extra: list[tuple[int, ...]]
+) -> None:
     arguments = CASES[name].arguments(grad=True)
     own = {t.data_ptr() for t in arguments.values() if isinstance(t, Tensor)}
     kept = _kept(lambda: CASES[name].operation(**arguments))
@@ -600,7 +698,9 @@ def test_autocast_keeps_parameters_and_not_their_copies() -> None:
     arguments = CASES["layer_norm_mlp"].arguments(grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         kept = _kept(lambda: CASES["layer_norm_mlp"].operation(**arguments))
-    assert {arguments[name].data_ptr() for name in ("weight_in", "weight_out")} <= {t.data_ptr() for t in kept}
+    assert {arguments[name].data_ptr() for name in ("weight_in", "weight_out")} <= {
+        t.data_ptr() for t in kept
+    }
 
 
 def test_cross_entropy_of_few_rows_keeps_no_gradient_of_the_vocabulary() -> None:
@@ -616,8 +716,13 @@ def test_a_position_bias_of_another_table_is_refused() -> None:
     given = CASES["relpos"].arguments()
     q, table = given["q"], given["table"]
     bias = ops.relpos_bias(table, (3, 5), dtype=q.dtype, scale=1.0)
-    torch.testing.assert_close(CASES["relpos"].operation(**given, bias=bias), CASES["relpos"].operation(**given))
-    for wrong, message in ((bias[:, 1:], "relpos_bias"), (bias.clone().requires_grad_(), "bias_attention")):
+    torch.testing.assert_close(
+        CASES["relpos"].operation(**given, bias=bias), CASES["relpos"].operation(**given)
+    )
+    for wrong, message in (
+        (bias[:, 1:], "relpos_bias"),
+        (bias.clone().requires_grad_(), "bias_attention"),
+    ):
         with pytest.raises(InputError, match=message):
             CASES["relpos"].operation(**given, bias=wrong)
     with pytest.raises(InputError, match="table"):
@@ -655,7 +760,9 @@ def test_what_triton_kernels_cannot_run_stays_with_pytorch(monkeypatch: pytest.M
         ops.varlen_attention(**given, backend="flash_attn")
 
 
-def test_attention_on_hopper_and_blackwell_needs_a_compiler_without_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_on_hopper_and_blackwell_needs_a_compiler_without_faults(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Other operations and other GPUs keep their kernels."""
     assert backends.hopper_fault("3.7.1", "13.3") is None
     assert "Triton 3.6.0" in str(backends.hopper_fault("3.6.0", "13.4"))
@@ -673,7 +780,9 @@ def test_attention_on_hopper_and_blackwell_needs_a_compiler_without_faults(monke
         resolve("triton", x, has_flash=True)
     assert resolve("auto", x) == "triton"
     for capability, backend in (((8, 0), "triton"), ((10, 0), "reference"), ((12, 0), "triton")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None, found=capability: found)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda index=None, found=capability: found
+        )
         assert resolve("auto", x, has_flash=True) == backend
     assert backends.blackwell_fault("3.9.0+git1") is None
 

@@ -119,7 +119,11 @@ def test_every_implementation_of_linear_layers_takes_odd_sizes(dtype: torch.dtyp
     cases: list[tuple[str, Callable[..., Tensor], tuple[Tensor | None, ...]]] = [
         *(("linear", reference.linear, (x, weight, b)) for b in (bias, None)),
         ("linear_gelu", reference.linear_gelu, (x, weight, bias)),
-        ("linear_residual", lambda *given: reference.linear_residual(*given, None, None), (x, weight, bias, residual)),
+        (
+            "linear_residual",
+            lambda *given: reference.linear_residual(*given, None, None),
+            (x, weight, bias, residual),
+        ),
         ("trained linear", reference.linear, (x, weight, bias)),
         ("input gradient", lambda dout, weight: dout @ weight, (dout, weight)),
         ("weight gradient", lambda dout, x: dout.t() @ x, (dout.t().contiguous().t(), x)),
@@ -135,7 +139,11 @@ def test_every_implementation_of_linear_layers_takes_odd_sizes(dtype: torch.dtyp
 @torch.inference_mode()
 def test_gelu_of_what_is_not_finite(operation: str, dtype: torch.dtype) -> None:
     """As PyTorch has it, whichever library runs: -inf · 0 is no number."""
-    x, weight, bias = torch.ones(3, 64, dtype=dtype), torch.zeros(64, 64, dtype=dtype), torch.zeros(64, dtype=dtype)
+    x, weight, bias = (
+        torch.ones(3, 64, dtype=dtype),
+        torch.zeros(64, 64, dtype=dtype),
+        torch.zeros(64, dtype=dtype),
+    )
     bias[:5] = torch.tensor([-torch.inf, torch.nan, torch.inf, -1e38, 0.0])
     for name, run in RACES[operation].candidates.items():
         if usable(operation, name, dtype):
@@ -201,7 +209,9 @@ def example(dtype: torch.dtype) -> tuple[Tensor]:
     return (torch.linspace(1, 2, 100_000, dtype=dtype),)
 
 
-def compare(candidates: dict[str, Callable[..., Tensor]], *, alike: bool = True) -> selection.Selection:
+def compare(
+    candidates: dict[str, Callable[..., Tensor]], *, alike: bool = True
+) -> selection.Selection:
     return selection._compare("test", selection.Race(candidates, example, 1, alike), torch.float32)
 
 
@@ -268,7 +278,9 @@ def choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
     selection._read.cache_clear()
 
 
-def test_deterministic_algorithms_are_the_trusted_ones_or_those_of_a_file(choices: Callable[..., Path]) -> None:
+def test_deterministic_algorithms_are_the_trusted_ones_or_those_of_a_file(
+    choices: Callable[..., Path],
+) -> None:
     """Whatever the clock said before, and without asking it."""
     assert selection.select("test", torch.float32) == "fast"
     with deterministic_algorithms():
@@ -282,14 +294,24 @@ def test_deterministic_algorithms_are_the_trusted_ones_or_those_of_a_file(choice
             assert selection.select("test", torch.float32) == "fast"
             assert selection.select("other", torch.float32) == "trusted"
     (found,) = selection.selections()
-    assert (found.source, found.seconds, found.rejected) == ("file", measured.seconds, measured.rejected)
+    assert (found.source, found.seconds, found.rejected) == (
+        "file",
+        measured.seconds,
+        measured.rejected,
+    )
     # What the file does not know is compared.
     assert selection.select("test", torch.float64) == "fast"
 
 
 def chosen(**parts: Any) -> dict[str, Any]:
     """A file with this choice."""
-    known = {"operation": "test", "dtype": "float32", "chosen": "odd", "seconds": {}, "rejected": {}}
+    known = {
+        "operation": "test",
+        "dtype": "float32",
+        "chosen": "odd",
+        "seconds": {},
+        "rejected": {},
+    }
     return {"choices": [known | parts]}
 
 

@@ -24,17 +24,35 @@ def emulate(target: str, *arguments: str) -> None:
     faults = {"sm_90": hopper_fault(version, "13.3"), "sm_100": blackwell_fault(version)}
     if fault := faults.get(target):
         pytest.skip(fault)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        *arguments,
+    ]
     environment = compiling_environment() | {"TRITON_INTERPRET": "0", "XFM_EMULATE": target}
     folder = Path(__file__).resolve().parents[2]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
 @each_target
 def test_a_kernel_of_each_family_in_bf16(target: str) -> None:
-    names = HALF if target != "sm_120" else ("bias, windows", "varlen, zeros on both sides", "norm, scaled")
-    emulate(target, *(f"{CONTRACT}::test_results_and_gradients[{target}-{name}-bf16]" for name in names))
+    names = (
+        HALF
+        if target != "sm_120"
+        else ("bias, windows", "varlen, zeros on both sides", "norm, scaled")
+    )
+    emulate(
+        target, *(f"{CONTRACT}::test_results_and_gradients[{target}-{name}-bf16]" for name in names)
+    )
 
 
 def test_launches_of_any_kernel() -> None:
@@ -44,8 +62,18 @@ def test_launches_of_any_kernel() -> None:
 @pytest.mark.slow
 @each_target
 def test_the_audit_executes_every_operation(target: str) -> None:
-    command = [sys.executable, "-m", "xfm_fast", "audit", "--execute", "--arch", target.removeprefix("sm_")]
-    done = subprocess.run(command, env=compiling_environment(), capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "xfm_fast",
+        "audit",
+        "--execute",
+        "--arch",
+        target.removeprefix("sm_"),
+    ]
+    done = subprocess.run(
+        command, env=compiling_environment(), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
     for kernel in ("dkdv_kernel", "add_layer_norm_backward_kernel", "running_softmax_kernel"):
         assert f"{target} {kernel}: " in done.stdout

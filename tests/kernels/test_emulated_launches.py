@@ -16,7 +16,9 @@ import triton.language as tl
 
 from xfm_fast.kernels.emulation import EmulationError, HazardError, emulated
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "0", reason="Triton interprets in this process")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "0", reason="Triton interprets in this process"
+)
 
 
 @triton.jit
@@ -106,15 +108,24 @@ def test_gaps_of_a_view_are_out_of_bounds() -> None:
 
 
 def test_a_loop_without_an_end_ends() -> None:
-    with emulated("sm_80", limit=1000), pytest.raises(EmulationError, match="more than 1000 instructions"):
+    with (
+        emulated("sm_80", limit=1000),
+        pytest.raises(EmulationError, match="more than 1000 instructions"),
+    ):
         endless_kernel[(1,)](torch.zeros(2), 1)
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("ld.global", "ld.globol"), (".reg .b32", ".reg .b3"), ("ret;", "ret"), ("%r1,", "%q1,")]
+    ("old", "new"),
+    [("ld.global", "ld.globol"), (".reg .b32", ".reg .b3"), ("ret;", "ret"), ("%r1,", "%q1,")],
 )
 def test_text_that_the_assembler_refuses_is_an_error(old: str, new: str) -> None:
     x = torch.zeros(64)
-    damaged = emulated("sm_80", edit=lambda name, ptx: ptx.replace(old, new).replace("\t", " ").replace(old, new))
-    with damaged, pytest.raises(EmulationError, match="ptxas refuses the PTX of kernel scale_kernel"):
+    damaged = emulated(
+        "sm_80", edit=lambda name, ptx: ptx.replace(old, new).replace("\t", " ").replace(old, new)
+    )
+    with (
+        damaged,
+        pytest.raises(EmulationError, match="ptxas refuses the PTX of kernel scale_kernel"),
+    ):
         scale_kernel[(1,)](x, x, 64, 2.0, BLOCK=64)

@@ -46,7 +46,9 @@ _executed: set[str] = set()
 _tested: set[str] = set()
 
 
-def execute(body: str, *arguments: Any, threads: int = 32, ctas: int = 1, shared: int = 0, **options: Any) -> Machine:
+def execute(
+    body: str, *arguments: Any, threads: int = 32, ctas: int = 1, shared: int = 0, **options: Any
+) -> Machine:
     """Run PTX. `%r0` is a thread, `%rd<i>` argument i, `%rd<10 + i>` the address of the thread's row of an array."""
     start = [f"mov.u32 %r0, %tid.x; mov.u32 %r1, %ctaid.x; mad.lo.s32 %r1, %r1, {threads}, %r0;"]
     values, copies = {f"k_param_{i}": each for i, each in enumerate(arguments)}, []
@@ -54,16 +56,24 @@ def execute(body: str, *arguments: Any, threads: int = 32, ctas: int = 1, shared
         start.append(f"ld.param.b64 %rd{i}, [{name}];")
         if isinstance(each, np.ndarray):
             memory = np.empty(each.nbytes + 128, "u1")
-            copy = memory[-memory.ctypes.data % 128 :][: each.nbytes].view(each.dtype).reshape(each.shape)
+            copy = (
+                memory[-memory.ctypes.data % 128 :][: each.nbytes]
+                .view(each.dtype)
+                .reshape(each.shape)
+            )
             copy[...], values[name] = each, copy.ctypes.data
             copies.append((each, copy))
             start.append(f"mad.wide.u32 %rd{10 + i}, %r1, {each.nbytes // len(each)}, %rd{i};")
     parameters = ", ".join(f".param .u64 .ptr .global .align 1 {name}" for name in values)
-    program = Program(_PTX.format(parameters=parameters, threads=threads, body="\n".join((*start, body))), FORMS)
+    program = Program(
+        _PTX.format(parameters=parameters, threads=threads, body="\n".join((*start, body))), FORMS
+    )
     assert program.parameters == [*values]
     _executed.update(each.form for each in program.code)
     places = np.stack([np.arange(ctas), np.zeros(ctas, int), np.zeros(ctas, int)], 1)
-    memory = Allocations([Window(copy.ctypes.data, copy.ctypes.data, copy.nbytes) for _, copy in copies])
+    memory = Allocations(
+        [Window(copy.ctypes.data, copy.ctypes.data, copy.nbytes) for _, copy in copies]
+    )
     if tile := options.pop("tile", None):
         options["descriptors"] = {4096: tile._replace(address=values["k_param_0"])}
     machine = Machine(program, values, (ctas, 1, 1), places, shared, memory, **options)
@@ -97,7 +107,9 @@ def covers(*patterns: str) -> Callable[[Callable[..., None]], Callable[..., None
         test(*arguments, **options)
         assert forms <= _executed, forms - _executed
 
-    return lambda test: functools.wraps(test)(lambda *arguments, **options: run(test, *arguments, **options))
+    return lambda test: functools.wraps(test)(
+        lambda *arguments, **options: run(test, *arguments, **options)
+    )
 
 
 # Numbers are exact: floats, or Fractions other than zero.
@@ -171,11 +183,17 @@ def agrees(found: int, expected: Any, kind: str, *, flushes: bool = False) -> bo
             return (number > 0) == (value > 0) and abs(value) + within >= 2**128 - 2**103
         if flushes and not number:
             return abs(value) - within < _LEAST_NORMAL
-        return number == number and abs(Fraction(number) - value) <= within and not (flushes and subnormal(number))
+        return (
+            number == number
+            and abs(Fraction(number) - value) <= within
+            and not (flushes and subnormal(number))
+        )
     if kind.endswith("x2"):
         size = bits_of(kind[:-2])
         halves = (found >> at & (1 << size) - 1 for at in (0, size))
-        return all(agrees(each, value, kind[:-2]) for each, value in zip(halves, expected, strict=True))
+        return all(
+            agrees(each, value, kind[:-2]) for each, value in zip(halves, expected, strict=True)
+        )
     if kind not in _FORMATS:
         # A register that is wider than the type holds its sign, or zeros (9.4.1).
         return found == decode(int(expected), kind) % (1 << max(bits_of(kind), 16))
@@ -217,7 +235,9 @@ def times(x: float, y: float) -> Number:
 
 def quotient(x: float, y: float) -> Number:
     if y:
-        return Fraction(x) / Fraction(y) or x / y if math.isfinite(x) and math.isfinite(y) else x / y
+        return (
+            Fraction(x) / Fraction(y) or x / y if math.isfinite(x) and math.isfinite(y) else x / y
+        )
     return math.copysign(math.inf, x) * math.copysign(1, y) if x and x == x else math.nan
 
 
@@ -231,7 +251,9 @@ def root(x: float) -> Number:
     if not 0 < x < math.inf:
         return math.nan if x < 0 else x
     n, d = Fraction(x).as_integer_ratio()
-    return Fraction(math.isqrt(n * d << 400), d << 200)  # closer to the root than any tie of rounding
+    return Fraction(
+        math.isqrt(n * d << 400), d << 200
+    )  # closer to the root than any tie of rounding
 
 
 def logarithm(x: float) -> Number | Near:
@@ -258,7 +280,9 @@ def divided(x: int, y: int) -> tuple[int | None, int | None]:
 def field(x: int, place: int, length: int, signed: bool = False) -> int:
     place, length, bits = place & 255, length & 255, x & 0xFFFFFFFF
     sign = bits >> min(place + length - 1, 31) & 1 if signed and length else 0
-    return sum((bits >> place + i & 1 if i < length and place + i < 32 else sign) << i for i in range(32))
+    return sum(
+        (bits >> place + i & 1 if i < length and place + i < 32 else sign) << i for i in range(32)
+    )
 
 
 def permuted(x: int, y: int, selector: int) -> int:
@@ -271,7 +295,9 @@ def permuted(x: int, y: int, selector: int) -> int:
 def integer(round_: Callable[[Fraction], int], kind: str) -> Callable[[float], int]:
     """Clamped; NaN is zero, but for 64 bits the least number."""
     size = bits_of(kind)
-    least, most = (-(1 << size - 1), (1 << size - 1) - 1) if kind[0] == "s" else (0, (1 << size) - 1)
+    least, most = (
+        (-(1 << size - 1), (1 << size - 1) - 1) if kind[0] == "s" else (0, (1 << size) - 1)
+    )
 
     def convert(x: float) -> int:
         if math.isfinite(x):
@@ -337,12 +363,26 @@ for _size in ("16", "32", "64"):
         define(f"shr.{_kind}", lambda x, y: x >> min(y, 64), f"{_kind} {_kind} u32")
 for _kind in ("b16", "b32", "b64", "f32"):
     define(f"selp.{_kind}", lambda x, y, p: x if p else y, f"{_kind} {_kind} {_kind} pred")
-_COMPARE = {"eq": operator.eq, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge}
+_COMPARE = {
+    "eq": operator.eq,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+}
 for _name, _function in (_COMPARE | {"ne": lambda x, y: x < y or x > y}).items():
-    define(f"setp.{_name}u.f32", lambda x, y, of=_function: x != x or y != y or of(x, y), "pred f32 f32")
+    define(
+        f"setp.{_name}u.f32",
+        lambda x, y, of=_function: x != x or y != y or of(x, y),
+        "pred f32 f32",
+    )
     for _kind in ("f32", *map("".join, product("sub", ("16", "32", "64")))):
         if _kind[0] != "b" or _name in ("eq", "ne"):
-            define(f"setp.{_name}.{_kind}", lambda x, y, of=_function: of(x, y), f"pred {_kind} {_kind}")
+            define(
+                f"setp.{_name}.{_kind}",
+                lambda x, y, of=_function: of(x, y),
+                f"pred {_kind} {_kind}",
+            )
 define("setp.num.f32", lambda x, y: x == x and y == y, "pred f32 f32")
 define("setp.nan.f32", lambda x, y: x != x or y != y, "pred f32 f32")
 # 9.7.9: movement and conversion. Addresses of all spaces are generic here.
@@ -381,7 +421,12 @@ def edges(kind: str) -> list[int]:
         bits = [int(each, 16) for each in _EDGES[kind].split()]
         return [*bits, *(each | 1 << bits_of(kind) - 1 for each in bits)]
     most = (1 << bits_of(kind)) - 1
-    return sorted({each & most for each in (*_SMALL, most, most - 1, most >> 1, (most >> 1) + 1, (most >> 1) - 1)})
+    return sorted(
+        {
+            each & most
+            for each in (*_SMALL, most, most - 1, most >> 1, (most >> 1) + 1, (most >> 1) - 1)
+        }
+    )
 
 
 def chosen(kind: str, at: random.Random) -> int:
@@ -389,7 +434,9 @@ def chosen(kind: str, at: random.Random) -> int:
     if kind not in _FORMATS or at.random() < 0.3:
         return at.getrandbits(bits_of(kind))
     exponent_bits, mantissa_bits = _FORMATS[kind]
-    mantissa = at.getrandbits(mantissa_bits) >> (shift := at.choice((0, 0, mantissa_bits // 2))) << shift
+    mantissa = (
+        at.getrandbits(mantissa_bits) >> (shift := at.choice((0, 0, mantissa_bits // 2))) << shift
+    )
     exponent = (1 << exponent_bits - 1) - 1 + at.randint(-13, 13)
     return at.getrandbits(1) << exponent_bits + mantissa_bits | exponent << mantissa_bits | mantissa
 
@@ -399,18 +446,26 @@ def rows(sources: list[str], at: random.Random, count: int) -> list[tuple[int, .
     scalars = [kind.removesuffix("x2") for kind in sources]
     every = [edges(kind) for kind in scalars]
     special = [
-        [*(encode(x, kind) for x in _SPECIAL), edges(kind)[-1]] if kind in _FORMATS else [0, 1] for kind in scalars
+        [*(encode(x, kind) for x in _SPECIAL), edges(kind)[-1]] if kind in _FORMATS else [0, 1]
+        for kind in scalars
     ]
     few = every if math.prod(map(len, every)) < 700 else special
     # (1 + 2^-12)^2 is amid two numbers: the third operand decides.
-    ties = [(0x3F800800, 0x3F800800, z) for z in (1, 0x80000001, 0, 0x10000000) if scalars == ["f32"] * 3]
+    ties = [
+        (0x3F800800, 0x3F800800, z)
+        for z in (1, 0x80000001, 0, 0x10000000)
+        if scalars == ["f32"] * 3
+    ]
     found: list[tuple[int, ...]] = [*ties, *product(*few)]
     found += [tuple(at.choice(each) for each in every) for _ in range(count // 2 - len(found))]
     found += [tuple(chosen(kind, at) for kind in scalars) for _ in range(count - len(found))]
     if sources[0] == scalars[0]:
         return found
     size = bits_of(scalars[0])
-    return [tuple(x | y << size for x, y in zip(*pair, strict=True)) for pair in zip(found, found[::-1], strict=True)]
+    return [
+        tuple(x | y << size for x, y in zip(*pair, strict=True))
+        for pair in zip(found, found[::-1], strict=True)
+    ]
 
 
 @pytest.mark.parametrize("form", DEFINITIONS)
@@ -435,11 +490,19 @@ def test_definition(form: str) -> None:
     execute("\n".join(body), *arrays, found, threads=128, ctas=ctas)
     for row, bits in zip(table, found.tolist(), strict=True):
         values = [decode(each, kind) for each, kind in zip(row, sources, strict=True)]
-        values = [math.copysign(0.0, x) if subnormal(x) else x for x in values] if flushes else values
+        values = (
+            [math.copysign(0.0, x) if subnormal(x) else x for x in values] if flushes else values
+        )
         paired = to.endswith("x2") and sources[0].endswith("x2")
-        expected = tuple(function(*each) for each in zip(*values, strict=True)) if paired else function(*values)
+        expected = (
+            tuple(function(*each) for each in zip(*values, strict=True))
+            if paired
+            else function(*values)
+        )
         if not agrees(bits, expected, to, flushes=flushes):
-            wrong.append(f"{form} {' '.join(map(hex, row))} ({values}) is {bits:#x} and not {expected}")
+            wrong.append(
+                f"{form} {' '.join(map(hex, row))} ({values}) is {bits:#x} and not {expected}"
+            )
     assert not wrong, f"{len(wrong)} of {len(table)}\n" + "\n".join(wrong[:8])
 
 
@@ -451,7 +514,9 @@ _GROUP, _PAIR = _PLACE % 32 // 4, _PLACE % 4  # of a lane in fragments
 
 
 def random_bits(*shape: int, kind: str = "u4") -> Any:
-    return np.random.default_rng(len(shape)).integers(0, 1 << 8 * np.dtype(kind).itemsize, shape, kind)
+    return np.random.default_rng(len(shape)).integers(
+        0, 1 << 8 * np.dtype(kind).itemsize, shape, kind
+    )
 
 
 def small(*shape: int) -> Any:
@@ -460,7 +525,11 @@ def small(*shape: int) -> Any:
 
 def halves(values: Any, kind: str) -> Any:
     """Bits of values of 16 bits."""
-    return (values.astype("f4").view("u4") >> 16).astype("u2") if kind == "bf16" else values.astype("f2").view("u2")
+    return (
+        (values.astype("f4").view("u4") >> 16).astype("u2")
+        if kind == "bf16"
+        else values.astype("f2").view("u2")
+    )
 
 
 def pairs(matrix: Any, row: Any, column: Any, kind: str) -> Any:
@@ -489,26 +558,52 @@ def fill(row_bytes: int) -> str:
     )
 
 
-@each_form(*(name for name in FORMS if name.startswith(("ld.global", "st.global", "ld.shared", "st.shared"))))
+@each_form(
+    *(
+        name
+        for name in FORMS
+        if name.startswith(("ld.global", "st.global", "ld.shared", "st.shared"))
+    )
+)
 def test_load_and_store(form: str) -> None:
     """9.7.9.8, 9.7.9.11."""
     _, space, *several, kind = form.split(".")
-    count, size, suffix = int(several[0][1:]) if several else 1, int(kind[1:]) // 8, ".".join(("", *several, kind))
+    count, size, suffix = (
+        int(several[0][1:]) if several else 1,
+        int(kind[1:]) // 8,
+        ".".join(("", *several, kind)),
+    )
     x = random_bits(32, count, kind=f"u{size}")
-    out, names = np.zeros_like(x), vector(40 if size == 8 else 3, count, register(kind)).strip("" if several else "{}")
+    out, names = (
+        np.zeros_like(x),
+        vector(40 if size == 8 else 3, count, register(kind)).strip("" if several else "{}"),
+    )
     through = f"mul.lo.s32 %r2, %r0, {x[0].nbytes}; st.shared{suffix} [%r2], {names}; ld.shared{suffix} {names}, [%r2];"
     through = through if space == "shared" else ""
-    ordered(f"ld.global{suffix} {names}, [%rd10]; {through} st.global{suffix} [%rd11], {names};", x, out, shared=1024)
+    ordered(
+        f"ld.global{suffix} {names}, [%rd10]; {through} st.global{suffix} [%rd11], {names};",
+        x,
+        out,
+        shared=1024,
+    )
     assert (out == x).all()
 
 
 @each_form("ld.param.{b8,b16,b32,b64,u32,u64,s32,s64,f32}")
 def test_parameters(form: str) -> None:
     """9.7.9.8: a register wider than the type holds its sign or zeros."""
-    kind, out, value = form.rpartition(".")[2].replace("f", "u"), np.zeros((32, 1), "u8"), 0x8192A3B4C5D6E7F8
+    kind, out, value = (
+        form.rpartition(".")[2].replace("f", "u"),
+        np.zeros((32, 1), "u8"),
+        0x8192A3B4C5D6E7F8,
+    )
     at = 8 - int(kind[1:]) // 8
     to = "%r30; cvt.u64.u32 %rd30, %r30;" if "f32" in form else "%rd30;"
-    ordered(f"{form} {to.replace(';', f', [k_param_1+{at}];', 1)} st.global.b64 [%rd10], %rd30;", out, value)
+    ordered(
+        f"{form} {to.replace(';', f', [k_param_1+{at}];', 1)} st.global.b64 [%rd10], %rd30;",
+        out,
+        value,
+    )
     assert (out == decode(value >> 8 * at, kind) % (1 << 64)).all()
 
 
@@ -516,7 +611,11 @@ def test_parameters(form: str) -> None:
 def test_shuffle(form: str) -> None:
     """9.7.9.6: lanes, distances beyond 31, clamps, and the predicate."""
     mode, at = form.split(".")[2], np.random.default_rng(1)
-    x, by, clamp = random_bits(32, 1), at.integers(0, 40, (32, 1), "u4"), at.integers(0, 32, (32, 1), "u4")
+    x, by, clamp = (
+        random_bits(32, 1),
+        at.integers(0, 40, (32, 1), "u4"),
+        at.integers(0, 32, (32, 1), "u4"),
+    )
     out, inside = np.zeros_like(x), np.zeros_like(x)
     body = f"""ld.global.b32 %r2, [%rd10]; ld.global.b32 %r3, [%rd11]; ld.global.b32 %r4, [%rd12];
         {form} %r5|%p1, %r2, %r3, %r4, -1; selp.b32 %r6, 1, 0, %p1;
@@ -524,21 +623,37 @@ def test_shuffle(form: str) -> None:
     ordered(body, x, by, clamp, out, inside)
     for lane in range(32):
         distance, most = int(by[lane, 0]) & 31, int(clamp[lane, 0])
-        source = {"bfly": lane ^ distance, "idx": distance, "up": lane - distance, "down": lane + distance}[mode]
+        source = {
+            "bfly": lane ^ distance,
+            "idx": distance,
+            "up": lane - distance,
+            "down": lane + distance,
+        }[mode]
         there = source >= most if mode == "up" else source <= most
-        assert (bool(inside[lane, 0]), out[lane, 0]) == (there, x[source if there else lane, 0]), lane
+        assert (bool(inside[lane, 0]), out[lane, 0]) == (there, x[source if there else lane, 0]), (
+            lane
+        )
 
 
-@each_form("redux.sync.{add,min,max}.{s32,u32}", "redux.sync.{and,or,xor}.b32", "redux.sync.{min,max}.f32")
+@each_form(
+    "redux.sync.{add,min,max}.{s32,u32}", "redux.sync.{and,or,xor}.b32", "redux.sync.{min,max}.f32"
+)
 def test_reduction(form: str) -> None:
     """9.7.13.12: floats leave NaN out, as `min` and `max` do."""
     *_, name, kind = form.split(".")
     x, out = random_bits(64, 1), np.zeros((64, 1), "u4")
     if kind == "f32":
         x[:3, 0], x[32:, 0] = (0x7FC00000, 0x80000000, 0), 0x7FC00000
-    ordered(f"ld.global.b32 %r2, [%rd10]; {form} %r3, %r2, -1; st.global.b32 [%rd11], %r3;", x, out, threads=64)
+    ordered(
+        f"ld.global.b32 %r2, [%rd10]; {form} %r3, %r2, -1; st.global.b32 [%rd11], %r3;",
+        x,
+        out,
+        threads=64,
+    )
     for warp in (slice(0, 32), slice(32, 64)):
-        expected = functools.reduce(DEFINITIONS[f"{name}.{kind}"][2], (decode(int(each), kind) for each in x[warp, 0]))
+        expected = functools.reduce(
+            DEFINITIONS[f"{name}.{kind}"][2], (decode(int(each), kind) for each in x[warp, 0])
+        )
         assert all(agrees(int(each), expected, kind) for each in out[warp, 0])
 
 
@@ -574,7 +689,15 @@ def test_control_and_operands() -> None:
         st.global.b32 [%rd11+24], 5;"""
     ordered(body, x, out, threads=64)
     swapped, picked = x[:, 0] >> 16 | x[:, 0] << 16, np.where(t < 40, 0x40490FDB, 0xBF000000)
-    expected = [*x.T, swapped, 3 * ((t + 1) // 2) + 0x1000, picked, 0 * t + 2**32 - 7, 5 * (t < 40), 0 * t]
+    expected = [
+        *x.T,
+        swapped,
+        3 * ((t + 1) // 2) + 0x1000,
+        picked,
+        0 * t + 2**32 - 7,
+        5 * (t < 40),
+        0 * t,
+    ]
     assert (out == np.stack(expected, 1)).all()
 
 
@@ -612,11 +735,16 @@ def test_asynchronous_copies() -> None:
 def test_matrices(form: str) -> None:
     """9.7.14.5.15-16: eight rows of 16 bytes a matrix, in any place."""
     count, lane = int(form.split(".")[4][1]), np.arange(32)
-    x, where = random_bits(32, 8, kind="u2"), np.random.default_rng(3).permutation(32).astype("u4")[:, None]
+    x, where = (
+        random_bits(32, 8, kind="u2"),
+        np.random.default_rng(3).permutation(32).astype("u4")[:, None],
+    )
     used = where[: 8 * count, 0]
     matrices = x[used].reshape(count, 8, 8)
     matrices = matrices.swapaxes(1, 2) if ".trans" in form else matrices
-    fragments = np.stack([matrices[:, lane // 4, lane % 4 * 2 + i] for i in (0, 1)], -1).swapaxes(0, 1)
+    fragments = np.stack([matrices[:, lane // 4, lane % 4 * 2 + i] for i in (0, 1)], -1).swapaxes(
+        0, 1
+    )
     fragments = np.ascontiguousarray(fragments).view("u4")[..., 0]
     start = f"ld.global.b32 %r2, [%rd11]; shl.b32 %r2, %r2, 4; {fill(16)} bar.sync 0;"
     if form.startswith("ld"):
@@ -669,22 +797,43 @@ def tiles(image: Any, at: int, matrix: Any, swizzle: int, across: bool, mode: in
     row, k, wide = np.arange(size)[:, None], np.arange(depth), swizzle // 2
     leading, stride = (swizzle * depth if across else 16), 8 * swizzle
     down = row % 8 * swizzle + row // 8 * stride + k * 2
-    place = row % wide * 2 + row // wide * leading + k % 8 * swizzle + k // 8 * stride if across else down
+    place = (
+        row % wide * 2 + row // wide * leading + k % 8 * swizzle + k // 8 * stride
+        if across
+        else down
+    )
     place = at + (place ^ (place >> 7 & swizzle // 16 - 1) << 4)
     image.view("u2")[place // 2] = matrix
     step = 2 * stride if across else 32
-    return [at + step * i >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | mode for i in range(depth // 16)]
+    return [
+        at + step * i >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | mode
+        for i in range(depth // 16)
+    ]
 
 
-def wgmma(form: str, swizzle: int, left: str, across: bool, edit: Callable[[str], str] = str) -> Any:
+def wgmma(
+    form: str, swizzle: int, left: str, across: bool, edit: Callable[[str], str] = str
+) -> Any:
     """A product of a warpgroup: hazards, what it is and must be."""
-    width, kind, depth = int(form.split(".")[4][4:-3]), form.rpartition(".")[2], 16 if swizzle == 32 else 32
-    count, mode, x, y = width // 2, {128: 1, 64: 2, 32: 3}[swizzle] << 62, small(64, depth), small(width, depth)
+    width, kind, depth = (
+        int(form.split(".")[4][4:-3]),
+        form.rpartition(".")[2],
+        16 if swizzle == 32 else 32,
+    )
+    count, mode, x, y = (
+        width // 2,
+        {128: 1, 64: 2, 32: 3}[swizzle] << 62,
+        small(64, depth),
+        small(width, depth),
+    )
     image = np.zeros(8192 - width * swizzle // -2048 * 2048, "u1")
     a = tiles(image, 0, halves(x, kind), swizzle, left == "across", mode)
     b = tiles(image, 8192, halves(y, kind), swizzle, across, mode)
     held = np.concatenate([left_registers(x[:, k : k + 16], kind) for k in range(0, depth, 16)], 1)
-    flags, run = f"{int(across)}" if left == "registers" else f"{int(left == 'across')}, {int(across)}", ""
+    flags, run = (
+        f"{int(across)}" if left == "registers" else f"{int(left == 'across')}, {int(across)}",
+        "",
+    )
     for i, (each, other) in enumerate(zip(a, b, strict=True)):
         first = vector(4 + 4 * i, 4) if left == "registers" else "%rd30"
         run += f"mov.b64 %rd30, {each}; mov.b64 %rd31, {other};\n"
@@ -695,10 +844,16 @@ def wgmma(form: str, swizzle: int, left: str, across: bool, edit: Callable[[str]
     out, i = np.zeros((128, count), "f4"), np.arange(count)
     machine = execute(edit(body), image.reshape(128, -1), held, out, threads=128, shared=len(image))
     row, column = _PLACE // 32 * 16 + _GROUP, 2 * _PAIR
-    return machine.hazards, out, (x @ y.T)[row[:, None] + i // 2 % 2 * 8, column[:, None] + i // 4 * 8 + i % 2]
+    return (
+        machine.hazards,
+        out,
+        (x @ y.T)[row[:, None] + i // 2 % 2 * 8, column[:, None] + i // 4 * 8 + i % 2],
+    )
 
 
-@each_form(f"wgmma.mma_async.sync.aligned.m64n{{{','.join(map(str, range(8, 257, 8)))}}}k16.f32.{{bf16.bf16,f16.f16}}")
+@each_form(
+    f"wgmma.mma_async.sync.aligned.m64n{{{','.join(map(str, range(8, 257, 8)))}}}k16.f32.{{bf16.bf16,f16.f16}}"
+)
 def test_warpgroup_product(form: str) -> None:
     """9.7.15: A in registers or shared memory, each major, each swizzle."""
     width = int(form.split(".")[4][4:-3])
@@ -714,7 +869,9 @@ def test_warpgroup_product(form: str) -> None:
 def test_proxy_fences() -> None:
     for fence in ("", ".shared::cta"):
         edit = functools.partial(re.sub, r"(fence\.proxy\.async)\.shared::cta", rf"\1{fence}")
-        assert not wgmma("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16", 64, "shared", False, edit)[0]
+        assert not wgmma(
+            "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16", 64, "shared", False, edit
+        )[0]
 
 
 @covers("mbarrier.{init,inval,arrive,try_wait.parity,test_wait.parity}.shared{,::cta}.b64")
@@ -731,7 +888,9 @@ def test_memory_barrier() -> None:
     assert (out == np.stack([63 - t, t], 1)).all()
 
 
-_COPIES = "cp.async.bulk.tensor.{2d,3d,4d,5d}.shared::{cta,cluster}.global.mbarrier::complete_tx::bytes"
+_COPIES = (
+    "cp.async.bulk.tensor.{2d,3d,4d,5d}.shared::{cta,cluster}.global.mbarrier::complete_tx::bytes"
+)
 
 
 @covers("mbarrier.arrive.expect_tx.shared{,::cta}.b64")
@@ -743,7 +902,10 @@ def test_tile_copy(form: str) -> None:
     for swizzle in (0, 32, 64, 128):
         box = (2,) * more + (8, swizzle // 2 or 24)
         x, count = random_bits(*shape, kind="u2"), math.prod(box) // 64
-        out, tile = np.zeros((32, count), "u4"), _Tile(0, 2, shape, tuple(n // 2 for n in x.strides), box, swizzle)
+        out, tile = (
+            np.zeros((32, count), "u4"),
+            _Tile(0, 2, shape, tuple(n // 2 for n in x.strides), box, swizzle),
+        )
         reads = "".join(f"ld.shared.b32 %r{5 + i}, [%r4+{128 * i}];" for i in range(count))
         body = f"""setp.eq.b32 %p1, %r0, 0; mov.b32 %r2, 8192; mov.b32 %r3, 1024; mov.b64 %rd30, 4096;
             shl.b32 %r4, %r0, 2;
@@ -753,7 +915,10 @@ def test_tile_copy(form: str) -> None:
             {reads} {stores(5, count, "%rd11")}"""
         body = body.replace("shared::cta.b64", "shared.b64") if swizzle == 32 else body
         early = re.sub(r"wait0:.*bra.uni wait0;", "", body)
-        check("by a bulk copy in flight", lambda: execute(early, x, out, shared=8200, tile=tile).hazards)  # noqa: B023
+        check(
+            "by a bulk copy in flight",
+            lambda: execute(early, x, out, shared=8200, tile=tile).hazards,  # noqa: B023
+        )
         ordered(body, x, out, shared=8200, tile=tile)
         expected = np.zeros(box, "u2")
         for index in np.ndindex(*box):
@@ -762,7 +927,9 @@ def test_tile_copy(form: str) -> None:
                 expected[index] = x[place]
         at = 2 * np.arange(expected.size)
         at ^= (at >> 7 & max(swizzle, 16) // 16 - 1) << 4
-        assert (np.ascontiguousarray(out.T).view("u2").reshape(-1)[at // 2] == expected.reshape(-1)).all(), swizzle
+        assert (
+            np.ascontiguousarray(out.T).view("u2").reshape(-1)[at // 2] == expected.reshape(-1)
+        ).all(), swizzle
 
 
 _ALLOCATE = """setp.lt.u32 %p1, %r0, 32; mov.b32 %r2, {at};
@@ -778,7 +945,10 @@ def test_tensor_memory(form: str) -> None:
     halved, writes, t = "16x32bx2" in form, ".st." in form, _PLACE
     count = int(form.split(".")[5][1:])
     wide, split = (2 * count, f", {count}") if halved else (count, "")
-    x, out = random_bits(128, count if writes else wide), np.zeros((128, wide if writes else count), "u4")
+    x, out = (
+        random_bits(128, count if writes else wide),
+        np.zeros((128, wide if writes else count), "u4"),
+    )
     n, own = min(wide, 16), vector(100, count)
     name = f"tcgen05.{{}}.sync.aligned.32x32b.x{n}.b32"
     parts = [(f"[%r4 + {at}]", vector(100 + at, n)) for at in range(0, wide, n)]
@@ -787,7 +957,8 @@ def test_tensor_memory(form: str) -> None:
     if writes:  # over what all lanes hold
         same = "{" + ", ".join(n * ["%r100"]) + "}"
         first = (
-            "".join(f"{name.format('st')} {place}, {same};" for place, _ in parts) + f"{form} [%r4 + 0]{split}, {own};"
+            "".join(f"{name.format('st')} {place}, {same};" for place, _ in parts)
+            + f"{form} [%r4 + 0]{split}, {own};"
         )
     else:
         last = f"{form} {own}, [%r4 + 0]{split};"
@@ -802,10 +973,24 @@ def test_tensor_memory(form: str) -> None:
 
 def tcgen05(size: int, kind: str, left: str, across: bool, edit: Callable[[str], str] = str) -> Any:
     """A product of `size` rows of tensor memory: hazards, what it is and must be."""
-    x, y, z, image, bf16 = small(size, 32), small(32, 32), small(size, 32), np.zeros(16384, "u1"), kind == "bf16"
+    x, y, z, image, bf16 = (
+        small(size, 32),
+        small(32, 32),
+        small(size, 32),
+        np.zeros(16384, "u1"),
+        kind == "bf16",
+    )
     a = tiles(image, 0, halves(x, kind), 64, left == "across", 1 << 46 | 4 << 61)
     b = tiles(image, 8192, halves(y, kind), 64, across, 1 << 46 | 4 << 61)
-    what = 1 << 4 | bf16 << 7 | bf16 << 10 | (left == "across") << 15 | across << 16 | 4 << 17 | size >> 4 << 24
+    what = (
+        1 << 4
+        | bf16 << 7
+        | bf16 << 10
+        | (left == "across") << 15
+        | across << 16
+        | 4 << 17
+        | size >> 4 << 24
+    )
     lane = _PLACE if size == 128 else np.arange(64) // 16 * 32 + np.arange(64) % 16
     start, out, run = np.zeros((128, 48), "u4"), np.zeros((128, 32), "f4"), ""
     start[lane, :32], start[lane, 32:] = z.view("u4"), halves(x, kind).view("u4")
@@ -824,10 +1009,15 @@ def tcgen05(size: int, kind: str, left: str, across: bool, edit: Callable[[str],
     return machine.hazards, out[lane], x @ y.T + z
 
 
-@covers("tcgen05.{alloc.cta_group::1.sync.aligned.shared::cta.b32,dealloc.cta_group::1.sync.aligned.b32}")
-@covers("tcgen05.{relinquish_alloc_permit.cta_group::1.sync.aligned,wait::ld.sync.aligned,wait::st.sync.aligned}")
 @covers(
-    "tcgen05.mma.cta_group::1.kind::f16", "tcgen05.commit.cta_group::1.mbarrier::arrive::one{,.shared::cluster}.b64"
+    "tcgen05.{alloc.cta_group::1.sync.aligned.shared::cta.b32,dealloc.cta_group::1.sync.aligned.b32}"
+)
+@covers(
+    "tcgen05.{relinquish_alloc_permit.cta_group::1.sync.aligned,wait::ld.sync.aligned,wait::st.sync.aligned}"
+)
+@covers(
+    "tcgen05.mma.cta_group::1.kind::f16",
+    "tcgen05.commit.cta_group::1.mbarrier::arrive::one{,.shared::cluster}.b64",
 )
 @pytest.mark.parametrize("left", ["tensor", "shared", "across"])
 @pytest.mark.parametrize("kind", ["bf16", "f16"])
@@ -856,30 +1046,54 @@ _SOME = "setp.lt.u32 %p1, %r0, 5; @%p1"
 _SUM = f"{_SOME} mov.b32 %r5, 1; add.s32 %r6, %r5, 1;"
 _WARP = "by another warp"
 CHECKS = {
-    "load beyond": ("ld.global.b32 %r2, [%rd10+1024];", r"of 4 bytes .* outside .*by thread (0|32) of CTA \[0, 0, 0\]"),
+    "load beyond": (
+        "ld.global.b32 %r2, [%rd10+1024];",
+        r"of 4 bytes .* outside .*by thread (0|32) of CTA \[0, 0, 0\]",
+    ),
     "load before": ("ld.global.b32 %r2, [%rd0+-4];", "outside of all tensors"),
     "store beyond": ("st.global.v4.b32 [%rd10+1008], {%r0, %r0, %r0, %r0};", "by thread (1|32) of"),
     "copy beyond": (_COPY.format("%rd10+1024"), "asynchronous copy of 16 bytes .* outside"),
     "misaligned load": ("ld.global.v2.b32 {%r2, %r3}, [%rd10+4];", "not aligned"),
     "misaligned shared": ("mov.b32 %r2, 2; st.shared.b32 [%r2], %r0;", "not aligned"),
     "shared beyond": ("mov.b32 %r2, 4096; st.shared.b32 [%r2], %r0;", "beyond its"),
-    "unknown form": ("frob.rn.f32 %r2, %r0;", r"frob\.rn\.f32 is not emulated, in `frob\.rn\.f32 %r2, %r0`"),
-    "part of a warp": (f"{_SOME} shfl.sync.bfly.b32 %r2, %r0, 1, 31, -1;", "some threads of a warp"),
-    "not initialised": (f"mov.b32 %r9, 64; {_WAIT.format(0, '%r9', 0)}", "barrier at 64 is not initialised"),
+    "unknown form": (
+        "frob.rn.f32 %r2, %r0;",
+        r"frob\.rn\.f32 is not emulated, in `frob\.rn\.f32 %r2, %r0`",
+    ),
+    "part of a warp": (
+        f"{_SOME} shfl.sync.bfly.b32 %r2, %r0, 1, 31, -1;",
+        "some threads of a warp",
+    ),
+    "not initialised": (
+        f"mov.b32 %r9, 64; {_WAIT.format(0, '%r9', 0)}",
+        "barrier at 64 is not initialised",
+    ),
     "initialised too late": (f"{_BARRIER} mbarrier.arrive.shared::cta.b64 _, [%r2];", "initialis"),
     "no arrival": (f"{_BARRIER} bar.sync 0; {_WAIT.format(0, '%r2', 0)}", "deadlock"),
     "barrier of more": ("bar.sync 1, 128;", "deadlock"),
-    "unwritten": ("add.s32 %r3, %r99, 1; st.global.b32 [%rd10], %r3;", "register %r(3|99), to which .* nothing"),
+    "unwritten": (
+        "add.s32 %r3, %r99, 1; st.global.b32 [%rd10], %r3;",
+        "register %r(3|99), to which .* nothing",
+    ),
     "unwritten address": ("ld.global.b32 %r3, [%rd39];", "%rd39"),
-    "written by some": (f"{_SOME} mov.b32 %r5, 1; st.global.b32 [%rd10], %r5;", "register %r5, to which some"),
+    "written by some": (
+        f"{_SOME} mov.b32 %r5, 1; st.global.b32 [%rd10], %r5;",
+        "register %r5, to which some",
+    ),
     "of what some wrote": (f"{_SUM} st.global.b32 [%rd10], %r6;", "register %r6, to which some"),
     "used by who wrote": (f"{_SUM} @%p1 st.global.b32 [%rd10], %r6;", ""),
     "uninitialised": ("shl.b32 %r2, %r0, 2; ld.shared.b32 %r3, [%r2];", "uninitialised"),
     "no barrier": (_CROSS.format(""), f"read of what is written {_WARP}"),
     "barrier": (_CROSS.format("bar.sync 0;"), ""),
     "barrier of a warp": (_CROSS.format("bar.warp.sync -1;"), f"read of what is written {_WARP}"),
-    "overwritten": (f"{_CROSS.format('bar.sync 0;')} st.shared.b32 [%r2], %r4;", f"write over what is read {_WARP}"),
-    "written twice": ("mov.b32 %r2, 0; st.shared.b32 [%r2], %r0;", "warps write different|write over what is written"),
+    "overwritten": (
+        f"{_CROSS.format('bar.sync 0;')} st.shared.b32 [%r2], %r4;",
+        f"write over what is read {_WARP}",
+    ),
+    "written twice": (
+        "mov.b32 %r2, 0; st.shared.b32 [%r2], %r0;",
+        "warps write different|write over what is written",
+    ),
     "copy": (_COPIED.format(0), ""),
     "copy in flight": (_COPIED.format(1), "asynchronous copy in flight"),
     "copy of another warp": (_ROW.format(""), "asynchronous copy in flight"),
@@ -897,7 +1111,9 @@ def check(message: str, run: Callable[[], Any]) -> None:
         found = [f"{each.place}: {each.kind}" for each in run().values()]
     except EmulationError as error:
         found = [str(error)]
-    assert any(re.search(rf"k\.py:7.*({message})", each) for each in found) if message else not found, found
+    assert (
+        any(re.search(rf"k\.py:7.*({message})", each) for each in found) if message else not found
+    ), found
 
 
 @pytest.mark.parametrize("schedule", ["lockstep", "random"])
@@ -927,15 +1143,51 @@ _FENCE, _PRODUCT = "fence.proxy.async.shared::cta;", "@%p2 tcgen05.mma"
             "st.shared.b32 [%r390], %r0; wgmma.wait",
             "over what is read by a GEMM in flight",
         ),
-        (wgmma, "shared", "wgmma.wait", "mov.b32 %r101, 0; wgmma.wait", "write of .*register .*before its wait"),
-        (wgmma, "registers", "wgmma.wait", "mov.b32 %r5, 0; wgmma.wait", "write of .*register .*before its wait"),
+        (
+            wgmma,
+            "shared",
+            "wgmma.wait",
+            "mov.b32 %r101, 0; wgmma.wait",
+            "write of .*register .*before its wait",
+        ),
+        (
+            wgmma,
+            "registers",
+            "wgmma.wait",
+            "mov.b32 %r5, 0; wgmma.wait",
+            "write of .*register .*before its wait",
+        ),
         (wgmma, "registers", "1, 1, 0;", "-1, 1, 0;", "not emulated"),
-        (wgmma, "shared", "wgmma.mma", "setp.lt.u32 %p6, %r0, 96; @%p6 wgmma.mma", "some warps of a warpgroup"),
+        (
+            wgmma,
+            "shared",
+            "wgmma.mma",
+            "setp.lt.u32 %p6, %r0, 96; @%p6 wgmma.mma",
+            "some warps of a warpgroup",
+        ),
         (tcgen05, "shared", _FENCE, "", "without a proxy fence"),
         (tcgen05, "shared", "tcgen05.wait::ld.sync.aligned;", "", "for which nothing waits"),
-        (tcgen05, "shared", _WAIT_LD, f"add.f32 %r101, %r101, %r101; mov.b32 %r102, 0; {_WAIT_LD}", "write of"),
-        (tcgen05, "shared", _WAIT_LD, f"neg.f32 %r390, %r101; neg.f32 %r391, %r390; {_WAIT_LD}", ""),
-        (tcgen05, "shared", _WAIT_LD, f"shfl.sync.bfly.b32 %r390, %r101, 1, 31, -1; {_WAIT_LD}", ""),
+        (
+            tcgen05,
+            "shared",
+            _WAIT_LD,
+            f"add.f32 %r101, %r101, %r101; mov.b32 %r102, 0; {_WAIT_LD}",
+            "write of",
+        ),
+        (
+            tcgen05,
+            "shared",
+            _WAIT_LD,
+            f"neg.f32 %r390, %r101; neg.f32 %r391, %r390; {_WAIT_LD}",
+            "",
+        ),
+        (
+            tcgen05,
+            "shared",
+            _WAIT_LD,
+            f"shfl.sync.bfly.b32 %r390, %r101, 1, 31, -1; {_WAIT_LD}",
+            "",
+        ),
         (
             tcgen05,
             "shared",
@@ -951,11 +1203,29 @@ _FENCE, _PRODUCT = "fence.proxy.async.shared::cta;", "@%p2 tcgen05.mma"
             "ahead of the wait",
         ),
         (tcgen05, "shared", _FREE, "", "still allocated at exit"),
-        (tcgen05, "shared", _WAIT_LD, f"{_STORE} {_WAIT_LD}", "over what is read by a load in flight"),
+        (
+            tcgen05,
+            "shared",
+            _WAIT_LD,
+            f"{_STORE} {_WAIT_LD}",
+            "over what is read by a load in flight",
+        ),
         (tcgen05, "shared", _WAIT_LD, f"{_WAIT_LD} {_STORE}", ""),
         (tcgen05, "shared", "%r3, 512;", "%r3, 1024;", "more columns"),
-        (tcgen05, "shared", "mov.b64 %rd30,", "mov.b64 %rd40,", "register %rd30, to which some threads wrote nothing"),
-        (wgmma, "shared", "mov.b64 %rd31,", "mov.b64 %rd41,", "register %rd31, to which some threads wrote nothing"),
+        (
+            tcgen05,
+            "shared",
+            "mov.b64 %rd30,",
+            "mov.b64 %rd40,",
+            "register %rd30, to which some threads wrote nothing",
+        ),
+        (
+            wgmma,
+            "shared",
+            "mov.b64 %rd31,",
+            "mov.b64 %rd41,",
+            "register %rd31, to which some threads wrote nothing",
+        ),
         (
             wgmma,
             "shared",
@@ -963,16 +1233,36 @@ _FENCE, _PRODUCT = "fence.proxy.async.shared::cta;", "@%p2 tcgen05.mma"
             "aligned; mov.b32 %r390, %r101; mov.b64 %rd30",
             "after wgmma.fence",
         ),
-        (tcgen05, "tensor", "tcgen05.wait::st.sync.aligned;", "", "read of what is written by .* in flight"),
-        (tcgen05, "shared", _WAIT.format(0, "%r5", 0), "", "read of what is written by a GEMM in flight"),
-        (tcgen05, "shared", "wait0:", "st.shared.b32 [%r390], %r0; wait0:", "over what is read by a GEMM in flight"),
+        (
+            tcgen05,
+            "tensor",
+            "tcgen05.wait::st.sync.aligned;",
+            "",
+            "read of what is written by .* in flight",
+        ),
+        (
+            tcgen05,
+            "shared",
+            _WAIT.format(0, "%r5", 0),
+            "",
+            "read of what is written by a GEMM in flight",
+        ),
+        (
+            tcgen05,
+            "shared",
+            "wait0:",
+            "st.shared.b32 [%r390], %r0; wait0:",
+            "over what is read by a GEMM in flight",
+        ),
         (tcgen05, "shared", "x16.b32 [%r4 + 64]", "x16.b32 [%r4 + 504]", "not allocated"),
         (tcgen05, "shared", "%r4, %r4, %r3;", "%r4, %r3, 0;", "belong to another"),
         (tcgen05, "shared", _PRODUCT, f"or.b32 %r6, %r6, 8192; {_PRODUCT}", "not emulated"),
         (tcgen05, "shared", _PRODUCT, f"xor.b32 %r6, %r6, 16; {_PRODUCT}", "not emulated"),
     ],
 )
-def test_product_check(run: Callable[..., Any], left: str, old: str, new: str, message: str) -> None:
+def test_product_check(
+    run: Callable[..., Any], left: str, old: str, new: str, message: str
+) -> None:
     form = "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16"
     which = (form, 128) if run is wgmma else (128, "bf16")
     check(message, lambda: run(*which, left, False, lambda body: body.replace(old, new))[0])
@@ -984,10 +1274,17 @@ def test_fence_after_copies(fence: str, message: str) -> None:
 
     def edit(body: str) -> str:
         copy = r"cp.async.cg.shared.global [%r390+\1], [%rd10+\1], 16;"
-        body = re.sub(r"ld\.global\.v4\.b32 {[^}]*}, \[%rd10\+(\d+)\]; st\.shared[^;]*;", copy, body)
+        body = re.sub(
+            r"ld\.global\.v4\.b32 {[^}]*}, \[%rd10\+(\d+)\]; st\.shared[^;]*;", copy, body
+        )
         return body.replace(_FENCE, f"cp.async.commit_group; cp.async.wait_group 0; {fence}")
 
-    check(message, lambda: wgmma("wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16", 64, "shared", False, edit)[0])
+    check(
+        message,
+        lambda: wgmma(
+            "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16", 64, "shared", False, edit
+        )[0],
+    )
 
 
 def test_each_argument_has_memory_of_its_own() -> None:
@@ -998,6 +1295,8 @@ def test_each_argument_has_memory_of_its_own() -> None:
     address = memory.ctypes.data
     windows = [Window(1 << 40, address, 128), Window(2 << 40, address, 256, marks.repeat(4))]
     allowed = Allocations(windows)
-    accesses = np.array([1 << 40, (1 << 40) + 124, (1 << 40) + 128, 2 << 40, (2 << 40) + 4, (2 << 40) + 8])
+    accesses = np.array(
+        [1 << 40, (1 << 40) + 124, (1 << 40) + 128, 2 << 40, (2 << 40) + 4, (2 << 40) + 8]
+    )
     assert allowed.find(accesses, 4).tolist() == [0, 0, -1, 1, -1, 1]
     assert allowed.find(accesses, 8).tolist() == [0, -1, -1, -1, -1, -1]

@@ -16,10 +16,14 @@ from tests.kernels.cases import CASES, leaves, results  # isort: skip
 CPU = torch.device("cpu")
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="the kernels run on a GPU here, where the tests themselves are carried")
+@pytest.mark.skipif(
+    not INTERPRETED, reason="the kernels run on a GPU here, where the tests themselves are carried"
+)
 class TestCarrying:
     @pytest.mark.parametrize("name", ["varlen"])
-    def test_operations_reach_the_launchers(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_operations_reach_the_launchers(
+        self, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """As on a GPU: CPU tensors, no interpreter that the backend would know of."""
         arguments = CASES[name].arguments(grad=True)
         expected = CASES[name].operation(**arguments, backend="triton")
@@ -32,7 +36,15 @@ class TestCarrying:
         assert torch.equal(found, expected)
 
     @pytest.mark.parametrize(
-        "name", ["relpos", "varlen", "add_layer_norm", "embed_layer_norm", "linear_gelu", "linear_cross_entropy"]
+        "name",
+        [
+            "relpos",
+            "varlen",
+            "add_layer_norm",
+            "embed_layer_norm",
+            "linear_gelu",
+            "linear_cross_entropy",
+        ],
     )
     def test_launchers_let_the_host_read_nothing(self, name: str) -> None:
         """Operators are one operation to whoever records a graph of the model: this looks at what is in them."""
@@ -48,8 +60,12 @@ class TestCarrying:
 
         arguments, seen = CASES[name].arguments(grad=True), list[str]()
         with compiled_kernels(CPU):
-            modules = [m for n, m in sys.modules.items() if n.startswith("xfm_fast.kernels.triton.")]
-            launchers = {id(v): v for m in modules for v in vars(m).values() if isinstance(v, Carried)}
+            modules = [
+                m for n, m in sys.modules.items() if n.startswith("xfm_fast.kernels.triton.")
+            ]
+            launchers = {
+                id(v): v for m in modules for v in vars(m).values() if isinstance(v, Carried)
+            }
             for launcher in launchers.values():
                 launcher.function = watched(launcher.function)
             found = results(CASES[name].operation(**arguments, backend="triton"))

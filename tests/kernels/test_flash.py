@@ -23,7 +23,14 @@ from xfm_fast.kernels.checks import Packed
 from xfm_fast.kernels.triton import launch, varlen_attention
 from xfm_fast.kernels.triton.launch import LaunchConfig
 
-REFERENCE = {"max_seqlen_q", "max_seqlen_k", "softmax_scale", "deterministic", "cu_seqlens_q", "cu_seqlens_k"}
+REFERENCE = {
+    "max_seqlen_q",
+    "max_seqlen_k",
+    "softmax_scale",
+    "deterministic",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+}
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor:
@@ -31,7 +38,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor:
     for tensor in (q, k, v):
         assert tensor.dtype in (torch.float16, torch.bfloat16)
         assert tensor.stride(-1) == 1
-        assert not any(start % 16 for start in (tensor.data_ptr(), *(2 * stride for stride in tensor.stride()[:2])))
+        assert not any(
+            start % 16
+            for start in (tensor.data_ptr(), *(2 * stride for stride in tensor.stride()[:2]))
+        )
     offsets = given["cu_seqlens_q"], given["cu_seqlens_k"]
     assert all(values.dtype == torch.int32 and values.is_contiguous() for values in offsets)
     return reference.varlen_attention(q, k, v, *offsets, given["softmax_scale"], 0.0, None, None)
@@ -47,13 +57,19 @@ def version_3(*operands: Tensor, **given: Any) -> tuple[Tensor, None]:
     return attend(*operands, **given), None
 
 
-STUBS = {2: ("flash_attn", version_2), 3: ("flash_attn_interface", version_3), 4: ("flash_attn.cute", version_3)}
+STUBS = {
+    2: ("flash_attn", version_2),
+    3: ("flash_attn_interface", version_3),
+    4: ("flash_attn.cute", version_3),
+}
 # By the first number of the compute capability, the fastest first.
 ORDER = {8: [2, 4], 9: [3, 4, 2], 10: [4, 2]}
 
 
 @pytest.fixture
-def installed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def installed(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[list[int]]:
     """Only these versions can be imported."""
     flash.function.cache_clear()
     for number, (name, function) in STUBS.items():
@@ -61,7 +77,9 @@ def installed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         if number in request.param:
             module.flash_attn_varlen_func = function
         # As without flash-attn 2: the folder of flash-attn 4 makes it an empty package.
-        monkeypatch.setitem(sys.modules, name, None if number == 3 and number not in request.param else module)
+        monkeypatch.setitem(
+            sys.modules, name, None if number == 3 and number not in request.param else module
+        )
     monkeypatch.setattr(backend, "_why_not", lambda name, device, index: None)
     yield request.param
     flash.function.cache_clear()
@@ -72,7 +90,9 @@ PACKED = Packed(torch.tensor([0, 3, 8]), torch.tensor([0, 5, 9]), 5, 5, 0.5)
 
 def operands(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
     # Of one projection, with rows that do not begin at multiples of 16 bytes.
-    return tuple(torch.randn(8 if n == 0 else 9, 2 * 8 + 3)[:, 3:].view(-1, 2, 8).to(dtype) for n in range(3))
+    return tuple(
+        torch.randn(8 if n == 0 else 9, 2 * 8 + 3)[:, 3:].view(-1, 2, 8).to(dtype) for n in range(3)
+    )
 
 
 def run(*given: Tensor, **options: Any) -> Tensor:
@@ -86,7 +106,9 @@ def test_every_version_computes_the_reference(installed: list[int]) -> None:
         first = next(number for number in order if number in installed)
         assert flash.function(capability) is STUBS[first][1]
     given = operands()
-    assert torch.equal(run(*given), reference.varlen_attention(*given, *PACKED[:2], 0.5, 0.0, None, None))
+    assert torch.equal(
+        run(*given), reference.varlen_attention(*given, *PACKED[:2], 0.5, 0.0, None, None)
+    )
 
 
 @pytest.mark.parametrize("installed", [[], [2], [4]], indirect=True, ids=str)
@@ -123,17 +145,28 @@ def test_arguments_that_it_does_not_have_are_named() -> None:
 
 
 @pytest.mark.parametrize("faster", ["forward", "both"])
-def test_auto_takes_what_tune_measured(faster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_what_tune_measured(
+    faster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = LaunchConfig({"HEADS": 2, "BLOCK_M": 16, "BLOCK_N": 16}, 4, 2)
     choices = [
         tune.Choice(kernel, "bf16", 8, config, 2e-5, 3e-5, 0, 1, flash=1e-5 if wins else 1.99e-5)
-        for kernel, wins in (("varlen_forward_heads", True), ("varlen_dkdv_short", faster == "both"))
+        for kernel, wins in (
+            ("varlen_forward_heads", True),
+            ("varlen_dkdv_short", faster == "both"),
+        )
     ]
     tune.write(choices, 90, "a GPU", tmp_path)
     monkeypatch.setattr(launch, "_TUNING", tmp_path)
     monkeypatch.setattr(varlen_attention, "architecture", lambda device: 90)
     launch._tuned.cache_clear()
     q, k, _ = operands()
-    found = [varlen_attention.tuned_backends(q, k, PACKED, q.dtype, gradient=gradient) for gradient in (False, True)]
+    found = [
+        varlen_attention.tuned_backends(q, k, PACKED, q.dtype, gradient=gradient)
+        for gradient in (False, True)
+    ]
     launch._tuned.cache_clear()
-    assert found == [{"flash_attn"}, {"flash_attn"} if faster == "both" else {"flash_attn", "triton"}]
+    assert found == [
+        {"flash_attn"},
+        {"flash_attn"} if faster == "both" else {"flash_attn", "triton"},
+    ]

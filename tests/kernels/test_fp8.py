@@ -105,7 +105,9 @@ def test_gemms_in_the_block_are_the_reference(biased: bool, dtype: torch.dtype) 
         summed = ops.linear_residual(x, weight, bias, residual)
     assert found.dtype == activated.dtype == summed.dtype == dtype
     for made, wanted in ((found, product), (summed, product + residual.float())):
-        torch.testing.assert_close(made, wanted.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0.02)
+        torch.testing.assert_close(
+            made, wanted.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0.02
+        )
     torch.testing.assert_close(activated.float(), nn.functional.gelu(product), rtol=0.02, atol=0.02)
     assert not torch.equal(found, ops.linear(x, weight, bias))
 
@@ -122,22 +124,33 @@ def layers() -> Layers:
 
 def test_a_branch_and_its_norm(layers: Layers) -> None:
     """Every operation with a product in it: the composition of products, whichever path it takes outside."""
-    x, residual, gamma, (w1, b1, w2, b2, *norm) = torch.randn(3, 32), torch.randn(3, 32), torch.randn(32), layers
+    x, residual, gamma, (w1, b1, w2, b2, *norm) = (
+        torch.randn(3, 32),
+        torch.randn(3, 32),
+        torch.randn(32),
+        layers,
+    )
     hidden = nn.functional.gelu(reference.linear_fp8(x, w1, b1))
     summed = residual + gamma * reference.linear_fp8(hidden, w2, b2)
     with ops.use_fp8():
         branch = ops.mlp_residual(x, w1, b1, w2, b2, residual, gamma=gamma)
-        normed, joined = ops.linear_add_layer_norm(hidden, w2, b2, residual, *norm, 1e-5, gamma=gamma)
+        normed, joined = ops.linear_add_layer_norm(
+            hidden, w2, b2, residual, *norm, 1e-5, gamma=gamma
+        )
     torch.testing.assert_close(branch, summed)
     torch.testing.assert_close(joined, summed)
     torch.testing.assert_close(normed, reference.layer_norm(summed, *norm, 1e-5))
 
 
-def test_interpreted_kernels_give_the_same_and_round_once(layers: Layers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpreted_kernels_give_the_same_and_round_once(
+    layers: Layers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, residual, (w1, b1, w2, b2, *norm) = torch.randn(3, 32), torch.randn(3, 32), layers
     passes: list[int] = []
     own = triton_rows.quantise_rows
-    monkeypatch.setattr(triton_rows, "quantise_rows", lambda x: (passes.append(x.numel()), own(x))[1])
+    monkeypatch.setattr(
+        triton_rows, "quantise_rows", lambda x: (passes.append(x.numel()), own(x))[1]
+    )
     with ops.use_fp8():
         plain = ops.mlp_residual(ops.layer_norm(x, *norm, 1e-5), w1, b1, w2, b2, residual)
         with ops.use_backend("triton"):
@@ -153,7 +166,9 @@ def test_interpreted_kernels_give_the_same_and_round_once(layers: Layers, monkey
             assert not fp8._switch.rounded
             with torch.inference_mode():
                 ops.layer_norm(x, *norm, 1e-5)
-                assert not fp8._switch.rounded, "tensors without versions, whose changes cannot be seen"
+                assert not fp8._switch.rounded, (
+                    "tensors without versions, whose changes cannot be seen"
+                )
     torch.testing.assert_close(found, plain, rtol=0, atol=0.05)
 
 
@@ -166,7 +181,9 @@ def test_gradients_and_devices_without_fp8_are_refused(monkeypatch: pytest.Monke
     with ops.use_fp8(), pytest.raises(UnavailableError, match="meta"):
         ops.linear(x.to("meta"), weight.to("meta"), None, backend="reference")
     for capability, usable in (((8, 0), False), ((9, 0), True)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None, given=capability: given)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda index=None, given=capability: given
+        )
         assert (fp8._why_not("cuda", 0) is None) == usable
 
 
@@ -175,7 +192,11 @@ def test_a_marked_weight_is_multiplied_as_within_the_block(layers: Layers) -> No
 
     def run() -> tuple[Tensor, ...]:
         branch = ops.mlp_residual(x, w1, b1, w2, b2, residual)
-        return ops.linear(x, w1, b1), branch, *ops.linear_add_layer_norm(branch, w1[:32], b2, residual, *norm, 1e-5)
+        return (
+            ops.linear(x, w1, b1),
+            branch,
+            *ops.linear_add_layer_norm(branch, w1[:32], b2, residual, *norm, 1e-5),
+        )
 
     with ops.use_fp8():
         expected = run()[:2]
@@ -214,19 +235,27 @@ def test_compilers_take_marked_weights_and_exports_their_floats() -> None:
     flags.mark([layer.weight], "fp8")
     rounded = layer(x)
     assert not torch.equal(rounded, exact)
-    torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), rounded)
+    torch.testing.assert_close(
+        torch.compile(layer, backend="aot_eager", fullgraph=True)(x), rounded
+    )
     torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), exact)
 
 
 def test_levels_of_int8_reach_from_end_to_end() -> None:
     """127 levels on both sides of zero; of a GELU, which is above -0.17, 223 above and 32 below."""
     largest = torch.tensor([127.0, 0.0, 254.0])
-    assert reference.int8_steps(largest, torch.float32).tolist() == pytest.approx([1, 1e-30 / 127, 2])
+    assert reference.int8_steps(largest, torch.float32).tolist() == pytest.approx(
+        [1, 1e-30 / 127, 2]
+    )
     largest = torch.tensor([223.0, 0.1, 446.0])
-    assert reference.int8_steps(largest, torch.float32, gelu=True).tolist() == pytest.approx([1, 0.17 / 32, 2])
+    assert reference.int8_steps(largest, torch.float32, gelu=True).tolist() == pytest.approx(
+        [1, 0.17 / 32, 2]
+    )
     # As a number of 16 bits it is not rounded down, which would leave the largest value without a level.
     largest = torch.linspace(1, 2, 999)
-    assert (reference.int8_steps(largest, torch.bfloat16).float() * 127 >= largest * (1 - 1e-6)).all()
+    assert (
+        reference.int8_steps(largest, torch.bfloat16).float() * 127 >= largest * (1 - 1e-6)
+    ).all()
     rows = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     levels = reference.as_int8(rows) * 127 / rows.abs().amax(-1, keepdim=True)
     assert ((levels - levels.round()).abs() < 1e-3).all()

@@ -46,7 +46,9 @@ def results(model: XFM, backend: ops.Backend = "auto") -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(1)
     size = model.config.image_size
     pixels = torch.randn(3, 3, size, size, generator=draw).bfloat16().to(model.device, model.dtype)
-    ids = torch.tensor([[0, 9, 33, 7, 2], [0, 7, 2, 1, 1], [0, 50, 41, 2, 1], [0, 5, 6, 2, 1]], device=model.device)
+    ids = torch.tensor(
+        [[0, 9, 33, 7, 2], [0, 7, 2, 1, 1], [0, 50, 41, 2, 1], [0, 5, 6, 2, 1]], device=model.device
+    )
     mask, of = ids != 1, torch.tensor([1, 0, 2, 1], device=model.device)
     model.zero_grad()
     with ops.use_backend(backend):
@@ -57,8 +59,12 @@ def results(model: XFM, backend: ops.Backend = "auto") -> dict[str, Tensor]:
         logits.float().logsumexp(1).sum().backward()
     found = {"images": images, "texts": texts[mask], "fused": fused[mask], "logits": logits}
     last = model.config.vision_depth - 1
-    table = model.get_parameter(f"vision_encoder.blocks.{last}.attn.relative_position_bias_table").grad
-    weight = model.get_parameter(f"fusion_encoder.roberta.encoder.layer.{last}.attention.self.query.weight").grad
+    table = model.get_parameter(
+        f"vision_encoder.blocks.{last}.attn.relative_position_bias_table"
+    ).grad
+    weight = model.get_parameter(
+        f"fusion_encoder.roberta.encoder.layer.{last}.attention.self.query.weight"
+    ).grad
     assert table is not None
     assert weight is not None
     found |= {"gradient of a table": table, "gradient of a weight": weight}
@@ -84,7 +90,17 @@ def test_the_whole_model_against_fp64(device: str, dtype: torch.dtype) -> None:
 
 # An operation of each kind, and dropout.
 OPERATIONS: dict[str, dict[str, Any]] = {
-    **{name: {} for name in ("relpos", "bias", "varlen", "add_layer_norm", "linear_gelu", "linear_cross_entropy")},
+    **{
+        name: {}
+        for name in (
+            "relpos",
+            "bias",
+            "varlen",
+            "add_layer_norm",
+            "linear_gelu",
+            "linear_cross_entropy",
+        )
+    },
     "varlen, masked": {"dropout_p": 0.2},
 }
 each_operation = pytest.mark.parametrize("name", OPERATIONS)
@@ -94,12 +110,15 @@ def once(name: str, device: str, dtype: torch.dtype) -> list[Tensor]:
     options = OPERATIONS[name]
     if options:
         options = options | {"seed": torch.tensor([7], device=device)}
-    return run(CASES[name], converted(CASES[name].arguments(grad=True, n=40), dtype, device) | options)
+    return run(
+        CASES[name], converted(CASES[name].arguments(grad=True, n=40), dtype, device) | options
+    )
 
 
 @each_operation
 @pytest.mark.parametrize(
-    ("device", "dtype"), [("cpu", torch.float32), pytest.param("cuda", torch.bfloat16, marks=on_gpu)]
+    ("device", "dtype"),
+    [("cpu", torch.float32), pytest.param("cuda", torch.bfloat16, marks=on_gpu)],
 )
 def test_equal_bits_every_time(name: str, device: str, dtype: torch.dtype) -> None:
     first = once(name, device, dtype)

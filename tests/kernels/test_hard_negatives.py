@@ -33,7 +33,9 @@ def test_weights_of_the_official_code() -> None:
     for mask, suffix in ((diagonal(len(similarity)), ""), (ids[:, None] == ids[None, :], "_idx")):
         for name, values in (("t2i", similarity), ("i2t", similarity.t())):
             expected = vectors[f"hard_neg_weights_{name}{suffix}"]
-            torch.testing.assert_close(reference.hard_negative_weights(values, mask), expected, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(
+                reference.hard_negative_weights(values, mask), expected, rtol=1e-10, atol=1e-12
+            )
 
 
 @settings(max_examples=20)
@@ -44,7 +46,9 @@ def test_weights_of_the_official_code() -> None:
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 1000),
 )
-def test_never_an_excluded_column(rows: int, columns: int, scale: float, dtype: torch.dtype, seed: int) -> None:
+def test_never_an_excluded_column(
+    rows: int, columns: int, scale: float, dtype: torch.dtype, seed: int
+) -> None:
     torch.manual_seed(seed)
     mask = torch.rand(rows, columns) < 0.7
     mask[torch.arange(rows), torch.randint(columns, (rows,))] = False

@@ -18,7 +18,9 @@ from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.cpu import int8, selection
 from xfm_fast.kernels.flags import kind_of, mark, unmark
 
-pytestmark = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}")
+pytestmark = pytest.mark.skipif(
+    int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}"
+)
 as_bytes = pytest.mark.usefixtures("int8_chosen")
 
 
@@ -31,7 +33,9 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
-def layer(inputs: int, outputs: int, dtype: torch.dtype = torch.float32, *, bias: bool = True) -> nn.Linear:
+def layer(
+    inputs: int, outputs: int, dtype: torch.dtype = torch.float32, *, bias: bool = True
+) -> nn.Linear:
     made = nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
     nn.init.normal_(made.weight, std=0.3)
     # Channels of different sizes, of which one scale for all would leave nothing.
@@ -47,14 +51,18 @@ def tokens(shape: tuple[int, ...], width: int, dtype: torch.dtype = torch.float3
 def relative(found: Tensor, expected: Tensor) -> float:
     """The largest error, relative to the largest value of its row and channel."""
     scale = expected.float().abs()
-    error = (found.float() - expected.float()).abs() / (scale + scale.mean(-1, keepdim=True) + 1e-30)
+    error = (found.float() - expected.float()).abs() / (
+        scale + scale.mean(-1, keepdim=True) + 1e-30
+    )
     return float(error.max()) if error.numel() else 0.0
 
 
 @as_bytes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [(72, 100), (128, 112)])
-def test_gemms_are_those_of_rounded_floats(size: tuple[int, int], dtype: torch.dtype, library: str) -> None:
+def test_gemms_are_those_of_rounded_floats(
+    size: tuple[int, int], dtype: torch.dtype, library: str
+) -> None:
     torch.manual_seed(0)
     inputs, outputs = size
     made, x = layer(inputs, outputs, dtype, bias=inputs == 128), tokens((2, 450), inputs, dtype)
@@ -80,23 +88,36 @@ def test_gemms_are_those_of_rounded_floats(size: tuple[int, int], dtype: torch.d
 @pytest.mark.parametrize(("dtype", "wide"), [(torch.float32, 160), (torch.bfloat16, 192)])
 def test_mlp_rounds_the_hidden_layer_once(dtype: torch.dtype, wide: int, library: str) -> None:
     torch.manual_seed(0)
-    first, second, x = layer(64, wide, dtype), layer(wide, 64, dtype), torch.randn(3, 301, 64).to(dtype)
+    first, second, x = (
+        layer(64, wide, dtype),
+        layer(wide, 64, dtype),
+        torch.randn(3, 301, 64).to(dtype),
+    )
     first.weight.copy_(torch.randn(wide, 64))
     residual, gamma = torch.randn_like(x), torch.rand(64).to(dtype)
     rounded = [reference.as_int8(part.weight.float()) for part in (first, second)]
     hidden = reference.linear_gelu(reference.as_int8(x), rounded[0], first.bias.float())
     expected = reference.linear_residual(
-        reference.as_int8(hidden, gelu=True), rounded[1], second.bias.float(), residual.float(), gamma.float(), None
+        reference.as_int8(hidden, gelu=True),
+        rounded[1],
+        second.bias.float(),
+        residual.float(),
+        gamma.float(),
+        None,
     )
     mark([first.weight, second.weight], "int8")
-    found = ops.mlp_residual(x, first.weight, first.bias, second.weight, second.bias, residual, gamma=gamma)
+    found = ops.mlp_residual(
+        x, first.weight, first.bias, second.weight, second.bias, residual, gamma=gamma
+    )
     # A hidden value on the edge between two levels may fall on either side.
     assert relative(found, expected) < (2e-3 if dtype == torch.float32 else 2.0**-6)
     vector = torch.ones(64, dtype=dtype)
     normed, summed = ops.linear_add_layer_norm(
         hidden.to(dtype), second.weight, second.bias, residual, vector, 0 * vector, 1e-5
     )
-    assert torch.equal(summed, ops.linear_residual(hidden.to(dtype), second.weight, second.bias, residual))
+    assert torch.equal(
+        summed, ops.linear_residual(hidden.to(dtype), second.weight, second.bias, residual)
+    )
     assert relative(normed, torch.nn.functional.layer_norm(summed.float(), (64,))) < 2.0**-6
 
 
@@ -167,7 +188,9 @@ def test_marks_leave_the_parameter_as_it_was() -> None:
         rounded = ops.linear(x, weight, made.bias)
         assert not torch.allclose(rounded, exact, atol=1e-5)
         weight.mul_(2)
-        assert torch.allclose(ops.linear(x, weight, None), 2 * (rounded - made.bias), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(
+            ops.linear(x, weight, None), 2 * (rounded - made.bias), rtol=1e-4, atol=1e-5
+        )
         weight.copy_(before)
         unmark([weight, made.bias, None])
         assert type(weight) is nn.Parameter
@@ -180,7 +203,9 @@ def test_other_types_than_those_of_activations() -> None:
     made, x = layer(64, 96), torch.randn(7, 64).bfloat16()
     mark([made.weight], "int8")
     bias = made.bias.bfloat16()
-    rounded = reference.linear(reference.as_int8(x), reference.as_int8(made.weight.float()), made.bias)
+    rounded = reference.linear(
+        reference.as_int8(x), reference.as_int8(made.weight.float()), made.bias
+    )
     assert relative(ops.linear(x, made.weight, bias), rounded) < 2.0**-6
     assert ops.linear(x.requires_grad_(), made.weight, bias).dtype == torch.bfloat16
     with pytest.raises(InputError, match="bias"):
@@ -192,7 +217,9 @@ def test_other_types_than_those_of_activations() -> None:
 @as_bytes
 def test_sums_that_are_cut_off_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = int8._product
-    monkeypatch.setattr(int8, "_product", lambda *given, **rest: exact(*given, **rest).clamp(max=200))
+    monkeypatch.setattr(
+        int8, "_product", lambda *given, **rest: exact(*given, **rest).clamp(max=200)
+    )
     int8.why_not.cache_clear()
     try:
         assert "cut off" in (int8.why_not() or "")
@@ -221,11 +248,15 @@ def test_what_is_faster_is_taken(chosen: str, few: bool, monkeypatch: pytest.Mon
     with deterministic_algorithms():
         in_bytes = results()
     selection.set_choice(
-        "products of bytes", torch.float32, next(iter(selection.RACES["products of bytes"].candidates))
+        "products of bytes",
+        torch.float32,
+        next(iter(selection.RACES["products of bytes"].candidates)),
     )
     for name in (name for name in selection.RACES if "in 8 bits" in name):
         other = "floats" if chosen == "int8" else "int8"
-        selection.set_choice(name, torch.float32, chosen if name.endswith("few rows") is few else other)
+        selection.set_choice(
+            name, torch.float32, chosen if name.endswith("few rows") is few else other
+        )
     expected = in_bytes if chosen == "int8" else floats
     assert all(map(torch.equal, results(), expected))
     assert not any(map(torch.equal, in_bytes, floats))

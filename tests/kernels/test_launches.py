@@ -22,14 +22,30 @@ MOST_WAITS = 0.35
 # Scores are waited for once whatever the head: where a product is one to three instructions (of 16 columns each), so
 # narrow is the head or its second piece, that is more of them. The numbers are those of the gradient of the bias, whose
 # loop has no other product.
-MOST_WAITS_OF = {"bias, 16": 1.0, "bias, 32": 0.5, "bias, windows": 0.5, "bias, 48": 0.67, "bias, 80": 0.4}
+MOST_WAITS_OF = {
+    "bias, 16": 1.0,
+    "bias, 32": 0.5,
+    "bias, windows": 0.5,
+    "bias, 48": 0.67,
+    "bias, 80": 0.4,
+}
 ALL = [case for case in CASES if case != "captions"]
 
 
 def launches(*cases: str, arch: int = 90, count: bool = False) -> list[dict[str, Any]]:
     """What `tests.kernels.launches` prints."""
-    command = [sys.executable, "-m", "tests.kernels.launches", *cases, "--arch", str(arch), *["--count"] * count]
-    done = subprocess.run(command, env=compiling_environment(), capture_output=True, text=True, timeout=3600)
+    command = [
+        sys.executable,
+        "-m",
+        "tests.kernels.launches",
+        *cases,
+        "--arch",
+        str(arch),
+        *["--count"] * count,
+    ]
+    done = subprocess.run(
+        command, env=compiling_environment(), capture_output=True, text=True, timeout=3600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     # Triton warns of launches that leave its default of FMA fusion open.
     assert "fp_fusion" not in done.stderr.lower(), done.stderr[-3000:]
@@ -39,7 +55,9 @@ def launches(*cases: str, arch: int = 90, count: bool = False) -> list[dict[str,
 def check(found: list[dict[str, Any]], most_waits: float) -> None:
     for row in found:
         assert not row["stack_bytes"], f"{row['kernel']} spills {row['stack_bytes']} B"
-        assert not row["serialised"], f"{row['kernel']}: ptxas serialises its products ({row['serialised']})"
+        assert not row["serialised"], (
+            f"{row['kernel']}: ptxas serialises its products ({row['serialised']})"
+        )
         assert row["loop_waits"] <= most_waits * row["loop_hgmma"], (
             f"{row['kernel']}: {row['loop_waits']} waits for {row['loop_hgmma']} HGMMA a turn"
         )
@@ -56,7 +74,9 @@ def test_attention_of_one_head_compiles_and_is_not_serialised() -> None:
     for row in found:
         # That of dk and dv writes the gradients of the scores there, on their way out.
         if row["loop_hgmma"] and not row["kernel"].endswith(".dkdv_kernel"):
-            assert not row["loop_stores_to_shared"], f"{row['kernel']}: a tile is not copied ahead of its use"
+            assert not row["loop_stores_to_shared"], (
+                f"{row['kernel']}: a tile is not copied ahead of its use"
+            )
     # Gradients of 16 heads of 11,600 tokens are more than 32 bits count.
     (summed,) = (row for row in found if row["kernel"].endswith(".batch_sum_kernel"))
     assert summed["integer_products"] == ["i64"]
@@ -80,7 +100,16 @@ def test_every_launch_compiles_for_hopper(case: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 100, 120])
 def test_every_launch_of_the_model_compiles_for(arch: int) -> None:
-    found = launches("relpos", "varlen", "varlen, short", "norms", "embedding", "activation", "vocabulary", arch=arch)
+    found = launches(
+        "relpos",
+        "varlen",
+        "varlen, short",
+        "norms",
+        "embedding",
+        "activation",
+        "vocabulary",
+        arch=arch,
+    )
     assert not [row for row in found if row["stack_bytes"]]
 
 
@@ -104,7 +133,9 @@ for spec in shipped_kernels():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arch", "warp"), [("gfx942", 64), ("gfx950", 64), ("gfx1100", 32), ("gfx1201", 32)])
+@pytest.mark.parametrize(
+    ("arch", "warp"), [("gfx942", 64), ("gfx950", 64), ("gfx1100", 32), ("gfx1201", 32)]
+)
 def test_kernels_compile_for_amd(arch: str, warp: int, tmp_path: Path) -> None:
     """Half precision multiplies by the matrix cores, in the shared memory that there is (160 KB on gfx950, else 64)."""
     environment = compiling_environment() | {"TRITON_CACHE_DIR": str(tmp_path)}

@@ -33,7 +33,9 @@ CASES = [
     for dtype in (torch.float32, torch.bfloat16)
     if level.bf16 or dtype != torch.bfloat16
 ]
-each_case = pytest.mark.parametrize(("level", "dtype"), CASES, ids=[f"{a.name}-{str(b)[6:]}" for a, b in CASES])
+each_case = pytest.mark.parametrize(
+    ("level", "dtype"), CASES, ids=[f"{a.name}-{str(b)[6:]}" for a, b in CASES]
+)
 
 
 # (batch, queries, keys, heads, width): keys of less than a vector, between one and two and of several panels, heads of
@@ -57,14 +59,18 @@ def test_attention(level: llvm.Level, dtype: torch.dtype, shape: tuple[int, ...]
 def test_packed_sequences(level: llvm.Level, dtype: torch.dtype) -> None:
     """Some without queries, some without keys, which receive zeros; all that lies outside of them is not read."""
     lengths_q, lengths_k = [5, 0, 14, 3, 29], [17, 9, 0, 1, 40]
-    bounds_q, bounds_k = ([0, *torch.tensor(lengths).cumsum(0).tolist()] for lengths in (lengths_q, lengths_k))
+    bounds_q, bounds_k = (
+        [0, *torch.tensor(lengths).cumsum(0).tolist()] for lengths in (lengths_q, lengths_k)
+    )
     q = torch.randn(1, sum(lengths_q), 2, 64).to(dtype)
     k, v = torch.randn(1, sum(lengths_k), 2, 2, 64).to(dtype).unbind(2)
     found = attention(q, k, v, 0.3, bounds=(tuple(bounds_q), tuple(bounds_k)), level=level)
     for i in range(len(lengths_q)):
         rows, keys = slice(bounds_q[i], bounds_q[i + 1]), slice(bounds_k[i], bounds_k[i + 1])
         if lengths_q[i] and lengths_k[i]:
-            assert_as_accurate(found[:, rows], plain_attention, q[:, rows], k[:, keys], v[:, keys], 0.3, None)
+            assert_as_accurate(
+                found[:, rows], plain_attention, q[:, rows], k[:, keys], v[:, keys], 0.3, None
+            )
         else:
             assert not found[:, rows].any()
 
@@ -109,7 +115,9 @@ BACKWARD = [(2, 49, 17, 2, 64), (1, 26, 209, 2, 64), (3, 5, 33, 1, 96)]
 
 @each_case
 @pytest.mark.parametrize("shape", BACKWARD)
-def test_gradients_of_attention(level: llvm.Level, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_gradients_of_attention(
+    level: llvm.Level, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
     batch, queries, keys, heads, width = shape
     q, dout = torch.randn(2, batch, heads, queries, width).to(dtype).transpose(2, 3)
     k, v = torch.randn(batch, keys, 2, heads, width).to(dtype).unbind(2)
@@ -178,7 +186,13 @@ def test_gradients_of_packed_sequences(level: llvm.Level, dtype: torch.dtype) ->
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gamma: Tensor | None, *, gelu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    *,
+    gelu: bool,
 ) -> Tensor:
     out = F.linear(x, weight, bias)
     out = F.gelu(out) if gelu else out
@@ -195,12 +209,21 @@ PRODUCTS = [(13, 96, 48), (30, 1600, 32), (100, 64, 272)]
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("shape", PRODUCTS)
 @torch.inference_mode()
-def test_linear(level: llvm.Level, dtype: torch.dtype, shape: tuple[int, int, int], few: bool) -> None:
+def test_linear(
+    level: llvm.Level, dtype: torch.dtype, shape: tuple[int, int, int], few: bool
+) -> None:
     rows, inputs, outputs = shape
-    x, weight = torch.randn(rows, inputs + 2)[:, :inputs].to(dtype), torch.randn(outputs, inputs).to(dtype)
+    x, weight = (
+        torch.randn(rows, inputs + 2)[:, :inputs].to(dtype),
+        torch.randn(outputs, inputs).to(dtype),
+    )
     bias, gamma, residual = (torch.randn(*size, outputs).to(dtype) for size in ((), (), (rows,)))
     place = torch.zeros(rows, 2 * outputs, dtype=dtype)[:, :outputs]
-    for gelu, *others in ((False, None, None, None), (True, bias, None, None), (False, bias, residual, gamma)):
+    for gelu, *others in (
+        (False, None, None, None),
+        (True, bias, None, None),
+        (False, bias, residual, gamma),
+    ):
         found = compiled(x, weight, *others, gelu=gelu, few=few, level=level)
         assert_as_accurate(found, partial(linear, gelu=gelu), x, weight, *others)
         assert compiled(x, weight, *others, gelu=gelu, out=place, few=few, level=level) is place
@@ -209,11 +232,16 @@ def test_linear(level: llvm.Level, dtype: torch.dtype, shape: tuple[int, int, in
 
 @each_case
 @pytest.mark.parametrize("shape", PRODUCTS[:2])
-def test_turned_weights_and_wider_ones(level: llvm.Level, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+def test_turned_weights_and_wider_ones(
+    level: llvm.Level, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
     """As gradients of inputs read them, and as training stores them: a copy would have given the same bits."""
     rows, inputs, outputs = shape
     x, factors = torch.randn(rows, inputs).to(dtype), torch.randn(inputs)
-    weight, turned = torch.randn(outputs, inputs + 3)[:, :inputs], torch.randn(inputs, outputs + 3)[:, :outputs]
+    weight, turned = (
+        torch.randn(outputs, inputs + 3)[:, :inputs],
+        torch.randn(inputs, outputs + 3)[:, :outputs],
+    )
     assert takes(x, weight)
     for few in (False, True):
         right = compiled(x, weight.to(dtype).contiguous(), None, few=few, level=level)
@@ -228,7 +256,9 @@ def test_turned_weights_and_wider_ones(level: llvm.Level, dtype: torch.dtype, sh
 def test_gelu_of_every_number(level: llvm.Level, dtype: torch.dtype) -> None:
     """Large numbers of either sign too, and none."""
     identity = torch.eye(64).to(dtype)
-    x = torch.cat([torch.linspace(-9, 9, 64 * 40), torch.logspace(1, 30, 64), -torch.logspace(1, 30, 64)])
+    x = torch.cat(
+        [torch.linspace(-9, 9, 64 * 40), torch.logspace(1, 30, 64), -torch.logspace(1, 30, 64)]
+    )
     x = x.view(-1, 64).to(dtype)
     found = compiled(x, identity, None, gelu=True, level=level)
     right = F.gelu(x.double())
@@ -245,10 +275,15 @@ GRADIENTS = [(7, 13, 33), (1025, 389, 48)]
 
 @each_case
 @pytest.mark.parametrize("shape", GRADIENTS)
-def test_gradients_of_weights(level: llvm.Level, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+def test_gradients_of_weights(
+    level: llvm.Level, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
     """Whatever lies beside them in memory, and columns that lie apart."""
     rows, outputs, inputs = shape
-    dout, x = (torch.full((rows + 1, 2 * columns + 1), torch.nan, dtype=dtype) for columns in (outputs, inputs))
+    dout, x = (
+        torch.full((rows + 1, 2 * columns + 1), torch.nan, dtype=dtype)
+        for columns in (outputs, inputs)
+    )
     dout, x = dout[:rows, :outputs].normal_(), x[:rows, 1 : 1 + inputs].normal_()
     found = weight_gradient(dout, x, level=level)
     assert found.is_contiguous()
@@ -259,7 +294,9 @@ def test_gradients_of_weights(level: llvm.Level, dtype: torch.dtype, shape: tupl
     wide = weight_gradient(dout, x, wide=True, sums=sums, level=level)
     assert wide.dtype == torch.float32
     assert torch.equal(wide.to(dtype), found)
-    assert_as_accurate(sums, lambda dout: dout.sum(0, dtype=torch.promote_types(dout.dtype, torch.float32)), dout)
+    assert_as_accurate(
+        sums, lambda dout: dout.sum(0, dtype=torch.promote_types(dout.dtype, torch.float32)), dout
+    )
 
 
 @each_case
@@ -267,14 +304,22 @@ def test_threads_change_no_bit(level: llvm.Level, dtype: torch.dtype) -> None:
     """They share heads, or the queries of few heads; outputs, or the inputs of few outputs; windows of a bias."""
     q, k, v, dout = torch.randn(4, 4, 60, 3, 64).to(dtype)
     bias = torch.randn(2, 3, 60, 60)
-    x, weight, wide = torch.randn(300, 64).to(dtype), torch.randn(96, 64).to(dtype), torch.randn(300, 900).to(dtype)
+    x, weight, wide = (
+        torch.randn(300, 64).to(dtype),
+        torch.randn(96, 64).to(dtype),
+        torch.randn(300, 900).to(dtype),
+    )
 
     def run() -> list[Tensor]:
         found = [attention(q[:1, :, :1], k[:1, :, :1], v[:1, :, :1], 0.3, level=level)]
         found.append(attention(q, k, v, 0.3, level=level))
         found += backward(dout, q, k, v, 0.3, bias, level=level)
         found += [compiled(x, weight, None, few=few, level=level) for few in (False, True)]
-        return [*found, weight_gradient(x, wide, level=level), weight_gradient(wide, x, level=level)]
+        return [
+            *found,
+            weight_gradient(x, wide, level=level),
+            weight_gradient(wide, x, level=level),
+        ]
 
     before, found = torch.get_num_threads(), []
     try:
@@ -308,7 +353,9 @@ def test_compiled_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     made: list[str] = []
     compile_ = builder._compiled
     monkeypatch.setattr(builder, "_KEPT", tmp_path / "kernels")
-    monkeypatch.setattr(builder, "_compiled", lambda written, level: made.append("") or compile_(written, level))
+    monkeypatch.setattr(
+        builder, "_compiled", lambda written, level: made.append("") or compile_(written, level)
+    )
     x, weight = torch.randn(3, 64), torch.randn(48, 64)
 
     def compilations() -> int:
@@ -368,7 +415,9 @@ entries = {address(ctypes.CDLL(path).GOMP_parallel): path for path in libraries}
 assert len(entries) > 1, "one OpenMP library alone proves nothing"
 assert str(Path(torch.__file__).parent) in entries[address(builder._team())], entries
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
     if "proves nothing" in done.stderr:
         pytest.skip("PyTorch's OpenMP library is the only one here")
     assert done.returncode == 0, done.stderr

@@ -31,7 +31,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "_BLOCK_BYTES", 200 * 4 * 8)
 
 
-def make(rows: int, width: int, vocabulary: int, dtype: torch.dtype, *, bias: bool = True) -> Arguments:
+def make(
+    rows: int, width: int, vocabulary: int, dtype: torch.dtype, *, bias: bool = True
+) -> Arguments:
     h = torch.randn(rows, width).to(dtype)
     w = (torch.randn(vocabulary, width) / width**0.5 * 2).to(dtype)
     target = torch.randint(0, vocabulary, (rows,))
@@ -39,7 +41,9 @@ def make(rows: int, width: int, vocabulary: int, dtype: torch.dtype, *, bias: bo
 
 
 def check_loss(arguments: Arguments, smoothing: float = 0.0) -> None:
-    loss, gradients = losses.linear_cross_entropy_forward(Vocabulary(*arguments, label_smoothing=smoothing))
+    loss, gradients = losses.linear_cross_entropy_forward(
+        Vocabulary(*arguments, label_smoothing=smoothing)
+    )
 
     def definition(*given: Any) -> Tensor:
         return reference.linear_cross_entropy(*given, label_smoothing=smoothing)
@@ -74,7 +78,9 @@ def check_gradients(found: Any, scalar: Any, arguments: Arguments) -> None:
 
 
 @each_dtype
-@pytest.mark.parametrize(("rows", "width", "vocabulary", "smoothing"), [(1, 32, 211, 0.0), (37, 111, 300, 0.1)])
+@pytest.mark.parametrize(
+    ("rows", "width", "vocabulary", "smoothing"), [(1, 32, 211, 0.0), (37, 111, 300, 0.1)]
+)
 def test_loss(rows: int, width: int, vocabulary: int, smoothing: float, dtype: torch.dtype) -> None:
     arguments = make(rows, width, vocabulary, dtype)
     arguments[3][2::5] = -100
@@ -102,13 +108,17 @@ def test_large_logits_and_slices_of_minus_infinity() -> None:
 def test_ignored_rows_of_nan() -> None:
     h, w, b, target = make(9, 16, 90, torch.float32)
     h[3] = torch.nan
-    loss, gradients = losses.linear_cross_entropy_forward(Vocabulary(h, w, b, torch.full_like(target, -100)))
+    loss, gradients = losses.linear_cross_entropy_forward(
+        Vocabulary(h, w, b, torch.full_like(target, -100))
+    )
     assert float(loss) == 0
     assert not any(g is None or g.any() for g in gradients)
 
 
 @each_dtype
-def test_the_gradient_of_the_vocabulary_can_wait(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gradient_of_the_vocabulary_can_wait(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(losses, "_BLOCK_BYTES", 1 << 20)
     h, w, b, target = make(9, 40, 211, dtype)
     target[:4] = -100
@@ -138,8 +148,12 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("function", [losses.linear_cross_entropy_forward, losses.token_log_likelihood_forward])
-def test_no_tensor_is_as_large_as_the_logits(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "function", [losses.linear_cross_entropy_forward, losses.token_log_likelihood_forward]
+)
+def test_no_tensor_is_as_large_as_the_logits(
+    function: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(losses, "_BLOCK_BYTES", 1 << 18)
     monkeypatch.setattr(losses, "_SLICE", 512)
     monkeypatch.setattr(losses, "_TILE", 1 << 13)
@@ -164,7 +178,14 @@ def test_no_tensor_is_as_large_as_the_logits(function: Any, monkeypatch: pytest.
     seed=st.integers(0, 1000),
 )
 def test_any_shape(
-    rows: int, width: int, vocabulary: int, dtype: torch.dtype, bias: bool, smoothing: float, ignored: int, seed: int
+    rows: int,
+    width: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    bias: bool,
+    smoothing: float,
+    ignored: int,
+    seed: int,
 ) -> None:
     torch.manual_seed(seed)
     arguments = make(rows, width, vocabulary, dtype, bias=bias)

@@ -26,7 +26,14 @@ if not HAS_TRITON:
 
 def preparing(action: str, folder: Path, *head_dims: int, cache: Path) -> list[dict[str, Any]]:
     """What `tests.kernels.preparing` prints; lines of Triton are not of JSON."""
-    command = [sys.executable, "-m", "tests.kernels.preparing", action, str(folder), *map(str, head_dims)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.kernels.preparing",
+        action,
+        str(folder),
+        *map(str, head_dims),
+    ]
     environment = compiling_environment() | {"TRITON_CACHE_DIR": str(cache)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -59,21 +66,27 @@ def test_triton_loads_the_prepared_binary_or_nothing(folder: Path, tmp_path: Pat
     (name,) = (path.name for path in folder.glob("*.cubin"))
     other = (folder / name).read_bytes() + b"\0"
     digest = hashlib.sha256(other).hexdigest()
-    changed = edited(folder, tmp_path / "changed", lambda content: content["launches"][0].update(sha256=digest))
+    changed = edited(
+        folder, tmp_path / "changed", lambda content: content["launches"][0].update(sha256=digest)
+    )
     (changed / name).write_bytes(other)
     loaded, refused = preparing("run", changed, 64, 96, cache=tmp_path / "cache")
     assert loaded == {"hashes": [digest], "refusals": []}
     # A refused kernel is refused again: it is not in Triton's cache of the process.
     assert refused["hashes"] == []
     assert len(refused["refusals"]) == 2
-    assert all("forward_kernel is not among the prepared kernels" in text for text in refused["refusals"])
+    assert all(
+        "forward_kernel is not among the prepared kernels" in text for text in refused["refusals"]
+    )
 
     # What another process compiled without the folder lies in the cache of files.
     (stale,) = preparing("run", folder, 64, cache=tmp_path / "cache")
     assert "TRITON_CACHE_DIR" in stale["refusals"][0]
 
 
-LAUNCH = prepared.Launch("module", "kernel", {"x": "*fp16", "N": "constexpr"}, [[[1], 64]], [[[0], [["a", 16]]]], {})
+LAUNCH = prepared.Launch(
+    "module", "kernel", {"x": "*fp16", "N": "constexpr"}, [[[1], 64]], [[[0], [["a", 16]]]], {}
+)
 PTX = ".visible .entry kernel(\n .param .u64 .ptr .global .align 1 kernel_param_0,\n .param .u32 kernel_param_1\n)\n"
 
 
@@ -82,8 +95,14 @@ PTX = ".visible .entry kernel(\n .param .u64 .ptr .global .align 1 kernel_param_
     [
         ({}, None),
         ({"shared": 513}, "513 B of shared memory and this Triton gives 512"),
-        ({"parameters": (64, 64)}, r"\(64, 64\) bits of parameters, and this Triton passes \(64, 32\)"),
-        ({"options": {"num_warps": 8}}, "was prepared with {'num_warps': 8} and is launched with {'num_warps': 4}"),
+        (
+            {"parameters": (64, 64)},
+            r"\(64, 64\) bits of parameters, and this Triton passes \(64, 32\)",
+        ),
+        (
+            {"options": {"num_warps": 8}},
+            "was prepared with {'num_warps': 8} and is launched with {'num_warps': 4}",
+        ),
         ({"sha256": "of what was in the cache"}, "TRITON_CACHE_DIR"),
     ],
 )
@@ -91,7 +110,9 @@ def test_a_launch_that_differs_is_refused(change: dict[str, Any], message: str |
     metadata = SimpleNamespace(num_warps=4, shared=512)
     compiled = SimpleNamespace(asm={"ptx": PTX, "cubin": b"code"}, metadata=metadata)
     digest = hashlib.sha256(b"code").hexdigest()
-    launch = replace(LAUNCH, options={"num_warps": 4}, sha256=digest, shared=512, parameters=(64, 32))
+    launch = replace(
+        LAUNCH, options={"num_warps": 4}, sha256=digest, shared=512, parameters=(64, 32)
+    )
     why = prepared._why_refused(compiled, replace(launch, **change))
     assert (why is None) if message is None else re.search(message, str(why))
 
@@ -117,7 +138,10 @@ def test_a_folder_that_does_not_belong_here_is_refused(
             (lambda content: content.pop("launches"), "damaged"),
             (lambda content: content.update(version=0), "version 0"),
             (lambda content: content["launches"][0].update(sha256="0"), "missing or damaged"),
-            (lambda content: content["launches"][0].update(file="../../etc/passwd"), "missing or damaged"),
+            (
+                lambda content: content["launches"][0].update(file="../../etc/passwd"),
+                "missing or damaged",
+            ),
         ]
     ):
         with pytest.raises(InputError, match=message):
@@ -127,7 +151,9 @@ def test_a_folder_that_does_not_belong_here_is_refused(
         prepared.read(folder, 90)
 
 
-def test_kernels_cannot_be_prepared_with_faulty_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_cannot_be_prepared_with_faulty_compilers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(backend, "compiler_versions", lambda arch=90: ("3.6.0", "12.8"))
     with pytest.raises(InputError, match=r"Triton 3\.6\.0"):
         prepared.write(tmp_path / "new", {}, 90)
@@ -144,10 +170,14 @@ def test_the_same_launch_in_two_versions_of_triton() -> None:
     assert replace(LAUNCH, options={"num_warps": 8}).key == LAUNCH.key
 
 
-def test_launches_that_share_a_key_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_that_share_a_key_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(prepared, "compiler_fault", lambda arch: None)
     with pytest.raises(InputError, match="'num_warps': 8"):
-        prepared.write(tmp_path / "new", {"a": [LAUNCH], "b": [replace(LAUNCH, options={"num_warps": 8})]}, 90)
+        prepared.write(
+            tmp_path / "new", {"a": [LAUNCH], "b": [replace(LAUNCH, options={"num_warps": 8})]}, 90
+        )
     assert not (tmp_path / "new").exists()
 
 

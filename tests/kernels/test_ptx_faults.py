@@ -34,29 +34,47 @@ _R = r"\s*%\w+"
 _OPPOSITE = r"{ .reg .b32 opposite; neg.f32 opposite, \2; fma.rn.f32 \1, opposite, \3, \4; }"
 FAULTS: dict[str, tuple[str, Edit]] = {
     "barrier removed": (r"\bbar(?:rier)?\.sync\s[^;]*;", ""),
-    "wait for copies one group late": (r"(cp\.async\.wait_group\s+)(\d+)(;)", number(lambda n: n + 1)),
+    "wait for copies one group late": (
+        r"(cp\.async\.wait_group\s+)(\d+)(;)",
+        number(lambda n: n + 1),
+    ),
     "wait for copies removed": (r"cp\.async\.wait_group\s+\d+;", ""),
-    "wait for products one group late": (r"(wgmma\.wait_group\.sync\.aligned\s+)(\d+)(;)", number(lambda n: n + 1)),
+    "wait for products one group late": (
+        r"(wgmma\.wait_group\.sync\.aligned\s+)(\d+)(;)",
+        number(lambda n: n + 1),
+    ),
     "proxy fences removed": (r"fence\.proxy\.async[^;]*;", ""),
     "wait for a memory barrier removed": (r"@!complete\s+bra\.uni\s+waitLoop;", ""),
     "expected bytes": (r"(mbarrier\.arrive\.expect_tx[^;]*,\s*)(\d+)(;)", number(lambda n: n + 64)),
     "wait for tensor memory removed": (r"tcgen05\.wait::st\.sync\.aligned;", ""),
     "commit of products removed": (r"@%\w+\s+tcgen05\.commit[^;]*;", ""),
-    "column of tensor memory": (r"(tcgen05\.(?:ld|st)\.[^;[]*\[\s*%\w+ \+ )(\d+)(\])", number(lambda n: n + 1)),
+    "column of tensor memory": (
+        r"(tcgen05\.(?:ld|st)\.[^;[]*\[\s*%\w+ \+ )(\d+)(\])",
+        number(lambda n: n + 1),
+    ),
     "swizzle": (rf"(xor\.b32 {_R},{_R}, )(\d\d+)(;)", number(lambda n: n ^ 48)),
     "matrix descriptor": (rf"(or\.b64 {_R},{_R}, )(-?\d+)(;)", number(lambda n: n ^ 1 << 33)),
     "size of a copy": (rf"(selp\.b32 {_R}, )(16|8)(, 0,{_R};)", number(lambda n: n // 2)),
     "mask of a copy negated": (rf"(selp\.b32 {_R}, )(16|8), 0(,{_R};)", r"\g<1>0, \g<2>\g<3>"),
     "matrix not transposed": (r"(ldmatrix[.\w]*)\.trans", r"\1"),
     "matrix transposed": (r"(ldmatrix[.\w]*\.x[124])(?=\.shared)", r"\1.trans"),
-    "distance of a shuffle": (rf"(shfl\.sync\.bfly\.b32 {_R},{_R}, )(\d+)(,)", number(lambda n: n * 2 % 31)),
+    "distance of a shuffle": (
+        rf"(shfl\.sync\.bfly\.b32 {_R},{_R}, )(\d+)(,)",
+        number(lambda n: n * 2 % 31),
+    ),
     "amount of a shift": (rf"(sh[lr]\.[bu]32 {_R},{_R}, )(\d)(;)", number(lambda n: n + 1)),
-    "place in shared memory": (r"((?:ld|st)\.shared[.\w]*[^;[]*\[%\w+\+)(\d+)(\])", number(lambda n: n + 16)),
+    "place in shared memory": (
+        r"((?:ld|st)\.shared[.\w]*[^;[]*\[%\w+\+)(\d+)(\])",
+        number(lambda n: n + 16),
+    ),
     "mask of global memory negated": (r"@(%p\d+)(?=\s+(?:ld\.global|st\.global\.v))", r"@!\1"),
     "comparison inverted": (r"setp\.lt(?=\.s32)", "setp.ge"),
     "sign of a product": (rf"fma\.rn\.f32 ({_R}),({_R}),({_R}),({_R});", _OPPOSITE),
     "difference for a sum": (r"add\.f32(?= )", "sub.f32"),
-    "operands of a product exchanged": (r"(mma\.sync[.\w]*\s*\{[^}]*\},\s*)\{([^,]*),([^,]*),", r"\1{\3,\2,"),
+    "operands of a product exchanged": (
+        r"(mma\.sync[.\w]*\s*\{[^}]*\},\s*)\{([^,]*),([^,]*),",
+        r"\1{\3,\2,",
+    ),
 }
 EVERYWHERE = ("proxy fences removed",)  # since single ones are redundant
 
@@ -85,7 +103,9 @@ class Recorded(NamedTuple):
 
 def memories(args: Sequence[Any], content: Sequence[Tensor] = ()) -> list[Tensor]:
     """The memory of each tensor and descriptor among arguments; it holds this content now, if there is any."""
-    bases = [each for each in (getattr(each, "base", each) for each in args) if isinstance(each, Tensor)]
+    bases = [
+        each for each in (getattr(each, "base", each) for each in args) if isinstance(each, Tensor)
+    ]
     found = [torch.tensor([], dtype=each.dtype).set_(each.untyped_storage()) for each in bases]
     for memory, held in zip(found, content, strict=False):
         memory.copy_(held)
@@ -99,7 +119,9 @@ def workloads(target: str) -> Iterator[Callable[[], Any]]:
 
     def fragments() -> None:
         made = cases.window(15, 17, 1, 2, 64).arguments(torch.bfloat16)
-        bias = relpos_table.materialise_bias(made["table"], (15, 17), torch.bfloat16, 0.125, fragments=True)
+        bias = relpos_table.materialise_bias(
+            made["table"], (15, 17), torch.bfloat16, 0.125, fragments=True
+        )
         relpos_attention.relpos_attention_forward(made["q"], made["k"], made["v"], bias, 0.125)
 
     if target == "sm_90":
@@ -149,7 +171,9 @@ def recorded(target: str) -> list[Recorded]:
             executed.clear()
             compiled = launch(kernel, *args, **options)
             after, lines = [memory.clone() for memory in memories(args)], texts[-1].splitlines()
-            this = Recorded(kernel, args, options, before, after, lines, sorted(executed), launches[-1])
+            this = Recorded(
+                kernel, args, options, before, after, lines, sorted(executed), launches[-1]
+            )
             found.setdefault(texts[-1], this)
             return compiled
 
@@ -163,13 +187,17 @@ def recorded(target: str) -> list[Recorded]:
 
 def numbered(lines: Sequence[str]) -> str:
     """PTX in which an instruction's place in the source is its own line."""
-    return "\n".join(re.sub(r"^(?=\s*[a-z@])", f".loc 1 {n} 0\n", line) for n, line in enumerate(lines))
+    return "\n".join(
+        re.sub(r"^(?=\s*[a-z@])", f".loc 1 {n} 0\n", line) for n, line in enumerate(lines)
+    )
 
 
 def sites(launches: list[Recorded]) -> Iterator[tuple[str, Recorded, int]]:
     """Faults, launches and lines: a few for every fault, at even distances among all that are executed."""
     for fault, (pattern, _) in FAULTS.items():
-        found = [(each, n) for each in launches for n in each.executed if re.search(pattern, each.ptx[n])]
+        found = [
+            (each, n) for each in launches for n in each.executed if re.search(pattern, each.ptx[n])
+        ]
         if fault in EVERYWHERE:
             found = [*{id(each): (each, n) for each, n in found}.values()]
         for i in range(count := min(SITES, len(found))):
@@ -186,13 +214,17 @@ def outcome(target: str, fault: str, this: Recorded, where: int) -> str:
     memories(this.args, this.before)
     options: dict[str, Any] = {"schedule": "lockstep", "limit": PATIENCE * this.result.instructions}
     try:
-        with emulation.emulated(target, strict=False, edit=lambda *_: numbered(lines), **options) as launches:
+        with emulation.emulated(
+            target, strict=False, edit=lambda *_: numbered(lines), **options
+        ) as launches:
             this.kernel.run(*this.args, **this.options)
     except emulation.EmulationError:
         return "error"
     except Exception as error:  # an error that emulation does not explain
         return f"missed: {error!r}"
-    known, found = ({(each.kind, each.place) for each in run.hazards} for run in (this.result, launches[-1]))
+    known, found = (
+        {(each.kind, each.place) for each in run.hazards} for run in (this.result, launches[-1])
+    )
     return "hazard" if found - known else "numbers" if this.differs() else "missed"
 
 
@@ -203,16 +235,25 @@ def test_seeded_faults_are_found(target: str) -> None:
     from tests.kernels.triton_testing import compiling_environment
 
     command = [sys.executable, "-m", "tests.kernels.test_ptx_faults", target]
-    done = subprocess.run(command, env=compiling_environment(), capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(
+        command, env=compiling_environment(), capture_output=True, text=True, timeout=1800
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     faults = [json.loads(row) for row in done.stdout.splitlines()]
     missed = [str(fault) for fault in faults if fault["outcome"].startswith("missed")]
     assert len(faults) >= LEAST_FAULTS
-    assert len(missed) <= (1 - LEAST_SHARE) * len(faults), "\n".join([f"of {len(faults)}:", *missed])
+    assert len(missed) <= (1 - LEAST_SHARE) * len(faults), "\n".join(
+        [f"of {len(faults)}:", *missed]
+    )
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for fault, this, where in sites(recorded(sys.argv[1])):
-        how = {"fault": fault, "kernel": this.kernel.fn.__name__, "line": where, "text": this.ptx[where].strip()[:100]}
+        how = {
+            "fault": fault,
+            "kernel": this.kernel.fn.__name__,
+            "line": where,
+            "text": this.ptx[where].strip()[:100],
+        }
         print(json.dumps({**how, "outcome": outcome(sys.argv[1], fault, this, where)}), flush=True)

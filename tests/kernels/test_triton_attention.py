@@ -17,7 +17,13 @@ from torch import Tensor
 from tests.kernels.accuracy import assert_accurate, draws
 from tests.kernels.cases import biased, converted, leaves, offsets, packed, run, window
 from tests.kernels.test_triton_contract import KERNELS
-from tests.kernels.triton_testing import assert_triton_is_accurate, configured, interpreted_only, philox, poison
+from tests.kernels.triton_testing import (
+    assert_triton_is_accurate,
+    configured,
+    interpreted_only,
+    philox,
+    poison,
+)
 from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.checks import Packed
 from xfm_fast.kernels.reference import HIDDEN
@@ -38,7 +44,9 @@ CPU = torch.device("cpu")
 )
 def test_every_tile_size_gives_the_result(name: str, tiles: tuple[int, int]) -> None:
     sizes = dict(zip(("BLOCK_M", "BLOCK_N"), tiles, strict=True))
-    with configured(lambda kernel: LaunchConfig({"HEADS": 2, **sizes} if "_heads" in kernel else sizes)):
+    with configured(
+        lambda kernel: LaunchConfig({"HEADS": 2, **sizes} if "_heads" in kernel else sizes)
+    ):
         assert_triton_is_accurate(KERNELS[name], KERNELS[name].arguments(torch.float16, grad=True))
 
 
@@ -52,18 +60,29 @@ def philox_keep(seed: int, head: int, origin: int, queries: int, keys: int, p: f
     first_query = q // np.uint64(16) * np.uint64(16) + q % np.uint64(8)
     words = np.stack(philox(seed, (first_key, first_query, np.uint64(head), np.uint64(origin)), 7))
     word = np.broadcast_to(k // np.uint64(8) % np.uint64(4), (queries, keys)).astype(np.int64)
-    halves = np.take_along_axis(words, word[None], 0)[0] >> (q // np.uint64(8) % np.uint64(2) * np.uint64(16))
+    halves = np.take_along_axis(words, word[None], 0)[0] >> (
+        q // np.uint64(8) % np.uint64(2) * np.uint64(16)
+    )
     return torch.from_numpy(halves & np.uint64(0xFFFF) >= np.uint64(round(p * 2**16)))
 
 
 def dropped(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_mask: Tensor | None, origin: int, seed: int, p: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    origin: int,
+    seed: int,
+    p: float,
 ) -> Tensor:
     """Attention of one sequence `[N, H, D]` with the weights that dropout keeps, by a probability in units of 2⁻¹⁶."""
     scores = torch.einsum("qhd,khd->hqk", q * q.shape[-1] ** -0.5, k)
     scores = scores if bias is None else scores + bias
     scores = scores if key_mask is None else scores.masked_fill(~key_mask, -torch.inf)
-    keep = torch.stack([philox_keep(seed, head, origin, len(q), len(k), p) for head in range(q.shape[1])])
+    keep = torch.stack(
+        [philox_keep(seed, head, origin, len(q), len(k), p) for head in range(q.shape[1])]
+    )
     weights = scores.softmax(-1).nan_to_num() * keep / (1 - round(p * 2**16) / 2**16)
     return torch.einsum("hqk,khd->qhd", weights.to(v.dtype), v)
 
@@ -74,7 +93,9 @@ def dropped_batch(
     """`ops.bias_attention`."""
     biases = bias.repeat(len(q) // len(bias), 1, 1, 1)
     entries = zip(q, k, v, biases, key_mask, strict=True)
-    return torch.stack([dropped(*entry, origin, int(seed), dropout_p) for origin, entry in enumerate(entries)])
+    return torch.stack(
+        [dropped(*entry, origin, int(seed), dropout_p) for origin, entry in enumerate(entries)]
+    )
 
 
 def dropped_sequences(
@@ -88,9 +109,14 @@ def dropped_sequences(
     **_: Any,
 ) -> Tensor:
     """`ops.varlen_attention`."""
-    bounds = zip(cu_seqlens_q.unfold(0, 2, 1).tolist(), cu_seqlens_k.unfold(0, 2, 1).tolist(), strict=True)
+    bounds = zip(
+        cu_seqlens_q.unfold(0, 2, 1).tolist(), cu_seqlens_k.unfold(0, 2, 1).tolist(), strict=True
+    )
     return torch.cat(
-        [dropped(q[a:b], k[c:d], v[c:d], None, None, a, int(seed), dropout_p) for (a, b), (c, d) in bounds]
+        [
+            dropped(q[a:b], k[c:d], v[c:d], None, None, a, int(seed), dropout_p)
+            for (a, b), (c, d) in bounds
+        ]
     )
 
 
@@ -106,7 +132,10 @@ DROPOUT = {
 def test_dropout_keeps_what_philox_says(name: str, dtype: torch.dtype) -> None:
     """Forward and backward, in every head and sequence."""
     definition, case, p = DROPOUT[name]
-    given = case.arguments(dtype, grad=True) | {"dropout_p": p, "seed": torch.tensor([-(3 << 45) + 12345])}
+    given = case.arguments(dtype, grad=True) | {
+        "dropout_p": p,
+        "seed": torch.tensor([-(3 << 45) + 12345]),
+    }
     operation = ops.bias_attention if "bias" in given else ops.varlen_attention
 
     def compute(call: Any, dtype: torch.dtype) -> list[Tensor]:
@@ -148,12 +177,19 @@ def test_kernels_by_the_lengths(name: str, monkeypatch: pytest.MonkeyPatch) -> N
         with configured(config), pytest.raises(InterruptedError):
             varlen_attention.varlen_attention_forward(q, k, k, given)
         assert taken == [f"forward_{form}".rstrip("_")]
-    for kernel, owned, longest, form in (("dkdv", k, max(keys), backward[0]), ("dq", q, len(q), backward[1])):
-        assert varlen_attention._form(kernel, owned, longest, given) == f"{kernel}_{form}".rstrip("_")
+    for kernel, owned, longest, form in (
+        ("dkdv", k, max(keys), backward[0]),
+        ("dq", q, len(q), backward[1]),
+    ):
+        assert varlen_attention._form(kernel, owned, longest, given) == f"{kernel}_{form}".rstrip(
+            "_"
+        )
 
 
 @interpreted_only
-@pytest.mark.parametrize(("name", "worth"), [("varlen, odd heads", 0.0), ("varlen, texts over images", 100.0)])
+@pytest.mark.parametrize(
+    ("name", "worth"), [("varlen, odd heads", 0.0), ("varlen, texts over images", 100.0)]
+)
 def test_tiles_are_found(name: str, worth: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a search, or in equal shares; also with more sequences than one read of the offsets covers."""
     monkeypatch.setattr(varlen_attention, "_WORTH", worth)
@@ -192,7 +228,17 @@ def test_what_sees_nothing_is_zero_and_moves_nothing(entries: int, dtype: torch.
     given["key_mask"][2] = False
     assert_triton_is_accurate(case, given)
     out, lse, dk, dv, dq, dbias = run(case, given, "triton")
-    blind = out[0, 3, 0], out[0, 2, 1], out[2], dq[0, 3, 0], dq[0, 2, 1], dq[2], dk[2], dv[2], dbias[0, 0, 3]
+    blind = (
+        out[0, 3, 0],
+        out[0, 2, 1],
+        out[2],
+        dq[0, 3, 0],
+        dq[0, 2, 1],
+        dq[2],
+        dk[2],
+        dv[2],
+        dbias[0, 0, 3],
+    )
     assert not any(value.any() for value in (*blind, dbias[-1, 1, 5]))
     assert (lse[2] == -99).all()
     assert lse[0, 0, 3] == -99
@@ -210,7 +256,10 @@ def test_layouts_of_the_bias(layout: str) -> None:
     case = biased(2, 2, 6, 21, 2, 16)
     given = case.arguments(torch.float16, grad=True)
     laid_out = BIASES[layout](given["bias"].detach())
-    views, dense = ({**given, "bias": bias.requires_grad_()} for bias in (laid_out, laid_out.contiguous().clone()))
+    views, dense = (
+        {**given, "bias": bias.requires_grad_()}
+        for bias in (laid_out, laid_out.contiguous().clone())
+    )
     for value, same in zip(run(case, views, "triton"), run(case, dense, "triton"), strict=True):
         torch.testing.assert_close(value, same, rtol=0, atol=0)
 
@@ -247,7 +296,9 @@ def turn(bias: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("size", [(3, 4), (2, 70)], ids=str)
-def test_bias_is_the_table_entry_over_the_scale_and_infinite_beyond(size: tuple[int, int], dtype: torch.dtype) -> None:
+def test_bias_is_the_table_entry_over_the_scale_and_infinite_beyond(
+    size: tuple[int, int], dtype: torch.dtype
+) -> None:
     table, tokens = table_of(*size), 1 + size[0] * size[1]
     with poison():
         bias = relpos_table.materialise_bias(table, size, dtype, 0.3)
@@ -265,16 +316,22 @@ def folded(plain: Tensor) -> Tensor:
     heads, row_tiles, column_tiles = plain.shape[:3]
     # [half, columns // 32, warp, lane // 4, lane % 4, eight of columns, column of two]
     parts = plain.view(heads, row_tiles, column_tiles, 2, 2, 8, 8, 4, 4, 2)
-    return parts.permute(0, 1, 5, 3, 6, 2, 4, 8, 7, 9).reshape(heads, row_tiles * 128, column_tiles * 64)
+    return parts.permute(0, 1, 5, 3, 6, 2, 4, 8, 7, 9).reshape(
+        heads, row_tiles * 128, column_tiles * 64
+    )
 
 
 # 131 and 13 tokens: a tail behind whole tiles, and one of its own.
 @pytest.mark.parametrize(("size", "head_dim"), [((1, 130), 32), ((3, 4), 64)], ids=str)
-def test_fragments_hold_the_bias_in_the_order_of_the_accumulators(size: tuple[int, int], head_dim: int) -> None:
+def test_fragments_hold_the_bias_in_the_order_of_the_accumulators(
+    size: tuple[int, int], head_dim: int
+) -> None:
     case, scale = window(*size, 2, 2, head_dim), head_dim**-0.5
     given = case.arguments(torch.float16, grad=True)
     with poison():
-        fragments = relpos_table.materialise_bias(given["table"], size, torch.float16, scale, fragments=True)
+        fragments = relpos_table.materialise_bias(
+            given["table"], size, torch.float16, scale, fragments=True
+        )
         plain = relpos_table.materialise_bias(given["table"], size, torch.float16, scale)
     found = folded(fragments)
     assert torch.equal(found[:, : plain.shape[1]], plain)
@@ -283,7 +340,9 @@ def test_fragments_hold_the_bias_in_the_order_of_the_accumulators(size: tuple[in
 
 
 @pytest.mark.parametrize("layout", ["heads first", "not at a vector"])
-def test_keys_that_no_descriptor_can_have_are_copied(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_that_no_descriptor_can_have_are_copied(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A descriptor's rows begin at multiples of 16 bytes, heads lie side by side, and strides contain each other."""
     shape, case = (2, 73, 2, 32), window(8, 9, 2, 2, 32)
     given = case.arguments(torch.float16)
@@ -292,7 +351,9 @@ def test_keys_that_no_descriptor_can_have_are_copied(layout: str, monkeypatch: p
         k = k.transpose(1, 2).contiguous().transpose(1, 2)
     else:
         k = torch.randn(math.prod(shape) + 1).half()[1:].view(shape)
-    bias = relpos_table.materialise_bias(given["table"], (8, 9), torch.float16, 32**-0.5, fragments=True)
+    bias = relpos_table.materialise_bias(
+        given["table"], (8, 9), torch.float16, 32**-0.5, fragments=True
+    )
     monkeypatch.setattr(relpos_attention, "_LARGEST_GRID", 1)  # an entry of the batch a launch
     assert_triton_is_accurate(case, given | {"k": k, "v": k}, bias=bias)
 
@@ -306,16 +367,29 @@ def test_fragments_are_for_hopper_whatever_was_tuned(monkeypatch: pytest.MonkeyP
     assert launch.architecture(torch.device("cuda")) == 0
     assert not relpos_table.takes_fragments(64, torch.bfloat16, torch.device("cuda"))
     monkeypatch.setattr(torch.version, "hip", None)
-    tuned = {"relpos_forward": {"bf16/64": {"tiles": {"BLOCK_M": 64, "BLOCK_N": 64}, "num_warps": 4, "num_stages": 3}}}
+    tuned = {
+        "relpos_forward": {
+            "bf16/64": {"tiles": {"BLOCK_M": 64, "BLOCK_N": 64}, "num_warps": 4, "num_stages": 3}
+        }
+    }
     monkeypatch.setattr(launch, "_tuned", lambda _: tuned)
     shapes = ((64, torch.bfloat16), (64, torch.float32), (80, torch.bfloat16), (0, torch.bfloat16))
-    assert [relpos_table.takes_fragments(*shape, torch.device("cuda")) for shape in shapes] == [True, *[False] * 3]
+    assert [relpos_table.takes_fragments(*shape, torch.device("cuda")) for shape in shapes] == [
+        True,
+        *[False] * 3,
+    ]
 
 
 @pytest.mark.parametrize("entry", [1e6, -torch.inf])
-@pytest.mark.parametrize(("dtype", "largest"), [(torch.bfloat16, 60000.0), (torch.float32, 1e30)], ids=["bf16", "fp32"])
-def test_bias_beyond_the_range_stays_finite(entry: float, dtype: torch.dtype, largest: float) -> None:
-    bias = relpos_table.materialise_bias(torch.tensor([[0.0], [0.0], [entry], [entry]]), (1, 1), dtype, 0.125)
+@pytest.mark.parametrize(
+    ("dtype", "largest"), [(torch.bfloat16, 60000.0), (torch.float32, 1e30)], ids=["bf16", "fp32"]
+)
+def test_bias_beyond_the_range_stays_finite(
+    entry: float, dtype: torch.dtype, largest: float
+) -> None:
+    bias = relpos_table.materialise_bias(
+        torch.tensor([[0.0], [0.0], [entry], [entry]]), (1, 1), dtype, 0.125
+    )
     least = max(-largest, -abs(entry) / 0.125)
     expected = torch.tensor([[least, 0] if entry < 0 else [0, least]] * 2, dtype=bias.dtype)
     assert torch.equal(bias[0, :, :2], expected)

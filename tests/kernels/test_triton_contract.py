@@ -53,7 +53,9 @@ KERNELS: dict[str, Case] = {
     "varlen, texts over images": packed([66, 0, 33], [50, 50, 65], 2, 64),
     "varlen, images of one size": packed([70, 3], [65, 65], 1, 64),
     "varlen, odd heads": packed([13, 0, 33, 1, 16, 2], [13, 4, 20, 0, 16, 40], 3, 32),
-    "varlen, masked": packed([20, 3, 2, 70], [5, 40, 7, 100], 2, 64, last_key_masked(5, 40, 7, 100)),
+    "varlen, masked": packed(
+        [20, 3, 2, 70], [5, 40, 7, 100], 2, 64, last_key_masked(5, 40, 7, 100)
+    ),
     "varlen, short, 80": packed([13, 3, 5], [17, 3, 6], 2, 80, last_key_masked(17, 3, 6)),
     "varlen, 48": packed([13, 0, 33], [13, 4, 20], 2, 48),
     "varlen, 160": packed([13, 0, 5, 2], [13, 4, 0, 20], 2, 160),
@@ -62,7 +64,9 @@ KERNELS: dict[str, Case] = {
     "norm, odd": norm(37, 63),
     "norm, scaled": norm(5, 3, 63, scaled=True),
     "norm, wide": norm(3, 2047, scaled=True),
-    "layer norm": Case(partial(ops.layer_norm, eps=1e-5), lambda _: {"x": (7, 45), "weight": (45,), "bias": (45,)}),
+    "layer norm": Case(
+        partial(ops.layer_norm, eps=1e-5), lambda _: {"x": (7, 45), "weight": (45,), "bias": (45,)}
+    ),
     "embedding": embedding(29, 63, 1),
     "embedding, no padding": embedding(70, 130, None),
     "gelu": activation(37, 1100),
@@ -73,7 +77,10 @@ KERNELS: dict[str, Case] = {
 }
 LARGE = {
     "norm, 8192": norm(3, 8192, scaled=True),
-    **{f"relpos, {w}, {d}": window(*w, 2, 2, d) for w, d in (((14, 14), 64), ((14, 14), 80), ((24, 24), 64))},
+    **{
+        f"relpos, {w}, {d}": window(*w, 2, 2, d)
+        for w, d in (((14, 14), 64), ((14, 14), 80), ((24, 24), 64))
+    },
     **{f"bias, {head_dim}": biased(1, 1, 5, 9, 1, head_dim) for head_dim in BIAS_HEAD_DIMS},
     "bias, 197": biased(2, 1, 197, 197, 2, 64, masked=True),
     "bias, windows": biased(8, 4, 49, 49, 2, 32, masked=True),
@@ -82,7 +89,15 @@ LARGE = {
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Kernels of each family in half precision in the quick suite; bf16 needs a GPU.
-HALF = ("relpos, a tail", "bias, windows", "varlen, zeros on both sides", "norm, scaled", "embedding", "gelu", "loss")
+HALF = (
+    "relpos, a tail",
+    "bias, windows",
+    "varlen, zeros on both sides",
+    "norm, scaled",
+    "embedding",
+    "gelu",
+    "loss",
+)
 
 
 def each_dtype(names: Iterable[str]) -> pytest.MarkDecorator:
@@ -93,7 +108,9 @@ def each_dtype(names: Iterable[str]) -> pytest.MarkDecorator:
             return (pytest.mark.gpu,)
         return () if dtype == "fp32" or name in HALF else (pytest.mark.slow,)
 
-    pairs = [pytest.param(n, DTYPES[d], marks=marks(n, d), id=f"{n}-{d}") for n in names for d in DTYPES]
+    pairs = [
+        pytest.param(n, DTYPES[d], marks=marks(n, d), id=f"{n}-{d}") for n in names for d in DTYPES
+    ]
     return pytest.mark.parametrize(("name", "dtype"), pairs)
 
 
@@ -150,16 +167,22 @@ def test_autocast_leaves_the_position_table_alone(made: list[bool]) -> None:
 def test_a_position_bias_may_be_made_beforehand(made: list[bool]) -> None:
     given = CASES["relpos"].arguments(grad=True)
     expected = relpos(given)
-    bias = ops.relpos_bias(given["table"], (3, 5), dtype=torch.float32, scale=32**-0.5, backend="triton")
+    bias = ops.relpos_bias(
+        given["table"], (3, 5), dtype=torch.float32, scale=32**-0.5, backend="triton"
+    )
     made.clear()
     found = relpos(given, bias=bias)
-    gradients = [torch.autograd.grad(out.square().sum(), leaves(given)) for out in (found, expected)]
+    gradients = [
+        torch.autograd.grad(out.square().sum(), leaves(given)) for out in (found, expected)
+    ]
     assert torch.equal(found, expected)
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert made == [True, True], "only the backward pass makes one, with keys as rows"
 
 
-def test_a_position_bias_in_fragments_changes_nothing_but_its_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_position_bias_in_fragments_changes_nothing_but_its_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """What Hopper's forward kernel reads: the backward pass makes the plain bias for itself."""
     given = converted(CASES["relpos"].arguments(grad=True), torch.float16)
     table = given["table"]
@@ -169,30 +192,42 @@ def test_a_position_bias_in_fragments_changes_nothing_but_its_order(monkeypatch:
         return [out, *torch.autograd.grad(out.float().square().sum(), leaves(given))]
 
     expected = attend()
-    monkeypatch.setattr(attention, "_in_fragments", lambda head_dim, *_, turned: head_dim == 32 and not turned)
+    monkeypatch.setattr(
+        attention, "_in_fragments", lambda head_dim, *_, turned: head_dim == 32 and not turned
+    )
     forget(table)
     options = {"dtype": torch.float16, "scale": 32**-0.5, "head_dim": 32}
     bias = ops.relpos_bias(table, (3, 5), **options, backend="triton")
     assert bias.shape == (table.shape[1], 1, 2, 256, 32)
     for found in (attend(), attend(bias=bias)):
         for ours, right in zip(found, expected, strict=True):
-            torch.testing.assert_close(ours, right, rtol=5e-3, atol=5e-3 * float(right.detach().abs().max()))
+            torch.testing.assert_close(
+                ours, right, rtol=5e-3, atol=5e-3 * float(right.detach().abs().max())
+            )
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e3])
 def test_any_scale_leaves_the_bias_its_digits(scale: float) -> None:
     """In half precision it is stored as a quotient by the scale; made beforehand or by the call."""
     given = converted(CASES["relpos"].arguments(grad=True), torch.float16)
-    arguments = given | {"q": given["q"].detach().div(max(scale, 1.0)).requires_grad_(), "scale": scale}
+    arguments = given | {
+        "q": given["q"].detach().div(max(scale, 1.0)).requires_grad_(),
+        "scale": scale,
+    }
     assert_triton_is_accurate(CASES["relpos"], arguments)
-    bias = ops.relpos_bias(given["table"], (3, 5), dtype=torch.float16, scale=scale, backend="triton")
+    bias = ops.relpos_bias(
+        given["table"], (3, 5), dtype=torch.float16, scale=scale, backend="triton"
+    )
     assert torch.equal(relpos(arguments, bias=bias), relpos(arguments))
 
 
 @pytest.mark.parametrize("name", ["varlen", "relpos", "bias"])
 def test_heads_wider_than_any_kernel_are_refused(name: str) -> None:
     given = CASES[name].arguments()
-    wide = {key: t.repeat(*[1] * (t.ndim - 1), 9) if key in ("q", "k", "v") else t for key, t in given.items()}
+    wide = {
+        key: t.repeat(*[1] * (t.ndim - 1), 9) if key in ("q", "k", "v") else t
+        for key, t in given.items()
+    }
     with pytest.raises(InputError, match="heads of 288"):
         CASES[name].operation(**wide, backend="triton")
 
@@ -227,4 +262,6 @@ def test_a_whole_model_on_triton_kernels() -> None:
     model = model_of("cpu", torch.float32, layers=1, image_size=32)
     found, expected = (results(model, backend) for backend in ("triton", "reference"))
     for name, value in found.items():
-        assert (value - expected[name]).abs().max() <= 1e-4 * max(1e-3, float(expected[name].abs().max())), name
+        assert (value - expected[name]).abs().max() <= 1e-4 * max(
+            1e-3, float(expected[name].abs().max())
+        ), name

@@ -29,7 +29,10 @@ EPS = 1e-5
 
 def test_rows_far_from_zero() -> None:
     """The variance is computed from differences to the mean: rows near 1e4 keep their digits."""
-    case = Case(partial(ops.layer_norm, eps=EPS), lambda _: {"x": (5, 768), "weight": (768,), "bias": (768,)})
+    case = Case(
+        partial(ops.layer_norm, eps=EPS),
+        lambda _: {"x": (5, 768), "weight": (768,), "bias": (768,)},
+    )
     arguments = case.arguments()
     arguments["x"] += 1e4
     assert_triton_is_accurate(case, {k: t.requires_grad_() for k, t in arguments.items()})
@@ -54,7 +57,12 @@ def test_dropout_is_philox_of_seed_row_and_column(count: int, width: int) -> Non
     zero = np.uint64(0)
     words = philox(seed, (np.arange(count * quads, dtype=np.uint64), zero, zero, zero), 10)
     numbers = np.stack(words, 1).reshape(count, quads * 4)[:, :width]
-    expected = torch.from_numpy((numbers >> np.uint64(8)).astype(np.int64) >= round(dropout_p * 2**24)).float() / 0.75
+    expected = (
+        torch.from_numpy(
+            (numbers >> np.uint64(8)).astype(np.int64) >= round(dropout_p * 2**24)
+        ).float()
+        / 0.75
+    )
     torch.testing.assert_close(factors(count, width, dropout_p, seed), expected)
 
 
@@ -93,7 +101,9 @@ def test_an_id_outside_its_table_is_never_garbage() -> None:
 
 @settings(max_examples=5)
 @given(st.integers(1, 9), st.integers(1, 140), st.booleans(), st.booleans(), st.booleans())
-def test_norms_of_any_shape(count: int, width: int, half: bool, scaled: bool, transposed: bool) -> None:
+def test_norms_of_any_shape(
+    count: int, width: int, half: bool, scaled: bool, transposed: bool
+) -> None:
     case = norm(count, width, scaled=scaled)
     arguments = case.arguments(torch.float16 if half else torch.float32, grad=True)
     if transposed:
@@ -110,7 +120,9 @@ def test_extreme_pre_activations() -> None:
     assert_triton_is_accurate(
         case, {"x": y.requires_grad_(), "weight": weight, "bias": torch.zeros(8).requires_grad_()}
     )
-    assert torch.equal(layers.bias_gelu_forward(y.detach(), None)[0, [0, 7]], torch.tensor([-0.0, 1e4]))
+    assert torch.equal(
+        layers.bias_gelu_forward(y.detach(), None)[0, [0, 7]], torch.tensor([-0.0, 1e4])
+    )
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -28,7 +28,9 @@ MIXES = {
 each_attention = each_library("aten", "tiled", "exp2", "llvm")
 
 
-def packed(lengths: list[tuple[int, int]], dtype: torch.dtype = torch.float32, width: int = 32) -> tuple[Tensor, ...]:
+def packed(
+    lengths: list[tuple[int, int]], dtype: torch.dtype = torch.float32, width: int = 32
+) -> tuple[Tensor, ...]:
     cu_q, cu_k = (offsets(*(pair[side] for pair in lengths)) for side in (0, 1))
     generator = torch.Generator().manual_seed(0)
     sizes = (int(cu_q[-1]), int(cu_k[-1]), int(cu_k[-1]))
@@ -39,11 +41,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, **option
     return ops.varlen_attention(q, k, v, cu_q, cu_k, len(q), len(k), scale=0.4, **options)
 
 
-def gradients_of(function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+def gradients_of(
+    function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *rest: Tensor
+) -> tuple[Tensor, ...]:
     """The result and the gradients of q, k and v."""
     leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
     out = function(*leaves, *rest)
-    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(q.dtype)
+    dout = torch.randn(
+        out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).to(q.dtype)
     return (out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype)))
 
 
@@ -53,14 +59,20 @@ def gradients_of(function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tenso
 @pytest.mark.usefixtures("library")
 def test_attention_and_gradients(name: str, masked: bool) -> None:
     arguments = packed(MIXES[name])
-    mask = torch.rand(len(arguments[1]), generator=torch.Generator().manual_seed(2)) < 0.7 if masked else None
+    mask = (
+        torch.rand(len(arguments[1]), generator=torch.Generator().manual_seed(2)) < 0.7
+        if masked
+        else None
+    )
 
     def definition(*given: Tensor) -> Tensor:
         return reference.varlen_attention(*given, 0.4, 0.0, mask)
 
     plain = draws(lambda: gradients_of(definition, *arguments))
     truth = gradients_of(definition, *widened(arguments))
-    for i, value in enumerate(gradients_of(lambda *given: attend(*given, key_mask=mask), *arguments)):
+    for i, value in enumerate(
+        gradients_of(lambda *given: attend(*given, key_mask=mask), *arguments)
+    ):
         assert_accurate(value, [each[i] for each in plain], truth[i], f"result {i}")
 
 

@@ -37,7 +37,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 EMULATED = os.environ.get("XFM_EMULATE", "").split()
 """Architectures that kernels are emulated for."""
-interpreted_only = pytest.mark.skipif(not INTERPRETED, reason="a compiled kernel keeps the constants it was made with")
+interpreted_only = pytest.mark.skipif(
+    not INTERPRETED, reason="a compiled kernel keeps the constants it was made with"
+)
 
 
 def interpreted_kernels() -> None:
@@ -46,7 +48,9 @@ def interpreted_kernels() -> None:
         pytest.skip("Triton is not installed", allow_module_level=True)
     if not INTERPRETED:
         if not torch.cuda.is_available() and "XFM_EMULATE" not in os.environ:
-            pytest.skip("TRITON_INTERPRET is not 1, and there is no GPU to run on", allow_module_level=True)
+            pytest.skip(
+                "TRITON_INTERPRET is not 1, and there is no GPU to run on", allow_module_level=True
+            )
         return
     import triton
     import triton.language as tl
@@ -79,7 +83,10 @@ def _modules() -> list[Any]:
     """Those of all Triton kernels."""
     import xfm_fast.kernels.triton as family
 
-    return [importlib.import_module(f"{family.__name__}.{name}") for _, name, _ in iter_modules(family.__path__)]
+    return [
+        importlib.import_module(f"{family.__name__}.{name}")
+        for _, name, _ in iter_modules(family.__path__)
+    ]
 
 
 # Before a test takes TRITON_INTERPRET out of the environment.
@@ -95,7 +102,11 @@ class Carried:
 
     def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
         self.function, self.device = function, device
-        self.__name__, self.__module__, self.__doc__ = function.__name__, function.__module__, function.__doc__
+        self.__name__, self.__module__, self.__doc__ = (
+            function.__name__,
+            function.__module__,
+            function.__doc__,
+        )
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -167,7 +178,9 @@ def compiled_kernels(device: torch.device) -> Iterator[None]:
         patch.setattr(
             backend,
             "_why_not",
-            lambda name, kind, index: None if (name, kind) == ("triton", "cpu") else why_not(name, kind, index),
+            lambda name, kind, index: (
+                None if (name, kind) == ("triton", "cpu") else why_not(name, kind, index)
+            ),
         )
         yield
 
@@ -177,7 +190,9 @@ def assert_triton_is_accurate(case: Case, arguments: Arguments, **options: Any) 
 
     Memory that a kernel leaves unwritten holds NaN; `options` are for the operation on Triton only.
     """
-    dtype = next(t.dtype for t in arguments.values() if isinstance(t, Tensor) and t.is_floating_point())
+    dtype = next(
+        t.dtype for t in arguments.values() if isinstance(t, Tensor) and t.is_floating_point()
+    )
     # Compiled sums are fused and in order, and GPUs compute fp32 exponentials to two units in the last place.
     compiled = not INTERPRETED and dtype == torch.float32
     plain = draws(lambda: run(case, converted(arguments, dtype), "reference"), fused=compiled)
@@ -186,7 +201,9 @@ def assert_triton_is_accurate(case: Case, arguments: Arguments, **options: Any) 
         found = run(case, arguments, "triton", **options)
     for i, (value, true) in enumerate(zip(found, truth, strict=True)):
         assert value.dtype == plain[0][i].dtype
-        assert_accurate(value, [each[i] for each in plain], true, f"result {i}", factor=2.5 if compiled else 2.0)
+        assert_accurate(
+            value, [each[i] for each in plain], true, f"result {i}", factor=2.5 if compiled else 2.0
+        )
 
 
 def philox(key: int, counter: Sequence[Any], rounds: int) -> list[np.ndarray]:
@@ -198,7 +215,10 @@ def philox(key: int, counter: Sequence[Any], rounds: int) -> list[np.ndarray]:
     key0, key1 = key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF
     for _ in range(rounds):
         product0, product2 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
-        c0, c2 = (product2 >> high) ^ c1 ^ np.uint64(key0), (product0 >> high) ^ c3 ^ np.uint64(key1)
+        c0, c2 = (
+            (product2 >> high) ^ c1 ^ np.uint64(key0),
+            (product0 >> high) ^ c3 ^ np.uint64(key1),
+        )
         c1, c3 = product2 & low, product0 & low
         key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
     return [c0, c1, c2, c3]
@@ -228,7 +248,9 @@ def compiling_environment() -> dict[str, str]:
 @contextmanager
 def poison() -> Iterator[None]:
     """Within the block, memory that PyTorch leaves uninitialised holds NaN (floats) or garbage (integers)."""
-    places: list[tuple[Any, str]] = [(torch, name) for name in ("empty", "empty_like", "empty_strided")]
+    places: list[tuple[Any, str]] = [
+        (torch, name) for name in ("empty", "empty_like", "empty_strided")
+    ]
     places += [(Tensor, name) for name in ("new_empty", "new_empty_strided")]
 
     def poisoned(original: Any) -> Any:
@@ -237,7 +259,9 @@ def poison() -> Iterator[None]:
             tensor: Tensor = original(*args, **kwargs)
             if tensor.dtype == torch.bool:
                 return tensor.fill_(True)
-            return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max // 3)
+            return tensor.fill_(
+                torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max // 3
+            )
 
         return allocate
 

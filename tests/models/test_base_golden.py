@@ -90,9 +90,14 @@ def at_224(model: XFM, dtype: torch.dtype) -> dict[str, Tensor]:
     ids, mask = x["text_30_ids"], x["text_30_atts"]
     out: dict[str, Tensor] = {}
     out["image_embeds_224"] = image = model.encode_image(x["image_224"])
-    out["image_embeds_masked_224"] = masked = model.encode_image(x["image_224"], x["image_mask_224"])
+    out["image_embeds_masked_224"] = masked = model.encode_image(
+        x["image_224"], x["image_mask_224"]
+    )
     out["text_embeds_30"] = padded = model.encode_text(ids, mask, keep_padding=True)
-    out["image_feat_224"], out["text_feat_30"] = features = model.project_image(image), model.project_text(padded)
+    out["image_feat_224"], out["text_feat_30"] = features = (
+        model.project_image(image),
+        model.project_text(padded),
+    )
     memory = model.image_memory(image)
     out["cross_embeds_224"] = fused = model.fuse(padded, mask, memory, keep_padding=True)
     out["cross_cls_224"] = fused[:, 0]
@@ -105,7 +110,9 @@ def at_224(model: XFM, dtype: torch.dtype) -> dict[str, Tensor]:
     out["bbox_coord_224"] = model.predict_boxes(fused)
     hidden = model.encode_text(x["text_30_ids_masked"], mask)
     rows = torch.arange(2)[:, None]
-    out["imlm_logits"] = imlm = model.imlm_logits(model.fuse(hidden, mask, memory)[rows, x["masked_pos"]])
+    out["imlm_logits"] = imlm = model.imlm_logits(
+        model.fuse(hidden, mask, memory)[rows, x["masked_pos"]]
+    )
     out["mlm_text_logits"] = mlm = model.mlm_logits(hidden[rows, x["masked_pos"]])
     out["loss_imlm"] = masked_lm_loss(imlm, x["masked_ids"])
     out["loss_mlm_text"] = masked_lm_loss(mlm, x["masked_ids"])

@@ -39,14 +39,20 @@ def test_there_and_back_is_the_identity(
     assert any(line.startswith("dead weights:") for line in report)
     back = tmp_path / f"back{suffix}"
     to_official_file(tmp_path / "ours", back)
-    read = load_file(back) if suffix == ".safetensors" else torch.load(back, weights_only=True)["model"]
+    read = (
+        load_file(back)
+        if suffix == ".safetensors"
+        else torch.load(back, weights_only=True)["model"]
+    )
     assert read.keys() == official.keys()
     for name, value in official.items():
         assert torch.equal(read[name], value), name
         assert read[name].dtype == value.dtype
 
 
-def test_fine_tuned_names_come_back(official: dict[str, Tensor], cfg: XFMConfig, tmp_path: Path) -> None:
+def test_fine_tuned_names_come_back(
+    official: dict[str, Tensor], cfg: XFMConfig, tmp_path: Path
+) -> None:
     tuned = {
         name.replace("text_encoder.roberta.", "text_encoder."): value
         for name, value in official.items()

@@ -18,7 +18,9 @@ from xfm_fast.kernels.cpu import int8, llvm, selection
 from xfm_fast.kernels.flags import EightBits, kind_of
 
 pytestmark = pytest.mark.usefixtures("int8_chosen")
-needs_int8 = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}")
+needs_int8 = pytest.mark.skipif(
+    int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}"
+)
 either = pytest.mark.parametrize("kind", [pytest.param("int8", marks=needs_int8), "fp8"])
 
 
@@ -47,7 +49,9 @@ def results(model: XFM, pixels: Tensor, ids: Tensor) -> dict[str, Tensor]:
 
 
 def least_cosine(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    return min(float(F.cosine_similarity(found[name], wanted[name], dim=-1).min()) for name in wanted)
+    return min(
+        float(F.cosine_similarity(found[name], wanted[name], dim=-1).min()) for name in wanted
+    )
 
 
 @either
@@ -61,7 +65,9 @@ def test_near_the_model_and_back(kind: EightBits, model: XFM) -> None:
     assert model.quantised == kind
     assert 0.98 < least_cosine(results(model, *given), wanted) < 1 - 1e-6
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert torch.equal(results(copy.deepcopy(model), *given)["fused"], results(model, *given)["fused"])
+    assert torch.equal(
+        results(copy.deepcopy(model), *given)["fused"], results(model, *given)["fused"]
+    )
     assert model.dequantise().dequantise() is model
     assert not model.quantised
     assert all(torch.equal(value, wanted[name]) for name, value in results(model, *given).items())
@@ -88,14 +94,18 @@ def test_the_blocks_with_the_largest_error_stay_in_floats(kind: EightBits, model
     assert len(calls) <= 3 + 2 * len(marks)
     assert model.quantised == kind
     # A copy has the flags too.
-    assert torch.equal(results(copy.deepcopy(model), *given)["fused"], results(model, *given)["fused"])
+    assert torch.equal(
+        results(copy.deepcopy(model), *given)["fused"], results(model, *given)["fused"]
+    )
 
 
 @needs_int8
 def test_it_is_the_model_of_rounded_floats(model: XFM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the model in floats whose GEMMs have operands rounded to int8; the text by itself runs `ShortParts`."""
     if llvm.why_not(torch.int8) is None:
-        compiled = selection.Selection("products of bytes", torch.float32, "llvm", {}, {}, "settled")
+        compiled = selection.Selection(
+            "products of bytes", torch.float32, "llvm", {}, {}, "settled"
+        )
         monkeypatch.setitem(selection._selections, ("products of bytes", torch.float32), compiled)
     pixels, ids = inputs(model.config)
 
@@ -103,21 +113,31 @@ def test_it_is_the_model_of_rounded_floats(model: XFM, monkeypatch: pytest.Monke
         with torch.inference_mode():
             return results(model, pixels, ids) | {"alone": model.encode_text(ids[:1])}
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False, norm: Any = None) -> Tensor:
+    def linear(
+        x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False, norm: Any = None
+    ) -> Tensor:
         x = x if norm is None else reference.layer_norm(x, *norm)
         return reference.linear(reference.as_int8(x, gelu=gelu), reference.as_int8(weight), bias)
 
-    def linear_residual(x: Tensor, w: Tensor, b: Tensor | None, residual: Tensor, gamma: Any, **rest: Any) -> Tensor:
+    def linear_residual(
+        x: Tensor, w: Tensor, b: Tensor | None, residual: Tensor, gamma: Any, **rest: Any
+    ) -> Tensor:
         y = linear(x, w, b, **rest)
         return residual + (y if gamma is None else gamma * y)
 
-    def mlp_residual(x: Tensor, w: Any, b: Any, v: Any, c: Any, residual: Any, gamma: Any, norm: Any = None) -> Tensor:
+    def mlp_residual(
+        x: Tensor, w: Any, b: Any, v: Any, c: Any, residual: Any, gamma: Any, norm: Any = None
+    ) -> Tensor:
         return linear_residual(F.gelu(linear(x, w, b, norm=norm)), v, c, residual, gamma, gelu=True)
 
     floats = computed()
     model.quantise()
     found = computed()
-    for name, twin in (("linear", linear), ("linear_residual", linear_residual), ("mlp_residual", mlp_residual)):
+    for name, twin in (
+        ("linear", linear),
+        ("linear_residual", linear_residual),
+        ("mlp_residual", mlp_residual),
+    ):
         monkeypatch.setattr(int8, name, twin)
     monkeypatch.setattr(int8, "linear_gelu", lambda *given: F.gelu(linear(*given)))
     monkeypatch.setattr(int8, "compiled", lambda *_: False)
@@ -137,7 +157,9 @@ def test_loaded_and_saved(kind: EightBits, model: XFM, tmp_path: Path) -> None:
     loaded.save_pretrained(tmp_path / "again")
     again = XFM.from_pretrained(tmp_path / "again", dtype=loaded.dtype)
     assert not again.quantised
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert all(
+        torch.equal(value, again.state_dict()[name]) for name, value in loaded.state_dict().items()
+    )
 
 
 @needs_int8
@@ -172,7 +194,9 @@ def test_fp8_excludes_embeddings_and_heads_and_moves_with_the_model(model: XFM) 
 
 
 @either
-def test_refusals(kind: EightBits, model: XFM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_refusals(
+    kind: EightBits, model: XFM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="float64"):
         copy.deepcopy(model).double().quantise(kind)
@@ -182,7 +206,10 @@ def test_refusals(kind: EightBits, model: XFM, monkeypatch: pytest.MonkeyPatch, 
         XFM.from_pretrained(tmp_path, dtype="int4")  # pyright: ignore[reportArgumentType]
     monkeypatch.setattr(int8, "why_not", lambda: "of a test")
     monkeypatch.setattr(fp8, "_why_not", lambda device, index: "of a test")
-    for refused in (lambda: XFM.from_pretrained(tmp_path, dtype=kind), lambda: model.quantise(kind)):
+    for refused in (
+        lambda: XFM.from_pretrained(tmp_path, dtype=kind),
+        lambda: model.quantise(kind),
+    ):
         with pytest.raises(UnavailableError, match="of a test"):
             refused()
     assert model.quantised is None

@@ -19,7 +19,9 @@ from xfm_fast.models.text import ShortParts
 from xfm_fast.packing import Packing
 
 DTYPES = [torch.float32, torch.bfloat16]
-NEEDS_INT8 = pytest.mark.skipif(bool(int8.why_not() or llvm.why_not(torch.int8)), reason="no compiled int8 GEMM here")
+NEEDS_INT8 = pytest.mark.skipif(
+    bool(int8.why_not() or llvm.why_not(torch.int8)), reason="no compiled int8 GEMM here"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -50,13 +52,22 @@ def results(model: XFM) -> list[Tensor]:
         memory, of = model.image_memory(image), torch.tensor([0, 1, 1])
         first = model.fuse(text, mask, memory, of, first_token_only=True)
         few = model.encode_text(ids[:1, :2])
-        return [image, text, few, model.fuse(text, mask, memory, of), model.match_logits(first), first]
+        return [
+            image,
+            text,
+            few,
+            model.fuse(text, mask, memory, of),
+            model.match_logits(first),
+            first,
+        ]
 
 
 @pytest.mark.usefixtures("int8_chosen")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["frozen", pytest.param("int8", marks=NEEDS_INT8)])
-def test_a_single_short_text(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_short_text(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the short path, by the general one, after a weight was written to, and with a hook."""
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("bfloat16 is emulated on this processor")
@@ -70,7 +81,9 @@ def test_a_single_short_text(kind: str, dtype: torch.dtype, monkeypatch: pytest.
     model = model.to(dtype)
     name, taken = f"run_{kind}", list[int]()
     short = getattr(ShortParts, name)
-    monkeypatch.setattr(ShortParts, name, lambda own, x, *rest: taken.append(len(x)) or short(own, x, *rest))
+    monkeypatch.setattr(
+        ShortParts, name, lambda own, x, *rest: taken.append(len(x)) or short(own, x, *rest)
+    )
     ids, layers = torch.randint(5, model.config.vocab_size, (2, 9)), model.config.text_layers
     mask = torch.arange(9)[None] < torch.tensor([[7], [9]])
 
@@ -97,7 +110,10 @@ def test_a_single_short_text(kind: str, dtype: torch.dtype, monkeypatch: pytest.
     assert taken == [7] * (layers - 1)
     attention: Any = model.text_encoder.roberta.encoder.layer[0].attention
     before = run()
-    for written in (attention.self.value.bias, *([attention.self.key.weight] if kind == "int8" else [])):
+    for written in (
+        attention.self.value.bias,
+        *([attention.self.key.weight] if kind == "int8" else []),
+    ):
         with torch.no_grad():
             written.add_(1)
         after = run()
@@ -111,14 +127,20 @@ def test_a_single_short_text(kind: str, dtype: torch.dtype, monkeypatch: pytest.
     assert not taken
 
 
-def test_models_loaded_in_inference_mode_cache_their_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_loaded_in_inference_mode_cache_their_biases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     XFM(XFMConfig.preset("tiny")).save_pretrained(tmp_path)
     made: list[Any] = []
     make = attention.position_bias
-    monkeypatch.setattr(attention, "position_bias", lambda *given: made.append(given) or make(*given))
+    monkeypatch.setattr(
+        attention, "position_bias", lambda *given: made.append(given) or make(*given)
+    )
     with torch.inference_mode():
         loaded = XFM.from_pretrained(tmp_path)
-        official = XFM.from_official({n: t.clone() for n, t in loaded.state_dict().items()}, loaded.config)
+        official = XFM.from_official(
+            {n: t.clone() for n, t in loaded.state_dict().items()}, loaded.config
+        )
         pixels = torch.randn(1, 3, loaded.config.image_size, loaded.config.image_size)
         for model in (loaded, official):
             assert not any(p.is_inference() for p in model.parameters())
@@ -147,8 +169,13 @@ def test_a_frozen_model_gives_the_same_results(model: XFM) -> None:
         assert torch.equal(found, right)
 
 
-def test_parameters_keep_names_and_identity_and_give_up_their_memory(model: XFM, tmp_path: Path) -> None:
-    before, held = dict(model.named_parameters()), {n: t.clone() for n, t in model.state_dict().items()}
+def test_parameters_keep_names_and_identity_and_give_up_their_memory(
+    model: XFM, tmp_path: Path
+) -> None:
+    before, held = (
+        dict(model.named_parameters()),
+        {n: t.clone() for n, t in model.state_dict().items()},
+    )
     trained = {name for name, p in before.items() if p.requires_grad}
     model.freeze()
     assert [name for name, _ in model.named_parameters()] == list(before)
@@ -163,7 +190,9 @@ def test_parameters_keep_names_and_identity_and_give_up_their_memory(model: XFM,
     assert list(state) == list(held)
     assert all(torch.equal(state[name], value) for name, value in held.items())
     model.save_pretrained(tmp_path)
-    assert all(torch.equal(t, held[n]) for n, t in XFM.from_pretrained(tmp_path).state_dict().items())
+    assert all(
+        torch.equal(t, held[n]) for n, t in XFM.from_pretrained(tmp_path).state_dict().items()
+    )
     model.freeze()
     model.unfreeze()
     model.unfreeze()

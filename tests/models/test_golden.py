@@ -43,13 +43,20 @@ def model_of(case: str, dtype: torch.dtype, **overrides: int) -> XFM:
     return with_weights(XFM(config(case, **overrides)), case, dtype)
 
 
-def match_logits(model: XFM, x: dict[str, Tensor], text: Tensor, memory: ImageMemory, prefix: str = "") -> Tensor:
+def match_logits(
+    model: XFM, x: dict[str, Tensor], text: Tensor, memory: ImageMemory, prefix: str = ""
+) -> Tensor:
     """Positives, then every text with its negative image, then every image with its negative text."""
     count, mask = len(text), x[f"{prefix}text_atts"]
-    image_negatives, text_negatives = x[f"{prefix}itm_image_neg_idx"], x[f"{prefix}itm_text_neg_idx"]
+    image_negatives, text_negatives = (
+        x[f"{prefix}itm_image_neg_idx"],
+        x[f"{prefix}itm_text_neg_idx"],
+    )
     own = torch.arange(count)
     texts, images = torch.cat([own, own, text_negatives]), torch.cat([own, image_negatives, own])
-    return model.match_logits(model.fuse(text[texts], mask[texts], memory, images, first_token_only=True))
+    return model.match_logits(
+        model.fuse(text[texts], mask[texts], memory, images, first_token_only=True)
+    )
 
 
 def matches(logits: Tensor) -> Tensor:
@@ -94,7 +101,9 @@ def outputs(model: XFM, x: dict[str, Tensor]) -> dict[str, Tensor]:
     out["loss_imlm"] = masked_lm_loss(imlm, x["masked_ids"])
     out["loss_mlm_text"] = out["total_text"] = masked_lm_loss(mlm, x["t_masked_ids"])
     out["loss_mim"] = masked_image_loss(masked, image, x["image_mask"])
-    out["loss_mim_patches_only"] = masked_image_loss(masked, image, x["image_mask"], patches_only=True)
+    out["loss_mim_patches_only"] = masked_image_loss(
+        masked, image, x["image_mask"], patches_only=True
+    )
     for ours, theirs in (("itc", "itc"), ("itm", "itm"), ("imlm", "mlm"), ("mim", "mim")):
         out[f"forward_loss_{theirs}"] = out[f"loss_{ours}"]
     out["forward_imagenet_loss_mim"] = out["loss_mim"]
@@ -111,7 +120,9 @@ def region_outputs(model: XFM, x: dict[str, Tensor]) -> dict[str, Tensor]:
     features = model.project_image(regions), model.project_text(text)
     seen = model.image_memory(regions, x["r_image_atts"])
     out["r_itm_logits"] = itm = match_logits(model, x, text.detach(), seen, "r_")
-    fused = model.fuse(text.detach(), x["r_text_atts"], model.image_memory(whole), first_token_only=True)
+    fused = model.fuse(
+        text.detach(), x["r_text_atts"], model.image_memory(whole), first_token_only=True
+    )
     out["r_bbox_coord"] = boxes = model.predict_boxes(fused)
     target, is_image = x["r_target_bbox"], x["r_is_image"]
     out["r_loss_bbox"] = out["r_forward_loss_bbox"] = box_l1_loss(boxes, target, is_image)
@@ -120,7 +131,9 @@ def region_outputs(model: XFM, x: dict[str, Tensor]) -> dict[str, Tensor]:
     out["r_loss_giou_noisimage"] = box_giou_loss(boxes, target)
     out["r_forward_loss_itc"] = contrastive_loss(*features, model.temp)
     out["r_forward_loss_itm"] = matching_loss(itm, matches(itm))
-    out["r_forward_loss_mlm"] = masked_lm_loss(image_lm_logits(model, x, seen, "r_", detach=True), x["r_masked_ids"])
+    out["r_forward_loss_mlm"] = masked_lm_loss(
+        image_lm_logits(model, x, seen, "r_", detach=True), x["r_masked_ids"]
+    )
     parts = ("itc", "itm", "mlm", "bbox", "giou")
     out["total_region"] = torch.stack([out[f"r_forward_loss_{part}"] for part in parts]).sum()
     return out
@@ -157,7 +170,11 @@ def test_output(case: str, name: str, dtype: torch.dtype, backend: ops.Backend) 
 def test_padding_changes_nothing_and_is_left_zero(case: str) -> None:
     """Without `keep_padding` the real tokens are the official ones, and padded positions are zero."""
     x = inputs_of(f"{case}/inputs", torch.float64)
-    model, truth, real = model_of(case, torch.float64), tensors(f"{case}/outputs"), x["text_atts"].bool()
+    model, truth, real = (
+        model_of(case, torch.float64),
+        tensors(f"{case}/outputs"),
+        x["text_atts"].bool(),
+    )
     with torch.inference_mode():
         text = model.encode_text(x["text_ids"], x["text_atts"])
         fused = model.fuse(text, x["text_atts"], model.image_memory(model.encode_image(x["image"])))
@@ -196,7 +213,11 @@ def test_recording_ends_with_its_block() -> None:
         assert torch.equal(states.text[-1], text)
         assert len(states.fusion) == layers - 1, "the last layer computed no whole texts"
         recorded = [len(states.vision), len(states.text), len(states.fusion)]
-        model.fuse(model.encode_text(x["text_ids"], mask), mask, model.image_memory(model.encode_image(x["image"])))
+        model.fuse(
+            model.encode_text(x["text_ids"], mask),
+            mask,
+            model.image_memory(model.encode_image(x["image"])),
+        )
         assert [len(states.vision), len(states.text), len(states.fusion)] == recorded
     assert not any("feed_forward" in vars(module) for module in model.modules())
 
@@ -232,7 +253,9 @@ def loss_mlm_text(model: XFM, x: dict[str, Tensor]) -> Tensor:
 def region_boxes(model: XFM, x: dict[str, Tensor]) -> Tensor:
     _, whole = model.encode_regions(x["r_image"], x["r_idx_to_group_img"], x["r_image_atts"])
     text = model.encode_text(x["r_text_ids"], x["r_text_atts"]).detach()
-    return model.predict_boxes(model.fuse(text, x["r_text_atts"], model.image_memory(whole), first_token_only=True))
+    return model.predict_boxes(
+        model.fuse(text, x["r_text_atts"], model.image_memory(whole), first_token_only=True)
+    )
 
 
 LOSSES: dict[str, Callable[[XFM, dict[str, Tensor]], Tensor]] = {
@@ -245,8 +268,12 @@ LOSSES: dict[str, Callable[[XFM, dict[str, Tensor]], Tensor]] = {
     "mlm_text": loss_mlm_text,
     "mim": lambda model, x: loss_mim(model, x, patches_only=False),
     "mim_patches_only": lambda model, x: loss_mim(model, x, patches_only=True),
-    "r_bbox": lambda model, x: box_l1_loss(region_boxes(model, x), x["r_target_bbox"], x["r_is_image"]),
-    "r_giou": lambda model, x: box_giou_loss(region_boxes(model, x), x["r_target_bbox"], x["r_is_image"]),
+    "r_bbox": lambda model, x: box_l1_loss(
+        region_boxes(model, x), x["r_target_bbox"], x["r_is_image"]
+    ),
+    "r_giou": lambda model, x: box_giou_loss(
+        region_boxes(model, x), x["r_target_bbox"], x["r_is_image"]
+    ),
 }
 
 
@@ -284,7 +311,9 @@ def test_full_gradients(loss: str) -> None:
         gradient = found.get(name)
         if gradient is not None and expected.any():
             # Stored in fp32.
-            assert relative_error(gradient, expected) < 1e-6 or float(expected.abs().max()) < 1e-15, f"{loss}: {name}"
+            assert (
+                relative_error(gradient, expected) < 1e-6 or float(expected.abs().max()) < 1e-15
+            ), f"{loss}: {name}"
             compared += 1
     assert compared, f"no stored gradient of {loss} was compared"
 
@@ -295,7 +324,10 @@ LOCAL = [("tiny_a", 1), ("tiny_b", 1), ("tiny_b", 2)]
 
 @pytest.mark.parametrize(("case", "depth"), LOCAL)
 def test_outputs_of_local_attention(case: str, depth: int) -> None:
-    x, model = inputs_of(f"{case}/inputs", torch.float64), model_of(case, torch.float64, local_attn_depth=depth)
+    x, model = (
+        inputs_of(f"{case}/inputs", torch.float64),
+        model_of(case, torch.float64, local_attn_depth=depth),
+    )
     truth = tensors(f"local_attn/{case}_depth{depth}")
     with torch.inference_mode():
         found = outputs(model, x)

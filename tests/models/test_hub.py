@@ -64,7 +64,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def test_pushed_and_fetched(hub: Path, model: XFM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_pushed_and_fetched(
+    hub: Path, model: XFM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert model.push_to_hub("someone/xfm-tiny") == "hub://someone/xfm-tiny"
     assert {path.name for path in (hub / "someone/xfm-tiny").iterdir()} == {
@@ -80,7 +82,9 @@ def test_pushed_and_fetched(hub: Path, model: XFM, monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(fetched.encode("a dog"), model.encode("a dog"))
 
 
-def test_errors_name_the_remedy(hub: Path, model: XFM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_errors_name_the_remedy(
+    hub: Path, model: XFM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=r"someone/nothing .*404"):
         XFM.from_pretrained("someone/nothing")
@@ -102,7 +106,10 @@ def test_auto_model(model: XFM, tmp_path: Path) -> None:
     loaded = transformers.AutoModel.from_pretrained(tmp_path)
     assert isinstance(loaded, XFM)
     torch.testing.assert_close(loaded.encode("a dog"), model.encode("a dog"))
-    assert transformers.AutoModel.from_pretrained(str(tmp_path), dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert (
+        transformers.AutoModel.from_pretrained(str(tmp_path), dtype=torch.bfloat16).dtype
+        == torch.bfloat16
+    )
     with pytest.raises(TypeError, match="device_map"):
         transformers.AutoModel.from_pretrained(tmp_path, device_map="auto")
 

@@ -34,7 +34,9 @@ def regions(model: XFM, index: Tensor, mask: Tensor) -> object:
     return model.encode_regions(pixels(), index, mask)
 
 
-def fuse(model: XFM, text: Tensor | None = None, mask: Tensor | None = None, index: Tensor | None = None) -> object:
+def fuse(
+    model: XFM, text: Tensor | None = None, mask: Tensor | None = None, index: Tensor | None = None
+) -> object:
     memory = model.image_memory(torch.zeros(2, 17, 64))
     text = torch.zeros(3, 4, 64) if text is None else text
     return model.fuse(text, torch.ones(3, 4) if mask is None else mask, memory, index)
@@ -46,21 +48,45 @@ EMPTY_REGION[1, 1:] = 0
 # (call, what the message names: the thing and its value)
 REFUSED: dict[str, tuple[Callable[[XFM], object], list[str]]] = {
     "no multiple of the patch": (lambda m: m.encode_image(pixels(1, 3, 32, 36)), ["32x36"]),
-    "patch mask": (lambda m: m.encode_image(pixels(), torch.ones(2, 17)), ["patch_mask", "[2, 17]", "[2, 16]"]),
+    "patch mask": (
+        lambda m: m.encode_image(pixels(), torch.ones(2, 17)),
+        ["patch_mask", "[2, 17]", "[2, 16]"],
+    ),
     "left padding": (
         lambda m: m.encode_text(ids(), torch.tensor([[1, 1, 0], [0, 1, 1]])),
         ["attention_mask of text 1"],
     ),
     "texts without tokens": (lambda m: m.encode_text(ids()[:, :0]), ["text 0"]),
     "ids padded on the left": (lambda m: m.encode_text(ids([1, 0, 2])), ["text 0"]),
-    "fused mask": (lambda m: fuse(m, None, torch.ones(3, 5)), ["attention_mask", "[3, 5]", "[3, 4]"]),
-    "no memory": (lambda m: m.fuse(torch.zeros(1, 4, 64), torch.ones(1, 4), cast("Any", None)), ["memory", "NoneType"]),
+    "fused mask": (
+        lambda m: fuse(m, None, torch.ones(3, 5)),
+        ["attention_mask", "[3, 5]", "[3, 4]"],
+    ),
+    "no memory": (
+        lambda m: m.fuse(torch.zeros(1, 4, 64), torch.ones(1, 4), cast("Any", None)),
+        ["memory", "NoneType"],
+    ),
     "unpaired": (lambda m: fuse(m), ["3 texts", "2 images", "image_index"]),
-    "short index": (lambda m: fuse(m, index=torch.tensor([0, 1])), ["image_index", "[2]", "3 texts"]),
-    "token mask": (lambda m: m.image_memory(torch.zeros(2, 17, 64), torch.ones(2, 16)), ["token_mask", "[2, 16]"]),
-    "region index": (lambda m: regions(m, torch.tensor([0, 2]), torch.ones(2, 17)), ["image_index", "2 images"]),
-    "region mask": (lambda m: regions(m, torch.tensor([0, 1]), torch.ones(2, 16)), ["region_mask", "[2, 16]"]),
-    "empty region": (lambda m: regions(m, torch.tensor([0, 1]), EMPTY_REGION), ["region_mask of region 1"]),
+    "short index": (
+        lambda m: fuse(m, index=torch.tensor([0, 1])),
+        ["image_index", "[2]", "3 texts"],
+    ),
+    "token mask": (
+        lambda m: m.image_memory(torch.zeros(2, 17, 64), torch.ones(2, 16)),
+        ["token_mask", "[2, 16]"],
+    ),
+    "region index": (
+        lambda m: regions(m, torch.tensor([0, 2]), torch.ones(2, 17)),
+        ["image_index", "2 images"],
+    ),
+    "region mask": (
+        lambda m: regions(m, torch.tensor([0, 1]), torch.ones(2, 16)),
+        ["region_mask", "[2, 16]"],
+    ),
+    "empty region": (
+        lambda m: regions(m, torch.tensor([0, 1]), EMPTY_REGION),
+        ["region_mask of region 1"],
+    ),
 }
 
 
@@ -123,7 +149,9 @@ def test_nothing_gives_empty_tensors(depth: int) -> None:
         images = model.encode_image(none, torch.zeros(0, 16))
         texts = model.encode_text(torch.empty(0, 5, dtype=torch.long))
         fused = model.fuse(texts, torch.ones(0, 5), model.image_memory(images))
-        several = model.fuse(texts, torch.ones(0, 5), model.image_memory(model.encode_image(one)), index)
+        several = model.fuse(
+            texts, torch.ones(0, 5), model.image_memory(model.encode_image(one)), index
+        )
         shapes = [
             (images, (0, 17, 64)), (texts, (0, 5, 64)), (fused, (0, 5, 64)), (several, (0, 5, 64)),
             (model.project_image(images), (0, 32)), (model.project_text(texts), (0, 32)),

@@ -29,7 +29,12 @@ def run(encoder: vision.VisionEncoder) -> list[Tensor]:
     size = encoder.config.image_size
     pixels = torch.randn(3, 3, size, size, dtype=torch.float64, requires_grad=True)
     out = encoder(pixels)
-    return [out, *torch.autograd.grad(out.square().sum(), [pixels, *encoder.parameters()], allow_unused=True)]
+    return [
+        out,
+        *torch.autograd.grad(
+            out.square().sum(), [pixels, *encoder.parameters()], allow_unused=True
+        ),
+    ]
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "stochastic depth"])
@@ -43,7 +48,9 @@ def test_joined_norms_change_nothing(
     for found, right in zip(run(encoder), expected, strict=True):
         assert (found is None) == (right is None)
         if right is not None:
-            torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-9 * float(right.detach().abs().max()))
+            torch.testing.assert_close(
+                found, right, rtol=1e-9, atol=1e-9 * float(right.detach().abs().max())
+            )
 
 
 def test_joined_norms_keep_the_type_of_the_result(

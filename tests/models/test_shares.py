@@ -45,7 +45,13 @@ WHOLE, SHARED = [(4, 2)], [(2, 1), (2, 1)]
 @pytest.mark.parametrize("faster", ["whole", "shared"])
 @torch.inference_mode()
 def test_the_faster_way_stays(faster: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([t for seconds in ((3, 2, 3, 2) if faster == "shared" else (2, 3, 2, 3)) for t in (0, seconds)])
+    times = iter(
+        [
+            t
+            for seconds in ((3, 2, 3, 2) if faster == "shared" else (2, 3, 2, 3))
+            for t in (0, seconds)
+        ]
+    )
     monkeypatch.setattr(shares, "time", SimpleNamespace(perf_counter=lambda: next(times)))
     batch = torch.arange(8.0).view(4, 2)
     seen = []
@@ -68,7 +74,9 @@ def test_texts_are_cut_between_two_texts() -> None:
         parts = texts.chunk(chunks)
         assert torch.equal(torch.cat([part.tokens for part in parts]), texts.tokens)
         assert [n for part in parts for n in part.sequences.cu_seqlens.diff().tolist()] == lengths
-        images = torch.cat([part.groups.cu_texts.diff()[None] for part in parts if part.groups is not None]).sum(0)
+        images = torch.cat(
+            [part.groups.cu_texts.diff()[None] for part in parts if part.groups is not None]
+        ).sum(0)
         assert images.tolist() == [2, 0, 3, 1]
         for part in parts:
             assert part.sequences.cu_seqlens[0] == 0
@@ -84,11 +92,17 @@ def test_texts_in_shares(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) ->
     ids = torch.randint(5, model.config.vocab_size, (6, 8))
     mask = torch.arange(8)[None] < torch.tensor([8, 5, 7, 3, 8, 8])[:, None]
     # Texts in any order; the second of three images has none.
-    images, image_of = torch.randn(3, 5, model.config.vision_width, dtype=dtype), torch.tensor([2, 0, 2, 2, 0, 0])
+    images, image_of = (
+        torch.randn(3, 5, model.config.vision_width, dtype=dtype),
+        torch.tensor([2, 0, 2, 2, 0, 0]),
+    )
 
     def run() -> list[Tensor]:
         embeds, memory = model.encode_text(ids, mask), model.image_memory(images)
-        fused = (model.fuse(embeds, mask, memory, image_of, first_token_only=first) for first in (False, True))
+        fused = (
+            model.fuse(embeds, mask, memory, image_of, first_token_only=first)
+            for first in (False, True)
+        )
         return [embeds, *fused]
 
     with torch.inference_mode():
@@ -115,7 +129,13 @@ def test_texts_in_shares(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.usefixtures("int8_chosen")
 @pytest.mark.parametrize(
     "kind",
-    ["frozen", pytest.param("int8", marks=pytest.mark.skipif(int8.why_not() is not None, reason="no int8 GEMMs here"))],
+    [
+        "frozen",
+        pytest.param(
+            "int8",
+            marks=pytest.mark.skipif(int8.why_not() is not None, reason="no int8 GEMMs here"),
+        ),
+    ],
 )
 def test_images_in_shares(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "prefers_onednn", lambda dtype, **_: True)
@@ -142,4 +162,6 @@ def test_images_in_shares(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         found.append(model.encode_image(pixels))
     assert not shares._seconds
     for each in found:
-        assert float((each - expected).abs().max()) <= (0.05 if kind == "int8" else 2e-5) * float(expected.abs().max())
+        assert float((each - expected).abs().max()) <= (0.05 if kind == "int8" else 2e-5) * float(
+            expected.abs().max()
+        )

@@ -40,7 +40,11 @@ def _functions(run: Callable[[], object]) -> int:
     def seen(frame: FrameType, event: str, _: Any) -> None:
         nonlocal count
         code = frame.f_code
-        count += event == "call" and code.co_filename.startswith(_CODE) and not code.co_name.startswith("<")
+        count += (
+            event == "call"
+            and code.co_filename.startswith(_CODE)
+            and not code.co_name.startswith("<")
+        )
 
     before = sys.getprofile()
     sys.setprofile(seen)
@@ -54,7 +58,9 @@ def _functions(run: Callable[[], object]) -> int:
 @pytest.mark.parametrize("kind", COSTS)
 def test_calls_of_a_layer(kind: str, int8_chosen: None, monkeypatch: pytest.MonkeyPatch) -> None:
     dtype = torch.float32 if kind == "fp32" else torch.bfloat16
-    missing = llvm.why_not(torch.int8 if kind == "int8" else dtype) or (int8.why_not() if kind == "int8" else None)
+    missing = llvm.why_not(torch.int8 if kind == "int8" else dtype) or (
+        int8.why_not() if kind == "int8" else None
+    )
     if missing is not None:
         pytest.skip(f"no compiled kernels of {kind} here: {missing}")
     monkeypatch.setattr(selection, "_selections", {})
@@ -65,10 +71,19 @@ def test_calls_of_a_layer(kind: str, int8_chosen: None, monkeypatch: pytest.Monk
         ),
     )  # fmt: skip
     launches, launch = list[int](), builder.Kernel.__call__
-    monkeypatch.setattr(builder.Kernel, "__call__", lambda kernel, *given: launches.append(1) or launch(kernel, *given))
+    monkeypatch.setattr(
+        builder.Kernel,
+        "__call__",
+        lambda kernel, *given: launches.append(1) or launch(kernel, *given),
+    )
 
     def costs(layers: int) -> tuple[int, int, int]:
-        sizes = {"text_width": 128, "text_heads": 2, "text_intermediate": 256, "text_layers": layers}
+        sizes = {
+            "text_width": 128,
+            "text_heads": 2,
+            "text_intermediate": 256,
+            "text_layers": layers,
+        }
         model = XFM(XFMConfig.preset("tiny").model_copy(update=sizes)).eval().to(dtype)
         ready = model.quantise() if kind == "int8" else model.freeze()
         ids = torch.randint(5, ready.config.vocab_size, (1, 13))

@@ -34,7 +34,10 @@ def texts_of(x: dict[str, Tensor], prefix: str) -> dict[str, Any]:
 def pair_batch(case: str, *, ids: bool = False) -> PairBatch:
     x = inputs_of(f"{case}/inputs", torch.float64)
     return PairBatch(
-        **texts_of(x, ""), image=x["image"], image_ids=x["idx"] if ids else None, patch_mask=x["image_mask"]
+        **texts_of(x, ""),
+        image=x["image"],
+        image_ids=x["idx"] if ids else None,
+        patch_mask=x["image_mask"],
     )
 
 
@@ -78,7 +81,10 @@ def rows(batch: Batch, *, image: slice | None = None, text: slice) -> dict[str, 
 
 
 def negatives_of(case: str, batch: Batch) -> tuple[Tensor, Tensor]:
-    x, prefix = inputs_of(f"{case}/inputs", torch.float64), "r_" if isinstance(batch, RegionBatch) else ""
+    x, prefix = (
+        inputs_of(f"{case}/inputs", torch.float64),
+        "r_" if isinstance(batch, RegionBatch) else "",
+    )
     return x[f"{prefix}itm_image_neg_idx"], x[f"{prefix}itm_text_neg_idx"]
 
 

@@ -12,7 +12,9 @@ from xfm_fast.objectives import pretraining_losses
 
 @pytest.mark.parametrize("case", ["tiny_a", "tiny_b"])
 @pytest.mark.parametrize("kind", ["pairs", "regions", "texts"])
-def test_a_batch_that_was_never_on_the_host(monkeypatch: pytest.MonkeyPatch, case: str, kind: str) -> None:
+def test_a_batch_that_was_never_on_the_host(
+    monkeypatch: pytest.MonkeyPatch, case: str, kind: str
+) -> None:
     """Without a layout from the host, empty slots are carried along: the same losses, only slower."""
     batch = steps.BATCHES[kind](case)
     assert not isinstance(batch, ImageBatch)

@@ -30,7 +30,9 @@ from xfm_fast.objectives import (
 
 
 def features(count: int, width: int = 6) -> tuple[Tensor, Tensor]:
-    image, text = (F.normalize(torch.randn(count, width, dtype=torch.float64), dim=-1) for _ in range(2))
+    image, text = (
+        F.normalize(torch.randn(count, width, dtype=torch.float64), dim=-1) for _ in range(2)
+    )
     return image, text
 
 
@@ -63,8 +65,12 @@ def test_golden_losses_from_golden_tensors(case: str) -> None:
 
 
 PATCHES = torch.tensor([[1, 0, 1], [0, 0, 1]])
-BOXES = torch.tensor([[0.5, 0.5, 0.4, 0.3], [0.3, 0.6, 0.2, 0.2], [0.7, 0.2, 0.3, 0.3]], dtype=torch.float64)
-OTHERS = torch.tensor([[0.45, 0.55, 0.5, 0.2], [0.8, 0.2, 0.1, 0.1], [0.71, 0.22, 0.1, 0.1]], dtype=torch.float64)
+BOXES = torch.tensor(
+    [[0.5, 0.5, 0.4, 0.3], [0.3, 0.6, 0.2, 0.2], [0.7, 0.2, 0.3, 0.3]], dtype=torch.float64
+)
+OTHERS = torch.tensor(
+    [[0.45, 0.55, 0.5, 0.2], [0.8, 0.2, 0.1, 0.1], [0.71, 0.22, 0.1, 0.1]], dtype=torch.float64
+)
 
 
 def test_image_modelling_does_not_move_its_target() -> None:
@@ -84,7 +90,10 @@ def test_nothing_to_predict_is_zero_with_a_graph() -> None:
     assert logits.grad is not None
     assert not logits.grad.any()
     masked = torch.randn(2, 4, 3)
-    assert masked_image_loss(masked, torch.randn(2, 4, 3), torch.zeros(2, 3), patches_only=True).item() == 0
+    assert (
+        masked_image_loss(masked, torch.randn(2, 4, 3), torch.zeros(2, 3), patches_only=True).item()
+        == 0
+    )
     every = torch.ones(3)
     assert box_l1_loss(BOXES, OTHERS, every).item() == 0
     assert box_giou_loss(BOXES, OTHERS, every).item() == 0
@@ -110,7 +119,10 @@ def plain_giou(a: tuple[float, ...], b: tuple[float, ...]) -> float:
 
 @given(st.lists(st.tuples(box, box), min_size=1, max_size=5))
 def test_giou_of_any_boxes(pairs: list[tuple[tuple[float, ...], tuple[float, ...]]]) -> None:
-    a, b = (torch.tensor([pair[i] for pair in pairs], dtype=torch.float64, requires_grad=True) for i in (0, 1))
+    a, b = (
+        torch.tensor([pair[i] for pair in pairs], dtype=torch.float64, requires_grad=True)
+        for i in (0, 1)
+    )
     found = generalized_iou(a, b)
     # Areas near the smallest numbers are all rounding; elsewhere the definition holds.
     for value, pair in zip(found.tolist(), pairs, strict=True):
@@ -151,7 +163,10 @@ def test_negatives_are_drawn_with_their_weights() -> None:
         expected = weights[side] / weights[side].sum(1, keepdim=True) * draws
         for row in range(5):
             drawable = expected[row] > 0
-            observed, predicted = counts[side, row][drawable].numpy(), expected[row][drawable].numpy()
+            observed, predicted = (
+                counts[side, row][drawable].numpy(),
+                expected[row][drawable].numpy(),
+            )
             assert stats.chisquare(observed, predicted).pvalue > 1e-4
 
 
@@ -200,7 +215,9 @@ def test_a_mean_over_one_is_that_one() -> None:
     targets[2] = 5
     word = F.cross_entropy(logits[2:3], targets[2:3])
     torch.testing.assert_close(masked_lm_loss(logits, targets), word)
-    torch.testing.assert_close(ops.linear_cross_entropy(logits, torch.eye(7), None, targets, backend="reference"), word)
+    torch.testing.assert_close(
+        ops.linear_cross_entropy(logits, torch.eye(7), None, targets, backend="reference"), word
+    )
     a, b = torch.rand(3, 4), torch.rand(3, 4)
     whole_images = torch.tensor([1, 0, 1])
     torch.testing.assert_close(box_l1_loss(a, b, whole_images), (a[1] - b[1]).abs().sum())

@@ -14,7 +14,15 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import CASES
-from tests.objectives.steps import BATCHES, model_of, negatives_of, pair_batch, region_batch, text_batch, total
+from tests.objectives.steps import (
+    BATCHES,
+    model_of,
+    negatives_of,
+    pair_batch,
+    region_batch,
+    text_batch,
+    total,
+)
 from xfm_fast import flops
 from xfm_fast.batches import IGNORED, Batch, TextBatch
 from xfm_fast.kernels import attention, caching, ladder, linear, ops
@@ -46,7 +54,12 @@ def test_a_last_layer_computes_targets_only(case: str) -> None:
     whole = flops.text_encoder(config, lengths) + flops.lm_head(config, sum(masked))
     unread = sum(lengths) - sum(masked)
     # Query and output projection and both halves of the MLP, forward and twice backward.
-    saved = 3 * flops.linear(unread, config.text_width, 2 * config.text_width + 2 * config.text_intermediate).total
+    saved = (
+        3
+        * flops.linear(
+            unread, config.text_width, 2 * config.text_width + 2 * config.text_intermediate
+        ).total
+    )
     scores = sum((length - read) * length for length, read in zip(lengths, masked, strict=True))
     assert found == 3 * whole.total - saved - 3 * 4 * scores * config.text_width
 
@@ -71,7 +84,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return seen
 
 
-@pytest.mark.parametrize(("batch", "images"), [(pair_batch, 2), (region_batch, 1)], ids=["pairs", "regions"])
+@pytest.mark.parametrize(
+    ("batch", "images"), [(pair_batch, 2), (region_batch, 1)], ids=["pairs", "regions"]
+)
 def test_passes_of_a_step(batch: Callable[[str], Batch], images: int, calls: Counter[str]) -> None:
     pretraining_losses(model_of("tiny_a"), batch("tiny_a"))
     assert calls == {
@@ -100,14 +115,22 @@ def test_the_backward_pass_ends_with_texts(batch: Callable[[str], Batch]) -> Non
     model.zero_grad(set_to_none=True)
     for hook in hooks:
         hook.remove()
-    encoders = [name.split(".")[0] for name in ended if name.startswith(("text_encoder.", "vision_encoder."))]
+    encoders = [
+        name.split(".")[0]
+        for name in ended
+        if name.startswith(("text_encoder.", "vision_encoder."))
+    ]
     first = encoders.index("text_encoder")
     assert set(encoders[:first]) == {"vision_encoder"}
     assert set(encoders[first:]) == {"text_encoder"}
     if batch is pair_batch:
         fusion = next(name for name in ended if name.startswith("fusion_encoder.roberta.encoder."))
         assert ended.index("vision_encoder.mask_token") < ended.index(fusion)
-    weights = [layer.attention.self.query.weight for layer in model.modules() if isinstance(layer, TransformerLayer)]
+    weights = [
+        layer.attention.self.query.weight
+        for layer in model.modules()
+        if isinstance(layer, TransformerLayer)
+    ]
     assert not caching.cached_tensors(weights)
 
 

@@ -56,7 +56,12 @@ VALUES = {
         "imlm": "forward_loss_mlm",
         "mim": "forward_loss_mim",
     },
-    "pairs with ids": {"itc": "loss_itc_idx", "itm": "loss_itm", "imlm": "loss_imlm", "mim": "loss_mim"},
+    "pairs with ids": {
+        "itc": "loss_itc_idx",
+        "itm": "loss_itm",
+        "imlm": "loss_imlm",
+        "mim": "loss_mim",
+    },
     "regions": {
         "itc": "r_forward_loss_itc",
         "itm": "r_forward_loss_itm",
@@ -110,7 +115,9 @@ def test_each_loss_asked_for_alone_is_the_same(case: str, kind: str) -> None:
     model, together = run(case, kind)
     batch = BATCHES[kind](case)
     for name, value in together.items():
-        alone = pretraining_losses(model, batch, hard_negatives=negatives_of(case, batch), losses={name})
+        alone = pretraining_losses(
+            model, batch, hard_negatives=negatives_of(case, batch), losses={name}
+        )
         assert set(alone) == {name}
         assert alone[name].item() == pytest.approx(value.item(), rel=1e-12)
         expected, found = gradients(model, value), gradients(model, alone[name])
@@ -119,7 +126,9 @@ def test_each_loss_asked_for_alone_is_the_same(case: str, kind: str) -> None:
             if gradient is None or other is None:
                 assert gradient is other, f"{name}: {parameter}"
             else:
-                assert torch.allclose(gradient, other, rtol=1e-9, atol=1e-14), f"{name}: {parameter}"
+                assert torch.allclose(gradient, other, rtol=1e-9, atol=1e-14), (
+                    f"{name}: {parameter}"
+                )
 
 
 def by_brightness(image: Tensor) -> Tensor:
@@ -139,7 +148,9 @@ def test_masked_images_predict_the_codes_of_a_tokenizer(kind: str) -> None:
     hidden = batch.patch_mask.bool()
     with torch.no_grad():
         codes = by_brightness(batch.image)
-    plain = F.cross_entropy(model.lm_head(model.encode_image(batch.image, hidden)[:, 1:][hidden]), codes[hidden])
+    plain = F.cross_entropy(
+        model.lm_head(model.encode_image(batch.image, hidden)[:, 1:][hidden]), codes[hidden]
+    )
     given = negatives_of("tiny_a", batch) if kind == "pairs" else None
     losses = pretraining_losses(model, batch, hard_negatives=given, mim_target=by_brightness)
     assert losses["mim"].item() == pytest.approx(plain.item(), rel=1e-10)

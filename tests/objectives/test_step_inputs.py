@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.objectives.steps import image_batch, model_of, pair_batch, region_batch, rows, text_batch, total
+from tests.objectives.steps import (
+    image_batch,
+    model_of,
+    pair_batch,
+    region_batch,
+    rows,
+    text_batch,
+    total,
+)
 from xfm_fast.batches import IGNORED, Batch, ImageBatch, PairBatch, RegionBatch
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError, UnavailableError
@@ -30,17 +38,34 @@ def step(batch: Batch, **options: Any) -> dict[str, Tensor]:
     return pretraining_losses(model_of(CASE), batch, **options)
 
 
-PAIR, REGION, TEXT, IMAGE = pair_batch(CASE), region_batch(CASE), text_batch(CASE), image_batch(CASE)
+PAIR, REGION, TEXT, IMAGE = (
+    pair_batch(CASE),
+    region_batch(CASE),
+    text_batch(CASE),
+    image_batch(CASE),
+)
 OWN = torch.arange(4)
 
 # A call, and a part of the message: the thing with its value.
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "unknown loss": (lambda: step(PAIR, losses={"mlm"}), "'mlm'"),
     "other patch mask": (lambda: step(PAIR, patch_mask=torch.ones(4, 17)), "[4, 17]"),
-    "NaN box": (lambda: step(replace(REGION, boxes=changed(REGION.boxes, 2, 1, to=float("nan")))), "boxes of text 2"),
-    "image index": (lambda: step(replace(REGION, image_index=changed(REGION.image_index, 1, to=2))), "image_index"),
-    "id": (lambda: step(replace(PAIR, masked_input_ids=changed(PAIR.masked_input_ids, 0, 1, to=211))), "of 211"),
-    "label": (lambda: step(replace(TEXT, masked_labels=changed(TEXT.masked_labels, 0, 0, to=211))), "of 211"),
+    "NaN box": (
+        lambda: step(replace(REGION, boxes=changed(REGION.boxes, 2, 1, to=float("nan")))),
+        "boxes of text 2",
+    ),
+    "image index": (
+        lambda: step(replace(REGION, image_index=changed(REGION.image_index, 1, to=2))),
+        "image_index",
+    ),
+    "id": (
+        lambda: step(replace(PAIR, masked_input_ids=changed(PAIR.masked_input_ids, 0, 1, to=211))),
+        "of 211",
+    ),
+    "label": (
+        lambda: step(replace(TEXT, masked_labels=changed(TEXT.masked_labels, 0, 0, to=211))),
+        "of 211",
+    ),
     "position beyond the text": (
         lambda: step(replace(PAIR, masked_positions=changed(PAIR.masked_positions, 1, 0, to=12))),
         "masked_positions[1]",
@@ -50,7 +75,10 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         "masked_positions[3]",
     ),
     "too few negatives": (lambda: step(PAIR, hard_negatives=(OWN, OWN[1:])), "text_negative_index"),
-    "negative beyond the batch": (lambda: step(PAIR, hard_negatives=(OWN, OWN + 1)), "text_negative_index"),
+    "negative beyond the batch": (
+        lambda: step(PAIR, hard_negatives=(OWN, OWN + 1)),
+        "text_negative_index",
+    ),
     "one pair": (lambda: step(PairBatch(**rows(PAIR, text=slice(1)))), "1 pair(s)"),
     "one image": (lambda: step(replace(PAIR, image_ids=torch.full((4,), 7))), "image id 7"),
 }
@@ -125,10 +153,14 @@ def test_a_mask_is_drawn_where_none_is_given() -> None:
     given = torch.zeros(4, 16)
     given[:, 3] = 1
     expected = step(replace(PAIR, patch_mask=given), losses={"mim"})["mim"].item()
-    assert step(PAIR, patch_mask=given, losses={"mim"})["mim"].item() == pytest.approx(expected, rel=1e-12)
+    assert step(PAIR, patch_mask=given, losses={"mim"})["mim"].item() == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
-@pytest.mark.parametrize("batch", [PAIR, REGION, TEXT, IMAGE], ids=lambda batch: type(batch).__name__)
+@pytest.mark.parametrize(
+    "batch", [PAIR, REGION, TEXT, IMAGE], ids=lambda batch: type(batch).__name__
+)
 def test_half_precision_is_close(batch: Batch) -> None:
     model = model_of(CASE, hidden_dropout=0.0).float()
     if isinstance(batch, PairBatch | RegionBatch | ImageBatch):

@@ -57,7 +57,9 @@ def texts(count: int, config: XFMConfig, draw: torch.Generator) -> dict[str, Ten
     # Any order, any number of targets up to the slots; the places are those of real tokens.
     keys = torch.rand(count, LENGTH, generator=draw).masked_fill(~mask, 2)
     positions = keys.argsort(1)[:, :SLOTS]
-    wanted = torch.arange(SLOTS) < torch.minimum(integers(SLOTS + 1, count, 1), mask.sum(1, keepdim=True))
+    wanted = torch.arange(SLOTS) < torch.minimum(
+        integers(SLOTS + 1, count, 1), mask.sum(1, keepdim=True)
+    )
     labels = ids.gather(1, positions).masked_fill(~wanted, IGNORED)
     masked = ids.scatter(1, positions, config.mask_token_id).where(mask, ids)
     return {
@@ -70,7 +72,9 @@ def texts(count: int, config: XFMConfig, draw: torch.Generator) -> dict[str, Ten
 
 
 def pixels(count: int, config: XFMConfig, draw: torch.Generator) -> Tensor:
-    return torch.randn(count, 3, config.image_size, config.image_size, generator=draw, dtype=torch.float64)
+    return torch.randn(
+        count, 3, config.image_size, config.image_size, generator=draw, dtype=torch.float64
+    )
 
 
 def pair_batch(count: int, config: XFMConfig, seed: int, *, ids: bool) -> PairBatch:
@@ -147,7 +151,9 @@ def test_regions(count: int, images: int, seed: int, local_attn_depth: int) -> N
 @given(st.integers(1, 5), st.integers(0, 10**6))
 def test_texts(count: int, seed: int) -> None:
     model = model_with()
-    assert_same(model, TextBatch(**texts(count, model.config, torch.Generator().manual_seed(seed))), None)  # pyright: ignore[reportArgumentType]
+    assert_same(
+        model, TextBatch(**texts(count, model.config, torch.Generator().manual_seed(seed))), None  # pyright: ignore[reportArgumentType]
+    )
 
 
 def test_one_fusion_layer_and_texts_that_keep_their_graph() -> None:
@@ -157,10 +163,16 @@ def test_one_fusion_layer_and_texts_that_keep_their_graph() -> None:
 
 @settings(max_examples=10)
 @given(st.integers(2, 5), st.integers(0, 10**6), st.booleans())
-def test_a_fixed_capacity_for_negatives_changes_nothing(count: int, seed: int, regions: bool) -> None:
+def test_a_fixed_capacity_for_negatives_changes_nothing(
+    count: int, seed: int, regions: bool
+) -> None:
     """What a step does on an accelerator, where no size may depend on the draw."""
     model = model_with()
-    batch = region_batch(count, 2, model.config, seed) if regions else pair_batch(count, model.config, seed, ids=False)
+    batch = (
+        region_batch(count, 2, model.config, seed)
+        if regions
+        else pair_batch(count, model.config, seed, ids=False)
+    )
     with pytest.MonkeyPatch.context() as context:
         context.setattr("xfm_fast.objectives.fusion_pass.fixed_capacity", lambda *_: True)
         assert_same(model, batch, drawn(count, seed))
@@ -173,7 +185,9 @@ def test_what_is_packed_beyond_a_text_may_hold_anything() -> None:
     with pytest.MonkeyPatch.context() as context:
         context.setattr("xfm_fast.objectives.fusion_pass.fixed_capacity", lambda *_: True)
         alone = pretraining_losses(model, batch, hard_negatives=drawn(3, 3), losses={"itm"})["itm"]
-        beside = pretraining_losses(model, batch, hard_negatives=drawn(3, 3), losses={"itm", "imlm"})["itm"]
+        beside = pretraining_losses(
+            model, batch, hard_negatives=drawn(3, 3), losses={"itm", "imlm"}
+        )["itm"]
     assert alone.item() == pytest.approx(beside.item(), rel=1e-12)
 
 
@@ -188,7 +202,9 @@ def test_gradients_of_a_deep_model() -> None:
     config = XFMConfig.preset("tiny", text_layers=24, fusion_layers=24)
     batch = pair_batch(8, config, 0, ids=False)
     step, exact = (
-        make_step(PRETRAINING, config, 0, {"batch": replace(batch, image=batch.image.to(dtype))}, CPU)
+        make_step(
+            PRETRAINING, config, 0, {"batch": replace(batch, image=batch.image.to(dtype))}, CPU
+        )
         for dtype in (torch.float32, torch.float64)
     )
     exact.model.double()

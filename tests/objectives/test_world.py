@@ -69,7 +69,10 @@ def test_official_negatives_are_drawn_in_each_process(found: Found, case: str) -
     """Matching is what a process makes of its pairs when it is alone; the contrastive loss still sees all of them."""
     size, (losses_of_all, _) = len(found), alone(case)
     shared = set(losses_of_all) - {"itm"}
-    means = {name: sum(float(result["inside"][case][0][name]) for result in found) / size for name in shared}
+    means = {
+        name: sum(float(result["inside"][case][0][name]) for result in found) / size
+        for name in shared
+    }
     for name, mean in means.items():
         assert mean == pytest.approx(losses_of_all[name].item(), rel=1e-11), name
     for rank, result in enumerate(found):

@@ -11,7 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.objectives.steps import gradients, rows, total
-from tests.objectives.test_step_twin import drawn, model_with, pair_batch, pixels, region_batch, texts
+from tests.objectives.test_step_twin import (
+    drawn,
+    model_with,
+    pair_batch,
+    pixels,
+    region_batch,
+    texts,
+)
 from tests.training.small_runs import in_processes
 from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
 from xfm_fast.errors import InputError
@@ -20,7 +27,15 @@ from xfm_fast.objectives import pretraining_losses
 from xfm_fast.training.distributed import end_groups
 
 PAIRS, IMAGES = 8, 4
-CASES = ("pairs", "pairs with ids", "pairs without stop-gradient", "regions", "local regions", "texts", "images")
+CASES = (
+    "pairs",
+    "pairs with ids",
+    "pairs without stop-gradient",
+    "regions",
+    "local regions",
+    "texts",
+    "images",
+)
 DRAWN = ("pairs", "pairs with ids", "regions")
 Result = tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]
 
@@ -44,7 +59,9 @@ def whole(case: str) -> tuple[Batch, tuple[Tensor, Tensor] | None]:
         return replace(batch, image_index=torch.arange(PAIRS) * IMAGES // PAIRS), drawn(PAIRS, 11)
     if case == "texts":
         return TextBatch(**texts(PAIRS, config, draw)), None  # pyright: ignore[reportArgumentType]
-    mask = torch.rand(PAIRS, config.num_patches, generator=draw) < torch.rand(PAIRS, 1, generator=draw)
+    mask = torch.rand(PAIRS, config.num_patches, generator=draw) < torch.rand(
+        PAIRS, 1, generator=draw
+    )
     return ImageBatch(image=pixels(PAIRS, config, draw), patch_mask=mask), None
 
 
@@ -55,7 +72,9 @@ def part(batch: Batch, negatives: Any, rank: int, world: int) -> tuple[Batch, An
     fields = rows(batch, text=texts, image=images if isinstance(batch, RegionBatch) else None)
     if isinstance(batch, RegionBatch):
         fields["image_index"] = fields["image_index"] - images.start
-    return type(batch)(**fields), None if negatives is None else tuple(index[texts] for index in negatives)
+    return type(batch)(**fields), None if negatives is None else tuple(
+        index[texts] for index in negatives
+    )
 
 
 def method(case: str) -> dict[str, Any]:
@@ -73,7 +92,9 @@ def alone(case: str) -> Result:
     model, (batch, negatives) = model_for(case), whole(case)
     losses = pretraining_losses(model, batch, hard_negatives=negatives, **method(case))
     found = {name: gradients(model, loss) for name, loss in scalars(case, losses).items()}
-    return losses, {name: {k: g for k, g in of.items() if g is not None} for name, of in found.items()}
+    return losses, {
+        name: {k: g for k, g in of.items() if g is not None} for name, of in found.items()
+    }
 
 
 def together(case: str, rank: int, world: int, **options: Any) -> Result:
@@ -85,8 +106,13 @@ def together(case: str, rank: int, world: int, **options: Any) -> Result:
     averaged: dict[str, dict[str, Tensor]] = {}
     for name, loss in scalars(case, losses).items():
         found = gradients(model, loss)
-        averaged[name] = {parameter: gradient for parameter, gradient in found.items() if gradient is not None}
-    for tensor in (*means.values(), *(gradient for of in averaged.values() for gradient in of.values())):
+        averaged[name] = {
+            parameter: gradient for parameter, gradient in found.items() if gradient is not None
+        }
+    for tensor in (
+        *means.values(),
+        *(gradient for of in averaged.values() for gradient in of.values()),
+    ):
         dist.all_reduce(tensor)
         tensor /= world
     return means, averaged
@@ -97,9 +123,15 @@ def refused(rank: int) -> dict[str, str]:
     model = model_for("pairs")
     shorter = pair_batch(3, model.config, 1, ids=False)
     if rank == 0:
-        narrow = replace(shorter, input_ids=shorter.input_ids[:, :8], attention_mask=shorter.attention_mask[:, :8])
         narrow = replace(
-            narrow, masked_input_ids=shorter.masked_input_ids[:, :8], masked_labels=shorter.masked_labels * 0 - 100
+            shorter,
+            input_ids=shorter.input_ids[:, :8],
+            attention_mask=shorter.attention_mask[:, :8],
+        )
+        narrow = replace(
+            narrow,
+            masked_input_ids=shorter.masked_input_ids[:, :8],
+            masked_labels=shorter.masked_labels * 0 - 100,
         )
         one_less = PairBatch(**rows(shorter, text=slice(2)))
         with_ids = replace(shorter, image_ids=torch.arange(3))
@@ -129,13 +161,17 @@ def drawn_inside(case: str, rank: int, world: int) -> Result:
 
 def _work(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )
     try:
         found: dict[str, Any] = {case: together(case, rank, world) for case in CASES}
         found["official"] = together("pairs", rank, world, official_itc_gradient=True)
         found["refused"] = refused(rank)
         local, _ = part(whole("pairs")[0], None, rank, world)
-        losses = pretraining_losses(model_for("pairs"), local, generator=torch.Generator().manual_seed(rank))
+        losses = pretraining_losses(
+            model_for("pairs"), local, generator=torch.Generator().manual_seed(rank)
+        )
         found["drawn"] = {name: loss.detach() for name, loss in losses.items()}
         found["inside"] = {case: drawn_inside(case, rank, world) for case in DRAWN}
         torch.save(found, f"{folder}/{rank}.pt")

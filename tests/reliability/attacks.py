@@ -66,7 +66,11 @@ def _command(arguments: list[str], _: Path) -> None:
     done = invoke(arguments)
     if done.exit_code == 0:
         raise _Silent(done.output[-300:])
-    if done.exit_code != 2 or not done.stderr.startswith("xfm-fast: ") or "internal error" in done.stderr:
+    if (
+        done.exit_code != 2
+        or not done.stderr.startswith("xfm-fast: ")
+        or "internal error" in done.stderr
+    ):
         raise RuntimeError(f"exit code {done.exit_code}: {done.output[-1000:]}")
     # A warning may come before it.
     *before, said = done.stderr.splitlines()
@@ -75,7 +79,9 @@ def _command(arguments: list[str], _: Path) -> None:
     raise XFMError(said)
 
 
-def _commands(group: Any = app, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _commands(
+    group: Any = app, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
     if group.default_command is not None:
         yield path, group
     for name in group:
@@ -92,7 +98,9 @@ def on_the_command_line() -> Iterator[Attack]:
         for each in arguments:
             if not each.field_info.is_keyword or not each.name.startswith("--"):
                 continue
-            wrong = ["x", "1,x", "٣x"] if mentions(each.hint, int) or mentions(each.hint, float) else []
+            wrong = (
+                ["x", "1,x", "٣x"] if mentions(each.hint, int) or mentions(each.hint, float) else []
+            )
             if mentions(each.hint, float):
                 wrong.append("nan" if not mentions(each.hint, tuple) else "0,x")
             if mentions(each.hint, int) and not mentions(each.hint, float):
@@ -152,10 +160,22 @@ def on_the_model() -> Iterator[Attack]:
                 torch.zeros(2, 5, config.text_width), v, _model().image_memory(torch.zeros(2, 17, width))
             )
         )  # fmt: skip
-    for method in ("project_image", "project_text", "image_memory", "match_logits", "predict_boxes"):
+    for method in (
+        "project_image",
+        "project_text",
+        "image_memory",
+        "match_logits",
+        "predict_boxes",
+    ):
         for name, value in (strange | {"another width": torch.zeros(2, 5, width + 1)}).items():
-            yield Attack("model", f"{method} {name}", lambda _, m=method, v=value: getattr(_model(), m)(v))
-    places = {"too many": torch.tensor([0, 5]), "negative": torch.tensor([-1, 0]), "floats": mask[0, :2]}
+            yield Attack(
+                "model", f"{method} {name}", lambda _, m=method, v=value: getattr(_model(), m)(v)
+            )
+    places = {
+        "too many": torch.tensor([0, 5]),
+        "negative": torch.tensor([-1, 0]),
+        "floats": mask[0, :2],
+    }
     for name, value in places.items():
         yield Attack(
             "model", f"image_index {name}", lambda _, v=value: _model().fuse(
@@ -167,16 +187,27 @@ def on_the_model() -> Iterator[Attack]:
     }  # fmt: skip
     for name, values in options.items():
         for value in values:
-            yield Attack("model", f"{name}={value!r}", lambda _, n=name, v=value: XFM(_model().config, **{n: v}))
+            yield Attack(
+                "model",
+                f"{name}={value!r}",
+                lambda _, n=name, v=value: XFM(_model().config, **{n: v}),
+            )
     sizes: tuple[Any, ...] = (0, -8, 33, 10**9, math.nan)
     for new in sizes:
-        yield Attack("model", f"set_image_size {new}", lambda _, n=new: XFM(_model().config).set_image_size(n))
+        yield Attack(
+            "model",
+            f"set_image_size {new}",
+            lambda _, n=new: XFM(_model().config).set_image_size(n),
+        )
 
 
 def on_retrieval() -> Iterator[Attack]:
     """Re-ranking with numbers and shapes that do not belong together, and `accelerate` with what is no model."""
     config = XFMConfig.preset("tiny")
-    images, texts = torch.zeros(3, config.num_image_tokens, config.vision_width), torch.zeros(4, 5, config.text_width)
+    images, texts = (
+        torch.zeros(3, config.num_image_tokens, config.vision_width),
+        torch.zeros(4, 5, config.text_width),
+    )
     mask = torch.ones(4, 5)
     call = partial(rerank, model=_model())
     wrong: dict[str, Callable[[], Any]] = {
@@ -201,7 +232,9 @@ def on_retrieval() -> Iterator[Attack]:
         "exclude": {"exclude": "nothing"}, "nothing": {}, "a type": {"include": torch.nn.Conv2d},
     }  # fmt: skip
     for name, each in options.items():
-        yield Attack("accelerate", name, lambda _, o=each: xfm_fast.accelerate(torch.nn.Linear(2, 2), **o))
+        yield Attack(
+            "accelerate", name, lambda _, o=each: xfm_fast.accelerate(torch.nn.Linear(2, 2), **o)
+        )
 
 
 def public_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
@@ -209,7 +242,10 @@ def public_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     model, picture = _model(), Image.new("RGB", (8, 8))
     config, retriever = model.config, Retriever(model)
     texts, mask = torch.zeros(1, 5, config.text_width), torch.ones(1, 5)
-    images, ids = torch.zeros(1, config.num_image_tokens, config.vision_width), torch.full((1, 5), 7)
+    images, ids = (
+        torch.zeros(1, config.num_image_tokens, config.vision_width),
+        torch.full((1, 5), 7),
+    )
     pixels = torch.zeros(1, 3, config.image_size, config.image_size)
     sheet = {"path": "a.html", "query": "a cat", "found": (), "index": None}
     return {
@@ -224,13 +260,19 @@ def public_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "XFM.similarity": (model.similarity, {"images": picture, "texts": "a cat"}),
         "XFM.encode_image": (model.encode_image, {"pixels": pixels}),
         "XFM.encode_text": (model.encode_text, {"input_ids": ids, "attention_mask": mask}),
-        "XFM.fuse": (model.fuse, {"text_embeds": texts, "attention_mask": mask, "memory": model.image_memory(images)}),
+        "XFM.fuse": (
+            model.fuse,
+            {"text_embeds": texts, "attention_mask": mask, "memory": model.image_memory(images)},
+        ),
         "XFM.set_image_size": (XFM(config).set_image_size, {"image_size": 48}),
         "XFMConfig.preset": (XFMConfig.preset, {"name": "tiny"}),
         "XFMConfig.load": (XFMConfig.load, {"path": "absent"}),
         "XFMConfig.from_official": (XFMConfig.from_official, {"source": "absent"}),
         "XFMProcessor": (XFMProcessor, {"config": config, "tokenizer": tiny_tokenizer()}),
-        "XFMProcessor.__call__": (XFMProcessor(config, tiny_tokenizer()), {"images": picture, "text": "a cat"}),
+        "XFMProcessor.__call__": (
+            XFMProcessor(config, tiny_tokenizer()),
+            {"images": picture, "text": "a cat"},
+        ),
         "XFMProcessor.from_pretrained": (XFMProcessor.from_pretrained, {"folder": "absent"}),
         "CaptionTokenizer.from_files": (CaptionTokenizer.from_files, {"path": "absent"}),
         "load": (xfm_fast.load, {"folder": "absent"}),
@@ -239,7 +281,10 @@ def public_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "Retriever": (Retriever, {"model": model, "token_budget": 5}),
         "Retriever.embed_images": (retriever.embed_images, {"batches": [pixels]}),
         "Retriever.embed_texts": (retriever.embed_texts, {"batches": [(ids, None)]}),
-        "rerank": (rerank, {"image_embeds": images, "text_embeds": texts, "attention_mask": mask, "model": model}),
+        "rerank": (
+            rerank,
+            {"image_embeds": images, "text_embeds": texts, "attention_mask": mask, "model": model},
+        ),
         "build_index": (build_index, {"path": "absent", "model": None}),
         "open_index": (open_index, {"path": "absent"}),
         "search": (search, {"index": None, "model": None, "query": "a cat"}),
@@ -262,7 +307,9 @@ def on_the_api() -> Iterator[Attack]:
             for kind, value in wrong.items():
                 changed = arguments | {parameter: value}
                 if wrong_argument(call, (), {parameter: value}) is not None:
-                    yield Attack("api", f"{name} {parameter}={kind}", lambda _, c=call, a=changed: c(**a))
+                    yield Attack(
+                        "api", f"{name} {parameter}={kind}", lambda _, c=call, a=changed: c(**a)
+                    )
 
 
 def on_configurations() -> Iterator[Attack]:
@@ -270,7 +317,11 @@ def on_configurations() -> Iterator[Attack]:
     for name, field in XFMConfig.model_fields.items():
         kind = field.annotation
         values: tuple[Any, ...] = ("x", [1], {}, math.nan, math.inf, -math.inf)
-        if mentions(kind, int) and name not in ("local_attn_depth", "num_masking_patches", "min_num_patches"):
+        if mentions(kind, int) and name not in (
+            "local_attn_depth",
+            "num_masking_patches",
+            "min_num_patches",
+        ):
             values += (-7, 10**12, 2.5, 10**400)
         elif mentions(kind, float) and not mentions(kind, int):
             values += (-0.5, 1e300 if "ratio" in name else -1e300)
@@ -325,7 +376,11 @@ def _is_no_file(name: str, folder: Path) -> Path:
     elif name == "folder":
         path.mkdir()
     else:
-        return Path({"device": "/dev/zero", "long": "x" * 300, "below-a-file": __file__ + "/x"}.get(name, name))
+        return Path(
+            {"device": "/dev/zero", "long": "x" * 300, "below-a-file": __file__ + "/x"}.get(
+                name, name
+            )
+        )
     return path
 
 
@@ -334,17 +389,30 @@ def on_paths() -> Iterator[Attack]:
     names = "absent pipe circle dangling empty zeros noise folder device long below-a-file"
     for reader, read in READERS.items():
         for name in names.split():
-            yield Attack("paths", f"{reader} {name}", lambda f, r=read, n=name: r(_is_no_file(n, f)))
+            yield Attack(
+                "paths", f"{reader} {name}", lambda f, r=read, n=name: r(_is_no_file(n, f))
+            )
 
 
 def attacks() -> list[Attack]:
     """All of them."""
-    groups = (on_the_command_line, on_the_model, on_retrieval, on_the_api, on_configurations, on_paths)
-    return [*{(attack.surface, attack.name): attack for group in groups for attack in group()}.values()]
+    groups = (
+        on_the_command_line,
+        on_the_model,
+        on_retrieval,
+        on_the_api,
+        on_configurations,
+        on_paths,
+    )
+    return [
+        *{(attack.surface, attack.name): attack for group in groups for attack in group()}.values()
+    ]
 
 
 def _tree(folder: Path) -> dict[str, int]:
-    return {str(path.relative_to(folder)): path.lstat().st_mode for path in sorted(folder.rglob("*"))}
+    return {
+        str(path.relative_to(folder)): path.lstat().st_mode for path in sorted(folder.rglob("*"))
+    }
 
 
 class _Hang(BaseException):
@@ -387,7 +455,11 @@ def end_of(attack: Attack) -> tuple[End, str]:
             signal.alarm(0)
             signal.signal(signal.SIGALRM, old)
         # Besides what was attacked, and the index of lines that readers keep beside a file.
-        made = {name for name in _tree(Path(place)).keys() - before.keys() if name not in ("it", ".it.index")}
+        made = {
+            name
+            for name in _tree(Path(place)).keys() - before.keys()
+            if name not in ("it", ".it.index")
+        }
         return ("half-written", f"left {sorted(made)}") if made else ("repelled", said)
 
 

@@ -72,9 +72,25 @@ MOST_BYTES = 256 << 20
 MOST_BYTES_OF_IMAGES = 1 << 30
 MOST_SECONDS = 10.0
 Edit = tuple[str, float, float, bytes]
-_NUMBERS = [struct.pack(form, value) for form in ("<I", ">I", "<Q", ">Q") for value in (0, 1, 1 << 31, (1 << 32) - 1)]
+_NUMBERS = [
+    struct.pack(form, value)
+    for form in ("<I", ">I", "<Q", ">Q")
+    for value in (0, 1, 1 << 31, (1 << 32) - 1)
+]
 _WORDS = [
-    *(b"\0" * 16, b"\xff" * 8, b"\n", b"\r\n", b'"', b"null", b"true", b"-1", b"1e999", b"NaN", b"9" * 30),
+    *(
+        b"\0" * 16,
+        b"\xff" * 8,
+        b"\n",
+        b"\r\n",
+        b'"',
+        b"null",
+        b"true",
+        b"-1",
+        b"1e999",
+        b"NaN",
+        b"9" * 30,
+    ),
     *(
         b"[" * 200,
         b"{" * 200,
@@ -84,7 +100,14 @@ _WORDS = [
         b"\xc3\x28",
         b"\xef\xbb\xbf",
     ),
-    *(b"../../x", b"/etc/passwd", b"PK\x03\x04", b"cos\nsystem\n", b"\x8c\x02os\x8c\x06system\x93", b"\x80\x04"),
+    *(
+        b"../../x",
+        b"/etc/passwd",
+        b"PK\x03\x04",
+        b"cos\nsystem\n",
+        b"\x8c\x02os\x8c\x06system\x93",
+        b"\x80\x04",
+    ),
     *(b"\xef\xbb\xbf", b"R", b"\x85", b".", b"q\xff", b"j\xff\xff\xff\x7f"),
 ]
 _CONTENTS = _NUMBERS + _WORDS
@@ -94,7 +117,12 @@ _KINDS = ("turn", "cut", "end", "repeat", "move", "insert", "replace", "fill")
 def edits(draw: random.Random) -> list[Edit]:
     """One to five edits."""
     return [
-        (draw.choice(_KINDS), draw.random(), draw.random(), draw.choice([draw.choice(_CONTENTS), draw.randbytes(3)]))
+        (
+            draw.choice(_KINDS),
+            draw.random(),
+            draw.random(),
+            draw.choice([draw.choice(_CONTENTS), draw.randbytes(3)]),
+        )
         for _ in range(draw.randint(1, 5))
     ]
 
@@ -104,7 +132,9 @@ def edited(data: bytes, changes: list[Edit]) -> bytes:
     for kind, first, second, content in changes:
         at, length = int(first * len(data)), 1 + int(second * second * len(data) / 4)
         if kind == "turn":
-            data = data[:at] + bytes(byte ^ content[0] for byte in data[at : at + 1]) + data[at + 1 :]
+            data = (
+                data[:at] + bytes(byte ^ content[0] for byte in data[at : at + 1]) + data[at + 1 :]
+            )
         elif kind == "cut":
             data = data[:at] + data[at + length :]
         elif kind == "end":
@@ -146,7 +176,9 @@ def _change(value: Any, choose: random.Random) -> Any:
     if not isinstance(value, dict | list) or not value or choose.random() < 0.15:
         return choose.choice(_VALUES)
     inside = dict(value) if isinstance(value, dict) else list(value)
-    key: Any = choose.choice([*inside]) if isinstance(inside, dict) else choose.randrange(len(inside))
+    key: Any = (
+        choose.choice([*inside]) if isinstance(inside, dict) else choose.randrange(len(inside))
+    )
     kind = choose.randrange(8)
     if kind == 0:
         inside.pop(key)
@@ -185,7 +217,10 @@ class Format:
     values: bool = False
 
 
-_STATE = {"a.weight": torch.arange(12.0).reshape(3, 4), "b.bias": torch.ones(5, dtype=torch.bfloat16)}
+_STATE = {
+    "a.weight": torch.arange(12.0).reshape(3, 4),
+    "b.bias": torch.ones(5, dtype=torch.bfloat16),
+}
 
 
 def _saved(content: Any, **options: Any) -> bytes:
@@ -216,7 +251,11 @@ _PICKLES = tuple(
 
 def _safetensors(header: bytes) -> bytes:
     whole = save(_STATE)
-    return len(header).to_bytes(8, "little") + header + whole[8 + int.from_bytes(whole[:8], "little") :]
+    return (
+        len(header).to_bytes(8, "little")
+        + header
+        + whole[8 + int.from_bytes(whole[:8], "little") :]
+    )
 
 
 def _chunks(png: bytes) -> bytes:
@@ -234,7 +273,9 @@ def _png(chunks: bytes) -> bytes:
     while at + 8 <= len(chunks):
         kind, length = chunks[at : at + 4], int.from_bytes(chunks[at + 4 : at + 8], "big")
         body = chunks[at + 8 : at + 8 + length]
-        out += len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+        out += (
+            len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+        )
         at += 8 + len(body)
     return out
 
@@ -256,7 +297,10 @@ def _read_training(folder: Path) -> Any:
     for name, data in files.items():
         (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
         (checkpoint / name).write_bytes(data)
-    sums = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    sums = {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in files.items()
+    }
     (checkpoint / "manifest.json").write_text(json.dumps({"format": 1, "files": sums}))
     return checkpoints.newest(folder / "checkpoints")
 
@@ -265,7 +309,11 @@ def _tar() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         members = {}
         for number in range(3):
-            members |= {f"{number}.jpg": picture(number), f"{number}.txt": b"a cat", f"{number}.json": b'{"a": [1]}'}
+            members |= {
+                f"{number}.jpg": picture(number),
+                f"{number}.txt": b"a cat",
+                f"{number}.json": b'{"a": [1]}',
+            }
         return write_tar(Path(folder) / "a.tar", members).read_bytes()
 
 
@@ -292,7 +340,10 @@ def _journal() -> bytes:
 
 
 def _image(
-    name: str, whole: bytes, decode: Callable[..., Any], packed: Callable[[bytes], bytes] = lambda data: data
+    name: str,
+    whole: bytes,
+    decode: Callable[..., Any],
+    packed: Callable[[bytes], bytes] = lambda data: data,
 ) -> Format:
     return Format(
         name, (whole,), lambda folder: decode((folder / name).read_bytes(), name), packed,
@@ -305,7 +356,9 @@ def _tokenizer_files() -> dict[str, bytes]:
         path = Path(folder) / "tokenizer.json"
         tiny_tokenizer().save(path)
         whole = json.loads(path.read_bytes())
-    merges = "#version: 0.2\n" + "\n".join(m if isinstance(m, str) else " ".join(m) for m in whole["model"]["merges"])
+    merges = "#version: 0.2\n" + "\n".join(
+        m if isinstance(m, str) else " ".join(m) for m in whole["model"]["merges"]
+    )
     return {
         "tokenizer.json": json.dumps(whole).encode(),
         "vocab.json": json.dumps(whole["model"]["vocab"]).encode(),
@@ -314,13 +367,24 @@ def _tokenizer_files() -> dict[str, bytes]:
 
 
 def _refs() -> bytes:
-    reference = {"image_id": 5, "file_name": "COCO_5.jpg", "split": "val", "sentences": [{"raw": "a cat"}]}
+    reference = {
+        "image_id": 5,
+        "file_name": "COCO_5.jpg",
+        "split": "val",
+        "sentences": [{"raw": "a cat"}],
+    }
     return pickle.dumps([{"ref_id": n, "ann_id": n} | reference for n in range(3)], protocol=2)
 
 
 _PAIRS = [{"image": f"{name}.jpg", "caption": "a cat", "image_id": f"{name}1"} for name in "ab"]
 _ARRAY = json.dumps(_PAIRS).encode()
-_QUESTION = {"image": "a.jpg", "question": "what?", "question_id": 1, "answer": ["yes", "no"], "dataset": "vqa"}
+_QUESTION = {
+    "image": "a.jpg",
+    "question": "what?",
+    "question_id": 1,
+    "answer": ["yes", "no"],
+    "dataset": "vqa",
+}
 _QUESTIONS = json.dumps([_QUESTION]).encode()
 _CONFIG = json.dumps({"preset": "tiny", "image_size": 32}).encode()
 _RECIPE = (Path(checkpoints.__file__).parent / "recipes" / "pretrain_tiny_shapes.yaml").read_bytes()
@@ -403,13 +467,28 @@ def _formats() -> list[Format]:
     return [
         Format("checkpoint.th", (_saved(_STATE),), _state_in("checkpoint.th")),
         Format("pickle.th", _PICKLES, _state_in("pickle.th"), _repacked),
-        Format("legacy.th", (_saved(_STATE, _use_new_zipfile_serialization=False),), _state_in("legacy.th")),
+        Format(
+            "legacy.th",
+            (_saved(_STATE, _use_new_zipfile_serialization=False),),
+            _state_in("legacy.th"),
+        ),
         Format("a.safetensors", (save(_STATE),), _state_in("a.safetensors")),
         Format("header.safetensors", (header,), _state_in("header.safetensors"), _safetensors),
-        Format("a.yaml", (_YAML, _RECIPE), lambda f: parse_yaml((f / "a.yaml").read_bytes()), refuses=plain),
-        Format("recipe.yaml", (_RECIPE,), lambda f: read_recipe(f / "recipe.yaml", "xfm_fast.training")),
+        Format(
+            "a.yaml",
+            (_YAML, _RECIPE),
+            lambda f: parse_yaml((f / "a.yaml").read_bytes()),
+            refuses=plain,
+        ),
+        Format(
+            "recipe.yaml", (_RECIPE,), lambda f: read_recipe(f / "recipe.yaml", "xfm_fast.training")
+        ),
         Format("a.csv", (b"image,caption\na.jpg,a cat\nb.jpg,a dog\n",), _table),
-        Format("a.jsonl", ("".join(json.dumps(pair(n)) + "\n" for n in range(3)).encode(),), _read_lines),
+        Format(
+            "a.jsonl",
+            ("".join(json.dumps(pair(n)) + "\n" for n in range(3)).encode(),),
+            _read_lines,
+        ),
         Format("a.tar", (_tar(),), _read_shard),
         Format("refs(unc).p", (_refs(),), lambda f: read_plain_pickle(f / "refs(unc).p")),
         _image("a.jpg", picture(2), decode_pixels),
@@ -417,10 +496,23 @@ def _formats() -> list[Format]:
         _image("chunks.png", _chunks(png), decode_image, _png),
         _image("a.webp", picture(3, form="WEBP"), decode_image),
         _image("a.gif", picture(4, form="GIF", mode="P"), decode_image),
-        Format("merges.txt", (tokens["merges.txt"],), CaptionTokenizer.from_files, others=without("merges.txt")),
-        Format("vocab.json", (tokens["vocab.json"],), CaptionTokenizer.from_files, others=without("vocab.json")),
+        Format(
+            "merges.txt",
+            (tokens["merges.txt"],),
+            CaptionTokenizer.from_files,
+            others=without("merges.txt"),
+        ),
+        Format(
+            "vocab.json",
+            (tokens["vocab.json"],),
+            CaptionTokenizer.from_files,
+            others=without("vocab.json"),
+        ),
         Format("scores.jsonl", (_journal(),), lambda f: read_journal(f / "scores.jsonl")),
-        *(Format(name, contents, read, values=True, **more) for name, contents, read, more in _json_formats(tokens)),
+        *(
+            Format(name, contents, read, values=True, **more)
+            for name, contents, read, more in _json_formats(tokens)
+        ),
     ]
 
 
@@ -435,15 +527,40 @@ def _json_formats(
         ("a.json", (_ARRAY, _CONFIG), lambda f: parse_json((f / "a.json").read_bytes()), plain),
         ("task.json", (_task(),), task_of, {}),
         ("recipe.json", (_run_recipe(),), recipe_of, {}),
-        ("requests.jsonl", (_REQUESTS,), lambda f: requests_in(_retrieval(), f / "requests.jsonl"), {}),
-        ("e.jsonl", (_ENTRIES,), _read_index, {"others": {INDEX_FILE: _index(), "f.f32": _FEATURES}}),
-        (INDEX_FILE, (_index(),), _read_index, {"others": {"e.jsonl": _ENTRIES, "f.f32": _FEATURES}}),
+        (
+            "requests.jsonl",
+            (_REQUESTS,),
+            lambda f: requests_in(_retrieval(), f / "requests.jsonl"),
+            {},
+        ),
+        (
+            "e.jsonl",
+            (_ENTRIES,),
+            _read_index,
+            {"others": {INDEX_FILE: _index(), "f.f32": _FEATURES}},
+        ),
+        (
+            INDEX_FILE,
+            (_index(),),
+            _read_index,
+            {"others": {"e.jsonl": _ENTRIES, "f.f32": _FEATURES}},
+        ),
         ("config.json", (_config(),), lambda f: XFMConfig.load(f / "config.json"), {}),
         ("manifest.json", (_manifest(),), Manifest.load, {}),
         ("pairs.json", (_ARRAY,), lambda f: [*retrieval_rows(f / "pairs.json")[0].records()], {}),
-        ("questions.json", (_QUESTIONS,), lambda f: [*vqa_rows(f / "questions.json")[0].records()], {}),
+        (
+            "questions.json",
+            (_QUESTIONS,),
+            lambda f: [*vqa_rows(f / "questions.json")[0].records()],
+            {},
+        ),
         ("boxes.json", boxes, lambda f: read_detections(f / "boxes.json"), {}),
-        ("tokenizer.json", (tokenizer,), lambda f: CaptionTokenizer.from_files(f / "tokenizer.json"), {}),
+        (
+            "tokenizer.json",
+            (tokenizer,),
+            lambda f: CaptionTokenizer.from_files(f / "tokenizer.json"),
+            {},
+        ),
         ("log.jsonl", (_LOG,), lambda f: read_log(f / "log.jsonl"), {}),
     ]
 
@@ -452,7 +569,12 @@ FORMATS = {each.name: each for each in _formats()}
 
 
 def attack(
-    form: Format, inputs: int, *, number: int = 0, most_seconds: float | None = None, values: bool = False
+    form: Format,
+    inputs: int,
+    *,
+    number: int = 0,
+    most_seconds: float | None = None,
+    values: bool = False,
 ) -> Counter[str]:
     """Give a format so many inputs with edited bytes, or with changed values; how each ended, by error class.
 
@@ -460,7 +582,9 @@ def attack(
         AssertionError: an input broke a bound, or brought an error that is none of ours.
     """
     ends: Counter[str] = Counter()
-    folder = Path(tempfile.mkdtemp(prefix="xfm-fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    folder = Path(
+        tempfile.mkdtemp(prefix="xfm-fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+    )
 
     def end_of(data: bytes) -> str:
         (folder / form.name).write_bytes(data)
@@ -492,7 +616,9 @@ def attack(
                 try:
                     ends[end_of(data)] += 1
                 except Exception as error:
-                    raise AssertionError(f"input {at} of seed {number}, {data[:500]!r}: {error!r}") from error
+                    raise AssertionError(
+                        f"input {at} of seed {number}, {data[:500]!r}: {error!r}"
+                    ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return ends
@@ -500,10 +626,14 @@ def attack(
 
 def main() -> int:
     """Attack every format; 1 where one broke."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--inputs", type=int, default=100_000, help="of each format")
     parser.add_argument("--format", default="", help="only those whose name holds this")
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="for another day's inputs")
+    parser.add_argument(
+        "--seed", type=int, default=random.randrange(1 << 32), help="for another day's inputs"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{options.inputs:,} inputs a format, seed {options.seed}", flush=True)
@@ -514,8 +644,17 @@ def main() -> int:
                 continue
             what = f"{form.name}, {'values' if values else 'bytes'}"
             try:
-                ends = attack(form, options.inputs, number=options.seed, most_seconds=MOST_SECONDS, values=values)
-                print(f"{what}: {', '.join(f'{name} {count:,}' for name, count in ends.most_common())}", flush=True)
+                ends = attack(
+                    form,
+                    options.inputs,
+                    number=options.seed,
+                    most_seconds=MOST_SECONDS,
+                    values=values,
+                )
+                print(
+                    f"{what}: {', '.join(f'{name} {count:,}' for name, count in ends.most_common())}",
+                    flush=True,
+                )
             except AssertionError as error:
                 broken += 1
                 print(f"{what}: BROKEN: {error}", flush=True)

@@ -64,7 +64,9 @@ class Shim:
             self._strike(arguments[0])
 
     def _fsync(self, file: Any) -> None:
-        self._strike(os.readlink(f"/proc/self/fd/{file if isinstance(file, int) else file.fileno()}"))
+        self._strike(
+            os.readlink(f"/proc/self/fd/{file if isinstance(file, int) else file.fileno()}")
+        )
         self._sync(file)
 
     def _strike(self, path: Any) -> None:
@@ -105,7 +107,9 @@ def _shard(folder: Path, rank: int, world_size: int) -> None:
 
 
 def _trained(folder: Path) -> Any:
-    weights = [(folder / "run" / name / "model.safetensors").read_bytes() for name in ("model", "average")]
+    weights = [
+        (folder / "run" / name / "model.safetensors").read_bytes() for name in ("model", "average")
+    ]
     return numbers(folder / "run"), weights
 
 
@@ -134,17 +138,25 @@ def _finetune(folder: Path, rank: int, world_size: int) -> None:
 
 def _finetuned(folder: Path) -> Any:
     weights = (folder / "run/model/model.safetensors").read_bytes()
-    return numbers(folder / "run"), weights, (folder / "run/evaluation/test/metrics.json").read_text()
+    return (
+        numbers(folder / "run"),
+        weights,
+        (folder / "run/evaluation/test/metrics.json").read_text(),
+    )
 
 
 def _evaluate(folder: Path, rank: int, world_size: int) -> None:
     from xfm_fast.finetuning.run import evaluate
 
-    evaluate(_recipe(folder, "retrieval"), folder.parent / "material/pretrained", "test", folder / "out")
+    evaluate(
+        _recipe(folder, "retrieval"), folder.parent / "material/pretrained", "test", folder / "out"
+    )
 
 
 def _evaluated(folder: Path) -> Any:
-    return {path.name: path.read_bytes() for path in (folder / "out").iterdir() if path.name != ".lock"}
+    return {
+        path.name: path.read_bytes() for path in (folder / "out").iterdir() if path.name != ".lock"
+    }
 
 
 def _index(folder: Path, rank: int, world_size: int) -> None:
@@ -153,7 +165,10 @@ def _index(folder: Path, rank: int, world_size: int) -> None:
     index._PART = 2
     material = folder.parent / "material"
     index.build_index(
-        material / "world/images/val", open_model(material / "pretrained"), folder / "index", batch_size=1
+        material / "world/images/val",
+        open_model(material / "pretrained"),
+        folder / "index",
+        batch_size=1,
     )
 
 
@@ -175,7 +190,9 @@ def _rerank(folder: Path, rank: int, world_size: int) -> None:
     config = model.config
     images = torch.randn(6, config.num_image_tokens, config.vision_width)
     texts, mask = torch.randn(9, 7, config.text_width), torch.ones(9, 7)
-    result = rerank(images, texts, mask, model=model, k=4, token_budget=20, resume=folder / "scores")
+    result = rerank(
+        images, texts, mask, model=model, k=4, token_budget=20, resume=folder / "scores"
+    )
     write_bytes({folder / "result": result.score_i2t.numpy().tobytes()})
 
 
@@ -193,7 +210,9 @@ WORKS: dict[str, Work] = {
 }
 
 
-def process(rank: int, world_size: int, meeting_point: Path, name: str, folder: Path, fault: Fault) -> None:
+def process(
+    rank: int, world_size: int, meeting_point: Path, name: str, folder: Path, fault: Fault
+) -> None:
     """One process of a work, struck by a fault; what `in_processes` calls."""
     join_group(rank, world_size, meeting_point)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -246,7 +265,9 @@ class Bench:
         folder.mkdir()
         return folder
 
-    def _attempt(self, name: str, world_size: int, folder: Path, fault: Fault, stop: float | None = None) -> list[int]:
+    def _attempt(
+        self, name: str, world_size: int, folder: Path, fault: Fault, stop: float | None = None
+    ) -> list[int]:
         self._number += 1
         meet = self.place / f"meet-{self._number}"
         return in_processes(process, world_size, meet, name, folder, fault, kill_after=stop)
@@ -258,11 +279,15 @@ class Bench:
             codes = self._attempt(name, world_size, folder, Fault())
             assert codes == [0] * world_size, f"{name} by {world_size} processes ended with {codes}"
             seconds = time.perf_counter() - begun
-            most = max(int(Path(f"{folder}.{rank}.count").read_text()) for rank in range(world_size))
+            most = max(
+                int(Path(f"{folder}.{rank}.count").read_text()) for rank in range(world_size)
+            )
             self._whole[name, world_size] = (WORKS[name].result(folder), most, seconds)
         return self._whole[name, world_size]
 
-    def disturbed(self, name: str, fault: Fault, world_size: int = 1, stop: float | None = None) -> str:
+    def disturbed(
+        self, name: str, fault: Fault, world_size: int = 1, stop: float | None = None
+    ) -> str:
         """Work that a fault strikes, or a kill after `stop` seconds, and that is begun again; how it first ended.
 
         Raises:
@@ -271,13 +296,21 @@ class Bench:
         expected, folder = self.whole(name, world_size)[0], self._folder()
         codes = self._attempt(name, world_size, folder, fault, stop)
         # Processes that lose another one may say so in any way.
-        assert codes[fault.rank] in (REFUSED if fault.kind == "full" else -9, 0) or -9 in codes, f"{fault}: {codes}"
+        assert codes[fault.rank] in (REFUSED if fault.kind == "full" else -9, 0) or -9 in codes, (
+            f"{fault}: {codes}"
+        )
         again = self._attempt(name, world_size, folder, Fault())
         assert again == [0] * world_size, f"{name} does not go on after {fault}, {stop} s: {again}"
         found = WORKS[name].result(folder)
         if found != expected:
-            parts = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
-            differing = "; ".join(f"{str(a)[:400]} instead of {str(b)[:400]}" for a, b in parts if a != b)
+            parts = (
+                zip(found, expected, strict=True)
+                if isinstance(found, tuple)
+                else [(found, expected)]
+            )
+            differing = "; ".join(
+                f"{str(a)[:400]} instead of {str(b)[:400]}" for a, b in parts if a != b
+            )
             raise AssertionError(f"{name} after {fault}, {stop} s has another result: {differing}")
         shutil.rmtree(folder)
         return {-9: "killed", REFUSED: "refused"}.get(codes[fault.rank], "finished")
@@ -285,24 +318,45 @@ class Bench:
 
 def main() -> int:
     """Strike at every n-th operation, and kill at moments of the clock; fails where work ends differently."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=50, help="kills of each kind of work, by one and by two processes")
-    parser.add_argument("--every", type=int, default=1, help="strike at each n-th operation on files")
-    parser.add_argument("--work", default="", help=f"only those whose name holds this, of {', '.join(WORKS)}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--runs",
+        type=int,
+        default=50,
+        help="kills of each kind of work, by one and by two processes",
+    )
+    parser.add_argument(
+        "--every", type=int, default=1, help="strike at each n-th operation on files"
+    )
+    parser.add_argument(
+        "--work", default="", help=f"only those whose name holds this, of {', '.join(WORKS)}"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="xfm-soak-") as place:
         bench = Bench(Path(place))
         for name in (name for name in WORKS if options.work in name):
             operations = bench.whole(name)[1]
             kinds: tuple[Kind, ...] = ("kill", "full")
-            faults = [Fault(kind, at) for kind in kinds for at in range(1, operations + 1, options.every)]
+            faults = [
+                Fault(kind, at) for kind in kinds for at in range(1, operations + 1, options.every)
+            ]
             ends = Counter(bench.disturbed(name, fault) for fault in faults)
-            print(f"{name}, struck at {operations} operations: {dict(ends)}, all the same in the end", flush=True)
+            print(
+                f"{name}, struck at {operations} operations: {dict(ends)}, all the same in the end",
+                flush=True,
+            )
             for world_size in (1,) if name in ("re-ranking", "indexing") else (1, 2):
                 seconds = bench.whole(name, world_size)[2]
                 moments = [random.uniform(0, seconds) for _ in range(options.runs)]
-                ends = Counter(bench.disturbed(name, Fault(), world_size, moment) for moment in moments)
-                print(f"{name}, killed in {world_size} processes: {dict(ends)}, all the same in the end", flush=True)
+                ends = Counter(
+                    bench.disturbed(name, Fault(), world_size, moment) for moment in moments
+                )
+                print(
+                    f"{name}, killed in {world_size} processes: {dict(ends)}, all the same in the end",
+                    flush=True,
+                )
     return 0
 
 

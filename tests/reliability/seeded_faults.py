@@ -31,7 +31,15 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_suffix(".json")
 _OF_A_FUNCTION = 2
 _SECONDS = 600
-_SLOW_TO_IMPORT = ("torch", "torchvision", "triton", "hypothesis", "scipy.stats", "pydantic", "safetensors.torch")
+_SLOW_TO_IMPORT = (
+    "torch",
+    "torchvision",
+    "triton",
+    "hypothesis",
+    "scipy.stats",
+    "pydantic",
+    "safetensors.torch",
+)
 
 # The tests that shall see faults of a file, the quickest first.
 COVERED_BY: dict[str, tuple[str, ...]] = {
@@ -64,14 +72,23 @@ COVERED_BY: dict[str, tuple[str, ...]] = {
         "tests/kernels/test_triton_contract.py",
         "tests/kernels/test_triton_attention.py",
     ),
-    "kernels/triton/cross_entropy.py": ("tests/kernels/test_triton_contract.py", "tests/kernels/test_triton_rows.py"),
-    "kernels/triton/layers.py": ("tests/kernels/test_triton_contract.py", "tests/kernels/test_triton_rows.py"),
+    "kernels/triton/cross_entropy.py": (
+        "tests/kernels/test_triton_contract.py",
+        "tests/kernels/test_triton_rows.py",
+    ),
+    "kernels/triton/layers.py": (
+        "tests/kernels/test_triton_contract.py",
+        "tests/kernels/test_triton_rows.py",
+    ),
     "kernels/triton/relpos_attention.py": ("tests/kernels/test_triton_contract.py",),
     "kernels/triton/relpos_table.py": (
         "tests/kernels/test_triton_contract.py",
         "tests/kernels/test_triton_attention.py",
     ),
-    "kernels/triton/rows.py": ("tests/kernels/test_triton_contract.py", "tests/kernels/test_triton_rows.py"),
+    "kernels/triton/rows.py": (
+        "tests/kernels/test_triton_contract.py",
+        "tests/kernels/test_triton_rows.py",
+    ),
     "kernels/triton/varlen_attention.py": (
         "tests/kernels/test_triton_contract.py",
         "tests/kernels/test_triton_attention.py",
@@ -96,7 +113,13 @@ GENERATED: dict[str, tuple[str, ...]] = {
             "matching_loss",
             "hard_negative_weights",
         ),
-        *("sample_hard_negatives", "masked_lm_loss", "masked_token_loss", "masked_image_loss", "masked_image_terms"),
+        *(
+            "sample_hard_negatives",
+            "masked_lm_loss",
+            "masked_token_loss",
+            "masked_image_loss",
+            "masked_image_terms",
+        ),
         *(
             "_check_boxes",
             "_mean_over_boxes",
@@ -107,11 +130,23 @@ GENERATED: dict[str, tuple[str, ...]] = {
             "_quotient",
         ),
     ),
-    "xfm_fast/tasks/captioning.py": ("bleu", "rouge_l", "cider_d", "_ngrams", "_common_subsequence"),
+    "xfm_fast/tasks/captioning.py": (
+        "bleu",
+        "rouge_l",
+        "cider_d",
+        "_ngrams",
+        "_common_subsequence",
+    ),
     "xfm_fast/tasks/grounding.py": ("pixel_iou", "box_accuracy"),
     "xfm_fast/tasks/weak_grounding.py": ("best_box",),
     "xfm_fast/tasks/classification.py": ("f1_score", "correlations"),
-    "xfm_fast/tasks/reranking.py": ("recall", "candidate_recall", "_shares", "top_candidates", "_contained"),
+    "xfm_fast/tasks/reranking.py": (
+        "recall",
+        "candidate_recall",
+        "_shares",
+        "top_candidates",
+        "_contained",
+    ),
     "xfm_fast/tasks/vqa.py": ("strip_punctuation", "vqa_accuracy", "exact_match"),
 }
 _PASSED_OVER = ("check_", "_check_")
@@ -135,13 +170,22 @@ BY_HAND: dict[str, tuple[tuple[str, str], ...]] = {
         ("tl.exp(-0.5 * z * z)", "tl.exp(-z * z)"),
         ("dbias += tl.sum(dy, 0)", "dbias = tl.sum(dy, 0)"),
         ("        z += bias\n", ""),
-        ("tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH + eps)", "tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH)"),
-        ("centred = tl.where(inside, values - mean[:, None], 0.0)", "centred = values - mean[:, None]"),
+        (
+            "tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH + eps)",
+            "tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH)",
+        ),
+        (
+            "centred = tl.where(inside, values - mean[:, None], 0.0)",
+            "centred = values - mean[:, None]",
+        ),
         ("scaled - normalised * along[:, None] - mean", "scaled - mean"),
         ("dgamma += tl.sum(ds * x, 0)", "dgamma += tl.sum(ds, 0)"),
         ("place + programs * WIDTH, dbias", "place + programs * WIDTH, dweight"),
         (">= drop_below, keep_scale, 0.0)", ">= drop_below, 1.0, 0.0)"),
-        ("values *= tl.load(row_scale_ptr + rows // rows_per_scale", "values *= tl.load(row_scale_ptr + rows * 0"),
+        (
+            "values *= tl.load(row_scale_ptr + rows // rows_per_scale",
+            "values *= tl.load(row_scale_ptr + rows * 0",
+        ),
         ("(entry != skipped) & ", ""),
         ("sums += tl.load(addresses", "sums = tl.load(addresses"),
         ("(place >= 0) & (place < places)", "(place >= 0)"),
@@ -156,7 +200,10 @@ BY_HAND: dict[str, tuple[tuple[str, str], ...]] = {
         ("rescale / row_sum", "1.0 / row_sum"),
         ("    dk_a = dk_a * SCALE\n", ""),
         ("        dv_a = tl.where(allowed, dv_a, 0.0)\n", ""),
-        ("row_max * SCALE + tl.log2(row_sum) / LOG2E", "row_max * SCALE + tl.log2(row_sum) * LOG2E"),
+        (
+            "row_max * SCALE + tl.log2(row_sum) / LOG2E",
+            "row_max * SCALE + tl.log2(row_sum) * LOG2E",
+        ),
         ("dq_a * SCALE, dq_b * SCALE", "dq_a, dq_b * SCALE"),
     ),
     "kernels/triton/attention_tiles.py": (
@@ -176,7 +223,10 @@ BY_HAND: dict[str, tuple[tuple[str, str], ...]] = {
         ("inverse = (1.0 / row_sum)[:, None]", "inverse = (0.0 * row_sum + 1.0)[:, None]"),
     ),
     "kernels/triton/relpos_table.py": (
-        ("tl.where(rows > 0, column_class, patches + 2)", "tl.where(rows > 0, column_class, patches + 1)"),
+        (
+            "tl.where(rows > 0, column_class, patches + 2)",
+            "tl.where(rows > 0, column_class, patches + 1)",
+        ),
         ("(height - 1) * span + width - 1", "(width - 1) * span + width - 1"),
         ("tl.where(value < -LARGEST, -LARGEST, value)", "value"),
         ("sign = -1 if TURNED else 1", "sign = 1"),
@@ -227,11 +277,15 @@ def faults() -> Iterator[Fault]:
             yield _fault(file, "", source, source.replace(old, new, 1), start, old, new)
 
 
-def _fault(file: str, function: str, source: str, text: str, start: int, old: str, new: str) -> Fault:
+def _fault(
+    file: str, function: str, source: str, text: str, start: int, old: str, new: str
+) -> Fault:
     first = source.rfind("\n", 0, start) + 1
     stop = source.find("\n", start + len(old.rstrip("\n")))
     before = source[first:stop]
-    after = before[: start - first] + new.rstrip("\n") + before[start - first + len(old.rstrip("\n")) :]
+    after = (
+        before[: start - first] + new.rstrip("\n") + before[start - first + len(old.rstrip("\n")) :]
+    )
     return Fault(file, function, before.strip(), after.strip(), text)
 
 
@@ -295,7 +349,9 @@ def _functions(source: str) -> Iterator[tuple[str, list[Place]]]:
             if isinstance(node, ast.AnnAssign):
                 rest.remove(node.annotation)
             if isinstance(node, ast.Compare) and type(node.ops[0]) in _OPERATORS:
-                found.append(between(node.left, node.comparators[0], _OPERATORS[type(node.ops[0])][0]))
+                found.append(
+                    between(node.left, node.comparators[0], _OPERATORS[type(node.ops[0])][0])
+                )
             elif isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
                 found.append(between(node.left, node.right, _OPERATORS[type(node.op)][0]))
             elif isinstance(node, ast.BoolOp):
@@ -305,7 +361,10 @@ def _functions(source: str) -> Iterator[tuple[str, list[Place]]]:
                 symbol = "~" if isinstance(node.op, ast.Invert) else "not "
                 found.append((start, start + len(symbol), symbol))
             elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-                start, stop = at(node.lineno, node.col_offset), at(node.end_lineno or 0, node.end_col_offset or 0)
+                start, stop = (
+                    at(node.lineno, node.col_offset),
+                    at(node.end_lineno or 0, node.end_col_offset or 0),
+                )
                 found.append((start, stop, source[start:stop]))
             elif isinstance(node, ast.Attribute) and node.attr in _NAMES:
                 stop = at(node.end_lineno or 0, node.end_col_offset or 0)
@@ -318,7 +377,9 @@ class Copy:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+        files = subprocess.run(
+            ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True
+        ).stdout
         for name in filter(None, files.decode().split("\0")):
             if (ROOT / name).exists():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -353,8 +414,20 @@ class Copy:
 
         sys.dont_write_bytecode = True
         os.chdir(self.folder)
-        sys.path[:] = [str(self.folder), *(path for path in sys.path if path and Path(path).resolve() != ROOT)]
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", f"--rootdir={self.folder}", "--no-header"]
+        sys.path[:] = [
+            str(self.folder),
+            *(path for path in sys.path if path and Path(path).resolve() != ROOT),
+        ]
+        options = [
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "not slow",
+            f"--rootdir={self.folder}",
+            "--no-header",
+        ]
         options += [f"--deselect={test}" for test in deselected]
         code = pytest.main([*options, "-c", "pyproject.toml", *tests])
         sys.stdout.flush()
@@ -367,7 +440,10 @@ Key = tuple[str, str, str]
 def _known() -> dict[Key, dict[str, Any]]:
     if not RESULTS.exists():
         return {}
-    return {(row["file"], row["before"], row["after"]): row for row in json.loads(RESULTS.read_text())["faults"]}
+    return {
+        (row["file"], row["before"], row["after"]): row
+        for row in json.loads(RESULTS.read_text())["faults"]
+    }
 
 
 def _write(rows: list[dict[str, Any]]) -> None:
@@ -380,11 +456,19 @@ def _write(rows: list[dict[str, Any]]) -> None:
 
 def main() -> int:
     """Put every fault in, one after the other; 1 where one is not caught."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--file", default="", help="only faults of files whose path holds this")
-    parser.add_argument("--anew", action="store_true", help="those too that an earlier run has caught")
-    parser.add_argument("--deselect", action="append", default=[], help="a test that fails here without any fault")
-    parser.add_argument("--unchecked", action="store_true", help="the tests are known to pass without a fault")
+    parser.add_argument(
+        "--anew", action="store_true", help="those too that an earlier run has caught"
+    )
+    parser.add_argument(
+        "--deselect", action="append", default=[], help="a test that fails here without any fault"
+    )
+    parser.add_argument(
+        "--unchecked", action="store_true", help="the tests are known to pass without a fault"
+    )
     options = parser.parse_args()
     os.environ.setdefault("TRITON_INTERPRET", "1")
     for name in _SLOW_TO_IMPORT:
@@ -399,10 +483,17 @@ def main() -> int:
         for key, fault in places.items():
             # Read anew each time: another process may try others meanwhile.
             tried = _known().get(key)
-            if options.file not in fault.file or (tried and tried["caught_by"] and not options.anew):
+            if options.file not in fault.file or (
+                tried and tried["caught_by"] and not options.anew
+            ):
                 continue
             first = _FIRST.get(fault.function, "")
-            tests = tuple(sorted(COVERED_BY[fault.file], key=lambda test, name=first: not name or name not in test))
+            tests = tuple(
+                sorted(
+                    COVERED_BY[fault.file],
+                    key=lambda test, name=first: not name or name not in test,
+                )
+            )
             for test in (test for test in tests if test not in clean and not options.unchecked):
                 # What fails without a fault says nothing about one.
                 if (failure := copy.first_failure((test,), options.deselect)) is not None:
@@ -417,7 +508,12 @@ def main() -> int:
             caught = caught or copy.first_failure(tests, options.deselect)
             path.write_text(whole, encoding="utf-8")
             print(f"{caught or 'SURVIVED'}: {fault.file}: {fault.after}", flush=True)
-            row = {"file": fault.file, "function": fault.function, "before": fault.before, "after": fault.after}
+            row = {
+                "file": fault.file,
+                "function": fault.function,
+                "before": fault.before,
+                "after": fault.after,
+            }
             done = _known() | {key: row | {"caught_by": caught}}
             _write([done[key] for key in places if key in done])
     known = _known()

@@ -16,7 +16,9 @@ _SHARE = 6
 def test_the_whole_public_api_is_attacked() -> None:
     assert len({(attack.surface, attack.name) for attack in ATTACKS}) == len(ATTACKS) > 1000
     page = (Path(__file__).parents[2] / "docs/api.md").read_text(encoding="utf-8")
-    names = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)", page, flags=re.MULTILINE)}
+    names = {
+        name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)", page, flags=re.MULTILINE)
+    }
     # `accelerated` takes the options of `accelerate`; ops check their own arguments; `emulated` stands without the
     # package and has errors of its own; the others take none.
     others = {"accelerated", "emulated", "errors", "ops", "register_auto_classes", "XFMOutput"}
@@ -24,7 +26,9 @@ def test_the_whole_public_api_is_attacked() -> None:
 
 
 @pytest.mark.parametrize("surface", SURFACES)
-@pytest.mark.parametrize("first", [0, *(pytest.param(at, marks=pytest.mark.slow) for at in range(1, _SHARE))])
+@pytest.mark.parametrize(
+    "first", [0, *(pytest.param(at, marks=pytest.mark.slow) for at in range(1, _SHARE))]
+)
 def test_attacks_are_repelled(monkeypatch: pytest.MonkeyPatch, surface: str, first: int) -> None:
     # A name that is no path may be one on a hub, which is not asked.
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -19,7 +19,10 @@ def test_damaged_files(name: str) -> None:
 @pytest.mark.parametrize("name", JSON)
 def test_values_of_other_types(name: str) -> None:
     ends = attack(FORMATS[name], 150, values=True)
-    assert len([end for end in ends if not end.startswith("whole")]) > 1 or name in ("a.json", "log.jsonl"), ends
+    assert len([end for end in ends if not end.startswith("whole")]) > 1 or name in (
+        "a.json",
+        "log.jsonl",
+    ), ends
 
 
 @pytest.mark.slow
@@ -35,6 +38,8 @@ def test_edits_reach_every_part() -> None:
     assert edited(data, [("end", 0.5, 0.0, b"x")]) == data[:50]
     assert edited(data, [("insert", 0.0, 0.0, b"ab")]) == b"ab" + data
     assert sorted(edited(data, [("move", 0.1, 0.9, b"x")])) == sorted(data)
-    found = {changed(b'{"a": 1, "b": [2, {"c": "x"}]}', random.Random(number)) for number in range(300)}
+    found = {
+        changed(b'{"a": 1, "b": [2, {"c": "x"}]}', random.Random(number)) for number in range(300)
+    }
     assert len(found) > 100
     assert any(b"Infinity" in each for each in found)

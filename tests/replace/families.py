@@ -23,13 +23,34 @@ Inputs = dict[str, Any]
 TRANSFORMERS = int(transformers.__version__.split(".")[0])
 LENGTHS = (11, 3, 6, 1, 8)
 IMAGE = 32
-LAYER = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 63}
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attention_dropout": 0.0}
-SIZES: Inputs = {**LAYER, "vocab_size": 111, "max_position_embeddings": 40, "pad_token_id": 1, **NO_DROPOUT}
+LAYER = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 63,
+}
+NO_DROPOUT = {
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "attention_dropout": 0.0,
+}
+SIZES: Inputs = {
+    **LAYER,
+    "vocab_size": 111,
+    "max_position_embeddings": 40,
+    "pad_token_id": 1,
+    **NO_DROPOUT,
+}
 PIXELS: Inputs = {**LAYER, "image_size": IMAGE, "patch_size": 8, **NO_DROPOUT}
 # The causal masks of transformers 4 overflow in float64.
 CAUSAL_DTYPE, CAUSAL_BOUND = (torch.float64, 1e-12) if TRANSFORMERS > 4 else (torch.float32, 1e-5)
-DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout", "mlp_dropout")
+DROPOUTS = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "attention_dropout",
+    "dropout",
+    "mlp_dropout",
+)
 
 
 def build(name: str, sizes: Inputs, attention: str = "sdpa", **options: Any) -> nn.Module:
@@ -41,7 +62,9 @@ def build(name: str, sizes: Inputs, attention: str = "sdpa", **options: Any) -> 
     return kind(kind.config_class(**sizes | options, attn_implementation=attention))
 
 
-def make(name: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa", **changes: Any) -> Any:
+def make(
+    name: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa", **changes: Any
+) -> Any:
     """A text model of transformers by its class name, in training mode without dropout."""
     model = build(name, SIZES, attention, **changes).to(dtype).train()
     with torch.no_grad():
@@ -51,7 +74,9 @@ def make(name: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa",
     return model
 
 
-def batch(padding: str = "right", *, labels: bool = False, lengths: tuple[int, ...] = LENGTHS) -> Inputs:
+def batch(
+    padding: str = "right", *, labels: bool = False, lengths: tuple[int, ...] = LENGTHS
+) -> Inputs:
     """Ids and mask of texts of these lengths."""
     generator, longest = torch.Generator().manual_seed(1), max(lengths)
     places, ends = torch.arange(longest), torch.tensor(lengths)[:, None]
@@ -74,7 +99,11 @@ def randomised(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Modul
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             spread = 0.3 if parameter.ndim <= 1 or "table" in name else parameter.shape[-1] ** -0.5
-            centre = 1.0 if parameter.ndim == 1 and "norm" in name.lower() and name.endswith("weight") else 0.0
+            centre = (
+                1.0
+                if parameter.ndim == 1 and "norm" in name.lower() and name.endswith("weight")
+                else 0.0
+            )
             parameter.normal_(centre, spread, generator=generator)
     return model.to(dtype).eval()
 
@@ -113,7 +142,9 @@ def _noisy(dtype: torch.dtype) -> Inputs:
 
 def _boxes(dtype: torch.dtype) -> Inputs:
     made = batch()
-    corners = torch.randint(0, 30, (*made["input_ids"].shape, 2), generator=torch.Generator().manual_seed(4))
+    corners = torch.randint(
+        0, 30, (*made["input_ids"].shape, 2), generator=torch.Generator().manual_seed(4)
+    )
     return {**made, "bbox": torch.cat((corners, corners + 5), -1)}
 
 
@@ -126,7 +157,11 @@ def _patches(dtype: torch.dtype) -> Inputs:
 def _fused_texts(dtype: torch.dtype) -> Inputs:
     generator = torch.Generator().manual_seed(1)
     mask = batch()["attention_mask"]
-    seen = (torch.rand(len(mask), 6, generator=generator) < 0.7).long().index_fill(1, torch.tensor([0]), 1)
+    seen = (
+        (torch.rand(len(mask), 6, generator=generator) < 0.7)
+        .long()
+        .index_fill(1, torch.tensor([0]), 1)
+    )
     return {
         "encoder_embeds": torch.randn(*mask.shape, 32, generator=generator, dtype=dtype),
         "attention_mask": mask,
@@ -147,7 +182,9 @@ class Case:
     single: bool = False  # computes a part in fp32 whatever the dtype
     whole: bool = True  # every linear weight of its layers can be packed
 
-    def model(self, dtype: torch.dtype = torch.float64, attention: str = "sdpa", **options: Any) -> Any:
+    def model(
+        self, dtype: torch.dtype = torch.float64, attention: str = "sdpa", **options: Any
+    ) -> Any:
         return randomised(self.build(attention, **self.options | options), dtype)
 
     @property
@@ -157,12 +194,20 @@ class Case:
 
 def _text(name: str, layer: str = "", inputs: Any = _texts, **options: Any) -> Case:
     flags = {flag: options.pop(flag) for flag in ("unpads", "single") if flag in options}
-    return Case(layer or name.removesuffix("Model") + "Layer", partial(build, name, SIZES), inputs, options, **flags)
+    return Case(
+        layer or name.removesuffix("Model") + "Layer",
+        partial(build, name, SIZES),
+        inputs,
+        options,
+        **flags,
+    )
 
 
 def _vision(name: str, layer: str = "", inputs: Any = _images, **options: Any) -> Case:
     sizes = {"image_size": IMAGE, **NO_DROPOUT} if "Swin" in name else PIXELS
-    return Case(layer or name.removesuffix("Model") + "Layer", partial(build, name, sizes), inputs, options)
+    return Case(
+        layer or name.removesuffix("Model") + "Layer", partial(build, name, sizes), inputs, options
+    )
 
 
 def _timm(name: str, layer: str, **options: Any) -> Case:
@@ -173,14 +218,22 @@ def _timm(name: str, layer: str, **options: Any) -> Case:
     def images(dtype: torch.dtype) -> Inputs:
         return {"x": pixels(dtype)}
 
-    swin = {"img_size": IMAGE, "patch_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 3)}
+    swin = {
+        "img_size": IMAGE,
+        "patch_size": 4,
+        "embed_dim": 24,
+        "depths": (2, 2),
+        "num_heads": (2, 3),
+    }
     plain = {"img_size": IMAGE, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
     return Case(layer, build, images, (swin if "swin" in name else plain) | options)
 
 
 def _encoder(norm_first: bool, attention: str, **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    made = partial(nn.TransformerEncoderLayer, 16, 4, 24, 0.0, "gelu", batch_first=True, norm_first=norm_first)
+    made = partial(
+        nn.TransformerEncoderLayer, 16, 4, 24, 0.0, "gelu", batch_first=True, norm_first=norm_first
+    )
     return nn.TransformerEncoder(made(**options), 2, nn.LayerNorm(16), enable_nested_tensor=False)
 
 
@@ -189,7 +242,12 @@ def _sequences(dtype: torch.dtype) -> Inputs:
 
 
 _ROTARY: Inputs = {"hidden_size": 32, "num_attention_heads": 2}
-_LOCAL: Inputs = {"local_attention": 4, "num_hidden_layers": 4, "global_attn_every_n_layers": 2, "bos_token_id": 0}
+_LOCAL: Inputs = {
+    "local_attention": 4,
+    "num_hidden_layers": 4,
+    "global_attn_every_n_layers": 2,
+    "bos_token_id": 0,
+}
 _DISENTANGLED: Inputs = {"relative_attention": True, "single": True}
 _SWIN: Inputs = {
     "patch_size": 4,
@@ -202,7 +260,12 @@ _SWIN: Inputs = {
 _WHOLE: Inputs = _SWIN | {"window_size": 4}
 _FRAMES: Inputs = {"inputs": _videos, "num_frames": 4}
 _VOCABULARY: Inputs = {"vocab_size": 111, "max_position_embeddings": 40, "pad_token_id": 1}
-_CLIP: Inputs = {"vocab_size": 111, "max_position_embeddings": 11, "bos_token_id": 1, "eos_token_id": 2}
+_CLIP: Inputs = {
+    "vocab_size": 111,
+    "max_position_embeddings": 11,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 FAMILIES: dict[str, Case] = {
     # Texts.
     "BERT": _text("BertModel", unpads=True),
@@ -219,14 +282,20 @@ FAMILIES: dict[str, Case] = {
     "RoFormer": _text("RoFormerModel", single=True),
     "RoFormer, values too": _text("RoFormerModel", single=True, rotary_value=True),
     "CLIP's texts": _text("CLIPTextModel", "CLIPEncoderLayer", single=True, **_CLIP),
-    "OWLv2's texts": _text("Owlv2TextModel", "Owlv2EncoderLayer", single=True, max_position_embeddings=11),
+    "OWLv2's texts": _text(
+        "Owlv2TextModel", "Owlv2EncoderLayer", single=True, max_position_embeddings=11
+    ),
     # Images.
     "ViT": _vision("ViTModel"),
     "ViT without biases": _vision("ViTModel", qkv_bias=False, hidden_act="gelu_new"),
     "DeiT": _vision("DeiTModel"),
     "BEiT": _vision("BeitModel", use_relative_position_bias=True),
-    "BEiT, shared bias": _vision("BeitModel", use_shared_relative_position_bias=True, layer_scale_init_value=0.0),
-    "BEiT, both biases": _vision("BeitModel", use_shared_relative_position_bias=True, use_relative_position_bias=True),
+    "BEiT, shared bias": _vision(
+        "BeitModel", use_shared_relative_position_bias=True, layer_scale_init_value=0.0
+    ),
+    "BEiT, both biases": _vision(
+        "BeitModel", use_shared_relative_position_bias=True, use_relative_position_bias=True
+    ),
     "Data2Vec": _vision("Data2VecVisionModel", use_relative_position_bias=True),
     "CLIP's images": _vision("CLIPVisionModel", "CLIPEncoderLayer"),
     "CLIP's images, GELU": _vision("CLIPVisionModel", "CLIPEncoderLayer", hidden_act="gelu"),
@@ -248,12 +317,16 @@ FAMILIES: dict[str, Case] = {
     "timm's BEiT, shared bias": _timm(
         "beit_base_patch16_224", "Block", use_rel_pos_bias=False, use_shared_rel_pos_bias=True
     ),
-    "timm's BEiT, both biases": _timm("beit_base_patch16_224", "Block", use_shared_rel_pos_bias=True),
+    "timm's BEiT, both biases": _timm(
+        "beit_base_patch16_224", "Block", use_shared_rel_pos_bias=True
+    ),
     "timm's BEiT without bias": _timm(
         "beit_base_patch16_224", "Block", use_rel_pos_bias=False, init_values=None, qkv_bias=False
     ),
     "timm's ViT": _timm("vit_base_patch16_224", "Block"),
-    "timm's ViT, norms of q and k": _timm("vit_base_patch16_224", "Block", init_values=0.1, qk_norm=True),
+    "timm's ViT, norms of q and k": _timm(
+        "vit_base_patch16_224", "Block", init_values=0.1, qk_norm=True
+    ),
     "timm's ViT of CLIP": _timm("vit_base_patch16_clip_quickgelu_224", "Block"),
     "timm's ViT-SO400M": _timm("vit_so400m_patch14_siglip_224", "Block"),
     "timm's DeiT": _timm("deit_base_distilled_patch16_224", "Block"),
@@ -262,8 +335,12 @@ FAMILIES: dict[str, Case] = {
     "timm's EVA-02": _timm("eva02_base_patch14_224", "EvaBlock"),
     "timm's EVA-02 large": _timm("eva02_large_patch14_224", "EvaBlock"),
     "timm's vit_relpos": _timm("vit_relpos_base_patch16_224", "RelPosBlock"),
-    "timm's vit_relpos, Swin's table": _timm("vit_relpos_base_patch16_224", "RelPosBlock", rel_pos_type="bias"),
-    "timm's vit_relpos, shared": _timm("vit_relpos_base_patch16_rpn_224", "ResPostRelPosBlock", shared_rel_pos=True),
+    "timm's vit_relpos, Swin's table": _timm(
+        "vit_relpos_base_patch16_224", "RelPosBlock", rel_pos_type="bias"
+    ),
+    "timm's vit_relpos, shared": _timm(
+        "vit_relpos_base_patch16_rpn_224", "ResPostRelPosBlock", shared_rel_pos=True
+    ),
     "timm's vit_srelpos": _timm("vit_srelpos_small_patch16_224", "RelPosBlock"),
     "timm's Swin": _timm("swin_tiny_patch4_window7_224", "SwinTransformerBlock", window_size=3),
     "timm's Swin, moving mask": _timm(
@@ -271,10 +348,18 @@ FAMILIES: dict[str, Case] = {
     ),
     "timm's Swin V2": _timm("swinv2_tiny_window8_256", "SwinTransformerV2Block", window_size=3),
     # PyTorch, and the official code.
-    "PyTorch, pre-norm": Case("TransformerEncoderLayer", partial(_encoder, True), _sequences, whole=False),
-    "PyTorch, post-norm": Case("TransformerEncoderLayer", partial(_encoder, False), _sequences, whole=False),
+    "PyTorch, pre-norm": Case(
+        "TransformerEncoderLayer", partial(_encoder, True), _sequences, whole=False
+    ),
+    "PyTorch, post-norm": Case(
+        "TransformerEncoderLayer", partial(_encoder, False), _sequences, whole=False
+    ),
     "official texts": Case(
-        "TextLayer", lambda _: replicas.TextModel(replicas.TextConfig()), _fused_texts, unpads=True, single=True
+        "TextLayer",
+        lambda _: replicas.TextModel(replicas.TextConfig()),
+        _fused_texts,
+        unpads=True,
+        single=True,
     ),
     "X²-VLM's texts": Case(
         "TextLayerWithoutMode",
@@ -284,7 +369,9 @@ FAMILIES: dict[str, Case] = {
         single=True,
     ),
     "official images": Case(
-        "VisionBlock", lambda _: replicas.VisionTransformer(), lambda dtype: {"x": _random(2, 13, 32, dtype=dtype)}
+        "VisionBlock",
+        lambda _: replicas.VisionTransformer(),
+        lambda dtype: {"x": _random(2, 13, 32, dtype=dtype)},
     ),
 }
 if TRANSFORMERS >= 5:
@@ -300,11 +387,25 @@ if TRANSFORMERS >= 5:
             hidden_dim=63,
             dropout=0.0,
         ),
-        "ALBERT": _text("AlbertModel", unpads=True, embedding_size=24, num_hidden_layers=4, num_hidden_groups=2),
-        "ModernBERT": _text("ModernBertModel", "ModernBertEncoderLayer", unpads=True, single=True, **_ROTARY | _LOCAL),
+        "ALBERT": _text(
+            "AlbertModel", unpads=True, embedding_size=24, num_hidden_layers=4, num_hidden_groups=2
+        ),
+        "ModernBERT": _text(
+            "ModernBertModel",
+            "ModernBertEncoderLayer",
+            unpads=True,
+            single=True,
+            **_ROTARY | _LOCAL,
+        ),
         "NomicBERT": _text("NomicBertModel", unpads=True, **_ROTARY),
         "Jina v3": _text("JinaEmbeddingsV3Model", unpads=True, single=True),
-        "ESM": _text("EsmModel", single=True, position_embedding_type="rotary", mask_token_id=4, token_dropout=True),
+        "ESM": _text(
+            "EsmModel",
+            single=True,
+            position_embedding_type="rotary",
+            mask_token_id=4,
+            token_dropout=True,
+        ),
         "LayoutLMv3": _text(
             "LayoutLMv3Model",
             inputs=_boxes,
@@ -314,13 +415,21 @@ if TRANSFORMERS >= 5:
             max_2d_position_embeddings=64,
         ),
         "DeBERTa-v3": _text(
-            "DebertaV2Model", pos_att_type=["p2c", "c2p"], position_buckets=4, share_att_key=True, **_DISENTANGLED
+            "DebertaV2Model",
+            pos_att_type=["p2c", "c2p"],
+            position_buckets=4,
+            share_att_key=True,
+            **_DISENTANGLED,
         ),
         "DeBERTa-v2": _text("DebertaV2Model", pos_att_type=["c2p"], **_DISENTANGLED),
-        "SigLIP's texts": _text("SiglipTextModel", "SiglipEncoderLayer", projection_size=48, **_CLIP),
+        "SigLIP's texts": _text(
+            "SiglipTextModel", "SiglipEncoderLayer", projection_size=48, **_CLIP
+        ),
         "Pixio": _vision("PixioModel", mlp_ratio=2),
         "SigLIP's images": _vision("SiglipVisionModel", "SiglipEncoderLayer"),
-        "SigLIP 2": _vision("Siglip2VisionModel", "Siglip2EncoderLayer", inputs=_patches, num_patches=16),
+        "SigLIP 2": _vision(
+            "Siglip2VisionModel", "Siglip2EncoderLayer", inputs=_patches, num_patches=16
+        ),
         "DINOv2": _vision("Dinov2Model", mlp_ratio=2),
         "DINOv2, SwiGLU": _vision("Dinov2Model", mlp_ratio=2, use_swiglu_ffn=True),
         "DINOv2 with registers": _vision("Dinov2WithRegistersModel", mlp_ratio=2),
@@ -335,7 +444,9 @@ if TRANSFORMERS >= 5:
 
 def real(values: Tensor, mask: Tensor | None) -> Tensor:
     """Outputs at real tokens, where there is one for each token."""
-    return values if mask is None or values.shape[: mask.ndim] != mask.shape else values[mask.bool()]
+    return (
+        values if mask is None or values.shape[: mask.ndim] != mask.shape else values[mask.bool()]
+    )
 
 
 def states(model: nn.Module, given: Inputs) -> Tensor:
@@ -343,7 +454,9 @@ def states(model: nn.Module, given: Inputs) -> Tensor:
     # DINOv3 moves the places of its patches in training, and ViLT shuffles them.
     torch.manual_seed(5)
     out: Any = model(**given)
-    return real(out if isinstance(out, Tensor) else out.last_hidden_state, given.get("attention_mask"))
+    return real(
+        out if isinstance(out, Tensor) else out.last_hidden_state, given.get("attention_mask")
+    )
 
 
 def inferred(model: nn.Module, given: Inputs) -> Tensor:
@@ -368,7 +481,9 @@ def adapted(model: nn.Module, targets: list[str], *names: str, **options: Any) -
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2)
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2
+                )
     return made.to(dtype)
 
 
@@ -385,9 +500,13 @@ def gradients(model: nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
     """The output, and the gradient of every parameter from a loss that weighs all of it differently."""
     model.zero_grad(set_to_none=True)
     out = run()
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(out.dtype)
+    weights = torch.randn(
+        out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    ).to(out.dtype)
     (out * weights).sum().backward()
-    found = {name: torch.zeros(()) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    found = {
+        name: torch.zeros(()) if p.grad is None else p.grad for name, p in model.named_parameters()
+    }
     return {"output": out.detach()} | found
 
 
@@ -404,21 +523,33 @@ def assert_close(wanted: dict[str, Tensor], found: dict[str, Tensor], bound: flo
 
 
 def assert_equal(
-    original: nn.Module, fast: nn.Module, given: Inputs, bound: float = 1e-12, only_real: bool = False
+    original: nn.Module,
+    fast: nn.Module,
+    given: Inputs,
+    bound: float = 1e-12,
+    only_real: bool = False,
 ) -> None:
     """Outputs by name and gradients of every parameter."""
     mask = given.get("attention_mask") if only_real else None
     sides = []
     for model in (original, fast):
         model.zero_grad(set_to_none=True)
-        outputs = {name: value for name, value in model(**given).items() if isinstance(value, Tensor)}
+        outputs = {
+            name: value for name, value in model(**given).items() if isinstance(value, Tensor)
+        }
         generator = torch.Generator().manual_seed(2)
         total = torch.zeros((), dtype=torch.float64)
         for value in outputs.values():
             seen = real(value, mask).double()
-            total = total + (seen * torch.randn(seen.shape, generator=generator, dtype=torch.float64)).sum()
+            total = (
+                total
+                + (seen * torch.randn(seen.shape, generator=generator, dtype=torch.float64)).sum()
+            )
         total.backward()
-        found = {name: torch.zeros(()) if p.grad is None else p.grad for name, p in model.named_parameters()}
+        found = {
+            name: torch.zeros(()) if p.grad is None else p.grad
+            for name, p in model.named_parameters()
+        }
         sides.append(({name: real(value, mask).detach() for name, value in outputs.items()}, found))
     for wanted, found in zip(*sides, strict=True):
         assert_close(wanted, found, bound)

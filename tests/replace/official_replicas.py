@@ -47,9 +47,20 @@ class SelfAttention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
 
-    def forward(self, x: Tensor, mask: Tensor | None, head_mask: Tensor | None, memory: Tensor | None, past: Any):
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        head_mask: Tensor | None,
+        memory: Tensor | None,
+        past: Any,
+    ):
         source = x if memory is None else memory
-        q, k, v = self._heads(self.query(x)), self._heads(self.key(source)), self._heads(self.value(source))
+        q, k, v = (
+            self._heads(self.query(x)),
+            self._heads(self.key(source)),
+            self._heads(self.value(source)),
+        )
         if past is not None and memory is None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         scores = q @ k.mT / math.sqrt(q.shape[-1])
@@ -72,7 +83,9 @@ class BranchEnd(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         branch = self.dropout(self.dense(x))
-        return self.LayerNorm((self.drop_path(branch) if hasattr(self, "drop_path") else branch) + residual)
+        return self.LayerNorm(
+            (self.drop_path(branch) if hasattr(self, "drop_path") else branch) + residual
+        )
 
 
 class DropPath(nn.Module):
@@ -83,7 +96,10 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        kept, shape = 1 - self.drop_prob, (1, x.shape[1], 1) if self.by_position else (x.shape[0], 1, 1)
+        kept, shape = (
+            1 - self.drop_prob,
+            (1, x.shape[1], 1) if self.by_position else (x.shape[0], 1, 1),
+        )
         return x * torch.bernoulli(x.new_full(shape, kept)) / kept
 
 
@@ -108,7 +124,10 @@ class TextLayer(nn.Module):
         if self.has_cross_attention:
             self.crossattention = Attention(config, config.image_width)
         self.intermediate: Any = nn.Module()
-        self.intermediate.dense, self.intermediate.intermediate_act_fn = nn.Linear(config.width, config.hidden), F.gelu
+        self.intermediate.dense, self.intermediate.intermediate_act_fn = (
+            nn.Linear(config.width, config.hidden),
+            F.gelu,
+        )
         self.output = BranchEnd(config.hidden, config)
 
     def forward(
@@ -122,10 +141,14 @@ class TextLayer(nn.Module):
         output_attentions=False,
         mode="multi_modal",
     ):
-        x, weights, present = self.attention(hidden_states, attention_mask, head_mask, None, past_key_value)
+        x, weights, present = self.attention(
+            hidden_states, attention_mask, head_mask, None, past_key_value
+        )
         attentions = [weights]
         if self.has_cross_attention and encoder_hidden_states is not None:
-            x, weights, _ = self.crossattention(x, encoder_attention_mask, head_mask, encoder_hidden_states, None)
+            x, weights, _ = self.crossattention(
+                x, encoder_attention_mask, head_mask, encoder_hidden_states, None
+            )
             attentions.append(weights)
         x = self.output(self.intermediate.intermediate_act_fn(self.intermediate.dense(x)), x)
         return (x, *(attentions if output_attentions else ()), present)
@@ -147,7 +170,9 @@ class TextLayerWithoutMode(TextLayer):
         history_states=None,
     ):
         memory = (encoder_hidden_states, encoder_attention_mask)
-        return super().forward(hidden_states, attention_mask, head_mask, *memory, past_key_value, output_attentions)
+        return super().forward(
+            hidden_states, attention_mask, head_mask, *memory, past_key_value, output_attentions
+        )
 
 
 class TextStack(nn.Module):
@@ -175,7 +200,11 @@ class TextStack(nn.Module):
         first, last = {"text": (0, split), "fusion": (split, None), "multi_modal": (0, None)}[mode]
         x, presents = hidden_states, ()
         for number, layer in list(enumerate(self.layer))[first:last]:
-            named = {"mode": mode} if self.takes_mode else {"split_lengths": None, "history_states": None}
+            named = (
+                {"mode": mode}
+                if self.takes_mode
+                else {"split_lengths": None, "history_states": None}
+            )
             past = None if past_key_values is None else past_key_values[number]
             mask = None if head_mask is None else head_mask[number]
             memory = (encoder_hidden_states, encoder_attention_mask)
@@ -213,10 +242,14 @@ class Embeddings(nn.Module):
         words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         shape = words.shape[:2]
         if position_ids is None:
-            position_ids = self.position_ids[:, past_key_values_length : past_key_values_length + shape[1]]
+            position_ids = self.position_ids[
+                :, past_key_values_length : past_key_values_length + shape[1]
+            ]
             if hasattr(self, "padding_idx") and input_ids is not None:
                 real = input_ids.ne(self.padding_idx).int()
-                position_ids = ((torch.cumsum(real, 1) + past_key_values_length) * real).long() + self.padding_idx
+                position_ids = (
+                    (torch.cumsum(real, 1) + past_key_values_length) * real
+                ).long() + self.padding_idx
         if token_type_ids is None:
             token_type_ids = torch.zeros(shape, dtype=torch.long)
         x = self.scale * words + self.token_type_embeddings(token_type_ids)
@@ -236,7 +269,9 @@ class LanguageHead(nn.Module):
         self.approximate = approximate
 
     def forward(self, features: Tensor, **kwargs: Any) -> Tensor:
-        return self.decoder(self.layer_norm(F.gelu(self.dense(features), approximate=self.approximate)))
+        return self.decoder(
+            self.layer_norm(F.gelu(self.dense(features), approximate=self.approximate))
+        )
 
 
 class PredictionHead(nn.Module):
@@ -252,7 +287,9 @@ class PredictionHead(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         transform = self.transform
-        return self.decoder(transform.LayerNorm(transform.transform_act_fn(transform.dense(hidden_states))))
+        return self.decoder(
+            transform.LayerNorm(transform.transform_act_fn(transform.dense(hidden_states)))
+        )
 
 
 class TextModel(nn.Module):
@@ -325,12 +362,20 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.proj_drop = nn.Dropout(0.0)
 
-    def forward(self, x, rel_pos_bias=None, return_attention=False, return_qkv=False, image_atts=None):
+    def forward(
+        self, x, rel_pos_bias=None, return_attention=False, return_qkv=False, image_atts=None
+    ):
         bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            F.linear(x, self.qkv.weight, bias)
+            .unflatten(-1, (3, self.num_heads, -1))
+            .permute(2, 0, 3, 1, 4)
+        )
         scores = q * self.scale @ k.mT
         if self.relative_position_bias_table is not None:
-            scores = scores + self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+            scores = scores + self.relative_position_bias_table[
+                self.relative_position_index
+            ].permute(2, 0, 1)
         for added in (rel_pos_bias, image_atts):
             scores = scores if added is None else scores + added
         weights = self.attn_drop(scores.softmax(-1))
@@ -343,7 +388,12 @@ class VisionBlock(nn.Module):
     """As X-FM and X²-VLM have it."""
 
     def __init__(
-        self, width: int, heads: int, window: tuple[int, int] | None, drop_path: float = 0.0, scaled: bool = True
+        self,
+        width: int,
+        heads: int,
+        window: tuple[int, int] | None,
+        drop_path: float = 0.0,
+        scaled: bool = True,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
@@ -354,7 +404,9 @@ class VisionBlock(nn.Module):
         self.gamma_1 = nn.Parameter(torch.rand(width)) if scaled else None
         self.gamma_2 = nn.Parameter(torch.rand(width)) if scaled else None
 
-    def forward(self, x, rel_pos_bias=None, return_attention=False, return_qkv=False, image_atts=None):
+    def forward(
+        self, x, rel_pos_bias=None, return_attention=False, return_qkv=False, image_atts=None
+    ):
         branch = self.attn(self.norm1(x), rel_pos_bias, return_attention, return_qkv, image_atts)
         if return_attention:
             return branch
@@ -364,7 +416,9 @@ class VisionBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    def __init__(self, width: int = 32, heads: int = 4, window: tuple[int, int] = (3, 4), depth: int = 2) -> None:
+    def __init__(
+        self, width: int = 32, heads: int = 4, window: tuple[int, int] = (3, 4), depth: int = 2
+    ) -> None:
         super().__init__()
         self.blocks: Any = nn.ModuleList(VisionBlock(width, heads, window) for _ in range(depth))
         self.fc_norm = nn.LayerNorm(width)

@@ -47,7 +47,9 @@ class FusedAffine(Fused):
         self.count()
         self.calls.append(self.settings)
         module: Any = self
-        out = module.scale * nn.functional.linear(features, module.linear.weight, module.linear.bias)
+        out = module.scale * nn.functional.linear(
+            features, module.linear.weight, module.linear.bias
+        )
         return out * (2 if kwargs.get("doubled") else 1) + self.error
 
 
@@ -94,7 +96,10 @@ def test_a_forward_left_on_the_instance() -> None:
 def test_the_objects_stay_the_same() -> None:
     made = model()
     modules, parameters, state = list(made.modules()), list(made.parameters()), made.state_dict()
-    optimizer, signature = torch.optim.SGD(made.parameters(), 0.1), inspect.signature(made[0].forward)
+    optimizer, signature = (
+        torch.optim.SGD(made.parameters(), 0.1),
+        inspect.signature(made[0].forward),
+    )
     before = made(torch.ones(2, 5))
     found = accelerate(made, unpad=True)
     found = accelerate(made, skip_logits=True)
@@ -128,7 +133,11 @@ def test_unknown_layers_are_listed() -> None:
     made = nn.Sequential(nn.Sequential(Foreign(), Foreign()), Affine())
     found = accelerate(made)
     (unknown,) = found.unknown
-    assert (unknown.class_name, unknown.paths, unknown.share) == ("Foreign", ["0.0", "0.1"], pytest.approx(200 / 225))
+    assert (unknown.class_name, unknown.paths, unknown.share) == (
+        "Foreign",
+        ["0.0", "0.1"],
+        pytest.approx(200 / 225),
+    )
     assert "Foreign (0.0 and 1 more), 89%" in str(found)
     assert accelerate(made, include="1").unknown == []
     with pytest.raises(InputError, match="Foreign"):
@@ -166,7 +175,9 @@ def test_refusals(made: Any, options: dict[str, Any], named: str) -> None:
         accelerate(made(), **options)
 
 
-@pytest.mark.parametrize("given", [torch.ones(2, 5), (torch.ones(2, 5),), {"features": torch.ones(2, 5)}])
+@pytest.mark.parametrize(
+    "given", [torch.ones(2, 5), (torch.ones(2, 5),), {"features": torch.ones(2, 5)}]
+)
 def test_verified(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Affine().train()
     found = accelerate(made, verify=given)
@@ -236,10 +247,14 @@ def test_unavailable_dtypes_and_backends(monkeypatch: pytest.MonkeyPatch) -> Non
             accelerate(model(), **options)
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16")
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16"
+)
 def test_slow_bfloat16_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
     acceleration.warn_of_slow_bfloat16.cache_clear()
-    monkeypatch.setattr(acceleration.gemm, "seconds", lambda dtype: 3.0 if dtype is torch.bfloat16 else 2.0)
+    monkeypatch.setattr(
+        acceleration.gemm, "seconds", lambda dtype: 3.0 if dtype is torch.bfloat16 else 2.0
+    )
     with pytest.warns(UserWarning, match=r"bfloat16.*1\.5") as caught:
         [accelerate(model(), dtype=torch.bfloat16) for _ in range(2)]
     assert [warning.filename for warning in caught] == [__file__]
@@ -254,4 +269,6 @@ def test_a_failure_brings_back_parts_with_their_own_settings() -> None:
     assert len({part.dtype for part in kept.values()}) == 2
     with pytest.raises(InputError):
         accelerate(both, include="absent")
-    assert {name: part.settings for name, part in both.named_modules() if isinstance(part, Fused)} == kept
+    assert {
+        name: part.settings for name, part in both.named_modules() if isinstance(part, Fused)
+    } == kept

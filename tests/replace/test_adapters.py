@@ -73,13 +73,17 @@ def test_dropout_is_on_the_input_of_the_adapter(monkeypatch: pytest.MonkeyPatch)
         return x * (torch.arange(x.shape[-1]) % 3 != 0) / (1 - p) if training and p else x
 
     monkeypatch.setattr(torch.nn.functional, "dropout", dropped)
-    original, fast = (adapted(make("BertModel"), EVERYWHERE, lora_dropout=0.25).train() for _ in range(2))
+    original, fast = (
+        adapted(make("BertModel"), EVERYWHERE, lora_dropout=0.25).train() for _ in range(2)
+    )
     accelerate(fast)
     assert_equal(original, fast, batch(), BOUND)
 
 
 def test_bias_and_mixed_types() -> None:
-    original, fast = (adapted(make("BertModel"), EVERYWHERE, lora_bias=True).eval() for _ in range(2))
+    original, fast = (
+        adapted(make("BertModel"), EVERYWHERE, lora_bias=True).eval() for _ in range(2)
+    )
     accelerate(fast)
     assert_equal(original, fast, batch(), BOUND)
     assert_near(fast, original)
@@ -130,7 +134,9 @@ def test_frozen_weights_get_no_gradient_product(monkeypatch: pytest.MonkeyPatch)
     accelerate(fast, unpad=True)
     made: list[torch.Size] = []
     inner = gemm.weight_gradient
-    monkeypatch.setattr(gemm, "weight_gradient", lambda dout, *rest: made.append(dout.shape) or inner(dout, *rest))
+    monkeypatch.setattr(
+        gemm, "weight_gradient", lambda dout, *rest: made.append(dout.shape) or inner(dout, *rest)
+    )
     fast(**batch()).last_hidden_state.sum().backward()
     assert made == []
     assert any(isinstance(m, FusedLayer) for m in fast.modules())

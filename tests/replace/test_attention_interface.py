@@ -13,12 +13,24 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("transformers.masking_utils", reason="this version has no attention interface")
 
 import xfm_fast  # noqa: E402
-from tests.replace.families import FAMILIES, TRANSFORMERS, assert_close, batch, gradients, make, without_chance  # noqa: E402
+from tests.replace.families import (  # noqa: E402
+    FAMILIES,
+    TRANSFORMERS,
+    assert_close,
+    batch,
+    gradients,
+    make,
+    without_chance,
+)
 from xfm_fast.kernels import ops  # noqa: E402
 from xfm_fast.replace.attention import attention_forward  # noqa: E402
 
 # Before transformers 5 none of them calls the attention interface.
-WITH_BIAS = ("BEiT", "BEiT, shared bias", "BEiT, both biases", "Swin, whole windows") if TRANSFORMERS >= 5 else ()
+WITH_BIAS = (
+    ("BEiT", "BEiT, shared bias", "BEiT, both biases", "Swin, whole windows")
+    if TRANSFORMERS >= 5
+    else ()
+)
 
 
 def pair(kind: str, **changes: Any) -> tuple[Any, Any]:
@@ -67,7 +79,9 @@ def test_attention_classes_stay_those_of_pytorch(case: str, calls: list[tuple[in
     assert not calls
 
 
-@pytest.mark.parametrize("form", ["padding", *(["numbers", "one for all heads"] if TRANSFORMERS >= 5 else [])])
+@pytest.mark.parametrize(
+    "form", ["padding", *(["numbers", "one for all heads"] if TRANSFORMERS >= 5 else [])]
+)
 def test_texts_with_masks_of_every_form(form: str, calls: list[tuple[int, ...]]) -> None:
     name = xfm_fast.register_attention()
     model = make("BertModel", attention="eager")
@@ -78,12 +92,16 @@ def test_texts_with_masks_of_every_form(form: str, calls: list[tuple[int, ...]])
     if form != "padding":
         numbers = torch.zeros(keep.shape, dtype=torch.float64)
         numbers = numbers.masked_fill(~keep, torch.finfo(torch.float64).min)[:, None, None, :]
-        given["attention_mask"] = numbers if form == "numbers" else numbers.expand(-1, 1, keep.shape[1], -1)
+        given["attention_mask"] = (
+            numbers if form == "numbers" else numbers.expand(-1, 1, keep.shape[1], -1)
+        )
     agree(model, fast, given, keep)
     assert len(calls) == (0 if form == "padding" else 2)
 
 
-@pytest.mark.skipif(TRANSFORMERS < 5, reason="no model hands its bias to the interface before transformers 5")
+@pytest.mark.skipif(
+    TRANSFORMERS < 5, reason="no model hands its bias to the interface before transformers 5"
+)
 def test_a_bias_beside_a_mask(calls: list[tuple[int, ...]]) -> None:
     """As T5 calls it: the bias of position apart, and padding `[B, N]` or numbers."""
     q, k, v = torch.randn(3, 2, 3, 5, 8).unbind(0)
@@ -91,7 +109,9 @@ def test_a_bias_beside_a_mask(calls: list[tuple[int, ...]]) -> None:
     module: Any = nn.Module()
     module.is_causal = False
     keep = torch.tensor([[True] * 5, [True, True, False, True, False]])
-    numbers = torch.zeros(2, 1, 1, 5).masked_fill(~keep[:, None, None], torch.finfo(torch.float32).min)
+    numbers = torch.zeros(2, 1, 1, 5).masked_fill(
+        ~keep[:, None, None], torch.finfo(torch.float32).min
+    )
     scores = q @ k.mT * 8**-0.5 + bias
     for mask in (None, keep, numbers):
         hidden = scores if mask is None else scores + numbers

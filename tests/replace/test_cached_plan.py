@@ -21,7 +21,15 @@ from xfm_fast.kernels.flags import unmark
 from xfm_fast.replace import cached_plan
 from xfm_fast.replace.cached_plan import CachedPlan
 
-KINDS = ("BERT", "BERT, another activation", "MPNet", "DistilBERT", "ALBERT", "ModernBERT", "NomicBERT")
+KINDS = (
+    "BERT",
+    "BERT, another activation",
+    "MPNet",
+    "DistilBERT",
+    "ALBERT",
+    "ModernBERT",
+    "NomicBERT",
+)
 
 
 def model(kind: str = "BERT") -> Any:
@@ -39,11 +47,15 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[CachedPlan]:
     """The plans that ran."""
     seen: list[CachedPlan] = []
     run = CachedPlan.run
-    monkeypatch.setattr(CachedPlan, "run", lambda layer, *given: seen.append(layer) or run(layer, *given))
+    monkeypatch.setattr(
+        CachedPlan, "run", lambda layer, *given: seen.append(layer) or run(layer, *given)
+    )
     return seen
 
 
-def without_plans(made: Any, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any] | None = None) -> Tensor:
+def without_plans(
+    made: Any, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any] | None = None
+) -> Tensor:
     with monkeypatch.context() as patched:
         patched.setattr(cached_plan, "_DTYPES", ())
         return states(made, given)
@@ -82,7 +94,10 @@ def compiled_int8(int8_chosen: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Widths that the compiled kernel takes on every processor.
 _WIDE: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 192}
-_IN_INT8: dict[str, dict[str, Any]] = {"BertModel": _WIDE, "XLMRobertaModel": _WIDE | {"hidden_act": "gelu_new"}}
+_IN_INT8: dict[str, dict[str, Any]] = {
+    "BertModel": _WIDE,
+    "XLMRobertaModel": _WIDE | {"hidden_act": "gelu_new"},
+}
 if TRANSFORMERS >= 5:
     _IN_INT8["ModernBertModel"] = _WIDE | {"bos_token_id": 0}
 
@@ -98,7 +113,11 @@ def _near(found: Tensor, wanted: Tensor) -> None:
 @pytest.mark.parametrize(("dtype", "unpad"), [(torch.float32, False), (torch.bfloat16, True)])
 @pytest.mark.parametrize("name", _IN_INT8)
 def test_int8_plans(
-    name: str, dtype: torch.dtype, unpad: bool, ran: list[CachedPlan], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    dtype: torch.dtype,
+    unpad: bool,
+    ran: list[CachedPlan],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("bfloat16 is emulated on this processor")
@@ -119,7 +138,9 @@ def _rounded(gelu: bool, layer: nn.Module, given: tuple[Tensor]) -> Tensor:
 
 
 @pytest.mark.usefixtures("compiled_int8")
-def test_int8_plans_are_the_model_of_rounded_floats(ran: list[CachedPlan], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_plans_are_the_model_of_rounded_floats(
+    ran: list[CachedPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against the code of transformers whose linear layers have operands rounded to int8."""
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     original = make("BertModel", torch.float32, **_WIDE).eval()
@@ -173,8 +194,12 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "other storage": _other_storage,
     "other parameter": _other_parameter,
     "other layer": lambda layer: setattr(layer.attention.self, "value", _linear()),
-    "other activation": lambda layer: setattr(layer.intermediate, "intermediate_act_fn", nn.ReLU().eval()),
-    "hook": lambda layer: layer.output.dense.register_forward_hook(lambda module, given, out: out * 1.5),
+    "other activation": lambda layer: setattr(
+        layer.intermediate, "intermediate_act_fn", nn.ReLU().eval()
+    ),
+    "hook": lambda layer: layer.output.dense.register_forward_hook(
+        lambda module, given, out: out * 1.5
+    ),
 }
 
 

@@ -28,7 +28,8 @@ def widths(model: nn.Module, name: str) -> list[int]:
     """Lengths of the sequences in the calls of a part."""
     seen: list[int] = []
     model.get_submodule(name).register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(next(iter([*args, *kwargs.values()])).shape[1]), with_kwargs=True
+        lambda _, args, kwargs: seen.append(next(iter([*args, *kwargs.values()])).shape[1]),
+        with_kwargs=True,
     )
     return seen
 
@@ -36,9 +37,22 @@ def widths(model: nn.Module, name: str) -> list[int]:
 def towers(**changes: Any) -> tuple[Any, Any]:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    given = {"vocab_size": 99, "max_position_embeddings": LENGTH, "eos_token_id": END, **sizes, **changes}
-    model = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**given, projection_dim=12))
+    sizes = {
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    }
+    given = {
+        "vocab_size": 99,
+        "max_position_embeddings": LENGTH,
+        "eos_token_id": END,
+        **sizes,
+        **changes,
+    }
+    model = transformers.CLIPTextModelWithProjection(
+        transformers.CLIPTextConfig(**given, projection_dim=12)
+    )
     # The causal masks of transformers 4 overflow in float64.
     model = model if transformers.__version__.startswith("4.") else model.double()
     return model.eval(), copy.deepcopy(model)
@@ -54,7 +68,11 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of tokens that the layers of packed texts computed."""
     seen: list[int] = []
     run = unpadded.run_packed
-    monkeypatch.setattr(unpadded, "run_packed", lambda layers, x, attend: seen.append(len(x)) or run(layers, x, attend))
+    monkeypatch.setattr(
+        unpadded,
+        "run_packed",
+        lambda layers, x, attend: seen.append(len(x)) or run(layers, x, attend),
+    )
     return seen
 
 
@@ -133,10 +151,14 @@ def test_open_clip(pool: str, apart: bool, packed: list[int]) -> None:
     original = kind(embed_dim=12, vision_cfg=vision, text_cfg=text).double().eval()
     fast = copy.deepcopy(original)
     report = accelerate(fast, unpad=True)
-    assert any(entry.fused == ("CutOpenClipText" if apart else "CutOpenClip") for entry in report.replaced)
+    assert any(
+        entry.fused == ("CutOpenClipText" if apart else "CutOpenClip") for entry in report.replaced
+    )
     given = ids(pad=0)
     with torch.no_grad():
-        assert_near(fast.encode_text(given, normalize=True), original.encode_text(given, normalize=True))
+        assert_near(
+            fast.encode_text(given, normalize=True), original.encode_text(given, normalize=True)
+        )
         pixels = torch.randn(2, 3, 32, 32, dtype=torch.float64)
         for found, wanted in zip(fast(pixels, given)[:2], original(pixels, given)[:2], strict=True):
             assert_near(found, wanted)

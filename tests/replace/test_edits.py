@@ -89,7 +89,10 @@ def _step(model: Any, optimizer: Callable[..., torch.optim.Optimizer]) -> None:
 
 
 def _load(model: Any, assign: bool) -> None:
-    state = {name: value * 1.1 if "query" in name else value for name, value in model.state_dict().items()}
+    state = {
+        name: value * 1.1 if "query" in name else value
+        for name, value in model.state_dict().items()
+    }
     model.load_state_dict(state, assign=assign)
 
 
@@ -220,7 +223,9 @@ EDITS: dict[str, Callable[[Any], Any]] = {
     "in place": _counted(lambda weight: weight.mul_(1.5)),
     "one element": _counted(lambda weight: weight[3, 100].add_(9.0)),
     "copy_": _counted(lambda weight: weight.copy_(weight * 1.5)),
-    "init": lambda model: nn.init.trunc_normal_(_query(model).weight, generator=torch.Generator().manual_seed(2)),
+    "init": lambda model: nn.init.trunc_normal_(
+        _query(model).weight, generator=torch.Generator().manual_seed(2)
+    ),
     "detached": lambda model: _query(model).weight.detach().mul_(1.5),
     "inference mode": _in_inference_mode,
     "other data": partial(_assign, times=1),
@@ -246,14 +251,23 @@ EDITS: dict[str, Callable[[Any], Any]] = {
 
 
 # Loops over all parameters pass by the weights of a frozen model, as its report says.
-_OF_PARAMETERS = ("moving average", "several at once", "vector_to_parameters", "SGD", "AdamW", "narrow and back")
+_OF_PARAMETERS = (
+    "moving average",
+    "several at once",
+    "vector_to_parameters",
+    "SGD",
+    "AdamW",
+    "narrow and back",
+)
 
 
 def _lora(model: Any, *names: str) -> Any:
     peft = pytest.importorskip("peft")
     made = None
     for name in names or ("default",):
-        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value", "output.dense"])
+        config = peft.LoraConfig(
+            r=4, lora_alpha=8, target_modules=["query", "value", "output.dense"]
+        )
         torch.manual_seed(len(name))
         if made is None:
             made = peft.get_peft_model(model, config, adapter_name=name)
@@ -281,7 +295,9 @@ def _columns_of_adapter(model: Any) -> None:
 
 
 def _base_under_adapter(model: Any) -> None:
-    model.base_model.model.encoder.layer[0].attention.self.query.base_layer.weight.data[:, 1:].mul_(2)
+    model.base_model.model.encoder.layer[0].attention.self.query.base_layer.weight.data[:, 1:].mul_(
+        2
+    )
 
 
 def _merge_and_part(model: Any) -> None:
@@ -367,7 +383,11 @@ def _refusal(edit: Callable[[Any], Any], model: Any) -> Exception | None:
 
 
 def _assert_followed(
-    original: Any, edit: Callable[[Any], Any], options: dict[str, Any], given: dict[str, Any], mode: str
+    original: Any,
+    edit: Callable[[Any], Any],
+    options: dict[str, Any],
+    given: dict[str, Any],
+    mode: str,
 ) -> None:
     """The edit acts on an accelerated copy that has run as on one that is accelerated after it; or it is refused."""
     fast, twin = copy.deepcopy(original), copy.deepcopy(original)
@@ -422,9 +442,12 @@ def test_a_stage_of_adapters_is_followed_or_refused(stage: str, options: dict[st
         twin = STAGES[stage](twin) or twin
         wanted = _states(twin, batch(), mode)
         assert _error(_states(fast, batch(), mode), wanted) < bound
-        assert stage in ("merge_and_unload", "merge_and_unload, safely", "merge_adapter", "unmerge_adapter") or (
-            _error(before, wanted) > 1e-3
-        )
+        assert stage in (
+            "merge_and_unload",
+            "merge_and_unload, safely",
+            "merge_adapter",
+            "unmerge_adapter",
+        ) or (_error(before, wanted) > 1e-3)
 
 
 _TABLES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -445,14 +468,24 @@ def _every_matrix(model: Any) -> None:
 @pytest.mark.parametrize("family", _TABLES)
 def test_edits_of_images(family: str, options: dict[str, Any]) -> None:
     name, changes = _TABLES[family]
-    sizes = {"image_size": 64, "patch_size": 8, "num_hidden_layers": 2, "hidden_dropout_prob": 0.0, **_SIZES}
+    sizes = {
+        "image_size": 64,
+        "patch_size": 8,
+        "num_hidden_layers": 2,
+        "hidden_dropout_prob": 0.0,
+        **_SIZES,
+    }
     original = randomised(build(name, sizes, **changes), torch.float32)
     options = {key: value for key, value in options.items() if key != "unpad"}
     for mode in MODES:
-        _assert_followed(original, _every_matrix, options, {"pixel_values": pixels(torch.float32, 64)}, mode)
+        _assert_followed(
+            original, _every_matrix, options, {"pixel_values": pixels(torch.float32, 64)}, mode
+        )
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(128, 128), (192, 128), (128, 192), (100, 77), (70, 300), (5000, 3)])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(128, 128), (192, 128), (128, 192), (100, 77), (70, 300), (5000, 3)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("compiled", [True, False])
 def test_every_row_column_and_block_is_seen(
@@ -472,7 +505,9 @@ def test_every_row_column_and_block_is_seen(
     side = int((6 * max(rows, columns)) ** 0.5) + 1
     generator = torch.Generator().manual_seed(2)
     for _ in range(50 if side < min(rows, columns) else 0):
-        row, column = (int(torch.randint(size - side, (), generator=generator)) for size in (rows, columns))
+        row, column = (
+            int(torch.randint(size - side, (), generator=generator)) for size in (rows, columns)
+        )
         seen = caching.Sources([weight])
         weight.data[row : row + side, column : column + side] *= 2
         assert not seen.unchanged([weight])

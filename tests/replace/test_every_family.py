@@ -34,8 +34,24 @@ from xfm_fast.replace.swap import Fused, is_fused, original_class
 
 # One of each kind; the slow suite takes all.
 QUICK = (
-    *("BERT", "CLIP's texts", "MPNet", "ModernBERT", "DeBERTa-v3", "ALBERT", "BEiT", "DINOv3", "Swin V2"),
-    *("timm's BEiT-v2", "timm's EVA-02 large", "timm's Swin", "PyTorch, post-norm", "official texts"),
+    *(
+        "BERT",
+        "CLIP's texts",
+        "MPNet",
+        "ModernBERT",
+        "DeBERTa-v3",
+        "ALBERT",
+        "BEiT",
+        "DINOv3",
+        "Swin V2",
+    ),
+    *(
+        "timm's BEiT-v2",
+        "timm's EVA-02 large",
+        "timm's Swin",
+        "PyTorch, post-norm",
+        "official texts",
+    ),
 )
 BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -44,8 +60,14 @@ def of(*named: str, unpads: bool = False, whole: bool = False) -> Any:
     """Parametrised by the named families, or by all that qualify, of which one of each kind is quick."""
     if named:
         return pytest.mark.parametrize("kind", [kind for kind in named if kind in FAMILIES])
-    kinds = [kind for kind, case in FAMILIES.items() if (case.unpads or not unpads) and (case.whole or not whole)]
-    marked = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
+    kinds = [
+        kind
+        for kind, case in FAMILIES.items()
+        if (case.unpads or not unpads) and (case.whole or not whole)
+    ]
+    marked = [
+        kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds
+    ]
     return pytest.mark.parametrize("kind", marked)
 
 
@@ -116,11 +138,22 @@ def test_half_precision_and_autocast(kind: str) -> None:
     assert_close(wanted, found_at(fast, given), 2.0**-3)
     wanted, found = outcome(model, given), outcome(fast, given)
     assert all(p.grad is None or p.grad.dtype == p.dtype for p in fast.parameters())
-    sides = [torch.cat([value.float().flatten() for value in side.values()]) for side in (wanted, found)]
+    sides = [
+        torch.cat([value.float().flatten() for value in side.values()]) for side in (wanted, found)
+    ]
     assert float(nn.functional.cosine_similarity(*sides, dim=0)) > 0.99
 
 
-@of("BERT", "MPNet", "ModernBERT", "BEiT", "Swin V2", "timm's vit_relpos", "timm's Swin", "official texts")
+@of(
+    "BERT",
+    "MPNet",
+    "ModernBERT",
+    "BEiT",
+    "Swin V2",
+    "timm's vit_relpos",
+    "timm's Swin",
+    "official texts",
+)
 def test_dropout_keeps_mean_and_spread(kind: str) -> None:
     case, copies, moments = FAMILIES[kind], 256, []
     options: dict[str, Any] = dict.fromkeys(DROPOUTS, 0.2)
@@ -202,7 +235,9 @@ def test_hooks_and_requests_for_attention_weights_run_the_original(kind: str) ->
     model, given, seen = case.model(dtype, "eager"), case.inputs(dtype), []
     fast = fused(model, case, unpad=case.unpads)
     if hasattr(model, "config") and kind not in ("RemBERT", "ViLT"):
-        wanted, found = (each(**given, output_attentions=True).get("attentions") for each in (model, fast))
+        wanted, found = (
+            each(**given, output_attentions=True).get("attentions") for each in (model, fast)
+        )
         for one, other in zip(wanted or (), found or (), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
     layer = next(part for part in fast.modules() if original_class(part).__name__ == case.layer)
@@ -265,7 +300,11 @@ def multiplied(model: nn.Module) -> list[str]:
     found = []
     for path, module in parts.items():
         kinds_of = type(module).bypassed if isinstance(module, Fused) else {}
-        names = [name for name, kinds in kinds_of.items() if isinstance(kinds, tuple) and Adaptable in kinds]
+        names = [
+            name
+            for name, kinds in kinds_of.items()
+            if isinstance(kinds, tuple) and Adaptable in kinds
+        ]
         found += [place for name in names if (place := f"{path}.{name}".lstrip(".")) in parts]
     return found
 

@@ -12,18 +12,30 @@ from torch import Tensor, nn
 
 from xfm_fast import XFM, XFMConfig, accelerate
 
-transformers: Any = pytest.importorskip("transformers", reason="the families are those of transformers")
+transformers: Any = pytest.importorskip(
+    "transformers", reason="the families are those of transformers"
+)
 pytest.importorskip("onnxscript", reason="exports to ONNX need onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime", reason="running exports needs onnxruntime")
 
-_SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+_SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
 _PIXELS = {"image_size": 32, "patch_size": 8}
 _END = 99
 
 
 def _clip() -> nn.Module:
     config = transformers.CLIPConfig(
-        text_config={"vocab_size": 100, "max_position_embeddings": 20, "eos_token_id": _END, **_SIZES},
+        text_config={
+            "vocab_size": 100,
+            "max_position_embeddings": 20,
+            "eos_token_id": _END,
+            **_SIZES,
+        },
         vision_config={**_PIXELS, **_SIZES},
     )
     return transformers.CLIPModel(config)
@@ -31,7 +43,9 @@ def _clip() -> nn.Module:
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "bert": lambda: transformers.BertModel(transformers.BertConfig(vocab_size=100, **_SIZES)),
-    "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(vocab_size=100, **_SIZES)),
+    "roberta": lambda: transformers.RobertaModel(
+        transformers.RobertaConfig(vocab_size=100, **_SIZES)
+    ),
     "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**_PIXELS, **_SIZES)),
     "dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**_PIXELS, **_SIZES)),
     "clip": _clip,
@@ -97,9 +111,14 @@ def test_an_accelerated_model_is_exported(name: str) -> None:
         assert not [node for node in graph.nodes if "xfm_fast" in str(node.target)]
     made = torch.onnx.export(called, inputs, dynamo=True, dynamic_shapes=(axes,), verbose=False)
     assert made is not None
-    session = onnxruntime.InferenceSession(made.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        made.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     given = _inputs(name, 2, 7)
-    found = session.run(None, {spec.name: each.numpy() for spec, each in zip(session.get_inputs(), given, strict=True)})
+    found = session.run(
+        None,
+        {spec.name: each.numpy() for spec, each in zip(session.get_inputs(), given, strict=True)},
+    )
     with torch.no_grad():
         expected = called(*given)
     for mine, theirs in zip(map(torch.from_numpy, map(np.asarray, found)), expected, strict=True):

@@ -77,7 +77,9 @@ def test_outputs_and_every_bit_back(dtype: torch.dtype, band: float, blocked: bo
     assert torch.equal(inferred(made, given), frozen)
     report.revert()
     report.revert()
-    assert {name: id(p) for name, p in made.named_parameters()} == {name: id(p) for name, p in parameters.items()}
+    assert {name: id(p) for name, p in made.named_parameters()} == {
+        name: id(p) for name, p in parameters.items()
+    }
     assert [p.requires_grad for p in parameters.values()].count(False) == 1
     assert torch.equal(inferred(made, given), wanted)
     assert not any(is_fused(m) or "_xfm_fast" in str(vars(m).keys()) for m in made.modules())

@@ -58,12 +58,18 @@ def test_calls_that_are_not_covered_run_the_original() -> None:
     texts = _texts()
     layer, mask = model.encoder.layer[2], replicas.additive(texts["attention_mask"])
     memory = (texts["encoder_hidden_states"], replicas.additive(texts["encoder_attention_mask"]))
-    x, block, image = texts["encoder_embeds"], replicas.VisionBlock(32, 4, (3, 4)).eval(), torch.randn(2, 13, 32)
+    x, block, image = (
+        texts["encoder_embeds"],
+        replicas.VisionBlock(32, 4, (3, 4)).eval(),
+        torch.randn(2, 13, 32),
+    )
 
     def calls() -> list[Tensor]:
         return [
             layer(x, mask, None, *memory, None, True)[1],
-            layer(x, mask, torch.rand(1, 4, 1, 1, generator=torch.Generator().manual_seed(0)), *memory)[0],
+            layer(
+                x, mask, torch.rand(1, 4, 1, 1, generator=torch.Generator().manual_seed(0)), *memory
+            )[0],
             layer(x, mask)[0],
             block(image, return_attention=True),
         ]
@@ -100,7 +106,10 @@ def test_stochastic_depth_of_texts_is_the_originals_own() -> None:
 @pytest.mark.parametrize("asked", ["shared", "region"])
 @pytest.mark.parametrize("scaled", [True, False])
 def test_vision_blocks_with_biases(asked: str, scaled: bool) -> None:
-    block, x = replicas.VisionBlock(32, 4, (3, 4) if scaled else None, scaled=scaled), torch.randn(2, 13, 32)
+    block, x = (
+        replicas.VisionBlock(32, 4, (3, 4) if scaled else None, scaled=scaled),
+        torch.randn(2, 13, 32),
+    )
     given: dict[str, Any] = {"rel_pos_bias": torch.randn(4, 13, 13)}
     if asked == "region":
         visible = (torch.rand(2, 13) < 0.6).index_fill(1, torch.tensor([0]), True)
@@ -120,7 +129,9 @@ def noisy(module: nn.Module) -> nn.Module:
 
 
 def assert_same(module: nn.Module, fast: nn.Module, run: Callable[[nn.Module], Tensor]) -> None:
-    assert_close(gradients(module, partial(run, module)), gradients(fast, partial(run, fast)), 1e-12)
+    assert_close(
+        gradients(module, partial(run, module)), gradients(fast, partial(run, fast)), 1e-12
+    )
     with torch.no_grad():
         assert relative_error(run(fast), run(module)) < 1e-12
 
@@ -142,15 +153,21 @@ def test_embeddings(pad: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     # Inference on a CPU takes the operation's implementation there, without its checks.
     for holder, name in ((ops, "embed_layer_norm"), (heads, "embedding_norm_forward")):
         original = getattr(holder, name)
-        monkeypatch.setattr(holder, name, lambda *a, run=original, **k: rows.append(1) or run(*a, **k))
+        monkeypatch.setattr(
+            holder, name, lambda *a, run=original, **k: rows.append(1) or run(*a, **k)
+        )
     first = torch.zeros_like(IDS)
     assert_same(module, fast, lambda m: m(IDS))
-    assert_same(module, fast, lambda m: m(input_ids=IDS, token_type_ids=first, past_key_values_length=0))
+    assert_same(
+        module, fast, lambda m: m(input_ids=IDS, token_type_ids=first, past_key_values_length=0)
+    )
     assert_same(module, fast, lambda m: m(IDS, position_ids=torch.tensor([[4, 3, 2, 9, 0]])))
     fused = len(rows)
     assert fused == 6
     assert_same(module, fast, lambda m: m(IDS, token_type_ids=first + 1))
-    assert_same(module, fast, lambda m: m(inputs_embeds=torch.ones(2, 3, CONFIG.width, dtype=torch.float64)))
+    assert_same(
+        module, fast, lambda m: m(inputs_embeds=torch.ones(2, 3, CONFIG.width, dtype=torch.float64))
+    )
     assert_same(module, fast, lambda m: m(IDS, past_key_values_length=3))
     assert len(rows) == fused
 

@@ -21,7 +21,9 @@ from xfm_fast.replace import acceleration, verification
 from xfm_fast.replace.swap import is_fused
 
 pytestmark = pytest.mark.usefixtures("int8_chosen")
-needs_int8 = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}")
+needs_int8 = pytest.mark.skipif(
+    int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}"
+)
 either = pytest.mark.parametrize("kind", [pytest.param("int8", marks=needs_int8), "fp8"])
 
 
@@ -56,12 +58,18 @@ def test_near_and_every_bit_back(kind: EightBits, dtype: torch.dtype, unpad: boo
     assert report.rounded_weights == len(marked(made)) == 6 * made.config.num_hidden_layers
     assert f"{report.rounded_weights} weights run in {kind}" in str(report)
     # At real tokens.
-    assert report.rounding["last_hidden_state"] == pytest.approx(least_cosine(found, wanted), abs=1e-3)
+    assert report.rounding["last_hidden_state"] == pytest.approx(
+        least_cosine(found, wanted), abs=1e-3
+    )
     after = made.state_dict()
-    assert all(torch.equal(after[name], before[name]) and type(after[name]) is Tensor for name in before)
+    assert all(
+        torch.equal(after[name], before[name]) and type(after[name]) is Tensor for name in before
+    )
     report.revert()
     report.revert()
-    assert all(p is parameters[name] and type(p) is nn.Parameter for name, p in made.named_parameters())
+    assert all(
+        p is parameters[name] and type(p) is nn.Parameter for name, p in made.named_parameters()
+    )
     assert torch.equal(inferred(made, given), wanted)
     assert not any(is_fused(module) for module in made.modules())
 
@@ -103,7 +111,9 @@ def test_the_costliest_modules_are_exempt(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @either
-def test_what_no_exemption_helps_is_refused(kind: EightBits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_no_exemption_helps_is_refused(
+    kind: EightBits, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made, given = model(), batch()
     wanted = inferred(made, given)
     monkeypatch.setattr(verification, "LEAST_COSINE", 1.1)
@@ -117,12 +127,16 @@ def test_what_no_exemption_helps_is_refused(kind: EightBits, monkeypatch: pytest
 def test_weights_that_stay(kind: EightBits) -> None:
     """The vocabulary, shared weights and observed layers are computed as they are stored."""
     made = model(name="BertForMaskedLM")
-    made.bert.encoder.layer[0].attention.self.query.weight = made.bert.encoder.layer[0].attention.self.key.weight
+    made.bert.encoder.layer[0].attention.self.query.weight = made.bert.encoder.layer[
+        0
+    ].attention.self.key.weight
     made.bert.encoder.layer[1].intermediate.dense.register_forward_hook(lambda *given: None)
     accelerate(made, dtype=kind)
     names = marked(made)
     assert not any("embeddings" in name or "cls" in name for name in names)
-    assert not any("layer.0.attention.self.query" in n or "layer.0.attention.self.key" in n for n in names)
+    assert not any(
+        "layer.0.attention.self.query" in n or "layer.0.attention.self.key" in n for n in names
+    )
     assert not any("layer.1.intermediate" in name for name in names)
     assert any("layer.0.attention.self.value" in name for name in names)
 

@@ -81,9 +81,13 @@ def _pair_by_pair(
     return head(out.last_hidden_state[:, 0])[:, 1]
 
 
-def _scores(reranker: Reranker, given: dict[str, Tensor], token_mask: Tensor | None = None) -> Tensor:
+def _scores(
+    reranker: Reranker, given: dict[str, Tensor], token_mask: Tensor | None = None
+) -> Tensor:
     memory = reranker.image_memory(given["image_embeds"], token_mask)
-    return reranker.scores(memory, given["input_ids"], given["attention_mask"], given["image_index"])
+    return reranker.scores(
+        memory, given["input_ids"], given["attention_mask"], given["image_index"]
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -91,19 +95,29 @@ def test_scores_and_gradients_equal_those_of_single_pairs(name: str) -> None:
     model, head, given = _made(name)
     parts, results = nn.ModuleList([model, head]), []
     given["image_embeds"].requires_grad_()
-    for run in (lambda: _pair_by_pair(model, head, given), lambda: _scores(Reranker(model, head), given)):
+    for run in (
+        lambda: _pair_by_pair(model, head, given),
+        lambda: _scores(Reranker(model, head), given),
+    ):
         parts.zero_grad()
         given["image_embeds"].grad = None
         scores = run()
         (scores * torch.arange(1.0, 6.0)).sum().backward()
-        gradients = [given["image_embeds"].grad, *(p.grad for p in parts.parameters() if p.grad is not None)]
+        gradients = [
+            given["image_embeds"].grad,
+            *(p.grad for p in parts.parameters() if p.grad is not None),
+        ]
         results.append((scores.detach(), gradients))
     (scores, wanted), (others, found) = results
     assert relative_error(others, scores) < CLOSE
     scale = max(float(g.abs().max()) for g in wanted)
-    assert max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True)) < CLOSE * scale
+    assert (
+        max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True)) < CLOSE * scale
+    )
     # BLIP of transformers 5 receives a mask of the image tokens and does not apply it; BERT of 4 does in decoders only.
-    if name != "blip" and not (name == "bert" and pytest.importorskip("transformers").__version__.startswith("4.")):
+    if name != "blip" and not (
+        name == "bert" and pytest.importorskip("transformers").__version__.startswith("4.")
+    ):
         token_mask = (torch.rand(3, 7) < 0.5).long().index_fill(1, torch.tensor([3]), 1)
         with torch.no_grad():
             masked = _pair_by_pair(model, head, given, token_mask)
@@ -118,18 +132,29 @@ def test_texts_may_come_embedded() -> None:
         memory = reranker.image_memory(given["image_embeds"])
         wanted = _scores(reranker, given)
         texts = {"attention_mask": given["attention_mask"], "image_index": given["image_index"]}
-        own = model(given["input_ids"], attention_mask=given["attention_mask"], mode="text").last_hidden_state
+        own = model(
+            given["input_ids"], attention_mask=given["attention_mask"], mode="text"
+        ).last_hidden_state
         for embeds in (own, reranker.text_embeds(given["input_ids"], given["attention_mask"])):
-            assert relative_error(reranker.scores(memory, text_embeds=embeds, **texts), wanted) < CLOSE
+            assert (
+                relative_error(reranker.scores(memory, text_embeds=embeds, **texts), wanted) < CLOSE
+            )
 
 
 def test_a_separate_fusion_encoder() -> None:
     """X-FM's takes the embeddings of a text encoder, and every layer attends to the image."""
     torch.manual_seed(0)
-    fusion, head = replicas.TextModel(replicas.TextConfig(fusion_layer=0)).eval(), nn.Linear(WIDTH, 2)
+    fusion, head = (
+        replicas.TextModel(replicas.TextConfig(fusion_layer=0)).eval(),
+        nn.Linear(WIDTH, 2),
+    )
     texts, images, mask = torch.randn(2, 5, WIDTH), torch.randn(1, 7, IMAGE_WIDTH), torch.ones(2, 5)
     with torch.no_grad():
-        out = fusion(encoder_embeds=texts, attention_mask=mask, encoder_hidden_states=images.expand(2, -1, -1))
+        out = fusion(
+            encoder_embeds=texts,
+            attention_mask=mask,
+            encoder_hidden_states=images.expand(2, -1, -1),
+        )
         reranker = Reranker(fusion, head)
         found = reranker.scores(reranker.image_memory(images), text_embeds=texts)
     assert relative_error(found, head(out.last_hidden_state[:, 0])[:, 1]) < CLOSE
@@ -154,7 +179,10 @@ def test_other_encoders_are_refused() -> None:
         with pytest.raises(InputError, match=type(encoder).__name__):
             Reranker(encoder, head)
     for change, named in (
-        (lambda layer: setattr(layer.attention.self, "position_embedding_type", "relative_key"), "relative_key"),
+        (
+            lambda layer: setattr(layer.attention.self, "position_embedding_type", "relative_key"),
+            "relative_key",
+        ),
         (lambda layer: layer.output.dense.register_forward_hook(lambda *_: None), "output.dense"),
     ):
         model = copy.deepcopy(albef)

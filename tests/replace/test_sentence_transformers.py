@@ -15,7 +15,22 @@ sentence_transformers = pytest.importorskip("sentence_transformers", exc_type=Im
 
 from xfm_fast import accelerate, accelerated  # noqa: E402
 
-WORDS = ["a", "the", "dog", "cat", "sees", "red", "car", "on", "blue", "sea", "two", "men", "ride", "bikes"]
+WORDS = [
+    "a",
+    "the",
+    "dog",
+    "cat",
+    "sees",
+    "red",
+    "car",
+    "on",
+    "blue",
+    "sea",
+    "two",
+    "men",
+    "ride",
+    "bikes",
+]
 TEXTS = ["a dog", "the cat sees the red car on the blue sea", "two men ride bikes", "the"]
 SIZES: dict[str, Any] = {
     "hidden_size": 48,
@@ -31,8 +46,12 @@ SIZES: dict[str, Any] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny BERT with its tokenizer, as a folder of transformers."""
     place = tmp_path_factory.mktemp("bert")
-    (place / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    tokenizer = transformers.BertTokenizerFast(vocab_file=str(place / "vocab.txt"), vocab=str(place / "vocab.txt"))
+    (place / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])
+    )
+    tokenizer = transformers.BertTokenizerFast(
+        vocab_file=str(place / "vocab.txt"), vocab=str(place / "vocab.txt")
+    )
     tokenizer.save_pretrained(place)
     torch.manual_seed(0)
     config = transformers.BertConfig(**SIZES, num_labels=1)
@@ -51,7 +70,10 @@ def test_embeddings_and_scores(folder: Path, unpad: bool) -> None:
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * float(np.abs(wanted).max()))
     np.testing.assert_array_equal(copied, found)
     np.testing.assert_array_equal(model.encode(TEXTS, batch_size=3), wanted)
-    scorer, pairs = sentence_transformers.CrossEncoder(str(folder), device="cpu"), [(TEXTS[0], text) for text in TEXTS]
+    scorer, pairs = (
+        sentence_transformers.CrossEncoder(str(folder), device="cpu"),
+        [(TEXTS[0], text) for text in TEXTS],
+    )
     wanted = scorer.predict(pairs)
     accelerate(scorer, unpad=unpad)
     np.testing.assert_allclose(scorer.predict(pairs), wanted, rtol=0, atol=1e-5)

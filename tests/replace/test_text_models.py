@@ -25,7 +25,9 @@ from tests.replace.families import (
 )
 from xfm_fast.replace import transformers_rows
 
-only_5 = pytest.mark.skipif(TRANSFORMERS < 5, reason="the rows name the parts as transformers 5 does")
+only_5 = pytest.mark.skipif(
+    TRANSFORMERS < 5, reason="the rows name the parts as transformers 5 does"
+)
 
 
 def test_types_positions_and_given_embeddings() -> None:
@@ -37,7 +39,10 @@ def test_types_positions_and_given_embeddings() -> None:
         model, fast = with_fused_copy(make(name), unpad=True)
         assert_equal(model, fast, only_states, only_real=True)
         if name == "BertModel":
-            positions = {"token_type_ids": types, "position_ids": torch.arange(max(LENGTHS)).flip(0)[None]}
+            positions = {
+                "token_type_ids": types,
+                "position_ids": torch.arange(max(LENGTHS)).flip(0)[None],
+            }
             assert_equal(model, fast, given | positions, only_real=True)
 
 
@@ -52,18 +57,24 @@ def test_a_text_without_tokens() -> None:
 def test_masks_of_four_dimensions(attention: str) -> None:
     model, fast = with_fused_copy(make("BertModel", attention=attention), unpad=True)
     given = batch()
-    allowed = (torch.rand(len(LENGTHS), 1, max(LENGTHS), max(LENGTHS)) < 0.7) | torch.eye(max(LENGTHS)).bool()
+    allowed = (torch.rand(len(LENGTHS), 1, max(LENGTHS), max(LENGTHS)) < 0.7) | torch.eye(
+        max(LENGTHS)
+    ).bool()
     if TRANSFORMERS == 4:
         # It adds the fourth dimension.
         assert_equal(model, fast, given | {"attention_mask": allowed[:, 0].long()})
         return
-    added = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, torch.finfo(torch.float64).min)
+    added = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(
+        ~allowed, torch.finfo(torch.float64).min
+    )
     assert_equal(model, fast, given | {"attention_mask": added})
     # Eager attention adds ones and zeros, SDPA masks.
     assert_equal(model, fast, given | {"attention_mask": allowed})
 
 
-@pytest.mark.parametrize(("name", "attention"), [("BertLMHeadModel", "eager"), ("RobertaForCausalLM", "sdpa")])
+@pytest.mark.parametrize(
+    ("name", "attention"), [("BertLMHeadModel", "eager"), ("RobertaForCausalLM", "sdpa")]
+)
 def test_decoders_with_cross_attention(name: str, attention: str) -> None:
     model = make(name, CAUSAL_DTYPE, attention, is_decoder=True, add_cross_attention=True)
     model, fast = with_fused_copy(model, unpad=True)
@@ -102,10 +113,13 @@ def test_generation_with_a_cache() -> None:
 @pytest.mark.parametrize(("unpad", "shared"), [(False, False), (True, True)])
 def test_text_encoder_of_blip(unpad: bool, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, fast = with_fused_copy(
-        make("BlipTextModel", attention="eager", is_decoder=True, encoder_hidden_size=27), unpad=unpad
+        make("BlipTextModel", attention="eager", is_decoder=True, encoder_hidden_size=27),
+        unpad=unpad,
     )
     states = torch.randn(len(LENGTHS), 7, 27, dtype=torch.float64)
-    given: dict[str, Any] = batch() | {"encoder_hidden_states": states[:1].expand_as(states) if shared else states}
+    given: dict[str, Any] = batch() | {
+        "encoder_hidden_states": states[:1].expand_as(states) if shared else states
+    }
     assert_equal(model, fast, given, only_real=unpad)
     kept = torch.ones(len(LENGTHS), 7, dtype=torch.long)
     assert_equal(model, fast, given | {"encoder_attention_mask": kept}, only_real=unpad)
@@ -160,7 +174,9 @@ def test_without_logits(unpad: bool) -> None:
     model, fast = with_fused_copy(make("RobertaForMaskedLM"), unpad=unpad, skip_logits=True)
     given = batch(labels=True)
     assert fast(**given).logits is None
-    wanted, found = (gradients(each, lambda each=each: each(**given).loss) for each in (model, fast))
+    wanted, found = (
+        gradients(each, lambda each=each: each(**given).loss) for each in (model, fast)
+    )
     assert_close(wanted, found, 1e-12)
     assert fast(**batch()).logits is not None
     assert fast.eval()(**given).logits is not None
@@ -172,7 +188,9 @@ def test_unusual_labels() -> None:
     # Without a label the mean is undefined; labels at padding count.
     assert torch.isnan(fast(**given | {"labels": torch.full_like(given["labels"], -100)}).loss)
     everywhere = given | {"labels": given["input_ids"]}
-    torch.testing.assert_close(fast(**everywhere).loss, model(**everywhere).loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        fast(**everywhere).loss, model(**everywhere).loss, rtol=1e-12, atol=0
+    )
     given["labels"][0, 0] = 111
     with pytest.raises(IndexError):
         fast(**given)

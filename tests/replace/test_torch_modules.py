@@ -57,7 +57,9 @@ def _run(model: nn.Module, call: Any, inputs: tuple[Tensor, ...]) -> dict[str, T
     ],
     ids=["none", "padding", "per head", "causal padding"],
 )
-def test_self_attention(batch_first: bool, masks: dict[str, Tensor], products: list[tuple[int, ...]]) -> None:
+def test_self_attention(
+    batch_first: bool, masks: dict[str, Tensor], products: list[tuple[int, ...]]
+) -> None:
     attention = nn.MultiheadAttention(16, 4, batch_first=batch_first)
 
     def call(module: nn.Module, x: Tensor) -> Tensor:
@@ -73,11 +75,16 @@ def test_self_attention(batch_first: bool, masks: dict[str, Tensor], products: l
 @pytest.mark.parametrize("kind", ["shared", "widths", "without bias"])
 def test_cross_attention(kind: str, products: list[tuple[int, ...]]) -> None:
     widths: dict[str, Any] = {"kdim": 12, "vdim": 10} if kind == "widths" else {}
-    attention = nn.MultiheadAttention(16, 4, batch_first=True, bias=kind != "without bias", **widths)
+    attention = nn.MultiheadAttention(
+        16, 4, batch_first=True, bias=kind != "without bias", **widths
+    )
     key, value = torch.randn(2, 5, 12 if widths else 16), torch.randn(2, 5, 10 if widths else 16)
 
     def call(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return module(query, key, key if kind == "shared" else value, need_weights=False)[0] + 0 * value.sum()
+        return (
+            module(query, key, key if kind == "shared" else value, need_weights=False)[0]
+            + 0 * value.sum()
+        )
 
     inputs = (torch.randn(2, 3, 16), key, value)
     wanted = _run(attention, call, inputs)
@@ -97,7 +104,9 @@ def test_calls_for_weights_run_the_original(products: list[tuple[int, ...]]) -> 
 
 
 @pytest.mark.parametrize(("batch_first", "average"), [(True, False), (False, True)])
-def test_weights_in_another_type(batch_first: bool, average: bool, products: list[tuple[int, ...]]) -> None:
+def test_weights_in_another_type(
+    batch_first: bool, average: bool, products: list[tuple[int, ...]]
+) -> None:
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("bfloat16 is emulated on this processor")
     torch.manual_seed(0)
@@ -120,9 +129,17 @@ def test_weights_in_another_type(batch_first: bool, average: bool, products: lis
     assert not call()[1][0, ..., 5:].any()
 
 
-def _layer(norm_first: bool, activation: Any = "gelu", batch_first: bool = True) -> nn.TransformerEncoderLayer:
+def _layer(
+    norm_first: bool, activation: Any = "gelu", batch_first: bool = True
+) -> nn.TransformerEncoderLayer:
     return nn.TransformerEncoderLayer(
-        16, 4, 32, dropout=0.0, activation=activation, norm_first=norm_first, batch_first=batch_first
+        16,
+        4,
+        32,
+        dropout=0.0,
+        activation=activation,
+        norm_first=norm_first,
+        batch_first=batch_first,
     )
 
 
@@ -132,7 +149,11 @@ def _layer(norm_first: bool, activation: Any = "gelu", batch_first: bool = True)
 def test_encoder_layers(norm_first: bool, activation: Any, batch_first: bool) -> None:
     layer = _layer(norm_first, activation, batch_first)
     x = (torch.randn(3, 7, 16) if batch_first else torch.randn(7, 3, 16),)
-    for masks in ({}, {"src_key_padding_mask": PADDING}, {"src_mask": torch.ones(7, 7).triu(1).bool()}):
+    for masks in (
+        {},
+        {"src_key_padding_mask": PADDING},
+        {"src_mask": torch.ones(7, 7).triu(1).bool()},
+    ):
 
         def call(module: nn.Module, x: Tensor, masks: dict[str, Tensor] = masks) -> Tensor:
             return module(x, **masks)
@@ -144,10 +165,16 @@ def test_encoder_layers(norm_first: bool, activation: Any, batch_first: bool) ->
         report.revert()
 
 
-@pytest.mark.parametrize(("training", "norm", "batch_first"), [(True, True, True), (False, False, False)])
-def test_unpadded_encoders(training: bool, norm: bool, batch_first: bool, products: list[tuple[int, ...]]) -> None:
+@pytest.mark.parametrize(
+    ("training", "norm", "batch_first"), [(True, True, True), (False, False, False)]
+)
+def test_unpadded_encoders(
+    training: bool, norm: bool, batch_first: bool, products: list[tuple[int, ...]]
+) -> None:
     final = nn.LayerNorm(16) if norm else None
-    encoder = nn.TransformerEncoder(_layer(False, batch_first=batch_first), 2, final, enable_nested_tensor=False)
+    encoder = nn.TransformerEncoder(
+        _layer(False, batch_first=batch_first), 2, final, enable_nested_tensor=False
+    )
     encoder.train(training)
 
     def call(module: nn.Module, x: Tensor) -> Tensor:

@@ -25,9 +25,23 @@ from xfm_fast.kernels.backend import plain, traced
 from xfm_fast.kernels.cpu import gemm, int8
 from xfm_fast.kernels.cpu.workspace import scratch
 
-_NAMES = ("ViT", "CLIP's images", "BERT", "DINOv2", "PyTorch, pre-norm", "BEiT", "timm's ViT", "MPNet", "Swin")
+_NAMES = (
+    "ViT",
+    "CLIP's images",
+    "BERT",
+    "DINOv2",
+    "PyTorch, pre-norm",
+    "BEiT",
+    "timm's ViT",
+    "MPNet",
+    "Swin",
+)
 NAMES = [name for name in _NAMES if name in FAMILIES]
-OPTIONS: dict[str, dict[str, Any]] = {"default": {}, "frozen": {"freeze": True}, "int8": {"dtype": "int8"}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "frozen": {"freeze": True},
+    "int8": {"dtype": "int8"},
+}
 
 
 class _Called(nn.Module):
@@ -94,18 +108,24 @@ def options(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 _MANY = [
-    pytest.param(name, tracer, marks=[] if name == NAMES[0] or tracer == "make_fx" else pytest.mark.slow)
+    pytest.param(
+        name, tracer, marks=[] if name == NAMES[0] or tracer == "make_fx" else pytest.mark.slow
+    )
     for name in NAMES
     for tracer in TRACERS
 ]
 
 
 @pytest.mark.parametrize(("name", "tracer"), _MANY)
-def test_a_trace_is_that_of_the_untouched_model(name: str, tracer: str, options: dict[str, Any]) -> None:
+def test_a_trace_is_that_of_the_untouched_model(
+    name: str, tracer: str, options: dict[str, Any]
+) -> None:
     if options.get("freeze") and not FAMILIES[name].whole:
         pytest.skip("nothing of it can be packed")
     if options.get("dtype") and tracer.startswith("make_fx"):
-        pytest.skip("make_fx of PyTorch refuses every class of parameters but its own, as the flagged ones")
+        pytest.skip(
+            "make_fx of PyTorch refuses every class of parameters but its own, as the flagged ones"
+        )
     # Beside int8, which a trace does not contain, the model runs in bfloat16 where that is fast.
     bound = 0.05 if options.get("dtype") else 2e-5
     untouched, called, inputs = _case(name, options)
@@ -133,7 +153,9 @@ def test_torchscript_of_onnx(name: str, options: dict[str, Any], tmp_path: Any) 
         warnings.simplefilter("ignore")
         torch.onnx.export(called, inputs, tmp_path / "model.onnx", dynamo=False)
         wanted = untouched(*inputs)
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        tmp_path / "model.onnx", providers=["CPUExecutionProvider"]
+    )
     given = {spec.name: t.numpy() for spec, t in zip(session.get_inputs(), inputs, strict=True)}
     found = torch.from_numpy(session.run(None, given)[0])
     assert float((found - wanted).abs().max()) <= 2e-5 * float(wanted.abs().max())
@@ -156,7 +178,9 @@ class Two(Tensor):
 
     @staticmethod
     def __new__(cls, a: Tensor, b: Tensor) -> Two:
-        made = Tensor._make_wrapper_subclass(cls, a.shape, dtype=a.dtype, device=a.device, strides=a.stride())
+        made = Tensor._make_wrapper_subclass(
+            cls, a.shape, dtype=a.dtype, device=a.device, strides=a.stride()
+        )
         made.a, made.b = a, b
         return made
 
@@ -167,7 +191,9 @@ class Two(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = []
         for side in ("a", "b"):
-            given = pytree.tree_map_only(cls, lambda two, side=side: getattr(two, side), (args, kwargs or {}))
+            given = pytree.tree_map_only(
+                cls, lambda two, side=side: getattr(two, side), (args, kwargs or {})
+            )
             made.append(func(*given[0], **given[1]))
         return pytree.tree_map(lambda a, b: cls(a, b) if isinstance(a, Tensor) else a, *made)
 
@@ -191,13 +217,23 @@ def _calls() -> dict[str, Callable[[Tensor], Any]]:
         "frozen linear_residual": lambda x: ops.linear_residual(x, frozen, bias, x),
         "mlp_residual": lambda x: ops.mlp_residual(x, weight, bias, weight, bias, x),
         "joined_linear": lambda x: ops.joined_linear(x, [weight, weight], [bias, bias]),
-        "layer_norm_mlp": lambda x: ops.layer_norm_mlp(x, scale, shift, 1e-5, weight, bias, weight, bias),
-        "linear_add_layer_norm": lambda x: ops.linear_add_layer_norm(x, weight, bias, x, scale, shift, 1e-5)[0],
+        "layer_norm_mlp": lambda x: ops.layer_norm_mlp(
+            x, scale, shift, 1e-5, weight, bias, weight, bias
+        ),
+        "linear_add_layer_norm": lambda x: ops.linear_add_layer_norm(
+            x, weight, bias, x, scale, shift, 1e-5
+        )[0],
         "layer_norm": lambda x: ops.layer_norm(x, scale, shift, 1e-5),
         "add_layer_norm": lambda x: ops.add_layer_norm(x, x, scale, shift, 1e-5)[0],
-        "varlen_attention": lambda x: ops.varlen_attention(*thrice(x, 6, 2, 32), offsets, offsets, 4, 4),
-        "bias_attention": lambda x: ops.bias_attention(*thrice(x, 1, 6, 2, 32), torch.zeros(1, 2, 6, 6)),
-        "relpos_attention": lambda x: ops.relpos_attention(*thrice(x[:5], 1, 5, 2, 32), torch.ones(12, 2), (2, 2)),
+        "varlen_attention": lambda x: ops.varlen_attention(
+            *thrice(x, 6, 2, 32), offsets, offsets, 4, 4
+        ),
+        "bias_attention": lambda x: ops.bias_attention(
+            *thrice(x, 1, 6, 2, 32), torch.zeros(1, 2, 6, 6)
+        ),
+        "relpos_attention": lambda x: ops.relpos_attention(
+            *thrice(x[:5], 1, 5, 2, 32), torch.ones(12, 2), (2, 2)
+        ),
     }
 
 
@@ -236,7 +272,9 @@ def test_a_lazy_conjugate_is_resolved(name: str) -> None:
     assert lazy.is_neg()
     with torch.inference_mode():
         wanted = call(x)
-        torch.testing.assert_close(call(lazy), wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+        torch.testing.assert_close(
+            call(lazy), wanted, rtol=0, atol=2e-5 * float(wanted.abs().max())
+        )
 
 
 def test_a_frozen_layer_takes_a_wrapper_subclass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,12 @@ from xfm_fast.replace import LayerSpec, Mlp, cached_plan, layer, register  # noq
 from xfm_fast.replace.swap import forward_patched, original_class  # noqa: E402
 from xfm_fast.replace.transformers_rows import BERT, row  # noqa: E402
 
-SMALL: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 64}
+SMALL: dict[str, Any] = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 64,
+}
 IDS = torch.arange(5, 12)[None]
 
 
@@ -53,17 +58,27 @@ def wrapped(original: Any) -> Any:
     return doubled
 
 
-@pytest.mark.parametrize("kind", [modeling_bert.BertLayer, modeling_bert.BertOutput, nn.LayerNorm, nn.Linear])
+@pytest.mark.parametrize(
+    "kind", [modeling_bert.BertLayer, modeling_bert.BertOutput, nn.LayerNorm, nn.Linear]
+)
 @pytest.mark.parametrize("how", ["assigned", "wrapped", "another class's"])
-def test_a_patched_class_is_not_replaced(kind: Any, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    forwards = {"assigned": mine, "wrapped": wrapped(kind.forward), "another class's": nn.Identity.forward}
+def test_a_patched_class_is_not_replaced(
+    kind: Any, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forwards = {
+        "assigned": mine,
+        "wrapped": wrapped(kind.forward),
+        "another class's": nn.Identity.forward,
+    }
     model = bert().encoder
     assert len(accelerate(model).replaced) == 2
     if how == "another class's" and kind is modeling_bert.BertOutput:
         forwards[how] = modeling_bert.BertIntermediate.forward
     assert not forward_patched(kind)
     monkeypatch.setattr(kind, "forward", forwards[how])
-    with pytest.raises(InputError, match=rf"{kind.__name__}\.forward.* was replaced or wrapped by other code"):
+    with pytest.raises(
+        InputError, match=rf"{kind.__name__}\.forward.* was replaced or wrapped by other code"
+    ):
         accelerate(model)
     monkeypatch.undo()
     assert len(accelerate(model).replaced) == 2
@@ -103,7 +118,9 @@ def changes() -> dict[str, Any]:
     return {"norms": norms, "bias": bias, "activation": activation}
 
 
-@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="its parts have other names")
+@pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5, reason="its parts have other names"
+)
 @pytest.mark.parametrize("change", changes())
 def test_a_cached_plan_sees_numbers_and_biases_set_later(change: str) -> None:
     torch.manual_seed(0)
@@ -133,11 +150,18 @@ def test_a_cached_plan_sees_numbers_and_biases_set_later(change: str) -> None:
 class Mixer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.head_dim, self.qkv, self.out, self.drop = 16, nn.Linear(32, 96), nn.Linear(32, 32), nn.Dropout(0.0)
+        self.head_dim, self.qkv, self.out, self.drop = (
+            16,
+            nn.Linear(32, 96),
+            nn.Linear(32, 32),
+            nn.Dropout(0.0),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).transpose(1, 3).unbind(2)
-        return self.drop(self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
+        return self.drop(
+            self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        )
 
 
 class DropPath(nn.Module):
@@ -151,7 +175,12 @@ class ToyLayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two, self.mixer = nn.LayerNorm(32), nn.LayerNorm(32), Mixer()
-        self.up, self.act, self.down, self.path = nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32), DropPath()
+        self.up, self.act, self.down, self.path = (
+            nn.Linear(32, 64),
+            nn.GELU(),
+            nn.Linear(64, 32),
+            DropPath(),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.path(self.mixer(self.one(x)))
@@ -193,7 +222,9 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.usefixtures("rows")
-@pytest.mark.parametrize(("mistake", "named"), MISTAKES, ids=[str(mistake) for mistake, _ in MISTAKES])
+@pytest.mark.parametrize(
+    ("mistake", "named"), MISTAKES, ids=[str(mistake) for mistake, _ in MISTAKES]
+)
 def test_a_wrong_name_in_a_row_is_a_refusal(mistake: dict[str, Any], named: str) -> None:
     model = nn.Sequential(ToyLayer(), ToyLayer())
     register(TOY)
@@ -202,7 +233,10 @@ def test_a_wrong_name_in_a_row_is_a_refusal(mistake: dict[str, Any], named: str)
     register(replace(TOY, **mistake))
     with pytest.raises(InputError, match=named):
         accelerate(model)
-    assert accelerate(nn.ModuleList([model, nn.MultiheadAttention(8, 2)])).left[0].class_name == "ToyLayer"
+    assert (
+        accelerate(nn.ModuleList([model, nn.MultiheadAttention(8, 2)])).left[0].class_name
+        == "ToyLayer"
+    )
 
 
 @pytest.mark.usefixtures("rows")
@@ -223,12 +257,18 @@ def test_a_layer_with_an_argument_that_no_row_takes_is_not_replaced() -> None:
 
 def test_what_is_around_a_replaced_part_is_named() -> None:
     vision = pytest.importorskip("torchvision").models.vision_transformer
-    model = vision.VisionTransformer(32, 16, num_layers=3, num_heads=2, hidden_dim=32, mlp_dim=128, num_classes=200)
+    model = vision.VisionTransformer(
+        32, 16, num_layers=3, num_heads=2, hidden_dim=32, mlp_dim=128, num_classes=200
+    )
     report = accelerate(model)
     (blocks,) = report.unknown
     assert (blocks.class_name, len(blocks.paths)) == ("EncoderBlock", 3)
-    products = sum(p.numel() for block in model.encoder.layers for p in block.mlp.parameters() if p.ndim > 1)
-    assert blocks.share == pytest.approx(products / sum(p.numel() for p in model.parameters() if p.ndim > 1))
+    products = sum(
+        p.numel() for block in model.encoder.layers for p in block.mlp.parameters() if p.ndim > 1
+    )
+    assert blocks.share == pytest.approx(
+        products / sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    )
     assert "EncoderBlock (encoder.layers.encoder_layer_0 and 2 more)" in str(report)
 
 

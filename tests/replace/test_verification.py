@@ -18,7 +18,22 @@ from xfm_fast.replace import swap, verification  # noqa: E402
 from xfm_fast.replace.layer import FusedLayer  # noqa: E402
 from xfm_fast.replace.swap import is_fused  # noqa: E402
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "the", "dog", "cat", "sees", "red", "car", "on", "sea"]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "a",
+    "the",
+    "dog",
+    "cat",
+    "sees",
+    "red",
+    "car",
+    "on",
+    "sea",
+]
 TEXTS = ["a dog", "the cat sees the red car on the sea", "the"]
 PAIRS = [("a dog", text) for text in TEXTS]
 SMALL: dict[str, Any] = {
@@ -36,10 +51,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small BERT with its tokenizer, as a folder of transformers."""
     place = tmp_path_factory.mktemp("bert")
     (place / "vocab.txt").write_text("\n".join(WORDS))
-    tokenizer = transformers.BertTokenizerFast(vocab_file=str(place / "vocab.txt"), vocab=str(place / "vocab.txt"))
+    tokenizer = transformers.BertTokenizerFast(
+        vocab_file=str(place / "vocab.txt"), vocab=str(place / "vocab.txt")
+    )
     tokenizer.save_pretrained(place)
     torch.manual_seed(0)
-    model = transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL, num_labels=1))
+    model = transformers.BertForSequenceClassification(
+        transformers.BertConfig(**SMALL, num_labels=1)
+    )
     model.save_pretrained(place)
     return place
 
@@ -69,7 +88,9 @@ def open_clip(folder: Path) -> tuple[nn.Module, Any]:
     module = pytest.importorskip("open_clip", exc_type=ImportError)
     tower = {"width": 32, "layers": 1}
     vision = tower | {"image_size": 32, "patch_size": 16, "head_width": 16}
-    model = module.CLIP(16, vision, tower | {"heads": 2, "vocab_size": 49, "context_length": 8}).eval()
+    model = module.CLIP(
+        16, vision, tower | {"heads": 2, "vocab_size": 49, "context_length": 8}
+    ).eval()
     return model, (torch.randn(2, 3, 32, 32), torch.randint(1, 49, (2, 8)))
 
 
@@ -133,7 +154,9 @@ def test_only_models_with_a_tokenizer_take_texts(folder: Path) -> None:
 def test_calls_that_no_form_covers_are_named() -> None:
     model = transformers.BertModel(transformers.BertConfig(**SMALL, attn_implementation="eager"))
     batch = {"input_ids": torch.arange(5, 11)[None], "output_attentions": True}
-    with pytest.raises(InputError, match=r"1 of 3 fused modules ran.* encoder\.layer\.0 and 1 more \(BertLayer\)"):
+    with pytest.raises(
+        InputError, match=r"1 of 3 fused modules ran.* encoder\.layer\.0 and 1 more \(BertLayer\)"
+    ):
         accelerate(model, verify=batch)
     assert not any(map(is_fused, model.modules()))
     # A part of the model may stay idle, and is named.
@@ -159,7 +182,9 @@ class Careless(nn.Module):
 
 
 @pytest.mark.parametrize("inference", [False, True])
-def test_what_a_model_writes_does_not_reach_the_next_run(inference: bool, broken: Callable[[], None]) -> None:
+def test_what_a_model_writes_does_not_reach_the_next_run(
+    inference: bool, broken: Callable[[], None]
+) -> None:
     with torch.inference_mode(inference):
         x = torch.randn(2, 3, 16)
     batch = ({"x": x, "mask": None},)
@@ -177,14 +202,20 @@ def test_aliases_within_a_batch_stay_aliases() -> None:
     model, x = nn.MultiheadAttention(16, 2, batch_first=True), torch.randn(2, 3, 16)
     whole = torch.randn(2, 3, 16, requires_grad=True) * 2  # no leaf
     for each in (x, whole, x[:1].expand(2, 3, 16)):
-        report = accelerate(model, verify={"query": each, "key": each, "value": each, "need_weights": False})
+        report = accelerate(
+            model, verify={"query": each, "key": each, "value": each, "need_weights": False}
+        )
         assert report.runs == {"": 1}
     with pytest.raises(InputError, match="compared the original with itself"):
         accelerate(model, verify=(x, x, x))
 
 
-@pytest.mark.parametrize("options", [{}, {"freeze": True}, {"dtype": torch.float32}], ids=["plain", "freeze", "dtype"])
-def test_the_speed_is_a_range_of_rounds_in_turn(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"freeze": True}, {"dtype": torch.float32}], ids=["plain", "freeze", "dtype"]
+)
+def test_the_speed_is_a_range_of_rounds_in_turn(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     model, ran = transformers.BertModel(transformers.BertConfig(**SMALL)).eval(), []
     batch = {"input_ids": torch.randint(5, 40, (2, 7))}
@@ -212,7 +243,9 @@ def test_the_speed_is_a_range_of_rounds_in_turn(options: dict[str, Any], monkeyp
 
 
 def test_short_calls_have_no_speed() -> None:
-    report = accelerate(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), verify=torch.randn(2, 3, 16))
+    report = accelerate(
+        nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), verify=torch.randn(2, 3, 16)
+    )
     assert report.speedup is None
     assert "below 5 ms chance decides" in str(report)
     assert "as fast" not in str(report)

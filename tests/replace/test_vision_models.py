@@ -30,7 +30,9 @@ WIDTH = 48
 
 def assert_same(model: Any, fast: Any, *args: Any, **given: Any) -> None:
     outs = [each(*args, **given) for each in (model, fast)]
-    wanted, found = ((out if isinstance(out, Tensor) else out.last_hidden_state).detach() for out in outs)
+    wanted, found = (
+        (out if isinstance(out, Tensor) else out.last_hidden_state).detach() for out in outs
+    )
     assert_close({"output": wanted}, {"output": found}, 1e-12)
 
 
@@ -61,7 +63,9 @@ def test_another_input_size_of_timm() -> None:
 def test_norms_without_bias() -> None:
     case = FAMILIES["timm's ViT"]
     model, fast = with_fused_copy(case.model(norm_layer=partial(nn.LayerNorm, bias=False)))
-    wanted, found = (gradients(each, partial(states, each, case.inputs(torch.float64))) for each in (model, fast))
+    wanted, found = (
+        gradients(each, partial(states, each, case.inputs(torch.float64))) for each in (model, fast)
+    )
     assert_close(wanted, found, 1e-11)
 
 
@@ -83,7 +87,9 @@ def _add_parameter(model: Any) -> None:
         ("ViT-MSN", {}, _add_parameter, "shift"),
     ],
 )
-def test_other_layers_are_refused(kind: str, options: dict[str, Any], change: Any, named: str) -> None:
+def test_other_layers_are_refused(
+    kind: str, options: dict[str, Any], change: Any, named: str
+) -> None:
     model = FAMILIES[kind].model(**options)
     if change is not None:
         change(model)
@@ -93,14 +99,26 @@ def test_other_layers_are_refused(kind: str, options: dict[str, Any], change: An
 
 def test_towers_of_open_clip() -> None:
     open_clip = pytest.importorskip("open_clip")
-    vision = {"image_size": IMAGE, "patch_size": 8, "width": 48, "layers": 2, "head_width": 16, "ls_init_value": 0.1}
+    vision = {
+        "image_size": IMAGE,
+        "patch_size": 8,
+        "width": 48,
+        "layers": 2,
+        "head_width": 16,
+        "ls_init_value": 0.1,
+    }
     text = {"context_length": 9, "vocab_size": 99, "width": 48, "heads": 3, "layers": 2}
     model: Any = randomised(open_clip.model.CLIP(32, vision, text))
-    fast, tokens = copy.deepcopy(model), torch.randint(1, 99, (3, 9), generator=torch.Generator().manual_seed(1))
+    fast, tokens = (
+        copy.deepcopy(model),
+        torch.randint(1, 99, (3, 9), generator=torch.Generator().manual_seed(1)),
+    )
     report = accelerate(fast)
     assert [entry.class_name for entry in report.replaced].count("ResidualAttentionBlock") == 4
     for run in (lambda m: m.encode_image(pixels()), lambda m: m.encode_text(tokens)):
-        wanted, found = (gradients(without_chance(each), partial(run, each)) for each in (model, fast))
+        wanted, found = (
+            gradients(without_chance(each), partial(run, each)) for each in (model, fast)
+        )
         assert_close(wanted, found, 1e-12)
     report.revert()
     assert torch.equal(fast.encode_text(tokens), model.encode_text(tokens))

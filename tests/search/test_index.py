@@ -17,7 +17,15 @@ from tests.data.record_files import pairs, write_lines
 from tests.search.conftest import write_model, write_picture
 from tests.training.small_runs import in_processes, join_group
 from xfm_fast.errors import DataError, StorageError
-from xfm_fast.search import IndexReport, SearchModel, build_index, index, index_folder, open_index, open_model
+from xfm_fast.search import (
+    IndexReport,
+    SearchModel,
+    build_index,
+    index,
+    index_folder,
+    open_index,
+    open_model,
+)
 from xfm_fast.training.distributed import join_processes
 
 
@@ -32,7 +40,9 @@ def check_features(photos: Path, model: SearchModel) -> list[str]:
     """Compare the features of an index with `encode`; returns the names of its images."""
     found = open_index(photos)
     names = [entry.name for entry in found.entries]
-    np.testing.assert_allclose(found.features, model.model.encode([photos / name for name in names]), atol=1e-5)
+    np.testing.assert_allclose(
+        found.features, model.model.encode([photos / name for name in names]), atol=1e-5
+    )
     return names
 
 
@@ -60,7 +70,9 @@ def test_captions_are_renewed_without_their_images(photos: Path, model: SearchMo
     (photos / "0.txt").write_text("a red star\na star\n")
     (photos / "trip/1.txt").write_text("a trip")
     assert indexed(photos, model)[1] == 0
-    captions = {entry.name: entry.captions for entry in open_index(photos).entries if entry.captions}
+    captions = {
+        entry.name: entry.captions for entry in open_index(photos).entries if entry.captions
+    }
     assert captions == {"0.png": ("a red star", "a star"), "trip/1.png": ("a trip",)}
     (photos / "0.txt").unlink()
     build_index(photos, model)
@@ -76,7 +88,9 @@ def test_broken_images_are_listed(photos: Path, model: SearchModel) -> None:
     assert build_index(photos, model).images == 8
 
 
-def test_a_killed_run_resumes(photos: Path, model: SearchModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_resumes(
+    photos: Path, model: SearchModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(index, "_PART", 2)
 
     def kill(done: int, of: int) -> None:
@@ -115,7 +129,9 @@ def test_a_stopped_run_resumes_and_one_runs_at_a_time(photos: Path, model: Searc
     assert build_index(photos, model, progress=second).images == 7
 
 
-def test_another_model_or_collection_is_refused(photos: Path, model: SearchModel, tmp_path: Path) -> None:
+def test_another_model_or_collection_is_refused(
+    photos: Path, model: SearchModel, tmp_path: Path
+) -> None:
     build_index(photos, model)
     other = open_model(write_model(tmp_path / "other", seed=1))
     for call in (lambda: build_index(photos, other), lambda: open_index(photos).check(other)):
@@ -152,11 +168,17 @@ def whole(model: SearchModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("images-*", lambda content: b"5\n" * 2, "damaged"),
     ],
 )
-def test_a_damaged_index_is_refused(whole: Path, tmp_path: Path, pattern: str, damage: Any, word: str) -> None:
+def test_a_damaged_index_is_refused(
+    whole: Path, tmp_path: Path, pattern: str, damage: Any, word: str
+) -> None:
     folder = shutil.copytree(whole, tmp_path / "index")
     path = next(folder.glob(pattern))
     content = path.read_bytes()
-    damaged = json.dumps(damage(json.loads(content))).encode() if path.suffix == ".json" else damage(content)
+    damaged = (
+        json.dumps(damage(json.loads(content))).encode()
+        if path.suffix == ".json"
+        else damage(content)
+    )
     path.write_bytes(damaged)
     with pytest.raises(DataError, match=word):
         open_index(folder)
@@ -166,7 +188,9 @@ def test_an_index_of_an_earlier_version_is_read(whole: Path, tmp_path: Path) -> 
     folder = shutil.copytree(whole, tmp_path / "index")
     header = json.loads((folder / "index.json").read_text())
     del header["sums"]
-    (folder / "index.json").write_text(json.dumps(header | {"faults": {"3.png": "?"}, "broken": [], "graph": None}))
+    (folder / "index.json").write_text(
+        json.dumps(header | {"faults": {"3.png": "?"}, "broken": [], "graph": None})
+    )
     assert len(open_index(folder).entries) == 2
 
 
@@ -200,7 +224,9 @@ def test_what_cannot_be_indexed(photos: Path, model: SearchModel, tmp_path: Path
         build_index(tmp_path / "broken", model)
 
 
-def _build(rank: int, world_size: int, photos: Path, weights: Path, folder: Path, part: int, last: int) -> None:
+def _build(
+    rank: int, world_size: int, photos: Path, weights: Path, folder: Path, part: int, last: int
+) -> None:
     """Build an index as one of several processes, which is stopped after `last` images."""
     join_group(rank, world_size, folder.with_name(f"meet-{folder.name}-{world_size}-{last}"))
     index._PART = part
@@ -212,7 +238,13 @@ def _build(rank: int, world_size: int, photos: Path, weights: Path, folder: Path
 
     with join_processes("cpu") as processes:
         report = build_index(
-            photos, open_model(weights), folder, batch_size=2, processes=processes, progress=count, stop=stop
+            photos,
+            open_model(weights),
+            folder,
+            batch_size=2,
+            processes=processes,
+            progress=count,
+            stop=stop,
         )
     assert report.interrupted == (last < 7)
     assert report.interrupted or (report.images, [*report.faults]) == (7, ["broken.png"])
@@ -223,14 +255,20 @@ def test_processes_share_the_work_bit_by_bit(photos: Path, weights: Path, tmp_pa
     runs = {"alone": [(1, 99)], "two": [(2, 99)], "three": [(3, 99)], "stopped": [(2, 2), (3, 99)]}
     for name, steps in runs.items():
         for processes, last in steps:
-            assert not any(in_processes(_build, processes, photos, weights, tmp_path / name, 1, last)), name
+            assert not any(
+                in_processes(_build, processes, photos, weights, tmp_path / name, 1, last)
+            ), name
     alone = open_index(tmp_path / "alone")
     assert len(alone.entries) == 7
     for name in runs:
         found = open_index(tmp_path / name)
         assert found.entries == alone.entries
         np.testing.assert_array_equal(found.features, alone.features)
-        assert {path.name.split("-")[0] for path in found.folder.iterdir()} == {"features", "images", "index.json"}
+        assert {path.name.split("-")[0] for path in found.folder.iterdir()} == {
+            "features",
+            "images",
+            "index.json",
+        }
 
 
 def test_a_pipe_in_an_index_is_refused_at_once(whole: Path, tmp_path: Path) -> None:

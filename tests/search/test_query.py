@@ -63,10 +63,14 @@ def test_candidates_are_ordered_by_their_match(indexed: SearchIndex, model: Sear
     # The nearest four by features come first, by their match; the others follow by features.
     assert {*paths[:4]} == {paths[place] for place in similar.argsort(descending=True)[:4]}
     matches: list[Any] = [hit.match for hit in found.hits]
-    np.testing.assert_allclose(matches[:4], [model.model.match(path, TEXT) for path in paths[:4]], atol=1e-5)
+    np.testing.assert_allclose(
+        matches[:4], [model.model.match(path, TEXT) for path in paths[:4]], atol=1e-5
+    )
     assert matches[:4] == sorted(matches[:4], reverse=True)
     assert matches[4:] == [None] * 3
-    assert [hit.location for hit in search(indexed, model, TEXT, candidates=4, top=2).hits] == [*map(str, paths[:2])]
+    assert [hit.location for hit in search(indexed, model, TEXT, candidates=4, top=2).hits] == [
+        *map(str, paths[:2])
+    ]
 
 
 def test_the_ranking_rule_is_named_or_recorded(indexed: SearchIndex, model: SearchModel) -> None:
@@ -74,13 +78,19 @@ def test_the_ranking_rule_is_named_or_recorded(indexed: SearchIndex, model: Sear
     found = search(indexed, model, TEXT, rank="sum", top=20)
     paths = [Path(hit.location) for hit in found.hits]
     with torch.no_grad():
-        logits = match_images(model, [Image.open(path).convert("RGB") for path in paths], TEXT, 7)[:, 1]
+        logits = match_images(model, [Image.open(path).convert("RGB") for path in paths], TEXT, 7)[
+            :, 1
+        ]
     expected = logits + model.model.similarity(paths, TEXT)
     np.testing.assert_allclose([hit.score for hit in found.hits], expected, atol=1e-5)
-    assert [hit.score for hit in found.hits] == sorted((hit.score for hit in found.hits), reverse=True)
+    assert [hit.score for hit in found.hits] == sorted(
+        (hit.score for hit in found.hits), reverse=True
+    )
     assert search(indexed, replace(model, rank="sum"), TEXT, top=20).hits == found.hits
     by_features = search(indexed, model, TEXT, candidates=0, top=20)
-    assert [hit.score for hit in by_features.hits] == sorted((h.similarity for h in by_features.hits), reverse=True)
+    assert [hit.score for hit in by_features.hits] == sorted(
+        (h.similarity for h in by_features.hits), reverse=True
+    )
     assert search(indexed, model, TEXT, rank="similarity", top=20) == by_features
 
 

@@ -33,7 +33,12 @@ if TYPE_CHECKING:
     from xfm_fast.serve import Service
 
 SECONDS = 60.0
-CAPTIONS = ["a red circle", "Two blue squares, left of a triangle!", "green", "a yellow star above a circle"]
+CAPTIONS = [
+    "a red circle",
+    "Two blue squares, left of a triangle!",
+    "green",
+    "a yellow star above a circle",
+]
 
 
 def until(condition: Callable[[], bool]) -> bool:
@@ -83,7 +88,9 @@ def inflating_png(more: int) -> bytes:
     packer = zlib.compressobj()
     packed = packer.compress(bytes(8 * 25)) + packer.flush(zlib.Z_FULL_FLUSH)
     # From one flush to the next, a stream may be repeated.
-    return png(8, 8, packed + (packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)) * more)
+    return png(
+        8, 8, packed + (packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)) * more
+    )
 
 
 def scans(side: int, count: int) -> bytes:
@@ -101,7 +108,10 @@ def raw(path: str, body: bytes, *headers: str) -> bytes:
 
 def scores(answer: Any) -> list[float]:
     """Relevance in the order of the documents."""
-    return [each["relevance_score"] for each in sorted(answer["results"], key=lambda each: each["index"])]
+    return [
+        each["relevance_score"]
+        for each in sorted(answer["results"], key=lambda each: each["index"])
+    ]
 
 
 @dataclass(frozen=True)
@@ -113,7 +123,12 @@ class Running:
 
     def post(self, path: str, content: Any, headers: dict[str, str] | None = None) -> Any:
         """The response to a body, or to values as JSON."""
-        return post(self.port, path, content if isinstance(content, bytes) else json.dumps(content).encode(), headers)
+        return post(
+            self.port,
+            path,
+            content if isinstance(content, bytes) else json.dumps(content).encode(),
+            headers,
+        )
 
     def get(self, path: str, headers: dict[str, str] | None = None) -> Any:
         return get(self.port, path, headers)
@@ -124,7 +139,9 @@ class Running:
 
 def post(port: int, path: str, body: bytes, headers: dict[str, str] | None = None) -> Any:
     headers = {"content-type": "application/json"} | (headers or {})
-    return httpx.post(f"http://127.0.0.1:{port}{path}", content=body, headers=headers, timeout=SECONDS)
+    return httpx.post(
+        f"http://127.0.0.1:{port}{path}", content=body, headers=headers, timeout=SECONDS
+    )
 
 
 def get(port: int, path: str, headers: dict[str, str] | None = None) -> Any:
@@ -149,10 +166,23 @@ def running(service: Service) -> Iterator[Running]:
 
 
 @contextmanager
-def process(*arguments: object, program: tuple[str, ...] = ("-m", "xfm_fast")) -> Iterator[tuple[Any, int]]:
+def process(
+    *arguments: object, program: tuple[str, ...] = ("-m", "xfm_fast")
+) -> Iterator[tuple[Any, int]]:
     """A service in a process of its own, and its port."""
-    command = [sys.executable, *program, "serve", "--port", "0", "--device", "cpu", *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as begun:
+    command = [
+        sys.executable,
+        *program,
+        "serve",
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+        *map(str, arguments),
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as begun:
         try:
             assert begun.stdout is not None
             line = begun.stdout.readline()
@@ -201,7 +231,11 @@ def start(weights: Path) -> Start:
         from xfm_fast.serve import Service, load
 
         given = replace(ServiceOptions(port=0, timeout=20, cache_mb=64), **options)
-        return running(Service(load(folder, SourceOptions(device="cpu", rank=rank), given.cache_mb << 20), given))
+        return running(
+            Service(
+                load(folder, SourceOptions(device="cpu", rank=rank), given.cache_mb << 20), given
+            )
+        )
 
     return begin
 

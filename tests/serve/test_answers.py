@@ -20,7 +20,9 @@ from xfm_fast.search import SearchModel, Source, match_images
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 CURL, *PROGRAMS = (
-    next(block for block in PAGE.split("```text\n") if block.startswith("curl")).split("```")[0].split("\n\n")
+    next(block for block in PAGE.split("```text\n") if block.startswith("curl"))
+    .split("```")[0]
+    .split("\n\n")
 )
 
 
@@ -42,7 +44,9 @@ def test_a_rerank_is_as_offline(served: Running, model: XFM, photos: list[Path])
     answer = served.post("/v1/rerank", {"query": image(1), "documents": CAPTIONS}).json()
     close(scores(answer), expected)
     assert np.std(expected) > 1e-3
-    assert [each["index"] for each in answer["results"]] == np.argsort(-np.array(expected), kind="stable").tolist()
+    assert [each["index"] for each in answer["results"]] == np.argsort(
+        -np.array(expected), kind="stable"
+    ).tolist()
     assert answer["scoring"] == "match"
     assert not {"document", "warning"} & {*answer, *answer["results"][0]}
     expected = [float(model.match(path, CAPTIONS[1])) for path in photos[1:4]]
@@ -55,7 +59,10 @@ def test_a_rerank_is_as_offline(served: Running, model: XFM, photos: list[Path])
         answer = served.post("/v1/rerank", asked).json()
         best = np.argsort(-np.array(expected), kind="stable")[:2].tolist()
         assert [each["index"] for each in answer["results"]] == best
-        close([each["relevance_score"] for each in answer["results"]], [expected[place] for place in best])
+        close(
+            [each["relevance_score"] for each in answer["results"]],
+            [expected[place] for place in best],
+        )
         assert answer["results"][0]["document"] == image(best[0] + 1)
 
 
@@ -63,22 +70,31 @@ def test_the_ranking_rule_is_named_or_recorded(
     start: Start, weights: Path, model: XFM, photos: list[Path], tmp_path: Path
 ) -> None:
     opened, paths = SearchModel(model, Source(), ""), photos[1:4]
-    logits = match_images(opened, [Image.open(path).convert("RGB") for path in paths], CAPTIONS[1], 3)[:, 1]
+    logits = match_images(
+        opened, [Image.open(path).convert("RGB") for path in paths], CAPTIONS[1], 3
+    )[:, 1]
     similarity = model.similarity(paths, CAPTIONS[1])
-    expected = {"sum": (logits + similarity).tolist(), "similarity": ((1 + similarity) / 2).tolist()}
+    expected = {
+        "sum": (logits + similarity).tolist(),
+        "similarity": ((1 + similarity) / 2).tolist(),
+    }
     run = shutil.copytree(weights, tmp_path / "run")
     (run / TASK_FILE).write_text('{"format": 1, "task": {"kind": "retrieval", "rank": "sum"}}')
     documents = [image(seed) for seed in (1, 2, 3)]
     for given, rank in ((None, "sum"), ("similarity", "similarity")):
         with start(run, given) as service:
-            answer = service.post("/v1/rerank", {"query": CAPTIONS[1], "documents": documents}).json()
+            answer = service.post(
+                "/v1/rerank", {"query": CAPTIONS[1], "documents": documents}
+            ).json()
             pairs = service.post("/v1/score", {"text_1": CAPTIONS[1], "text_2": documents}).json()
         assert answer["scoring"] == pairs["scoring"] == rank
         close(scores(answer), expected[rank])
         close([each["score"] for each in pairs["data"]], expected[rank])
 
 
-def test_two_of_a_kind_are_compared_by_features(served: Running, model: XFM, photos: list[Path]) -> None:
+def test_two_of_a_kind_are_compared_by_features(
+    served: Running, model: XFM, photos: list[Path]
+) -> None:
     for features, documents in (
         (model.encode(CAPTIONS), CAPTIONS),
         (model.encode(photos[1:3]), [image(1), image(2)]),
@@ -90,29 +106,48 @@ def test_two_of_a_kind_are_compared_by_features(served: Running, model: XFM, pho
 
 def test_embeddings_are_those_of_encode(served: Running, model: XFM, photos: list[Path]) -> None:
     texts, images = model.encode(CAPTIONS).numpy(), model.encode(photos[4:]).numpy()
-    answer = served.post("/v1/embeddings", {"input": [CAPTIONS[0], image(4), image(5), *CAPTIONS[1:]]}).json()
-    close([each["embedding"] for each in answer["data"]], np.concatenate([texts[:1], images, texts[1:]]))
+    answer = served.post(
+        "/v1/embeddings", {"input": [CAPTIONS[0], image(4), image(5), *CAPTIONS[1:]]}
+    ).json()
+    close(
+        [each["embedding"] for each in answer["data"]],
+        np.concatenate([texts[:1], images, texts[1:]]),
+    )
     assert [each["index"] for each in answer["data"]] == list(range(6))
-    asked = {"input": CAPTIONS[0], "encoding_format": "base64", "dimensions": model.config.embed_dim}
+    asked = {
+        "input": CAPTIONS[0],
+        "encoding_format": "base64",
+        "dimensions": model.config.embed_dim,
+    }
     encoded = served.post("/v1/embeddings", asked).json()["data"][0]["embedding"]
     close(np.frombuffer(base64.b64decode(encoded), "<f4"), texts[0])
 
 
-def test_pairs_are_scored_one_with_many_and_one_by_one(served: Running, model: XFM, photos: list[Path]) -> None:
+def test_pairs_are_scored_one_with_many_and_one_by_one(
+    served: Running, model: XFM, photos: list[Path]
+) -> None:
     def found(path: str, asked: dict[str, Any]) -> list[float]:
         return [each["score"] for each in served.post(path, asked).json()["data"]]
 
-    close(found("/v1/score", {"text_1": image(1), "text_2": CAPTIONS}), model.match(photos[1], CAPTIONS))
+    close(
+        found("/v1/score", {"text_1": image(1), "text_2": CAPTIONS}),
+        model.match(photos[1], CAPTIONS),
+    )
     expected = [float(model.match(photos[number], CAPTIONS[number - 1])) for number in (1, 2)]
     close(found("/score", {"queries": CAPTIONS[:2], "documents": [image(1), image(2)]}), expected)
     one, other = model.encode(CAPTIONS[:2])
-    close(found("/v1/score", {"text_1": CAPTIONS[0], "text_2": CAPTIONS[1]}), [float((1 + one @ other) / 2)])
+    close(
+        found("/v1/score", {"text_1": CAPTIONS[0], "text_2": CAPTIONS[1]}),
+        [float((1 + one @ other) / 2)],
+    )
 
 
 def test_truncated_texts_are_named(served: Running, model: XFM) -> None:
     """By the words that the model reads, and by its tokens; the answer is that of what it has read."""
     assert model.tokenizer is not None
-    lengths = [len(*model.tokenizer.encode_ids([" ".join(["zq"] * count)], 99)) for count in range(1, 31)]
+    lengths = [
+        len(*model.tokenizer.encode_ids([" ".join(["zq"] * count)], 99)) for count in range(1, 31)
+    ]
     # As many words of several tokens as fit.
     count = sum(length <= 40 for length in lengths)
     assert count < 30
@@ -133,13 +168,24 @@ def test_truncated_texts_are_named(served: Running, model: XFM) -> None:
 
 def test_every_form_of_an_image(served: Running) -> None:
     lines, url = base64.encodebytes(photo(1)).decode(), data_url(photo(1))
-    forms = [url, lines, lines.replace("\n", "\r\n"), data_url(photo(1), ""), f"data:image/png;base64,{lines}"]
+    forms = [
+        url,
+        lines,
+        lines.replace("\n", "\r\n"),
+        data_url(photo(1), ""),
+        f"data:image/png;base64,{lines}",
+    ]
     documents: list[Any] = [{"image": form} for form in forms]
     documents.append({"content": [{"type": "image_url", "image_url": {"url": url}}]})
-    answer = served.post("/v1/rerank", {"query": {"text": "a red circle"}, "documents": documents}).json()
+    answer = served.post(
+        "/v1/rerank", {"query": {"text": "a red circle"}, "documents": documents}
+    ).json()
     assert len(set(scores(answer))) == 1
     for kind in ("JPEG", "WEBP"):
-        asked = {"query": "a red circle", "documents": [{"image": data_url(photo(1, kind=kind), f"image/{kind}")}]}
+        asked = {
+            "query": "a red circle",
+            "documents": [{"image": data_url(photo(1, kind=kind), f"image/{kind}")}],
+        }
         assert served.post("/v1/rerank", asked).status_code == 200
 
 
@@ -147,19 +193,29 @@ def test_concurrent_requests_get_the_same_responses(served: Running) -> None:
     asked = [{"query": image(seed), "documents": CAPTIONS[seed % 3 :]} for seed in range(6)]
     singly = [scores(served.post("/v1/rerank", content).json()) for content in asked]
     with ThreadPoolExecutor(6) as threads:
-        together = list(threads.map(lambda content: scores(served.post("/v1/rerank", content).json()), asked))
+        together = list(
+            threads.map(lambda content: scores(served.post("/v1/rerank", content).json()), asked)
+        )
     for found, expected in zip(together, singly, strict=True):
         close(found, expected)
 
 
 def test_probes_models_metrics_and_docs(served: Running) -> None:
-    assert served.get("/health").json() == {"status": "ok", "model": "tiny-xfm", "random_weights": False}
+    assert served.get("/health").json() == {
+        "status": "ok",
+        "model": "tiny-xfm",
+        "random_weights": False,
+    }
     assert served.get("/ready").json() == {"status": "ready"}
     (listed,) = served.get("/v1/models").json()["data"]
     assert (listed["id"], listed["heads"]) == ("tiny-xfm", ["contrastive", "matching"])
     served.post("/v1/rerank", {"query": "a red circle", "documents": [image(7)]})
     text = served.get("/metrics").content.decode()
-    for line in ('requests_total{path="/v1/rerank",status="200"}', "batch_tokens_bucket", "cache_bytes"):
+    for line in (
+        'requests_total{path="/v1/rerank",status="200"}',
+        "batch_tokens_bucket",
+        "cache_bytes",
+    ):
         assert f"xfm_{line}" in text
     for path in ("/docs", "/openapi.json", "/metrics", "/v1/nothing"):
         assert served.get(path).headers["x-content-type-options"] == "nosniff"
@@ -173,7 +229,9 @@ def test_the_request_of_the_page(served: Running) -> None:
     assert (reply.status_code, len(reply.json()["results"])) == (200, 2)
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.split("= ")[1].split(".")[0])
+@pytest.mark.parametrize(
+    "program", PROGRAMS, ids=lambda program: program.split("= ")[1].split(".")[0]
+)
 def test_the_programs_of_the_page(served: Running, program: str) -> None:
     name = program.split("= ")[1].split(".")[0]
     package = pytest.importorskip(name)

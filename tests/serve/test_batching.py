@@ -33,13 +33,23 @@ class Doubling:
     ("budget", "works", "given_up", "expected", "batches"),
     [
         (10, [(1, 4), (2, 6), (3, 1), (4, 30)], (), [2, 4, 6, 8], [[1, 2], [3], [4]]),
-        (2, [(7, 1), (5, 1), (13, 1), (6, 1)], (), [InputError, 10, RuntimeError, 12], [[7, 5], [13, 6], [13], [6]]),
+        (
+            2,
+            [(7, 1), (5, 1), (13, 1), (6, 1)],
+            (),
+            [InputError, 10, RuntimeError, 12],
+            [[7, 5], [13, 6], [13], [6]],
+        ),
         (100, [(1, 1), (2, 1)], (0,), [asyncio.CancelledError, 4], [[2]]),
     ],
     ids=["budget", "failures", "given up"],
 )
 def test_batches(
-    budget: int, works: list[tuple[int, int]], given_up: Sequence[int], expected: list[Any], batches: list[list[int]]
+    budget: int,
+    works: list[tuple[int, int]],
+    given_up: Sequence[int],
+    expected: list[Any],
+    batches: list[list[int]],
 ) -> None:
     async def scenario() -> None:
         run = Doubling()
@@ -52,7 +62,10 @@ def test_batches(
             tasks[place].cancel()
         run.go.set()
         found = await asyncio.gather(first, *tasks, return_exceptions=True)
-        assert [type(each) if isinstance(each, BaseException) else each for each in found] == [0, *expected]
+        assert [type(each) if isinstance(each, BaseException) else each for each in found] == [
+            0,
+            *expected,
+        ]
         assert run.batches == [[0], *batches]
         batcher.close()
 

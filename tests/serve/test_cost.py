@@ -13,7 +13,18 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.serve.conftest import Running, chunk, get, inflating_png, png, post, process, saved, scans, until
+from tests.serve.conftest import (
+    Running,
+    chunk,
+    get,
+    inflating_png,
+    png,
+    post,
+    process,
+    saved,
+    scans,
+    until,
+)
 
 resource = pytest.importorskip("resource", reason="limits of a process")
 if not hasattr(resource, "prlimit"):
@@ -37,7 +48,9 @@ class Limited:
 
     def megabytes(self, name: str) -> float:
         with open(f"/proc/{self.pid}/status") as lines:
-            return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
+            return (
+                next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
+            )
 
     def cpu_seconds(self) -> float:
         with open(f"/proc/{self.pid}/stat") as line:
@@ -67,13 +80,20 @@ def _list(token: str, count: int) -> str:
 
 def _pictures(content: bytes, count: int = 1) -> bytes:
     # Trailing bytes, which decoders pass over, make each an image of its own.
-    pictures = [base64.b64encode(content + number.to_bytes(3, "big")).decode() for number in range(count)]
+    pictures = [
+        base64.b64encode(content + number.to_bytes(3, "big")).decode() for number in range(count)
+    ]
     return _items(json.dumps([{"image": picture} for picture in pictures]))
 
 
 def _texts_of_png(count: int) -> bytes:
     packed = b"k\0\0" + zlib.compress(bytes(1 << 20))
-    return png(8, 8, zlib.compress(bytes(8 * 25)), (chunk(b"zTXt", packed) + chunk(b"iCCP", packed)) * count)
+    return png(
+        8,
+        8,
+        zlib.compress(bytes(8 * 25)),
+        (chunk(b"zTXt", packed) + chunk(b"iCCP", packed)) * count,
+    )
 
 
 BODIES: dict[str, tuple[Callable[[], bytes], tuple[int, ...]]] = {
@@ -100,7 +120,9 @@ BODIES: dict[str, tuple[Callable[[], bytes], tuple[int, ...]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["zeros", "objects", "nested", "deep", "keys", "one text", "inflates a little"])
+@pytest.mark.parametrize(
+    "name", ["zeros", "objects", "nested", "deep", "keys", "one text", "inflates a little"]
+)
 def test_a_small_attack_is_refused_while_health_answers(served: Running, name: str) -> None:
     make, statuses = BODIES[name]
     body, seconds = make(), time.process_time()

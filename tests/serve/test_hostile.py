@@ -20,7 +20,19 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.serve.conftest import CAPTIONS, Start, data_url, get, image, photo, post, process, raw, scores, until
+from tests.serve.conftest import (
+    CAPTIONS,
+    Start,
+    data_url,
+    get,
+    image,
+    photo,
+    post,
+    process,
+    raw,
+    scores,
+    until,
+)
 from tests.serve.test_limits import GOOD, Paused, still_good
 from xfm_fast.models.xfm import XFM
 
@@ -59,8 +71,14 @@ WAITING: dict[str, tuple[bytes, bytes]] = {
     "half a head": (b"POST /v1/rerank HT", b""),
     "a header without end": (HEAD + b"x: ", b"x"),
     "a slow body": (HEAD + b"content-length: 1000000\r\n\r\n", b" "),
-    "the body of what was refused": (HEAD.replace(b"json", b"xml") + b"content-length: 1000000\r\n\r\n", b" "),
-    "the body of a probe": (b"GET /health HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n\r\n", b" "),
+    "the body of what was refused": (
+        HEAD.replace(b"json", b"xml") + b"content-length: 1000000\r\n\r\n",
+        b" ",
+    ),
+    "the body of a probe": (
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n\r\n",
+        b" ",
+    ),
     "half a second request": (b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\nGET /hea", b"l"),
 }
 
@@ -91,7 +109,9 @@ def test_an_answer_is_held_until_it_is_read_or_its_client_dropped(start: Start) 
         assert ledger.used > 2 * len(body)
         assert until(lambda: not ledger.used)
         assert until(lambda: ended(unread))
-        with connect(service.port, raw("/v1/rerank", body, "connection: close"), window=1 << 20) as sock:
+        with connect(
+            service.port, raw("/v1/rerank", body, "connection: close"), window=1 << 20
+        ) as sock:
             received = b""
             while piece := sock.recv(1 << 16):
                 received += piece
@@ -99,12 +119,18 @@ def test_an_answer_is_held_until_it_is_read_or_its_client_dropped(start: Start) 
         assert until(lambda: not ledger.used)
 
 
-def test_too_many_connections_keep_nobody_out(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_connections_keep_nobody_out(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from xfm_fast.serve import server
 
     monkeypatch.setattr(server, "_MOST_CONNECTIONS", 8)
     with start(max_queue=2) as service, ExitStack() as stack:
-        idle = [stack.enter_context(connect(service.port, sent)) for sent, _ in WAITING.values() for _ in range(4)]
+        idle = [
+            stack.enter_context(connect(service.port, sent))
+            for sent, _ in WAITING.values()
+            for _ in range(4)
+        ]
         for _ in range(3):
             still_good(service)
             assert service.get("/health").status_code == 200
@@ -118,7 +144,10 @@ def test_too_many_connections_keep_nobody_out(start: Start, monkeypatch: pytest.
 def test_slow_bodies_give_way_where_others_need_their_memory(start: Start) -> None:
     with start(memory_mb=16, timeout=10) as service, ExitStack() as stack:
         body = b"{" + b" " * (MEGABYTE - 2)
-        slow = [stack.enter_context(connect(service.port, raw("/v1/rerank", body + b"}")[:-1])) for _ in range(8)]
+        slow = [
+            stack.enter_context(connect(service.port, raw("/v1/rerank", body + b"}")[:-1]))
+            for _ in range(8)
+        ]
         ledger = service.service.ledger
         assert until(lambda: ledger.used >= 15 * MEGABYTE)
         large = {**GOOD, "documents": ["a blue square " * 2000] * 20}
@@ -231,9 +260,14 @@ def test_nothing_names_a_request_after_its_answer(
         gc.disable()
         try:
             body = content if isinstance(content, bytes) else json.dumps(content).encode()
-            url, headers = f"http://127.0.0.1:{service.port}/v1/rerank", {"content-type": "application/json"}
+            url, headers = (
+                f"http://127.0.0.1:{service.port}/v1/rerank",
+                {"content-type": "application/json"},
+            )
             # On a connection that stays open.
-            assert until(lambda: client.post(url, content=body, headers=headers).status_code == status)
+            assert until(
+                lambda: client.post(url, content=body, headers=headers).status_code == status
+            )
             with connect(service.port, raw("/v1/rerank", body)[:-1]) as sock:
                 assert until(lambda: ended(sock))
             paused = Paused(service)
@@ -252,21 +286,31 @@ class Crowd:
     def __init__(self, port: int, silent: int, others: int) -> None:
         self.port, self.stop = port, threading.Event()
         self._silent = silent
-        shared = json.dumps({"query": CAPTIONS[0], "documents": [image(seed) for seed in range(6)]}).encode()
+        shared = json.dumps(
+            {"query": CAPTIONS[0], "documents": [image(seed) for seed in range(6)]}
+        ).encode()
         leaving = [HEAVY["images"](number) for number in range(others)]
         self._clients: list[Callable[[int], object]] = []
         for number in range(others):
             self._clients += [
-                lambda turn: self._wait(connect(port, HEAD + b"content-length: 900000\r\n\r\n" + b" " * 800_000)),
+                lambda turn: self._wait(
+                    connect(port, HEAD + b"content-length: 900000\r\n\r\n" + b" " * 800_000)
+                ),
                 lambda turn, number=number: self._leave(leaving[number], turn),
                 lambda turn: self._leave(shared, turn),
-                lambda turn: self._wait(connect(port, raw("/v1/rerank", json.dumps(UNREAD).encode()))),
+                lambda turn: self._wait(
+                    connect(port, raw("/v1/rerank", json.dumps(UNREAD).encode()))
+                ),
                 lambda turn: self._leave(HEAVY["objects"](turn), 9),
             ]
 
     def __enter__(self) -> Crowd:
-        self._idle = [connect(self.port, b"POST /v1" * (number % 2)) for number in range(self._silent)]
-        self._threads = [threading.Thread(target=self._run, args=(client,)) for client in self._clients]
+        self._idle = [
+            connect(self.port, b"POST /v1" * (number % 2)) for number in range(self._silent)
+        ]
+        self._threads = [
+            threading.Thread(target=self._run, args=(client,)) for client in self._clients
+        ]
         for thread in self._threads:
             thread.start()
         return self
@@ -313,9 +357,13 @@ def descriptors(pid: int) -> int:
 _MEMORY_MB = 256
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="descriptors of another process are read from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/fd").exists(), reason="descriptors of another process are read from /proc"
+)
 @pytest.mark.parametrize(
-    ("silent", "others", "seconds"), [(40, 1, 3), pytest.param(900, 4, 60, marks=pytest.mark.slow)], ids=["few", "many"]
+    ("silent", "others", "seconds"),
+    [(40, 1, 3), pytest.param(900, 4, 60, marks=pytest.mark.slow)],
+    ids=["few", "many"],
 )
 def test_good_clients_beside_hostile_ones(
     weights: Path, model: XFM, tmp_path: Path, silent: int, others: int, seconds: int
@@ -340,7 +388,10 @@ def test_good_clients_beside_hostile_ones(
             if reply.status_code != 200:
                 time.sleep(0.2)
 
-    with process(weights, "--memory-mb", _MEMORY_MB, "--cache-mb", 0, "--timeout", 5) as (begun, port):
+    with process(weights, "--memory-mb", _MEMORY_MB, "--cache-mb", 0, "--timeout", 5) as (
+        begun,
+        port,
+    ):
         for body, _ in good:
             assert post(port, "/v1/rerank", body).status_code == 200
         opened, before = descriptors(begun.pid), gauge(port, "xfm_process_resident_bytes")
@@ -351,7 +402,12 @@ def test_good_clients_beside_hostile_ones(
             while time.monotonic() < end:
                 time.sleep(0.1)
                 assert get(port, "/health").status_code == 200
-                samples.append((gauge(port, "xfm_request_bytes"), gauge(port, "xfm_process_resident_bytes") - before))
+                samples.append(
+                    (
+                        gauge(port, "xfm_request_bytes"),
+                        gauge(port, "xfm_process_resident_bytes") - before,
+                    )
+                )
                 most = max(most, descriptors(begun.pid) - opened)
             crowd.leave()
             for each in done:

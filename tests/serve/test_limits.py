@@ -80,14 +80,21 @@ def test_limits_are_options(start: Start) -> None:
         asked = {"input": ["a passage of many words " * 150] * 2048}
         assert len(service.post("/v1/embeddings", asked).json()["data"]) == 2048
     with start(max_inputs=2, max_characters=5) as service:
-        for texts, message in ((["a"] * 3, "--max-inputs"), (["a red"], ""), (["circle"], "--max-characters")):
+        for texts, message in (
+            (["a"] * 3, "--max-inputs"),
+            (["a red"], ""),
+            (["circle"], "--max-characters"),
+        ):
             reply = service.post("/v1/embeddings", {"input": texts})
             assert reply.status_code == (422 if message else 200)
             assert message in reply.text
 
 
 def test_addresses_methods_and_types(served: Running) -> None:
-    assert (served.get("/v1/nothing").status_code, served.get("/v1/rerank").status_code) == (404, 405)
+    assert (served.get("/v1/nothing").status_code, served.get("/v1/rerank").status_code) == (
+        404,
+        405,
+    )
     assert "GET /v1/nothing" in served.get("/v1/nothing").json()["message"]
     reply = served.post("/v1/rerank", GOOD, {"content-type": "text/plain"})
     assert (reply.status_code, "text/plain" in reply.json()["message"]) == (415, True)
@@ -96,19 +103,35 @@ def test_addresses_methods_and_types(served: Running) -> None:
 def test_a_page_of_the_web_cannot_speak_for_a_browser(served: Running) -> None:
     for host in ("localhost:1234", "[::1]:1234", "[::1]", "127.0.0.1"):
         assert served.get("/health", {"host": host}).status_code == 200
-    for host in ("evil.example:80", "[::1].evil.com", "localhost.evil.com", "127.0.0.1@evil.com", "[::1", "[]", ":"):
+    for host in (
+        "evil.example:80",
+        "[::1].evil.com",
+        "localhost.evil.com",
+        "127.0.0.1@evil.com",
+        "[::1",
+        "[]",
+        ":",
+    ):
         assert served.get("/health", {"host": host}).status_code == 403, host
 
 
 def test_the_api_key_is_required(start: Start) -> None:
     with start(api_key="of-gold") as service:
-        for headers in ({}, {"authorization": "Bearer of-silver"}, {"authorization": "Basic of-gold"}):
+        for headers in (
+            {},
+            {"authorization": "Bearer of-silver"},
+            {"authorization": "Basic of-gold"},
+        ):
             assert service.post("/v1/rerank", GOOD, headers).status_code == 401
-        assert service.post("/v1/rerank", GOOD, {"authorization": "Bearer of-gold"}).status_code == 200
+        assert (
+            service.post("/v1/rerank", GOOD, {"authorization": "Bearer of-gold"}).status_code == 200
+        )
         assert service.get("/metrics").status_code == 401
         assert (service.get("/health").status_code, service.get("/ready").status_code) == (200, 200)
         described = service.get("/openapi.json", {"authorization": "Bearer of-gold"}).json()
-        assert all(call["security"] for methods in described["paths"].values() for call in methods.values())
+        assert all(
+            call["security"] for methods in described["paths"].values() for call in methods.values()
+        )
 
 
 def test_bodies_are_bounded(start: Start) -> None:
@@ -117,7 +140,9 @@ def test_bodies_are_bounded(start: Start) -> None:
         reply = service.post("/v1/rerank", bytes(20 << 20))
         assert (reply.status_code, "1,048,576 bytes" in reply.json()["message"]) == (413, True)
         with service.connect() as sock:
-            head = "POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            head = (
+                "POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            )
             sock.sendall(f"{head}transfer-encoding: chunked\r\n\r\n".encode())
             for _ in range(18):
                 sock.sendall(b"10000\r\n" + bytes(0x10000) + b"\r\n")

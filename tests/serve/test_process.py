@@ -32,7 +32,9 @@ def test_random_weights_warn_and_sigterm_waits_for_requests_in_flight() -> None:
         body = json.dumps({"query": CAPTIONS[0], "documents": CAPTIONS}).encode()
         with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
             sock.sendall(raw("/v1/rerank", body)[:-1])
-            asked = json.dumps({"query": "a red circle", "documents": [image(1), image(2)]}).encode()
+            asked = json.dumps(
+                {"query": "a red circle", "documents": [image(1), image(2)]}
+            ).encode()
             reply = post(port, "/v1/rerank", asked)
             assert "RANDOM" in reply.json()["warning"]
             begun.send_signal(signal.SIGTERM)
@@ -60,10 +62,19 @@ runpy.run_module("xfm_fast", run_name="__main__")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "timeout", "seconds", "status"), [("SIGTERM", 2, 30, 504), ("SIGHUP", 60, 2, 200)])
-def test_requests_in_flight_at_the_end_get_a_response(name: str, timeout: int, seconds: int, status: int) -> None:
-    with process("--random", "tiny", "--timeout", timeout, seconds, program=("-c", SLOW)) as (begun, port):
-        request = raw("/v1/embeddings", json.dumps({"input": CAPTIONS}).encode(), "connection: close")
+@pytest.mark.parametrize(
+    ("name", "timeout", "seconds", "status"), [("SIGTERM", 2, 30, 504), ("SIGHUP", 60, 2, 200)]
+)
+def test_requests_in_flight_at_the_end_get_a_response(
+    name: str, timeout: int, seconds: int, status: int
+) -> None:
+    with process("--random", "tiny", "--timeout", timeout, seconds, program=("-c", SLOW)) as (
+        begun,
+        port,
+    ):
+        request = raw(
+            "/v1/embeddings", json.dumps({"input": CAPTIONS}).encode(), "connection: close"
+        )
         with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
             sock.sendall(request)
             assert until(lambda: b"xfm_active_requests 1.0" in get(port, "/metrics").content)

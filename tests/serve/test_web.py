@@ -55,7 +55,9 @@ class Site:
             "/large": httpx.Response(200, stream=httpx.ByteStream(bytes(2 << 20))),
             "/slow": httpx.Response(200, stream=Trickle()),
         }
-        return answers.get(request.url.path, httpx.Response(200, stream=httpx.ByteStream(bytes(10))))
+        return answers.get(
+            request.url.path, httpx.Response(200, stream=httpx.ByteStream(bytes(10)))
+        )
 
 
 def resolve(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[str]:
@@ -86,14 +88,24 @@ def test_a_file_comes_from_the_address_that_was_checked(monkeypatch: pytest.Monk
     assert names == ["photos.example"]
     (request,) = site.requests
     assert str(request.url) == "https://93.184.215.14/a.jpg?x=1"
-    assert (request.headers["host"], request.extensions["sni_hostname"]) == ("photos.example", "photos.example")
+    assert (request.headers["host"], request.extensions["sni_hostname"]) == (
+        "photos.example",
+        "photos.example",
+    )
 
 
 @pytest.mark.parametrize(
     ("path", "status", "message"),
-    [("/redirect", 422, "302"), ("/missing", 422, "404"), ("/large", 413, "1,048,576"), ("/slow", 422, "0.3 s")],
+    [
+        ("/redirect", 422, "302"),
+        ("/missing", 422, "404"),
+        ("/large", 413, "1,048,576"),
+        ("/slow", 422, "0.3 s"),
+    ],
 )
-def test_what_a_site_may_do(monkeypatch: pytest.MonkeyPatch, path: str, status: int, message: str) -> None:
+def test_what_a_site_may_do(
+    monkeypatch: pytest.MonkeyPatch, path: str, status: int, message: str
+) -> None:
     resolve(monkeypatch, "93.184.215.14")
     site = Site()
     with pytest.raises(Problem) as raised:
@@ -119,13 +131,17 @@ def test_where_a_url_may_not_lead(url: str) -> None:
     assert site.requests == []
 
 
-def test_a_name_with_a_private_address_among_others_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_with_a_private_address_among_others_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     resolve(monkeypatch, "93.184.215.14", "192.168.1.1")
     with pytest.raises(Problem, match="not public"):
         download("http://photos.example/a.jpg")
 
 
-def test_a_download_after_the_end_of_its_request_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_after_the_end_of_its_request_takes_no_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     resolve(monkeypatch, "93.184.215.14")
     memory = Ledger(1 << 20)
     budget = Account(memory, ServiceOptions())
@@ -138,12 +154,17 @@ def test_a_download_after_the_end_of_its_request_takes_no_memory(monkeypatch: py
 
 def test_a_service_that_allows_urls_refuses_private_ones(start: Any) -> None:
     with start(allow_urls=True) as service:
-        for url, status in (("http://169.254.169.254/latest", 422), ("data:image/png;base64,aGk=", 422)):
+        for url, status in (
+            ("http://169.254.169.254/latest", 422),
+            ("data:image/png;base64,aGk=", 422),
+        ):
             asked = {"query": "a", "documents": [{"image": url}]}
             assert service.post("/v1/rerank", asked).status_code == status
 
 
-def test_an_error_of_one_image_ends_the_other_downloads(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_one_image_ends_the_other_downloads(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ended: list[str] = []
 
     async def wait(client: Any, url: str, budget: Account) -> bytes:

@@ -18,13 +18,19 @@ EOS = 2
 
 @pytest.fixture(scope="module")
 def model() -> CaptioningModel:
-    return with_weights(CaptioningModel(config("tiny_b"), decoder_layers=3), "tiny_b", torch.float64, "captioning")
+    return with_weights(
+        CaptioningModel(config("tiny_b"), decoder_layers=3), "tiny_b", torch.float64, "captioning"
+    )
 
 
 @pytest.fixture(scope="module")
 def x() -> dict[str, Tensor]:
     given = inputs_of("tiny_b/ft_inputs", torch.float64)
-    return {name.partition("/")[2]: value for name, value in given.items() if name.startswith("captioning/")}
+    return {
+        name.partition("/")[2]: value
+        for name, value in given.items()
+        if name.startswith("captioning/")
+    }
 
 
 NextLogProbs = Callable[[list[int]], Tensor]
@@ -66,7 +72,9 @@ def plain_beam_search(
                 keep(score, ids)
             if len(running) == beams:
                 break
-        done = len(finished) == beams and (early or finished[0][0] >= options[0][0] / length**penalty)
+        done = len(finished) == beams and (
+            early or finished[0][0] >= options[0][0] / length**penalty
+        )
     if not done:
         for score, ids in running:
             keep(score, ids)
@@ -81,7 +89,9 @@ class Chain:
         self.table = 2 * torch.randn(words, words, dtype=torch.float64)
         self.positions = 98
 
-    def begin(self, prompt_ids: Tensor, memory: object, capacity: int) -> tuple[Tensor, DecoderCache]:
+    def begin(
+        self, prompt_ids: Tensor, memory: object, capacity: int
+    ) -> tuple[Tensor, DecoderCache]:
         past = DecoderCache(capacity)
         past.advance(prompt_ids.shape[1])
         return prompt_ids[:, -1:].double(), past
@@ -94,7 +104,9 @@ class Chain:
         return self.table[hidden[:, 0].long()]
 
 
-@pytest.mark.parametrize(("beams", "penalty", "early"), [(2, 0.0, True), (5, 2.0, False), (5, 0.0, True)])
+@pytest.mark.parametrize(
+    ("beams", "penalty", "early"), [(2, 0.0, True), (5, 2.0, False), (5, 0.0, True)]
+)
 def test_beam_search_of_chains(beams: int, penalty: float, early: bool) -> None:
     """Many small language models, in which ends come early, late, low among the candidates, or not at all."""
     prompts = torch.tensor([[0, 3], [4, 5], [3, 6], [5, 4], [0, 0]])
@@ -114,12 +126,16 @@ def test_beam_search_of_chains(beams: int, penalty: float, early: bool) -> None:
             )
 
 
-def test_loss_is_the_mean_over_predicted_tokens(model: CaptioningModel, x: dict[str, Tensor]) -> None:
+def test_loss_is_the_mean_over_predicted_tokens(
+    model: CaptioningModel, x: dict[str, Tensor]
+) -> None:
     with torch.inference_mode():
         plain = model(x["image"], x["text_ids"], prompt_length=3, label_smoothing=0.0)
         smooth = model(x["image"], x["text_ids"], prompt_length=3)
     labels = tensors("tiny_b/ft_outputs")["captioning/labels"]
     logits = tensors("tiny_b/ft_outputs")["captioning/logits"][:, :-1].flatten(0, 1)
     for found, smoothing in ((plain, 0.0), (smooth, 0.1)):
-        expected = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), label_smoothing=smoothing)
+        expected = torch.nn.functional.cross_entropy(
+            logits, labels[:, 1:].flatten(), label_smoothing=smoothing
+        )
         assert float(found) == pytest.approx(float(expected), rel=1e-10)

@@ -33,6 +33,8 @@ def test_glue_metrics() -> None:
     predicted, targets = torch.tensor([1, 1, 0, 0, 1]), torch.tensor([1, 0, 0, 1, 1])
     assert f1_score(predicted, targets) == pytest.approx(2 / 3)
     # tp 2, tn 1, fp 1, fn 1
-    assert correlations(predicted, targets)[0] == pytest.approx((2 * 1 - 1 * 1) / (3 * 3 * 2 * 2) ** 0.5)
+    assert correlations(predicted, targets)[0] == pytest.approx(
+        (2 * 1 - 1 * 1) / (3 * 3 * 2 * 2) ** 0.5
+    )
     assert correlations(torch.ones(3), torch.tensor([1, 0, 1])) == (0, 0)
     assert f1_score(torch.zeros(3), torch.zeros(3)) == 0

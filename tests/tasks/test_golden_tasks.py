@@ -28,7 +28,14 @@ from xfm_fast.tasks.captioning import CaptioningModel
 from xfm_fast.tasks.classification import ClassificationModel
 from xfm_fast.tasks.grounding import GroundingBatch, GroundingModel
 from xfm_fast.tasks.image import LabelledImages
-from xfm_fast.tasks.nlvr2 import RESULT_FILE, NLVR2Batch, NLVR2Model, NLVR2Options, NLVR2Record, NLVR2Task
+from xfm_fast.tasks.nlvr2 import (
+    RESULT_FILE,
+    NLVR2Batch,
+    NLVR2Model,
+    NLVR2Options,
+    NLVR2Record,
+    NLVR2Task,
+)
 from xfm_fast.tasks.task import TASKS as TASK_TYPES
 from xfm_fast.tasks.task import PairInput
 from xfm_fast.tasks.text import LabelledTexts
@@ -39,14 +46,19 @@ DECODER_LAYERS = {"tiny_a": 2, "tiny_b": 3}
 CLASSIFIERS: dict[str, tuple[dict[str, Any], tuple[str | None, ...]]] = {
     "cls_fused": ({"labels": 5, "modality": "pair"}, ("image", "text_ids", "text_atts")),
     "cls_image": ({"labels": 5, "modality": "image", "head": "official_image"}, ("image",)),
-    "cls_image_lp": ({"labels": 5, "modality": "image", "head": "official_image", "frozen": True}, ("image",)),
+    "cls_image_lp": (
+        {"labels": 5, "modality": "image", "head": "official_image", "frozen": True},
+        ("image",),
+    ),
     "cls_text": ({"labels": 5, "modality": "text"}, (None, "text_ids", "text_atts")),
     "cls_text_regression": ({"labels": 1, "modality": "text"}, (None, "text_ids", "text_atts")),
 }
 
 
 def of(x: dict[str, Tensor], task: str) -> dict[str, Tensor]:
-    return {name.partition("/")[2]: value for name, value in x.items() if name.startswith(f"{task}/")}
+    return {
+        name.partition("/")[2]: value for name, value in x.items() if name.startswith(f"{task}/")
+    }
 
 
 @cache
@@ -81,7 +93,9 @@ def vqa(model: VQAModel, x: dict[str, Tensor]) -> dict[str, Tensor]:
     question = x["image"], x["question_ids"], x["question_atts"]
     packing = Packing.from_mask(x["train_answer_atts"], keep_padding=True)
     groups = ImageGroups(offsets(x["train_n_answers"]))
-    hidden = model.text_decoder(x["train_answer_ids"], packing, model.encode_questions(*question), groups)
+    hidden = model.text_decoder(
+        x["train_answer_ids"], packing, model.encode_questions(*question), groups
+    )
     out["train_logits"] = packing.unpad(model.text_decoder.logits(hidden))
     memory = model.encode_questions(*question, attend_to_padding=True)
     start = x["answer_ids"][:1, :1].expand(memory.states, 1)
@@ -89,7 +103,9 @@ def vqa(model: VQAModel, x: dict[str, Tensor]) -> dict[str, Tensor]:
     hidden = model.text_decoder(start, Packing.from_mask(torch.ones_like(start)), memory, alone)
     out["start_logits"] = model.text_decoder.logits(hidden)
     out["first_token_probs"] = out["start_logits"].softmax(-1)[:, x["answer_ids"][:, 1]]
-    ranking = model.rank_answers(memory, x["answer_ids"], x["answer_atts"], k=4, count_first_token_twice=True)
+    ranking = model.rank_answers(
+        memory, x["answer_ids"], x["answer_atts"], k=4, count_first_token_twice=True
+    )
     return out | {"topk_ids": ranking.indices, "topk_probs": ranking.probabilities}
 
 
@@ -107,13 +123,17 @@ def grounding(model: GroundingModel, x: dict[str, Tensor]) -> dict[str, Tensor]:
 def captioning(model: CaptioningModel, x: dict[str, Tensor]) -> dict[str, Tensor]:
     ids, mask, prompt = x["text_ids"], x["text_atts"], x["prompt_ids"].shape[1]
     packing = Packing.from_mask(mask, keep_padding=True)
-    hidden = model.text_decoder(ids, packing, model.decoder_memory(x["image"]), ImageGroups(torch.arange(len(ids) + 1)))
+    hidden = model.text_decoder(
+        ids, packing, model.decoder_memory(x["image"]), ImageGroups(torch.arange(len(ids) + 1))
+    )
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, :prompt] = -100
     out = {
         "logits": packing.unpad(model.text_decoder.logits(hidden)),
         "labels": labels,
-        "loss_per_sample_sum": model.token_losses(x["image"], ids, mask, prompt_length=prompt).sum(1),
+        "loss_per_sample_sum": model.token_losses(x["image"], ids, mask, prompt_length=prompt).sum(
+            1
+        ),
     }
     for beams in (1, 3):
         out[f"generated_beam{beams}"] = model.generate(
@@ -127,14 +147,21 @@ def retrieval(model: XFM, x: dict[str, Tensor]) -> dict[str, Tensor]:
     text = model.encode_text(x["text_ids"], mask)
     features = model.project_image(image), model.project_text(text)
     own = torch.arange(len(text))
-    texts, images = torch.cat([own, own, x["itm_text_neg_idx"]]), torch.cat([own, x["itm_image_neg_idx"], own])
+    texts, images = (
+        torch.cat([own, own, x["itm_text_neg_idx"]]),
+        torch.cat([own, x["itm_image_neg_idx"], own]),
+    )
     logits = model.match_logits(
-        model.fuse(text[texts], mask[texts], model.image_memory(image), images, first_token_only=True)
+        model.fuse(
+            text[texts], mask[texts], model.image_memory(image), images, first_token_only=True
+        )
     )
     weights = hard_negative_weights(*features, model.temp, x["idx"])
     return {
         "image_embeds": image,
-        "interpolated_table_block0": model.state_dict()["vision_encoder.blocks.0.attn.relative_position_bias_table"],
+        "interpolated_table_block0": model.state_dict()[
+            "vision_encoder.blocks.0.attn.relative_position_bias_table"
+        ],
         "hard_neg_weights_t2i": weights[0],
         "hard_neg_weights_i2t": weights[1],
         "loss_itc": contrastive_loss(*features, model.temp, x["idx"]),
@@ -184,17 +211,23 @@ TASKS = ["vqa", "nlvr", "grounding", "grounding_pretrain", "captioning", "retrie
 
 
 @pytest.mark.parametrize(
-    ("dtype", "backend"), [(torch.float64, "auto"), (torch.float64, "reference"), (torch.float32, "auto")]
+    ("dtype", "backend"),
+    [(torch.float64, "auto"), (torch.float64, "reference"), (torch.float32, "auto")],
 )
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("case", CASES)
 def test_outputs(case: str, task: str, dtype: torch.dtype, backend: ops.Backend) -> None:
-    truth, official = of(tensors(f"{case}/ft_outputs"), task), of(tensors(f"{case}/ft_outputs_fp32"), task)
+    truth, official = (
+        of(tensors(f"{case}/ft_outputs"), task),
+        of(tensors(f"{case}/ft_outputs_fp32"), task),
+    )
     found = computed(task, case, dtype, backend)
     assert set(found) == set(truth)
     for name, value in truth.items():
         if value.is_floating_point():
-            plain = [official[name]] + ([one[name] for one in drawn(task, case)] if dtype == torch.float32 else [])
+            plain = [official[name]] + (
+                [one[name] for one in drawn(task, case)] if dtype == torch.float32 else []
+            )
             assert_agrees(f"{task}/{name}", found[name], value, plain, dtype)
         else:
             assert torch.equal(found[name], value), f"{task}/{name}: {found[name].tolist()}"
@@ -204,7 +237,10 @@ def test_metric_and_file_of_nlvr2() -> None:
     task = NLVR2Task(NLVR2Options(), config("tiny_b"), create_autospec(CaptionTokenizer))
     stored = np.load(golden("metrics/nlvr.npz"))
     rows = [{"answer": bool(false < true)} for false, true in stored["logits"]]
-    records = [NLVR2Record(images=("a", "b"), sentence="c", label=bool(target)) for target in stored["targets"]]
+    records = [
+        NLVR2Record(images=("a", "b"), sentence="c", label=bool(target))
+        for target in stored["targets"]
+    ]
     official = 100 * load_json("metrics/metrics")["nlvr"]["accuracy"]
     assert task.score(rows, records) == {"accuracy": pytest.approx(official, rel=1e-6)}
     records[0] = records[0].model_copy(update={"identifier": "test1-0-0-0"})
@@ -218,13 +254,17 @@ def loss_of(task: str, case: str, model: nn.Module) -> Tensor:
     if isinstance(model, ClassificationModel):
         values = of(x, "cls")
         arguments = [None if name is None else values[name] for name in CLASSIFIERS[task][1]]
-        return model(*arguments, targets=values["targets_regression" if model.labels == 1 else "targets"])
+        return model(
+            *arguments, targets=values["targets_regression" if model.labels == 1 else "targets"]
+        )
     if isinstance(model, VQAModel):
         return vqa_train_loss(model, values)
     if isinstance(model, NLVR2Model):
         return nlvr(model, values)["loss"]
     if isinstance(model, GroundingModel):
-        losses = model(values["image"], values["text_ids"], values["text_atts"], values["target_bbox"])
+        losses = model(
+            values["image"], values["text_ids"], values["text_atts"], values["target_bbox"]
+        )
         return losses.l1 + losses.giou
     assert isinstance(model, XFM)
     losses = retrieval(model, values)
@@ -243,7 +283,9 @@ def test_gradient_norms(case: str, task: str) -> None:
     value.backward()
     assert float(value.detach()) == pytest.approx(official[task]["value"], rel=1e-10)
     norms = official[task]["grad_norm"]
-    expected = {name.replace("text_encoder.", "text_encoder.roberta."): norm for name, norm in norms.items()}
+    expected = {
+        name.replace("text_encoder.", "text_encoder.roberta."): norm for name, norm in norms.items()
+    }
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert_gradient_norms(found, expected, task, zero_is_none=True)
     model.zero_grad(set_to_none=True)
@@ -262,7 +304,9 @@ def batch_of_recipe(name: str, x: dict[str, Tensor]) -> Any:
     if name.startswith("cls_image"):
         return LabelledImages(**image, targets=x["targets"])
     if name.startswith("cls_text"):
-        return LabelledTexts(**text, targets=x["targets_regression" if "regression" in name else "targets"])
+        return LabelledTexts(
+            **text, targets=x["targets_regression" if "regression" in name else "targets"]
+        )
     if name == "nlvr":
         return NLVR2Batch(**image, **text, targets=x["targets"])
     if name == "grounding":
@@ -270,7 +314,11 @@ def batch_of_recipe(name: str, x: dict[str, Tensor]) -> Any:
     if name == "captioning":
         return PairInput(**image, **text)
     nothing = torch.zeros(len(x["text_ids"]), 0, dtype=torch.long)
-    masks: dict[str, Any] = {"masked_input_ids": x["text_ids"], "masked_positions": nothing, "masked_labels": nothing}
+    masks: dict[str, Any] = {
+        "masked_input_ids": x["text_ids"],
+        "masked_positions": nothing,
+        "masked_labels": nothing,
+    }
     return PairBatch(**image, **text, **masks, image_ids=x["idx"])
 
 
@@ -301,7 +349,10 @@ def test_losses_of_a_recipe(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         tokenizer.encode_prompt.return_value = values["prompt_ids"][0]
         # The official sums without smoothing, as a mean over the predicted tokens.
         predicted = (truth["captioning/labels"] != -100).sum()
-        truth = {"captioning/loss_per_sample_sum": truth["captioning/loss_per_sample_sum"].sum() / predicted}
+        truth = {
+            "captioning/loss_per_sample_sum": truth["captioning/loss_per_sample_sum"].sum()
+            / predicted
+        }
     if name == "retrieval":
         drawn = HardNegatives(values["itm_image_neg_idx"], values["itm_text_neg_idx"])
         monkeypatch.setattr(step, "sample_hard_negatives", lambda *_, **__: drawn)

@@ -64,11 +64,17 @@ def _attention(block: Any, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
 
 def _add_norm(end: Any, branch: Tensor, x: Tensor) -> Tensor:
     return F.layer_norm(
-        x + end.dense(branch), x.shape[-1:], end.LayerNorm.weight, end.LayerNorm.bias, end.LayerNorm.eps
+        x + end.dense(branch),
+        x.shape[-1:],
+        end.LayerNorm.weight,
+        end.LayerNorm.bias,
+        end.LayerNorm.eps,
     )
 
 
-def _plain_heat(model: XFM, pixels: Tensor, ids: Tensor, mask: Tensor, layer: int, counted: Tensor) -> Tensor:
+def _plain_heat(
+    model: XFM, pixels: Tensor, ids: Tensor, mask: Tensor, layer: int, counted: Tensor
+) -> Tensor:
     """One text over one image, without padding: `[grid, grid]`."""
     with torch.no_grad():
         memory = model.encode_image(pixels[None])[0]
@@ -102,13 +108,18 @@ def _inner(mask: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("layer", "shared"), [(0, False), (2, True)])
-def test_equals_plain_grad_cam(model: XFM, batch: tuple[Tensor, Tensor, Tensor], layer: int, shared: bool) -> None:
+def test_equals_plain_grad_cam(
+    model: XFM, batch: tuple[Tensor, Tensor, Tensor], layer: int, shared: bool
+) -> None:
     pixels, ids, mask = batch
     index = torch.tensor([2, 0, 2, 4, 0]) if shared else None
     heat = cross_attention_heatmap(model, pixels, ids, mask, layer=layer, image_index=index)
     images = torch.arange(len(ids)) if index is None else index
     truth = torch.stack(
-        [_plain_heat(model, pixels[i], ids[p], mask[p], layer, _inner(mask)[p]) for p, i in enumerate(images.tolist())]
+        [
+            _plain_heat(model, pixels[i], ids[p], mask[p], layer, _inner(mask)[p])
+            for p, i in enumerate(images.tolist())
+        ]
     )
     assert heat.shape == (len(ids), CONFIG.grid, CONFIG.grid)
     assert not heat.requires_grad
@@ -117,7 +128,9 @@ def test_equals_plain_grad_cam(model: XFM, batch: tuple[Tensor, Tensor, Tensor],
         assert relative_error(found, wanted) < 1e-10
 
 
-def test_chosen_tokens_and_masks_with_holes(model: XFM, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_chosen_tokens_and_masks_with_holes(
+    model: XFM, batch: tuple[Tensor, Tensor, Tensor]
+) -> None:
     pixels, ids, mask = batch
     mask = mask.clone()
     mask[0, 3] = mask[4, 1] = 0
@@ -127,10 +140,15 @@ def test_chosen_tokens_and_masks_with_holes(model: XFM, batch: tuple[Tensor, Ten
         given = (mask if counted is None else counted).clone()
         if layer == 3:
             given[4, 1] = 1
-        heat = cross_attention_heatmap(model, pixels, ids, mask, layer=layer, tokens=None if counted is None else given)
+        heat = cross_attention_heatmap(
+            model, pixels, ids, mask, layer=layer, tokens=None if counted is None else given
+        )
         for p, found in enumerate(heat):
             wanted = _inner(mask)[p] if counted is None else given[p] * mask[p]
-            assert relative_error(found, _plain_heat(model, pixels[p], ids[p], mask[p], layer, wanted)) < 1e-10
+            assert (
+                relative_error(found, _plain_heat(model, pixels[p], ids[p], mask[p], layer, wanted))
+                < 1e-10
+            )
 
 
 def test_the_model_is_left_as_it_was(batch: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -156,7 +174,9 @@ def test_best_box_is_the_published_rule() -> None:
     for _ in range(20):
         heat = torch.rand(6, 6, generator=generator) ** 8
         corners = torch.rand(12, 2, generator=generator) * torch.tensor([50.0, 40.0])
-        boxes = torch.cat([corners, 1 + torch.rand(12, 2, generator=generator) * 30], dim=1).double()
+        boxes = torch.cat(
+            [corners, 1 + torch.rand(12, 2, generator=generator) * 30], dim=1
+        ).double()
         dense = F.interpolate(heat.double()[None, None], size=(height, width), mode="bicubic")[0, 0]
         scores = [
             float(dense[int(y) : int(y + h), int(x) : int(x + w)].sum()) / (w * h) ** 0.5
@@ -176,7 +196,10 @@ def test_both_forms_of_detections(tmp_path: Path) -> None:
     ]
     for content in (listed, {"7": [[1, 2, 3, 4, 0.9], [1.5, 2, 3, 4]], "a.png": [[0, 0, 5, 5]]}):
         (tmp_path / "dets.json").write_text(json.dumps(content))
-        found = {image: boxes.tolist() for image, boxes in read_detections(tmp_path / "dets.json").items()}
+        found = {
+            image: boxes.tolist()
+            for image, boxes in read_detections(tmp_path / "dets.json").items()
+        }
         assert found == {"7": [[1, 2, 3, 4], [1.5, 2, 3, 4]], "a.png": [[0, 0, 5, 5]]}
 
 
@@ -185,7 +208,10 @@ def test_both_forms_of_detections(tmp_path: Path) -> None:
     [
         ("{", "dets"),
         ("[[1, 2, 3, 4]]", "element 0"),
-        ('[{"image_id": 1, "box": [1, 2, 3, 4]}, {"image_id": 1, "box": [1, 2, 0, 4]}]', "element 1"),
+        (
+            '[{"image_id": 1, "box": [1, 2, 3, 4]}, {"image_id": 1, "box": [1, 2, 0, 4]}]',
+            "element 1",
+        ),
         ('{"1": [[1, 2, 3, NaN]]}', "image 1, box 0"),
     ],
 )

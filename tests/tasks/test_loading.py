@@ -70,5 +70,7 @@ def test_base_size_names_and_shapes(official: str) -> None:
         assert [*value.shape] == known[theirs]["shape"], name
     ours: dict[str, Tensor] = dict(model.named_parameters())
     assert sum(p.numel() for p in ours.values()) < sum(
-        torch.Size(entry["shape"]).numel() for entry in known.values() if entry["dtype"] == "float32"
+        torch.Size(entry["shape"]).numel()
+        for entry in known.values()
+        if entry["dtype"] == "float32"
     )

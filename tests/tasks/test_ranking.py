@@ -40,7 +40,9 @@ def expected(model: XFM, query: Query) -> torch.Tensor:
     """Both logits of every pair, each alone: `[I, C, 2]`."""
     found = torch.empty(len(query.pictures), len(query.captions), 2)
     for row, each in enumerate(query.pictures):
-        memory = model.image_memory(model.encode_image(load_image(each.content, model.config.image_size)[None]))
+        memory = model.image_memory(
+            model.encode_image(load_image(each.content, model.config.image_size)[None])
+        )
         for column, ids in enumerate(query.captions):
             tokens = torch.tensor([ids])
             fused = model.fuse(model.encode_text(tokens), torch.ones_like(tokens), memory)
@@ -64,13 +66,17 @@ def test_passes_and_cache_change_nothing(
     ranks = ModelRanks(model)
     ranks.token_budget = budget
     ranker = Ranker(ranks, 0)
-    one = model.image_memory(model.encode_image(torch.zeros(1, 3, *[model.config.image_size] * 2))).nbytes
+    one = model.image_memory(
+        model.encode_image(torch.zeros(1, 3, *[model.config.image_size] * 2))
+    ).nbytes
     ranker.cache = MemoryCache(memories * one)
     for turn, queries in enumerate(([FIRST], [FIRST, SECOND], [SECOND, FIRST])):
         for query, ranking in zip(queries, ranker.rank(queries), strict=True):
             assert isinstance(ranking, Ranking)
             torch.testing.assert_close(ranking.scores, logits[query][..., 1], rtol=0, atol=1e-5)
-            torch.testing.assert_close(ranking.matches, logits[query].softmax(-1)[..., 1], rtol=0, atol=1e-6)
+            torch.testing.assert_close(
+                ranking.matches, logits[query].softmax(-1)[..., 1], rtol=0, atol=1e-6
+            )
             if memories != 1:
                 known = memories > 0 and (turn == 2 or (turn == 1 and query is FIRST))
                 assert ranking.reused.all() == known
@@ -78,14 +84,18 @@ def test_passes_and_cache_change_nothing(
     assert ranker.cache.nbytes == len(ranker.cache) * one
 
 
-def test_features_are_those_of_the_model_and_are_kept(model: XFM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_are_those_of_the_model_and_are_kept(
+    model: XFM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ranker = Ranker(ModelRanks(model), 1 << 20)
     pictures = [picture(1), picture(2), picture(1)]
     pixels = torch.stack([load_image(each.content, model.config.image_size) for each in pictures])
     images = model.project_image(model.encode_image(pixels))
     torch.testing.assert_close(ranker.embed_images(pictures), [*images], rtol=0, atol=1e-6)
     captions = [CAPTIONS[1], CAPTIONS[0], CAPTIONS[1]]
-    texts = torch.cat([model.project_text(model.encode_text(torch.tensor([ids]))) for ids in captions])
+    texts = torch.cat(
+        [model.project_text(model.encode_text(torch.tensor([ids]))) for ids in captions]
+    )
     torch.testing.assert_close(ranker.embed_captions(captions), texts, rtol=0, atol=1e-6)
     monkeypatch.setattr(model, "encode_image", None)
     torch.testing.assert_close(ranker.embed_images(pictures[:2]), [*images[:2]], rtol=0, atol=1e-6)
@@ -95,17 +105,22 @@ def test_a_broken_image_or_an_ended_request_fails_one_query(model: XFM) -> None:
     ranker = Ranker(ModelRanks(model), 1 << 20)
     ended = picture(1)._replace(needed=lambda: False)
     # The same image is decoded for a request that still waits.
-    gone, waits = ranker.rank([Query((ended, picture(2)), CAPTIONS), Query((picture(2),), CAPTIONS)])
+    gone, waits = ranker.rank(
+        [Query((ended, picture(2)), CAPTIONS), Query((picture(2),), CAPTIONS)]
+    )
     assert (type(gone), type(waits)) == (InputError, Ranking)
     assert all(isinstance(each, torch.Tensor) for each in ranker.embed_images([ended, picture(1)]))
     # Also where the first of them ends when its image is about to be decoded.
     answers = iter([True])
     leaves = picture(5)._replace(needed=lambda: next(answers, False))
     assert all(
-        isinstance(each, Ranking) for each in ranker.rank([Query((each,), CAPTIONS) for each in (leaves, picture(5))])
+        isinstance(each, Ranking)
+        for each in ranker.rank([Query((each,), CAPTIONS) for each in (leaves, picture(5))])
     )
     broken = picture(4)._replace(content=picture(4).content[:60], key=b"broken")
-    wrong, right = ranker.rank([Query((picture(1), broken), CAPTIONS), Query((picture(1),), CAPTIONS)])
+    wrong, right = ranker.rank(
+        [Query((picture(1), broken), CAPTIONS), Query((picture(1),), CAPTIONS)]
+    )
     assert isinstance(wrong, DataError)
     assert "image 1 of the request" in str(wrong)
     assert isinstance(right, Ranking)

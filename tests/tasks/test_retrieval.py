@@ -22,7 +22,9 @@ from xfm_fast.tasks.retrieval import rerank
 def _official(case: str, dtype: torch.dtype) -> tuple[XFM, Tensor, Tensor, Tensor]:
     inputs = load_tensors(f"{case}/ft_inputs")
     size = load_json(f"{case}/config")["ft_res"]
-    model = XFM.from_official(load_tensors(f"{case}/weights"), config(case).replace(image_size=size), dtype=dtype)
+    model = XFM.from_official(
+        load_tensors(f"{case}/weights"), config(case).replace(image_size=size), dtype=dtype
+    )
     mask = inputs["retrieval_eval/text_atts"]
     with torch.inference_mode():
         images = model.encode_image(inputs["retrieval_eval/image"])
@@ -55,7 +57,9 @@ def test_equals_the_official_evaluation(
         official = expected[f"retrieval_eval/{name}"].double()
         assert torch.equal(ours == UNSCORED, official == UNSCORED)
         # The official evaluation keeps its matrices in float32.
-        assert (ours.double() - official).abs().max() <= max(tolerance, torch.finfo(torch.float32).eps) * 4
+        assert (ours.double() - official).abs().max() <= max(
+            tolerance, torch.finfo(torch.float32).eps
+        ) * 4
 
 
 def test_embeddings_in_files_give_the_same_scores_and_order(
@@ -73,7 +77,9 @@ def test_embeddings_in_files_give_the_same_scores_and_order(
     assert torch.equal(first.candidates.texts, second.candidates.texts)
     torch.testing.assert_close(first.scores, second.scores)
 
-    queries = retriever.embed_texts([(torch.randint(4, 500, (3, 6)), None), (torch.randint(4, 500, (2, 8)), None)])
+    queries = retriever.embed_texts(
+        [(torch.randint(4, 500, (3, 6)), None), (torch.randint(4, 500, (2, 8)), None)]
+    )
     indices, scores = retriever.search_images(queries, mapped, k=3)
     full = retriever.rerank(mapped, queries, k=7)
     assert bool((scores.diff(dim=1) <= 0).all())
@@ -86,14 +92,26 @@ def test_embeddings_in_files_give_the_same_scores_and_order(
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 12), st.integers(0, 12), st.integers(0, 999))
-def test_candidates_are_the_union_of_both_directions(i: int, t: int, per_image: int, per_text: int, seed: int) -> None:
+@given(
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(0, 12),
+    st.integers(0, 12),
+    st.integers(0, 999),
+)
+def test_candidates_are_the_union_of_both_directions(
+    i: int, t: int, per_image: int, per_text: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     image, text = torch.randn(i, 4, generator=generator), torch.randn(t, 4, generator=generator)
     found = top_candidates(image, text, per_image, per_text)
     similarity = image @ text.t()
-    wanted_i2t = {(a, int(b)) for a in range(i) for b in similarity[a].topk(min(per_image, t)).indices}
-    wanted_t2i = {(int(a), b) for b in range(t) for a in similarity[:, b].topk(min(per_text, i)).indices}
+    wanted_i2t = {
+        (a, int(b)) for a in range(i) for b in similarity[a].topk(min(per_image, t)).indices
+    }
+    wanted_t2i = {
+        (int(a), b) for b in range(t) for a in similarity[:, b].topk(min(per_text, i)).indices
+    }
     pairs = list(zip(found.images.tolist(), found.texts.tolist(), strict=True))
     assert pairs == sorted(wanted_i2t | wanted_t2i)
     assert {p for p, f in zip(pairs, found.for_image.tolist(), strict=True) if f} == wanted_i2t
@@ -115,7 +133,9 @@ def test_recall_equals_the_official_metric(kind: str) -> None:
 def test_recall_of_candidates_is_that_of_the_matrices(images: int, k: int, seed: int) -> None:
     """With more than ten wrong answers to every query, an unscored true one is no hit in the matrices either."""
     generator = torch.Generator().manual_seed(seed)
-    image_of_text = torch.cat([torch.arange(images), torch.randint(images, (images,), generator=generator)])
+    image_of_text = torch.cat(
+        [torch.arange(images), torch.randint(images, (images,), generator=generator)]
+    )
     features = [torch.randn(n, 4, generator=generator) for n in (images, len(image_of_text))]
     candidates = top_candidates(features[0], features[1], k, k)
     # Few values, so that there are ties.
@@ -151,7 +171,9 @@ def test_stopped_work_resumes(small: tuple[XFM, Tensor, Tensor, Tensor], tmp_pat
     assert done.pairs_resumed == done.pairs_scored
 
 
-def test_a_journal_of_other_work_is_refused(small: tuple[XFM, Tensor, Tensor, Tensor], tmp_path) -> None:
+def test_a_journal_of_other_work_is_refused(
+    small: tuple[XFM, Tensor, Tensor, Tensor], tmp_path
+) -> None:
     model, images, texts, mask = small
     rerank(images, texts, mask, model=model, k=2, resume=tmp_path)
     with pytest.raises(DataError, match="delete"):

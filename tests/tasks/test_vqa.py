@@ -16,12 +16,18 @@ from xfm_fast.tasks.vqa import VQAModel, exact_match, normalise_answer, vqa_accu
 
 @pytest.fixture(scope="module")
 def model() -> VQAModel:
-    return with_weights(VQAModel(config("tiny_b"), decoder_layers=3), "tiny_b", torch.float64, "vqa")
+    return with_weights(
+        VQAModel(config("tiny_b"), decoder_layers=3), "tiny_b", torch.float64, "vqa"
+    )
 
 
 @pytest.fixture(scope="module")
 def x() -> dict[str, Tensor]:
-    return {k.partition("/")[2]: v for k, v in inputs_of("tiny_b/ft_inputs", torch.float64).items() if k[:4] == "vqa/"}
+    return {
+        k.partition("/")[2]: v
+        for k, v in inputs_of("tiny_b/ft_inputs", torch.float64).items()
+        if k[:4] == "vqa/"
+    }
 
 
 def question(x: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,7 +49,9 @@ def whole_answer_log_likelihoods(model: VQAModel, x: dict[str, Tensor], q: int) 
 
 
 @torch.inference_mode()
-def test_padding_changes_answers_only_in_the_official_evaluation(model: VQAModel, x: dict[str, Tensor]) -> None:
+def test_padding_changes_answers_only_in_the_official_evaluation(
+    model: VQAModel, x: dict[str, Tensor]
+) -> None:
     def scores(extra: int, attend_to_padding: bool) -> Tensor:
         ids = torch.nn.functional.pad(x["question_ids"], (0, extra), value=1)
         mask = torch.nn.functional.pad(x["question_atts"], (0, extra))
@@ -92,7 +100,9 @@ def test_answers_that_begin_alike_are_decoded_once(
     assert sum(rows) == 3 * trie.nodes
     for q in range(3):
         expected = whole_answer_log_likelihoods(model, given, q)
-        assert torch.allclose(ranking.scores[q], expected.sort(descending=True).values, rtol=1e-12, atol=0)
+        assert torch.allclose(
+            ranking.scores[q], expected.sort(descending=True).values, rtol=1e-12, atol=0
+        )
         assert torch.allclose(ranking.scores[q], expected[ranking.indices[q]], rtol=1e-12, atol=0)
 
 
@@ -100,10 +110,18 @@ def test_answers_that_begin_alike_are_decoded_once(
 @pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize(("k", "best"), [(10, 3), (6, 2)])
 def test_the_best_are_exact_without_decoding_all(
-    model: VQAModel, x: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, k: int, best: int, twice: bool
+    model: VQAModel,
+    x: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    k: int,
+    best: int,
+    twice: bool,
 ) -> None:
     monkeypatch.setattr(answer_trie, "_SEEDS", 1)
-    memory, trie = model.encode_questions(*question(x)), AnswerTrie.of(x["answer_ids"], None, model.config)
+    memory, trie = (
+        model.encode_questions(*question(x)),
+        AnswerTrie.of(x["answer_ids"], None, model.config),
+    )
     every = model.rank_answers(memory, trie, k=k, count_first_token_twice=twice)
     rows = decoded_rows(model, monkeypatch)
     found = model.rank_answers(memory, trie, k=k, best=best, count_first_token_twice=twice)
@@ -113,18 +131,25 @@ def test_the_best_are_exact_without_decoding_all(
 
 
 @torch.inference_mode()
-def test_questions_of_any_length_are_answered_freely_in_one_batch(model: VQAModel, x: dict[str, Tensor]) -> None:
+def test_questions_of_any_length_are_answered_freely_in_one_batch(
+    model: VQAModel, x: dict[str, Tensor]
+) -> None:
     lengths = x["question_atts"].sum(1).tolist()
     assert len(set(lengths)) > 1
     together = model.generate(model.encode_questions(*question(x)), max_length=7, num_beams=3)
     for q, length in enumerate(lengths):
-        memory = model.encode_questions(x["image"][q : q + 1], x["question_ids"][q : q + 1, :length])
+        memory = model.encode_questions(
+            x["image"][q : q + 1], x["question_ids"][q : q + 1, :length]
+        )
         alone = model.generate(memory, max_length=7, num_beams=3)[0].tolist()
-        assert together[q].tolist() == alone + [model.config.pad_token_id] * (together.shape[1] - len(alone))
+        assert together[q].tolist() == alone + [model.config.pad_token_id] * (
+            together.shape[1] - len(alone)
+        )
 
 
 @pytest.mark.parametrize(
-    ("kind", "golden"), [("answer_type", "perAnswerType"), ("question_type", "perQuestionType"), ("question_id", "")]
+    ("kind", "golden"),
+    [("answer_type", "perAnswerType"), ("question_type", "perQuestionType"), ("question_id", "")],
 )
 def test_official_accuracy(kind: str, golden: str) -> None:
     official, given = load_json("metrics/metrics")["vqa"], load_json("metrics/vqa_inputs")
@@ -142,4 +167,6 @@ def test_official_normalisation() -> None:
 
 
 def test_exact_match() -> None:
-    assert exact_match({1: " red ", 2: "Blue", 3: "one"}, {1: "red", 2: "blue", 3: "two"}) == pytest.approx(1 / 3)
+    assert exact_match(
+        {1: " red ", 2: "Blue", 3: "one"}, {1: "red", 2: "blue", 3: "two"}
+    ) == pytest.approx(1 / 3)

@@ -54,7 +54,9 @@ class Joined:
         return len(self.parts[0])
 
     def batch(self, number: int) -> Any:
-        return joined([part.batch(number * self.per + i) for i in range(self.per) for part in self.parts])
+        return joined(
+            [part.batch(number * self.per + i) for i in range(self.per) for part in self.parts]
+        )
 
 
 def joined(batches: list[Any]) -> Any:
@@ -143,7 +145,10 @@ def in_processes(
         # The server that imports PyTorch once for all processes does not take over sys.path (Python < 3.13).
         patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
         forkserver.ensure_running()
-    processes = [context.Process(target=target, args=(rank, world_size, *arguments)) for rank in range(world_size)]
+    processes = [
+        context.Process(target=target, args=(rank, world_size, *arguments))
+        for rank in range(world_size)
+    ]
     for process in processes:
         process.start()
     ends = time.monotonic() + (timeout if kill_after is None else kill_after)
@@ -154,7 +159,9 @@ def in_processes(
                 process.kill()
                 process.join()
         else:
-            connection.wait([process.sentinel for process in alive], max(0.0, ends - time.monotonic()))
+            connection.wait(
+                [process.sentinel for process in alive], max(0.0, ends - time.monotonic())
+            )
     return [process.exitcode or 0 for process in processes]
 
 

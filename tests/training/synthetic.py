@@ -30,7 +30,9 @@ def synthetic_batch(
     return RegionBatch(**texts, image=pixels, **_regions(size, config, draw))
 
 
-def _texts(size: int, length: int, masked: int, config: XFMConfig, draw: torch.Generator) -> dict[str, Any]:
+def _texts(
+    size: int, length: int, masked: int, config: XFMConfig, draw: torch.Generator
+) -> dict[str, Any]:
     lengths = length - torch.arange(size) % 3
     columns = torch.arange(length)
     attention_mask = (columns < lengths[:, None]).long()
@@ -60,13 +62,18 @@ def _patch_mask(images: int, config: XFMConfig, draw: torch.Generator) -> Tensor
 def _regions(size: int, config: XFMConfig, draw: torch.Generator) -> dict[str, Any]:
     corners = torch.rand(size, 2, 2, generator=draw).sort(dim=1).values
     low, high = corners[:, 0] * 0.8, corners[:, 1] * 0.8 + 0.2
-    is_image = (torch.arange(size) % 2 == 0).long() if size > 1 else torch.zeros(size, dtype=torch.long)
+    is_image = (
+        (torch.arange(size) % 2 == 0).long() if size > 1 else torch.zeros(size, dtype=torch.long)
+    )
     whole = is_image.bool()
     low[whole], high[whole] = 0.0, 1.0
     centres = (torch.arange(config.grid) + 0.5) / config.grid
     # A patch belongs to a box when the box reaches its middle, or is nearest to it.
     reach = 0.5 / config.grid
-    x, y = ((centres > low[:, axis, None] - reach) & (centres < high[:, axis, None] + reach) for axis in (0, 1))
+    x, y = (
+        (centres > low[:, axis, None] - reach) & (centres < high[:, axis, None] + reach)
+        for axis in (0, 1)
+    )
     patches = (y[:, :, None] & x[:, None, :]).flatten(1)
     token = torch.ones(size, 1, dtype=torch.bool)
     return {

@@ -49,7 +49,12 @@ def drawless(folder: Path, **changes: Any) -> Any:
     if batch_size := changes.pop("batch_size", None):
         for stream in streams.values():
             stream["batch_size"] = batch_size
-    settings = {"streams": streams, "model": without_dropout(), "steps": 3, "optimizer": {"lr": 1e-3, "clip_norm": 0.5}}
+    settings = {
+        "streams": streams,
+        "model": without_dropout(),
+        "steps": 3,
+        "optimizer": {"lr": 1e-3, "clip_norm": 0.5},
+    }
     return small_recipe(folder, **(settings | changes))
 
 
@@ -57,7 +62,10 @@ def on_all_batches(recipe: Any, world_size: int) -> dict[str, Any]:
     """For one process, the batches of several, joined."""
     return {
         name: Joined(
-            [Noise(stream.kind, recipe.model, stream.batch_size // world_size, rank) for rank in range(world_size)]
+            [
+                Noise(stream.kind, recipe.model, stream.batch_size // world_size, rank)
+                for rank in range(world_size)
+            ]
         )
         for name, stream in recipe.streams.items()
     }
@@ -66,7 +74,9 @@ def on_all_batches(recipe: Any, world_size: int) -> dict[str, Any]:
 def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def parameters(folder: Path) -> dict[str, Tensor]:
@@ -86,7 +96,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_are_one(tmp_path: Path, alone: Path, parallel: str) -> None:
-    recipe = drawless(tmp_path / "run", parallel=parallel, checkpoint={"folder": str(tmp_path / "run"), "every": 2})
+    recipe = drawless(
+        tmp_path / "run",
+        parallel=parallel,
+        checkpoint={"folder": str(tmp_path / "run"), "every": 2},
+    )
     assert in_processes(process_of_a_run, 2, tmp_path / "meet", recipe, {}) == [0, 0]
     # Adam divides small gradients by small numbers, rounding and all; a wrong gradient shows as 1e-3 a step.
     assert_close(parameters(tmp_path / "run"), parameters(alone), 2e-5)
@@ -105,11 +119,19 @@ def test_two_processes_are_one(tmp_path: Path, alone: Path, parallel: str) -> No
 
 @pytest.mark.parametrize(("before", "after"), [("fsdp", "ddp"), ("ddp", "fsdp")])
 @pytest.mark.slow
-def test_checkpoints_of_shards_and_of_wholes_serve_both(tmp_path: Path, before: str, after: str) -> None:
+def test_checkpoints_of_shards_and_of_wholes_serve_both(
+    tmp_path: Path, before: str, after: str
+) -> None:
     folder = tmp_path / "run"
-    settings: dict[str, Any] = {"steps": 6, "ema": 0.5, "checkpoint": {"folder": str(folder), "every": 3, "keep": 1}}
+    settings: dict[str, Any] = {
+        "steps": 6,
+        "ema": 0.5,
+        "checkpoint": {"folder": str(folder), "every": 3, "keep": 1},
+    }
     whole = {**settings, "checkpoint": {"folder": str(tmp_path / "whole"), "every": 3}}
-    assert in_processes(process_of_a_run, 2, tmp_path / "a", drawless(tmp_path / "whole", **whole), {}) == [0, 0]
+    assert in_processes(
+        process_of_a_run, 2, tmp_path / "a", drawless(tmp_path / "whole", **whole), {}
+    ) == [0, 0]
     recipe = drawless(folder, parallel=before, **settings)
     assert in_processes(process_of_a_run, 2, tmp_path / "b", recipe, {"kill_at": 4}) == [-9, -9]
     recipe = drawless(folder, parallel=after, **settings)
@@ -143,12 +165,18 @@ def gradients_travel_once_per_update(rank: int, folder: Path) -> None:
             reductions.clear()
             for number, stream in enumerate(update, start=1):
                 with parallel.synchronised(last=number == len(update)):
-                    loss, _ = parallel.module(sources[stream].batch(number), recipe.losses_of(stream))
+                    loss, _ = parallel.module(
+                        sources[stream].batch(number), recipe.losses_of(stream)
+                    )
                     loss.backward()
                 same = processes.gather(float(ModelNorms(parallel.model).gradients()[1].norm()))
                 assert (same[0] == same[1]) == (number == len(update))
             per_update.append(len(reductions))
-            reached = {name.split(".")[0] for name, p in parallel.model.named_parameters() if p.grad is not None}
+            reached = {
+                name.split(".")[0]
+                for name, p in parallel.model.named_parameters()
+                if p.grad is not None
+            }
             assert ("vision_encoder" in reached) == (update != ["text"])
         assert per_update[0] > 0
         assert len(set(per_update)) == 1, per_update
@@ -162,7 +190,9 @@ def every_process_keeps_its_part(rank: int, folder: Path) -> None:
         assert isinstance(parallel.module, FSDPModule)
         kept = sum(local(parameter).numel() for parameter in model.parameters())
         assert kept < 0.52 * whole
-        assert [name for name, p in model.named_parameters() if not isinstance(p, DTensor)] == ["temp"]
+        assert [name for name, p in model.named_parameters() if not isinstance(p, DTensor)] == [
+            "temp"
+        ]
 
 
 def processes_agree(rank: int, folder: Path) -> None:
@@ -243,7 +273,9 @@ def test_groups_end_and_begin_again() -> None:
 
 def gradients(model: XFM, recipe: Any, stream: str) -> tuple[Tensor, list[Tensor]]:
     torch.manual_seed(1)
-    losses = pretraining_losses(model, noise(recipe)[stream].batch(0), losses=recipe.losses_of(stream))
+    losses = pretraining_losses(
+        model, noise(recipe)[stream].batch(0), losses=recipe.losses_of(stream)
+    )
     loss = torch.stack([*losses.values()]).sum()
     found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     return loss.detach(), [gradient for gradient in found if gradient is not None]

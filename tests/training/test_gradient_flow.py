@@ -49,7 +49,9 @@ def gradient_norms(model: XFM, kinds: tuple[str, ...] = KINDS, **options: Any) -
         members[part_of(name)].append(parameter)
     norms: Norms = defaultdict(dict)
     for kind in kinds:
-        for loss, value in pretraining_losses(model.eval(), synthetic_batch(kind, CONFIG), **options).items():
+        for loss, value in pretraining_losses(
+            model.eval(), synthetic_batch(kind, CONFIG), **options
+        ).items():
             for part, parameters in members.items():
                 found = torch.autograd.grad(value, parameters, allow_unused=True, retain_graph=True)
                 if arrived := [gradient.norm() for gradient in found if gradient is not None]:
@@ -59,7 +61,9 @@ def gradient_norms(model: XFM, kinds: tuple[str, ...] = KINDS, **options: Any) -
 
 def test_each_loss_trains_its_parts() -> None:
     norms = gradient_norms(XFM(CONFIG))
-    assert {(kind, loss) for kind, losses in LOSSES_OF_KIND.items() for loss in losses} == set(norms)
+    assert {(kind, loss) for kind, losses in LOSSES_OF_KIND.items() for loss in losses} == set(
+        norms
+    )
     for (_, loss), of_loss in norms.items():
         assert set(of_loss) == TRAINED[loss], loss
         assert all(0 < norm < float("inf") for norm in of_loss.values()), of_loss
@@ -67,9 +71,15 @@ def test_each_loss_trains_its_parts() -> None:
 
 def test_without_the_stop_gradient_fusion_losses_reach_the_language_encoder() -> None:
     norms = gradient_norms(XFM(CONFIG), stop_gradient=False)
-    reached = {row for row, of_loss in norms.items() if set(of_loss) - TRAINED[row[1]] == {"language"}}
+    reached = {
+        row for row, of_loss in norms.items() if set(of_loss) - TRAINED[row[1]] == {"language"}
+    }
     fusion = {"itm", "imlm", "bbox_l1", "bbox_giou"}
-    assert reached == {(kind, loss) for kind, losses in LOSSES_OF_KIND.items() for loss in fusion.intersection(losses)}
+    assert reached == {
+        (kind, loss)
+        for kind, losses in LOSSES_OF_KIND.items()
+        for loss in fusion.intersection(losses)
+    }
 
 
 @pytest.mark.parametrize(("loss", "official"), [("itm", "itm_finetune"), ("imlm", "imlm_nodetach")])

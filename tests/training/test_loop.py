@@ -57,7 +57,11 @@ def test_the_loop_runs_the_official_trajectory(
         "images": Same([image_batch(case)]),
         "pairs": Same([pair_batch(case)]),
     }
-    monkeypatch.setattr(loop, "pretraining_losses", lambda *given, **options: official_losses(case, *given, **options))
+    monkeypatch.setattr(
+        loop,
+        "pretraining_losses",
+        lambda *given, **options: official_losses(case, *given, **options),
+    )
     # The official run began with the second learning rate, for the first is 0.
     monkeypatch.setattr(
         loop,
@@ -65,7 +69,11 @@ def test_the_loop_runs_the_official_trajectory(
         lambda schedule, step, *, steps, lr: schedule_factor(schedule, step + 1, steps=8, lr=lr),
     )
     recipe = small_recipe(
-        tmp_path, model=still, steps=2, optimizer={"lr": 1e-3, "zero_grad": zero_grad}, schedule={"warmup": 2}
+        tmp_path,
+        model=still,
+        steps=2,
+        optimizer={"lr": 1e-3, "zero_grad": zero_grad},
+        schedule={"warmup": 2},
     )
     run(recipe, sources=sources, model=model)
 
@@ -74,15 +82,23 @@ def test_the_loop_runs_the_official_trajectory(
         for streams in (["text"], ["regions", "images"], ["pairs"]):
             step = next(expected)
             assert line["lr"] == pytest.approx(step["lr"], rel=1e-12)
-            assert line[f"grad_norm/{'+'.join(streams)}"] == pytest.approx(step["grad_norm_before_clip"], rel=1e-8)
+            assert line[f"grad_norm/{'+'.join(streams)}"] == pytest.approx(
+                step["grad_norm_before_clip"], rel=1e-8
+            )
             for stream in streams:
-                losses = step["losses"].get({"regions": "region", "images": "imagenet"}.get(stream), step["losses"])
+                losses = step["losses"].get(
+                    {"regions": "region", "images": "imagenet"}.get(stream), step["losses"]
+                )
                 for name, value in line.items():
                     if name.startswith(f"loss/{stream}/"):
-                        assert value == pytest.approx(losses[OFFICIAL_NAME[name.split("/")[2]]], rel=1e-8), name
+                        assert value == pytest.approx(
+                            losses[OFFICIAL_NAME[name.split("/")[2]]], rel=1e-8
+                        ), name
     assert next(expected, None) is None
     for name, parameter in model.named_parameters():
-        assert parameter.detach().norm().item() == pytest.approx(official["param_norm_after"][name], rel=1e-8), name
+        assert parameter.detach().norm().item() == pytest.approx(
+            official["param_norm_after"][name], rel=1e-8
+        ), name
 
 
 def means_only(folder: Path, **changes: Any) -> Recipe:
@@ -91,7 +107,11 @@ def means_only(folder: Path, **changes: Any) -> Recipe:
     streams = {name: stream.model_dump() for name, stream in recipe.streams.items()}
     del streams["regions"]
     streams["pairs"]["losses"] = ["imlm", "mim"]
-    settings: dict[str, Any] = {"streams": streams, "updates": [["text"], ["images", "pairs"]], "steps": 3}
+    settings: dict[str, Any] = {
+        "streams": streams,
+        "updates": [["text"], ["images", "pairs"]],
+        "steps": 3,
+    }
     return small_recipe(folder, **({"model": without_dropout()} | settings | changes))
 
 
@@ -103,11 +123,23 @@ def test_accumulation_is_exact(tmp_path: Path) -> None:
     for name, recipe in (("split", split), ("whole", whole)):
         torch.manual_seed(0)
         models[name] = XFM(recipe.model).double()
-    halves = {name: Noise(s.kind, split.model, s.batch_size // 2) for name, s in split.streams.items()}
+    halves = {
+        name: Noise(s.kind, split.model, s.batch_size // 2) for name, s in split.streams.items()
+    }
 
-    run(split, model=models["split"], sources={name: Wide(source) for name, source in halves.items()})
-    run(whole, model=models["whole"], sources={name: Wide(Joined([half], per=2)) for name, half in halves.items()})
-    for (name, a), b in zip(models["split"].named_parameters(), models["whole"].parameters(), strict=True):
+    run(
+        split,
+        model=models["split"],
+        sources={name: Wide(source) for name, source in halves.items()},
+    )
+    run(
+        whole,
+        model=models["whole"],
+        sources={name: Wide(Joined([half], per=2)) for name, half in halves.items()},
+    )
+    for (name, a), b in zip(
+        models["split"].named_parameters(), models["whole"].parameters(), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
     ours, theirs = numbers(tmp_path / "split"), numbers(tmp_path / "whole")
     for a, b in zip(ours, theirs, strict=True):
@@ -126,7 +158,11 @@ class Wide:
     def batch(self, number: int) -> Any:
         batch = self.source.batch(number)
         values = {f.name: getattr(batch, f.name) for f in fields(batch)}
-        wide = {n: v.double() for n, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()}
+        wide = {
+            n: v.double()
+            for n, v in values.items()
+            if isinstance(v, Tensor) and v.is_floating_point()
+        }
         return replace(batch, **wide)
 
 
@@ -178,14 +214,26 @@ def test_a_stream_is_drawn_as_often_as_the_recipe_says(tmp_path: Path) -> None:
 
     for steps in (5, 8):
         recipe = small_recipe(tmp_path, streams=streams, steps=steps, schedule={"steps": 8})
-        sources = {name: Recorded(s.kind, recipe.model, s.batch_size) for name, s in recipe.streams.items()}
+        sources = {
+            name: Recorded(s.kind, recipe.model, s.batch_size) for name, s in recipe.streams.items()
+        }
         run(recipe, sources=sources)
     lines = numbers(tmp_path)
-    having = {name: [line["step"] for line in lines if f"loss/{name}/" in " ".join(line)] for name in streams}
-    assert having == {"text": [4, 8], "regions": [3, 6], "images": [2, 4, 6, 8], "pairs": [*range(1, 9)]}
+    having = {
+        name: [line["step"] for line in lines if f"loss/{name}/" in " ".join(line)]
+        for name in streams
+    }
+    assert having == {
+        "text": [4, 8],
+        "regions": [3, 6],
+        "images": [2, 4, 6, 8],
+        "pairs": [*range(1, 9)],
+    }
     # The first of each is read before the first step of a run, in which not every stream is drawn.
     expected = {"text": 2, "regions": 2, "images": 4, "pairs": 8}
-    assert {name: sorted({*read}) for name, read in drawn.items()} == {n: [*range(k)] for n, k in expected.items()}
+    assert {name: sorted({*read}) for name, read in drawn.items()} == {
+        n: [*range(k)] for n, k in expected.items()
+    }
     assert newest(tmp_path / "checkpoints").state["batches"] == expected
     norms = {key for key in lines[5] if key.startswith("grad_norm/") and key.count("/") == 1}
     assert norms == {"grad_norm/regions+images", "grad_norm/pairs"}
@@ -199,7 +247,11 @@ def test_the_method_reaches_the_losses(tmp_path: Path, monkeypatch: pytest.Monke
         return pretraining_losses(*arguments, **options)
 
     monkeypatch.setattr(loop, "pretraining_losses", losses)
-    switched = {"stop_gradient": False, "official_itc_gradient": True, "official_itm_negatives": True}
+    switched = {
+        "stop_gradient": False,
+        "official_itc_gradient": True,
+        "official_itm_negatives": True,
+    }
     run(small_recipe(tmp_path, steps=1, method=switched))
     assert all(options | switched == options for options in seen)
     assert len(seen) == 4
@@ -212,21 +264,29 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> XFM:
 
 
 @pytest.mark.parametrize(
-    "change", [{"activation_checkpointing": True}, {"workers": 1}, {"log": {"every": 4}}], ids=lambda c: next(iter(c))
+    "change",
+    [{"activation_checkpointing": True}, {"workers": 1}, {"log": {"every": 4}}],
+    ids=lambda c: next(iter(c)),
 )
-def test_how_a_run_is_run_changes_no_number(tmp_path: Path, plain: XFM, change: dict[str, Any]) -> None:
+def test_how_a_run_is_run_changes_no_number(
+    tmp_path: Path, plain: XFM, change: dict[str, Any]
+) -> None:
     other = run(small_recipe(tmp_path, steps=4, **change))
     for a, b in zip(plain.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_fp16_leaves_out_what_overflows_and_resumes_its_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp16_leaves_out_what_overflows_and_resumes_its_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From a scale that is far too large: it is halved until gradients fit, and weights rest meanwhile."""
     monkeypatch.setattr(loop, "_LARGEST_LOSS_SCALE", 2.0**22)
     updates = [["text", "regions", "images", "pairs"]]
     # Recipes refuse fp16 without a GPU, but the CPU can do it.
     whole, parts = (
-        small_recipe(tmp_path / name, updates=updates, steps=16).model_copy(update={"precision": "fp16"})
+        small_recipe(tmp_path / name, updates=updates, steps=16).model_copy(
+            update={"precision": "fp16"}
+        )
         for name in ("whole", "parts")
     )
     run(whole)
@@ -236,7 +296,9 @@ def test_fp16_leaves_out_what_overflows_and_resumes_its_scale(tmp_path: Path, mo
     assert rested[0]
     assert not rested[-1]
     assert [line["update_norm/all"] == 0 for line in lines] == rested
-    assert all(after in (before, before / 2) for before, after in zip(scales, scales[1:], strict=False))
+    assert all(
+        after in (before, before / 2) for before, after in zip(scales, scales[1:], strict=False)
+    )
     # Losses are those of whole numbers: only their gradients were scaled.
     assert lines[0]["loss/text/mlm"] == pytest.approx(lines[-1]["loss/text/mlm"], rel=0.1)
 
@@ -265,13 +327,16 @@ def test_autocast_trains_fp32_weights(tmp_path: Path, precision: str) -> None:
 def test_what_a_run_leaves_behind(tmp_path: Path) -> None:
     seen = []
     result = run(
-        small_recipe(tmp_path, steps=5, ema=0.9), on_step=lambda step, model, _: seen.append((step, model.training))
+        small_recipe(tmp_path, steps=5, ema=0.9),
+        on_step=lambda step, model, _: seen.append((step, model.training)),
     )
     assert seen == [(step, True) for step in range(1, 6)]
     assert (result.step, result.interrupted) == (5, False)
     assert result.metrics["loss/pairs/itc"] == numbers(tmp_path)[-1]["loss/pairs/itc"]
     saved = XFM.from_pretrained(tmp_path / "model")
-    for (name, parameter), own in zip(saved.named_parameters(), result.model.parameters(), strict=True):
+    for (name, parameter), own in zip(
+        saved.named_parameters(), result.model.parameters(), strict=True
+    ):
         assert torch.equal(parameter, own), name
     average = XFM.from_pretrained(tmp_path / "average")
     assert not torch.equal(average.vision_proj.weight, saved.vision_proj.weight)

@@ -19,7 +19,14 @@ from xfm_fast.training.metrics import Guard, ModelNorms, Value, Work, mean_by_na
 
 def test_log_lines_are_means_since_the_last_one(tmp_path: Path) -> None:
     run(small_recipe(tmp_path / "every", steps=4))
-    run(small_recipe(tmp_path / "second", steps=4, log={"every": 2}, checkpoint={"folder": str(tmp_path / "second")}))
+    run(
+        small_recipe(
+            tmp_path / "second",
+            steps=4,
+            log={"every": 2},
+            checkpoint={"folder": str(tmp_path / "second")},
+        )
+    )
     each, second = numbers(tmp_path / "every"), numbers(tmp_path / "second")
     assert [line["step"] for line in second] == [2, 4]
     assert [line["steps"] for line in second] == [2, 2]
@@ -41,9 +48,13 @@ def test_norms_are_those_of_all_parameters() -> None:
     norms = ModelNorms(model)
     before, was = norms.copy(), torch.cat([p.detach().flatten() for p in model.parameters()])
     model.vision_proj.weight.grad = torch.randn_like(model.vision_proj.weight)
-    model.text_encoder.roberta.embeddings.LayerNorm.weight.grad = torch.randn(64, dtype=torch.float64)
+    model.text_encoder.roberta.embeddings.LayerNorm.weight.grad = torch.randn(
+        64, dtype=torch.float64
+    )
     having, each = norms.gradients()
-    assert [norms.names[i] for i in having] == [n for n, p in model.named_parameters() if p.grad is not None]
+    assert [norms.names[i] for i in having] == [
+        n for n, p in model.named_parameters() if p.grad is not None
+    ]
     parts = norms.by_part(each, having)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     expected = torch.cat([gradient.flatten() for gradient in gradients]).norm()
@@ -61,7 +72,9 @@ def test_norms_are_those_of_all_parameters() -> None:
         [gradient * (0.5 / (expected + 1e-6)) for gradient in twin],
     )
     norms.clip_(norms.gradients()[1].norm(), 100.0)
-    torch.testing.assert_close(norms.gradients()[1].norm(), torch.tensor(0.5, dtype=torch.float64), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        norms.gradients()[1].norm(), torch.tensor(0.5, dtype=torch.float64), rtol=1e-5, atol=0
+    )
 
     with torch.no_grad():
         model.temp.add_(0.25)
@@ -74,7 +87,11 @@ def test_rates_count_all_processes() -> None:
     for _ in range(2):
         work.count(batch)
     tokens = int(batch.attention_mask.sum())
-    assert work.rates(2, 4.0) == {"seconds": 2.0, "images_per_s": 2 * 2 * 4 / 4.0, "tokens_per_s": 2 * 2 * tokens / 4.0}
+    assert work.rates(2, 4.0) == {
+        "seconds": 2.0,
+        "images_per_s": 2 * 2 * 4 / 4.0,
+        "tokens_per_s": 2 * 2 * tokens / 4.0,
+    }
     assert work.rates(1, 1.0)["images_per_s"] == 0
 
 
@@ -144,8 +161,9 @@ def test_first_operation_of_the_backward_pass_is_named(tmp_path: Path) -> None:
     guard.watch(3, "images", list(range(len(norms))), norms)
     with pytest.raises(NonFiniteError) as caught:
         guard.check([Value(3, "grad_norm/images", float("inf"))], batches, rerun)
-    assert "step 3: grad_norm images is inf: the gradient of vision_proj.weight in update images has norm inf" in str(
-        caught.value
+    assert (
+        "step 3: grad_norm images is inf: the gradient of vision_proj.weight in update images has norm inf"
+        in str(caught.value)
     )
     assert "backward operation aten.div" in str(caught.value)
 
@@ -155,7 +173,9 @@ def test_masks_of_infinity_are_no_fault(tmp_path: Path) -> None:
     model, guard, batches = exploding(tmp_path)
 
     def rerun(_: str, batch: Any) -> torch.Tensor:
-        scores = torch.zeros(3, 3).masked_fill(torch.eye(3, dtype=torch.bool), -torch.inf).softmax(1)
+        scores = (
+            torch.zeros(3, 3).masked_fill(torch.eye(3, dtype=torch.bool), -torch.inf).softmax(1)
+        )
         return model.encode_image(batch.image).mean() * scores.mean()
 
     with pytest.raises(NonFiniteError, match="batch"):

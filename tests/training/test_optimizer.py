@@ -32,7 +32,9 @@ def test_groups_are_the_official_ones() -> None:
     with torch.device("meta"):
         model = XFM(XFMConfig.preset("base"))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = optimizer_groups(model, OptimizerRecipe(lr=1e-4, weight_decay=0.01, lr_mult=2), large_lr=Recipe.large_lr)
+    groups = optimizer_groups(
+        model, OptimizerRecipe(lr=1e-4, weight_decay=0.01, lr_mult=2), large_lr=Recipe.large_lr
+    )
     official = load_json("optimizer_groups_base")["groups"]
     assert len(groups) == len(official) == 4
     dead = set()
@@ -44,8 +46,14 @@ def test_groups_are_the_official_ones() -> None:
     assert not names
     # The official model carries a captioning head in two encoders that no loss reads, and embeddings of the fusion
     # encoder that no input passes through; only the word matrix there has a use, as the output matrix of its head.
-    unread = {f"fusion_encoder.roberta.embeddings.{name}" for name in ("LayerNorm.bias", "LayerNorm.weight")}
-    unread |= {f"fusion_encoder.roberta.embeddings.{name}_embeddings.weight" for name in ("position", "token_type")}
+    unread = {
+        f"fusion_encoder.roberta.embeddings.{name}"
+        for name in ("LayerNorm.bias", "LayerNorm.weight")
+    }
+    unread |= {
+        f"fusion_encoder.roberta.embeddings.{name}_embeddings.weight"
+        for name in ("position", "token_type")
+    }
     assert {name for name in dead if ".lm_cap_head." not in name} == unread
     assert len(dead) == 16
 
@@ -55,8 +63,13 @@ def test_groups_leave_out_what_is_frozen_and_take_other_heads() -> None:
     recipe = OptimizerRecipe(lr=1.0, weight_decay=0.5, lr_mult=3)
     model["body"].requires_grad_(False)
     groups = optimizer_groups(model, recipe, large_lr=("cls_head",))
-    assert [(group["lr"], group["weight_decay"], len(group["params"])) for group in groups] == [(3, 0.5, 1), (3, 0, 1)]
-    (group,) = optimizer_groups(model, recipe.model_copy(update={"decay_all": True}), large_lr=("cls_head",))
+    assert [(group["lr"], group["weight_decay"], len(group["params"])) for group in groups] == [
+        (3, 0.5, 1),
+        (3, 0, 1),
+    ]
+    (group,) = optimizer_groups(
+        model, recipe.model_copy(update={"decay_all": True}), large_lr=("cls_head",)
+    )
     assert (group["weight_decay"], len(group["params"])) == (0.5, 2)
     model.requires_grad_(False)
     with pytest.raises(ConfigError, match="frozen"):
@@ -67,11 +80,18 @@ def test_position_tables_may_learn_faster_than_the_rest() -> None:
     model = XFM(XFMConfig.preset("tiny"))
     recipe = OptimizerRecipe(lr=1.0, weight_decay=0.5, lr_mult=3, table_lr_mult=10)
     *others, tables = optimizer_groups(model, recipe, large_lr=Recipe.large_lr)
-    wanted = [p for name, p in model.named_parameters() if name.endswith("relative_position_bias_table")]
+    wanted = [
+        p for name, p in model.named_parameters() if name.endswith("relative_position_bias_table")
+    ]
     assert len(wanted) == 3
     assert (tables["lr"], tables["weight_decay"]) == (10, 0)
     assert {id(p) for p in tables["params"]} == {id(p) for p in wanted}
-    assert [(group["lr"], group["weight_decay"]) for group in others] == [(1, 0.5), (1, 0), (3, 0.5), (3, 0)]
+    assert [(group["lr"], group["weight_decay"]) for group in others] == [
+        (1, 0.5),
+        (1, 0),
+        (3, 0.5),
+        (3, 0),
+    ]
     grouped = [id(p) for group in (*others, tables) for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
 
@@ -120,12 +140,16 @@ def test_rule_and_what_happens_without_a_gradient(zero_grad: str) -> None:
 
 
 @pytest.mark.parametrize("move", [adam_in_passes, adam_in_one_pass])
-def test_torch_rule_is_that_of_torch(move: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_rule_is_that_of_torch(
+    move: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Gradients near eps, where it matters when eps is added; parameters of other ages."""
     monkeypatch.setattr("xfm_fast.training.optimizer.adam_in_one_pass", move)
     torch.manual_seed(5)
     start = [torch.randn(4, 3, dtype=torch.float64), torch.randn(5, dtype=torch.float64)]
-    ways: list[list[nn.Parameter]] = [[nn.Parameter(value.clone()) for value in start] for _ in range(3)]
+    ways: list[list[nn.Parameter]] = [
+        [nn.Parameter(value.clone()) for value in start] for _ in range(3)
+    ]
     made = [
         AdamW(ways[0], LR, BETAS, EPS, 0.1, kind="torch"),
         torch.optim.AdamW(ways[1], LR, BETAS, EPS, 0.1),
@@ -149,7 +173,10 @@ def test_error_is_that_of_rounding(move: Callable[..., None]) -> None:
     torch.manual_seed(3)
     shapes, ages = [(63, 111), (5,), (), (2, 3, 4)], [0.0, 7.0, 7.0, 400.0]
     exact = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-    columns = [[torch.randn(shape, dtype=torch.float64).mul(0.1).float() for shape in shapes] for _ in range(3)]
+    columns = [
+        [torch.randn(shape, dtype=torch.float64).mul(0.1).float() for shape in shapes]
+        for _ in range(3)
+    ]
     gradients, first, second = columns[0], columns[1], [each.square() for each in columns[2]]
     values = [value.float() for value in exact]
     exact = [value.double() for value in values]
@@ -160,7 +187,9 @@ def test_error_is_that_of_rounding(move: Callable[..., None]) -> None:
     move(values, Moments(gradients, first, second, steps), LR, BETAS, EPS)
     assert [step.item() for step in steps] == [age + 1 for age in ages]
     for found, expected in zip((*values, *first, *second), (*exact, *m, *v), strict=True):
-        assert (found.double() - expected).abs().max() <= 2 * torch.finfo(torch.float32).eps * expected.abs().max()
+        assert (found.double() - expected).abs().max() <= 2 * torch.finfo(
+            torch.float32
+        ).eps * expected.abs().max()
     # By their versions cached tensors notice that a parameter was moved.
     assert all(t._version > v for t, v in zip((*values, *first, *second), versions, strict=True))
 
@@ -196,8 +225,12 @@ def test_state_resumes_to_the_bit(zero_grad: str) -> None:
 
 
 class _NoWaiting(TorchDispatchMode):
-    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
-        assert func is not torch.ops.aten._local_scalar_dense.default, "a tensor was read on the host"
+    def __torch_dispatch__(
+        self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        assert func is not torch.ops.aten._local_scalar_dense.default, (
+            "a tensor was read on the host"
+        )
         return func(*args, **(kwargs or {}))  # pyright: ignore[reportCallIssue]
 
 

@@ -31,15 +31,25 @@ def test_shipped_recipe_says_what_to_expect(name: str, tmp_path: Path) -> None:
 def test_base_recipe_has_the_official_numbers() -> None:
     recipe = load_recipe("pretrain_base_4m")
     assert recipe.model == XFMConfig.preset("base")
-    assert (recipe.model.image_size, recipe.model.num_masking_patches, recipe.model.min_num_patches) == (224, 75, 16)
-    assert (recipe.model.embed_dim, recipe.model.temperature, recipe.model.drop_path_rate) == (256, 0.07, 0.1)
+    assert (
+        recipe.model.image_size,
+        recipe.model.num_masking_patches,
+        recipe.model.min_num_patches,
+    ) == (224, 75, 16)
+    assert (recipe.model.embed_dim, recipe.model.temperature, recipe.model.drop_path_rate) == (
+        256,
+        0.07,
+        0.1,
+    )
     optimizer = recipe.optimizer
     assert (optimizer.lr, optimizer.weight_decay, optimizer.lr_mult) == (1e-4, 0.01, 2)
     assert (optimizer.betas, optimizer.eps, optimizer.clip_norm) == ((0.9, 0.98), 1e-8, 1.0)
     assert (recipe.schedule.kind, recipe.schedule.warmup_steps(recipe.steps)) == ("linear", 2500)
     # Text has an update of its own; regions and images share one; the image-text pairs have the last.
     assert recipe.active_updates == (("text",), ("regions", "imagenet"), ("pairs",))
-    text, regions, images, pairs = (recipe.streams[name] for name in ("text", "regions", "imagenet", "pairs"))
+    text, regions, images, pairs = (
+        recipe.streams[name] for name in ("text", "regions", "imagenet", "pairs")
+    )
     assert isinstance(text, TextStream)
     assert isinstance(regions, RegionStream)
     assert isinstance(images, ImageStream)
@@ -125,14 +135,18 @@ def test_auto_depends_on_whether_there_are_weights(tmp_path: Path) -> None:
     assert given.optimizer.lr == pytest.approx(2e-5 * 12**1.5, rel=0.01)
     assert given.steps == 20 * (1440 // 64)
     assert load_recipe("pretrain_csv", (*sizes, "init.checkpoint=null")) == random
-    assert load_recipe("pretrain_csv", (*sizes, "streams.pairs.losses=[itc, itm]")).losses_of("pairs") == ("itc", "itm")
+    assert load_recipe("pretrain_csv", (*sizes, "streams.pairs.losses=[itc, itm]")).losses_of(
+        "pairs"
+    ) == ("itc", "itm")
 
 
 def test_ablations() -> None:
     full = load_recipe(TINY)
     unguided = load_recipe(TINY, ["method.mim_guidance=false"])
     assert "mim" in full.losses_of("pairs")
-    assert unguided.losses_of("pairs") == tuple(loss for loss in full.losses_of("pairs") if loss != "mim")
+    assert unguided.losses_of("pairs") == tuple(
+        loss for loss in full.losses_of("pairs") if loss != "mim"
+    )
     # The stream of images alone has nothing left to do.
     assert unguided.losses_of("images") == ()
     assert unguided.active_updates == (("text",), ("regions",), ("pairs",))
@@ -140,7 +154,13 @@ def test_ablations() -> None:
     with pytest.raises(ConfigError, match=r"streams\.NAME\.every=1"):
         load_recipe(TINY, [f"streams.{name}.every=2" for name in full.streams])
     with pytest.raises(ConfigError, match="loss"):
-        load_recipe(TINY, ["method.mim_guidance=false", *(f"streams.{n}=null" for n in ("text", "regions", "pairs"))])
+        load_recipe(
+            TINY,
+            [
+                "method.mim_guidance=false",
+                *(f"streams.{n}=null" for n in ("text", "regions", "pairs")),
+            ],
+        )
 
 
 def test_one_pair_of_a_micro_batch_holds_no_negative(tmp_path: Path) -> None:

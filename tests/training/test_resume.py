@@ -14,7 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.small_runs import in_processes, numbers, process_of_a_run, run, small_recipe, without_dropout
+from tests.training.small_runs import (
+    in_processes,
+    numbers,
+    process_of_a_run,
+    run,
+    small_recipe,
+    without_dropout,
+)
 from xfm_fast.checkpoint import load_pretrained_files
 from xfm_fast.errors import CheckpointError, ConfigError, StorageError
 from xfm_fast.kernels.cpu import selection
@@ -31,7 +38,9 @@ STEPS = 12
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The log of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole")
-    assert in_processes(process_of_a_run, 1, folder / "meet", small_recipe(folder, steps=STEPS), {}) == [0]
+    assert in_processes(
+        process_of_a_run, 1, folder / "meet", small_recipe(folder, steps=STEPS), {}
+    ) == [0]
     return folder
 
 
@@ -40,7 +49,9 @@ def same_after_kill(folder: Path, whole: Path, options: dict[str, Any], **change
     assert in_processes(process_of_a_run, 1, folder / "meet", recipe, options) == [-9]
     assert in_processes(process_of_a_run, 1, folder / "meet", recipe, {}) == [0]
     assert numbers(folder) == numbers(whole)
-    assert (folder / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    assert (folder / "model/model.safetensors").read_bytes() == (
+        whole / "model/model.safetensors"
+    ).read_bytes()
 
 
 def test_killed_between_checkpoints(tmp_path: Path, whole_run: Path) -> None:
@@ -49,7 +60,9 @@ def test_killed_between_checkpoints(tmp_path: Path, whole_run: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"kill_at": 1}, {"kill_in_checkpoint": 4}, {"kill_in_checkpoint": 8}])
+@pytest.mark.parametrize(
+    "options", [{"kill_at": 1}, {"kill_in_checkpoint": 4}, {"kill_in_checkpoint": 8}]
+)
 def test_killed_anywhere(tmp_path: Path, whole_run: Path, options: dict[str, Any]) -> None:
     same_after_kill(tmp_path, whole_run, options)
 
@@ -63,7 +76,9 @@ def test_killed_with_two_processes(tmp_path: Path) -> None:
         first = in_processes(process_of_a_run, 2, tmp_path / f"meet-{name}", recipe, options)
         if options:
             assert first == [-9, -9]
-            assert in_processes(process_of_a_run, 2, tmp_path / f"meet-again-{name}", recipe, {}) == [0, 0]
+            assert in_processes(
+                process_of_a_run, 2, tmp_path / f"meet-again-{name}", recipe, {}
+            ) == [0, 0]
         else:
             assert first == [0, 0]
         kept[name] = numbers(folder)
@@ -205,10 +220,16 @@ def test_false_checkpoint_is_passed_over(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"recipe": {}}, {"scaler": {"scale": "x"}, "optimizer": {"groups": [], "numbers": {}}}, {"cpu_kernels": []}],
+    [
+        {"recipe": {}},
+        {"scaler": {"scale": "x"}, "optimizer": {"groups": [], "numbers": {}}},
+        {"cpu_kernels": []},
+    ],
     ids=str,
 )
-def test_parts_that_do_not_fit_are_an_error(tmp_path: Path, two_checkpoints: Path, changes: dict[str, Any]) -> None:
+def test_parts_that_do_not_fit_are_an_error(
+    tmp_path: Path, two_checkpoints: Path, changes: dict[str, Any]
+) -> None:
     folder = copy_of(two_checkpoints, tmp_path)
     _state(**changes)(folder / "checkpoints/step-00000008")
     with pytest.raises((CheckpointError, ConfigError)):
@@ -223,8 +244,12 @@ def test_nothing_whole_is_an_error(tmp_path: Path, two_checkpoints: Path) -> Non
         run(small_recipe(folder, steps=9))
 
 
-def test_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = small_recipe(tmp_path, steps=4, checkpoint={"folder": str(tmp_path), "every": 2, "keep": 1})
+def test_full_disk_leaves_the_earlier_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_recipe(
+        tmp_path, steps=4, checkpoint={"folder": str(tmp_path), "every": 2, "keep": 1}
+    )
     write = checkpoints.write_safetensors
 
     def full(file: Any, tensors: Any) -> None:
@@ -244,18 +269,27 @@ def test_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: py
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
 
 
-def test_kernels_are_kept_from_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_kept_from_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run that ends before its first checkpoint does not choose by the clock again."""
     monkeypatch.setattr(selection, "_selections", {})
     with pytest.raises(RuntimeError, match="stop"):
         run(small_recipe(tmp_path, steps=3), on_step=_raise_at(2))
-    noted = {(operation, dtype) for operation, dtype, _ in json.loads((tmp_path / "cpu_kernels.json").read_text())[0]}
+    noted = {
+        (operation, dtype)
+        for operation, dtype, _ in json.loads((tmp_path / "cpu_kernels.json").read_text())[0]
+    }
     assert noted
     monkeypatch.setattr(selection, "_selections", {})
     with pytest.raises(RuntimeError, match="stop"):
         run(small_recipe(tmp_path, steps=3), on_step=_raise_at(1))
     # Only what was compared has times.
-    settled = {(s.operation, str(s.dtype).removeprefix("torch.")) for s in selection.selections() if not s.seconds}
+    settled = {
+        (s.operation, str(s.dtype).removeprefix("torch."))
+        for s in selection.selections()
+        if not s.seconds
+    }
     assert settled == noted
 
 

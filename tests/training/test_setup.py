@@ -25,7 +25,9 @@ def saved(tmp_path: Path) -> XFM:
 
 
 def begun(folder: Path, **sizes: Any) -> XFM:
-    return build_model(small_recipe(folder, model=SIZES | sizes, init={"checkpoint": str(folder / "saved")}))
+    return build_model(
+        small_recipe(folder, model=SIZES | sizes, init={"checkpoint": str(folder / "saved")})
+    )
 
 
 def test_a_folder_gives_the_weights_and_the_recipe_the_rest(saved: XFM, tmp_path: Path) -> None:
@@ -40,21 +42,34 @@ def test_a_folder_gives_the_weights_and_the_recipe_the_rest(saved: XFM, tmp_path
     ("rows", "weights", "message"),
     [
         ([{"desc": "a red circle above a blue square"}] * 8, "damaged.th", r"damaged\.th"),
-        ([{"desc": "a red circle"}, {"desc": 3}, {"words": "?"}, {"desc": None}] * 4, None, "bad_share"),
+        (
+            [{"desc": "a red circle"}, {"desc": 3}, {"words": "?"}, {"desc": None}] * 4,
+            None,
+            "bad_share",
+        ),
     ],
     ids=["no weights", "broken rows"],
 )
-def test_a_refused_start_leaves_no_file(tmp_path: Path, rows: list[Any], weights: str | None, message: str) -> None:
+def test_a_refused_start_leaves_no_file(
+    tmp_path: Path, rows: list[Any], weights: str | None, message: str
+) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "mine.txt").touch()
-    stream = {"kind": "text", "paths": str(tmp_path / "rows.jsonl"), "batch_size": 4, "max_tokens": 20}
+    stream = {
+        "kind": "text",
+        "paths": str(tmp_path / "rows.jsonl"),
+        "batch_size": 4,
+        "max_tokens": 20,
+    }
     init = {}
     if weights is not None:
         (tmp_path / weights).write_bytes(bytes(range(64)))
         init = {"checkpoint": str(tmp_path / weights)}
-    recipe = small_recipe(folder, streams={"text": stream}, updates=[["text"]], tokenizer="train", init=init)
+    recipe = small_recipe(
+        folder, streams={"text": stream}, updates=[["text"]], tokenizer="train", init=init
+    )
     with pytest.raises(XFMError, match=message):
         train(recipe)
     assert [path.name for path in folder.iterdir() if path.is_file()] == ["mine.txt"]

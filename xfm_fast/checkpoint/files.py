@@ -61,7 +61,14 @@ _FOREIGN = (
 def model_folder(path: Path) -> Path | None:
     """The weights folder of a path: the path itself, or the chosen or last one of a run; None for other paths."""
     # os.path, unlike pathlib, answers False to a name that is too long.
-    return next((each for each in (path, path / "best", path / "model") if os.path.isfile(each / CONFIG_FILE)), None)
+    return next(
+        (
+            each
+            for each in (path, path / "best", path / "model")
+            if os.path.isfile(each / CONFIG_FILE)
+        ),
+        None,
+    )
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -90,22 +97,30 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def _format(path: Path) -> Literal["safetensors", "zip", "pickle"]:
     """Detect the format of a checkpoint by its first bytes."""
     if path.is_dir():
-        raise CheckpointError(f"{path} is a folder; name the checkpoint file in it, or use from_pretrained")
+        raise CheckpointError(
+            f"{path} is a folder; name the checkpoint file in it, or use from_pretrained"
+        )
     try:
         with require_file(path).open("rb") as file:
             head = file.read(64)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} does not exist; check the path") from None
     except OSError as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read ({error.strerror}); check its permissions") from None
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read ({error.strerror}); check its permissions"
+        ) from None
     if not head:
         raise CheckpointError(f"checkpoint {path} is empty (0 bytes); {_AGAIN}")
     for magic, name in _FOREIGN:
         if head.startswith(magic):
-            raise CheckpointError(f"{path} is {name}; give a .safetensors file or a PyTorch checkpoint")
+            raise CheckpointError(
+                f"{path} is {name}; give a .safetensors file or a PyTorch checkpoint"
+            )
     if head.startswith(b"PK\x03\x04"):
         if not _has_zip_end(path):
-            raise CheckpointError(f"{path} ({path.stat().st_size} bytes) is a truncated PyTorch checkpoint; {_AGAIN}")
+            raise CheckpointError(
+                f"{path} ({path.stat().st_size} bytes) is a truncated PyTorch checkpoint; {_AGAIN}"
+            )
         return "zip"
     # A safetensors file begins with the length of its JSON header. Eight bytes of text would be a huge number.
     header = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32
@@ -140,7 +155,10 @@ def _check_zip(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
                 # PyTorch does not compress, and a compressed file may expand to any size.
-                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
+                if (
+                    entry.compress_type != zipfile.ZIP_STORED
+                    or entry.file_size > path.stat().st_size
+                ):
                     raise CheckpointError(
                         f"{path} has a compressed {entry.filename}, unlike torch.save; save it again if you trust it"
                     )
@@ -165,7 +183,11 @@ def _load_torch(path: Path, *, mmap: bool) -> Any:
     except MemoryError:
         raise CheckpointError(f"{path} needs more memory than this machine has; {_AGAIN}") from None
     except Exception as error:  # a damaged pickle can raise anything
-        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        refused = (
+            re.search(r"GLOBAL (\S+)", str(error))
+            if isinstance(error, pickle.UnpicklingError)
+            else None
+        )
         if refused:
             raise CheckpointError(
                 f"{path} contains {refused[1]!r}, not only weights, and was not run; save model.state_dict() again"
@@ -201,7 +223,11 @@ def _as_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
                 f"{name!r} in {path}{where} is {'nested' if value.is_nested else value.dtype}, unlike any model here; "
                 "convert it to float32"
             )
-        if value.layout == torch.strided and not value.is_meta and value.nbytes > value.untyped_storage().nbytes():
+        if (
+            value.layout == torch.strided
+            and not value.is_meta
+            and value.nbytes > value.untyped_storage().nbytes()
+        ):
             raise CheckpointError(
                 f"{name!r} in {path}{where} expands {value.untyped_storage().nbytes():,} bytes to {list(value.shape)}; "
                 "save it with .contiguous()"
@@ -273,7 +299,9 @@ def load_pretrained_files(dir: str | os.PathLike[str]) -> PretrainedFiles:
         raise CheckpointError(f"{folder} is not a folder; give one written by save_pretrained")
     for name in (CONFIG_FILE, MODEL_FILE):
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} has no {name}; give a folder written by save_pretrained")
+            raise CheckpointError(
+                f"{folder} has no {name}; give a folder written by save_pretrained"
+            )
     config = XFMConfig.load(folder / CONFIG_FILE)
     state = _read(folder / MODEL_FILE)
     unused = folder / UNUSED_FILE
@@ -292,19 +320,29 @@ def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
     with suppress(PackageNotFoundError):
         package = version("xfm-fast")
     header: dict[str, object] = {
-        "__metadata__": {"format": "pt", "xfm_fast_format": str(FORMAT_VERSION), "xfm_fast": package}
+        "__metadata__": {
+            "format": "pt",
+            "xfm_fast_format": str(FORMAT_VERSION),
+            "xfm_fast": package,
+        }
     }
     offset = 0
     for name in names:
         tensor = tensors[name]
         if tensor.is_meta:
-            raise CheckpointError(f"{name!r} is on the meta device, without values; load the weights first")
+            raise CheckpointError(
+                f"{name!r} is on the meta device, without values; load the weights first"
+            )
         if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
             raise CheckpointError(
                 f"{name!r} is {tensor.layout} of {tensor.dtype}, which safetensors cannot store; convert it"
             )
         end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)

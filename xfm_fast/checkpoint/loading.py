@@ -49,9 +49,13 @@ _IN_PLACE = ("__iadd__", "__imul__", "__isub__", "__itruediv__")
 
 
 class _Uninitialised(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         name = getattr(func, "__name__", "")
-        writes = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+        writes = name in _IN_PLACE or (
+            name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        )
         kwargs = kwargs or {}
         # Initialisers are looked up in torch.nn.init by name.
         target = args[0] if args else kwargs.get("tensor")
@@ -84,7 +88,9 @@ def random_tensors(wanted: Mapping[str, Tensor], seed: int = 0) -> dict[str, Ten
             mean, spread = 0.1, 0.01
         elif tensor.ndim == 1 and name.endswith("weight"):
             mean, spread = 1.0, 0.05
-        state[name] = torch.empty(tensor.shape, device="cpu").normal_(mean, spread, generator=generator)
+        state[name] = torch.empty(tensor.shape, device="cpu").normal_(
+            mean, spread, generator=generator
+        )
     return state
 
 
@@ -159,28 +165,47 @@ def compare(
     common = [name for name in own if name in state]
     shapes = [name for name in common if state[name].shape != own[name].shape]
     dtypes = [name for name in common if not _convertible(state[name], own[name])]
-    bad_values = [n for n in common if n not in dtypes and (finite or not own[n].is_meta) and not _finite(state[n])]
+    bad_values = [
+        n
+        for n in common
+        if n not in dtypes and (finite or not own[n].is_meta) and not _finite(state[n])
+    ]
 
     groups = [
         ("missing", missing),
         ("unexpected", unexpected),
         (
             "wrong shape",
-            [f"{name}: {list(state[name].shape)}, the model has {list(own[name].shape)}" for name in shapes],
+            [
+                f"{name}: {list(state[name].shape)}, the model has {list(own[name].shape)}"
+                for name in shapes
+            ],
         ),
-        ("wrong type", [f"{name}: {_type(state[name])}, the model has {_type(own[name])}" for name in dtypes]),
+        (
+            "wrong type",
+            [f"{name}: {_type(state[name])}, the model has {_type(own[name])}" for name in dtypes],
+        ),
         ("NaN or infinite", bad_values),
     ]
     problems = []
     for title, entries in groups:
         if entries:
-            problems += [f"  {title} ({len(entries)}):", *(f"    {entry}" for entry in entries[:_SHOWN])]
+            problems += [
+                f"  {title} ({len(entries)}):",
+                *(f"    {entry}" for entry in entries[:_SHOWN]),
+            ]
         if len(entries) > _SHOWN:
             problems.append(f"    ... and {len(entries) - _SHOWN} more")
     if problems:
         remedies = _remedies(own, state, missing, unexpected, bad_values)
         raise CheckpointError(
-            "\n".join([f"{what} does not fit the model; nothing was loaded", *problems, *(f"-> {r}" for r in remedies)])
+            "\n".join(
+                [
+                    f"{what} does not fit the model; nothing was loaded",
+                    *problems,
+                    *(f"-> {r}" for r in remedies),
+                ]
+            )
         )
     return result
 
@@ -193,7 +218,11 @@ def require_depth(config: XFMConfig, state: Mapping[str, Tensor], *, what: str) 
     for name, dimension, setting in _SIZES:
         if name in state and state[name].dim() > dimension:
             found[setting] = state[name].shape[dimension]
-    differing = [f"{name}={value}" for name, value in found.items() if value and value != getattr(config, name)]
+    differing = [
+        f"{name}={value}"
+        for name, value in found.items()
+        if value and value != getattr(config, name)
+    ]
     raise CheckpointError(
         f"{what} does not fit the model; nothing was loaded\n-> the checkpoint belongs to a model with "
         f"{', '.join(differing)}: set that in the configuration"
@@ -218,7 +247,11 @@ def _type(tensor: Tensor) -> str:
     if tensor.is_meta:
         return "meta tensor without values"
     name = str(tensor.dtype).removeprefix("torch.")
-    return name if tensor.layout == torch.strided else f"{str(tensor.layout).removeprefix('torch.')} {name}"
+    return (
+        name
+        if tensor.layout == torch.strided
+        else f"{str(tensor.layout).removeprefix('torch.')} {name}"
+    )
 
 
 # (parameter, dimension, field of XFMConfig that sets its size)
@@ -248,7 +281,9 @@ def _remedies(
     unexpected: list[str],
     bad_values: list[str],
 ) -> list[str]:
-    official = [name for name in unexpected if our_name(name) != name or name in TIED or is_dead(name)]
+    official = [
+        name for name in unexpected if our_name(name) != name or name in TIED or is_dead(name)
+    ]
     if official:
         return [
             f"{official[0]!r} is a name of official checkpoints: convert it with to_ours, or load it with from_official"
@@ -257,7 +292,9 @@ def _remedies(
     settings = _settings(own, state)
     if settings:
         remedies.append(
-            "the checkpoint belongs to a model with " + ", ".join(settings) + ": set that in the configuration"
+            "the checkpoint belongs to a model with "
+            + ", ".join(settings)
+            + ": set that in the configuration"
         )
     for head in HEAD_PREFIXES:
         lacking = {name for name in own if head_of(name) == head}
@@ -272,8 +309,12 @@ def _remedies(
                 f"the model was built without the {head!r} head: include it in heads=..., or drop it with select_heads"
             )
     if bad_values:
-        remedies.append("NaN or infinite weights come from a diverged run or a damaged file: use an earlier checkpoint")
-    return remedies or ["check that the checkpoint and the model are of the same kind and configuration"]
+        remedies.append(
+            "NaN or infinite weights come from a diverged run or a damaged file: use an earlier checkpoint"
+        )
+    return remedies or [
+        "check that the checkpoint and the model are of the same kind and configuration"
+    ]
 
 
 def _settings(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
@@ -294,7 +335,11 @@ def _settings(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[st
         if depth and depth != _depth(own, prefix):
             found[setting] = depth
     settings = [f"{setting}={value}" for setting, value in found.items()]
-    if "vision_proj.weight" in own and "vision_proj.weight" in state and ("temp" in own) != ("temp" in state):
+    if (
+        "vision_proj.weight" in own
+        and "vision_proj.weight" in state
+        and ("temp" in own) != ("temp" in state)
+    ):
         settings.append(f"learnable_temperature={'temp' in state}")
     return settings
 
@@ -347,7 +392,9 @@ def roberta_state(hf_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     foreign = []
     for name, value in hf_state.items():
-        ours = re.sub(r"^(?:roberta\.)?(embeddings|encoder|pooler)\.", r"text_encoder.roberta.\1.", name)
+        ours = re.sub(
+            r"^(?:roberta\.)?(embeddings|encoder|pooler)\.", r"text_encoder.roberta.\1.", name
+        )
         ours = re.sub(r"^lm_head\.", "text_encoder.lm_head.", ours)
         if ours == name:
             foreign.append(name)
@@ -388,7 +435,9 @@ def _beit2(state: Mapping[str, Any], *, depth: int, grid: int) -> dict[str, Tens
         if not name.startswith(_BEIT_KEPT):
             foreign.append(name)
             continue
-        out[f"vision_encoder.{name}"] = fit_table(name, value, grid) if name.endswith(TABLE) else value
+        out[f"vision_encoder.{name}"] = (
+            fit_table(name, value, grid) if name.endswith(TABLE) else value
+        )
     if foreign or not out:
         raise CheckpointError(
             f"{_first_names(foreign) if foreign else 'an empty state dict'}: not X-FM's BEiT-v2 encoder; "
@@ -400,7 +449,9 @@ def _beit2(state: Mapping[str, Any], *, depth: int, grid: int) -> dict[str, Tens
     return out
 
 
-def initialise(module: nn.Module, roberta: Source | None = None, beit2: Source | None = None) -> InitialisationReport:
+def initialise(
+    module: nn.Module, roberta: Source | None = None, beit2: Source | None = None
+) -> InitialisationReport:
     """Load pretrained encoders into an `XFM`, in place, and report which parameters were filled.
 
     `roberta` and `beit2` are files or state dicts for `roberta_state` and `beit2_state`. Raises `CheckpointError` for a
@@ -411,13 +462,25 @@ def initialise(module: nn.Module, roberta: Source | None = None, beit2: Source |
     if roberta is not None:
         state |= roberta_state(_open_state(roberta))
     if beit2 is not None:
-        tables = [name for name in own if name.startswith("vision_encoder.") and name.endswith(TABLE)]
+        tables = [
+            name for name in own if name.startswith("vision_encoder.") and name.endswith(TABLE)
+        ]
         if not tables:
-            raise CheckpointError("the model has no vision encoder with relative positions; leave beit2 out")
+            raise CheckpointError(
+                "the model has no vision encoder with relative positions; leave beit2 out"
+            )
         state |= _beit2(_open_state(beit2), depth=len(tables), grid=window_of(own[tables[0]]))
     # A model without the masked-language head accepts RoBERTa too.
-    result = load_into(module, state, what="the pretrained encoder", fresh=("",), surplus=("text_encoder.lm_head.",))
-    return InitialisationReport([name for name in own if name in state], result.fresh, result.surplus)
+    result = load_into(
+        module,
+        state,
+        what="the pretrained encoder",
+        fresh=("",),
+        surplus=("text_encoder.lm_head.",),
+    )
+    return InitialisationReport(
+        [name for name in own if name in state], result.fresh, result.surplus
+    )
 
 
 def _open_state(source: Source) -> Mapping[str, Tensor]:
@@ -425,4 +488,6 @@ def _open_state(source: Source) -> Mapping[str, Tensor]:
 
 
 def _first_names(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(map(repr, names[:3])) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )

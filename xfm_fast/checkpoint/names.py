@@ -37,15 +37,30 @@ _LANGUAGE_MODELS = ("text_encoder", "fusion_encoder", "text_decoder")
 
 # Second name -> the name that is kept.
 TIED = {f"{part}.lm_head.decoder.bias": f"{part}.lm_head.bias" for part in _LANGUAGE_MODELS} | {
-    f"{part}.lm_head.decoder.weight": f"{part}.roberta.embeddings.word_embeddings.weight" for part in _LANGUAGE_MODELS
+    f"{part}.lm_head.decoder.weight": f"{part}.roberta.embeddings.word_embeddings.weight"
+    for part in _LANGUAGE_MODELS
 }
 # No output depends on these, so a checkpoint may disagree in them.
-_TIED_DEAD = {f"{part}.lm_cap_head.decoder.bias": f"{part}.lm_cap_head.bias" for part in _LANGUAGE_MODELS}
+_TIED_DEAD = {
+    f"{part}.lm_cap_head.decoder.bias": f"{part}.lm_cap_head.bias" for part in _LANGUAGE_MODELS
+}
 
-_CAPTION_HEAD = ("bias", "dense.weight", "dense.bias", "layer_norm.weight", "layer_norm.bias", "decoder.weight")
+_CAPTION_HEAD = (
+    "bias",
+    "dense.weight",
+    "dense.bias",
+    "layer_norm.weight",
+    "layer_norm.bias",
+    "decoder.weight",
+)
 _FUSION_EMBEDDINGS = tuple(
     f"fusion_encoder.roberta.embeddings.{name}"
-    for name in ("position_embeddings.weight", "token_type_embeddings.weight", "LayerNorm.weight", "LayerNorm.bias")
+    for name in (
+        "position_embeddings.weight",
+        "token_type_embeddings.weight",
+        "LayerNorm.weight",
+        "LayerNorm.bias",
+    )
 )
 _DEAD = (
     "text_encoder.lm_cap_head.",
@@ -91,7 +106,9 @@ class LoadReport:
     def __str__(self) -> str:
         lines = [f"{self.naming} checkpoint"]
         if self.unused:
-            lines.append(f"{len(self.unused)} dead weights left out ({self.unused_parameters:,} parameters)")
+            lines.append(
+                f"{len(self.unused)} dead weights left out ({self.unused_parameters:,} parameters)"
+            )
         if self.interpolated:
             source, target = next(iter(self.interpolated.values()))
             lines.append(
@@ -110,7 +127,9 @@ def is_dead(name: str) -> bool:
 
 def head_of(name: str) -> Head | None:
     """The removable head that a parameter belongs to, or None."""
-    return next((head for head, prefixes in HEAD_PREFIXES.items() if name.startswith(prefixes)), None)
+    return next(
+        (head for head, prefixes in HEAD_PREFIXES.items() if name.startswith(prefixes)), None
+    )
 
 
 def heads_in(state: Iterable[str]) -> tuple[Head, ...]:
@@ -165,7 +184,9 @@ def to_ours(official: Mapping[str, Tensor], cfg: XFMConfig) -> tuple[dict[str, T
     return state, report
 
 
-def fit_table(name: str, table: Tensor, grid: int, interpolated: dict[str, tuple[int, int]] | None = None) -> Tensor:
+def fit_table(
+    name: str, table: Tensor, grid: int, interpolated: dict[str, tuple[int, int]] | None = None
+) -> Tensor:
     """`interpolate_table` for a checkpoint: errors name the table, and `interpolated` records a change of window."""
     try:
         fitted = interpolate_table(table, (grid, grid))
@@ -176,7 +197,9 @@ def fit_table(name: str, table: Tensor, grid: int, interpolated: dict[str, tuple
     return fitted
 
 
-def config_of(state: Mapping[str, Tensor], sizes: XFMConfig, image_size: int | None = None) -> XFMConfig:
+def config_of(
+    state: Mapping[str, Tensor], sizes: XFMConfig, image_size: int | None = None
+) -> XFMConfig:
     """`sizes` at `image_size`, or at the resolution of the first position table of a checkpoint."""
     table = next((value for name, value in state.items() if name.endswith(TABLE)), None)
     if image_size is None and table is not None:
@@ -219,7 +242,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
     if a.is_meta or b.is_meta or (a.data_ptr() == b.data_ptr() and a.stride() == b.stride()):
         return True
     # NaN differs from itself; the loader reports NaN, not this check.
-    return torch.equal(a, b) or torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return torch.equal(a, b) or torch.equal(
+        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+    )
 
 
 def _describe(tensor: Tensor) -> str:
@@ -245,7 +270,9 @@ def to_official(
     out = dict(state)
     for name, value in (unused or {}).items():
         if not is_dead(name):
-            raise CheckpointError(f"unused contains {name!r}, not a dead weight of X-FM; pass LoadReport.unused")
+            raise CheckpointError(
+                f"unused contains {name!r}, not a dead weight of X-FM; pass LoadReport.unused"
+            )
         out[name] = value
     for second, kept in (TIED | _TIED_DEAD).items():
         head_bias = re.sub(r"\.decoder\.(weight|bias)$", ".bias", second)
@@ -272,7 +299,10 @@ def to_official(
             ", ..." if len(missing) > 3 else "",
         )
     if naming == "fine-tuning":
-        out = {re.sub(r"^text_encoder\.roberta\.", "text_encoder.", name): value for name, value in out.items()}
+        out = {
+            re.sub(r"^text_encoder\.roberta\.", "text_encoder.", name): value
+            for name, value in out.items()
+        }
     return out
 
 
@@ -281,10 +311,14 @@ def underivable(state: Iterable[str], cfg: XFMConfig) -> list[str]:
     present = set(state)
     expected: list[str] = []
     if "text_encoder.lm_head.bias" in present:
-        expected += [f"text_encoder.lm_cap_head.{name}" for name in (*_CAPTION_HEAD, "decoder.bias")]
+        expected += [
+            f"text_encoder.lm_cap_head.{name}" for name in (*_CAPTION_HEAD, "decoder.bias")
+        ]
     if any(name.startswith("fusion_encoder.") for name in present):
         expected += _FUSION_EMBEDDINGS
-        expected += [f"fusion_encoder.lm_cap_head.{name}" for name in (*_CAPTION_HEAD, "decoder.bias")]
+        expected += [
+            f"fusion_encoder.lm_cap_head.{name}" for name in (*_CAPTION_HEAD, "decoder.bias")
+        ]
         if cfg.vision_width != cfg.text_width:
             expected += ["fusion_proj.weight", "fusion_proj.bias"]
     return [name for name in expected if name not in present]
@@ -303,7 +337,9 @@ def table_rows(window: int) -> int:
 def window_of(table: Tensor) -> int:
     """The window of a table `[(2w - 1)^2 + 3, heads]`; raises `InputError` if its shape fits none."""
     if table.dim() != 2:
-        raise InputError(f"a relative-position table has shape {list(table.shape)}; give [(2w-1)^2+3, heads]")
+        raise InputError(
+            f"a relative-position table has shape {list(table.shape)}; give [(2w-1)^2+3, heads]"
+        )
     side = math.isqrt(max(table.shape[0] - CLASS_ROWS, 0))
     window = (side + 1) // 2
     if window < 1 or table_rows(window) != table.shape[0]:
@@ -329,11 +365,17 @@ def interpolate_table(table: Tensor, target_window: tuple[int, int]) -> Tensor:
     """
     rows, columns = target_window
     if rows != columns:
-        raise InputError(f"target_window={tuple(target_window)} is not square; pad or crop the image to a square")
+        raise InputError(
+            f"target_window={tuple(target_window)} is not square; pad or crop the image to a square"
+        )
     if rows < 1:
-        raise InputError(f"target_window={tuple(target_window)} has no patches; use at least (1, 1)")
+        raise InputError(
+            f"target_window={tuple(target_window)} has no patches; use at least (1, 1)"
+        )
     if not table.is_floating_point():
-        raise InputError(f"a relative-position table has dtype {table.dtype}; give a floating-point table")
+        raise InputError(
+            f"a relative-position table has dtype {table.dtype}; give a floating-point table"
+        )
     source = window_of(table)
     if source == rows:
         return table

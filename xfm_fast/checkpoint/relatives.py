@@ -64,7 +64,10 @@ def relative_of(names: Iterable[str]) -> str | None:
     looks = any(".crossattention." in name for name in names)
     if f"vision_encoder.blocks.0{TABLE}" in names:
         return "X²-VLM" if looks else None
-    if any(name.startswith(("vision_encoder.layers.", "vision_encoder.encoder.layers.")) for name in names):
+    if any(
+        name.startswith(("vision_encoder.layers.", "vision_encoder.encoder.layers."))
+        for name in names
+    ):
         return "X-VLM"
     if "vision_encoder.pos_embed" in names and looks:
         return "X-VLM"
@@ -81,7 +84,9 @@ def refuse_relative(names: Iterable[str], what: str) -> None:
         return
     if (reason := _difference(names, name)) is not None:
         raise CheckpointError(f"{what} is a checkpoint of {name}, another model: {reason}; {_KEEP}")
-    raise CheckpointError(f"{what} is a checkpoint of {name}; load it with XFM.from_x2vlm, or run xfm-fast convert")
+    raise CheckpointError(
+        f"{what} is a checkpoint of {name}; load it with XFM.from_x2vlm, or run xfm-fast convert"
+    )
 
 
 def _difference(names: set[str], name: str) -> str | None:
@@ -97,7 +102,11 @@ def _difference(names: set[str], name: str) -> str | None:
 
 
 def read_x2vlm(
-    state: Mapping[str, Tensor], *, what: str, image_size: int | None = None, text_heads: int | None = None
+    state: Mapping[str, Tensor],
+    *,
+    what: str,
+    image_size: int | None = None,
+    text_heads: int | None = None,
 ) -> Relative:
     """Convert a pretraining, retrieval or grounding checkpoint of X²-VLM or CCLM-X²-VLM to X-FM.
 
@@ -136,14 +145,18 @@ def read_x2vlm(
             report.renamed[theirs] = new
         ours[new] = value
     if foreign:
-        shown = ", ".join(foreign[:_SHOWN]) + (f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else "")
+        shown = ", ".join(foreign[:_SHOWN]) + (
+            f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else ""
+        )
         raise CheckpointError(
             f"{what} is a checkpoint of {name} with unsupported parts ({shown}); "
             "give one of pretraining, retrieval or grounding"
         )
     config = _config(ours, name, what, image_size, text_heads)
     if _MASK_TOKEN not in ours:
-        ours[_MASK_TOKEN] = torch.zeros(1, 1, config.vision_width, dtype=ours["vision_encoder.cls_token"].dtype)
+        ours[_MASK_TOKEN] = torch.zeros(
+            1, 1, config.vision_width, dtype=ours["vision_encoder.cls_token"].dtype
+        )
     if config.pad_token_id == _BERT["pad_token_id"]:
         table = ours[_POSITIONS]
         ours[_POSITIONS] = torch.cat([table.new_zeros(1, table.shape[1]), table])
@@ -163,12 +176,20 @@ def _our_name(name: str, first_cross_layer: int) -> str | None:
     if found := _EMBEDDINGS.fullmatch(name):
         return f"text_encoder.roberta.embeddings.{found[1]}"
     if found := _VOCABULARY.fullmatch(name):
-        return f"fusion_encoder.{_VOCABULARY_PARTS[found[1]]}" if found[1] in _VOCABULARY_PARTS else None
+        return (
+            f"fusion_encoder.{_VOCABULARY_PARTS[found[1]]}"
+            if found[1] in _VOCABULARY_PARTS
+            else None
+        )
     return name if name == "temp" or name.startswith(_ALIKE) else None
 
 
 def _config(
-    state: Mapping[str, Tensor], name: str, what: str, image_size: int | None, text_heads: int | None
+    state: Mapping[str, Tensor],
+    name: str,
+    what: str,
+    image_size: int | None,
+    text_heads: int | None,
 ) -> XFMConfig:
     def size(key: str, dimension: int) -> int:
         if key not in state or state[key].dim() <= dimension:
@@ -178,11 +199,16 @@ def _config(
         return state[key].shape[dimension]
 
     def depth(prefix: str) -> int:
-        numbers = {int(each[len(prefix) :].partition(".")[0]) for each in state if each.startswith(prefix)}
+        numbers = {
+            int(each[len(prefix) :].partition(".")[0]) for each in state if each.startswith(prefix)
+        }
         return max(numbers, default=-1) + 1
 
     text = "text_encoder.roberta."
-    width, vision = size(f"{text}embeddings.word_embeddings.weight", 1), size("vision_encoder.cls_token", 2)
+    width, vision = (
+        size(f"{text}embeddings.word_embeddings.weight", 1),
+        size("vision_encoder.cls_token", 2),
+    )
     patch = size("vision_encoder.patch_embed.proj.weight", 3)
     first_table = f"vision_encoder.blocks.0{TABLE}"
     try:
@@ -190,7 +216,9 @@ def _config(
     except InputError as error:
         raise CheckpointError(f"{what}: {first_table}: {error}") from None
     if text_heads is None and width % _HEAD_WIDTH:
-        raise CheckpointError(f"{what}: the number of heads is unknown for layers of {width} columns; give text_heads=")
+        raise CheckpointError(
+            f"{what}: the number of heads is unknown for layers of {width} columns; give text_heads="
+        )
     # BERT has two token types, RoBERTa and XLM-R one.
     of_bert = size(f"{text}embeddings.token_type_embeddings.weight", 0) > 1
     positions = size(_POSITIONS, 0)

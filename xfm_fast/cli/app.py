@@ -92,7 +92,13 @@ app.command(model.serve, group=SERVE)
 app.command(bench.try_model, name="try", group=MEASURE)
 for command in (kernels.info, kernels.audit, kernels.tune):
     app.command(command, group=MEASURE)
-for command in (train.pretrain, train.reproduce, finetune.finetune, finetune.evaluate, finetune.predict):
+for command in (
+    train.pretrain,
+    train.reproduce,
+    finetune.finetune,
+    finetune.evaluate,
+    finetune.predict,
+):
     app.command(command, group=TRAIN)
 for command in (search.index, search.search):
     app.command(command, group=SEARCH)
@@ -123,15 +129,22 @@ def install_completion(
     except ShellDetectionError as error:
         raise UnavailableError("the shell cannot be detected; name it with --shell") from error
     except OSError as error:
-        raise StorageError(f"completion cannot be installed: {error}; name a file with --output") from error
-    print(f"saved: {script}; it is in force in a new shell" if output is None else f"saved: {script}")
+        raise StorageError(
+            f"completion cannot be installed: {error}; name a file with --output"
+        ) from error
+    print(
+        f"saved: {script}; it is in force in a new shell" if output is None else f"saved: {script}"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line, by default the process's, and exit with its code."""
     if arguments is None:
         arguments = sys.argv[1:]
-        if arguments[:1] not in (["pretrain"], ["finetune"]) and arguments[:2] != ["bench", "train-step"]:
+        if arguments[:1] not in (["pretrain"], ["finetune"]) and arguments[:2] != [
+            "bench",
+            "train-step",
+        ]:
             # PyTorch reads this at its first allocation and puts large tensors in huge pages, if Linux leaves that to
             # programs: GEMMs larger than the cache take 10% less time. Training commands put the whole heap in huge
             # pages, which takes less memory.
@@ -227,11 +240,23 @@ def _report_exception(error: Exception) -> int:
         error = OSError(errno.ELOOP, os.strerror(errno.ELOOP), reason.partition("'")[2].rstrip("'"))
     if isinstance(error, OSError):
         # Our writers raise our own errors, so this came from printing.
-        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF):
+        if error.filename is None and error.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EIO,
+            errno.EBADF,
+        ):
             _drop_output()
-            console.note(f"standard output cannot be written ({error.strerror}); results were lost: free space")
+            console.note(
+                f"standard output cannot be written ({error.strerror}); results were lost: free space"
+            )
             return USAGE_ERROR
-        name = f"{error.filename} cannot be used" if error.filename is not None else "the system refused"
+        name = (
+            f"{error.filename} cannot be used"
+            if error.filename is not None
+            else "the system refused"
+        )
         remedy = _REMEDIES.get(error.errno or 0, "XFM_DEBUG=1 shows where")
         console.note(f"{name} ({error.strerror or reason}); {remedy}")
         return USAGE_ERROR
@@ -240,12 +265,16 @@ def _report_exception(error: Exception) -> int:
         or type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in reason
     ):
-        console.note(f"out of memory ({reason or 'MemoryError'}); use smaller sizes or a larger machine")
+        console.note(
+            f"out of memory ({reason or 'MemoryError'}); use smaller sizes or a larger machine"
+        )
         return USAGE_ERROR
     if isinstance(error, RecursionError):
         console.note("the input is nested too deeply; flatten it")
         return USAGE_ERROR
-    console.note(f"internal error (please report), {type(error).__name__}: {reason}; XFM_DEBUG=1 shows the traceback")
+    console.note(
+        f"internal error (please report), {type(error).__name__}: {reason}; XFM_DEBUG=1 shows the traceback"
+    )
     return BUG
 
 

@@ -28,13 +28,19 @@ if TYPE_CHECKING:
     from xfm_fast.benchmarks.record import Document
 
 app = command_group("bench", group=MEASURE)
-Out = Annotated[Path, Parameter(help="Folder for a JSON file and a self-contained HTML page; or a JSON file.")]
+Out = Annotated[
+    Path, Parameter(help="Folder for a JSON file and a self-contained HTML page; or a JSON file.")
+]
 _RESULTS = Path("bench-results")
 
 
 @app.default
 def bench(
-    scenario: str | None = None, /, *, options: Flat[ScenarioOptions] = ScenarioOptions(), out: Path | None = None
+    scenario: str | None = None,
+    /,
+    *,
+    options: Flat[ScenarioOptions] = ScenarioOptions(),
+    out: Path | None = None,
 ) -> int:
     """Benchmark this machine against the official algorithm and other libraries, on real photographs.
 
@@ -70,7 +76,9 @@ def bench(
 
 
 @app.command(name="train-step")
-def bench_train_step(*, options: Flat[StepOptions] = StepOptions(), out: Out = _RESULTS / "train-step") -> int:
+def bench_train_step(
+    *, options: Flat[StepOptions] = StepOptions(), out: Out = _RESULTS / "train-step"
+) -> int:
     """Time forward and backward pass of ITC, ITM, IMLM and MIM, or of a task, against the official procedure.
 
     The gradients are compared first. The base model takes several minutes on two cores and 9 GB of memory.
@@ -84,7 +92,9 @@ def bench_train_step(*, options: Flat[StepOptions] = StepOptions(), out: Out = _
 
 
 @app.command(name="drop-in")
-def bench_drop_in(*, options: Flat[DropInOptions] = DropInOptions(), out: Out = _RESULTS / "drop-in") -> int:
+def bench_drop_in(
+    *, options: Flat[DropInOptions] = DropInOptions(), out: Out = _RESULTS / "drop-in"
+) -> int:
     """Time models with random weights before and after accelerate(model).
 
     At most three minutes for each of the first models on two idle cores; --only selects some of them. A model with
@@ -96,7 +106,9 @@ def bench_drop_in(*, options: Flat[DropInOptions] = DropInOptions(), out: Out = 
 
 
 @app.command(name="kernels")
-def bench_kernels(*, options: Flat[KernelOptions] = KernelOptions(), out: Out = _RESULTS / "kernels") -> int:
+def bench_kernels(
+    *, options: Flat[KernelOptions] = KernelOptions(), out: Out = _RESULTS / "kernels"
+) -> int:
     """Time every operation against eager PyTorch, SDPA, FlexAttention, flash-attn and Liger, if installed.
 
     A backend that is less accurate than its precision allows is not timed.
@@ -106,7 +118,9 @@ def bench_kernels(*, options: Flat[KernelOptions] = KernelOptions(), out: Out = 
     return _finish(_measure(kernels.run, options), out)
 
 
-def try_model(model: str, /, *, options: Flat[TryOptions] = TryOptions(), as_json: Json = False) -> int:
+def try_model(
+    model: str, /, *, options: Flat[TryOptions] = TryOptions(), as_json: Json = False
+) -> int:
     """Measure the speed-up of accelerate(model) for your model: verified, timed in interleaved rounds, with the code.
 
     Weights are read from safetensors or as plain values, never executed. An X-FM is measured by xfm-fast bench --model.
@@ -124,7 +138,9 @@ def try_model(model: str, /, *, options: Flat[TryOptions] = TryOptions(), as_jso
     document = found.document
     if as_json:
         lines = [asdict(line) for line in found.lines]
-        print(json.dumps({"lines": lines, "notes": found.notes, "document": record.plain(document)}))
+        print(
+            json.dumps({"lines": lines, "notes": found.notes, "document": record.plain(document)})
+        )
     else:
         report.terminal(document, stdout())
         for sentence in found.notes:

@@ -34,7 +34,13 @@ def table(title: str, *heads: str, right: tuple[str, ...] = ()) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    made = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    made = Table(
+        title=escape(title),
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for head in heads:
         made.add_column(head, overflow="fold", justify="right" if head in right else "left")
     return made
@@ -55,7 +61,9 @@ def named_progress() -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import Progress
 
     silent = not sys.stderr.isatty() or not first_process()
-    with Progress(console=Console(stderr=True), transient=True, auto_refresh=False, disable=silent) as bars:
+    with Progress(
+        console=Console(stderr=True), transient=True, auto_refresh=False, disable=silent
+    ) as bars:
         bar, drawn = bars.add_task(""), 0.0
 
         def advance(description: str, done: int, of: int) -> None:
@@ -73,7 +81,9 @@ def note(message: str) -> None:
     Line feeds and escape codes in names are escaped.
     """
     if "\n-> " not in message:
-        message = "".join(each if each.isprintable() else repr(each)[1:-1] for each in message.strip())
+        message = "".join(
+            each if each.isprintable() else repr(each)[1:-1] for each in message.strip()
+        )
     print(f"xfm-fast: {message}", file=sys.stderr)
 
 

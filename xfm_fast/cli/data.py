@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
     from xfm_fast.tasks.checking import Report
 
-data = command_group("data", group=DATA, help="Check data files against a task, convert them, write the shapes world.")
+data = command_group(
+    "data",
+    group=DATA,
+    help="Check data files against a task, convert them, write the shapes world.",
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,9 @@ def check(
 
     settings = checking.Options(
         config=XFMConfig.preset("base"),
-        tokenizer=None if options.tokenizer is None else CaptionTokenizer.from_files(options.tokenizer),
+        tokenizer=None
+        if options.tokenizer is None
+        else CaptionTokenizer.from_files(options.tokenizer),
         image_key=rows.image_key,
         caption_key=rows.caption_key,
         image_root=rows.image_root,
@@ -114,7 +120,11 @@ def convert_rows(
     from xfm_fast.data.tables import LINE_SUFFIXES
 
     bad = Quarantine(None, tolerate_bad=rows.tolerate_bad, setting="--tolerate-bad")
-    keys: Any = {"image_key": rows.image_key, "caption_key": rows.caption_key, "image_root": rows.image_root}
+    keys: Any = {
+        "image_key": rows.image_key,
+        "caption_key": rows.caption_key,
+        "image_root": rows.image_root,
+    }
     if destination.suffix.lower() in LINE_SUFFIXES:
         done = to_lines(source, destination, **keys, quarantine=bad)
     else:
@@ -155,27 +165,40 @@ def _print_report(report: Report, console: Console) -> None:
     files = table(f"files for {report.task}", "file", "rows", "broken", "")
     over = {each.file for each in report.over_limit}
     for each in report.files:
-        share = f"[red]{each.broken / each.rows:.1%}, over {report.tolerate_bad:.1%}[/]" if each.file in over else ""
+        share = (
+            f"[red]{each.broken / each.rows:.1%}, over {report.tolerate_bad:.1%}[/]"
+            if each.file in over
+            else ""
+        )
         files.add_row(escape(each.file), f"{each.rows:,}", f"{each.broken:,}", share)
     console.print(files)
 
     facts = table("content", "", "")
-    facts.add_row("rows", f"{report.rows:,}, of which {report.broken:,} broken and {report.duplicates:,} repeated")
+    facts.add_row(
+        "rows",
+        f"{report.rows:,}, of which {report.broken:,} broken and {report.duplicates:,} repeated",
+    )
     if report.texts or report.tokens:
         facts.add_row("words of a text", _histogram(report.words))
         if report.tokens:
             facts.add_row("tokens of a text", _histogram(report.tokens))
         facts.add_row(
-            "texts longer than the task reads", f"{report.cut:,} of {max(report.texts, report.tokens.total()):,}"
+            "texts longer than the task reads",
+            f"{report.cut:,} of {max(report.texts, report.tokens.total()):,}",
         )
     if report.images:
         found = report.as_dict()["images"]
-        sides = [f"{name} {found[name]['least']:.0f} to {found[name]['most']:.0f}" for name in ("width", "height")]
+        sides = [
+            f"{name} {found[name]['least']:.0f} to {found[name]['most']:.0f}"
+            for name in ("width", "height")
+        ]
         medians = "×".join(f"{found[name]['median']:.0f}" for name in ("width", "height"))
         formats = ", ".join(f"{times:,} {name}" for name, times in report.formats.most_common())
         facts.add_row("images", f"{formats}; {', '.join(sides)} pixels, median {medians}")
         if report.turned or report.transparent:
-            facts.add_row("images read upright, on white", f"{report.turned:,}, {report.transparent:,}")
+            facts.add_row(
+                "images read upright, on white", f"{report.turned:,}, {report.transparent:,}"
+            )
     if report.regions:
         facts.add_row("regions of an image", _histogram(report.regions))
         facts.add_row("regions that cannot be used", f"{report.unusable_regions:,}")
@@ -186,11 +209,20 @@ def _print_report(report: Report, console: Console) -> None:
     console.print(facts)
 
     if report.problems:
-        broken = table(f"the first {len(report.problems)} of {report.broken:,} broken rows", "file", "row", "reason")
+        broken = table(
+            f"the first {len(report.problems)} of {report.broken:,} broken rows",
+            "file",
+            "row",
+            "reason",
+        )
         for problem in report.problems:
             broken.add_row(escape(problem.file), escape(str(problem.row)), escape(problem.reason))
         console.print(broken)
-    word = "[green]good[/]" if report.ok else "[red]not usable[/]: mend the files or raise --tolerate-bad"
+    word = (
+        "[green]good[/]"
+        if report.ok
+        else "[red]not usable[/]: mend the files or raise --tolerate-bad"
+    )
     console.print(f"{report.task}: {word}")
 
 

@@ -86,21 +86,29 @@ class ExportOptions:
     def request(self, source: Source) -> Any:
         """The library's request; raises `InputError` for an option that its form does not have."""
         kind = _REQUESTS[self.to]
-        given = {each.name: value for each in fields(self) if (value := getattr(self, each.name)) != each.default}
+        given = {
+            each.name: value
+            for each in fields(self)
+            if (value := getattr(self, each.name)) != each.default
+        }
         known = {each.name for each in fields(kind)}
         if source.dtype is not None:
             given["dtype"] = source.dtype
         if "device" in known and source.device != "auto":
             given["device"] = source.device
         elif self.to == "onnx" and source.device == "cuda":
-            raise InputError("--device cuda does not apply to --to onnx, which traces on the CPU; leave it out")
+            raise InputError(
+                "--device cuda does not apply to --to onnx, which traces on the CPU; leave it out"
+            )
         for name in ("to", "data"):
             given.pop(name, None)
         if unknown := sorted(given.keys() - known):
             option = "for" if unknown[0] == "consumer" else dashes(unknown[0])
             raise InputError(f"--{option} does not apply to --to {self.to}; leave it out")
         if source.dtype in ("int8", "fp8"):
-            raise InputError(f"--dtype {source.dtype}: use fp32, fp16 or bf16; 8 bits: --quantize, or export int8")
+            raise InputError(
+                f"--dtype {source.dtype}: use fp32, fp16 or bf16; 8 bits: --quantize, or export int8"
+            )
         return kind(**given)
 
 
@@ -139,7 +147,9 @@ def export(
         "source": opened.origin,
         "tokenizer_sha256": vocabulary and vocabulary.sha256(),
         "companions": {} if opened.task is None else explanation(opened.task),
-        "examples": load_examples(opened.model.config, opened.model.tokenizer, options.data, request.sizes),
+        "examples": load_examples(
+            opened.model.config, opened.model.tokenizer, options.data, request.sizes
+        ),
     }
     # The model is released before a runtime or a builder holds its weights once more.
     if options.to == "onnx":
@@ -208,7 +218,10 @@ def model_repository(
 
 
 def load_examples(
-    config: XFMConfig, tokenizer: CaptionTokenizer | None, data: Path | None, sizes: Mapping[str, int] = {}
+    config: XFMConfig,
+    tokenizer: CaptionTokenizer | None,
+    data: Path | None,
+    sizes: Mapping[str, int] = {},
 ) -> Examples:
     """Photographs and captions to compare on, within fixed axes: given, bundled, or generated with a note."""
     from xfm_fast.benchmarks import inputs
@@ -229,7 +242,9 @@ def load_examples(
     rows = tokenizer.encode_ids(found.texts(len(found.captions))[:_CAPTIONS], max(longest, 3))
     photos = range(min(len(found.names), _PHOTOS))
     origin = f"{len(photos)} photographs and {len(rows)} captions"
-    return make_examples(found.pixels(photos, config.image_size), rows, config, origin=origin, longest=longest)
+    return make_examples(
+        found.pixels(photos, config.image_size), rows, config, origin=origin, longest=longest
+    )
 
 
 def finish(manifest: Manifest, folder: Path) -> int:
@@ -244,20 +259,36 @@ def finish(manifest: Manifest, folder: Path) -> int:
     title = f"{manifest.kind} {manifest.dtype} for {manifest.consumer}, {manifest.source}"
     files = table(title, "graph", "file", "MB", "s", "inputs", "outputs")
     for graph in manifest.graphs:
-        called = [", ".join(f"{t.name} {t.dims}" for t in tensors) for tensors in (graph.inputs, graph.outputs)]
+        called = [
+            ", ".join(f"{t.name} {t.dims}" for t in tensors)
+            for tensors in (graph.inputs, graph.outputs)
+        ]
         megabytes = sum(sizes[name] for name in graph.files) / 1e6
-        files.add_row(graph.name, graph.file, f"{megabytes:.1f}", f"{graph.build_seconds:.1f}", *map(escape, called))
+        files.add_row(
+            graph.name,
+            graph.file,
+            f"{megabytes:.1f}",
+            f"{graph.build_seconds:.1f}",
+            *map(escape, called),
+        )
     console.print(files)
     for graph in manifest.graphs:
         if (chosen := graph.quantisation) is not None:
             count = f"{chosen.products - len(chosen.kept)} of {chosen.products} GEMMs"
             wide = f"; not {', '.join(chosen.kept)}" if chosen.kept else ""
-            print(f"{graph.name}: {count} in {chosen.kind}, cosine {chosen.cosine:.5f}, budget {chosen.budget}{wide}")
+            print(
+                f"{graph.name}: {count} in {chosen.kind}, cosine {chosen.cosine:.5f}, budget {chosen.budget}{wide}"
+            )
             for line in _costs(chosen):
                 print(f"  {line}")
     if (record := manifest.verification or manifest.graphs_verification) is not None:
         _print_verification(record, console)
-    styles = {"verified": "green", "failed": "bold red", "graphs verified": "yellow", "unverified": "yellow"}
+    styles = {
+        "verified": "green",
+        "failed": "bold red",
+        "graphs verified": "yellow",
+        "unverified": "yellow",
+    }
     reason = f": {escape(manifest.reason)}" if manifest.reason else ""
     verdict = f"[{styles[manifest.status]}]{manifest.status}[/]{reason} ({escape(str(folder))})"
     console.print(verdict, soft_wrap=True, highlight=False)
@@ -269,9 +300,15 @@ def _costs(chosen: QuantisationRecord) -> Iterator[str]:
     if chosen.milliseconds:
         ratio = chosen.wide_milliseconds / chosen.milliseconds
         times = f"{chosen.wide_milliseconds:.1f} → {chosen.milliseconds:.1f} ms, run in turn"
-        yield f"{ratio:.2f}x the speed here ({times})" if ratio > 1 else f"not faster here: {ratio:.2f}x ({times})"
+        yield (
+            f"{ratio:.2f}x the speed here ({times})"
+            if ratio > 1
+            else f"not faster here: {ratio:.2f}x ({times})"
+        )
     if chosen.launches:
-        wide, narrow = (" and ".join(map(str, counts)) for counts in (chosen.wide_launches, chosen.launches))
+        wide, narrow = (
+            " and ".join(map(str, counts)) for counts in (chosen.wide_launches, chosen.launches)
+        )
         yield f"launches of the engine's profiles: {narrow}, without 8 bits {wide}"
 
 
@@ -284,7 +321,11 @@ def _print_verification(record: VerificationRecord, console: Console) -> None:
         "graph", "output", "shapes", "max error", "allowed", "mean error", "least cosine", "",
     )  # fmt: skip
     for check in record.checks:
-        cosine = "" if check.least_cosine is None else ("nan" if check.cosine is None else f"{check.cosine:.6f}")
+        cosine = (
+            ""
+            if check.least_cosine is None
+            else ("nan" if check.cosine is None else f"{check.cosine:.6f}")
+        )
         shown.add_row(
             check.graph, check.output, str(len(check.shapes)), number(check.max_error), f"{check.allowed:.1e}",
             number(check.mean_error), cosine, "ok" if check.passed else "[bold red]differs[/]",

@@ -153,7 +153,9 @@ def predict(
     if options.detections is not None and options.heatmap is None:
         raise InputError("--detections needs a heatmap; add --heatmap FILE")
     if len(items) > 1 if options.lines else not items:
-        raise InputError("give image files and texts, or --lines with files of requests and answers")
+        raise InputError(
+            "give image files and texts, or --lines with files of requests and answers"
+        )
     is_export = Path(model, MANIFEST_FILE).is_file()
     if is_export and options.dtype is not None:
         raise InputError(f"{model} is an export, of one dtype; leave out --dtype {options.dtype}")
@@ -170,7 +172,9 @@ def predict(
             return 0
         out = Path(items[0])
         with progress("answering") as advance:
-            work = Evaluation(out.with_name(f".{out.name}.parts"), processes, _BATCH, progress=advance)
+            work = Evaluation(
+                out.with_name(f".{out.name}.parts"), processes, _BATCH, progress=advance
+            )
             answer_lines(predictor, options.lines, out, work)
     _say(f"saved: {out}")
     return 0
@@ -183,7 +187,9 @@ def _predict(predictor: Predictor, items: Sequence[str], options: PredictOptions
     paths = [image for file in files for image in (find_images(file) if file.is_dir() else [file])]
     texts = [item for item in items if not Path(item).exists()]
     if options.heatmap is not None:
-        return _heatmap(predictor, list(map(str, paths)), texts, options.heatmap, options.detections)
+        return _heatmap(
+            predictor, list(map(str, paths)), texts, options.heatmap, options.detections
+        )
     _print_answers(predictor, predictor.task.requests(paths, texts))
     return 0
 
@@ -195,7 +201,11 @@ def _print_answers(predictor: Predictor, records: Sequence[Any]) -> None:
 
 
 def _heatmap(
-    predictor: Predictor, images: Sequence[str], texts: Sequence[str], path: Path, detections: Path | None
+    predictor: Predictor,
+    images: Sequence[str],
+    texts: Sequence[str],
+    path: Path,
+    detections: Path | None,
 ) -> int:
     """Draw the heatmap of one text on one image, and print the detection that it selects."""
     from xfm_fast.data.images import decode_image
@@ -230,7 +240,9 @@ def _print(metrics: Mapping[str, Mapping[str, float]]) -> None:
         return
     made = table("", "metric", *columns, right=tuple(columns))
     for name in names:
-        made.add_row(name, *(f"{values[name]:.2f}" if name in values else "" for values in columns.values()))
+        made.add_row(
+            name, *(f"{values[name]:.2f}" if name in values else "" for values in columns.values())
+        )
     if first_process():
         stdout().print(made)
 

@@ -98,8 +98,16 @@ def info(*, as_json: Json = False) -> None:
         hardware.add_row("ptxas", escape(f"not for attention on Hopper: {fault}"))
     optional = table("optional packages", "package", "version", "")
     for package in packages:
-        version, remark = package["version"], package["detail" if package["version"] else "remedy"] or ""
-        optional.add_row(package["name"], escape(version or "absent"), escape(remark), style=None if version else "dim")
+        version, remark = (
+            package["version"],
+            package["detail" if package["version"] else "remedy"] or "",
+        )
+        optional.add_row(
+            package["name"],
+            escape(version or "absent"),
+            escape(remark),
+            style=None if version else "dim",
+        )
     operations: dict[tuple[str, str], list[str]] = {}
     for path in paths:
         operations.setdefault((path["chosen"], path["dtype"]), []).append(path["operation"])
@@ -112,7 +120,8 @@ def info(*, as_json: Json = False) -> None:
             column.no_wrap = True
         console.print(each)
     console.print(
-        f"{RULE} Settled for all processes: xfm-fast tune --cpu; every time: xfm-fast info --json", soft_wrap=True
+        f"{RULE} Settled for all processes: xfm-fast tune --cpu; every time: xfm-fast info --json",
+        soft_wrap=True,
     )
     for word, why in (("llvm", llvm.why_not()), ("int8", int8.why_not())):
         if why is not None:
@@ -135,7 +144,9 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
 
     if unknown := set(options.arch) - set(LIMITS):
         known = ", ".join(map(str, LIMITS))
-        raise InputError(f"unknown architecture: {', '.join(map(str, sorted(unknown)))}; known: {known}")
+        raise InputError(
+            f"unknown architecture: {', '.join(map(str, sorted(unknown)))}; known: {known}"
+        )
     arches = options.arch or ARCHITECTURES
     if options.execute:
         if options != AuditOptions(arch=options.arch, execute=True):
@@ -164,7 +175,9 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
     rows = library.compile_rows(chosen, progress=progress)
     seconds = time.perf_counter() - begun
     if options.json is not None:
-        write_bytes({options.json: (json.dumps([row.as_dict() for row in rows], indent=1) + "\n").encode()})
+        write_bytes(
+            {options.json: (json.dumps([row.as_dict() for row in rows], indent=1) + "\n").encode()}
+        )
     shown = stdout(220)
     if rows:
         _print_rows(rows, shown)
@@ -174,7 +187,9 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
     )
     try:
         if options.accept:
-            baseline.accept(rows, compiler=library.compiler(), forget=set(accepted.rows) - shipped, path=path)
+            baseline.accept(
+                rows, compiler=library.compiler(), forget=set(accepted.rows) - shipped, path=path
+            )
             shown.print(f"accepted {len(rows)} rows in {path}", soft_wrap=True)
             return 0
     except ValueError as error:
@@ -192,7 +207,9 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
             shown.print(f"  … and {len(lines) - _MOST_LINES} more")
     if comparison.worse:
         command = "xfm-fast audit --accept" + " --all" * options.all
-        shown.print(f"{len(comparison.worse)} figures are worse, new or missing. If that is meant: {command}")
+        shown.print(
+            f"{len(comparison.worse)} figures are worse, new or missing. If that is meant: {command}"
+        )
         return 1
     return 0
 
@@ -219,7 +236,9 @@ def _execute(arches: Sequence[int]) -> int:
             counts = f"{checks[name]} checks, {len(launches)} launches, {len(places)} hazards"
             print(f"sm_{arch} {name}: {counts}, {seconds:.1f} s", flush=True)
             for kind in sorted({kind for kind, _ in places}):
-                print(f"  {kind}: {', '.join(sorted(place for other, place in places if other == kind))}")
+                print(
+                    f"  {kind}: {', '.join(sorted(place for other, place in places if other == kind))}"
+                )
                 failed = failed or kind != LATE_WAIT
     return int(failed)
 
@@ -238,7 +257,9 @@ def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
         return _tune_cpu(options)
 
     if not torch.cuda.is_available() or torch.version.cuda is None:
-        raise UnavailableError("PyTorch finds no NVIDIA GPU to tune on; without one, run xfm-fast audit")
+        raise UnavailableError(
+            "PyTorch finds no NVIDIA GPU to tune on; without one, run xfm-fast audit"
+        )
     specs = _kernels(options.kernel)
     from xfm_fast.io import storing
     from xfm_fast.kernels import tune as library
@@ -248,7 +269,9 @@ def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
     number = architecture(torch.device("cuda"))
     name = torch.cuda.get_device_name()
     if number < 80:
-        raise UnavailableError(f"{name} has compute capability {number / 10}; the kernels need 8.0 or newer")
+        raise UnavailableError(
+            f"{name} has compute capability {number / 10}; the kernels need 8.0 or newer"
+        )
     path, folder = None, options.out or library.TUNING
     for spec in specs:
         for size in library.sizes(spec, options.head_dim, number):
@@ -263,7 +286,9 @@ def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
             times += "" if choice.flash is None else f" (flash-attn {choice.flash * 1e6:.1f} µs)"
             print(f"{spec.name} {size}: {times}; {choice.timed} timed, {choice.rejected} rejected")
     if path is None:
-        raise InputError("none of these kernels has a tunable configuration at these head dimensions")
+        raise InputError(
+            "none of these kernels has a tunable configuration at these head dimensions"
+        )
     print(f"saved: {path}")
 
 
@@ -273,7 +298,9 @@ def _tune_cpu(options: TuneOptions) -> None:
     from xfm_fast.kernels.cpu.selection import CHOICES, RULE, choices
 
     if os.environ.get(CHOICES):
-        raise InputError(f"{CHOICES}={os.environ[CHOICES]} fixes the choices that --cpu measures; unset it first")
+        raise InputError(
+            f"{CHOICES}={os.environ[CHOICES]} fixes the choices that --cpu measures; unset it first"
+        )
     path = options.out or Path("cpu-choices.json")
     # Fail before a minute of comparisons.
     if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
@@ -334,4 +361,10 @@ def _print_rows(rows: list[Row], console: Console) -> None:
 def _waits(row: Row) -> str:
     """Waits per HGMMA, and the assembler's warnings about them."""
     waits, warnings = row.waits_per_tensor_core, " ".join(row.warnings or ())
-    return "–" if waits is None else f"[yellow]{waits:.2f} {warnings}[/]" if warnings else f"{waits:.2f}"
+    return (
+        "–"
+        if waits is None
+        else f"[yellow]{waits:.2f} {warnings}[/]"
+        if warnings
+        else f"{waits:.2f}"
+    )

@@ -35,23 +35,36 @@ def serve(
     """
     key = options.api_key if options.api_key is not None else os.environ.get("XFM_API_KEY")
     if key is not None and (not key.isascii() or not key.strip() or key != key.strip()):
-        raise InputError("the API key is empty, not ASCII, or has white space around it; choose another")
+        raise InputError(
+            "the API key is empty, not ASCII, or has white space around it; choose another"
+        )
     options = replace(options, api_key=key)
     try:
         from xfm_fast.serve import address, run
     except ModuleNotFoundError as error:
-        raise UnavailableError(f"serving needs {error.name}, which is not installed; pip install '.[serve]'") from None
+        raise UnavailableError(
+            f"serving needs {error.name}, which is not installed; pip install '.[serve]'"
+        ) from None
 
     if not options.loopback and key is None:
-        note(f"WITHOUT AN API KEY, anyone who reaches {options.host} can use this service; set XFM_API_KEY")
+        note(
+            f"WITHOUT AN API KEY, anyone who reaches {options.host} can use this service; set XFM_API_KEY"
+        )
 
     source = named(model, source)
 
     def loaded(model: ServedModel, sock: socket.socket) -> None:
         if model.random:
-            note(f"THE WEIGHTS ARE RANDOM ({model.source}): results mean nothing. Give a trained model")
-        memory = f"{options.memory_mb:,} MB for requests, {options.cache_mb:,} MB for image memories"
-        print(f"serving {model.name} on {address(sock)} (see /docs), with {memory}; stop with Ctrl-C", flush=True)
+            note(
+                f"THE WEIGHTS ARE RANDOM ({model.source}): results mean nothing. Give a trained model"
+            )
+        memory = (
+            f"{options.memory_mb:,} MB for requests, {options.cache_mb:,} MB for image memories"
+        )
+        print(
+            f"serving {model.name} on {address(sock)} (see /docs), with {memory}; stop with Ctrl-C",
+            flush=True,
+        )
 
     run(source, options, loaded)
     # Worker threads may still run, and libraries take seconds to unload.

@@ -29,7 +29,8 @@ Model = Annotated[
 ]
 
 MEASURE, TRAIN, SEARCH, DATA, SERVE = (
-    Group.create_ordered(name) for name in ("Measure", "Train", "Search", "Data and checkpoints", "Export and serve")
+    Group.create_ordered(name)
+    for name in ("Measure", "Train", "Search", "Data and checkpoints", "Export and serve")
 )
 """Command groups in the help."""
 OPTIONS = Group("Options")
@@ -51,7 +52,11 @@ def named(model: str | None, source: S) -> S:
 
 def mentions(hint: Any, kind: type) -> bool:
     """True if a type hint is or contains `kind`: `tuple[int, ...] | None` mentions int."""
-    return hint is kind or get_origin(hint) is kind or any(mentions(part, kind) for part in get_args(hint))
+    return (
+        hint is kind
+        or get_origin(hint) is kind
+        or any(mentions(part, kind) for part in get_args(hint))
+    )
 
 
 def shown(default: Any) -> str | None:

@@ -102,16 +102,31 @@ def index(
     source = _choose_model(source, known)
     settings = vars(source) | vars(options) | {"workers": None}
     if options.workers > 1 and os.environ.get("WORLD_SIZE", "1") == "1":
-        given = [f"--{dashes(name)}={value}" for name, value in settings.items() if value is not None]
-        return _run_processes(options.workers, ["index", *given, *["--json"] * as_json, "--", str(collection)])
-    with join_processes(source.device) as processes, stop_on_signal() as stop, progress("indexing") as advance:
+        given = [
+            f"--{dashes(name)}={value}" for name, value in settings.items() if value is not None
+        ]
+        return _run_processes(
+            options.workers, ["index", *given, *["--json"] * as_json, "--", str(collection)]
+        )
+    with (
+        join_processes(source.device) as processes,
+        stop_on_signal() as stop,
+        progress("indexing") as advance,
+    ):
         model = processes.together(lambda: open_model(source))
-        shared = {"images": options.images, "processes": processes, "progress": advance, "stop": stop}
+        shared = {
+            "images": options.images,
+            "processes": processes,
+            "progress": advance,
+            "stop": stop,
+        }
         try:
             report = build_index(collection, model, target, **shared)
         except RuntimeError as error:
             if "closed by peer" in str(error) or "reset by peer" in str(error):
-                raise XFMError("another process of this command has ended; the same command resumes") from error
+                raise XFMError(
+                    "another process of this command has ended; the same command resumes"
+                ) from error
             raise
     if not processes.first:
         return UNFINISHED if report.interrupted else 0
@@ -119,13 +134,21 @@ def index(
         note("stopped; the same command resumes")
         return UNFINISHED
     if as_json:
-        print(json.dumps(asdict(report) | {"folder": str(report.folder), "random": source.random is not None}))
+        print(
+            json.dumps(
+                asdict(report) | {"folder": str(report.folder), "random": source.random is not None}
+            )
+        )
         return 0
     _note_skipped(report.faults, "")
     left = f", {len(report.faults):,} left out" if report.faults else ""
-    print(f"indexed: {report.images:,} images, {report.added:,} of them read now, {report.removed:,} gone{left}")
+    print(
+        f"indexed: {report.images:,} images, {report.added:,} of them read now, {report.removed:,} gone{left}"
+    )
     names = ("model", "config", "image_size", "tokenizer", "index", "images")
-    repeated = "".join(f" --{dashes(name)} {settings[name]}" for name in names if settings[name] is not None)
+    repeated = "".join(
+        f" --{dashes(name)} {settings[name]}" for name in names if settings[name] is not None
+    )
     print(f"saved: {report.folder}; try it: xfm-fast search {collection} ...{repeated}")
     return 0
 
@@ -187,7 +210,9 @@ def _run_processes(count: int, arguments: Sequence[str]) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     common = {"OMP_NUM_THREADS": str(max(1, cores // count))} | os.environ
     common |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with ExitStack() as stack:
@@ -203,7 +228,9 @@ def _run_processes(count: int, arguments: Sequence[str]) -> int:
                 output = None if rank == 0 else subprocess.DEVNULL
                 # In sessions of their own, which a key that interrupts this one does not reach twice.
                 children.append(
-                    subprocess.Popen(command, env=environment, stdout=output, stderr=file, start_new_session=True)
+                    subprocess.Popen(
+                        command, env=environment, stdout=output, stderr=file, start_new_session=True
+                    )
                 )
             told, deadline = False, math.inf
             while None in [child.poll() for child in children] and time.monotonic() < deadline:
@@ -212,8 +239,14 @@ def _run_processes(count: int, arguments: Sequence[str]) -> int:
                     for child in children:
                         child.send_signal(signal.SIGTERM)
                 if failed is None:
-                    ended = [rank for rank, child in enumerate(children) if child.returncode not in _EXPECTED]
-                    failed, deadline = (ended[0], time.monotonic() + _PATIENCE_S) if ended else (None, math.inf)
+                    ended = [
+                        rank
+                        for rank, child in enumerate(children)
+                        if child.returncode not in _EXPECTED
+                    ]
+                    failed, deadline = (
+                        (ended[0], time.monotonic() + _PATIENCE_S) if ended else (None, math.inf)
+                    )
         finally:
             for child in children:
                 child.kill()
@@ -226,8 +259,12 @@ def _run_processes(count: int, arguments: Sequence[str]) -> int:
             )
         if failed and children[0].returncode < 0:
             errors[failed - 1].seek(0)
-            reason = errors[failed - 1].read().decode(errors="replace").strip().splitlines() or [f"exit code {code}"]
-            raise XFMError(f"process {failed} of {count} could not start: {reason[-1].removeprefix('xfm-fast: ')}")
+            reason = errors[failed - 1].read().decode(errors="replace").strip().splitlines() or [
+                f"exit code {code}"
+            ]
+            raise XFMError(
+                f"process {failed} of {count} could not start: {reason[-1].removeprefix('xfm-fast: ')}"
+            )
         return code or children[0].returncode
 
 
@@ -235,15 +272,21 @@ def _choose_model(source: Source, known: Source | None) -> Source:
     """The model of the options, or the random one of the index; another model of an index needs a matching option."""
     if source.model is None and source.random is None:
         if known is None:
-            raise InputError("give the model as --model: a run, a folder of weights, a Hub name or an export")
+            raise InputError(
+                "give the model as --model: a run, a folder of weights, a Hub name or an export"
+            )
         if known.random is None:
             raise InputError(f"the index uses {known}; if you trust it, add --model {known}")
         if known.tokenizer is not None and source.tokenizer is None:
-            raise InputError(f"the index uses a tokenizer; if you trust it, add --tokenizer {known.tokenizer}")
+            raise InputError(
+                f"the index uses a tokenizer; if you trust it, add --tokenizer {known.tokenizer}"
+            )
         source = replace(source, random=known.random)
     source.check()
     if source.random and first_process():
-        note(f"THE WEIGHTS ARE RANDOM ({source}): results are meaningless. Give trained weights with --model")
+        note(
+            f"THE WEIGHTS ARE RANDOM ({source}): results are meaningless. Give trained weights with --model"
+        )
     return source
 
 

@@ -41,8 +41,14 @@ def pretrain(recipe: str, /, *overrides: str) -> int:
             shown = (f"{name.removeprefix('loss/')} {value:.4g}" for name, value in losses.items())
             print(f"step {result.step}", *shown, sep="  ")
         folder = shlex.quote(loaded.checkpoint.folder)
-        own = f"retrieval_csv data.train={shlex.quote(loaded.data)}" if Path(loaded.data).is_file() else "RECIPE"
-        print(f"saved: {folder}/model; fine-tune it: xfm-fast finetune {own} init.checkpoint={folder}")
+        own = (
+            f"retrieval_csv data.train={shlex.quote(loaded.data)}"
+            if Path(loaded.data).is_file()
+            else "RECIPE"
+        )
+        print(
+            f"saved: {folder}/model; fine-tune it: xfm-fast finetune {own} init.checkpoint={folder}"
+        )
     return 0
 
 

@@ -29,10 +29,14 @@ def _no_blank(text: str) -> str:
 Text = Annotated[str, AfterValidator(_no_blank)]
 Identity = int | Text
 Texts = Annotated[
-    tuple[Text, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), Field(min_length=1)
+    tuple[Text, ...],
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    Field(min_length=1),
 ]
 Label = Annotated[
-    str, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value), AfterValidator(_no_blank)
+    str,
+    BeforeValidator(lambda value: str(value) if isinstance(value, int) else value),
+    AfterValidator(_no_blank),
 ]
 
 
@@ -85,7 +89,9 @@ class TextRecord(Annotation):
     text: Text
     text2: Text | None = None
     label: Label | None = None
-    index: int | None = Field(default=None, description="the number that a benchmark's result file gives it")
+    index: int | None = Field(
+        default=None, description="the number that a benchmark's result file gives it"
+    )
 
 
 class TextScoreRecord(Annotation):
@@ -114,7 +120,9 @@ def read_array(path: str | os.PathLike[str]) -> Sequence[Any]:
     return array_of(path, read_json(path, ARRAY, lines=", not one object a line as in pretraining"))
 
 
-def array_of(path: Path, content: Any, known: str = "one array of objects, [{...}, {...}]") -> list[Any]:
+def array_of(
+    path: Path, content: Any, known: str = "one array of objects, [{...}, {...}]"
+) -> list[Any]:
     """Check that content is a non-empty array; `known` describes the expected formats."""
     if not isinstance(content, list):
         raise DataError(f"{path} holds a JSON {type(content).__name__}; expected {known}")
@@ -128,7 +136,9 @@ def parse_annotation(element: Any, kind: type[Kind]) -> Kind:
     if isinstance(element, DataError):
         raise DataError(str(element))
     if not isinstance(element, dict):
-        raise DataError(f"is a {type(element).__name__}; expected an object with {', '.join(kind.model_fields)}")
+        raise DataError(
+            f"is a {type(element).__name__}; expected an object with {', '.join(kind.model_fields)}"
+        )
     try:
         return kind.model_validate(element)
     except ValidationError as error:
@@ -139,7 +149,9 @@ def parse_annotation(element: Any, kind: type[Kind]) -> Kind:
             if problem["type"] == "box":
                 wrong.append(f"box {element.get('bbox')} {problem['msg']}; correct or remove it")
             else:
-                wrong.append(f"{str(problem['loc'][0])!r} is {'missing' if problem['type'] == 'missing' else held}")
+                wrong.append(
+                    f"{str(problem['loc'][0])!r} is {'missing' if problem['type'] == 'missing' else held}"
+                )
         raise DataError("; ".join(dict.fromkeys(wrong))) from None
 
 
@@ -166,7 +178,12 @@ class AnnotationRows(Generic[Record]):
         notes: Sequence[str] = (),
         others: Sequence[Path] = (),
     ) -> None:
-        self.name, self.elements, self.kind, self.notes = os.fspath(path), elements, kind, tuple(notes)
+        self.name, self.elements, self.kind, self.notes = (
+            os.fspath(path),
+            elements,
+            kind,
+            tuple(notes),
+        )
         self._labels = labels
         try:
             self.modified = max(os.stat(each).st_mtime_ns for each in (path, *others))
@@ -180,24 +197,36 @@ class AnnotationRows(Generic[Record]):
         return f"element {row}" if self._labels is None else self._labels[row]
 
     def raw(self, row: int) -> bytes:
-        return json.dumps(self.elements[row], default=str, ensure_ascii=False).encode("utf-8", "replace")
+        return json.dumps(self.elements[row], default=str, ensure_ascii=False).encode(
+            "utf-8", "replace"
+        )
 
     def of_images(self, images: Collection[str], *, others: bool = False) -> AnnotationRows[Record]:
         """Rows about the given images, or with `others` all other rows."""
         named = [each if isinstance(each, dict) else {} for each in self.elements]
-        about = [any(name in images for name in each.get("images") or (each.get("image"),)) for each in named]
+        about = [
+            any(name in images for name in each.get("images") or (each.get("image"),))
+            for each in named
+        ]
         return self.select([row for row, inside in enumerate(about) if inside != others])
 
     def select(self, rows: Sequence[int]) -> AnnotationRows[Record]:
         """Some of the rows, with their labels."""
         found = copy(self)
-        found.elements, found._labels = [self.elements[row] for row in rows], [self.label(row) for row in rows]
+        found.elements, found._labels = (
+            [self.elements[row] for row in rows],
+            [self.label(row) for row in rows],
+        )
         return found
 
     def read(self, row: int) -> Record:
         """Validated record of a row."""
         kind: Any = self.kind
-        return parse_annotation(self.elements[row], kind) if isinstance(kind, type) else kind(self.elements[row])
+        return (
+            parse_annotation(self.elements[row], kind)
+            if isinstance(kind, type)
+            else kind(self.elements[row])
+        )
 
     def records(self) -> Iterator[Record]:
         """All records in order; a broken element raises `DataError`."""
@@ -215,7 +244,9 @@ class AnnotationRows(Generic[Record]):
 def as_rows(elements: Iterable[Elements], kind: type[Kind]) -> list[AnnotationRows[Kind]]:
     """Wrap elements of several files as rows of one record type."""
     return [
-        AnnotationRows(each.name, each.values, kind, labels=each.labels, notes=each.notes, others=each.others)
+        AnnotationRows(
+            each.name, each.values, kind, labels=each.labels, notes=each.notes, others=each.others
+        )
         for each in elements
     ]
 
@@ -287,7 +318,9 @@ def _texts(items: Iterable[Any]) -> Iterator[str]:
     for item in items:
         for row in item.elements if isinstance(item, AnnotationRows) else [item.model_dump()]:
             if isinstance(row, dict):
-                yield " / ".join(str(row[name]) for name in ("text", "text2") if row.get(name) is not None)
+                yield " / ".join(
+                    str(row[name]) for name in ("text", "text2") if row.get(name) is not None
+                )
 
 
 def identity_of(image: str) -> int | str:

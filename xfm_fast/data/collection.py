@@ -29,7 +29,14 @@ from xfm_fast.data.annotations import (
 from xfm_fast.data.files import Paths, find_files, read_json
 from xfm_fast.data.images import decode_image, image_source, image_values
 from xfm_fast.data.options import ImageOptions
-from xfm_fast.data.records import RecordSet, ShardFile, find_reader, first_object, has_shards, open_records
+from xfm_fast.data.records import (
+    RecordSet,
+    ShardFile,
+    find_reader,
+    first_object,
+    has_shards,
+    open_records,
+)
 from xfm_fast.data.tables import (
     LINE_SUFFIXES,
     PAIR_COLUMNS,
@@ -78,7 +85,9 @@ class Listing(NamedTuple):
 
 
 @explain_types
-def open_collection(path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None) -> Collection:
+def open_collection(
+    path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None
+) -> Collection:
     """Open a folder tree of images, or a file that lists or embeds images.
 
     Args:
@@ -96,13 +105,17 @@ def open_collection(path: str | os.PathLike[str], images: str | os.PathLike[str]
         shards = sorted(path.glob("*.tar"))
         return Records(open_records(shards)) if shards and not _names(path) else Files(path, path)
     if not path.exists():
-        raise DataError(f"{path} does not exist; give a folder of images, or a file that lists or holds some")
+        raise DataError(
+            f"{path} does not exist; give a folder of images, or a file that lists or holds some"
+        )
     kinds = (*TABLE_SUFFIXES, *LINE_SUFFIXES, ".json")
     if path.suffix.lower() in kinds and not has_embedded_images(path):
         return Files(path, path.parent if images is None else Path(images).expanduser())
     if path.suffix.lower() in LINE_SUFFIXES or find_reader(path) not in ("lines", "pairs", None):
         return Records(open_records(path))
-    raise DataError(f"{path} is neither a folder of images nor a file of one of {', '.join(kinds)}, .tar; give these")
+    raise DataError(
+        f"{path} is neither a folder of images nor a file of one of {', '.join(kinds)}, .tar; give these"
+    )
 
 
 class Files:
@@ -117,7 +130,9 @@ class Files:
             return self._table(self.path)
         names = _names(self.path)
         if not names:
-            raise DataError(f"{self.path} holds no images ({', '.join(PICTURE_SUFFIXES)}), nor do folders below it")
+            raise DataError(
+                f"{self.path} holds no images ({', '.join(PICTURE_SUFFIXES)}), nor do folders below it"
+            )
         captions: dict[str, tuple[str, ...]] = {}
         faults: dict[str, str] = {}
         table = caption_table(self.path)
@@ -130,7 +145,9 @@ class Files:
                 faults[name] = f"image {self.path / name} does not exist; correct {table.name}"
         for name in names if table is None else ():
             try:
-                captions[name] = tuple(caption for _, caption in sidecar_captions(self.path / name) or ())
+                captions[name] = tuple(
+                    caption for _, caption in sidecar_captions(self.path / name) or ()
+                )
             except DataError as error:
                 faults[str(Path(name).with_suffix(".txt"))] = str(error)
         return Listing([self._entry(name, captions.get(name, ())) for name in names], faults)
@@ -146,7 +163,9 @@ class Files:
                 except DataError as error:
                     faults[f"{path.name}#{rows.label(row)}"] = str(error)
                 else:
-                    entries.setdefault(record.image, self._entry(record.image, record.caption or ()))
+                    entries.setdefault(
+                        record.image, self._entry(record.image, record.caption or ())
+                    )
         return Listing([*entries.values()], faults)
 
     def _entry(self, name: str, captions: Iterable[str]) -> Entry:
@@ -236,7 +255,9 @@ def captioning_test_rows(
     paths: Paths, *, split: str | None = None, columns: Mapping[str, str] | None = None
 ) -> list[AnnotationRows[CaptioningTestRecord]]:
     """Each image once with all known captions; also accepts a folder of images without captions."""
-    return as_rows(map(group_captions, _captions(paths, split, columns, bare=True)), CaptioningTestRecord)
+    return as_rows(
+        map(group_captions, _captions(paths, split, columns, bare=True)), CaptioningTestRecord
+    )
 
 
 def _captions(
@@ -252,11 +273,19 @@ def _captions(
     for path in find_files(paths, is_dataset_folder):
         suffix = path.suffix.lower()
         if path.is_dir() and (table := caption_table(path)) is not None:
-            found = [resolve_images(path, each) for each in _captions(table, split, columns, bare=bare)]
+            found = [
+                resolve_images(path, each) for each in _captions(table, split, columns, bare=bare)
+            ]
         elif path.is_dir() and not has_shards(path):
             found = [read_caption_folder(path, bare=bare)]
-        elif path.is_dir() or has_embedded_images(path) or find_reader(path) not in ("lines", "pairs", None):
-            yield from map(embedded_elements, sorted(path.glob("*.tar")) if path.is_dir() else [path])
+        elif (
+            path.is_dir()
+            or has_embedded_images(path)
+            or find_reader(path) not in ("lines", "pairs", None)
+        ):
+            yield from map(
+                embedded_elements, sorted(path.glob("*.tar")) if path.is_dir() else [path]
+            )
             continue
         elif suffix in (*TABLE_SUFFIXES, *LINE_SUFFIXES):
             found = [read_table(path, names, ["caption"] if bare else [])]
@@ -308,7 +337,10 @@ def embedded_elements(path: Path) -> Elements:
         captions = record.get("desc", record.get("caption"))
         image = f"{path.absolute()}#{row}"
         for caption in captions if isinstance(captions, list) else [captions]:
-            values.append({"image": image, "image_id": image} | ({} if caption is None else {"caption": caption}))
+            values.append(
+                {"image": image, "image_id": image}
+                | ({} if caption is None else {"caption": caption})
+            )
             labels.append(rows.label(row))
     return Elements(str(path), values, labels)
 
@@ -316,7 +348,12 @@ def embedded_elements(path: Path) -> Elements:
 def is_karpathy(content: Any) -> bool:
     """True for the content of a Karpathy `dataset_*.json`."""
     images = content.get("images") if isinstance(content, dict) else None
-    return isinstance(images, list) and bool(images) and isinstance(images[0], dict) and "sentences" in images[0]
+    return (
+        isinstance(images, list)
+        and bool(images)
+        and isinstance(images[0], dict)
+        and "sentences" in images[0]
+    )
 
 
 def karpathy_elements(path: Path, content: Mapping[str, Any], split: str | None) -> Elements:
@@ -326,12 +363,18 @@ def karpathy_elements(path: Path, content: Mapping[str, Any], split: str | None)
     values, labels = [], []
     for number, image in enumerate(images):
         if not isinstance(image, dict):
-            values.append(DataError(f"is a {type(image).__name__}; expected an object with filename and sentences"))
+            values.append(
+                DataError(
+                    f"is a {type(image).__name__}; expected an object with filename and sentences"
+                )
+            )
             labels.append(f"image {number}")
             continue
         if split != "all" and image.get("split") not in wanted:
             continue
-        name = "/".join(str(part) for part in (image.get("filepath"), image.get("filename")) if part)
+        name = "/".join(
+            str(part) for part in (image.get("filepath"), image.get("filename")) if part
+        )
         identity = next((image[key] for key in ("cocoid", "imgid") if key in image), name)
         for place, sentence in enumerate(image.get("sentences") or [None]):
             caption = sentence.get("raw") if isinstance(sentence, dict) else sentence
@@ -346,7 +389,12 @@ def karpathy_elements(path: Path, content: Mapping[str, Any], split: str | None)
 def is_coco(content: Any) -> bool:
     """True for the content of a COCO file: `images` with `file_name`."""
     images = content.get("images") if isinstance(content, dict) else None
-    return isinstance(images, list) and bool(images) and isinstance(images[0], dict) and "file_name" in images[0]
+    return (
+        isinstance(images, list)
+        and bool(images)
+        and isinstance(images[0], dict)
+        and "file_name" in images[0]
+    )
 
 
 def coco_elements(path: Path, content: Mapping[str, Any]) -> Elements:
@@ -354,15 +402,29 @@ def coco_elements(path: Path, content: Mapping[str, Any]) -> Elements:
     names = {
         image["id"]: str(image["file_name"])
         for image in content["images"]
-        if isinstance(image, dict) and isinstance(image.get("id"), (int, str)) and "file_name" in image
+        if isinstance(image, dict)
+        and isinstance(image.get("id"), (int, str))
+        and "file_name" in image
     }
     if "annotations" not in content:
-        return Elements(str(path), [{"image": name, "image_id": identity} for identity, name in names.items()])
+        return Elements(
+            str(path), [{"image": name, "image_id": identity} for identity, name in names.items()]
+        )
     values: list[Any] = []
     for annotation in array_of(path, content["annotations"]):
         identity = annotation.get("image_id") if isinstance(annotation, dict) else None
         if not isinstance(identity, (int, str)) or identity not in names:
-            values.append(DataError(f"image_id {identity!r} is none of the file's images; correct or remove it"))
+            values.append(
+                DataError(
+                    f"image_id {identity!r} is none of the file's images; correct or remove it"
+                )
+            )
         else:
-            values.append({"image": names[identity], "caption": annotation.get("caption"), "image_id": identity})
+            values.append(
+                {
+                    "image": names[identity],
+                    "caption": annotation.get("caption"),
+                    "image_id": identity,
+                }
+            )
     return Elements(str(path), values, [f"annotation {number}" for number in range(len(values))])

@@ -26,7 +26,14 @@ from xfm_fast.io import make_folder, write_files
 SAMPLES_PER_SHARD = 10_000
 BYTES_PER_SHARD = 1 << 30
 
-_MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tif", b"MM\0*": "tif"}
+_MAGIC = {
+    b"\xff\xd8\xff": "jpg",
+    b"\x89PNG": "png",
+    b"GIF8": "gif",
+    b"BM": "bmp",
+    b"II*\0": "tif",
+    b"MM\0*": "tif",
+}
 
 
 @dataclass
@@ -61,9 +68,13 @@ def to_shards(
             f"shards of {samples_per_shard} samples and {bytes_per_shard} bytes hold nothing; use 1 or more"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder} exists and would be overwritten; choose another folder or remove it")
+        raise DataError(
+            f"{folder} exists and would be overwritten; choose another folder or remove it"
+        )
     done = Conversion([])
-    image = ImageOptions(image_key=image_key, image_root=None if image_root is None else Path(image_root))
+    image = ImageOptions(
+        image_key=image_key, image_root=None if image_root is None else Path(image_root)
+    )
     samples = (
         (row, _members(record, image_key, caption_key))
         for row, record in _good_rows(data, done, image, caption_key, quarantine or Quarantine())
@@ -108,7 +119,9 @@ def to_lines(
     if file.exists():
         raise DataError(f"{file} exists and would be overwritten; choose another name or remove it")
     done = Conversion([file])
-    image = ImageOptions(image_key=image_key, image_root=None if image_root is None else Path(image_root))
+    image = ImageOptions(
+        image_key=image_key, image_root=None if image_root is None else Path(image_root)
+    )
 
     def write(out: BinaryIO) -> None:
         for _, record in _good_rows(data, done, image, caption_key, quarantine or Quarantine()):
@@ -141,10 +154,14 @@ def _good_rows(
                 # Paths of `image_root`, or of a table, whose reader makes them relative to its folder.
                 if any(isinstance(source, Path) for source in sources):
                     read = [read_image(source)[1] for source in sources]
-                    record[key] = [base64.b64encode(each).decode() for each in read] if several else read[0]
+                    record[key] = (
+                        [base64.b64encode(each).decode() for each in read] if several else read[0]
+                    )
                 if isinstance(rows, ShardFile):
                     known = ("json", *IMAGE_SUFFIXES, *TEXT_SUFFIXES)
-                    done.ignored.update(suffix for suffix in rows.suffixes(row) if suffix not in known)
+                    done.ignored.update(
+                        suffix for suffix in rows.suffixes(row) if suffix not in known
+                    )
             except DataError as error:
                 done.skipped += 1
                 quarantine.add(rows, row, error)
@@ -163,7 +180,9 @@ def _members(record: dict[str, Any], image_key: str, caption_key: str) -> dict[s
         with suppress(ValueError):
             # The bytes that base64 stands for, if encoding them gives the same text again.
             decoded = binascii.a2b_base64(value)
-            content = decoded if binascii.b2a_base64(decoded, newline=False).decode() == value else None
+            content = (
+                decoded if binascii.b2a_base64(decoded, newline=False).decode() == value else None
+            )
     if content and isinstance(content, bytes):
         webp = content[:4] == b"RIFF" and content[8:12] == b"WEBP"
         known = (suffix for magic, suffix in _MAGIC.items() if content.startswith(magic))

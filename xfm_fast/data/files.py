@@ -81,7 +81,9 @@ def find_files(paths: Paths, whole: Callable[[Path], bool] = lambda folder: Fals
         if path.is_dir() and whole(path):
             inside = [path]
         elif path.is_dir():
-            inside = sorted(each for each in path.iterdir() if each.is_file() and not each.name.startswith("."))
+            inside = sorted(
+                each for each in path.iterdir() if each.is_file() and not each.name.startswith(".")
+            )
         elif path.exists():
             try:
                 inside = [require_file(path)]
@@ -93,14 +95,18 @@ def find_files(paths: Paths, whole: Callable[[Path], bool] = lambda folder: Fals
                 raise DataError(f"{part} does not exist and matches no file; check the path")
         inside = [each for each in inside if "_SUCCESS" not in each.name]
         if not inside:
-            raise DataError(f"folder {part} holds no data files; give the files, or a folder that holds them")
+            raise DataError(
+                f"folder {part} holds no data files; give the files, or a folder that holds them"
+            )
         found.extend(inside)
     if not found:
         raise DataError("no data files were named; give at least one path")
     seen: set[Path] = set()
     for path in found:
         if (real := path.resolve()) in seen:
-            raise DataError(f"{path} is named twice; its rows would be read twice as often: name it once")
+            raise DataError(
+                f"{path} is named twice; its rows would be read twice as often: name it once"
+            )
         seen.add(real)
     return found
 
@@ -137,13 +143,19 @@ def check_plain(path: Path, start: bytes) -> None:
         raise DataError(f"{path} is empty (0 bytes); download or write it again")
     for magic, name in _PACKED.items():
         if start.startswith(magic):
-            raise DataError(f"{path} is compressed ({name}) and cannot be read from the middle; decompress it first")
+            raise DataError(
+                f"{path} is compressed ({name}) and cannot be read from the middle; decompress it first"
+            )
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{path} is UTF-16 text; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
 
 
 def read_json(
-    path: Path, expected: str, object_hook: Callable[[dict[str, Any]], Any] | None = None, *, lines: str | None = None
+    path: Path,
+    expected: str,
+    object_hook: Callable[[dict[str, Any]], Any] | None = None,
+    *,
+    lines: str | None = None,
 ) -> Any:
     """Read a JSON file, with or without BOM; `expected` and `lines` complete error messages."""
     data = read_file(path)
@@ -157,7 +169,9 @@ def read_json(
     except json.JSONDecodeError as error:
         if lines and error.msg == "Extra data" and data.lstrip().startswith(b"{"):
             expected += lines
-        raise DataError(f"{path}:{error.lineno}:{error.colno}: {error.msg}; expected {expected}") from None
+        raise DataError(
+            f"{path}:{error.lineno}:{error.colno}: {error.msg}; expected {expected}"
+        ) from None
     except RecursionError:
         raise DataError(f"{path} is nested too deeply; expected {expected}") from None
     except ValueError as error:
@@ -176,7 +190,9 @@ def read_plain_pickle(path: Path) -> Any:
         ) from None
     except Exception as error:
         # Damaged bytes can raise any exception.
-        raise DataError(f"{path} is no pickle that can be read ({error!r}); download it again") from None
+        raise DataError(
+            f"{path} is no pickle that can be read ({error!r}); download it again"
+        ) from None
 
 
 class _NotPlain(Exception):
@@ -191,7 +207,10 @@ class _PlainOpcodes(dict[int, Any]):
 # The C unpickler cannot restrict opcodes, and a crafted memo index makes it allocate gigabytes.
 class _PlainUnpickler(pickle._Unpickler):
     dispatch = _PlainOpcodes(
-        {code: pickle._Unpickler.dispatch[code] for code in (ord(getattr(pickle, name)) for name in _PLAIN.split())}
+        {
+            code: pickle._Unpickler.dispatch[code]
+            for code in (ord(getattr(pickle, name)) for name in _PLAIN.split())
+        }
     )
 
     def find_class(self, module: str, name: str) -> Any:
@@ -277,7 +296,11 @@ class IndexedFile:
 
     def __getstate__(self) -> dict[str, Any]:
         # A mapped array would be pickled with its content; another process maps the file again.
-        return {name: value for name, value in self.__dict__.items() if name != "_loaded" or value.flags.owndata}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name != "_loaded" or value.flags.owndata
+        }
 
     def __len__(self) -> int:
         return int(self.index[0])

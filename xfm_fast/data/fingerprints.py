@@ -46,7 +46,9 @@ def _digests(rows: int, contents: Callable[[int], Iterable[bytes]]) -> list[list
         return pool.map(of_row, range(rows))
 
 
-def held_out(rows: int, contents: Callable[[int], Iterable[bytes]], share: float) -> NDArray[np.bool_]:
+def held_out(
+    rows: int, contents: Callable[[int], Iterable[bytes]], share: float
+) -> NDArray[np.bool_]:
     """Return the mask of rows to hold out: those with an image whose digest is below `share` of the largest possible.
 
     At least 10 images (or a quarter of fewer than 40) and at most 1,000, by the smallest digests. Between these limits,
@@ -55,7 +57,9 @@ def held_out(rows: int, contents: Callable[[int], Iterable[bytes]], share: float
     digests = _digests(rows, contents)
     ordered = sorted({digest for row in digests for digest in row})
     if len(ordered) < 2:
-        raise DataError(f"{len(ordered)} of {rows} images can be read, too few to hold some out; set hold_out=0")
+        raise DataError(
+            f"{len(ordered)} of {rows} images can be read, too few to hold some out; set hold_out=0"
+        )
     least = max(1, min(_LEAST_HELD_OUT, len(ordered) // 4))
     below = bisect_left(ordered, int(share * 2**64).to_bytes(8, "big"))
     held = {*ordered[: min(_MOST_HELD_OUT, max(least, below))]}
@@ -79,7 +83,10 @@ class SeenImages:
         digest = _digest(content)
         if digest not in self._digests and len(self._digests) < _MOST_OF_PROCESS:
             self._digests.add(digest)
-            with storing(self.path, "set checkpoint.folder to another folder"), open_to_append(self.path) as file:
+            with (
+                storing(self.path, "set checkpoint.folder to another folder"),
+                open_to_append(self.path) as file,
+            ):
                 file.write(digest)
 
 
@@ -90,14 +97,18 @@ def read_fingerprint(path: Path) -> NDArray[np.uint64]:
     except (FileNotFoundError, NotADirectoryError):
         content = b""
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); delete it, or copy the folder again") from None
+        raise CheckpointError(
+            f"{path} cannot be read ({error}); delete it, or copy the folder again"
+        ) from None
     return np.frombuffer(content, _DIGEST, len(content) // _DIGEST.itemsize)
 
 
 def fingerprint_of(run: Path, initial: Path | None) -> dict[str, bytes]:
     """Return the fingerprint of what a run and the folder of its initial weights have seen, by file name."""
     paths = [*run.glob("seen-*.bin"), *([] if initial is None else [initial / FINGERPRINT_FILE])]
-    digests = np.unique(np.concatenate([np.zeros(0, _DIGEST), *map(read_fingerprint, paths)]))[:_MOST]
+    digests = np.unique(np.concatenate([np.zeros(0, _DIGEST), *map(read_fingerprint, paths)]))[
+        :_MOST
+    ]
     return {FINGERPRINT_FILE: digests.astype(_DIGEST).tobytes()} if len(digests) else {}
 
 

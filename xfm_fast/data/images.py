@@ -52,7 +52,9 @@ def evaluation_transform(image_size: int) -> v2.Compose:
 
     return v2.Compose(
         [
-            v2.Resize((image_size, image_size), interpolation=InterpolationMode.BICUBIC, antialias=True),
+            v2.Resize(
+                (image_size, image_size), interpolation=InterpolationMode.BICUBIC, antialias=True
+            ),
             v2.PILToTensor(),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(MEAN, STD),
@@ -70,7 +72,9 @@ def decode_image(source: Source, name: str | None = None, *, official: bool = Fa
     return _decoded(data, name, lambda opened: to_rgb(opened, name, official=official))
 
 
-def image_size(source: Source, name: str | None = None, *, official: bool = False) -> tuple[int, int]:
+def image_size(
+    source: Source, name: str | None = None, *, official: bool = False
+) -> tuple[int, int]:
     """Width and height of the decoded image, from the header."""
     name, data = read_image(source, name)
     return _decoded(data, name, lambda opened: opened.size if official else upright_size(opened))
@@ -84,15 +88,21 @@ def decode_pixels(source: Source, name: str | None = None, *, official: bool = F
         decodable = opened.format in _FAST and opened.mode in ("RGB", "L")
         if decodable and not official:
             # Pillow would decode a PNG to find its EXIF.
-            may_turn = opened.format != "PNG" or re.search(rb"eXIf|exif|adobe\.xmp", data) is not None
-            decodable = not (opened.has_transparency_data or (may_turn and orientation(opened) != 1))
+            may_turn = (
+                opened.format != "PNG" or re.search(rb"eXIf|exif|adobe\.xmp", data) is not None
+            )
+            decodable = not (
+                opened.has_transparency_data or (may_turn and orientation(opened) != 1)
+            )
         if decodable:
             # What torchvision refuses, Pillow explains; a build without the image libraries raises too.
             with contextlib.suppress(RuntimeError, ModuleNotFoundError):
                 from torchvision import io as fast
 
                 encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                found = getattr(fast, _FAST[str(opened.format)])(encoded, mode=fast.ImageReadMode.RGB)
+                found = getattr(fast, _FAST[str(opened.format)])(
+                    encoded, mode=fast.ImageReadMode.RGB
+                )
                 if found.dtype == torch.uint8:
                     return found
         return torch.from_numpy(np.array(to_rgb(opened, name, official=official))).permute(2, 0, 1)
@@ -100,12 +110,16 @@ def decode_pixels(source: Source, name: str | None = None, *, official: bool = F
     return _decoded(data, name, pixels)
 
 
-def load_image(source: Source, image_size: int, name: str | None = None, *, official: bool = False) -> Tensor:
+def load_image(
+    source: Source, image_size: int, name: str | None = None, *, official: bool = False
+) -> Tensor:
     """Decode an image and apply the evaluation transform: normalised pixels `[3, R, R]`."""
     return evaluation_transform(image_size)(decode_image(source, name, official=official))
 
 
-def record_pixels(record: Mapping[str, Any], options: ImageOptions, rng: np.random.Generator) -> Tensor:
+def record_pixels(
+    record: Mapping[str, Any], options: ImageOptions, rng: np.random.Generator
+) -> Tensor:
     """8-bit pixels `[3, H, W]` of a record's image, or of a random one of its images."""
     values = image_values(record, options)
     # A single option draws no random number.
@@ -137,7 +151,9 @@ def image_source(value: Any, options: ImageOptions) -> Path | bytes:
         return binascii.a2b_base64(value)
     except ValueError as error:
         remedy = "write the image anew, or name the folder if these are paths (image_root)"
-        raise DataError(f"{key!r} ({len(value)} characters) is no base64 ({error}); {remedy}") from None
+        raise DataError(
+            f"{key!r} ({len(value)} characters) is no base64 ({error}); {remedy}"
+        ) from None
 
 
 _observer: ContextVar[Callable[[bytes], None] | None] = ContextVar("observer", default=None)
@@ -162,7 +178,9 @@ def read_image(source: Source, name: str | None = None) -> tuple[str, bytes]:
         raise DataError(f"image {name} does not exist; check the path") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"image {name} cannot be read ({reason}); check that it is a readable file") from None
+        raise DataError(
+            f"image {name} cannot be read ({reason}); check that it is a readable file"
+        ) from None
     if not data:
         raise DataError(f"image {name} is empty (0 bytes); download or copy it again")
     if (observe := _observer.get()) is not None:
@@ -178,7 +196,9 @@ def _decoded(data: bytes, name: str, decode: Callable[[Image.Image], Decoded]) -
             with Image.open(io.BytesIO(data)) as opened:
                 width, height = opened.size
                 if not width or not height:
-                    raise DataError(f"image {name} is {width}x{height} and has no pixels; replace it")
+                    raise DataError(
+                        f"image {name} is {width}x{height} and has no pixels; replace it"
+                    )
                 limit = Image.MAX_IMAGE_PIXELS
                 if limit is not None and width * height > limit:
                     raise DataError(
@@ -222,7 +242,10 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 def is_transparent(image: Image.Image) -> bool:
     """True if any pixel is not opaque."""
-    return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
+    return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (
+        255,
+        255,
+    )
 
 
 def to_rgb(image: Image.Image, name: str, *, official: bool = False) -> Image.Image:
@@ -230,7 +253,9 @@ def to_rgb(image: Image.Image, name: str, *, official: bool = False) -> Image.Im
     if not official and orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":
-        raise DataError(f"image {name} holds floating-point values without a defined white; convert it to 8 bits")
+        raise DataError(
+            f"image {name} holds floating-point values without a defined white; convert it to 8 bits"
+        )
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.int64)
         # Pillow gives 16-bit files as `I;16` or, in some formats, as 32-bit `I`.
@@ -281,15 +306,21 @@ def read_header(data: bytes) -> Header:
                 width, height, bits, colours = struct.unpack(">IIBB", body[:10])
         if bits == 16 and colours == 0:
             return Header(width, height, 32)
-        return Header(width, height, 20 if b"tRNS" in kinds or colours & 4 else 9 if kinds & _TURNING else 5)
+        return Header(
+            width, height, 20 if b"tRNS" in kinds or colours & 4 else 9 if kinds & _TURNING else 5
+        )
     if data.startswith(b"\xff\xd8\xff"):
         return _jpeg(data)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and len(data) >= 30:
         if data[12:16] == b"VP8X":
-            return Header(_number(data, 24, 3) + 1, _number(data, 27, 3) + 1, 32 if data[20] & 0x10 else 20)
+            return Header(
+                _number(data, 24, 3) + 1, _number(data, 27, 3) + 1, 32 if data[20] & 0x10 else 20
+            )
         if data[12:16] == b"VP8L" and data[20] == 0x2F:
             sizes = _number(data, 21, 4)
-            return Header((sizes & 0x3FFF) + 1, (sizes >> 14 & 0x3FFF) + 1, 32 if sizes >> 28 & 1 else 20)
+            return Header(
+                (sizes & 0x3FFF) + 1, (sizes >> 14 & 0x3FFF) + 1, 32 if sizes >> 28 & 1 else 20
+            )
         if data[12:16] == b"VP8 ":
             return Header(_number(data, 26, 2) & 0x3FFF, _number(data, 28, 2) & 0x3FFF, 20)
     raise ValueError("it is no JPEG, PNG or WebP")
@@ -331,10 +362,20 @@ def check_png(data: bytes) -> None:
         raise ValueError(f"it holds {found} bytes of pixels instead of {expected}")
 
 
-def _png_bytes(width: int, height: int, bits: int, colours: int, _: int, __: int, interlaced: int) -> int:
+def _png_bytes(
+    width: int, height: int, bits: int, colours: int, _: int, __: int, interlaced: int
+) -> int:
     bits *= {2: 3, 4: 2, 6: 4}.get(colours, 1)
     # Rows of one byte more than their pixels; seven small images where it is interlaced (Adam7).
-    passes = ((0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), (1, 2, 0, 2), (0, 1, 1, 2))
+    passes = (
+        (0, 8, 0, 8),
+        (4, 8, 0, 8),
+        (0, 4, 4, 8),
+        (2, 4, 0, 4),
+        (0, 2, 2, 4),
+        (1, 2, 0, 2),
+        (0, 1, 1, 2),
+    )
     expected = 0
     for x, step_x, y, step_y in passes if interlaced else ((0, 1, 0, 1),):
         columns, rows = len(range(x, width, step_x)), len(range(y, height, step_y))
@@ -355,7 +396,11 @@ def _jpeg(data: bytes) -> Header:
         if kind in _FRAMES and len(data) >= at + 8:
             height, width, parts = struct.unpack(">HHB", data[at + 3 : at + 8])
             depth = (9 if turned or parts > 3 else 5) + (2 * parts if kind in _PROGRESSIVE else 0)
-            largest = max(largest, Header(width, height, depth), key=lambda each: each.width * each.height * each.depth)
+            largest = max(
+                largest,
+                Header(width, height, depth),
+                key=lambda each: each.width * each.height * each.depth,
+            )
         scans += kind == 0xDA
         if scans > _MOST_SCANS:
             raise ValueError(f"it has more than {_MOST_SCANS} scans")

@@ -105,7 +105,9 @@ class PairItems(Items[PairStreamOptions, Pair, PairBatch]):
         images, texts, masks = zip(*items, strict=True)
         # Processes that share a global batch exchange texts, which then must be equally wide.
         width = self.options.max_tokens
-        return collate_pairs(images, texts, pad_token_id=self.tokenizer.pad_token_id, patch_masks=masks, width=width)
+        return collate_pairs(
+            images, texts, pad_token_id=self.tokenizer.pad_token_id, patch_masks=masks, width=width
+        )
 
 
 class TextItems(Items[TextStreamOptions, EncodedText, TextBatch]):
@@ -131,10 +133,15 @@ class RegionItems(Items[RegionStreamOptions, Regions, RegionBatch]):
         elements_of(record)
         pixels = record_pixels(record, self.options, rng)
         size, patch = self.config.image_size, self.config.patch_size
-        sample = sample_regions(record, pixels, rng, size=size, patch_size=patch, options=self.options)
+        sample = sample_regions(
+            record, pixels, rng, size=size, patch_size=patch, options=self.options
+        )
         if not sample.texts:
             raise DataError(f"no region of the record can be used: {'; '.join(sample.skipped)}")
-        texts = [encode_text(text, self.tokenizer, self.options, rng, cleaned=True) for text in sample.texts]
+        texts = [
+            encode_text(text, self.tokenizer, self.options, rng, cleaned=True)
+            for text in sample.texts
+        ]
         return Regions(sample, texts)
 
     def collate(self, items: list[Regions], rng: np.random.Generator) -> RegionBatch:
@@ -152,15 +159,25 @@ ITEMS: dict[str, Callable[..., Items[Any, Any, Any]]] = {
 """Items of each stream kind. The position of a kind seeds its random numbers."""
 
 
-def _picture(record: Mapping[str, Any], options: ImageOptions, config: XFMConfig, rng: np.random.Generator) -> Picture:
+def _picture(
+    record: Mapping[str, Any], options: ImageOptions, config: XFMConfig, rng: np.random.Generator
+) -> Picture:
     pixels = record_pixels(record, options, rng)
     size = config.image_size
-    image = pretraining_transform(size)(pixels, rng) if options.augment else whole_image(pixels, size)
-    return Picture(image, block_mask(config.grid, config.num_masking_patches, config.min_num_patches, rng))
+    image = (
+        pretraining_transform(size)(pixels, rng) if options.augment else whole_image(pixels, size)
+    )
+    return Picture(
+        image, block_mask(config.grid, config.num_masking_patches, config.min_num_patches, rng)
+    )
 
 
 def collate_texts(
-    texts: Sequence[EncodedText], *, pad_token_id: int, width: int | None = None, most: int | None = None
+    texts: Sequence[EncodedText],
+    *,
+    pad_token_id: int,
+    width: int | None = None,
+    most: int | None = None,
 ) -> TextBatch:
     """Pad B texts to the longest, or to `width` tokens and `most` masked positions as the official code does."""
     return TextBatch(**_padded(texts, pad_token_id, width, most))
@@ -178,7 +195,9 @@ def collate_pairs(
 ) -> PairBatch:
     """Collate B images `[3, R, R]`, their texts and `[N]` patch masks."""
     if len(images) != len(texts):
-        raise InputError(f"there are {len(images)} images and {len(texts)} texts; a pair has one of each")
+        raise InputError(
+            f"there are {len(images)} images and {len(texts)} texts; a pair has one of each"
+        )
     return PairBatch(
         **_padded(texts, pad_token_id, width, most),
         image=torch.stack(list(images)),
@@ -187,11 +206,15 @@ def collate_pairs(
     )
 
 
-def collate_images(images: Sequence[Tensor], *, patch_masks: Sequence[NDArray[np.bool_]] | None = None) -> ImageBatch:
+def collate_images(
+    images: Sequence[Tensor], *, patch_masks: Sequence[NDArray[np.bool_]] | None = None
+) -> ImageBatch:
     """Collate B images `[3, R, R]` and `[N]` patch masks."""
     if not images:
         raise InputError("a batch of 0 images is empty; give at least 1")
-    return ImageBatch(image=torch.stack(list(images)), patch_mask=_patch_masks(patch_masks, len(images)))
+    return ImageBatch(
+        image=torch.stack(list(images)), patch_mask=_patch_masks(patch_masks, len(images))
+    )
 
 
 def collate_regions(
@@ -210,13 +233,19 @@ def collate_regions(
     """
     counts = [len(sample.texts) for sample in samples]
     if [len(each) for each in texts] != counts:
-        raise InputError(f"samples have {counts} texts and {[len(each) for each in texts]} are encoded; encode each")
+        raise InputError(
+            f"samples have {counts} texts and {[len(each) for each in texts]} are encoded; encode each"
+        )
     owner = np.repeat(np.arange(len(samples)), counts)
     if not len(owner):
-        raise DataError(f"none of {len(samples)} images has a usable region; raise max_images or correct the data")
+        raise DataError(
+            f"none of {len(samples)} images has a usable region; raise max_images or correct the data"
+        )
     # Distinct ones, or as evenly repeated as can be.
     whole, rest = divmod(batch_size, len(owner))
-    kept = np.sort(np.concatenate([np.tile(np.arange(len(owner)), whole), rng.permutation(len(owner))[:rest]]))
+    kept = np.sort(
+        np.concatenate([np.tile(np.arange(len(owner)), whole), rng.permutation(len(owner))[:rest]])
+    )
     used, image_index = np.unique(owner[kept], return_inverse=True)
     flat = [text for each in texts for text in each]
     chosen = torch.from_numpy(kept)
@@ -234,7 +263,9 @@ def _patch_masks(masks: Sequence[NDArray[np.bool_]] | None, images: int) -> Tens
     if masks is None:
         return None
     if len(masks) != images:
-        raise InputError(f"there are {images} images and {len(masks)} patch masks; give one for each image, or none")
+        raise InputError(
+            f"there are {images} images and {len(masks)} patch masks; give one for each image, or none"
+        )
     return torch.from_numpy(np.stack(list(masks)))
 
 
@@ -248,7 +279,9 @@ class _Texts(TypedDict):
     masked_labels: Tensor
 
 
-def _padded(texts: Sequence[EncodedText], pad_token_id: int, width: int | None, most: int | None) -> _Texts:
+def _padded(
+    texts: Sequence[EncodedText], pad_token_id: int, width: int | None, most: int | None
+) -> _Texts:
     if not texts:
         raise InputError("a batch of 0 texts is empty; give at least 1")
     lengths = np.array([len(text.ids) for text in texts])

@@ -39,11 +39,15 @@ class MaskingOptions:
 
     def __post_init__(self) -> None:
         if not 0 < self.probability <= 1:
-            raise InputError(f"probability={self.probability} is no share of a text's tokens; use one in (0, 1]")
+            raise InputError(
+                f"probability={self.probability} is no share of a text's tokens; use one in (0, 1]"
+            )
         if self.most < 1:
             raise InputError(f"most={self.most} must be at least 1")
         if not 0 <= self.skipgram_probability <= 1:
-            raise InputError(f"skipgram_probability={self.skipgram_probability} is no probability; use one in [0, 1]")
+            raise InputError(
+                f"skipgram_probability={self.skipgram_probability} is no probability; use one in [0, 1]"
+            )
 
     def count(self, length: int) -> int:
         """Number of masked tokens: at least one, at most `most` and all but the first."""
@@ -79,13 +83,17 @@ def mask_tokens(
     `word_starts` `[len(ids)]` is required for `whole_word`.
     """
     if len(ids) < 2:
-        raise InputError(f"a text of {len(ids)} token(s) has none to mask after <s>; it must have at least 2")
+        raise InputError(
+            f"a text of {len(ids)} token(s) has none to mask after <s>; it must have at least 2"
+        )
     # (start, end) of every token, or word, after the first token.
     starts = list(range(1, len(ids)))
     if options.whole_word:
         if word_starts is None or len(word_starts) != len(ids):
             found = "none" if word_starts is None else f"{len(word_starts)}"
-            raise InputError(f"whole words need a word start for each of {len(ids)} tokens, got {found}")
+            raise InputError(
+                f"whole words need a word start for each of {len(ids)} tokens, got {found}"
+            )
         starts = [place for place in starts if place == 1 or word_starts[place]]
     units = list(zip(starts, [*starts[1:], len(ids)], strict=True))
     wanted = options.count(len(ids))
@@ -102,12 +110,16 @@ def mask_tokens(
     return MaskedText(masked, positions, [ids[place] for place in positions])
 
 
-def _choose(units: list[tuple[int, int]], wanted: int, options: MaskingOptions, rng: np.random.Generator) -> list[int]:
+def _choose(
+    units: list[tuple[int, int]], wanted: int, options: MaskingOptions, rng: np.random.Generator
+) -> list[int]:
     order = rng.permutation(len(units)).tolist()
     runs = [1] * len(units)
     if options.skipgram_size >= 2 and options.skipgram_probability > 0:
         long = rng.random(len(units)) < options.skipgram_probability
-        runs = np.where(long, rng.integers(2, options.skipgram_size + 1, size=len(units)), 1).tolist()
+        runs = np.where(
+            long, rng.integers(2, options.skipgram_size + 1, size=len(units)), 1
+        ).tolist()
     chosen: set[int] = set()
     collected = 0
     for first, run in zip(order, runs, strict=True):

@@ -21,7 +21,9 @@ class TextOptions(Options):
 
     max_tokens: int = Field(default=30, ge=3, description="including `<s>` and `</s>`")
     max_words: int | None = Field(
-        default=30, gt=0, description="clean texts and truncate to this many words; null disables both"
+        default=30,
+        gt=0,
+        description="clean texts and truncate to this many words; null disables both",
     )
     masking: MaskingOptions = MaskingOptions(0.5, 15)
     language: str | None = Field(
@@ -42,26 +44,39 @@ class ImageOptions(Options):
         description="image folder if the field holds paths; absolute paths are unchanged",
     )
     official_pictures: bool = Field(
-        default=False, description="ignore EXIF orientation and transparency, as the official code does"
+        default=False,
+        description="ignore EXIF orientation and transparency, as the official code does",
     )
-    augment: bool = Field(default=True, description="random crop, flip and RandAugment; false only resizes")
+    augment: bool = Field(
+        default=True, description="random crop, flip and RandAugment; false only resizes"
+    )
 
 
 class RegionOptions(TextOptions, ImageOptions):
     """Region sampling in pretraining; grounding pretraining sets `careful_flip`."""
 
     max_images: int = Field(default=80, gt=0, le=1 << 20, description="maximum images per batch")
-    max_regions: int = Field(default=5, gt=0, le=1 << 20, description="maximum captions per image, including its own")
-    least_visible: float = Field(default=0.5, ge=0, lt=1, description="minimum share of a region's box inside the crop")
-    careful_flip: bool = Field(default=False, description="do not flip images with left or right in the captions")
+    max_regions: int = Field(
+        default=5, gt=0, le=1 << 20, description="maximum captions per image, including its own"
+    )
+    least_visible: float = Field(
+        default=0.5, ge=0, lt=1, description="minimum share of a region's box inside the crop"
+    )
+    careful_flip: bool = Field(
+        default=False, description="do not flip images with left or right in the captions"
+    )
 
 
 class StreamOptions(Options):
     """Options of streams of every kind."""
 
-    shuffle: bool = Field(default=True, description="shuffle every epoch; false reads in file order")
+    shuffle: bool = Field(
+        default=True, description="shuffle every epoch; false reads in file order"
+    )
     window: int | None = Field(
-        default=None, gt=0, description="shuffle window in rows, for slow disks; null shuffles all rows"
+        default=None,
+        gt=0,
+        description="shuffle window in rows, for slow disks; null shuffles all rows",
     )
     bad_share: float = Field(
         default=0.01, ge=0, le=1, description="share of broken rows per file at which the run stops"
@@ -76,7 +91,11 @@ class StreamOptions(Options):
     @property
     def record_keys(self) -> dict[str, str]:
         """Keyword arguments of `open_records`."""
-        return {name: getattr(self, name) for name in ("image_key", "caption_key") if name in type(self).model_fields}
+        return {
+            name: getattr(self, name)
+            for name in ("image_key", "caption_key")
+            if name in type(self).model_fields
+        }
 
 
 class PairStreamOptions(StreamOptions, TextOptions, ImageOptions):
@@ -107,7 +126,9 @@ class TextStreamOptions(StreamOptions, TextOptions):
     kind: Literal["text"] = "text"
     caption_key: str = Field(default="desc", description="field of the text")
     max_tokens: int = Field(default=128, ge=3, description="including `<s>` and `</s>`")
-    max_words: int | None = Field(default=None, gt=0, description="clean texts and truncate to this many words")
+    max_words: int | None = Field(
+        default=None, gt=0, description="clean texts and truncate to this many words"
+    )
     masking: MaskingOptions = MaskingOptions(0.15, 20)
 
 

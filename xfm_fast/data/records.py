@@ -19,7 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xfm_fast.data.annotations import AnnotationRows, Elements, read_array
-from xfm_fast.data.files import IndexedFile, Paths, check_plain, find_files, open_file, read_range, row_of
+from xfm_fast.data.files import (
+    IndexedFile,
+    Paths,
+    check_plain,
+    find_files,
+    open_file,
+    read_range,
+    row_of,
+)
 from xfm_fast.data.images import image_source, image_values
 from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.tables import (
@@ -110,9 +118,13 @@ def _parse_object(text: bytes, name: str) -> dict[str, Any]:
         record = json.loads(text)
         check_text(record, text)
     except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not UTF-8 (byte {error.start}: {error.reason}); convert the file") from None
+        raise DataError(
+            f"{name} is not UTF-8 (byte {error.start}: {error.reason}); convert the file"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{name} is no JSON ({error}); expected one object, such as {{...}}") from None
+        raise DataError(
+            f"{name} is no JSON ({error}); expected one object, such as {{...}}"
+        ) from None
     if not isinstance(record, dict):
         raise DataError(f"{name} holds a JSON {type(record).__name__} instead of an object {{...}}")
     return record
@@ -146,7 +158,9 @@ def _scan_lines(path: Path) -> np.ndarray:
         full = lengths > 0
         # Too short for an object: spaces, the CR of a blank line, or a last line that was cut.
         for line in np.flatnonzero(full & (lengths <= _SHORT)):
-            full[line] = bool(os.pread(file.fileno(), int(lengths[line]), int(starts[line])).strip())
+            full[line] = bool(
+                os.pread(file.fileno(), int(lengths[line]), int(starts[line])).strip()
+            )
     rows = np.flatnonzero(full)
     if not len(rows):
         raise DataError(f"{path} holds blank lines only; download or write it again")
@@ -163,7 +177,9 @@ class ShardFile(IndexedFile):
     `.txt` under `caption_key`. Other files (`.cls`, `.seg.png`, ...) are ignored.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, image_key: str = "binary", caption_key: str = "desc") -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, image_key: str = "binary", caption_key: str = "desc"
+    ) -> None:
         super().__init__(path, _scan_shard, _SHARD_VERSION, _member_begins)
         self._image_key = image_key
         self._caption_key = caption_key
@@ -185,7 +201,9 @@ class ShardFile(IndexedFile):
                 out[file.suffix] = content = read_range(self.path, file.start, file.size)
                 if len(content) < file.size:
                     sizes = f"{len(content):,} of {file.size:,} bytes"
-                    raise DataError(f"the shard ends within .{file.suffix} ({sizes}); copy it again")
+                    raise DataError(
+                        f"the shard ends within .{file.suffix} ({sizes}); copy it again"
+                    )
         return out
 
     def _files(self, row: int) -> Iterator[_Member]:
@@ -208,7 +226,9 @@ class ShardFile(IndexedFile):
 
     def raw(self, row: int) -> bytes:
         """Concatenated files of a sample, text files first."""
-        files = sorted(self.members(row).items(), key=lambda item: item[0] not in ("json", *TEXT_SUFFIXES))
+        files = sorted(
+            self.members(row).items(), key=lambda item: item[0] not in ("json", *TEXT_SUFFIXES)
+        )
         return b" ".join(f".{suffix} ".encode() + content for suffix, content in files)
 
     def read(self, row: int) -> dict[str, Any]:
@@ -222,7 +242,9 @@ class ShardFile(IndexedFile):
         record = _parse_object(files["json"], "the .json of the sample") if "json" in files else {}
         images = [suffix for suffix in files if suffix in IMAGE_SUFFIXES]
         if len(images) > 1:
-            raise DataError(f"the sample has {len(images)} images (.{', .'.join(images)}); leave one")
+            raise DataError(
+                f"the sample has {len(images)} images (.{', .'.join(images)}); leave one"
+            )
         for suffix, content in files.items():
             if suffix in IMAGE_SUFFIXES:
                 record[self._image_key] = content
@@ -230,7 +252,9 @@ class ShardFile(IndexedFile):
                 try:
                     record[self._caption_key] = content.decode()
                 except UnicodeDecodeError as error:
-                    raise DataError(f"the .{suffix} of the sample is not UTF-8 (byte {error.start})") from None
+                    raise DataError(
+                        f"the .{suffix} of the sample is not UTF-8 (byte {error.start})"
+                    ) from None
         return record
 
 
@@ -251,13 +275,17 @@ def _split_name(name: str) -> tuple[str, str] | None:
     return (folder + slash + stem, suffix.lower()) if stem and dot and suffix else None
 
 
-def _members(path: Path, file: BinaryIO, start: int = 0, end: int | None = None) -> Iterator[_Member]:
+def _members(
+    path: Path, file: BinaryIO, start: int = 0, end: int | None = None
+) -> Iterator[_Member]:
     """Files `key.suffix` between two offsets, including a truncated last one, which fails when read."""
     file.seek(start)
     try:
         archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115, `file` is what there is to close
     except tarfile.TarError as error:
-        raise DataError(f"{path} is no tar file ({error}); give WebDataset shards or line-JSON files") from None
+        raise DataError(
+            f"{path} is no tar file ({error}); give WebDataset shards or line-JSON files"
+        ) from None
     while True:
         # The list that the library keeps of all members is not needed.
         setattr(archive, "members", [])  # noqa: B010, the type stubs leave it out
@@ -279,7 +307,9 @@ def _members(path: Path, file: BinaryIO, start: int = 0, end: int | None = None)
 
 def _member_begins(path: Path, start: int) -> bool:
     try:
-        tarfile.TarInfo.frombuf(read_range(path, start, tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+        tarfile.TarInfo.frombuf(
+            read_range(path, start, tarfile.BLOCKSIZE), "utf-8", "surrogateescape"
+        )
     except tarfile.HeaderError:
         return False
     return True
@@ -296,11 +326,15 @@ def _scan_shard(path: Path) -> np.ndarray:
                 key, inside = member.key, set()
                 starts.append(member.header)
             if member.suffix in inside:
-                raise DataError(f"{path} holds {key}.{member.suffix} twice in one sample; write the shard again")
+                raise DataError(
+                    f"{path} holds {key}.{member.suffix} twice in one sample; write the shard again"
+                )
             inside.add(member.suffix)
         size = os.fstat(file.fileno()).st_size
     if not starts:
-        raise DataError(f"{path} holds no sample: files named key.suffix, such as 0001.jpg and 0001.json")
+        raise DataError(
+            f"{path} holds no sample: files named key.suffix, such as 0001.jpg and 0001.json"
+        )
     return np.array([len(starts), *starts, size], np.int64)
 
 
@@ -325,7 +359,9 @@ class ListRows:
     def read(self, row: int) -> Record:
         record = self._records[row]
         if not isinstance(record, Mapping):
-            raise DataError(f"the record is of type {type(record).__name__} instead of a mapping of fields")
+            raise DataError(
+                f"the record is of type {type(record).__name__} instead of a mapping of fields"
+            )
         return record
 
 
@@ -386,10 +422,17 @@ def open_pairs(path: Path, schema: Schema) -> AnnotationRows[Any]:
 def _pair(folder: Path, schema: Schema, value: Any) -> Record:
     if isinstance(value, DataError):
         raise value
-    image, captions = (value.get("image"), value.get("caption")) if isinstance(value, dict) else (None, None)
+    image, captions = (
+        (value.get("image"), value.get("caption")) if isinstance(value, dict) else (None, None)
+    )
     if not (isinstance(image, str) and image and isinstance(captions, list) and captions):
-        raise DataError(f"expected the path of an image and a caption, not {image!r} and {captions!r}")
-    return {schema.image_key: folder / image, schema.caption_key: captions[0] if len(captions) == 1 else captions}
+        raise DataError(
+            f"expected the path of an image and a caption, not {image!r} and {captions!r}"
+        )
+    return {
+        schema.image_key: folder / image,
+        schema.caption_key: captions[0] if len(captions) == 1 else captions,
+    }
 
 
 def _has_pairs(path: Path, schema: Schema) -> bool:
@@ -406,7 +449,9 @@ READERS: dict[str, Reader] = {
     "pairs": Reader(_has_pairs, open_pairs),
     "shards": Reader(
         lambda path, _: path.is_file() and ".tar" in path.suffixes,
-        lambda path, schema: ShardFile(path, image_key=schema.image_key, caption_key=schema.caption_key),
+        lambda path, schema: ShardFile(
+            path, image_key=schema.image_key, caption_key=schema.caption_key
+        ),
     ),
 }
 """File formats by name; the last one that accepts a path reads it."""
@@ -414,7 +459,9 @@ READERS: dict[str, Reader] = {
 
 def find_reader(path: Path, schema: Schema = OFFICIAL) -> str | None:
     """Name of the reader of a file or folder."""
-    return next((name for name, reader in reversed(READERS.items()) if reader.accepts(path, schema)), None)
+    return next(
+        (name for name, reader in reversed(READERS.items()) if reader.accepts(path, schema)), None
+    )
 
 
 def open_rows(path: Path, schema: Schema = OFFICIAL) -> Rows:
@@ -459,7 +506,9 @@ def image_at(path: Path) -> Path | bytes:
         modified = 0
     records = _opened(file, modified)
     if row >= len(records):
-        raise DataError(f"{path}: the file has {len(records):,} rows; write the list of images again")
+        raise DataError(
+            f"{path}: the file has {len(records):,} rows; write the list of images again"
+        )
     options = ImageOptions()
     return image_source(image_values(records.files[0].read(row), options)[0], options)
 

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from xfm_fast.data.options import RegionOptions, TextOptions
 from xfm_fast.data.texts import choose_text, clean_text, every_text
-from xfm_fast.data.transforms import Box, Picture, RegionTransform, mentions_side, picture_size, whole_image
+from xfm_fast.data.transforms import (
+    Box,
+    Picture,
+    RegionTransform,
+    mentions_side,
+    picture_size,
+    whole_image,
+)
 from xfm_fast.errors import DataError
 
 PRETRAINING = RegionOptions()
@@ -61,7 +68,9 @@ def sample_regions(
     width, height = picture_size(picture)
     usable, whole, skipped = _usable(record, width, height)
     crop = crop_around(whole[rng.integers(len(whole))], width, height, rng)
-    flip = bool(rng.random() < 0.5) and not (options.careful_flip and mentions_side(*_all_texts(record)))
+    flip = bool(rng.random() < 0.5) and not (
+        options.careful_flip and mentions_side(*_all_texts(record))
+    )
     if options.augment:
         image = RegionTransform(size)(picture, crop, flip, rng)
     else:
@@ -70,7 +79,9 @@ def sample_regions(
     found: list[tuple[str, Rectangle]] = []
     frame = Rectangle(0, 0, crop[2] - crop[0], crop[3] - crop[1])
     if "caption" in record:
-        _append_text(found, skipped, "the caption of the image", [record["caption"]], frame, options, rng)
+        _append_text(
+            found, skipped, "the caption of the image", [record["caption"]], frame, options, rng
+        )
     images = len(found)
     for choice in rng.permutation(len(usable)).tolist():
         if len(found) >= options.max_regions:
@@ -78,14 +89,26 @@ def sample_regions(
         box, element = usable[choice]
         seen = visible_part(box, crop, flip)
         if _enough(seen, box, options):
-            _append_text(found, skipped, f"the element at {_numbers(box)}", _fields(element), seen, options, rng)
+            _append_text(
+                found,
+                skipped,
+                f"the element at {_numbers(box)}",
+                _fields(element),
+                seen,
+                options,
+                rng,
+            )
     grid = size // patch_size
     masks = [patch_mask(box, frame, grid) for _, box in found]
     return RegionSample(
         image=image,
         texts=tuple(text for text, _ in found),
-        boxes=torch.tensor([relative_box(box, frame) for _, box in found], dtype=torch.float32).reshape(-1, 4),
-        region_mask=torch.stack(masks) if masks else torch.zeros(0, 1 + grid * grid, dtype=torch.bool),
+        boxes=torch.tensor(
+            [relative_box(box, frame) for _, box in found], dtype=torch.float32
+        ).reshape(-1, 4),
+        region_mask=torch.stack(masks)
+        if masks
+        else torch.zeros(0, 1 + grid * grid, dtype=torch.bool),
         is_image=torch.arange(len(found)) < images,
         skipped=tuple(skipped),
     )
@@ -108,7 +131,12 @@ def visible_part(box: Rectangle, crop: Box, flip: bool) -> Rectangle:
 
 def relative_box(box: Rectangle, frame: Rectangle) -> tuple[float, float, float, float]:
     """(cx, cy, w, h) relative to `frame`."""
-    return (box.x + box.w / 2) / frame.w, (box.y + box.h / 2) / frame.h, box.w / frame.w, box.h / frame.h
+    return (
+        (box.x + box.w / 2) / frame.w,
+        (box.y + box.h / 2) / frame.h,
+        box.w / frame.w,
+        box.h / frame.h,
+    )
 
 
 def patch_mask(box: Rectangle, frame: Rectangle, grid: int) -> Tensor:
@@ -147,7 +175,9 @@ def sample_grounding(
     flip = bool(rng.random() < 0.5) and not (careful_flip and mentions_side(caption))
     frame = Rectangle(0, 0, crop[2] - crop[0], crop[3] - crop[1])
     target = relative_box(visible_part(rectangle, crop, flip), frame)
-    return RegionTransform(size)(picture, crop, flip, rng), torch.tensor(target, dtype=torch.float32)
+    return RegionTransform(size)(picture, crop, flip, rng), torch.tensor(
+        target, dtype=torch.float32
+    )
 
 
 def elements_of(record: Mapping[str, Any]) -> list[Any]:
@@ -202,15 +232,21 @@ def _usable(
                 raise DataError(f"{element!r} is no mapping with 'bb' and 'caption'")
             # The official code drops fractions.
             box = Rectangle(*map(int, _four_numbers(element["bb"])))
-            if min(box.x + box.w, width) <= max(box.x, 0) or min(box.y + box.h, height) <= max(box.y, 0):
+            if min(box.x + box.w, width) <= max(box.x, 0) or min(box.y + box.h, height) <= max(
+                box.y, 0
+            ):
                 raise DataError(f"box {_numbers(box)} shows nothing of the {width}x{height} image")
             usable.append((box, element))
         except DataError as error:
             skipped.append(f"element {number}: {error}")
     whole = [box for box, _ in usable if _inside(box, width, height)]
     if not whole:
-        reason = "; ".join(skipped) or f"no box of {len(usable)} lies inside the {width}x{height} image"
-        raise DataError(f"regions record has no element to crop around ({reason}); correct it or remove the record")
+        reason = (
+            "; ".join(skipped) or f"no box of {len(usable)} lies inside the {width}x{height} image"
+        )
+        raise DataError(
+            f"regions record has no element to crop around ({reason}); correct it or remove the record"
+        )
     return usable, whole, skipped
 
 
@@ -241,7 +277,11 @@ def _append_text(
 
 def _all_texts(record: Mapping[str, Any]) -> Iterator[str]:
     """All captions and attributes of a record."""
-    todo = [part.get(field) for part in (record, *record["elems"]) for field in ("caption", "attributes")]
+    todo = [
+        part.get(field)
+        for part in (record, *record["elems"])
+        for field in ("caption", "attributes")
+    ]
     while todo:
         value = todo.pop()
         if isinstance(value, str):
@@ -256,13 +296,21 @@ def box_inside(box: Sequence[float], width: int, height: int) -> Rectangle:
     """Parse a box; one without area or outside the image raises `DataError`."""
     rectangle = _four_numbers(box)
     if not _inside(rectangle, width, height):
-        raise DataError(f"box {_numbers(rectangle)} is not inside the {width}x{height} image; correct or remove it")
+        raise DataError(
+            f"box {_numbers(rectangle)} is not inside the {width}x{height} image; correct or remove it"
+        )
     return rectangle
 
 
 def _inside(box: Rectangle, width: int, height: int) -> bool:
     positive = box.w > 0 and box.h > 0
-    return positive and box.x >= 0 and box.y >= 0 and box.x + box.w <= width and box.y + box.h <= height
+    return (
+        positive
+        and box.x >= 0
+        and box.y >= 0
+        and box.x + box.w <= width
+        and box.y + box.h <= height
+    )
 
 
 def _four_numbers(value: Any) -> Rectangle:

@@ -43,7 +43,9 @@ B_co = TypeVar("B_co", bound=TensorBatch, covariant=True)
 # Batches draw other random numbers than items.
 _OF_BATCH = 1 << 16
 # What schedulers and closing terminals send to all processes of a run.
-_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+_SIGNALS = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+]
 _mask = getattr(signal, "pthread_sigmask", None)
 
 
@@ -107,8 +109,18 @@ class ShuffledBatches(Generic[B_co]):
                 f"rows={rows}, rank={rank} of world_size={world_size}, seed={seed} describe no batches; rows must be "
                 "at least 1, seed at least 0 and rank below world_size"
             )
-        self.records, self.items, self.quarantine, self.observer = records, items, quarantine, observer
-        self._rows, self._rank, self._world_size, self._stride = rows, rank, world_size, rows * world_size
+        self.records, self.items, self.quarantine, self.observer = (
+            records,
+            items,
+            quarantine,
+            observer,
+        )
+        self._rows, self._rank, self._world_size, self._stride = (
+            rows,
+            rank,
+            world_size,
+            rows * world_size,
+        )
         self._seed, self._kind = seed, kind
         self._shuffle, self._window, self._drop_last = shuffle, window, drop_last
 
@@ -123,7 +135,9 @@ class ShuffledBatches(Generic[B_co]):
             rows = min(rows, -(-(len(self.records) - start) // self._world_size))
         first = start + self._rank * rows
         items = [self._item(epoch, first + offset) for offset in range(rows)]
-        return self.items.collate(items, item_generator(self._seed, self._kind + _OF_BATCH, epoch, first))
+        return self.items.collate(
+            items, item_generator(self._seed, self._kind + _OF_BATCH, epoch, first)
+        )
 
     def _item(self, epoch: int, position: int) -> Any:
         of = len(self.records)
@@ -135,7 +149,9 @@ class ShuffledBatches(Generic[B_co]):
             rows, row = self.records.locate(place)
             try:
                 with images_observed(self.observer):
-                    return self.items.item(rows.read(row), item_generator(self._seed, self._kind, epoch, position))
+                    return self.items.item(
+                        rows.read(row), item_generator(self._seed, self._kind, epoch, position)
+                    )
             except DataError as error:
                 last = error
                 self.quarantine.add(rows, row, error)
@@ -168,7 +184,9 @@ class Stream(ShuffledBatches[BatchT]):
     ) -> None:
         if isinstance(options, TextOptions):
             if tokenizer is None:
-                raise ConfigError(f"a stream of {options.kind} needs a tokenizer; give that of the model")
+                raise ConfigError(
+                    f"a stream of {options.kind} needs a tokenizer; give that of the model"
+                )
             tokenizer.check(config)
             if options.max_tokens > config.max_text_length:
                 raise ConfigError(
@@ -205,10 +223,14 @@ def _without_held_out(records: RecordSet, options: AnyStreamOptions) -> RecordSe
             for value in image_values(rows.read(row), options):
                 yield read_image(image_source(value, options))[1]
 
-    return RecordSet(records.files, np.flatnonzero(~held_out(len(records), contents, options.hold_out)))
+    return RecordSet(
+        records.files, np.flatnonzero(~held_out(len(records), contents, options.hold_out))
+    )
 
 
-def load_batches(source: BatchSource[B], *, start: int = 0, workers: int = 0, pin_memory: bool = False) -> Iterator[B]:
+def load_batches(
+    source: BatchSource[B], *, start: int = 0, workers: int = 0, pin_memory: bool = False
+) -> Iterator[B]:
     """Yield batches `start`, `start + 1`, ... (see `xfm_fast.batches`), identical for any number of `workers`.
 
     Each worker process prepares two batches ahead. Closing the iterator stops the workers.
@@ -329,12 +351,17 @@ def replacement(position: int, attempt: int, count: int, stride: int) -> int:
 
 def item_generator(seed: int, stream: int, epoch: int, position: int) -> np.random.Generator:
     """Random generator of one item, independent of workers and restarts."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, stream, epoch, position])))
+    return np.random.Generator(
+        np.random.Philox(np.random.SeedSequence([seed, stream, epoch, position]))
+    )
 
 
 @lru_cache(maxsize=1024)
 def _round_keys(key: tuple[int, ...]) -> list[tuple[int, int]]:
-    return [(_splitmix64(*key, 2 * number), _splitmix64(*key, 2 * number + 1)) for number in range(_ROUNDS)]
+    return [
+        (_splitmix64(*key, 2 * number), _splitmix64(*key, 2 * number + 1))
+        for number in range(_ROUNDS)
+    ]
 
 
 def _splitmix64(*words: int) -> int:
@@ -379,7 +406,9 @@ class Quarantine:
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("tolerate_bad", "path", "_setting", "_temporary")}
+        return {
+            name: self.__dict__[name] for name in ("tolerate_bad", "path", "_setting", "_temporary")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -397,7 +426,8 @@ class Quarantine:
             "file": rows.name,
             "row": rows.label(row),
             "reason": str(error)[:_REASON],
-            "excerpt": raw[:_EXCERPT].decode("utf-8", "replace") + ("..." if len(raw) > _EXCERPT else ""),
+            "excerpt": raw[:_EXCERPT].decode("utf-8", "replace")
+            + ("..." if len(raw) > _EXCERPT else ""),
             "modified": rows.modified,
         }
         try:

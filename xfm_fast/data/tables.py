@@ -11,7 +11,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xfm_fast.data.annotations import AnnotationRows, Elements, ImageLabelRecord, TextRecord, TextScoreRecord, as_rows
+from xfm_fast.data.annotations import (
+    AnnotationRows,
+    Elements,
+    ImageLabelRecord,
+    TextRecord,
+    TextScoreRecord,
+    as_rows,
+)
 from xfm_fast.data.files import Paths, check_plain, find_files, open_file, read_file, unreadable
 from xfm_fast.errors import DataError, UnavailableError
 
@@ -19,10 +26,30 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".tab")
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 CAPTION_TABLES = ("captions.csv", "captions.tsv", "captions.jsonl", "captions.json")
 """File names of a caption table in an image folder."""
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+PICTURE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+)
 
 PAIR_COLUMNS: dict[str, Sequence[str]] = {
-    "image": ("image", "file_name", "filename", "filepath", "image_path", "image_name", "path", "file"),
+    "image": (
+        "image",
+        "file_name",
+        "filename",
+        "filepath",
+        "image_path",
+        "image_name",
+        "path",
+        "file",
+    ),
     "caption": ("caption", "text", "title", "description", "sentence", "comment"),
 }
 """Accepted column names of images and captions; the first existing one is read."""
@@ -58,7 +85,9 @@ class GlueSet(NamedTuple):
 
 GLUE = {
     "cola": GlueSet("sentence", None, "label", ("0", "1")),
-    "mnli": GlueSet("sentence1", "sentence2", "gold_label", ("entailment", "neutral", "contradiction")),
+    "mnli": GlueSet(
+        "sentence1", "sentence2", "gold_label", ("entailment", "neutral", "contradiction")
+    ),
     "mrpc": GlueSet("#1 String", "#2 String", "Quality", ("0", "1")),
     "qnli": GlueSet("question", "sentence", "label", ("entailment", "not_entailment")),
     "qqp": GlueSet("question1", "question2", "is_duplicate", ("0", "1")),
@@ -107,13 +136,17 @@ def text_rows(
         elif path.suffix.lower() in (*TABLE_SUFFIXES, *LINE_SUFFIXES):
             found.append(read_table(path, names, optional))
         else:
-            raise DataError(f"{path} is no .csv, .tsv or .jsonl; convert it, or name the set of GLUE that it is of")
+            raise DataError(
+                f"{path} is no .csv, .tsv or .jsonl; convert it, or name the set of GLUE that it is of"
+            )
     if scores or (glue is not None and classes is None):
         return as_rows(found, TextScoreRecord)
     return as_rows(found, TextRecord)
 
 
-def image_rows(paths: Paths, *, columns: Mapping[str, str] | None = None) -> list[AnnotationRows[ImageLabelRecord]]:
+def image_rows(
+    paths: Paths, *, columns: Mapping[str, str] | None = None
+) -> list[AnnotationRows[ImageLabelRecord]]:
     """Images with classes: class folders, or CSV, TSV or line JSON with `image` and optionally `label`."""
     names = {"image": "image", "label": "label"} | dict(columns or {})
     found = []
@@ -123,11 +156,15 @@ def image_rows(paths: Paths, *, columns: Mapping[str, str] | None = None) -> lis
         elif path.suffix.lower() in (*TABLE_SUFFIXES, *LINE_SUFFIXES):
             found.append(read_table(path, names, [] if "label" in (columns or {}) else ["label"]))
         else:
-            raise DataError(f"{path} is no folder of class folders, .csv, .tsv or .jsonl; give one of these")
+            raise DataError(
+                f"{path} is no folder of class folders, .csv, .tsv or .jsonl; give one of these"
+            )
     return as_rows(found, ImageLabelRecord)
 
 
-def read_table(path: Path, columns: Mapping[str, str | Sequence[str]], optional: Sequence[str] = ()) -> Elements:
+def read_table(
+    path: Path, columns: Mapping[str, str | Sequence[str]], optional: Sequence[str] = ()
+) -> Elements:
     """Rows of a CSV or TSV file with a header, or of line JSON; the first existing column of each field is read."""
     if path.suffix.lower() in LINE_SUFFIXES:
         found = read_lines(path)
@@ -166,9 +203,13 @@ def _present(names: Collection[str], columns: Mapping[str, str | Sequence[str]])
     return found
 
 
-def _chosen(cells: Sequence[str], places: Mapping[str, int], width: int) -> dict[str, str] | DataError:
+def _chosen(
+    cells: Sequence[str], places: Mapping[str, int], width: int
+) -> dict[str, str] | DataError:
     if len(cells) != width:
-        return DataError(f"the line has {len(cells)} columns and the header {width}; check its separators and quotes")
+        return DataError(
+            f"the line has {len(cells)} columns and the header {width}; check its separators and quotes"
+        )
     return {field: cells[place] for field, place in places.items()}
 
 
@@ -198,7 +239,9 @@ def _cells(path: Path, *, quotes: bool = True) -> Iterator[tuple[int, list[str]]
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it") from None
     except csv.Error as error:
-        raise DataError(f"{path} is no table ({error}); check for an unclosed quotation mark") from None
+        raise DataError(
+            f"{path} is no table ({error}); check for an unclosed quotation mark"
+        ) from None
     finally:
         csv.field_size_limit(previous)
 
@@ -214,9 +257,15 @@ def read_lines(path: Path) -> Elements:
             try:
                 values.append(json.loads(line))
             except (ValueError, RecursionError) as error:
-                values.append(DataError(f"the line is no JSON ({error}); expected one object a line, such as {{...}}"))
+                values.append(
+                    DataError(
+                        f"the line is no JSON ({error}); expected one object a line, such as {{...}}"
+                    )
+                )
     if values and all(isinstance(value, DataError) for value in values):
-        raise DataError(f"{path}: none of {len(values)} lines can be read; of the first: {values[0]}")
+        raise DataError(
+            f"{path}: none of {len(values)} lines can be read; of the first: {values[0]}"
+        )
     return _require_rows(Elements(str(path), values, labels))
 
 
@@ -226,7 +275,9 @@ def read_glue(path: Path, name: str, split: str | None = None) -> Elements:
     if path.is_dir():
         files = _MNLI_FILES if name == "mnli" else _SPLIT_FILES
         if split not in files:
-            raise DataError(f"split {split!r} of {name} is unknown; choose one of {', '.join(files)}")
+            raise DataError(
+                f"split {split!r} of {name} is unknown; choose one of {', '.join(files)}"
+            )
         path = path / files[split]
     # Quotation marks are text there, and often unpaired.
     lines = _cells(path, quotes=False)
@@ -239,7 +290,11 @@ def read_glue(path: Path, name: str, split: str | None = None) -> Elements:
         rows = list(lines)
     wanted = {"text": form.text, "text2": form.text2, "label": form.label}
     places = {field: header.index(column) for field, column in wanted.items() if column in header}
-    if absent := [column for field, column in wanted.items() if column and field != "label" and field not in places]:
+    if absent := [
+        column
+        for field, column in wanted.items()
+        if column and field != "label" and field not in places
+    ]:
         raise DataError(
             f"{path} has no column {', '.join(map(repr, absent))} of {name}, but {', '.join(map(repr, header))}; "
             "give the files of the official zip, and the set that they are of"
@@ -254,21 +309,27 @@ def read_glue(path: Path, name: str, split: str | None = None) -> Elements:
                 continue
             label, index = value.get("label"), row if number is None else cells[number]
             known = not form.classes or label is None or label in form.classes
-            message = f"label {label!r} is none of {', '.join(form.classes or ())}; correct the line"
+            message = (
+                f"label {label!r} is none of {', '.join(form.classes or ())}; correct the line"
+            )
             value = {**value, "index": index} if known else DataError(message)
         values.append(value)
         labels.append(line)
     notes = ()
     if dropped:
         shown = ", ".join(map(str, dropped[:_SHOWN]))
-        notes = (f"{path}: {len(dropped)} lines without an agreed label were left out (line {shown})",)
+        notes = (
+            f"{path}: {len(dropped)} lines without an agreed label were left out (line {shown})",
+        )
     return _require_rows(Elements(str(path), values, labels, notes))
 
 
 def glue_set(name: str) -> GlueSet:
     """A GLUE task by name."""
     if name not in GLUE:
-        raise DataError(f"{name!r} is no set of GLUE that is known; choose one of {', '.join(GLUE)}")
+        raise DataError(
+            f"{name!r} is no set of GLUE that is known; choose one of {', '.join(GLUE)}"
+        )
     return GLUE[name]
 
 
@@ -277,7 +338,9 @@ def on_disk(path: Path) -> bool:
     return any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
 
 
-def read_dataset(path: Path, columns: Mapping[str, str], split: str | None = None, glue: str | None = None) -> Elements:
+def read_dataset(
+    path: Path, columns: Mapping[str, str], split: str | None = None, glue: str | None = None
+) -> Elements:
     """Rows of a `datasets.save_to_disk` folder, class ids replaced by names; `val` also matches `validation`."""
     try:
         import datasets  # pyright: ignore[reportMissingImports]
@@ -303,7 +366,9 @@ def read_dataset(path: Path, columns: Mapping[str, str], split: str | None = Non
     if glue is not None:
         form, classes = _ON_DISK.get(glue, GLUE[glue]), GLUE[glue].classes
         label = "label" if "label" in found.column_names else form.label
-        columns = {"text": form.text, "label": label, "index": "idx"} | ({"text2": form.text2} if form.text2 else {})
+        columns = {"text": form.text, "label": label, "index": "idx"} | (
+            {"text2": form.text2} if form.text2 else {}
+        )
     present = {field: column for field, column in columns.items() if column in found.column_names}
     if "text" not in present:
         raise DataError(
@@ -315,7 +380,8 @@ def read_dataset(path: Path, columns: Mapping[str, str], split: str | None = Non
         # Test sets of the Hub have the label -1 if it is hidden.
         if names is not None:
             values["label"] = [
-                (names[label] if label >= 0 else None) if isinstance(label, int) else label for label in values["label"]
+                (names[label] if label >= 0 else None) if isinstance(label, int) else label
+                for label in values["label"]
             ]
         elif glue is not None:
             values["label"] = [None if label == -1 else label for label in values["label"]]
@@ -331,7 +397,9 @@ def _walk_images(folder: Path, *, links: bool) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise unreadable(Path(error.filename or folder), error)
 
-    for place, folders, names in os.walk(os.path.abspath(folder), followlinks=links, onerror=refuse):
+    for place, folders, names in os.walk(
+        os.path.abspath(folder), followlinks=links, onerror=refuse
+    ):
         # In place, so that the walk goes on in this order.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
@@ -374,16 +442,22 @@ def read_caption_folder(folder: Path, *, bare: bool = False) -> Elements:
                 left_out.append(image.name)
             continue
         if not captions:
-            values.append(DataError(f"{image.with_suffix('.txt')} holds no caption; write one a line"))
+            values.append(
+                DataError(f"{image.with_suffix('.txt')} holds no caption; write one a line")
+            )
             labels.append(image.name)
         for number, caption in captions:
             values.append({"image": str(image), "caption": caption})
             labels.append(f"{image.with_suffix('.txt').name}:{number}")
     if not values:
-        raise DataError(f"{folder} holds no image with captions; write those of a.jpg to a.txt, one per line")
+        raise DataError(
+            f"{folder} holds no image with captions; write those of a.jpg to a.txt, one per line"
+        )
     notes = ()
     if left_out:
-        notes = (f"{folder}: {len(left_out)} images without captions were left out ({', '.join(left_out[:_SHOWN])})",)
+        notes = (
+            f"{folder}: {len(left_out)} images without captions were left out ({', '.join(left_out[:_SHOWN])})",
+        )
     return Elements(str(folder), values, labels, notes)
 
 
@@ -395,7 +469,9 @@ def resolve_images(folder: Path, elements: Elements) -> Elements:
             path = os.path.normpath(os.path.join(top, image))
             value = value | {"image": path}
             if not path.startswith(top + os.sep):
-                value = DataError(f"image {image} is outside of {folder}; move it there, or name the table as the data")
+                value = DataError(
+                    f"image {image} is outside of {folder}; move it there, or name the table as the data"
+                )
         values.append(value)
     return elements._replace(values=values)
 
@@ -424,7 +500,9 @@ def read_class_folder(folder: Path) -> Elements:
     """Folder with one subfolder of images per class, sorted by name (torchvision's ImageFolder)."""
     classes: list[Path] = []
     with suppress(NotADirectoryError):
-        classes = sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
+        classes = sorted(
+            each for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")
+        )
     if not classes:
         raise DataError(f"{folder} holds no class folders; expected class/image.jpg in it")
     images: list[str] = []

@@ -36,9 +36,13 @@ def text_of(record: Mapping[str, Any], key: str, tokenizer: CaptionTokenizer) ->
     ids = record.get(IDS_KEY)
     if ids is None:
         if key not in record:
-            raise DataError(f"the record has neither {key!r} nor {IDS_KEY!r}; name the field that holds the text")
+            raise DataError(
+                f"the record has neither {key!r} nor {IDS_KEY!r}; name the field that holds the text"
+            )
         return record[key]
-    if not isinstance(ids, list) or not all(type(each) is int and 0 <= each < tokenizer.vocab_size for each in ids):
+    if not isinstance(ids, list) or not all(
+        type(each) is int and 0 <= each < tokenizer.vocab_size for each in ids
+    ):
         raise DataError(
             f"{IDS_KEY!r} must be a list of ids from 0 to {tokenizer.vocab_size - 1}; tokenise the text again"
         )
@@ -69,13 +73,17 @@ def _translations(value: Any, language: str | None) -> list[Any]:
     if language is None:
         return list(value.values())
     if language not in value:
-        raise DataError(f"caption has no text in {language!r} (languages: {', '.join(value)}); choose one of them")
+        raise DataError(
+            f"caption has no text in {language!r} (languages: {', '.join(value)}); choose one of them"
+        )
     return [value[language]]
 
 
 def _words(value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise DataError(f"caption {value!r} is no text; a string, a list of strings or a mapping to strings is needed")
+        raise DataError(
+            f"caption {value!r} is no text; a string, a list of strings or a mapping to strings is needed"
+        )
     return value
 
 
@@ -101,11 +109,17 @@ def encode_text(
 ) -> EncodedText:
     """Clean (unless `cleaned`), tokenise, truncate and mask a text; ids are only truncated and masked."""
     if isinstance(text, str):
-        (ids,) = tokenizer.encode_ids([text if cleaned else clean_text(text, options)], options.max_tokens)
+        (ids,) = tokenizer.encode_ids(
+            [text if cleaned else clean_text(text, options)], options.max_tokens
+        )
     else:
         if not len(text):
             raise DataError("a text has 0 token ids; remove it")
-        ids = [tokenizer.bos_token_id, *map(int, text[: options.max_tokens - 2]), tokenizer.eos_token_id]
+        ids = [
+            tokenizer.bos_token_id,
+            *map(int, text[: options.max_tokens - 2]),
+            tokenizer.eos_token_id,
+        ]
     masked = mask_tokens(
         ids,
         options.masking,

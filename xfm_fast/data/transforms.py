@@ -47,11 +47,15 @@ class Warping:
     fill: tuple[int, int, int]
     centre: float = 0.0
 
-    def _apply(self, image: Image.Image, a: float, b: float, d: float, e: float, about: Point) -> Image.Image:
+    def _apply(
+        self, image: Image.Image, a: float, b: float, d: float, e: float, about: Point
+    ) -> Image.Image:
         """Map the pixel at (x, y) to (a·x + b·y, d·x + e·y), both relative to `about`."""
         x, y = about[0] + self.centre, about[1] + self.centre
         matrix = (a, b, x - a * x - b * y, d, e, y - d * x - e * y)
-        return image.transform(image.size, Transform.AFFINE, matrix, self.interpolation, fillcolor=self.fill)
+        return image.transform(
+            image.size, Transform.AFFINE, matrix, self.interpolation, fillcolor=self.fill
+        )
 
     def shear(self, image: Image.Image, horizontal: float, vertical: float) -> Image.Image:
         """Shear about the top left corner."""
@@ -90,8 +94,12 @@ _OFFICIAL: dict[str, Operation] = {
     "Sharpness": lambda image, level, rng: ImageEnhance.Sharpness(image).enhance(_factor(level)),
     "ShearX": lambda image, level, rng: _WARPING.shear(image, _signed(level / MOST * 0.3, rng), 0),
     "ShearY": lambda image, level, rng: _WARPING.shear(image, 0, _signed(level / MOST * 0.3, rng)),
-    "TranslateX": lambda image, level, rng: _WARPING.translate(image, _signed(level / MOST * 10, rng), 0),
-    "TranslateY": lambda image, level, rng: _WARPING.translate(image, 0, _signed(level / MOST * 10, rng)),
+    "TranslateX": lambda image, level, rng: _WARPING.translate(
+        image, _signed(level / MOST * 10, rng), 0
+    ),
+    "TranslateY": lambda image, level, rng: _WARPING.translate(
+        image, 0, _signed(level / MOST * 10, rng)
+    ),
     "Rotate": lambda image, level, rng: _WARPING.rotate(image, _signed(level / MOST * 30, rng)),
 }
 
@@ -105,7 +113,9 @@ def _increasing() -> dict[str, Operation]:
 
     def solarize_add(image: Image.Image, level: float, rng: np.random.Generator) -> Image.Image:
         added = int(level / MOST * 110)
-        return image.point([min(255, value + added) if value < 128 else value for value in range(256)] * 3)
+        return image.point(
+            [min(255, value + added) if value < 128 else value for value in range(256)] * 3
+        )
 
     def shear(level: float, rng: np.random.Generator) -> float:
         return _signed(level / MOST * 0.3, rng)
@@ -119,17 +129,31 @@ def _increasing() -> dict[str, Operation]:
         "Invert": lambda image, level, rng: ImageOps.invert(image),
         "Rotate": lambda image, level, rng: warping.rotate(image, _signed(level / MOST * 30, rng)),
         # At the highest level no bit would be left, which PIL refuses.
-        "Posterize": lambda image, level, rng: ImageOps.posterize(image, max(4 - int(level / MOST * 4), 1)),
-        "Solarize": lambda image, level, rng: ImageOps.solarize(image, 256 - int(level / MOST * 256)),
+        "Posterize": lambda image, level, rng: ImageOps.posterize(
+            image, max(4 - int(level / MOST * 4), 1)
+        ),
+        "Solarize": lambda image, level, rng: ImageOps.solarize(
+            image, 256 - int(level / MOST * 256)
+        ),
         "SolarizeAdd": solarize_add,
         "Color": lambda image, level, rng: ImageEnhance.Color(image).enhance(factor(level, rng)),
-        "Contrast": lambda image, level, rng: ImageEnhance.Contrast(image).enhance(factor(level, rng)),
-        "Brightness": lambda image, level, rng: ImageEnhance.Brightness(image).enhance(factor(level, rng)),
-        "Sharpness": lambda image, level, rng: ImageEnhance.Sharpness(image).enhance(factor(level, rng)),
+        "Contrast": lambda image, level, rng: ImageEnhance.Contrast(image).enhance(
+            factor(level, rng)
+        ),
+        "Brightness": lambda image, level, rng: ImageEnhance.Brightness(image).enhance(
+            factor(level, rng)
+        ),
+        "Sharpness": lambda image, level, rng: ImageEnhance.Sharpness(image).enhance(
+            factor(level, rng)
+        ),
         "ShearX": lambda image, level, rng: warping.shear(image, shear(level, rng), 0),
         "ShearY": lambda image, level, rng: warping.shear(image, 0, shear(level, rng)),
-        "TranslateX": lambda image, level, rng: warping.translate(image, offset(level, image.width, rng), 0),
-        "TranslateY": lambda image, level, rng: warping.translate(image, 0, offset(level, image.height, rng)),
+        "TranslateX": lambda image, level, rng: warping.translate(
+            image, offset(level, image.width, rng), 0
+        ),
+        "TranslateY": lambda image, level, rng: warping.translate(
+            image, 0, offset(level, image.height, rng)
+        ),
     }
 
 
@@ -164,9 +188,13 @@ class RandAugment:
 
     def __post_init__(self) -> None:
         if self.operations not in OPERATIONS:
-            raise ConfigError(f"operations={self.operations!r} are unknown; use one of {', '.join(OPERATIONS)}")
+            raise ConfigError(
+                f"operations={self.operations!r} are unknown; use one of {', '.join(OPERATIONS)}"
+            )
         if not 0 <= self.level <= MOST:
-            raise ConfigError(f"level={self.level} of RandAugment is out of range; use 0 to {MOST:g}")
+            raise ConfigError(
+                f"level={self.level} of RandAugment is out of range; use 0 to {MOST:g}"
+            )
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """The image or an augmented copy."""
@@ -207,7 +235,9 @@ def picture_size(picture: Picture) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def random_crop_box(width: int, height: int, scale: tuple[float, float], rng: np.random.Generator) -> Box:
+def random_crop_box(
+    width: int, height: int, scale: tuple[float, float], rng: np.random.Generator
+) -> Box:
     """RandomResizedCrop box: area fraction in `scale`, log aspect ratio uniform between 3/4 and 4/3.
 
     After ten failed draws it is the largest central crop within the aspect limits.
@@ -234,19 +264,25 @@ def resize_crop(picture: Picture, box: Box, size: int, *, flip: bool = False) ->
     left, top, right, bottom = box
     if isinstance(picture, Image.Image):
         if picture.mode != "RGB":
-            raise InputError(f"a picture of mode {picture.mode} cannot be transformed; decode_image gives RGB")
+            raise InputError(
+                f"a picture of mode {picture.mode} cannot be transformed; decode_image gives RGB"
+            )
         pixels = torch.from_numpy(np.array(picture.crop(box))).permute(2, 0, 1)
     else:
         if not isinstance(picture, Tensor):
             picture = torch.from_numpy(picture).permute(2, 0, 1)
         if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3:
-            raise InputError(f"pixels are {picture.dtype} {[*picture.shape]}; 8-bit [3, H, W] is needed")
+            raise InputError(
+                f"pixels are {picture.dtype} {[*picture.shape]}; 8-bit [3, H, W] is needed"
+            )
         pixels = picture[:, top:bottom, left:right]
     out = functional.resize(pixels, [size, size], InterpolationMode.BICUBIC, antialias=True)
     return functional.horizontal_flip(out) if flip else out
 
 
-def normalise(pixels: Tensor, mean: tuple[float, float, float] = MEAN, std: tuple[float, float, float] = STD) -> Tensor:
+def normalise(
+    pixels: Tensor, mean: tuple[float, float, float] = MEAN, std: tuple[float, float, float] = STD
+) -> Tensor:
     """8-bit pixels `[3, H, W]` to normalised float32."""
     shift, scale = _affine(mean, std)
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(scale).add_(shift)
@@ -275,16 +311,26 @@ class TrainingTransform:
     """Random crop, flip and RandAugment: image and generator to normalised pixels `[3, size, size]`."""
 
     size: int  # output side in pixels
-    scale: tuple[float, float] | None  # range of the crop's area fraction; None resizes the whole image
+    scale: (
+        tuple[float, float] | None
+    )  # range of the crop's area fraction; None resizes the whole image
     flip: float = 0.5  # probability of a horizontal flip
-    augment: RandAugment | None = None  # applied to the 8-bit pixels after the resize; None disables it
+    augment: RandAugment | None = (
+        None  # applied to the 8-bit pixels after the resize; None disables it
+    )
     grey: bool = False  # convert to greyscale with three equal channels
     mean: tuple[float, float, float] = MEAN
     std: tuple[float, float, float] = STD
 
-    def __call__(self, picture: Picture, rng: np.random.Generator, *, may_flip: bool = True) -> Tensor:
+    def __call__(
+        self, picture: Picture, rng: np.random.Generator, *, may_flip: bool = True
+    ) -> Tensor:
         width, height = picture_size(picture)
-        box = (0, 0, width, height) if self.scale is None else random_crop_box(width, height, self.scale, rng)
+        box = (
+            (0, 0, width, height)
+            if self.scale is None
+            else random_crop_box(width, height, self.scale, rng)
+        )
         # Drawn in any case, so that what follows does not depend on may_flip.
         flip = rng.random() < self.flip and may_flip
         pixels = resize_crop(picture, box, self.size, flip=flip)
@@ -301,7 +347,9 @@ def pretraining_transform(size: int) -> TrainingTransform:
     return TrainingTransform(size, (0.2, 1.0), augment=RandAugment())
 
 
-def finetuning_transform(size: int, crop: tuple[float, float] | None = (0.5, 1.0)) -> TrainingTransform:
+def finetuning_transform(
+    size: int, crop: tuple[float, float] | None = (0.5, 1.0)
+) -> TrainingTransform:
     """Transform of retrieval, captioning and questions about images; of weak grounding with crop=None.
 
     For VQA set `may_flip=not mentions_side(question, *answers)`.
@@ -323,12 +371,16 @@ class RegionTransform:
     augment: RandAugment = _COLOURS
 
     def __call__(self, picture: Picture, box: Box, flip: bool, rng: np.random.Generator) -> Tensor:
-        return normalise(augmented(resize_crop(picture, box, self.size, flip=flip), self.augment, rng))
+        return normalise(
+            augmented(resize_crop(picture, box, self.size, flip=flip), self.augment, rng)
+        )
 
 
 def mentions_side(*texts: str | Iterable[str]) -> bool:
     """True if a text contains 'left' or 'right', so that flipping the image would falsify it."""
-    lower = (text.lower() for given in texts for text in ((given,) if isinstance(given, str) else given))
+    lower = (
+        text.lower() for given in texts for text in ((given,) if isinstance(given, str) else given)
+    )
     return any("left" in text or "right" in text for text in lower)
 
 
@@ -337,7 +389,10 @@ class RandomErasing:
     """Replace a random rectangle with normal noise (arXiv 1708.04896, timm's mode `pixel`)."""
 
     probability: float = 0.25  # of erasing a rectangle
-    area: tuple[float, float] = (0.02, 1 / 3)  # range of the rectangle's share of the image, uniform
+    area: tuple[float, float] = (
+        0.02,
+        1 / 3,
+    )  # range of the rectangle's share of the image, uniform
     aspect: float = 0.3  # minimum aspect ratio, its inverse is the maximum; log-uniform
 
     def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor:
@@ -372,12 +427,16 @@ class ImageNetTransform:
 def imagenet_training_transform(size: int) -> ImageNetTransform:
     """Random crop, flip, `rand-m9-mstd0.5-inc1`, ImageNet normalisation and random erasing."""
     augment = RandAugment("imagenet", level=9, deviation=0.5)
-    return ImageNetTransform(TrainingTransform(size, _SCALE, augment=augment, mean=IMAGENET_MEAN, std=IMAGENET_STD))
+    return ImageNetTransform(
+        TrainingTransform(size, _SCALE, augment=augment, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    )
 
 
 def imagenet_evaluation_transform(size: int) -> v2.Compose:
     """PIL image to `[3, size, size]`: shorter side to 256/224 of the size (over 224: the size), centre crop."""
-    return _centre(int(size / (224 / 256)) if size <= 224 else size, size, IMAGENET_MEAN, IMAGENET_STD)
+    return _centre(
+        int(size / (224 / 256)) if size <= 224 else size, size, IMAGENET_MEAN, IMAGENET_STD
+    )
 
 
 def probe_training_transform(size: int, dataset: str) -> TrainingTransform:
@@ -393,7 +452,9 @@ def probe_evaluation_transform(size: int, dataset: str) -> v2.Compose:
     if dataset in GREY_SETS:
         return _centre(size, size, HALF, HALF, v2.Grayscale(3))
     if size > _PROBE_SIDE:
-        raise ConfigError(f"size={size} cannot be cropped from {_PROBE_SIDE} pixels; use at most {_PROBE_SIDE}")
+        raise ConfigError(
+            f"size={size} cannot be cropped from {_PROBE_SIDE} pixels; use at most {_PROBE_SIDE}"
+        )
     return _centre(_PROBE_SIDE, size, HALF, HALF)
 
 

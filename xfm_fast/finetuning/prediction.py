@@ -45,7 +45,9 @@ class Predictor:
     def heatmap(self, image: str | Path, text: str) -> Tensor:
         """Relevance `[grid, grid]` of an image's patches to a text; see `xfm_fast.tasks.weak_grounding`."""
         if isinstance(self.model, Session):
-            raise InputError("a heat map needs gradients, which no export computes; name the run that was exported")
+            raise InputError(
+                "a heat map needs gradients, which no export computes; name the run that was exported"
+            )
         device = self.model.device
         pixels = self.task.pixels(image)[None].to(device)
         ids, mask = self.task.tokenizer.encode(
@@ -82,12 +84,16 @@ def load(
     """
     if isinstance(folder, Session):
         if device is not None or runtime != "auto":
-            raise InputError(f"the session of {folder.folder} is open; leave out its device and runtime")
+            raise InputError(
+                f"the session of {folder.folder} is open; leave out its device and runtime"
+            )
         return _load_export(folder.folder, dtype, lambda kind: folder)
     if Path(folder, MANIFEST_FILE).is_file():
         return _load_export(Path(folder), dtype, lambda kind: kind.load(folder, runtime, device))
     if runtime != "auto":
-        raise InputError(f"{folder} is a model of PyTorch and no export; leave out the runtime {runtime!r}")
+        raise InputError(
+            f"{folder} is a model of PyTorch and no export; leave out the runtime {runtime!r}"
+        )
     place = resolve(folder)
     if not (place / CONFIG_FILE).is_file():
         raise CheckpointError(
@@ -110,7 +116,9 @@ def _tokenizer_of(folder: Path) -> CaptionTokenizer | None:
     return CaptionTokenizer.from_files(vocabulary) if vocabulary.is_file() else None
 
 
-def _load_export(folder: Path, dtype: Precision, session_of: Callable[[type[Session]], Session]) -> Predictor:
+def _load_export(
+    folder: Path, dtype: Precision, session_of: Callable[[type[Session]], Session]
+) -> Predictor:
     options = task_of(folder)
     if options is None:
         raise ExportError(
@@ -119,12 +127,18 @@ def _load_export(folder: Path, dtype: Precision, session_of: Callable[[type[Sess
         )
     kind = task_session(options.kind)
     if kind is None:
-        raise ExportError(f"exports do not answer for the task {options.kind}; name the run that {folder} was made of")
+        raise ExportError(
+            f"exports do not answer for the task {options.kind}; name the run that {folder} was made of"
+        )
     session = session_of(kind)
     if not isinstance(session, kind):
-        raise InputError(f"the session of {folder} is none of the task {options.kind}; use Session.load")
+        raise InputError(
+            f"the session of {folder} is none of the task {options.kind}; use Session.load"
+        )
     if dtype not in (torch.float32, session.dtype):
-        raise InputError(f"{folder} computes in {session.manifest.dtype}; leave the type out, or export in another one")
+        raise InputError(
+            f"{folder} computes in {session.manifest.dtype}; leave the type out, or export in another one"
+        )
     if session.task is None:
         session.task = make_task(options, session.config, _tokenizer_of(folder))
     return Predictor(session, session.task)
@@ -137,14 +151,18 @@ def answer_lines(predictor: Predictor, lines: Path, out: Path, work: Evaluation)
     resumes, and is removed at the end. All lines are validated before the first prediction.
     """
     if is_stream(out):
-        raise InputError(f"{out} is no regular file; name one, or leave it out to print the answers")
+        raise InputError(
+            f"{out} is no regular file; name one, or leave it out to print the answers"
+        )
     records = work.processes.from_first(lambda: requests_in(predictor.task, lines))
     with torch.no_grad():
         rows = work.rows(predictor.task, predictor.model, records)
 
     def save() -> None:
         make_folder(out.parent)
-        write_bytes({out: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()})
+        write_bytes(
+            {out: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()}
+        )
         shutil.rmtree(work.folder, ignore_errors=True)
 
     work.processes.from_first(save)
@@ -157,7 +175,9 @@ def requests_in(task: Task[Any, Any, Any, Any], path: Path) -> list[Any]:
         # Not splitlines, which also ends lines within a JSON string.
         texts = read_file(path).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}); give a file of JSON lines") from None
+        raise DataError(
+            f"{path} is not UTF-8 (byte {error.start}); give a file of JSON lines"
+        ) from None
     records = []
     for number, text in enumerate(texts, start=1):
         if not text.strip():
@@ -165,7 +185,9 @@ def requests_in(task: Task[Any, Any, Any, Any], path: Path) -> list[Any]:
         try:
             line = parse_json(text)
             if not isinstance(line, Mapping):
-                raise InputError('a request is an object such as {"image": "photo.jpg", "text": "a dog"}')
+                raise InputError(
+                    'a request is an object such as {"image": "photo.jpg", "text": "a dog"}'
+                )
             records.append(task.request(line))
         except ValueError as error:
             raise DataError(f"{path}:{number}: {error}") from None

@@ -36,14 +36,19 @@ class DataSection(Section):
         default="", description="folder of relative image paths; null: that of the training file"
     )
     train: Paths = Field(description="files or folders to train on")
-    splits: dict[str, Paths] = Field(default={}, description="files or folders to evaluate on, by name: val, test, ...")
+    splits: dict[str, Paths] = Field(
+        default={}, description="files or folders to evaluate on, by name: val, test, ..."
+    )
     official_pictures: bool = Field(
         default=False,
         description="ignore EXIF orientation and transparency, as the official code does; by default images are "
         "upright and on white",
     )
     bad_share: float = Field(
-        default=0.01, ge=0, le=1, description="share of broken elements per file at which training stops"
+        default=0.01,
+        ge=0,
+        le=1,
+        description="share of broken elements per file at which training stops",
     )
     hold_out: float = Field(
         default=0,
@@ -64,13 +69,19 @@ class DataSection(Section):
             return values
         if HELD_OUT not in splits:
             return {**values, "splits": {HELD_OUT: values["train"], **splits}}
-        return values if _listed(splits[HELD_OUT]) == _listed(values["train"]) else {**values, "hold_out": 0}
+        return (
+            values
+            if _listed(splits[HELD_OUT]) == _listed(values["train"])
+            else {**values, "hold_out": 0}
+        )
 
     @field_validator("splits")
     @classmethod
     def _splits_name_folders(cls, splits: dict[str, Paths]) -> dict[str, Paths]:
         if wrong := [name for name in splits if not is_plain_name(name)]:
-            raise ValueError(f"the split {wrong[0]!r} gives its results a folder; name it without slashes or dots")
+            raise ValueError(
+                f"the split {wrong[0]!r} gives its results a folder; name it without slashes or dots"
+            )
         return splits
 
 
@@ -78,21 +89,35 @@ class Choice(Section):
     """Selection of the best weights."""
 
     by: str = Field(description="metric of the task; higher is better")
-    split: str = Field(default="val", description="split to evaluate; retrieval officially uses `test`")
-    every: int = Field(default=1, gt=0, description="epochs between evaluations; the last epoch is always evaluated")
+    split: str = Field(
+        default="val", description="split to evaluate; retrieval officially uses `test`"
+    )
+    every: int = Field(
+        default=1,
+        gt=0,
+        description="epochs between evaluations; the last epoch is always evaluated",
+    )
 
 
 class FinetuneRecipe(Run):
     """A fine-tuning run; fields of every run are in `xfm_fast.training.recipe.Run`."""
 
     task: AnyTask
-    tokenizer: str | None = Field(None, description="vocabulary file or folder; default: that in init.checkpoint")
+    tokenizer: str | None = Field(
+        None, description="vocabulary file or folder; default: that in init.checkpoint"
+    )
     data: DataSection
     epochs: int = Field(ge=0, description="0 for zero-shot evaluation only")
     steps: int = Field(0, ge=0, lt=2**31, description="0: set by epochs")
-    batch_size: int = Field(gt=0, le=MOST_ITEMS, description="per rank and update, before accumulation splits it")
-    eval_batch_size: int = Field(64, gt=0, le=MOST_ITEMS, description="records per prediction batch and rank")
-    choose: Choice | None = Field(None, description="null: keep the last weights and evaluate only at the end")
+    batch_size: int = Field(
+        gt=0, le=MOST_ITEMS, description="per rank and update, before accumulation splits it"
+    )
+    eval_batch_size: int = Field(
+        64, gt=0, le=MOST_ITEMS, description="records per prediction batch and rank"
+    )
+    choose: Choice | None = Field(
+        None, description="null: keep the last weights and evaluate only at the end"
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -100,7 +125,9 @@ class FinetuneRecipe(Run):
             raise ValueError(
                 f"batch_size={self.batch_size} does not split into accumulate={self.accumulate} equal micro-batches"
             )
-        if self.choose is not None and self.choose.by not in (known := TASKS[self.task.kind].metrics):
+        if self.choose is not None and self.choose.by not in (
+            known := TASKS[self.task.kind].metrics
+        ):
             raise ValueError(
                 f"choose.by={self.choose.by} is no metric of the task {self.task.kind}; it has {', '.join(known)}"
             )
@@ -146,12 +173,18 @@ class FinetuneRecipe(Run):
         if split == STREAM:
             return self.expand(self.data.train, "data.train", "or set data.root=<folder>")
         if split not in self.data.splits:
-            raise ConfigError(f"there is no split {split}; data.splits has {', '.join(self.data.splits) or 'none'}")
-        return self.expand(self.data.splits[split], f"data.splits.{split}", "or set data.root=<folder>")
+            raise ConfigError(
+                f"there is no split {split}; data.splits has {', '.join(self.data.splits) or 'none'}"
+            )
+        return self.expand(
+            self.data.splits[split], f"data.splits.{split}", "or set data.root=<folder>"
+        )
 
     def tokenizer_path(self) -> Path | None:
         """Vocabulary in the recipe, or next to the initial weights, if any."""
-        return vocabulary_of(self.init.checkpoint) if self.tokenizer is None else Path(self.tokenizer)
+        return (
+            vocabulary_of(self.init.checkpoint) if self.tokenizer is None else Path(self.tokenizer)
+        )
 
     def check_machine(self) -> None:
         """Validate data paths and device before the run starts, without reading data."""
@@ -172,14 +205,21 @@ def load_finetune_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()
             f"recipe {name_or_path} has no task, so it is none of fine-tuning; add task.kind=..., one of "
             f"{', '.join(TASKS)}, or run xfm-fast pretrain {name_or_path}"
         )
-    keys = {"batch_size": "batch_size", "epochs": "epochs", "every": "choose.every", "lr": "optimizer.lr"}
+    keys = {
+        "batch_size": "batch_size",
+        "epochs": "epochs",
+        "every": "choose.every",
+        "lr": "optimizer.lr",
+    }
     return fit_auto(FinetuneRecipe, values, keys, _training_rows)
 
 
 def _training_rows(recipe: FinetuneRecipe) -> int:
     path = recipe.tokenizer_path()
     tokenizer = None if path is None else CaptionTokenizer.from_files(path)
-    task = make_task(recipe.task, recipe.model, tokenizer, recipe.image_folder, hold_out=recipe.data.hold_out)
+    task = make_task(
+        recipe.task, recipe.model, tokenizer, recipe.image_folder, hold_out=recipe.data.hold_out
+    )
     return sum(map(len, task.training_rows(recipe.paths_of(STREAM))))
 
 
@@ -188,7 +228,11 @@ def _listed(value: Any) -> list[Any]:
 
 
 def resumed_steps(
-    recipe: FinetuneRecipe, rows: int, world_size: int, saved: Mapping[str, Any] | None, batches_done: int
+    recipe: FinetuneRecipe,
+    rows: int,
+    world_size: int,
+    saved: Mapping[str, Any] | None,
+    batches_done: int,
 ) -> FinetuneRecipe:
     """Set the number of steps from the epochs.
 
@@ -314,7 +358,11 @@ def from_official(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     # Values of sections as `section.key`.
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, Mapping) else {key: value}
+        flat |= (
+            {f"{key}.{name}": each for name, each in value.items()}
+            if isinstance(value, Mapping)
+            else {key: value}
+        )
     if unknown := [key for key in flat if key not in known]:
         near = difflib.get_close_matches(unknown[0], known, n=1)
         raise ConfigError(
@@ -322,7 +370,9 @@ def from_official(values: Mapping[str, Any], name: str) -> dict[str, Any]:
             f"{f' (did you mean {near[0]}?)' if near else ''}; take it out, or write a recipe of your own"
         )
     if other := [key for key, value in _ONLY.items() if flat.get(key, value) not in (value, None)]:
-        raise ConfigError(f"{name}: {other[0]}={flat[other[0]]!r} is not offered; only {_ONLY[other[0]]!r} is")
+        raise ConfigError(
+            f"{name}: {other[0]}={flat[other[0]]!r} is not offered; only {_ONLY[other[0]]!r} is"
+        )
     base = _base(values, name)
     recipe = read_recipe(base, FINETUNING)
     kind = recipe["task"]["kind"]
@@ -356,7 +406,9 @@ def from_official(values: Mapping[str, Any], name: str) -> dict[str, Any]:
         regions = recipe["task"]["regions"]
         recipe["batch_size"] = regions["max_images"]
         if "train_dataset_size" in values:
-            recipe["steps"] = recipe["epochs"] * math.ceil(values["train_dataset_size"] / (8 * regions["texts"]))
+            recipe["steps"] = recipe["epochs"] * math.ceil(
+                values["train_dataset_size"] / (8 * regions["texts"])
+            )
     if "accelerator" not in values:
         # Only domain pretraining runs in mixed precision.
         recipe["precision"] = "fp32"
@@ -364,7 +416,11 @@ def from_official(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     recipe["tokenizer"] = values["text_encoder"]
     recipe["init"] = {}
     # VQA has a root for each data set in its place, relative to where the command runs as all of them are.
-    places: dict[str, Any] = {"root": ".", "images": values.get("image_root", ""), "official_pictures": True}
+    places: dict[str, Any] = {
+        "root": ".",
+        "images": values.get("image_root", ""),
+        "official_pictures": True,
+    }
     recipe["data"] = _data(values, recipe["data"], base) | places
     if not recipe["data"]["train"]:
         # As the published files of domain pretraining have it; the message about a missing key says how to give it.
@@ -399,7 +455,9 @@ def _base(values: Mapping[str, Any], name: str) -> str:
             return base
     if "train_file" in values and "val_file" in values:
         return "nlvr2"
-    raise ConfigError(f"{name}: its keys do not tell which task of the official code it is for; write a recipe")
+    raise ConfigError(
+        f"{name}: its keys do not tell which task of the official code it is for; write a recipe"
+    )
 
 
 def _data(values: Mapping[str, Any], data: Mapping[str, Any], base: str) -> dict[str, Any]:
@@ -413,13 +471,22 @@ def _data(values: Mapping[str, Any], data: Mapping[str, Any], base: str) -> dict
         return {**data, "train": train, "splits": {"test" if name in _TORCHVISION else "val": test}}
     if base == "refcoco_domain":
         return {**data, "train": values["train_file_regions"]}
-    found = {split: values[key] for split, key in (("val", "val_file"), ("test", "test_file")) if values.get(key)}
+    found = {
+        split: values[key]
+        for split, key in (("val", "val_file"), ("test", "test_file"))
+        if values.get(key)
+    }
     beside: list[str] = []
     if base == "refcoco_plus":
         # The refer toolkit finds these below its folder; `det_file` and `coco_file` are only for detections.
-        beside = [str(Path(values["refcoco_data"]) / "refcoco+" / name) for name in ("refs(unc).p", "instances.json")]
+        beside = [
+            str(Path(values["refcoco_data"]) / "refcoco+" / name)
+            for name in ("refs(unc).p", "instances.json")
+        ]
     truth = {split: values.get(f"{split}_gt_file") for split in ("val", "test")}
-    splits = {split: [*_list(paths), *beside, *_list(truth[split])] for split, paths in found.items()}
+    splits = {
+        split: [*_list(paths), *beside, *_list(truth[split])] for split, paths in found.items()
+    }
     return {**data, "train": [*_list(values["train_file"]), *beside], "splits": splits}
 
 

@@ -60,7 +60,9 @@ def open_task(recipe: FinetuneRecipe, *, complete: bool = True) -> Task[Any, Any
     if complete:
         # Tasks without options from training files are evaluated without them.
         learns = options.learns and type(options).completed is not TaskOptions.completed
-        options = options.completed(recipe.paths_of(STREAM) if learns else [], Path(recipe.data.root))
+        options = options.completed(
+            recipe.paths_of(STREAM) if learns else [], Path(recipe.data.root)
+        )
     return make_task(
         options,
         recipe.model,
@@ -96,7 +98,9 @@ def load_weights(model: TaskModel, task: Task[Any, Any, Any, Any], place: str | 
     return not model.own_parts or any(name.startswith(model.own_parts) for name in state)
 
 
-def finetune(recipe: FinetuneRecipe, *, resume: bool = True, show: Show | None = None) -> FinetuneResult:
+def finetune(
+    recipe: FinetuneRecipe, *, resume: bool = True, show: Show | None = None
+) -> FinetuneResult:
     """Run a recipe on one process or on every process that `torchrun` started.
 
     `recipe.checkpoint.folder` receives `recipe.json`, the files of `xfm_fast.training.loop.train` (`model/`: last
@@ -114,15 +118,21 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = True, show: Show | None =
         recipe.check_machine()
         task = open_task(recipe)
         recipe = recipe.model_copy(update={"task": task.options})
-        records = {split: task.records(recipe.paths_of(split), split) for split in recipe.data.splits}
+        records = {
+            split: task.records(recipe.paths_of(split), split) for split in recipe.data.splits
+        }
         for split, found in records.items():
             if not found:
-                raise DataError(f"data.splits.{split} holds no records; a metric needs at least one")
+                raise DataError(
+                    f"data.splits.{split} holds no records; a metric needs at least one"
+                )
             known, choose = task.metrics_of(found), recipe.choose
             if choose is not None and choose.split == split and choose.by not in known:
                 raise _no_metric(choose, known)
         quarantine = Quarantine(
-            folder / "quarantine" / f"{STREAM}.jsonl", tolerate_bad=recipe.data.bad_share, setting="data.bad_share"
+            folder / "quarantine" / f"{STREAM}.jsonl",
+            tolerate_bad=recipe.data.bad_share,
+            setting="data.bad_share",
         )
         files = task.training_rows(recipe.paths_of(STREAM))
         if processes.first:
@@ -143,12 +153,18 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = True, show: Show | None =
             quarantine=quarantine,
             observer=seen_images(folder, STREAM, processes),
         )
-        found = processes.from_first(lambda: checkpoints.newest(folder / "checkpoints")) if resume else None
+        found = (
+            processes.from_first(lambda: checkpoints.newest(folder / "checkpoints"))
+            if resume
+            else None
+        )
         done = 0
         if found is not None:
             world = found.state["world_size"]
             taken = found.state["batches"].get(STREAM, 0)
-            done = position_after(taken, STREAM, found.state["recipe"], recipe, world, processes.world_size)
+            done = position_after(
+                taken, STREAM, found.state["recipe"], recipe, world, processes.world_size
+            )
         saved = None if found is None else found.state
         recipe = resumed_steps(recipe, len(rows), processes.world_size, saved, done)
         seed_everything(recipe.seed)
@@ -156,8 +172,18 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = True, show: Show | None =
         explained = explanation(task)
         written = json.dumps(recipe.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
 
-        per_epoch = epoch_batches(len(rows), recipe.batch_size * processes.world_size, drop_last=task.drop_last)
-        hook = _EpochEnd(recipe, task, records, processes, per_epoch, explained, show or (lambda text, done, of: None))
+        per_epoch = epoch_batches(
+            len(rows), recipe.batch_size * processes.world_size, drop_last=task.drop_last
+        )
+        hook = _EpochEnd(
+            recipe,
+            task,
+            records,
+            processes,
+            per_epoch,
+            explained,
+            show or (lambda text, done, of: None),
+        )
         result = train(
             recipe, resume=resume, sources={STREAM: source}, model=model,
             objective=lambda model, batch, losses: task.losses_of(model, batch),
@@ -166,9 +192,16 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = True, show: Show | None =
             on_start=lambda: write_bytes({folder / RECIPE_FILE: written.encode()}),
         )  # fmt: skip
         if processes.first and (bad := sum(map(quarantine.count, files))):
-            print(f"{bad} broken elements of training were left out; {quarantine.path} lists them", file=sys.stderr)
+            print(
+                f"{bad} broken elements of training were left out; {quarantine.path} lists them",
+                file=sys.stderr,
+            )
         best = folder / "best"
-        chosen = best if (best / MODEL_FILE).is_file() else folder / ("model" if recipe.ema is None else "average")
+        chosen = (
+            best
+            if (best / MODEL_FILE).is_file()
+            else folder / ("model" if recipe.ema is None else "average")
+        )
         if result.interrupted:
             return FinetuneResult(result.step, chosen, interrupted=True)
         task.options = _update_free(task_of(chosen) or task.options, task.options)
@@ -186,14 +219,22 @@ def _update_free(options: TaskOptions, recipe: TaskOptions) -> TaskOptions:
 
 def _no_metric(choose: Choice, known: Iterable[str]) -> ConfigError:
     names = ", ".join(known) or "none: its records hold no truth"
-    return ConfigError(f"choose.by={choose.by} is no metric of {choose.split}; it has {names}; choose another, or null")
+    return ConfigError(
+        f"choose.by={choose.by} is no metric of {choose.split}; it has {names}; choose another, or null"
+    )
 
 
-def _warn_of_overlap(files: Sequence[AnnotationRows[Any]], splits: Mapping[str, Sequence[Any]]) -> None:
+def _warn_of_overlap(
+    files: Sequence[AnnotationRows[Any]], splits: Mapping[str, Sequence[Any]]
+) -> None:
     """Warn of splits that share images or texts with training."""
     for split, records in splits.items():
         texts = isinstance(records[0], (TextRecord, TextScoreRecord))
-        what, shared = ("texts", overlap_of_texts(files, records)) if texts else ("images", overlap(files, records))
+        what, shared = (
+            ("texts", overlap_of_texts(files, records))
+            if texts
+            else ("images", overlap(files, records))
+        )
         if shared.number:
             more = ", ..." if shared.number > len(shared.first) else ""
             print(
@@ -204,7 +245,9 @@ def _warn_of_overlap(files: Sequence[AnnotationRows[Any]], splits: Mapping[str, 
             )
 
 
-def _warn_of_trained(weights: Path | None, task: Task[Any, Any, Any, Any], splits: Mapping[str, Sequence[Any]]) -> None:
+def _warn_of_trained(
+    weights: Path | None, task: Task[Any, Any, Any, Any], splits: Mapping[str, Sequence[Any]]
+) -> None:
     """Warn of splits with images that the weights in a folder have been trained on."""
     if weights is None or not task.image_files:
         return
@@ -240,14 +283,20 @@ class _EpochEnd:
     def __call__(self, step: int, model: XFM, average: WeightAverage | None) -> Metrics | None:
         choose, steps = self.recipe.choose, self.recipe.steps
         # Steps that were made before the number of processes changed are not whole epochs of now.
-        begun = steps - self.recipe.epochs * self.per_epoch if steps > self.recipe.epochs * self.per_epoch else 0
+        begun = (
+            steps - self.recipe.epochs * self.per_epoch
+            if steps > self.recipe.epochs * self.per_epoch
+            else 0
+        )
         every = self.per_epoch * (1 if choose is None else choose.every)
         if choose is None or ((step - begun) % every and step != steps) or step <= begun:
             return None
         judged = model
         if average is not None or self.recipe.parallel == "fsdp":
             judged = self.task.build().to(self.processes.device)
-            judged.load_state_dict(whole_state(model, None if average is None else average.state_dict()))
+            judged.load_state_dict(
+                whole_state(model, None if average is None else average.state_dict())
+            )
         metrics = self.evaluate(choose.split, judged)
         self.explained |= explanation(self.task, self.task.settled(metrics))
         if choose.by not in metrics:
@@ -256,7 +305,9 @@ class _EpochEnd:
 
         def before() -> float | None:
             lines = read_log(folder / LOG_FILE) if (folder / LOG_FILE).is_file() else []
-            return max((line[key] for line in lines if key in line and line["step"] < step), default=None)
+            return max(
+                (line[key] for line in lines if key in line and line["step"] < step), default=None
+            )
 
         earlier = self.processes.from_first(before)
         if earlier is None or metrics[choose.by] > earlier:
@@ -297,14 +348,18 @@ def evaluate(
                 f"{weights} lacks {', '.join(model.own_parts)}*, which the task {task.options.kind} trains; fine-tune "
                 "it first: xfm-fast finetune"
             )
-        return _evaluation(recipe, Path(folder), processes, partial(show, split)).run(task, model, records)
+        return _evaluation(recipe, Path(folder), processes, partial(show, split)).run(
+            task, model, records
+        )
 
 
 def _evaluation(
     recipe: FinetuneRecipe, folder: Path, processes: Processes, progress: Callable[[int, int], None]
 ) -> Evaluation:
     precision = partial(autocast, recipe, processes)
-    return Evaluation(folder, processes, recipe.eval_batch_size, autocast=precision, progress=progress)
+    return Evaluation(
+        folder, processes, recipe.eval_batch_size, autocast=precision, progress=progress
+    )
 
 
 def recipe_of(run: Path, overrides: Iterable[str] = ()) -> FinetuneRecipe:

@@ -70,7 +70,9 @@ def record(run: Callable[[], Any], pool: Any = None) -> Recording:
             outputs = run()
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"CUDA cannot record this work ({reason}); run the model without graphs") from error
+        raise InputError(
+            f"CUDA cannot record this work ({reason}); run the model without graphs"
+        ) from error
     return Recording(graph.replay, outputs)
 
 
@@ -94,7 +96,11 @@ class NoHostReads(TorchDispatchMode):
         elif torch.Tag.dynamic_output_shape in func.tags and not sized:
             why = "has a size that depends on values"
         elif func in (aten._to_copy.default, aten.copy_.default):
-            other = args[1].device if func is aten.copy_.default else kwargs.get("device") or args[0].device
+            other = (
+                args[1].device
+                if func is aten.copy_.default
+                else kwargs.get("device") or args[0].device
+            )
             why = None if other == args[0].device else "copies to another device"
         if why is not None:
             raise InputError(
@@ -119,7 +125,9 @@ def require_gpu(module: nn.Module) -> None:
     devices = {tensor.device.type for tensor in (*module.parameters(), *module.buffers())}
     if devices != {"cuda"}:
         where = ", ".join(sorted(devices)) or "no device"
-        raise UnavailableError(f"CUDA graphs need a model on a GPU, not on {where}; call model.cuda() first")
+        raise UnavailableError(
+            f"CUDA graphs need a model on a GPU, not on {where}; call model.cuda() first"
+        )
 
 
 class Program(ABC, Generic[Call]):
@@ -158,7 +166,9 @@ class _Graph(NamedTuple):
 class Sizes(Generic[Call]):
     """The graphs of one program, by size."""
 
-    def __init__(self, program: Program[Call], model: nn.Module, sizes: Iterable[Size], recorder: Recorder) -> None:
+    def __init__(
+        self, program: Program[Call], model: nn.Module, sizes: Iterable[Size], recorder: Recorder
+    ) -> None:
         self.program, self.model, self.recorder = program, model, recorder
         # Sorted so that the first size that fits is the smallest.
         self.sizes = sorted(set(sizes), key=lambda size: (size[-1:], size))
@@ -187,7 +197,10 @@ class Sizes(Generic[Call]):
     @torch.no_grad()
     def __call__(self, call: Call) -> Any:
         needed = self.program.needs(call)
-        size = next((s for s in self.sizes if all(n <= most for n, most in zip(needed, s, strict=True))), None)
+        size = next(
+            (s for s in self.sizes if all(n <= most for n, most in zip(needed, s, strict=True))),
+            None,
+        )
         if size is None:
             raise InputError(
                 f"{self.program.name} needs size {needed}, captured are "
@@ -214,7 +227,9 @@ class CallGraphs:
     Calls with gradients or in training mode run the module itself.
     """
 
-    def __init__(self, run: Callable[..., Any], module: nn.Module, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self, run: Callable[..., Any], module: nn.Module, recorder: Recorder | None = None
+    ) -> None:
         self.run, self.module = run, module
         self._recorder, self._lock = recorder or record, threading.Lock()
         self._graphs: OrderedDict[Any, Sizes[list[Any]]] = OrderedDict()
@@ -225,7 +240,10 @@ class CallGraphs:
         if why_not_captured(self.module) is not None:
             return self.run(*args, **kwargs)
         leaves, form = pytree.tree_flatten((args, kwargs))
-        key = (str(form), tuple((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in leaves))
+        key = (
+            str(form),
+            tuple((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in leaves),
+        )
         try:
             hash(key)
         except TypeError:
@@ -245,14 +263,18 @@ class CallGraphs:
 class _Calls(Program[list[Any]]):
     name = "the module"
 
-    def __init__(self, run: Callable[..., Any], leaves: Sequence[Any], form: pytree.TreeSpec) -> None:
+    def __init__(
+        self, run: Callable[..., Any], leaves: Sequence[Any], form: pytree.TreeSpec
+    ) -> None:
         self.call, self.leaves, self.form = run, list(leaves), form
 
     def needs(self, call: list[Any]) -> Size:
         return ()
 
     def buffers(self, size: Size) -> dict[str, Tensor]:
-        return {str(i): leaf.clone() for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)}
+        return {
+            str(i): leaf.clone() for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)
+        }
 
     def run(self, size: Size, buffers: dict[str, Tensor]) -> Any:
         leaves = [buffers.get(str(i), leaf) for i, leaf in enumerate(self.leaves)]
@@ -264,7 +286,9 @@ class _Calls(Program[list[Any]]):
             buffer.copy_(call[int(name)], non_blocking=True)
 
     def result(self, call: list[Any], outputs: Any) -> Any:
-        return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, outputs)
+        return pytree.tree_map(
+            lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, outputs
+        )
 
 
 @dataclass(frozen=True)
@@ -283,23 +307,31 @@ class Shapes:
             for given in getattr(self, name):
                 size = given if isinstance(given, tuple) else (given,)
                 if len(size) != count or not all(isinstance(n, int) and n > 0 for n in size):
-                    raise InputError(f"{name} contains {given!r}; a size is {count} positive integers")
+                    raise InputError(
+                        f"{name} contains {given!r}; a size is {count} positive integers"
+                    )
         for *_, texts, length, tokens in (*self.texts, *self.matches):
             if tokens > texts * length:
-                raise InputError(f"{tokens} tokens exceed {texts} texts of {length}; give at most {texts * length}")
+                raise InputError(
+                    f"{tokens} tokens exceed {texts} texts of {length}; give at most {texts * length}"
+                )
 
 
 class _Images(Program[Tensor]):
     """A call with one row per image, `[B, *shape]`; `encode` returns a tensor or a tuple of them."""
 
-    def __init__(self, name: str, model: XFM, shape: tuple[int, ...], encode: Callable[[Tensor], Any]) -> None:
+    def __init__(
+        self, name: str, model: XFM, shape: tuple[int, ...], encode: Callable[[Tensor], Any]
+    ) -> None:
         self.name, self.model, self.shape, self.encode = name, model, shape, encode
 
     def needs(self, call: Tensor) -> Size:
         return (call.shape[0],)
 
     def buffers(self, size: Size) -> dict[str, Tensor]:
-        return {"x": torch.zeros(*size, *self.shape, dtype=self.model.dtype, device=self.model.device)}
+        return {
+            "x": torch.zeros(*size, *self.shape, dtype=self.model.dtype, device=self.model.device)
+        }
 
     def run(self, size: Size, buffers: dict[str, Tensor]) -> Any:
         return self.encode(buffers["x"])
@@ -339,7 +371,9 @@ class _PackedRows:
     def offsets(self, cu_seqlens: Tensor, used: int) -> Tensor:
         """`[sequences + 1]` int32, from the offsets of the real texts, which have `used` tokens."""
         device = cu_seqlens.device
-        unused = torch.full((self.texts + 1 - cu_seqlens.shape[0],), used, dtype=torch.int32, device=device)
+        unused = torch.full(
+            (self.texts + 1 - cu_seqlens.shape[0],), used, dtype=torch.int32, device=device
+        )
         left = self.length * torch.arange(self.spare - 1, -1, -1, dtype=torch.int32, device=device)
         return torch.cat([cu_seqlens.int(), unused, (self.rows - left).clamp(min=used)])
 
@@ -383,7 +417,9 @@ class _Texts(Program[_TextCall]):
         used = packing.positions.shape[0]
         buffers["ids"][:texts, :length].copy_(call.ids, non_blocking=True)
         places = packing.positions
-        buffers["positions"][:used].copy_(places // length * layout.length + places % length, non_blocking=True)
+        buffers["positions"][:used].copy_(
+            places // length * layout.length + places % length, non_blocking=True
+        )
         nothing = torch.arange(layout.rows - used, device=self.model.device)
         buffers["positions"][used:].copy_(layout.texts * layout.length + nothing)
         buffers["cu_seqlens"].copy_(layout.offsets(packing.cu_seqlens, used), non_blocking=True)
@@ -427,7 +463,9 @@ class _Pairs(Program[_PairCall]):
         }
 
     def run(self, size: Size, buffers: dict[str, Tensor]) -> Tensor:
-        layers = tuple(buffers[f"memory {number}"] for number in range(self.model.config.fusion_layers))
+        layers = tuple(
+            buffers[f"memory {number}"] for number in range(self.model.config.fusion_layers)
+        )
         return self.model.fusion_encoder(
             buffers["tokens"], Sequences(cu_seqlens=buffers["cu_seqlens"], max_seqlen=size[2]), ImageMemory(layers),
             ImageGroups(buffers["cu_texts"]), first_token_only=True,
@@ -496,10 +534,14 @@ class XFMGraphs:
         `first_token_only=False`, which `XFM.fuse` takes.
         """
         if not first_token_only:
-            raise InputError("graphs return token 0; call XFM.fuse with first_token_only=False for all tokens")
+            raise InputError(
+                "graphs return token 0; call XFM.fuse with first_token_only=False for all tokens"
+            )
         mask, groups = self.model.check_pairs(text_embeds, attention_mask, memory, image_index)
         if memory.token_mask is not None:
-            raise InputError("the memory has masked image tokens, which were not captured; call model.fuse")
+            raise InputError(
+                "the memory has masked image tokens, which were not captured; call model.fuse"
+            )
         packing = Packing.from_mask(mask.to(text_embeds.device), order=groups.order)
         return self._pairs(_PairCall(packing.pack(text_embeds), packing, groups, memory))
 
@@ -511,7 +553,9 @@ def capture(model: XFM, shapes: Shapes, *, recorder: Recorder | None = None) -> 
     captured, with the reason, and `UnavailableError` if it is not on a GPU (unless a `recorder` records the work).
     """
     if not isinstance(model, XFM):
-        raise InputError(f"capture() takes an XFM, not {type(model).__name__}; use accelerate(model, cuda_graphs=True)")
+        raise InputError(
+            f"capture() takes an XFM, not {type(model).__name__}; use accelerate(model, cuda_graphs=True)"
+        )
     why_not = why_not_captured(model)
     if why_not is not None:
         raise InputError(why_not)
@@ -519,14 +563,23 @@ def capture(model: XFM, shapes: Shapes, *, recorder: Recorder | None = None) -> 
         require_gpu(model)
         recorder = partial(record, pool=torch.cuda.graph_pool_handle())
     fused = model.config.fusion_layers > 0 and "fusion" in model.encoders
-    present = {"images": "vision" in model.encoders, "texts": "text" in model.encoders, "matches": fused}
+    present = {
+        "images": "vision" in model.encoders,
+        "texts": "text" in model.encoders,
+        "matches": fused,
+    }
     for name, there in present.items():
         if getattr(shapes, name) and not there:
             raise InputError(f"the model has no encoder for {name}; leave {name} out")
     images, config = [(size,) for size in shapes.images], model.config
-    pixels, tokens = (3, config.image_size, config.image_size), (config.num_image_tokens, config.vision_width)
+    pixels, tokens = (
+        (3, config.image_size, config.image_size),
+        (config.num_image_tokens, config.vision_width),
+    )
     encode = _Images("encode_image", model, pixels, model.encode_image)
-    project = _Images("image_memory", model, tokens, lambda embeds: model.image_memory(embeds).layers)
+    project = _Images(
+        "image_memory", model, tokens, lambda embeds: model.image_memory(embeds).layers
+    )
     return XFMGraphs(
         model,
         Sizes(encode, model, images, recorder),

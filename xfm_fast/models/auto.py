@@ -13,7 +13,9 @@ from xfm_fast.models.processor import XFMProcessor
 from xfm_fast.models.xfm import XFM
 
 # Options that the auto classes add.
-_BOOKKEEPING = frozenset({"adapter_kwargs", "code_revision", "trust_remote_code", "_commit_hash", "_from_auto"})
+_BOOKKEEPING = frozenset(
+    {"adapter_kwargs", "code_revision", "trust_remote_code", "_commit_hash", "_from_auto"}
+)
 
 
 def register_auto_classes() -> None:
@@ -28,7 +30,9 @@ def register_auto_classes() -> None:
     try:
         import transformers
     except ImportError:
-        raise UnavailableError("registering X-FM needs transformers; install it (pip install '.[hf]')") from None
+        raise UnavailableError(
+            "registering X-FM needs transformers; install it (pip install '.[hf]')"
+        ) from None
 
     class XFMAutoConfig(transformers.PretrainedConfig):
         model_type = MODEL_TYPE
@@ -41,7 +45,9 @@ def register_auto_classes() -> None:
         def from_pretrained(name: str | Path, *, config: object = None, **options: Any) -> XFM:
             given = _user_options(options)
             dtype = given.pop("dtype", given.pop("torch_dtype", torch.float32))
-            return XFM.from_pretrained(name, dtype=torch.float32 if dtype == "auto" else dtype, **given)
+            return XFM.from_pretrained(
+                name, dtype=torch.float32 if dtype == "auto" else dtype, **given
+            )
 
     class XFMAutoProcessor(XFMProcessor):
         @classmethod
@@ -57,4 +63,8 @@ def register_auto_classes() -> None:
 
 
 def _user_options(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key not in _BOOKKEEPING and value is not None}
+    return {
+        key: value
+        for key, value in options.items()
+        if key not in _BOOKKEEPING and value is not None
+    }

@@ -63,7 +63,9 @@ def to_xfm_folder(
     checkpoint.save_pretrained(found.state, found.config, destination, unused=unused, files=files)
     if found.unused and not keep_unused:
         found.report.append(f"dropped: {_join_names(list(found.unused))}")
-    found.report.append(f"wrote {destination}: {_describe(found.state)} at {found.config.image_size} pixels")
+    found.report.append(
+        f"wrote {destination}: {_describe(found.state)} at {found.config.image_size} pixels"
+    )
     return found.report
 
 
@@ -76,9 +78,13 @@ def to_official_file(
     Raises as `to_xfm_folder`.
     """
     if destination.suffix not in SUFFIXES or destination.is_dir():
-        raise InputError(f"destination {destination} must be a file that ends in one of {', '.join(SUFFIXES)}")
+        raise InputError(
+            f"destination {destination} must be a file that ends in one of {', '.join(SUFFIXES)}"
+        )
     if not source.is_dir():
-        raise InputError(f"source {source} is not an xfm-fast folder; name a folder as the destination")
+        raise InputError(
+            f"source {source} is not an xfm-fast folder; name a folder as the destination"
+        )
     found = _read(source, None, image_size)
     # Only the pretraining class wraps its language encoder into one with a masked-language head.
     naming = "pretraining" if "mlm" in checkpoint.heads_in(found.state) else "fine-tuning"
@@ -100,7 +106,9 @@ def to_official_file(
 
     write_files({destination: write})
     size = found.config.image_size
-    found.report.append(f"wrote {destination}: {_describe(state)} in {naming} naming at {size} pixels")
+    found.report.append(
+        f"wrote {destination}: {_describe(state)} in {naming} naming at {size} pixels"
+    )
     return found.report
 
 
@@ -125,13 +133,18 @@ def _read(source: Path, config: XFMConfig | None, image_size: int | None) -> _So
 def _from_official(source: Path, config: XFMConfig, image_size: int | None) -> _Source:
     official = checkpoint.read_state_dict(source)
     if (relative := checkpoint.relative_of(official)) is not None:
-        config, state, changes = checkpoint.read_x2vlm(official, what=f"checkpoint {source}", image_size=image_size)
+        config, state, changes = checkpoint.read_x2vlm(
+            official, what=f"checkpoint {source}", image_size=image_size
+        )
         naming, dropped = relative, "video weights dropped"
     else:
         config = checkpoint.config_of(official, config, image_size)
         state, changes = checkpoint.to_ours(official, config)
         naming, dropped = f"{changes.naming} naming", "dead weights"
-    report = [f"read {source}: {naming}, {_describe(official)}", *_interpolation(changes.interpolated)]
+    report = [
+        f"read {source}: {naming}, {_describe(official)}",
+        *_interpolation(changes.interpolated),
+    ]
     if changes.renamed:
         old, new = next(iter(changes.renamed.items()))
         report.append(f"renamed: {len(changes.renamed)}, for example {old} to {new}")
@@ -148,7 +161,9 @@ def _from_official(source: Path, config: XFMConfig, image_size: int | None) -> _
 def _check(found: _Source, source: Path) -> None:
     """Refuse an incomplete X-FM model; a task head is allowed."""
     names = list(found.state)
-    encoders: list[Encoder] = [name for name in ALL_ENCODERS if any(key.startswith(_ENCODERS[name]) for key in names)]
+    encoders: list[Encoder] = [
+        name for name in ALL_ENCODERS if any(key.startswith(_ENCODERS[name]) for key in names)
+    ]
     if not encoders:
         raise CheckpointError(
             f"{source} has no X-FM encoder (first entry: {next(iter(names), None)}); give an X-FM checkpoint"
@@ -161,7 +176,11 @@ def _check(found: _Source, source: Path) -> None:
     with checkpoint.without_values():
         model = XFM(config, heads=heads, encoders=encoders)
     known = tuple(model.state_dict())
-    task = [name for name in names if name not in known and not name.startswith(tuple(_ENCODERS.values()))]
+    task = [
+        name
+        for name in names
+        if name not in known and not name.startswith(tuple(_ENCODERS.values()))
+    ]
     checkpoint.compare(model, found.state, what=f"checkpoint {source}", surplus=task, finite=True)
     found.config = config
     if task:
@@ -172,7 +191,9 @@ def _interpolation(changed: Mapping[str, tuple[int, int]]) -> list[str]:
     if not changed:
         return []
     before, after = next(iter(changed.values()))
-    return [f"interpolated: {len(changed)} position tables from {before}x{before} to {after}x{after} patches"]
+    return [
+        f"interpolated: {len(changed)} position tables from {before}x{before} to {after}x{after} patches"
+    ]
 
 
 def _describe(state: Mapping[str, Tensor]) -> str:

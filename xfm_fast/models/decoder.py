@@ -45,7 +45,9 @@ class DecoderMemory:
             return self
         first, last = self.cu_seqlens[[start, stop]].tolist()
         cu_seqlens = self.cu_seqlens[start : stop + 1] - first
-        return DecoderMemory(tuple(layer[first:last] for layer in self.layers), cu_seqlens, self.longest)
+        return DecoderMemory(
+            tuple(layer[first:last] for layer in self.layers), cu_seqlens, self.longest
+        )
 
 
 class Writer(Protocol):
@@ -129,13 +131,17 @@ class TextDecoder(nn.Module):
         embeddings = self.roberta.embeddings
         return embeddings.position_embeddings.num_embeddings - embeddings.pad_token_id - 1
 
-    def begin(self, prompt_ids: Tensor, memory: DecoderMemory, capacity: int) -> tuple[Tensor, DecoderCache]:
+    def begin(
+        self, prompt_ids: Tensor, memory: DecoderMemory, capacity: int
+    ) -> tuple[Tensor, DecoderCache]:
         """Run the prompts, as `Writer.begin`."""
         states, length = prompt_ids.shape
         past = DecoderCache(capacity)
         packing = Packing.from_mask(torch.ones_like(prompt_ids))
         one_each = ImageGroups(torch.arange(states + 1, device=prompt_ids.device))
-        return self(prompt_ids, packing, memory, one_each, past=past).view(states, length, -1)[:, -1], past
+        return self(prompt_ids, packing, memory, one_each, past=past).view(states, length, -1)[
+            :, -1
+        ], past
 
     def memory(self, states: Tensor, token_mask: Tensor | None = None) -> DecoderMemory:
         """Project `[B, M, memory_width]` for every layer, once for all answers, beams and steps.
@@ -149,7 +155,9 @@ class TextDecoder(nn.Module):
         else:
             packing = Packing.from_mask(token_mask)
             packed, cu_seqlens, longest = packing.pack(states), packing.cu_seqlens, packing.longest
-        layers = tuple(layer.crossattention.self.project_memory(packed) for layer in self.roberta.encoder)
+        layers = tuple(
+            layer.crossattention.self.project_memory(packed) for layer in self.roberta.encoder
+        )
         return DecoderMemory(layers, cu_seqlens, longest)
 
     def forward(
@@ -178,7 +186,9 @@ class TextDecoder(nn.Module):
                 k, v = past.extend(number, k, v)
             context = _attention(q, k, v, layer.attention.self.dropout_p, visible)
             x = layer.attention.output(packing.pack(context), x)
-            x = layer.cross_attention(x, memory.layers[number], cu_queries, memory.cu_seqlens, memory.longest)
+            x = layer.cross_attention(
+                x, memory.layers[number], cu_queries, memory.cu_seqlens, memory.longest
+            )
             x = layer.feed_forward(x)
         if past is not None:
             past.advance(input_ids.shape[1])
@@ -190,20 +200,28 @@ class TextDecoder(nn.Module):
         A is a multiple of B: the first A / B texts belong to memory state 0, and so on.
         """
         texts, states = input_ids.shape[0], memory.states
-        x = self.roberta.embeddings(input_ids, self._positions(input_ids[:, None], past.length)[:, 0])
+        x = self.roberta.embeddings(
+            input_ids, self._positions(input_ids[:, None], past.length)[:, 0]
+        )
         each = torch.arange(states + 1, dtype=torch.int32, device=x.device) * (texts // states)
         for number, layer in enumerate(self.roberta.encoder):
             q, k, v = layer.attention.self.project_all(x)
             k, v = past.extend(number, k[:, None], v[:, None])
-            x = layer.attention.output(_attention(q[:, None], k, v, layer.attention.self.dropout_p)[:, 0], x)
+            x = layer.attention.output(
+                _attention(q[:, None], k, v, layer.attention.self.dropout_p)[:, 0], x
+            )
             # The texts of a state are the queries of one attention over its keys, without copies.
             if memory.even:
                 projections = layer.crossattention.self
                 q = projections.project_query(x).unflatten(0, (states, -1))
                 k, v = memory.layers[number].unflatten(0, (states, -1)).unbind(2)
-                x = layer.crossattention.output(_attention(q, k, v, projections.dropout_p).reshape(texts, -1), x)
+                x = layer.crossattention.output(
+                    _attention(q, k, v, projections.dropout_p).reshape(texts, -1), x
+                )
             else:
-                x = layer.cross_attention(x, memory.layers[number], each, memory.cu_seqlens, memory.longest)
+                x = layer.cross_attention(
+                    x, memory.layers[number], each, memory.cu_seqlens, memory.longest
+                )
             x = layer.feed_forward(x)
         past.advance(1)
         return x
@@ -238,11 +256,20 @@ class TextDecoder(nn.Module):
         if given > 1:
             # Only predicted tokens reach the vocabulary.
             predicted = (positions % targets.shape[1] >= given - 1).nonzero().flatten()
-            hidden, positions = hidden.index_select(0, predicted), positions.index_select(0, predicted)
-        losses = self.cross_entropy(hidden, targets.flatten().index_select(0, positions), label_smoothing)
-        return losses.new_zeros(targets.numel()).index_copy(0, positions, losses).view(targets.shape)
+            hidden, positions = (
+                hidden.index_select(0, predicted),
+                positions.index_select(0, predicted),
+            )
+        losses = self.cross_entropy(
+            hidden, targets.flatten().index_select(0, positions), label_smoothing
+        )
+        return (
+            losses.new_zeros(targets.numel()).index_copy(0, positions, losses).view(targets.shape)
+        )
 
-    def cross_entropy(self, hidden: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    def cross_entropy(
+        self, hidden: Tensor, targets: Tensor, label_smoothing: float = 0.0
+    ) -> Tensor:
         """Cross-entropy `[T]` of `targets` `[T]` after `hidden` `[T, width]`, in chunks of logits.
 
         With gradients all logits are stored for the backward pass.
@@ -278,8 +305,14 @@ def _visible_keys(packing: Packing, behind: int) -> Tensor:
     """
     texts, length = packing.shape
     positions = packing.positions
-    kept = torch.ones_like(positions, dtype=torch.bool) if packing.key_mask is None else packing.key_mask
-    real = torch.zeros(texts * length, dtype=torch.bool, device=positions.device).index_copy(0, positions, kept)
+    kept = (
+        torch.ones_like(positions, dtype=torch.bool)
+        if packing.key_mask is None
+        else packing.key_mask
+    )
+    real = torch.zeros(texts * length, dtype=torch.bool, device=positions.device).index_copy(
+        0, positions, kept
+    )
     real = F.pad(real.view(texts, length), (behind, 0), value=True)
     query = torch.arange(behind, behind + length, device=positions.device)[:, None]
     key = torch.arange(behind + length, device=positions.device)[None, :]
@@ -287,7 +320,9 @@ def _visible_keys(packing: Packing, behind: int) -> Tensor:
     return (visible | ((key == query) & ~visible.any(-1, keepdim=True)))[:, None]
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, visible: Tensor | None = None) -> Tensor:
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, visible: Tensor | None = None
+) -> Tensor:
     """`[B, Nq, H, D]` over `[B, Nk, H, D]` → `[B, Nq, H·D]`.
 
     Padded, because answers and captions are a few tokens long, and cached keys are then simply concatenated.
@@ -359,7 +394,9 @@ def generate(
     """
     room = decoder.positions
     if prompt_ids.ndim != 2 or prompt_ids.shape[0] != memory.states or not prompt_ids.shape[1]:
-        raise InputError(f"prompt_ids are {[*prompt_ids.shape]}; they must be [{memory.states}, S] with S at least 1")
+        raise InputError(
+            f"prompt_ids are {[*prompt_ids.shape]}; they must be [{memory.states}, S] with S at least 1"
+        )
     if num_beams < 1:
         raise InputError(f"num_beams={num_beams}; it must be at least 1")
     if not prompt_ids.shape[1] < max_length <= room:
@@ -367,11 +404,23 @@ def generate(
             f"max_length={max_length}; with a prompt of {prompt_ids.shape[1]} it must be above that and at most {room}"
         )
     if prompt_ids.device.type == "cpu" and bool((prompt_ids == pad_token_id).any()):
-        raise InputError("prompt_ids contain padding; generate prompts of different length separately")
+        raise InputError(
+            "prompt_ids contain padding; generate prompts of different length separately"
+        )
     states = len(prompt_ids)
     hidden, past = decoder.begin(prompt_ids, memory, max_length)
     if num_beams == 1:
-        return _greedy(decoder, memory, prompt_ids, hidden, past, max_length, min_length, pad_token_id, eos_token_id)
+        return _greedy(
+            decoder,
+            memory,
+            prompt_ids,
+            hidden,
+            past,
+            max_length,
+            min_length,
+            pad_token_id,
+            eos_token_id,
+        )
     copies = torch.arange(states, device=prompt_ids.device).repeat_interleave(num_beams)
     past = past.select(copies)
 
@@ -412,7 +461,13 @@ def beam_search(
         best = totals.topk(2 * num_beams, dim=1)
         beams, tokens = best.indices // log_probs.shape[1], best.indices % log_probs.shape[1]
         chosen = _choose(
-            hypotheses, ids, best.values.tolist(), beams.tolist(), tokens.tolist(), pad_token_id, eos_token_id
+            hypotheses,
+            ids,
+            best.values.tolist(),
+            beams.tolist(),
+            tokens.tolist(),
+            pad_token_id,
+            eos_token_id,
         )
         rows = torch.tensor([row for row, _, _ in chosen], device=ids.device)
         next_ids = torch.tensor([token for _, token, _ in chosen], device=ids.device)
@@ -426,7 +481,9 @@ def beam_search(
             for tokens, score in zip(running, scores[state].tolist(), strict=True):
                 hypotheses[state].add(tokens, score)
     sequences = [state.best() for state in hypotheses]
-    ended = [[*tokens, eos_token_id] if len(tokens) < max_length else tokens for tokens in sequences]
+    ended = [
+        [*tokens, eos_token_id] if len(tokens) < max_length else tokens for tokens in sequences
+    ]
     longest = max(map(len, ended), default=0)
     rows = [tokens + [pad_token_id] * (longest - len(tokens)) for tokens in ended]
     return prompt_ids.new_tensor(rows).view(states, longest)
@@ -473,7 +530,9 @@ def _choose(
             chosen += [(first, pad, 0.0)] * hypothesis.beams
             continue
         going_on: list[tuple[int, int, float]] = []
-        for rank, (score, beam, token) in enumerate(zip(scores[state], beams[state], tokens[state], strict=True)):
+        for rank, (score, beam, token) in enumerate(
+            zip(scores[state], beams[state], tokens[state], strict=True)
+        ):
             if token != eos:
                 going_on.append((first + beam, token, score))
             elif rank < hypothesis.beams:

@@ -36,7 +36,9 @@ class Slot(NamedTuple):
     parameter: nn.Parameter
 
 
-def pack(layers: Sequence[nn.Module], weights: Sequence[nn.Parameter], *, blocked: bool) -> gemm.Frozen:
+def pack(
+    layers: Sequence[nn.Module], weights: Sequence[nn.Parameter], *, blocked: bool
+) -> gemm.Frozen:
     """Move the weights of layers on one input into one packed weight, blocked for oneDNN or dense."""
     joined = torch.cat([*weights]).detach() if len(weights) > 1 else weights[0].detach()
     packed = gemm.Frozen(gemm.laid_out(joined) if blocked else joined, requires_grad=False)
@@ -78,7 +80,9 @@ def pack_of(layers: Sequence[nn.Module]) -> gemm.Frozen | None:
         raise InputError(
             "the model is frozen for inference and in training mode; call model.eval(), or report.revert() to train it"
         )
-    whole = all(s is not None and s.packed is first.packed and s.number == n for n, s in enumerate(slots))
+    whole = all(
+        s is not None and s.packed is first.packed and s.number == n for n, s in enumerate(slots)
+    )
     return first.packed if whole and len(slots) == len(first.sizes) else None
 
 
@@ -109,7 +113,9 @@ def freeze(model: nn.Module) -> None:
     if is_frozen(model):
         return
     if model.training:
-        raise InputError("freeze() is for inference and the model is in training mode; call eval() first")
+        raise InputError(
+            "freeze() is for inference and the model is in training mode; call eval() first"
+        )
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu" or parameter.dtype not in (torch.float32, torch.bfloat16):
             raise InputError(
@@ -155,16 +161,25 @@ def unfreeze(model: nn.Module) -> None:
 
 def owner_counts(model: nn.Module) -> Counter[int]:
     """How many modules own each parameter, by identity."""
-    return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    return Counter(
+        id(p) for module in model.modules() for p in module._parameters.values() if p is not None
+    )
 
 
-def own_weights(layers: Sequence[nn.Module | None], owners: Counter[int]) -> list[nn.Parameter] | None:
+def own_weights(
+    layers: Sequence[nn.Module | None], owners: Counter[int]
+) -> list[nn.Parameter] | None:
     """The weights of plain linear layers without hooks, each owned by its layer alone; None if one is not."""
     weights = []
     for layer in layers:
         if type(layer) is not nn.Linear or "forward" in layer.__dict__:
             return None
-        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        if (
+            layer._forward_hooks
+            or layer._forward_pre_hooks
+            or layer._backward_hooks
+            or layer._backward_pre_hooks
+        ):
             return None
         weight = layer._parameters.get("weight")
         if type(weight) is not nn.Parameter or owners[id(weight)] > 1:
@@ -188,4 +203,6 @@ def _dense_state(model: nn.Module, state: dict[str, Any], prefix: str, metadata:
 
 
 def _refuse_state(model: nn.Module, *_: Any) -> NoReturn:
-    raise InputError("the model is frozen for inference and takes no other weights; call unfreeze() first")
+    raise InputError(
+        "the model is frozen for inference and takes no other weights; call unfreeze() first"
+    )

@@ -20,7 +20,9 @@ class ImageMemory:
     """Keys and values of every fusion layer for B images."""
 
     layers: tuple[Tensor, ...]  # one [B, M, 2, H, D] tensor per fusion layer, M image tokens
-    token_mask: Tensor | None = None  # [B, M] boolean, False for masked image tokens; None when all are visible
+    token_mask: Tensor | None = (
+        None  # [B, M] boolean, False for masked image tokens; None when all are visible
+    )
 
     @property
     def images(self) -> int:
@@ -41,7 +43,10 @@ class ImageMemory:
     @property
     def cu_keys(self) -> Tensor:
         """`[B + 1]` offsets of the images in the keys."""
-        return torch.arange(self.images + 1, dtype=torch.int32, device=self.layers[0].device) * self.tokens
+        return (
+            torch.arange(self.images + 1, dtype=torch.int32, device=self.layers[0].device)
+            * self.tokens
+        )
 
     @property
     def key_mask(self) -> Tensor | None:
@@ -64,15 +69,23 @@ class PackedMemory:
     A region attends to its own token and patches; projected patches are shared by all regions of the image.
     """
 
-    layers: tuple[Tensor, ...]  # one [K, 2, H, D] tensor per fusion layer, each token projected once
+    layers: tuple[
+        Tensor, ...
+    ]  # one [K, 2, H, D] tensor per fusion layer, each token projected once
     cu_keys: Tensor  # [G + 1] int32 offsets of the groups in `rows`
     longest: int  # size of the largest group
-    rows: Tensor | None = None  # rows of the layers that each group attends to; None if they lie group by group
+    rows: Tensor | None = (
+        None  # rows of the layers that each group attends to; None if they lie group by group
+    )
     key_mask: None = None
 
     def keys_values(self, layer: int) -> Tensor:
         """Keys and values of one fusion layer, group after group."""
-        return self.layers[layer] if self.rows is None else self.layers[layer].index_select(0, self.rows)
+        return (
+            self.layers[layer]
+            if self.rows is None
+            else self.layers[layer].index_select(0, self.rows)
+        )
 
 
 class FusionTransformer(nn.Module):
@@ -82,11 +95,15 @@ class FusionTransformer(nn.Module):
         super().__init__()
         if lm_head:
             self.embeddings: Any = nn.Module()
-            vocabulary = nn.Embedding(config.vocab_size, config.text_width, padding_idx=config.pad_token_id)
+            vocabulary = nn.Embedding(
+                config.vocab_size, config.text_width, padding_idx=config.pad_token_id
+            )
             self.embeddings.word_embeddings = vocabulary
         if config.fusion_layer_norm_eps is not None:
             config = config.replace(text_layer_norm_eps=config.fusion_layer_norm_eps)
-        self.encoder = LayerStack([TransformerLayer(config, config.vision_width) for _ in range(config.fusion_layers)])
+        self.encoder = LayerStack(
+            [TransformerLayer(config, config.vision_width) for _ in range(config.fusion_layers)]
+        )
 
 
 class FusionEncoder(nn.Module):
@@ -109,7 +126,9 @@ class FusionEncoder(nn.Module):
 
     def project(self, image_tokens: Tensor) -> tuple[Tensor, ...]:
         """Keys and values of every layer: `[..., vision width]` → `[..., 2, H, D]` each."""
-        return tuple(layer.crossattention.self.project_memory(image_tokens) for layer in self.roberta.encoder)
+        return tuple(
+            layer.crossattention.self.project_memory(image_tokens) for layer in self.roberta.encoder
+        )
 
     def first_self_attention(self, tokens: Tensor, sequences: Sequences) -> Tensor:
         """Layer 0 up to its cross-attention, independent of the image: re-ranking computes it once per text."""
@@ -135,7 +154,11 @@ class FusionEncoder(nn.Module):
         """
         texts = Texts(tokens, sequences, groups)
         # Key masks span all texts or images and cannot be chunked.
-        whole = isinstance(memory, ImageMemory) and memory.token_mask is None and sequences.key_mask is None
+        whole = (
+            isinstance(memory, ImageMemory)
+            and memory.token_mask is None
+            and sequences.key_mask is None
+        )
         if reads is not None or not whole:
             return self._fuse(texts, memory, reads, first_token_only, self_attended)
         how = {"first_token_only": first_token_only, "self_attended": self_attended}

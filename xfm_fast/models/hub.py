@@ -8,7 +8,13 @@ import tempfile
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from xfm_fast.checkpoint.files import CONFIG_FILE, MODEL_FILE, TASK_FILE, TOKENIZER_FILE, model_folder
+from xfm_fast.checkpoint.files import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    TASK_FILE,
+    TOKENIZER_FILE,
+    model_folder,
+)
 from xfm_fast.errors import CheckpointError, StorageError, UnavailableError
 
 
@@ -47,7 +53,9 @@ def local_folder(name: str | Path, **download: Unpack[Download]) -> Path:
     for an unknown option.
     """
     if unknown := download.keys() - Download.__annotations__.keys():
-        raise TypeError(f"{', '.join(sorted(unknown))}: unknown argument; use {', '.join(Download.__annotations__)}")
+        raise TypeError(
+            f"{', '.join(sorted(unknown))}: unknown argument; use {', '.join(Download.__annotations__)}"
+        )
     path = Path(name)
     if isinstance(name, Path) or path.exists() or not _NAME.fullmatch(name):
         return path
@@ -106,7 +114,11 @@ def push(
                 card = _CARD.format(parameters=count, size=model.config.image_size, name=name)
                 Path(folder, CARD_FILE).write_text(card, encoding="utf-8")
             done = hub.upload_folder(
-                repo_id=name, folder_path=folder, commit_message=commit_message, revision=branch, create_pr=create_pr
+                repo_id=name,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=branch,
+                create_pr=create_pr,
             )
         except (OSError, ValueError) as error:
             raise StorageError(

@@ -25,7 +25,9 @@ def _first_false(flags: Tensor) -> int:
 
 def _tensor(value: Tensor, name: str) -> None:
     if not isinstance(value, Tensor):
-        remedy = "torch.from_numpy(...)" if type(value).__module__ == "numpy" else "torch.as_tensor(...)"
+        remedy = (
+            "torch.from_numpy(...)" if type(value).__module__ == "numpy" else "torch.as_tensor(...)"
+        )
         raise InputError(f"{name} is a {type(value).__name__}; give a tensor, as from {remedy}")
 
 
@@ -47,7 +49,9 @@ def check_pixels(pixels: Tensor, config: XFMConfig) -> None:
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise InputError(f"pixels are {[*pixels.shape]}; images must be [B, 3, {size}, {size}]")
     if not pixels.is_floating_point():
-        raise InputError(f"pixels are {pixels.dtype}; scale them to [0, 1] and normalise them to floating point")
+        raise InputError(
+            f"pixels are {pixels.dtype}; scale them to [0, 1] and normalise them to floating point"
+        )
     height, width = pixels.shape[2:]
     for side in (height, width):
         if side % config.patch_size:
@@ -62,7 +66,9 @@ def check_pixels(pixels: Tensor, config: XFMConfig) -> None:
     if on_host(pixels) and not math.isfinite(host.number(pixels.detach().sum())):
         finite = torch.isfinite(pixels).flatten(1).all(1)
         if not host.all_true(finite):
-            raise InputError(f"pixels of image {_first_false(finite)} contain NaN or infinity; check its preprocessing")
+            raise InputError(
+                f"pixels of image {_first_false(finite)} contain NaN or infinity; check its preprocessing"
+            )
 
 
 def check_patch_mask(patch_mask: Tensor, pixels: Tensor, config: XFMConfig) -> Tensor:
@@ -70,7 +76,9 @@ def check_patch_mask(patch_mask: Tensor, pixels: Tensor, config: XFMConfig) -> T
     _tensor(patch_mask, "patch_mask")
     expected = (pixels.shape[0], config.num_patches)
     if patch_mask.shape != expected:
-        raise InputError(f"patch_mask is {[*patch_mask.shape]}; it must be {[*expected]}, True where a patch is hidden")
+        raise InputError(
+            f"patch_mask is {[*patch_mask.shape]}; it must be {[*expected]}, True where a patch is hidden"
+        )
     return _mask(patch_mask, "patch_mask")
 
 
@@ -109,7 +117,9 @@ def check_padding(attention_mask: Tensor) -> None:
     if on_host(mask) and mask.numel() and not host.all_true(mask[:, 0]):
         fine = mask[:, 0] | ~mask.any(1)
         if not host.all_true(fine):
-            raise InputError(f"attention_mask of text {_first_false(fine)} hides its first token; pad on the right")
+            raise InputError(
+                f"attention_mask of text {_first_false(fine)} hides its first token; pad on the right"
+            )
 
 
 def check_attention_mask(attention_mask: Tensor, shape: list[int]) -> Tensor:
@@ -122,7 +132,9 @@ def check_attention_mask(attention_mask: Tensor, shape: list[int]) -> Tensor:
         check_padding(mask)
         filled = mask.any(1)
         if not host.all_true(filled):
-            raise InputError(f"attention_mask of text {_first_false(filled)} is all zeros; remove the empty text")
+            raise InputError(
+                f"attention_mask of text {_first_false(filled)} is all zeros; remove the empty text"
+            )
     return mask
 
 
@@ -144,7 +156,9 @@ def check_image_index(image_index: Tensor, images: int, rows: int, what: str) ->
         lowest, highest = host.integer(image_index.min()), host.integer(image_index.max())
         if lowest < 0 or highest >= images:
             wrong = lowest if lowest < 0 else highest
-            raise InputError(f"image_index contains {wrong}; give numbers from 0 below the {images} images")
+            raise InputError(
+                f"image_index contains {wrong}; give numbers from 0 below the {images} images"
+            )
     return image_index.long()
 
 
@@ -152,7 +166,9 @@ def check_token_mask(token_mask: Tensor, shape: tuple[int, int], name: str) -> T
     """Return the mask as booleans."""
     _tensor(token_mask, name)
     if token_mask.shape != shape:
-        raise InputError(f"{name} is {[*token_mask.shape]}; it must be {[*shape]}, non-zero for visible tokens")
+        raise InputError(
+            f"{name} is {[*token_mask.shape]}; it must be {[*shape]}, non-zero for visible tokens"
+        )
     return _mask(token_mask, name)
 
 
@@ -162,5 +178,7 @@ def check_region_mask(region_mask: Tensor, regions: int, config: XFMConfig) -> T
     if on_host(mask) and regions:
         filled = mask[:, 1:].any(1)
         if not host.all_true(filled):
-            raise InputError(f"region_mask of region {_first_false(filled)} selects no patch; select at least one")
+            raise InputError(
+                f"region_mask of region {_first_false(filled)} selects no patch; select at least one"
+            )
     return mask

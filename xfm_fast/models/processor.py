@@ -45,7 +45,9 @@ class XFMProcessor:
         if not isinstance(config, XFMConfig):
             raise InputError(f"config is a {type(config).__name__}; give an XFMConfig")
         if not isinstance(tokenizer, CaptionTokenizer | None):
-            raise InputError(f"tokenizer is a {type(tokenizer).__name__}; give a CaptionTokenizer, or None for images")
+            raise InputError(
+                f"tokenizer is a {type(tokenizer).__name__}; give a CaptionTokenizer, or None for images"
+            )
         self.config, self.tokenizer = config, tokenizer
 
     @classmethod
@@ -65,11 +67,16 @@ class XFMProcessor:
         given = options.pop("tokenizer", None)
         place = local_folder(folder, **options)
         config = XFMConfig.load(place / CONFIG_FILE)
-        return cls(config, find_tokenizer(place, config) if given is None else read_tokenizer(given, config))
+        return cls(
+            config,
+            find_tokenizer(place, config) if given is None else read_tokenizer(given, config),
+        )
 
     @explain_types
     def __call__(
-        self, images: Picture | Sequence[Picture] | None = None, text: str | Sequence[str] | None = None
+        self,
+        images: Picture | Sequence[Picture] | None = None,
+        text: str | Sequence[str] | None = None,
     ) -> dict[str, Tensor]:
         """Prepare images, texts, or both.
 
@@ -95,7 +102,9 @@ class XFMProcessor:
             texts = as_list(text)
             if not texts:
                 raise InputError("the list of texts is empty; give at least one")
-            found["input_ids"], found["attention_mask"] = text_tokens(texts, self.tokenizer, self.config)
+            found["input_ids"], found["attention_mask"] = text_tokens(
+                texts, self.tokenizer, self.config
+            )
         if not found:
             raise InputError("neither images nor text were given; pass one or both")
         return found
@@ -111,7 +120,11 @@ class XFMProcessor:
     def files(self) -> dict[str, bytes]:
         """Return the contents of the files that `save_pretrained` writes, by name."""
         found = {PREPROCESSOR_FILE: preprocessor_json(self.config)}
-        return found if self.tokenizer is None else found | {TOKENIZER_FILE: self.tokenizer.to_json().encode()}
+        return (
+            found
+            if self.tokenizer is None
+            else found | {TOKENIZER_FILE: self.tokenizer.to_json().encode()}
+        )
 
 
 def preprocessor_json(config: XFMConfig) -> bytes:
@@ -132,21 +145,30 @@ def find_tokenizer(folder: Path, config: XFMConfig) -> CaptionTokenizer | None:
     if folder.name in ("model", "average"):
         # A run stores its trained vocabulary in the parent of the weight folders.
         places.append(folder.parent)
-    path = next((each / TOKENIZER_FILE for each in places if (each / TOKENIZER_FILE).is_file()), None)
+    path = next(
+        (each / TOKENIZER_FILE for each in places if (each / TOKENIZER_FILE).is_file()), None
+    )
     return None if path is None else read_tokenizer(path, config)
 
 
-def read_tokenizer(source: CaptionTokenizer | str | os.PathLike[str], config: XFMConfig) -> CaptionTokenizer:
+def read_tokenizer(
+    source: CaptionTokenizer | str | os.PathLike[str], config: XFMConfig
+) -> CaptionTokenizer:
     """Load a tokenizer from a `tokenizer.json` or vocabulary folder and check it; raises `DataError` if it does not
     fit.
     """
-    tokenizer = source if isinstance(source, CaptionTokenizer) else CaptionTokenizer.from_files(source)
+    tokenizer = (
+        source if isinstance(source, CaptionTokenizer) else CaptionTokenizer.from_files(source)
+    )
     tokenizer.check(config)
     return tokenizer
 
 
 def text_tokens(
-    texts: Sequence[str], tokenizer: CaptionTokenizer | None, config: XFMConfig, device: torch.device | None = None
+    texts: Sequence[str],
+    tokenizer: CaptionTokenizer | None,
+    config: XFMConfig,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Encode texts for retrieval: ids and mask `[T, L]` each, L the length of the longest text.
 
@@ -163,7 +185,9 @@ def text_tokens(
     return input_ids.to(device), mask.to(device)
 
 
-def image_pixels(images: Sequence[Picture], config: XFMConfig, device: torch.device | None = None) -> Tensor:
+def image_pixels(
+    images: Sequence[Picture], config: XFMConfig, device: torch.device | None = None
+) -> Tensor:
     """Normalised pixels `[B, 3, R, R]`, each image resized whole to the model's square; raises `DataError`."""
     transform = evaluation_transform(config.image_size)
     return torch.stack([transform(open_image(image)) for image in images]).to(device)
@@ -202,7 +226,9 @@ def are_texts(items: Sequence[object]) -> TypeGuard[Sequence[str]]:
     """Return True for strings, False for images; raises `InputError` for mixed or other types, and names of files."""
     if not items:
         raise InputError("the list is empty; give at least one text or image")
-    kinds = {str if isinstance(item, str) else Path if is_picture(item) else type(item) for item in items}
+    kinds = {
+        str if isinstance(item, str) else Path if is_picture(item) else type(item) for item in items
+    }
     if kinds == {Path}:
         return False
     if kinds != {str}:
@@ -213,7 +239,9 @@ def are_texts(items: Sequence[object]) -> TypeGuard[Sequence[str]]:
     for item in items:
         # The name of an existing file more likely means the image than a caption.
         if isinstance(item, str) and Path(item).suffix and os.path.isfile(item):
-            raise InputError(f"{item!r} is a file, and strings are texts here; write Path({item!r}) for the image")
+            raise InputError(
+                f"{item!r} is a file, and strings are texts here; write Path({item!r}) for the image"
+            )
     return True
 
 

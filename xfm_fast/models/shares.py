@@ -69,7 +69,12 @@ class Texts:
     def kind(self) -> tuple[Any, ...]:
         """Equal for batches with about the same time per token."""
         images = 0 if self.groups is None else len(self.groups.cu_texts)
-        return round(4 * math.log2(len(self.tokens))), images, self.tokens.shape[1], self.tokens.dtype
+        return (
+            round(4 * math.log2(len(self.tokens))),
+            images,
+            self.tokens.shape[1],
+            self.tokens.dtype,
+        )
 
     def chunk(self, chunks: int, /) -> Sequence[Texts]:
         """Split into parts of about the same number of tokens, at most one per text."""
@@ -78,7 +83,9 @@ class Texts:
         for number in range(1, chunks):
             goal = number * starts[-1] / chunks
             after = bisect_left(starts, goal)
-            cuts.append(after - 1 if after and goal - starts[after - 1] < starts[after] - goal else after)
+            cuts.append(
+                after - 1 if after and goal - starts[after - 1] < starts[after] - goal else after
+            )
         cuts.append(len(starts) - 1)
         parts = []
         for first, last in pairwise(cuts):
@@ -86,7 +93,11 @@ class Texts:
                 cu_seqlens = self.sequences.cu_seqlens[first : last + 1] - starts[first]
                 sequences = Sequences(cu_seqlens=cu_seqlens, max_seqlen=self.sequences.longest)
                 # The texts of an image may all be in other chunks.
-                groups = None if self.groups is None else ImageGroups(self.groups.cu_texts.clamp(first, last) - first)
+                groups = (
+                    None
+                    if self.groups is None
+                    else ImageGroups(self.groups.cu_texts.clamp(first, last) - first)
+                )
                 parts.append(Texts(self.tokens[starts[first] : starts[last]], sequences, groups))
         return parts
 

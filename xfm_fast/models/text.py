@@ -25,7 +25,10 @@ class MLPHead(nn.Sequential):
 
     def __init__(self, inputs: int, outputs: int, eps: float = 1e-5) -> None:
         super().__init__(
-            nn.Linear(inputs, 2 * inputs), nn.LayerNorm(2 * inputs, eps=eps), nn.GELU(), nn.Linear(2 * inputs, outputs)
+            nn.Linear(inputs, 2 * inputs),
+            nn.LayerNorm(2 * inputs, eps=eps),
+            nn.GELU(),
+            nn.Linear(2 * inputs, outputs),
         )
 
 
@@ -52,7 +55,9 @@ class LMHead(nn.Module):
     def transform(self, hidden: Tensor) -> Tensor:
         """Hidden states before the vocabulary projection: `[..., width]` → `[..., width]`."""
         activated = ops.linear_gelu(hidden, self.dense.weight, self.dense.bias)
-        return ops.layer_norm(activated, self.layer_norm.weight, self.layer_norm.bias, self.layer_norm.eps)
+        return ops.layer_norm(
+            activated, self.layer_norm.weight, self.layer_norm.bias, self.layer_norm.eps
+        )
 
     def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
         """Logits over the vocabulary: `[..., width]` → `[..., vocabulary]`."""
@@ -74,9 +79,15 @@ def concatenated(name: str, *parts: Tensor) -> Tensor:
 def _joined_linear(name: str, x: Tensor, *layers: nn.Linear) -> Tensor:
     """Outputs of several linear layers, concatenated: `[..., inputs]` → `[..., Σ outputs]`."""
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    if x.device.type == "cpu" and torch.is_grad_enabled() and any(p.requires_grad for p in (*weights, *biases)):
+    if (
+        x.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and any(p.requires_grad for p in (*weights, *biases))
+    ):
         return ops.joined_linear(x, weights, biases)
-    return ops.linear(x, concatenated(f"{name} weight", *weights), concatenated(f"{name} bias", *biases))
+    return ops.linear(
+        x, concatenated(f"{name} weight", *weights), concatenated(f"{name} bias", *biases)
+    )
 
 
 class AttentionProjections(nn.Module):
@@ -134,7 +145,15 @@ class ResidualNorm(nn.Module):
         dense, norm = self.dense, self.LayerNorm
         dropout_p = self.dropout if self.training else 0.0
         return ops.linear_add_layer_norm(
-            x, dense.weight, dense.bias, residual, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p, wide=True
+            x,
+            dense.weight,
+            dense.bias,
+            residual,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            dropout_p=dropout_p,
+            wide=True,
         )[0]
 
 
@@ -158,7 +177,13 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attention of the projected `qkv`, output projection, residual and norm: `[T, width]`."""
         context = ops.varlen_attention(
-            *qkv, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, dropout_p=self.self.dropout_p, key_mask=key_mask
+            *qkv,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            longest_q,
+            longest_k,
+            dropout_p=self.self.dropout_p,
+            key_mask=key_mask,
         )
         return self.output(context.flatten(-2), residual)
 
@@ -199,7 +224,9 @@ class TransformerLayer(nn.Module):
         read = x.index_select(0, reads.rows)
         k, v = projections.project_memory(x).unbind(-3)
         qkv = (projections.project_query(read), k, v)
-        return self.attention.attend(read, qkv, reads.cu_seqlens, cu_seqlens, reads.longest, longest, key_mask)
+        return self.attention.attend(
+            read, qkv, reads.cu_seqlens, cu_seqlens, reads.longest, longest, key_mask
+        )
 
     def cross_attention(
         self,
@@ -214,7 +241,9 @@ class TransformerLayer(nn.Module):
         k, v = keys_values.unbind(-3)
         qkv = (self.crossattention.self.project_query(x), k, v)
         # All queries bound the longest group: a tighter bound would synchronise.
-        return self.crossattention.attend(x, qkv, cu_queries, cu_keys, x.shape[0], longest_keys, key_mask)
+        return self.crossattention.attend(
+            x, qkv, cu_queries, cu_keys, x.shape[0], longest_keys, key_mask
+        )
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """MLP with residual and norm: `[T, width]` → `[T, width]`."""
@@ -231,7 +260,13 @@ class TransformerLayer(nn.Module):
         parts: dict[str, Any] = self._modules
         attention, out = parts["attention"]._modules, parts["output"]._modules
         inner, joined = attention["self"]._modules, attention["output"]._modules
-        linears = inner["query"], inner["key"], joined["dense"], parts["intermediate"]._modules["dense"], out["dense"]
+        linears = (
+            inner["query"],
+            inner["key"],
+            joined["dense"],
+            parts["intermediate"]._modules["dense"],
+            out["dense"],
+        )
         norms = joined["LayerNorm"], out["LayerNorm"]
         if {*map(type, linears)} != {nn.Linear} or {*map(type, norms)} != {nn.LayerNorm}:
             return None
@@ -239,7 +274,9 @@ class TransformerLayer(nn.Module):
             return None
         eps = norms[0].eps, norms[1].eps
         linears = (*linears[:2], inner["value"], *linears[2:])
-        return ShortParts(attention["self"].heads, eps, *(each._parameters for each in (*linears, *norms)))
+        return ShortParts(
+            attention["self"].heads, eps, *(each._parameters for each in (*linears, *norms))
+        )
 
 
 class ShortParts(NamedTuple):
@@ -260,9 +297,13 @@ class ShortParts(NamedTuple):
         """With frozen weights, of which the key's contains the values'; `chosen` are the fastest GEMMs for T."""
         tokens, width = x.shape
         # Concatenating the bias is faster than validating a cached one.
-        keys_values = chosen.linear(x, self.key["weight"], torch.cat((self.key["bias"], self.value["bias"])))
+        keys_values = chosen.linear(
+            x, self.key["weight"], torch.cat((self.key["bias"], self.value["bias"]))
+        )
         k, v = keys_values.view(1, tokens, 2, self.heads, -1).unbind(2)
-        q = chosen.linear(x, self.query["weight"], self.query["bias"]).view(1, tokens, self.heads, -1)
+        q = chosen.linear(x, self.query["weight"], self.query["bias"]).view(
+            1, tokens, self.heads, -1
+        )
         context = plain_attention(q, k, v, q.shape[-1] ** -0.5).view(tokens, width)
         x = chosen.residual(context, self.attended["weight"], self.attended["bias"], x)
         x = torch.layer_norm(x, (width,), **self.norm, eps=self.eps[0])
@@ -276,7 +317,8 @@ class ShortParts(NamedTuple):
         weights, biases = (tuple(own[name] for own in three) for name in ("weight", "bias"))
         qkv = int8.prepared(weights, biases, lambda: concatenated("qkv weight", *weights))
         attended, first, second = (
-            int8.prepared((own["weight"],), (own["bias"],), partial(own.__getitem__, "weight")) for own in self[5:8]
+            int8.prepared((own["weight"],), (own["bias"],), partial(own.__getitem__, "weight"))
+            for own in self[5:8]
         )
         q, k, v = qkv(x).view(1, tokens, 3, self.heads, -1).unbind(2)
         context = plain_attention(q, k, v, q.shape[-1] ** -0.5).view(tokens, width)
@@ -338,24 +380,34 @@ class LayerStack(nn.Module):
         assert isinstance(layer, TransformerLayer)
         return layer
 
-    def run_chunked(self, run: Callable[[Texts], Tensor], texts: Texts, kind: tuple[Hashable, ...] = ()) -> Tensor:
+    def run_chunked(
+        self, run: Callable[[Texts], Tensor], texts: Texts, kind: tuple[Hashable, ...] = ()
+    ) -> Tensor:
         """Run `run(texts)` in one chunk per thread if the layers are frozen without hooks; `kind` as in
         `shares.run_chunked`.
         """
         # With few rows, each thread would read all weights by itself.
         if len(texts) < LEAST_TOKENS * torch.get_num_threads() or not self.can_chunk():
             return run(texts)
-        return run_chunked(run, texts, (*kind, kind_of(self[0].intermediate.dense.weight), len(self.layer), texts.kind))
+        return run_chunked(
+            run,
+            texts,
+            (*kind, kind_of(self[0].intermediate.dense.weight), len(self.layer), texts.kind),
+        )
 
     def forward_short(self, x: Tensor, count: int) -> Tensor | None:
         """The first `count` layers on one text `[T, width]`; None unless all are frozen or all are int8."""
-        parts = [found for number in range(count) if (found := self[number].short_parts()) is not None]
+        parts = [
+            found for number in range(count) if (found := self[number].short_parts()) is not None
+        ]
         if not parts or len(parts) < count:
             return None
         # Query to second are the linear layers.
         if all(kind_of(own["weight"]) == "int8" for each in parts for own in each[2:8]):
             first, weights = parts[0], tuple(own["weight"] for own in parts[0][5:8])
-            usable = first.last_norm["weight"].dtype == x.dtype and not any(weight.is_inference() for weight in weights)
+            usable = first.last_norm["weight"].dtype == x.dtype and not any(
+                weight.is_inference() for weight in weights
+            )
             if usable and int8.compiled(len(x), x.dtype, weights):
                 for each in parts:
                     x = each.run_int8(x)
@@ -414,21 +466,32 @@ class TextEncoder(nn.Module):
         return self.roberta.embeddings.word_embeddings.weight
 
     def forward(
-        self, input_ids: Tensor, packing: Packing, *, first_token_only: bool = False, reads: Reads | None = None
+        self,
+        input_ids: Tensor,
+        packing: Packing,
+        *,
+        first_token_only: bool = False,
+        reads: Reads | None = None,
     ) -> Tensor:
         """Ids `[P, L]` → packed embeddings `[T, width]`, or `[Q, width]` for Q reads.
 
         With `first_token_only`, token 0 of every text, `[P, width]` in packed order.
         """
         embeddings = self.roberta.embeddings
-        x = embeddings(packing.pack(input_ids).long(), packing.pack(embeddings.position_ids(input_ids)))
+        x = embeddings(
+            packing.pack(input_ids).long(), packing.pack(embeddings.position_ids(input_ids))
+        )
         texts = Texts(x, packing)
         run = partial(self._encode, reads=reads, first_token_only=first_token_only)
         if reads is not None or packing.key_mask is not None:
             return run(texts)
-        return self.roberta.encoder.run_chunked(run, texts, ("first token",) if first_token_only else ())
+        return self.roberta.encoder.run_chunked(
+            run, texts, ("first token",) if first_token_only else ()
+        )
 
-    def _encode(self, texts: Texts, reads: Reads | None = None, first_token_only: bool = False) -> Tensor:
+    def _encode(
+        self, texts: Texts, reads: Reads | None = None, first_token_only: bool = False
+    ) -> Tensor:
         x, packing, stack = texts.tokens, texts.sequences, self.roberta.encoder
         if first_token_only:
             reads = Reads.first_tokens(packing)
@@ -440,7 +503,9 @@ class TextEncoder(nn.Module):
             x, done = short, whole
         for number in range(done, len(stack)):
             layer, read = stack[number], reads if number == len(stack) - 1 else None
-            x = layer.self_attention(x, packing.cu_seqlens, packing.longest, packing.key_mask, reads=read)
+            x = layer.self_attention(
+                x, packing.cu_seqlens, packing.longest, packing.key_mask, reads=read
+            )
             x = layer.feed_forward(x)
         # Without layers the reads are not selected yet.
         return x if reads is None or len(stack) else x.index_select(0, reads.rows)

@@ -62,10 +62,14 @@ class RelPosAttention(nn.Module):
         """Attention over `[B, N, width]`, N = 1 + height * width; `key_mask` `[B, N]` is False for keys to ignore."""
         tokens = 1 + self.window[0] * self.window[1]
         if x.ndim != 3 or x.shape[1] != tokens:
-            raise InputError(f"x is {[*x.shape]}; a window of {self.window} patches needs [B, {tokens}, width]")
+            raise InputError(
+                f"x is {[*x.shape]}; a window of {self.window} patches needs [B, {tokens}, width]"
+            )
         return ops.linear(self.attend(x, key_mask), self.proj.weight, self.proj.bias)
 
-    def attend(self, x: Tensor, key_mask: Tensor | None = None, norm: nn.LayerNorm | None = None) -> Tensor:
+    def attend(
+        self, x: Tensor, key_mask: Tensor | None = None, norm: nn.LayerNorm | None = None
+    ) -> Tensor:
         """`forward` without the output projection, for models that fuse it; `norm` is applied to x first."""
         bias = qkv_bias(self.q_bias, self.v_bias)
         if norm is None:
@@ -107,7 +111,9 @@ class PatchEmbed(nn.Module):
         """`[B, 3, R, R]` → `[B, patches, width]`, patches row-major."""
         batch, channels, height, width = pixels.shape
         p = self.patch
-        patches = pixels.view(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+        patches = pixels.view(batch, channels, height // p, p, width // p, p).permute(
+            0, 2, 4, 1, 3, 5
+        )
         rows = patches.reshape(batch, -1, channels * p * p)
         return ops.linear(rows, self.proj.weight.flatten(1), self.proj.bias)
 
@@ -149,7 +155,11 @@ class Block(nn.Module):
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         # With gradients or int8, norms are fused with the GEMMs that follow them.
         if x.device.type == "cpu" and (torch.is_grad_enabled() or kind_of(fc1.weight) == "int8"):
-            context, proj, norm = self.attn.attend(x, key_mask, norm=self.norm1), self.attn.proj, self.norm2
+            context, proj, norm = (
+                self.attn.attend(x, key_mask, norm=self.norm1),
+                self.attn.proj,
+                self.norm2,
+            )
             x = ops.linear_residual(
                 context, proj.weight, proj.bias, x, gamma=self.gamma_1, row_scale=self._row_scale(x)
             )
@@ -160,10 +170,19 @@ class Block(nn.Module):
         normed = ops.layer_norm(x, self.norm1.weight, self.norm1.bias, self.norm1.eps)
         normed, x = self._attend(normed, x, key_mask)
         return ops.mlp_residual(
-            normed, fc1.weight, fc1.bias, fc2.weight, fc2.bias, x, gamma=self.gamma_2, row_scale=self._row_scale(x)
+            normed,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            fc2.bias,
+            x,
+            gamma=self.gamma_2,
+            row_scale=self._row_scale(x),
         )
 
-    def into_norm(self, normed: Tensor, x: Tensor, norm: nn.LayerNorm, *, wide: bool = False) -> tuple[Tensor, Tensor]:
+    def into_norm(
+        self, normed: Tensor, x: Tensor, norm: nn.LayerNorm, *, wide: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Fused with the next norm: (`norm1(x)`, x) → (`norm(out)`, out), all `[B, N, width]`.
 
         `norm` is `norm1` of the next block, or the final norm; `wide` as in `ops.add_layer_norm`.
@@ -230,11 +249,15 @@ class VisionEncoder(nn.Module):
         """Class token and patch embeddings `[B, 1 + N, width]`; masked patches (`[B, N]` boolean) are `mask_token`."""
         patches = self.patch_embed(pixels)
         if patch_mask is not None:
-            patches = torch.where(patch_mask[:, :, None], self.mask_token.to(patches.dtype), patches)
+            patches = torch.where(
+                patch_mask[:, :, None], self.mask_token.to(patches.dtype), patches
+            )
         return torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
 
     def _finish(self, x: Tensor) -> Tensor:
-        return self._pooled(ops.layer_norm(x, self.fc_norm.weight, self.fc_norm.bias, self.fc_norm.eps))
+        return self._pooled(
+            ops.layer_norm(x, self.fc_norm.weight, self.fc_norm.bias, self.fc_norm.eps)
+        )
 
     def _pooled(self, normed: Tensor) -> Tensor:
         if self.config.local_attn_depth > 0:
@@ -253,7 +276,9 @@ class VisionEncoder(nn.Module):
     def _separate_blocks(self) -> list[Block] | None:
         """The blocks, if each can be computed by its parts; otherwise None."""
         blocks = [block for block in self.blocks if isinstance(block, Block)]
-        return blocks if len(blocks) == len(self.blocks) and without_hooks(blocks, "forward") else None
+        return (
+            blocks if len(blocks) == len(self.blocks) and without_hooks(blocks, "forward") else None
+        )
 
     def _encode(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
         x = self.embed(pixels, patch_mask)
@@ -269,7 +294,9 @@ class VisionEncoder(nn.Module):
             normed, x = block.into_norm(normed, x, norm, wide=norm is self.fc_norm)
         return self._pooled(normed)
 
-    def regions(self, pixels: Tensor, image_index: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def regions(
+        self, pixels: Tensor, image_index: Tensor, region_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Encode R regions of B images; `region_mask` `[R, 1 + N]` is True for the patches of a region.
 
         Returns two `[R, 1 + N, width]`: the region's token 0 with the image's patches, and the whole image.
@@ -278,7 +305,9 @@ class VisionEncoder(nn.Module):
         whole = images[image_index]
         return local if local.shape[1] > 1 else torch.cat([local, whole[:, 1:]], dim=1), whole
 
-    def region_tokens(self, pixels: Tensor, image_index: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def region_tokens(
+        self, pixels: Tensor, image_index: Tensor, region_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """`regions` without copies of the image.
 
         Returns the regions' own tokens, `[R, 1, width]` (`[R, 1 + N, width]` with `local_attn_depth > 0`), and the

@@ -112,18 +112,26 @@ class XFM(nn.Module):
 
     @explain_types
     def __init__(
-        self, config: XFMConfig, *, heads: Iterable[Head] = ALL_HEADS, encoders: Iterable[Encoder] = ALL_ENCODERS
+        self,
+        config: XFMConfig,
+        *,
+        heads: Iterable[Head] = ALL_HEADS,
+        encoders: Iterable[Encoder] = ALL_ENCODERS,
     ) -> None:
         super().__init__()
         self.config = config
         self.heads = tuple(heads)
         for head in self.heads:
             if head not in get_args(Head):
-                raise InputError(f"head {head!r} is unknown; choose from {', '.join(get_args(Head))}")
+                raise InputError(
+                    f"head {head!r} is unknown; choose from {', '.join(get_args(Head))}"
+                )
         built = tuple(encoders)
         for encoder in built:
             if encoder not in ALL_ENCODERS:
-                raise InputError(f"encoder {encoder!r} is unknown; choose from {', '.join(ALL_ENCODERS)}")
+                raise InputError(
+                    f"encoder {encoder!r} is unknown; choose from {', '.join(ALL_ENCODERS)}"
+                )
         self.encoders = built
         if "vision" in built:
             self.vision_encoder = VisionEncoder(config)
@@ -180,7 +188,9 @@ class XFM(nn.Module):
         ours, report = checkpoint.to_ours(state, config)
         heads = tuple(heads)
         shared = isinstance(source, Mapping)
-        model = cls._from_state(config, heads, checkpoint.select_heads(ours, heads), what, dtype, shared)
+        model = cls._from_state(
+            config, heads, checkpoint.select_heads(ours, heads), what, dtype, shared
+        )
         model.load_report, model.tokenizer = report, vocabulary
         return model
 
@@ -215,10 +225,17 @@ class XFM(nn.Module):
         """
         what = "state dict" if isinstance(source, Mapping) else f"checkpoint {source}"
         state = source if isinstance(source, Mapping) else checkpoint.read_state_dict(source)
-        found = checkpoint.read_x2vlm(state, what=what, image_size=image_size, text_heads=text_heads)
+        found = checkpoint.read_x2vlm(
+            state, what=what, image_size=image_size, text_heads=text_heads
+        )
         vocabulary = None if tokenizer is None else read_tokenizer(tokenizer, found.config)
         model = cls._from_state(
-            found.config, checkpoint.heads_in(found.state), found.state, what, dtype, isinstance(source, Mapping)
+            found.config,
+            checkpoint.heads_in(found.state),
+            found.state,
+            what,
+            dtype,
+            isinstance(source, Mapping),
         )
         model.load_report, model.tokenizer = found.report, vocabulary
         return model
@@ -256,14 +273,22 @@ class XFM(nn.Module):
         files = checkpoint.load_pretrained_files(place)
         heads = checkpoint.heads_in(files.state) if heads is None else tuple(heads)
         model = cls._from_state(
-            files.config, heads, checkpoint.select_heads(files.state, heads), f"model {folder}", dtype
+            files.config,
+            heads,
+            checkpoint.select_heads(files.state, heads),
+            f"model {folder}",
+            dtype,
         )
         model.load_tokenizer(tokenizer, place)
         return model
 
     def load_tokenizer(self, source: CaptionTokenizer | str | Path | None, folder: Path) -> None:
         """Set the tokenizer from `source`, or from a folder of weights if it has one."""
-        self.tokenizer = find_tokenizer(folder, self.config) if source is None else read_tokenizer(source, self.config)
+        self.tokenizer = (
+            find_tokenizer(folder, self.config)
+            if source is None
+            else read_tokenizer(source, self.config)
+        )
 
     @classmethod
     def _from_state(
@@ -290,7 +315,9 @@ class XFM(nn.Module):
         else:
             checkpoint.assign_into(model, state, what=what)
         if not config.learnable_temperature and "contrastive" in heads:
-            model.register_buffer("temp", torch.tensor(config.temperature, dtype=dtype), persistent=False)
+            model.register_buffer(
+                "temp", torch.tensor(config.temperature, dtype=dtype), persistent=False
+            )
         return model.eval() if kind is None else model.quantise(kind).eval()
 
     @explain_types
@@ -322,11 +349,21 @@ class XFM(nn.Module):
             StorageError: the Hub cannot be reached, or refuses.
         """
         return hub.push(
-            self, name, private=private, commit_message=commit_message, token=token, branch=branch, create_pr=create_pr
+            self,
+            name,
+            private=private,
+            commit_message=commit_message,
+            token=token,
+            branch=branch,
+            create_pr=create_pr,
         )
 
     def quantise(
-        self, kind: EightBits = "int8", agreement: Callable[[], float] | None = None, *, least: float = 0.97
+        self,
+        kind: EightBits = "int8",
+        agreement: Callable[[], float] | None = None,
+        *,
+        least: float = 0.97,
     ) -> Self:
         """Run the linear layers of all blocks in 8 bits; in place.
 
@@ -349,19 +386,34 @@ class XFM(nn.Module):
                 `least`, and the model stays in floating point.
         """
         if self.quantised:
-            raise InputError(f"the model is in {self.quantised} already; call dequantise() to return to floating point")
+            raise InputError(
+                f"the model is in {self.quantised} already; call dequantise() to return to floating point"
+            )
         if frozen.is_frozen(self):
-            raise InputError(f"the model is frozen and {kind} needs other weights; call unfreeze() first")
+            raise InputError(
+                f"the model is frozen and {kind} needs other weights; call unfreeze() first"
+            )
         floating_dtype(kind, self.device)
-        known = (torch.float32, torch.bfloat16) if kind == "int8" else (torch.float32, torch.bfloat16, torch.float16)
+        known = (
+            (torch.float32, torch.bfloat16)
+            if kind == "int8"
+            else (torch.float32, torch.bfloat16, torch.float16)
+        )
         if self.dtype not in known:
             names = " or ".join(str(dtype).removeprefix("torch.") for dtype in known)
-            raise InputError(f"{kind} needs activations of {names}, not {self.dtype}; convert the model first")
-        blocks = [[*filter(fp8.fits, block)] if kind == "fp8" else block for block in self._weights_by_block()]
+            raise InputError(
+                f"{kind} needs activations of {names}, not {self.dtype}; convert the model first"
+            )
+        blocks = [
+            [*filter(fp8.fits, block)] if kind == "fp8" else block
+            for block in self._weights_by_block()
+        ]
         flags.mark((weight for block in blocks for weight in block), kind)
         if kind == "fp8":
             flags.mark(self._block_weights(nn.LayerNorm), kind)
-        if agreement is not None and flags.keep_within(agreement, blocks, kind, least) == len(blocks):
+        if agreement is not None and flags.keep_within(agreement, blocks, kind, least) == len(
+            blocks
+        ):
             self.dequantise()
             raise InputError(
                 f"no block reaches agreement() {least} in {kind}; lower least, or compare with floating point"
@@ -389,9 +441,13 @@ class XFM(nn.Module):
     def _block_weights(self, of: type[nn.Linear | nn.LayerNorm] = nn.Linear) -> list[Tensor]:
         return [weight for block in self._weights_by_block(of) for weight in block]
 
-    def _weights_by_block(self, of: type[nn.Linear | nn.LayerNorm] = nn.Linear) -> list[list[Tensor]]:
+    def _weights_by_block(
+        self, of: type[nn.Linear | nn.LayerNorm] = nn.Linear
+    ) -> list[list[Tensor]]:
         blocks = (block for block in self.modules() if isinstance(block, Block | TransformerLayer))
-        return [[part.weight for part in block.modules() if isinstance(part, of)] for block in blocks]
+        return [
+            [part.weight for part in block.modules() if isinstance(part, of)] for block in blocks
+        ]
 
     @explain_types
     def set_image_size(self, image_size: int) -> None:
@@ -473,7 +529,9 @@ class XFM(nn.Module):
             )
 
     @explain_types
-    def encode(self, items: str | Picture | Sequence[str] | Sequence[Picture], *, batch_size: int = 32) -> Tensor:
+    def encode(
+        self, items: str | Picture | Sequence[str] | Sequence[Picture], *, batch_size: int = 32
+    ) -> Tensor:
         """Contrastive features of texts or images; their dot product is the cosine similarity.
 
             >>> model.encode("a dog on a beach").shape
@@ -540,7 +598,10 @@ class XFM(nn.Module):
         """
         self.require_head("matching")
         with evaluating(self):
-            logits = [self.match_logits(fused) for fused in self._fuse_texts(open_image(image), texts, batch_size)]
+            logits = [
+                self.match_logits(fused)
+                for fused in self._fuse_texts(open_image(image), texts, batch_size)
+            ]
         found = torch.cat(logits).float().softmax(1)[:, 1]
         return found[0] if isinstance(texts, str) else found
 
@@ -554,12 +615,16 @@ class XFM(nn.Module):
         self.require_head("boxes")
         picture = open_image(image)
         with evaluating(self):
-            boxes = [self.predict_boxes(fused) for fused in self._fuse_texts(picture, text, batch_size)]
+            boxes = [
+                self.predict_boxes(fused) for fused in self._fuse_texts(picture, text, batch_size)
+            ]
         relative = torch.cat(boxes).float()
         found = pixel_boxes(relative, relative.new_tensor([picture.size]).expand(len(relative), 2))
         return found[0] if isinstance(text, str) else found
 
-    def _fuse_texts(self, image: Picture, texts: str | Sequence[str], batch_size: int) -> Iterator[Tensor]:
+    def _fuse_texts(
+        self, image: Picture, texts: str | Sequence[str], batch_size: int
+    ) -> Iterator[Tensor]:
         """Yield `[T, 1, text_width]` for chunks of T texts fused with the image, whose memory is computed once."""
         every = as_list(texts)
         if not are_texts(every):
@@ -568,12 +633,19 @@ class XFM(nn.Module):
         for some in batches(every, batch_size):
             input_ids, mask = text_tokens(some, self.tokenizer, self.config, self.device)
             if memory is None:
-                memory = self.image_memory(self.encode_image(image_pixels([image], self.config, self.device)))
+                memory = self.image_memory(
+                    self.encode_image(image_pixels([image], self.config, self.device))
+                )
             of_one = torch.zeros(len(some), dtype=torch.long, device=self.device)
-            yield self.fuse(self.encode_text(input_ids, mask), mask, memory, of_one, first_token_only=True)
+            yield self.fuse(
+                self.encode_text(input_ids, mask), mask, memory, of_one, first_token_only=True
+            )
 
     def forward(
-        self, pixels: Tensor | None = None, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        pixels: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> XFMOutput:
         """All results for B images, B texts, or B pairs: the entry point of DDP, `torch.compile` and trainers.
 
@@ -605,8 +677,12 @@ class XFM(nn.Module):
             image_features=self.project_image(image) if contrastive and image is not None else None,
             text_features=self.project_text(text) if contrastive and text is not None else None,
             fused=fused,
-            match_logits=self.match_logits(fused) if "matching" in self.heads and fused is not None else None,
-            boxes=self.predict_boxes(fused) if "boxes" in self.heads and fused is not None else None,
+            match_logits=self.match_logits(fused)
+            if "matching" in self.heads and fused is not None
+            else None,
+            boxes=self.predict_boxes(fused)
+            if "boxes" in self.heads and fused is not None
+            else None,
         )
 
     def encode_image(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
@@ -627,7 +703,9 @@ class XFM(nn.Module):
             return self._no_images(pixels)
         return self.vision_encoder(self._cast(pixels), patch_mask)
 
-    def encode_regions(self, pixels: Tensor, image_index: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_regions(
+        self, pixels: Tensor, image_index: Tensor, region_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Encode R regions of B images.
 
         Args:
@@ -643,7 +721,9 @@ class XFM(nn.Module):
             return self._no_images(pixels), self._no_images(pixels)
         return self.vision_encoder.regions(*checked)
 
-    def encode_region_tokens(self, pixels: Tensor, image_index: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_region_tokens(
+        self, pixels: Tensor, image_index: Tensor, region_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """`encode_regions` without a copy of the image for every region; the arguments are the same.
 
         Returns:
@@ -653,17 +733,27 @@ class XFM(nn.Module):
         checked = self._check_regions(pixels, image_index, region_mask)
         if not region_mask.shape[0]:
             tokens = self._no_images(pixels)
-            return tokens if self.config.local_attn_depth > 0 else tokens[:, :1], self.encode_image(pixels)
+            return tokens if self.config.local_attn_depth > 0 else tokens[:, :1], self.encode_image(
+                pixels
+            )
         return self.vision_encoder.region_tokens(*checked)
 
     def _no_images(self, pixels: Tensor) -> Tensor:
-        return self._cast(pixels).new_zeros(0, self.config.num_image_tokens, self.config.vision_width)
+        return self._cast(pixels).new_zeros(
+            0, self.config.num_image_tokens, self.config.vision_width
+        )
 
-    def _check_regions(self, pixels: Tensor, image_index: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _check_regions(
+        self, pixels: Tensor, image_index: Tensor, region_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         self.require_encoder("vision")
         inputs.check_pixels(pixels, self.config)
-        inputs.check_token_mask(region_mask, (len(region_mask), self.config.num_image_tokens), "region_mask")
-        image_index = inputs.check_image_index(image_index, pixels.shape[0], region_mask.shape[0], "regions")
+        inputs.check_token_mask(
+            region_mask, (len(region_mask), self.config.num_image_tokens), "region_mask"
+        )
+        image_index = inputs.check_image_index(
+            image_index, pixels.shape[0], region_mask.shape[0], "regions"
+        )
         region_mask = inputs.check_region_mask(region_mask, region_mask.shape[0], self.config)
         return self._cast(pixels), image_index, region_mask
 
@@ -691,13 +781,17 @@ class XFM(nn.Module):
         """Contrastive feature of the image token: `[B, 1 + N, vision_width]` → `[B, embed_dim]`, L2-normalised."""
         self.require_head("contrastive")
         inputs.check_embeddings(image_embeds, self.config.vision_width, "image embeddings")
-        return F.normalize(ops.linear(image_embeds[:, 0], self.vision_proj.weight, self.vision_proj.bias), dim=-1)
+        return F.normalize(
+            ops.linear(image_embeds[:, 0], self.vision_proj.weight, self.vision_proj.bias), dim=-1
+        )
 
     def project_text(self, text_embeds: Tensor) -> Tensor:
         """Contrastive feature of text token 0: `[B, L, text_width]` → `[B, embed_dim]`, L2-normalised."""
         self.require_head("contrastive")
         inputs.check_embeddings(text_embeds, self.config.text_width, "text embeddings")
-        return F.normalize(ops.linear(text_embeds[:, 0], self.text_proj.weight, self.text_proj.bias), dim=-1)
+        return F.normalize(
+            ops.linear(text_embeds[:, 0], self.text_proj.weight, self.text_proj.bias), dim=-1
+        )
 
     def image_memory(self, image_embeds: Tensor, token_mask: Tensor | None = None) -> ImageMemory:
         """Keys and values of every fusion layer, computed once per image.
@@ -709,20 +803,26 @@ class XFM(nn.Module):
         self.require_encoder("fusion")
         inputs.check_embeddings(image_embeds, self.config.vision_width, "image embeddings")
         if not self.config.fusion_layers:
-            raise UnavailableError("fusion_layers=0: this model cannot fuse; use a configuration with fusion layers")
+            raise UnavailableError(
+                "fusion_layers=0: this model cannot fuse; use a configuration with fusion layers"
+            )
         if token_mask is not None:
             token_mask = inputs.check_token_mask(
                 token_mask, (image_embeds.shape[0], image_embeds.shape[1]), "token_mask"
             )
         return self.fusion_encoder.memory(image_embeds, token_mask)
 
-    def packed_memory(self, tokens: Tensor, cu_keys: Tensor, longest: int, rows: Tensor | None = None) -> PackedMemory:
+    def packed_memory(
+        self, tokens: Tensor, cu_keys: Tensor, longest: int, rows: Tensor | None = None
+    ) -> PackedMemory:
         """Keys and values of image tokens `[K, vision_width]`, each projected once, for groups with overlapping tokens.
 
         The other arguments are attributes of the returned `PackedMemory`.
         """
         if not self.config.fusion_layers:
-            raise UnavailableError("fusion_layers=0: this model cannot fuse; use a configuration with fusion layers")
+            raise UnavailableError(
+                "fusion_layers=0: this model cannot fuse; use a configuration with fusion layers"
+            )
         return PackedMemory(self.fusion_encoder.project(tokens), cu_keys, longest, rows)
 
     def fuse(
@@ -756,19 +856,32 @@ class XFM(nn.Module):
         return packing.restore(fused)[:, None] if first_token_only else packing.unpad(fused)
 
     def check_pairs(
-        self, text_embeds: Tensor, attention_mask: Tensor, memory: ImageMemory, image_index: Tensor | None
+        self,
+        text_embeds: Tensor,
+        attention_mask: Tensor,
+        memory: ImageMemory,
+        image_index: Tensor | None,
     ) -> tuple[Tensor, ImageGroups]:
         """Validate the arguments of `fuse`; returns the boolean mask and the texts grouped by image."""
         if not isinstance(memory, ImageMemory):
-            raise InputError(f"memory is a {type(memory).__name__}; give the result of image_memory")
+            raise InputError(
+                f"memory is a {type(memory).__name__}; give the result of image_memory"
+            )
         inputs.check_embeddings(text_embeds, self.config.text_width, "text embeddings")
-        mask, texts = inputs.check_attention_mask(attention_mask, [*text_embeds.shape[:2]]), text_embeds.shape[0]
+        mask, texts = (
+            inputs.check_attention_mask(attention_mask, [*text_embeds.shape[:2]]),
+            text_embeds.shape[0],
+        )
         if image_index is not None:
             image_index = inputs.check_image_index(image_index, memory.images, texts, "texts")
             return mask, ImageGroups.from_index(image_index, memory.images, text_embeds.device)
         if texts != memory.images:
-            raise InputError(f"{texts} texts and {memory.images} images do not pair up; pass image_index")
-        return mask, ImageGroups(torch.arange(texts + 1, dtype=torch.int32, device=text_embeds.device))
+            raise InputError(
+                f"{texts} texts and {memory.images} images do not pair up; pass image_index"
+            )
+        return mask, ImageGroups(
+            torch.arange(texts + 1, dtype=torch.int32, device=text_embeds.device)
+        )
 
     def match_logits(self, fused: Tensor) -> Tensor:
         """Fused embeddings `[P, L, text_width]` → `[P, 2]`; column 1 scores "text describes image"."""
@@ -828,7 +941,11 @@ def record_hidden_states(model: XFM) -> Iterator[HiddenStates]:
     with ExitStack() as undo:
         if hasattr(model, "vision_encoder"):
             blocks = model.vision_encoder.blocks
-            undo.callback(blocks[0].register_forward_pre_hook(lambda _, args: states.vision.append(args[0])).remove)
+            undo.callback(
+                blocks[0]
+                .register_forward_pre_hook(lambda _, args: states.vision.append(args[0]))
+                .remove
+            )
             for block in blocks:
                 undo.callback(block.register_forward_hook(after_block).remove)
         for name in ("text", "fusion"):
@@ -837,7 +954,9 @@ def record_hidden_states(model: XFM) -> Iterator[HiddenStates]:
         yield states
 
 
-def _record_texts(encoder: TextEncoder | FusionEncoder, kept: list[Tensor], undo: ExitStack) -> None:
+def _record_texts(
+    encoder: TextEncoder | FusionEncoder, kept: list[Tensor], undo: ExitStack
+) -> None:
     packings: list[Sequences] = []
 
     def keep(module: nn.Module, args: object, packed: Tensor) -> None:
@@ -851,12 +970,16 @@ def _record_texts(encoder: TextEncoder | FusionEncoder, kept: list[Tensor], undo
         keep(encoder, (), out)
         return out
 
-    undo.callback(encoder.register_forward_pre_hook(lambda _, args: packings.append(args[1])).remove)
+    undo.callback(
+        encoder.register_forward_pre_hook(lambda _, args: packings.append(args[1])).remove
+    )
     if isinstance(encoder, TextEncoder):
         undo.callback(encoder.roberta.embeddings.register_forward_hook(keep).remove)
     for layer in encoder.roberta.encoder:
         # Hooks fire on whole modules only, and text layers are called by their parts; this is the last one.
         own = vars(layer)
         former = own.get("feed_forward")
-        undo.callback(own.pop, "feed_forward") if former is None else undo.callback(own.update, feed_forward=former)
+        undo.callback(own.pop, "feed_forward") if former is None else undo.callback(
+            own.update, feed_forward=former
+        )
         own["feed_forward"] = partial(recorded, layer.feed_forward)

@@ -109,10 +109,16 @@ def fuse_pairs(
         # Rows beyond the real tokens of a text are tokens of its neighbours, or of the last text.
         rows = rows.clamp_max(table.shape[0] - 1)
         within = ragged_rows(torch.zeros_like(lengths), lengths, pairs.tokens)
-        key_mask = within < torch.repeat_interleave(pairs.real[order], lengths, output_size=pairs.tokens)
+        key_mask = within < torch.repeat_interleave(
+            pairs.real[order], lengths, output_size=pairs.tokens
+        )
     sequences = Sequences(cu_seqlens=cu_seqlens, key_mask=key_mask, max_seqlen=pairs.longest)
-    read = positions.index_select(0, ragged_rows(pairs.read_starts[order], read_counts, pairs.reads))
-    read = read + torch.repeat_interleave(cu_seqlens[:-1].long(), read_counts, output_size=pairs.reads)
+    read = positions.index_select(
+        0, ragged_rows(pairs.read_starts[order], read_counts, pairs.reads)
+    )
+    read = read + torch.repeat_interleave(
+        cu_seqlens[:-1].long(), read_counts, output_size=pairs.reads
+    )
     number = memory.cu_keys.shape[0]
     cu_texts = torch.searchsorted(groups, torch.arange(number, device=groups.device))
     if texts is not None:
@@ -125,8 +131,12 @@ def fuse_pairs(
         self_attended=texts is not None,
         reads=Reads(cu_seqlens=cu_reads, max_seqlen=pairs.most_reads, rows=read),
     )
-    rank_of = torch.empty_like(order).index_copy(0, order, torch.arange(order.shape[0], device=order.device))
-    return fused.index_select(0, ragged_rows(cu_reads[:-1].long()[rank_of], pairs.read_counts, pairs.reads))
+    rank_of = torch.empty_like(order).index_copy(
+        0, order, torch.arange(order.shape[0], device=order.device)
+    )
+    return fused.index_select(
+        0, ragged_rows(cu_reads[:-1].long()[rank_of], pairs.read_counts, pairs.reads)
+    )
 
 
 @dataclass(frozen=True)
@@ -150,7 +160,9 @@ class TextTable:
         padded = packed.new_zeros(texts * length, packed.shape[1])
         padded = padded.index_copy(0, ragged_rows(row, layout.lengths, layout.tokens), packed)
         starts = torch.arange(texts * world.size, device=packed.device) * length
-        tokens = world.gather_with_gradient(padded) if packed.requires_grad else world.gather(padded)
+        tokens = (
+            world.gather_with_gradient(padded) if packed.requires_grad else world.gather(padded)
+        )
         return cls(tokens, starts, world.gather(layout.lengths), world.rank * texts)
 
     def own(self, texts: int) -> tuple[Tensor, Tensor]:
@@ -168,7 +180,9 @@ def fixed_capacity(device: torch.device, world: World) -> bool:
     return device.type != "cpu" and world.size == 1
 
 
-def matching_pairs(layout: TextLayout, table: TextTable, negatives: HardNegatives, world: World) -> Callable[[], Pairs]:
+def matching_pairs(
+    layout: TextLayout, table: TextTable, negatives: HardNegatives, world: World
+) -> Callable[[], Pairs]:
     """Return a function that builds the ITM pairs of this process: positives, negative images, negative texts.
 
     `negatives` are numbered over all processes, one for each of this process's pairs or of all. Call the function as
@@ -198,7 +212,9 @@ def _bounded_pairs(layout: TextLayout, table: TextTable, negatives: HardNegative
         longest=longest,
         real=table.lengths[negatives.texts],
     )
-    positives = Pairs.first_token(table.starts, table.lengths, own, tokens=layout.tokens, longest=longest)
+    positives = Pairs.first_token(
+        table.starts, table.lengths, own, tokens=layout.tokens, longest=longest
+    )
     return Pairs.joined([positives, replace(positives, groups=negatives.images), drawn])
 
 
@@ -211,5 +227,7 @@ def _exact_pairs(draw: HostCopy, table: TextTable, texts: int) -> Pairs:
     groups = torch.cat([own, images[drawn_here], own]) - table.first
     sizes = lengths[chosen]
     tokens, longest = host.integer(sizes.sum()), host.integer(sizes.max())
-    chosen, groups, sizes = (t.to(table.starts.device, non_blocking=True) for t in (chosen, groups, sizes))
+    chosen, groups, sizes = (
+        t.to(table.starts.device, non_blocking=True) for t in (chosen, groups, sizes)
+    )
     return Pairs.first_token(table.starts[chosen], sizes, groups, tokens=tokens, longest=longest)

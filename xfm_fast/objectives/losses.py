@@ -20,7 +20,10 @@ from xfm_fast.kernels.losses import race
 
 
 def contrastive_loss(
-    image_features: Tensor, text_features: Tensor, temperature: Tensor | float, image_ids: Tensor | None = None
+    image_features: Tensor,
+    text_features: Tensor,
+    temperature: Tensor | float,
+    image_ids: Tensor | None = None,
 ) -> Tensor:
     """Image-text contrastive loss (ITC) of L2-normalised features `[B, E]`, averaged over both directions.
 
@@ -96,7 +99,9 @@ def check_features(image_features: Tensor, text_features: Tensor, image_ids: Ten
 def matching_loss(logits: Tensor, matches: Tensor) -> Tensor:
     """Image-text matching loss (ITM): cross-entropy of logits `[P, 2]`, column 1 for `matches` `[P]`, averaged."""
     if logits.ndim != 2 or logits.shape[1] != 2 or matches.shape != logits.shape[:1]:
-        raise InputError(f"logits are {[*logits.shape]} and matches {[*matches.shape]}; they must be [P, 2] and [P]")
+        raise InputError(
+            f"logits are {[*logits.shape]} and matches {[*matches.shape]}; they must be [P, 2] and [P]"
+        )
     return F.cross_entropy(logits, matches.long())
 
 
@@ -151,7 +156,9 @@ def sample_hard_negatives(
     """
     weights = hard_negative_weights(image_features, text_features, temperature, image_ids, gathered)
     if weights[0].shape[1] < 2:
-        raise InputError(f"{weights[0].shape[1]} pair(s) have no negative; hard negatives need at least 2 pairs")
+        raise InputError(
+            f"{weights[0].shape[1]} pair(s) have no negative; hard negatives need at least 2 pairs"
+        )
     if image_ids is not None:
         # The exclusion is symmetric, so a text without images is an image without texts.
         filled = (weights[0] > 0).any(1)
@@ -160,7 +167,9 @@ def sample_hard_negatives(
             torch._assert_async(filled.all(), message)
         elif not host.all_true(filled):
             pair = host.integer(filled.long().argmin())
-            raise InputError(f"pair {pair} (image id {host.integer(image_ids[pair])}) has no negative: {message}")
+            raise InputError(
+                f"pair {pair} (image id {host.integer(image_ids[pair])}) has no negative: {message}"
+            )
     return HardNegatives(*(race(w, generator) for w in weights))
 
 
@@ -170,22 +179,34 @@ def masked_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
     The official code gives NaN without targets.
     """
     if logits.shape[:-1] != targets.shape:
-        raise InputError(f"logits are {[*logits.shape]} and targets {[*targets.shape]}; there must be a target per row")
-    summed = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        raise InputError(
+            f"logits are {[*logits.shape]} and targets {[*targets.shape]}; there must be a target per row"
+        )
+    summed = F.cross_entropy(
+        logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
     return summed / (targets != IGNORED).sum().clamp_min(1)
 
 
-def masked_token_loss(hidden: Tensor, word_embeddings: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def masked_token_loss(
+    hidden: Tensor, word_embeddings: Tensor, bias: Tensor | None, targets: Tensor
+) -> Tensor:
     """`masked_lm_loss` of `hidden word_embeddings^T + bias`, without storing all logits.
 
     `hidden` `[..., width]` is transformed by the head. On CPU, targets outside of the vocabulary raise `InputError`.
     """
     if hidden.shape[:-1] != targets.shape:
-        raise InputError(f"hidden is {[*hidden.shape]} and targets {[*targets.shape]}; there must be a target per row")
+        raise InputError(
+            f"hidden is {[*hidden.shape]} and targets {[*targets.shape]}; there must be a target per row"
+        )
     try:
-        return ops.linear_cross_entropy(hidden, word_embeddings, bias, targets, ignore_index=IGNORED)
+        return ops.linear_cross_entropy(
+            hidden, word_embeddings, bias, targets, ignore_index=IGNORED
+        )
     except IndexError as error:
-        raise InputError(f"labels lie outside of the vocabulary of {word_embeddings.shape[0]}: {error}") from None
+        raise InputError(
+            f"labels lie outside of the vocabulary of {word_embeddings.shape[0]}: {error}"
+        ) from None
 
 
 def masked_image_loss(
@@ -202,25 +223,36 @@ def masked_image_loss(
     return patches if patches_only else patches + token
 
 
-def masked_image_terms(masked_embeds: Tensor, target_embeds: Tensor, patch_mask: Tensor) -> tuple[Tensor, Tensor]:
+def masked_image_terms(
+    masked_embeds: Tensor, target_embeds: Tensor, patch_mask: Tensor
+) -> tuple[Tensor, Tensor]:
     """The two terms of `masked_image_loss`: of the hidden patches, and of the image tokens."""
-    if masked_embeds.ndim != 3 or patch_mask.shape != (masked_embeds.shape[0], masked_embeds.shape[1] - 1):
+    if masked_embeds.ndim != 3 or patch_mask.shape != (
+        masked_embeds.shape[0],
+        masked_embeds.shape[1] - 1,
+    ):
         raise InputError(
             f"embeddings are {[*masked_embeds.shape]}, patch_mask {[*patch_mask.shape]}; give [B, 1 + N, D] and [B, N]"
         )
     if masked_embeds.shape != target_embeds.shape:
-        raise InputError(f"embeddings are {[*masked_embeds.shape]} and {[*target_embeds.shape]}; both must be the same")
+        raise InputError(
+            f"embeddings are {[*masked_embeds.shape]} and {[*target_embeds.shape]}; both must be the same"
+        )
     target = target_embeds.detach()
     # A weighted mean: boolean indexing would synchronise for the size of its result.
     hidden = patch_mask.bool()[:, :, None]
     squared = (masked_embeds[:, 1:] - target[:, 1:]).square()
     count = hidden.sum().clamp_min(1) * masked_embeds.shape[-1]
-    return squared.masked_fill(~hidden, 0).sum() / count, F.mse_loss(masked_embeds[:, 0], target[:, 0])
+    return squared.masked_fill(~hidden, 0).sum() / count, F.mse_loss(
+        masked_embeds[:, 0], target[:, 0]
+    )
 
 
 def _check_boxes(predicted: Tensor, target: Tensor, is_image: Tensor | None) -> None:
     if predicted.ndim != 2 or predicted.shape[1] != 4 or predicted.shape != target.shape:
-        raise InputError(f"boxes are {[*predicted.shape]} and {[*target.shape]}; both must be [R, 4]: (cx, cy, w, h)")
+        raise InputError(
+            f"boxes are {[*predicted.shape]} and {[*target.shape]}; both must be [R, 4]: (cx, cy, w, h)"
+        )
     if is_image is not None and is_image.shape != predicted.shape[:1]:
         raise InputError(
             f"is_image is {[*is_image.shape]}; there must be one for each of the {predicted.shape[0]} boxes"
@@ -262,7 +294,9 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     """
     low_a, high_a, area_a = _corners(a)
     low_b, high_b, area_b = _corners(b)
-    intersection = (torch.minimum(high_a, high_b) - torch.maximum(low_a, low_b)).clamp_min(0).prod(1)
+    intersection = (
+        (torch.minimum(high_a, high_b) - torch.maximum(low_a, low_b)).clamp_min(0).prod(1)
+    )
     hull = (torch.maximum(high_a, high_b) - torch.minimum(low_a, low_b)).prod(1)
     union = area_a + area_b - intersection
     return _quotient(intersection, union) - _quotient(hull - union, hull)
@@ -335,7 +369,9 @@ def check_equal(counts: dict[str, Tensor]) -> None:
         if same.device.type != "cpu":
             torch._assert_async(same.all(), f"the processes differ in {name}: {advice}")
         elif not host.all_true(same):
-            raise InputError(f"the processes differ in {name} ({', '.join(map(str, host.integers(of_all)))}): {advice}")
+            raise InputError(
+                f"the processes differ in {name} ({', '.join(map(str, host.integers(of_all)))}): {advice}"
+            )
 
 
 class _Gather(torch.autograd.Function):

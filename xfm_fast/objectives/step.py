@@ -11,7 +11,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from xfm_fast.batches import IGNORED, Batch, ImageBatch, PairBatch, RegionBatch, TextBatch, TextLayout
+from xfm_fast.batches import (
+    IGNORED,
+    Batch,
+    ImageBatch,
+    PairBatch,
+    RegionBatch,
+    TextBatch,
+    TextLayout,
+)
 from xfm_fast.data.masking import block_mask
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import host
@@ -166,8 +174,12 @@ def _text_loss(model: XFM, batch: TextBatch, world: World) -> Tensor:
     layout, encoder = batch.layout, model.text_encoder
     assert layout is not None
     model_inputs.check_tokens(batch.masked_input_ids, batch.attention_mask, model.config)
-    starts = torch.repeat_interleave(layout.starts, layout.target_counts, output_size=layout.labels.shape[0])
-    reads = Reads(cu_seqlens=layout.cu_targets, max_seqlen=layout.most_targets, rows=starts + layout.targets)
+    starts = torch.repeat_interleave(
+        layout.starts, layout.target_counts, output_size=layout.labels.shape[0]
+    )
+    reads = Reads(
+        cu_seqlens=layout.cu_targets, max_seqlen=layout.most_targets, rows=starts + layout.targets
+    )
     hidden = encoder.lm_head.transform(encoder(batch.masked_input_ids, layout.packing, reads=reads))
     loss = masked_token_loss(hidden, encoder.word_embeddings, encoder.lm_head.bias, layout.labels)
     return world.mean(loss, world.counts(targets=(layout.labels != IGNORED).sum())["targets"])
@@ -193,14 +205,19 @@ def _image_loss(
             target = compute_target(batch.image)
     assert target is not None
     embeds = model.encode_image(batch.image, mask)
-    counts = world.counts(hidden=mask.bool().sum(), images=torch.full((), len(embeds), device=embeds.device))
+    counts = world.counts(
+        hidden=mask.bool().sum(), images=torch.full((), len(embeds), device=embeds.device)
+    )
     if not target.is_floating_point():
         model.require_head("codes")
         if target.shape != mask.shape:
-            raise InputError(f"mim_target gave codes {[*target.shape]}; it must give one a patch, {[*mask.shape]}")
+            raise InputError(
+                f"mim_target gave codes {[*target.shape]}; it must give one a patch, {[*mask.shape]}"
+            )
         codes = target.long().masked_fill(~mask.bool(), IGNORED)
         return world.mean(
-            masked_token_loss(embeds[:, 1:], model.lm_head.weight, model.lm_head.bias, codes), counts["hidden"]
+            masked_token_loss(embeds[:, 1:], model.lm_head.weight, model.lm_head.bias, codes),
+            counts["hidden"],
         )
     patches, token = masked_image_terms(embeds, target, mask)
     loss = world.mean(patches, counts["hidden"])
@@ -236,10 +253,21 @@ class Step:
     """
 
     def __init__(
-        self, model: XFM, batch: PairBatch | RegionBatch, names: frozenset[str], world: World, options: Options
+        self,
+        model: XFM,
+        batch: PairBatch | RegionBatch,
+        names: frozenset[str],
+        world: World,
+        options: Options,
     ) -> None:
         assert batch.layout is not None
-        self.model, self.batch, self.names, self.world, self.options = model, batch, names, world, options
+        self.model, self.batch, self.names, self.world, self.options = (
+            model,
+            batch,
+            names,
+            world,
+            options,
+        )
         self.layout: TextLayout = batch.layout
         self.texts = batch.input_ids.shape[0]
         self.boxes = not names.isdisjoint(BOXES)
@@ -261,7 +289,11 @@ class Step:
             "lists of image ids": int(isinstance(batch, PairBatch) and batch.image_ids is not None),
         }
         targets = (self.layout.labels != IGNORED).sum()
-        boxes = (~batch.is_image.bool()).sum() if isinstance(batch, RegionBatch) else torch.zeros_like(targets)
+        boxes = (
+            (~batch.is_image.bool()).sum()
+            if isinstance(batch, RegionBatch)
+            else torch.zeros_like(targets)
+        )
         filled = {name: torch.full((), size, device=targets.device) for name, size in sizes.items()}
         self.counts = world.counts(**filled, targets=targets, boxes=boxes)
         if not names.isdisjoint({"itc", "itm"}):
@@ -294,14 +326,19 @@ class Step:
         losses, negatives = {}, None
         if "itc" in self.names or self.draws:
             first = packed.index_select(0, self.layout.starts) if self.whole else packed
-            image, text = self.model.project_image(image_tokens), self.model.project_text(first[:, None])
+            image, text = (
+                self.model.project_image(image_tokens),
+                self.model.project_text(first[:, None]),
+            )
             if self.options.official_itc_gradient and self.world.size > 1:
                 image, text = (ScaleGradient.apply(f, 1 / self.world.size) for f in (image, text))
             # A later step clamps the temperature in place; a pending backward pass needs a copy.
             pairs = (image, text, self.model.temp.clone())
             gathered = None
             if self.world.size > 1 and ("itc" in self.names or self.matched.size > 1):
-                images, texts = self.world.gather_with_gradient(torch.cat([image, text], dim=1)).chunk(2, dim=1)
+                images, texts = self.world.gather_with_gradient(
+                    torch.cat([image, text], dim=1)
+                ).chunk(2, dim=1)
                 ids = None if image_ids is None else self.world.gather(image_ids)
                 gathered = AllPairs(images, texts, self.world.rank * self.texts, ids)
             if "itc" in self.names:
@@ -313,21 +350,29 @@ class Step:
             if self.draws:
                 generator = self.options.generator
                 among = gathered if self.matched.size > 1 else None
-                negatives = sample_hard_negatives(*pairs, image_ids, gathered=among, generator=generator)
+                negatives = sample_hard_negatives(
+                    *pairs, image_ids, gathered=among, generator=generator
+                )
         tokens = packed.detach() if self.options.stop_gradient else packed
         if "itm" not in self.names:
             return losses, Texts(tokens) if self.whole else None
         if negatives is None:
-            negatives = check_negatives(self.options.hard_negatives, self.texts, self.texts * self.world.size)
+            negatives = check_negatives(
+                self.options.hard_negatives, self.texts, self.texts * self.world.size
+            )
         table = TextTable.of(tokens, self.layout, self.matched)
-        return losses, Texts(tokens, table, matching_pairs(self.layout, table, negatives, self.matched))
+        return losses, Texts(
+            tokens, table, matching_pairs(self.layout, table, negatives, self.matched)
+        )
 
     def _encode(self, ids: Tensor, *, graph: bool, first_only: bool = False) -> Tensor:
         packing = self.layout.packing
         model_inputs.check_tokens(ids, self.batch.attention_mask, self.model.config)
         # Concatenated weights of a pass without a graph would occupy memory until the next update.
         with torch.set_grad_enabled(graph and torch.is_grad_enabled()), uncached():
-            return self.model.text_encoder(ids, packing, reads=Reads.first_tokens(packing) if first_only else None)
+            return self.model.text_encoder(
+                ids, packing, reads=Reads.first_tokens(packing) if first_only else None
+            )
 
     def fuse(self, texts: Texts | None, memory: ImageMemory | PackedMemory) -> dict[str, Tensor]:
         """`itm`, `imlm` and the box losses, from one pass of the fusion encoder."""
@@ -373,18 +418,29 @@ class Step:
                 losses["itm"] = matching_loss(logits, matches)
             else:
                 # 3B pairs per process on average; the number here depends on the drawn images.
-                losses["itm"] = F.cross_entropy(logits, matches.long(), reduction="sum") / (3 * self.texts)
+                losses["itm"] = F.cross_entropy(logits, matches.long(), reduction="sum") / (
+                    3 * self.texts
+                )
         if self.boxes:
             assert isinstance(self.batch, RegionBatch)
             assert self.batch.regions is not None
-            predicted, boxed = self.model.predict_boxes(next(pieces)[:, None]), self.batch.regions.boxed
-            arguments = (predicted, self.batch.boxes[boxed].to(predicted.dtype), self.batch.is_image[boxed])
+            predicted, boxed = (
+                self.model.predict_boxes(next(pieces)[:, None]),
+                self.batch.regions.boxed,
+            )
+            arguments = (
+                predicted,
+                self.batch.boxes[boxed].to(predicted.dtype),
+                self.batch.is_image[boxed],
+            )
             for name, box_loss in (("bbox_l1", box_l1_loss), ("bbox_giou", box_giou_loss)):
                 if name in self.names:
                     losses[name] = self.world.mean(box_loss(*arguments), self.counts["boxes"])
         if "imlm" in self.names:
             hidden = encoder.lm_head.transform(next(pieces))
-            loss = masked_token_loss(hidden, encoder.word_embeddings, encoder.lm_head.bias, self.layout.labels)
+            loss = masked_token_loss(
+                hidden, encoder.word_embeddings, encoder.lm_head.bias, self.layout.labels
+            )
             losses["imlm"] = self.world.mean(loss, self.counts["targets"])
         return losses
 
@@ -394,13 +450,19 @@ class Step:
         assert isinstance(batch, RegionBatch)
         assert batch.regions is not None
         boxed = batch.regions.boxed
-        starts, lengths = (layout.starts, layout.lengths) if table is None else table.own(self.texts)
+        starts, lengths = (
+            (layout.starts, layout.lengths) if table is None else table.own(self.texts)
+        )
         images = batch.image_index.long()[boxed] + self.texts
         longest, tokens = layout.packing.longest, batch.regions.boxed_tokens
-        return Pairs.first_token(starts[boxed], lengths[boxed], images, tokens=tokens, longest=longest)
+        return Pairs.first_token(
+            starts[boxed], lengths[boxed], images, tokens=tokens, longest=longest
+        )
 
 
-def region_memory(model: XFM, batch: RegionBatch, own: Tensor, images: Tensor, *, boxes: bool) -> PackedMemory:
+def region_memory(
+    model: XFM, batch: RegionBatch, own: Tensor, images: Tensor, *, boxes: bool
+) -> PackedMemory:
     """A memory group of visible tokens for every region, then with `boxes` one of all tokens for every image.
 
     `own` and `images` come from `encode_region_tokens`.
@@ -462,7 +524,9 @@ def check_regions(batch: RegionBatch) -> None:
     _check_rows("image_index", batch.image_index, texts)
     _check_rows("is_image", batch.is_image, texts)
     if batch.boxes.shape != (texts, 4):
-        raise InputError(f"boxes are {[*batch.boxes.shape]}; {texts} texts need [{texts}, 4]: (cx, cy, w, h)")
+        raise InputError(
+            f"boxes are {[*batch.boxes.shape]}; {texts} texts need [{texts}, 4]: (cx, cy, w, h)"
+        )
     if batch.boxes.device.type == "cpu" and not host.all_true(batch.boxes.isfinite()):
         text = host.integer(batch.boxes.isfinite().all(1).long().argmin())
         raise InputError(f"boxes of text {text} contain NaN or infinity; check its annotation")
@@ -475,17 +539,29 @@ def check_negatives(negatives: object, rows: int, pairs: int) -> HardNegatives:
             f"hard_negatives is a {type(negatives).__name__}; give (image_negative_index, text_negative_index)"
         )
     for name, index in zip(("image_negative_index", "text_negative_index"), negatives, strict=True):
-        if not isinstance(index, Tensor) or index.is_floating_point() or index.shape not in ((rows,), (pairs,)):
-            found = f"{index.dtype} {[*index.shape]}" if isinstance(index, Tensor) else type(index).__name__
+        if (
+            not isinstance(index, Tensor)
+            or index.is_floating_point()
+            or index.shape not in ((rows,), (pairs,))
+        ):
+            found = (
+                f"{index.dtype} {[*index.shape]}"
+                if isinstance(index, Tensor)
+                else type(index).__name__
+            )
             raise InputError(f"{name} is {found}; give one integer for each of the {rows} pairs")
         if index.device.type == "cpu" and index.numel():
             lowest, highest = host.integer(index.min()), host.integer(index.max())
             if lowest < 0 or highest >= pairs:
                 wrong = lowest if lowest < 0 else highest
-                raise InputError(f"{name} contains {wrong}; give numbers from 0 below the {pairs} pairs")
+                raise InputError(
+                    f"{name} contains {wrong}; give numbers from 0 below the {pairs} pairs"
+                )
     return HardNegatives(*negatives)
 
 
 def _check_rows(name: str, tensor: Tensor | None, rows: int) -> None:
     if tensor is not None and tensor.shape != (rows,):
-        raise InputError(f"{name} is {[*tensor.shape]}; there must be one for each of the {rows} texts")
+        raise InputError(
+            f"{name} is {[*tensor.shape]}; there must be one for each of the {rows} texts"
+        )

@@ -29,7 +29,16 @@ from xfm_fast.replace.official import (
     OfficialVisionBlock,
     OfficialVocabularyHead,
 )
-from xfm_fast.replace.report import ROW, Entry, Report, Unknown, in_graphs, linear_weights, size_of, unknown_layers
+from xfm_fast.replace.report import (
+    ROW,
+    Entry,
+    Report,
+    Unknown,
+    in_graphs,
+    linear_weights,
+    size_of,
+    unknown_layers,
+)
 from xfm_fast.replace.stored import FrozenLinear, quantise
 from xfm_fast.replace.stored import freeze as freeze_weights
 from xfm_fast.replace.swap import (
@@ -45,7 +54,11 @@ from xfm_fast.replace.swap import (
     restore,
     swap,
 )
-from xfm_fast.replace.torch_modules import FusedLayerNorm, FusedMultiheadAttention, UnpaddedTransformerEncoder
+from xfm_fast.replace.torch_modules import (
+    FusedLayerNorm,
+    FusedMultiheadAttention,
+    UnpaddedTransformerEncoder,
+)
 from xfm_fast.replace.unpadded import CutOpenClip, CutOpenClipText, CutTextModel, UnpaddedEncoder
 from xfm_fast.replace.verification import (
     LEAST_COSINE,
@@ -59,7 +72,15 @@ from xfm_fast.replace.verification import (
 
 # In order of precedence.
 FORMS: tuple[type[Fused], ...] = (
-    *(FusedEmbeddings, FusedMaskedLM, VocabularyHead, UnpaddedEncoder, CutTextModel, CutOpenClip, CutOpenClipText),
+    *(
+        FusedEmbeddings,
+        FusedMaskedLM,
+        VocabularyHead,
+        UnpaddedEncoder,
+        CutTextModel,
+        CutOpenClip,
+        CutOpenClipText,
+    ),
     *(FusedLayer, OfficialTextEncoder, OfficialTextLayer, OfficialVisionBlock, OfficialEmbeddings),
     *(OfficialVocabularyHead, UnpaddedTransformerEncoder, FusedMultiheadAttention, FusedLayerNorm),
 )
@@ -132,14 +153,18 @@ def accelerate(
         raise InputError(f"accelerate takes a torch.nn.Module, not {type(model).__name__}")
     meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if meta is not None:
-        raise InputError(f"parameters have no values yet ({meta} is on the meta device); load the weights first")
+        raise InputError(
+            f"parameters have no values yet ({meta} is on the meta device); load the weights first"
+        )
     kind, compute = (dtype, None) if isinstance(dtype, str) else (None, dtype)
     if kind is not None:
         devices = {p.device for p in model.parameters()} or {torch.device("cpu")}
         types = {floating_dtype(kind, device) for device in devices}
         compute = types.pop() if len(types) == 1 else None
         if freeze:
-            raise InputError(f"freeze=True cannot be combined with dtype={kind!r}; leave one of them out")
+            raise InputError(
+                f"freeze=True cannot be combined with dtype={kind!r}; leave one of them out"
+            )
     settings = Settings(kernels, compute, unpad, skip_logits, kind, freeze)
     _check_machine(model, settings)
     if cuda_graphs:
@@ -179,12 +204,17 @@ def accelerate(
             with counted() as runs:
                 after = model_outputs(model, batch)
             report.runs = {
-                entry.path: runs[module] for entry, module in zip(report.replaced, report._modules, strict=False)
+                entry.path: runs[module]
+                for entry, module in zip(report.replaced, report._modules, strict=False)
             }
             _check_coverage(report, runs)
-            report.differences, report.rounding = compare_outputs(before, after, mask, compute, kind)
+            report.differences, report.rounding = compare_outputs(
+                before, after, mask, compute, kind
+            )
             if all(p.is_cpu for p in model.parameters()):
-                report.speedups, report.untimed = speedups(model, batch, partial(_original_forward, report))
+                report.speedups, report.untimed = speedups(
+                    model, batch, partial(_original_forward, report)
+                )
         if cuda_graphs:
             model.__dict__["forward"] = CallGraphs(model.forward, model)
             report._model = model
@@ -228,13 +258,17 @@ def _without_former(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _install(model: nn.Module, forms: Forms, settings: Settings) -> tuple[list[FrozenLinear], list[list[nn.Parameter]]]:
+def _install(
+    model: nn.Module, forms: Forms, settings: Settings
+) -> tuple[list[FrozenLinear], list[list[nn.Parameter]]]:
     """Swap modules to their fused forms; returns the layers with packed weights and the flagged weights by module."""
     for module, form in forms:
         swap(module, form, settings)
     fused = [module for module, _ in forms if isinstance(module, Fused)]
     frozen = freeze_weights(model, fused, settings) if settings.freeze else []
-    return frozen, [] if settings.eight_bits is None else quantise(model, fused, settings.eight_bits)
+    return frozen, [] if settings.eight_bits is None else quantise(
+        model, fused, settings.eight_bits
+    )
 
 
 def _check_coverage(report: Report, runs: Mapping[nn.Module, int]) -> None:
@@ -275,7 +309,9 @@ class _InOneType(Fused):
             return super().forward(*args, **kwargs)
 
 
-def _plan(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings) -> tuple[Report, Forms]:
+def _plan(
+    model: nn.Module, chosen: dict[str, nn.Module], settings: Settings
+) -> tuple[Report, Forms]:
     """Decide on every module: the report, and the modules with their fused forms."""
     entries: list[Entry] = []
     forms: Forms = []
@@ -298,13 +334,17 @@ def _plan(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings) ->
             forms.append((module, form))
             # PyTorch's norms and attentions inside a fused module are read, never called.
             parts = _bypassed(module, form).values()
-            inside |= {part for part in parts if original_class(part).__module__.startswith("torch.nn.")}
+            inside |= {
+                part for part in parts if original_class(part).__module__.startswith("torch.nn.")
+            }
     modules = [module for module, _ in forms]
     computing = {module for module in modules if linear_weights(module)}
     for module, fused in forms:
         within = [*module.modules()][1:]
         # The linear layers of an unpadded encoder are in its layers, some of which may be unknown.
-        reported.update(within if computing.isdisjoint(within) else _bypassed(module, fused).values(), [module])
+        reported.update(
+            within if computing.isdisjoint(within) else _bypassed(module, fused).values(), [module]
+        )
     unknown = unknown_layers(model, chosen, reported, layers)
     if not forms:
         raise InputError(_nothing(model, entries, unknown))
@@ -321,7 +361,9 @@ def _bypassed(module: nn.Module, fused: type[Fused]) -> dict[str, nn.Module]:
     return {name: part for name in names if (part := find(module, name)) is not None}
 
 
-def _decide(path: str, module: nn.Module, settings: Settings) -> tuple[Entry | None, type[Fused] | None]:
+def _decide(
+    path: str, module: nn.Module, settings: Settings
+) -> tuple[Entry | None, type[Fused] | None]:
     """The first form that accepts a module; otherwise the entry with the first refusal."""
     left = None
     for form in FORMS:
@@ -355,7 +397,11 @@ def _why_not_values(module: nn.Module, fused: type[Fused], settings: Settings) -
             if parameter is None:
                 continue
             if type(parameter.data) is not Tensor or not parameter.is_floating_point():
-                kind = type(parameter.data).__name__ if type(parameter.data) is not Tensor else parameter.dtype
+                kind = (
+                    type(parameter.data).__name__
+                    if type(parameter.data) is not Tensor
+                    else parameter.dtype
+                )
                 return f"{name} has a weight of {kind} (quantised or sharded)"
             types.setdefault(parameter.dtype, name)
     if len(types) > 1 and settings.dtype is None:
@@ -364,34 +410,57 @@ def _why_not_values(module: nn.Module, fused: type[Fused], settings: Settings) -
     return None
 
 
-def _under(modules: dict[str, nn.Module], selection: Selection, argument: str) -> dict[str, nn.Module]:
+def _under(
+    modules: dict[str, nn.Module], selection: Selection, argument: str
+) -> dict[str, nn.Module]:
     """Modules that match a selection, and their submodules."""
     found: dict[str, nn.Module] = {}
     for one in [selection] if isinstance(selection, (str, type)) else selection:
         if isinstance(one, type):
             roots = [path for path, module in modules.items() if isinstance(module, one)]
         else:
-            named = {path: (path, original_class(module).__name__) for path, module in modules.items()}
-            roots = [path for path, names in named.items() if any(fnmatchcase(name, one) for name in names)]
+            named = {
+                path: (path, original_class(module).__name__) for path, module in modules.items()
+            }
+            roots = [
+                path
+                for path, names in named.items()
+                if any(fnmatchcase(name, one) for name in names)
+            ]
         if not roots:
             name = one if isinstance(one, str) else one.__name__
-            raise InputError(f"{argument}={name!r} matches no module of the model, by name or class")
+            raise InputError(
+                f"{argument}={name!r} matches no module of the model, by name or class"
+            )
         for root in roots:
             inside = f"{root}." if root else ""
-            found |= {path: module for path, module in modules.items() if path == root or path.startswith(inside)}
+            found |= {
+                path: module
+                for path, module in modules.items()
+                if path == root or path.startswith(inside)
+            }
     return {path: module for path, module in modules.items() if path in found}
 
 
 def _check_machine(model: nn.Module, settings: Settings) -> None:
     devices = {p.device for p in model.parameters()}
-    types = {p.dtype for p in model.parameters() if p.is_floating_point()} | {settings.dtype} - {None}
-    narrow = torch.bfloat16 in (types if settings.dtype is None else {settings.dtype}) and settings.eight_bits is None
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()} | {settings.dtype} - {
+        None
+    }
+    narrow = (
+        torch.bfloat16 in (types if settings.dtype is None else {settings.dtype})
+        and settings.eight_bits is None
+    )
     for device in devices:
         try:
             resolve(settings.backend, torch.empty(0, device=device))
         except ValueError as error:
             raise UnavailableError(str(error)) from None
-        if device.type == "cpu" and torch.bfloat16 in types and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if (
+            device.type == "cpu"
+            and torch.bfloat16 in types
+            and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        ):
             raise UnavailableError(
                 "bfloat16 on this CPU is emulated and slower than float32 (it lacks AVX-512 or AMX instructions); use "
                 "dtype=None with model.float()"
@@ -401,7 +470,9 @@ def _check_machine(model: nn.Module, settings: Settings) -> None:
         if device.type == "cpu" and settings.dtype is torch.float16:
             raise UnavailableError("float16 is for GPUs; on a CPU use dtype=torch.bfloat16 or None")
     if settings.dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-        raise InputError(f"dtype={settings.dtype} is not supported; choose float32, bfloat16 or float16")
+        raise InputError(
+            f"dtype={settings.dtype} is not supported; choose float32, bfloat16 or float16"
+        )
 
 
 @cache

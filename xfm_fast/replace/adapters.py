@@ -46,7 +46,8 @@ class Addition(NamedTuple):
 def is_adapted(layer: nn.Module) -> bool:
     """True for a linear layer of peft with LoRA adapters, fused or not."""
     return any(
-        kind.__name__ == "Linear" and kind.__module__ == "peft.tuners.lora.layer" for kind in type(layer).__mro__[:3]
+        kind.__name__ == "Linear" and kind.__module__ == "peft.tuners.lora.layer"
+        for kind in type(layer).__mro__[:3]
     )
 
 
@@ -69,9 +70,15 @@ def why_not(layer: Any) -> str | None:
     if layer.merged:
         return None
     for name in _active(layer):
-        plain = getattr(layer, "lora_variant", {}).get(name) is None and not layer.use_dora.get(name)
+        plain = getattr(layer, "lora_variant", {}).get(name) is None and not layer.use_dora.get(
+            name
+        )
         linear = type(layer.lora_A[name]) is nn.Linear and type(layer.lora_B[name]) is nn.Linear
-        if not plain or not linear or not isinstance(layer.lora_dropout[name], nn.Dropout | nn.Identity):
+        if (
+            not plain
+            or not linear
+            or not isinstance(layer.lora_dropout[name], nn.Dropout | nn.Identity)
+        ):
             return f"has the adapter {name!r} of another kind than plain LoRA"
     return None
 
@@ -95,7 +102,9 @@ def additions(layer: Any) -> list[Addition]:
     return found
 
 
-def added(weight: Tensor, bias: Tensor | None, found: list[Addition]) -> tuple[Tensor, Tensor | None] | None:
+def added(
+    weight: Tensor, bias: Tensor | None, found: list[Addition]
+) -> tuple[Tensor, Tensor | None] | None:
     """Weight `[M, K]` and bias `[M]` with merged adapters, cached; None with gradients, dropout or a compiler."""
     factors = [t for one in found for t in (one.down, one.up, one.bias) if t is not None]
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (weight, *factors))
@@ -103,9 +112,15 @@ def added(weight: Tensor, bias: Tensor | None, found: list[Addition]) -> tuple[T
         return None
 
     def summed() -> Tensor:
-        total = weight.detach().float() if weight.dtype != torch.float64 else weight.detach().clone()
+        total = (
+            weight.detach().float() if weight.dtype != torch.float64 else weight.detach().clone()
+        )
         for one in found:
-            total = total + (one.up.detach().to(total.dtype) @ one.down.detach().to(total.dtype)) * one.scaling
+            total = (
+                total
+                + (one.up.detach().to(total.dtype) @ one.down.detach().to(total.dtype))
+                * one.scaling
+            )
         return total.to(weight.dtype)
 
     shifts = [one.bias.detach() * one.scaling for one in found if one.bias is not None]

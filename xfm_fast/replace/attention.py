@@ -39,7 +39,10 @@ class PositionTable(NamedTuple):
     def fits(self, tokens: int) -> bool:
         """True if a sequence is one class token and this window of patches."""
         height, width = self.window
-        return tokens == 1 + height * width and self.table.shape[0] == (2 * height - 1) * (2 * width - 1) + 3
+        return (
+            tokens == 1 + height * width
+            and self.table.shape[0] == (2 * height - 1) * (2 * width - 1) + 3
+        )
 
 
 Bias = PositionTable | Tensor | None
@@ -65,7 +68,9 @@ def attention(
     if isinstance(bias, PositionTable):
         if not dropout_p:
             table = settings.parameter(bias.table)
-            return ops.relpos_attention(q, k, v, table, bias.window, scale=scale, backend=backend).flatten(2)
+            return ops.relpos_attention(
+                q, k, v, table, bias.window, scale=scale, backend=backend
+            ).flatten(2)
         bias = reference.position_bias(bias.table, bias.window)
     if bias is None and not causal and (q.device.type == "cpu" or backend is not None):
         # The varlen op chooses the fastest of several implementations, also for equal lengths.
@@ -73,7 +78,9 @@ def attention(
         offsets = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=q.device)
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))
         layout = (offsets, offsets, tokens, tokens)
-        out = ops.varlen_attention(q, k, v, *layout, dropout_p=dropout_p, scale=scale, backend=backend)
+        out = ops.varlen_attention(
+            q, k, v, *layout, dropout_p=dropout_p, scale=scale, backend=backend
+        )
         return out.view(batch, tokens, -1)
     if isinstance(bias, Tensor) and not dropout_p and _shared_on_cpu(q, k, v, bias):
         _, tokens, heads, _ = q.shape
@@ -95,7 +102,11 @@ def sdpa(
 ) -> Tensor:
     """PyTorch's attention of `[B, N, H, D]` → `[B, N, H·D]`."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=scale).transpose(1, 2).flatten(2)
+    return (
+        F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=scale)
+        .transpose(1, 2)
+        .flatten(2)
+    )
 
 
 def _shared_on_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> bool:
@@ -123,11 +134,15 @@ class Memory:
 class Padded:
     """Attention of a padded batch, `[B, L, H, D]`."""
 
-    mask: Tensor | None = None  # as for `scaled_dot_product_attention`, or a key padding mask `[B, L]`
+    mask: Tensor | None = (
+        None  # as for `scaled_dot_product_attention`, or a key padding mask `[B, L]`
+    )
     causal: bool = False  # only without a mask
     memory: Memory | None = None
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings
+    ) -> Tensor:
         mask = self.mask
         if mask is not None and mask.ndim == 2:
             return attend_to_real_keys(q, k, v, mask, dropout_p, settings=settings).flatten(-2)
@@ -159,7 +174,9 @@ class Packed:
         cu, longest = packing.cu_seqlens, packing.longest
         return cls(cu, cu, longest, longest, packing.key_mask, memory)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings
+    ) -> Tensor:
         layout = (self.cu_q, self.cu_k, self.longest_q, self.longest_k)
         out = ops.varlen_attention(
             q, k, v, *layout, dropout_p=dropout_p, key_mask=self.key_mask, backend=settings.backend
@@ -173,9 +190,13 @@ class EqualLengths:
 
     texts: int
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings
+    ) -> Tensor:
         shape = (self.texts, -1)
-        return sdpa(q.unflatten(0, shape), k.unflatten(0, shape), v.unflatten(0, shape), None, dropout_p).flatten(0, 1)
+        return sdpa(
+            q.unflatten(0, shape), k.unflatten(0, shape), v.unflatten(0, shape), None, dropout_p
+        ).flatten(0, 1)
 
 
 def is_small(packing: Packing, settings: Settings) -> bool:
@@ -201,7 +222,9 @@ def attend_to_real_keys(
 ) -> Tensor:
     """Attention of padded queries `[B, L, H, D]` over the keys `[B, N, H, D]` whose `mask` `[B, N]` is non-zero."""
     if torch.compiler.is_exporting() or traced():
-        return sdpa(q, k, v, mask.bool()[:, None, None, :], dropout_p, scale=scale).unflatten(-1, v.shape[-2:])
+        return sdpa(q, k, v, mask.bool()[:, None, None, :], dropout_p, scale=scale).unflatten(
+            -1, v.shape[-2:]
+        )
     # All layers of a model get the same mask.
     keys = cached("packed keys", (mask,), lambda: Packing.from_mask(mask))
     texts, length = q.shape[:2]
@@ -226,7 +249,9 @@ class Causal:
 
     packing: Packing
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings
+    ) -> Tensor:
         q, k, v = self.packing.unpad(torch.stack((q, k, v), 1)).unbind(2)
         return self.packing.pack(sdpa(q, k, v, None, dropout_p, causal=True))
 
@@ -235,8 +260,12 @@ class Causal:
 class Dense:
     """Attention of `[B, N, H, D]`."""
 
-    mask: Tensor | None = None  # additive, boolean (False hides) `[B, 1 or H, 1 or N, N]`, or key padding `[B, N]`
-    bias: Bias = None  # added to the scaled scores, `[1 or B, H, N, N]`; or a position table, without a mask
+    mask: Tensor | None = (
+        None  # additive, boolean (False hides) `[B, 1 or H, 1 or N, N]`, or key padding `[B, N]`
+    )
+    bias: Bias = (
+        None  # added to the scaled scores, `[1 or B, H, N, N]`; or a position table, without a mask
+    )
     causal: bool = False  # only without mask and bias
     scale: float | None = None
 
@@ -255,9 +284,15 @@ class Dense:
             return cls(mask[:, None, None].bool(), bias) if bias is not None else cls(mask)
         # Eager attention adds a boolean mask as ones and zeros.
         boolean = not mask.is_floating_point()
-        return None if mask.ndim != 4 or (boolean and implementation in ("eager", None)) else cls(mask, bias)
+        return (
+            None
+            if mask.ndim != 4 or (boolean and implementation in ("eager", None))
+            else cls(mask, bias)
+        )
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings
+    ) -> Tensor:
         if self.mask is not None and self.bias is None:
             return Padded(self.mask)(q, k, v, dropout_p, settings)
         mask, bias, dtype = self.mask, self.bias, q.dtype
@@ -266,7 +301,9 @@ class Dense:
                 bias = add_mask(bias, mask, dtype)
             else:
                 # All layers of a model get the same two.
-                bias = cached(f"with mask {dtype}", (bias, mask), partial(add_mask, bias, mask, dtype))
+                bias = cached(
+                    f"with mask {dtype}", (bias, mask), partial(add_mask, bias, mask, dtype)
+                )
         scale = self.scale or q.shape[-1] ** -0.5
         return attention(q, k, v, scale, bias, settings, dropout_p=dropout_p, causal=self.causal)
 
@@ -280,7 +317,9 @@ class Spread:
     bias: Tensor | None = None  # `[1 or P, H, L, L]`, added to the scaled scores
     window: int | None = None  # maximum distance
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings
+    ) -> Tensor:
         if self.packing.whole:
             q, k, v = map(self.packing.unpad, (q, k, v))
         else:
@@ -290,7 +329,9 @@ class Spread:
         elif self.window is None and self.bias is not None and not is_small(self.packing, settings):
             # Without a mask the op can choose a kernel that hides no keys.
             keys, backend = None if self.packing.whole else self.mask, settings.backend
-            out = ops.bias_attention(q, k, v, self.bias.to(q.dtype), keys, dropout_p, backend=backend)
+            out = ops.bias_attention(
+                q, k, v, self.bias.to(q.dtype), keys, dropout_p, backend=backend
+            )
         else:
             seen = None if self.packing.whole else self.mask[:, None, None]
             if self.window is not None:
@@ -310,19 +351,31 @@ def add_mask(bias: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     return bias.masked_fill(~mask, lowest)
 
 
-def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor, dropout_p: float = 0.0) -> Tensor:
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor, dropout_p: float = 0.0
+) -> Tensor:
     """Attention `[B, N, H, D]` within a window, linear in N: blocks of `window` queries see three blocks of keys."""
     batch, tokens, heads, width = q.shape
     blocks = -(-tokens // window)
     rest = blocks * window - tokens
     q = F.pad(q, (0, 0, 0, 0, 0, rest)).view(batch * blocks, window, heads, width)
-    k, v = (F.pad(t, (0, 0, 0, 0, window, rest + window)).unfold(1, 3 * window, window) for t in (k, v))
-    k, v = (t.permute(0, 1, 4, 2, 3).reshape(batch * blocks, 3 * window, heads, width) for t in (k, v))
-    keys = F.pad(mask, (window, rest + window)).unfold(1, 3 * window, window).reshape(batch * blocks, 1, 3 * window)
+    k, v = (
+        F.pad(t, (0, 0, 0, 0, window, rest + window)).unfold(1, 3 * window, window) for t in (k, v)
+    )
+    k, v = (
+        t.permute(0, 1, 4, 2, 3).reshape(batch * blocks, 3 * window, heads, width) for t in (k, v)
+    )
+    keys = (
+        F.pad(mask, (window, rest + window))
+        .unfold(1, 3 * window, window)
+        .reshape(batch * blocks, 1, 3 * window)
+    )
     places = torch.arange(3 * window, device=q.device) - window
     distance = (places[:window, None] + window - places).abs()
     seen = (keys & (distance <= window)) | (distance == 0)
-    return sdpa(q, k, v, seen[:, None], dropout_p).reshape(batch, blocks * window, heads, width)[:, :tokens]
+    return sdpa(q, k, v, seen[:, None], dropout_p).reshape(batch, blocks * window, heads, width)[
+        :, :tokens
+    ]
 
 
 @dataclass(frozen=True)
@@ -346,7 +399,12 @@ class Windows:
 
 
 def windows_of(
-    size: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], x: Tensor, *, fill_first: bool
+    size: tuple[int, ...],
+    window: tuple[int, ...],
+    shift: tuple[int, ...],
+    x: Tensor,
+    *,
+    fill_first: bool,
 ) -> Windows:
     """Cached windows of an image; `fill_first` pads before the shift (transformers) or after it (timm)."""
     if torch.compiler.is_compiling() or not readable(x):
@@ -357,7 +415,11 @@ def windows_of(
 
 
 def _build_windows(
-    size: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], fill_first: bool, device: torch.device
+    size: tuple[int, ...],
+    window: tuple[int, ...],
+    shift: tuple[int, ...],
+    fill_first: bool,
+    device: torch.device,
 ) -> Windows:
     height, width = size
     places = torch.arange(height * width, device=device).view(height, width)
@@ -368,7 +430,9 @@ def _build_windows(
         places = places.roll((-shift[0], -shift[1]), (0, 1))
     if not fill_first:
         places = F.pad(places, filling, value=height * width)
-    index = places.unflatten(1, (-1, window[1])).unflatten(0, (-1, window[0])).transpose(1, 2).flatten()
+    index = (
+        places.unflatten(1, (-1, window[1])).unflatten(0, (-1, window[0])).transpose(1, 2).flatten()
+    )
     inverse = index.argsort()[: height * width]
     area = window[0] * window[1]
     return Windows(index, inverse, index.shape[0] // area, area, index.shape[0] > height * width)
@@ -385,7 +449,9 @@ class WindowAttention:
     bias: Callable[[], Tensor]  # `[1 or windows, H, area, area]`
     logit_scale: Tensor | None = None  # of scaled cosine attention (Swin V2, arXiv 2111.09883)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings
+    ) -> Tensor:
         scale = q.shape[-1] ** -0.5
         if self.logit_scale is not None:
             factor = self.logit_scale.clamp(max=math.log(1 / 0.01)).exp().view(-1, 1)
@@ -393,7 +459,9 @@ class WindowAttention:
             q, k = q.to(v.dtype), k.to(v.dtype)
         added = self.bias().to(torch.promote_types(q.dtype, torch.float32))
         # Batch entry b uses the bias of window b mod windows.
-        out = ops.bias_attention(q, k, v, added, None, dropout_p, scale=scale, backend=settings.backend)
+        out = ops.bias_attention(
+            q, k, v, added, None, dropout_p, scale=scale, backend=settings.backend
+        )
         return out.flatten(2)
 
 
@@ -420,7 +488,9 @@ def cached_bias(
     return cached(f"window bias {name}", sources, made)
 
 
-def continuous_bias(name: str, attn: Any, mlp: nn.Module, mask: Callable[[], Tensor | None]) -> Callable[[], Tensor]:
+def continuous_bias(
+    name: str, attn: Any, mlp: nn.Module, mask: Callable[[], Tensor | None]
+) -> Callable[[], Tensor]:
     """The position bias of Swin V2, `[1, H, N, N]`: an MLP of the distance, scaled to 0…16."""
 
     def make() -> Tensor:
@@ -474,7 +544,9 @@ def padding_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if any(getattr(config, f"use_{kind}relative_position_bias", False) for kind in ("", "shared_")):
         return eager_mask(*args, **kwargs)
     mask = kwargs.get("attention_mask")
-    plain = kwargs.get("mask_function") is bidirectional_mask_function and not kwargs.get("kv_offset")
+    plain = kwargs.get("mask_function") is bidirectional_mask_function and not kwargs.get(
+        "kv_offset"
+    )
     if plain and mask is not None and mask.ndim == 2 and mask.shape[1] == kwargs.get("kv_length"):
         return mask
     return sdpa_mask(*args, **kwargs)
@@ -494,7 +566,11 @@ def attention_forward(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     padding = attention_mask is not None and attention_mask.ndim == 2
-    special = query.shape[1] != key.shape[1] or value.shape != key.shape or kwargs.get("softcap") is not None
+    special = (
+        query.shape[1] != key.shape[1]
+        or value.shape != key.shape
+        or kwargs.get("softcap") is not None
+    )
     if not special:
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
         position = kwargs.get("position_bias")
@@ -514,4 +590,6 @@ def attention_forward(
             return ops.bias_attention(q, k, v, bias, keys, dropout, scale=scaling), None
     if attention_mask is not None and padding:
         attention_mask = attention_mask.bool()[:, None, None, :]
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout, scaling, **kwargs
+    )

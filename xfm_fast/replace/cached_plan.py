@@ -83,28 +83,43 @@ class CachedPlan:
         # Of weights that are copied anyway, one product takes less time than three.
         joins = len(groups[0]) > 1 and (pack_of(groups[0]) is not None or self._converts(groups[0]))
         joined = {id(value) for value in _parameters(groups[0])} if joins else set()
-        self._copied = [v for _, _, v, _ in self._sources if self.rounded or v.dtype != dtype or id(v) in joined]
+        self._copied = [
+            v for _, _, v, _ in self._sources if self.rounded or v.dtype != dtype or id(v) in joined
+        ]
         self._seen, copied = Sources(self._copied), set(map(id, self._copied))
-        self._read = [(v, v.data_ptr(), v.stride()) for _, _, v, _ in self._sources if id(v) not in copied]
-        ends = {id(end): gamma for end, gamma in zip((parts.proj, parts.fc2), parts.gammas, strict=True)}
-        self._linears = {
-            id(part): self._linear([part], ends.get(id(part))) for part in (parts.proj, parts.fc2, *parts.inner)
+        self._read = [
+            (v, v.data_ptr(), v.stride()) for _, _, v, _ in self._sources if id(v) not in copied
+        ]
+        ends = {
+            id(end): gamma for end, gamma in zip((parts.proj, parts.fc2), parts.gammas, strict=True)
         }
-        self._qkv = [self._linear(group) for group in (groups if joins else ((part,) for part in parts.projections))]
+        self._linears = {
+            id(part): self._linear([part], ends.get(id(part)))
+            for part in (parts.proj, parts.fc2, *parts.inner)
+        }
+        self._qkv = [
+            self._linear(group)
+            for group in (groups if joins else ((part,) for part in parts.projections))
+        ]
         self._proj, self._fc2 = self._linears[id(parts.proj)], self._linears[id(parts.fc2)]
         self._fc1 = None if parts.hidden is not None else self._linears[id(parts.inner[0])]
         mlp = [layer is not None and layer.rounded is not None for layer in (self._fc1, self._fc2)]
         self._int8_mlp, self._float_mlp = all(mlp), self._fc1 is not None and not any(mlp)
         self._first, self._second = (self._norm(norm) for norm in parts.norms)
         self._shape = (cast(Any, parts.proj).out_features,)
-        self._scales = tuple(None if gamma is None else gamma.detach().to(dtype) for gamma in parts.gammas)
+        self._scales = tuple(
+            None if gamma is None else gamma.detach().to(dtype) for gamma in parts.gammas
+        )
 
     def is_valid(self, layer: nn.Module) -> bool:
         if self._links is not links(layer):
             return False
         if self.parts.activation is not None:
             activation = self.parts.activation(layer)
-            if activation is not self._activation or getattr(activation, "approximate", None) != self._approximate:
+            if (
+                activation is not self._activation
+                or getattr(activation, "approximate", None) != self._approximate
+            ):
                 return False
         if any(owner[name] is not None for owner, name in self._absent):
             return False
@@ -124,7 +139,9 @@ class CachedPlan:
         fc1, fc2 = self._fc1, self._fc2
         if self.wide:
             own = x if self._qkv[0].rounded is not None else x.to(self.dtype)
-            x = self._normed(self._sum(self._attended(own, attend, settings, adapt), self._proj, x), self._first)
+            x = self._normed(
+                self._sum(self._attended(own, attend, settings, adapt), self._proj, x), self._first
+            )
             if self._int8_mlp:
                 return self._normed(_int8_mlp(fc1, fc2, x, x), self._second)
             return self._normed(self._sum(self._hidden(x.to(self.dtype)), fc2, x), self._second)
@@ -135,7 +152,9 @@ class CachedPlan:
         if self._int8_mlp:
             return _int8_mlp(fc1, fc2, normed, x)
         if fc1 is not None and self._float_mlp:
-            return cpu.mlp_residual(normed, fc1.weight, fc1.bias, fc2.weight, fc2.bias, x, self._scales[1])
+            return cpu.mlp_residual(
+                normed, fc1.weight, fc1.bias, fc2.weight, fc2.bias, x, self._scales[1]
+            )
         return fc2.add_to(x, self._hidden(normed), self._scales[1])
 
     def _attended(self, x: Tensor, attend: Attend, settings: Settings, adapt: Any) -> Tensor:
@@ -168,7 +187,10 @@ class CachedPlan:
 
     def _converts(self, layers: Iterable[Any]) -> bool:
         """True if the weight of a layer is converted or rounded."""
-        return any(layer.weight.dtype != self.dtype or kind_of(layer.weight) is not None for layer in layers)
+        return any(
+            layer.weight.dtype != self.dtype or kind_of(layer.weight) is not None
+            for layer in layers
+        )
 
     def _linear(self, layers: Sequence[Any], gamma: Tensor | None = None) -> _Linear:
         """The operands of one layer, or of several on the same input."""
@@ -181,13 +203,19 @@ class CachedPlan:
             return _Linear(packed, bias, None, self.dtype)
         weights = [layer.weight if rounded else layer.weight.detach().to(dtype) for layer in layers]
         weight = weights[0] if len(layers) == 1 else torch.cat(weights)
-        return _Linear(weight, bias, int8.Prepared.of(weight, bias, gamma) if rounded else None, self.dtype)
+        return _Linear(
+            weight, bias, int8.Prepared.of(weight, bias, gamma) if rounded else None, self.dtype
+        )
 
     def _norm(self, norm: Any) -> tuple[Tensor, Tensor | None, Any] | None:
         if isinstance(norm, nn.Identity):
             return None
         dtype, bias = norm.weight.dtype if self.wide else self.dtype, norm.bias
-        return norm.weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype), norm
+        return (
+            norm.weight.detach().to(dtype),
+            None if bias is None else bias.detach().to(dtype),
+            norm,
+        )
 
 
 def _int8_mlp(first: Any, second: Any, x: Tensor, residual: Tensor) -> Tensor:
@@ -207,7 +235,9 @@ def cached_plan(
     if plan is not None and plan.dtype == dtype and plan.is_valid(layer):
         # Floating point may be faster for this number of rows.
         return plan if not plan.rounded or int8.compiled(rows, dtype, plan.rounded[:1]) else None
-    if links(layer) is None or _busy(part.__dict__ for part in layer.modules() if part is not layer):
+    if links(layer) is None or _busy(
+        part.__dict__ for part in layer.modules() if part is not layer
+    ):
         return None
     parts = make_parts()
     if not _can_plan(layer, parts, dtype, mixed=settings.dtype is not None):
@@ -228,14 +258,21 @@ def forget(layer: nn.Module) -> None:
 
 def infers(x: Tensor, settings: Settings) -> bool:
     """True for plain CPU inference: no gradient, compiler, autocast, fp8 or other backend."""
-    if fp8.on() or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if (
+        fp8.on()
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+    ):
         return False
     return x.device.type == "cpu" and resolve(settings.backend, x) == "cpu"
 
 
 def _busy(modules: Iterable[dict[str, Any]]) -> bool:
     """True if a module, given by its `__dict__`, is in training mode or has hooks."""
-    return any(own["training"] or own["_forward_hooks"] or own["_forward_pre_hooks"] for own in modules)
+    return any(
+        own["training"] or own["_forward_hooks"] or own["_forward_pre_hooks"] for own in modules
+    )
 
 
 def _can_plan(layer: nn.Module, parts: Parts, dtype: torch.dtype, *, mixed: bool) -> bool:
@@ -249,14 +286,21 @@ def _can_plan(layer: nn.Module, parts: Parts, dtype: torch.dtype, *, mixed: bool
         if packed is not None:
             if packed.dtype != dtype:
                 return False
-        elif {*map(type, group)} != {nn.Linear} or len({kind_of(cast(Any, part).weight) for part in group}) > 1:
+        elif {*map(type, group)} != {nn.Linear} or len(
+            {kind_of(cast(Any, part).weight) for part in group}
+        ) > 1:
             return False
-    if any(not isinstance(norm, nn.Identity) and getattr(norm, "weight", None) is None for norm in parts.norms):
+    if any(
+        not isinstance(norm, nn.Identity) and getattr(norm, "weight", None) is None
+        for norm in parts.norms
+    ):
         return False
     own = {id(parameter) for parameter in layer.parameters()}
     # Inference tensors carry no version, without which no copy can be watched.
     copies = any(p.dtype != dtype or kind_of(p) is not None for p in _weights(parts))
-    copies = copies or any(len(group) > 1 and pack_of(group) is not None for group in _groups(parts))
+    copies = copies or any(
+        len(group) > 1 and pack_of(group) is not None for group in _groups(parts)
+    )
     return all(
         p.is_floating_point()
         and p.device.type == "cpu"
@@ -280,4 +324,6 @@ def _parameters(parts: Iterable[nn.Module]) -> list[Tensor]:
 def _weights(parts: Parts) -> list[Tensor]:
     """Every tensor that a layer computes with."""
     linears = (*parts.projections, parts.proj, *parts.inner, parts.fc2)
-    return _parameters((*linears, *parts.norms)) + [gamma for gamma in parts.gammas if gamma is not None]
+    return _parameters((*linears, *parts.norms)) + [
+        gamma for gamma in parts.gammas if gamma is not None
+    ]

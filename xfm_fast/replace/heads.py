@@ -31,8 +31,17 @@ class FusedEmbeddings(CalledByName):
 
     benefit: ClassVar[str] = "three tables and LayerNorm in one pass"
     replaces: ClassVar[Any] = (
-        *("albert.AlbertEmbeddings", "bert.BertEmbeddings", "blip.BlipTextEmbeddings", "camembert.CamembertEmbeddings"),
-        *("data2vec.Data2VecTextEmbeddings", "data2vec.Data2VecTextForTextEmbeddings", "distilbert.Embeddings"),
+        *(
+            "albert.AlbertEmbeddings",
+            "bert.BertEmbeddings",
+            "blip.BlipTextEmbeddings",
+            "camembert.CamembertEmbeddings",
+        ),
+        *(
+            "data2vec.Data2VecTextEmbeddings",
+            "data2vec.Data2VecTextForTextEmbeddings",
+            "distilbert.Embeddings",
+        ),
         *("electra.ElectraEmbeddings", "mpnet.MPNetEmbeddings", "roberta.RobertaEmbeddings"),
         "xlm_roberta.XLMRobertaEmbeddings",
     )
@@ -46,12 +55,22 @@ class FusedEmbeddings(CalledByName):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
-        tokens, past = call.get("input_ids"), call.get("cache_length", call.get("past_key_values_length", 0))
+        tokens, past = (
+            call.get("input_ids"),
+            call.get("cache_length", call.get("past_key_values_length", 0)),
+        )
         types = call.get("token_type_ids")
         # The fused op covers token type 0 only; on an accelerator the check would sync, so only None qualifies.
         first_type = types is None or (on_host(types) and not host.any_true(types.ne(0)))
         plain = call.get("inputs_embeds") is None and first_type
-        if tokens is None or not plain or not isinstance(past, int) or past or not self.intact() or not self._exact():
+        if (
+            tokens is None
+            or not plain
+            or not isinstance(past, int)
+            or past
+            or not self.intact()
+            or not self._exact()
+        ):
             return super().forward(*args, **kwargs)
         positions = call.get("position_ids")
         if positions is None:
@@ -63,12 +82,19 @@ class FusedEmbeddings(CalledByName):
         """False where the op's gradient differs from `nn.Embedding`: max_norm, sparse, different padding_idx."""
         module: Any = self
         tables = (module.word_embeddings, module.position_embeddings)
-        if any(table.max_norm is not None or table.scale_grad_by_freq or table.sparse for table in tables):
+        if any(
+            table.max_norm is not None or table.scale_grad_by_freq or table.sparse
+            for table in tables
+        ):
             return False
         return not torch.is_grad_enabled() or tables[0].padding_idx == tables[1].padding_idx
 
     def embed(
-        self, tokens: Tensor | None, positions: Tensor, types: Tensor | None = None, embeds: Tensor | None = None
+        self,
+        tokens: Tensor | None,
+        positions: Tensor,
+        types: Tensor | None = None,
+        embeds: Tensor | None = None,
     ) -> Tensor:
         """Token ids or word embeddings → embeddings after LayerNorm and dropout."""
         self.count()
@@ -78,7 +104,16 @@ class FusedEmbeddings(CalledByName):
         if embeds is None and types is None and self._exact():
             assert tokens is not None
             row = torch.zeros_like(norm.weight) if table is None else table.weight[0]
-            given = (tokens, positions, word.weight, position.weight, row, norm.weight, norm.bias, norm.eps)
+            given = (
+                tokens,
+                positions,
+                word.weight,
+                position.weight,
+                row,
+                norm.weight,
+                norm.bias,
+                norm.eps,
+            )
             if infers(word.weight, self.settings) and word.weight.dtype == norm.weight.dtype:
                 normed = embedding_norm_forward(Embedding(*given))[0]
             else:
@@ -107,8 +142,17 @@ class VocabularyHead(CalledByName):
 
     benefit: ClassVar[str] = "GELU fused; faster product with the vocabulary"
     replaces: ClassVar[Any] = (
-        *("bert.BertLMPredictionHead", "blip.BlipTextLMPredictionHead", "camembert.CamembertLMHead"),
-        *("data2vec.Data2VecTextLMHead", "mpnet.MPNetLMHead", "roberta.RobertaLMHead", "xlm_roberta.XLMRobertaLMHead"),
+        *(
+            "bert.BertLMPredictionHead",
+            "blip.BlipTextLMPredictionHead",
+            "camembert.CamembertLMHead",
+        ),
+        *(
+            "data2vec.Data2VecTextLMHead",
+            "mpnet.MPNetLMHead",
+            "roberta.RobertaLMHead",
+            "xlm_roberta.XLMRobertaLMHead",
+        ),
     )
     multiplies_in_eight_bits: ClassVar[bool] = False
     bypassed: ClassVar[Any] = {
@@ -139,13 +183,17 @@ class VocabularyHead(CalledByName):
         self.count()
         module, settings = cast(Any, self), self.settings
         if "transform" in self._modules:
-            dense, norm, activation = (getattr(module.transform, n) for n in ("dense", "LayerNorm", "transform_act_fn"))
+            dense, norm, activation = (
+                getattr(module.transform, n) for n in ("dense", "LayerNorm", "transform_act_fn")
+            )
         else:
             # RoBERTa's head calls F.gelu, BERT's has a module.
             dense, norm, activation = module.dense, module.layer_norm, F.gelu
         x = settings.activated(features, dense, activation)
         scale, shift = settings.affine(norm.weight, norm.bias)
-        return ops.layer_norm(x, scale.to(x.dtype), shift.to(x.dtype), norm.eps, backend=settings.backend)
+        return ops.layer_norm(
+            x, scale.to(x.dtype), shift.to(x.dtype), norm.eps, backend=settings.backend
+        )
 
     def vocabulary(self) -> tuple[Tensor, Tensor | None]:
         """Weight `[V, width]` and bias `[V]` in the compute dtype."""
@@ -163,7 +211,11 @@ class FusedMaskedLM(CalledByName):
 
     benefit: ClassVar[str] = "loss over labelled positions only, without their logits in full"
     replaces: ClassVar[Any] = (
-        *("bert.BertForMaskedLM", "camembert.CamembertForMaskedLM", "data2vec.Data2VecTextForMaskedLM"),
+        *(
+            "bert.BertForMaskedLM",
+            "camembert.CamembertForMaskedLM",
+            "data2vec.Data2VecTextForMaskedLM",
+        ),
         *("roberta.RobertaForMaskedLM", "xlm_roberta.XLMRobertaForMaskedLM"),
     )
 
@@ -186,7 +238,9 @@ class FusedMaskedLM(CalledByName):
         labels = call.get("labels")
         if labels is None:
             return self.settings.unpad
-        tokens = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+        tokens = (
+            call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+        )
         if tokens is None or not isinstance(labels, Tensor) or labels.shape != tokens.shape[:2]:
             return False
         # Without any label the mean is undefined: run the original.
@@ -196,7 +250,9 @@ class FusedMaskedLM(CalledByName):
         from transformers.modeling_outputs import MaskedLMOutput
 
         labels, head = call.get("labels"), _head_of(self)
-        inputs = {name: value for name, value in call.items() if name not in ("labels", "return_dict")}
+        inputs = {
+            name: value for name, value in call.items() if name not in ("labels", "return_dict")
+        }
         module: Any = self
         base = getattr(module, module.base_model_prefix)
         states, packing, recorded = None, None, {}
@@ -240,10 +296,16 @@ class FusedMaskedLM(CalledByName):
         if labelled is None:
             return None, logits
         rows, targets = labelled
-        chosen = states.index_select(0, rows) if transformed is None else transformed.index_select(0, rows)
+        chosen = (
+            states.index_select(0, rows)
+            if transformed is None
+            else transformed.index_select(0, rows)
+        )
         chosen = head.transformed(chosen) if transformed is None else chosen
         weight, bias = head.vocabulary()
-        loss = ops.linear_cross_entropy(chosen, weight, bias, targets, backend=self.settings.backend)
+        loss = ops.linear_cross_entropy(
+            chosen, weight, bias, targets, backend=self.settings.backend
+        )
         return loss.to(states.dtype if states.dtype == torch.float64 else loss.dtype), logits
 
 

@@ -23,7 +23,15 @@ from xfm_fast.errors import InputError
 from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.attention import Attend, Dense, Memory
 from xfm_fast.replace.cached_plan import cached_plan, forget
-from xfm_fast.replace.structure import Cross, Parts, branch_types, norm_behind, post_norm, pre_norm, rotate
+from xfm_fast.replace.structure import (
+    Cross,
+    Parts,
+    branch_types,
+    norm_behind,
+    post_norm,
+    pre_norm,
+    rotate,
+)
 from xfm_fast.replace.swap import (
     CalledByName,
     Settings,
@@ -54,10 +62,16 @@ KERNELS = ("flash_attention_2", "flash_attention_3", "flex_attention")
 class Mlp(NamedTuple):
     """One form of a layer's MLP."""
 
-    inner: tuple[str, ...]  # linear layer into the hidden layer; two for a gate, `activation(first) · second`
-    activation: str  # module or function; empty for erf GELU in a layer without an activation module
+    inner: tuple[
+        str, ...
+    ]  # linear layer into the hidden layer; two for a gate, `activation(first) · second`
+    activation: (
+        str  # module or function; empty for erf GELU in a layer without an activation module
+    )
     outer: str  # linear layer out of the hidden layer
-    halved: bool = False  # one linear layer computes both factors of the gate, the activated one first
+    halved: bool = (
+        False  # one linear layer computes both factors of the gate, the activated one first
+    )
     dropout: str = ""  # dropout of the hidden layer
 
 
@@ -73,15 +87,24 @@ class LayerSpec:
     # norms before the branches, after the sums, or after the branches and before the sums
     order: Order | Callable[[Any], Order]
     attention: str  # the attention module, whose config selects the implementation
-    own: str | tuple[type[nn.Module], ...]  # bypassed classes, or their names in the layer's file (full ones elsewhere)
-    qkv: tuple[str, ...] = ()  # projections to queries, keys and values, or one to all three; of forms, the existing
+    own: (
+        str | tuple[type[nn.Module], ...]
+    )  # bypassed classes, or their names in the layer's file (full ones elsewhere)
+    qkv: tuple[
+        str, ...
+    ] = ()  # projections to queries, keys and values, or one to all three; of forms, the existing
     proj: str  # projection after the attention
     norms: tuple[str, str]  # of the attention and of the MLP
     mlps: tuple[Mlp, ...]  # possible forms of the MLP; the first that a layer has is used
     head_size: str = ""  # width of an attention head
     heads: str = ""  # number of heads, in place of head_size
-    weights_p: str = ""  # dropout of the attention weights: a module, or a number that applies in training
-    branch_p: tuple[str, str] = ("", "")  # dropout modules at the end of the branches; empty for none
+    weights_p: str = (
+        ""  # dropout of the attention weights: a module, or a number that applies in training
+    )
+    branch_p: tuple[str, str] = (
+        "",
+        "",
+    )  # dropout modules at the end of the branches; empty for none
     scales: tuple[str, str] = ("", "")  # LayerScale of each branch
     drop_paths: tuple[str, str] = ("", "")  # stochastic depth of each branch
     inner_norms: tuple[str, str] = ("", "")  # norms before proj and before the layer out of the MLP
@@ -89,13 +112,19 @@ class LayerSpec:
     rotary: str = ""  # argument with cos and sin of rotary positions
     chunks: str = ""  # attribute that runs the feed-forward in chunks
     joins: bool = True  # compute queries, keys and values in one GEMM
-    cross: str = ""  # module of the cross-attention, whose parts have the names of those in `attention`
+    cross: str = (
+        ""  # module of the cross-attention, whose parts have the names of those in `attention`
+    )
     # builds a custom attention from the layer and the call; None falls back to the original
     scores: Callable[[Any, Mapping[str, Any]], Attend | None] | None = None
     also_takes: tuple[str, ...] = ()  # further arguments that scores handles
-    adjust: Callable[[Any, Parts], Parts] | None = None  # corrects the parts that were found by name, for a layer
+    adjust: Callable[[Any, Parts], Parts] | None = (
+        None  # corrects the parts that were found by name, for a layer
+    )
     refuses: Callable[[Any], str | None] | None = None  # why a layer must not be replaced, or None
-    result: Callable[[Tensor, Tensor], Any] | None = None  # what the layer returns, from its output and its input
+    result: Callable[[Tensor, Tensor], Any] | None = (
+        None  # what the layer returns, from its output and its input
+    )
     adaptable: bool = True  # its linear layers may carry adapters or packed weights
     ndim: int = 3  # dimensions of the input, `[B, N, width]` or `[B, height, width, channels]`
 
@@ -120,7 +149,9 @@ class LayerSpec:
 
     def fits(self, kind: type[nn.Module]) -> bool:
         """False if the row is for another version of the library."""
-        return not isinstance(self.own, str) or hasattr(sys.modules[kind.__module__], self.own.split()[0])
+        return not isinstance(self.own, str) or hasattr(
+            sys.modules[kind.__module__], self.own.split()[0]
+        )
 
     def crossed(self, name: str) -> str:
         """The name of a part of the cross-attention, from that in the self-attention."""
@@ -148,14 +179,22 @@ class LayerSpec:
         """The parts that are read and not called, with their possible classes."""
         own = self.own_classes(kind)
         dropouts = self._with_crossed(self.weights_p, self.branch_p[0])
-        dropouts += tuple(name for name in (self.branch_p[1], *(mlp.dropout for mlp in self.mlps)) if name)
+        dropouts += tuple(
+            name for name in (self.branch_p[1], *(mlp.dropout for mlp in self.mlps)) if name
+        )
         norms, drops = self._with_crossed(self.norms[0]), self._with_crossed(self.drop_paths[0])
         norms, drops = (*norms, self.norms[1]), (*drops, *filter(None, self.drop_paths[1:]))
         read = (*self.scales, *self.inner_norms, self.head_size, self.heads)
         names = (*self.linears, *norms, *dropouts, *drops, *read)
-        holders = sorted({name[:end] for name in names for end, letter in enumerate(name) if letter == "."})
+        holders = sorted(
+            {name[:end] for name in names for end, letter in enumerate(name) if letter == "."}
+        )
         kinds: dict[str, Any] = dict.fromkeys(holders, own or _Absent)
-        linear = (nn.Linear, NonDynamicallyQuantizableLinear, *((Adaptable,) if self.adaptable else ()))
+        linear = (
+            nn.Linear,
+            NonDynamicallyQuantizableLinear,
+            *((Adaptable,) if self.adaptable else ()),
+        )
         kinds |= dict.fromkeys(self.linears, linear)
         own_norms = (each for each in own if issubclass(each, nn.LayerNorm))
         kinds |= dict.fromkeys(norms, (nn.LayerNorm, nn.Identity, *own_norms))
@@ -182,14 +221,22 @@ class LayerSpec:
                 mlp.activation,
                 mlp.dropout,
             )
-            return next((name for name in read if name and reduce(_part, name.split("."), layer) is None), None)
+            return next(
+                (name for name in read if name and reduce(_part, name.split("."), layer) is None),
+                None,
+            )
         return found
 
     def unread(self, layer: nn.Module) -> str | None:
         """The first parameter or module that no part covers: the row would not be the layer's whole forward."""
         if self.scores is not None or self.adjust is not None:
             return None
-        named = (*self.scales, *self.inner_norms, *self.drop_paths, *(mlp.activation for mlp in self.mlps))
+        named = (
+            *self.scales,
+            *self.inner_norms,
+            *self.drop_paths,
+            *(mlp.activation for mlp in self.mlps),
+        )
         parts = (*self.linears, *self.norms, *filter(None, named))
         read = (*parts, *(f"{part}." for part in parts), "crossattention.")
         # Layers hold dropouts that they do not call.
@@ -200,12 +247,22 @@ class LayerSpec:
         ]
         names = (*(name for name, _ in layer.named_parameters()), *leaves)
         holders = (name for name in names if not name.startswith(read))
-        return next((name for name in holders if not any(part.startswith(f"{name}.") for part in parts)), None)
+        return next(
+            (name for name in holders if not any(part.startswith(f"{name}.") for part in parts)),
+            None,
+        )
 
     def mlp(self, layer: nn.Module) -> Mlp | None:
         """The MLP form of a layer."""
         forms = self.mlps
-        return next((mlp for mlp in forms if all(find(layer, n) is not None for n in (*mlp.inner, mlp.outer))), None)
+        return next(
+            (
+                mlp
+                for mlp in forms
+                if all(find(layer, n) is not None for n in (*mlp.inner, mlp.outer))
+            ),
+            None,
+        )
 
     def parts(self, layer: nn.Module, rotary: Any = None) -> Parts:
         """The parts of a layer, for this call."""
@@ -213,10 +270,14 @@ class LayerSpec:
         assert mlp is not None
         activation = attrgetter(mlp.activation)(layer) if mlp.activation else F.gelu
         inner: Any = [find(layer, name) for name in mlp.inner]
-        gelu = is_erf_gelu(activation) and not (isinstance(activation, nn.Module) and observed(activation))
+        gelu = is_erf_gelu(activation) and not (
+            isinstance(activation, nn.Module) and observed(activation)
+        )
         plain = len(inner) == 1 and not mlp.halved and gelu
         norms: Any = tuple(find(layer, name) for name in self.norms)
-        drops = tuple(partial(_row_scale, find(layer, name) if name else None) for name in self.drop_paths)
+        drops = tuple(
+            partial(_row_scale, find(layer, name) if name else None) for name in self.drop_paths
+        )
         turn = partial(_rotate, *rotary or ())
         made = Parts(
             norms=norms,
@@ -234,19 +295,30 @@ class LayerSpec:
             hidden_p=_dropout_p(layer, mlp.dropout),
             branch_p=(_dropout_p(layer, self.branch_p[0]), _dropout_p(layer, self.branch_p[1])),
             adapt=None if rotary is None else lambda q, k: (turn(q), turn(k)),
-            inner_norms=(_inner_norm(layer, self.inner_norms[0]), _inner_norm(layer, self.inner_norms[1])),
+            inner_norms=(
+                _inner_norm(layer, self.inner_norms[0]),
+                _inner_norm(layer, self.inner_norms[1]),
+            ),
         )
         return made if self.adjust is None else self.adjust(layer, made)
 
     def cross_parts(self, layer: nn.Module) -> Cross:
         """The parts of a layer's cross-attention."""
         qkv: Any = tuple(find(layer, self.crossed(name)) for name in self.qkv)
-        proj, norm = (cast(Any, find(layer, self.crossed(name))) for name in (self.proj, self.norms[0]))
-        weights_p, branch_p = (_dropout_p(layer, self.crossed(name)) for name in (self.weights_p, self.branch_p[0]))
+        proj, norm = (
+            cast(Any, find(layer, self.crossed(name))) for name in (self.proj, self.norms[0])
+        )
+        weights_p, branch_p = (
+            _dropout_p(layer, self.crossed(name)) for name in (self.weights_p, self.branch_p[0])
+        )
         return Cross(qkv, self._heads(layer, proj), proj, norm, weights_p, branch_p)
 
     def _heads(self, layer: nn.Module, proj: Any) -> int:
-        return attrgetter(self.heads)(layer) if self.heads else proj.in_features // attrgetter(self.head_size)(layer)
+        return (
+            attrgetter(self.heads)(layer)
+            if self.heads
+            else proj.in_features // attrgetter(self.head_size)(layer)
+        )
 
 
 _specs: dict[str, tuple[LayerSpec, ...]] = {}
@@ -265,7 +337,9 @@ def register(*specs: LayerSpec) -> None:
                 f"{spec.mlps!r}"
             )
         if not callable(spec.order) and spec.order not in get_args(Order):
-            raise InputError(f"the order of {spec.name} is {spec.order!r}; choose one of {', '.join(get_args(Order))}")
+            raise InputError(
+                f"the order of {spec.name} is {spec.order!r}; choose one of {', '.join(get_args(Order))}"
+            )
         others = (other for other in _specs.get(spec.name, ()) if other.own != spec.own)
         _specs[spec.name] = (spec, *others)
     spec_of.cache_clear()
@@ -304,9 +378,18 @@ class FusedLayer(CalledByName):
         assert spec is not None
         parameters = [*inspect.signature(original.forward).parameters.values()][1:]
         required = {
-            p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+            p.name
+            for p in parameters
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         }
-        understood = {*names[:1], "attention_mask", spec.bias, spec.rotary, *spec.also_takes, *WITHOUT_EFFECT}
+        understood = {
+            *names[:1],
+            "attention_mask",
+            spec.bias,
+            spec.rotary,
+            *spec.also_takes,
+            *WITHOUT_EFFECT,
+        }
         return {
             **named,
             **({"layer_order": spec.order} if isinstance(spec.order, str) else {}),
@@ -332,7 +415,10 @@ class FusedLayer(CalledByName):
                 f"it has no {missing}, which its row names (its library's version may name it otherwise); register a "
                 "LayerSpec with its names"
             )
-        absent = next((name for name in (spec.rotary, spec.bias) if name and name not in adapted["names"]), None)
+        absent = next(
+            (name for name in (spec.rotary, spec.bias) if name and name not in adapted["names"]),
+            None,
+        )
         if absent is not None:
             return f"its forward takes no {absent}, as this version of the library makes it inside of the layer"
         if needed := adapted["required"] - adapted["layer_arguments"]:
@@ -354,7 +440,9 @@ class FusedLayer(CalledByName):
         if covered and not has_other_arguments(call, self.layer_arguments) and self.intact():
             attend = self._attention(call)
         rotary = call.get(spec.rotary) if spec.rotary else None
-        if spec.rotary and not (isinstance(rotary, tuple) and [isinstance(t, Tensor) for t in rotary] == [True, True]):
+        if spec.rotary and not (
+            isinstance(rotary, tuple) and [isinstance(t, Tensor) for t in rotary] == [True, True]
+        ):
             attend = None
         if attend is None:
             return super().forward(*args, **kwargs)
@@ -377,21 +465,39 @@ class FusedLayer(CalledByName):
     def context(self, device: torch.device) -> Any:
         """Context manager for `run`; yields the settings."""
         behind_sums = self.layer_order == "behind sums"
-        return self.settings.own_types(device) if behind_sums else branch_types(self.settings, device)
+        return (
+            self.settings.own_types(device) if behind_sums else branch_types(self.settings, device)
+        )
 
     def run(
-        self, x: Tensor, attend: Attend, settings: Settings, rotary: Any = None, memory: Memory | None = None
+        self,
+        x: Tensor,
+        attend: Attend,
+        settings: Settings,
+        rotary: Any = None,
+        memory: Memory | None = None,
     ) -> Tensor:
         """The layer on `[B, N, width]` or packed `[T, width]`, matching `attend` and the rotary positions."""
         self.count()
         spec, order = self.layer_spec, self.layer_order
         if memory is None and order != "behind branches" and not hasattr(attend, "windows"):
-            plan = cached_plan(self, partial(spec.parts, self), x, settings, wide=order == "behind sums")
+            plan = cached_plan(
+                self, partial(spec.parts, self), x, settings, wide=order == "behind sums"
+            )
             if plan is not None:
-                return plan.run(x, attend, settings, None if rotary is None else partial(_rotate, *rotary))
+                return plan.run(
+                    x, attend, settings, None if rotary is None else partial(_rotate, *rotary)
+                )
         parts = spec.parts(self, rotary)
         if order == "behind sums":
-            return post_norm(parts, x, attend, settings, memory, None if memory is None else spec.cross_parts(self))
+            return post_norm(
+                parts,
+                x,
+                attend,
+                settings,
+                memory,
+                None if memory is None else spec.cross_parts(self),
+            )
         return (pre_norm if order == "before" else norm_behind)(parts, x, attend, settings)
 
     def _attention(self, call: Mapping[str, Any]) -> Attend | None:
@@ -400,10 +506,14 @@ class FusedLayer(CalledByName):
         if spec.scores is not None:
             return spec.scores(self, call)
         implementation = implementation_of(self)
-        if implementation not in PLAIN_ATTENTION and not (implementation in KERNELS and mask is None):
+        if implementation not in PLAIN_ATTENTION and not (
+            implementation in KERNELS and mask is None
+        ):
             return None
         attention = find(self, spec.attention)
-        if mask is None and getattr(attention, "is_causal", getattr(attention, "is_decoder", False)):
+        if mask is None and getattr(
+            attention, "is_causal", getattr(attention, "is_decoder", False)
+        ):
             return None
         return Dense.of(mask, call.get(spec.bias) if spec.bias else None, implementation)
 
@@ -420,7 +530,9 @@ def implementation_of(layer: Any) -> str | None:
 
 def can_run_packed(layers: list[Any]) -> bool:
     """True if all layers can run on packed tokens now, and none has hooks."""
-    ready = all(isinstance(layer, FusedLayer) and layer.intact() and not observed(layer) for layer in layers)
+    ready = all(
+        isinstance(layer, FusedLayer) and layer.intact() and not observed(layer) for layer in layers
+    )
     return ready and bool(layers)
 
 
@@ -462,7 +574,11 @@ class _Absent(nn.Module):
 
 
 def _hidden(
-    inner: list[Any], activation: Any, halved: bool, x: Tensor, linear: Callable[[Any, Tensor], Tensor]
+    inner: list[Any],
+    activation: Any,
+    halved: bool,
+    x: Tensor,
+    linear: Callable[[Any, Tensor], Tensor],
 ) -> Tensor:
     """The hidden layer: `activation(a(x))`, or `activation(a(x)) · b(x)`."""
     first = linear(inner[0], x)
@@ -496,4 +612,8 @@ def _row_scale(drop_path: nn.Module | None, x: Tensor) -> Tensor | None:
         draws = torch.rand(x.shape[0], dtype=x.dtype, device=x.device)
         return torch.floor(draws + (1 - dropped)) / (1 - dropped)
     factors = x.new_empty(x.shape[0]).bernoulli_(1 - dropped)
-    return factors.div_(1 - dropped) if dropped < 1 and getattr(drop_path, "scale_by_keep", True) else factors
+    return (
+        factors.div_(1 - dropped)
+        if dropped < 1 and getattr(drop_path, "scale_by_keep", True)
+        else factors
+    )

@@ -50,7 +50,11 @@ _LAYER_ARGUMENTS = {
     "past_key_value",
     "output_attentions",
 }
-_ENCODER_ARGUMENTS = _LAYER_ARGUMENTS - {"past_key_value"} | {"past_key_values", "use_cache", "output_hidden_states"}
+_ENCODER_ARGUMENTS = _LAYER_ARGUMENTS - {"past_key_value"} | {
+    "past_key_values",
+    "use_cache",
+    "output_hidden_states",
+}
 _TENSORS = {"hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask"}
 # Modes in which a layer uses its cross-attention.
 _LOOKING = ("multi_modal", "multimodal", "fusion")
@@ -58,7 +62,14 @@ _LOOKING = ("multi_modal", "multimodal", "fusion")
 _HIDDEN = -1000.0
 _BLOCK_ARGUMENTS = ("x", "rel_pos_bias", "return_attention", "return_qkv", "image_atts")
 # Attributes of the attention.
-_BLOCK_ATTENTION = ("num_heads", "scale", "q_bias", "v_bias", "window_size", "relative_position_bias_table")
+_BLOCK_ATTENTION = (
+    "num_heads",
+    "scale",
+    "q_bias",
+    "v_bias",
+    "window_size",
+    "relative_position_bias_table",
+)
 _EMBEDDINGS = {"word_embeddings", "position_embeddings", "LayerNorm", "dropout"}
 _ROBERTA_HEAD, _BERT_HEAD = {"dense", "layer_norm", "decoder"}, {"transform", "decoder"}
 _TRANSFORM = {"dense", "LayerNorm"}
@@ -67,7 +78,11 @@ _TRIED_TOKENS = 5
 
 def _foreign(module: nn.Module) -> bool:
     """True unless the module's library has its own rules."""
-    return original_class(module).__module__.partition(".")[0] not in ("transformers", "timm", "xfm_fast")
+    return original_class(module).__module__.partition(".")[0] not in (
+        "transformers",
+        "timm",
+        "xfm_fast",
+    )
 
 
 # BERT's layer, in the code of ALBEF, X-VLM, X²-VLM, BLIP and X-FM.
@@ -88,10 +103,14 @@ TEXT_LAYER = row(
 def is_layer(module: nn.Module) -> bool:
     """True if a module has the submodules of a BERT layer, with or without cross-attention."""
     spec = TEXT_LAYER
-    crossed = map(spec.crossed, (*spec.qkv, spec.proj, spec.norms[0], spec.weights_p, spec.branch_p[0]))
+    crossed = map(
+        spec.crossed, (*spec.qkv, spec.proj, spec.norms[0], spec.weights_p, spec.branch_p[0])
+    )
     if spec.missing(module) is not None:
         return False
-    return not has_cross_attention(module) or all(find(module, name) is not None for name in crossed)
+    return not has_cross_attention(module) or all(
+        find(module, name) is not None for name in crossed
+    )
 
 
 def has_cross_attention(layer: nn.Module) -> bool:
@@ -103,7 +122,9 @@ def drops_paths(layer: nn.Module) -> bool:
     """True if stochastic depth is active."""
     first, last = TEXT_LAYER.drop_paths
     parts = (find(layer, name) for name in (first, TEXT_LAYER.crossed(first), last))
-    return any(part is not None and part.training and getattr(part, "drop_prob", None) for part in parts)
+    return any(
+        part is not None and part.training and getattr(part, "drop_prob", None) for part in parts
+    )
 
 
 def why_not_plain(layer: nn.Module) -> str | None:
@@ -123,7 +144,9 @@ class _RecordKeysValues(Padded):
 
     kept: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings
+    ) -> Tensor:
         self.kept = (k.transpose(1, 2), v.transpose(1, 2))
         return super().__call__(q, k, v, dropout_p, settings)
 
@@ -161,14 +184,23 @@ class OfficialTextLayer(FusedLayer):
         states, masks = call.get("encoder_hidden_states"), (call.get("attention_mask"),)
         if has_cross_attention(self):
             # Without an image the original raises or skips the layer.
-            if not isinstance(states, Tensor) or ("mode" in self.names and call.get("mode") not in _LOOKING):
+            if not isinstance(states, Tensor) or (
+                "mode" in self.names and call.get("mode") not in _LOOKING
+            ):
                 return None
             if getattr(find(self, "crossattention.self"), "save_attention", False):
                 return None
             masks = (*masks, call.get("encoder_attention_mask"))
-        if not all(m is None or (isinstance(m, Tensor) and m.ndim == 4 and m.is_floating_point()) for m in masks):
+        if not all(
+            m is None or (isinstance(m, Tensor) and m.ndim == 4 and m.is_floating_point())
+            for m in masks
+        ):
             return None
-        memory = padded_memory(states, masks[-1]) if isinstance(states, Tensor) and self._looks(call) else None
+        memory = (
+            padded_memory(states, masks[-1])
+            if isinstance(states, Tensor) and self._looks(call)
+            else None
+        )
         return _RecordKeysValues(masks[0], memory=memory)
 
 
@@ -200,7 +232,9 @@ class OfficialTextEncoder(CalledByName):
         self.count()
         (packing, attend), x = packed, call["hidden_states"]
         with self.settings.own_types(x.device):
-            out = super().forward(**(call | {"hidden_states": packing.pack(x)[None], "attention_mask": attend}))
+            out = super().forward(
+                **(call | {"hidden_states": packing.pack(x)[None], "attention_mask": attend})
+            )
         if isinstance(out, tuple):
             return packing.unpad(out[0][0]), *out[1:]
         out.last_hidden_state = packing.unpad(out.last_hidden_state[0])
@@ -212,10 +246,17 @@ class OfficialTextEncoder(CalledByName):
         head_masks = any(mask is not None for mask in call.get("head_mask") or ())
         others = has_other_arguments(call, _TENSORS | {"mode", "return_dict", "head_mask"})
         states, seen = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
-        if torch.compiler.is_compiling() or head_masks or others or not isinstance(states, Tensor | None):
+        if (
+            torch.compiler.is_compiling()
+            or head_masks
+            or others
+            or not isinstance(states, Tensor | None)
+        ):
             return None
         layers: list[Any] = list(cast(Any, self).layer)
-        saving = any(getattr(find(layer, "crossattention.self"), "save_attention", False) for layer in layers)
+        saving = any(
+            getattr(find(layer, "crossattention.self"), "save_attention", False) for layer in layers
+        )
         if saving or any(map(drops_paths, layers)) or not can_run_packed(layers):
             return None
         visible = _visible(call.get("attention_mask"))
@@ -229,7 +270,9 @@ class OfficialTextEncoder(CalledByName):
         if planned is None:
             return None
         packing, all_seen = planned
-        memory = None if states is None else packed_memory(states, None if all_seen else seen, packing)
+        memory = (
+            None if states is None else packed_memory(states, None if all_seen else seen, packing)
+        )
         return packing, Packed.within(packing, memory)
 
 
@@ -239,7 +282,12 @@ def _argument_names(module: nn.Module) -> tuple[str, ...]:
 
 def _visible(mask: Any) -> Tensor | None:
     """An additive key mask `[P, 1, 1, L]` as booleans `[P, L]`; None for other masks."""
-    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[1:3] != (1, 1) or not mask.is_floating_point():
+    if (
+        not isinstance(mask, Tensor)
+        or mask.ndim != 4
+        or mask.shape[1:3] != (1, 1)
+        or not mask.is_floating_point()
+    ):
         return None
     flat = mask[:, 0, 0]
     visible = flat == 0
@@ -253,9 +301,13 @@ def _vision_attention(block: Any, call: Mapping[str, Any]) -> Dense | None:
     table = attention.relative_position_bias_table
     bias: Bias = None if table is None else PositionTable(table, tuple(attention.window_size))
     # Dropout placement in the MLP depends on the code version.
-    if probability(block.mlp.drop) or (isinstance(bias, PositionTable) and not bias.fits(x.shape[1])):
+    if probability(block.mlp.drop) or (
+        isinstance(bias, PositionTable) and not bias.fits(x.shape[1])
+    ):
         return None
-    added = [given for given in (call.get("rel_pos_bias"), call.get("image_atts")) if given is not None]
+    added = [
+        given for given in (call.get("rel_pos_bias"), call.get("image_atts")) if given is not None
+    ]
     if added:
         if isinstance(bias, PositionTable):
             bias = reference.position_bias(bias.table, bias.window)
@@ -308,7 +360,11 @@ class OfficialVisionBlock(FusedLayer):
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
         spec, attention, drop_path = VISION_BLOCK, find(module, "attn"), find(module, "drop_path")
-        if not _foreign(module) or spec.missing(module) is not None or not hasattr(module, "gamma_1"):
+        if (
+            not _foreign(module)
+            or spec.missing(module) is not None
+            or not hasattr(module, "gamma_1")
+        ):
             return False
         named = all(hasattr(attention, name) for name in _BLOCK_ATTENTION)
         known = isinstance(drop_path, nn.Identity) or hasattr(drop_path, "drop_prob")
@@ -363,7 +419,9 @@ class OfficialVocabularyHead(VocabularyHead):
         generator = torch.Generator().manual_seed(0)
         # Wide enough to expose another activation or GELU variant.
         features = 3 * torch.randn(2, dense.in_features, generator=generator)
-        return _why_not_equal(module, cls, settings, weight, features.to(weight.device, weight.dtype))
+        return _why_not_equal(
+            module, cls, settings, weight, features.to(weight.device, weight.dtype)
+        )
 
 
 def _why_not_equal(

@@ -44,7 +44,9 @@ class Unknown(NamedTuple):
     share: float
 
     def __str__(self) -> str:
-        return f"{self.class_name} ({_and_more(self.paths)}), {self.share:.0%} of the linear weights"
+        return (
+            f"{self.class_name} ({_and_more(self.paths)}), {self.share:.0%} of the linear weights"
+        )
 
 
 @dataclass
@@ -61,16 +63,26 @@ class Report:
     share: float = 0.0  # share of the model's linear weights in replaced modules
     # largest difference of each verified output, relative to its largest value
     differences: dict[str, float] = field(default_factory=dict)
-    rounding: dict[str, float] = field(default_factory=dict)  # smallest cosine of each verified output in 8 bits
-    runs: dict[str, int] = field(default_factory=dict)  # calls on the `verify` batch that each fused form computed
-    speedups: list[float] = field(default_factory=list)  # of every timed round of the `verify` batch, in order of size
+    rounding: dict[str, float] = field(
+        default_factory=dict
+    )  # smallest cosine of each verified output in 8 bits
+    runs: dict[str, int] = field(
+        default_factory=dict
+    )  # calls on the `verify` batch that each fused form computed
+    speedups: list[float] = field(
+        default_factory=list
+    )  # of every timed round of the `verify` batch, in order of size
     untimed: str = ""  # why the `verify` batch was not timed
     _modules: list[nn.Module] = field(default_factory=list, repr=False)
     _frozen: list[FrozenLinear] = field(default_factory=list, repr=False)
     _eight_bits: EightBits | None = None
-    _rounded: list[list[nn.Parameter]] = field(default_factory=list, repr=False)  # flagged weights of every module
+    _rounded: list[list[nn.Parameter]] = field(
+        default_factory=list, repr=False
+    )  # flagged weights of every module
     _exempt: int = 0  # modules that stay in floating point for accuracy
-    _model: nn.Module | None = field(default=None, repr=False)  # the model, if its calls are replayed as graphs
+    _model: nn.Module | None = field(
+        default=None, repr=False
+    )  # the model, if its calls are replayed as graphs
 
     @property
     def speedup(self) -> float | None:
@@ -122,7 +134,9 @@ class Report:
             if not self.runs.get(entry.path):
                 idle.setdefault(entry.class_name, []).append(entry.path)
         count = len(self.replaced) - sum(map(len, idle.values()))
-        names = ", ".join(f"{_and_more(paths)} ({class_name})" for class_name, paths in idle.items())
+        names = ", ".join(
+            f"{_and_more(paths)} ({class_name})" for class_name, paths in idle.items()
+        )
         rest = f"; the original ran in {names}" if names else ""
         return f"{count} of {len(self.replaced)} fused modules ran{rest}"
 
@@ -138,28 +152,46 @@ class Report:
                 fate, why = "runs its original", declining[entry.path]
             groups.setdefault((entry.class_name, fate, why), []).append(entry)
         for (class_name, fate, why), entries in groups.items():
-            place, share = _and_more([entry.path for entry in entries]), sum(entry.share for entry in entries)
+            place, share = (
+                _and_more([entry.path for entry in entries]),
+                sum(entry.share for entry in entries),
+            )
             rows.append((place, class_name, fate, f"{share:.0%}" if share >= 0.005 else "", why))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
         lines.insert(1, "  ".join("─" * width for width in widths))
         lines.append(f"{len(self.replaced)} modules replaced, {len(self.left)} not replaced")
         if declining:
             lines[-1] += f"; {len(declining)} of them currently run their original"
         lines += [f"unknown: {layers}; {ROW}" for layers in self.unknown]
         if frozen := self.frozen_bytes:
-            lines.append(f"frozen for inference: {frozen / 2**20:,.1f} MB of weights packed in place")
-            lines.append("until revert() they are no parameters: a loop over parameters() passes them by")
+            lines.append(
+                f"frozen for inference: {frozen / 2**20:,.1f} MB of weights packed in place"
+            )
+            lines.append(
+                "until revert() they are no parameters: a loop over parameters() passes them by"
+            )
         lines += unwatched(self._modules, self._eight_bits)
         if rounded := self.rounded_weights:
-            exempt = f"; {self._exempt} modules stay in floating point for accuracy" if self._exempt else ""
+            exempt = (
+                f"; {self._exempt} modules stay in floating point for accuracy"
+                if self._exempt
+                else ""
+            )
             lines.append(f"{rounded} weights run in {self._eight_bits}{exempt}")
         lines.append(f"{self.share:.0%} of the linear weights are in replaced modules")
         lines += [line for line in [adapters.summary(self._modules)] if line is not None]
         if self.runs:
             lines.append(f"verified: {self.coverage()}")
-        costs = {name: f"has a cosine of at least {value:.4f}" for name, value in self.rounding.items()}
-        costs = costs or {name: f"differs by {value:.1e}" for name, value in self.differences.items()}
+        costs = {
+            name: f"has a cosine of at least {value:.4f}" for name, value in self.rounding.items()
+        }
+        costs = costs or {
+            name: f"differs by {value:.1e}" for name, value in self.differences.items()
+        }
         lines += [f"verified: {name or 'output'} {cost}" for name, cost in costs.items()]
         if self.speedups:
             # Without the extremes, which any other program on the machine makes.
@@ -198,9 +230,13 @@ def unwatched(modules: Collection[nn.Module], kind: EightBits | None) -> list[st
             "load or copy the model outside torch.inference_mode()"
         )
     if any(p.is_cuda for p in parameters):
-        lines.append("a GPU does not see writes through .data: call xfm_fast.kernels.caching.clear() after them")
+        lines.append(
+            "a GPU does not see writes through .data: call xfm_fast.kernels.caching.clear() after them"
+        )
     elif kind is not None:
-        lines.append("not seen: single elements of a large weight that are written through .data or NumPy")
+        lines.append(
+            "not seen: single elements of a large weight that are written through .data or NumPy"
+        )
     return lines
 
 
@@ -210,7 +246,10 @@ def size_of(weights: Collection[nn.Parameter]) -> int:
 
 
 def unknown_layers(
-    model: nn.Module, chosen: dict[str, nn.Module], known: Collection[nn.Module], layers: Sequence[str]
+    model: nn.Module,
+    chosen: dict[str, nn.Module],
+    known: Collection[nn.Module],
+    layers: Sequence[str],
 ) -> list[Unknown]:
     """Return unrecognised repeated layers with a relevant share of the weights, largest first; no embeddings or heads.
 
@@ -223,14 +262,26 @@ def unknown_layers(
         if not isinstance(module, tables)
     }
     total = size_of(set().union(*matrices.values())) or 1
-    left = {p for module in chosen.values() if module not in known for p in matrices.get(module, ())}
-    siblings = Counter((path.rpartition(".")[0], type(module)) for path, module in chosen.items() if path)
+    left = {
+        p for module in chosen.values() if module not in known for p in matrices.get(module, ())
+    }
+    siblings = Counter(
+        (path.rpartition(".")[0], type(module)) for path, module in chosen.items() if path
+    )
     found: dict[str, Unknown] = {}
     # The innermost elements of lists come first: stages contain lists of layers. A bare linear layer does not count.
     for path, module in reversed(chosen.items()):
         holder = path.rpartition(".")[0]
-        listed = path and siblings[holder, type(module)] > 1 and isinstance(model.get_submodule(holder), _LISTS)
-        if not listed or matrices.get(module) or any(inner.startswith(f"{path}.") for inner in layers):
+        listed = (
+            path
+            and siblings[holder, type(module)] > 1
+            and isinstance(model.get_submodule(holder), _LISTS)
+        )
+        if (
+            not listed
+            or matrices.get(module)
+            or any(inner.startswith(f"{path}.") for inner in layers)
+        ):
             continue
         own = left.intersection(module.parameters())
         left -= own
@@ -238,4 +289,7 @@ def unknown_layers(
             name = type(module).__name__
             _, paths, share = found.get(name, Unknown(name, [], 0.0))
             found[name] = Unknown(name, [path, *paths], share + size_of(own) / total)
-    return sorted((each for each in found.values() if each.share >= _LEAST_SHARE), key=lambda each: -each.share)
+    return sorted(
+        (each for each in found.values() if each.share >= _LEAST_SHARE),
+        key=lambda each: -each.share,
+    )

@@ -16,12 +16,23 @@ from torch import Tensor, nn
 from xfm_fast.errors import InputError
 from xfm_fast.kernels.backend import Backend
 from xfm_fast.models.fusion import ImageMemory
-from xfm_fast.models.inputs import check_attention_mask, check_embeddings, check_image_index, check_token_mask
+from xfm_fast.models.inputs import (
+    check_attention_mask,
+    check_embeddings,
+    check_image_index,
+    check_token_mask,
+)
 from xfm_fast.models.text import concatenated
 from xfm_fast.packing import ImageGroups, Packing, Reads, Sequences
 from xfm_fast.replace.adapters import is_adapted
 from xfm_fast.replace.attention import Memory, Packed
-from xfm_fast.replace.official import TEXT_LAYER, drops_paths, has_cross_attention, is_layer, why_not_plain
+from xfm_fast.replace.official import (
+    TEXT_LAYER,
+    drops_paths,
+    has_cross_attention,
+    is_layer,
+    why_not_plain,
+)
 from xfm_fast.replace.structure import post_norm
 from xfm_fast.replace.swap import Settings, find, observed, original_class, why_not_bypassed
 
@@ -78,9 +89,15 @@ class Reranker:
             layers = []
             for layer in self._crossing:
                 projections = layer.crossattention.self
-                key, value, heads = projections.key, projections.value, projections.num_attention_heads
+                key, value, heads = (
+                    projections.key,
+                    projections.value,
+                    projections.num_attention_heads,
+                )
                 if is_adapted(key) or is_adapted(value):
-                    both = torch.stack(settings.products("kv", image_embeds, key, value), -2).unflatten(-1, (heads, -1))
+                    both = torch.stack(
+                        settings.products("kv", image_embeds, key, value), -2
+                    ).unflatten(-1, (heads, -1))
                 else:
                     weight = concatenated("kv weight", key.weight, value.weight)
                     bias = concatenated("kv bias", key.bias, value.bias)
@@ -120,7 +137,9 @@ class Reranker:
         elif memory.images == 1:
             index = torch.zeros(len(texts), dtype=torch.long, device=texts.device)
         else:
-            raise InputError(f"image_index is needed: the memory holds {memory.images} images for {len(texts)} texts")
+            raise InputError(
+                f"image_index is needed: the memory holds {memory.images} images for {len(texts)} texts"
+            )
         if not len(texts):
             return memory.layers[0].new_zeros(0, self._width)
         groups = ImageGroups.from_index(index, memory.images)
@@ -145,18 +164,24 @@ class Reranker:
     ) -> Tensor:
         """Matching scores `[P]`: the last logit of the head. Arguments as for `fused`."""
         if self.head is None:
-            raise InputError("scores come from a matching head; give Reranker(text_encoder, head=model.itm_head)")
+            raise InputError(
+                "scores come from a matching head; give Reranker(text_encoder, head=model.itm_head)"
+            )
         fused = self.fused(memory, input_ids, attention_mask, image_index, text_embeds=text_embeds)
         own = next(self.head.parameters(), None) if isinstance(self.head, nn.Module) else None
         # The dtype of the head's parameters, unless autocast decides.
         logits = self.head(fused if own is None else fused.to(own.dtype))
         if logits.ndim != 2 or logits.shape[1] not in (1, 2):
-            raise InputError(f"the head gave {[*logits.shape]}; a matching head gives [P, 2] or [P, 1]")
+            raise InputError(
+                f"the head gave {[*logits.shape]}; a matching head gives [P, 2] or [P, 1]"
+            )
         return logits[:, -1]
 
     def _check_mode(self) -> None:
         if any(drops_paths(layer) for layer in self._layers):
-            raise InputError("the text encoder is training with stochastic depth; call eval() on it to re-rank")
+            raise InputError(
+                "the text encoder is training with stochastic depth; call eval() on it to re-rank"
+            )
 
     def _embedded(self, input_ids: Tensor, packing: Packing) -> Tensor:
         """Packed tokens `[T, width]` after the layers without cross-attention."""
@@ -169,7 +194,9 @@ class Reranker:
             x = post_norm(TEXT_LAYER.parts(layer), x, attend, self._settings)
         return x
 
-    def _fuse(self, x: Tensor, packing: Packing, memory: ImageMemory, groups: ImageGroups) -> Tensor:
+    def _fuse(
+        self, x: Tensor, packing: Packing, memory: ImageMemory, groups: ImageGroups
+    ) -> Tensor:
         """Packed tokens `[T, width]` → token 0 of each text `[P, width]`, in packed order."""
         self._check_mode()
         cu_keys, key_mask = memory.cu_keys, memory.key_mask
@@ -187,7 +214,9 @@ class Reranker:
                 across = Packed(cu_queries, cu_keys, x.shape[0], memory.longest, key_mask)
                 seen = Memory(memory.keys_values(projected), across, projected=True)
                 projected, cross = projected + 1, TEXT_LAYER.cross_parts(layer)
-            within = Packed(queries.cu_seqlens, packing.cu_seqlens, queries.longest, packing.longest)
+            within = Packed(
+                queries.cu_seqlens, packing.cu_seqlens, queries.longest, packing.longest
+            )
             x = post_norm(TEXT_LAYER.parts(layer), x, within, self._settings, seen, cross, reads)
         return x
 
@@ -217,7 +246,9 @@ def _stack(encoder: nn.Module) -> tuple[list[Any], nn.Module | None]:
         )
     path, layers = holders[0]
     for number, layer in enumerate(layers):
-        reason = why_not_plain(layer) or why_not_bypassed(layer, TEXT_LAYER.bypassed(original_class(layer)))
+        reason = why_not_plain(layer) or why_not_bypassed(
+            layer, TEXT_LAYER.bypassed(original_class(layer))
+        )
         if reason is None and observed(layer):
             reason = "it has hooks"
         if reason is not None:
@@ -225,4 +256,6 @@ def _stack(encoder: nn.Module) -> tuple[list[Any], nn.Module | None]:
     # Layers are at `encoder.layer`; the embeddings are a sibling of `encoder`.
     *outer, _, _ = ["", *path.split(".")] if "." not in path else path.split(".")
     parent = find(encoder, ".".join(outer)) if outer else encoder
-    return list(layers), None if parent is None or "." not in path else parent._modules.get("embeddings")
+    return list(layers), None if parent is None or "." not in path else parent._modules.get(
+        "embeddings"
+    )

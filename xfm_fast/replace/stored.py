@@ -22,7 +22,15 @@ from xfm_fast.kernels import flags, fp8
 from xfm_fast.kernels.backend import traced, untraced
 from xfm_fast.kernels.cpu import gemm
 from xfm_fast.kernels.flags import EightBits
-from xfm_fast.models.frozen import dense_weight, own_weights, owner_counts, pack, slot_of, stop_gradients, unpack
+from xfm_fast.models.frozen import (
+    dense_weight,
+    own_weights,
+    owner_counts,
+    pack,
+    slot_of,
+    stop_gradients,
+    unpack,
+)
 from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.swap import Fused, Settings, find, restore, swap
 
@@ -48,24 +56,34 @@ class _Weight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__name__
-        in_place = name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], cls)
+        in_place = (
+            name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], cls)
+        )
         if name in _MEMORY or (in_place and (name, *args[1:]) != ("requires_grad_", False)):
             _refuse()
         with torch._C.DisableTorchFunctionSubclass():
             given = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, cls)]
             memory = {one.untyped_storage().data_ptr() for one in given}
             versions = [one._version for one in given]
-            args, kwargs = pytree.tree_map_only(cls, lambda one: one.as_subclass(Tensor), (args, kwargs or {}))
+            args, kwargs = pytree.tree_map_only(
+                cls, lambda one: one.as_subclass(Tensor), (args, kwargs or {})
+            )
             result = func(*args, **kwargs)
             # The counter knows of other writes (`out=`, lists of tensors). A gradient would be lost too.
-            if [one._version for one in given] != versions or any(one.requires_grad for one in given):
+            if [one._version for one in given] != versions or any(
+                one.requires_grad for one in given
+            ):
                 _refuse()
             if isinstance(result, np.ndarray):
                 result.flags.writeable = False
 
             def guarded(one: Tensor) -> Tensor:
                 dense = one.layout == torch.strided
-                return one.as_subclass(cls) if dense and one.untyped_storage().data_ptr() in memory else one
+                return (
+                    one.as_subclass(cls)
+                    if dense and one.untyped_storage().data_ptr() in memory
+                    else one
+                )
 
             return pytree.tree_map_only(Tensor, guarded, result)
 
@@ -117,12 +135,18 @@ class FrozenLinear(Fused):
         for other in self.__dict__.pop(_TRAINED, ()):
             other.requires_grad_(True)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         destination[f"{prefix}weight"] = dense_weight(self)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any, **named: Any) -> NoReturn:
-        raise InputError(f"{prefix}weight is frozen for inference; call report.revert(), load, and accelerate again")
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, *rest: Any, **named: Any
+    ) -> NoReturn:
+        raise InputError(
+            f"{prefix}weight is frozen for inference; call report.revert(), load, and accelerate again"
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         probe = torch.empty(0, dtype=slot_of(self).packed.dtype)
@@ -158,10 +182,17 @@ def freeze(model: nn.Module, fused: Iterable[Fused], settings: Settings) -> list
         for group in (*type(form).joint, *singles):
             layers = [find(form, name) for name in group]
             weights = own_weights(layers, owners)
-            alike = weights is not None and len({(weight.dtype, weight.shape[1]) for weight in weights}) == 1
+            alike = (
+                weights is not None
+                and len({(weight.dtype, weight.shape[1]) for weight in weights}) == 1
+            )
             if weights is None or not alike or weights[0].dtype not in _PACKED:
                 continue
-            pack(cast(list[nn.Module], layers), weights, blocked=gemm.prefers_onednn(weights[0].dtype))
+            pack(
+                cast(list[nn.Module], layers),
+                weights,
+                blocked=gemm.prefers_onednn(weights[0].dtype),
+            )
             for layer in cast(list[nn.Module], layers):
                 del layer._parameters["weight"]
                 swap(layer, FrozenLinear, settings)
@@ -182,9 +213,17 @@ def quantise(model: nn.Module, fused: Iterable[Fused], kind: EightBits) -> list[
     types = _PACKED if kind == "int8" else (*_PACKED, torch.float16)
     done: list[list[nn.Parameter]] = []
     for form in fused:
-        layers = [find(form, name) for name in type(form).bypassed] if form.multiplies_in_eight_bits else []
+        layers = (
+            [find(form, name) for name in type(form).bypassed]
+            if form.multiplies_in_eight_bits
+            else []
+        )
         own = [weight for layer in layers for weight in own_weights([layer], owners) or ()]
-        weights = [weight for weight in own if weight.dtype in types and (kind == "int8" or fp8.fits(weight))]
+        weights = [
+            weight
+            for weight in own
+            if weight.dtype in types and (kind == "int8" or fp8.fits(weight))
+        ]
         if any(weight.is_inference() for weight in weights):
             raise InputError(
                 f"dtype={kind!r} cannot follow changes of these weights: they are inference tensors, which carry no "
@@ -195,6 +234,8 @@ def quantise(model: nn.Module, fused: Iterable[Fused], kind: EightBits) -> list[
         done.append(weights)
         flags.mark(weights, kind)
         if kind == "fp8":
-            norms = (layer._parameters.get("weight") for layer in layers if type(layer) is nn.LayerNorm)
+            norms = (
+                layer._parameters.get("weight") for layer in layers if type(layer) is nn.LayerNorm
+            )
             flags.mark((scale for scale in norms if type(scale) is nn.Parameter), kind)
     return done

@@ -28,7 +28,9 @@ class Parts(NamedTuple):
     proj: nn.Module  # linear layer after the attention
     inner: tuple[nn.Module, ...]  # linear layers into the hidden layer of the MLP
     fc2: nn.Module  # linear layer out of it
-    projections: tuple[nn.Module, ...] = ()  # linear layers to queries, keys and values, or one to all three
+    projections: tuple[
+        nn.Module, ...
+    ] = ()  # linear layers to queries, keys and values, or one to all three
     qkv: tuple[tuple[Tensor, Tensor | None], ...] = ()  # weights and biases in place of projections
     qkv_bias: Tensor | None = None  # bias of a single projection, stored outside the layer
     joins: bool = True  # one GEMM for all projections
@@ -36,12 +38,19 @@ class Parts(NamedTuple):
     # the hidden layer of (x, apply_linear), unless it is `gelu(inner(x))`
     hidden: Callable[[Tensor, Callable[[Any, Tensor], Tensor]], Tensor] | None = None
     gammas: tuple[Tensor | None, Tensor | None] = (None, None)  # LayerScale of each branch
-    row_scales: tuple[Callable[[Tensor], Tensor | None], ...] = ()  # stochastic depth of each branch: `[B]`, or None
+    row_scales: tuple[
+        Callable[[Tensor], Tensor | None], ...
+    ] = ()  # stochastic depth of each branch: `[B]`, or None
     attention_p: float = 0.0  # dropout of the attention weights
     hidden_p: float = 0.0  # dropout of the hidden layer
     branch_p: tuple[float, float] = (0.0, 0.0)  # dropout at the end of each branch
-    adapt: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # rotation of q and k `[..., H, D]`
-    inner_norms: tuple[nn.Module | None, nn.Module | None] = (None, None)  # before proj and before fc2
+    adapt: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = (
+        None  # rotation of q and k `[..., H, D]`
+    )
+    inner_norms: tuple[nn.Module | None, nn.Module | None] = (
+        None,
+        None,
+    )  # before proj and before fc2
 
 
 class Cross(NamedTuple):
@@ -77,7 +86,10 @@ def pre_norm(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Ten
         "backend": settings.backend,
     }
     if parts.hidden is None and not parts.hidden_p and parts.inner_norms[1] is None:
-        fc1, fc2 = settings.affine_of(parts.inner[0], normed, x), settings.affine_of(parts.fc2, normed, x)
+        fc1, fc2 = (
+            settings.affine_of(parts.inner[0], normed, x),
+            settings.affine_of(parts.fc2, normed, x),
+        )
         if fc1 is not None and fc2 is not None:
             return ops.mlp_residual(normed, *fc1, *fc2, x, **branch)
     return linear_residual(hidden_layer(parts, normed, settings), parts.fc2, x, settings, **branch)
@@ -104,38 +116,59 @@ def post_norm(
         x = x.index_select(0, reads)
         (q,) = project("query", [query], x, parts.heads, settings)
         context = attend(q, k, v, parts.attention_p, settings)
-    x = proj_residual_norm(context, parts.proj, x, parts.norms[0], settings, dropout_p=parts.branch_p[0], wide=True)[0]
+    x = proj_residual_norm(
+        context, parts.proj, x, parts.norms[0], settings, dropout_p=parts.branch_p[0], wide=True
+    )[0]
     if memory is not None and cross is not None:
         x = _cross_attention(cross, x, memory, settings)
     second = parts.norms[1]
-    plain = parts.hidden is None and not parts.hidden_p and parts.inner_norms[1] is None and not parts.branch_p[1]
+    plain = (
+        parts.hidden is None
+        and not parts.hidden_p
+        and parts.inner_norms[1] is None
+        and not parts.branch_p[1]
+    )
     if plain and _is_layer_norm(second):
         rounded = settings.rounded_mlp(x, parts.inner[0], parts.fc2, second)
         if rounded is not None:
             return rounded
     hidden = hidden_layer(parts, x, settings)
-    return proj_residual_norm(hidden, parts.fc2, x, second, settings, dropout_p=parts.branch_p[1], wide=True)[0]
+    return proj_residual_norm(
+        hidden, parts.fc2, x, second, settings, dropout_p=parts.branch_p[1], wide=True
+    )[0]
 
 
 def _cross_attention(cross: Cross, x: Tensor, memory: Memory, settings: Settings) -> Tensor:
     query, *rest = cross.projections
     states = memory.states
-    k, v = states.unbind(-3) if memory.projected else project("kv", rest, states, cross.heads, settings)
+    k, v = (
+        states.unbind(-3)
+        if memory.projected
+        else project("kv", rest, states, cross.heads, settings)
+    )
     (q,) = project("query", [query], x, cross.heads, settings)
     # One memory for the whole padded batch: all queries form one sequence.
     queries = q.flatten(0, 1)[None] if memory.shared else q
     context = memory.attend(queries, k, v, cross.attention_p, settings).view(*q.shape[:-2], -1)
-    return proj_residual_norm(context, cross.proj, x, cross.norm, settings, dropout_p=cross.branch_p, wide=True)[0]
+    return proj_residual_norm(
+        context, cross.proj, x, cross.norm, settings, dropout_p=cross.branch_p, wide=True
+    )[0]
 
 
 def norm_behind(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Tensor:
     """`x += s₁·N₁(Attn(x)); x += s₂·N₂(MLP(x))`: each branch is normalised before the sum (Swin V2)."""
     x = settings.operand(x)
     for number, end in enumerate((parts.proj, parts.fc2)):
-        out = hidden_layer(parts, x, settings) if number else self_attention(parts, x, attend, settings)
+        out = (
+            hidden_layer(parts, x, settings)
+            if number
+            else self_attention(parts, x, attend, settings)
+        )
         out = _dropout(apply_linear(end, out, settings), parts.branch_p[number])
         rows = parts.row_scales[number](x) if parts.row_scales else None
-        x = _add_branch(x, apply_norm(parts.norms[number], out, settings), parts.gammas[number], rows)
+        x = _add_branch(
+            x, apply_norm(parts.norms[number], out, settings), parts.gammas[number], rows
+        )
     return x
 
 
@@ -161,7 +194,9 @@ def self_attention(parts: Parts, x: Tensor, attend: Attend, settings: Settings) 
     return context if parts.inner_norms[0] is None else run_module(parts.inner_norms[0], context)
 
 
-def project(name: str, layers: Sequence[nn.Module], x: Tensor, heads: int, settings: Settings) -> tuple[Tensor, ...]:
+def project(
+    name: str, layers: Sequence[nn.Module], x: Tensor, heads: int, settings: Settings
+) -> tuple[Tensor, ...]:
     """Outputs `[..., H, D]` of linear layers on one input, with one GEMM; `name` is the cache key of their weights."""
     return tuple(made.unflatten(-1, (heads, -1)) for made in settings.products(name, x, *layers))
 
@@ -237,13 +272,19 @@ def proj_residual_norm(
         summed = linear_residual(x, layer, residual, settings, **rest)
         return run_module(norm, summed), summed
     wide_norm = wide and residual.dtype != x.dtype
-    scale: Any = (norm.weight, _shift(norm), norm.eps) if wide_norm else _scale_and_shift(norm, settings)
+    scale: Any = (
+        (norm.weight, _shift(norm), norm.eps) if wide_norm else _scale_and_shift(norm, settings)
+    )
     if affine is None:
-        return ops.add_layer_norm(apply_linear(layer, x, settings), residual, *scale, wide=wide, **rest)
+        return ops.add_layer_norm(
+            apply_linear(layer, x, settings), residual, *scale, wide=wide, **rest
+        )
     return ops.linear_add_layer_norm(x, *affine, residual, *scale, wide=wide, **rest)
 
 
-def linear_residual(x: Tensor, layer: Any, residual: Tensor, settings: Settings, **rest: Any) -> Tensor:
+def linear_residual(
+    x: Tensor, layer: Any, residual: Tensor, settings: Settings, **rest: Any
+) -> Tensor:
     """`residual + row_scale · gamma · dropout(layer(x))`."""
     affine = settings.affine_of(layer, x, residual)
     if affine is not None:

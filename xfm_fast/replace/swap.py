@@ -61,7 +61,9 @@ class Settings:
 
     def operand(self, value: Tensor) -> Tensor:
         """An activation in the compute dtype."""
-        return value if self.dtype is None or not value.is_floating_point() else value.to(self.dtype)
+        return (
+            value if self.dtype is None or not value.is_floating_point() else value.to(self.dtype)
+        )
 
     @overload
     def parameter(self, value: Tensor) -> Tensor: ...
@@ -76,7 +78,9 @@ class Settings:
         if torch.is_grad_enabled() and value.requires_grad:
             return value.to(self.dtype)
         dtype = self.dtype
-        return cached(f"as {dtype}", (value,), lambda: flags.copy_flag(value.detach().to(dtype), value))
+        return cached(
+            f"as {dtype}", (value,), lambda: flags.copy_flag(value.detach().to(dtype), value)
+        )
 
     def affine(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Any]:
         """Weight and bias in the compute dtype."""
@@ -86,7 +90,9 @@ class Settings:
         """`x Wᵀ + b` in the compute dtype."""
         return ops.linear(self.operand(x), *self.affine(weight, bias), backend=self.backend)
 
-    def products(self, name: str, x: Tensor, *layers: Any, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+    def products(
+        self, name: str, x: Tensor, *layers: Any, bias: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Outputs `[..., M]` of linear layers on one input x `[..., K]`, adapters included.
 
         With one GEMM, unless a CPU would need a copy of the weights for that alone. `name` is the cache key of the
@@ -110,20 +116,26 @@ class Settings:
             later.append(found)
         if len(layers) == 1 or self._reads_in_place(x, weights):
             pairs = zip(weights, biases, strict=True)
-            made: tuple[Tensor, ...] = tuple(self.linear(x, weight, shift) for weight, shift in pairs)
+            made: tuple[Tensor, ...] = tuple(
+                self.linear(x, weight, shift) for weight, shift in pairs
+            )
         else:
             widths = [weight.shape[0] for weight in weights]
             made = self.linear(x, *_side_by_side(name, weights, biases)).split(widths, -1)
         if not any(later):
             return made
-        return tuple(reduce(lambda y, one: one(x, y), found, y) for y, found in zip(made, later, strict=True))
+        return tuple(
+            reduce(lambda y, one: one(x, y), found, y) for y, found in zip(made, later, strict=True)
+        )
 
     def _reads_in_place(self, x: Tensor, weights: list[Tensor]) -> bool:
         """True if a CPU multiplies with these weights as they are, without gradients and conversion."""
         if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return False
         records = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-        return not records and all(flags.kind_of(weight) is None and weight.dtype == x.dtype for weight in weights)
+        return not records and all(
+            flags.kind_of(weight) is None and weight.dtype == x.dtype for weight in weights
+        )
 
     def affine_of(self, layer: Any, *operands: Tensor) -> tuple[Tensor, Any] | None:
         """Weight and bias of a layer with merged adapters; None where adapters run separately."""
@@ -153,7 +165,10 @@ class Settings:
         if norm.bias is None or any(adapters.base_layer(layer) is not layer for layer in layers):
             return None
         # The property `weight` of a frozen layer would unpack it.
-        weights, biases = [layer._parameters.get("weight") for layer in layers], [layer.bias for layer in layers]
+        weights, biases = (
+            [layer._parameters.get("weight") for layer in layers],
+            [layer.bias for layer in layers],
+        )
         if any(flags.kind_of(weight) != "int8" for weight in weights):
             return None
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
@@ -161,7 +176,9 @@ class Settings:
         rows = x
         if any(bias is not None and bias.dtype != x.dtype for bias in biases):
             rows, biases = self.operand(x), [self.parameter(bias) for bias in biases]
-        summed = ops.mlp_residual(rows, weights[0], biases[0], weights[1], biases[1], x, backend=self.backend)
+        summed = ops.mlp_residual(
+            rows, weights[0], biases[0], weights[1], biases[1], x, backend=self.backend
+        )
         scale, shift = (t.to(summed.dtype) for t in (norm.weight, norm.bias))
         return ops.layer_norm(summed, scale, shift, norm.eps, backend=self.backend)
 
@@ -175,11 +192,15 @@ class Settings:
             yield self
 
 
-def _side_by_side(name: str, weights: list[Tensor], biases: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+def _side_by_side(
+    name: str, weights: list[Tensor], biases: list[Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
     """Concatenated weights and biases of several layers; cached under the name without gradients."""
 
     def joined() -> tuple[Tensor, Tensor | None]:
-        return flags.concatenate(weights), side_by_side(biases, [weight.shape[0] for weight in weights])
+        return flags.concatenate(weights), side_by_side(
+            biases, [weight.shape[0] for weight in weights]
+        )
 
     sources = (*weights, *(bias for bias in biases if bias is not None))
     if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
@@ -192,7 +213,9 @@ def side_by_side(biases: list[Tensor | None], widths: list[int]) -> Tensor | Non
     given = [bias for bias in biases if bias is not None]
     if len(biases) == 1 or not given:
         return biases[0]
-    return torch.cat([given[0].new_zeros(m) if b is None else b for b, m in zip(biases, widths, strict=True)])
+    return torch.cat(
+        [given[0].new_zeros(m) if b is None else b for b, m in zip(biases, widths, strict=True)]
+    )
 
 
 _counters: list[Counter[nn.Module]] = []
@@ -216,8 +239,12 @@ class Fused(nn.Module):
     replaces: ClassVar[tuple[str | type[nn.Module], ...]] = ()  # classes, or their `short_name`
     # submodules that are read without being called: dotted name → expected class
     bypassed: ClassVar[Mapping[str, Kinds]] = {}
-    joint: ClassVar[tuple[tuple[str, ...], ...]] = ()  # names of linear layers on one input, computed by one GEMM
-    multiplies_in_eight_bits: ClassVar[bool] = True  # dtype="int8" and "fp8" apply to its linear layers
+    joint: ClassVar[
+        tuple[tuple[str, ...], ...]
+    ] = ()  # names of linear layers on one input, computed by one GEMM
+    multiplies_in_eight_bits: ClassVar[bool] = (
+        True  # dtype="int8" and "fp8" apply to its linear layers
+    )
 
     @classmethod
     def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
@@ -246,7 +273,10 @@ class Fused(nn.Module):
         """
         if torch.compiler.is_compiling():
             # A compiler cannot trace weak references, and consumers of exported graphs recognise the original.
-            return not torch.compiler.is_exporting() and why_not_bypassed(self, type(self).bypassed) is None
+            return (
+                not torch.compiler.is_exporting()
+                and why_not_bypassed(self, type(self).bypassed) is None
+            )
         if traced():
             return False
         return _unchanged(self) or why_not_bypassed(self, type(self).bypassed) is None
@@ -314,12 +344,20 @@ def restore(module: nn.Module) -> None:
 @cache
 def _combined(fused: type[Fused], original: type[nn.Module]) -> type[nn.Module]:
     # Error messages and reprs show the original name.
-    named = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+    named = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+    }
     forward = fused.forward
     if isinstance(forward, FunctionType) and forward is not nn.Module.forward:
         # Trainers read column names from the signature of forward, so every class needs its own function.
         own = FunctionType(
-            forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+            forward.__code__,
+            forward.__globals__,
+            forward.__name__,
+            forward.__defaults__,
+            forward.__closure__,
         )
         own.__kwdefaults__ = forward.__kwdefaults__
         named["forward"] = wraps(original.forward)(own)
@@ -357,7 +395,9 @@ def why_not_bypassed(module: nn.Module, expected: Mapping[str, Kinds]) -> str | 
 
 # Snapshot of the parts of each intact fused module: (parent's _modules, name, part, class, part's __dict__).
 # Comparing it is much cheaper than looking up every part by name, which matters for short texts.
-_seen: weakref.WeakKeyDictionary[nn.Module, list[tuple[dict[str, Any], str, Any, Any, dict[str, Any]]]]
+_seen: weakref.WeakKeyDictionary[
+    nn.Module, list[tuple[dict[str, Any], str, Any, Any, dict[str, Any]]]
+]
 _seen = weakref.WeakKeyDictionary()
 
 
@@ -375,7 +415,12 @@ def _unchanged(module: Fused) -> bool:
             continue
         if type(part) is not kind or "forward" in own:
             break
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+        ):
             break
     else:
         return True
@@ -398,12 +443,21 @@ def _remember(module: Fused) -> bool:
         parent: Any = module
         for step in name.split("."):
             part = parent._modules.get(step)
-            links[id(parent), step] = (parent._modules, step, part, type(part), {} if part is None else part.__dict__)
+            links[id(parent), step] = (
+                parent._modules,
+                step,
+                part,
+                type(part),
+                {} if part is None else part.__dict__,
+            )
             if part is None:
                 break
             parent = part
     parts = [part for _, _, part, _, _ in links.values() if part is not None]
-    if not any(adapters.is_adapted(p) or observed(p) or any(getattr(p, name) for name in _HOOKS) for p in parts):
+    if not any(
+        adapters.is_adapted(p) or observed(p) or any(getattr(p, name) for name in _HOOKS)
+        for p in parts
+    ):
         _seen[module] = list(links.values())
     return True
 

@@ -87,7 +87,11 @@ def _adjust(block: Any, parts: Parts) -> Parts:
 def _normalised(block: Any, call: Mapping[str, Any], bias: Bias = None) -> Attend:
     """Attention after the norms and the rotation of queries and keys, if any."""
     attn, rope, dense = block.attn, call.get("rope"), Dense(bias=bias)
-    norms = [norm for norm in (find(attn, "q_norm"), find(attn, "k_norm")) if not isinstance(norm, nn.Identity | None)]
+    norms = [
+        norm
+        for norm in (find(attn, "q_norm"), find(attn, "k_norm"))
+        if not isinstance(norm, nn.Identity | None)
+    ]
     if not norms and rope is None:
         return dense
 
@@ -123,7 +127,9 @@ def _beit_attention(block: Any, call: Mapping[str, Any]) -> Attend | None:
 def _relative_attention(block: Any, call: Mapping[str, Any]) -> Attend:
     positions, bias = block.attn.rel_pos, call.get("shared_rel_pos")
     if positions is not None:
-        bias = cached_bias("relative", positions, positions.parameters(), positions.get_bias, lambda: None)
+        bias = cached_bias(
+            "relative", positions, positions.parameters(), positions.get_bias, lambda: None
+        )
     return _normalised(block, call, bias)
 
 
@@ -132,16 +138,23 @@ def _swin_attention(block: Any, call: Mapping[str, Any]) -> WindowAttention:
     attn, x = block.attn, call["x"]
     size, window, shift = tuple(x.shape[1:3]), tuple(block.window_size), tuple(block.shift_size)
     whole = tuple(-(-side // part) * part for side, part in zip(size, window, strict=True))
-    name, windows = f"{whole} {window} {shift}", windows_of(size, window, shift, x, fill_first=False)
+    name, windows = (
+        f"{whole} {window} {shift}",
+        windows_of(size, window, shift, x, fill_first=False),
+    )
 
     def mask() -> Tensor | None:
         moving = getattr(block, "dynamic_mask", False)
         return block.get_attn_mask(x.new_empty(1, *whole, 1)) if moving else block.attn_mask
 
     if hasattr(attn, "cpb_mlp"):
-        return WindowAttention(windows, continuous_bias(name, attn, attn.cpb_mlp, mask), attn.logit_scale)
+        return WindowAttention(
+            windows, continuous_bias(name, attn, attn.cpb_mlp, mask), attn.logit_scale
+        )
     sources = (attn.relative_position_bias_table,)
-    return WindowAttention(windows, partial(cached_bias, name, nn.Identity(), sources, attn._get_rel_pos_bias, mask))
+    return WindowAttention(
+        windows, partial(cached_bias, name, nn.Identity(), sources, attn._get_rel_pos_bias, mask)
+    )
 
 
 def _clip_refusal(block: Any) -> str | None:
@@ -173,7 +186,13 @@ _WINDOWS: dict[str, Any] = {
 }
 register(
     _block("vision_transformer.Block", "Attention"),
-    _block("beit.Block", "Attention", scores=_beit_attention, also_takes=("shared_rel_pos_bias",), **_GAMMAS),
+    _block(
+        "beit.Block",
+        "Attention",
+        scores=_beit_attention,
+        also_takes=("shared_rel_pos_bias",),
+        **_GAMMAS,
+    ),
     _block(
         "eva.EvaBlock",
         "EvaAttention AttentionRope",
@@ -183,9 +202,19 @@ register(
         **_GAMMAS,
     ),
     _block("vision_transformer_relpos.RelPosBlock", "RelPosAttention", **_RELATIVE),
-    _block("vision_transformer_relpos.ResPostRelPosBlock", "RelPosAttention", order="behind branches", **_RELATIVE),
+    _block(
+        "vision_transformer_relpos.ResPostRelPosBlock",
+        "RelPosAttention",
+        order="behind branches",
+        **_RELATIVE,
+    ),
     _block("swin_transformer.SwinTransformerBlock", "WindowAttention", **_WINDOWS),
-    _block("swin_transformer_v2.SwinTransformerV2Block", "WindowAttention", order="behind branches", **_WINDOWS),
+    _block(
+        "swin_transformer_v2.SwinTransformerV2Block",
+        "WindowAttention",
+        order="behind branches",
+        **_WINDOWS,
+    ),
     LayerSpec(
         layer="open_clip.transformer.ResidualAttentionBlock",
         order="before",
@@ -199,7 +228,9 @@ register(
         scales=("ls_1.gamma", "ls_2.gamma"),
         scores=_additive,
         also_takes=("attn_mask",),
-        adjust=lambda block, parts: parts._replace(qkv=((block.attn.in_proj_weight, block.attn.in_proj_bias),)),
+        adjust=lambda block, parts: parts._replace(
+            qkv=((block.attn.in_proj_weight, block.attn.in_proj_bias),)
+        ),
         refuses=_clip_refusal,
         # After the last block the tower multiplies by a parameter in its storage dtype.
         result=lambda out, x: out.to(x.dtype),

@@ -26,7 +26,9 @@ class FusedMultiheadAttention(Fused):
     (The original would run in autocast there, which copies the weights for every position of a sequence-first batch.)
     """
 
-    benefit: ClassVar[str] = "one product for inputs that are the same (calls with need_weights=False)"
+    benefit: ClassVar[str] = (
+        "one product for inputs that are the same (calls with need_weights=False)"
+    )
     replaces: ClassVar[Any] = (nn.MultiheadAttention,)
     bypassed: ClassVar[Mapping[str, Kinds]] = _ATTENTION_PARTS
 
@@ -70,7 +72,11 @@ class FusedMultiheadAttention(Fused):
             if need_weights:
                 q, k, v = (t.transpose(1, 2) for t in (q, k, v))
                 scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
-                weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout_p, dropout_p > 0)
+                weights = F.dropout(
+                    (scores if mask is None else scores + mask).softmax(-1),
+                    dropout_p,
+                    dropout_p > 0,
+                )
                 context = (weights @ v).transpose(1, 2).flatten(2)
                 weights = weights.mean(1) if average_attn_weights else weights
             else:
@@ -132,7 +138,11 @@ class UnpaddedTransformerEncoder(Fused):
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
-        return None if settings.unpad else "PyTorch handles its padding; unpad=True skips it in training too"
+        return (
+            None
+            if settings.unpad
+            else "PyTorch handles its padding; unpad=True skips it in training too"
+        )
 
     def forward(
         self,
@@ -143,7 +153,9 @@ class UnpaddedTransformerEncoder(Fused):
     ) -> Tensor:
         module, hidden = cast(Any, self), src_key_padding_mask
         layers, padded, planned = list(module.layers), src, None
-        called = torch.compiler.is_compiling() or (module.norm is not None and observed(module.norm))
+        called = torch.compiler.is_compiling() or (
+            module.norm is not None and observed(module.norm)
+        )
         covered = mask is None and src.ndim == 3 and not called and can_run_packed(layers)
         if covered and hidden is not None and hidden.dtype == torch.bool:
             padded = src if layers[0].self_attn.batch_first else src.transpose(0, 1)
@@ -172,7 +184,11 @@ class FusedLayerNorm(Fused):
         if len(norm.normalized_shape) != 1:
             return f"it normalises {len(norm.normalized_shape)} dimensions"
         chosen = resolve(settings.backend, norm.weight)
-        return None if chosen == "triton" else "PyTorch's is as fast here; a kernel replaces it on NVIDIA GPUs"
+        return (
+            None
+            if chosen == "triton"
+            else "PyTorch's is as fast here; a kernel replaces it on NVIDIA GPUs"
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         self.count()
@@ -181,7 +197,9 @@ class FusedLayerNorm(Fused):
             return apply_norm(norm, settings.operand(input), settings)
 
 
-def _project(attention: Any, query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> tuple[Tensor, ...]:
+def _project(
+    attention: Any, query: Tensor, key: Tensor, value: Tensor, settings: Settings
+) -> tuple[Tensor, ...]:
     """q, k, v `[..., H, D]` of a MultiheadAttention, with one GEMM for neighbours with the same input."""
     width, weight, bias = attention.embed_dim, attention.in_proj_weight, attention.in_proj_bias
     own = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
@@ -190,7 +208,10 @@ def _project(attention: Any, query: Tensor, key: Tensor, value: Tensor, settings
         if end < 3 and weight is not None and inputs[end] is inputs[start]:
             continue
         rows = slice(start * width, end * width)
-        part, shift = own[start] if weight is None else weight[rows], None if bias is None else bias[rows]
+        part, shift = (
+            own[start] if weight is None else weight[rows],
+            None if bias is None else bias[rows],
+        )
         if weight is not None and end - start == 3:
             # A slice of the whole is another tensor each time, and its converted or packed form would not be kept.
             part, shift = weight, bias

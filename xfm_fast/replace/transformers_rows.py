@@ -25,7 +25,14 @@ from xfm_fast.replace.attention import (
     continuous_bias,
     windows_of,
 )
-from xfm_fast.replace.layer import KERNELS, PLAIN_ATTENTION, LayerSpec, Mlp, implementation_of, register
+from xfm_fast.replace.layer import (
+    KERNELS,
+    PLAIN_ATTENTION,
+    LayerSpec,
+    Mlp,
+    implementation_of,
+    register,
+)
 from xfm_fast.replace.structure import apply_linear
 from xfm_fast.replace.swap import Settings, find, observed, original_class
 from xfm_fast.replace.unpadded import IGNORE_MEMORY_MASK, Encoder, padded_memory, register_encoder
@@ -79,10 +86,17 @@ def _bert_attention(layer: Any, call: Mapping[str, Any]) -> Padded | None:
     if states is None or not getattr(layer, "is_decoder", True):
         return Padded(mask, causal)
     unmasked = original_class(layer).__name__ in IGNORE_MEMORY_MASK
-    if unmasked and isinstance(seen, Tensor) and seen.is_floating_point() and not torch.compiler.is_compiling():
+    if (
+        unmasked
+        and isinstance(seen, Tensor)
+        and seen.is_floating_point()
+        and not torch.compiler.is_compiling()
+    ):
         # transformers 4 passes a mask of zeros to BLIP by default. All layers get the same one, and reading it syncs
         # an accelerator.
-        seen = None if cached("hides nothing", (seen,), lambda zeros=seen: not zeros.any()) else seen
+        seen = (
+            None if cached("hides nothing", (seen,), lambda zeros=seen: not zeros.any()) else seen
+        )
     covered = hasattr(layer, "crossattention") and _covers_mask(implementation, seen)
     if not covered or (unmasked and seen is not None):
         return None
@@ -95,7 +109,9 @@ def _covers_mask(implementation: str | None, mask: Any) -> bool:
         return implementation == "xfm_fast"
     # Eager attention adds a boolean mask as ones and zeros; leave that to the original.
     boolean = implementation not in ("eager", None)
-    return mask is None or (isinstance(mask, Tensor) and mask.ndim == 4 and (mask.is_floating_point() or boolean))
+    return mask is None or (
+        isinstance(mask, Tensor) and mask.ndim == 4 and (mask.is_floating_point() or boolean)
+    )
 
 
 def _interleaved(layer: Any, call: Mapping[str, Any]) -> Attend | None:
@@ -107,7 +123,9 @@ def _interleaved(layer: Any, call: Mapping[str, Any]) -> Attend | None:
     sin, cos = (half[0, 0, :, None].repeat_interleave(2, -1) for half in table.chunk(2, -1))
 
     def turned(x: Tensor) -> Tensor:
-        return (x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin).to(x.dtype)
+        return (x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin).to(
+            x.dtype
+        )
 
     def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
         v = turned(v) if layer.attention.self.rotary_value else v
@@ -122,8 +140,14 @@ def _disentangled(layer: Any, call: Mapping[str, Any]) -> Attend | None:
     Scores are `(q kᵀ + q k_posᵀ[i - j] + (k q_posᵀ)[j - i]) / √(D · terms)`.
     """
     module = layer.attention.self
-    mask, places, table = (cast(Any, call.get(name)) for name in ("attention_mask", "relative_pos", "rel_embeddings"))
-    if not isinstance(mask, Tensor) or mask.ndim != 4 or not set(module.pos_att_type) <= {"c2p", "p2c"}:
+    mask, places, table = (
+        cast(Any, call.get(name)) for name in ("attention_mask", "relative_pos", "rel_embeddings")
+    )
+    if (
+        not isinstance(mask, Tensor)
+        or mask.ndim != 4
+        or not set(module.pos_att_type) <= {"c2p", "p2c"}
+    ):
         return None
     if module.relative_attention and not (
         isinstance(places, Tensor) and places.ndim <= 4 and isinstance(table, Tensor)
@@ -142,7 +166,9 @@ def _disentangled(layer: Any, call: Mapping[str, Any]) -> Attend | None:
             # A query without visible keys (padding) has uniform weights and must not pass gradients to keys.
             scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * scale + bias
             weights = scores.masked_fill(~mask.bool(), torch.finfo(q.dtype).min).softmax(-1)
-            return torch.einsum("bhnm,bmhd->bnhd", F.dropout(weights, dropout_p), v.to(weights.dtype)).flatten(2)
+            return torch.einsum(
+                "bhnm,bmhd->bnhd", F.dropout(weights, dropout_p), v.to(weights.dtype)
+            ).flatten(2)
         shape = (*bias.shape[:2], *mask.shape[-2:]) if bias.shape[-1] == 1 else bias.shape
         added = add_mask(bias.expand(shape), mask.bool(), q.dtype)
         return attention(q, k, v, scale, added, settings, dropout_p=dropout_p)
@@ -150,7 +176,9 @@ def _disentangled(layer: Any, call: Mapping[str, Any]) -> Attend | None:
     return attend
 
 
-def _toward(kind: str, module: Any, positions: Tensor, places: Any, q: Tensor, k: Tensor, settings: Settings) -> Tensor:
+def _toward(
+    kind: str, module: Any, positions: Tensor, places: Any, q: Tensor, k: Tensor, settings: Settings
+) -> Tensor:
     """Scores `[B, H, N, N]` of content and position: "c2p" queries to positions, "p2c" positions to keys."""
     span = module.pos_ebd_size
     if module.share_att_key:
@@ -224,11 +252,17 @@ def _swin_attention(layer: Any, call: Mapping[str, Any]) -> WindowAttention | No
     window, shift = (int(layer.window_size),) * 2, (int(layer.shift_size),) * 2
     windows = windows_of(size, window, shift, x, fill_first=True)
     whole = tuple(-(-side // window[0]) * window[0] for side in size)
-    name, mask = f"{whole} {window} {shift}", partial(layer.get_attn_mask, *whole, dtype=x.dtype, device=x.device)
+    name, mask = (
+        f"{whole} {window} {shift}",
+        partial(layer.get_attn_mask, *whole, dtype=x.dtype, device=x.device),
+    )
     tables = getattr(layer.attention, "relative_position_bias", None)
     if tables is not None:
         return WindowAttention(
-            windows, partial(cached_bias, name, tables, (tables.relative_position_bias_table,), tables, mask)
+            windows,
+            partial(
+                cached_bias, name, tables, (tables.relative_position_bias_table,), tables, mask
+            ),
         )
     own = layer.attention.self
 
@@ -238,14 +272,18 @@ def _swin_attention(layer: Any, call: Mapping[str, Any]) -> WindowAttention | No
         return None if hidden is None else 2 * hidden
 
     return WindowAttention(
-        windows, continuous_bias(name, own, own.continuous_position_bias_mlp, doubled), own.logit_scale
+        windows,
+        continuous_bias(name, own, own.continuous_position_bias_mlp, doubled),
+        own.logit_scale,
     )
 
 
 def _swin_refusal(layer: Any) -> str | None:
     if not hasattr(layer, "get_attn_mask"):
         return "this version of the library makes the mask of shifted windows elsewhere"
-    return "its feed-forward runs in chunks" if getattr(layer, "chunk_size_feed_forward", 0) else None
+    return (
+        "its feed-forward runs in chunks" if getattr(layer, "chunk_size_feed_forward", 0) else None
+    )
 
 
 BERT: Template = {
@@ -311,7 +349,12 @@ _CLIP: Template = _VIT | {
     "weights_p": "self_attn.dropout",
     "branch_p": ("", ""),
 }
-_BLIP: Template = _CLIP | {"qkv": "qkv", "proj": "self_attn.projection", "joins": True, "scores": _unmasked}
+_BLIP: Template = _CLIP | {
+    "qkv": "qkv",
+    "proj": "self_attn.projection",
+    "joins": True,
+    "scores": _unmasked,
+}
 _DROPS: Template = {"drop_paths": ("drop_path", "drop_path")}
 _DINO: Template = (
     _VIT
@@ -329,7 +372,10 @@ _BEIT: Template = _DROPS | {
     "scores": _positioned,
     "also_takes": ("relative_position_bias", "resolution", "interpolate_pos_encoding"),
 }
-_CAUSAL: Template = {"scores": _causal_or_masked, "also_takes": ("causal_attention_mask", "is_causal")}
+_CAUSAL: Template = {
+    "scores": _causal_or_masked,
+    "also_takes": ("causal_attention_mask", "is_causal"),
+}
 _SWIN: Template = {
     "scores": _swin_attention,
     "also_takes": ("input_dimensions", "always_partition"),
@@ -339,13 +385,39 @@ _SWIN: Template = {
 _BLIP_P: Template = {"weights_p": "self_attn.attention_dropout"}
 # Classes with BERT's layer forward.
 _BERT_LAYERS = (
-    *("align.AlignTextLayer", "altclip.AltRobertaLayer", "bert.BertLayer", "bert_generation.BertGenerationLayer"),
-    *("blip.BlipTextLayer", "camembert.CamembertLayer", "chinese_clip.ChineseCLIPTextLayer", "clap.ClapTextLayer"),
-    *("data2vec.Data2VecTextLayer", "electra.ElectraLayer", "ernie.ErnieLayer", "layoutlm.LayoutLMLayer"),
-    *("rembert.RemBertLayer", "roberta.RobertaLayer", "roc_bert.RoCBertLayer", "xlm_roberta.XLMRobertaLayer"),
+    *(
+        "align.AlignTextLayer",
+        "altclip.AltRobertaLayer",
+        "bert.BertLayer",
+        "bert_generation.BertGenerationLayer",
+    ),
+    *(
+        "blip.BlipTextLayer",
+        "camembert.CamembertLayer",
+        "chinese_clip.ChineseCLIPTextLayer",
+        "clap.ClapTextLayer",
+    ),
+    *(
+        "data2vec.Data2VecTextLayer",
+        "electra.ElectraLayer",
+        "ernie.ErnieLayer",
+        "layoutlm.LayoutLMLayer",
+    ),
+    *(
+        "rembert.RemBertLayer",
+        "roberta.RobertaLayer",
+        "roc_bert.RoCBertLayer",
+        "xlm_roberta.XLMRobertaLayer",
+    ),
 )
 _VIT_LAYERS = (
-    *("vit.ViTLayer", "deit.DeiTLayer", "vit_msn.ViTMSNLayer", "ijepa.IJepaLayer", "vit_mae.ViTMAELayer"),
+    *(
+        "vit.ViTLayer",
+        "deit.DeiTLayer",
+        "vit_msn.ViTMSNLayer",
+        "ijepa.IJepaLayer",
+        "vit_mae.ViTMAELayer",
+    ),
     *("audio_spectrogram_transformer.ASTLayer", "vivit.VivitLayer"),
 )
 _BERT_FORWARD: Template = BERT | {
@@ -450,7 +522,10 @@ register(
         chunks="",
     ),
     *(row(layer, _VIT) for layer in _VIT_LAYERS),
-    *(row(layer, _BERT_VIT) for layer in (*_VIT_LAYERS, "videomae.VideoMAELayer", "yolos.YolosLayer")),
+    *(
+        row(layer, _BERT_VIT)
+        for layer in (*_VIT_LAYERS, "videomae.VideoMAELayer", "yolos.YolosLayer")
+    ),
     row("dpt.DPTViTLayer", _BERT_VIT, others="DPTSelfAttention"),
     row("vilt.ViltLayer", _BERT_VIT, _MODULE_P),
     row("pixio.PixioLayer", _VIT, _DROPS),
@@ -499,7 +574,12 @@ def _shared_layers(model: Any, path: str) -> Iterator[nn.Module]:
 
 # Models with the encoder forward of BERT or RoBERTa.
 _BERT_MODELS = (
-    *("bert.BertModel", "blip.BlipTextModel", "camembert.CamembertModel", "data2vec.Data2VecTextModel"),
+    *(
+        "bert.BertModel",
+        "blip.BlipTextModel",
+        "camembert.CamembertModel",
+        "data2vec.Data2VecTextModel",
+    ),
     *("roberta.RobertaModel", "xlm_roberta.XLMRobertaModel"),
 )
 _IDS = ("input_ids", "inputs_embeds")
@@ -510,7 +590,9 @@ _PLAIN: Template = {"pooler": "", "output": "BaseModelOutput"}
 register_encoder(
     *(Encoder(model=model, takes=_TYPED, output=_CROSSING, memory=True) for model in _BERT_MODELS),
     Encoder(model="mpnet.MPNetModel", takes=_PLACED, bias="encoder.compute_position_bias"),
-    Encoder(model="distilbert.DistilBertModel", takes=_PLACED, layers="transformer.layer", **_PLAIN),
+    Encoder(
+        model="distilbert.DistilBertModel", takes=_PLACED, layers="transformer.layer", **_PLAIN
+    ),
     Encoder(model="electra.ElectraModel", takes=_TYPED, project="embeddings_project", **_PLAIN),
     Encoder(
         model="albert.AlbertModel",

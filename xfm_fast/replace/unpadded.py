@@ -36,7 +36,9 @@ _RECORDED = ("output_attentions", "output_hidden_states")
 _MEMORY = ("encoder_hidden_states", "encoder_attention_mask")
 # transformers drops BLIP's image mask; calls with one run the original.
 IGNORE_MEMORY_MASK = ("BlipTextLayer", "BlipTextModel")
-_FULL_LENGTH = "it computes texts at full length; unpad=True cuts them after the longest end-of-text"
+_FULL_LENGTH = (
+    "it computes texts at full length; unpad=True cuts them after the longest end-of-text"
+)
 # Share of tokens left after the cut above which packing does not pay off.
 _FULL = 0.95
 # CLIP configs that predate transformers' eos_token_id contain 2, and pool at the highest id.
@@ -57,7 +59,9 @@ class Encoder:
     pooled_by: str = ""  # function after the pooler
     bias: str = ""  # method that returns the position bias for states `[P, L, width]`
     rotary: str = ""  # module that returns cos and sin for states, positions and, if kind is set, the kind of layer
-    kind: str = ""  # layer attribute; "sliding_attention" limits attention to the config's sliding_window
+    kind: str = (
+        ""  # layer attribute; "sliding_attention" limits attention to the config's sliding_window
+    )
     # layers in execution order, for models that run a layer several times
     sequence: Callable[[Any, str], Iterable[nn.Module]] = nn.Module.get_submodule  # pyright: ignore[reportAssignmentType]
     output: str = "BaseModelOutputWithPooling"  # class of the output in transformers
@@ -76,7 +80,9 @@ def register_encoder(*encoders: Encoder) -> None:
 @cache
 def encoder_of(kind: type[nn.Module]) -> Encoder | None:
     """The row of a model class, or None."""
-    return _encoders.get(f"{kind.__module__}.{kind.__qualname__}") or _encoders.get(short_name(kind))
+    return _encoders.get(f"{kind.__module__}.{kind.__qualname__}") or _encoders.get(
+        short_name(kind)
+    )
 
 
 class UnpaddedEncoder(CalledByName):
@@ -97,7 +103,10 @@ class UnpaddedEncoder(CalledByName):
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
         if not settings.unpad:
             return "it computes padding; unpad=True skips it"
-        if getattr(module.config, "is_decoder", False) and original_class(module).__name__ != "BlipTextModel":
+        if (
+            getattr(module.config, "is_decoder", False)
+            and original_class(module).__name__ != "BlipTextModel"
+        ):
             return "a causal decoder keeps its padding"
         return None
 
@@ -120,7 +129,9 @@ class UnpaddedEncoder(CalledByName):
             pooler: Any = self._pooler()
             if pooler is not None:
                 pooled = pooler(states[:, 0]) if row.pooled_by else pooler(states)
-                outputs["pooler_output"] = attrgetter(row.pooled_by)(self)(pooled) if row.pooled_by else pooled
+                outputs["pooler_output"] = (
+                    attrgetter(row.pooled_by)(self)(pooled) if row.pooled_by else pooled
+                )
         out = getattr(modeling_outputs, row.output)(**outputs)
         return out if returns_dict(self, call) else out.to_tuple()
 
@@ -130,15 +141,33 @@ class UnpaddedEncoder(CalledByName):
 
     def packed(self, call: dict[str, Any]) -> tuple[Tensor, Packing] | None:
         """Final states `[T, width]` and their packing; None for calls that keep padding."""
-        row, mask, memory_mask = self.encoder_row, call.get("attention_mask"), call.get("encoder_attention_mask")
-        given = [call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None]
-        understood = (*row.takes, "attention_mask", "position_ids", *_WITHOUT_EFFECT, *(_MEMORY if row.memory else ()))
+        row, mask, memory_mask = (
+            self.encoder_row,
+            call.get("attention_mask"),
+            call.get("encoder_attention_mask"),
+        )
+        given = [
+            call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None
+        ]
+        understood = (
+            *row.takes,
+            "attention_mask",
+            "position_ids",
+            *_WITHOUT_EFFECT,
+            *(_MEMORY if row.memory else ()),
+        )
         layers = self._layers()
-        if has_other_arguments(call, understood) or len(given) != 1 or not self._ready(call, layers):
+        if (
+            has_other_arguments(call, understood)
+            or len(given) != 1
+            or not self._ready(call, layers)
+        ):
             return None
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape != given[0].shape[:2]:
             return None
-        if memory_mask is not None and (not isinstance(memory_mask, Tensor) or memory_mask.ndim != 2):
+        if memory_mask is not None and (
+            not isinstance(memory_mask, Tensor) or memory_mask.ndim != 2
+        ):
             return None
         planned = plan(mask, memory_mask, keep_first=self._pooler() is not None)
         if planned is None:
@@ -190,7 +219,12 @@ class UnpaddedEncoder(CalledByName):
         return self.encoder_row.layers.rpartition(".")[0]
 
     def _run(
-        self, call: dict[str, Any], layers: list[Any], packing: Packing, mask: Tensor, memory: Memory | None
+        self,
+        call: dict[str, Any],
+        layers: list[Any],
+        packing: Packing,
+        mask: Tensor,
+        memory: Memory | None,
     ) -> Tensor:
         row, module = self.encoder_row, self
         x, positions = self._embedded(call, packing)
@@ -204,7 +238,11 @@ class UnpaddedEncoder(CalledByName):
             for layer in layers:
                 kind = getattr(layer, row.kind) if row.kind else ""
                 if kind not in attends:
-                    window = getattr(module.config, "sliding_window", None) if kind == "sliding_attention" else None
+                    window = (
+                        getattr(module.config, "sliding_window", None)
+                        if kind == "sliding_attention"
+                        else None
+                    )
                     # Texts no longer than the window attend to all of their tokens.
                     local = window is not None and packing.shape[1] > window + 1
                     attend = own
@@ -217,9 +255,13 @@ class UnpaddedEncoder(CalledByName):
                         rotary = cos[0], sin[0]
                     attends[kind] = attend, rotary
                 attend, rotary = attends[kind]
-                run = partial(layer.run, attend=attend, settings=settings, rotary=rotary, memory=memory)
+                run = partial(
+                    layer.run, attend=attend, settings=settings, rotary=rotary, memory=memory
+                )
                 # transformers 5 checkpoints layer by layer, transformers 4 in the encoder.
-                owners: list[Any] = [layer, find(self, self._holder)] if torch.is_grad_enabled() else []
+                owners: list[Any] = (
+                    [layer, find(self, self._holder)] if torch.is_grad_enabled() else []
+                )
                 for owner in owners:
                     if getattr(owner, "gradient_checkpointing", False) and owner.training:
                         run = partial(owner._gradient_checkpointing_func, run)
@@ -232,22 +274,32 @@ class UnpaddedEncoder(CalledByName):
         """Embeddings `[T, width]` and position ids `[T]`; a module that is not fused sees one long text."""
         row, positions, tokens = self.encoder_row, call.get("position_ids"), call.get("input_ids")
         embeddings: Any = attrgetter(row.embeddings)(self)
-        if positions is None and (hasattr(embeddings, "padding_idx") or hasattr(embeddings, "position_ids")):
+        if positions is None and (
+            hasattr(embeddings, "padding_idx") or hasattr(embeddings, "position_ids")
+        ):
             # Without ids, RoBERTa treats every token as real.
-            tokens = call["attention_mask"].new_full(packing.shape, -1) if tokens is None else tokens
+            tokens = (
+                call["attention_mask"].new_full(packing.shape, -1) if tokens is None else tokens
+            )
             positions = default_positions(embeddings, tokens)
         elif positions is None:
             positions = torch.arange(packing.shape[1], device=packing.positions.device)[None]
         positions = packing.pack(positions.expand(packing.shape))
-        names = (name for name in row.takes if name != "position_ids" and call.get(name) is not None)
+        names = (
+            name for name in row.takes if name != "position_ids" and call.get(name) is not None
+        )
         inputs: dict[str, Any] = {name: packing.pack(call[name]) for name in names}
         if isinstance(embeddings, FusedEmbeddings):
-            ids, types, embeds = (inputs.get(name) for name in ("input_ids", "token_type_ids", "inputs_embeds"))
+            ids, types, embeds = (
+                inputs.get(name) for name in ("input_ids", "token_type_ids", "inputs_embeds")
+            )
             x = embeddings.embed(ids, positions, types, embeds)
         else:
             if "position_ids" in row.takes:
                 inputs["position_ids"] = positions
-            x = embeddings(**{"input_ids": None, **{name: value[None] for name, value in inputs.items()}})[0]
+            x = embeddings(
+                **{"input_ids": None, **{name: value[None] for name, value in inputs.items()}}
+            )[0]
         project: Any = find(self, row.project) if row.project else None
         return x if project is None else project(x), positions
 
@@ -257,7 +309,9 @@ def is_expanded(states: Tensor) -> bool:
     return states.shape[0] > 1 and states.stride(0) == 0
 
 
-def plan(mask: Tensor, memory_mask: Tensor | None = None, *, keep_first: bool) -> tuple[Packing, bool] | None:
+def plan(
+    mask: Tensor, memory_mask: Tensor | None = None, *, keep_first: bool
+) -> tuple[Packing, bool] | None:
     """Packing of a mask `[P, L]`, with one device sync, and whether `memory_mask` `[P, N]` hides nothing.
 
     With `keep_first`, token 0 of every text stays a query even if it is padding, because poolers read it. None if a
@@ -280,9 +334,14 @@ def plan(mask: Tensor, memory_mask: Tensor | None = None, *, keep_first: bool) -
         return None
     if on_host(mask) and host.all_true(mask):
         texts, length = mask.shape
-        places, ends = torch.arange(texts * length), torch.arange(0, texts * length + 1, length, dtype=torch.int32)
+        places, ends = (
+            torch.arange(texts * length),
+            torch.arange(0, texts * length + 1, length, dtype=torch.int32),
+        )
         whole = memory_mask is None or host.all_true(memory_mask.bool())
-        packing = Packing(positions=places, cu_seqlens=ends, shape=(texts, length), max_seqlen=length, whole=True)
+        packing = Packing(
+            positions=places, cu_seqlens=ends, shape=(texts, length), max_seqlen=length, whole=True
+        )
         return packing, whole
     kept = mask.clone() if keep_first else mask
     if keep_first:
@@ -291,17 +350,27 @@ def plan(mask: Tensor, memory_mask: Tensor | None = None, *, keep_first: bool) -
     whole = mask.new_ones(()) if memory_mask is None else memory_mask.bool().all()
     truths = (mask.any(1).all(), mask[:, 0].all(), whole)
     facts = torch.stack([lengths.max(), lengths.sum(), *(truth.long() for truth in truths)])
-    longest, total, none_empty, first_real, whole_memory = host.integers(facts) if on_host(facts) else facts.tolist()
+    longest, total, none_empty, first_real, whole_memory = (
+        host.integers(facts) if on_host(facts) else facts.tolist()
+    )
     if not none_empty:
         return None
     flat = kept.flatten()
     # A stable sort moves real tokens to the front, in order, without the device sync of `nonzero`.
-    order = host.true_places(flat) if on_host(flat) else flat.logical_not().to(torch.uint8).argsort(stable=True)
+    order = (
+        host.true_places(flat)
+        if on_host(flat)
+        else flat.logical_not().to(torch.uint8).argsort(stable=True)
+    )
     places = order[:total]
     key_mask = None if first_real or not keep_first else mask.flatten()[places]
     shape = (mask.shape[0], mask.shape[1])
     packing = Packing(
-        positions=places, cu_seqlens=offsets(lengths), shape=shape, key_mask=key_mask, max_seqlen=int(longest)
+        positions=places,
+        cu_seqlens=offsets(lengths),
+        shape=shape,
+        key_mask=key_mask,
+        max_seqlen=int(longest),
     )
     return packing, bool(whole_memory)
 
@@ -312,7 +381,9 @@ def packed_memory(states: Tensor, mask: Tensor | None, packing: Packing) -> Memo
     cu, device = packing.cu_seqlens, states.device
     if mask is None and is_expanded(states):
         tokens = packing.positions.shape[0]
-        queries, keys = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in (tokens, length))
+        queries, keys = (
+            torch.tensor([0, n], dtype=torch.int32, device=device) for n in (tokens, length)
+        )
         return Memory(states[0], Packed(queries, keys, tokens, length))
     keys = torch.arange(0, texts * length + 1, length, dtype=torch.int32, device=device)
     key_mask = None if mask is None else mask.bool().flatten()
@@ -344,10 +415,16 @@ def _lengths(ids: Tensor, end: int | None, mask: Tensor | None) -> list[int] | N
     return lengths if min(lengths) > 0 and max(lengths) < length else None
 
 
-def _cut_packing(lengths: list[int], holder: Any, layers: Any, device: torch.device) -> Packing | None:
+def _cut_packing(
+    lengths: list[int], holder: Any, layers: Any, device: torch.device
+) -> Packing | None:
     """Packing of the cut batch; None if it would save too little or a layer or its holder must be called."""
     longest = max(lengths)
-    if observed(holder) or not can_run_packed([*layers]) or sum(lengths) > _FULL * longest * len(lengths):
+    if (
+        observed(holder)
+        or not can_run_packed([*layers])
+        or sum(lengths) > _FULL * longest * len(lengths)
+    ):
         return None
     kept = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
     return Packing.from_mask(kept, lengths=lengths)
@@ -367,7 +444,11 @@ class CutTextModel(CalledByName):
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
-        return super().recognises(module) and find(module, "encoder") is not None and hasattr(module, "eos_token_id")
+        return (
+            super().recognises(module)
+            and find(module, "encoder") is not None
+            and hasattr(module, "eos_token_id")
+        )
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
@@ -381,7 +462,11 @@ class CutTextModel(CalledByName):
             return super().forward(*args, **kwargs)
         self.count()
         ids, longest = call["input_ids"], max(lengths)
-        names = [name for name in ("input_ids", "attention_mask", "position_ids") if call.get(name) is not None]
+        names = [
+            name
+            for name in ("input_ids", "attention_mask", "position_ids")
+            if call.get(name) is not None
+        ]
         cut = call | {name: call[name][:, :longest] for name in names}
         rest = (0, 0, 0, ids.shape[1] - longest)
         packing = self._packing(cut, lengths)
@@ -394,15 +479,23 @@ class CutTextModel(CalledByName):
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         # Embed the padded texts: a packed text may be longer than the position table.
-        x = packing.pack(tower.embeddings(input_ids=cut["input_ids"], position_ids=cut.get("position_ids")))
+        x = packing.pack(
+            tower.embeddings(input_ids=cut["input_ids"], position_ids=cut.get("position_ids"))
+        )
         x = tower.final_layer_norm(run_packed([*tower.encoder.layers], x, Causal(packing)))
         pooled = x.index_select(0, packing.cu_seqlens[:-1] + _ends(ids, end))
-        out = BaseModelOutputWithPooling(last_hidden_state=F.pad(packing.unpad(x), rest), pooler_output=pooled)
+        out = BaseModelOutputWithPooling(
+            last_hidden_state=F.pad(packing.unpad(x), rest), pooler_output=pooled
+        )
         return out if returns_dict(self, call) else out.to_tuple()
 
     def _lengths(self, call: dict[str, Any], end: int | None) -> list[int] | None:
         """Lengths of the texts of a call; None if it must not be cut."""
-        ids, mask, config = call.get("input_ids"), call.get("attention_mask"), cast(Any, self).config
+        ids, mask, config = (
+            call.get("input_ids"),
+            call.get("attention_mask"),
+            cast(Any, self).config,
+        )
         if torch.compiler.is_compiling() or traced() or has_other_arguments(call, self._understood):
             return None
         if any(getattr(config, name, False) for name in _RECORDED):
@@ -420,7 +513,9 @@ class CutTextModel(CalledByName):
         checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in parts)
         if checkpointed or tower.config._attn_implementation not in ("eager", "sdpa", None):
             return None
-        packing = _cut_packing(lengths, tower.encoder, tower.encoder.layers, cut["input_ids"].device)
+        packing = _cut_packing(
+            lengths, tower.encoder, tower.encoder.layers, cut["input_ids"].device
+        )
         if packing is None or mask is None:
             return packing
         seen = packing.pack(mask.bool())
@@ -467,7 +562,9 @@ class _CutOpenClip(Fused):
             x = x[torch.arange(x.shape[0], device=x.device), read]
         else:
             places = packing.positions % longest
-            x = tower.token_embedding(packing.pack(text)).to(dtype) + positions.index_select(0, places).to(dtype)
+            x = tower.token_embedding(packing.pack(text)).to(dtype) + positions.index_select(
+                0, places
+            ).to(dtype)
             x = run_packed([*transformer.resblocks], x, Causal(packing)).to(dtype)
             x = tower.ln_final(x.index_select(0, packing.cu_seqlens[:-1] + read))
         projection = tower.text_projection

@@ -31,7 +31,11 @@ def arguments_of(model: nn.Module, batch: Any) -> Any:
     if not isinstance(texts, (tuple, list)) or not texts or not all(map(_is_text, texts)):
         return batch
     # The first name is of sentence-transformers 5.4 and newer; its cross-encoders had the last alone.
-    tools = [getattr(model, name) for name in ("preprocess", "tokenize", "tokenizer") if hasattr(model, name)]
+    tools = [
+        getattr(model, name)
+        for name in ("preprocess", "tokenize", "tokenizer")
+        if hasattr(model, name)
+    ]
     if not tools and isinstance(texts[0], str):
         raise InputError(
             f"{type(model).__name__} holds no tokenizer, so verify cannot be texts; give what its tokenizer returns: "
@@ -42,13 +46,19 @@ def arguments_of(model: nn.Module, batch: Any) -> Any:
     alone = tools[0] is getattr(model, "tokenizer", None)
     options = {"padding": True, "truncation": True, "return_tensors": "pt"} if alone else {}
     device = next((p.device for p in model.parameters()), None)
-    inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), dict(tools[0]([*texts], **options)))
+    inputs = pytree.tree_map_only(
+        Tensor, lambda tensor: tensor.to(device), dict(tools[0]([*texts], **options))
+    )
     return inputs if alone else (inputs,)
 
 
 def _is_text(value: Any) -> bool:
     """Return whether a value is a text or a pair of texts."""
-    pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(part, str) for part in value)
+    pair = (
+        isinstance(value, (tuple, list))
+        and len(value) == 2
+        and all(isinstance(part, str) for part in value)
+    )
     return pair or isinstance(value, str)
 
 
@@ -79,7 +89,9 @@ def inference(model: nn.Module) -> Iterator[None]:
 def _fresh(batch: Any) -> Any:
     """Return a copy of a batch: models write into their arguments, as sentence-transformers does."""
     shared: dict[int, Any] = {
-        id(leaf): leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and not leaf.is_leaf
+        id(leaf): leaf
+        for leaf in pytree.tree_leaves(batch)
+        if isinstance(leaf, Tensor) and not leaf.is_leaf
     }
     return copy.deepcopy(batch, shared)
 
@@ -98,7 +110,9 @@ def _leaves(result: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(result, Mapping):
         parts = result.items()
     else:
-        parts = enumerate(result if isinstance(result, (tuple, list)) else pytree.tree_leaves(result))
+        parts = enumerate(
+            result if isinstance(result, (tuple, list)) else pytree.tree_leaves(result)
+        )
     for key, value in parts:
         if value is not result:
             yield from _leaves(value, f"{name}.{key}" if name else str(key))
@@ -115,7 +129,9 @@ def speedups(
     after: list[float] = []
     until = time.perf_counter() + _SECONDS
     with inference(model):
-        while len(after) <= _ROUNDS and (len(after) <= _FEWEST_ROUNDS or time.perf_counter() < until):
+        while len(after) <= _ROUNDS and (
+            len(after) <= _FEWEST_ROUNDS or time.perf_counter() < until
+        ):
             with original():
                 before.append(_seconds(model, batch))
             after.append(_seconds(model, batch))
@@ -139,7 +155,11 @@ def _seconds(model: nn.Module, batch: Any) -> float:
 def mask_of(batch: Any) -> Any:
     """Return the attention mask of a batch, or None."""
     parts = batch if isinstance(batch, (tuple, list)) else [batch]
-    masks = (part["attention_mask"] for part in parts if isinstance(part, Mapping) and "attention_mask" in part)
+    masks = (
+        part["attention_mask"]
+        for part in parts
+        if isinstance(part, Mapping) and "attention_mask" in part
+    )
     return next(masks, None)
 
 
@@ -152,7 +172,11 @@ def relative_error(before: Tensor, after: Tensor) -> float:
 
 
 def compare_outputs(
-    before: dict[str, Tensor], after: dict[str, Tensor], mask: Any, dtype: torch.dtype | None, kind: EightBits | None
+    before: dict[str, Tensor],
+    after: dict[str, Tensor],
+    mask: Any,
+    dtype: torch.dtype | None,
+    kind: EightBits | None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The difference of every output, and its smallest cosine in 8 bits; InputError if one exceeds rounding."""
     differences, cosines = {}, {}
@@ -184,7 +208,11 @@ def compare_outputs(
 
 def least_cosine(before: dict[str, Tensor], after: dict[str, Tensor], mask: Any) -> float:
     """Smallest cosine over all outputs; missing or misshapen outputs are skipped."""
-    pairs = [(old, after[name]) for name, old in before.items() if name in after and after[name].shape == old.shape]
+    pairs = [
+        (old, after[name])
+        for name, old in before.items()
+        if name in after and after[name].shape == old.shape
+    ]
     return min((_cosine(*without_padding(old, new, mask)) for old, new in pairs), default=1.0)
 
 
@@ -199,5 +227,7 @@ def _cosine(before: Tensor, after: Tensor) -> float:
     if not before.numel():
         return 1.0
     # One vector of scalar scores.
-    rows, others = (t.double().flatten(1) if t.ndim > 1 else t.double().view(1, -1) for t in (before, after))
+    rows, others = (
+        t.double().flatten(1) if t.ndim > 1 else t.double().view(1, -1) for t in (before, after)
+    )
     return float(F.cosine_similarity(rows, others, dim=1).min())

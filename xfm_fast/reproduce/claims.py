@@ -108,8 +108,14 @@ def dose(share: str, itc: float, *, stop: bool) -> str:
 def _dose(share: str, itc: float, stop: bool) -> Part:
     text: tuple[str, ...] = ("streams.text=null",)
     if every := SHARES[share]:
-        text = (f"streams.text.every={every}", "streams.text.batch_size=16", "updates=[[text],[pairs]]")
-    return Part("language", (*_LANGUAGE, *text, *_PAIRS, f"method.stop_gradient={str(stop).lower()}"), itc)
+        text = (
+            f"streams.text.every={every}",
+            "streams.text.batch_size=16",
+            "updates=[[text],[pairs]]",
+        )
+    return Part(
+        "language", (*_LANGUAGE, *text, *_PAIRS, f"method.stop_gradient={str(stop).lower()}"), itc
+    )
 
 
 _IMAGES_TOO = (*_VISION, *_PAIRS, "updates=[[images],[pairs]]")
@@ -132,14 +138,19 @@ PARTS = {
         dose(share, itc, stop=stop): _dose(share, itc, stop)
         for share, itc, stop in product(SHARES, WEIGHTS, (True, False))
     },
-    "vision": Part(None, (*_VISION, "streams.pairs=null", "updates=[[images]]", "steps=600"), target="codes"),
+    "vision": Part(
+        None, (*_VISION, "streams.pairs=null", "updates=[[images]]", "steps=600"), target="codes"
+    ),
     "codes": Part("vision", _IMAGES_TOO, target="codes"),
     "guided": Part("vision", _IMAGES_TOO),
     "frozen": Part("vision", _IMAGES_TOO, target="frozen"),
     "no MIM": Part("vision", (*_VISION, *_PAIRS, "streams.images=null", "updates=[[pairs]]")),
 }
 COMPARED = (
-    *((dose(share, itc, stop=False), dose(share, itc, stop=True)) for share, itc in product(SHARES, WEIGHTS)),
+    *(
+        (dose(share, itc, stop=False), dose(share, itc, stop=True))
+        for share, itc in product(SHARES, WEIGHTS)
+    ),
     *(("guided", other) for other in ("no MIM", "codes", "frozen")),
     ("codes", "no MIM"),
 )
@@ -147,7 +158,11 @@ COMPARED = (
 
 
 def run_claims(
-    out: Path, *, seeds: int = 5, overrides: Sequence[str] = (), on_change: Progress = lambda results: None
+    out: Path,
+    *,
+    seeds: int = 5,
+    overrides: Sequence[str] = (),
+    on_change: Progress = lambda results: None,
 ) -> dict[str, Any]:
     """Train and measure every part with every seed, one after the other; returns the results.
 
@@ -175,16 +190,22 @@ def _plan(seeds: int) -> Iterator[tuple[int, str]]:
 def documents() -> Iterator[tuple[str, str, str]]:
     """Source, name and text of an eighth of the package descriptions that apt has, and of Python's documentation."""
     for path in sorted(_PACKAGE_LISTS.glob("*_Translation-en*")):
-        shown = subprocess.run([_LIST_READER, "cat-file", path], stdout=subprocess.PIPE, check=True).stdout.decode()
+        shown = subprocess.run(
+            [_LIST_READER, "cat-file", path], stdout=subprocess.PIPE, check=True
+        ).stdout.decode()
         for entry in shown.split("\n\n")[::8]:
             # Packages of one source have text in common and, mostly, the beginning of the name.
-            if match := re.match(r"Package: (?:lib|python3?-)?(\w{1,5}).*?Description-en: (.*)", entry, re.DOTALL):
+            if match := re.match(
+                r"Package: (?:lib|python3?-)?(\w{1,5}).*?Description-en: (.*)", entry, re.DOTALL
+            ):
                 yield "Debian's package descriptions", match[1], match[2].replace("\n", "\n\n", 1)
     for name, text in topics.items():
         yield "Python's documentation", name, text
     for path in sorted(Path(os.__file__).parent.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_bytes())):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (text := ast.get_docstring(node)):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (
+                text := ast.get_docstring(node)
+            ):
                 yield "Python's documentation", path.stem, text
 
 
@@ -206,7 +227,9 @@ def _write_text(out: Path) -> None:
     described = (text for index in range(2000) for text in captions(scene(_SEED, index)))
     tokenizer = CaptionTokenizer.train_on_texts([*learnt, *described], _VOCABULARY)
     tokenizer.save(out / "tokenizer.json")
-    learnt_ids, ids = (tokenizer.encode_ids(texts, _TOKENS) for texts in (learnt, held_out[:_MEASURED]))
+    learnt_ids, ids = (
+        tokenizer.encode_ids(texts, _TOKENS) for texts in (learnt, held_out[:_MEASURED])
+    )
     content = "\n".join(sentences).encode()
     description = {
         "sentences": Counter(source for source, _ in sentences.values()),
@@ -221,13 +244,16 @@ def _write_text(out: Path) -> None:
     write_bytes({out / "text.json": json.dumps(description, indent=1).encode()})
 
 
-def bigram_cost(learnt: Iterable[Sequence[int]], held_out: Iterable[Sequence[int]], size: int) -> float:
+def bigram_cost(
+    learnt: Iterable[Sequence[int]], held_out: Iterable[Sequence[int]], size: int
+) -> float:
     """Nats per token, the first of a text excepted, of a table of bigrams, interpolated with frequencies.
 
     The weights are those of Witten and Bell (1991); every token counts once more than it occurs.
     """
     (before, after), (given, expected) = (
-        torch.tensor([bigram for row in rows for bigram in pairwise(row)]).t() for rows in (learnt, held_out)
+        torch.tensor([bigram for row in rows for bigram in pairwise(row)]).t()
+        for rows in (learnt, held_out)
     )
     counts = torch.bincount(before * size + after, minlength=size * size).view(size, size).double()
     frequencies = (counts.sum(0) + 1) / (counts.sum() + size)
@@ -259,9 +285,13 @@ def _run(out: Path, seed: int, name: str, overrides: Sequence[str]) -> bool:
     torch.manual_seed(seed)
     model = XFM(recipe.model, heads=(*ALL_HEADS, "codes"))
     if part.start is not None:
-        start = XFM.from_pretrained(_result(out, 0, part.start).with_suffix("") / "model").state_dict()
+        start = XFM.from_pretrained(
+            _result(out, 0, part.start).with_suffix("") / "model"
+        ).state_dict()
         kept = ("text_encoder.",) if part.start == "language" else ("vision_encoder.", "lm_head.")
-        model.load_state_dict({key: value for key, value in start.items() if key.startswith(kept)}, strict=False)
+        model.load_state_dict(
+            {key: value for key, value in start.items() if key.startswith(kept)}, strict=False
+        )
     result = train(recipe, model=model, objective=losses_for(part, recipe, model))
     if result.interrupted:
         return False
@@ -278,14 +308,18 @@ def losses_for(part: Part, recipe: Recipe, start: XFM) -> Losses:
     """The losses of a part, whose training starts with the weights of `start`."""
     mim_target = None
     if part.target == "codes":
-        mim_target = partial(nearest_codes, codebook(recipe.model.image_size, recipe.model.patch_size))
+        mim_target = partial(
+            nearest_codes, codebook(recipe.model.image_size, recipe.model.patch_size)
+        )
     elif part.target == "frozen":
         mim_target = copy.deepcopy(start).eval().encode_image
 
     def losses_of(model: XFM, batch: Batch, *, losses: Iterable[str]) -> dict[str, Tensor]:
         names = [name for name in losses if name != "itc" or part.itc]
         stop = recipe.method.stop_gradient
-        values = pretraining_losses(model, batch, losses=names, stop_gradient=stop, mim_target=mim_target)
+        values = pretraining_losses(
+            model, batch, losses=names, stop_gradient=stop, mim_target=mim_target
+        )
         return {name: part.itc * loss if name == "itc" else loss for name, loss in values.items()}
 
     return losses_of
@@ -311,13 +345,17 @@ def _patches(pixels: Tensor, size: int) -> Tensor:
 
 def _images(indices: Iterable[int], size: int) -> Tensor:
     transform = evaluation_transform(size)
-    return torch.stack([transform(Image.fromarray(render(scene(_SEED, index, "test"), 32))) for index in indices])
+    return torch.stack(
+        [transform(Image.fromarray(render(scene(_SEED, index, "test"), 32))) for index in indices]
+    )
 
 
 def language_metrics(model: XFM, out: Path) -> dict[str, float]:
     """Nats per hidden token of held-out English and of new captions, and a probe for the order of words."""
     tokenizer = CaptionTokenizer.from_files(out / "tokenizer.json")
-    sentences = [json.loads(line)["desc"] for line in (out / "held_out.jsonl").read_text().splitlines()]
+    sentences = [
+        json.loads(line)["desc"] for line in (out / "held_out.jsonl").read_text().splitlines()
+    ]
     measured = [{"desc": sentence} for sentence in sentences[:_MEASURED]]
     text = TextStreamOptions(shuffle=False, max_tokens=_TOKENS, masking=MaskingOptions(0.15, 7))
     pairs = PairStreamOptions(shuffle=False, augment=False, max_tokens=32)
@@ -325,9 +363,14 @@ def language_metrics(model: XFM, out: Path) -> dict[str, float]:
     return {
         "nats": hidden_token_loss(model, stream(measured, text), "mlm", tokenizer.mask_token_id),
         "captions": hidden_token_loss(
-            model, stream(out / "world" / "pairs_known.jsonl", pairs), "imlm", tokenizer.mask_token_id
+            model,
+            stream(out / "world" / "pairs_known.jsonl", pairs),
+            "imlm",
+            tokenizer.mask_token_id,
         ),
-        "order": order_probe(model, tokenizer, sentences[_MEASURED : _MEASURED + _FITTED + _TESTED]),
+        "order": order_probe(
+            model, tokenizer, sentences[_MEASURED : _MEASURED + _FITTED + _TESTED]
+        ),
     }
 
 
@@ -361,7 +404,10 @@ def object_probes(model: XFM, out: Path) -> dict[str, float]:
     scenes = [scene(_SEED, index, "test").things for index in indices]
     return {
         name: probe(
-            features, torch.tensor([[any(getattr(o, name) == v for o in things) for v in words] for things in scenes])
+            features,
+            torch.tensor(
+                [[any(getattr(o, name) == v for o in things) for v in words] for things in scenes]
+            ),
         )
         for name, words in {"colour": COLOURS, "shape": SHAPES, "texture": TEXTURES}.items()
     }
@@ -375,7 +421,9 @@ def probe(features: Tensor, targets: Tensor) -> float:
     x = F.pad(features.double(), (0, 1), value=1.0)
     scores = x[_FITTED:] @ torch.linalg.lstsq(x[:_FITTED], targets[:_FITTED].double()).solution
     columns = zip(scores.unbind(1), targets[_FITTED:].unbind(1), strict=True)
-    return 50 + 50 * statistics.fmean((s[truth][:, None] - s[~truth]).sign().mean().item() for s, truth in columns)
+    return 50 + 50 * statistics.fmean(
+        (s[truth][:, None] - s[~truth]).sign().mean().item() for s, truth in columns
+    )
 
 
 def read_results(out: Path, seeds: int) -> dict[str, Any]:
@@ -388,10 +436,14 @@ def read_results(out: Path, seeds: int) -> dict[str, Any]:
     for name, other in COMPARED:
         if both := sorted(parts[name].keys() & parts[other].keys()):
             values = {
-                metric: mean_interval([parts[name][seed][metric] - parts[other][seed][metric] for seed in both])
+                metric: mean_interval(
+                    [parts[name][seed][metric] - parts[other][seed][metric] for seed in both]
+                )
                 for metric in parts[name][both[0]]
             }
-            differences.append({"part": name, "minus": other, "seeds": len(both), "metrics": values})
+            differences.append(
+                {"part": name, "minus": other, "seeds": len(both), "metrics": values}
+            )
     return {
         "python": platform.python_version(),
         "text": read_json(out / "text.json"),
@@ -414,18 +466,32 @@ def markdown(results: dict[str, Any]) -> str:
     text, rows = results["text"], []
     for name, by_seed in results["parts"].items():
         metrics = {key for each in by_seed.values() for key in each}
-        rows.append((name, len(by_seed), {m: mean_interval([each[m] for each in by_seed.values()]) for m in metrics}))
-    rows += [(f"{row['part']} − {row['minus']}", row["seeds"], row["metrics"]) for row in results["differences"]]
+        rows.append(
+            (
+                name,
+                len(by_seed),
+                {m: mean_interval([each[m] for each in by_seed.values()]) for m in metrics},
+            )
+        )
+    rows += [
+        (f"{row['part']} − {row['minus']}", row["seeds"], row["metrics"])
+        for row in results["differences"]
+    ]
     tables = []
     for metrics in (("nats", "captions", "order"), ("colour", "shape", "texture")):
         table = [["part", "seeds", *metrics]]
         for name, count, values in rows:
             if metrics[0] in values:
                 pairs = (values[metric] for metric in metrics)
-                cells = (f"{mean:.2f}" + ("" if half is None else f" ± {half:.2f}") for mean, half in pairs)
+                cells = (
+                    f"{mean:.2f}" + ("" if half is None else f" ± {half:.2f}")
+                    for mean, half in pairs
+                )
                 table.append([name, str(count), *cells])
         tables.append(table)
-    sources = " and ".join(f"{count:,} sentences of {source}" for source, count in text["sentences"].items())
+    sources = " and ".join(
+        f"{count:,} sentences of {source}" for source, count in text["sentences"].items()
+    )
     explanation = (
         f"Tiny models, Python {results['python']}. Text: {sources}, {text['bytes']:,} bytes, SHA-256 "
         f"{text['sha256'][:16]}…; {text['held_out']:,} are held out, by document, and cost {text['bigram']:.2f} nats "

@@ -64,11 +64,15 @@ def run_tasks(
                 "init.checkpoint": pretrained, "data.root": out / "shapes_world", "seed": seed,
                 "data.splits.known": test.replace("test", "known"), "checkpoint.folder": out / f"seed-{seed}" / recipe,
             }  # fmt: skip
-            _run(["finetune", recipe, _WORLD, *(f"{key}={value}" for key, value in changes.items())])
+            _run(
+                ["finetune", recipe, _WORLD, *(f"{key}={value}" for key, value in changes.items())]
+            )
         on_change(read_results(out, seeds))
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for done in [pool.submit(finetune, recipe, seed) for seed in range(seeds) for recipe in RECIPES]:
+        for done in [
+            pool.submit(finetune, recipe, seed) for seed in range(seeds) for recipe in RECIPES
+        ]:
             done.result()
     return read_results(out, seeds)
 
@@ -80,7 +84,9 @@ def _metrics_file(out: Path, recipe: str, seed: int, split: str) -> Path:
 def _run(command: Sequence[str]) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     arguments = [sys.executable, "-m", "xfm_fast", *command]
-    done = subprocess.run(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+    done = subprocess.run(
+        arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False
+    )
     if done.returncode:
         last = done.stderr.decode(errors="replace").strip()[-400:]
         raise XFMError(f"xfm-fast {' '.join(command)} ended with {done.returncode}: {last}")
@@ -102,14 +108,22 @@ def read_results(out: Path, seeds: int) -> dict[str, Any]:
                 missing.append((recipe, seed))
         if any(found.values()):
             rows.append({"recipe": recipe, "metric": metric, "by_seed": found})
-    return {"splits": COLUMNS, "pretraining": read_json(out / "pretraining.json"), "rows": rows, "missing": missing}
+    return {
+        "splits": COLUMNS,
+        "pretraining": read_json(out / "pretraining.json"),
+        "rows": rows,
+        "missing": missing,
+    }
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The results as a Markdown page."""
     table = [["recipe", "metric", *COLUMNS.values()]]
     for row in results["rows"]:
-        seeds = [", ".join(f"{value:.1f}" for value in row["by_seed"][split].values()) for split in COLUMNS]
+        seeds = [
+            ", ".join(f"{value:.1f}" for value in row["by_seed"][split].values())
+            for split in COLUMNS
+        ]
         table.append([f"`{row['recipe']}`", row["metric"], *seeds])
     text = (
         "One tiny model pretrained on the shapes dataset, fine-tuned for every task, a number for each seed; percent "

@@ -37,7 +37,16 @@ from xfm_fast.data.collection import Collection, Entry, open_collection
 from xfm_fast.data.images import evaluation_transform
 from xfm_fast.errors import DataError, UnavailableError, explain_types
 from xfm_fast.export.session import Session
-from xfm_fast.io import MOST_JSON_BYTES, advice, hold, is_plain_name, open_data, read_bytes, write_bytes, write_files
+from xfm_fast.io import (
+    MOST_JSON_BYTES,
+    advice,
+    hold,
+    is_plain_name,
+    open_data,
+    read_bytes,
+    write_bytes,
+    write_files,
+)
 from xfm_fast.loading import Source
 from xfm_fast.models.processor import batches
 from xfm_fast.models.xfm import PRECISIONS, XFM
@@ -51,7 +60,9 @@ INDEX_FOLDER, INDEX_FILE = ".xfm-index", "index.json"
 _PART = 256
 # Threads that decode images, and batches that they decode while the model computes.
 _THREADS, _PREFETCH = 8, 3
-_OUR_FILES = re.compile(r"(part-\d+(-[0-9a-f]{32})?|features|images|graph)-[0-9a-f]{12}\.(f32|jsonl|usearch)")
+_OUR_FILES = re.compile(
+    r"(part-\d+(-[0-9a-f]{32})?|features|images|graph)-[0-9a-f]{12}\.(f32|jsonl|usearch)"
+)
 # Counts changes of the image transform, which change features too.
 _TRANSFORM_VERSION = 2
 _FEATURE_WEIGHTS = ("vision_encoder.", "vision_proj.", "text_encoder.roberta.", "text_proj.")
@@ -76,7 +87,11 @@ class SearchModel:
     @property
     def tokenizer(self) -> CaptionTokenizer | None:
         """Tokenizer of the queries."""
-        return self.model.processor.tokenizer if isinstance(self.model, Session) else self.model.tokenizer
+        return (
+            self.model.processor.tokenizer
+            if isinstance(self.model, Session)
+            else self.model.tokenizer
+        )
 
 
 def open_model(source: str | Path | Source) -> SearchModel:
@@ -93,7 +108,9 @@ def open_model(source: str | Path | Source) -> SearchModel:
         if "contrastive" not in opened.model.heads:
             raise UnavailableError(f"{source} has no contrastive head; export a model that has one")
         return SearchModel(opened.model, source, opened.model.fingerprint()[:32], opened.rank)
-    opened = loading.open_model(replace(source, dtype=None), needs=("contrastive",), tasks=("retrieval",), device="cpu")
+    opened = loading.open_model(
+        replace(source, dtype=None), needs=("contrastive",), tasks=("retrieval",), device="cpu"
+    )
     # Before the cast, so that an index made in bf16 fits the same model in fp32.
     digest = hashlib.sha256(f"{_TRANSFORM_VERSION} {opened.model.config.image_size}".encode())
     for name, tensor in opened.model.state_dict().items():
@@ -122,14 +139,18 @@ class SearchIndex:
     def collection(self) -> Collection:
         """The indexed collection; raises `DataError` where only the index names it."""
         if self.root is None:
-            raise DataError(f"{self.folder} is an index of {self.path}; name that, with the index as --index")
+            raise DataError(
+                f"{self.folder} is an index of {self.path}; name that, with the index as --index"
+            )
         return open_collection(self.path, self.images)
 
     def load(self, entry: Entry) -> Image.Image:
         """The picture of an entry; raises `DataError` where it is broken or lies outside `root`."""
         place = os.path.abspath(self.collection.location(entry))
         if entry.row is None and not Path(place).is_relative_to(os.path.abspath(self.root or "")):
-            raise DataError(f"{place} lies outside {self.root}; name the folder of the images as --images")
+            raise DataError(
+                f"{place} lies outside {self.root}; name the folder of the images as --images"
+            )
         return self.collection.load(entry)[0]
 
     def check(self, model: SearchModel) -> None:
@@ -182,7 +203,9 @@ def open_index(
     place = given if alone else index_folder(given) if folder is None else Path(folder).expanduser()
     if not (place / INDEX_FILE).is_file():
         if not given.exists():
-            raise DataError(f"{path} does not exist; name an indexed collection, or the folder of an index")
+            raise DataError(
+                f"{path} does not exist; name an indexed collection, or the folder of an index"
+            )
         raise DataError(f"{path} has no index; make one: xfm-fast index {path}")
     index = _read_index(place)
     if alone:
@@ -241,8 +264,12 @@ class _Header(BaseModel, strict=True):
 def _read_index(folder: Path) -> SearchIndex:
     try:
         # Names of images may hold bytes that are no UTF-8, which `parse_json` refuses.
-        header = _Header.model_validate(json.loads(read_bytes(folder / INDEX_FILE, MOST_JSON_BYTES)))
-        entries, features = _read_rows(folder / header.entries, folder / header.features, header.width, header.sums)
+        header = _Header.model_validate(
+            json.loads(read_bytes(folder / INDEX_FILE, MOST_JSON_BYTES))
+        )
+        entries, features = _read_rows(
+            folder / header.entries, folder / header.features, header.width, header.sums
+        )
         if len(entries) != header.images:
             raise ValueError(f"{len(entries)} entries for {header.images} images")
     except _DAMAGE as error:
@@ -250,9 +277,15 @@ def _read_index(folder: Path) -> SearchIndex:
         if isinstance(error, ValidationError):
             reason = error.errors()[0]
             words = f"{'.'.join(map(str, reason['loc']))}: {advice(reason)}"
-        raise DataError(f"the index {folder} is damaged ({words[:200]}); delete it and index again") from None
+        raise DataError(
+            f"the index {folder} is damaged ({words[:200]}); delete it and index again"
+        ) from None
     weights, tokenizer = header.model.weights, header.model.tokenizer
-    source = Source(weights, None if weights else header.model.size, tokenizer=Path(tokenizer) if tokenizer else None)
+    source = Source(
+        weights,
+        None if weights else header.model.size,
+        tokenizer=Path(tokenizer) if tokenizer else None,
+    )
     path = Path(os.path.normpath(folder / header.path))
     images = header.picture_folder and Path(os.path.normpath(folder / header.picture_folder))
     return SearchIndex(folder, entries, features, source, header.fingerprint, path, images or None)
@@ -304,7 +337,9 @@ def build_index(
             if old is not None:
                 old.check(model)
                 if old.path.resolve() != place.resolve():
-                    raise DataError(f"{target} is the index of {old.path}, this is {place}; name another --index")
+                    raise DataError(
+                        f"{target} is the index of {old.path}, this is {place}; name another --index"
+                    )
             rows = _stored_rows(target, model, old)
             return [entry for entry in entries if entry.version not in rows]
 
@@ -319,7 +354,9 @@ def build_index(
 
             share = [*batches(todo, batch_size)][processes.rank :: processes.world_size]
             try:
-                for number, (entry, result) in enumerate(_embed(collection, share, model.model), start=1):
+                for number, (entry, result) in enumerate(
+                    _embed(collection, share, model.model), start=1
+                ):
                     if isinstance(result, str):
                         broken[entry.name] = result
                     else:
@@ -342,13 +379,17 @@ def build_index(
                     good.append((entry if entry.row is None else known, feature))
             if not good:
                 name, reason = next(iter(faults.items()))
-                raise DataError(f"none of {len(entries)} images can be read, such as {name}: {reason}")
+                raise DataError(
+                    f"none of {len(entries)} images can be read, such as {name}: {reason}"
+                )
             if old is None or old.entries != [entry for entry, _ in good]:
                 _write_index(target, model, good, place, pictures)
             _remove_old_files(target)
             names, new = {entry.name for entry in entries}, {entry.version for entry in todo}
             removed = 0 if old is None else sum(entry.name not in names for entry in old.entries)
-            return IndexReport(target, len(good), sum(entry.version in new for entry, _ in good), removed, faults)
+            return IndexReport(
+                target, len(good), sum(entry.version in new for entry, _ in good), removed, faults
+            )
 
         todo = processes.from_first(begin)
         for broken in processes.gather(processes.together(work)):
@@ -385,7 +426,10 @@ def _embed(
                 with torch.no_grad():
                     embeds = model.encode_image(torch.stack(pixels).to(model.device))
                     features = iter(model.project_image(embeds).float().cpu().numpy())
-            yield from ((entry, found if isinstance(found, str) else next(features)) for entry, found in loaded)
+            yield from (
+                (entry, found if isinstance(found, str) else next(features))
+                for entry, found in loaded
+            )
 
 
 def _stored_rows(folder: Path, model: SearchModel, old: SearchIndex | None) -> dict[Any, Row]:
@@ -393,19 +437,28 @@ def _stored_rows(folder: Path, model: SearchModel, old: SearchIndex | None) -> d
     rows: list[Row] = [] if old is None else [*zip(old.entries, old.features, strict=True)]
     for path in sorted(folder.glob(f"part-*-{model.fingerprint}-*.jsonl")):
         with suppress(*_DAMAGE):
-            rows += zip(*_read_rows(path, path.with_suffix(".f32"), model.model.config.embed_dim), strict=True)
+            rows += zip(
+                *_read_rows(path, path.with_suffix(".f32"), model.model.config.embed_dim),
+                strict=True,
+            )
     return {row[0].version: row for row in rows}
 
 
-def _write_index(folder: Path, model: SearchModel, rows: Sequence[Row], path: Path, images: Path | None) -> None:
+def _write_index(
+    folder: Path, model: SearchModel, rows: Sequence[Row], path: Path, images: Path | None
+) -> None:
     token, source = secrets.token_hex(6), model.source
     files = {"features": f"features-{token}.f32", "entries": f"images-{token}.jsonl"}
     weights, tokenizer = (
-        str(local.resolve()) if name is not None and (local := Path(name).expanduser()).exists() else name
+        str(local.resolve())
+        if name is not None and (local := Path(name).expanduser()).exists()
+        else name
         for name in (source.model, source.tokenizer and str(source.tokenizer))
     )
     # Relative, so that a folder moves with its index.
-    places = [place and os.path.relpath(place.resolve(), folder.resolve()) for place in (path, images)]
+    places = [
+        place and os.path.relpath(place.resolve(), folder.resolve()) for place in (path, images)
+    ]
     header = {
         "format": 2, "images": len(rows), "width": model.model.config.embed_dim, **files,
         "path": places[0], "picture_folder": places[1], "fingerprint": model.fingerprint,
@@ -419,7 +472,10 @@ def _remove_old_files(folder: Path) -> None:
     """Remove parts, the former index, and what a run left that was killed after its last rename."""
     current = json.loads(read_bytes(folder / INDEX_FILE, MOST_JSON_BYTES))
     for path in folder.iterdir():
-        if _OUR_FILES.fullmatch(path.name) and path.name not in (current["entries"], current["features"]):
+        if _OUR_FILES.fullmatch(path.name) and path.name not in (
+            current["entries"],
+            current["features"],
+        ):
             with suppress(OSError):
                 path.unlink()
 
@@ -448,13 +504,17 @@ def _read_rows(
     """Entries and their features; the checksums are of the returned content."""
     content = read_bytes(entries_file, entries_file.stat().st_size)
     lines = [_Line.model_validate(json.loads(text)) for text in content.decode().splitlines()]
-    entries = [Entry(line.name, line.size, line.modified, line.row, tuple(line.captions)) for line in lines]
+    entries = [
+        Entry(line.name, line.size, line.modified, line.row, tuple(line.captions)) for line in lines
+    ]
     features: np.ndarray = np.empty((0, width), np.float32)
     with open_data(features_file) as file:
         if os.fstat(file.fileno()).st_size != 4 * len(entries) * width:
             raise ValueError(f"{features_file.name} is not of {len(entries)} images")
         if entries:
-            features = np.memmap(file, np.float32, "r", shape=(len(entries), width)).view(np.ndarray)
+            features = np.memmap(file, np.float32, "r", shape=(len(entries), width)).view(
+                np.ndarray
+            )
     # Over the mapping that a search reads, so that the file is read once.
     for name, data in (entries_file.name, content), (features_file.name, features.data):
         if sums and name in sums and zlib.crc32(data) != sums[name]:

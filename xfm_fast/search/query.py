@@ -81,20 +81,28 @@ def search(
     index.check(model)
     xfm, rank = model.model, rank or model.rank
     if isinstance(query, str) and model.tokenizer is None:
-        raise UnavailableError(f"{model.source} has no tokenizer for the text; give --tokenizer, or search by an image")
+        raise UnavailableError(
+            f"{model.source} has no tokenizer for the text; give --tokenizer, or search by an image"
+        )
     text = query if isinstance(query, str) and candidates > 0 and rank != "similarity" else None
     if text is not None and not ("matching" in xfm.heads and xfm.config.fusion_layers):
-        raise UnavailableError(f"{model.source} has no matching head to score candidates with; use rank=similarity")
+        raise UnavailableError(
+            f"{model.source} has no matching head to score candidates with; use rank=similarity"
+        )
     with torch.no_grad():
         if isinstance(query, Path):
-            features = xfm.project_image(xfm.encode_image(image_pixels([query], xfm.config, xfm.device)))
+            features = xfm.project_image(
+                xfm.encode_image(image_pixels([query], xfm.config, xfm.device))
+            )
         else:
             input_ids, mask = text_tokens([query], model.tokenizer, xfm.config, xfm.device)
             features = xfm.project_text(xfm.encode_text(input_ids, mask))
     depth = top if text is None else max(top, candidates)
     rows, similarities = nearest(index.features, features[0].float().cpu(), depth)
     if not similarities.isfinite().all():
-        raise DataError(f"{index.folder} holds features that are not finite; delete it and index again")
+        raise DataError(
+            f"{index.folder} holds features that are not finite; delete it and index again"
+        )
     entries = [index.entries[row] for row in rows.tolist()]
     hits = [
         Hit(index.collection.location(entry), similarity, None, entry, None, similarity)
@@ -131,7 +139,9 @@ def nearest(features: np.ndarray, query: Tensor, k: int) -> tuple[Tensor, Tensor
     return rows, best
 
 
-def match_images(opened: SearchModel, images: Sequence[Image.Image], text: str, batch_size: int) -> Tensor:
+def match_images(
+    opened: SearchModel, images: Sequence[Image.Image], text: str, batch_size: int
+) -> Tensor:
     """Logits `[I, 2]` of the matching head for the text with each image; the text is encoded once."""
     model: Any = opened.model
     logits = [torch.empty(0, 2)]
@@ -139,9 +149,13 @@ def match_images(opened: SearchModel, images: Sequence[Image.Image], text: str, 
         input_ids, mask = text_tokens([text], opened.tokenizer, model.config, model.device)
         embeds = model.encode_text(input_ids, mask)
         for batch in batches(images, batch_size):
-            memory = model.image_memory(model.encode_image(image_pixels(batch, model.config, model.device)))
+            memory = model.image_memory(
+                model.encode_image(image_pixels(batch, model.config, model.device))
+            )
             count = len(batch)
-            fused = model.fuse(embeds.expand(count, -1, -1), mask.expand(count, -1), memory, first_token_only=True)
+            fused = model.fuse(
+                embeds.expand(count, -1, -1), mask.expand(count, -1), memory, first_token_only=True
+            )
             logits.append(model.match_logits(fused).float().cpu())
     return torch.cat(logits)
 
@@ -170,7 +184,9 @@ def write_sheet(path: str | Path, query: str | Path, found: Found, index: Search
     with needs("cli"):
         import jinja2
     loader = jinja2.PackageLoader(__package__ or "", "templates")
-    templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    templates = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     page = templates.get_template("sheet.html").render(
         title=query.name if isinstance(query, Path) else query,
         cells=[{"hit": hit, "image": _thumbnail(hit, index)} for hit in found.hits],

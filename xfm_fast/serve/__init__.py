@@ -14,7 +14,17 @@ if TYPE_CHECKING:
     from xfm_fast.serve.model import ServedModel, load
     from xfm_fast.serve.server import Server, address, listen, run
 
-__all__ = ["ServedModel", "Server", "Service", "ServiceOptions", "SourceOptions", "address", "listen", "load", "run"]
+__all__ = [
+    "ServedModel",
+    "Server",
+    "Service",
+    "ServiceOptions",
+    "SourceOptions",
+    "address",
+    "listen",
+    "load",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -30,7 +30,14 @@ from xfm_fast.serve import schema
 from xfm_fast.serve.images import check_image, decode_base64, fetch, is_url, web_client
 from xfm_fast.serve.model import Read, ServedModel, Work
 from xfm_fast.serve.options import ServiceOptions, is_loopback
-from xfm_fast.serve.schema import MAX_INPUTS, EmbeddingsRequest, Item, Problem, RerankRequest, ScoreRequest
+from xfm_fast.serve.schema import (
+    MAX_INPUTS,
+    EmbeddingsRequest,
+    Item,
+    Problem,
+    RerankRequest,
+    ScoreRequest,
+)
 from xfm_fast.serve.work import Account, Batcher, Ledger
 from xfm_fast.tasks.ranking import Picture
 from xfm_fast.tasks.reranking import Rank
@@ -64,7 +71,9 @@ class Service:
         # Requests whose body has arrived and whose answer is not there.
         self.active: set[Account] = set()
         metrics = Metrics(self)
-        tokens = options.batch_tokens or _BATCH_TOKENS["cpu" if model.device.type == "cpu" else "cuda"]
+        tokens = (
+            options.batch_tokens or _BATCH_TOKENS["cpu" if model.device.type == "cpu" else "cuda"]
+        )
         self.batcher = Batcher(
             model.answer, tokens, coming=lambda: sum(not each.submitted for each in self.active),
             observe=metrics.observe_batch,
@@ -106,7 +115,13 @@ class Service:
 
         @app.get("/v1/models")
         async def models() -> dict[str, Any]:
-            facts = {"id": model.name, "object": "model", "created": 0, "owned_by": "xfm-fast", "heads": model.heads}
+            facts = {
+                "id": model.name,
+                "object": "model",
+                "created": 0,
+                "owned_by": "xfm-fast",
+                "heads": model.heads,
+            }
             facts |= {"dimensions": model.config.embed_dim, "random_weights": model.random}
             return {"object": "list", "data": [facts]}
 
@@ -142,23 +157,37 @@ class Service:
         """Embed texts and images: L2-normalised features; their dot products are cosine similarities."""
         size = self.model.config.embed_dim
         if body.dimensions not in (None, size):
-            raise Problem(422, f"dimensions={body.dimensions}, but features of this model have {size}; leave it out")
+            raise Problem(
+                422,
+                f"dimensions={body.dimensions}, but features of this model have {size}; leave it out",
+            )
         answer_bytes = _NUMBER_BYTES * size * len(body.input)
-        features, facts = await self._compute(request, body, {"input": body.input}, (), answer_bytes)
+        features, facts = await self._compute(
+            request, body, {"input": body.input}, (), answer_bytes
+        )
         rows, encoded = features.numpy().astype("<f4"), body.encoding_format == "base64"
-        values = [base64.b64encode(row.tobytes()).decode() if encoded else row.tolist() for row in rows]
-        data = [schema.Embedding(index=index, embedding=value) for index, value in enumerate(values)]
+        values = [
+            base64.b64encode(row.tobytes()).decode() if encoded else row.tolist() for row in rows
+        ]
+        data = [
+            schema.Embedding(index=index, embedding=value) for index, value in enumerate(values)
+        ]
         return _json(schema.EmbeddingsAnswer(**facts, data=data))
 
     async def score(self, request: Request, body: ScoreRequest) -> Response:
         """Score pairs like documents of a rerank request: one with each of the others, or as many with as many."""
         first, second = len(body.text_1), len(body.text_2)
         if first not in (1, second):
-            raise Problem(422, f"text_1 has {first} items and text_2 {second}; give one in text_1, or as many in both")
+            raise Problem(
+                422,
+                f"text_1 has {first} items and text_2 {second}; give one in text_1, or as many in both",
+            )
         items = {"text_1": body.text_1, "text_2": body.text_2}
         pairs = [(number if first > 1 else 0, first + number) for number in range(second)]
         scores, facts = await self._compute(request, body, items, pairs)
-        data = [schema.Score(index=index, score=score) for index, score in enumerate(scores.tolist())]
+        data = [
+            schema.Score(index=index, score=score) for index, score in enumerate(scores.tolist())
+        ]
         return _json(schema.ScoreAnswer(**facts, created=int(time.time()), data=data))
 
     async def _compute(
@@ -172,12 +201,24 @@ class Service:
         """Scores `[pairs]`, or features `[items, embed_dim]` without pairs; and the common fields of responses."""
         model, account, files = self.model, request.state.account, dict[str, bytes]()
         if body.model not in (None, model.name):
-            raise Problem(404, f"model {body.model!r} is not served here; use {model.name!r}, or leave it out")
-        items = [(f"{name}[{place}]", item) for name, given in lists.items() for place, item in enumerate(given)]
+            raise Problem(
+                404, f"model {body.model!r} is not served here; use {model.name!r}, or leave it out"
+            )
+        items = [
+            (f"{name}[{place}]", item)
+            for name, given in lists.items()
+            for place, item in enumerate(given)
+        ]
         scoring = self._scoring(items, pairs)
         if self._web is not None:
-            urls = {name: item.image for name, item in items if item.image is not None and is_url(item.image)}
-            downloads = [asyncio.ensure_future(fetch(self._web, url, account)) for url in urls.values()]
+            urls = {
+                name: item.image
+                for name, item in items
+                if item.image is not None and is_url(item.image)
+            }
+            downloads = [
+                asyncio.ensure_future(fetch(self._web, url, account)) for url in urls.values()
+            ]
             try:
                 files = dict(zip(urls, await asyncio.gather(*downloads), strict=True))
             finally:
@@ -190,7 +231,9 @@ class Service:
         account.submitted = True
         values = await self.batcher.submit(work, model.cost(work), account.lease())
         if not values.isfinite().all():
-            raise NonFiniteError("the results are not finite; the weights may need a wider dtype: use fp32")
+            raise NonFiniteError(
+                "the results are not finite; the weights may need a wider dtype: use fp32"
+            )
         images = model.config.num_image_tokens
         tokens = sum(images if isinstance(each, Picture) else len(each) for each in reads)
         return values, {
@@ -206,15 +249,20 @@ class Service:
         mixed = {is_text[a] != is_text[b] for a, b in pairs}
         if len(mixed) > 1:
             raise Problem(
-                422, "pairs of a text with an image, and pairs of one kind, have different scores; send two requests"
+                422,
+                "pairs of a text with an image, and pairs of one kind, have different scores; send two requests",
             )
         scoring: Rank = self.model.rank if mixed == {True} else "similarity"
         for head, unneeded in (("matching", "similarity"), ("contrastive", "match")):
             if scoring != unneeded and head not in self.model.heads:
-                raise UnavailableError(f"model {self.model.name!r} has no {head} head; serve one that has it")
+                raise UnavailableError(
+                    f"model {self.model.name!r} has no {head} head; serve one that has it"
+                )
         return scoring
 
-    def _read(self, items: Items, files: Mapping[str, bytes], account: Account) -> tuple[list[Read], list[str]]:
+    def _read(
+        self, items: Items, files: Mapping[str, bytes], account: Account
+    ) -> tuple[list[Read], list[str]]:
         """Return inputs of the model, and names of truncated texts; runs in a thread. `files` are downloaded images."""
         reads, truncated, most = list[Read](), list[str](), self.options.max_characters
         for name, item in items:
@@ -236,7 +284,9 @@ class Service:
 
 def _json(answer: schema.Answer) -> Response:
     headers = {"x-truncated-inputs": str(len(answer.truncated))} if answer.truncated else {}
-    return Response(answer.model_dump_json(exclude_none=True), headers=headers, media_type="application/json")
+    return Response(
+        answer.model_dump_json(exclude_none=True), headers=headers, media_type="application/json"
+    )
 
 
 async def _respond_to_error(request: Request, error: Exception) -> Response:
@@ -250,9 +300,13 @@ async def _respond_to_error(request: Request, error: Exception) -> Response:
             first = error.errors()[0]
             # FastAPI's frame names the error, and its traceback that frame, and so the body: until a collection.
             error.__traceback__ = error.__cause__ = error.__context__ = None
-            place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:])
+            place = "".join(
+                f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:]
+            )
             if first["type"] == "json_invalid":
-                problem = Problem(400, f"the body is not valid JSON ({first['ctx']['error']} at {place})")
+                problem = Problem(
+                    400, f"the body is not valid JSON ({first['ctx']['error']} at {place})"
+                )
             else:
                 problem = Problem(422, f"{place.lstrip('.') or 'the body'}: {advice(first)}")
         case DataError() | InputError() | UnavailableError():
@@ -263,7 +317,9 @@ async def _respond_to_error(request: Request, error: Exception) -> Response:
             problem = Problem(503, "there is no memory left for this request; ask again later")
         case _:
             text = " ".join(str(error).split())[:200]
-            problem = Problem(500, f"internal error, {type(error).__name__}: {text}; please report it")
+            problem = Problem(
+                500, f"internal error, {type(error).__name__}: {text}; please report it"
+            )
     return problem.response()
 
 
@@ -271,7 +327,12 @@ class _Gate:
     """ASGI middleware: the limits of requests, before FastAPI parses a body, and the count of responses."""
 
     def __init__(self, service: Service, app: FastAPI, metrics: Metrics) -> None:
-        self._service, self._options, self._app, self._metrics = service, service.options, app, metrics
+        self._service, self._options, self._app, self._metrics = (
+            service,
+            service.options,
+            app,
+            metrics,
+        )
         self._paths = {getattr(route, "path", "") for route in app.routes}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -285,7 +346,10 @@ class _Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-content-type-options", b"nosniff")]}
+                message = {
+                    **message,
+                    "headers": [*message["headers"], (b"x-content-type-options", b"nosniff")],
+                }
             await send(message)
 
         try:
@@ -308,11 +372,18 @@ class _Gate:
         # DNS rebinding: a web page may resolve its own name to this machine and speak for the browser's user.
         host = headers.get("host", "localhost")
         parts = _HOST.fullmatch(host)
-        if self._options.loopback and (parts is None or not is_loopback(parts[1] or parts[2] or "")):
-            raise Problem(403, f"host {host[:100]!r} is not this machine, and the service listens on loopback only")
+        if self._options.loopback and (
+            parts is None or not is_loopback(parts[1] or parts[2] or "")
+        ):
+            raise Problem(
+                403,
+                f"host {host[:100]!r} is not this machine, and the service listens on loopback only",
+            )
         key = self._options.api_key
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        known = scheme.lower() == "bearer" and secrets.compare_digest(given.strip().encode(), (key or "").encode())
+        known = scheme.lower() == "bearer" and secrets.compare_digest(
+            given.strip().encode(), (key or "").encode()
+        )
         if key is not None and path not in _OPEN and not known:
             message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
             raise Problem(401, message, {"www-authenticate": "Bearer"})
@@ -324,21 +395,37 @@ class _Gate:
         content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type != "application/json":
             # Browsers send JSON to other sites only where CORS permits it, and this service never does.
-            raise Problem(415, f"content-type is {content_type[:60] or 'missing'!r}; send application/json")
+            raise Problem(
+                415, f"content-type is {content_type[:60] or 'missing'!r}; send application/json"
+            )
         account = Account(self._service.ledger, self._options)
         # Arguments: an exception that its own frame names would keep all that the frame holds until a collection.
-        late = 408, f"the body did not arrive within {seconds:g} s; send it faster", {"connection": "close"}
+        late = (
+            408,
+            f"the body did not arrive within {seconds:g} s; send it faster",
+            {"connection": "close"},
+        )
         tasks: list[asyncio.Future[Any]] = []
         try:
             async with asyncio.timeout(seconds) as deadline:
                 stream = Request(scope, receive).stream()
-                bodies = [await account.read(stream, lambda: deadline.expired() or deadline.reschedule(0))]
+                bodies = [
+                    await account.read(stream, lambda: deadline.expired() or deadline.reschedule(0))
+                ]
                 self._check_queue()
                 active.add(account)
-                late = 504, f"no answer within {seconds:g} s; ask for less, or later", {"retry-after": "5"}
+                late = (
+                    504,
+                    f"no answer within {seconds:g} s; ask for less, or later",
+                    {"retry-after": "5"},
+                )
 
                 async def replay() -> Message:
-                    return {"type": "http.request", "body": bodies.pop()} if bodies else {"type": "http.disconnect"}
+                    return (
+                        {"type": "http.request", "body": bodies.pop()}
+                        if bodies
+                        else {"type": "http.disconnect"}
+                    )
 
                 async def deliver(message: Message) -> None:
                     if message["type"] == "http.response.start":
@@ -354,7 +441,9 @@ class _Gate:
 
                 scope.setdefault("state", {})["account"] = account
                 MAX_INPUTS.set(self._options.max_inputs)
-                tasks += map(asyncio.ensure_future, (self._app(scope, replay, deliver), _disconnect(receive)))
+                tasks += map(
+                    asyncio.ensure_future, (self._app(scope, replay, deliver), _disconnect(receive))
+                )
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 if tasks[0].done():
                     await tasks[0]
@@ -376,7 +465,9 @@ class _Gate:
     def _check_queue(self) -> None:
         most = self._options.max_queue
         if len(self._service.active) >= most:
-            raise Problem(429, f"{most} requests in flight; ask again in a second", {"retry-after": "1"})
+            raise Problem(
+                429, f"{most} requests in flight; ask again in a second", {"retry-after": "1"}
+            )
 
 
 async def _disconnect(receive: Receive) -> None:
@@ -392,17 +483,35 @@ class Metrics(CollectorRegistry):
         super().__init__()
         seconds = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
         counts, tokens = [1 << n for n in range(8)], [64 * 4**n for n in range(7)]
-        self.requests = Counter("xfm_requests", "Requests answered.", ("path", "status"), registry=self)
+        self.requests = Counter(
+            "xfm_requests", "Requests answered.", ("path", "status"), registry=self
+        )
         self.seconds = Histogram(
             "xfm_request_seconds", "From head to answer.", ("path",), registry=self, buckets=seconds
         )
-        self.pieces = Histogram("xfm_batch_requests", "Requests computed together.", registry=self, buckets=counts)
-        self.tokens = Histogram("xfm_batch_tokens", "Tokens computed together.", registry=self, buckets=tokens)
+        self.pieces = Histogram(
+            "xfm_batch_requests", "Requests computed together.", registry=self, buckets=counts
+        )
+        self.tokens = Histogram(
+            "xfm_batch_tokens", "Tokens computed together.", registry=self, buckets=tokens
+        )
         for name, meaning, read in (
-            ("xfm_queue_requests", "Requests that wait for the model.", lambda: len(service.batcher)),
-            ("xfm_active_requests", "Requests in flight, waiting ones included.", lambda: len(service.active)),
+            (
+                "xfm_queue_requests",
+                "Requests that wait for the model.",
+                lambda: len(service.batcher),
+            ),
+            (
+                "xfm_active_requests",
+                "Requests in flight, waiting ones included.",
+                lambda: len(service.active),
+            ),
             ("xfm_request_bytes", "Memory that requests hold.", lambda: service.ledger.used),
-            ("xfm_cache_bytes", "Bytes of cached image memories.", lambda: service.model.ranker.cache.nbytes),
+            (
+                "xfm_cache_bytes",
+                "Bytes of cached image memories.",
+                lambda: service.model.ranker.cache.nbytes,
+            ),
             ("xfm_process_resident_bytes", "Memory of the process.", resident_bytes),
         ):
             Gauge(name, meaning, registry=self).set_function(read)

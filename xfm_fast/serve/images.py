@@ -52,19 +52,31 @@ def check_image(content: bytes, name: str, account: Account) -> tuple[bytes, int
 def decode_base64(value: str, name: str) -> bytes:
     """The file of an image that a request gives as a data URL or as base64; raises `Problem` for anything else."""
     if is_url(value):
-        raise Problem(422, f"{name} is a URL; send data:image/jpeg;base64,..., or start the service with --allow-urls")
+        raise Problem(
+            422,
+            f"{name} is a URL; send data:image/jpeg;base64,..., or start the service with --allow-urls",
+        )
     if value[:5].lower() == "data:":
         head, comma, text = value.partition(",")
         kind, coding = head[len("data:") :].partition(";")[0], head.rpartition(";")[2]
-        if not comma or kind.strip().lower()[:6] not in ("", "image/") or coding.strip().lower() != "base64":
-            raise Problem(422, f"{name} is no image in base64 ({value[:40]!r}); write data:image/jpeg;base64,...")
+        if (
+            not comma
+            or kind.strip().lower()[:6] not in ("", "image/")
+            or coding.strip().lower() != "base64"
+        ):
+            raise Problem(
+                422,
+                f"{name} is no image in base64 ({value[:40]!r}); write data:image/jpeg;base64,...",
+            )
         data = unquote_to_bytes(text)
     else:
         data = value.encode("utf-8", "replace")
     try:
         return binascii.a2b_base64(data.translate(None, b"\r\n"), strict_mode=True)
     except ValueError as error:
-        raise Problem(422, f"{name} ({len(data):,} characters, {data[:16]!r}...) is not base64 ({error})") from None
+        raise Problem(
+            422, f"{name} ({len(data):,} characters, {data[:16]!r}...) is not base64 ({error})"
+        ) from None
 
 
 def _without_compressed_text(content: bytes) -> bytes:
@@ -73,7 +85,9 @@ def _without_compressed_text(content: bytes) -> bytes:
     chunks, at, removed = [view[:8]], 8, False
     for kind, body in png_chunks(content):
         end = at + 12 + len(body)
-        if kind in (b"iCCP", b"zTXt") or (kind == b"iTXt" and bytes(body[:82]).partition(b"\0")[2][:1] != b"\0"):
+        if kind in (b"iCCP", b"zTXt") or (
+            kind == b"iTXt" and bytes(body[:82]).partition(b"\0")[2][:1] != b"\0"
+        ):
             removed = True
         else:
             chunks.append(view[at:end])
@@ -103,7 +117,9 @@ def web_client(transport: httpx.AsyncBaseTransport | None = None) -> httpx.Async
     )  # fmt: skip
 
 
-async def fetch(client: httpx.AsyncClient, url: str, account: Account, seconds: float = 10.0) -> bytes:
+async def fetch(
+    client: httpx.AsyncClient, url: str, account: Account, seconds: float = 10.0
+) -> bytes:
     """Download an image into the account; raises `Problem` where the URL is not public, or the site is late.
 
     The name is resolved once and the connection goes to the address that was checked, so DNS rebinding leads nowhere
@@ -115,18 +131,27 @@ async def fetch(client: httpx.AsyncClient, url: str, account: Account, seconds: 
     except (httpx.InvalidURL, ValueError) as error:
         raise Problem(422, f"{shown} is malformed ({error})") from None
     if not place.host or place.userinfo or place.port is not None:
-        raise Problem(422, f"{shown} is not of the form https://host/path, without a port; send the image itself")
+        raise Problem(
+            422,
+            f"{shown} is not of the form https://host/path, without a port; send the image itself",
+        )
     name, content = place.raw_host.decode(), bytearray()
     try:
         async with asyncio.timeout(seconds):
-            found = await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_STREAM)
+            found = await asyncio.get_running_loop().getaddrinfo(
+                name, None, type=socket.SOCK_STREAM
+            )
             addresses = [str(entry[4][0]) for entry in found]
             # A name with both public and private addresses is refused.
             if not addresses or not all(map(is_public, addresses)):
-                raise Problem(422, f"{shown} leads to an address that is not public; send the image itself")
+                raise Problem(
+                    422, f"{shown} leads to an address that is not public; send the image itself"
+                )
             pinned = place.copy_with(host=addresses[0])
             headers, extensions = {"host": place.netloc.decode()}, {"sni_hostname": name}
-            async with client.stream("GET", pinned, headers=headers, extensions=extensions) as answer:
+            async with client.stream(
+                "GET", pinned, headers=headers, extensions=extensions
+            ) as answer:
                 if answer.status_code != 200:
                     raise OSError(f"status {answer.status_code}; redirects are not followed")
                 async for piece in answer.aiter_raw():

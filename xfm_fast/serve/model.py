@@ -47,11 +47,15 @@ class Work:
         if self.scoring == "similarity":
             return []
         shared = len({first for first, _ in self.pairs}) == 1
-        groups = [(self.pairs[0][0], *(second for _, second in self.pairs))] if shared else self.pairs
+        groups = (
+            [(self.pairs[0][0], *(second for _, second in self.pairs))] if shared else self.pairs
+        )
         return [
             Query(
                 tuple(each for number in group if isinstance(each := self.items[number], Picture)),
-                tuple(each for number in group if not isinstance(each := self.items[number], Picture)),
+                tuple(
+                    each for number in group if not isinstance(each := self.items[number], Picture)
+                ),
             )
             for group in groups
         ]
@@ -72,7 +76,9 @@ class Work:
         cosines = (rows[first] * rows[second]).sum(1)
         if self.scoring == "similarity":
             return (1 + cosines) / 2
-        return rank_score("sum", torch.cat([ranking.scores.flatten() for ranking in rankings]), cosines)
+        return rank_score(
+            "sum", torch.cat([ranking.scores.flatten() for ranking in rankings]), cosines
+        )
 
 
 @dataclass(frozen=True)
@@ -104,11 +110,15 @@ class ServedModel:
         try:
             # A word and a token more than the model reads show that there are more.
             words = pre_caption(text, _MOST_WORDS + 1).split(" ")
-            ids = self.tokenizer.encode_ids([" ".join(words[:_MOST_WORDS])], self.most_tokens + 1)[0]
+            ids = self.tokenizer.encode_ids([" ".join(words[:_MOST_WORDS])], self.most_tokens + 1)[
+                0
+            ]
         except DataError as error:
             raise DataError(f"{name}: {error}") from None
         fits = len(ids) <= self.most_tokens
-        return tuple(ids if fits else [*ids[: self.most_tokens - 1], ids[-1]]), fits and len(words) <= _MOST_WORDS
+        return tuple(ids if fits else [*ids[: self.most_tokens - 1], ids[-1]]), fits and len(
+            words
+        ) <= _MOST_WORDS
 
     def read_image(
         self, content: bytes, name: str, peak: int = 0, needed: Callable[[], bool] = lambda: True
@@ -118,7 +128,11 @@ class ServedModel:
 
     def cost(self, work: Work) -> int:
         """Tokens of texts, once per pair, and of images that are not cached."""
-        numbers = range(len(work.items)) if work.scoring == "similarity" else chain.from_iterable(work.pairs)
+        numbers = (
+            range(len(work.items))
+            if work.scoring == "similarity"
+            else chain.from_iterable(work.pairs)
+        )
         items = [work.items[number] for number in numbers]
         cache = self.ranker.features if work.scoring == "similarity" else self.ranker.cache
         images = {each.key for each in items if isinstance(each, Picture) and each.key not in cache}
@@ -127,7 +141,11 @@ class ServedModel:
 
     def warm_up(self) -> None:
         """Run everything once, so that no request waits for autotuning."""
-        tokens = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.eos_token_id)
+        tokens = (
+            self.tokenizer.bos_token_id,
+            self.tokenizer.eos_token_id,
+            self.tokenizer.eos_token_id,
+        )
         stream = io.BytesIO()
         Image.new("RGB", (8, 8)).save(stream, "PNG")
         items = (tokens, self.read_image(stream.getvalue(), "a black square"))
@@ -140,11 +158,15 @@ class ServedModel:
         texts = [item for item in items if not isinstance(item, Picture)]
         rankings: Any = iter(self.ranker.rank([query for work in works for query in work.queries]))
         of_texts: Any = iter(self.ranker.embed_captions(texts) if texts else ())
-        of_images: Any = iter(self.ranker.embed_images([item for item in items if isinstance(item, Picture)]))
+        of_images: Any = iter(
+            self.ranker.embed_images([item for item in items if isinstance(item, Picture)])
+        )
         results: list[Tensor | Exception] = []
         for work in works:
             ranked = [next(rankings) for _ in work.queries]
-            rows = [next(of_images if isinstance(item, Picture) else of_texts) for item in work.embedded]
+            rows = [
+                next(of_images if isinstance(item, Picture) else of_texts) for item in work.embedded
+            ]
             failed = next((each for each in [*ranked, *rows] if isinstance(each, XFMError)), None)
             results.append(work.result(ranked, rows) if failed is None else failed)
         return results
@@ -176,17 +198,27 @@ def load(path: str | Path | None, options: SourceOptions, cache_bytes: int) -> S
             )
         source = f"{options} ({opened.origin}, {model.description})"
         random = opened.origin.startswith("random weights")
-        tokenizer, longest = model.processor.tokenizer, [largest(model.slots(g), "length") for g in ("text", "fusion")]
+        tokenizer, longest = (
+            model.processor.tokenizer,
+            [largest(model.slots(g), "length") for g in ("text", "fusion")],
+        )
         ranks: RankModel = SessionRanks(model)
     else:
         opened = open_model(options, needs=_HEADS, tasks=("retrieval",))
         model = opened.model
         if model.device.type == "cpu" and options.dtype in (None, "fp32", "bf16"):
             model.freeze()
-        source, random, tokenizer, longest = str(options), options.model is None, model.tokenizer, []
+        source, random, tokenizer, longest = (
+            str(options),
+            options.model is None,
+            model.tokenizer,
+            [],
+        )
         ranks = ModelRanks(model)
     if tokenizer is None:
-        raise UnavailableError(f"{options} has no tokenizer to read texts with; give the model's with --tokenizer")
+        raise UnavailableError(
+            f"{options} has no tokenizer to read texts with; give the model's with --tokenizer"
+        )
     usable = set(model.heads) - (set() if model.config.fusion_layers else {"matching"})
     return ServedModel(
         options.name or opened.name, source, random, tuple(head for head in _HEADS if head in usable), tokenizer,

@@ -29,7 +29,9 @@ class Item(BaseModel):
     @model_validator(mode="after")
     def _one(self) -> Item:
         if (self.text is None) == (self.image is None):
-            raise ValueError('give either {"text": "..."} or {"image": "data:image/jpeg;base64,..."}')
+            raise ValueError(
+                'give either {"text": "..."} or {"image": "data:image/jpeg;base64,..."}'
+            )
         return self
 
 
@@ -53,7 +55,9 @@ def _as_list(value: Any) -> Any:
 def _few(value: Any) -> Any:
     most = MAX_INPUTS.get()
     if isinstance(value, list) and len(value) > most:
-        raise ValueError(f"has {len(value):,} items, over the limit of {most:,} (--max-inputs); send fewer")
+        raise ValueError(
+            f"has {len(value):,} items, over the limit of {most:,} (--max-inputs); send fewer"
+        )
     return value
 
 
@@ -84,15 +88,20 @@ class EmbeddingsRequest(Body):
 
     input: OneOrMore = Field(examples=[["a dog", _EXAMPLE_IMAGE]])
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(None, description="that of the model; the features cannot be shortened")
+    dimensions: int | None = Field(
+        None, description="that of the model; the features cannot be shortened"
+    )
 
 
 class ScoreRequest(Body):
     """Pairs to be scored: one with each of the others, or as many with as many."""
 
-    text_1: OneOrMore = Field(validation_alias=AliasChoices("text_1", "data_1", "queries"), examples=["a dog"])
+    text_1: OneOrMore = Field(
+        validation_alias=AliasChoices("text_1", "data_1", "queries"), examples=["a dog"]
+    )
     text_2: OneOrMore = Field(
-        validation_alias=AliasChoices("text_2", "data_2", "documents", "items"), examples=[_EXAMPLE_IMAGE]
+        validation_alias=AliasChoices("text_2", "data_2", "documents", "items"),
+        examples=[_EXAMPLE_IMAGE],
     )
 
 
@@ -107,7 +116,9 @@ class Answer(BaseModel):
         None, description="texts of which the model reads only the first words; their number is in the header "
         "x-truncated-inputs",
     )  # fmt: skip
-    warning: str | None = Field(None, description="present where the weights are random and results mean nothing")
+    warning: str | None = Field(
+        None, description="present where the weights are random and results mean nothing"
+    )
 
 
 class Ranked(BaseModel):
@@ -180,4 +191,6 @@ class Problem(HTTPException):
         """The response in the format of `ErrorAnswer`."""
         kind = _ERROR_TYPES.get(self.status_code, "invalid_request_error")
         error = {"message": self.detail, "type": kind, "param": None, "code": self.status_code}
-        return JSONResponse({"error": error, "message": self.detail}, self.status_code, self.headers)
+        return JSONResponse(
+            {"error": error, "message": self.detail}, self.status_code, self.headers
+        )

@@ -122,7 +122,9 @@ class Connection(H11Protocol):
         if self._timer is not None:
             self._timer.cancel()
         seconds = self._seconds.get(waits_for)
-        self._timer = None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
+        self._timer = (
+            None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
+        )
 
 
 class Server(uvicorn.Server):
@@ -151,7 +153,11 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Like uvicorn's, with SIGHUP, but a process that ended gracefully after a signal returns 0."""
         main = threading.current_thread() is threading.main_thread()
-        signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        signals = [
+            getattr(signal, name)
+            for name in ("SIGINT", "SIGTERM", "SIGHUP")
+            if hasattr(signal, name)
+        ]
         # `nohup` ignores SIGHUP.
         signals = [each for each in signals if main and signal.getsignal(each) != signal.SIG_IGN]
         earlier = {each: signal.signal(each, self.handle_exit) for each in signals}

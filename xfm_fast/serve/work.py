@@ -101,7 +101,9 @@ class Account:
         self.received += count
         most = self.options.max_body_bytes
         if self.received > most:
-            raise Problem(413, f"the request has more than {most:,} bytes; shrink the images, or send fewer")
+            raise Problem(
+                413, f"the request has more than {most:,} bytes; shrink the images, or send fewer"
+            )
         self.hold(copies * count)
 
     def hold(self, count: int) -> None:
@@ -114,7 +116,9 @@ class Account:
             while ledger.used + count > ledger.most and (other := next(slow, None)) is not None:
                 other._give_way()
             if ledger.used + count > ledger.most:
-                message = f"requests hold {ledger.used:,} of {ledger.most:,} bytes; ask again in a second"
+                message = (
+                    f"requests hold {ledger.used:,} of {ledger.most:,} bytes; ask again in a second"
+                )
                 raise Problem(429, message, _SOON)
             ledger.used += count
             self._held += count
@@ -130,7 +134,9 @@ class Account:
     def take_image(self, name: str, pixels: int, peak: int) -> None:
         """Count an image that takes `peak` bytes to decode; raises `Problem` 413 where it is too large."""
         if pixels > MAX_PIXELS:
-            raise Problem(413, f"{name} has {pixels:,} pixels, over the limit of {MAX_PIXELS:,}; shrink it")
+            raise Problem(
+                413, f"{name} has {pixels:,} pixels, over the limit of {MAX_PIXELS:,}; shrink it"
+            )
         self._pixels += pixels
         size = max(self.received, _SMALL_REQUEST)
         if peak > _PEAK_PER_BYTE * size or self._pixels > _PIXELS_PER_BYTE * size:
@@ -160,7 +166,9 @@ class Account:
         self._ledger.used -= self._held
         self._held = 0
 
-    async def run(self, threads: ThreadPoolExecutor, function: Callable[..., T], *arguments: Any) -> T:
+    async def run(
+        self, threads: ThreadPoolExecutor, function: Callable[..., T], *arguments: Any
+    ) -> T:
         """Run a function in another thread; the memory is held until it returns, also where nobody waits."""
         job = threads.submit(function, *arguments)
         job.add_done_callback(self.lease())
@@ -214,12 +222,16 @@ class Batcher:
         """Length of the queue."""
         return len(self._queue)
 
-    async def submit(self, work: Any, cost: int, release: Callable[[], object] = lambda: None) -> Any:
+    async def submit(
+        self, work: Any, cost: int, release: Callable[[], object] = lambda: None
+    ) -> Any:
         """Result of a piece of work; cancelling this drops work that has not begun.
 
         `release` is called once, when nothing here refers to the work any more: after its batch, or when it is dropped.
         """
-        piece = _Piece(work, cost, release, asyncio.get_running_loop().create_future(), time.monotonic())
+        piece = _Piece(
+            work, cost, release, asyncio.get_running_loop().create_future(), time.monotonic()
+        )
         self._queue.append(piece)
         self._arrived.set()
         if self._loop is None or self._loop.done():
@@ -259,7 +271,9 @@ class Batcher:
         # All that waited may have been given up.
         if batch:
             self._observe(len(batch), cost)
-            for piece, answer in zip(batch, await self._answers([piece.work for piece in batch]), strict=True):
+            for piece, answer in zip(
+                batch, await self._answers([piece.work for piece in batch]), strict=True
+            ):
                 if piece.answer.done():
                     continue
                 if isinstance(answer, Exception):

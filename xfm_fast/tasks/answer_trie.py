@@ -39,7 +39,9 @@ class AnswerTrie:
     tokens: Tensor  # `[nodes]` last token of each prefix
     paths: Tensor  # `[nodes, D]` ancestors of a node, from `<s>` to the node itself, padded with 0
     depths: Tensor  # `[nodes]` tokens before the last one; ascending
-    edge_starts: Tensor  # `[nodes + 1]`: edges of node i are `edge_starts[i]` to `edge_starts[i + 1]`
+    edge_starts: (
+        Tensor  # `[nodes + 1]`: edges of node i are `edge_starts[i]` to `edge_starts[i + 1]`
+    )
     edge_tokens: Tensor  # `[edges]`
     answer_nodes: Tensor  # `[N, D]` nodes of an answer in order, padded with 0
     answer_edges: Tensor  # `[N, D]` edges of an answer in order, padded with `edges`
@@ -67,15 +69,21 @@ class AnswerTrie:
         deepest = max(lengths) - 1
 
         def padded(rows: list[list[int]], value: int) -> Tensor:
-            return torch.tensor([row + [value] * (deepest - len(row)) for row in rows], device=answer_ids.device)
+            return torch.tensor(
+                [row + [value] * (deepest - len(row)) for row in rows], device=answer_ids.device
+            )
 
         steps = [[tuple(ids[:n]) for n in range(1, len(ids) + 1)] for ids in answers]
         return cls(
             tokens=torch.tensor([prefix[-1] for prefix in prefixes], device=answer_ids.device),
-            paths=padded([[nodes[prefix[:n]] for n in range(1, len(prefix) + 1)] for prefix in prefixes], 0),
+            paths=padded(
+                [[nodes[prefix[:n]] for n in range(1, len(prefix) + 1)] for prefix in prefixes], 0
+            ),
             depths=torch.tensor([len(prefix) - 1 for prefix in prefixes], device=answer_ids.device),
             edge_starts=starts.to(answer_ids.device),
-            edge_tokens=torch.tensor([token for tokens in following for token in tokens], device=answer_ids.device),
+            edge_tokens=torch.tensor(
+                [token for tokens in following for token in tokens], device=answer_ids.device
+            ),
             answer_nodes=padded([[nodes[step] for step in path[:-1]] for path in steps], 0),
             answer_edges=padded([[edges[step] for step in path[1:]] for path in steps], len(edges)),
         )
@@ -99,16 +107,22 @@ def check_answers(answer_ids: Tensor, answer_mask: Tensor | None, config: XFMCon
     if not answer_ids.shape[0]:
         raise InputError("the answer list is empty; give at least one answer")
     if answer_ids.shape[1] < 2:
-        raise InputError(f"answer_ids are {[*answer_ids.shape]}; an answer has at least <s> and </s>")
+        raise InputError(
+            f"answer_ids are {[*answer_ids.shape]}; an answer has at least <s> and </s>"
+        )
     if answer_ids.device.type == "cpu":
         if not bool(mask[:, :2].all()):
             row = int(mask[:, :2].all(1).long().argmin())
-            raise InputError(f"answer {row} holds fewer than two tokens; answers are tokenised with <s> and </s>")
+            raise InputError(
+                f"answer {row} holds fewer than two tokens; answers are tokenised with <s> and </s>"
+            )
         if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
             raise InputError("answer_mask has gaps; the real tokens of an answer come first")
         if bool((answer_ids[:, 0] != answer_ids[0, 0]).any()):
             row = int((answer_ids[:, 0] != answer_ids[0, 0]).long().argmax())
-            raise InputError(f"answer {row} starts with token {int(answer_ids[row, 0])}, answer 0 with another one")
+            raise InputError(
+                f"answer {row} starts with token {int(answer_ids[row, 0])}, answer 0 with another one"
+            )
     return mask
 
 
@@ -149,13 +163,23 @@ def rank(
     most = min(trie.nodes, k * trie.answer_nodes.shape[1])
     step = max(1, _NODES // most)
     parts = [
-        _rank_part(tree_of(memory.part(start, min(start + step, memory.states))), trie, k, best, first_token_twice)
+        _rank_part(
+            tree_of(memory.part(start, min(start + step, memory.states))),
+            trie,
+            k,
+            best,
+            first_token_twice,
+        )
         for start in range(0, memory.states, step)
     ]
-    return AnswerRanking(torch.cat([part.indices for part in parts]), torch.cat([part.scores for part in parts]))
+    return AnswerRanking(
+        torch.cat([part.indices for part in parts]), torch.cat([part.scores for part in parts])
+    )
 
 
-def _rank_part(tree: DecodedTree, trie: AnswerTrie, k: int, best: int, first_token_twice: bool) -> AnswerRanking:
+def _rank_part(
+    tree: DecodedTree, trie: AnswerTrie, k: int, best: int, first_token_twice: bool
+) -> AnswerRanking:
     tree.decode(tree.none.index_fill(1, tree.none.new_zeros(1, dtype=torch.long), True), keep=True)
     if first_token_twice:
         tree.log_likelihoods *= 2
@@ -201,7 +225,9 @@ class DecodedTree(ABC):
         questions, nodes = chosen.nonzero(as_tuple=True)
         if not len(nodes):
             return
-        self.places[questions, nodes] = torch.arange(self.rows, self.rows + len(nodes), device=nodes.device)
+        self.places[questions, nodes] = torch.arange(
+            self.rows, self.rows + len(nodes), device=nodes.device
+        )
         self.decode_nodes(questions, nodes, keep=keep)
         self.rows += len(nodes) * keep
 
@@ -214,7 +240,11 @@ class DecodedTree(ABC):
         depths = self.trie.depths[nodes]
         for depth in depths.unique().tolist():
             rows = (depths == depth).nonzero().flatten()
-            yield depth, rows, self.places[questions[rows, None], self.trie.paths[nodes[rows], : depth + 1]]
+            yield (
+                depth,
+                rows,
+                self.places[questions[rows, None], self.trie.paths[nodes[rows], : depth + 1]],
+            )
 
     def edges_of(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """Concatenated edges of nodes `[n]`, and edge counts `[n]`."""
@@ -227,7 +257,9 @@ class PackedTree(DecodedTree):
     """Tree of the packed decoder: all nodes of a call in one pass, at any depth."""
 
     def __init__(self, decoder: TextDecoder, memory: DecoderMemory, trie: AnswerTrie) -> None:
-        super().__init__(trie, memory.states, torch.promote_types(decoder.word_embeddings.dtype, torch.float32))
+        super().__init__(
+            trie, memory.states, torch.promote_types(decoder.word_embeddings.dtype, torch.float32)
+        )
         self._decoder, self._memory = decoder, memory
         self._layers: list[Tensor] = []  # [rows, 2, H, D]
 
@@ -247,7 +279,9 @@ class PackedTree(DecodedTree):
             if keep:
                 self._layers[number : number + 1] = [known]
             x = layer.attention.output(_attend(q, known, visible).flatten(1), x)
-            x = layer.cross_attention(x, memory.layers[number], groups, memory.cu_seqlens, memory.longest)
+            x = layer.cross_attention(
+                x, memory.layers[number], groups, memory.cu_seqlens, memory.longest
+            )
             x = layer.feed_forward(x)
         self._read_edges(decoder.lm_head.transform(x), questions, nodes)
 
@@ -256,7 +290,9 @@ class PackedTree(DecodedTree):
         trie, words, bias = self.trie, self._decoder.word_embeddings, self._decoder.lm_head.bias
         edges, counts = self.edges_of(nodes)
         # One edge of a node gives the softmax normaliser; the others differ from it by their logits.
-        one = ops.token_log_likelihood(hidden, words, bias, trie.edge_tokens[trie.edge_starts[nodes]])
+        one = ops.token_log_likelihood(
+            hidden, words, bias, trie.edge_tokens[trie.edge_starts[nodes]]
+        )
         rows = torch.arange(len(nodes), device=nodes.device).repeat_interleave(counts)
         wide = self.log_likelihoods.dtype
 

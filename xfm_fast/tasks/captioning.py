@@ -25,7 +25,12 @@ from pydantic import Field
 from torch import Tensor
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.data.annotations import Annotation, AnnotationRows, CaptioningRecord, CaptioningTestRecord
+from xfm_fast.data.annotations import (
+    Annotation,
+    AnnotationRows,
+    CaptioningRecord,
+    CaptioningTestRecord,
+)
 from xfm_fast.data.collection import captioning_rows, captioning_test_rows, is_dataset_folder
 from xfm_fast.data.files import find_files, read_json
 from xfm_fast.data.images import record_pixels
@@ -37,7 +42,16 @@ from xfm_fast.models import inputs
 from xfm_fast.models.decoder import TextDecoder, generate
 from xfm_fast.packing import ImageGroups
 from xfm_fast.tasks.evaluation import Metrics, Row
-from xfm_fast.tasks.task import DecoderModel, Item, PairInput, Task, TaskOptions, json_file, register, require_inputs
+from xfm_fast.tasks.task import (
+    DecoderModel,
+    Item,
+    PairInput,
+    Task,
+    TaskOptions,
+    json_file,
+    register,
+    require_inputs,
+)
 from xfm_fast.tokenizer import pre_caption
 
 
@@ -101,12 +115,19 @@ class CaptioningModel(CaptionsByDecoder, DecoderModel):
         if pixels.shape[0] != images:
             raise InputError(f"there are {pixels.shape[0]} images for {images} captions")
         if not 1 <= prompt_length < length:
-            raise InputError(f"prompt_length={prompt_length}; captions of {length} tokens need 1 to {length - 1}")
+            raise InputError(
+                f"prompt_length={prompt_length}; captions of {length} tokens need 1 to {length - 1}"
+            )
         if mask.device.type == "cpu" and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
             raise InputError("caption_mask has gaps; the real tokens of a caption come first")
         groups = ImageGroups(torch.arange(images + 1, device=mask.device))
         return self.text_decoder.token_losses(
-            caption_ids, mask, self.decoder_memory(pixels), groups, given=prompt_length, label_smoothing=label_smoothing
+            caption_ids,
+            mask,
+            self.decoder_memory(pixels),
+            groups,
+            given=prompt_length,
+            label_smoothing=label_smoothing,
         )
 
     def forward(
@@ -142,13 +163,23 @@ class CaptioningOptions(TaskOptions):
     """Captioning."""
 
     kind: Literal["captioning"] = "captioning"
-    augment: bool = Field(default=True, description="random crop, flip and RandAugment; false only resizes")
-    prompt: str = Field(default="a picture of ", description="prefix of captions, excluded from the loss")
+    augment: bool = Field(
+        default=True, description="random crop, flip and RandAugment; false only resizes"
+    )
+    prompt: str = Field(
+        default="a picture of ", description="prefix of captions, excluded from the loss"
+    )
     max_words: int = Field(default=40, gt=0, description="of a training caption")
-    max_tokens: int = Field(default=40, ge=3, description="of a training caption, including `<s>`, prompt and `</s>`")
+    max_tokens: int = Field(
+        default=40, ge=3, description="of a training caption, including `<s>`, prompt and `</s>`"
+    )
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
-    max_length: int = Field(default=20, gt=0, description="maximum tokens of a generated caption, as in max_tokens")
-    min_length: int = Field(default=5, ge=0, description="minimum tokens before `</s>`, including the prompt")
+    max_length: int = Field(
+        default=20, gt=0, description="maximum tokens of a generated caption, as in max_tokens"
+    )
+    min_length: int = Field(
+        default=5, ge=0, description="minimum tokens before `</s>`, including the prompt"
+    )
     num_beams: int = Field(default=3, gt=0, description="1 is greedy decoding")
     pairs: CaptionedImages | None = Field(
         default=None,
@@ -186,10 +217,14 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Item, PairInp
 
     def rows(self, paths: Sequence[Path]) -> Sequence[Rows]:
         if (pairs := self.options.pairs) is not None:
-            return open_records(paths, image_key=pairs.image_key, caption_key=pairs.caption_key).files
+            return open_records(
+                paths, image_key=pairs.image_key, caption_key=pairs.caption_key
+            ).files
         return captioning_rows(paths, split="train")
 
-    def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[CaptioningTestRecord]]:
+    def test_rows(
+        self, paths: Sequence[Path], split: str
+    ) -> list[AnnotationRows[CaptioningTestRecord]]:
         return captioning_test_rows(paths, split=split)
 
     def records(self, paths: Sequence[Path], split: str) -> list[CaptioningTestRecord]:
@@ -198,11 +233,17 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Item, PairInp
         images = [path for path in files if path not in truth]
         # Without images, a COCO captions file names them itself.
         records = super().records(images or files, split)
-        captions_of = {identity: texts for each in truth.values() for identity, texts in each.items()} if images else {}
+        captions_of = (
+            {identity: texts for each in truth.values() for identity, texts in each.items()}
+            if images
+            else {}
+        )
         first: dict[int | str, str] = {}
         for number, record in enumerate(records):
             if record.caption is None and record.identity in captions_of:
-                records[number] = record.model_copy(update={"caption": tuple(captions_of[record.identity])})
+                records[number] = record.model_copy(
+                    update={"caption": tuple(captions_of[record.identity])}
+                )
             if (other := first.setdefault(record.identity, record.image)) != record.image:
                 raise DataError(
                     f"images {other} and {record.image} both have the id {record.identity}, by which captions are "
@@ -216,19 +257,27 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Item, PairInp
         pairs, size = self.options.pairs, self.config.image_size
         if isinstance(record, CaptioningRecord):
             if record.caption is None:
-                raise DataError(f"image {record.image} has no caption to learn; add one, or remove the element")
+                raise DataError(
+                    f"image {record.image} has no caption to learn; add one, or remove the element"
+                )
             return Item(self.augmented(record.image, rng), self._ids(record.caption))
         assert pairs is not None
         assert isinstance(record, Mapping)
         if pairs.caption_key not in record:
-            raise DataError(f"the record has no field {pairs.caption_key!r}; name the field of the caption")
+            raise DataError(
+                f"the record has no field {pairs.caption_key!r}; name the field of the caption"
+            )
         # The text first: where it is broken the image need not be decoded.
         ids = self._ids(choose_text(record[pairs.caption_key], rng, language=pairs.language))
         root = None if pairs.image_root is None else self.images / pairs.image_root
         official = pairs.official_pictures or self.official_pictures
         options = pairs.model_copy(update={"image_root": root, "official_pictures": official})
         picture = record_pixels(record, options, rng)
-        view = pretraining_transform(size)(picture, rng) if pairs.augment else whole_image(picture, size)
+        view = (
+            pretraining_transform(size)(picture, rng)
+            if pairs.augment
+            else whole_image(picture, size)
+        )
         return Item(view, ids)
 
     def collate(self, items: list[Item], rng: np.random.Generator) -> PairInput:
@@ -257,18 +306,26 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Item, PairInp
 
     def score(self, rows: Sequence[Row], records: Sequence[CaptioningTestRecord]) -> Metrics:
         """`BLEU-1` … `BLEU-4`, `ROUGE-L` and `CIDEr-D` times 100."""
-        candidates = {record.identity: row["caption"] for row, record in zip(rows, records, strict=True)}
-        found = caption_metrics(candidates, {record.identity: record.caption or () for record in records})
+        candidates = {
+            record.identity: row["caption"] for row, record in zip(rows, records, strict=True)
+        }
+        found = caption_metrics(
+            candidates, {record.identity: record.caption or () for record in records}
+        )
         return {name: 100 * value for name, value in found.items()}
 
-    def files(self, rows: Sequence[Row], records: Sequence[CaptioningTestRecord]) -> dict[str, bytes]:
+    def files(
+        self, rows: Sequence[Row], records: Sequence[CaptioningTestRecord]
+    ) -> dict[str, bytes]:
         """`captions.json` for the COCO evaluation."""
         pairs = zip(rows, records, strict=True)
         found = [{"image_id": record.identity, "caption": row["caption"]} for row, record in pairs]
         return json_file("captions.json", found)
 
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[CaptioningTestRecord]:
-        require_inputs(images, texts, "one image or several, and no text", ok=len(images) > 0 and not texts)
+        require_inputs(
+            images, texts, "one image or several, and no text", ok=len(images) > 0 and not texts
+        )
         return [CaptioningTestRecord(image=str(image)) for image in images]
 
     def _ids(self, caption: str) -> list[int]:
@@ -291,7 +348,9 @@ def _coco_captions(path: Path) -> dict[int | str, list[str]] | None:
             identity, caption = annotation["image_id"], annotation["caption"]
             found.setdefault(identity, []).append(caption.strip())
         except (TypeError, KeyError, AttributeError):
-            raise DataError(f"{path}, annotation {number} lacks image_id or caption; correct or remove it") from None
+            raise DataError(
+                f"{path}, annotation {number} lacks image_id or caption; correct or remove it"
+            ) from None
     return found
 
 
@@ -339,7 +398,9 @@ def words(text: str) -> Words:
     return [_WRITTEN.get(word, word) for word in found]
 
 
-def caption_metrics(candidates: Mapping[T, str], references: Mapping[T, Sequence[str]]) -> dict[str, float]:
+def caption_metrics(
+    candidates: Mapping[T, str], references: Mapping[T, Sequence[str]]
+) -> dict[str, float]:
     """Corpus scores of one caption per image id against its references.
 
     `BLEU-1` … `BLEU-4` and `ROUGE-L` are in [0, 1], `CIDEr-D` in [0, 10] (it weights n-grams by their rarity in the
@@ -349,9 +410,13 @@ def caption_metrics(candidates: Mapping[T, str], references: Mapping[T, Sequence
     if not found:
         raise InputError("there are no captions to score; give one for every image")
     if missing := [image for image in known if image not in found]:
-        raise InputError(f"image {missing[0]} has references but no caption ({len(missing)} such images)")
+        raise InputError(
+            f"image {missing[0]} has references but no caption ({len(missing)} such images)"
+        )
     if missing := [image for image in found if not known.get(image)]:
-        raise InputError(f"image {missing[0]} has a caption but no reference ({len(missing)} such images)")
+        raise InputError(
+            f"image {missing[0]} has a caption but no reference ({len(missing)} such images)"
+        )
     said = [words(found[image]) for image in known]
     meant = [[words(text) for text in known[image]] for image in known]
     return bleu(said, meant) | {"ROUGE-L": rouge_l(said, meant), "CIDEr-D": cider_d(said, meant)}
@@ -400,7 +465,10 @@ def cider_d(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) 
     images = math.log(max(len(references), 1))
 
     def weighted(grams: NGrams) -> tuple[dict[tuple[str, ...], float], list[float]]:
-        vector = {gram: count * (images - math.log(max(images_with[gram], 1))) for gram, count in grams.items()}
+        vector = {
+            gram: count * (images - math.log(max(images_with[gram], 1)))
+            for gram, count in grams.items()
+        }
         squares = [0.0] * _ORDER
         for gram, weight in vector.items():
             squares[len(gram) - 1] += weight**2
@@ -416,7 +484,11 @@ def cider_d(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) 
             for gram, weight in ours.items():
                 if gram in theirs:
                     shared[len(gram) - 1] += min(weight, theirs[gram]) * theirs[gram]
-            cosines = (s / (a * b) for s, a, b in zip(shared, our_norms, their_norms, strict=True) if a and b)
+            cosines = (
+                s / (a * b)
+                for s, a, b in zip(shared, our_norms, their_norms, strict=True)
+                if a and b
+            )
             # The evaluation counts bigrams for a length.
             difference = max(len(said) - 1, 0) - max(len(text) - 1, 0)
             of_this += sum(cosines) / _ORDER * math.exp(-(difference**2) / (2 * _SIGMA**2))
@@ -425,7 +497,9 @@ def cider_d(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) 
 
 
 def _ngrams(text: Words) -> NGrams:
-    return NGrams(tuple(text[i : i + n]) for n in range(1, _ORDER + 1) for i in range(len(text) - n + 1))
+    return NGrams(
+        tuple(text[i : i + n]) for n in range(1, _ORDER + 1) for i in range(len(text) - n + 1)
+    )
 
 
 def _common_subsequence(a: Words, b: Words) -> int:

@@ -29,7 +29,13 @@ from xfm_fast.data.images import (
     upright_size,
 )
 from xfm_fast.data.items import ITEMS
-from xfm_fast.data.options import STREAM_KINDS, AnyStreamOptions, ImageOptions, RegionOptions, TextOptions
+from xfm_fast.data.options import (
+    STREAM_KINDS,
+    AnyStreamOptions,
+    ImageOptions,
+    RegionOptions,
+    TextOptions,
+)
 from xfm_fast.data.records import RecordSet, Rows, image_at, open_records
 from xfm_fast.data.regions import every_region_text
 from xfm_fast.data.streams import item_generator
@@ -71,7 +77,11 @@ def checkable_tasks() -> list[str]:
 
 
 def check(
-    data: Any, task: str, options: Options, *, progress: Callable[[int, int], None] = lambda done, of: None
+    data: Any,
+    task: str,
+    options: Options,
+    *,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Report:
     """Read and count every row as `task` would, decoding every image; `progress` receives (rows done, total)."""
     if task not in (known := checkable_tasks()):
@@ -91,7 +101,9 @@ def check(
         report.files.append(counts)
         for row in range(len(rows)):
             try:
-                digests.append(int.from_bytes(blake2b(rows.raw(row), digest_size=8).digest(), "little"))
+                digests.append(
+                    int.from_bytes(blake2b(rows.raw(row), digest_size=8).digest(), "little")
+                )
                 reader.inspect(reader.record(rows, row), Path(rows.name))
             except DataError as error:
                 counts.broken += 1
@@ -143,7 +155,9 @@ class _Reader:
     def count_text(self, text: str, options: TextOptions) -> None:
         """Count a text before truncation; an empty one raises `DataError`."""
         limit = options.max_words
-        cleaned = clean_text(text, options.model_copy(update={"max_words": None if limit is None else len(text) + 1}))
+        cleaned = clean_text(
+            text, options.model_copy(update={"max_words": None if limit is None else len(text) + 1})
+        )
         words = len(cleaned.split())
         self.report.texts += 1
         self.report.words[words] += 1
@@ -162,7 +176,9 @@ class _Reader:
         """Count an image, once per file; an undecodable one raises `DataError`."""
         if isinstance(source, Path) and source in self._sizes:
             return self._sizes[source]
-        name, data = read_image(source, None if isinstance(source, Path) else f"in {self.options.image_key!r}")
+        name, data = read_image(
+            source, None if isinstance(source, Path) else f"in {self.options.image_key!r}"
+        )
         if decode:
             decode_pixels(data, name)
         with Image.open(io.BytesIO(data)) as opened:
@@ -185,15 +201,23 @@ class _StreamReader(_Reader):
         kind, config = report.task, options.config
         self.stream = stream = options.stream(kind)
         # Any vocabulary detects broken rows.
-        self._tokenizer = options.tokenizer or CaptionTokenizer.train_on_texts(["a picture of a thing"], 300)
+        self._tokenizer = options.tokenizer or CaptionTokenizer.train_on_texts(
+            ["a picture of a thing"], 300
+        )
         # Augmentation is slow and rejects no row.
-        plain = stream.model_copy(update={"augment": False}) if isinstance(stream, ImageOptions) else stream
+        plain = (
+            stream.model_copy(update={"augment": False})
+            if isinstance(stream, ImageOptions)
+            else stream
+        )
         self._items = ITEMS[kind](plain, config, self._tokenizer, _BATCH)
         self._trained = ITEMS[kind](stream, config, self._tokenizer, 1)
         self._generator = item_generator(0, 0, 0, 0)
 
     def prepare(self, record: Mapping[str, Any], file: Path) -> int:
-        batch = self._trained.collate([self._trained.item(record, self._generator)], self._generator)
+        batch = self._trained.collate(
+            [self._trained.item(record, self._generator)], self._generator
+        )
         values = [getattr(batch, each.name) for each in fields(batch)]
         return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
@@ -235,7 +259,10 @@ class _AnnotationReader(_Reader):
 
     def prepare(self, record: Any, file: Path) -> int:
         pixels = [
-            self._transform(decode_pixels(image_at((self.options.image_root or file.parent) / image)), self._generator)
+            self._transform(
+                decode_pixels(image_at((self.options.image_root or file.parent) / image)),
+                self._generator,
+            )
             for image in image_names([record])
         ]
         # Ids and mask of the text too.
@@ -251,11 +278,16 @@ class _AnnotationReader(_Reader):
 
     def inspect(self, record: Any, file: Path) -> None:
         images = [*image_names([record])]
-        sizes = [self.count_image(image_at((self.options.image_root or file.parent) / image)) for image in images]
+        sizes = [
+            self.count_image(image_at((self.options.image_root or file.parent) / image))
+            for image in images
+        ]
         element = record.model_dump()
         if {"width", "height"} <= element.keys():
             parse_annotation({**element, "width": sizes[0][0], "height": sizes[0][1]}, type(record))
-        texts = next(element[name] for name in ("caption", "question", "sentence", "text") if name in element)
+        texts = next(
+            element[name] for name in ("caption", "question", "sentence", "text") if name in element
+        )
         for text in (texts,) if isinstance(texts, str) else texts or ():
             self.count_text(text, _FINETUNING)
 
@@ -287,7 +319,9 @@ class Report:
     problems: list[Problem] = field(default_factory=list)
     duplicates: int = 0  # rows identical to an earlier one
     texts: int = 0
-    words: Counter[int] = field(default_factory=Counter)  # histogram of words after cleaning, before truncation
+    words: Counter[int] = field(
+        default_factory=Counter
+    )  # histogram of words after cleaning, before truncation
     # histogram of token counts with `<s>` and `</s>`, before truncation; needs a tokenizer
     tokens: Counter[int] = field(default_factory=Counter)
     cut: int = 0
@@ -323,7 +357,11 @@ class Report:
     @property
     def hours_per_epoch(self) -> float | None:
         """Hours in which one worker reads all good rows."""
-        return None if self.seconds_per_row is None else self.seconds_per_row * (self.rows - self.broken) / 3600
+        return (
+            None
+            if self.seconds_per_row is None
+            else self.seconds_per_row * (self.rows - self.broken) / 3600
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -352,7 +390,10 @@ class Report:
                 "width": _spread(widths),
                 "height": _spread(heights),
             },
-            "regions": {"per_image": dict(sorted(self.regions.items())), "unusable": self.unusable_regions},
+            "regions": {
+                "per_image": dict(sorted(self.regions.items())),
+                "unusable": self.unusable_regions,
+            },
             "cost": {
                 "seconds_per_row": self.seconds_per_row,
                 "hours_per_epoch": self.hours_per_epoch,

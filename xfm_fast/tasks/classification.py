@@ -61,7 +61,9 @@ class ClassificationModel(TaskModel):
         frozen: bool = False,
     ) -> None:
         if modality not in _ENCODERS:
-            raise InputError(f"modality {modality!r} is unknown; choose from {', '.join(_ENCODERS)}")
+            raise InputError(
+                f"modality {modality!r} is unknown; choose from {', '.join(_ENCODERS)}"
+            )
         if labels < 1:
             raise InputError(f"labels={labels}; a classifier has at least one output")
         if head == "official_image" and modality != "image":
@@ -94,7 +96,10 @@ class ClassificationModel(TaskModel):
         return self
 
     def features(
-        self, pixels: Tensor | None = None, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        pixels: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Head inputs: `[B, width]`, or `[B, 2 · vision_width]` for the official image head."""
         for name, value, other in (("pixels", pixels, "text"), ("input_ids", input_ids, "image")):
@@ -106,7 +111,9 @@ class ClassificationModel(TaskModel):
         with torch.no_grad() if self.frozen else nullcontext():
             if pixels is None:
                 assert input_ids is not None
-                packing = Packing.from_mask(inputs.check_tokens(input_ids, attention_mask, self.config))
+                packing = Packing.from_mask(
+                    inputs.check_tokens(input_ids, attention_mask, self.config)
+                )
                 return packing.restore(self.text_encoder(input_ids, packing, first_token_only=True))
             image = self.encode_image(pixels)
             if input_ids is not None:
@@ -118,7 +125,10 @@ class ClassificationModel(TaskModel):
             return image[:, 0]
 
     def logits(
-        self, pixels: Tensor | None = None, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        pixels: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """`[B, labels]`; arguments as in `features`."""
         return self.cls_head(self.features(pixels, input_ids, attention_mask))
@@ -172,7 +182,9 @@ class ClassificationSession:
         """`ClassificationModel.logits`."""
         if input_ids is None:
             if pixels is None:
-                raise InputError("pixels and input_ids are missing; a classifier reads one of them, or both")
+                raise InputError(
+                    "pixels and input_ids are missing; a classifier reads one of them, or both"
+                )
             return self.class_logits(self.encode_image(pixels), "encode_image")
         mask = inputs.check_tokens(input_ids, attention_mask, self.config)
         texts = self.encode_text(input_ids, mask)
@@ -186,8 +198,12 @@ class LabelOptions(TaskOptions):
     """Options of tasks with labelled records."""
 
     record: ClassVar[type[Annotation]]
-    columns: dict[str, str] = Field(default={}, description="renamed table columns: {FIELD: COLUMN}")
-    labels: tuple[str, ...] = Field(default=(), description="classes; default: sorted classes of the training files")
+    columns: dict[str, str] = Field(
+        default={}, description="renamed table columns: {FIELD: COLUMN}"
+    )
+    labels: tuple[str, ...] = Field(
+        default=(), description="classes; default: sorted classes of the training files"
+    )
 
     @model_validator(mode="after")
     def _columns_exist(self) -> Self:
@@ -210,7 +226,9 @@ class LabelTask(Task[LabelOptionsT, Any, Item, BatchT]):
     truth = "label"
 
     @abstractmethod
-    def read(self, paths: Sequence[Path], split: str, columns: Mapping[str, str]) -> list[AnnotationRows[Any]]:
+    def read(
+        self, paths: Sequence[Path], split: str, columns: Mapping[str, str]
+    ) -> list[AnnotationRows[Any]]:
         """Rows of files, or of a split in folders."""
 
     def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[Any]]:
@@ -224,14 +242,18 @@ class LabelTask(Task[LabelOptionsT, Any, Item, BatchT]):
             # A file to predict for may lack the renamed label column.
             if "label" not in columns:
                 raise
-            return self.read(paths, split, {field: name for field, name in columns.items() if field != "label"})
+            return self.read(
+                paths, split, {field: name for field, name in columns.items() if field != "label"}
+            )
 
     def records(self, paths: Sequence[Path], split: str) -> list[Any]:
         """Evaluation records; classes that training does not know raise `DataError`."""
         records = super().records(paths, split)
         # The labels of a regression are numbers.
         known = {None, *self.options.labels}
-        foreign = Counter(label for each in records if isinstance(label := each.label, str) and label not in known)
+        foreign = Counter(
+            label for each in records if isinstance(label := each.label, str) and label not in known
+        )
         if foreign:
             label, times = foreign.most_common(1)[0]
             raise DataError(
@@ -245,7 +267,9 @@ def class_names(given: Sequence[str], rows: Iterable[AnnotationRows[Any]]) -> tu
     """Ordered class names: `given`, else the sorted labels of the training rows; fewer than two raise `DataError`."""
     names = tuple(given or label_names(rows))
     if len(names) < 2:
-        raise DataError(f"there is one class only, {', '.join(names)!r}; a classifier needs at least two")
+        raise DataError(
+            f"there is one class only, {', '.join(names)!r}; a classifier needs at least two"
+        )
     if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise DataError(f"the class {twice[0]!r} is named twice in task.labels; name it once")
     return names
@@ -255,7 +279,9 @@ def class_number(label: str | None, names: Sequence[str]) -> int:
     """Index of a label; a missing or unknown label raises `DataError`."""
     if label not in names:
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        raise DataError(f"label {label!r} is none of the {len(names)} classes ({shown}); correct it")
+        raise DataError(
+            f"label {label!r} is none of the {len(names)} classes ({shown}); correct it"
+        )
     return names.index(label)
 
 

@@ -21,7 +21,16 @@ import torch
 from torch import Tensor
 
 from xfm_fast.errors import DataError
-from xfm_fast.io import MOST_JSON_BYTES, hold, make_folder, open_data, open_to_append, parse_json, storing, write_bytes
+from xfm_fast.io import (
+    MOST_JSON_BYTES,
+    hold,
+    make_folder,
+    open_data,
+    open_to_append,
+    parse_json,
+    storing,
+    write_bytes,
+)
 from xfm_fast.models.processor import evaluating
 from xfm_fast.models.xfm import XFM
 from xfm_fast.training.distributed import Processes
@@ -41,8 +50,12 @@ class Evaluation:
     processes: Processes = field(default_factory=Processes)  # process group that shares the work
     batch_size: int = 64  # minimum records per batch; batches contain whole groups
     # autocast context of predictions
-    autocast: Callable[[], AbstractContextManager[Any]] = lambda: torch.autocast("cpu", enabled=False)
-    progress: Callable[[int, int], None] = lambda done, of: None  # called with (records done by this process, total)
+    autocast: Callable[[], AbstractContextManager[Any]] = lambda: torch.autocast(
+        "cpu", enabled=False
+    )
+    progress: Callable[[int, int], None] = lambda done, of: (
+        None
+    )  # called with (records done by this process, total)
 
     def run(self, task: Any, model: XFM, records: Sequence[Any]) -> Metrics:
         """Evaluate a split of a `Task`, write metrics and its files to the folder, return the metrics on every process.
@@ -120,7 +133,12 @@ class Evaluation:
 
     def _read(self, identity: str) -> dict[int, list[Any]]:
         journals = [read_journal(path) for path in sorted(self.folder.glob("rows-*.jsonl"))]
-        return {batch: rows for found, entries in journals if found == identity for batch, rows in entries}
+        return {
+            batch: rows
+            for found, entries in journals
+            if found == identity
+            for batch, rows in entries
+        }
 
 
 def delete(path: Path) -> None:

@@ -21,7 +21,16 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.data.annotations import ARRAY, Annotation, AnnotationRows, Elements, Identity, Text, array_of, as_rows
+from xfm_fast.data.annotations import (
+    ARRAY,
+    Annotation,
+    AnnotationRows,
+    Elements,
+    Identity,
+    Text,
+    array_of,
+    as_rows,
+)
 from xfm_fast.data.files import Paths, find_files, read_json, read_plain_pickle, unreadable
 from xfm_fast.data.images import decode_image, decode_pixels, evaluation_transform, image_size
 from xfm_fast.data.options import RegionOptions, RegionStreamOptions
@@ -97,7 +106,9 @@ class GroundingModel(BoxesOfTexts, TaskModel):
     ) -> GroundingLosses:
         """Losses against `target` `[P, 4]`; whole-image captions (`is_image` `[P]`) are excluded."""
         predicted = self.boxes(pixels, input_ids, attention_mask, image_index)
-        return GroundingLosses(box_l1_loss(predicted, target, is_image), box_giou_loss(predicted, target, is_image))
+        return GroundingLosses(
+            box_l1_loss(predicted, target, is_image), box_giou_loss(predicted, target, is_image)
+        )
 
 
 def pixel_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -111,7 +122,9 @@ def pixel_iou(a: Tensor, b: Tensor) -> Tensor:
     overlapping = (low < high).all(1)
     shared = (high - low + 1).prod(1) * overlapping
     union = a[:, 2:].prod(1) + b[:, 2:].prod(1) - shared
-    return torch.where(union > 0, shared / union.where(union > 0, torch.ones_like(union)), torch.zeros_like(union))
+    return torch.where(
+        union > 0, shared / union.where(union > 0, torch.ones_like(union)), torch.zeros_like(union)
+    )
 
 
 def box_accuracy(
@@ -137,7 +150,9 @@ class GroundingRecord(Annotation):
     image: Text
     text: Text
     ref_id: Identity
-    bbox: tuple[float, float, float, float] | None = Field(default=None, description="x, y, w, h in pixels")
+    bbox: tuple[float, float, float, float] | None = Field(
+        default=None, description="x, y, w, h in pixels"
+    )
     split: str | None = Field(default=None, description="val, testA, ...")
     width: int | None = Field(default=None, gt=0, description="of the image, in pixels")
     height: int | None = Field(default=None, gt=0, description="of the image, in pixels")
@@ -205,13 +220,17 @@ class Reference(NamedTuple):
 def _references(path: Path, modified: int, size: int) -> dict[Any, Reference]:
     """References by `ref_id` of a `refs(*).p`, a pickle of containers, strings and numbers."""
     if size > _MOST_PICKLE:
-        raise DataError(f"{path} has {size:,} bytes, over the limit of {_MOST_PICKLE:,} for references; check the file")
+        raise DataError(
+            f"{path} has {size:,} bytes, over the limit of {_MOST_PICKLE:,} for references; check the file"
+        )
     content = read_plain_pickle(path)
     try:
         found = {}
         for ref in content:
             sentences = [str(each.get("sent", each.get("raw"))) for each in ref["sentences"]]
-            found[ref["ref_id"]] = Reference(ref["image_id"], ref["ann_id"], str(ref["split"]), sentences)
+            found[ref["ref_id"]] = Reference(
+                ref["image_id"], ref["ann_id"], str(ref["split"]), sentences
+            )
         return found
     except (TypeError, KeyError, AttributeError) as error:
         raise DataError(
@@ -227,11 +246,15 @@ class Refer:
             status = os.stat(refs)
         except OSError as error:
             raise unreadable(refs, error) from None
-        self.files, self.references = (refs, instances), _references(refs, status.st_mtime_ns, status.st_size)
+        self.files, self.references = (
+            (refs, instances),
+            _references(refs, status.st_mtime_ns, status.st_size),
+        )
         try:
             self.boxes = {each["id"]: each["bbox"] for each in content["annotations"]}
             self.images = {
-                each["id"]: (each["file_name"], each.get("width"), each.get("height")) for each in content["images"]
+                each["id"]: (each["file_name"], each.get("width"), each.get("height"))
+                for each in content["images"]
             }
         except (TypeError, KeyError, AttributeError) as error:
             raise DataError(
@@ -248,12 +271,25 @@ class Refer:
                 f"ref_id {identity!r}: there is no reference, image or annotation {error} in "
                 f"{' and '.join(map(str, self.files))}; check that all are of one data set"
             )
-        return {"image": image, **element, "bbox": box, "split": ref.split, "width": width, "height": height}
+        return {
+            "image": image,
+            **element,
+            "bbox": box,
+            "split": ref.split,
+            "width": width,
+            "height": height,
+        }
 
     def elements(self) -> Elements:
         """Every sentence of every reference."""
-        texts = [(identity, *each) for identity, ref in self.references.items() for each in enumerate(ref.sentences)]
-        values = [self.join(identity, {"text": text, "ref_id": identity}) for identity, _, text in texts]
+        texts = [
+            (identity, *each)
+            for identity, ref in self.references.items()
+            for each in enumerate(ref.sentences)
+        ]
+        values = [
+            self.join(identity, {"text": text, "ref_id": identity}) for identity, _, text in texts
+        ]
         labels = [f"ref_id {identity}, sentence {number}" for identity, number, _ in texts]
         return Elements(str(self.files[0]), values, labels, others=self.files[1:])
 
@@ -272,11 +308,17 @@ class CaptionedRegions(RegionOptions):
     A row is an image, so the recipe's `batch_size` counts images; a random subset of their texts makes the batch.
     """
 
-    careful_flip: bool = Field(default=True, description="do not flip images with left or right in the captions")
+    careful_flip: bool = Field(
+        default=True, description="do not flip images with left or right in the captions"
+    )
     max_tokens: int = Field(default=40, ge=3, description="including `<s>` and `</s>`")
-    max_words: int | None = Field(default=40, gt=0, description="clean texts and truncate to this many words")
+    max_words: int | None = Field(
+        default=40, gt=0, description="clean texts and truncate to this many words"
+    )
     max_images: int = Field(default=28, gt=0, description="images per `texts` texts")
-    texts: int = Field(default=64, gt=0, description="texts per `max_images` images, in proportion to the batch")
+    texts: int = Field(
+        default=64, gt=0, description="texts per `max_images` images, in proportion to the batch"
+    )
 
 
 class GroundingOptions(TaskOptions):
@@ -284,11 +326,16 @@ class GroundingOptions(TaskOptions):
 
     kind: Literal["grounding"] = "grounding"
     augment: bool = Field(
-        default=True, description="random crop around the box, flip and RandAugment; false only resizes"
+        default=True,
+        description="random crop around the box, flip and RandAugment; false only resizes",
     )
-    careful_flip: bool = Field(default=True, description="do not flip images with left or right in the expression")
+    careful_flip: bool = Field(
+        default=True, description="do not flip images with left or right in the expression"
+    )
     max_words: int = Field(default=30, gt=0, description="of an expression")
-    max_tokens: int | None = Field(default=None, ge=3, description="of an expression in training; null: unlimited")
+    max_tokens: int | None = Field(
+        default=None, ge=3, description="of an expression in training; null: unlimited"
+    )
     regions: CaptionedRegions | None = Field(
         default=None, description="train on region captions; splits still list expressions"
     )
@@ -326,7 +373,9 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Any, GroundingBatch]
             if regions.image_root is not None:
                 values["image_root"] = self.images / regions.image_root
             values["official_pictures"] |= self.official_pictures
-            self._regions = RegionItems(RegionStreamOptions(**values), self.config, self.tokenizer, regions.texts)
+            self._regions = RegionItems(
+                RegionStreamOptions(**values), self.config, self.tokenizer, regions.texts
+            )
 
     def build(self) -> GroundingModel:
         return GroundingModel(self.config)
@@ -375,11 +424,18 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Any, GroundingBatch]
                 image=batch.image, input_ids=batch.input_ids, attention_mask=batch.attention_mask, boxes=batch.boxes,
                 image_index=batch.image_index, is_image=batch.is_image,
             )  # fmt: skip
-        return GroundingBatch(**self.pair_inputs(items), boxes=torch.stack([item.target for item in items]))
+        return GroundingBatch(
+            **self.pair_inputs(items), boxes=torch.stack([item.target for item in items])
+        )
 
     def losses_of(self, model: GroundingModel, batch: GroundingBatch) -> dict[str, Tensor]:
         losses = model(
-            batch.image, batch.input_ids, batch.attention_mask, batch.boxes, batch.image_index, batch.is_image
+            batch.image,
+            batch.input_ids,
+            batch.attention_mask,
+            batch.boxes,
+            batch.image_index,
+            batch.is_image,
         )
         return {"bbox_l1": losses.l1, "bbox_giou": losses.giou}
 
@@ -390,13 +446,17 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Any, GroundingBatch]
         """Rows of `bbox` (x, y, w, h in pixels) and `relative` (cx, cy, w, h)."""
         images, places = unique_images(records)
         pixels, sizes = zip(*map(self._view, images), strict=True)
-        index, texts = torch.tensor(places), [self.caption_ids(each.text, self.options.max_words) for each in records]
+        index, texts = (
+            torch.tensor(places),
+            [self.caption_ids(each.text, self.options.max_words) for each in records],
+        )
         views = torch.stack(pixels).to(model.device, model.dtype)
         boxes = model.boxes(views, *self.padded(texts, model.device), index.to(model.device))
         relative = boxes.double().cpu()
         inside = pixel_boxes(relative, torch.tensor(sizes, dtype=torch.float64)[index])
         return [
-            {"bbox": box, "relative": shares} for box, shares in zip(inside.tolist(), relative.tolist(), strict=True)
+            {"bbox": box, "relative": shares}
+            for box, shares in zip(inside.tolist(), relative.tolist(), strict=True)
         ]
 
     def metrics_of(self, records: Sequence[GroundingRecord]) -> Collection[str]:
@@ -418,12 +478,23 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Any, GroundingBatch]
     def files(self, rows: Sequence[Row], records: Sequence[GroundingRecord]) -> dict[str, bytes]:
         """`boxes.json` for the official evaluation; `pred` is the relative box."""
         pairs = zip(rows, records, strict=True)
-        found = [{"ref_id": record.ref_id, "pred": row["relative"], "bbox": row["bbox"]} for row, record in pairs]
+        found = [
+            {"ref_id": record.ref_id, "pred": row["relative"], "bbox": row["bbox"]}
+            for row, record in pairs
+        ]
         return json_file("boxes.json", found)
 
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[GroundingRecord]:
-        require_inputs(images, texts, "an image and one expression or several", ok=len(images) == 1 and len(texts) > 0)
-        return [GroundingRecord(image=str(images[0]), text=text, ref_id=n) for n, text in enumerate(texts)]
+        require_inputs(
+            images,
+            texts,
+            "an image and one expression or several",
+            ok=len(images) == 1 and len(texts) > 0,
+        )
+        return [
+            GroundingRecord(image=str(images[0]), text=text, ref_id=n)
+            for n, text in enumerate(texts)
+        ]
 
     def _view(self, image: str) -> tuple[Tensor, tuple[int, int]]:
         """Whole image `[3, R, R]` as in evaluation, and its (width, height) in pixels."""
@@ -434,8 +505,15 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Any, GroundingBatch]
 def check_boxes(records: Sequence[GroundingRecord], images: Path, *, official: bool) -> None:
     """Raise `DataError` for reference boxes outside their image."""
     # Records with an image size, e.g. those of refer's files, were validated when read.
-    unsure = [(record, record.bbox) for record in records if record.width is None and record.bbox is not None]
-    sizes = {image: image_size(images / image, official=official) for image in {record.image for record, _ in unsure}}
+    unsure = [
+        (record, record.bbox)
+        for record in records
+        if record.width is None and record.bbox is not None
+    ]
+    sizes = {
+        image: image_size(images / image, official=official)
+        for image in {record.image for record, _ in unsure}
+    }
     for record, box in unsure:
         try:
             _box_inside(box, *sizes[record.image])
@@ -443,10 +521,16 @@ def check_boxes(records: Sequence[GroundingRecord], images: Path, *, official: b
             raise DataError(f"expression {record.ref_id} of {record.image}: {error}") from None
 
 
-def expressions_of(rows: AnnotationRows[GroundingRecord], *, training: bool) -> AnnotationRows[GroundingRecord]:
+def expressions_of(
+    rows: AnnotationRows[GroundingRecord], *, training: bool
+) -> AnnotationRows[GroundingRecord]:
     """Rows without expressions marked with another split."""
-    splits = [element.get("split") if isinstance(element, dict) else None for element in rows.elements]
-    chosen = [row for row, split in enumerate(splits) if split is None or (split == "train") == training]
+    splits = [
+        element.get("split") if isinstance(element, dict) else None for element in rows.elements
+    ]
+    chosen = [
+        row for row, split in enumerate(splits) if split is None or (split == "train") == training
+    ]
     if not chosen:
         wanted = "the split train" if training else "a split other than train"
         raise DataError(f"{rows.name} has no element of {wanted}; give the file of another split")
@@ -459,9 +543,16 @@ def _box_inside(box: Sequence[float], width: int, height: int) -> Rectangle:
     return box_inside(_clip_rounding(box, width, height), width, height)
 
 
-def _clip_rounding(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
+def _clip_rounding(
+    box: Sequence[float], width: int, height: int
+) -> tuple[float, float, float, float]:
     """Clip a box that exceeds the image by a rounding error; others are unchanged."""
     x, y, w, h = box
-    left, top, right, below = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
+    left, top, right, below = (
+        max(x, 0.0),
+        max(y, 0.0),
+        min(x + w, float(width)),
+        min(y + h, float(height)),
+    )
     past = max(left - x, top - y, x + w - right, y + h - below)
     return (left, top, right - left, below - top) if 0 < past <= _EDGE else (x, y, w, h)

@@ -58,7 +58,9 @@ class ImageTaskOptions(LabelOptions):
         description="torchvision dataset, e.g. CIFAR10; data.train is its folder, and so is each of data.splits, "
         "named by the dataset: {test: cifar}",
     )
-    train_split: str = Field(default="train", description="torchvision split, e.g. trainval of OxfordIIITPet")
+    train_split: str = Field(
+        default="train", description="torchvision split, e.g. trainval of OxfordIIITPet"
+    )
     view: Literal["imagenet", "probe", "whole"] = Field(
         default="imagenet",
         description="imagenet: crop, flip, RandAugment, erasing, and a centre crop to evaluate; probe: crop, flip; "
@@ -66,12 +68,19 @@ class ImageTaskOptions(LabelOptions):
     )
     grey: bool = Field(default=False, description="convert images to greyscale")
     head: HeadKind | None = Field(
-        default=None, description="linear, mlp, or official_image with its five layers; linear if frozen, else mlp"
+        default=None,
+        description="linear, mlp, or official_image with its five layers; linear if frozen, else mlp",
     )
-    frozen: bool = Field(default=False, description="train only the head; with head=linear a linear probe")
+    frozen: bool = Field(
+        default=False, description="train only the head; with head=linear a linear probe"
+    )
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     mixup: float = Field(default=0.0, ge=0, description="alpha of Mixup; 0 for none")
-    cutmix: float = Field(default=0.0, ge=0, description="alpha of CutMix; with mixup each is used in half the batches")
+    cutmix: float = Field(
+        default=0.0,
+        ge=0,
+        description="alpha of CutMix; with mixup each is used in half the batches",
+    )
 
     def completed(self, train: Sequence[Path], root: Path) -> Self:
         """Options with class names."""
@@ -112,7 +121,10 @@ class ImageTask(LabelTask[ImageTaskOptions, LabelledImages]):
         self._train_view: Callable[[Picture, np.random.Generator], Tensor] | None = None
         self._test_view: Callable[[Image.Image], Tensor] = evaluation_transform(size)
         if options.view == "imagenet":
-            self._train_view, self._test_view = imagenet_training_transform(size), imagenet_evaluation_transform(size)
+            self._train_view, self._test_view = (
+                imagenet_training_transform(size),
+                imagenet_evaluation_transform(size),
+            )
         elif options.view == "probe":
             self._train_view = probe_training_transform(size, name)
             self._test_view = probe_evaluation_transform(size, name)
@@ -124,15 +136,23 @@ class ImageTask(LabelTask[ImageTaskOptions, LabelledImages]):
     def build(self) -> ClassificationModel:
         options = self.options
         return ClassificationModel(
-            self.config, len(options.labels), modality="image", head=options.head, frozen=options.frozen
+            self.config,
+            len(options.labels),
+            modality="image",
+            head=options.head,
+            frozen=options.frozen,
         )
 
-    def read(self, paths: Sequence[Path], split: str, columns: Mapping[str, str]) -> list[AnnotationRows[Any]]:
+    def read(
+        self, paths: Sequence[Path], split: str, columns: Mapping[str, str]
+    ) -> list[AnnotationRows[Any]]:
         if self.options.dataset is None:
             return [*image_rows(paths, columns=columns)]
         rows: list[AnnotationRows[Any]] = []
         for path in paths:
-            found = self._sets[str(path), split] = open_torchvision(self.options.dataset, path, split)
+            found = self._sets[str(path), split] = open_torchvision(
+                self.options.dataset, path, split
+            )
             count = len(found.numbers)
             columns_of_set = {
                 "image": [f"{split}/{number}" for number in found.numbers],
@@ -194,7 +214,9 @@ class ImageTask(LabelTask[ImageTaskOptions, LabelledImages]):
         return {"top1": 100 * first / len(pairs), "top5": 100 * among / len(pairs)}
 
     def files(self, rows: Sequence[Row], records: Sequence[ImageLabelRecord]) -> dict[str, bytes]:
-        entries = [{"image": record.image, **row} for row, record in zip(rows, records, strict=True)]
+        entries = [
+            {"image": record.image, **row} for row, record in zip(rows, records, strict=True)
+        ]
         return json_file("predictions.json", entries)
 
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[ImageLabelRecord]:
@@ -215,7 +237,9 @@ class TorchvisionSet:
         try:
             return self.data[number][0].convert("RGB")
         except (OSError, ValueError) as error:
-            raise DataError(f"image {number} of {type(self.data).__name__} cannot be read ({error})") from None
+            raise DataError(
+                f"image {number} of {type(self.data).__name__} cannot be read ({error})"
+            ) from None
 
 
 def open_torchvision(name: str, folder: Path, split: str) -> TorchvisionSet:
@@ -230,7 +254,9 @@ def open_torchvision(name: str, folder: Path, split: str) -> TorchvisionSet:
         if isinstance(value, type) and "root" in inspect.signature(value).parameters
     }
     if name.lower() not in kinds:
-        raise ConfigError(f"task.dataset={name} is no data set of torchvision; choose one, such as CIFAR10 or Food101")
+        raise ConfigError(
+            f"task.dataset={name} is no data set of torchvision; choose one, such as CIFAR10 or Food101"
+        )
     kind = kinds[name.lower()]
     known = inspect.signature(kind.__init__).parameters
     options: dict[str, Any] = {"download": False} if "download" in known else {}
@@ -259,13 +285,17 @@ def open_torchvision(name: str, folder: Path, split: str) -> TorchvisionSet:
     classes = list(getattr(data, "classes", None) or getattr(data, "categories", None) or ())
     if len(classes) <= max(targets):
         classes = [str(number) for number in range(max(targets) + 1)]
-    return TorchvisionSet(data, [*map(str, classes)], numbers, [targets[number] for number in numbers])
+    return TorchvisionSet(
+        data, [*map(str, classes)], numbers, [targets[number] for number in numbers]
+    )
 
 
 def _private_test(folder: Path) -> list[int]:
     """Rows of `PrivateTest` in torchvision's FER2013 test split."""
     named = (folder / "fer2013" / name for name in ("fer2013.csv", "icml_face_data.csv"))
-    with io.TextIOWrapper(open_file(next(path for path in named if path.exists())), "utf-8", newline="") as file:
+    with io.TextIOWrapper(
+        open_file(next(path for path in named if path.exists())), "utf-8", newline=""
+    ) as file:
         header, *rows = csv.reader(file)
     place = [column.strip() for column in header].index("Usage")
     usages = [row[place] for row in rows if row[place] in ("PublicTest", "PrivateTest")]
@@ -275,7 +305,11 @@ def _private_test(folder: Path) -> list[int]:
 def _targets(data: Any) -> list[int]:
     """Classes of all images; datasets store them under different names."""
     held = next(
-        (value for name in ("targets", "_labels", "labels", "y") if (value := getattr(data, name, None)) is not None),
+        (
+            value
+            for name in ("targets", "_labels", "labels", "y")
+            if (value := getattr(data, name, None)) is not None
+        ),
         None,
     )
     if held is None:
@@ -286,5 +320,7 @@ def _targets(data: Any) -> list[int]:
     except (TypeError, ValueError):
         targets = []
     if len(targets) != len(data) or not targets or min(targets) < 0:
-        raise ConfigError(f"{type(data).__name__} is no set of images with a class each; choose another task.dataset")
+        raise ConfigError(
+            f"{type(data).__name__} is no set of images with a class each; choose another task.dataset"
+        )
     return targets

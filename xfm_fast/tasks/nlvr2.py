@@ -17,7 +17,14 @@ from pydantic import Field
 from torch import Tensor
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.data.annotations import Annotation, AnnotationRows, Elements, Text, as_rows, read_array
+from xfm_fast.data.annotations import (
+    Annotation,
+    AnnotationRows,
+    Elements,
+    Text,
+    as_rows,
+    read_array,
+)
 from xfm_fast.data.files import Paths, find_files, open_file
 from xfm_fast.data.tables import read_lines
 from xfm_fast.errors import DataError, InputError
@@ -25,7 +32,15 @@ from xfm_fast.models import inputs
 from xfm_fast.models.text import MLPHead
 from xfm_fast.packing import ImageGroups, Packing
 from xfm_fast.tasks.evaluation import Metrics, Row
-from xfm_fast.tasks.task import Item, PairInput, Task, TaskModel, TaskOptions, register, require_inputs
+from xfm_fast.tasks.task import (
+    Item,
+    PairInput,
+    Task,
+    TaskModel,
+    TaskOptions,
+    register,
+    require_inputs,
+)
 
 RESULT_FILE = "nlvr2_result.csv"
 
@@ -40,7 +55,9 @@ class NLVR2Model(TaskModel):
         super().__init__(config, heads=())
         self.cls_head = MLPHead(2 * config.text_width, 2, config.head_layer_norm_eps)
 
-    def logits(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def logits(
+        self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """Logits `[B, 2]` (false, true); `pixels` `[2B, 3, R, R]` holds all first images, then all second ones.
 
         The sentence and the image-independent part of fusion run once; both images share one packed pass.
@@ -52,11 +69,18 @@ class NLVR2Model(TaskModel):
         twice = Packing.from_mask(torch.cat([mask, mask]))
         groups = ImageGroups(torch.arange(len(pixels) + 1, device=pixels.device))
         fused = self.fusion_encoder(
-            torch.cat([tokens, tokens]), twice, memory, groups, first_token_only=True, self_attended=True
+            torch.cat([tokens, tokens]),
+            twice,
+            memory,
+            groups,
+            first_token_only=True,
+            self_attended=True,
         )
         return self.cls_head(torch.cat(fused.split(len(input_ids)), dim=-1))
 
-    def graph_results(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+    def graph_results(
+        self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor
+    ) -> dict[str, Tensor]:
         """Logits `[I, T, 2]` of every sentence on image i and the next one."""
         images, logits = len(pixels), []
         for number in range(images):
@@ -64,7 +88,9 @@ class NLVR2Model(TaskModel):
             logits.append(self.logits(pair.to(self.dtype), input_ids, attention_mask))
         return {"class_logits": torch.stack(logits)}
 
-    def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(
+        self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None, targets: Tensor
+    ) -> Tensor:
         """Cross-entropy with `targets` `[B]`, 1 if the sentence is true."""
         return F.cross_entropy(self.logits(pixels, input_ids, attention_mask), targets.long())
 
@@ -72,12 +98,17 @@ class NLVR2Model(TaskModel):
 class NLVR2Session:
     """What an export adds to `xfm_fast.export.Session`: the graph `nlvr2`."""
 
-    def logits(self: Any, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def logits(
+        self: Any, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """`NLVR2Model.logits`."""
         mask, pairs = _check_inputs(pixels, input_ids, attention_mask, self.config), len(input_ids)
         self.require("nlvr2")
         both = self.image_memory(self.encode_image(pixels))
-        of_pairs = {name: layer.unflatten(0, (2, pairs)).transpose(0, 1) for name, layer in both.layers.items()}
+        of_pairs = {
+            name: layer.unflatten(0, (2, pairs)).transpose(0, 1)
+            for name, layer in both.layers.items()
+        }
         memory, embeds = replace(both, layers=of_pairs), self.encode_text(input_ids, mask)
         most = max(self.limits.budget // max(input_ids.shape[1], 1), 1)
         with torch.inference_mode():
@@ -85,10 +116,14 @@ class NLVR2Session:
             return self.in_batches("nlvr2", given, most)["class_logits"]
 
 
-def _check_inputs(pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None, config: XFMConfig) -> Tensor:
+def _check_inputs(
+    pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None, config: XFMConfig
+) -> Tensor:
     """Mask of the sentences, which have two images each."""
     if len(pixels) != 2 * len(input_ids):
-        raise InputError(f"there are {len(pixels)} images for {len(input_ids)} sentences; NLVR2 has two for each")
+        raise InputError(
+            f"there are {len(pixels)} images for {len(input_ids)} sentences; NLVR2 has two for each"
+        )
     return inputs.check_tokens(input_ids, attention_mask, config)
 
 
@@ -98,7 +133,9 @@ class NLVR2Record(Annotation):
     images: Annotated[tuple[Text, ...], Field(min_length=2, max_length=2)]
     sentence: Text
     label: bool
-    identifier: str | None = Field(default=None, description="split-set-pair-sentence, e.g. test1-0-1-0")
+    identifier: str | None = Field(
+        default=None, description="split-set-pair-sentence, e.g. test1-0-1-0"
+    )
 
 
 def nlvr2_rows(paths: Paths) -> list[AnnotationRows[NLVR2Record]]:
@@ -114,7 +151,9 @@ def nlvr2_rows(paths: Paths) -> list[AnnotationRows[NLVR2Record]]:
         if not holds_lines:
             return Elements(str(path), read_array(path))
         found = read_lines(path)
-        return found._replace(values=[_statement(each) if isinstance(each, dict) else each for each in found.values])
+        return found._replace(
+            values=[_statement(each) if isinstance(each, dict) else each for each in found.values]
+        )
 
     return as_rows(map(elements, find_files(paths)), NLVR2Record)
 
@@ -126,7 +165,9 @@ def _statement(line: Mapping[str, Any]) -> Mapping[str, Any] | DataError:
         return line
     stem, dash, _ = str(identifier).rpartition("-")
     if not dash:
-        return DataError(f"identifier {identifier!r} is not of the form split-set-pair-sentence; correct the line")
+        return DataError(
+            f"identifier {identifier!r} is not of the form split-set-pair-sentence; correct the line"
+        )
     folder = stem.partition("-")[0] + (f"/{line['directory']}" if "directory" in line else "")
     return {**line, "images": [f"{folder}/{stem}-img{side}.png" for side in (0, 1)]}
 
@@ -135,9 +176,13 @@ class NLVR2Options(TaskOptions):
     """NLVR2."""
 
     kind: Literal["nlvr2"] = "nlvr2"
-    augment: bool = Field(default=True, description="random crop, flip and RandAugment; false only resizes")
+    augment: bool = Field(
+        default=True, description="random crop, flip and RandAugment; false only resizes"
+    )
     max_words: int = Field(default=30, gt=0, description="of a sentence")
-    max_tokens: int | None = Field(default=None, ge=3, description="of a sentence in training; null: unlimited")
+    max_tokens: int | None = Field(
+        default=None, ge=3, description="of a sentence in training; null: unlimited"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,19 +209,27 @@ class NLVR2Task(Task[NLVR2Options, NLVR2Record, Item, NLVR2Batch]):
 
     def item(self, record: NLVR2Record, rng: np.random.Generator) -> Item:
         ids = self.caption_ids(record.sentence, self.options.max_words, self.options.max_tokens)
-        return Item(torch.stack([self.augmented(image, rng) for image in record.images]), ids, record.label)
+        return Item(
+            torch.stack([self.augmented(image, rng) for image in record.images]), ids, record.label
+        )
 
     def collate(self, items: list[Item], rng: np.random.Generator) -> NLVR2Batch:
         pairs = self.pair_inputs(items)
         targets = torch.tensor([item.target for item in items], dtype=torch.int64)
-        return NLVR2Batch(**pairs | {"image": pairs["image"].transpose(0, 1).flatten(0, 1)}, targets=targets)
+        return NLVR2Batch(
+            **pairs | {"image": pairs["image"].transpose(0, 1).flatten(0, 1)}, targets=targets
+        )
 
     def losses_of(self, model: NLVR2Model, batch: NLVR2Batch) -> dict[str, Tensor]:
         return {"loss": model(batch.image, batch.input_ids, batch.attention_mask, batch.targets)}
 
     def predict(self, model: NLVR2Model, records: Sequence[NLVR2Record]) -> list[Row]:
-        sentences = [self.caption_ids(record.sentence, self.options.max_words) for record in records]
-        pixels = self.pixels_of([record.images[place] for place in (0, 1) for record in records], model)
+        sentences = [
+            self.caption_ids(record.sentence, self.options.max_words) for record in records
+        ]
+        pixels = self.pixels_of(
+            [record.images[place] for place in (0, 1) for record in records], model
+        )
         logits = model.logits(pixels, *self.padded(sentences, model.device))
         shares = logits.double().softmax(-1)[:, 1].tolist()
         return [{"answer": share > 0.5, "probability": share} for share in shares]
@@ -192,5 +245,12 @@ class NLVR2Task(Task[NLVR2Options, NLVR2Record, Item, NLVR2Batch]):
         return {RESULT_FILE: "".join(lines).encode()}
 
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[NLVR2Record]:
-        require_inputs(images, texts, "two images and a sentence about both", ok=len(images) == 2 and len(texts) == 1)
-        return [NLVR2Record(images=(str(images[0]), str(images[1])), sentence=texts[0], label=False)]
+        require_inputs(
+            images,
+            texts,
+            "two images and a sentence about both",
+            ok=len(images) == 2 and len(texts) == 1,
+        )
+        return [
+            NLVR2Record(images=(str(images[0]), str(images[1])), sentence=texts[0], label=False)
+        ]

@@ -91,7 +91,9 @@ class RankModel(Protocol):
     def captions(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
     def images(self, pixels: Tensor) -> Tensor: ...
     def memories(self, embeds: Tensor) -> list[Any]: ...
-    def logits(self, tokens: Tensor, lengths: Tensor, memories: Sequence[Any], counts: Sequence[int]) -> Tensor: ...
+    def logits(
+        self, tokens: Tensor, lengths: Tensor, memories: Sequence[Any], counts: Sequence[int]
+    ) -> Tensor: ...
     def caption_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
     def image_features(self, pixels: Tensor) -> Tensor: ...
 
@@ -124,13 +126,24 @@ class ModelRanks:
     def memories(self, embeds: Tensor) -> list[ImageMemory]:
         """Memories of B images, each with its own storage."""
         layers = self.model.image_memory(embeds).layers
-        return [ImageMemory(tuple(layer[row : row + 1].clone() for layer in layers)) for row in range(len(embeds))]
+        return [
+            ImageMemory(tuple(layer[row : row + 1].clone() for layer in layers))
+            for row in range(len(embeds))
+        ]
 
-    def logits(self, tokens: Tensor, lengths: Tensor, memories: Sequence[ImageMemory], counts: Sequence[int]) -> Tensor:
+    def logits(
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        memories: Sequence[ImageMemory],
+        counts: Sequence[int],
+    ) -> Tensor:
         """Match logits `[P, 2]` of P packed captions, `counts[b]` of them with image b."""
         memory = memories[0]
         if len(memories) > 1:
-            memory = ImageMemory(tuple(map(torch.cat, zip(*(each.layers for each in memories), strict=True))))
+            memory = ImageMemory(
+                tuple(map(torch.cat, zip(*(each.layers for each in memories), strict=True)))
+            )
         device = tokens.device
         fused = self.model.fusion_encoder(
             tokens, Sequences.from_lengths(lengths.to(device)), memory,
@@ -140,13 +153,20 @@ class ModelRanks:
 
     def caption_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         parts = self._captions(input_ids, attention_mask)
-        return torch.cat([self.model.project_text(self.model.encode_text(ids, mask)) for ids, mask in parts])
+        return torch.cat(
+            [self.model.project_text(self.model.encode_text(ids, mask)) for ids, mask in parts]
+        )
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        parts = [self.model.encode_image(part.to(self.model.device)) for part in pixels.split(self._images)]
+        parts = [
+            self.model.encode_image(part.to(self.model.device))
+            for part in pixels.split(self._images)
+        ]
         return torch.cat([self.model.project_image(part) for part in parts])
 
-    def _captions(self, input_ids: Tensor, attention_mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _captions(
+        self, input_ids: Tensor, attention_mask: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         for first, last in slices(attention_mask.sum(1).tolist(), self.token_budget):
             ids, mask = input_ids[first:last], attention_mask[first:last]
             yield ids.to(self.model.device), mask.to(self.model.device)
@@ -211,7 +231,9 @@ class Ranker:
     def picture(content: bytes, name: str) -> Picture:
         """Hash an image file without decoding it; a format that is not accepted from clients raises `DataError`."""
         if not _TAKEN.match(content):
-            raise DataError(f"{name} ({len(content)} bytes, beginning with {content[:8]!r}) is no JPEG, PNG or WebP")
+            raise DataError(
+                f"{name} ({len(content)} bytes, beginning with {content[:8]!r}) is no JPEG, PNG or WebP"
+            )
         return Picture(hashlib.sha256(content).digest(), content)
 
     def _decode(self, owners: Sequence[Picture]) -> Tensor | XFMError:
@@ -225,20 +247,31 @@ class Ranker:
             return error
         except MemoryError:
             size = len(content)
-            return DataError(f"image {size} bytes needs more memory to decode than there is; shrink it")
+            return DataError(
+                f"image {size} bytes needs more memory to decode than there is; shrink it"
+            )
 
     @torch.inference_mode()
     def rank(self, queries: Sequence[Query]) -> list[Ranking | XFMError]:
         """Answer queries together; a query with a broken image gets an error, and the others a ranking."""
-        known = {picture.key for query in queries for picture in query.pictures if picture.key in self.cache}
+        known = {
+            picture.key
+            for query in queries
+            for picture in query.pictures
+            if picture.key in self.cache
+        }
         logits, rows, failures = self._scores(queries, known)
         answers: list[Ranking | XFMError] = []
         for query in queries:
-            failed = (number for number, picture in enumerate(query.pictures) if picture.key in failures)
+            failed = (
+                number for number, picture in enumerate(query.pictures) if picture.key in failures
+            )
             if (first := next(failed, None)) is not None:
                 answers.append(_failure(query.pictures[first], first, failures))
                 continue
-            both = torch.tensor([[logits[p.key][rows[ids]] for ids in query.captions] for p in query.pictures])
+            both = torch.tensor(
+                [[logits[p.key][rows[ids]] for ids in query.captions] for p in query.pictures]
+            )
             reused = torch.tensor([picture.key in known for picture in query.pictures])
             answers.append(Ranking(both[..., 1], both.softmax(-1)[..., 1], reused))
             if not both.isfinite().all():
@@ -258,9 +291,15 @@ class Ranker:
     @torch.inference_mode()
     def embed_images(self, pictures: Sequence[Picture]) -> list[Tensor | XFMError]:
         """Contrastive features `[embed_dim]` fp32 of images from cache or model, or errors."""
-        found = {picture.key: kept for picture in pictures if (kept := self.features.get(picture.key)) is not None}
+        found = {
+            picture.key: kept
+            for picture in pictures
+            if (kept := self.features.get(picture.key)) is not None
+        }
         new = list(dict.fromkeys(picture.key for picture in pictures if picture.key not in found))
-        tiles = [new[first : first + _IMAGES_PER_TILE] for first in range(0, len(new), _IMAGES_PER_TILE)]
+        tiles = [
+            new[first : first + _IMAGES_PER_TILE] for first in range(0, len(new), _IMAGES_PER_TILE)
+        ]
         failures: dict[bytes, XFMError] = {}
         for pixels in self._decoded(tiles, pictures, failures):
             if not pixels:
@@ -275,12 +314,17 @@ class Ranker:
         ]
 
     def _padded(self, rows: dict[tuple[int, ...], int]) -> tuple[Tensor, Tensor]:
-        ids = pad_sequence([torch.tensor(row) for row in rows], True, self.model.config.pad_token_id)
+        ids = pad_sequence(
+            [torch.tensor(row) for row in rows], True, self.model.config.pad_token_id
+        )
         lengths = torch.tensor([len(row) for row in rows])
         return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
 
     def _decoded(
-        self, tiles: Sequence[Sequence[bytes]], pictures: Sequence[Picture], failures: dict[bytes, XFMError]
+        self,
+        tiles: Sequence[Sequence[bytes]],
+        pictures: Sequence[Picture],
+        failures: dict[bytes, XFMError],
     ) -> Iterator[dict[bytes, Tensor]]:
         """Pixels `[3, R, R]` per tile, prefetching one tile; errors go to `failures`."""
         owners: dict[bytes, list[Picture]] = {}
@@ -291,7 +335,9 @@ class Ranker:
             futures = {}
             for key in tile:
                 large = max(owner.peak for owner in owners[key]) > _LARGE
-                futures[key] = (self._large if large else self._threads).submit(self._decode, owners[key])
+                futures[key] = (self._large if large else self._threads).submit(
+                    self._decode, owners[key]
+                )
             return futures
 
         ahead = begin(tiles[0]) if tiles else {}
@@ -308,11 +354,18 @@ class Ranker:
 
     def _scores(
         self, queries: Sequence[Query], known: set[bytes]
-    ) -> tuple[dict[bytes, dict[int, list[float]]], dict[tuple[int, ...], int], dict[bytes, XFMError]]:
+    ) -> tuple[
+        dict[bytes, dict[int, list[float]]], dict[tuple[int, ...], int], dict[bytes, XFMError]
+    ]:
         """Logits by image and caption row, caption rows, and failed images."""
         failures: dict[bytes, XFMError] = {}
         logits: dict[bytes, dict[int, list[float]]] = {}
-        rows = {ids: row for row, ids in enumerate(dict.fromkeys(ids for query in queries for ids in query.captions))}
+        rows = {
+            ids: row
+            for row, ids in enumerate(
+                dict.fromkeys(ids for query in queries for ids in query.captions)
+            )
+        }
         if not rows:
             return logits, rows, failures
         ids, mask = self._padded(rows)
@@ -321,16 +374,25 @@ class Ranker:
         wanted: dict[bytes, dict[int, None]] = {}
         for query in queries:
             for picture in query.pictures:
-                wanted.setdefault(picture.key, {}).update(dict.fromkeys(rows[ids] for ids in query.captions))
+                wanted.setdefault(picture.key, {}).update(
+                    dict.fromkeys(rows[ids] for ids in query.captions)
+                )
         pairs = {key: list(texts) for key, texts in wanted.items()}
         # Known memories come first, while none of them has made room for a new one.
         keys = sorted(pairs, key=lambda key: key not in known)
         texts = torch.tensor([text for key in keys for text in pairs[key]])
-        starts, cu_pairs = lengths.cumsum(0) - lengths, [0, *accumulate(len(pairs[key]) for key in keys)]
+        starts, cu_pairs = (
+            lengths.cumsum(0) - lengths,
+            [0, *accumulate(len(pairs[key]) for key in keys)],
+        )
         tiles = [*passes(cu_pairs, lengths[texts], self.model.token_budget, _IMAGES_PER_TILE)]
         # An image is decoded for the first of its passes.
         new = [
-            [keys[image] for image, first, _ in tile if first == cu_pairs[image] and keys[image] not in known]
+            [
+                keys[image]
+                for image, first, _ in tile
+                if first == cu_pairs[image] and keys[image] not in known
+            ]
             for tile in tiles
         ]
         pictures = [picture for query in queries for picture in query.pictures]
@@ -340,17 +402,32 @@ class Ranker:
             if pixels:
                 embeds = self.model.images(torch.stack([*pixels.values()]))
                 made = dict(zip(pixels, self.model.memories(embeds), strict=True))
-            pieces = [(keys[image], first, last) for image, first, last in tile if keys[image] not in failures]
+            pieces = [
+                (keys[image], first, last)
+                for image, first, last in tile
+                if keys[image] not in failures
+            ]
             if not pieces:
                 continue
             known_here = memories | made
-            memories = {key: known_here[key] if key in known_here else self.cache.get(key) for key, _, _ in pieces}
+            memories = {
+                key: known_here[key] if key in known_here else self.cache.get(key)
+                for key, _, _ in pieces
+            }
             for key, memory in made.items():
                 self.cache.put(key, memory)
             chosen = torch.cat([texts[first:last] for _, first, last in pieces])
-            packed = tokens.index_select(0, ragged_rows(starts[chosen], lengths[chosen]).to(tokens.device))
+            packed = tokens.index_select(
+                0, ragged_rows(starts[chosen], lengths[chosen]).to(tokens.device)
+            )
             counts = [last - first for _, first, last in pieces]
-            found = iter(self.model.logits(packed, lengths[chosen], [*memories.values()], counts).float().tolist())
+            found = iter(
+                self.model.logits(packed, lengths[chosen], [*memories.values()], counts)
+                .float()
+                .tolist()
+            )
             for key, first, last in pieces:
-                logits.setdefault(key, {}).update((text, next(found)) for text in texts[first:last].tolist())
+                logits.setdefault(key, {}).update(
+                    (text, next(found)) for text in texts[first:last].tolist()
+                )
         return logits, rows, failures

@@ -52,7 +52,9 @@ class PairScorer(Protocol):
 
     def prepare(self, tokens: Tensor, sequences: Sequences) -> Tensor: ...
     def memory(self, image_embeds: Tensor) -> Any: ...
-    def scores(self, tokens: Tensor, sequences: Sequences, memory: Any, groups: ImageGroups) -> Tensor: ...
+    def scores(
+        self, tokens: Tensor, sequences: Sequences, memory: Any, groups: ImageGroups
+    ) -> Tensor: ...
     def fingerprint(self) -> str: ...
 
 
@@ -71,9 +73,13 @@ class ModelScorer:
         """Memory of images `[B, 1 + N, width]`, shared by their texts."""
         return self.model.image_memory(image_embeds)
 
-    def scores(self, tokens: Tensor, sequences: Sequences, memory: ImageMemory, groups: ImageGroups) -> Tensor:
+    def scores(
+        self, tokens: Tensor, sequences: Sequences, memory: ImageMemory, groups: ImageGroups
+    ) -> Tensor:
         """Match score `[P]` of every prepared text with its image."""
-        fused = self.model.fusion_encoder(tokens, sequences, memory, groups, first_token_only=True, self_attended=True)
+        fused = self.model.fusion_encoder(
+            tokens, sequences, memory, groups, first_token_only=True, self_attended=True
+        )
         # In half precision many pairs would have equal scores, and ties count against the true one.
         with torch.autocast(fused.device.type, enabled=False):
             return self.model.match_logits(fused[:, None].to(self.model.dtype))[:, 1]
@@ -118,7 +124,9 @@ class Receipt(NamedTuple):
     pairs_official: int  # pairs scored officially, both directions separately
     pairs_scored: int
     pairs_resumed: int  # scores read from a journal
-    tokens: int  # text tokens over all scored pairs; `padded_tokens` those of the official procedure
+    tokens: (
+        int  # text tokens over all scored pairs; `padded_tokens` those of the official procedure
+    )
     padded_tokens: int
     flops: float
     flops_official: float
@@ -135,14 +143,24 @@ class Receipt(NamedTuple):
 
     @classmethod
     def of(
-        cls, config: XFMConfig, candidates: Candidates, lengths: Tensor, image_tokens: int, *, resumed: int = 0
+        cls,
+        config: XFMConfig,
+        candidates: Candidates,
+        lengths: Tensor,
+        image_tokens: int,
+        *,
+        resumed: int = 0,
     ) -> Receipt:
         """Receipt of scoring candidates with `lengths` `[T]`, with one memory per image."""
         of_pairs, images = lengths[candidates.texts], candidates.cu_pairs.shape[0] - 1
         padded = int(lengths.max()) if len(lengths) else 0
         official = int(candidates.for_image.sum()) + int(candidates.for_text.sum())
-        spent = flops.first_self_attention(config, lengths) + flops.image_memory(config, images, image_tokens)
-        spent += flops.fusion(config, of_pairs, image_tokens, first_token_only=True, self_attended=True)
+        spent = flops.first_self_attention(config, lengths) + flops.image_memory(
+            config, images, image_tokens
+        )
+        spent += flops.fusion(
+            config, of_pairs, image_tokens, first_token_only=True, self_attended=True
+        )
         return cls(
             images=images,
             texts=lengths.shape[0],
@@ -239,7 +257,10 @@ def score_candidates(
     with ExitStack() as stack:
         journal = None
         if resume is not None:
-            path, identity = Path(resume) / "scores.jsonl", _fingerprint(scorer, images, texts, candidates)
+            path, identity = (
+                Path(resume) / "scores.jsonl",
+                _fingerprint(scorer, images, texts, candidates),
+            )
             stack.enter_context(hold(path.with_name(f".{path.name}.lock"), f"the journal {path}"))
             if read_journal(path)[0] not in (None, identity):
                 raise DataError(
@@ -249,8 +270,15 @@ def score_candidates(
                 )
             journal = stack.enter_context(Journal(path, identity))
         device = texts.tokens.device
-        budget = TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"]) if token_budget is None else token_budget
-        per_image = flops.image_memory_values(scorer.config, images.embeds.shape[1]) * texts.tokens.element_size()
+        budget = (
+            TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"])
+            if token_budget is None
+            else token_budget
+        )
+        per_image = (
+            flops.image_memory_values(scorer.config, images.embeds.shape[1])
+            * texts.tokens.element_size()
+        )
         most = max(1, _MEMORY_BYTES // per_image)
         # fp32 for half-precision models, since scores are compared.
         dtype = torch.promote_types(texts.tokens.dtype, torch.float32)
@@ -288,7 +316,9 @@ def score_candidates(
             lengths, counts = texts.lengths[selected], of_pairs[pairs]
             places = ragged_rows(starts[selected], lengths, int(counts.sum()))
             tokens = tokens_of_texts.index_select(0, places)
-            groups = ImageGroups(offsets(torch.tensor([stop - start for _, start, stop in pieces], device=device)))
+            groups = ImageGroups(
+                offsets(torch.tensor([stop - start for _, start, stop in pieces], device=device))
+            )
             sequences = Sequences.from_lengths(lengths, int(counts.max()))
             scored = scorer.scores(tokens, sequences, memory, groups)
             scores[pairs] = scored.to("cpu", scores.dtype)
@@ -301,7 +331,9 @@ def score_candidates(
                         journal.append([image, scores[first:last].tolist()])
             if progress is not None:
                 progress(done, candidates.pairs)
-        receipt = Receipt.of(scorer.config, candidates, known, images.embeds.shape[1], resumed=resumed)
+        receipt = Receipt.of(
+            scorer.config, candidates, known, images.embeds.shape[1], resumed=resumed
+        )
         return RerankResult(candidates, scores, receipt)
 
 
@@ -318,7 +350,9 @@ def prepare_texts(scorer: PairScorer, texts: TextIndex, budget: int) -> Tensor:
     return torch.cat(parts)
 
 
-def _fingerprint(scorer: PairScorer, images: ImageIndex, texts: TextIndex, candidates: Candidates) -> str:
+def _fingerprint(
+    scorer: PairScorer, images: ImageIndex, texts: TextIndex, candidates: Candidates
+) -> str:
     """Digest of everything that determines the scores, including patch embeddings."""
     digest = hashlib.sha256(scorer.fingerprint().encode())
     digest.update(f"{[*images.embeds.shape]} {images.embeds.dtype} {texts.tokens.dtype}".encode())
@@ -327,7 +361,14 @@ def _fingerprint(scorer: PairScorer, images: ImageIndex, texts: TextIndex, candi
     for part in images.embeds.split(64):
         embeds = checksum(part, embeds)
     digest.update(f"{embeds:08x}".encode())
-    for tensor in (images.features, texts.features, texts.tokens, texts.lengths, candidates.cu_pairs, candidates.texts):
+    for tensor in (
+        images.features,
+        texts.features,
+        texts.tokens,
+        texts.lengths,
+        candidates.cu_pairs,
+        candidates.texts,
+    ):
         digest.update(f"{checksum(tensor):08x}".encode())
     return digest.hexdigest()
 
@@ -354,11 +395,15 @@ class Candidates:
         """Pairs of images `start:stop`, renumbered from 0."""
         cu_pairs = self.cu_pairs[start : stop + 1]
         pairs = slice(int(cu_pairs[0]), int(cu_pairs[-1]))
-        return Candidates(cu_pairs - cu_pairs[0], self.texts[pairs], self.for_image[pairs], self.for_text[pairs])
+        return Candidates(
+            cu_pairs - cu_pairs[0], self.texts[pairs], self.for_image[pairs], self.for_text[pairs]
+        )
 
 
 @torch.no_grad()
-def top_candidates(image_features: Tensor, text_features: Tensor, per_image: int, per_text: int) -> Candidates:
+def top_candidates(
+    image_features: Tensor, text_features: Tensor, per_image: int, per_text: int
+) -> Candidates:
     """Most similar texts per image and images per text, from L2-normalised features `[I, E]` and `[T, E]`."""
     images, texts = image_features.shape[0], text_features.shape[0]
     texts_of_image = _top(image_features, text_features, min(per_image, texts))
@@ -368,7 +413,9 @@ def top_candidates(image_features: Tensor, text_features: Tensor, per_image: int
     by_image, by_text = by_image.flatten().sort().values, by_text.flatten().sort().values
     pairs = torch.cat([by_image, by_text]).unique()
     cu_pairs = offsets(torch.bincount(pairs // max(1, texts), minlength=images)).long()
-    return Candidates(cu_pairs, pairs % max(1, texts), _contained(pairs, by_image), _contained(pairs, by_text))
+    return Candidates(
+        cu_pairs, pairs % max(1, texts), _contained(pairs, by_image), _contained(pairs, by_text)
+    )
 
 
 def _top(queries: Tensor, collection: Tensor, k: int) -> Tensor:
@@ -378,10 +425,17 @@ def _top(queries: Tensor, collection: Tensor, k: int) -> Tensor:
     return torch.cat(slices).cpu() if slices else torch.empty(0, k, dtype=torch.long)
 
 
-def pair_similarity(candidates: Candidates, image_features: Tensor, text_features: Tensor) -> Tensor:
+def pair_similarity(
+    candidates: Candidates, image_features: Tensor, text_features: Tensor
+) -> Tensor:
     """Cosine `[Q]` of the features of every candidate pair."""
-    slices = zip(candidates.images.split(_SLICE_PAIRS), candidates.texts.split(_SLICE_PAIRS), strict=True)
-    parts = [(image_features[images].double() * text_features[texts].double()).sum(-1) for images, texts in slices]
+    slices = zip(
+        candidates.images.split(_SLICE_PAIRS), candidates.texts.split(_SLICE_PAIRS), strict=True
+    )
+    parts = [
+        (image_features[images].double() * text_features[texts].double()).sum(-1)
+        for images, texts in slices
+    ]
     return torch.cat(parts).to(torch.promote_types(image_features.dtype, torch.float32))
 
 
@@ -420,11 +474,15 @@ def recall(score_i2t: Tensor, score_t2i: Tensor, image_of_text: Tensor) -> dict[
             f"{[*image_of_text.shape]} do not belong together; they must be [I, T], [T, I] and [T]"
         )
     if texts and not 0 <= int(image_of_text.min()) <= int(image_of_text.max()) < images:
-        raise InputError(f"image_of_text names image {int(image_of_text.max())}; there are {images}, numbered from 0")
+        raise InputError(
+            f"image_of_text names image {int(image_of_text.max())}; there are {images}, numbered from 0"
+        )
     positive = image_of_text[None, :] == torch.arange(images)[:, None]
     unmatched = ~positive.any(1)
     if bool(unmatched.any()):
-        raise InputError(f"image {int(unmatched.long().argmax())} has no text in image_of_text; leave it out")
+        raise InputError(
+            f"image {int(unmatched.long().argmax())} has no text in image_of_text; leave it out"
+        )
     best = score_i2t.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
     text_rank = ((score_i2t >= best) & ~positive).sum(1)
     true = score_t2i.gather(1, image_of_text[:, None])
@@ -432,7 +490,9 @@ def recall(score_i2t: Tensor, score_t2i: Tensor, image_of_text: Tensor) -> dict[
     return _shares(text_rank, image_rank)
 
 
-def candidate_recall(candidates: Candidates, scores: Tensor, image_of_text: Tensor) -> dict[str, float]:
+def candidate_recall(
+    candidates: Candidates, scores: Tensor, image_of_text: Tensor
+) -> dict[str, float]:
     """`recall` from candidate scores `[Q]`, without the full matrices."""
     images, true = candidates.images, image_of_text[candidates.texts] == candidates.images
     ranks = []
@@ -441,8 +501,12 @@ def candidate_recall(candidates: Candidates, scores: Tensor, image_of_text: Tens
         (candidates.texts, candidates.for_text, image_of_text.shape[0]),
     ):
         right, wrong = chosen & true, chosen & ~true
-        best = scores.new_zeros(number).scatter_reduce(0, queries[right], scores[right], "amax", include_self=False)
-        ahead = torch.bincount(queries[wrong][scores[wrong] >= best[queries[wrong]]], minlength=number)
+        best = scores.new_zeros(number).scatter_reduce(
+            0, queries[right], scores[right], "amax", include_self=False
+        )
+        ahead = torch.bincount(
+            queries[wrong][scores[wrong] >= best[queries[wrong]]], minlength=number
+        )
         # A true answer that was no candidate is never a hit.
         found = torch.zeros(number, dtype=torch.bool).index_fill(0, queries[right], True)
         ranks.append(torch.where(found, ahead, torch.iinfo(torch.long).max))

@@ -54,7 +54,15 @@ from xfm_fast.tasks.reranking import (
     score_candidates,
     top_candidates,
 )
-from xfm_fast.tasks.task import Item, Task, TaskModel, TaskOptions, register, require_inputs, task_of
+from xfm_fast.tasks.task import (
+    Item,
+    Task,
+    TaskModel,
+    TaskOptions,
+    register,
+    require_inputs,
+    task_of,
+)
 
 
 class RetrievalModel(Protocol):
@@ -85,11 +93,15 @@ class Retriever:
     @explain_types
     def __init__(self, model: XFM | RetrievalModel, *, token_budget: int | None = None) -> None:
         if token_budget is not None and (not isinstance(token_budget, int) or token_budget < 1):
-            raise InputError(f"token_budget={token_budget}; a pass takes at least 1 token: raise it, or leave it out")
+            raise InputError(
+                f"token_budget={token_budget}; a pass takes at least 1 token: raise it, or leave it out"
+            )
         self.model = model
         if isinstance(model, XFM):
             model.eval()
-        self.scorer: PairScorer = ModelScorer(model) if isinstance(model, XFM) else model.pair_scorer()
+        self.scorer: PairScorer = (
+            ModelScorer(model) if isinstance(model, XFM) else model.pair_scorer()
+        )
         self.token_budget = token_budget
 
     @torch.inference_mode()
@@ -107,8 +119,12 @@ class Retriever:
         config, stored = self.model.config, None
         if path is not None:
             if count is None:
-                raise InputError("count=None: the number of images is needed to lay out the file at path; pass count")
-            stored = create_mapped(path, (count, config.num_image_tokens, config.vision_width), self.model.dtype)
+                raise InputError(
+                    "count=None: the number of images is needed to lay out the file at path; pass count"
+                )
+            stored = create_mapped(
+                path, (count, config.num_image_tokens, config.vision_width), self.model.dtype
+            )
         embeds: list[Tensor] = []
         features: list[Tensor] = []
         done = 0
@@ -119,7 +135,9 @@ class Retriever:
                 embeds.append(embedded)
             else:
                 if done + len(embedded) > len(stored):
-                    raise InputError(f"more than count={count} images were given; pass their true number")
+                    raise InputError(
+                        f"more than count={count} images were given; pass their true number"
+                    )
                 stored[done : done + len(embedded)] = embedded.cpu()
             done += len(embedded)
         if not features:
@@ -138,7 +156,10 @@ class Retriever:
         for input_ids, attention_mask in batches:
             if attention_mask is None:
                 attention_mask = input_ids.ne(self.model.config.pad_token_id)
-            input_ids, attention_mask = input_ids.to(self.model.device), attention_mask.to(self.model.device)
+            input_ids, attention_mask = (
+                input_ids.to(self.model.device),
+                attention_mask.to(self.model.device),
+            )
             embedded = self.model.encode_text(input_ids, attention_mask)
             packing = Packing.from_mask(attention_mask)
             tokens.append(packing.pack(embedded))
@@ -159,18 +180,28 @@ class Retriever:
     ) -> RerankResult:
         """Score the k best candidates of every image and of every text; see the function `rerank`."""
         candidates = top_candidates(images.features, texts.features, _positive(k), k)
-        return score_candidates(self.scorer, images, texts, candidates, self.token_budget, resume, progress)
+        return score_candidates(
+            self.scorer, images, texts, candidates, self.token_budget, resume, progress
+        )
 
-    def search_images(self, texts: TextIndex, images: ImageIndex, k: int = 16) -> tuple[Tensor, Tensor]:
+    def search_images(
+        self, texts: TextIndex, images: ImageIndex, k: int = 16
+    ) -> tuple[Tensor, Tensor]:
         """The k best images of every text, best first: indices and match scores, `[T, k]` each."""
         candidates = top_candidates(images.features, texts.features, 0, _positive(k))
-        result = score_candidates(self.scorer, images, texts, candidates, self.token_budget, None, None)
+        result = score_candidates(
+            self.scorer, images, texts, candidates, self.token_budget, None, None
+        )
         return _best(result.score_t2i, k)
 
-    def search_texts(self, images: ImageIndex, texts: TextIndex, k: int = 16) -> tuple[Tensor, Tensor]:
+    def search_texts(
+        self, images: ImageIndex, texts: TextIndex, k: int = 16
+    ) -> tuple[Tensor, Tensor]:
         """The k best texts of every image, best first: indices and match scores, `[I, k]` each."""
         candidates = top_candidates(images.features, texts.features, _positive(k), 0)
-        result = score_candidates(self.scorer, images, texts, candidates, self.token_budget, None, None)
+        result = score_candidates(
+            self.scorer, images, texts, candidates, self.token_budget, None, None
+        )
         return _best(result.score_i2t, k)
 
 
@@ -204,9 +235,13 @@ def rerank(
             text_features = model.project_text(text_embeds)
         mask = inputs.check_attention_mask(attention_mask, [*text_embeds.shape[:2]])
         packing = Packing.from_mask(mask)
-        texts = TextIndex(packing.pack(text_embeds), packing.cu_seqlens.diff().long(), text_features)
+        texts = TextIndex(
+            packing.pack(text_embeds), packing.cu_seqlens.diff().long(), text_features
+        )
     retriever = Retriever(model, token_budget=token_budget)
-    return retriever.rerank(ImageIndex(image_embeds, image_features), texts, k, resume=resume, progress=progress)
+    return retriever.rerank(
+        ImageIndex(image_embeds, image_features), texts, k, resume=resume, progress=progress
+    )
 
 
 def _positive(k: int) -> int:
@@ -223,17 +258,26 @@ def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 T = TypeVar("T")
 
 RECEIPT_FILE, SCORES_FILE = "receipt.json", "scores.safetensors"
-_RECALLS = (*(f"{side}_{x}" for side in ("txt", "img") for x in ("r1", "r5", "r10", "r_mean")), "r_mean")
+_RECALLS = (
+    *(f"{side}_{x}" for side in ("txt", "img") for x in ("r1", "r5", "r10", "r_mean")),
+    "r_mean",
+)
 
 
 class PairOptions(TaskOptions):
     """Training on pairs of an image and a text."""
 
-    augment: bool = Field(default=True, description="random crop, flip and RandAugment; false only resizes")
+    augment: bool = Field(
+        default=True, description="random crop, flip and RandAugment; false only resizes"
+    )
     max_words: int = Field(default=30, gt=0, description="of a text")
     max_tokens: int = Field(default=40, ge=3, description="including `<s>` and `</s>`")
-    official_itm_negatives: bool = Field(default=False, description="draw hard negatives within one rank")
-    official_itc_gradient: bool = Field(default=False, description="scale the contrastive gradient by 1 / world size")
+    official_itm_negatives: bool = Field(
+        default=False, description="draw hard negatives within one rank"
+    )
+    official_itc_gradient: bool = Field(
+        default=False, description="scale the contrastive gradient by 1 / world size"
+    )
 
 
 PairOptionsT = TypeVar("PairOptionsT", bound=PairOptions)
@@ -258,7 +302,9 @@ class PairTask(Task[PairOptionsT, Any, Item, PairBatch]):
         ids = self.ids(record.caption)
         # A digest is the same on every rank.
         digest = hashlib.blake2b(json.dumps(record.image_id).encode(), digest_size=8).digest()
-        return Item(self.augmented(record.image, rng), ids, int.from_bytes(digest, "big", signed=True))
+        return Item(
+            self.augmented(record.image, rng), ids, int.from_bytes(digest, "big", signed=True)
+        )
 
     def collate(self, items: list[Item], rng: np.random.Generator) -> PairBatch:
         from xfm_fast.data.items import collate_pairs
@@ -284,13 +330,19 @@ class RetrievalOptions(PairOptions):
 
     kind: Literal["retrieval"] = "retrieval"
     free = ("k", "columns", "rank")
-    k: int = Field(default=256, gt=0, description="candidate texts per image and images per text for re-ranking")
+    k: int = Field(
+        default=256,
+        gt=0,
+        description="candidate texts per image and images per text for re-ranking",
+    )
     rank: Rank | Literal["auto"] = Field(
         default="match",
         description="ranking score: match (logit, official), similarity (of features), sum (match + similarity, "
         "as in BLIP), or auto (the best on the split of `choose`)",
     )
-    columns: dict[Literal["image", "caption"], str] = Field(default={}, description="renamed table columns")
+    columns: dict[Literal["image", "caption"], str] = Field(
+        default={}, description="renamed table columns"
+    )
 
     @property
     def resolved_rank(self) -> Rank:
@@ -307,14 +359,18 @@ class RetrievalTask(PairTask[RetrievalOptions]):
     """
 
     Options = RetrievalOptions
-    metrics = tuple(f"{stage}{name}" for stage in ("", *(f"{rank}/" for rank in RANKS)) for name in _RECALLS)
+    metrics = tuple(
+        f"{stage}{name}" for stage in ("", *(f"{rank}/" for rank in RANKS)) for name in _RECALLS
+    )
     check_rows = staticmethod(partial(retrieval_rows, split="all"))
     test_record = RetrievalTestRecord
 
     def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[RetrievalRecord]]:
         return retrieval_rows(paths, split="train", columns=self._columns)
 
-    def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[RetrievalTestRecord]]:
+    def test_rows(
+        self, paths: Sequence[Path], split: str
+    ) -> list[AnnotationRows[RetrievalTestRecord]]:
         return retrieval_test_rows(paths, split=split, columns=self._columns)
 
     @property
@@ -324,14 +380,22 @@ class RetrievalTask(PairTask[RetrievalOptions]):
     def predict(self, model: XFM, records: Sequence[RetrievalTestRecord]) -> list[Row]:
         """Per image and text: match probability, feature cosine and the score by `rank`."""
         pairs = [(number, text) for number, record in enumerate(records) for text in record.caption]
-        place = {text: number for number, text in enumerate(dict.fromkeys(text for _, text in pairs))}
+        place = {
+            text: number for number, text in enumerate(dict.fromkeys(text for _, text in pairs))
+        }
         ids, mask = self.padded([self.ids(text) for text in place], model.device)
         images, texts = (
             model.encode_image(self.pixels_of([r.image for r in records], model)),
             model.encode_text(ids, mask),
         )
-        of_image, of_text = torch.tensor([(n, place[text]) for n, text in pairs], device=model.device).unbind(1)
-        cosine = (model.project_image(images)[of_image] * model.project_text(texts)[of_text]).double().sum(-1)
+        of_image, of_text = torch.tensor(
+            [(n, place[text]) for n, text in pairs], device=model.device
+        ).unbind(1)
+        cosine = (
+            (model.project_image(images)[of_image] * model.project_text(texts)[of_text])
+            .double()
+            .sum(-1)
+        )
         memory = model.image_memory(images)
         fused = model.fuse(texts[of_text], mask[of_text], memory, of_image, first_token_only=True)
         logits = model.match_logits(fused).double()
@@ -345,10 +409,14 @@ class RetrievalTask(PairTask[RetrievalOptions]):
 
     def settled(self, metrics: Metrics) -> RetrievalOptions:
         rank = self.options.rank
-        return self.options.model_copy(update={"rank": best_rank(metrics) if rank == "auto" else rank})
+        return self.options.model_copy(
+            update={"rank": best_rank(metrics) if rank == "auto" else rank}
+        )
 
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[RetrievalTestRecord]:
-        require_inputs(images, texts, "an image and a text, or several of each", ok=bool(images and texts))
+        require_inputs(
+            images, texts, "an image and a text, or several of each", ok=bool(images and texts)
+        )
         for text in texts:
             try:
                 self.ids(text)
@@ -366,7 +434,9 @@ class RetrievalTask(PairTask[RetrievalOptions]):
         """
         processes, size, config, k = work.processes, work.batch_size, model.config, self.options.k
         retriever = Retriever(model)
-        blocks = [(start, min(start + size, len(records))) for start in range(0, len(records), size)]
+        blocks = [
+            (start, min(start + size, len(records))) for start in range(0, len(records), size)
+        ]
         files = [work.folder / f"images-{block:05d}.bin" for block in range(len(blocks))]
         own = range(processes.rank, len(blocks), processes.world_size)
         ids = [self.ids(caption) for record in records for caption in record.caption]
@@ -397,26 +467,42 @@ class RetrievalTask(PairTask[RetrievalOptions]):
             made: dict[int, tuple[Tensor, ...]] = {}
             for start in range(processes.rank * size, len(ids), processes.world_size * size):
                 index = retriever.embed_texts([self.padded(ids[start : start + size])])
-                tokens = retriever.scorer.prepare(index.tokens, Sequences.from_lengths(index.lengths))
+                tokens = retriever.scorer.prepare(
+                    index.tokens, Sequences.from_lengths(index.lengths)
+                )
                 made[start] = tuple(part.cpu() for part in (tokens, index.lengths, index.features))
             return made
 
         def scores_of(block: int) -> list[float]:
             start, stop = blocks[block]
             embeds = open_mapped(
-                files[block], (stop - start, config.num_image_tokens, config.vision_width), model.dtype
+                files[block],
+                (stop - start, config.num_image_tokens, config.vision_width),
+                model.dtype,
             )
-            images, pairs = ImageIndex(embeds, features[start:stop]), candidates.of_images(start, stop)
-            result = score_candidates(retriever.scorer, images, texts, pairs, None, None, None, prepared=True)
+            images, pairs = (
+                ImageIndex(embeds, features[start:stop]),
+                candidates.of_images(start, stop),
+            )
+            result = score_candidates(
+                retriever.scorer, images, texts, pairs, None, None, None, prepared=True
+            )
             delete(files[block])
             return result.scores.tolist()
 
         identity = fingerprint(self, model, records, size)
         processes.from_first(make_room)
         try:
-            texts = TextIndex(*(torch.cat(each).to(model.device) for each in zip(*in_order(embed_texts), strict=True)))
+            texts = TextIndex(
+                *(
+                    torch.cat(each).to(model.device)
+                    for each in zip(*in_order(embed_texts), strict=True)
+                )
+            )
             features = torch.cat(in_order(embed_images))
-            candidates = processes.from_first(lambda: top_candidates(features, texts.features.cpu(), k, k))
+            candidates = processes.from_first(
+                lambda: top_candidates(features, texts.features.cpu(), k, k)
+            )
             # Features that another machine computed may differ in the last bit, and then other pairs may be meant.
             identity += f" {checksum(candidates.texts):08x} {checksum(candidates.cu_pairs):08x}"
             found = work.compute(identity, [stop - start for start, stop in blocks], scores_of)
@@ -431,24 +517,36 @@ class RetrievalTask(PairTask[RetrievalOptions]):
         match = torch.tensor(scores, dtype=torch.promote_types(model.dtype, torch.float32))
         receipt = Receipt.of(config, candidates, texts.lengths.cpu(), config.num_image_tokens)
         # How much of it an evaluation found that had been killed is no part of the result.
-        costs = {name: value for name, value in receipt._asdict().items() if name != "pairs_resumed"}
+        costs = {
+            name: value for name, value in receipt._asdict().items() if name != "pairs_resumed"
+        }
         costs |= {"pairs_saved": receipt.pairs_saved, "flops_ratio": receipt.flops_ratio}
         pairs = {"image": candidates.images.int(), "text": candidates.texts.int(), "score": match}
-        pairs |= {"similarity": similarity, "for_image": candidates.for_image, "for_text": candidates.for_text}
+        pairs |= {
+            "similarity": similarity,
+            "for_image": candidates.for_image,
+            "for_text": candidates.for_text,
+        }
         return self._recalls(candidates, match, similarity, records), {
             RECEIPT_FILE: (json.dumps(costs, indent=1) + "\n").encode(),
             SCORES_FILE: save(pairs),
         }
 
     def _recalls(
-        self, candidates: Candidates, match: Tensor, similarity: Tensor, records: Sequence[RetrievalTestRecord]
+        self,
+        candidates: Candidates,
+        match: Tensor,
+        similarity: Tensor,
+        records: Sequence[RetrievalTestRecord],
     ) -> Metrics:
         """Metrics of the selected rule, then of every rule; warns if the first stage ranks better."""
         captions = torch.tensor([len(record.caption) for record in records])
         image_of_text = torch.arange(len(captions)).repeat_interleave(captions)
         metrics: Metrics = {}
         for rank in RANKS:
-            of_rank = candidate_recall(candidates, rank_score(rank, match, similarity), image_of_text)
+            of_rank = candidate_recall(
+                candidates, rank_score(rank, match, similarity), image_of_text
+            )
             metrics |= {f"{rank}/{name}": value for name, value in of_rank.items()}
         best = best_rank(metrics)
         rank = best if self.options.rank == "auto" else self.options.rank

@@ -14,7 +14,18 @@ from dataclasses import dataclass
 from importlib import import_module
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar, cast
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    NamedTuple,
+    Self,
+    TypeVar,
+    cast,
+)
 
 import numpy as np
 import torch
@@ -54,7 +65,9 @@ class TaskModel(XFM):
     decoder_reads: ClassVar[Literal["image", "fusion"] | None] = None
     """States that `text_decoder` reads: image tokens, or the tokens of the fusion encoder."""
 
-    def graph_results(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+    def graph_results(
+        self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor
+    ) -> dict[str, Tensor]:
         """Outputs of `own_graphs` for I images and T texts, which an export is compared with."""
         return {}
 
@@ -73,13 +86,19 @@ class TaskModel(XFM):
         return result
 
     def _load(self, state: Mapping[str, Tensor], what: str) -> checkpoint.LoadResult:
-        surplus = [f"{encoder}_encoder." for encoder in ALL_ENCODERS if not hasattr(self, f"{encoder}_encoder")]
+        surplus = [
+            f"{encoder}_encoder."
+            for encoder in ALL_ENCODERS
+            if not hasattr(self, f"{encoder}_encoder")
+        ]
         for head, prefixes in checkpoint.HEAD_PREFIXES.items():
             if head not in self.heads:
                 surplus += prefixes
         # A checkpoint that has the task's own part must have it whole.
         fine_tuned = any(name.startswith(self.own_parts) for name in state)
-        return checkpoint.load_into(self, state, what=what, fresh=() if fine_tuned else self.own_parts, surplus=surplus)
+        return checkpoint.load_into(
+            self, state, what=what, fresh=() if fine_tuned else self.own_parts, surplus=surplus
+        )
 
     def _start_own_parts(self, pretrained: Mapping[str, Tensor], fresh: list[str]) -> list[str]:
         """Initialise new parts; returns the names of parameters that stay random."""
@@ -173,7 +192,11 @@ class TaskOptions(Section):
     @classmethod
     def of_kind(cls, kind: object) -> type[TaskOptions] | None:
         """Options of a registered task, for messages about a recipe."""
-        return TASKS[kind].Options if cls is TaskOptions and isinstance(kind, str) and kind in TASKS else None
+        return (
+            TASKS[kind].Options
+            if cls is TaskOptions and isinstance(kind, str) and kind in TASKS
+            else None
+        )
 
     def completed(self, train: Sequence[Path], root: Path) -> Self:
         """Options completed from the training files; `root` is the folder of relative paths in options."""
@@ -224,7 +247,9 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
     ) -> None:
         if self.reads_text:
             if tokenizer is None:
-                raise ConfigError(f"the task {options.kind} reads text; name its vocabulary by tokenizer=<folder>")
+                raise ConfigError(
+                    f"the task {options.kind} reads text; name its vocabulary by tokenizer=<folder>"
+                )
             tokenizer.check(config)
         self.options, self.config, self.images = options, config, images
         self.official_pictures, self.hold_out = official_pictures, hold_out
@@ -337,7 +362,9 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
         """Result files for the benchmark's evaluation, by name."""
         return {}
 
-    def evaluate(self, model: Any, records: Sequence[RecordT], work: Evaluation) -> tuple[Metrics, dict[str, bytes]]:
+    def evaluate(
+        self, model: Any, records: Sequence[RecordT], work: Evaluation
+    ) -> tuple[Metrics, dict[str, bytes]]:
         """Metrics and files of a split, on the first process; collective."""
         scored = bool(self.metrics_of(records))
         rows = work.rows(self, model, records)
@@ -358,7 +385,9 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
             raise InputError('"image" and "text" of a request are strings, or lists of strings')
         records = self.requests([Path(image) for image in images], texts)
         if len(records) != 1:
-            raise InputError(f"a request is answered by one result and this one needs {len(records)}; give a line each")
+            raise InputError(
+                f"a request is answered by one result and this one needs {len(records)}; give a line each"
+            )
         return records[0]
 
     def example(self, image: Path, caption: str) -> RecordT:
@@ -368,9 +397,13 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
     def pixels(self, image: str | Path) -> Tensor:
         """Whole image `[3, R, R]` as in evaluation."""
         place = self.images / image
-        return load_image(image_at(place), self.config.image_size, str(place), official=self.official_pictures)
+        return load_image(
+            image_at(place), self.config.image_size, str(place), official=self.official_pictures
+        )
 
-    def augmented(self, image: str | Path, rng: np.random.Generator, *, may_flip: bool = True) -> Tensor:
+    def augmented(
+        self, image: str | Path, rng: np.random.Generator, *, may_flip: bool = True
+    ) -> Tensor:
         """Training view `[3, R, R]` of an image, or the whole image without augmentation."""
         from xfm_fast.data.transforms import finetuning_transform
 
@@ -378,14 +411,18 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
             return self.pixels(image)
         place = self.images / image
         decoded = decode_pixels(image_at(place), str(place), official=self.official_pictures)
-        return finetuning_transform(self.config.image_size, self.crop)(decoded, rng, may_flip=may_flip)
+        return finetuning_transform(self.config.image_size, self.crop)(
+            decoded, rng, may_flip=may_flip
+        )
 
     def caption_ids(self, text: str, max_words: int, max_tokens: int | None = None) -> list[int]:
         """Ids of a caption, cleaned and truncated to `max_words` and `max_tokens`."""
         cleaned = pre_caption(text, max_words)
         return self.tokenizer.encode_ids([cleaned], max_tokens or self.config.max_text_length)[0]
 
-    def padded(self, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    def padded(
+        self, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
         """Ids padded to `[B, L]`, and their mask."""
         ids, mask = self.tokenizer.pad(rows)
         return ids.to(device), mask.to(device)
@@ -397,7 +434,11 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
     def pair_inputs(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """Images and padded texts of items, as the fields of `PairInput`."""
         ids, mask = self.padded([item.ids for item in items])
-        return {"image": torch.stack([item.image for item in items]), "input_ids": ids, "attention_mask": mask}
+        return {
+            "image": torch.stack([item.image for item in items]),
+            "input_ids": ids,
+            "attention_mask": mask,
+        }
 
 
 HELD_OUT = "val"
@@ -436,14 +477,19 @@ def group_by_image(records: Sequence[Any]) -> list[list[int]]:
 
 def unique_images(records: Sequence[Any]) -> tuple[list[str], list[int]]:
     """Distinct images of records in order, and the index of each record's image."""
-    places = {image: place for place, image in enumerate(dict.fromkeys(record.image for record in records))}
+    places = {
+        image: place
+        for place, image in enumerate(dict.fromkeys(record.image for record in records))
+    }
     return [*places], [places[record.image] for record in records]
 
 
 def require_inputs(images: Sequence[Path], texts: Sequence[str], what: str, *, ok: bool) -> None:
     """Raise `InputError` for a blank text, or unless `ok`; `what` names the required input."""
     if not ok:
-        raise InputError(f"{len(images)} images and {len(texts)} texts were given; this model needs {what}")
+        raise InputError(
+            f"{len(images)} images and {len(texts)} texts were given; this model needs {what}"
+        )
     if blank := [number for number, text in enumerate(texts) if not text.strip()]:
         raise InputError(f"text {blank[0]} of {len(texts)} is blank; this model needs {what}")
 
@@ -477,7 +523,9 @@ class Registry(Mapping[str, AnyTaskType]):
         return task
 
 
-TASKS = Registry("captioning", "grounding", "image", "nlvr2", "retrieval", "text", "vqa", "weak_grounding")
+TASKS = Registry(
+    "captioning", "grounding", "image", "nlvr2", "retrieval", "text", "vqa", "weak_grounding"
+)
 register = TASKS.add
 
 
@@ -492,7 +540,9 @@ def _parse_options(value: Any) -> TaskOptions:
         return options.model_validate(value)
     except ValidationError as error:
         # As for a tagged union, the place of a fault begins with the kind.
-        faults: Any = [{**each, "loc": (kind, *each["loc"])} for each in error.errors(include_url=False)]
+        faults: Any = [
+            {**each, "loc": (kind, *each["loc"])} for each in error.errors(include_url=False)
+        ]
         raise ValidationError.from_exception_data("task", faults) from None
 
 
@@ -500,7 +550,9 @@ AnyTask = Annotated[SerializeAsAny[TaskOptions], BeforeValidator(_parse_options)
 """The section `task` of a recipe, discriminated by `kind`."""
 
 
-def explanation(task: Task[Any, Any, Any, Any], options: TaskOptions | None = None) -> dict[str, bytes]:
+def explanation(
+    task: Task[Any, Any, Any, Any], options: TaskOptions | None = None
+) -> dict[str, bytes]:
     """Metadata files to save with the weights, optionally with other options."""
     document = {"format": FORMAT_VERSION, "task": (options or task.options).model_dump(mode="json")}
     files = {TASK_FILE: (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()}
@@ -514,13 +566,17 @@ def task_of(folder: Path) -> TaskOptions | None:
         content = read_json(path)
         if not isinstance(content, Mapping) or content.get("format") != FORMAT_VERSION:
             version = content.get("format") if isinstance(content, Mapping) else None
-            raise CheckpointError(f"{path} has format {version!r}; this version reads {FORMAT_VERSION}")
+            raise CheckpointError(
+                f"{path} has format {version!r}; this version reads {FORMAT_VERSION}"
+            )
         return TypeAdapter(AnyTask).validate_python(content.get("task"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} does not describe a task ({reason}); copy the folder again") from None
+        raise CheckpointError(
+            f"{path} does not describe a task ({reason}); copy the folder again"
+        ) from None
 
 
 def make_task(
@@ -534,4 +590,11 @@ def make_task(
 ) -> Task[Any, Any, Any, Any]:
     """Create the task of completed options."""
     kind = TASKS[options.kind]
-    return kind(options, config, tokenizer, images=images, official_pictures=official_pictures, hold_out=hold_out)
+    return kind(
+        options,
+        config,
+        tokenizer,
+        images=images,
+        official_pictures=official_pictures,
+        hold_out=hold_out,
+    )

@@ -42,10 +42,16 @@ class TextTaskOptions(LabelOptions):
 
     record = TextRecord
     kind: Literal["text"] = "text"
-    glue: GlueName | None = Field(default=None, description="GLUE task, read from its zip or from datasets")
+    glue: GlueName | None = Field(
+        default=None, description="GLUE task, read from its zip or from datasets"
+    )
     regression: bool = Field(default=False, description="predict numbers, as in stsb")
-    pairs: bool = Field(default=False, description="texts are pairs; detected from the training files")
-    max_tokens: int = Field(default=128, ge=6, description="with special tokens; truncates the longer text of a pair")
+    pairs: bool = Field(
+        default=False, description="texts are pairs; detected from the training files"
+    )
+    max_tokens: int = Field(
+        default=128, ge=6, description="with special tokens; truncates the longer text of a pair"
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -55,17 +61,25 @@ class TextTaskOptions(LabelOptions):
             raise ValueError("a regression has no classes; leave labels out")
         return self
 
-    def read(self, paths: Sequence[Path], split: str, columns: Mapping[str, str]) -> list[AnnotationRows[Any]]:
-        return [*text_rows(paths, glue=self.glue, split=split, columns=columns, scores=self.regression)]
+    def read(
+        self, paths: Sequence[Path], split: str, columns: Mapping[str, str]
+    ) -> list[AnnotationRows[Any]]:
+        return [
+            *text_rows(paths, glue=self.glue, split=split, columns=columns, scores=self.regression)
+        ]
 
     def completed(self, train: Sequence[Path], root: Path) -> Self:
         """Options with class names and whether texts are pairs."""
         classes = None if self.glue is None else GLUE[self.glue].classes
         regression = self.regression or (self.glue is not None and classes is None)
         rows = self.read(train, "train", self.columns)
-        elements = (element for each in rows for element in each.elements if isinstance(element, dict))
+        elements = (
+            element for each in rows for element in each.elements if isinstance(element, dict)
+        )
         changes: dict[str, Any] = {"regression": regression}
-        changes["pairs"] = self.pairs or any(element.get("text2") not in (None, "") for element in elements)
+        changes["pairs"] = self.pairs or any(
+            element.get("text2") not in (None, "") for element in elements
+        )
         if not regression:
             changes["labels"] = class_names(self.labels or classes or (), rows)
         return self.model_copy(update=changes)
@@ -94,7 +108,9 @@ class TextTask(LabelTask[TextTaskOptions, LabelledTexts]):
     def build(self) -> ClassificationModel:
         return ClassificationModel(self.config, len(self.options.labels) or 1, modality="text")
 
-    def read(self, paths: Sequence[Path], split: str, columns: Mapping[str, str]) -> list[AnnotationRows[Any]]:
+    def read(
+        self, paths: Sequence[Path], split: str, columns: Mapping[str, str]
+    ) -> list[AnnotationRows[Any]]:
         return self.options.read(paths, split, columns)
 
     def _ids(self, record: TextRecord | TextScoreRecord) -> list[int]:
@@ -104,7 +120,9 @@ class TextTask(LabelTask[TextTaskOptions, LabelledTexts]):
 
     def item(self, record: TextRecord | TextScoreRecord, rng: np.random.Generator) -> Item:
         if record.label is None:
-            raise DataError("'label' is missing; training needs the class, or the number to predict")
+            raise DataError(
+                "'label' is missing; training needs the class, or the number to predict"
+            )
         number = isinstance(record, TextScoreRecord)
         target = record.label if number else class_number(record.label, self.options.labels)
         return Item(ids=self._ids(record), target=target)
@@ -118,8 +136,12 @@ class TextTask(LabelTask[TextTaskOptions, LabelledTexts]):
     def losses_of(self, model: ClassificationModel, batch: LabelledTexts) -> dict[str, Tensor]:
         return {"loss": model(None, batch.input_ids, batch.attention_mask, targets=batch.targets)}
 
-    def predict(self, model: ClassificationModel, records: Sequence[TextRecord | TextScoreRecord]) -> list[Row]:
-        logits = model.logits(None, *self.padded([self._ids(record) for record in records], model.device))
+    def predict(
+        self, model: ClassificationModel, records: Sequence[TextRecord | TextScoreRecord]
+    ) -> list[Row]:
+        logits = model.logits(
+            None, *self.padded([self._ids(record) for record in records], model.device)
+        )
         if self.options.regression:
             return [{"answer": value} for value in logits[:, 0].tolist()]
         return class_rows(logits, self.options.labels)
@@ -131,13 +153,19 @@ class TextTask(LabelTask[TextTaskOptions, LabelledTexts]):
             return "pearson", "spearman"
         return "accuracy", *_FURTHER_METRICS.get(self.options.glue or "", ())
 
-    def score(self, rows: Sequence[Row], records: Sequence[TextRecord | TextScoreRecord]) -> Metrics:
-        pairs: list[Any] = [(row["answer"], record.label) for row, record in zip(rows, records, strict=True)]
+    def score(
+        self, rows: Sequence[Row], records: Sequence[TextRecord | TextScoreRecord]
+    ) -> Metrics:
+        pairs: list[Any] = [
+            (row["answer"], record.label) for row, record in zip(rows, records, strict=True)
+        ]
         if self.options.regression:
             pearson, spearman = correlations(*torch.tensor(pairs, dtype=torch.float64).unbind(1))
             return {"pearson": 100 * pearson, "spearman": 100 * spearman}
         number = self.options.labels.index
-        predicted, targets = torch.tensor([(number(answer), number(label)) for answer, label in pairs]).unbind(1)
+        predicted, targets = torch.tensor(
+            [(number(answer), number(label)) for answer, label in pairs]
+        ).unbind(1)
         values = {
             "accuracy": lambda: (predicted == targets).double().mean().item(),
             "f1": lambda: f1_score(predicted, targets),
@@ -146,7 +174,9 @@ class TextTask(LabelTask[TextTaskOptions, LabelledTexts]):
         }
         return {name: 100 * values[name]() for name in self.metrics_of(records)}
 
-    def files(self, rows: Sequence[Row], records: Sequence[TextRecord | TextScoreRecord]) -> dict[str, bytes]:
+    def files(
+        self, rows: Sequence[Row], records: Sequence[TextRecord | TextScoreRecord]
+    ) -> dict[str, bytes]:
         """GLUE submission table (`index`, `prediction`) by file name."""
         table, glue = io.StringIO(), self.options.glue
         writer = csv.writer(table, delimiter="\t", lineterminator="\n")
@@ -160,17 +190,24 @@ class TextTask(LabelTask[TextTaskOptions, LabelledTexts]):
         return {name: table.getvalue().encode()}
 
     def evaluate(
-        self, model: ClassificationModel, records: Sequence[TextRecord | TextScoreRecord], work: Evaluation
+        self,
+        model: ClassificationModel,
+        records: Sequence[TextRecord | TextScoreRecord],
+        work: Evaluation,
     ) -> tuple[Metrics, dict[str, bytes]]:
         metrics, files = super().evaluate(model, records, work)
         # The two halves of MNLI are two files, distinguished only by the split name.
         if self.options.glue == "mnli" and "mismatched" in work.folder.name:
-            files = {name.replace("MNLI-m.", "MNLI-mm."): content for name, content in files.items()}
+            files = {
+                name.replace("MNLI-m.", "MNLI-mm."): content for name, content in files.items()
+            }
         return metrics, files
 
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[Any]:
         if self.options.pairs:
-            require_inputs(images, texts, "two texts, and no image", ok=not images and len(texts) == 2)
+            require_inputs(
+                images, texts, "two texts, and no image", ok=not images and len(texts) == 2
+            )
             return [TextRecord(text=texts[0], text2=texts[1])]
         require_inputs(images, texts, "texts, and no image", ok=not images and bool(texts))
         return [TextRecord(text=text) for text in texts]

@@ -22,7 +22,16 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.data.annotations import Annotation, AnnotationRows, Elements, Identity, Text, Texts, array_of, as_rows
+from xfm_fast.data.annotations import (
+    Annotation,
+    AnnotationRows,
+    Elements,
+    Identity,
+    Text,
+    Texts,
+    array_of,
+    as_rows,
+)
 from xfm_fast.data.files import Paths, find_files, read_json
 from xfm_fast.errors import ConfigError, DataError, InputError, UnavailableError
 from xfm_fast.models import inputs
@@ -108,7 +117,9 @@ class AnswersByDecoder:
         """
         mask = inputs.check_tokens(question_ids, question_mask, self.config)
         if attend_to_padding and not isinstance(self, VQAModel):
-            raise UnavailableError("official_ranking reads padding, which no export computes; predict with the run")
+            raise UnavailableError(
+                "official_ranking reads padding, which no export computes; predict with the run"
+            )
         padding = {"keep_padding": True} if attend_to_padding else {}
         memory = self.image_memory(self.encode_image(pixels))
         text = self.encode_text(question_ids, mask, **padding)
@@ -132,7 +143,11 @@ class AnswersByDecoder:
         `best` < k prunes candidates that cannot be among the best, with the same result. `count_first_token_twice`
         reproduces the official score, which adds the log-probability of the first answer token twice.
         """
-        trie = answers if isinstance(answers, AnswerTrie) else AnswerTrie.of(answers, answer_mask, self.config)
+        trie = (
+            answers
+            if isinstance(answers, AnswerTrie)
+            else AnswerTrie.of(answers, answer_mask, self.config)
+        )
         return rank(
             lambda part: self.answer_tree(part, trie), memory, trie, k=k, best=best,
             first_token_twice=count_first_token_twice,
@@ -140,7 +155,12 @@ class AnswersByDecoder:
 
     @torch.no_grad()
     def generate(
-        self: Any, memory: Any, *, max_length: int = 20, num_beams: int = 1, length_penalty: float = 1.0
+        self: Any,
+        memory: Any,
+        *,
+        max_length: int = 20,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
     ) -> Tensor:
         """Generate answers freely: `[Q, length]` ids with `<s>` and `</s>`, padded."""
         config = self.config
@@ -183,7 +203,11 @@ class VQAModel(AnswersByDecoder, DecoderModel):
         mask = check_answers(answer_ids, answer_mask, self.config)
         questions, answers = question_ids.shape[0], answer_ids.shape[0]
         summed = answers if answers_per_question.is_cuda else int(answers_per_question.sum())
-        if answers_per_question.shape != (questions,) or answer_weights.shape != (answers,) or summed != answers:
+        if (
+            answers_per_question.shape != (questions,)
+            or answer_weights.shape != (answers,)
+            or summed != answers
+        ):
             raise InputError(
                 f"answers_per_question is {[*answers_per_question.shape]} with the sum {summed} and answer_weights "
                 f"{[*answer_weights.shape]}; there are {questions} questions and {answers} answers"
@@ -241,14 +265,18 @@ def vqa_accuracy(
 
 def exact_match(predictions: Mapping[int, str], answers: Mapping[int, str]) -> float:
     """Share of predictions equal to the answer up to outer whitespace, as in the official script."""
-    return sum(predictions[question].strip() == answer.strip() for question, answer in answers.items()) / len(answers)
+    return sum(
+        predictions[question].strip() == answer.strip() for question, answer in answers.items()
+    ) / len(answers)
 
 
 def _drop_empty(value: Any) -> Any:
     """Drop empty answers."""
     if not isinstance(value, (list, tuple)):
         return value
-    answers = [each for each in map(answer_text, value) if not isinstance(each, str) or each.strip()]
+    answers = [
+        each for each in map(answer_text, value) if not isinstance(each, str) or each.strip()
+    ]
     if value and not answers:
         raise PydanticCustomError("blank", "all answers are empty")
     return answers
@@ -263,7 +291,9 @@ Answers = Annotated[Texts, BeforeValidator(_drop_empty)]
 # Answers of ten annotators for scoring; an empty answer counts.
 PeopleAnswers = Annotated[
     tuple[str, ...],
-    BeforeValidator(lambda value: list(map(answer_text, value)) if isinstance(value, list) else value),
+    BeforeValidator(
+        lambda value: list(map(answer_text, value)) if isinstance(value, list) else value
+    ),
 ]
 
 
@@ -273,7 +303,9 @@ class VQARecord(Annotation):
     image: Text
     question: Text
     question_id: Identity
-    answer: Answers | None = Field(default=None, description="what training takes; empty answers are left out")
+    answer: Answers | None = Field(
+        default=None, description="what training takes; empty answers are left out"
+    )
     dataset: str = "vqa"
     answers: PeopleAnswers | None = Field(default=None, description="the ten people's, to score by")
     question_type: str | None = None
@@ -313,10 +345,16 @@ def vqa_rows(paths: Paths) -> list[AnnotationRows[VQARecord]]:
     rows = as_rows(arrays + (_vqa_elements(documents) if documents else []), VQARecord)
     for each in rows:
         # Empty answers are dropped (the official code trains on them).
-        questions = [str(element.get("question_id")) for element in each.elements for _ in _empty_answers(element)]
+        questions = [
+            str(element.get("question_id"))
+            for element in each.elements
+            for _ in _empty_answers(element)
+        ]
         if questions:
             shown = ", ".join(questions[:_SHOWN])
-            each.notes = (f"{each.name}: {len(questions)} empty answers were left out (question {shown})",)
+            each.notes = (
+                f"{each.name}: {len(questions)} empty answers were left out (question {shown})",
+            )
     return rows
 
 
@@ -329,7 +367,9 @@ def _empty_answers(element: Any) -> list[str]:
 def _vqa_elements(documents: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[Elements]:
     """VQA v2 questions joined with their annotations, one `Elements` per question file."""
     annotations: dict[Any, Mapping[str, Any]] = {}
-    annotated = {path: content.get("data_subtype") for path, content in documents if "annotations" in content}
+    annotated = {
+        path: content.get("data_subtype") for path, content in documents if "annotations" in content
+    }
     for path, content in documents:
         for each in array_of(path, content["annotations"]) if path in annotated else ():
             if isinstance(each, dict) and isinstance(each.get("question_id"), (int, str)):
@@ -358,14 +398,24 @@ def _question(
     """A question with its annotation; a missing image or `required` annotation is an error."""
     identity, image = question.get("question_id"), question.get("image_id")
     if not isinstance(image, int):
-        return DataError(f"question {identity} has no image (image_id is {image!r}); correct or remove it")
+        return DataError(
+            f"question {identity} has no image (image_id is {image!r}); correct or remove it"
+        )
     name = f"{split}/COCO_{split}_{image:012d}.jpg"
     value = {"image": name, "question": question.get("question"), "question_id": identity}
     annotation = annotations.get(identity) if isinstance(identity, (int, str)) else None
     if annotation is not None:
-        kinds = {name: annotation[name] for name in ("question_type", "answer_type") if name in annotation}
+        kinds = {
+            name: annotation[name]
+            for name in ("question_type", "answer_type")
+            if name in annotation
+        }
         # Training takes the annotators' answers, and so does scoring.
-        return value | kinds | {"answer": annotation.get("answers"), "answers": annotation.get("answers")}
+        return (
+            value
+            | kinds
+            | {"answer": annotation.get("answers"), "answers": annotation.get("answers")}
+        )
     if required:
         return DataError(f"question {identity} has no annotation; add it or remove the question")
     return value
@@ -377,9 +427,13 @@ def read_answer_list(path: str | os.PathLike[str]) -> list[str]:
     answers = array_of(path, read_json(path, "one JSON array of strings"), "one array of strings")
     for number, answer in enumerate(answers):
         if not isinstance(answer, str) or not answer.strip():
-            raise DataError(f"{path}: answer {number} is {answer!r}; expected a text that is not empty")
+            raise DataError(
+                f"{path}: answer {number} is {answer!r}; expected a text that is not empty"
+            )
     if twice := [answer for answer, times in Counter(answers).items() if times > 1]:
-        raise DataError(f"{path}: {', '.join(map(repr, twice[:_SHOWN]))} stand there more than once; leave one of each")
+        raise DataError(
+            f"{path}: {', '.join(map(repr, twice[:_SHOWN]))} stand there more than once; leave one of each"
+        )
     return answers
 
 
@@ -394,7 +448,8 @@ class VQAOptions(TaskOptions):
         default=None, description="JSON array of candidate answers in data.root, or the answers"
     )
     k: int | Literal["all"] = Field(
-        default=128, description="number of answers to rank, preselected by their first token; `all` ranks every answer"
+        default=128,
+        description="number of answers to rank, preselected by their first token; `all` ranks every answer",
     )
     official_ranking: bool = Field(
         default=False,
@@ -402,16 +457,26 @@ class VQAOptions(TaskOptions):
         "the file order, and normalise probabilities over the k answers",
     )
     generate: bool = Field(default=False, description="generate answers without a list")
-    augment: bool = Field(default=True, description="random crop, flip and RandAugment; false only resizes")
+    augment: bool = Field(
+        default=True, description="random crop, flip and RandAugment; false only resizes"
+    )
     max_words: int = Field(default=30, gt=0, description="of a question in training")
-    max_tokens: int = Field(default=40, ge=3, description="of a question in training, including `<s>` and `</s>`")
-    test_max_words: int = Field(default=50, gt=0, description="of a question in evaluation, with unlimited tokens")
-    image_folders: dict[str, str] = Field(default={}, description="folders in data.images by `dataset`, e.g. {vg: vg}")
+    max_tokens: int = Field(
+        default=40, ge=3, description="of a question in training, including `<s>` and `</s>`"
+    )
+    test_max_words: int = Field(
+        default=50, gt=0, description="of a question in evaluation, with unlimited tokens"
+    )
+    image_folders: dict[str, str] = Field(
+        default={}, description="folders in data.images by `dataset`, e.g. {vg: vg}"
+    )
 
     @model_validator(mode="after")
     def _answerable(self) -> Self:
         if self.answers is None and not self.generate:
-            raise ValueError("there are no answers to rank; give answers=<file>, or generate=true to write them freely")
+            raise ValueError(
+                "there are no answers to rank; give answers=<file>, or generate=true to write them freely"
+            )
         if isinstance(self.k, int) and self.k < 1:
             raise ValueError(f"k={self.k} ranks nothing; give a positive number, or all")
         return self
@@ -422,7 +487,9 @@ class VQAOptions(TaskOptions):
             return self
         path = root / self.answers
         if not path.exists():
-            raise DataError(f"task.answers: there is no {path}; give task.answers=<file>, or task.generate=true")
+            raise DataError(
+                f"task.answers: there is no {path}; give task.answers=<file>, or task.generate=true"
+            )
         return self.model_copy(update={"answers": tuple(read_answer_list(path))})
 
 
@@ -430,7 +497,9 @@ class VQAOptions(TaskOptions):
 class VQABatch(PairInput):
     """B questions with one image each, and their answers."""
 
-    answer_ids: Tensor  # `[A, La]` int64: the answers of question 0, then of question 1, ...; padded
+    answer_ids: (
+        Tensor  # `[A, La]` int64: the answers of question 0, then of question 1, ...; padded
+    )
     answer_mask: Tensor  # `[A, La]`, non-zero for real tokens
     answers_per_question: Tensor  # `[B]` int64
     answer_weights: Tensor  # `[A]`
@@ -451,7 +520,9 @@ class VQATask(Task[VQAOptions, VQARecord, Item, VQABatch]):
         answers = options.answers or ()
         k = options.k if isinstance(options.k, int) else 1
         if not options.generate and k > len(answers):
-            raise ConfigError(f"task.k={options.k}, but there are {len(answers)} answers to rank; give at most that")
+            raise ConfigError(
+                f"task.k={options.k}, but there are {len(answers)} answers to rank; give at most that"
+            )
         self._runners_up = _RUNNERS_UP
         self._tries: dict[torch.device, AnswerTrie] = {}
 
@@ -476,7 +547,9 @@ class VQATask(Task[VQAOptions, VQARecord, Item, VQABatch]):
         question = pre_question(record.question, self.options.max_words)
         ids = self.tokenizer.encode_ids([question], self.options.max_tokens)[0]
         answer_ids = self.tokenizer.encode_ids(texts, self.config.max_text_length)
-        image = self.augmented(record.image, rng, may_flip=not mentions_side(record.question, texts))
+        image = self.augmented(
+            record.image, rng, may_flip=not mentions_side(record.question, texts)
+        )
         return Item(image, ids, [*zip(answer_ids, (weight for _, weight in answers), strict=True)])
 
     def collate(self, items: list[Item], rng: np.random.Generator) -> VQABatch:
@@ -508,32 +581,54 @@ class VQATask(Task[VQAOptions, VQARecord, Item, VQABatch]):
         texts = [pre_question(record.question, self.options.test_max_words) for record in records]
         empty = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
         longest = self.config.max_text_length
-        ids = [self.tokenizer.encode_ids([text], longest)[0] if text.strip() else empty for text in texts]
+        ids = [
+            self.tokenizer.encode_ids([text], longest)[0] if text.strip() else empty
+            for text in texts
+        ]
         questions = self.padded(ids, model.device)
         official, index = self.options.official_ranking, torch.tensor(places, device=model.device)
-        memory = model.encode_questions(self.pixels_of(images, model), *questions, index, attend_to_padding=official)
+        memory = model.encode_questions(
+            self.pixels_of(images, model), *questions, index, attend_to_padding=official
+        )
         if self.options.generate:
             ids = model.generate(memory)
-            shares, texts = model.log_likelihoods(memory, ids).exp().tolist(), map(self.tokenizer.decode, ids.tolist())
-            return [{"answer": text.strip(), "probability": p} for text, p in zip(texts, shares, strict=True)]
+            shares, texts = (
+                model.log_likelihoods(memory, ids).exp().tolist(),
+                map(self.tokenizer.decode, ids.tolist()),
+            )
+            return [
+                {"answer": text.strip(), "probability": p}
+                for text, p in zip(texts, shares, strict=True)
+            ]
         answers = self.options.answers or ()
         k = len(answers) if self.options.k == "all" else self.options.k
         most = min(1 + self._runners_up, k)
         ranking = model.rank_answers(
-            memory, self._trie(model), k=k, best=k if official else most, count_first_token_twice=official
+            memory,
+            self._trie(model),
+            k=k,
+            best=k if official else most,
+            count_first_token_twice=official,
         )
         scores = ranking.scores.double()
         shares = scores.softmax(-1) if official else scores.exp()
         found = [
-            [{"answer": answers[number], "probability": share} for number, share in zip(*best, strict=True)]
-            for best in zip(ranking.indices[:, :most].tolist(), shares[:, :most].tolist(), strict=True)
+            [
+                {"answer": answers[number], "probability": share}
+                for number, share in zip(*best, strict=True)
+            ]
+            for best in zip(
+                ranking.indices[:, :most].tolist(), shares[:, :most].tolist(), strict=True
+            )
         ]
         return [best[0] | ({"runners_up": best[1:]} if self._runners_up else {}) for best in found]
 
     def _trie(self, model: VQAModel) -> AnswerTrie:
         """Answer trie for `VQAModel.rank_answers`, cached per device."""
         if model.device not in self._tries:
-            rows = self.tokenizer.encode_ids(self.options.answers or (), self.config.max_text_length)
+            rows = self.tokenizer.encode_ids(
+                self.options.answers or (), self.config.max_text_length
+            )
             self._tries[model.device] = AnswerTrie.of(*self.padded(rows, model.device), self.config)
         return self._tries[model.device]
 
@@ -546,7 +641,10 @@ class VQATask(Task[VQAOptions, VQARecord, Item, VQABatch]):
         return super(VQATask, task).evaluate(model, records, work)
 
     def metrics_of(self, records: Sequence[VQARecord]) -> Collection[str]:
-        people, answered = any(record.people for record in records), any(record.answer for record in records)
+        people, answered = (
+            any(record.people for record in records),
+            any(record.answer for record in records),
+        )
         return [name for name in self.metrics if (answered if name == "exact_match" else people)]
 
     def score(self, rows: Sequence[Row], records: Sequence[VQARecord]) -> Metrics:
@@ -554,7 +652,11 @@ class VQATask(Task[VQAOptions, VQARecord, Item, VQABatch]):
         # By position: question ids are unique per dataset, and a split may have several datasets.
         given: dict[int, str] = {number: row["answer"] for number, row in enumerate(rows)}
         people = {number: each for number, record in enumerate(records) if (each := record.people)}
-        truths = {number: Counter(r.answer).most_common(1)[0][0] for number, r in enumerate(records) if r.answer}
+        truths = {
+            number: Counter(r.answer).most_common(1)[0][0]
+            for number, r in enumerate(records)
+            if r.answer
+        }
         metrics: Metrics = {}
         if people:
             kinds = [records[number].answer_type for number in people]
@@ -567,9 +669,15 @@ class VQATask(Task[VQAOptions, VQARecord, Item, VQABatch]):
         """Submission file for EvalAI."""
         pairs = zip(rows, records, strict=True)
         return json_file(
-            RESULT_FILE, [{"question_id": each.question_id, "answer": row["answer"]} for row, each in pairs]
+            RESULT_FILE,
+            [{"question_id": each.question_id, "answer": row["answer"]} for row, each in pairs],
         )
 
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[VQARecord]:
-        require_inputs(images, texts, "an image and questions about it", ok=len(images) == 1 and bool(texts))
-        return [VQARecord(image=str(images[0]), question=text, question_id=n) for n, text in enumerate(texts)]
+        require_inputs(
+            images, texts, "an image and questions about it", ok=len(images) == 1 and bool(texts)
+        )
+        return [
+            VQARecord(image=str(images[0]), question=text, question_id=n)
+            for n, text in enumerate(texts)
+        ]

@@ -47,7 +47,9 @@ class WeakGroundingOptions(PairOptions):
     kind: Literal["weak_grounding"] = "weak_grounding"
     free = ("layer",)
     layer: int | None = Field(
-        default=None, ge=0, description="fusion layer of the heat map; default: the last of the first half"
+        default=None,
+        ge=0,
+        description="fusion layer of the heat map; default: the last of the first half",
     )
 
 
@@ -87,17 +89,25 @@ class WeakGroundingTask(PairTask[WeakGroundingOptions]):
             )
         expressions = grounding_rows([path for path in paths if path not in detections])
         found = {image: boxes for each in detections.values() for image, boxes in each.items()}
-        records = [record for rows in expressions for record in expressions_of(rows, training=False).records()]
+        records = [
+            record
+            for rows in expressions
+            for record in expressions_of(rows, training=False).records()
+        ]
         check_images(records, self.images)
         check_boxes(records, self.images, official=self.official_pictures)
         return [
-            DetectedRecord.model_validate({**record.model_dump(), "detected": boxes_of(record.image, found).tolist()})
+            DetectedRecord.model_validate(
+                {**record.model_dump(), "detected": boxes_of(record.image, found).tolist()}
+            )
             for record in records
         ]
 
     def item(self, record: GroundingRecord, rng: np.random.Generator) -> Item:
         # Expressions of one image describe it all, and are no negatives of each other.
-        return super().item(RetrievalRecord(image=record.image, caption=record.text, image_id=record.image), rng)
+        return super().item(
+            RetrievalRecord(image=record.image, caption=record.text, image_id=record.image), rng
+        )
 
     def groups(self, records: Sequence[DetectedRecord]) -> list[list[int]]:
         return group_by_image(records)
@@ -112,7 +122,10 @@ class WeakGroundingTask(PairTask[WeakGroundingOptions]):
             model, self.pixels_of(images, model), ids, mask, layer=self.options.layer, tokens=mask,
             image_index=torch.tensor(places, device=model.device),
         ).cpu()  # fmt: skip
-        sizes = {image: image_size(self.images / image, official=self.official_pictures) for image in images}
+        sizes = {
+            image: image_size(self.images / image, official=self.official_pictures)
+            for image in images
+        }
         return [
             {"bbox": list(record.detected[best_box(of_text, record.detected, sizes[record.image])])}
             for of_text, record in zip(heat, records, strict=True)
@@ -130,7 +143,9 @@ def boxes_of(image: str, detections: Mapping[str, Tensor]) -> Tensor:
     names = (image, path.name, path.stem.rpartition("_")[2].lstrip("0") or "0")
     boxes = next((detections[name] for name in names if name in detections), None)
     if boxes is None or not len(boxes):
-        raise DataError(f"the detections have no box for the image {' or '.join(dict.fromkeys(names))}; add some")
+        raise DataError(
+            f"the detections have no box for the image {' or '.join(dict.fromkeys(names))}; add some"
+        )
     return boxes
 
 
@@ -164,19 +179,29 @@ def cross_attention_heatmap(
         with torch.enable_grad(), _explicit_cross_attention(model, number) as recorded:
             fused = model.fuse(text, mask, memory, image_index)
             # Not `first_token_only`: if the last layer is chosen, all its tokens are needed.
-            fused = fused[torch.arange(len(fused), device=fused.device), mask.long().argmax(1), None]
+            fused = fused[
+                torch.arange(len(fused), device=fused.device), mask.long().argmax(1), None
+            ]
             (probabilities,) = recorded
             if "matching" in model.heads:
-                (gradient,) = torch.autograd.grad(model.match_logits(fused)[:, 1].sum(), probabilities)
+                (gradient,) = torch.autograd.grad(
+                    model.match_logits(fused)[:, 1].sum(), probabilities
+                )
                 weight = gradient.clamp_min(0)
             else:
                 sums = model.predict_boxes(fused).sum(0)
                 # A magnitude for every coordinate takes a pass for every coordinate.
-                gradients = [torch.autograd.grad(each, probabilities, retain_graph=True)[0] for each in sums]
+                gradients = [
+                    torch.autograd.grad(each, probabilities, retain_graph=True)[0] for each in sums
+                ]
                 weight = torch.stack([gradient.abs() for gradient in gradients]).sum(0)
         heat = (weight * probabilities.detach()).mean(0)
         # The fusion encoder has the texts in the order of their images.
-        order = None if image_index is None else ImageGroups.from_index(image_index, memory.images).order
+        order = (
+            None
+            if image_index is None
+            else ImageGroups.from_index(image_index, memory.images).order
+        )
         per_token = Packing.from_mask(mask, order=order).unpad(heat)
         mean = (per_token * chosen[..., None]).sum(1) / chosen.sum(1, keepdim=True)
         return mean[:, 1:].unflatten(1, (config.grid, config.grid))
@@ -196,17 +221,29 @@ def _explicit_cross_attention(model: XFM, layer: int) -> Iterator[list[Tensor]]:
     recorded: list[Tensor] = []
 
     def cross_attention(
-        x: Tensor, keys_values: Tensor, cu_queries: Tensor, cu_keys: Tensor, longest: int, key_mask: None = None
+        x: Tensor,
+        keys_values: Tensor,
+        cu_queries: Tensor,
+        cu_keys: Tensor,
+        longest: int,
+        key_mask: None = None,
     ) -> Tensor:
         """`TransformerLayer.cross_attention`, image by image."""
         x, attention = x.detach(), block.crossattention
         q = attention.self.project_query(x)
         k, v = keys_values.detach().unbind(-3)
         spans = list(zip(pairwise(cu_queries.tolist()), pairwise(cu_keys.tolist()), strict=True))
-        scores = [torch.einsum("qhd,khd->hqk", q[a:b], k[c:d]) * q.shape[-1] ** -0.5 for (a, b), (c, d) in spans]
-        probabilities = torch.cat([each.softmax(-1) for each in scores], dim=1).detach().requires_grad_()
+        scores = [
+            torch.einsum("qhd,khd->hqk", q[a:b], k[c:d]) * q.shape[-1] ** -0.5
+            for (a, b), (c, d) in spans
+        ]
+        probabilities = (
+            torch.cat([each.softmax(-1) for each in scores], dim=1).detach().requires_grad_()
+        )
         recorded.append(probabilities)
-        context = [torch.einsum("hqk,khd->qhd", probabilities[:, a:b], v[c:d]) for (a, b), (c, d) in spans]
+        context = [
+            torch.einsum("hqk,khd->qhd", probabilities[:, a:b], v[c:d]) for (a, b), (c, d) in spans
+        ]
         return attention.output(torch.cat(context).flatten(-2), x)
 
     own = vars(block)
@@ -235,8 +272,14 @@ def _chosen(mask: Tensor, tokens: Tensor | None, layer: int, layers: int) -> Ten
         chosen = mask & tokens.bool()
     empty = ~chosen.any(1)
     if bool(empty.any()):
-        where = "is nothing but <s> and </s>" if tokens is None else "has no token among those of `tokens`"
-        raise InputError(f"text {int(empty.long().argmax())} {where}; choose at least one real token of it")
+        where = (
+            "is nothing but <s> and </s>"
+            if tokens is None
+            else "has no token among those of `tokens`"
+        )
+        raise InputError(
+            f"text {int(empty.long().argmax())} {where}; choose at least one real token of it"
+        )
     if layer == layers - 1 and not bool(chosen.gather(1, first[:, None]).all()):
         raise InputError(
             f"layer={layer} is the last, where the heads read only token 0; "
@@ -248,13 +291,23 @@ def _chosen(mask: Tensor, tokens: Tensor | None, layer: int, layers: int) -> Ten
 def overlay(picture: Image.Image, heatmap: Tensor) -> Image.Image:
     """Blend a heat map `[h, w]` over its picture at full size; black is cold, white is hot."""
     width, height = picture.size
-    smooth = F.interpolate(heatmap.float()[None, None], size=(height, width), mode="bilinear")[0, 0].clamp_min(0)
-    levels = (255 * smooth / smooth.max().clamp_min(torch.finfo(smooth.dtype).tiny)).round().to(torch.uint8)
-    colours = ImageOps.colorize(Image.fromarray(levels.numpy()), black="black", mid="darkorange", white="white")
+    smooth = F.interpolate(heatmap.float()[None, None], size=(height, width), mode="bilinear")[
+        0, 0
+    ].clamp_min(0)
+    levels = (
+        (255 * smooth / smooth.max().clamp_min(torch.finfo(smooth.dtype).tiny))
+        .round()
+        .to(torch.uint8)
+    )
+    colours = ImageOps.colorize(
+        Image.fromarray(levels.numpy()), black="black", mid="darkorange", white="white"
+    )
     return Image.blend(picture.convert("RGB"), colours, 0.5)
 
 
-def best_box(heatmap: Tensor, boxes: Tensor | Sequence[Sequence[float]], size: tuple[int, int]) -> int:
+def best_box(
+    heatmap: Tensor, boxes: Tensor | Sequence[Sequence[float]], size: tuple[int, int]
+) -> int:
     """Index of the (x, y, w, h) box with the largest heat sum over the square root of its area.
 
     As in ALBEF's RefCOCO+ evaluation: the map is upsampled bicubically to `size` (width, height); box corners are
@@ -266,7 +319,12 @@ def best_box(heatmap: Tensor, boxes: Tensor | Sequence[Sequence[float]], size: t
         raise InputError(
             f"heatmap is {[*heatmap.shape]} and size {size}; they must be [h, w], and (width, height) in pixels"
         )
-    if found.ndim != 2 or not found.shape[0] or found.shape[1] != 4 or not bool((found[:, 2:] > 0).all()):
+    if (
+        found.ndim != 2
+        or not found.shape[0]
+        or found.shape[1] != 4
+        or not bool((found[:, 2:] > 0).all())
+    ):
         raise InputError(
             f"boxes are {[*found.shape]}; they must be [N, 4], at least one, (x, y, w, h) with w and h > 0"
         )
@@ -298,7 +356,11 @@ def read_detections(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if isinstance(content, list):
         named = [each if isinstance(each, dict) else {} for each in content]
         boxes = [
-            (f"element {number} counting from 0", each.get("image_id", each.get("image")), each.get("box"))
+            (
+                f"element {number} counting from 0",
+                each.get("image_id", each.get("image")),
+                each.get("box"),
+            )
             for number, each in enumerate(named)
         ]
     else:
@@ -309,14 +371,24 @@ def read_detections(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             for number, box in enumerate(of_image if isinstance(of_image, list) else [of_image])
         ]
     if not boxes:
-        raise DataError(f"{path} holds no detections; expected a list of them, or an object of lists by image")
+        raise DataError(
+            f"{path} holds no detections; expected a list of them, or an object of lists by image"
+        )
     found: dict[str, list[list[float]]] = {}
     for where, image, box in boxes:
         first = box[:4] if isinstance(box, list) else []
-        numbers = [float(each) for each in first if isinstance(each, int | float) and not isinstance(each, bool)]
+        numbers = [
+            float(each)
+            for each in first
+            if isinstance(each, int | float) and not isinstance(each, bool)
+        ]
         if len(numbers) < 4 or not np.isfinite(numbers).all() or min(numbers[2:]) <= 0:
-            raise DataError(f"{path}, {where}: box {box!r} is none; expected [x, y, w, h] in pixels, w and h above 0")
+            raise DataError(
+                f"{path}, {where}: box {box!r} is none; expected [x, y, w, h] in pixels, w and h above 0"
+            )
         if not isinstance(image, str | int):
-            raise DataError(f"{path}, {where} has image_id={image!r}; expected the image's id or path")
+            raise DataError(
+                f"{path}, {where} has image_id={image!r}; expected the image's id or path"
+            )
         found.setdefault(str(image), []).append(numbers)
     return {image: torch.tensor(of_image, dtype=torch.float64) for image, of_image in found.items()}

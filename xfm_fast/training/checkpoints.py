@@ -34,7 +34,15 @@ from torch.optim import Optimizer
 from xfm_fast.checkpoint import read_state_dict, save_pretrained, write_safetensors
 from xfm_fast.checkpoint.files import MODEL_FILE
 from xfm_fast.errors import CheckpointError, StorageError, XFMError
-from xfm_fast.io import advice, is_plain_name, open_data, read_json, sync_folder, write_bytes, write_files
+from xfm_fast.io import (
+    advice,
+    is_plain_name,
+    open_data,
+    read_json,
+    sync_folder,
+    write_bytes,
+    write_files,
+)
 from xfm_fast.kernels.cpu.selection import selections, set_choice
 from xfm_fast.models.xfm import XFM
 from xfm_fast.training.distributed import Processes
@@ -89,7 +97,9 @@ class Checkpoint:
     rejected: tuple[str, ...] = ()
 
 
-def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, processes: Processes, *, keep: int) -> Path:
+def save(
+    progress: Progress, recipe: Mapping[str, Any], folder: Path, processes: Processes, *, keep: int
+) -> Path:
     """Write the checkpoint of this step, then delete all but the newest `keep`; collective."""
     final = folder / f"{_PREFIX}{progress.step:08d}"
     temporary = folder / f".{final.name}.tmp"
@@ -102,9 +112,14 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, processes:
     numbers: dict[str, Any] = {}
     for index, entries in progress.optimizer.state_dict()["state"].items():
         for key, value in entries.items():
-            (tensors if isinstance(value, Tensor) else numbers)[f"optimizer/{names[index]}/{key}"] = value
+            (tensors if isinstance(value, Tensor) else numbers)[
+                f"optimizer/{names[index]}/{key}"
+            ] = value
     tensors |= {f"average/{name}": tensor for name, tensor in progress.average.items()}
-    tensors, whole = _gather_shards(tensors, processes), _gather_shards(progress.model.state_dict(), processes)
+    tensors, whole = (
+        _gather_shards(tensors, processes),
+        _gather_shards(progress.model.state_dict(), processes),
+    )
     for rank, state in enumerate(random_states):
         tensors |= {f"random/{rank}/{name}": tensor for name, tensor in state.items()}
     state = {
@@ -177,7 +192,10 @@ def settle_kernels(folder: Path, processes: Processes) -> None:
 
 
 def _chosen_kernels() -> list[list[str]]:
-    return [[each.operation, str(each.dtype).removeprefix("torch."), each.chosen] for each in selections()]
+    return [
+        [each.operation, str(each.dtype).removeprefix("torch."), each.chosen]
+        for each in selections()
+    ]
 
 
 def _settle(kernels: Iterable[Sequence[str]]) -> None:
@@ -213,12 +231,18 @@ def read_state(path: Path) -> dict[str, Any]:
     """Read and validate `state.json`."""
     try:
         state = read_json(path / STATE)
-        if isinstance(state, dict) and isinstance(written := state.get("format"), int) and written > FORMAT_VERSION:
+        if (
+            isinstance(state, dict)
+            and isinstance(written := state.get("format"), int)
+            and written > FORMAT_VERSION
+        ):
             raise _Later(
                 f"{path} has format {written}, this version of xfm-fast reads up to {FORMAT_VERSION}; upgrade xfm-fast"
             )
         if isinstance(state, dict) and state.get("sharded"):
-            raise _Later(f"{path} holds shards of FSDP, which this version cannot read; set another checkpoint.folder")
+            raise _Later(
+                f"{path} holds shards of FSDP, which this version cannot read; set another checkpoint.folder"
+            )
         _State.model_validate_json(json.dumps(state))
         if path.name.startswith(_PREFIX) and state["step"] != _step(path):
             raise ValueError(f"it is of step {state['step']}")
@@ -230,7 +254,9 @@ def read_state(path: Path) -> dict[str, Any]:
         reason = error.strerror or str(error)
     except ValueError as error:
         reason = str(error)
-    raise CheckpointError(f"{path / STATE} is no state of a run ({reason}); take another checkpoint")
+    raise CheckpointError(
+        f"{path / STATE} is no state of a run ({reason}); take another checkpoint"
+    )
 
 
 @contextmanager
@@ -240,7 +266,14 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except XFMError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise CheckpointError(
             f"the parts of {path} do not fit each other ({type(error).__name__}: {error}); delete it to go on from an "
             "earlier one, or set checkpoint.folder to a new folder"
@@ -254,11 +287,19 @@ def load(checkpoint: Checkpoint, progress: Progress) -> None:
     wanted = {f"model/{name}": tensor for name, tensor in own.items()}
     wanted |= {f"average/{name}": tensor for name, tensor in progress.average.items()}
     weights = read_state_dict(path / MODEL / MODEL_FILE)
-    read = read_state_dict(path / TENSORS) | {f"model/{name}": tensor for name, tensor in weights.items()}
+    read = read_state_dict(path / TENSORS) | {
+        f"model/{name}": tensor for name, tensor in weights.items()
+    }
     if not any(name.startswith("average/") for name in read):
         # An average that the run did not have before begins now.
-        read |= {f"average/{name}": read[f"model/{name}"] for name in progress.average if f"model/{name}" in read}
-    if missing := [name for name in wanted if name not in read or read[name].shape != wanted[name].shape]:
+        read |= {
+            f"average/{name}": read[f"model/{name}"]
+            for name in progress.average
+            if f"model/{name}" in read
+        }
+    if missing := [
+        name for name in wanted if name not in read or read[name].shape != wanted[name].shape
+    ]:
         raise CheckpointError(
             f"{path} does not fit this run: {', '.join(sorted(missing)[:5])} is missing or has another shape; set "
             "checkpoint.folder to a new folder"
@@ -279,7 +320,11 @@ def random_states(checkpoint: Checkpoint, processes: Processes) -> dict[str, Ten
         return None
     prefix = f"random/{processes.rank}/"
     read = read_state_dict(checkpoint.path / TENSORS)
-    state = {name.removeprefix(prefix): tensor for name, tensor in read.items() if name.startswith(prefix)}
+    state = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in read.items()
+        if name.startswith(prefix)
+    }
     with reading(checkpoint.path):
         # Validate here, where a bad state is distinguishable from an error of the run.
         set_random_state(state, processes.device)
@@ -289,7 +334,9 @@ def random_states(checkpoint: Checkpoint, processes: Processes) -> dict[str, Ten
 
 def _group_names(model: XFM, optimizer: Optimizer) -> list[list[str]]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+    return [
+        [names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups
+    ]
 
 
 def _load_optimizer(progress: Progress, checkpoint: Checkpoint, read: Mapping[str, Tensor]) -> None:
@@ -331,7 +378,9 @@ def _gather_shards(tensors: Mapping[str, Tensor], processes: Processes) -> dict[
 def _like(value: Tensor, target: Tensor) -> Tensor:
     """Shard `value` like `target`."""
     if isinstance(target, DTensor) and not isinstance(value, DTensor):
-        return distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+        return distribute_tensor(
+            value.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+        )
     return value
 
 
@@ -340,7 +389,10 @@ def _seal(folder: Path) -> None:
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+            files[path.relative_to(folder).as_posix()] = {
+                "bytes": path.stat().st_size,
+                "sha256": _digest(path),
+            }
         else:
             sync_folder(path)
     content = json.dumps({"format": FORMAT_VERSION, "files": files}, indent=1).encode()
@@ -354,7 +406,9 @@ def _fault(path: Path) -> str | None:
         files = read_json(path / MANIFEST)["files"]
         if foreign := [name for name in files if not all(map(is_plain_name, name.split("/")))]:
             return f"{MANIFEST} lists {foreign[0]!r}, which is no file of this folder"
-        held = {each.relative_to(path).as_posix() for each in path.rglob("*") if not each.is_dir()} - {MANIFEST}
+        held = {
+            each.relative_to(path).as_posix() for each in path.rglob("*") if not each.is_dir()
+        } - {MANIFEST}
         # A file that nobody vouches for would be read unseen, were it one of ours.
         if unlisted := sorted(held - set(files)):
             return f"{MANIFEST} does not list {unlisted[0]}"
@@ -434,7 +488,10 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
 def whole_state(model: XFM, average: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Full weights or their average, FSDP shards gathered; collective."""
     state = model.state_dict() | dict(average or {})
-    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
+    return {
+        name: value.full_tensor() if isinstance(value, DTensor) else value
+        for name, value in state.items()
+    }
 
 
 def save_whole(

@@ -86,7 +86,9 @@ class Processes:
             failure, value = error, None
         if self.any(failure is not None):
             message = None if failure is None else str(failure) or type(failure).__name__
-            rank, reason = next((r, reason) for r, reason in enumerate(self.gather(message)) if reason is not None)
+            rank, reason = next(
+                (r, reason) for r, reason in enumerate(self.gather(message)) if reason is not None
+            )
             raise failure or XFMError(f"process {rank} of {self.world_size} has failed: {reason}")
         return cast("T", value)
 
@@ -118,7 +120,9 @@ def join_processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes
     """The processes of this run; a group initialised by the caller is reused and left open."""
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if not (place := os.environ.get("LOCAL_RANK", "0")).isdecimal():
-        raise UnavailableError(f"LOCAL_RANK={place!r} is no number; start processes with torchrun, or unset LOCAL_RANK")
+        raise UnavailableError(
+            f"LOCAL_RANK={place!r} is no number; start processes with torchrun, or unset LOCAL_RANK"
+        )
     local = int(place)
     if kind == "cuda":
         if local >= torch.cuda.device_count():
@@ -175,7 +179,9 @@ def end_groups() -> None:
     dist.destroy_process_group()
 
 
-def run_layers(model: XFM, *, activation_checkpointing: bool = False, compiled: bool = False) -> None:
+def run_layers(
+    model: XFM, *, activation_checkpointing: bool = False, compiled: bool = False
+) -> None:
     """Enable activation checkpointing and `torch.compile` on all encoder layers in place, with unchanged results."""
     for module in model.modules():
         if not isinstance(module, (Block, TransformerLayer)):
@@ -217,7 +223,9 @@ class ParallelModel:
     encoders' layers stay gathered until the backward pass.
     """
 
-    def __init__(self, model: XFM, losses: Losses, processes: Processes, kind: Literal["ddp", "fsdp"]) -> None:
+    def __init__(
+        self, model: XFM, losses: Losses, processes: Processes, kind: Literal["ddp", "fsdp"]
+    ) -> None:
         self.model = model
         self.sharded = kind == "fsdp" and processes.world_size > 1
         self._processes = processes
@@ -274,7 +282,11 @@ def stop_on_signal() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    signals = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    signals = [
+        signal.SIGTERM,
+        signal.SIGINT,
+        *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []),
+    ]
     before = {number: signal.getsignal(number) for number in signals}
     hangup = getattr(signal, "SIGHUP", None)
     if hangup is not None and before[hangup] == signal.SIG_IGN:

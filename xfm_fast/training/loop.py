@@ -89,7 +89,9 @@ def train(
     folder = Path(recipe.checkpoint.folder)
     with ExitStack() as stack:
         processes = stack.enter_context(join_processes(recipe.device))
-        processes.from_first(lambda: stack.enter_context(hold(folder / ".lock", f"checkpoint.folder={folder}")))
+        processes.from_first(
+            lambda: stack.enter_context(hold(folder / ".lock", f"checkpoint.folder={folder}"))
+        )
         opening = stack.enter_context(ExitStack())
         processes.from_first(lambda: opening.enter_context(rollback_on_error(folder)))
         processes.from_first(on_start or (lambda: None))
@@ -99,9 +101,15 @@ def train(
                 sources = open_sources(recipe, processes)
                 explained_by = explained_by or tokenizer_file(recipe)
         elif sources is None or model is None or objective is None:
-            raise InputError("a run that is not of pretraining needs sources, model and objective; pass all three")
-        if missing := [name for update in recipe.active_updates for name in update if name not in sources]:
-            raise InputError(f"sources lack the stream {', '.join(missing)}; pass one for every stream of the recipe")
+            raise InputError(
+                "a run that is not of pretraining needs sources, model and objective; pass all three"
+            )
+        if missing := [
+            name for update in recipe.active_updates for name in update if name not in sources
+        ]:
+            raise InputError(
+                f"sources lack the stream {', '.join(missing)}; pass one for every stream of the recipe"
+            )
 
         # The same initial weights on every process, then dropout of its own on each.
         seed_everything(recipe.seed)
@@ -118,20 +126,31 @@ def train(
         assert model is not None
         assert objective is not None
         model, losses_of = model.to(processes.device).train(), objective
-        run_layers(model, activation_checkpointing=recipe.activation_checkpointing, compiled=recipe.compile)
+        run_layers(
+            model, activation_checkpointing=recipe.activation_checkpointing, compiled=recipe.compile
+        )
         parallel = ParallelModel(model, losses_of, processes, recipe.parallel)
         options = recipe.optimizer
         groups = optimizer_groups(model, options, large_lr=recipe.large_lr)
         optimizer = AdamW(
-            groups, options.lr, options.betas, options.eps, kind=options.kind, zero_grad=options.zero_grad
+            groups,
+            options.lr,
+            options.betas,
+            options.eps,
+            kind=options.kind,
+            zero_grad=options.zero_grad,
         )
         peak_lr = [group["lr"] for group in optimizer.param_groups]
         average = None if recipe.ema is None else WeightAverage(model, recipe.ema)
         scaler = torch.amp.GradScaler(
-            processes.device.type, init_scale=_LARGEST_LOSS_SCALE, enabled=recipe.precision == "fp16"
+            processes.device.type,
+            init_scale=_LARGEST_LOSS_SCALE,
+            enabled=recipe.precision == "fp16",
         )
         precision = autocast(recipe, processes)
-        progress = Progress(model, optimizer, scaler, {} if average is None else average.state_dict())
+        progress = Progress(
+            model, optimizer, scaler, {} if average is None else average.state_dict()
+        )
         seed_everything(recipe.seed, processes.rank)
         if not resume and (found := sorted((folder / "checkpoints").glob("step-*"))):
             raise ConfigError(
@@ -142,7 +161,9 @@ def train(
         randomness = random_state(processes.device) if saved is None else saved
 
         log = stack.enter_context(
-            RunLog(folder, recipe.log, processes, steps=recipe.steps, start=progress.step, show=show)
+            RunLog(
+                folder, recipe.log, processes, steps=recipe.steps, start=progress.step, show=show
+            )
         )
         for note in notes if processes.first else []:
             print(f"xfm-fast: {note}", file=sys.stderr)
@@ -150,7 +171,9 @@ def train(
         for stream in (stream for update in recipe.active_updates for stream in update):
             start = progress.batches.setdefault(stream, 0)
             pin = processes.device.type == "cuda"
-            loader = load_batches(sources[stream], start=start, workers=recipe.workers, pin_memory=pin)
+            loader = load_batches(
+                sources[stream], start=start, workers=recipe.workers, pin_memory=pin
+            )
             stack.callback(loader.close)  # type: ignore[attr-defined]
             if progress.step < recipe.steps:
                 # Data that cannot be read on one process are an error on all of them, before the first step.
@@ -168,16 +191,28 @@ def train(
 
         # Where checking is free or happens every step anyway, bad gradients never reach the weights.
         look = processes.device.type == "cpu" or recipe.log.every == 1
-        work, metrics, logged, clock = Work(processes.world_size), {}, progress.step, time.perf_counter()
+        work, metrics, logged, clock = (
+            Work(processes.world_size),
+            {},
+            progress.step,
+            time.perf_counter(),
+        )
         interrupted = False
 
         opening.close()
         while progress.step < recipe.steps and not interrupted:
             step = progress.step + 1
-            log_now = step % recipe.log.every == 0 or step % recipe.checkpoint.every == 0 or step == recipe.steps
+            log_now = (
+                step % recipe.log.every == 0
+                or step % recipe.checkpoint.every == 0
+                or step == recipe.steps
+            )
             before = norms.copy() if log_now else None
             factor = schedule_factor(
-                recipe.schedule, progress.step, steps=recipe.schedule.steps or recipe.steps, lr=options.lr
+                recipe.schedule,
+                progress.step,
+                steps=recipe.schedule.steps or recipe.steps,
+                lr=options.lr,
             )
             for group, lr in zip(optimizer.param_groups, peak_lr, strict=True):
                 group["lr"] = lr * factor
@@ -197,7 +232,9 @@ def train(
                         with precision:
                             loss, values = parallel.module(batch, recipe.losses_of(stream))
                         scaler.scale(loss * weight).backward()
-                    meter.add(step, {f"loss/{stream}/{name}": value for name, value in values.items()})
+                    meter.add(
+                        step, {f"loss/{stream}/{name}": value for name, value in values.items()}
+                    )
                     finite = finite and (not look or math.isfinite(loss.item()))
                 scaler.unscale_(optimizer)
                 having, each = norms.gradients()
@@ -205,7 +242,14 @@ def train(
                 meter.add(step, {f"grad_norm/{'+'.join(update)}": total})
                 if log_now:
                     parts = norms.by_part(each, having)
-                    meter.add(step, {f"grad_norm/{'+'.join(update)}/{p}": n for p, n in parts.items() if p != "all"})
+                    meter.add(
+                        step,
+                        {
+                            f"grad_norm/{'+'.join(update)}/{p}": n
+                            for p, n in parts.items()
+                            if p != "all"
+                        },
+                    )
                 guard.watch(step, "+".join(update), having, each)
                 finite = finite and (not look or scaler.is_enabled() or math.isfinite(total.item()))
                 if look and processes.any(not finite):
@@ -215,7 +259,9 @@ def train(
                 scaler.step(optimizer)
                 if scaler.is_enabled():
                     scaler.update()
-                    scale = scaler.scale(torch.ones((), device=processes.device)).clamp(max=_LARGEST_LOSS_SCALE)
+                    scale = scaler.scale(torch.ones((), device=processes.device)).clamp(
+                        max=_LARGEST_LOSS_SCALE
+                    )
                     scaler.update(scale)
                     meter.add(step, {"loss_scale": scale})
                 parallel.stepped()
@@ -228,8 +274,16 @@ def train(
 
             if log_now or interrupted:
                 if before is not None:
-                    meter.add(step, {f"param_norm/{part}": norm for part, norm in norms.values().items()})
-                    meter.add(step, {f"update_norm/{part}": norm for part, norm in norms.updates(before).items()})
+                    meter.add(
+                        step, {f"param_norm/{part}": norm for part, norm in norms.values().items()}
+                    )
+                    meter.add(
+                        step,
+                        {
+                            f"update_norm/{part}": norm
+                            for part, norm in norms.updates(before).items()
+                        },
+                    )
                 values = meter.read(processes)
                 guard.check(values, {})
                 seconds = time.perf_counter() - clock
@@ -249,13 +303,19 @@ def train(
             files = dict(explained_by or {}) | seen
             save_whole(model, folder / "model", processes, files=files)
             if average is not None:
-                save_whole(model, folder / "average", processes, average=average.state_dict(), files=files)
+                save_whole(
+                    model, folder / "average", processes, average=average.state_dict(), files=files
+                )
         return TrainResult(progress.step, model, average, metrics, interrupted)
 
 
-def _resume(recipe: Run, progress: Progress, processes: Processes) -> tuple[list[str], dict[str, Tensor] | None]:
+def _resume(
+    recipe: Run, progress: Progress, processes: Processes
+) -> tuple[list[str], dict[str, Tensor] | None]:
     """Restore the newest valid checkpoint; returns messages for the user and the random state of this process."""
-    found = processes.from_first(lambda: checkpoints.newest(Path(recipe.checkpoint.folder) / "checkpoints"))
+    found = processes.from_first(
+        lambda: checkpoints.newest(Path(recipe.checkpoint.folder) / "checkpoints")
+    )
     if found is None:
         checkpoints.settle_kernels(Path(recipe.checkpoint.folder), processes)
         return [], None
@@ -264,7 +324,9 @@ def _resume(recipe: Run, progress: Progress, processes: Processes) -> tuple[list
     with checkpoints.reading(found.path):
         notes += changes(before, recipe, world, processes.world_size)
         checkpoints.load(found, progress)
-        for stream in {name for update in recipe.active_updates for name in update} & set(progress.batches):
+        for stream in {name for update in recipe.active_updates for name in update} & set(
+            progress.batches
+        ):
             progress.batches[stream] = position_after(
                 progress.batches[stream], stream, before, recipe, world, processes.world_size
             )
@@ -396,8 +458,16 @@ def _texts(recipe: Recipe) -> Iterator[str]:
                     # Whether so many broken rows are tolerable is decided where they are used.
                     continue
                 elements = record.get("elems") or []
-                for value in (record.get(key), record.get("caption"), *(each.get("caption") for each in elements)):
+                for value in (
+                    record.get(key),
+                    record.get("caption"),
+                    *(each.get("caption") for each in elements),
+                ):
                     for text in value if isinstance(value, list) else [value]:
                         if isinstance(text, str) and text.strip():
                             text = text.replace(" ##", "") if options.tokenized else text
-                            yield text.strip() if isinstance(options, TextStream) else pre_caption(text)
+                            yield (
+                                text.strip()
+                                if isinstance(options, TextStream)
+                                else pre_caption(text)
+                            )

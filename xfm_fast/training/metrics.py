@@ -66,7 +66,9 @@ class Meter:
             return []
         numbers = torch.stack([tensor.double() for tensor in self._tensors])
         read = processes.mean_(numbers).tolist()
-        values = [Value(step, name, number) for (step, name), number in zip(self._keys, read, strict=True)]
+        values = [
+            Value(step, name, number) for (step, name), number in zip(self._keys, read, strict=True)
+        ]
         self._keys, self._tensors = [], []
         return values
 
@@ -87,7 +89,14 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: Path, recipe: LogRecipe, processes: Processes, *, steps: int, start: int, show: Show | None = None
+        self,
+        folder: Path,
+        recipe: LogRecipe,
+        processes: Processes,
+        *,
+        steps: int,
+        start: int,
+        show: Show | None = None,
     ) -> None:
         self.path = folder / LOG_FILE
         self._writes, self._steps, self._shown = processes.first, steps, ""
@@ -120,7 +129,9 @@ class RunLog:
             if not identity.exists():
                 write_bytes({identity: secrets.token_hex(8).encode()})
             name = read_bytes(identity, 100).decode()
-            self._wandb = wandb.init(project=recipe.wandb, name=folder.name, id=name, resume="allow", dir=folder)
+            self._wandb = wandb.init(
+                project=recipe.wandb, name=folder.name, id=name, resume="allow", dir=folder
+            )
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
@@ -139,9 +150,15 @@ class RunLog:
                 self._board.add_scalar(name, number, step)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
-        losses = {name.split("/", 1)[1]: number for name, number in values.items() if name.startswith("loss/")}
+        losses = {
+            name.split("/", 1)[1]: number
+            for name, number in values.items()
+            if name.startswith("loss/")
+        }
         # Of the metrics by every rule that ranks, the mean.
-        short = {n: v for n, v in (losses or values).items() if n.count("/") < 2 or n.endswith("/r_mean")}
+        short = {
+            n: v for n, v in (losses or values).items() if n.count("/") < 2 or n.endswith("/r_mean")
+        }
         self._shown = "  ".join(f"{name} {number:.4g}" for name, number in short.items())
         if self._show is None:
             print(f"step {step}  {self._shown}", file=sys.stderr, flush=True)
@@ -155,7 +172,9 @@ class RunLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+    ) -> None:
         if not self._writes:
             return
         if self._board is not None:
@@ -181,13 +200,20 @@ class ModelNorms:
     """Parameter, gradient and update norms without device synchronisation; sums squares over FSDP shards."""
 
     def __init__(self, model: nn.Module) -> None:
-        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        named = [
+            (name, parameter)
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        ]
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
         self.sharded = any(isinstance(parameter, DTensor) for parameter in self.parameters)
         # What is not sharded is the same on every process and counts once.
         self._counted = torch.tensor(
-            [isinstance(p, DTensor) or not self.sharded or dist.get_rank() == 0 for p in self.parameters]
+            [
+                isinstance(p, DTensor) or not self.sharded or dist.get_rank() == 0
+                for p in self.parameters
+            ]
         )
         first = [name.split(".")[0] for name in self.names]
         self._parts = {"all": torch.arange(len(first))} | {
@@ -199,14 +225,18 @@ class ModelNorms:
     def gradients(self) -> tuple[list[int], Tensor]:
         """Indices of the parameters with gradients, and the norm of each."""
         having = [i for i, parameter in enumerate(self.parameters) if parameter.grad is not None]
-        return having, self._each([local(p.grad) for p in self.parameters if p.grad is not None], having)
+        return having, self._each(
+            [local(p.grad) for p in self.parameters if p.grad is not None], having
+        )
 
     def clip_(self, norm: Tensor, limit: float) -> None:
         """Scale all gradients by `limit / norm` if it is below one."""
         factor = (limit / (norm + 1e-6)).clamp_(max=1.0)
         if norm.device.type == "cpu" and factor == 1:
             return
-        gradients = [local(parameter.grad) for parameter in self.parameters if parameter.grad is not None]
+        gradients = [
+            local(parameter.grad) for parameter in self.parameters if parameter.grad is not None
+        ]
         if gradients:
             torch._foreach_mul_(gradients, factor)
 
@@ -224,7 +254,9 @@ class ModelNorms:
 
     def values(self) -> dict[str, Tensor]:
         """Parameter norms by part."""
-        return self.by_part(self._each([local(parameter).detach() for parameter in self.parameters]))
+        return self.by_part(
+            self._each([local(parameter).detach() for parameter in self.parameters])
+        )
 
     def updates(self, before: Sequence[Tensor]) -> dict[str, Tensor]:
         """Norms of the change since `copy`, by part."""
@@ -236,7 +268,9 @@ class ModelNorms:
             return torch.zeros(0)
         norms = torch.stack(torch._foreach_norm(tensors))
         if self.sharded:
-            parts = norms.square() * (self._counted if having is None else self._counted[having]).to(norms)
+            parts = norms.square() * (
+                self._counted if having is None else self._counted[having]
+            ).to(norms)
             dist.all_reduce(parts)
             norms = parts.sqrt_()
         return norms
@@ -257,7 +291,9 @@ class Work:
 
     def rates(self, steps: int, seconds: float) -> dict[str, float]:
         """Global rates since the last call: `seconds` per step, `images_per_s`, `tokens_per_s`."""
-        images, tokens = (count * self._world_size / seconds for count in (self._images, self._tokens))
+        images, tokens = (
+            count * self._world_size / seconds for count in (self._images, self._tokens)
+        )
         self._images = self._tokens = 0
         return {"seconds": seconds / steps, "images_per_s": images, "tokens_per_s": tokens}
 
@@ -280,7 +316,10 @@ class Guard:
         self._gradients.append((step, update, having, norms))
 
     def check(
-        self, values: Iterable[Value], batches: Mapping[str, Batch], rerun: Callable[[str, Batch], Tensor] | None = None
+        self,
+        values: Iterable[Value],
+        batches: Mapping[str, Batch],
+        rerun: Callable[[str, Batch], Tensor] | None = None,
     ) -> None:
         """Raise `NonFiniteError` naming the first non-finite value since the last check; `rerun` locates the op."""
         watched, self._gradients = self._gradients, []
@@ -289,7 +328,11 @@ class Guard:
             return
         is_loss = bad.name.startswith("loss/")
         named = self._model.named_parameters()
-        parameters = (f"parameter {name} is not finite" for name, p in named if not bool(local(p).isfinite().all()))
+        parameters = (
+            f"parameter {name} is not finite"
+            for name, p in named
+            if not bool(local(p).isfinite().all())
+        )
         tensors = (
             (f"{field.name} of the batch of stream {stream}", getattr(batch, field.name))
             for stream, batch in batches.items()
@@ -298,7 +341,9 @@ class Guard:
         inputs = (
             f"{name} is not finite"
             for name, value in tensors
-            if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all())
+            if isinstance(value, Tensor)
+            and value.is_floating_point()
+            and not bool(value.isfinite().all())
         )
         gradients = (
             f"the gradient of {self._names[index]} in update {update} has norm {norm}"
@@ -310,7 +355,11 @@ class Guard:
         searched = [] if is_loss else [gradients]
         searched += [parameters, inputs, self._bad_operations(batches, rerun)]
         causes = [cause for kind in searched if (cause := next(kind, None)) is not None]
-        why = f": {causes[0]}" if causes else ", though every tensor of the last batch is finite when it runs again"
+        why = (
+            f": {causes[0]}"
+            if causes
+            else ", though every tensor of the last batch is finite when it runs again"
+        )
         more = f" (and {'; '.join(causes[1:3])})" if len(causes) > 1 else ""
         raise NonFiniteError(
             f"step {bad.step}: {bad.name.replace('/', ' ', 1)} is {bad.number}{why}{more}. The run has stopped, and "
@@ -320,7 +369,9 @@ class Guard:
     def _is_bad(self, value: Value) -> bool:
         if value.name == "loss_scale":
             return value.number < 1
-        return not math.isfinite(value.number) and not (self._scaled and value.name.startswith("grad_norm/"))
+        return not math.isfinite(value.number) and not (
+            self._scaled and value.name.startswith("grad_norm/")
+        )
 
     def _bad_operations(
         self, batches: Mapping[str, Batch], rerun: Callable[[str, Batch], Tensor] | None
@@ -356,7 +407,11 @@ class _FirstNonFinite(TorchDispatchMode):
             self._last_parameter = self._parameters.get(id(tensor), self._last_parameter)
         sound = self.found is None and not any(_is_bad(tensor) for tensor in given)
         result = func(*args, **(kwargs or {}))
-        if sound and not str(func).startswith(_UNINITIALISED) and any(map(_is_bad, tree_leaves(result))):
+        if (
+            sound
+            and not str(func).startswith(_UNINITIALISED)
+            and any(map(_is_bad, tree_leaves(result)))
+        ):
             where = self._last_parameter.rpartition(".")[0] or "the loss"
             self.found = f"the {self.direction} operation {func} at {where} is the first whose result is not finite"
         return result
@@ -364,6 +419,10 @@ class _FirstNonFinite(TorchDispatchMode):
 
 def _is_bad(value: object) -> bool:
     # A weight packed for oneDNN cannot be looked into; the parameter that it comes from can.
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
+    if (
+        not isinstance(value, Tensor)
+        or not value.is_floating_point()
+        or value.layout != torch.strided
+    ):
         return False
     return bool((value.isnan() | value.isposinf()).any())

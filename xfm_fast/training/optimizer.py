@@ -23,7 +23,9 @@ _NO_DECAY = ("bias", "LayerNorm.weight", "norm.weight", "norm1.weight", "norm2.w
 _TABLE = "relative_position_bias_table"
 
 
-def optimizer_groups(model: nn.Module, recipe: OptimizerRecipe, *, large_lr: Iterable[str]) -> list[dict[str, Any]]:
+def optimizer_groups(
+    model: nn.Module, recipe: OptimizerRecipe, *, large_lr: Iterable[str]
+) -> list[dict[str, Any]]:
     """Non-empty groups {decay, no decay} × {lr, lr·lr_mult}, then position tables if they have their own rate."""
     fast = set(large_lr)
     multiples = {"body": 1.0, "heads": recipe.lr_mult, "tables": recipe.table_lr_mult}
@@ -81,7 +83,9 @@ class AdamW(Optimizer):
                 "be positive and betas lie in [0, 1)"
             )
         self.kind, self.gradients_rest = kind, zero_grad == "none"
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
         """Reset gradients; `set_to_none` overrides the constructor's `zero_grad`."""
@@ -121,7 +125,9 @@ class AdamW(Optimizer):
         states = [self.state[parameter] for parameter in parameters]
         values = [local(parameter) for parameter in parameters]
         moments = Moments(
-            gradients=[local(parameter.grad) for parameter in parameters if parameter.grad is not None],
+            gradients=[
+                local(parameter.grad) for parameter in parameters if parameter.grad is not None
+            ],
             first=[local(state["exp_avg"]) for state in states],
             second=[local(state["exp_avg_sq"]) for state in states],
             steps=[state["step"] for state in states],
@@ -170,7 +176,9 @@ def adam_in_passes(
     taken = torch.stack(steps).double()
     corrections = (1 - betas[1] ** taken).sqrt()
     torch._foreach_add_(denominators, (eps * corrections).numpy().tolist() if corrected else eps)
-    torch._foreach_addcdiv_(values, first, denominators, -lr * corrections / (1 - betas[0] ** taken))
+    torch._foreach_addcdiv_(
+        values, first, denominators, -lr * corrections / (1 - betas[0] ** taken)
+    )
 
 
 def adam_in_one_pass(
@@ -187,7 +195,9 @@ def adam_in_one_pass(
     for index, taken in enumerate(host.integers(torch.stack(moments.steps).long())):
         alike[taken + 1].append(index)
     for taken, chosen in alike.items():
-        gradients, first, second, steps = ([column[index] for index in chosen] for column in moments)
+        gradients, first, second, steps = (
+            [column[index] for index in chosen] for column in moments
+        )
         adam(
             [values[index] for index in chosen],
             gradients,
@@ -230,7 +240,9 @@ class WeightAverage:
         self.decay = decay
         self._parameters = dict(model.named_parameters())
         self._averages = {
-            name: parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+            name: parameter.detach().to(
+                torch.promote_types(parameter.dtype, torch.float32), copy=True
+            )
             for name, parameter in self._parameters.items()
         }
 

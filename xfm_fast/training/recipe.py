@@ -73,8 +73,13 @@ class Run(Section):
 
     def __init__(self, **values: Any) -> None:
         for key, value in _flat(values):
-            if any(isinstance(each, str) and "\0" in each for each in (value if isinstance(value, list) else [value])):
-                raise ConfigError(f"{key}={value!r}: it holds a NUL, which no path and no name may; remove it")
+            if any(
+                isinstance(each, str) and "\0" in each
+                for each in (value if isinstance(value, list) else [value])
+            ):
+                raise ConfigError(
+                    f"{key}={value!r}: it holds a NUL, which no path and no name may; remove it"
+                )
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -88,7 +93,9 @@ class Run(Section):
         folder = model_folder(Path(place)) if isinstance(place, str) else None
         if folder is None and "model" not in values:
             fault = (
-                "init.checkpoint is missing" if place is None else f"init.checkpoint={place} is no folder of a model"
+                "init.checkpoint is missing"
+                if place is None
+                else f"init.checkpoint={place} is no folder of a model"
             )
             raise ValueError(
                 f"{fault}; give a run of xfm-fast pretrain, a folder that xfm-fast convert makes of an official file, "
@@ -165,14 +172,18 @@ class Run(Section):
         images: dict[Split, int] = {"train": world.train, "val": world.val, "test": world.test}
         if world.known:
             images["known"] = world.known
-        write_world(self.folder_of_data, seed=world.seed, images=images, resolution=world.resolution)
+        write_world(
+            self.folder_of_data, seed=world.seed, images=images, resolution=world.resolution
+        )
 
     def expand(self, paths: Iterable[str], key: str, remedy: str) -> list[Path]:
         """Data files and folders of a key, glob patterns expanded in sorted order."""
         found: list[Path] = []
         for path in paths:
             pattern = str(Path(self.folder_of_data) / path)
-            matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+            matches = (
+                [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+            )
             if not matches:
                 raise DataError(f"{key}: there is no {pattern}; give {key}=..., {remedy}")
             found += [Path(match) for match in matches]
@@ -192,9 +203,13 @@ class Run(Section):
 
         accelerated = torch.cuda.is_available()
         if self.device == "cuda" and not accelerated:
-            raise UnavailableError("device=cuda, but PyTorch finds no GPU here; use device=cpu or auto")
+            raise UnavailableError(
+                "device=cuda, but PyTorch finds no GPU here; use device=cpu or auto"
+            )
         if self.precision == "fp16" and not accelerated:
-            raise UnavailableError("precision=fp16 needs a GPU, and PyTorch finds none here; use bf16 or fp32")
+            raise UnavailableError(
+                "precision=fp16 needs a GPU, and PyTorch finds none here; use bf16 or fp32"
+            )
 
 
 class Recipe(Run):
@@ -207,7 +222,9 @@ class Recipe(Run):
 
     large_lr = ("vision_proj", "text_proj", "temp", "itm_head", "bbox_head")
 
-    tokenizer: str = Field("train", description="vocabulary file or folder, or `train` to learn one from the streams")
+    tokenizer: str = Field(
+        "train", description="vocabulary file or folder, or `train` to learn one from the streams"
+    )
     data: str = Field(".", description="folder of relative stream paths")
     streams: dict[str, AnyStream] = Field(min_length=1)
     updates: tuple[tuple[str, ...], ...] = Field(min_length=1)
@@ -221,11 +238,17 @@ class Recipe(Run):
             if name not in self.streams:
                 raise ValueError(_unknown(f"updates: {name}", self.streams, what="stream"))
             if used.count(name) > 1:
-                raise ValueError(f"updates name stream {name} {used.count(name)} times; name each stream once")
+                raise ValueError(
+                    f"updates name stream {name} {used.count(name)} times; name each stream once"
+                )
         if idle := [name for name in self.streams if name not in used]:
-            raise ValueError(f"stream {', '.join(idle)} is in no update; add it to updates, or remove it with null")
+            raise ValueError(
+                f"stream {', '.join(idle)} is in no update; add it to updates, or remove it with null"
+            )
         if not all(self.updates):
-            raise ValueError("an update is empty; name the streams whose gradients it sums, or remove it")
+            raise ValueError(
+                "an update is empty; name the streams whose gradients it sums, or remove it"
+            )
         warmup = self.schedule.warmup_steps(self.steps)
         if warmup > self.steps:
             raise ValueError(
@@ -245,9 +268,13 @@ class Recipe(Run):
                     f"model.max_positions={self.model.max_positions} can number; lower it or raise max_positions"
                 )
         if not self.active_updates:
-            raise ValueError("method.mim_guidance=false leaves no loss at all; add a stream of pairs, regions or text")
+            raise ValueError(
+                "method.mim_guidance=false leaves no loss at all; add a stream of pairs, regions or text"
+            )
         if not self.updates_in(1):
-            raise ValueError("no stream is drawn in step 1; set streams.NAME.every=1 for the most frequent one")
+            raise ValueError(
+                "no stream is drawn in step 1; set streams.NAME.every=1 for the most frequent one"
+            )
         return self
 
     def losses_of(self, stream: str) -> tuple[LossName, ...]:
@@ -260,11 +287,16 @@ class Recipe(Run):
     @property
     def active_updates(self) -> tuple[tuple[str, ...], ...]:
         """`updates` without streams that compute no loss."""
-        updates = (tuple(name for name in update if self.losses_of(name)) for update in self.updates)
+        updates = (
+            tuple(name for name in update if self.losses_of(name)) for update in self.updates
+        )
         return tuple(update for update in updates if update)
 
     def updates_in(self, step: int) -> tuple[tuple[str, ...], ...]:
-        drawn = (tuple(name for name in u if step % self.streams[name].every == 0) for u in self.active_updates)
+        drawn = (
+            tuple(name for name in u if step % self.streams[name].every == 0)
+            for u in self.active_updates
+        )
         return tuple(update for update in drawn if update)
 
     def weight_of(self, stream: str) -> float:
@@ -317,7 +349,11 @@ PRETRAINING, FINETUNING = "xfm_fast.training", "xfm_fast.finetuning"
 
 def recipe_names(package: str = PRETRAINING) -> list[str]:
     """Names of the recipes shipped in `package`."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in _shipped(package) if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in _shipped(package)
+        if entry.name.endswith(".yaml")
+    )
 
 
 def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -342,13 +378,19 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
         gone = {name for name, stream in streams.items() if stream is None}
         values["streams"] = {name: stream for name, stream in streams.items() if name not in gone}
         if gone and isinstance(updates, list):
-            kept = [[name for name in update if name not in gone] for update in updates if isinstance(update, list)]
+            kept = [
+                [name for name in update if name not in gone]
+                for update in updates
+                if isinstance(update, list)
+            ]
             values["updates"] = [update for update in kept if update]
     if "tokenizer" in values and values["tokenizer"] is None:
         place = init.get("checkpoint") if isinstance(init, dict) else None
         found = vocabulary_of(place)
         if found is None and place is not None:
-            raise ConfigError(f"init.checkpoint={place} has no {TOKENIZER_FILE}; name its vocabulary: tokenizer=<path>")
+            raise ConfigError(
+                f"init.checkpoint={place} has no {TOKENIZER_FILE}; name its vocabulary: tokenizer=<path>"
+            )
         values["tokenizer"] = "train" if found is None else str(found)
     keys = {"batch_size": "streams.pairs.batch_size", "steps": "steps", "lr": "optimizer.lr"}
     return fit_auto(Recipe, values, keys, _pair_rows)
@@ -367,7 +409,9 @@ def vocabulary_of(checkpoint: object) -> Path | None:
     return next((path for path in near if path.is_file()), None)
 
 
-def fit_auto(kind: type[R], values: dict[str, Any], keys: Mapping[str, str], rows: Callable[[R], int]) -> R:
+def fit_auto(
+    kind: type[R], values: dict[str, Any], keys: Mapping[str, str], rows: Callable[[R], int]
+) -> R:
     """Build a recipe, replacing `auto` values in place from the model width and dataset size.
 
     Batch size: largest power of two up to a quarter of the rows, in [2, 64]. Epochs: as many as 2,000 steps take, in
@@ -395,7 +439,13 @@ def fit_auto(kind: type[R], values: dict[str, Any], keys: Mapping[str, str], row
     epochs = min(most, max(5, -(-2000 // per_epoch)))
     lr = base * (768 / recipe.model.text_width) ** 1.5 * (batch / _LARGEST_BATCH) ** 0.5
     every = -(-_STEPS_OF_EVALUATION // per_epoch)
-    fit = {"batch_size": batch, "epochs": epochs, "every": every, "steps": epochs * per_epoch, "lr": f"{lr:.2e}"}
+    fit = {
+        "batch_size": batch,
+        "epochs": epochs,
+        "every": every,
+        "steps": epochs * per_epoch,
+        "lr": f"{lr:.2e}",
+    }
     return kind(**override(values, (f"{key}={fit[name]}" for name, key in auto.items())))
 
 
@@ -409,24 +459,38 @@ def read_recipe(name_or_path: str | Path, package: str) -> dict[str, Any]:
     shipped = {entry.name: entry for entry in _shipped(package)}
     source = shipped.get(f"{name_or_path}.yaml", path)
     if source is path and not path.is_file():
-        command, other = ("finetune", FINETUNING) if package == PRETRAINING else ("pretrain", PRETRAINING)
+        command, other = (
+            ("finetune", FINETUNING) if package == PRETRAINING else ("pretrain", PRETRAINING)
+        )
         if str(name_or_path) in recipe_names(other):
-            raise ConfigError(f"{name_or_path} is a recipe of {command}: xfm-fast {command} {name_or_path}")
+            raise ConfigError(
+                f"{name_or_path} is a recipe of {command}: xfm-fast {command} {name_or_path}"
+            )
         names = recipe_names(package)
         raise ConfigError(
             f"there is no recipe {str(name_or_path)!r}{_suggestion(str(name_or_path), names)}; "
             f"choose one of {', '.join(names)}, or give the path of a YAML file"
         )
     try:
-        values = parse_yaml(source.read_bytes() if source is not path else read_bytes(path, MOST_YAML_BYTES))
+        values = parse_yaml(
+            source.read_bytes() if source is not path else read_bytes(path, MOST_YAML_BYTES)
+        )
     except OSError as error:
-        raise ConfigError(f"recipe {name_or_path} cannot be read ({error}); check the path") from None
+        raise ConfigError(
+            f"recipe {name_or_path} cannot be read ({error}); check the path"
+        ) from None
     except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"recipe {name_or_path} is not valid YAML: {_yaml_problem(error)}") from None
+        raise ConfigError(
+            f"recipe {name_or_path} is not valid YAML: {_yaml_problem(error)}"
+        ) from None
     if not isinstance(values, dict):
-        raise ConfigError(f"recipe {name_or_path} holds a {type(values).__name__}; a mapping of keys is needed")
+        raise ConfigError(
+            f"recipe {name_or_path} holds a {type(values).__name__}; a mapping of keys is needed"
+        )
     if other := [key for key in values if not isinstance(key, str)]:
-        raise ConfigError(f"recipe {name_or_path} has the key {other[0]!r}, which is no name; remove it")
+        raise ConfigError(
+            f"recipe {name_or_path} has the key {other[0]!r}, which is no name; remove it"
+        )
     return values
 
 
@@ -439,7 +503,9 @@ def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]
         try:
             value = parse_yaml(text)
         except (ValueError, yaml.YAMLError) as error:
-            raise ConfigError(f"override {each!r}: the value is not valid YAML: {_yaml_problem(error)}") from None
+            raise ConfigError(
+                f"override {each!r}: the value is not valid YAML: {_yaml_problem(error)}"
+            ) from None
         *sections, last = key.split(".")
         inner = values
         for section in sections:
@@ -447,7 +513,9 @@ def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]
                 inner[section] = {}
             inner = inner[section]
             if not isinstance(inner, dict):
-                raise ConfigError(f"override {each!r}: {section} is a {type(inner).__name__} and has no keys inside")
+                raise ConfigError(
+                    f"override {each!r}: {section} is a {type(inner).__name__} and has no keys inside"
+                )
         inner[last] = value
     return values
 
@@ -474,14 +542,21 @@ def _inside(hint: Any, part: int | str) -> tuple[Any, bool]:
     if (section := getattr(hint, "of_kind", lambda kind: None)(part)) is not None:
         return section, False
     for option in (hint, *get_args(hint)):
-        if getattr(option, "model_fields", {}).get("kind") and option.model_fields["kind"].default == part:
+        if (
+            getattr(option, "model_fields", {}).get("kind")
+            and option.model_fields["kind"].default == part
+        ):
             return option, False
     if isinstance(hint, type) and issubclass(hint, BaseModel):
         field = hint.model_fields.get(str(part))
         return (None if field is None else field.annotation), True
     if get_origin(hint) is dict:
         return get_args(hint)[1], True
-    sections = [option for option in get_args(hint) if isinstance(option, type) and issubclass(option, BaseModel)]
+    sections = [
+        option
+        for option in get_args(hint)
+        if isinstance(option, type) and issubclass(option, BaseModel)
+    ]
     return _inside(sections[0], part) if len(sections) == 1 else (None, True)
 
 
@@ -500,7 +575,9 @@ def _explain(error: ValidationError, recipe: type[Run]) -> str:
         if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             lines.append(_unknown(where, _keys_of(sections[-2])))
         elif problem["type"] == "missing" and isinstance(place := problem["loc"][-1], int):
-            lines.append(f"{where.rpartition('.')[0]} has too few values; give at least {place + 1}")
+            lines.append(
+                f"{where.rpartition('.')[0]} has too few values; give at least {place + 1}"
+            )
         elif problem["type"] == "missing":
             lines.append(f"{where} is missing; add it to the recipe or as {where}=...")
         elif problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
@@ -508,7 +585,9 @@ def _explain(error: ValidationError, recipe: type[Run]) -> str:
             kinds = ", ".join(each.model_fields["kind"].default for each in members)
             what = "a stream" if where.startswith("streams") else f"a {where}"
             lines.append(f"{where}: {what} needs kind: one of {kinds}")
-        elif not where or (problem["type"] == "value_error" and not isinstance(problem["input"], (str, int, float))):
+        elif not where or (
+            problem["type"] == "value_error" and not isinstance(problem["input"], (str, int, float))
+        ):
             lines.append(f"{where}: {message}" if where else message)
         else:
             lines.append(f"{where}={problem['input']!r}: {message}")
@@ -522,8 +601,14 @@ def _plain(hint: Any) -> Any:
 def _keys_of(section: Any) -> list[str]:
     """Field names of a model, a dataclass, or an optional one."""
     options = [_plain(section), *get_args(_plain(section))]
-    section = next(option for option in options if hasattr(option, "model_fields") or is_dataclass(option))
-    return [field.name for field in fields(section)] if is_dataclass(section) else list(section.model_fields)
+    section = next(
+        option for option in options if hasattr(option, "model_fields") or is_dataclass(option)
+    )
+    return (
+        [field.name for field in fields(section)]
+        if is_dataclass(section)
+        else list(section.model_fields)
+    )
 
 
 # With these changed, the weights and the state of the optimizer would mean something else.
@@ -556,7 +641,12 @@ def changes(before: Mapping[str, Any], recipe: Run, world_before: int, world_now
 
 
 def position_after(
-    batches: int, stream: str, before: Mapping[str, Any], recipe: Run, world_before: int, world_now: int
+    batches: int,
+    stream: str,
+    before: Mapping[str, Any],
+    recipe: Run,
+    world_before: int,
+    world_now: int,
 ) -> int:
     """Batch index to resume a stream at: repeats no item and skips less than one batch."""
     batch = before["streams"][stream] if "streams" in before else before

@@ -29,7 +29,9 @@ LOSSES_OF_KIND: dict[str, tuple[LossName, ...]] = {
 
 
 Paths = Annotated[
-    tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), Field(min_length=1)
+    tuple[str, ...],
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    Field(min_length=1),
 ]
 
 
@@ -43,14 +45,18 @@ class Stream(StreamOptions):
     """Keys of every stream, plus the options of its kind; relative paths refer to the recipe's `data` folder."""
 
     paths: Paths = Field(description="files, folders or glob patterns")
-    batch_size: int = Field(gt=0, le=MOST_ITEMS, description="per rank and update, before accumulation splits it")
+    batch_size: int = Field(
+        gt=0, le=MOST_ITEMS, description="per rank and update, before accumulation splits it"
+    )
     weight: float = Field(
         default=1.0,
         ge=0,
         description="factor of the stream's summed losses, including box losses (the official code excludes "
         "them; its published weights are 1)",
     )
-    every: int = Field(default=1, gt=0, description="steps from one draw to the next: 4 draws in a quarter of them")
+    every: int = Field(
+        default=1, gt=0, description="steps from one draw to the next: 4 draws in a quarter of them"
+    )
     losses: tuple[LossName, ...] = Field(default=(), description="default: all losses of the kind")
 
     @model_validator(mode="after")
@@ -58,7 +64,9 @@ class Stream(StreamOptions):
         kind = type(self).model_fields["kind"].default
         possible = LOSSES_OF_KIND[kind]
         if wrong := [loss for loss in self.losses if loss not in possible]:
-            raise ValueError(f"a stream of {kind} cannot give {', '.join(wrong)}; choose from {', '.join(possible)}")
+            raise ValueError(
+                f"a stream of {kind} cannot give {', '.join(wrong)}; choose from {', '.join(possible)}"
+            )
         if len(set(self.losses)) != len(self.losses):
             raise ValueError(f"losses {', '.join(self.losses)} name one twice; name each once")
         return self
@@ -80,20 +88,28 @@ class ImageStream(Stream, ImageStreamOptions):
     """Images only: masked image modelling."""
 
 
-AnyStream = Annotated[TextStream | PairStream | RegionStream | ImageStream, Field(discriminator="kind")]
+AnyStream = Annotated[
+    TextStream | PairStream | RegionStream | ImageStream, Field(discriminator="kind")
+]
 
 
 class Init(Section):
     """Sources of the initial weights; weights without a source are random."""
 
-    roberta: str | None = Field(default=None, description="Hugging Face RoBERTa state dict for the language encoder")
+    roberta: str | None = Field(
+        default=None, description="Hugging Face RoBERTa state dict for the language encoder"
+    )
     beit2: str | None = Field(default=None, description="BEiT-v2 checkpoint for the vision encoder")
-    checkpoint: str | None = Field(default=None, description="official X-FM file, or a save_pretrained folder")
+    checkpoint: str | None = Field(
+        default=None, description="official X-FM file, or a save_pretrained folder"
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if self.checkpoint and (self.roberta or self.beit2):
-            raise ValueError("checkpoint fills the encoders too; leave roberta and beit2 out, or checkpoint")
+            raise ValueError(
+                "checkpoint fills the encoders too; leave roberta and beit2 out, or checkpoint"
+            )
         return self
 
 
@@ -107,9 +123,12 @@ class OptimizerRecipe(Section):
     lr: float = Field(default=1e-4, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     decay_all: bool = Field(
-        default=False, description="decay biases and norms too (official for ImageNet fine-tuning only)"
+        default=False,
+        description="decay biases and norms too (official for ImageNet fine-tuning only)",
     )
-    lr_mult: float = Field(default=2.0, gt=0, description="learning-rate factor of heads and temperature")
+    lr_mult: float = Field(
+        default=2.0, gt=0, description="learning-rate factor of heads and temperature"
+    )
     table_lr_mult: float = Field(
         default=1.0,
         gt=0,
@@ -118,7 +137,9 @@ class OptimizerRecipe(Section):
     )
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = Field(default=1e-8, gt=0)
-    clip_norm: float | None = Field(default=1.0, gt=0, description="maximum global gradient norm per update")
+    clip_norm: float | None = Field(
+        default=1.0, gt=0, description="maximum global gradient norm per update"
+    )
     zero_grad: Literal["none", "zeros"] = Field(
         default="none",
         description="zeros: parameters without a gradient keep moving by momentum and decay, as in the official "
@@ -137,8 +158,12 @@ class ScheduleRecipe(Section):
     """Linear warm-up from 0, then decay."""
 
     kind: Literal["linear", "cosine"] = "linear"
-    steps: int | None = Field(default=None, gt=0, description="length of the schedule; default: length of the run")
-    warmup: int | float = Field(default=0, ge=0, description="number of steps, or a fraction below 1")
+    steps: int | None = Field(
+        default=None, gt=0, description="length of the schedule; default: length of the run"
+    )
+    warmup: int | float = Field(
+        default=0, ge=0, description="number of steps, or a fraction below 1"
+    )
     min_lr: float = Field(default=0.0, ge=0, description="final learning rate")
 
     @field_validator("warmup")
@@ -165,10 +190,12 @@ class Method(Section):
         "stream",
     )
     official_itc_gradient: bool = Field(
-        default=False, description="scale the contrastive gradient by 1 / world size, as the official gathering does"
+        default=False,
+        description="scale the contrastive gradient by 1 / world size, as the official gathering does",
     )
     official_itm_negatives: bool = Field(
-        default=False, description="draw hard negatives from one process, as in the official code, not from all"
+        default=False,
+        description="draw hard negatives from one process, as in the official code, not from all",
     )
 
 
@@ -196,6 +223,9 @@ class ShapesWorldRecipe(Section):
     val: int = Field(default=500, gt=0, le=MOST_ITEMS, description="scenes")
     test: int = Field(default=500, gt=0, le=MOST_ITEMS, description="scenes")
     known: int = Field(
-        default=0, ge=0, le=MOST_ITEMS, description="scenes of the extra split with training combinations"
+        default=0,
+        ge=0,
+        le=MOST_ITEMS,
+        description="scenes of the extra split with training combinations",
     )
     resolution: int = Field(default=64, gt=0, le=16384, description="image side in pixels")

@@ -76,7 +76,12 @@ def _may_execute() -> bool:
     # LLVM does not look whether the system refused it, and the first call of a kernel would end the process.
     page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     address = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(page)))
-    return ctypes.CDLL(None).mprotect(address, ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ | mmap.PROT_EXEC) == 0
+    return (
+        ctypes.CDLL(None).mprotect(
+            address, ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ | mmap.PROT_EXEC
+        )
+        == 0
+    )
 
 
 TOGETHER = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}

@@ -48,7 +48,9 @@ _LEAST_EXPONENT, _NO_EXPONENT = -126.0, -200.0
 _DEGREE = 5
 
 _POINTERS = ("q", "k", "v", "out", "bias", "bounds_q", "bounds_k", "scratch")
-_STRIDES = [f"{name}_{axis}" for name in ("q", "k", "v", "out", "bias") for axis in ("batch", "row", "head")]
+_STRIDES = [
+    f"{name}_{axis}" for name in ("q", "k", "v", "out", "bias") for axis in ("batch", "row", "head")
+]
 _NUMBERS = (*_STRIDES, "heads", "queries", "keys", "period", "chunk", "chunks", "threads", "scale")
 
 
@@ -84,7 +86,9 @@ class Heads:
     ) -> None:
         self.half, self.width, self.biased, self.level = half, width, biased, level
         # Rows of keys are read as channels in fp32 or pairs of channels in bf16, 32 bits each.
-        self.unit, self.units, self.element = (INT32, width // 2, BF16) if half else (FP32, width, FP32)
+        self.unit, self.units, self.element = (
+            (INT32, width // 2, BF16) if half else (FP32, width, FP32)
+        )
         self.row = room + level.lanes
         self.places, self.bytes = layout
         self.at: dict[str, Any] = {}
@@ -114,7 +118,9 @@ class Heads:
         before = b.block
         even = b.mul(entry, given[f"{name}_batch"])
         with b.if_then(packed):
-            start, end = (b.load(b.at(given[bounds], b.add(entry, i), INT64), typ=INT64) for i in (0, 1))
+            start, end = (
+                b.load(b.at(given[bounds], b.add(entry, i), INT64), typ=INT64) for i in (0, 1)
+            )
             uneven, length = b.mul(start, given[f"{name}_row"]), b.sub(end, start)
             inside = b.block
         offset, count = b.phi(INT64), b.phi(INT64)
@@ -132,7 +138,10 @@ class Heads:
 
         def some_rows(j: Any) -> None:
             place = b.at(self._panel(name, j), b.and_(j, lanes), self.unit)
-            some = [b.at(rows.start, b.mul(b.minimum_int(b.add(j, i), last), stride), self.unit) for i in range(lanes)]
+            some = [
+                b.at(rows.start, b.mul(b.minimum_int(b.add(j, i), last), stride), self.unit)
+                for i in range(lanes)
+            ]
             b.lay_out(some, self.units, self.unit, place)
 
         b.loop(0, rows.rows, lanes, some_rows)
@@ -191,7 +200,9 @@ class Heads:
             with two:
                 panel(2, whole)
 
-    def product(self, height: int, vectors: int, left: tuple[Any, int], right: tuple[Any, Any], terms: Any) -> Values:
+    def product(
+        self, height: int, vectors: int, left: tuple[Any, int], right: tuple[Any, Any], terms: Any
+    ) -> Values:
         """Sums over units of rows and columns, `[height · vectors]` fp32 vectors in registers.
 
         `left` and `right` are the address of the rows or of the first vectors, and the units to the next.
@@ -222,7 +233,9 @@ class Heads:
             b.write(score, place)
             return score
 
-        (largest,) = b.loop(0, whole, lanes, lambda j, most: [b.maximum(most, some(j, False))], hidden)
+        (largest,) = b.loop(
+            0, whole, lanes, lambda j, most: [b.maximum(most, some(j, False))], hidden
+        )
         rest = b.icmp_signed("<", whole, keys)
         return b.reduce_max(b.where(rest, lambda: b.maximum(largest, some(whole, True)), largest))
 
@@ -264,8 +277,13 @@ class _Attention(Heads):
         queries, out = (self.sequence(name, entry, head, queries=True) for name in ("q", "out"))
         keys, values = (self.sequence(name, entry, head, queries=False) for name in ("k", "v"))
         # What this thread is likely to take next is fetched meanwhile, row by row.
-        _, head_ahead, entry_ahead = self._place(b.minimum_int(b.add(task, given["threads"]), b.sub(given["tasks"], 1)))
-        self.ahead = [self.sequence(name, entry_ahead, head_ahead, queries=name == "q") for name in ("q", "k", "v")]
+        _, head_ahead, entry_ahead = self._place(
+            b.minimum_int(b.add(task, given["threads"]), b.sub(given["tasks"], 1))
+        )
+        self.ahead = [
+            self.sequence(name, entry_ahead, head_ahead, queries=name == "q")
+            for name in ("q", "k", "v")
+        ]
         bias = self.bias_of(entry, head)
         first = b.mul(chunk, given["chunk"])
         stop = b.minimum_int(b.add(first, given["chunk"]), queries.rows)
@@ -291,13 +309,25 @@ class _Attention(Heads):
                 b.prefetch(b.at(place, channel, self.element), write=rows is out)
 
     def _rows(
-        self, first: Any, stop: Any, queries: Sequence, keys: Any, values: Sequence, out: Sequence, bias: Any
+        self,
+        first: Any,
+        stop: Any,
+        queries: Sequence,
+        keys: Any,
+        values: Sequence,
+        out: Sequence,
+        bias: Any,
     ) -> None:
         """Tile after tile."""
         b = self.b
 
         def all_of(height: int) -> None:
-            b.loop(first, stop, height, lambda row: self._tile(height, row, stop, queries, keys, values, out, bias))
+            b.loop(
+                first,
+                stop,
+                height,
+                lambda row: self._tile(height, row, stop, queries, keys, values, out, bias),
+            )
 
         b.heights(self.level.rows, b.sub(stop, first), all_of)
 
@@ -329,11 +359,15 @@ class _Attention(Heads):
             self._softmax(i, place, keys, bias)
 
         b.loop(0, height, 1, softmax)
-        weights, step = (self.at["weights"], self.row // 2) if self.half else (self.at["scores"], self.row)
+        weights, step = (
+            (self.at["weights"], self.row // 2) if self.half else (self.at["scores"], self.row)
+        )
         for channel in range(0, self.width, 2 * lanes):
             vectors = min(2, (self.width - channel) // lanes)
             first = b.at(values.start, channel, self.unit)
-            sums = self.product(height, vectors, (weights, step), (first, values.stride), values.rows)
+            sums = self.product(
+                height, vectors, (weights, step), (first, values.stride), values.rows
+            )
             for i in range(height):
                 with b.if_then(b.icmp_signed("<=", b.add(row, i), last)):
                     inverse = b.broadcast(b.load(b.at(self.at["sums"], i, FP32), typ=FP32))
@@ -422,7 +456,18 @@ def attention(
     addresses = (0 if t is None else t.data_ptr() for t in (q, k, v, out, bias))
     bounds_at = (0, 0) if offsets is None else (offsets[0].ctypes.data, offsets[1].ctypes.data)
     strides = (s for t in (q, k, v, out) for s in t.stride()[:3])
-    numbers = (*strides, *bias_strides, heads, queries, keys, period, chunk, chunks, threads, scale_bits(scale))
+    numbers = (
+        *strides,
+        *bias_strides,
+        heads,
+        queries,
+        keys,
+        period,
+        chunk,
+        chunks,
+        threads,
+        scale_bits(scale),
+    )
     run((*addresses, *bounds_at, place, *numbers), entries * heads * chunks, threads)
     return out
 
@@ -450,7 +495,9 @@ def bias_place(bias: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int]
         return None, (0, 0, 0)
     bias = bias.to(torch.float32)
     bias = bias if bias.stride(-1) == 1 else bias.contiguous()
-    spread = [0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True)]
+    spread = [
+        0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True)
+    ]
     return bias, (spread[0], spread[2], spread[1])
 
 

@@ -34,8 +34,23 @@ _BLIND = 1.4 * HIDDEN
 
 _GIVEN, _MADE = ("dout", "q", "k", "v"), ("dq", "dk", "dv")
 _POINTERS = (*_GIVEN, *_MADE, "dbias", "bias", "bounds_q", "bounds_k", "scratch")
-_STRIDES = [f"{name}_{axis}" for name in (*_GIVEN, *_MADE, "bias", "dbias") for axis in ("batch", "row", "head")]
-_NUMBERS = (*_STRIDES, "heads", "queries", "keys", "period", "entries", "apart", "together", "dbias_group", "scale")
+_STRIDES = [
+    f"{name}_{axis}"
+    for name in (*_GIVEN, *_MADE, "bias", "dbias")
+    for axis in ("batch", "row", "head")
+]
+_NUMBERS = (
+    *_STRIDES,
+    "heads",
+    "queries",
+    "keys",
+    "period",
+    "entries",
+    "apart",
+    "together",
+    "dbias_group",
+    "scale",
+)
 
 
 class _Entry(NamedTuple):
@@ -56,7 +71,9 @@ class _Gradients(Heads):
 
     name = "attention_backward"
 
-    def __init__(self, half: bool, width: int, room: int, biased: bool, summed: bool, level: Level) -> None:
+    def __init__(
+        self, half: bool, width: int, room: int, biased: bool, summed: bool, level: Level
+    ) -> None:
         layout = _layout(half, width, room, level)
         super().__init__(half, width, room, biased, level, layout, _POINTERS, _NUMBERS)
         self.summed = summed
@@ -72,7 +89,9 @@ class _Gradients(Heads):
             offset = b.add(b.mul(group, given["dbias_group"]), b.mul(first, given["dbias_batch"]))
             dbias = b.at(given["dbias"], b.add(offset, b.mul(head, given["dbias_head"])), FP32)
         start = b.mul(group, given["together"])
-        stop = b.minimum_int(b.add(start, given["together"]), b.sdiv(given["entries"], given["apart"]))
+        stop = b.minimum_int(
+            b.add(start, given["together"]), b.sdiv(given["entries"], given["apart"])
+        )
 
         def entry(i: Any) -> None:
             self._entry(b.add(first, b.mul(i, given["apart"])), head, dbias)
@@ -92,7 +111,12 @@ class _Gradients(Heads):
             entry = _Entry(*given, right, self.bias_of(number, head), dbias)
             zero, size = b.splat(0.0), b.mul(keys, self.width)
             for place in (self.at["dk"], self.at["dv"]):
-                b.loop(0, size, self.level.lanes, lambda i, place=place: b.write(zero, b.at(place, i, FP32)))
+                b.loop(
+                    0,
+                    size,
+                    self.level.lanes,
+                    lambda i, place=place: b.write(zero, b.at(place, i, FP32)),
+                )
             block = _BLOCK_TILES * self.level.rows
 
             def rows(first: Any) -> None:
@@ -113,7 +137,10 @@ class _Gradients(Heads):
             for channel in range(0, self.width, self.level.lanes):
                 found = b.read(b.at(source, channel, FP32), FP32)
                 found = found if factor is None else b.fmul(found, factor)
-                b.write(b.fp32_to_bf16(found) if self.half else found, b.at(place, channel, self.element))
+                b.write(
+                    b.fp32_to_bf16(found) if self.half else found,
+                    b.at(place, channel, self.element),
+                )
 
         b.loop(0, keys, 1, row)
 
@@ -127,7 +154,9 @@ class _Gradients(Heads):
         b.heights(self.level.rows, rows, all_of)
         terms, right = rows, []
         for name, given in (("right_queries", entry.q), ("right_dout", entry.dout)):
-            some = Sequence(b.at(given.start, b.mul(first, given.stride), self.element), rows, given.stride)
+            some = Sequence(
+                b.at(given.start, b.mul(first, given.stride), self.element), rows, given.stride
+            )
             right.append(self.lay_out_pairs(name, some) if self.half else some)
         if self.half:
             terms = right[0].rows
@@ -141,10 +170,21 @@ class _Gradients(Heads):
             vectors = min(_columns(self.level), (self.width - channel) // lanes)
             height = min(self.level.rows, 2 * self.level.rows // vectors)
 
-            def some(key: Any, channel: int = channel, vectors: int = vectors, height: int = height) -> None:
+            def some(
+                key: Any, channel: int = channel, vectors: int = vectors, height: int = height
+            ) -> None:
                 rows = [b.at(self.at[left], b.add(key, i), self.unit) for i in range(height)]
                 columns = (b.at(right.start, channel, self.unit), right.stride)
-                sums = b.tile(rows, vectors, *columns, terms, self.unit, self.add, b.splat(0.0), apart=self.row)
+                sums = b.tile(
+                    rows,
+                    vectors,
+                    *columns,
+                    terms,
+                    self.unit,
+                    self.add,
+                    b.splat(0.0),
+                    apart=self.row,
+                )
                 for i in range(height):
                     place = b.add(b.mul(b.add(key, i), self.width), channel)
                     for n in range(vectors):
@@ -165,7 +205,12 @@ class _Gradients(Heads):
         self.products(height, "queries", "keys", keys, scores)
         self.products(height, "dout", "values", keys, dscores)
         count, together = b.minimum_int(b.sub(stop, row), height), 2 if self.half else 1
-        b.loop(0, count, together, lambda i: self._softmax(i, first, row, last, keys, entry, scores, dscores))
+        b.loop(
+            0,
+            count,
+            together,
+            lambda i: self._softmax(i, first, row, last, keys, entry, scores, dscores),
+        )
         left, step = (self.at["rounded"], self.row // 2) if self.half else (dscores, self.row)
         scale = b.broadcast(self.given["scale"])
         for channel in range(0, self.width, 2 * lanes):
@@ -181,7 +226,15 @@ class _Gradients(Heads):
                         b.write(b.fp32_to_bf16(found) if self.half else found, place)
 
     def _softmax(
-        self, i: Any, first: Any, row: Any, last: Any, keys: Any, entry: _Entry, scores: Any, dscores: Any
+        self,
+        i: Any,
+        first: Any,
+        row: Any,
+        last: Any,
+        keys: Any,
+        entry: _Entry,
+        scores: Any,
+        dscores: Any,
     ) -> None:
         """Weights and score gradients of a row of a tile, in bf16 of two rows, of which the second may not be there."""
         b, lanes = self.b, self.level.lanes
@@ -191,17 +244,26 @@ class _Gradients(Heads):
             number = b.add(i, n)
             query = b.minimum_int(b.add(row, number), last)
             p, dp = (b.at(x, b.mul(number, self.row), FP32) for x in (scores, dscores))
-            bias = None if entry.bias is None else b.at(entry.bias, b.mul(query, self.given["bias_row"]), FP32)
+            bias = (
+                None
+                if entry.bias is None
+                else b.at(entry.bias, b.mul(query, self.given["bias_row"]), FP32)
+            )
             top = self.scaled(p, bias, keys)
             blind = b.fcmp_ordered("<=", top, ir.Constant(FP32, _BLIND))
             # Less infinity, all scores have the weight 0.
             less = b.broadcast(b.select(blind, ir.Constant(FP32, math.inf), top))
 
-            def power(j: Any, total: Any, delta: Any, p: Any = p, dp: Any = dp, less: Any = less) -> list[Any]:
+            def power(
+                j: Any, total: Any, delta: Any, p: Any = p, dp: Any = dp, less: Any = less
+            ) -> list[Any]:
                 place = b.at(p, j, FP32)
                 found = self.power(b.fsub(b.read(place, FP32), less))
                 b.write(found, place)
-                return [b.fadd(total, found), b.multiply_add(found, b.read(b.at(dp, j, FP32), FP32), delta)]
+                return [
+                    b.fadd(total, found),
+                    b.multiply_add(found, b.read(b.at(dp, j, FP32), FP32), delta),
+                ]
 
             total, delta = b.loop(0, every, lanes, power, b.splat(0.0), b.splat(0.0))
             nothing = ir.Constant(FP32, 0.0)
@@ -258,7 +320,11 @@ def _columns(level: Level) -> int:
 @cache
 def _layout(half: bool, width: int, room: int, level: Level) -> tuple[dict[str, int], int]:
     """Offsets of a thread's scratch memory, and its size."""
-    row, keys, block = room + level.lanes, -(-room // (2 * level.lanes)) * 2 * level.lanes, _BLOCK_TILES * level.rows
+    row, keys, block = (
+        room + level.lanes,
+        -(-room // (2 * level.lanes)) * 2 * level.lanes,
+        _BLOCK_TILES * level.rows,
+    )
     element = 2 if half else 4
     # A tile of columns may begin at the last key.
     sums = (keys + level.rows) * width * 4
@@ -274,8 +340,16 @@ def _layout(half: bool, width: int, room: int, level: Level) -> tuple[dict[str, 
         "dscores": block * row * element,
     }
     if half:
-        more = {"scores": level.rows * row * 4, "products": level.rows * row * 4, "rounded": level.rows * row * 2}
-        more |= {"right_keys": keys * width * 2, "right_queries": block * width * 2, "right_dout": block * width * 2}
+        more = {
+            "scores": level.rows * row * 4,
+            "products": level.rows * row * 4,
+            "rounded": level.rows * row * 2,
+        }
+        more |= {
+            "right_keys": keys * width * 2,
+            "right_queries": block * width * 2,
+            "right_dout": block * width * 2,
+        }
         return laid_out(sizes | more)
     places, size = laid_out(sizes)
     return places | {"scores": places["weights"], "products": places["dscores"]}, size
@@ -309,7 +383,9 @@ def attention_backward(
     (entries, queries, heads, width), keys = q.shape, k.shape[1]
     entries, queries, keys, offsets = lengths_of(bounds, entries, queries, keys)
     # Queries without keys and keys without queries.
-    empty, unread = (any(a == b for a, b in pairwise(side)) for side in reversed(bounds or ((), ())))
+    empty, unread = (
+        any(a == b for a, b in pairwise(side)) for side in reversed(bounds or ((), ()))
+    )
     kinds = ((empty, q), (unread, k), (unread, v))
     made = [(torch.zeros if some else torch.empty)(t.shape, dtype=t.dtype) for some, t in kinds]
     period = 1 if bias is None else bias.shape[0]
@@ -318,16 +394,33 @@ def attention_backward(
         return made[0].zero_(), made[1].zero_(), made[2].zero_(), none
     apart = period if bias_gradient else entries
     # Where heads are too few to keep all threads busy, several share the entries, and their sums are added at the end.
-    together, groups = divided(entries // apart, -(-_TASKS_PER_THREAD * threads // (heads * apart)), 1)
+    together, groups = divided(
+        entries // apart, -(-_TASKS_PER_THREAD * threads // (heads * apart)), 1
+    )
     dbias = torch.zeros((groups, period, heads, queries, keys)) if bias_gradient else None
     room = next(n for n in _ROOMS if n >= keys)
-    place = scratch_address("compiled attention backward", _layout(half, width, room, level)[1] * threads)
+    place = scratch_address(
+        "compiled attention backward", _layout(half, width, room, level)[1] * threads
+    )
     run = kernel(_Gradients, half, width, room, bias is not None, bias_gradient, level)
     bias, bias_strides = bias_place(bias)
     addresses = (0 if t is None else t.data_ptr() for t in (dout, q, k, v, *made, dbias, bias))
     strides = (s for t in (dout, q, k, v, *made) for s in t.stride()[:3])
-    of_dbias = (0, 0, 0, 0) if dbias is None else (*(dbias.stride(n) for n in (1, 3, 2)), dbias.stride(0))
-    numbers = (*strides, *bias_strides, *of_dbias[:3], heads, queries, keys, period, entries, apart, together)
+    of_dbias = (
+        (0, 0, 0, 0) if dbias is None else (*(dbias.stride(n) for n in (1, 3, 2)), dbias.stride(0))
+    )
+    numbers = (
+        *strides,
+        *bias_strides,
+        *of_dbias[:3],
+        heads,
+        queries,
+        keys,
+        period,
+        entries,
+        apart,
+        together,
+    )
     bounds_at = (0, 0) if offsets is None else (offsets[0].ctypes.data, offsets[1].ctypes.data)
     given = (*addresses, *bounds_at, place, *numbers, of_dbias[3], scale_bits(scale))
     run(given, heads * apart * groups, threads)

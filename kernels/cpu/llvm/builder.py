@@ -51,7 +51,9 @@ Values = list[Any]
 class Builder(ir.IRBuilder):
     """llvmlite's builder of one function `void name(int64 *arguments)`, with loops and vectors."""
 
-    def __init__(self, name: str, pointers: Sequence[str], numbers: Sequence[str], level: Level) -> None:
+    def __init__(
+        self, name: str, pointers: Sequence[str], numbers: Sequence[str], level: Level
+    ) -> None:
         module = ir.Module(name)
         module.triple = llvm.get_default_triple()
         made = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name)
@@ -90,7 +92,9 @@ class Builder(ir.IRBuilder):
 
     def shuffle(self, x: Any, y: Any, places: Sequence[int]) -> Any:
         """Elements of two concatenated vectors by position."""
-        return self.shuffle_vector(x, y, ir.Constant(ir.VectorType(INT32, len(places)), list(places)))
+        return self.shuffle_vector(
+            x, y, ir.Constant(ir.VectorType(INT32, len(places)), list(places))
+        )
 
     def at(self, base: Any, index: Any, element: Any) -> Any:
         """The address of element `index` from `base`."""
@@ -122,7 +126,9 @@ class Builder(ir.IRBuilder):
     @staticmethod
     def _aligned(element: Any) -> tuple[Any, ...]:
         # Until LLVM 22 masked loads and stores take the alignment as an argument.
-        return () if llvm.llvm_version_info >= (22,) else (ir.Constant(INT32, _BYTES[str(element)]),)
+        return (
+            () if llvm.llvm_version_info >= (22,) else (ir.Constant(INT32, _BYTES[str(element)]),)
+        )
 
     def prefetch(self, place: Any, write: bool = False) -> None:
         """Prefetch an address, which may lie past the end of its memory."""
@@ -133,7 +139,9 @@ class Builder(ir.IRBuilder):
         """The result of one of LLVM's own functions."""
         found = self.module.globals.get(name)
         if found is None:
-            found = ir.Function(self.module, ir.FunctionType(result, [value.type for value in given]), name)
+            found = ir.Function(
+                self.module, ir.FunctionType(result, [value.type for value in given]), name
+            )
         return self.call(found, given)
 
     def multiply_add(self, x: Any, y: Any, z: Any) -> Any:
@@ -153,7 +161,9 @@ class Builder(ir.IRBuilder):
 
     def interleave(self, x: Any, y: Any) -> Any:
         """The elements of two vectors, alternating."""
-        return self.shuffle(x, y, [c // 2 + (self.lanes if c % 2 else 0) for c in range(2 * self.lanes)])
+        return self.shuffle(
+            x, y, [c // 2 + (self.lanes if c % 2 else 0) for c in range(2 * self.lanes)]
+        )
 
     def polynomial(self, x: Any, coefficients: Sequence[float]) -> Any:
         """Its value at an fp32 vector; the coefficients begin with the constant."""
@@ -178,7 +188,9 @@ class Builder(ir.IRBuilder):
     def scale_by_powers(self, x: Any, exponents: Any) -> Any:
         """`x 2^n` of fp32 vectors of 16, of which the exponents are whole."""
         every, current = ir.Constant(ir.IntType(16), -1), ir.Constant(INT32, 4)
-        return self.intrinsic("llvm.x86.avx512.mask.scalef.ps.512", x.type, x, exponents, x, every, current)
+        return self.intrinsic(
+            "llvm.x86.avx512.mask.scalef.ps.512", x.type, x, exponents, x, every, current
+        )
 
     def fp32_to_bf16(self, x: Any) -> Any:
         """An fp32 vector in bf16, rounded to nearest."""
@@ -190,7 +202,8 @@ class Builder(ir.IRBuilder):
         width = 32 * self.lanes
         kind = self.vector(BF16, 2 * self.lanes)
         return self.bitcast(
-            self.intrinsic(f"llvm.x86.avx512bf16.cvtne2ps2bf16.{width}", kind, y, x), self.vector(INT32)
+            self.intrinsic(f"llvm.x86.avx512bf16.cvtne2ps2bf16.{width}", kind, y, x),
+            self.vector(INT32),
         )
 
     def reduce_add(self, x: Any) -> Any:
@@ -198,7 +211,9 @@ class Builder(ir.IRBuilder):
         width = self.lanes
         while width > 1:
             width //= 2
-            x = self.fadd(self.shuffle(x, x, range(width)), self.shuffle(x, x, range(width, 2 * width)))
+            x = self.fadd(
+                self.shuffle(x, x, range(width)), self.shuffle(x, x, range(width, 2 * width))
+            )
         return self.extract_element(x, ir.Constant(INT32, 0))
 
     def reduce_max(self, x: Any) -> Any:
@@ -251,7 +266,14 @@ class Builder(ir.IRBuilder):
         return rows
 
     def lay_out(
-        self, rows: Values, units: Any, unit: Any, place: Any, ahead: Any = None, *, narrowing: bool = False
+        self,
+        rows: Values,
+        units: Any,
+        unit: Any,
+        place: Any,
+        ahead: Any = None,
+        *,
+        narrowing: bool = False,
     ) -> None:
         """Transpose one row per lane: a unit of all rows to `place`, the next unit two vectors further, and so on.
 
@@ -263,7 +285,9 @@ class Builder(ir.IRBuilder):
             first = self.at(row, self.mul(u, parts), unit)
             if not narrowing:
                 return self.read(first, unit)
-            return self.fp32_to_bf16_pairs(self.read(first, FP32), self.read(self.at(first, self.lanes, FP32), FP32))
+            return self.fp32_to_bf16_pairs(
+                self.read(first, FP32), self.read(self.at(first, self.lanes, FP32), FP32)
+            )
 
         def square(u: Any) -> None:
             for row in rows if ahead is not None else ():
@@ -301,7 +325,9 @@ class Builder(ir.IRBuilder):
             place, found = self.at(columns, self.mul(u, stride), unit), []
             for n in range(vectors if ahead else 0):
                 self.prefetch(self.at(self.at(place, n * self.lanes, unit), ahead, BYTE))
-            factors = [self.read(self.at(place, n * self.lanes, unit), unit) for n in range(vectors)]
+            factors = [
+                self.read(self.at(place, n * self.lanes, unit), unit) for n in range(vectors)
+            ]
             number = u if apart == 1 else self.mul(u, apart)
             for i, row in enumerate(rows):
                 x = self.broadcast(self.load(self.at(row, number, unit), align=4, typ=unit))
@@ -317,7 +343,9 @@ class Builder(ir.IRBuilder):
             first = [self.lanes + c - step if c & step else c for c in range(self.lanes)]
             second = [self.lanes + c if c & step else c + step for c in range(self.lanes)]
             pairs = zip(vectors[:step], vectors[step:], strict=True)
-            vectors = [self.fadd(self.shuffle(x, y, first), self.shuffle(x, y, second)) for x, y in pairs]
+            vectors = [
+                self.fadd(self.shuffle(x, y, first), self.shuffle(x, y, second)) for x, y in pairs
+            ]
             step //= 2
         return vectors[0]
 
@@ -335,9 +363,13 @@ class Builder(ir.IRBuilder):
                 with highest:
                     body(most)
 
-    def loop(self, start: Any, stop: Any, step: Any, body: Callable[..., Values | None], *carried: Any) -> Values:
+    def loop(
+        self, start: Any, stop: Any, step: Any, body: Callable[..., Values | None], *carried: Any
+    ) -> Values:
         """`for i in range(start, stop, step): carried = body(i, *carried)`; the last of what is carried."""
-        head, inside, behind = (self.function.append_basic_block(name) for name in ("head", "inside", "behind"))
+        head, inside, behind = (
+            self.function.append_basic_block(name) for name in ("head", "inside", "behind")
+        )
         before = self.block
         self.branch(head)
         self.position_at_end(head)
@@ -356,9 +388,13 @@ class Builder(ir.IRBuilder):
         self.position_at_end(behind)
         return held
 
-    def tasks(self, body: Callable[[Any, Any], None], before: Callable[[Any], None] | None = None) -> None:
+    def tasks(
+        self, body: Callable[[Any, Any], None], before: Callable[[Any], None] | None = None
+    ) -> None:
         """The body of the function: threads call `before(thread)`, then `body(task, thread)` until no task is left."""
-        following, inside, behind = (self.function.append_basic_block(name) for name in ("following", "task", "done"))
+        following, inside, behind = (
+            self.function.append_basic_block(name) for name in ("following", "task", "done")
+        )
         thread = self.atomic_rmw("add", self.given["thread counter"], self.number(1), "monotonic")
         if before is not None:
             before(thread)
@@ -377,7 +413,9 @@ class Builder(ir.IRBuilder):
 
 
 def _of_numbers(operation: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda builder, x, y, **options: operation(builder, builder.number(x), builder.number(y), **options)
+    return lambda builder, x, y, **options: operation(
+        builder, builder.number(x), builder.number(y), **options
+    )
 
 
 for _name in ("add", "sub", "mul", "sdiv", "srem", "and_", "shl", "ashr"):
@@ -439,7 +477,9 @@ kernel = cache(Kernel)
 
 @cache
 def coefficients(
-    function: Callable[[np.ndarray], np.ndarray], degree: int, domain: tuple[float, float] = (-1.0, 1.0)
+    function: Callable[[np.ndarray], np.ndarray],
+    degree: int,
+    domain: tuple[float, float] = (-1.0, 1.0),
 ) -> list[float]:
     """Of the polynomial that is a function at Chebyshev's points, from the constant on, in fp32."""
     found = np.polynomial.Chebyshev.interpolate(function, degree, domain=domain)
@@ -488,7 +528,10 @@ def _compiled(builder: Builder, level: Level) -> bytes:
 def _read(place: Path) -> bytes | None:
     """The content that `_keep` wrote, if it is complete and nobody else could have written it."""
     try:
-        owned = all(os.stat(p).st_uid == os.getuid() and not os.stat(p).st_mode & 0o022 for p in (place.parent, place))
+        owned = all(
+            os.stat(p).st_uid == os.getuid() and not os.stat(p).st_mode & 0o022
+            for p in (place.parent, place)
+        )
         found = place.read_bytes() if owned else b""
     except OSError:
         return None
@@ -515,7 +558,9 @@ def _target(level: Level) -> tuple[str, str]:
 
 def _machine(level: Level) -> Any:
     name, features = _target(level)
-    return llvm.Target.from_default_triple().create_target_machine(cpu=name, features=features, opt=2, jit=True)
+    return llvm.Target.from_default_triple().create_target_machine(
+        cpu=name, features=features, opt=2, jit=True
+    )
 
 
 @cache
@@ -531,6 +576,9 @@ def _team() -> Callable[[int, int, int, int], None] | None:
             # LLVM's and Intel's have the entry of GNU's too.
             team = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
             if team is not None:
-                team.argtypes, team.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+                team.argtypes, team.restype = (
+                    [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint],
+                    None,
+                )
             return team
     return None

@@ -59,8 +59,29 @@ Kind = Literal["fp32", "bf16", "int8"]
 # By which power of two there are fewer units than channels.
 _SHIFT: dict[Kind, int] = {"fp32": 0, "bf16": 1, "int8": 2}
 
-_POINTERS = ("x", "weight", "bias", "gamma", "residual", "out", "scratch", "steps", "scales", "weight_sums")
-_NUMBERS = ("x_row", "weight_row", "residual_row", "out_row", "rows", "inputs", "outputs", "columns", "chunk")
+_POINTERS = (
+    "x",
+    "weight",
+    "bias",
+    "gamma",
+    "residual",
+    "out",
+    "scratch",
+    "steps",
+    "scales",
+    "weight_sums",
+)
+_NUMBERS = (
+    "x_row",
+    "weight_row",
+    "residual_row",
+    "out_row",
+    "rows",
+    "inputs",
+    "outputs",
+    "columns",
+    "chunk",
+)
 _NUMBERS += ("chunks", "room", "gelu", "zero")
 
 
@@ -73,8 +94,22 @@ class _Linear:
 
     name, few = "linear", False
 
-    def __init__(self, kind: Kind, half: bool, turned: bool, rounded: Rounded | None, wide: bool, level: Level) -> None:
-        self.kind, self.half, self.level, self.turned, self.rounded = kind, half, level, turned, rounded
+    def __init__(
+        self,
+        kind: Kind,
+        half: bool,
+        turned: bool,
+        rounded: Rounded | None,
+        wide: bool,
+        level: Level,
+    ) -> None:
+        self.kind, self.half, self.level, self.turned, self.rounded = (
+            kind,
+            half,
+            level,
+            turned,
+            rounded,
+        )
         self.wide = wide
         # Rows are read as channels in fp32, pairs of them in bf16 and fours of them in bytes, 32 bits each.
         self.unit, self.element = FP32 if kind == "fp32" else INT32, BF16 if half else FP32
@@ -165,9 +200,13 @@ class _Linear:
                 def some_columns(at: Any) -> None:
                     panel = b.at(given["weight"], b.mul(at, given["inputs"]), self.unit)
                     # Sums begin with what the byte that stands for 0 adds to them.
-                    starts = [b.read(b.at(shifts, b.add(at, n * lanes), INT32), INT32) for n in range(2)]
+                    starts = [
+                        b.read(b.at(shifts, b.add(at, n * lanes), INT32), INT32) for n in range(2)
+                    ]
                     zero = b.broadcast(b.trunc(given["zero"], INT32))
-                    self._panel(rows, panel, [b.neg(b.mul(start, zero)) for start in starts], _AHEAD)
+                    self._panel(
+                        rows, panel, [b.neg(b.mul(start, zero)) for start in starts], _AHEAD
+                    )
                     self._finish(first, end, at, b.minimum_int(b.sub(stop, at), 2 * lanes), height)
 
                 b.loop(column, stop, 2 * lanes, some_columns)
@@ -211,7 +250,9 @@ class _Linear:
             b.write(scaled(unit), into)
             return
         first = b.shl(unit, 1)
-        rows = [b.bitcast(b.fp32_to_bf16(scaled(b.add(first, n))), b.vector(INT16)) for n in range(2)]
+        rows = [
+            b.bitcast(b.fp32_to_bf16(scaled(b.add(first, n))), b.vector(INT16)) for n in range(2)
+        ]
         b.write(b.interleave(*rows), into)
 
     def _few(self, task: Any, thread: Any) -> None:
@@ -224,7 +265,12 @@ class _Linear:
 
                 def some_terms(start: Any) -> None:
                     terms = start, b.minimum_int(b.add(start, _TERMS), self.given["inputs"])
-                    b.loop(column, stop, width, lambda at: self._dots(rows, at, b.sub(at, column), terms, width))
+                    b.loop(
+                        column,
+                        stop,
+                        width,
+                        lambda at: self._dots(rows, at, b.sub(at, column), terms, width),
+                    )
 
                 b.loop(0, self.given["inputs"], _TERMS, some_terms)
                 self._finish(first, end, column, b.sub(stop, column), height)
@@ -239,7 +285,9 @@ class _Linear:
             with several:
                 all_of(*_FEW_TILES[lanes])
 
-    def _dots(self, rows: Values, column: Any, place: Any, terms: tuple[Any, Any], width: int) -> None:
+    def _dots(
+        self, rows: Values, column: Any, place: Any, terms: tuple[Any, Any], width: int
+    ) -> None:
         """Some terms of the dot products of rows with rows of the weight, with the next ones prefetched."""
         b, lanes, given = self.b, self.level.lanes, self.given
         weights = [self._row("weight", b.add(column, n)) for n in range(width)]
@@ -264,7 +312,14 @@ class _Linear:
                 first = i * width - start
                 some = b.shuffle(whole, whole, range(first, first + width))
                 into = b.at(self.base, b.add(place, i * self.columns), self.summed)
-                b.write(b.where(later, lambda x=some, at=into: b.fadd(x, b.read(at, self.summed, width)), some), into)
+                b.write(
+                    b.where(
+                        later,
+                        lambda x=some, at=into: b.fadd(x, b.read(at, self.summed, width)),
+                        some,
+                    ),
+                    into,
+                )
 
     def _add(self, x: Any, y: Any, z: Any) -> Any:
         b = self.b
@@ -281,7 +336,10 @@ class _Linear:
     def _rows(self, name: str, first: Any, end: Any, height: int = 0) -> Values:
         """Addresses of the rows of a tile, of which the last is repeated where there are no more."""
         b, last = self.b, self.b.sub(end, 1)
-        return [self._row(name, b.minimum_int(b.add(first, i), last)) for i in range(height or self.height)]
+        return [
+            self._row(name, b.minimum_int(b.add(first, i), last))
+            for i in range(height or self.height)
+        ]
 
     def _finish(self, first: Any, end: Any, column: Any, columns: Any, height: int = 0) -> None:
         """Bias, GELU, LayerScale and residual for the sums of a tile, and the result to its place."""
@@ -292,7 +350,9 @@ class _Linear:
             number = b.add(first, i)
             sums = b.at(self.base, b.mul(i, self.columns), self.summed)
             out = b.at(given["out"], b.add(b.mul(number, given["out_row"]), column), self.element)
-            residual = b.at(given["residual"], b.add(b.mul(number, given["residual_row"]), column), self.element)
+            residual = b.at(
+                given["residual"], b.add(b.mul(number, given["residual_row"]), column), self.element
+            )
             # That of bytes is always in fp32.
             bias = b.at(given["bias"], column, FP32 if self.kind == "int8" else self.element)
             gamma = b.at(given["gamma"], column, self.element)
@@ -304,14 +364,26 @@ class _Linear:
                 found = b.read(b.at(sums, n, self.summed), self.summed)
                 if self.kind == "int8":
                     nothing = b.splat(0.0)
-                    added = b.where(b.is_not_null(given["bias"]), lambda: b.read(b.at(bias, n, FP32), FP32), nothing)
+                    added = b.where(
+                        b.is_not_null(given["bias"]),
+                        lambda: b.read(b.at(bias, n, FP32), FP32),
+                        nothing,
+                    )
                     found = self._rescaled(found, number, b.add(column, n), added)
                 else:
-                    found = b.where(b.is_not_null(given["bias"]), lambda x=found: b.fadd(x, read(bias)), found)
+                    found = b.where(
+                        b.is_not_null(given["bias"]), lambda x=found: b.fadd(x, read(bias)), found
+                    )
                 active = b.icmp_signed("!=", given["gelu"], 0)
                 found = b.where(active, lambda x=found: self._gelu(x), found)
-                found = b.where(b.is_not_null(given["gamma"]), lambda x=found: b.fmul(x, read(gamma)), found)
-                found = b.where(b.is_not_null(given["residual"]), lambda x=found: b.fadd(x, read(residual)), found)
+                found = b.where(
+                    b.is_not_null(given["gamma"]), lambda x=found: b.fmul(x, read(gamma)), found
+                )
+                found = b.where(
+                    b.is_not_null(given["residual"]),
+                    lambda x=found: b.fadd(x, read(residual)),
+                    found,
+                )
                 b.write(b.fp32_to_bf16(found) if self.half else found, b.at(out, n, self.element))
 
             b.loop(0, columns, lanes, vector)
@@ -322,7 +394,9 @@ class _Linear:
         """Sums of int8 products in fp32, with the bias."""
         b, given = self.b, self.given
         step = b.broadcast(b.load(b.at(given["steps"], row, FP32), typ=FP32))
-        scaled = b.fmul(b.sitofp(sums, b.vector(FP32)), b.read(b.at(given["scales"], column, FP32), FP32))
+        scaled = b.fmul(
+            b.sitofp(sums, b.vector(FP32)), b.read(b.at(given["scales"], column, FP32), FP32)
+        )
         return b.multiply_add(scaled, step, bias)
 
     def _gelu(self, x: Any) -> Any:
@@ -361,7 +435,9 @@ class Rounded(NamedTuple):
     gelu: bool
 
 
-def _round_row(b: Builder, how: Rounded, x: Any, inputs: Any, out: Any, half_step: bool | None = None) -> Any:
+def _round_row(
+    b: Builder, how: Rounded, x: Any, inputs: Any, out: Any, half_step: bool | None = None
+) -> Any:
     """Quantise a row of this many channels to uint8, and return its step in fp32."""
     half_step = how.half if half_step is None else half_step
     lanes, element = b.lanes, BF16 if how.half else FP32
@@ -391,7 +467,11 @@ def _round_row(b: Builder, how: Rounded, x: Any, inputs: Any, out: Any, half_ste
 
 
 def _by_fours(
-    b: Builder, inputs: Any, of_vector: Callable[[Any, Any], Any], of_two: Callable[[Any, Any], Any], start: Any
+    b: Builder,
+    inputs: Any,
+    of_vector: Callable[[Any, Any], Any],
+    of_two: Callable[[Any, Any], Any],
+    start: Any,
 ) -> Any:
     """A row folded into one vector, by four that do not wait for each other; as many channels as rows in bytes have."""
 
@@ -427,7 +507,9 @@ class _Bytes:
     def __init__(self, how: Rounded, normed: bool, level: Level) -> None:
         self.how, self.normed, self.element = how, normed, BF16 if how.half else FP32
         pointers = ("x", "out", "steps", "weight", "bias", "scratch")
-        self.b = Builder(self.name, pointers, ("x_row", "rows", "inputs", "chunk", "eps", "room"), level)
+        self.b = Builder(
+            self.name, pointers, ("x_row", "rows", "inputs", "chunk", "eps", "room"), level
+        )
         self.b.tasks(self._some_rows)
 
     def _some_rows(self, task: Any, thread: Any) -> None:
@@ -469,7 +551,10 @@ class _Bytes:
 
         def normalised(i: Any) -> None:
             scaled = b.fmul(b.fsub(read(x, i), mean), inverse)
-            b.write(b.multiply_add(scaled, read(given["weight"], i), read(given["bias"], i)), b.at(place, i, FP32))
+            b.write(
+                b.multiply_add(scaled, read(given["weight"], i), read(given["bias"], i)),
+                b.at(place, i, FP32),
+            )
 
         b.loop(0, given["inputs"], lanes, normalised)
 
@@ -493,7 +578,10 @@ def takes(x: Tensor, weight: Tensor, *others: Tensor | None, turned: bool = Fals
         fits(outputs, inputs, x.dtype)
         and all(t.dtype == x.dtype or (t is weight and wide) for t in rows)
         and all(t.layout == torch.strided and t.stride(-1) == 1 for t in rows)
-        and (x.dtype == torch.float32 or (x.stride(0) % 2 == 0 and (wide or weight.stride(0) % 2 == 0)))
+        and (
+            x.dtype == torch.float32
+            or (x.stride(0) % 2 == 0 and (wide or weight.stride(0) % 2 == 0))
+        )
     )
 
 
@@ -522,7 +610,9 @@ def linear(
     if few and weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
     scales = (0, 0 if factors is None else factors.data_ptr(), 0, 0)
-    return _run(kind, x, weight, (bias, gamma, residual), out, few, level, scales, gelu=gelu, turned=turned)
+    return _run(
+        kind, x, weight, (bias, gamma, residual), out, few, level, scales, gelu=gelu, turned=turned
+    )
 
 
 class Panels(NamedTuple):
@@ -541,7 +631,11 @@ def in_panels(rows: Tensor, steps: Tensor) -> Panels:
     fours, wide = rows.view(torch.int32), 2 * levels()[0].lanes
     missing = -len(fours) % wide
     panels = F.pad(fours, (0, 0, 0, missing)).view(-1, wide, fours.shape[1])
-    return Panels(panels.transpose(1, 2).contiguous(), steps, F.pad(rows.sum(1, dtype=torch.int32), (0, missing)))
+    return Panels(
+        panels.transpose(1, 2).contiguous(),
+        steps,
+        F.pad(rows.sum(1, dtype=torch.int32), (0, missing)),
+    )
 
 
 def int8_rows(x: Tensor, *, gelu: bool = False, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
@@ -552,9 +646,18 @@ def int8_rows(x: Tensor, *, gelu: bool = False, norm: Norm | None = None) -> tup
     run = kernel(_Bytes, Rounded(x.dtype == torch.bfloat16, gelu), norm is not None, level)
     around, room = (0, 0, 0, 0), 0
     if norm is not None:
-        weight, bias, eps = norm[0].contiguous(), norm[1].contiguous(), int(np.float32(norm[2]).view(np.int32))
+        weight, bias, eps = (
+            norm[0].contiguous(),
+            norm[1].contiguous(),
+            int(np.float32(norm[2]).view(np.int32)),
+        )
         room = whole_pages(4 * inputs)
-        around = (weight.data_ptr(), bias.data_ptr(), scratch_address("compiled norm", room * threads), eps)
+        around = (
+            weight.data_ptr(),
+            bias.data_ptr(),
+            scratch_address("compiled norm", room * threads),
+            eps,
+        )
     pointers = (x.data_ptr(), made.data_ptr(), steps.data_ptr(), *around[:3])
     run((*pointers, x.stride(0), rows, inputs, chunk, around[3], room), -(-rows // chunk), threads)
     return made, steps
@@ -583,8 +686,22 @@ def int8_linear(
         steps = of_rows.data_ptr()
     else:
         rounded = Rounded(x.dtype == torch.bfloat16, of_gelu)
-    others, factors = (bias, None, residual), (steps, weight.steps.data_ptr(), weight.sums.data_ptr(), zero)
-    return _run("int8", rows, weight.levels, others, out, rounded is not None, None, factors, rounded, gelu=gelu)
+    others, factors = (
+        (bias, None, residual),
+        (steps, weight.steps.data_ptr(), weight.sums.data_ptr(), zero),
+    )
+    return _run(
+        "int8",
+        rows,
+        weight.levels,
+        others,
+        out,
+        rounded is not None,
+        None,
+        factors,
+        rounded,
+        gelu=gelu,
+    )
 
 
 def _run(
@@ -602,7 +719,11 @@ def _run(
     turned: bool = False,
 ) -> Tensor:
     """The product of factors of a kind with bias, gamma and residual."""
-    level, half, threads = level or levels()[0], out.dtype == torch.bfloat16, torch.get_num_threads()
+    level, half, threads = (
+        level or levels()[0],
+        out.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
     (rows, inputs), outputs = x.shape, out.shape[1]
     if not out.numel():
         return out
@@ -618,12 +739,19 @@ def _run(
         panels = max(1, min(_PANELS_BYTES // panel, _MOST_PANELS))
         columns = panels * 2 * level.lanes
         room += 0 if kind == "int8" else panels * panel
-        chunk, chunks = divided(rows, -(-_TASKS_PER_THREAD * threads // -(-outputs // columns)), _CHUNK)
+        chunk, chunks = divided(
+            rows, -(-_TASKS_PER_THREAD * threads // -(-outputs // columns)), _CHUNK
+        )
     room = whole_pages(room)
     place = scratch_address("compiled linear", room * threads)
     addresses = (0 if t is None else t.data_ptr() for t in (x, weight, *others, out))
     residual = others[2]
-    strides = (x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0), out.stride(0))
+    strides = (
+        x.stride(0),
+        weight.stride(0),
+        0 if residual is None else residual.stride(0),
+        out.stride(0),
+    )
     numbers = (*strides, rows, inputs, outputs, columns, chunk, chunks, room, int(gelu), factors[3])
     run((*addresses, place, *factors[:3], *numbers), -(-outputs // columns) * chunks, threads)
     return out

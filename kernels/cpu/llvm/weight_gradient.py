@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 from . import TOGETHER, Level, levels
-from .builder import BF16, BYTE, FP32, INT16, INT32, Builder, Values, kernel, scratch_address, whole_pages
+from .builder import (
+    BF16,
+    BYTE,
+    FP32,
+    INT16,
+    INT32,
+    Builder,
+    Values,
+    kernel,
+    scratch_address,
+    whole_pages,
+)
 
 # 32-bit units of the longest piece: with them two vectors of columns fill two thirds of the first level of cache.
 _TERMS = 256
@@ -23,7 +34,19 @@ _HEIGHT = 384
 # Prefetch distance in units: rows of a block are too far from each other for the hardware prefetcher.
 _AHEAD = 16
 _POINTERS = ("dout", "x", "out", "sums", "scratch")
-_NUMBERS = ("dout_row", "x_row", "rows", "outputs", "inputs", "units", "terms", "height", "width", "across", "room")
+_NUMBERS = (
+    "dout_row",
+    "x_row",
+    "rows",
+    "outputs",
+    "inputs",
+    "units",
+    "terms",
+    "height",
+    "width",
+    "across",
+    "room",
+)
 
 
 class _WeightGradient:
@@ -78,7 +101,17 @@ class _WeightGradient:
                 def tile(i: Any) -> None:
                     rows = [b.at(self._tile(i), n, self.unit) for n in range(self.high)]
                     add, zero = b.dot_bf16 if self.half else b.multiply_add, b.splat(0.0)
-                    sums = b.tile(rows, 2, self.panel, self.columns, count, self.unit, add, zero, apart=self.high)
+                    sums = b.tile(
+                        rows,
+                        2,
+                        self.panel,
+                        self.columns,
+                        count,
+                        self.unit,
+                        add,
+                        zero,
+                        apart=self.high,
+                    )
                     for n, value in enumerate(sums):
                         b.write(value, b.at(self.sums, n * self.lanes, FP32))
                     self._finish(first, i, at)
@@ -101,7 +134,9 @@ class _WeightGradient:
         b = self.b
         mask = self._mask(b.minimum_int(b.sub(self.end, row), self.high))
         b.store_masked(
-            b.read(b.at(self.row_sums, self._sums_place(row), FP32), FP32), b.at(self.given["sums"], row, FP32), mask
+            b.read(b.at(self.row_sums, self._sums_place(row), FP32), FP32),
+            b.at(self.given["sums"], row, FP32),
+            mask,
         )
 
     def _sums_place(self, row: Any) -> Any:
@@ -136,7 +171,9 @@ class _WeightGradient:
         for n in (0, self.lanes):
             into = b.at(self.panel, b.add(b.mul(place, self.columns), n), self.unit)
             at = b.add(column, n)
-            b.write(self._units(self._parts("x", unit, at, self.given["inputs"], self.columns)), into)
+            b.write(
+                self._units(self._parts("x", unit, at, self.given["inputs"], self.columns)), into
+            )
 
     def _units(self, parts: Values) -> Any:
         """A vector of them."""
@@ -147,7 +184,9 @@ class _WeightGradient:
         b = self.b
 
         def some(row: Any, limit: Any, element: Any) -> Any:
-            place = b.at(self.given[name], b.add(b.mul(row, self.given[f"{name}_row"]), column), element)
+            place = b.at(
+                self.given[name], b.add(b.mul(row, self.given[f"{name}_row"]), column), element
+            )
             b.prefetch(b.at(place, ahead, element))
             return b.load_masked(place, self._mask(b.sub(limit, column)), element)
 
@@ -162,7 +201,9 @@ class _WeightGradient:
         """Which elements of a vector are among so many."""
         b = self.b
         places = ir.Constant(b.vector(INT32), list(range(self.lanes)))
-        return b.icmp_signed("<", places, b.broadcast(b.trunc(b.minimum_int(count, self.lanes), INT32)))
+        return b.icmp_signed(
+            "<", places, b.broadcast(b.trunc(b.minimum_int(count, self.lanes), INT32))
+        )
 
     def _finish(self, first: Any, row: Any, column: Any) -> None:
         """Write the sums of a tile, plus earlier pieces; for bf16 they accumulate in fp32 until the last piece."""
@@ -175,14 +216,22 @@ class _WeightGradient:
             number = b.add(row, i)
             element = BF16 if self.narrow else FP32
             out = b.at(given["out"], b.add(b.mul(number, given["inputs"]), column), element)
-            place = b.add(b.mul(b.sub(number, self.row), given["width"]), b.sub(column, self.column))
+            place = b.add(
+                b.mul(b.sub(number, self.row), given["width"]), b.sub(column, self.column)
+            )
             before = b.at(self.before, place, FP32)
 
             def vector(n: Any) -> None:
                 count = b.sub(given["inputs"], b.add(column, n))
-                found, into, wide = b.read(b.at(sums, n, FP32), FP32), b.at(out, n, element), b.at(before, n, FP32)
+                found, into, wide = (
+                    b.read(b.at(sums, n, FP32), FP32),
+                    b.at(out, n, element),
+                    b.at(before, n, FP32),
+                )
                 if not self.narrow:
-                    added = b.where(later, lambda: b.fadd(found, b.load_masked(into, self._mask(count))), found)
+                    added = b.where(
+                        later, lambda: b.fadd(found, b.load_masked(into, self._mask(count))), found
+                    )
                     self._write(added, into, count)
                     return
                 added = b.where(later, lambda: b.fadd(found, b.read(wide, FP32)), found)
@@ -192,7 +241,9 @@ class _WeightGradient:
                     with partly:
                         b.write(added, wide)
 
-            b.loop(0, b.minimum_int(b.sub(given["inputs"], column), self.columns), self.lanes, vector)
+            b.loop(
+                0, b.minimum_int(b.sub(given["inputs"], column), self.columns), self.lanes, vector
+            )
 
         b.loop(0, b.minimum_int(b.sub(self.end, row), self.high), 1, of_row)
 
@@ -207,7 +258,12 @@ class _WeightGradient:
 
 
 def weight_gradient(
-    dout: Tensor, x: Tensor, *, wide: bool = False, sums: Tensor | None = None, level: Level | None = None
+    dout: Tensor,
+    x: Tensor,
+    *,
+    wide: bool = False,
+    sums: Tensor | None = None,
+    level: Level | None = None,
 ) -> Tensor:
     """`dout^T x`: `[n, M]`, `[n, K]` → `[M, K]`, of any sizes, in fp32 if `wide`.
 
@@ -232,7 +288,13 @@ def weight_gradient(
     laid_out = terms * columns + height // level.rows * (terms * level.rows + 3 * level.lanes)
     room = whole_pages(4 * (level.rows * columns + laid_out + (half and not wide) * height * width))
     place = scratch_address("compiled weight gradient", room * threads)
-    addresses = (dout.data_ptr(), x.data_ptr(), out.data_ptr(), 0 if sums is None else sums.data_ptr(), place)
+    addresses = (
+        dout.data_ptr(),
+        x.data_ptr(),
+        out.data_ptr(),
+        0 if sums is None else sums.data_ptr(),
+        place,
+    )
     sizes = (rows, outputs, inputs, units, terms, height, width, across, room)
     run = kernel(_WeightGradient, half, wide, level)
     run((*addresses, dout.stride(0), x.stride(0), *sizes), blocks * across, threads)

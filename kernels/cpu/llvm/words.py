@@ -40,11 +40,16 @@ class Words:
     """The words at some addresses, as they were when this was made."""
 
     def __init__(self, places: np.ndarray) -> None:
-        self._places, self._values = np.ascontiguousarray(places, np.int64), np.empty(len(places), np.int32)
+        self._places, self._values = (
+            np.ascontiguousarray(places, np.int64),
+            np.empty(len(places), np.int32),
+        )
         self._given = (self._places.ctypes.data, self._values.ctypes.data)
         self._compare = kernel(_Gather, True, levels()[0])
         result = ctypes.c_int32()
-        kernel(_Gather, False, levels()[0])._run((*self._given, ctypes.addressof(result), len(places)), 1, 1)
+        kernel(_Gather, False, levels()[0])._run(
+            (*self._given, ctypes.addressof(result), len(places)), 1, 1
+        )
 
     def unchanged(self) -> bool:
         """True if all are the same. The memory must be the one that it was made for."""

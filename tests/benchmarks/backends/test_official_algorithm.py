@@ -82,7 +82,9 @@ GOLDEN: dict[str, tuple[str, tuple[str, ...], dict[str, bool]]] = {
 def test_losses_and_gradients_are_official(case: str, name: str) -> None:
     kind, parts, changes = GOLDEN[name]
     model, found = losses(case, kind, **changes)
-    assert_official(model, total({part: found[part] for part in parts}), load_json(f"{case}/grads")[name], name)
+    assert_official(
+        model, total({part: found[part] for part in parts}), load_json(f"{case}/grads")[name], name
+    )
 
 
 @pytest.mark.parametrize(("case", "depth"), [("tiny_a", 1), ("tiny_b", 1), ("tiny_b", 2)])
@@ -97,7 +99,9 @@ def test_one_degenerate_box_silences_the_official_overlap_loss() -> None:
     boxes = batch.boxes.clone()
     boxes[0, 2] = -0.1
     negatives = negatives_of("tiny_a", batch)
-    found = OfficialTrainingTwin(model_of("tiny_a")).losses(replace(batch, boxes=boxes), hard_negatives=negatives)
+    found = OfficialTrainingTwin(model_of("tiny_a")).losses(
+        replace(batch, boxes=boxes), hard_negatives=negatives
+    )
     assert found["bbox_giou"].item() == 0
     assert found["bbox_l1"].item() > 0
 
@@ -105,8 +109,14 @@ def test_one_degenerate_box_silences_the_official_overlap_loss() -> None:
 @torch.inference_mode()
 def test_answers_are_ranked_as_officially() -> None:
     """Against the golden ranking, and against ours where nothing is padded."""
-    model = with_weights(VQAModel(config("tiny_b"), decoder_layers=3), "tiny_b", torch.float64, "vqa")
-    x = {k.partition("/")[2]: v for k, v in inputs_of("tiny_b/ft_inputs", torch.float64).items() if k[:4] == "vqa/"}
+    model = with_weights(
+        VQAModel(config("tiny_b"), decoder_layers=3), "tiny_b", torch.float64, "vqa"
+    )
+    x = {
+        k.partition("/")[2]: v
+        for k, v in inputs_of("tiny_b/ft_inputs", torch.float64).items()
+        if k[:4] == "vqa/"
+    }
     twin, golden = OfficialFineTuningTwin(model), tensors("tiny_b/ft_outputs")
     question = x["image"], x["question_ids"], x["question_atts"]
     ranking = twin.rank_answers(*question, x["answer_ids"], x["answer_atts"], k=4)
@@ -115,7 +125,11 @@ def test_answers_are_ranked_as_officially() -> None:
     memory = model.encode_questions(*question)
     ours = model.rank_answers(memory, x["answer_ids"], k=6, count_first_token_twice=True)
     for q, length in enumerate(x["question_atts"].sum(1).tolist()):
-        alone = x["image"][q : q + 1], x["question_ids"][q : q + 1, :length], x["question_atts"][q : q + 1, :length]
+        alone = (
+            x["image"][q : q + 1],
+            x["question_ids"][q : q + 1, :length],
+            x["question_atts"][q : q + 1, :length],
+        )
         theirs = twin.rank_answers(*alone, x["answer_ids"], x["answer_atts"], k=6)
         assert torch.equal(ours.indices[q], theirs.indices[0])
         assert torch.allclose(ours.scores[q], theirs.scores[0], rtol=1e-10, atol=0)

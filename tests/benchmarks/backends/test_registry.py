@@ -15,7 +15,14 @@ from xfm_fast.benchmarks.measure import MODEL_ROUNDING
 from xfm_fast.benchmarks.record import OFFICIAL, OFFICIAL_CODE
 from xfm_fast.benchmarks.tasks import BUILDERS
 from xfm_fast.benchmarks.timing import DTYPES, FP32_BAND, parity_band
-from xfm_fast.benchmarks.work.requests import EmbedImage, EmbedText, Rerank, Retrieval, Retrieve, Workload
+from xfm_fast.benchmarks.work.requests import (
+    EmbedImage,
+    EmbedText,
+    Rerank,
+    Retrieval,
+    Retrieve,
+    Workload,
+)
 from xfm_fast.loading import Source
 
 pytest.importorskip("skimage")
@@ -50,7 +57,11 @@ def workloads(material: Material) -> dict[str, Workload]:
 
 
 def _answer_of(
-    backend: ModelBackend, workload: Workload, material: Material, scratch: Path, dtype: str = "fp32"
+    backend: ModelBackend,
+    workload: Workload,
+    material: Material,
+    scratch: Path,
+    dtype: str = "fp32",
 ) -> Callable[..., Any]:
     engine, _ = backend.load(Setup(material.subjects, workload.work, SIZE, dtype, CPU, scratch))
     answer = workload.prepare(engine, DTYPES[dtype])
@@ -80,7 +91,9 @@ def test_results_are_the_official_ones(
             expected, band = expected_of(numbers), FP32_BAND
             if dtype == "bf16":
                 own = workload.compare(numbers, official(numbers), expected).error
-                band = parity_band(torch.bfloat16, max(own, MODEL_ROUNDING * torch.finfo(torch.bfloat16).eps))
+                band = parity_band(
+                    torch.bfloat16, max(own, MODEL_ROUNDING * torch.finfo(torch.bfloat16).eps)
+                )
             compared = workload.compare(numbers, answer(numbers), expected)
             assert compared.error <= (backend.band or band)
             # Near ties may make candidates differ in bf16.

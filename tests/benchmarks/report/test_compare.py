@@ -16,7 +16,9 @@ from xfm_fast.errors import DataError
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 
 
-def _measured(pace: float = 1.0, *, count: int = 20, spread: float = 0.02, seed: int = 0) -> Document:
+def _measured(
+    pace: float = 1.0, *, count: int = 20, spread: float = 0.02, seed: int = 0
+) -> Document:
     """A stored suite with samples drawn around its medians; `pace` multiplies the times of xfm-fast."""
     draw, document = random.Random(seed), load(RESULTS / "cpu-avx512-2threads.json")
     document.machine["dirty"] = False
@@ -45,12 +47,18 @@ def test_slower_rows_are_found_and_only_they() -> None:
         assert change.high is not None
         assert change.low <= 1 / 1.3 <= change.high
         assert change.control == pytest.approx(1)
-    assert {change.verdict for change in found.changes if change.backend != OURS} == {"no difference"}
+    assert {change.verdict for change in found.changes if change.backend != OURS} == {
+        "no difference"
+    }
     assert compare(_measured(1.3), _measured()).worse == []
 
 
-@pytest.mark.parametrize(("pace", "count", "verdict"), [(1.015, 80, "no difference"), (2.0, 3, "too few samples")])
-def test_small_effects_and_few_samples_decide_nothing(pace: float, count: int, verdict: str) -> None:
+@pytest.mark.parametrize(
+    ("pace", "count", "verdict"), [(1.015, 80, "no difference"), (2.0, 3, "too few samples")]
+)
+def test_small_effects_and_few_samples_decide_nothing(
+    pace: float, count: int, verdict: str
+) -> None:
     before, after = (_measured(each, count=count, spread=0.001) for each in (1.0, pace))
     found = compare(before, after)
     assert {change.verdict for change in found.changes if change.backend == OURS} == {verdict}
@@ -73,7 +81,9 @@ def test_rows_that_lost_their_numbers_are_worse() -> None:
     assert [change.verdict for change in found.worse] == ["lost", "lost"]
     assert "error 1e-2" in found.worse[0].reason
     assert found.worse[1].dtype == gone.dtype
-    assert [change.verdict for change in compare(after, before).changes if change.verdict == "new"] == ["new", "new"]
+    assert [
+        change.verdict for change in compare(after, before).changes if change.verdict == "new"
+    ] == ["new", "new"]
 
 
 def test_other_benchmarks_and_other_work_are_refused() -> None:
@@ -91,8 +101,15 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     faults: list[tuple[str, object]] = [
         ("mode", "batch"), ("seconds", "1"), ("extra", {"mfu": [1]}), ("status", None), ("surplus", 1)
     ]  # fmt: skip
-    damaged = [(field, content | {"rows": [content["rows"][0] | {field: value}]}) for field, value in faults]
-    others = ("version 3", {"schema_version": 3}), ("version None", [1]), ("benchmark", {"schema_version": 4})
+    damaged = [
+        (field, content | {"rows": [content["rows"][0] | {field: value}]})
+        for field, value in faults
+    ]
+    others = (
+        ("version 3", {"schema_version": 3}),
+        ("version None", [1]),
+        ("benchmark", {"schema_version": 4}),
+    )
     for named, value in (*damaged, *others):
         path.write_text(json.dumps(value), encoding="utf-8")
         with pytest.raises(DataError, match=named):

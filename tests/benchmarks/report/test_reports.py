@@ -64,7 +64,9 @@ def test_pages_are_well_formed_and_self_contained(document: Document) -> None:
     assert tags.open == []
     for word in ("url(", "@import", "<script", "src=", "<b>alert"):
         assert word not in text
-    assert not re.search(r"\b(nan|inf|None)\b", re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL))
+    assert not re.search(
+        r"\b(nan|inf|None)\b", re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL)
+    )
     for word in ("&amp; co", document.machine["commit"], "<h2>Speed</h2>", "<h2>All rows</h2>"):
         assert word in text
 
@@ -85,7 +87,11 @@ def test_a_speed_up_names_both_dtypes_and_is_no_lucky_or_contended_one() -> None
         assert times(compared.ratio) in medium
         assert times(like.ratio) in medium
     fp32 = next(other for other in document.rows if other.ours and other.dtype == "fp32")
-    fp32.against = [Comparison(backend=document.reference, dtype="fp32", like_for_like=True, ratio=99.0, low=1.0)]
+    fp32.against = [
+        Comparison(
+            backend=document.reference, dtype="fp32", like_for_like=True, ratio=99.0, low=1.0
+        )
+    ]
     assert page.headlines(document)[0].factor == times(compared.ratio)
     row.contended = True
     assert page.headlines(document)[0].factor == "99.0×"

@@ -26,7 +26,9 @@ QUICK = DropInOptions(quick=True, dtype=("fp32",))
 
 
 def layer_norms(layers: int) -> drop_in.Subject:
-    model = nn.Sequential(*(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(layers)))
+    model = nn.Sequential(
+        *(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(layers))
+    )
     x = torch.randn(3, 5, 16)
     return drop_in.Subject(model, lambda m: m(x.to(next(m.parameters()).dtype)), 3)
 
@@ -47,7 +49,9 @@ def growing(layers: int) -> drop_in.Subject:
 
 
 def case(key: str, make: Any, package: str = "torch") -> drop_in.PublicModel:
-    return drop_in.PublicModel(key, f"the model {key}", "3 texts", "texts", make, unpad=False, package=package)
+    return drop_in.PublicModel(
+        key, f"the model {key}", "3 texts", "texts", make, unpad=False, package=package
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +91,11 @@ def test_every_row_has_its_status() -> None:
         assert in_int8["good"].parity is not None
         assert 1e-5 < (in_int8["good"].parity.error or 0) < 0.1
         assert 0.99 < (in_int8["good"].parity.cosine or 0) < 1
-    for key, words in (("absent", "pip install no_such_package"), ("bad", "a foreign model"), ("unknown", "ReLU")):
+    for key, words in (
+        ("absent", "pip install no_such_package"),
+        ("bad", "a foreign model"),
+        ("unknown", "ReLU"),
+    ):
         assert words in str(rows[key].reason)
     assert not rows["different"].against
     assert not rows["different"].seconds
@@ -116,7 +124,10 @@ def test_a_reranker_has_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(drop_in, "MODELS", [case("good", layer_norms), case("rerank", reranked)])
     document = drop_in.run(QUICK)
-    names = {form: re.findall("the model (\\w+)", gains(document, form)) for form in (ACCELERATED, RERANKER)}
+    names = {
+        form: re.findall("the model (\\w+)", gains(document, form))
+        for form in (ACCELERATED, RERANKER)
+    }
     assert names == {ACCELERATED: ["good"], RERANKER: ["rerank"]}
 
 
@@ -146,7 +157,9 @@ def test_other_runtimes_compute_the_encoder(tmp_path: Path) -> None:
 
 
 def test_quality_counts_texts_whose_nearest_text_stays() -> None:
-    exact = torch.eye(4) + 0.1 * torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]])
+    exact = torch.eye(4) + 0.1 * torch.tensor(
+        [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]]
+    )
     rounded = exact.clone()
     rounded[3] = torch.tensor([0, 0.2, 0, 1.0])
     found = drop_in.quality(exact, rounded)

@@ -26,19 +26,31 @@ def small(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> OpCa
 
 
 def measured(dtype: Any = "fp32", keep: Any = lambda document: None, **cases: Any) -> Document:
-    makers = {name: (lambda *_, case=case: case) if isinstance(case, OpCase) else case for name, case in cases.items()}
-    return kernels.run(KernelOptions(device="cpu", dtype=dtype, quick=True), cases=makers, keep=keep)
+    makers = {
+        name: (lambda *_, case=case: case) if isinstance(case, OpCase) else case
+        for name, case in cases.items()
+    }
+    return kernels.run(
+        KernelOptions(device="cpu", dtype=dtype, quick=True), cases=makers, keep=keep
+    )
 
 
 def rows_of(case: OpCase, dtype: str = "fp32") -> dict[tuple[str, str], Result]:
     return {(row.backend, row.mode): row for row in measured(dtype, case=case).rows}
 
 
-SOME = ["relpos_attention at 224 px", "varlen_attention of captions", "add_layer_norm", "linear_cross_entropy"]
+SOME = [
+    "relpos_attention at 224 px",
+    "varlen_attention of captions",
+    "add_layer_norm",
+    "linear_cross_entropy",
+]
 OTHERS = [name for name in CASES if name not in (INT8, *SOME)]
 
 
-@pytest.mark.parametrize("names", [SOME, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["some", "others"])
+@pytest.mark.parametrize(
+    "names", [SOME, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["some", "others"]
+)
 def test_every_backend_is_right_and_timed(names: list[str]) -> None:
     made = {name: small(name) for name in names}
     rows = measured(**made).rows
@@ -65,7 +77,9 @@ def test_every_backend_is_right_and_timed(names: list[str]) -> None:
 def test_every_op_has_a_case() -> None:
     # A bias that is made once and has no gradient is a part of relpos_attention.
     others = {"Backend", "check_contents", "relpos_bias", "use_backend", "use_fp8"}
-    assert {name.split()[0] for name in CASES} - {"linear"} == set(ops.__all__) - others - {"linear"}
+    assert {name.split()[0] for name in CASES} - {"linear"} == set(ops.__all__) - others - {
+        "linear"
+    }
     assert ("linear in int8" in case_names(CPU, torch.float32)) == (int8.why_not() is None)
     assert "linear in int8" not in case_names(CPU, torch.float16)
 
@@ -73,10 +87,14 @@ def test_every_op_has_a_case() -> None:
 @pytest.mark.slow
 @compiles
 @pytest.mark.parametrize("name", ["relpos_attention at 224 px", "varlen_attention of captions"])
-def test_flex_attention_is_right_and_has_no_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flex_attention_is_right_and_has_no_gradient(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # As large cases do.
     monkeypatch.setattr(kernels, "_compiled", lambda device, small, runs: runs)
-    found = [row for row in rows_of(small(name)).values() if row.backend.startswith("FlexAttention")]
+    found = [
+        row for row in rows_of(small(name)).values() if row.backend.startswith("FlexAttention")
+    ]
     assert found
     for row in found:
         assert row.parity is not None
@@ -116,7 +134,9 @@ def test_a_backend_that_is_wrong_fails_or_is_missing_costs_its_own_rows() -> Non
             "wrong": "parity failed", "other shape": "parity failed", "failing": "failed", "half": half,
             "Liger": "absent",
         }  # fmt: skip
-        assert rows["failing", direction].reason == "MadeUpTritonError: out of resource: shared memory"
+        assert (
+            rows["failing", direction].reason == "MadeUpTritonError: out of resource: shared memory"
+        )
         assert all(bool(row.seconds) == (row.status == "measured") for row in rows.values())
         ours = rows["xfm-fast", direction]
         assert ours.text("timed_by") == "clock"

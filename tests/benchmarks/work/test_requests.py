@@ -39,7 +39,9 @@ def _little_work() -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Scale, "of", less)
-        patch.setattr(Inputs, "answers", lambda self: Texts(*(part[:40] for part in ALL_ANSWERS(self))))
+        patch.setattr(
+            Inputs, "answers", lambda self: Texts(*(part[:40] for part in ALL_ANSWERS(self)))
+        )
         yield
 
 
@@ -51,7 +53,12 @@ def material() -> Material:
 
 
 @pytest.mark.parametrize(
-    "work", ["vqa", "grounding", *(pytest.param(work, marks=pytest.mark.slow) for work in ("vqa-all", "captioning"))]
+    "work",
+    [
+        "vqa",
+        "grounding",
+        *(pytest.param(work, marks=pytest.mark.slow) for work in ("vqa-all", "captioning")),
+    ],
 )
 def test_a_task_is_a_scenario(work: str) -> None:
     document = scenario.run(TINY, scenario=work)
@@ -102,6 +109,8 @@ def _ranking(*scores: float, first: int = 0) -> AnswerRanking:
         (_ranking(-1.0, -3.0, first=5), _ranking(-1.0, -2.0), True, 2.0),
     ],
 )
-def test_agreement(ours: AnswerRanking, truth: AnswerRanking, whole_list: bool, wrong: float) -> None:
+def test_agreement(
+    ours: AnswerRanking, truth: AnswerRanking, whole_list: bool, wrong: float
+) -> None:
     error = requests.compared(ours, truth, whole_list=whole_list).error
     assert error == pytest.approx(wrong, abs=1e-6)

@@ -34,7 +34,17 @@ def _little_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def less(work: str, options: ModelOptions, device: torch.device) -> Scale:
         found = whole(work, options, device)
-        return replace(found, requests=3, rounds=2, block=2, budget_s=0.1, trial_s=0.1, trials=3, texts=4, batch=2)
+        return replace(
+            found,
+            requests=3,
+            rounds=2,
+            block=2,
+            budget_s=0.1,
+            trial_s=0.1,
+            trials=3,
+            texts=4,
+            batch=2,
+        )
 
     monkeypatch.setattr(Scale, "of", less)
 
@@ -54,16 +64,26 @@ def test_every_mode_fills_its_rows(tmp_path: Path) -> None:
         assert row.parity is not None
         assert row.parity.passed
         assert row.number("first_call_s")
-    single, offline, server = (_by_backend(document, mode) for mode in ("single-stream", "offline", "server"))
+    single, offline, server = (
+        _by_backend(document, mode) for mode in ("single-stream", "offline", "server")
+    )
     ours, official = single[OURS], single[OFFICIAL]
     assert {c.backend for c in ours.against} == {OFFICIAL, "torch-eager"}
-    tokens = [row.number(name) or 0 for row in (official, ours) for name in ("padded_tokens", "tokens")]
+    tokens = [
+        row.number(name) or 0 for row in (official, ours) for name in ("padded_tokens", "tokens")
+    ]
     assert 4 * 40 == tokens[0] > tokens[1] == tokens[2] == tokens[3]
-    counts = [row.number(name) or 0 for row in (official, ours) for name in ("flops", "needed_flops")]
+    counts = [
+        row.number(name) or 0 for row in (official, ours) for name in ("flops", "needed_flops")
+    ]
     assert counts[0] > counts[1] == counts[2] == counts[3]
     assert offline[OURS].items == 8
     for row in server.values():
-        held = [float(rate) for rate, p99 in row.parts("trials").items() if p99 <= (row.number("bound_s") or 0)]
+        held = [
+            float(rate)
+            for rate, p99 in row.parts("trials").items()
+            if p99 <= (row.number("bound_s") or 0)
+        ]
         assert 1 <= len(row.parts("trials")) <= 3
         assert row.number("max_qps") == pytest.approx(max(held, default=0), rel=1e-4)
         assert OFFICIAL in row.text("bound_origin")
@@ -137,9 +157,15 @@ def test_the_receipt_ends_at_what_ours_spends() -> None:
     sizes = Sizes(images=3, texts=4, k=2, lengths=[5, 9, 5, 9])
     steps = list(receipt(config, sizes).values())
     encoders = flops.image_encoder(config, 3) + flops.contrastive_features(config, 3, 4)
-    official = encoders + flops.text_encoder(config, [40] * 4) + flops.official_fusion(config, 14, 40)
+    official = (
+        encoders + flops.text_encoder(config, [40] * 4) + flops.official_fusion(config, 14, 40)
+    )
     assert steps[0] == official.total
-    ours = encoders + flops.text_encoder(config, sizes.lengths) + flops.first_self_attention(config, sizes.lengths)
+    ours = (
+        encoders
+        + flops.text_encoder(config, sizes.lengths)
+        + flops.first_self_attention(config, sizes.lengths)
+    )
     ours += flops.image_memory(config, 3)
     fused = flops.fusion(config, [5, 9], first_token_only=True, self_attended=True).total * 14 / 2
     assert steps[-1] == pytest.approx(ours.total + fused + flops.matching_head(config, 14).total)

@@ -13,7 +13,9 @@ from xfm_fast.benchmarks.work import serving
 def test_the_whole_measurement_of_a_tiny_model() -> None:
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
-    options = ScenarioOptions(random="tiny", quick=True, dtype=("fp32",), device="cpu", clients=(1, 4), requests=8)
+    options = ScenarioOptions(
+        random="tiny", quick=True, dtype=("fp32",), device="cpu", clients=(1, 4), requests=8
+    )
     document = serving.run(options)
     assert document.ok
     assert {row.work for row in document.rows} == {"serve-known", "serve-new"}

@@ -51,7 +51,9 @@ def test_every_row_is_measured(document: Document, tmp_path: Path) -> None:
             assert len(row.seconds) == len(official.seconds)
             assert against.ratio == pytest.approx((official.median_s or 0) / (row.median_s or 1))
             assert 0 < (row.number("flops") or 0) <= (official.number("flops") or 0)
-    text = next(row for row in document.rows if row.work == "embed-text" and row.backend == OFFICIAL)
+    text = next(
+        row for row in document.rows if row.work == "embed-text" and row.backend == OFFICIAL
+    )
     assert text.number("padded_tokens") == 8 * 40
     assert 80 <= (text.number("tokens") or 0) <= 8 * 16
     assert record.load(record.save(document, tmp_path, report.html(document))) == document

@@ -60,7 +60,12 @@ def _run(**changes: Any) -> Document:
         peak = 40 if checkpointed else {OURS: 60, OFFICIAL: 120}[procedure]
         return {"peak_bytes": peak, "grown_bytes": peak - 30, "gradient_bytes": 10}
 
-    settings: dict[str, Any] = {"random": "tiny", "quick": True, "device": "cpu", "dtype": ("fp32",)}
+    settings: dict[str, Any] = {
+        "random": "tiny",
+        "quick": True,
+        "device": "cpu",
+        "dtype": ("fp32",),
+    }
     with pytest.MonkeyPatch.context() as patch:
         # Its own test starts the processes.
         patch.setattr(training, "memory_use", use)
@@ -75,7 +80,15 @@ def test_every_task_with_a_loss_of_its_own_has_a_step() -> None:
 
 # What the loss of a task reads of its model; in pretraining all of it.
 READ = {
-    "retrieval": {"vision_encoder", "text_encoder", "fusion_encoder", "vision_proj", "text_proj", "temp", "itm_head"},
+    "retrieval": {
+        "vision_encoder",
+        "text_encoder",
+        "fusion_encoder",
+        "vision_proj",
+        "text_proj",
+        "temp",
+        "itm_head",
+    },
     "vqa": {"vision_encoder", "text_encoder", "fusion_encoder", "text_decoder"},
     "nlvr2": {"vision_encoder", "text_encoder", "fusion_encoder", "cls_head"},
     "grounding": {"vision_encoder", "text_encoder", "fusion_encoder", "bbox_head"},
@@ -91,8 +104,12 @@ def test_both_procedures_leave_the_same_gradients(name: str, inputs: Inputs) -> 
     truth = step.outcome(OFFICIAL)
     assert all(parameter.grad is None for parameter in step.model.parameters())
     # A twin that forgot a part would agree with a model that forgot it too.
-    reached = {part.split(".")[0] for part, gradient in truth.gradients.items() if gradient is not None}
-    assert reached >= READ.get(name, {"vision_encoder", "text_encoder", "fusion_encoder", "itm_head"})
+    reached = {
+        part.split(".")[0] for part, gradient in truth.gradients.items() if gradient is not None
+    }
+    assert reached >= READ.get(
+        name, {"vision_encoder", "text_encoder", "fusion_encoder", "itm_head"}
+    )
     found = difference(step.outcome(OURS), truth)
     assert found.error < FP32_GRADIENT_BAND, found
     own = difference(step.outcome(OFFICIAL, AUTOCAST["bf16"]), truth)
@@ -121,12 +138,17 @@ def _outcome(loss: float, **gradients: Tensor | None) -> Outcome:
 
 def test_difference_of_outcomes() -> None:
     truth = _outcome(2.0, big=torch.tensor([3.0, 4.0]), small=torch.tensor([0.1]), none=None)
-    found = difference(_outcome(2.2, big=torch.tensor([3.0, 4.5]), small=torch.tensor([0.2]), none=None), truth)
+    found = difference(
+        _outcome(2.2, big=torch.tensor([3.0, 4.5]), small=torch.tensor([0.2]), none=None), truth
+    )
     assert found.error == pytest.approx(1)
     assert found.note == "losses 1.0e-01, gradients 1.0e-01, worst: small"
     # A gradient that is zero but for rounding.
     truth = _outcome(1.0, big=torch.tensor([1.0]), tiny=torch.tensor([1e-12]))
-    assert difference(_outcome(1.0, big=torch.tensor([1.0]), tiny=torch.tensor([-1e-9])), truth).error < 2e-5
+    assert (
+        difference(_outcome(1.0, big=torch.tensor([1.0]), tiny=torch.tensor([-1e-9])), truth).error
+        < 2e-5
+    )
 
 
 def test_missing_surplus_and_undefined_gradients_are_infinitely_wrong() -> None:
@@ -144,7 +166,9 @@ def test_rows_of_pretraining(tmp_path: Path) -> None:
     document = _run(quick=False, pairs=2)
     assert document.ok
     works = [(row.work, row.backend) for row in document.rows]
-    assert works == [(work, name) for work in ("train-step", "train-step-dropout") for name in (OURS, OFFICIAL)]
+    assert works == [
+        (work, name) for work in ("train-step", "train-step-dropout") for name in (OURS, OFFICIAL)
+    ]
     for row in document.rows:
         assert row.status == "measured"
         assert row.parity is not None
@@ -156,7 +180,11 @@ def test_rows_of_pretraining(tmp_path: Path) -> None:
             assert against is not None
             assert 0 < (row.number("flops") or 0) < (official.number("flops") or 0)
             assert official.number("padded_tokens") == 2 * 30
-            sizes = (row.number("peak_bytes"), row.number("checkpointed_bytes"), official.number("peak_bytes"))
+            sizes = (
+                row.number("peak_bytes"),
+                row.number("checkpointed_bytes"),
+                official.number("peak_bytes"),
+            )
             assert sizes == (60, 40, 120)
     saved = record.save(document, tmp_path, report.html(document))
     assert record.load(saved) == document
@@ -166,14 +194,18 @@ def test_rows_of_pretraining(tmp_path: Path) -> None:
 def test_every_task_has_a_row() -> None:
     document = _run(task="all")
     assert document.ok
-    assert [row.work for row in document.rows if row.ours] == [f"finetune-{name}" for name in OFFICIAL_TASKS]
+    assert [row.work for row in document.rows if row.ours] == [
+        f"finetune-{name}" for name in OFFICIAL_TASKS
+    ]
     questions = next(row for row in document.rows if row.work == "finetune-vqa" and not row.ours)
     assert (questions.unit, questions.items, questions.number("tokens")) == ("questions", 2, 17)
 
 
 def test_no_speed_without_parity(monkeypatch: pytest.MonkeyPatch) -> None:
     right = OfficialFineTuningTwin.texts
-    monkeypatch.setattr(OfficialFineTuningTwin, "texts", lambda *given, **batch: right(*given, **batch) * 1.001)
+    monkeypatch.setattr(
+        OfficialFineTuningTwin, "texts", lambda *given, **batch: right(*given, **batch) * 1.001
+    )
     document = _run(task="text")
     assert not document.ok
     assert not document.measured
@@ -187,7 +219,10 @@ def test_no_speed_without_parity(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Step, "outcome", wrong_in_bf16)
     document = _run(dtype=("fp32", "bf16"), pairs=2)
-    assert {row.dtype: row.status for row in document.rows if row.ours} == {"fp32": "measured", "bf16": "parity failed"}
+    assert {row.dtype: row.status for row in document.rows if row.ours} == {
+        "fp32": "measured",
+        "bf16": "parity failed",
+    }
 
 
 @pytest.mark.slow

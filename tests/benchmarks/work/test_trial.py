@@ -22,7 +22,12 @@ from xfm_fast.errors import CheckpointError, InputError  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 QUICK = ["--quick", "--dtype", "fp32"]
-SMALL = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+SMALL = {
+    "hidden_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "runs", "home"]
 
 
@@ -51,7 +56,10 @@ def test_texts_of_a_folder(bert: Path, tmp_path: Path) -> None:
     assert all(line["code"].endswith(")") for line in found["lines"])
     rows = found["document"]["rows"]
     ours = [row for row in rows if row["backend"].startswith("accelerate(")]
-    assert {row["backend"] for row in ours} >= {"accelerate(model)", "accelerate(model, unpad=True, freeze=True)"}
+    assert {row["backend"] for row in ours} >= {
+        "accelerate(model)",
+        "accelerate(model, unpad=True, freeze=True)",
+    }
     assert all(row["status"] == "measured" and row["parity"]["passed"] for row in ours)
     assert {row["name"] for row in ours} == {"3 texts of 3 to 9 tokens", "one text of 3 tokens"}
     assert all(UNTOUCHED in [other["backend"] for other in row["against"]] for row in ours)
@@ -73,9 +81,15 @@ def test_a_form_that_differs_is_not_timed(bert: Path, monkeypatch: pytest.Monkey
     ("rates", "lines"),
     [
         # On a processor without fast bf16 a larger ratio in bf16 is not a faster model.
-        ({"fp32": (10, 15.4), "bf16": (5, 11.7), "int8": (None, 40)}, [("same outputs", 1.54), ("within 3%", 4.0)]),
+        (
+            {"fp32": (10, 15.4), "bf16": (5, 11.7), "int8": (None, 40)},
+            [("same outputs", 1.54), ("within 3%", 4.0)],
+        ),
         # bf16 is another function than the model, however fast.
-        ({"fp32": (10, 15), "bf16": (20, 30), "int8": (None, 20)}, [("same outputs", 1.5), ("within 1%", 3.0)]),
+        (
+            {"fp32": (10, 15), "bf16": (20, 30), "int8": (None, 20)},
+            [("same outputs", 1.5), ("within 1%", 3.0)],
+        ),
         (
             {"fp32": (10, 15), "bf16": (20, 30), "int8": (None, 50)},
             [("same outputs", 1.5), ("within 1%", 3.0), ("within 3%", 5.0)],
@@ -90,7 +104,14 @@ def test_a_form_that_differs_is_not_timed(bert: Path, monkeypatch: pytest.Monkey
 def test_advice_parts_the_same_outputs_from_rounded_ones(
     rates: dict[str, tuple[float | None, float]], lines: list[tuple[str, float]]
 ) -> None:
-    common: Any = {"work": "try", "label": "", "name": "a batch", "status": "measured", "unit": "texts", "items": 1}
+    common: Any = {
+        "work": "try",
+        "label": "",
+        "name": "a batch",
+        "status": "measured",
+        "unit": "texts",
+        "items": 1,
+    }
     errors = {"fp32": 1e-7, "bf16": 0.0082, "int8": 0.021}
     rows = [
         Result(
@@ -135,7 +156,9 @@ def test_images_and_both(tmp_path: Path) -> None:
     Image.new("L", (9, 20)).save(photos / "two.jpg")
     (photos / "note.txt").write_text("not an image")
     vit = tmp_path / "vit"
-    transformers.ViTModel(transformers.ViTConfig(image_size=32, patch_size=16, **SMALL)).save_pretrained(vit)
+    transformers.ViTModel(
+        transformers.ViTConfig(image_size=32, patch_size=16, **SMALL)
+    ).save_pretrained(vit)
     found = trial.run(str(vit), TryOptions(quick=True, dtype=("fp32",), inputs=photos))
     assert {row.backend for row in found.document.rows} == {"accelerate(model)", UNTOUCHED}
     assert all(row.status == "measured" for row in found.document.rows)

@@ -52,9 +52,14 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     return install
 
 
-def test_bf16_engines_of_all_graphs_and_their_manifest(bf16_engines: Path, rtx: BuilderForRTX) -> None:
+def test_bf16_engines_of_all_graphs_and_their_manifest(
+    bf16_engines: Path, rtx: BuilderForRTX
+) -> None:
     manifest = Manifest.load(bf16_engines)
-    assert (manifest.kind, manifest.graph_names) == ("tensorrt-rtx", ("vision", "text", "image_memory", "fusion"))
+    assert (manifest.kind, manifest.graph_names) == (
+        "tensorrt-rtx",
+        ("vision", "text", "image_memory", "fusion"),
+    )
     assert manifest.target is not None
     assert manifest.target.compute_capabilities == list(TARGETS)
     assert manifest.target.version == manifest.versions["tensorrt-rtx"] == rtx.version
@@ -66,7 +71,9 @@ def test_bf16_engines_of_all_graphs_and_their_manifest(bf16_engines: Path, rtx: 
         manifest.require_target(library_version=rtx.version, compute_capability=90)
     # The graphs that were kept are an export of their own.
     assert Manifest.load(bf16_engines / engines.ONNX_FOLDER).kind == "onnx"
-    assert (manifest.status, manifest.graphs_verification) == ("unverified", None), "no examples were given"
+    assert (manifest.status, manifest.graphs_verification) == ("unverified", None), (
+        "no examples were given"
+    )
 
 
 @pytest.mark.usefixtures("rtx")
@@ -96,7 +103,13 @@ def test_an_interrupted_build_leaves_nothing(
 ) -> None:
     """Ctrl-C in a phase of the builder, and a full disk while it writes."""
     profiles = Manifest.load(bf16_engines).graph("image_memory").profiles
-    given = rtx, bf16_engines / "onnx" / "image_memory.onnx", tmp_path / "x.engine", EngineRequest(), TARGETS
+    given = (
+        rtx,
+        bf16_engines / "onnx" / "image_memory.onnx",
+        tmp_path / "x.engine",
+        EngineRequest(),
+        TARGETS,
+    )
 
     def interrupt(phase: str) -> None:
         if phase == "Cloning network graph":
@@ -141,11 +154,15 @@ def test_damaged_and_foreign_engines_are_named(bf16_engines: Path, tmp_path: Pat
 
 def test_failures_of_the_builder_name_the_layer(tmp_path: Path, rtx: BuilderForRTX) -> None:
     onnx = pytest.importorskip("onnx")
-    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, [4, 4]) for name in "xy")
+    x, y = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, [4, 4]) for name in "xy"
+    )
     node = onnx.helper.make_node("Bogus", ["x"], ["y"], name="the_node", domain="other")
     domains = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("other", 1)]
     graph = onnx.helper.make_graph([node], "g", [x], [y])
-    onnx.save(onnx.helper.make_model(graph, opset_imports=domains, ir_version=10), tmp_path / "g.onnx")
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=domains, ir_version=10), tmp_path / "g.onnx"
+    )
     with pytest.raises(ExportError, match="'g' at the_node"):
         build_engine(rtx, tmp_path / "g.onnx", tmp_path / "g.engine", EngineRequest(), TARGETS, [])
     assert [file.name for file in tmp_path.iterdir()] == ["g.onnx"]
@@ -154,12 +171,21 @@ def test_failures_of_the_builder_name_the_layer(tmp_path: Path, rtx: BuilderForR
 def test_calls_of_a_build_with_tensorrt(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
     trt = tensorrt()
     library, builder = find_builder("tensorrt"), trt.Builder.return_value
-    config, shapes = builder.create_builder_config.return_value, builder.create_optimization_profile.return_value
+    config, shapes = (
+        builder.create_builder_config.return_value,
+        builder.create_optimization_profile.return_value,
+    )
     profiles = [
-        ProfileRecord(name=str(most), least={"x": [1, 3]}, best={"x": [1, 3]}, most={"x": [most, 3]}) for most in (1, 8)
+        ProfileRecord(
+            name=str(most), least={"x": [1, 3]}, best={"x": [1, 3]}, most={"x": [most, 3]}
+        )
+        for most in (1, 8)
     ]
     request = TensorRTRequest(
-        level=2, timing_cache=tmp_path / "timings", version_compatible=True, hardware_compatible="ampere_plus"
+        level=2,
+        timing_cache=tmp_path / "timings",
+        version_compatible=True,
+        hardware_compatible="ampere_plus",
     )
     (tmp_path / "timings").write_bytes(b"earlier")
     targets = library.check(request, "bf16")
@@ -178,7 +204,9 @@ def test_calls_of_a_build_with_tensorrt(tensorrt: Callable[..., Any], tmp_path: 
     # A module over libraries of another version may succeed and write nothing.
     builder.build_serialized_network_to_stream.side_effect = lambda *_: True
     with pytest.raises(ExportError, match="graph 'other'"):
-        build_engine(library, tmp_path / "other.onnx", tmp_path / "other.engine", EngineRequest(), (89,), [])
+        build_engine(
+            library, tmp_path / "other.onnx", tmp_path / "other.engine", EngineRequest(), (89,), []
+        )
     assert not (tmp_path / "other.engine").exists()
 
 
@@ -210,7 +238,8 @@ TEXT = GraphRecord(
     file="text.engine",
     files=["text.engine"],
     inputs=[
-        TensorRecord(name=name, dtype="int64", dims=["batch", "length"]) for name in ("input_ids", "attention_mask")
+        TensorRecord(name=name, dtype="int64", dims=["batch", "length"])
+        for name in ("input_ids", "attention_mask")
     ],
     outputs=[TensorRecord(name="text_feature", dtype="float16", dims=["batch", 32])],
     axes={"batch": AxisRecord(least=1, most=None), "length": AxisRecord(least=1, most=64)},
@@ -219,14 +248,22 @@ TEXT = GraphRecord(
 
 
 def test_profiles() -> None:
-    texts = ["latency:batch=1, length=1..16..40", "bulk:batch=1..8..64,length=2..40", "again:batch=1,length=1..16..40"]
+    texts = [
+        "latency:batch=1, length=1..16..40",
+        "bulk:batch=1..8..64,length=2..40",
+        "again:batch=1,length=1..16..40",
+    ]
     profiles = parse_profiles(texts)
     assert parse_profiles(map(str, profiles)) == profiles
     latency, bulk = graph_profiles(TEXT, profiles)
     assert latency.least == {"input_ids": [1, 1], "attention_mask": [1, 1]}
     assert (latency.best["input_ids"], latency.most["input_ids"]) == ([1, 16], [1, 40])
     # Two numbers: tuned for the greatest.
-    assert (bulk.least["input_ids"], bulk.best["input_ids"], bulk.most["input_ids"]) == ([1, 2], [8, 40], [64, 40])
+    assert (bulk.least["input_ids"], bulk.best["input_ids"], bulk.most["input_ids"]) == (
+        [1, 2],
+        [8, 40],
+        [64, 40],
+    )
     assert graph_profiles(TEXT.model_copy(update={"axes": {}}), DEFAULT_PROFILES) == []
     assert parse_profiles([]) == DEFAULT_PROFILES
     assert parse_profiles([], packed=True) == PACKED_PROFILES

@@ -60,7 +60,9 @@ def count_steps(engine: Path) -> list[Steps]:
     """Count what each profile of an engine launches."""
     counts = []
     for steps in schedules(engine):
-        kernels, products = (sum(kind == wanted for kind, _ in steps) for wanted in ("function", "fully_connected"))
+        kernels, products = (
+            sum(kind == wanted for kind, _ in steps) for wanted in ("function", "fully_connected")
+        )
         # Names are made of what a kernel does: reshape, transpose, slice, move, replicate, concatenate, cast.
         moves = re.compile(r"__myl_(?:Resh|Tran|Slic|Move|Repl|Conc|Cast)+$")
         moving = sum(kind == "copy" or bool(moves.match(name)) for kind, name in steps)
@@ -102,15 +104,27 @@ def test_engines_launch_no_more_kernels_than_before(bf16_engines: Path) -> None:
 def test_the_default_export_becomes_engines(exported_fp32: Path, tmp_path: Path) -> None:
     exported = Manifest.load(exported_fp32)
     exported.graphs = [exported.graph("fusion")]
-    made = build_engines(exported, exported_fp32, tmp_path, find_builder("tensorrt-rtx"), (80,), EngineRequest())
+    made = build_engines(
+        exported, exported_fp32, tmp_path, find_builder("tensorrt-rtx"), (80,), EngineRequest()
+    )
     assert [record.file for record in made.graphs] == ["fusion.engine"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 16])
-def test_fixed_sizes_launch_no_more_than_profiles(small_model: XFM, tmp_path: Path, batch: int) -> None:
+def test_fixed_sizes_launch_no_more_than_profiles(
+    small_model: XFM, tmp_path: Path, batch: int
+) -> None:
     fixed = {"batch": batch, "texts": 16, "length": 16}
-    export_engines(small_model, tmp_path, "tensorrt-rtx", dtype="bf16", sm="89", graphs=tuple(_BF16), fixed=fixed)
+    export_engines(
+        small_model,
+        tmp_path,
+        "tensorrt-rtx",
+        dtype="bf16",
+        sm="89",
+        graphs=tuple(_BF16),
+        fixed=fixed,
+    )
     for name, profiles in _BF16.items():
         (steps,) = count_steps(tmp_path / f"{name}.engine")
         assert steps[0] <= profiles[batch > 1][0], (name, steps)
@@ -120,12 +134,21 @@ def test_fixed_sizes_launch_no_more_than_profiles(small_model: XFM, tmp_path: Pa
 def test_engines_in_8_bits_launch_no_more(small_model: XFM, tmp_path: Path) -> None:
     """As many GEMMs in 8 bits as the comparison leaves; the record counts the launches with and without."""
     manifest = export_engines(
-        small_model, tmp_path, "tensorrt-rtx", dtype="fp16", sm="120", graphs=tuple(_INT8), quantize="int8", budget=0.5
+        small_model,
+        tmp_path,
+        "tensorrt-rtx",
+        dtype="fp16",
+        sm="120",
+        graphs=tuple(_INT8),
+        quantize="int8",
+        budget=0.5,
     )
     assert_no_more(tmp_path, _INT8)
     for record in manifest.graphs:
         assert record.quantisation is not None
-        assert record.quantisation.launches == [steps[0] for steps in count_steps(tmp_path / record.file)]
+        assert record.quantisation.launches == [
+            steps[0] for steps in count_steps(tmp_path / record.file)
+        ]
         assert len(record.quantisation.wide_launches) == len(record.profiles)
 
 
@@ -134,6 +157,18 @@ def test_engines_in_8_bits_launch_no_more(small_model: XFM, tmp_path: Path) -> N
 def test_engines_of_base_size_launch_no_more(kind: Kind, most: Most, tmp_path: Path) -> None:
     """The words that a model knows are no matter of kernels, and few make it smaller."""
     config = XFMConfig.preset("base").replace(vocab_size=300)
-    model = (NLVR2Model if kind == "nlvr2" else VQAModel if kind == "vqa" else XFM)(config).requires_grad_(False).eval()
-    export_engines(model, tmp_path, "tensorrt-rtx", dtype="bf16", sm="89", graphs=tuple(most), packed=kind == "packed")
+    model = (
+        (NLVR2Model if kind == "nlvr2" else VQAModel if kind == "vqa" else XFM)(config)
+        .requires_grad_(False)
+        .eval()
+    )
+    export_engines(
+        model,
+        tmp_path,
+        "tensorrt-rtx",
+        dtype="bf16",
+        sm="89",
+        graphs=tuple(most),
+        packed=kind == "packed",
+    )
     assert_no_more(tmp_path, most)

@@ -21,15 +21,46 @@ from torch.utils.dlpack import to_dlpack
 
 # Fields of Triton's model_config.proto that are repeated, and the others that a configuration may have.
 _REPEATED = {
-    *("input", "output", "dims", "instance_group", "profile", "model_warmup", "inputs", "parameters"),
+    *(
+        "input",
+        "output",
+        "dims",
+        "instance_group",
+        "profile",
+        "model_warmup",
+        "inputs",
+        "parameters",
+    ),
     *("preferred_batch_size", "graph_spec", "dim"),
 }
 _SINGLE = {
-    *("name", "platform", "backend", "default_model_filename", "max_batch_size", "data_type", "allow_ragged_batch"),
-    *("dynamic_batching", "max_queue_delay_microseconds", "count", "kind", "batch_size", "key", "value", "zero_data"),
+    *(
+        "name",
+        "platform",
+        "backend",
+        "default_model_filename",
+        "max_batch_size",
+        "data_type",
+        "allow_ragged_batch",
+    ),
+    *(
+        "dynamic_batching",
+        "max_queue_delay_microseconds",
+        "count",
+        "kind",
+        "batch_size",
+        "key",
+        "value",
+        "zero_data",
+    ),
     *("string_value", "optimization", "cuda", "graphs", "graph_lower_bound"),
 }
-_NUMPY = {"TYPE_FP32": np.float32, "TYPE_FP16": np.float16, "TYPE_INT64": np.int64, "TYPE_BOOL": np.bool_}
+_NUMPY = {
+    "TYPE_FP32": np.float32,
+    "TYPE_FP16": np.float16,
+    "TYPE_INT64": np.int64,
+    "TYPE_BOOL": np.bool_,
+}
 
 
 def read_config(lines: Iterator[str]) -> dict[str, Any]:
@@ -41,7 +72,13 @@ def read_config(lines: Iterator[str]) -> dict[str, Any]:
         field = re.fullmatch(r"\s*(\w+)(?: \{|: (.*))", line)
         assert field is not None, line
         name, text = field.groups()
-        value = read_config(lines) if text is None else text if re.fullmatch(r"[A-Z]\w+", text) else json.loads(text)
+        value = (
+            read_config(lines)
+            if text is None
+            else text
+            if re.fullmatch(r"[A-Z]\w+", text)
+            else json.loads(text)
+        )
         assert name in _REPEATED or (name in _SINGLE and name not in made), line
         made[name] = [*made.get(name, []), value] if name in _REPEATED else value
     return made
@@ -78,7 +115,9 @@ class TritonModelException(Exception):
 
 
 class InferenceResponse:
-    def __init__(self, output_tensors: list[Tensor] | None = None, error: TritonError | None = None) -> None:
+    def __init__(
+        self, output_tensors: list[Tensor] | None = None, error: TritonError | None = None
+    ) -> None:
         self.has_error, self.error = lambda: error is not None, lambda: error
         self.output_tensors = lambda: output_tensors or []
 
@@ -115,21 +154,38 @@ class FakeServer:
         server = self
 
         class InferenceRequest:
-            def __init__(self, model_name: str, requested_output_names: list[str], inputs: list[Tensor], **_: Any):
+            def __init__(
+                self,
+                model_name: str,
+                requested_output_names: list[str],
+                inputs: list[Tensor],
+                **_: Any,
+            ):
                 self.model, self.inputs = model_name, inputs
 
             def exec(self) -> InferenceResponse:
                 return server.run(self.model, [self])[0]
 
         self.request = module.InferenceRequest = InferenceRequest
-        module.Tensor, module.TritonError, module.InferenceResponse = Tensor, TritonError, InferenceResponse
-        module.TritonModelException, module.PreferredMemory = TritonModelException, lambda memory, device: None
+        module.Tensor, module.TritonError, module.InferenceResponse = (
+            Tensor,
+            TritonError,
+            InferenceResponse,
+        )
+        module.TritonModelException, module.PreferredMemory = (
+            TritonModelException,
+            lambda memory, device: None,
+        )
         module.TRITONSERVER_MEMORY_CPU, module.TRITONSERVER_MEMORY_GPU = range(2)
-        module.get_input_tensor_by_name = lambda request, name: next(t for t in request.inputs if t.name() == name)
+        module.get_input_tensor_by_name = lambda request, name: next(
+            t for t in request.inputs if t.name() == name
+        )
         monkeypatch.setitem(sys.modules, module.__name__, module)
         # Imported once more by each server, with this module.
         monkeypatch.delitem(sys.modules, "xfm_fast.export.model_repository.rank", raising=False)
-        for folder in sorted(path for path in repository.iterdir() if path.is_dir() and path.name.endswith(only)):
+        for folder in sorted(
+            path for path in repository.iterdir() if path.is_dir() and path.name.endswith(only)
+        ):
             self._load(folder)
 
     def _load(self, folder: Path) -> None:
@@ -144,7 +200,9 @@ class FakeServer:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         model = self.models[folder.name] = module.TritonPythonModel()
-        sent = config | {"parameters": {entry["key"]: entry["value"] for entry in config["parameters"]}}
+        sent = config | {
+            "parameters": {entry["key"]: entry["value"] for entry in config["parameters"]}
+        }
         model.initialize(
             {
                 "model_config": json.dumps(sent), "model_repository": str(folder), "model_version": "1",
@@ -172,7 +230,9 @@ class FakeServer:
             spec, shape = expected[tensor.name()], tensor.as_numpy().shape
             dims = shape[1:] if most else shape
             assert len(dims) == len(spec["dims"]), (name, tensor.name(), shape)
-            assert all(size in (-1, dim) for size, dim in zip(spec["dims"], dims, strict=True)), tensor.name()
+            assert all(size in (-1, dim) for size, dim in zip(spec["dims"], dims, strict=True)), (
+                tensor.name()
+            )
             assert not most or 1 <= shape[0] <= most
             if spec["data_type"] in _NUMPY:
                 assert tensor.as_numpy().dtype == _NUMPY[spec["data_type"]], tensor.name()
@@ -190,7 +250,9 @@ class FakeServer:
         ]  # fmt: skip
         name = next(name for name in self.models if name.endswith("_rank"))
         responses = self.run(name, requests)
-        self.codes = [error.code() for response in responses if (error := response.error()) is not None]
+        self.codes = [
+            error.code() for response in responses if (error := response.error()) is not None
+        ]
         return [
             {tensor.name(): tensor.as_numpy()[0] for tensor in response.output_tensors()}
             if (error := response.error()) is None

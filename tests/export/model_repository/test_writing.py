@@ -16,7 +16,12 @@ from tests.export.model_repository.fake_triton import FakeServer, TritonError, r
 from xfm_fast.data.images import load_image
 from xfm_fast.errors import ExportError, InputError, StorageError, XFMError
 from xfm_fast.export.manifest import EngineTarget, Manifest
-from xfm_fast.export.model_repository import RepositoryOptions, plan_models, render, write_model_repository
+from xfm_fast.export.model_repository import (
+    RepositoryOptions,
+    plan_models,
+    render,
+    write_model_repository,
+)
 from xfm_fast.export.slots import DEFAULT_PROFILES, Slot, graph_profiles, parse_profiles
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
@@ -38,11 +43,15 @@ def photo(seed: int, *, width: int = 48, height: int = 37) -> bytes:
 
 @pytest.fixture(scope="module")
 def tokenizer(small_model: XFM) -> CaptionTokenizer:
-    return CaptionTokenizer.train_on_texts([pre_caption(text) for text in CAPTIONS], small_model.config.vocab_size)
+    return CaptionTokenizer.train_on_texts(
+        [pre_caption(text) for text in CAPTIONS], small_model.config.vocab_size
+    )
 
 
 @pytest.fixture(scope="module")
-def repository(exported_fp32: Path, tokenizer: CaptionTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def repository(
+    exported_fp32: Path, tokenizer: CaptionTokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     pytest.importorskip("onnxruntime", reason="the fake server runs graphs by ONNX Runtime")
     out = tmp_path_factory.mktemp("repository") / "models"
     write_model_repository(exported_fp32, out, RepositoryOptions(device="cpu"), tokenizer=tokenizer)
@@ -50,7 +59,9 @@ def repository(exported_fp32: Path, tokenizer: CaptionTokenizer, tmp_path_factor
 
 
 @torch.no_grad()
-def eager_scores(model: XFM, tokenizer: CaptionTokenizer, images: list[bytes], captions: list[str]) -> np.ndarray:
+def eager_scores(
+    model: XFM, tokenizer: CaptionTokenizer, images: list[bytes], captions: list[str]
+) -> np.ndarray:
     pixels = torch.stack([load_image(image, model.config.image_size) for image in images])
     ids, mask = tokenizer.encode([pre_caption(text) for text in captions], 40)
     memory = model.image_memory(model.encode_image(pixels))
@@ -69,18 +80,31 @@ def encoded(*captions: str) -> list[bytes]:
 def test_models_of_a_repository(repository: Path, exported_fp32: Path) -> None:
     paths = repository.glob("*/config.pbtxt")
     found = {path.parent.name: read_config(iter(path.read_text().splitlines())) for path in paths}
-    assert set(found) == {f"xfm_{name}" for name in ("vision", "text", "image_memory", "fusion", "rank")}
+    assert set(found) == {
+        f"xfm_{name}" for name in ("vision", "text", "image_memory", "fusion", "rank")
+    }
     size = Manifest.load(exported_fp32).xfm_config.image_size
     vision = found["xfm_vision"]
-    assert vision["input"] == [{"name": "pixels", "data_type": "TYPE_FP32", "dims": [3, size, size]}]
-    assert (vision["max_batch_size"], vision["dynamic_batching"]) == (32, {"max_queue_delay_microseconds": 500})
+    assert vision["input"] == [
+        {"name": "pixels", "data_type": "TYPE_FP32", "dims": [3, size, size]}
+    ]
+    assert (vision["max_batch_size"], vision["dynamic_batching"]) == (
+        32,
+        {"max_queue_delay_microseconds": 500},
+    )
     fusion = {tensor["name"]: tensor for tensor in found["xfm_fusion"]["input"]}
-    assert (fusion["attention_mask"]["dims"], fusion["attention_mask"]["data_type"]) == ([-1, -1], "TYPE_INT64")
+    assert (fusion["attention_mask"]["dims"], fusion["attention_mask"]["data_type"]) == (
+        [-1, -1],
+        "TYPE_INT64",
+    )
     for name, config in found.items():
         assert config["name"] == name
         assert config["instance_group"] == [{"count": 1, "kind": "KIND_CPU"}]
         if (graph := name.removeprefix("xfm_")) != "rank":
-            assert (config["platform"], config["default_model_filename"]) == ("onnxruntime_onnx", f"{graph}.onnx")
+            assert (config["platform"], config["default_model_filename"]) == (
+                "onnxruntime_onnx",
+                f"{graph}.onnx",
+            )
             assert [path.name for path in (repository / name / "1").iterdir()] == [f"{graph}.onnx"]
             assert [warm["batch_size"] for warm in config["model_warmup"]] == [1]
 
@@ -96,8 +120,12 @@ def test_scores_and_orders_are_those_of_the_model(
     expected = eager_scores(small_model, tokenizer, images, captions)
     np.testing.assert_allclose(answer["scores"], expected, rtol=0, atol=1e-4)
     assert answer["scores"].std() > 0.01
-    np.testing.assert_array_equal(answer["caption_order"], np.argsort(-answer["scores"], axis=1, kind="stable"))
-    np.testing.assert_array_equal(answer["image_order"], np.argsort(-answer["scores"].T, axis=1, kind="stable"))
+    np.testing.assert_array_equal(
+        answer["caption_order"], np.argsort(-answer["scores"], axis=1, kind="stable")
+    )
+    np.testing.assert_array_equal(
+        answer["image_order"], np.argsort(-answer["scores"].T, axis=1, kind="stable")
+    )
     assert answer["reused"].tolist() == [False] * 3
     assert server.calls.count("xfm_vision") == 1 + 1, "once to warm up, once for both images"
     server.calls.clear()
@@ -138,7 +166,9 @@ def test_bad_requests_fail_alone(repository: Path, monkeypatch: pytest.MonkeyPat
         assert server.codes == [1]
 
 
-def test_an_edited_tokenizer_is_not_loaded(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_edited_tokenizer_is_not_loaded(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copied = Path(shutil.copytree(repository, tmp_path / "models"))
     (copied / "xfm_rank" / "1" / "tokenizer.json").write_text("{}")
     with pytest.raises(Exception, match=r"xfm_rank: .*tokenizer\.json is truncated"):
@@ -149,7 +179,9 @@ def _planned(exported: Path, profiles: Sequence[Slot], **options: Any) -> dict[s
     """The configurations of engines of an export with these profiles."""
     manifest = Manifest.load(exported)
     graphs = [
-        graph.model_copy(update={"file": f"{graph.name}.engine", "profiles": graph_profiles(graph, profiles)})
+        graph.model_copy(
+            update={"file": f"{graph.name}.engine", "profiles": graph_profiles(graph, profiles)}
+        )
         for graph in manifest.graphs
     ]
     target = EngineTarget(library="tensorrt", version="10.9", compute_capabilities=[90])
@@ -160,11 +192,17 @@ def _planned(exported: Path, profiles: Sequence[Slot], **options: Any) -> dict[s
 
 def test_engines_are_plans_with_a_context_for_each_profile(exported_fp32: Path) -> None:
     profiles = parse_profiles(
-        ["latency:batch=1,texts=1..16..64,length=1..16..40", "bulk:batch=1..16..64,texts=1..16..32,length=1..16..40"]
+        [
+            "latency:batch=1,texts=1..16..64,length=1..16..40",
+            "bulk:batch=1..16..64,texts=1..16..32,length=1..16..40",
+        ]
     )
     planned = _planned(exported_fp32, profiles)
     vision = planned["xfm_vision"]
-    assert (vision["platform"], vision["default_model_filename"]) == ("tensorrt_plan", "vision.engine")
+    assert (vision["platform"], vision["default_model_filename"]) == (
+        "tensorrt_plan",
+        "vision.engine",
+    )
     assert vision["max_batch_size"] == 64
     assert vision["instance_group"] == [{"count": 1, "kind": "KIND_GPU", "profile": ["0", "1"]}]
     # Batches of the tuned size are preferred, and both tuned shapes captured.
@@ -177,7 +215,10 @@ def test_engines_are_plans_with_a_context_for_each_profile(exported_fp32: Path) 
     fusion = planned["xfm_fusion"]
     assert (fusion["max_batch_size"], "dynamic_batching" in fusion) == (0, False)
     assert fusion["input"][1]["dims"] == [-1, -1, -1]
-    assert [warm["inputs"][1]["value"]["dims"] for warm in fusion["model_warmup"]] == [[1, 16, 16], [16, 16, 16]]
+    assert [warm["inputs"][1]["value"]["dims"] for warm in fusion["model_warmup"]] == [
+        [1, 16, 16],
+        [16, 16, 16],
+    ]
     specs = fusion["optimization"]["cuda"]["graph_spec"]
     assert [spec["input"][1] for spec in specs] == [
         {"key": "attention_mask", "value": {"dim": [*dims]}} for dims in ((1, 16, 16), (16, 16, 16))
@@ -186,7 +227,9 @@ def test_engines_are_plans_with_a_context_for_each_profile(exported_fp32: Path) 
 
 
 def test_fusion_is_batched_with_the_default_profiles(exported_fp32: Path) -> None:
-    assert {config["max_batch_size"] for config in _planned(exported_fp32, DEFAULT_PROFILES).values()} == {32}
+    assert {
+        config["max_batch_size"] for config in _planned(exported_fp32, DEFAULT_PROFILES).values()
+    } == {32}
 
 
 @pytest.mark.parametrize(
@@ -218,7 +261,10 @@ def test_unservable_exports_are_refused_first(
 
 
 def test_a_repository_has_a_folder_of_its_own(
-    exported_fp32: Path, tokenizer: CaptionTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported_fp32: Path,
+    tokenizer: CaptionTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nothing is replaced, and a failure leaves nothing."""
     (tmp_path / "theirs").mkdir()

@@ -34,9 +34,17 @@ def words(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_an_export_is_served(exported_fp32: Path, small_model: XFM, words: Path, tmp_path: Path) -> None:
-    served = load(exported_fp32, SourceOptions(tokenizer=words, device="cpu", name="small"), 1 << 24)
-    assert (served.name, served.random, served.heads) == ("small", False, ("contrastive", "matching"))
+def test_an_export_is_served(
+    exported_fp32: Path, small_model: XFM, words: Path, tmp_path: Path
+) -> None:
+    served = load(
+        exported_fp32, SourceOptions(tokenizer=words, device="cpu", name="small"), 1 << 24
+    )
+    assert (served.name, served.random, served.heads) == (
+        "small",
+        False,
+        ("contrastive", "matching"),
+    )
     (tmp_path / "1.png").write_bytes(photo(1))
     with running(Service(served, ServiceOptions(port=0))) as service:
         asked = {"query": image(1), "documents": CAPTIONS, "model": "small"}
@@ -48,28 +56,39 @@ def test_an_export_is_served(exported_fp32: Path, small_model: XFM, words: Path,
     expected = model.match(tmp_path / "1.png", CAPTIONS).tolist()
     for answer in answers:
         found = {each["index"]: each["relevance_score"] for each in answer["results"]}
-        np.testing.assert_allclose([found[place] for place in range(3)], expected, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(
+            [found[place] for place in range(3)], expected, rtol=0, atol=1e-4
+        )
     rows = [each["embedding"] for each in embedded["data"]]
     features = [*model.encode(CAPTIONS).tolist(), model.encode(tmp_path / "1.png").tolist()]
     np.testing.assert_allclose(rows, features, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_tokenizer_and_preprocessing_travel_with_an_export(small_model: XFM, words: Path, tmp_path: Path) -> None:
+def test_tokenizer_and_preprocessing_travel_with_an_export(
+    small_model: XFM, words: Path, tmp_path: Path
+) -> None:
     model = XFM(small_model.config, heads=small_model.heads).eval()
     model.load_tokenizer(str(words), tmp_path)
     assert model.tokenizer is not None
     manifest = export_onnx(model, tmp_path / "out")
-    assert {"tokenizer.json", "preprocessor_config.json", "README.md"} <= {record.name for record in manifest.files}
+    assert {"tokenizer.json", "preprocessor_config.json", "README.md"} <= {
+        record.name for record in manifest.files
+    }
     import onnx
 
-    described = onnx.load(str(tmp_path / "out" / "text.onnx"), load_external_data=False).metadata_props
+    described = onnx.load(
+        str(tmp_path / "out" / "text.onnx"), load_external_data=False
+    ).metadata_props
     facts = {entry.key: entry.value for entry in described}
-    assert facts["xfm_fast.tokenizer_sha256"] == manifest.tokenizer_sha256 == model.tokenizer.sha256()
+    assert (
+        facts["xfm_fast.tokenizer_sha256"] == manifest.tokenizer_sha256 == model.tokenizer.sha256()
+    )
     assert json.loads(facts["xfm_fast.preprocessing"])["image_mean"] == [*MEAN]
     assert json.loads(facts["xfm_fast.special_tokens"])["eos"] == model.tokenizer.eos_token_id
     commands = re.findall(
-        r"trtexec --onnx=(\w+)\.onnx .*--maxShapes=(\S+)", (tmp_path / "out" / "README.md").read_text()
+        r"trtexec --onnx=(\w+)\.onnx .*--maxShapes=(\S+)",
+        (tmp_path / "out" / "README.md").read_text(),
     )
     assert {name: shapes.count(":") for name, shapes in commands} == {
         graph.name: len(graph.inputs) for graph in manifest.graphs

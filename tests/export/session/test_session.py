@@ -46,7 +46,9 @@ def _close(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("texts", "width"), [(1, 1), (33, 40)])
-def test_encoders_are_those_of_the_model(either: Session, small_model: XFM, texts: int, width: int) -> None:
+def test_encoders_are_those_of_the_model(
+    either: Session, small_model: XFM, texts: int, width: int
+) -> None:
     (ids, mask), pixels = texts_of(texts, width), pixels_of(small_model, texts % 7)
     with torch.inference_mode():
         expected, found = small_model.encode_image(pixels), either.encode_image(pixels)
@@ -74,17 +76,23 @@ def test_fusion_is_that_of_the_model(
         pixels = small_model.encode_image(pixels_of(small_model, images))
         embeds = small_model.encode_text(ids, mask)
         _close(either.encode_text(ids, mask), embeds)
-        expected = small_model.fuse(embeds, mask, small_model.image_memory(pixels), index, first_token_only=True)
+        expected = small_model.fuse(
+            embeds, mask, small_model.image_memory(pixels), index, first_token_only=True
+        )
         # A token budget changes the passes, and no result.
         for budget in (2048, 40):
             monkeypatch.setattr(either, "limits", PassLimits(budget, pass_tokens=0))
-            found = either.fuse(embeds, mask, either.image_memory(pixels), index, first_token_only=True)
+            found = either.fuse(
+                embeds, mask, either.image_memory(pixels), index, first_token_only=True
+            )
             _close(found, expected)
             _close(either.match_logits(found), small_model.match_logits(expected))
             _close(either.predict_boxes(found), small_model.predict_boxes(expected))
 
 
-def test_retrieval_runs_on_a_session_unchanged(either: Session, small_model: XFM, tmp_path: Path) -> None:
+def test_retrieval_runs_on_a_session_unchanged(
+    either: Session, small_model: XFM, tmp_path: Path
+) -> None:
     pixels, (ids, mask) = pixels_of(small_model, 6), texts_of(31, 14)
     results = []
     for model in (small_model, either):
@@ -95,7 +103,11 @@ def test_retrieval_runs_on_a_session_unchanged(either: Session, small_model: XFM
         if model is either:
             kept = retriever.rerank(images, texts, k=5, resume=tmp_path)
             again = retriever.rerank(images, texts, k=5, resume=tmp_path)
-            assert again.receipt.pairs_resumed == kept.receipt.pairs_scored == again.receipt.pairs_scored
+            assert (
+                again.receipt.pairs_resumed
+                == kept.receipt.pairs_scored
+                == again.receipt.pairs_scored
+            )
             assert torch.equal(kept.scores, again.scores)
     ours, theirs = results[1], results[0]
     assert torch.equal(ours.score_i2t == UNSCORED, theirs.score_i2t == UNSCORED)
@@ -110,7 +122,10 @@ def test_nothing_is_nothing(either: Session, small_model: XFM) -> None:
     images = either.encode_image(pixels_of(small_model, 1)[:0])
     assert images.shape == (0, either.config.num_image_tokens, either.config.vision_width)
     memory = either.image_memory(images)
-    assert either.match_logits(either.fuse(embeds, mask, memory, first_token_only=True)).shape == (0, 2)
+    assert either.match_logits(either.fuse(embeds, mask, memory, first_token_only=True)).shape == (
+        0,
+        2,
+    )
 
 
 def test_a_fixed_batch_takes_any_number(small_model: XFM, tmp_path: Path) -> None:
@@ -150,14 +165,19 @@ def test_threads_share_a_session(session: Session, small_model: XFM) -> None:
 
 def test_one_graph_pads_and_trims_by_itself(session: Session, small_model: XFM) -> None:
     ids, mask = texts_of(2, 5)
-    assert session.run("vision", {"pixels": pixels_of(small_model, 1)})["image_embeds"].shape[0] == 1
+    assert (
+        session.run("vision", {"pixels": pixels_of(small_model, 1)})["image_embeds"].shape[0] == 1
+    )
     with pytest.raises(InputError, match="attention_mask"):
         session.run("text", {"input_ids": ids})
     with pytest.raises(InputError, match=r"attention_mask is \[2, 4\]"):
         session.run("text", {"input_ids": ids, "attention_mask": mask[:, :4]})
     left = torch.ones_like(mask)
     left[1, 0] = 0
-    for run in (session.encode_text, lambda i, m: session.run("text", {"input_ids": i, "attention_mask": m})):
+    for run in (
+        session.encode_text,
+        lambda i, m: session.run("text", {"input_ids": i, "attention_mask": m}),
+    ):
         with pytest.raises(InputError, match=r"text 1 .*right"):
             run(ids, left)
         with pytest.raises(InputError, match="-1"):
@@ -175,7 +195,10 @@ def test_all_tokens_come_where_they_were_exported(
     ids, mask = texts_of(5, 8)
     index = torch.tensor([0, 1, 0, 0, 1])
     with torch.inference_mode():
-        images, embeds = small_model.encode_image(pixels_of(small_model, 2)), small_model.encode_text(ids, mask)
+        images, embeds = (
+            small_model.encode_image(pixels_of(small_model, 2)),
+            small_model.encode_text(ids, mask),
+        )
         with pytest.raises(UnavailableError, match="token 0"):
             session.fuse(embeds, mask, session.image_memory(images), index)
         graphs: Any = ("image_memory", "fusion")
@@ -205,15 +228,25 @@ def test_runtimes_that_do_not_run_an_export(exported_fp32: Path) -> None:
 
 
 def _graph(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path, dict[str, Any]], Any]:
-    return lambda folder, content: change(next(graph for graph in content["graphs"] if graph["name"] == "text"))
+    return lambda folder, content: change(
+        next(graph for graph in content["graphs"] if graph["name"] == "text")
+    )
 
 
 def _unlisted_weights(folder: Path, content: dict[str, Any]) -> None:
     import onnx
 
     graph = content["graphs"][0]
-    onnx.save(onnx.load(folder / graph["file"]), folder / graph["file"], save_as_external_data=True, location="more")
-    content["files"] = [record.model_dump() for record in record_files(folder, [r["name"] for r in content["files"]])]
+    onnx.save(
+        onnx.load(folder / graph["file"]),
+        folder / graph["file"],
+        save_as_external_data=True,
+        location="more",
+    )
+    content["files"] = [
+        record.model_dump()
+        for record in record_files(folder, [r["name"] for r in content["files"]])
+    ]
 
 
 FALSE: dict[str, Callable[[Path, dict[str, Any]], Any]] = {

@@ -25,10 +25,44 @@ from xfm_fast.data.shapes.scenes import (
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-_OTHER_WORDS = {"left of": "to the left of", "right of": "to the right of", "above": "over", "below": "under"}
+_OTHER_WORDS = {
+    "left of": "to the left of",
+    "right of": "to the right of",
+    "above": "over",
+    "below": "under",
+}
 _FUNCTION_WORDS = (
-    *("a", "an", "the", "of", "in", "to", "than", "under", "over", "above", "below", "left", "right", "there", "is"),
-    *("are", "contain", "contains", "both", "exactly", "how", "many", "more", "what", "total", "image", "images"),
+    *(
+        "a",
+        "an",
+        "the",
+        "of",
+        "in",
+        "to",
+        "than",
+        "under",
+        "over",
+        "above",
+        "below",
+        "left",
+        "right",
+        "there",
+        "is",
+    ),
+    *(
+        "are",
+        "contain",
+        "contains",
+        "both",
+        "exactly",
+        "how",
+        "many",
+        "more",
+        "what",
+        "total",
+        "image",
+        "images",
+    ),
     *("picture", "object", "objects", "color", "shape", "size"),
 )
 VOCABULARY = tuple(sorted({*COLOURS, *SHAPES, *SIZES, *TEXTURES, *NUMBERS[1:], *_FUNCTION_WORDS}))
@@ -49,7 +83,11 @@ class Reference:
     other: Reference | None = None
 
     def __str__(self) -> str:
-        return self.noun if self.other is None else f"{self.noun} {self.relation} the {self.other.noun}"
+        return (
+            self.noun
+            if self.other is None
+            else f"{self.noun} {self.relation} the {self.other.noun}"
+        )
 
     @property
     def adjectives(self) -> str:
@@ -76,7 +114,9 @@ class Reference:
         if len(anchors) != 1:
             return []
         anchor = scene.things[anchors[0]]
-        return [i for i in fitting if i != anchors[0] and holds(self.relation, scene.things[i], anchor)]
+        return [
+            i for i in fitting if i != anchors[0] and holds(self.relation, scene.things[i], anchor)
+        ]
 
 
 def _doubled_offset(a: Thing, b: Thing) -> tuple[int, int]:
@@ -87,7 +127,9 @@ def _doubled_offset(a: Thing, b: Thing) -> tuple[int, int]:
 def holds(relation: str, a: Thing, b: Thing) -> bool:
     """True if a is left of, right of, above or below b: centres differ by at least `MARGIN`."""
     right, down = _doubled_offset(a, b)
-    return {"left of": right, "right of": -right, "above": down, "below": -down}[relation] >= 2 * MARGIN
+    return {"left of": right, "right of": -right, "above": down, "below": -down}[
+        relation
+    ] >= 2 * MARGIN
 
 
 def main_relation(a: Thing, b: Thing) -> str:
@@ -116,19 +158,31 @@ def captions(scene: Scene) -> list[str]:
 
 def _chain(nouns: Sequence[str], relations: Sequence[str]) -> str:
     """Nouns joined by relations: "a circle left of a square above a star"."""
-    return " ".join([nouns[0], *(f"{relation} {noun}" for relation, noun in zip(relations, nouns[1:], strict=True))])
+    return " ".join(
+        [
+            nouns[0],
+            *(f"{relation} {noun}" for relation, noun in zip(relations, nouns[1:], strict=True)),
+        ]
+    )
 
 
 def references(scene: Scene, index: int) -> list[Reference]:
     """Referring expressions that match this object only: shortest attributes first, then relations; may be empty."""
     thing = scene.things[index]
-    found = [reference for reference in _attribute_sets(thing) if reference.resolve(scene) == [index]]
+    found = [
+        reference for reference in _attribute_sets(thing) if reference.resolve(scene) == [index]
+    ]
     for other, anchor in enumerate(scene.things):
-        name = next((ref for ref in _attribute_sets(anchor) if ref.shape and ref.resolve(scene) == [other]), None)
+        name = next(
+            (ref for ref in _attribute_sets(anchor) if ref.shape and ref.resolve(scene) == [other]),
+            None,
+        )
         if other == index or name is None:
             continue
         for colour in (None, thing.colour):
-            reference = Reference(None, colour, None, thing.shape, main_relation(thing, anchor), name)
+            reference = Reference(
+                None, colour, None, thing.shape, main_relation(thing, anchor), name
+            )
             if reference.resolve(scene) == [index]:
                 found.append(reference)
     return found
@@ -152,19 +206,27 @@ def questions(scene: Scene, split: Split) -> list[tuple[str, str]]:
             if silent := [ref for ref in expressions if getattr(ref, attribute) is None]:
                 pairs.append((f"what {word} is the {silent[0]}", getattr(thing, attribute)))
     present, absent = _pairs(scene, split)
-    pairs += [(f"is there {with_article(f'{colour} {shape}')}", "yes") for colour, shape in present[:1]]
+    pairs += [
+        (f"is there {with_article(f'{colour} {shape}')}", "yes") for colour, shape in present[:1]
+    ]
     if absent:
         colour, shape = absent[_choice((scene,), "absent", len(absent))]
         pairs.append((f"is there {with_article(f'{colour} {shape}')}", "no"))
-    simple = [next((ref for ref in refs if ref.other is None and ref.shape), None) for refs in names]
+    simple = [
+        next((ref for ref in refs if ref.other is None and ref.shape), None) for refs in names
+    ]
     for i, j in permutations(range(len(scene.things)), 2):
         thing, anchor = scene.things[i], scene.things[j]
         if simple[i] is None or simple[j] is None:
             continue
         relation = main_relation(thing, anchor)
         claim = relation if _choice((scene,), f"{i} {j}", 2) else OPPOSITE[relation]
-        pairs.append((f"is the {simple[i]} {claim} the {simple[j]}", "yes" if claim == relation else "no"))
-        if [k for k, one in enumerate(scene.things) if k != j and holds(relation, one, anchor)] == [i]:
+        pairs.append(
+            (f"is the {simple[i]} {claim} the {simple[j]}", "yes" if claim == relation else "no")
+        )
+        if [k for k, one in enumerate(scene.things) if k != j and holds(relation, one, anchor)] == [
+            i
+        ]:
             pairs.append((f"what shape is {relation} the {simple[j]}", thing.shape))
     return pairs
 
@@ -181,10 +243,15 @@ def statements(first: Scene, second: Scene, split: Split) -> list[tuple[str, boo
         made.append((f"there are {NUMBERS[total]} objects in total", total == left + right))
     for count in sorted({left, right}):
         noun = f"object{'s' * (count > 1)}"
-        made.append((f"both images contain exactly {NUMBERS[count]} {noun}", left == right == count))
+        made.append(
+            (f"both images contain exactly {NUMBERS[count]} {noun}", left == right == count)
+        )
     for attribute, values, noun in (("shape", SHAPES, "{}"), ("colour", COLOURS, "{} object")):
         seen = [{getattr(thing, attribute) for thing in scene.things} for scene in both]
-        for purpose, options in ((attribute, sorted(seen[0] | seen[1])), (f"any {attribute}", values)):
+        for purpose, options in (
+            (attribute, sorted(seen[0] | seen[1])),
+            (f"any {attribute}", values),
+        ):
             value = options[_choice(both, purpose, len(options))]
             name, count = with_article(noun.format(value)), sum(value in has for has in seen)
             made.append((f"both images contain {name}", count == 2))
@@ -193,12 +260,16 @@ def statements(first: Scene, second: Scene, split: Split) -> list[tuple[str, boo
         for pairs, truth in zip(_pairs(scene, split), (True, False), strict=True):
             if pairs:
                 colour, shape = pairs[_choice(both, f"{side} {truth}", len(pairs))]
-                made.append((f"the {side} image contains {with_article(f'{colour} {shape}')}", truth))
+                made.append(
+                    (f"the {side} image contains {with_article(f'{colour} {shape}')}", truth)
+                )
     for side, scene in zip(("left", "right"), both, strict=True):
         for a, b in pairwise(scene.things):
             x, y = (Reference(colour=thing.colour, shape=thing.shape) for thing in (a, b))
             for claim in (main_relation(a, b), OPPOSITE[main_relation(a, b)]):
-                sentence = f"in the {side} image {with_article(x.noun)} is {claim} {with_article(y.noun)}"
+                sentence = (
+                    f"in the {side} image {with_article(x.noun)} is {claim} {with_article(y.noun)}"
+                )
                 made.append((sentence, _related(scene, x, claim, y)))
     return made
 
@@ -249,5 +320,7 @@ def _pairs(scene: Scene, split: Split) -> tuple[list[tuple[str, str]], list[tupl
 
 def _choice(scenes: Sequence[Scene], purpose: str, count: int) -> int:
     """Deterministic pseudo-random number below `count` for these scenes."""
-    looks = " ".join(f"{Reference(*t.looks)}{pixel_box(t)}" for scene in scenes for t in scene.things)
+    looks = " ".join(
+        f"{Reference(*t.looks)}{pixel_box(t)}" for scene in scenes for t in scene.things
+    )
     return zlib.crc32(f"{purpose}: {looks}".encode()) % count

@@ -163,7 +163,10 @@ def _places(sides: list[int], draws: _Draws) -> list[tuple[int, int]]:
             place = draws.between(1, CANVAS - 1 - side), draws.between(1, CANVAS - 1 - side)
             # Both axes of a pair overlap (with a gap): redraw the scene.
             if any(
-                all(place[i] + side + _GAP > other[i] and other[i] + its_side + _GAP > place[i] for i in range(2))
+                all(
+                    place[i] + side + _GAP > other[i] and other[i] + its_side + _GAP > place[i]
+                    for i in range(2)
+                )
                 for other, its_side in zip(places, sides, strict=False)
             ):
                 break
@@ -175,7 +178,8 @@ def _places(sides: list[int], draws: _Draws) -> list[tuple[int, int]]:
 def pixel_box(thing: Thing, resolution: int = CANVAS) -> tuple[int, int, int, int]:
     """(x, y, w, h) of an object in pixels."""
     left, top, right, bottom = (
-        round(edge * resolution / CANVAS) for edge in (thing.x, thing.y, thing.x + thing.side, thing.y + thing.side)
+        round(edge * resolution / CANVAS)
+        for edge in (thing.x, thing.y, thing.x + thing.side, thing.y + thing.side)
     )
     return left, top, right - left, bottom - top
 
@@ -199,7 +203,10 @@ def render(scene: Scene, resolution: int = CANVAS) -> NDArray[np.uint8]:
 def _light(resolution: int) -> NDArray[np.int16]:
     """Background gradient `[R, R, 3]`, which encodes position by colour (BEiT has no absolute positions)."""
     across = np.linspace(-LIGHT, LIGHT, resolution)
-    red, blue = np.broadcast_to(across, (resolution, resolution)), np.broadcast_to(across[:, None], (resolution,) * 2)
+    red, blue = (
+        np.broadcast_to(across, (resolution, resolution)),
+        np.broadcast_to(across[:, None], (resolution,) * 2),
+    )
     return np.rint(np.stack([red, -(red + blue) / 2, blue], axis=2)).astype(np.int16)
 
 

@@ -15,7 +15,15 @@ from typing import Any
 from PIL import Image
 
 from xfm_fast.data.files import new_folder
-from xfm_fast.data.shapes.language import ANSWERS, Reference, captions, entailments, questions, references, statements
+from xfm_fast.data.shapes.language import (
+    ANSWERS,
+    Reference,
+    captions,
+    entailments,
+    questions,
+    references,
+    statements,
+)
 from xfm_fast.data.shapes.scenes import CANVAS, SPLITS, Scene, Split, pixel_box, render, scene
 from xfm_fast.errors import DataError, StorageError
 from xfm_fast.io import read_json
@@ -78,8 +86,14 @@ def _existing(folder: Path, world: dict[str, Any]) -> dict[str, Any] | None:
     try:
         found = read_json(folder / WORLD_FILE)
     except (OSError, ValueError):
-        raise DataError(f"{folder} exists and is no shapes world; choose another folder or remove it") from None
-    differing = [f"{name} {found.get(name)}, not {value}" for name, value in world.items() if found.get(name) != value]
+        raise DataError(
+            f"{folder} exists and is no shapes world; choose another folder or remove it"
+        ) from None
+    differing = [
+        f"{name} {found.get(name)}, not {value}"
+        for name, value in world.items()
+        if found.get(name) != value
+    ]
     if differing:
         raise DataError(
             f"{folder} holds another shapes world ({'; '.join(differing)}); choose another folder or remove it"
@@ -87,11 +101,15 @@ def _existing(folder: Path, world: dict[str, Any]) -> dict[str, Any] | None:
     return found
 
 
-def _write_split(folder: Path, seed: int, split: Split, count: int, resolution: int) -> dict[str, int]:
+def _write_split(
+    folder: Path, seed: int, split: Split, count: int, resolution: int
+) -> dict[str, int]:
     """Write the images and files of a split; returns the rows of each file."""
     (folder / "images" / split).mkdir(parents=True)
     lines: dict[str, list[Any]] = {name: [] for name in ("pairs", "regions", "images", "texts")}
-    arrays: dict[str, list[Any]] = {name: [] for name in ("vqa", "nlvr", "retrieval", "grounding", "captioning")}
+    arrays: dict[str, list[Any]] = {
+        name: [] for name in ("vqa", "nlvr", "retrieval", "grounding", "captioning")
+    }
     text, image = [("sentence1", "sentence2", "label")], [("image", "label")]
     before = scene(seed, count - 1, split)
     paths = [f"images/{split}/{index:06d}.png" for index in range(count)]
@@ -109,40 +127,67 @@ def _write_split(folder: Path, seed: int, split: Split, count: int, resolution: 
         lines["images"].append({"binary": base64.b64encode(other).decode()})
         lines["texts"].append({"desc": captions(scene(seed, 2 * count + index, split))[index % 4]})
         arrays["vqa"] += [
-            {"image": path, "question": question, "answer": [answer], "question_id": number, "dataset": "vqa"}
+            {
+                "image": path,
+                "question": question,
+                "answer": [answer],
+                "question_id": number,
+                "dataset": "vqa",
+            }
             for number, (question, answer) in enumerate(questions(made, split), len(arrays["vqa"]))
         ]
         # True and false statements about two consecutive scenes alternate.
         truth = index % 2 == 0
-        sentences = [sentence for sentence, true in statements(before, made, split) if true == truth]
+        sentences = [
+            sentence for sentence, true in statements(before, made, split) if true == truth
+        ]
         # 7 shares no factor with the lengths that occur often, so all kinds of statement come up.
         sentence = sentences[7 * index % len(sentences)]
-        arrays["nlvr"].append({"images": [paths[index - 1], path], "sentence": sentence, "label": str(truth)})
+        arrays["nlvr"].append(
+            {"images": [paths[index - 1], path], "sentence": sentence, "label": str(truth)}
+        )
         first = len(arrays["grounding"])
         for number, element in enumerate(elements, first):
             name = element["caption"]
-            name = f"{element['attributes']} {name}" if "attributes" in element else name[first % len(name)]
-            arrays["grounding"].append({"image": path, "text": name, "bbox": element["bb"], "ref_id": number})
+            name = (
+                f"{element['attributes']} {name}"
+                if "attributes" in element
+                else name[first % len(name)]
+            )
+            arrays["grounding"].append(
+                {"image": path, "text": name, "bbox": element["bb"], "ref_id": number}
+            )
         if split == "train":
-            arrays["retrieval"] += [{"image": path, "caption": each, "image_id": path} for each in texts]
+            arrays["retrieval"] += [
+                {"image": path, "caption": each, "image_id": path} for each in texts
+            ]
         elif texts[0] not in described:
             # Evaluation counts one right answer: a second image with the same description would be another.
             described.add(texts[0])
             arrays["retrieval"].append({"image": path, "caption": texts[:1]})
         arrays["captioning"] += [
-            {"image": path, "caption": each, "image_id": index} for each in (texts if split == "train" else [texts])
+            {"image": path, "caption": each, "image_id": index}
+            for each in (texts if split == "train" else [texts])
         ]
-        text += [(caption, claim, "yes" if true else "no") for caption, claim, true in entailments(made, before, index)]
+        text += [
+            (caption, claim, "yes" if true else "no")
+            for caption, claim, true in entailments(made, before, index)
+        ]
         large = [thing for thing in made.things if thing.size == "large" or len(made.things) == 1]
         if len(large) == 1:
             image.append((path, large[0].shape))
         before = made
     if split != "train":
-        truths = [(index, caption) for index in range(count) for caption in arrays["captioning"][index]["caption"]]
+        truths = [
+            (index, caption)
+            for index in range(count)
+            for caption in arrays["captioning"][index]["caption"]
+        ]
         coco = {
             "images": [{"id": index, "file_name": path} for index, path in enumerate(paths)],
             "annotations": [
-                {"id": number, "image_id": index, "caption": each} for number, (index, each) in enumerate(truths)
+                {"id": number, "image_id": index, "caption": each}
+                for number, (index, each) in enumerate(truths)
             ],
         }
         (folder / f"captioning_{split}_gt.json").write_text(json.dumps(coco) + "\n")
@@ -153,11 +198,16 @@ def _write_split(folder: Path, seed: int, split: Split, count: int, resolution: 
         image = [image[0], *balanced]
     rows = {f"{name}_{split}.jsonl": each for name, each in lines.items()}
     for name, each in rows.items():
-        (folder / name).write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in each))
+        (folder / name).write_text(
+            "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in each)
+        )
     for name, each in arrays.items():
         rows[f"{name}_{split}.json"] = each
         (folder / f"{name}_{split}.json").write_bytes(_json_array(each))
-    for name, table, separator in ((f"text_{split}.tsv", text, "\t"), (f"image_{split}.csv", image, ",")):
+    for name, table, separator in (
+        (f"text_{split}.tsv", text, "\t"),
+        (f"image_{split}.csv", image, ","),
+    ):
         rows[name] = table[1:]
         with (folder / name).open("w", newline="") as file:
             csv.writer(file, delimiter=separator, lineterminator="\n").writerows(table)
@@ -185,4 +235,6 @@ def _png(made: Scene, resolution: int) -> bytes:
 
 
 def _json_array(rows: Any) -> bytes:
-    return ("[\n" + ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows) + "\n]\n").encode()
+    return (
+        "[\n" + ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows) + "\n]\n"
+    ).encode()
