@@ -193,7 +193,7 @@ def _gelu_in_fp8(a: LinearGELU, call: Call) -> Tensor:
     wide = weight.shape[0] > LARGEST_WIDTH
     if wide or not fp8.makes_fp8_rows(call.chosen, weight, x, bias):
         return F.gelu(fp8.linear(x, weight, bias, call.backend))
-    from .triton.layers import bias_gelu_quantise
+    from .triton.rows import bias_gelu_quantise
 
     product = fp8.linear(x, weight, None, call.backend)
     run = on_device_of_arguments(bias_gelu_quantise) if x.is_cuda else bias_gelu_quantise
@@ -208,7 +208,7 @@ def _gelu_kernel(a: LinearGELU, call: Call) -> Tensor:
 def _gelu_forward(a: LinearGELU, backend: str) -> tuple[Tensor, Tensor]:
     x, weight, bias, keep = a
     if backend == "triton":
-        from .triton.layers import linear_gelu_forward
+        from .triton.rows import linear_gelu_forward
 
         out, kept = linear_gelu_forward(x, weight, bias, keep=keep)
     else:
@@ -236,7 +236,7 @@ def _gelu_backward(
     dout, kept = upstream[0], outputs[1]
     assert dout is not None
     if backend == "triton":
-        from .triton.layers import linear_gelu_backward
+        from .triton.rows import linear_gelu_backward
 
         return linear_gelu_backward(dout, *a[:3], kept, tuple(needs))
     dkept = torch.ops.aten.gelu_backward(dout.contiguous(), kept)
