@@ -15,7 +15,7 @@ from xfm_fast.benchmarks.backends.ours import export_engine
 from xfm_fast.benchmarks.backends.registry import export_backends
 from xfm_fast.errors import UnavailableError
 from xfm_fast.export import Session, export_onnx, generated_examples, verify
-from xfm_fast.export.runtimes import Runtime, open_runtime, register, runtimes
+from xfm_fast.export.runtimes import RUNTIMES, Runtime, open_runtime, register
 
 reference = pytest.importorskip("onnx.reference", reason="the toy runtime is onnx's own evaluator")
 pytest.importorskip("onnxscript", reason="exports to ONNX need onnxscript")
@@ -48,7 +48,7 @@ class ToyGraph:
 
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
-    registry: Any = runtimes()
+    registry: Any = RUNTIMES
     register(Toy)
     yield
     del registry["toy"]

@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.shapes import VOCABULARY, Scene, captions, render, scene
-from xfm_fast.export.expected import Examples, padded_texts
+from xfm_fast.export.expected import Examples, pad_texts
 from xfm_fast.export.graphs import DTYPES, Graph, in_dtype
 from xfm_fast.export.manifest import Manifest, new_manifest, record_files
 from xfm_fast.export.pipeline import build_graphs, graph_records
@@ -92,7 +91,7 @@ class Eager(Runtime):
             self.spoil(record.name, outputs)
             return outputs
 
-        return SimpleNamespace(run=run)
+        return run
 
 
 _SPELLING = Spelling("opset23", 23)
@@ -158,7 +157,7 @@ def scenes_examples(model: XFM, first: int, images: int) -> Examples:
     rows = model.tokenizer.encode_ids(texts, 16)
     return Examples(
         _pixels(plain[:images], model),
-        *padded_texts(rows, model.config.pad_token_id),
+        *pad_texts(rows, model.config.pad_token_id),
         f"{images} scenes of shapes",
     )
 
@@ -205,7 +204,7 @@ def _trained() -> XFM:
         made for made in (scene(0, number) for number in range(1500)) if len(made.things) == 1
     ]
     texts = [captions(made)[0] for made in scenes]
-    pixels, (ids, mask) = _pixels(scenes, model), padded_texts(tokenizer.encode_ids(texts, 16), 1)
+    pixels, (ids, mask) = _pixels(scenes, model), pad_texts(tokenizer.encode_ids(texts, 16), 1)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     for _ in range(_STEPS):
         rows = torch.randint(len(scenes), (32,))

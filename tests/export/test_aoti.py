@@ -17,8 +17,9 @@ from xfm_fast import XFM
 from xfm_fast.errors import ExportError, UnavailableError
 from xfm_fast.export import export_packages
 from xfm_fast.export.expected import generated_examples, make_reference
-from xfm_fast.export.graphs import build, trace
+from xfm_fast.export.graphs import build
 from xfm_fast.export.manifest import Manifest, record_files
+from xfm_fast.export.pipeline import trace
 from xfm_fast.export.request import GRAPHS, GraphName
 from xfm_fast.export.runtimes import open_runtime
 from xfm_fast.export.runtimes.aoti import local_target

@@ -122,11 +122,11 @@ def _in_rows(images: list[list[list[int]]], length: int) -> Layout:
     layout = Layout.of(images, LENGTHS, length)
     # Every token is found again where it was written.
     spread = layout.spread(torch.arange(sum(LENGTHS)) + 1, 0)
-    assert torch.equal(spread.flatten()[layout.place], layout.source + 1)
+    assert torch.equal(spread.flatten()[layout.target], layout.source + 1)
     assert (
         int((spread == 0).sum())
         == int((layout.segments == 0).sum())
-        == spread.numel() - len(layout.place)
+        == spread.numel() - len(layout.target)
     )
     return layout
 
@@ -144,8 +144,8 @@ def test_texts_in_rows(model: XFM, rows: list[list[int]], length: int) -> None:
     given = (layout.spread(value[real], padding)[0] for value in (ids, positions))
     embeds, feature = _run("text", model, *given, layout.segments[0], layout.firsts[0], packed=True)
     expected = model.encode_text(ids, mask)
-    _close(embeds.flatten(0, 1)[layout.place], expected[real][layout.source])
-    _close(feature[layout.found], model.project_text(expected)[layout.texts])
+    _close(embeds.flatten(0, 1)[layout.target], expected[real][layout.source])
+    _close(feature[layout.results], model.project_text(expected)[layout.texts])
 
 
 @pytest.mark.parametrize("all_tokens", [False, True], ids=["first", "all"])
@@ -177,10 +177,10 @@ def test_fusion_in_rows(
     for found, wanted in (
         (fused, expected[:, 0]), (logits, model.match_logits(expected)), (boxes, model.predict_boxes(expected)),
     ):  # fmt: skip
-        _close(found.flatten(0, 1)[layout.found], wanted[layout.texts])
+        _close(found.flatten(0, 1)[layout.results], wanted[layout.texts])
     assert len(every) == int(all_tokens)
     for tokens in every:
-        _close(tokens.flatten(0, 2)[layout.place], expected[real][layout.source])
+        _close(tokens.flatten(0, 2)[layout.target], expected[real][layout.source])
 
 
 def test_missing_parts_of_a_model_are_named(small_model: XFM) -> None:

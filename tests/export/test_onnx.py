@@ -15,8 +15,9 @@ from torch import Tensor
 from tests.export.conftest import build_model
 from xfm_fast import __version__
 from xfm_fast.export import onnx as onnx_files
-from xfm_fast.export.graphs import DTYPES, build, in_dtype, memory_names, random_inputs
+from xfm_fast.export.graphs import DTYPES, build, in_dtype, memory_names
 from xfm_fast.export.onnx import write_onnx
+from xfm_fast.export.pipeline import random_inputs
 from xfm_fast.export.request import AttentionForm, DType, GraphName
 from xfm_fast.export.runtimes import Spelling
 from xfm_fast.models.xfm import XFM

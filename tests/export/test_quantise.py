@@ -18,23 +18,13 @@ from tests.export.conftest import scenes_examples
 from xfm_fast.benchmarks.inputs import captions_table
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ExportError, InputError, UnavailableError
-from xfm_fast.export import engines, export_onnx, quantise, quantize_int8, verify
+from xfm_fast.export import engines, export_onnx, qdq, quantise, quantize_int8, verify
 from xfm_fast.export.expected import Reference, make_examples
 from xfm_fast.export.manifest import Manifest
-from xfm_fast.export.quantise import (
-    Fitted,
-    Scheme,
-    Seen,
-    Site,
-    calibration_inputs,
-    fit,
-    least_cosine,
-    observe,
-    quantise_graph,
-    sites,
-)
+from xfm_fast.export.qdq import Fitted, Scheme, Site, find_sites, find_tables, quantise_graph
+from xfm_fast.export.quantise import Statistics, calibration_inputs, fit, least_cosine, observe
 from xfm_fast.export.request import GRAPHS, GraphName, Quantisation
-from xfm_fast.export.runtimes.onnx_runtime import widen
+from xfm_fast.export.runtimes.onnx_runtime import run_graph, widen
 from xfm_fast.export.verification import Comparison, calibration_part
 from xfm_fast.models.xfm import XFM
 
@@ -53,7 +43,7 @@ def test_scales_clip_outliers_and_smooth_channels(monkeypatch: pytest.MonkeyPatc
 
     def fitted(values: torch.Tensor, scheme: Scheme = INT8, norm: str = "norm") -> Fitted:
         site = Site("x", ("gemm",), ("layer",), (weight,), norm)
-        return fit(site, Seen(values.amin(0), values.amax(0), values), scheme)
+        return fit(site, Statistics(values.amin(0), values.amax(0), values), scheme)
 
     assert fitted(rows).error < 0.02
     uneven = rows.clone()
@@ -88,7 +78,7 @@ def test_nodes_of_a_graph(
     folder = {"fp32": exported_fp32, "fp16": exported_fp16}[kind]
     widen(folder / "vision.onnx", tmp_path / "vision.onnx")
     wide, reference = onnx.load(tmp_path / "vision.onnx"), Reference.load(exported_fp32)
-    found, feeds = sites(wide), [{"pixels": reference.tensors["pixels"][:2].numpy()}]
+    found, feeds = find_sites(wide), [{"pixels": reference.tensors["pixels"][:2].numpy()}]
     assert found[1].layers == ("encoder.blocks.0.attn.proj",)
     seen, truths = observe(wide, found, feeds)
     chosen = [fit(*each, scheme) for each in zip(found, seen, strict=True)]
@@ -122,7 +112,7 @@ def test_post_norm_texts_are_smoothed_by_products(exported_fp32: Path) -> None:
     wide, reference = onnx.load(exported_fp32 / "text.onnx"), Reference.load(exported_fp32)
     wide = _uneven(wide)
     feeds = [{name: reference.tensors[name].numpy() for name in ("input_ids", "attention_mask")}]
-    matches = sites(wide)
+    matches = find_sites(wide)
     assert not any(site.norm for site in matches)
     statistics, truths = observe(wide, matches, feeds)
     fitted = [fit(*each, UINT8) for each in zip(matches, statistics, strict=True)]
@@ -136,7 +126,7 @@ def test_post_norm_texts_are_smoothed_by_products(exported_fp32: Path) -> None:
     )
     cosines = []
     for graph in (model, plain):
-        (output,) = quantise.run_graph(graph, feeds)
+        (output,) = run_graph(graph, feeds)
         cosines.append(least_cosine(output, truths[0], feeds[0], dict.fromkeys(truths[0], 1.0)))
     assert cosines[0] > max(cosines[1], 0.99)
 
@@ -152,24 +142,25 @@ def _uneven(model: Any) -> Any:
 
 
 def test_embeddings_are_stored_by_row(exported_fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantise, "_LEAST_TABLE", 10_000)
+    monkeypatch.setattr(qdq, "_LEAST_TABLE", 10_000)
     wide, reference = onnx.load(exported_fp32 / "text.onnx"), Reference.load(exported_fp32)
-    (table,) = quantise.tables(wide)
-    assert table.name.endswith("word_embeddings.weight")
-    model = quantise_graph(wide, (), UINT8, [table])
+    tables = find_tables(wide)
+    (table,) = tables
+    assert table.endswith("word_embeddings.weight")
+    model = quantise_graph(wide, (), UINT8, tables)
     onnx.checker.check_model(model, full_check=True)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    assert table.name not in stored
+    assert table not in stored
     rows = onnx.numpy_helper.to_array(
-        next(each for each in wide.graph.initializer if each.name == table.name)
+        next(each for each in wide.graph.initializer if each.name == table)
     )
     levels, steps = (
-        onnx.numpy_helper.to_array(stored[f"{table.name}.{part}"]) for part in ("int8", "steps")
+        onnx.numpy_helper.to_array(stored[f"{table}.{part}"]) for part in ("int8", "steps")
     )
     assert levels.dtype == np.int8
     assert (np.abs(levels * steps - rows).max(1) <= np.abs(rows).max(1) / 253).all()
     feeds = [{name: reference.tensors[name].numpy() for name in ("input_ids", "attention_mask")}]
-    (output,), (truth,) = (quantise.run_graph(graph, feeds) for graph in (model, wide))
+    (output,), (truth,) = (run_graph(graph, feeds) for graph in (model, wide))
     assert 0.999 < least_cosine(output, truth, feeds[0], dict.fromkeys(truth, 1.0)) < 1
 
 
@@ -207,7 +198,7 @@ def test_every_floating_output_counts() -> None:
 def test_calibration_and_comparison_share_no_example(exported_fp32: Path) -> None:
     reference, manifest = Reference.load(exported_fp32), Manifest.load(exported_fp32)
     (images, texts), (other_images, other_texts) = (
-        calibration_part(reference, rest=rest) for rest in (False, True)
+        calibration_part(reference, judging=judging) for judging in (False, True)
     )
     assert sorted([*images.tolist(), *other_images.tolist()]) == [*range(reference.images)]
     assert sorted([*texts.tolist(), *other_texts.tolist()]) == [*range(reference.texts)]
@@ -243,7 +234,9 @@ def _part(exported: Path, graph: GraphName, folder: Path) -> Path:
 
 def test_heads_keep_their_type(exported_fp32: Path) -> None:
     layers = [
-        layer for site in sites(onnx.load(exported_fp32 / "fusion.onnx")) for layer in site.layers
+        layer
+        for site in find_sites(onnx.load(exported_fp32 / "fusion.onnx"))
+        for layer in site.layers
     ]
     assert len(layers) > 10
     assert not [layer for layer in layers if "head" in layer]

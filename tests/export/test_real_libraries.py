@@ -98,7 +98,8 @@ from torch_tensorrt.dynamo.conversion import CompilationSettings
 from torch_tensorrt.dynamo.conversion._ConverterRegistry import DYNAMO_CONVERTERS
 from torch_tensorrt.dynamo.lowering import get_decompositions, post_lowering, pre_export_lowering
 from xfm_fast.config import XFMConfig
-from xfm_fast.export.graphs import build, trace
+from xfm_fast.export.graphs import build
+from xfm_fast.export.pipeline import trace
 from xfm_fast.tasks.nlvr2 import NLVR2Model
 from xfm_fast.tasks.vqa import VQAModel
 config, settings = XFMConfig.preset("tiny"), CompilationSettings(min_block_size=1)

@@ -19,7 +19,7 @@ from xfm_fast.export.expected import Reference
 from xfm_fast.export.manifest import EngineTarget, Manifest, record_files
 from xfm_fast.export.onnx import export_onnx
 from xfm_fast.export.request import DEFAULT_GRAPHS, GraphName
-from xfm_fast.export.runtimes import open_runtime, runtimes
+from xfm_fast.export.runtimes import RUNTIMES, open_runtime
 from xfm_fast.export.runtimes import tensorrt as engine_runtime
 from xfm_fast.export.runtimes.onnx_runtime import OnnxRuntime, session_options
 from xfm_fast.export.runtimes.tensorrt import TensorRT
@@ -75,7 +75,7 @@ def stand_in(engines: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             super().__init__(manifest, torch.device("cpu"), cuda=module.cuda)
 
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setitem(runtimes(), "tensorrt", OnStandIn)
+    monkeypatch.setitem(RUNTIMES, "tensorrt", OnStandIn)
     return module
 
 
@@ -148,7 +148,7 @@ def test_engines_give_what_the_model_gives(engines: Path, small_model: XFM, stan
     ]
     for graph, sizes, named in wide:
         with pytest.raises(InputError, match=named):
-            session.run(graph, session.example_inputs(graph, session.slots(graph)[0], sizes))
+            session.run(graph, session.example_inputs(graph, sizes))
     with pytest.raises(InputError, match="length 30"):
         session.encode_text(torch.full((1, 30), 5), torch.ones(1, 30))
     stand_in.engines["vision"].broken = True
@@ -203,10 +203,8 @@ def test_requests_between_captured_shapes_are_padded(
         assert made["text_embeds"].shape == expected.shape
         assert (made["text_embeds"] - expected).abs().max() < 1e-4
     # Two axes: 5 texts of 3 tokens run as 8 of 4.
-    slot = session.slots("fusion")[0]
-    session.run(
-        "fusion", session.example_inputs("fusion", slot, {"batch": 1, "texts": 5, "length": 4})
-    )
+    sizes = {"batch": 1, "texts": 5, "length": 4}
+    session.run("fusion", session.example_inputs("fusion", sizes))
     assert stand_in.engines["fusion"].runs[-1][1]["attention_mask"] == (1, 8, 4)
 
 

@@ -29,7 +29,7 @@ DYNAMIC = [_slot(ANY, ANY, SizeRange(1, 512))]
 def test_every_text_is_in_one_pass_that_fits(
     lengths: list[int], budget: int, price: int, most: int | None
 ) -> None:
-    batches = token_batches(lengths, budget, pass_tokens=price, most=most)
+    batches = token_batches(lengths, budget, pass_tokens=price, limit=most)
     assert sorted(row for batch in batches for row in batch.rows) == list(range(len(lengths)))
     for batch in batches:
         assert batch.length == max(lengths[row] for row in batch.rows)
