@@ -17,7 +17,7 @@ import torch
 
 import xfm_fast
 from xfm_fast.errors import UnavailableError
-from xfm_fast.export.runtimes import Runtime, runtimes
+from xfm_fast.export.runtimes import RUNTIMES, Runtime
 from xfm_fast.kernels.cpu import int8
 
 from ..inputs import Subjects
@@ -213,7 +213,7 @@ BACKENDS: tuple[ModelBackend, ...] = (
         "flash-attn", "xfm-fast with flash-attn", lambda s: OurEngine(s.model, "flash_attn"),
         ("embed-text", "rerank", "retrieve"), ("bf16",), _needs("flash_attn", on="cuda"), "flash-attn", schedule="ours",
     ),
-    *(backend for runtime in runtimes().values() for backend in export_backends(runtime)),
+    *(backend for runtime in RUNTIMES.values() for backend in export_backends(runtime)),
 )  # fmt: skip
 
 
