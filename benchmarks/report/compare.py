@@ -19,8 +19,8 @@ from rich.console import Console
 
 from xfm_fast.errors import DataError
 
-from ..measure import ratio_interval
 from ..record import OURS, Document, Result
+from ..timing import ratio_interval
 from .tables import Column, build, plain, print_line, print_table, span, work
 
 SIGNIFICANCE = 0.05

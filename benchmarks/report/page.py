@@ -107,7 +107,7 @@ def remarks(document: Document) -> Iterator[tuple[str, str]]:
         yield "warning", f"† something else ran on this machine: {why}."
     else:
         yield from (("warning", note) for note in notes)
-    recalls = any(row.parts("recall") for row in document.rows)
+    recalls = any(row.numbers("recall") for row in document.rows)
     if document.benchmark == "drop-in" or (document.model and not document.model.trained):
         quality = "; retrieval quality means nothing" if recalls else ""
         yield "", f"The weights are random: speeds and differences are real{quality}."
@@ -150,7 +150,7 @@ def facts(document: Document) -> list[tuple[str, str]]:
         lines.append(
             ("model", f"{model.preset}, {model.parameters / 1e6:.0f}M parameters, {model.origin}")
         )
-    if recall := next(filter(None, (row.parts("recall") for row in document.rows)), None):
+    if recall := next(filter(None, (row.numbers("recall") for row in document.rows)), None):
         ways = {"text": "txt", "image": "img"}
         depths = {
             way: "/".join(f"{recall.get(f'{key}_r{k}', 0):.0f}" for k in (1, 5, 10))

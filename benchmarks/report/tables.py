@@ -18,8 +18,8 @@ from rich.table import Table as Grid
 
 from xfm_fast.errors import DataError
 
-from ..measure import percentile
 from ..record import ACCELERATED, OURS, UNTOUCHED, Comparison, Direction, Document, Result
+from ..timing import percentile
 
 STYLES = {
     **dict.fromkeys(("bad", "failed", "parity failed", "slower", "lost"), "red"),
@@ -334,10 +334,10 @@ def tables(document: Document) -> list[Table]:
             (
                 (work(row, unit=False), row.title),
                 name,
-                f"{value / (sum(row.parts(part).values()) or 1):.0%}",
+                f"{value / (sum(row.numbers(part).values()) or 1):.0%}",
             )
             for row in rows
-            for name, value in row.parts(part).items()
+            for name, value in row.numbers(part).items()
         )
         found.append(
             pivot(
@@ -348,7 +348,7 @@ def tables(document: Document) -> list[Table]:
             )
         )
     for row in rows:
-        left = row.parts("receipt")
+        left = row.numbers("receipt")
         before = [*left.values()]
         steps = zip(left.items(), [*before[:1], *before], strict=False)
         costs = [

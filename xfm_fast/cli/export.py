@@ -122,7 +122,7 @@ def export(
     options: Flat[ExportOptions] = ExportOptions(),
 ) -> int:
     """Export a model; the help is in `app`."""
-    from xfm_fast.benchmarks import inputs
+    from xfm_fast import testing
     from xfm_fast.export import engines, export_packages, onnx, verification
     from xfm_fast.tasks.task import TASKS, explanation
 
@@ -139,7 +139,7 @@ def export(
         logging.getLogger("xfm_fast.export").setLevel(logging.DEBUG)
     if options.data is not None:
         # Validate before a checkpoint is read.
-        inputs.from_files(options.data, most=1)
+        testing.from_files(options.data, limit=1)
     exported = [name for name, task in TASKS.items() if task.Session is not None]
     opened = open_model(replace(source, dtype=None), tasks=exported, device="cpu")
     vocabulary = opened.model.tokenizer if opened.task is None or opened.task.reads_text else None
@@ -224,13 +224,13 @@ def load_examples(
     sizes: Mapping[str, int] = {},
 ) -> Examples:
     """Photographs and captions to compare on, within fixed axes: given, bundled, or generated with a note."""
-    from xfm_fast.benchmarks import inputs
+    from xfm_fast import testing
     from xfm_fast.export.expected import LONGEST, generated_examples, make_examples
     from xfm_fast.tokenizer import CaptionTokenizer
 
     longest = min(sizes.get("length", LONGEST), config.max_text_length)
     try:
-        found = inputs.bundled() if data is None else inputs.from_files(data, most=_PHOTOS)
+        found = testing.bundled() if data is None else testing.from_files(data, limit=_PHOTOS)
     except DataError as error:
         if data is not None:
             raise
