@@ -72,7 +72,9 @@ def to_shards(
             f"{folder} exists and would be overwritten; choose another folder or remove it"
         )
     report = Conversion([])
-    image = ImageOptions(image_key=image_key, image_root=None if image_root is None else Path(image_root))
+    image = ImageOptions(
+        image_key=image_key, image_root=None if image_root is None else Path(image_root)
+    )
     samples = _good_rows(data, report, image, caption_key, quarantine or Quarantine())
     with new_folder(folder, f"shards in {folder}") as temporary:
         sample = next(samples, None)
@@ -114,7 +116,9 @@ def to_lines(
     if file.exists():
         raise DataError(f"{file} exists and would be overwritten; choose another name or remove it")
     report = Conversion([file])
-    image = ImageOptions(image_key=image_key, image_root=None if image_root is None else Path(image_root))
+    image = ImageOptions(
+        image_key=image_key, image_root=None if image_root is None else Path(image_root)
+    )
 
     def write(out: BinaryIO) -> None:
         for _, record in _good_rows(data, report, image, caption_key, quarantine or Quarantine()):
