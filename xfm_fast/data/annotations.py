@@ -6,9 +6,9 @@ import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from copy import copy
 from pathlib import Path
-from typing import Annotated, Any, Generic, NamedTuple, TypeVar
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
@@ -159,30 +159,38 @@ def _explain(problem: Mapping[str, Any], element: Mapping[str, Any]) -> str:
     return f"{field} is {value} ({problem['msg'].lower()})"
 
 
-@dataclass
 class AnnotationRows(Generic[Record]):
     """Rows in memory, read from a file or given as a list.
 
-    `record_type` validates an element when it is read: a record class, or a function that parses an element. Without
-    one, elements are mappings of fields.
+    Attributes:
+        name: Path of the file, or a name in messages.
+        elements: Mappings of fields, or a `DataError` for a broken element.
+        record_type: Validates an element when it is read: a record class, or a function that parses an element.
+            Without one, elements are mappings of fields.
+        labels: Names of elements in messages; None counts them from 0.
+        notes: Messages of the reader, such as what it dropped.
+        modified: Modification time in nanoseconds; by default that of the file and of further `sources`.
     """
 
-    name: str | os.PathLike[str]  # path, or the name in messages
-    elements: Sequence[Any]  # mappings of fields, or a `DataError` for a broken element
-    record_type: type[Record] | Callable[[Any], Record] | None = None
-    labels: Sequence[int | str] | None = None  # names in messages; None counts elements from 0
-    notes: tuple[str, ...] = ()  # what the reader dropped
-    sources: tuple[Path, ...] = ()  # further source files
-    modified: int = -1  # modification time in nanoseconds; -1 asks the file system
-
-    def __post_init__(self) -> None:
-        self.name = os.fspath(self.name)
-        if self.modified < 0:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        elements: Sequence[Any],
+        record_type: type[Record] | Callable[[Any], Record] | None = None,
+        *,
+        labels: Sequence[int | str] | None = None,
+        notes: tuple[str, ...] = (),
+        sources: Sequence[Path] = (),
+        modified: int | None = None,
+    ) -> None:
+        self.name, self.elements, self.record_type = os.fspath(path), elements, record_type
+        self.labels, self.notes = labels, notes
+        if modified is None:
             try:
-                times = [os.stat(path).st_mtime_ns for path in (self.name, *self.sources)]
+                modified = max(os.stat(source).st_mtime_ns for source in (path, *sources))
             except OSError as error:
-                raise unreadable(Path(self.name), error) from None
-            self.modified = max(times)
+                raise unreadable(Path(path), error) from None
+        self.modified = modified
 
     def __len__(self) -> int:
         return len(self.elements)
@@ -205,8 +213,10 @@ class AnnotationRows(Generic[Record]):
 
     def select(self, rows: Sequence[int]) -> AnnotationRows[Record]:
         """Select rows, which keep their labels."""
-        elements = [self.elements[row] for row in rows]
-        return replace(self, elements=elements, labels=[self.label(row) for row in rows])
+        selection = copy(self)
+        selection.elements = [self.elements[row] for row in rows]
+        selection.labels = [self.label(row) for row in rows]
+        return selection
 
     def read(self, row: int) -> Record:
         """Validate a row."""
@@ -219,7 +229,7 @@ class AnnotationRows(Generic[Record]):
         if not isinstance(element, Mapping):
             name = type(element).__name__
             raise DataError(f"the record is of type {name} instead of a mapping of fields")
-        return element
+        return cast("Record", element)
 
     def records(self) -> Iterator[Record]:
         """Validate all rows in order; a broken element raises `DataError`."""
@@ -239,7 +249,10 @@ def as_rows(
     files: Iterable[AnnotationRows[Any]], record_type: type[RecordT]
 ) -> list[AnnotationRows[RecordT]]:
     """Set the record type of the rows of several files."""
-    return [replace(rows, record_type=record_type) for rows in files]
+    typed = list(files)
+    for rows in typed:
+        rows.record_type = record_type
+    return typed
 
 
 def label_names(files: Iterable[AnnotationRows[Any]]) -> list[str]:
@@ -290,7 +303,7 @@ def check_images(items: Iterable[Any], root: str | os.PathLike[str]) -> None:
 class Overlap(NamedTuple):
     """How much two splits share, and the first examples."""
 
-    count: int
+    total: int
     examples: tuple[str, ...]
 
 

@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -461,7 +460,8 @@ def resolve_images(folder: Path, rows: AnnotationRows[Any]) -> AnnotationRows[An
                     f"image {image} is outside of {folder}; move it there, or name the table as the data"
                 )
         elements.append(element)
-    return replace(rows, elements=elements)
+    rows.elements = elements
+    return rows
 
 
 def group_captions(rows: AnnotationRows[Any]) -> AnnotationRows[Any]:
@@ -481,7 +481,8 @@ def group_captions(rows: AnnotationRows[Any]) -> AnnotationRows[Any]:
                 continue
         elements.append(element)
         labels.append(rows.label(row))
-    return replace(rows, elements=elements, labels=labels)
+    rows.elements, rows.labels = elements, labels
+    return rows
 
 
 def read_class_folder(folder: Path) -> AnnotationRows[Any]:

@@ -235,10 +235,10 @@ def _warn_of_overlap(
             if texts
             else ("images", overlap(files, records))
         )
-        if shared.count:
-            more = ", ..." if shared.count > len(shared.examples) else ""
+        if shared.total:
+            more = ", ..." if shared.total > len(shared.examples) else ""
             print(
-                f"{shared.count} {what} of the split {split} are in the files of training too "
+                f"{shared.total} {what} of the split {split} are in the files of training too "
                 f"({', '.join(shared.examples)}{more}), so its metrics do not say how the model does on new ones; take "
                 "them out of one of the two",
                 file=sys.stderr,
