@@ -128,7 +128,7 @@ def record(work: Callable[[], object], arch: int) -> list[Launch]:
     It runs on CPU tensors, without matrix products, whose results no launch depends on. The process is of no other use
     afterwards.
     """
-    from .audit.pretended import pretend
+    from .audit.compiling import pretend
 
     launches: dict[str, Launch] = {}
 
