@@ -14,6 +14,7 @@ from tests.contracts.toy_op import GegluArgs, case, geglu, reference
 from xfm_fast.benchmarks.options import KernelOptions
 from xfm_fast.benchmarks.work import kernels
 from xfm_fast.errors import InputError
+from xfm_fast.kernels import ops
 from xfm_fast.kernels.checks import CHANCE, CONSTANT
 from xfm_fast.kernels.ladder import OPS, Op, watching
 from xfm_fast.kernels.library import Gradients, differentiable
@@ -26,7 +27,8 @@ def definition(x: Tensor) -> Tensor:
 def test_the_ladder_picks_its_implementation() -> None:
     assert "toy_geglu" in OPS
     x = torch.randn(2, 3, 8, requires_grad=True)
-    for backend, ran in ((None, "cpu"), ("reference", "")):
+    backends: dict[ops.Backend, str] = {"auto": "cpu", "reference": ""}
+    for backend, ran in backends.items():
         with watching() as watched:
             torch.testing.assert_close(geglu(x, backend=backend), definition(x))
         assert watched.get("toy_geglu", "") == ran

@@ -62,5 +62,11 @@ def case(*_: object) -> OpCase:
     def eager(x: Tensor) -> Tensor:
         return reference(GegluArgs(x))
 
-    directions = {"forward": work, "backward": None}
-    return OpCase("toy_geglu", (torch.randn(64, 64),), geglu, eager, directions, {EAGER: eager})
+    return OpCase(
+        "toy_geglu",
+        (torch.randn(64, 64),),
+        ours=geglu,
+        reference=eager,
+        work={"forward": work, "backward": None},
+        others={EAGER: eager},
+    )
