@@ -113,26 +113,26 @@ def differentiable(
     operation = _Differentiable(
         arguments, types, forward, fake, backward, results, keep, around, backward_fake
     )
-    schema = ", ".join(f"{kind} {field}" for field, kind in types.items())
+    schema = ", ".join(f"{type} {field}" for field, type in types.items())
     # A callable counts outputs whose gradients are refused: `backward` receives two at most.
     operation.upstream = min(2, outputs) if callable(results) else results
     upstream = ", ".join(f"Tensor? d{i}" for i in range(operation.upstream))
-    kept = ", ".join(f"Tensor? kept{i}" for i in range(outputs))
+    saved = ", ".join(f"Tensor? saved{i}" for i in range(outputs))
     operation.gradient = operator(
-        f"{name}_backward({upstream}, {schema.replace('Tensor ', 'Tensor? ')}, {kept}, "
+        f"{name}_backward({upstream}, {schema.replace('Tensor ', 'Tensor? ')}, {saved}, "
         f"bool[] needed, str backend) -> {_tuple_type(len(operation.wrt))}",
         operation.run_backward,
         operation.fake_backward,
         autocast=() if autocast == () else False,
     )
-    places = autocast if isinstance(autocast, bool) else [[*types].index(f) for f in autocast]
+    indices = autocast if isinstance(autocast, bool) else [*map([*types].index, autocast)]
     operation.registered = operator(
         f"{name}({schema}, str backend) -> {_tuple_type(outputs)}",
         operation.run_forward,
         operation.fake_forward,
         setup_context=operation.save,
         backward=operation.differentiate,
-        autocast=places,
+        autocast=indices,
     )
     return operation.call
 
@@ -159,8 +159,8 @@ class _Differentiable(Generic[A]):
         self.names = [*self.types]
         self.wrt = {
             name: index
-            for index, (name, kind) in enumerate(self.types.items())
-            if kind.startswith("Tensor") and roles[name] not in ("chance", "constant")
+            for index, (name, type) in enumerate(self.types.items())
+            if type.startswith("Tensor") and roles[name] not in ("chance", "constant")
         }
 
     def call(self, arguments: A, backend: str) -> tuple[Tensor, ...]:
@@ -214,12 +214,12 @@ class _Differentiable(Generic[A]):
                 elif isinstance(value, list) and value and value[0] is _SAVED:
                     value = [next(tensors) for _ in value]
                 values.append(value)
-            saved, kept = self.arguments(*values[: len(self.names)]), values[len(self.names) :]
+            saved, outputs = self.arguments(*values[: len(self.names)]), values[len(self.names) :]
             if self.around is None:
-                gradients |= self.call_gradient(upstream, saved, kept, needs, ctx.backend)
+                gradients |= self.call_gradient(upstream, saved, outputs, needs, ctx.backend)
             else:
                 compute = self.call_gradient
-                gradients |= self.around(compute, upstream, saved, kept, needs, ctx.backend)
+                gradients |= self.around(compute, upstream, saved, outputs, needs, ctx.backend)
             for name, index in self.wrt.items():
                 if self.types[name] == "Tensor[]":
                     chunks, need = getattr(saved, name), ctx.needs_input_grad[index]
@@ -230,25 +230,25 @@ class _Differentiable(Generic[A]):
         return (*map(gradients.get, self.names), None)
 
     def call_gradient(
-        self, upstream: Upstream, saved: A, kept: Outputs, needs: Needs, backend: str
+        self, upstream: Upstream, saved: A, outputs: Outputs, needs: Needs, backend: str
     ) -> Gradients:
         """Run the operator of the gradient."""
-        values = [getattr(saved, name) for name in self.names]
-        found = self.gradient(*upstream, *values, *kept, [*needs.values()], backend)
-        found = (found,) if isinstance(found, Tensor) else found
-        pairs = zip(needs, found, strict=True)
+        inputs = [*upstream, *(getattr(saved, name) for name in self.names), *outputs]
+        results = self.gradient(*inputs, [*needs.values()], backend)
+        results = (results,) if isinstance(results, Tensor) else results
+        pairs = zip(needs, results, strict=True)
         return {name: gradient for name, gradient in pairs if needs[name]}
 
     def run_backward(self, *inputs: Any) -> Any:
         """Implement the operator of the gradient."""
-        upstream, saved, kept, needs, backend = self._backward_inputs(inputs)
-        gradients = self.backward(upstream, saved, kept, needs, backend)
+        upstream, saved, outputs, needs, backend = self._backward_inputs(inputs)
+        gradients = self.backward(upstream, saved, outputs, needs, backend)
         return self._tensors_only(gradients, upstream, saved, needs)
 
     def fake_backward(self, *inputs: Any) -> Any:
         """Make gradients without contents."""
-        upstream, saved, kept, needs, _ = self._backward_inputs(inputs)
-        gradients = {} if self.backward_fake is None else self.backward_fake(saved, kept, needs)
+        upstream, saved, outputs, needs, _ = self._backward_inputs(inputs)
+        gradients = {} if self.backward_fake is None else self.backward_fake(saved, outputs, needs)
         return self._tensors_only(gradients, upstream, saved, needs)
 
     def _tensors_only(

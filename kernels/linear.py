@@ -23,14 +23,14 @@ from .library import Gradients, Needs, Outputs, Upstream, differentiable, on_dev
 from .norms import add_layer_norm, layer_norm
 
 
-def floating_dtype(kind: str, device: torch.device) -> torch.dtype | None:
+def floating_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
     """Return the floating-point dtype for a model with 8-bit GEMMs: bfloat16 where it is fast, else None.
 
     InputError for an unknown 8-bit format, UnavailableError where the device lacks it.
     """
-    if kind not in get_args(EightBits):
-        raise InputError(f"dtype={kind!r} is unknown; give a torch.dtype, 'int8' or 'fp8'")
-    if kind == "fp8":
+    if dtype not in get_args(EightBits):
+        raise InputError(f"dtype={dtype!r} is unknown; give a torch.dtype, 'int8' or 'fp8'")
+    if dtype == "fp8":
         fp8.require(device)
     elif device.type != "cpu":
         raise UnavailableError(
