@@ -200,13 +200,19 @@ def forward_tile(
 
 
 @triton.jit
-def finish_softmax(row_max, row_sum, SCALE: tl.constexpr, THRESHOLD: tl.constexpr = 0):
-    """Return the factors of the accumulators' rows, and the logsumexp; 0 and -inf for queries without a key."""
+def inverse_sums(row_sum, THRESHOLD: tl.constexpr = 0):
+    """Return the factors that normalise rows of accumulators; 0 for queries without a key."""
     rescale: tl.constexpr = 65536.0 / (65536.0 - THRESHOLD)
     attended = row_sum > 0
+    return tl.where(attended, rescale / tl.where(attended, row_sum, 1.0), 0.0)
+
+
+@triton.jit
+def logsumexp(row_max, row_sum, SCALE: tl.constexpr):
+    """Return the natural logsumexp of rows; -inf for queries without a key."""
+    attended = row_sum > 0
     row_sum = tl.where(attended, row_sum, 1.0)
-    lse = tl.where(attended, row_max * SCALE + tl.log2(row_sum) / LOG2E, float("-inf"))
-    return tl.where(attended, rescale / row_sum, 0.0), lse
+    return tl.where(attended, row_max * SCALE + tl.log2(row_sum) / LOG2E, float("-inf"))
 
 
 @triton.jit

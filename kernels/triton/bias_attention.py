@@ -32,9 +32,10 @@ from .attention_tiles import (
     backward_statistics,
     dropout_keep,
     dropout_stream,
-    finish_softmax,
     head_rows,
+    inverse_sums,
     load_pieces,
+    logsumexp,
     optional_arguments,
     product,
     softmax_weights,
@@ -191,10 +192,10 @@ def forward_kernel(
             keys - full, seed, stream, start + rows, full + last,
             SCALE, DIM, D_A, D_B, TAIL, PRECISION, True, HAS_MASK, THRESHOLD,
         )  # fmt: skip
-    factors, lse = finish_softmax(row_max, row_sum, SCALE, THRESHOLD)
-    inverse = factors[:, None]
+    inverse = inverse_sums(row_sum, THRESHOLD)[:, None]
     out_base = head_rows(out_ptr, b, h, start, stride_ob, stride_on, stride_oh, 8)
     store_pieces(out_base, rows, stride_on, inside, acc_a * inverse, acc_b * inverse, D_A, D_B, DIM)
+    lse = logsumexp(row_max, row_sum, SCALE)
     tl.store(lse_ptr + (b * heads + h) * queries + start + rows, lse, mask=inside)
 
 
@@ -536,7 +537,7 @@ def bias_attention_forward(a: Biased) -> tuple[Tensor, Tensor]:
     for an unsupported dtype or head dimension.
     """
     (batch, queries, heads, _), keys = a.q.shape, a.k.shape[1]
-    q, k, v = (addressable(t, 8) for t in a[:3])
+    q, k, v = (addressable(t, 8) for t in (a.q, a.k, a.v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     options, config = launch_options(FORWARD, q, looped=keys, **_variant(a))
@@ -577,7 +578,7 @@ def bias_attention_backward(
     means zeros; without `bias_gradient` dbias is empty.
     """
     (batch, queries, heads, head_dim), keys, bias = a.q.shape, a.k.shape[1], a.bias
-    q, k, v, dout, out = (addressable(t, 8) for t in (*a[:3], dout, out))
+    q, k, v, dout, out = (addressable(t, 8) for t in (a.q, a.k, a.v, dout, out))
     make = torch.zeros if not q.numel() or not k.numel() else torch.empty
     dq, dk, dv = (make(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))
     dbias = make(bias.shape if bias_gradient else (0,), dtype=bias.dtype, device=q.device)

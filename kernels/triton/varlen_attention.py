@@ -30,9 +30,10 @@ from .attention_tiles import (
     dkdv_tile,
     dq_tile,
     dropout_stream,
-    finish_softmax,
     forward_tile,
+    inverse_sums,
     load_pieces,
+    logsumexp,
     optional_arguments,
     store_pieces,
     strides_of,
@@ -152,10 +153,10 @@ def forward_kernel(
             )  # fmt: skip
     if APART:
         row_sum = tl.sum(row_sum, 1)
-    factors, lse = finish_softmax(row_max, row_sum, SCALE, THRESHOLD)
-    inverse = factors[:, None]
+    inverse = inverse_sums(row_sum, THRESHOLD)[:, None]
     out_base = out_ptr + token * stride_on + h * stride_oh
     store_pieces(out_base, rows, stride_on, inside, acc_a * inverse, acc_b * inverse, D_A, D_B)
+    lse = logsumexp(row_max, row_sum, SCALE)
     tl.store(lse_ptr + h * queries + token + rows, lse, mask=inside)
 
 
@@ -236,14 +237,14 @@ def heads_forward_kernel(
             acc_b = tl.dot(weights, v_b, acc_b * shrink[:, :, None], input_precision=PRECISION)
         k_rows += BLOCK_N * stride_kn
         v_rows += BLOCK_N * stride_vn
-    factors, lse = finish_softmax(row_max, row_sum, SCALE)
-    inverse = factors[:, :, None]
+    inverse = inverse_sums(row_sum)[:, :, None]
     out_rows = rows_of_heads(out_ptr + token * stride_on + h * stride_oh, rows, stride_on)
     dtype = out_ptr.dtype.element_ty
     stored = valid[:, None, None] & inside
     tl.store(out_rows + d_a, (acc_a * inverse).to(dtype), mask=stored)
     if D_B > 0:
         tl.store(out_rows + d_b, (acc_b * inverse).to(dtype), mask=stored)
+    lse = logsumexp(row_max, row_sum, SCALE)
     lse_rows = (lse_ptr + token + h * queries)[:, None] + rows[None, :]
     tl.store(lse_rows, lse, mask=valid[:, None] & (rows < length_q - start)[None, :])
 
