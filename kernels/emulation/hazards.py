@@ -46,7 +46,7 @@ class Hazard(NamedTuple):
 
     kind: str
     instruction: str
-    place: str  # of the statement in the kernel's source
+    location: str  # of the statement in the kernel's source
     granules: int  # of memory granules or threads, in the first batch of CTAs that had it
 
 

@@ -240,7 +240,7 @@ def _raise_hazards(launch: Launch, emulation: _Emulation) -> None:
         if not any(kind in hazard.kind for kind in emulation.allow)
     ]
     if serious:
-        lines = [f"{h.place}: {h.kind}, in `{h.instruction[:120]}`" for h in serious[:10]]
+        lines = [f"{h.location}: {h.kind}, in `{h.instruction[:120]}`" for h in serious[:10]]
         raise HazardError(
             f"kernel {launch.kernel} on sm_{emulation.architecture}: {len(serious)} hazards\n"
             + "\n".join(lines)

@@ -282,7 +282,7 @@ class Machine:
         """Remember a use of a register that is still loaded, by `users` among the executing threads."""
         if users.any():
             op = self.instruction
-            hazard = Hazard("", op.text, op.place, int(users.sum()))
+            hazard = Hazard("", op.text, op.location, int(users.sum()))
             _, early = self.early.setdefault(op.text, (hazard, np.zeros(self.size, bool)))
             early[self.threads()] |= users
 
@@ -346,15 +346,15 @@ class Machine:
         after = ""
         if self.hazards:
             last = [*self.hazards.values()][-1]
-            after = f", after a {last.kind} at {last.place}"
+            after = f", after a {last.kind} at {last.location}"
         raise EmulationError(
-            f"kernel {self.program.name}, {op.place}: {message}{where}, in `{op.text}`{after}"
+            f"kernel {self.program.name}, {op.location}: {message}{where}, in `{op.text}`{after}"
         )
 
     def hazard(self, kind: str, count: int) -> None:
         """Record a hazard of the current instruction, once."""
         op = self.instruction
-        self.hazards.setdefault((kind, op.text), Hazard(kind, op.text, op.place, count))
+        self.hazards.setdefault((kind, op.text), Hazard(kind, op.text, op.location, count))
 
     def address(self, operand: Operand) -> Array:
         """Return the byte addresses of the executing threads."""

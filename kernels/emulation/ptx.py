@@ -43,7 +43,7 @@ class Instruction:
     operands: tuple[Operand, ...]
     guard: str | None
     negated: bool
-    place: str  # of the statement in the kernel's source, as `file.py:12`
+    location: str  # of the statement in the kernel's source, as `file.py:12`
     text: str
     execute: Callable[[Any, Instruction], None]
     target: int = -1  # of a branch
@@ -82,12 +82,12 @@ class Program:
         self.leaders = frozenset({*self.labels.values(), *ends})
 
     def _parse(self, body: str) -> None:
-        place, scopes = "", 0
+        location, scopes = "", 0
         for token in _TOKEN.finditer(body):
             group, scope = token.lastgroup, self._scopes[-1][0]
             if group == "line":
                 path = self._files.get(token["file"], "")
-                place = f"{path.rpartition('/')[2]}:{token['line']}"
+                location = f"{path.rpartition('/')[2]}:{token['line']}"
             elif group == "label":
                 self.labels[token["label"] + scope] = len(self.code)
             elif token["scope"] == "{":
@@ -98,9 +98,9 @@ class Program:
                 if not self._scopes:
                     return
             elif group == "statement":
-                self._parse_statement(" ".join(token["statement"].split()), place)
+                self._parse_statement(" ".join(token["statement"].split()), location)
 
-    def _parse_statement(self, text: str, place: str) -> None:
+    def _parse_statement(self, text: str, location: str) -> None:
         if declaration := _REGISTERS.match(text):
             self._declare(*declaration.groups())
         if text.startswith("."):
@@ -110,12 +110,12 @@ class Program:
         negated, guard, form, operands = match.groups()
         if form not in self._forms:
             raise EmulationError(
-                f"kernel {self.name}, {place}: {form} is not emulated, in `{text}`"
+                f"kernel {self.name}, {location}: {form} is not emulated, in `{text}`"
             )
         guard = None if guard is None else self._resolve(guard)
         is_branch = form.startswith("bra")
         decoded = () if is_branch else self._operands(_split(operands))
-        op = Instruction(form, decoded, guard, negated == "!", place, text, self._forms[form])
+        op = Instruction(form, decoded, guard, negated == "!", location, text, self._forms[form])
         if is_branch:
             scopes = [scope for scope, _ in reversed(self._scopes)]
             self._branches.append((op, operands.strip(), scopes))

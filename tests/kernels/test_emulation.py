@@ -1109,7 +1109,7 @@ CHECKS = {
 
 def check(message: str, run: Callable[[], Any]) -> None:
     try:
-        found = [f"{each.place}: {each.kind}" for each in run().values()]
+        found = [f"{each.location}: {each.kind}" for each in run().values()]
     except EmulationError as error:
         found = [str(error)]
     assert (

@@ -153,7 +153,7 @@ def recorded(target: str) -> list[Recorded]:
         return numbered(texts[-1].splitlines())
 
     def traced(handler: Any, m: Any, each: Any) -> None:
-        executed.add(int(each.place.rpartition(":")[2]))
+        executed.add(int(each.location.rpartition(":")[2]))
         handler(m, each)
 
     with (
@@ -223,7 +223,7 @@ def outcome(target: str, fault: str, this: Recorded, where: int) -> str:
     except Exception as error:  # an error that emulation does not explain
         return f"missed: {error!r}"
     known, found = (
-        {(each.kind, each.place) for each in run.hazards} for run in (this.result, launches[-1])
+        {(each.kind, each.location) for each in run.hazards} for run in (this.result, launches[-1])
     )
     return "hazard" if found - known else "numbers" if this.differs() else "missed"
 

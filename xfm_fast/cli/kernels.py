@@ -231,7 +231,7 @@ def _execute(arches: Sequence[int]) -> int:
             for launch in case.launches:
                 kernels.setdefault(launch.kernel, []).append(launch)
         for name, launches in sorted(kernels.items()):
-            places = {(each.kind, each.place) for launch in launches for each in launch.hazards}
+            places = {(each.kind, each.location) for launch in launches for each in launch.hazards}
             seconds = sum(launch.seconds for launch in launches)
             counts = f"{checks[name]} checks, {len(launches)} launches, {len(places)} hazards"
             print(f"sm_{arch} {name}: {counts}, {seconds:.1f} s", flush=True)

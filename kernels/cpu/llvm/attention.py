@@ -101,12 +101,12 @@ class AttentionEmitter:
         self.buffers: dict[str, Any] = {}
         self.b = b = Builder(self.name, pointers, numbers, level)
         self.args = b.args
-        self.args["scale"] = b.bitcast(b.trunc(self.args["scale"], INT32), FP32)
+        self.args["scale"] = b.bitcast(b.int32(self.args["scale"]), FP32)
 
     def locate_scratch(self, thread: Any) -> None:
         """Compute the addresses of a thread's scratch buffers."""
         b = self.b
-        base = b.at(self.args["scratch"], b.mul(thread, self.scratch_bytes), BYTE)
+        base = b.at(self.args["scratch"], thread * self.scratch_bytes, BYTE)
         self.buffers = {name: b.at(base, offset, BYTE) for name, offset in self.offsets.items()}
 
     def bias_address(self, entry: Any, head: Any) -> Any:
@@ -114,8 +114,8 @@ class AttentionEmitter:
         b, args = self.b, self.args
         if not self.biased:
             return None
-        offset = b.mul(b.srem(entry, args["period"]), args["bias_batch"])
-        return b.at(args["bias"], b.add(offset, b.mul(head, args["bias_head"])), FP32)
+        offset = entry % args["period"] * args["bias_batch"]
+        return b.at(args["bias"], offset + head * args["bias_head"], FP32)
 
     def sequence(self, name: str, entry: Any, head: Any, *, queries: bool) -> Sequence:
         """Return a head's rows of a batch entry, or of a packed sequence if there are bounds."""
@@ -123,36 +123,35 @@ class AttentionEmitter:
         bounds, rows = ("bounds_q", "queries") if queries else ("bounds_k", "keys")
         packed = b.is_not_null(args[bounds])
         before = b.block
-        dense_offset = b.mul(entry, args[f"{name}_batch"])
+        dense_offset = entry * args[f"{name}_batch"]
         with b.if_then(packed):
-            start, end = (b.load_scalar(args[bounds], b.add(entry, i), INT64) for i in (0, 1))
-            packed_offset, length = b.mul(start, args[f"{name}_row"]), b.sub(end, start)
+            start, end = (b.load_scalar(args[bounds], entry + i, INT64) for i in (0, 1))
+            packed_offset, length = start * args[f"{name}_row"], end - start
             inside = b.block
         offset, count = b.phi(INT64), b.phi(INT64)
-        offset.add_incoming(dense_offset, before)
-        offset.add_incoming(packed_offset, inside)
-        count.add_incoming(args[rows], before)
-        count.add_incoming(length, inside)
-        start = b.at(args[name], b.add(offset, b.mul(head, args[f"{name}_head"])), self.element)
-        return Sequence(start, count, args[f"{name}_row"])
+        offset.add_incoming(dense_offset.value, before)
+        offset.add_incoming(packed_offset.value, inside)
+        count.add_incoming(args[rows].value, before)
+        count.add_incoming(length.value, inside)
+        start = b.at(args[name], b.index(offset) + head * args[f"{name}_head"], self.element)
+        return Sequence(start, b.index(count), args[f"{name}_row"])
 
     def row_address(self, rows: Sequence, index: Any, element: Any = None) -> Any:
         """Return the address of a row."""
-        offset = self.b.mul(index, rows.stride)
+        offset = index * rows.stride
         return self.b.at(rows.start, offset, self.element if element is None else element)
 
     def pack_panels(self, name: str, rows: Sequence) -> None:
         """Pack rows into panels of two vectors per unit; the last row pads the last panel."""
         b, lanes = self.b, self.level.lanes
-        stride = b.ashr(rows.stride, 1) if self.half else rows.stride
+        stride = rows.stride >> 1 if self.half else rows.stride
         units = rows._replace(stride=stride)
-        last = b.sub(rows.rows, 1)
+        last = rows.rows - 1
 
         def pack_vector(j: Any) -> None:
-            panel = b.at(self._panel(name, j), b.and_(j, lanes), self.unit)
+            panel = b.at(self._panel(name, j), j & lanes, self.unit)
             addresses = [
-                self.row_address(units, b.minimum_int(b.add(j, i), last), self.unit)
-                for i in range(lanes)
+                self.row_address(units, b.minimum_int(j + i, last), self.unit) for i in range(lanes)
             ]
             b.pack(addresses, self.units, self.unit, panel)
 
@@ -160,25 +159,25 @@ class AttentionEmitter:
 
     def _panel(self, name: str, row: Any) -> Any:
         """Return the address of the panel of a row."""
-        index = self.b.sdiv(row, 2 * self.level.lanes)
+        index = row // (2 * self.level.lanes)
         size = 2 * self.level.lanes * self.units
-        return self.b.at(self.buffers[name], self.b.mul(index, size), self.unit)
+        return self.b.at(self.buffers[name], index * size, self.unit)
 
     def interleave_rows(self, name: str, rows: Sequence) -> Sequence:
         """Interleave the channels of pairs of rows; an odd last row pairs with itself."""
         b, lanes = self.b, self.level.lanes
-        last = b.sub(rows.rows, 1)
+        last = rows.rows - 1
 
         def interleave_pair(j: Any) -> None:
-            pair = [b.minimum_int(b.add(j, i), last) for i in (0, 1)]
+            pair = [b.minimum_int(j + i, last) for i in (0, 1)]
             first, second = (self.row_address(rows, row, INT16) for row in pair)
-            out = b.at(self.buffers[name], b.mul(b.ashr(j, 1), self.width), INT32)
+            out = b.at(self.buffers[name], (j >> 1) * self.width, INT32)
             for channel in range(0, self.width, lanes):
                 x, y = (b.read(address, INT16, channel) for address in (first, second))
                 b.write(b.interleave(x, y), b.at(out, channel, INT32))
 
         b.loop(0, rows.rows, 2, interleave_pair)
-        pairs = b.ashr(b.round_up(rows.rows, 2), 1)
+        pairs = b.round_up(rows.rows, 2) >> 1
         return Sequence(self.buffers[name], pairs, self.width)
 
     def copy_rows(self, name: str, rows: Sequence, indices: Values) -> None:
@@ -193,20 +192,20 @@ class AttentionEmitter:
     def multiply_panels(self, height: int, name: str, panels: str, keys: Any, out: Any) -> None:
         """Multiply the rows of a tile with all packed keys, or values, into rows of scores at `out`."""
         b, lanes = self.b, self.level.lanes
-        full = b.and_(keys, -2 * lanes)
+        full = keys & -2 * lanes
 
         def multiply(vectors: int, key: Any) -> None:
             right = self._panel(panels, key), 2 * lanes
             sums = self.gemm(height, vectors, (self.buffers[name], self.units), right, self.units)
             for i in range(height):
                 for n in range(vectors):
-                    index = b.add(key, i * self.score_stride + n * lanes)
+                    index = key + (i * self.score_stride + n * lanes)
                     b.write(sums[i * vectors + n], out, index)
 
         b.loop(0, full, 2 * lanes, lambda key: multiply(2, key))
-        remaining = b.sub(keys, full)
-        one_vector = b.icmp_signed("<=", remaining, lanes)
-        with b.if_then(b.icmp_signed(">", remaining, 0)), b.if_else(one_vector) as (then, other):
+        remaining = keys - full
+        one_vector = remaining <= lanes
+        with b.if_then(remaining > 0), b.if_else(one_vector) as (then, other):
             with then:
                 multiply(1, full)
             with other:
@@ -243,7 +242,7 @@ class AttentionEmitter:
         """Scale a row of scores for powers of two, add its bias, mask past the last key; return the maximum."""
         b, lanes = self.b, self.level.lanes
         factor = b.broadcast(b.fmul(self.args["scale"], ir.Constant(FP32, _LOG2E)))
-        full, hidden, mask = b.and_(keys, -lanes), b.splat(-math.inf), self.tail_mask(keys)
+        full, hidden, mask = keys & -lanes, b.splat(-math.inf), self.tail_mask(keys)
 
         def scale(j: Any, *, masked: bool) -> Any:
             address = b.at(scores, j, FP32)
@@ -260,7 +259,7 @@ class AttentionEmitter:
         (maximum,) = b.loop(
             0, full, lanes, lambda j, top: [b.maximum(top, scale(j, masked=False))], hidden
         )
-        has_tail = b.icmp_signed("<", full, keys)
+        has_tail = full < keys
         maximum = b.compute_if(
             has_tail, lambda: b.maximum(maximum, scale(full, masked=True)), maximum
         )
@@ -269,7 +268,7 @@ class AttentionEmitter:
     def tail_mask(self, keys: Any) -> Any:
         """Return the mask of the elements of a row's last, partial vector."""
         b, lanes = self.b, self.level.lanes
-        tail = b.sub(keys, b.and_(keys, -lanes))
+        tail = keys - (keys & -lanes)
         lane = ir.Constant(b.vector(INT64), [*range(lanes)])
         return b.icmp_signed("<", lane, b.broadcast(tail))
 
@@ -308,16 +307,16 @@ class _Attention(AttentionEmitter):
         queries, out = (self.sequence(name, entry, head, queries=True) for name in ("q", "out"))
         keys, values = (self.sequence(name, entry, head, queries=False) for name in ("k", "v"))
         # The rows of this thread's likely next task are prefetched meanwhile.
-        next_task = b.minimum_int(b.add(task, args["threads"]), b.sub(args["tasks"], 1))
+        next_task = b.minimum_int(task + args["threads"], args["tasks"] - 1)
         _, next_head, next_entry = self._decompose(next_task)
         self.ahead = [
             self.sequence(name, next_entry, next_head, queries=name == "q")
             for name in ("q", "k", "v")
         ]
         bias = self.bias_address(entry, head)
-        first = b.mul(chunk, args["chunk"])
-        stop = b.minimum_int(b.add(first, args["chunk"]), queries.rows)
-        non_empty = b.and_(b.icmp_signed("<", first, stop), b.icmp_signed(">", keys.rows, 0))
+        first = chunk * args["chunk"]
+        stop = b.minimum_int(first + args["chunk"], queries.rows)
+        non_empty = b.and_(first < stop, keys.rows > 0)
         with b.if_then(non_empty):
             self.pack_panels("keys", keys)
             if self.half:
@@ -329,13 +328,13 @@ class _Attention(AttentionEmitter):
 
                 b.loop(first, stop, height, tile)
 
-            b.choose_height(self.level.rows, b.sub(stop, first), emit_tiles)
+            b.choose_height(self.level.rows, stop - first, emit_tiles)
 
     def _decompose(self, task: Any) -> tuple[Any, Any, Any]:
         """Return chunk, head and batch entry of a task."""
-        b, args = self.b, self.args
-        chunk, index = b.srem(task, args["chunks"]), b.sdiv(task, args["chunks"])
-        return chunk, b.srem(index, args["heads"]), b.sdiv(index, args["heads"])
+        args = self.args
+        chunk, index = task % args["chunks"], task // args["chunks"]
+        return chunk, index % args["heads"], index // args["heads"]
 
     def _prefetch_row(self, row: Any, out: Sequence) -> None:
         """Prefetch a row of the next task's inputs, and of this task's output."""
@@ -357,18 +356,18 @@ class _Attention(AttentionEmitter):
         bias: Any,
     ) -> None:
         b, lanes = self.b, self.level.lanes
-        last = b.sub(stop, 1)
+        last = stop - 1
         # Rows past the end repeat the last one, and are not written.
-        indices = [b.minimum_int(b.add(row, i), last) for i in range(height)]
+        indices = [b.minimum_int(row + i, last) for i in range(height)]
         self.copy_rows("queries", queries, indices)
         self.multiply_panels(height, "queries", "keys", keys, self.buffers["scores"])
 
         def softmax(i: Any) -> None:
-            query = b.minimum_int(b.add(row, i), last)
+            query = b.minimum_int(row + i, last)
             self._prefetch_row(query, out)
             if bias is not None:
                 # Past the last row follows the bias of the next head.
-                below = b.at(bias, b.mul(b.add(query, height), self.args["bias_row"]), FP32)
+                below = b.at(bias, (query + height) * self.args["bias_row"], FP32)
                 b.loop(0, keys, 64 // 4, lambda j: b.prefetch(b.at(below, j, FP32)))
             self._softmax(i, query, keys, bias)
 
@@ -381,7 +380,7 @@ class _Attention(AttentionEmitter):
             right = b.at(values.start, channel, self.unit), values.stride
             sums = self.gemm(height, vectors, left, right, values.rows)
             for i in range(height):
-                with b.if_then(b.icmp_signed("<=", b.add(row, i), last)):
+                with b.if_then(row + i <= last):
                     inverse = b.broadcast(b.load_scalar(self.buffers["inverses"], i, FP32))
                     out_row = self.row_address(out, indices[i])
                     for n in range(vectors):
@@ -391,11 +390,11 @@ class _Attention(AttentionEmitter):
     def _softmax(self, i: Any, query: Any, keys: Any, bias: Any) -> None:
         """Compute a row's unnormalised weights, zero past the last key, and the reciprocal of their sum."""
         b, lanes = self.b, self.level.lanes
-        scores = b.at(self.buffers["scores"], b.mul(i, self.score_stride), FP32)
+        scores = b.at(self.buffers["scores"], i * self.score_stride, FP32)
         if bias is not None:
-            bias = b.at(bias, b.mul(query, self.args["bias_row"]), FP32)
+            bias = b.at(bias, query * self.args["bias_row"], FP32)
         maximum = b.broadcast(self.scale_scores(scores, bias, keys))
-        weights = b.at(self.buffers["weights"], b.mul(i, self.score_stride), BF16)
+        weights = b.at(self.buffers["weights"], i * self.score_stride, BF16)
 
         def exponentiate(j: Any, total: Any) -> Values:
             weight = self.exp2(b.fsub(b.read(scores, FP32, j), maximum))

@@ -90,19 +90,19 @@ class _AttentionBackward(AttentionEmitter):
 
     def _task(self, task: Any, thread: Any) -> None:
         b, args = self.b, self.args
-        head, index = b.srem(task, args["heads"]), b.sdiv(task, args["heads"])
-        first, group = b.srem(index, args["biases"]), b.sdiv(index, args["biases"])
+        head, index = task % args["heads"], task // args["heads"]
+        first, group = index % args["biases"], index // args["biases"]
         self.locate_scratch(thread)
         dbias = None
         if self.summed:
-            offset = b.add(b.mul(group, args["dbias_group"]), b.mul(first, args["dbias_batch"]))
-            dbias = b.at(args["dbias"], b.add(offset, b.mul(head, args["dbias_head"])), FP32)
-        start = b.mul(group, args["group_entries"])
-        end = b.add(start, args["group_entries"])
-        stop = b.minimum_int(end, b.sdiv(args["entries"], args["biases"]))
+            offset = group * args["dbias_group"] + first * args["dbias_batch"]
+            dbias = b.at(args["dbias"], offset + head * args["dbias_head"], FP32)
+        start = group * args["group_entries"]
+        end = start + args["group_entries"]
+        stop = b.minimum_int(end, args["entries"] // args["biases"])
 
         def entry(i: Any) -> None:
-            self._entry(b.add(first, b.mul(i, args["biases"])), head, dbias)
+            self._entry(first + i * args["biases"], head, dbias)
 
         b.loop(start, stop, 1, entry)
 
@@ -113,20 +113,20 @@ class _AttentionBackward(AttentionEmitter):
             for name in (*_INPUTS, *_GRADIENTS)
         }
         queries, keys = rows["q"].rows, rows["k"].rows
-        with b.if_then(b.and_(b.icmp_signed(">", queries, 0), b.icmp_signed(">", keys, 0))):
+        with b.if_then(b.and_(queries > 0, keys > 0)):
             self.pack_panels("keys", rows["k"])
             self.pack_panels("values", rows["v"])
             right = self.interleave_rows("right_keys", rows["k"]) if self.half else rows["k"]
             bias = self.bias_address(index, head)
             entry = _Entry(rows["dout"], rows["q"], rows["k"], rows["dq"], right, bias, dbias)
-            zero, size = b.splat(0.0), b.mul(keys, self.width)
+            zero, size = b.splat(0.0), keys * self.width
             for name in ("dk", "dv"):
                 sums = self.buffers[name]
                 b.loop(0, size, self.level.lanes, lambda i, sums=sums: b.write(zero, sums, i))
             block_rows = _BLOCK_TILES * self.level.rows
 
             def block(first: Any) -> None:
-                self._block(first, b.minimum_int(b.add(first, block_rows), queries), entry)
+                self._block(first, b.minimum_int(first + block_rows, queries), entry)
 
             b.loop(0, queries, block_rows, block)
             scale = b.broadcast(self.args["scale"])
@@ -138,7 +138,7 @@ class _AttentionBackward(AttentionEmitter):
         b = self.b
 
         def row(j: Any) -> None:
-            sums = b.at(self.buffers[name], b.mul(j, self.width), FP32)
+            sums = b.at(self.buffers[name], j * self.width, FP32)
             out_row = self.row_address(out, j)
             for channel in range(0, self.width, self.level.lanes):
                 value = b.read(sums, FP32, channel)
@@ -150,7 +150,7 @@ class _AttentionBackward(AttentionEmitter):
 
     def _block(self, first: Any, stop: Any, entry: _Entry) -> None:
         b = self.b
-        rows = b.sub(stop, first)
+        rows = stop - first
 
         def emit_tiles(height: int) -> None:
             b.loop(first, stop, height, lambda row: self._tile(height, first, row, stop, entry))
@@ -177,7 +177,7 @@ class _AttentionBackward(AttentionEmitter):
                 key: Any, channel: int = channel, vectors: int = vectors, height: int = height
             ) -> None:
                 sums = b.microkernel(
-                    [b.at(self.buffers[left], b.add(key, i), self.unit) for i in range(height)],
+                    [b.at(self.buffers[left], key + i, self.unit) for i in range(height)],
                     b.at(right.start, channel, self.unit),
                     terms,
                     self.unit,
@@ -188,21 +188,21 @@ class _AttentionBackward(AttentionEmitter):
                     row_step=self.score_stride,
                 )
                 for i in range(height):
-                    offset = b.add(b.mul(b.add(key, i), self.width), channel)
+                    offset = (key + i) * self.width + channel
                     for n in range(vectors):
-                        address = b.at(self.buffers[name], b.add(offset, n * lanes), FP32)
+                        address = b.at(self.buffers[name], offset + n * lanes, FP32)
                         b.write(b.fadd(b.read(address, FP32), sums[i * vectors + n]), address)
 
             b.loop(0, keys, height, tile)
 
     def _tile(self, height: int, first: Any, row: Any, stop: Any, entry: _Entry) -> None:
         b, lanes, keys = self.b, self.level.lanes, entry.k.rows
-        last = b.sub(stop, 1)
-        indices = [b.minimum_int(b.add(row, i), last) for i in range(height)]
+        last = stop - 1
+        indices = [b.minimum_int(row + i, last) for i in range(height)]
         self.copy_rows("queries", entry.q, indices)
         self.copy_rows("dout", entry.dout, indices)
         # In fp32 scores become weights, and the gradients of weights those of scores, in place.
-        offset = 0 if self.half else b.mul(b.sub(row, first), self.score_stride)
+        offset = 0 if self.half else (row - first) * self.score_stride
         scores, dweights = (
             b.at(self.buffers[name], offset, FP32) for name in ("scores", "dweights")
         )
@@ -212,7 +212,7 @@ class _AttentionBackward(AttentionEmitter):
         def softmax(i: Any) -> None:
             self._softmax(i, first, row, last, keys, entry, scores, dweights)
 
-        b.loop(0, b.minimum_int(b.sub(stop, row), height), 2 if self.half else 1, softmax)
+        b.loop(0, b.minimum_int(stop - row, height), 2 if self.half else 1, softmax)
         left = dweights, self.score_stride
         if self.half:
             left = self.buffers["rounded"], self.score_stride // 2
@@ -222,7 +222,7 @@ class _AttentionBackward(AttentionEmitter):
             right = b.at(entry.right_keys.start, channel, self.unit), entry.right_keys.stride
             sums = self.gemm(height, vectors, left, right, entry.right_keys.rows)
             for i in range(height):
-                with b.if_then(b.icmp_signed("<=", b.add(row, i), last)):
+                with b.if_then(row + i <= last):
                     dq_row = self.row_address(entry.dq, indices[i])
                     for n in range(vectors):
                         value = b.fmul(sums[i * vectors + n], scale)
@@ -244,13 +244,13 @@ class _AttentionBackward(AttentionEmitter):
         padded_keys = b.round_up(keys, lanes)
         rows = [
             self._softmax_row(
-                b.add(i, n), row, last, keys, padded_keys, entry, scores, dweights, optional=n > 0
+                i + n, row, last, keys, padded_keys, entry, scores, dweights, optional=n > 0
             )
             for n in range(2 if self.half else 1)
         ]
         # The unit of a block's row, or pair of rows, of weights and of score gradients.
         stride = self.score_stride // 2 if self.half else self.score_stride
-        unit = b.mul(b.add(b.sub(row, first), i), stride)
+        unit = (row - first + i) * stride
         mask = self.tail_mask(keys)
 
         def vector(j: Any, *, masked: bool) -> None:
@@ -269,13 +269,13 @@ class _AttentionBackward(AttentionEmitter):
             self._write_block("weights", weights, unit, j)
             rounded = self._write_block("dscores", gradients, unit, j)
             for n, value in enumerate(rounded):
-                offset = b.add(b.mul(b.add(i, n), self.score_stride), j)
+                offset = (i + n) * self.score_stride + j
                 b.write(value, b.at(self.buffers["rounded"], offset, BF16))
 
         if self.summed:
-            full = b.and_(keys, -lanes)
+            full = keys & -lanes
             b.loop(0, full, lanes, lambda j: vector(j, masked=False))
-            with b.if_then(b.icmp_signed("<", full, keys)):
+            with b.if_then(full < keys):
                 vector(full, masked=True)
         else:
             b.loop(0, padded_keys, lanes, lambda j: vector(j, masked=False))
@@ -295,11 +295,11 @@ class _AttentionBackward(AttentionEmitter):
     ) -> _SoftmaxRow:
         """Exponentiate a row's scores and reduce it; an `optional` row past the last one gets weight 0."""
         b, lanes = self.b, self.level.lanes
-        query = b.minimum_int(b.add(row, index), last)
-        p, dp = (b.at(x, b.mul(index, self.score_stride), FP32) for x in (scores, dweights))
+        query = b.minimum_int(row + index, last)
+        p, dp = (b.at(x, index * self.score_stride, FP32) for x in (scores, dweights))
         bias = dbias = None
         if entry.bias is not None:
-            bias = b.at(entry.bias, b.mul(query, self.args["bias_row"]), FP32)
+            bias = b.at(entry.bias, query * self.args["bias_row"], FP32)
         maximum = self.scale_scores(p, bias, keys)
         blind = b.fcmp_ordered("<=", maximum, ir.Constant(FP32, _BLIND))
         # Minus infinity, all scores have weight 0.
@@ -317,19 +317,19 @@ class _AttentionBackward(AttentionEmitter):
         inverse = b.select(blind, zero, b.fdiv(one, b.reduce_add(total)))
         mean = b.broadcast(b.fmul(b.reduce_add(delta), inverse))
         if optional:
-            inverse = b.select(b.icmp_signed("<=", b.add(row, index), last), inverse, zero)
+            inverse = b.select(row + index <= last, inverse, zero)
         if entry.dbias is not None:
-            dbias = b.at(entry.dbias, b.mul(query, self.args["dbias_row"]), FP32)
+            dbias = b.at(entry.dbias, query * self.args["dbias_row"], FP32)
         return _SoftmaxRow(p, dp, b.broadcast(inverse), mean, dbias)
 
     def _write_block(self, name: str, values: Values, unit: Any, j: Any) -> Values:
         """Store a row of the block, or an interleaved pair of rows in bf16; return the rounded rows."""
         b = self.b
         if not self.half:
-            b.write(values[0], self.buffers[name], b.add(unit, j))
+            b.write(values[0], self.buffers[name], unit + j)
             return []
         rounded = [b.bitcast(b.fp32_to_bf16(value), b.vector(INT16)) for value in values]
-        b.write(b.interleave(*rounded), b.at(self.buffers[name], b.add(unit, j), INT32))
+        b.write(b.interleave(*rounded), b.at(self.buffers[name], unit + j, INT32))
         return rounded
 
 

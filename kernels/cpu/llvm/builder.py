@@ -55,11 +55,48 @@ Values = list[Any]
 """IR values, which llvmlite leaves untyped."""
 
 
+class Index:
+    """A 64-bit IR integer with Python's operators, each of which emits an instruction."""
+
+    __slots__ = ("builder", "value")
+
+    def __init__(self, builder: ir.IRBuilder, value: Any) -> None:
+        self.builder, self.value = builder, value
+
+
+def _define_operators() -> None:
+    """Give Index its operators, signed ones throughout."""
+
+    def arithmetic(instruction: str) -> Callable[[Index, Any], Index]:
+        operation = getattr(ir.IRBuilder, instruction)
+        return lambda x, y: Index(x.builder, operation(x.builder, x.value, _int64(y)))
+
+    def comparison(predicate: str) -> Callable[[Index, Any], Any]:
+        return lambda x, y: x.builder.icmp_signed(predicate, x.value, _int64(y))
+
+    instructions = {"add": "add", "sub": "sub", "mul": "mul", "floordiv": "sdiv", "mod": "srem"}
+    for operator, name in (
+        instructions | {"and": "and_", "lshift": "shl", "rshift": "ashr"}
+    ).items():
+        setattr(Index, f"__{operator}__", arithmetic(name))
+    for operator, predicate in {"lt": "<", "le": "<=", "gt": ">", "ge": ">="}.items():
+        setattr(Index, f"__{operator}__", comparison(predicate))
+
+
+_define_operators()
+
+
+def _int64(value: Any) -> Any:
+    """Return the IR value of an index or a Python number, any other value unchanged."""
+    if isinstance(value, Index):
+        return value.value
+    return ir.Constant(INT64, value) if isinstance(value, int) else value
+
+
 class Builder(ir.IRBuilder):
     """IR builder of one function `void name(int64 *arguments)`, with loops, vectors and reductions.
 
-    `args` holds the loaded arguments by name: an address for each of `pointers`, an integer for each of `numbers`.
-    Integer arithmetic takes Python numbers as operands.
+    `args` holds the loaded arguments by name: an address for each of `pointers`, an Index for each of `numbers`.
     """
 
     def __init__(
@@ -75,12 +112,17 @@ class Builder(ir.IRBuilder):
             dtype = INT64 if arg == "tasks" or arg in numbers else POINTER
             self.args[arg] = self.load_scalar(function.args[0], slot, dtype)
 
-    def int64(self, value: Any) -> Any:
-        """Return a Python number as a 64-bit constant, an IR value unchanged."""
-        return ir.Constant(INT64, value) if isinstance(value, int) else value
+    def index(self, value: Any) -> Any:
+        """Return an integer with operators."""
+        return Index(self, _int64(value))
 
-    def icmp_signed(self, cmpop: str, lhs: Any, rhs: Any, name: str = "") -> Any:
-        return super().icmp_signed(cmpop, self.int64(lhs), self.int64(rhs), name)
+    def equal(self, x: Any, y: Any) -> Any:
+        """Compare two integers."""
+        return self.icmp_signed("==", _int64(x), _int64(y))
+
+    def int32(self, x: Index) -> Any:
+        """Truncate an integer to 32 bits."""
+        return self.trunc(x.value, INT32)
 
     def vector(self, element: Any, count: int = 0) -> Any:
         """Return the type of a vector of `count` elements; of the level's lanes by default."""
@@ -96,6 +138,7 @@ class Builder(ir.IRBuilder):
 
     def broadcast(self, scalar: Any) -> Any:
         """Return a vector of one runtime value."""
+        scalar = _int64(scalar)
         undefined = ir.Constant(self.vector(scalar.type), ir.Undefined)
         first = self.insert_element(undefined, scalar, ir.Constant(INT32, 0))
         return self.shuffle(first, first, [0] * self.lanes)
@@ -107,11 +150,12 @@ class Builder(ir.IRBuilder):
 
     def at(self, base: Any, index: Any, element: Any) -> Any:
         """Return the address of element `index` from `base`."""
-        return self.gep(base, [self.int64(index)], source_etype=element)
+        return self.gep(base, [_int64(index)], source_etype=element)
 
     def load_scalar(self, base: Any, index: Any, element: Any) -> Any:
-        """Load element `index` from `base`."""
-        return self.load(self.at(base, index, element), typ=element)
+        """Load element `index` from `base`; 64-bit integers as Index."""
+        value = self.load(self.at(base, index, element), typ=element)
+        return Index(self, value) if element == INT64 else value
 
     def read(self, base: Any, element: Any, index: Any = None, *, count: int = 0) -> Any:
         """Load a vector from `base`, or from its element `index`; the address may have any alignment."""
@@ -233,16 +277,16 @@ class Builder(ir.IRBuilder):
 
     def minimum_int(self, x: Any, y: Any) -> Any:
         """Return the smaller of two integers."""
-        x, y = self.int64(x), self.int64(y)
-        return self.select(self.icmp_signed("<", x, y), x, y)
+        x, y = _int64(x), _int64(y)
+        return Index(self, self.select(self.icmp_signed("<", x, y), x, y))
 
     def round_up(self, x: Any, multiple: int) -> Any:
         """Round an integer up to a multiple of a power of two."""
-        return self.and_(self.add(x, multiple - 1), -multiple)
+        return (x + (multiple - 1)) & -multiple
 
     def is_not_null(self, pointer: Any) -> Any:
         """Compare an address with null."""
-        return self.icmp_unsigned("!=", self.ptrtoint(pointer, INT64), self.int64(0))
+        return self.icmp_unsigned("!=", self.ptrtoint(pointer, INT64), _int64(0))
 
     def compute_if(self, condition: Any, compute: Callable[[], Any], default: Any) -> Any:
         """Return `compute()` if the condition holds, else `default`, by a branch."""
@@ -296,20 +340,14 @@ class Builder(ir.IRBuilder):
         *,
         narrowing: bool = False,
     ) -> None:
-        """Transpose `lanes` rows into a panel of two vectors per unit.
+        """Transpose `lanes` rows (addresses) of `units` units into a panel of two vectors per unit.
 
-        Args:
-            rows: Addresses.
-            units: Length of a row in units of 32 bits.
-            unit: Type of a unit.
-            panel: Address that receives the first unit of all rows.
-            ahead: Prefetch distance in elements of a row; None for no prefetch.
-            narrowing: Whether rows are fp32 and units pairs of bf16.
+        `ahead`: prefetch distance in elements of a row. `narrowing`: rows are fp32, and units pairs of bf16.
         """
         elements = 2 if narrowing else 1
 
         def read(row: Any, u: Any) -> Any:
-            address = self.at(row, self.mul(u, elements), unit)
+            address = self.at(row, u * elements, unit)
             first = self.read(address, FP32 if narrowing else unit)
             if not narrowing:
                 return first
@@ -318,10 +356,10 @@ class Builder(ir.IRBuilder):
         def square(u: Any) -> None:
             for row in rows if ahead is not None else ():
                 for n in range(elements):
-                    element = self.add(self.mul(u, elements), n * self.lanes)
-                    self.prefetch(self.at(row, self.add(element, ahead), unit))
+                    element = u * elements + n * self.lanes
+                    self.prefetch(self.at(row, element + ahead, unit))
             for i, column in enumerate(self.transpose([read(row, u) for row in rows])):
-                self.write(column, self.at(panel, self.mul(self.add(u, i), 2 * self.lanes), unit))
+                self.write(column, self.at(panel, (u + i) * (2 * self.lanes), unit))
 
         self.loop(0, units, self.lanes, square)
 
@@ -341,26 +379,18 @@ class Builder(ir.IRBuilder):
     ) -> Values:
         """Accumulate outer products over `terms` units in `[rows · vectors]` vector registers, and return them.
 
-        Args:
-            rows: Addresses, one per row of the tile.
-            columns: Address of the vectors of the first unit.
-            terms: Number of units.
-            unit: Type of a unit.
-            multiply_add: (broadcast unit of a row, vector of columns, accumulator) → accumulator.
-            start: First accumulator, or one per vector of columns.
-            vectors: Vectors of columns.
-            stride: Units of `columns` from term to term.
-            row_step: Units of a row from term to term.
-            ahead: Prefetch distance in bytes.
+        `rows` and `columns` are addresses: of each row, and of the vectors of the first term; from term to term they
+        advance by `row_step` and `stride` units. `multiply_add` takes a broadcast unit of a row, a vector of columns
+        and an accumulator; `start` is the first accumulator, or one per vector. `ahead`: prefetch distance in bytes.
         """
         starts = start if isinstance(start, list) else [start] * vectors
 
         def term(u: Any, *sums: Any) -> Values:
-            address, results = self.at(columns, self.mul(u, stride), unit), []
+            address, results = self.at(columns, u * stride, unit), []
             for n in range(vectors if ahead else 0):
                 self.prefetch(self.at(self.at(address, n * self.lanes, unit), ahead, BYTE))
             factors = [self.read(address, unit, n * self.lanes) for n in range(vectors)]
-            index = u if row_step == 1 else self.mul(u, row_step)
+            index = u if row_step == 1 else u * row_step
             for i, row in enumerate(rows):
                 x = self.broadcast(self.load(self.at(row, index, unit), align=4, typ=unit))
                 for n, factor in enumerate(factors):
@@ -371,13 +401,13 @@ class Builder(ir.IRBuilder):
 
     def choose_height(self, highest: int, rows: Any, emit: Callable[[int], None]) -> None:
         """Emit code for tiles of three heights; the lowest without more tiles than the highest runs."""
-        tiles = self.sdiv(self.add(rows, highest - 1), highest)
-        needed = self.sdiv(self.add(rows, self.sub(tiles, 1)), tiles)
+        tiles = (rows + (highest - 1)) // highest
+        needed = (rows + (tiles - 1)) // tiles
         low, middle = -(-highest // 3), -(-2 * highest // 3)
-        with self.if_else(self.icmp_signed("<=", needed, low)) as (then, otherwise):
+        with self.if_else(needed <= low) as (then, otherwise):
             with then:
                 emit(low)
-            with otherwise, self.if_else(self.icmp_signed("<=", needed, middle)) as (fits, exceeds):
+            with otherwise, self.if_else(needed <= middle) as (fits, exceeds):
                 with fits:
                     emit(middle)
                 with exceeds:
@@ -387,21 +417,19 @@ class Builder(ir.IRBuilder):
         self, start: Any, stop: Any, step: Any, body: Callable[..., Values | None], *carried: Any
     ) -> Values:
         """Emit `for i in range(start, stop, step): carried = body(i, *carried)`; return the last `carried`."""
-        head, inside, after = (
-            self.function.append_basic_block(name) for name in ("head", "inside", "after")
-        )
+        head, inside, after = (self.function.append_basic_block() for _ in range(3))
         before = self.block
         self.branch(head)
         self.position_at_end(head)
-        index = self.phi(INT64)
-        index.add_incoming(self.int64(start), before)
+        index = self.index(self.phi(INT64))
+        index.value.add_incoming(_int64(start), before)
         phis = [self.phi(value.type) for value in carried]
         for phi, value in zip(phis, carried, strict=True):
             phi.add_incoming(value, before)
-        self.cbranch(self.icmp_signed("<", index, stop), inside, after)
+        self.cbranch(index < stop, inside, after)
         self.position_at_end(inside)
         results = body(index, *phis) or []
-        index.add_incoming(self.add(index, step), self.block)
+        index.value.add_incoming((index + step).value, self.block)
         for phi, value in zip(phis, results, strict=True):
             phi.add_incoming(value, self.block)
         self.branch(head)
@@ -412,16 +440,14 @@ class Builder(ir.IRBuilder):
         self, body: Callable[[Any, Any], None], before: Callable[[Any], None] | None = None
     ) -> None:
         """Emit the function's body: a thread runs `before(thread)`, then `body(task, thread)` while tasks are left."""
-        head, inside, done = (
-            self.function.append_basic_block(name) for name in ("next", "task", "done")
-        )
-        thread = self.atomic_rmw("add", self.args["thread counter"], self.int64(1), "monotonic")
+        head, inside, done = (self.function.append_basic_block() for _ in range(3))
+        thread = self._fetch_add(self.args["thread counter"])
         if before is not None:
             before(thread)
         self.branch(head)
         self.position_at_end(head)
-        task = self.atomic_rmw("add", self.args["task counter"], self.int64(1), "monotonic")
-        self.cbranch(self.icmp_signed("<", task, self.args["tasks"]), inside, done)
+        task = self._fetch_add(self.args["task counter"])
+        self.cbranch(task < self.args["tasks"], inside, done)
         self.position_at_end(inside)
         body(task, thread)
         self.branch(head)
@@ -431,25 +457,15 @@ class Builder(ir.IRBuilder):
         table: Any = ir.GlobalVariable(self.module, dtype, _CONSTANTS)
         table.initializer = ir.Constant(dtype, list(self._constants))
 
+    def _fetch_add(self, counter: Any) -> Any:
+        return Index(self, self.atomic_rmw("add", counter, _int64(1), "monotonic"))
+
 
 def _alignment(element: Any) -> tuple[Any, ...]:
     """Return the alignment argument of masked loads and stores, which LLVM 22 dropped."""
     if llvm.llvm_version_info >= (22,):
         return ()
     return (ir.Constant(INT32, _BYTES[str(element)]),)
-
-
-def _convert_operands(operation: Callable[..., Any]) -> Callable[..., Any]:
-    """Let an operation of the builder take Python numbers."""
-
-    def converted(builder: Builder, lhs: Any, rhs: Any, name: str = "") -> Any:
-        return operation(builder, builder.int64(lhs), builder.int64(rhs), name)
-
-    return converted
-
-
-for _name in ("add", "sub", "mul", "sdiv", "srem", "and_", "shl", "ashr"):
-    setattr(Builder, _name, _convert_operands(getattr(ir.IRBuilder, _name)))
 
 
 class Kernel:
@@ -506,11 +522,7 @@ kernel = cache(Kernel)
 
 
 @cache
-def coefficients(
-    function: Callable[[np.ndarray], np.ndarray],
-    degree: int,
-    domain: tuple[float, float] = (-1.0, 1.0),
-) -> list[float]:
+def coefficients(function: Callable[..., Any], degree: int, domain: Any = (-1, 1)) -> list[float]:
     """Return the coefficients of the Chebyshev interpolant in fp32, constant first."""
     interpolant = np.polynomial.Chebyshev.interpolate(function, degree, domain=domain)
     powers = interpolant.convert(kind=np.polynomial.Polynomial).coef
@@ -576,9 +588,8 @@ def _target(level: Level) -> tuple[str, str]:
 
 def _machine(level: Level) -> Any:
     name, features = _target(level)
-    return llvm.Target.from_default_triple().create_target_machine(
-        cpu=name, features=features, opt=2, jit=True
-    )
+    target = llvm.Target.from_default_triple()
+    return target.create_target_machine(cpu=name, features=features, opt=2, jit=True)
 
 
 @cache

@@ -100,10 +100,10 @@ class _Linear:
         self.columns = _tile_columns(dtype, self.few, level)
         self.sums_bytes = 4 * self.height * self.columns
         if quantisation is None:
-            args["x_row"] = b.ashr(args["x_row"], _SHIFT[dtype])
+            args["x_row"] = args["x_row"] >> _SHIFT[dtype]
         if not transposed and not wide:
-            args["weight_row"] = b.ashr(args["weight_row"], _SHIFT[dtype])
-        args["inputs"] = b.ashr(args["inputs"], _SHIFT[dtype])
+            args["weight_row"] = args["weight_row"] >> _SHIFT[dtype]
+        args["inputs"] = args["inputs"] >> _SHIFT[dtype]
         if dtype == "int8":
             b.task_loop(self._int8_task, self._quantise_rows if quantisation else None)
         else:
@@ -112,28 +112,28 @@ class _Linear:
     def _bounds(self, task: Any, thread: Any) -> tuple[Any, Any, Any, Any]:
         """Return first and last column, first and last row of a task; locate the thread's scratch memory."""
         b, args = self.b, self.args
-        self.sums = b.at(args["scratch"], b.mul(thread, args["scratch_bytes"]), BYTE)
-        chunk, block = b.srem(task, args["chunks"]), b.sdiv(task, args["chunks"])
-        column, row = b.mul(block, args["columns"]), b.mul(chunk, args["chunk"])
-        stop = b.minimum_int(b.add(column, args["columns"]), args["outputs"])
-        return column, stop, row, b.minimum_int(b.add(row, args["chunk"]), args["rows"])
+        self.sums = b.at(args["scratch"], thread * args["scratch_bytes"], BYTE)
+        chunk, block = task % args["chunks"], task // args["chunks"]
+        column, row = block * args["columns"], chunk * args["chunk"]
+        stop = b.minimum_int(column + args["columns"], args["outputs"])
+        return column, stop, row, b.minimum_int(row + args["chunk"], args["rows"])
 
     def _packed_task(self, task: Any, thread: Any) -> None:
         b, args, lanes = self.b, self.args, self.level.lanes
         column, stop, row, end = self._bounds(task, thread)
         panels = b.at(self.sums, self.sums_bytes, BYTE)
-        size = b.mul(args["inputs"], 2 * lanes)
+        size = args["inputs"] * (2 * lanes)
 
         def panel(at: Any) -> Any:
-            return b.at(panels, b.mul(b.sdiv(b.sub(at, column), 2 * lanes), size), self.unit)
+            return b.at(panels, (at - column) // (2 * lanes) * size, self.unit)
 
         def pack(at: Any) -> None:
-            out = b.at(panel(at), b.and_(b.sub(at, column), lanes), self.unit)
+            out = b.at(panel(at), at - column & lanes, self.unit)
             if self.transposed:
                 b.loop(0, args["inputs"], 1, lambda u: self._pack_transposed(at, u, out))
                 return
-            rows = [self._row("weight", b.add(at, i)) for i in range(lanes)]
-            ahead = b.mul(args["weight_row"], lanes)
+            rows = [self._row("weight", at + i) for i in range(lanes)]
+            ahead = args["weight_row"] * lanes
             b.pack(rows, args["inputs"], self.unit, out, ahead, narrowing=self.wide)
 
         b.loop(column, stop, lanes, pack)
@@ -145,7 +145,7 @@ class _Linear:
                 with b.if_then(b.is_not_null(args["residual"])):
                     self._prefetch_residual(first, end, at)
                 self._multiply_panel(rows, panel(at), [self._zero()] * 2)
-                count = b.minimum_int(b.sub(stop, at), 2 * lanes)
+                count = b.minimum_int(stop - at, 2 * lanes)
                 self._epilogue(first, end, at, count, self.height)
 
             b.loop(column, stop, 2 * lanes, columns)
@@ -157,15 +157,15 @@ class _Linear:
         b, args, mode = self.b, self.args, self.quantisation
         assert mode is not None
         x, x_row, units = args["x"], args["x_row"], args["inputs"]
-        offset = b.add(b.mul(thread, args["scratch_bytes"]), self.sums_bytes)
+        offset = thread * args["scratch_bytes"] + self.sums_bytes
         out = b.at(args["scratch"], offset, BYTE)
         args["x"], args["x_row"] = out, units
-        args["steps"] = b.at(out, b.mul(args["rows"], units), INT32)
-        channels, element = b.shl(units, _SHIFT["int8"]), BF16 if mode.half else FP32
+        args["steps"] = b.at(out, args["rows"] * units, INT32)
+        channels, element = units << _SHIFT["int8"], BF16 if mode.half else FP32
 
         def row(i: Any) -> None:
-            source = b.at(x, b.mul(i, x_row), element)
-            step = quantise_row(b, mode, source, channels, b.at(out, b.mul(i, units), INT32))
+            source = b.at(x, i * x_row, element)
+            step = quantise_row(b, mode, source, channels, b.at(out, i * units, INT32))
             b.store(step, b.at(args["steps"], i, FP32))
 
         b.loop(0, args["rows"], 1, row)
@@ -180,20 +180,20 @@ class _Linear:
                 rows = self._tile_addresses(first, end, height)
 
                 def columns(at: Any) -> None:
-                    panel = b.at(args["weight"], b.mul(at, args["inputs"]), self.unit)
+                    panel = b.at(args["weight"], at * args["inputs"], self.unit)
                     # Start from minus the contribution of the zero byte: zero · the sums of the weights.
-                    sums = [b.read(weight_sums, INT32, b.add(at, n * lanes)) for n in range(2)]
-                    zero = b.broadcast(b.trunc(args["zero"], INT32))
+                    sums = [b.read(weight_sums, INT32, at + n * lanes) for n in range(2)]
+                    zero = b.broadcast(b.int32(args["zero"]))
                     starts = [b.neg(b.mul(value, zero)) for value in sums]
                     self._multiply_panel(rows, panel, starts, _AHEAD)
-                    count = b.minimum_int(b.sub(stop, at), 2 * lanes)
+                    count = b.minimum_int(stop - at, 2 * lanes)
                     self._epilogue(first, end, at, count, height)
 
                 b.loop(column, stop, 2 * lanes, columns)
 
             b.loop(row, end, height, tile)
 
-        b.choose_height(self.height, b.sub(end, row), emit_tiles)
+        b.choose_height(self.height, end - row, emit_tiles)
 
     def _multiply_panel(self, rows: Values, panel: Any, starts: Values, ahead: int = 0) -> None:
         """Store the sums of a tile of rows times a panel; `starts` has the first accumulator of each vector."""
@@ -206,21 +206,21 @@ class _Linear:
 
     def _prefetch_residual(self, first: Any, end: Any, column: Any) -> None:
         """Prefetch the residual of a tile during its GEMM."""
-        b, last = self.b, self.b.sub(end, 1)
+        b, last = self.b, end - 1
         for i in range(self.height):
-            row = b.mul(b.minimum_int(b.add(first, i), last), self.args["residual_row"])
-            address = b.at(self.args["residual"], b.add(row, column), self.element)
+            row = b.minimum_int(first + i, last) * self.args["residual_row"]
+            address = b.at(self.args["residual"], row + column, self.element)
             for channel in range(0, 2 * self.level.lanes, 64 // (2 if self.half else 4)):
                 b.prefetch(b.at(address, channel, self.element))
 
     def _pack_transposed(self, column: Any, unit: Any, panel: Any) -> None:
         """Pack one unit of a vector of columns of a `[K, M]` weight, whose rows are scaled by their factors."""
         b, args = self.b, self.args
-        out = b.at(panel, b.mul(unit, 2 * self.level.lanes), self.unit)
+        out = b.at(panel, unit * (2 * self.level.lanes), self.unit)
         element = FP32 if self.dtype == "fp32" or self.wide else BF16
 
         def scaled(row: Any) -> Any:
-            address = b.at(args["weight"], b.add(b.mul(row, args["weight_row"]), column), element)
+            address = b.at(args["weight"], row * args["weight_row"] + column, element)
             factor = b.compute_if(
                 b.is_not_null(args["scales"]),
                 lambda: b.load_scalar(args["scales"], row, FP32),
@@ -231,8 +231,8 @@ class _Linear:
         if self.dtype == "fp32":
             b.write(scaled(unit), out)
             return
-        first = b.shl(unit, 1)
-        halves = [b.fp32_to_bf16(scaled(b.add(first, n))) for n in range(2)]
+        first = unit << 1
+        halves = [b.fp32_to_bf16(scaled(first + n)) for n in range(2)]
         b.write(b.interleave(*(b.bitcast(half, b.vector(INT16)) for half in halves)), out)
 
     def _few_rows_task(self, task: Any, thread: Any) -> None:
@@ -244,21 +244,21 @@ class _Linear:
                 rows = self._tile_addresses(first, end, height)
 
                 def terms(start: Any) -> None:
-                    terms_end = b.minimum_int(b.add(start, _TERMS), inputs)
+                    terms_end = b.minimum_int(start + _TERMS, inputs)
 
                     def columns(at: Any) -> None:
-                        self._dot(rows, at, b.sub(at, column), start, terms_end, width)
+                        self._dot(rows, at, at - column, start, terms_end, width)
 
                     b.loop(column, stop, width, columns)
 
                 b.loop(0, inputs, _TERMS, terms)
-                self._epilogue(first, end, column, b.sub(stop, column), height)
+                self._epilogue(first, end, column, stop - column, height)
 
             b.loop(row, end, height, tile)
 
         highest, width = _ONE_TILE[lanes]
-        rows = b.sub(end, row)
-        with b.if_else(b.icmp_signed("<=", rows, highest)) as (then, otherwise):
+        rows = end - row
+        with b.if_else(rows <= highest) as (then, otherwise):
             with then:
                 b.choose_height(highest, rows, lambda height: emit_tiles(height, width))
             with otherwise:
@@ -269,8 +269,8 @@ class _Linear:
     ) -> None:
         """Add the terms from `start` to `end` of the dot products of a tile; prefetch the next columns."""
         b, lanes, args = self.b, self.level.lanes, self.args
-        weights = [self._row("weight", b.add(column, n)) for n in range(width)]
-        ahead = b.mul(args["weight_row"], width)
+        weights = [self._row("weight", column + n) for n in range(width)]
+        ahead = args["weight_row"] * width
 
         def term(u: Any, *sums: Any) -> Values:
             addresses = [b.at(weight, u, self.unit) for weight in weights]
@@ -285,13 +285,13 @@ class _Linear:
 
         sums = b.loop(start, end, lanes, term, *[self._zero()] * (width * len(rows)))
         sums += [self._zero()] * (-len(sums) % lanes)
-        later = b.icmp_signed(">", start, 0)
+        later = start > 0
         for base in range(0, len(sums), lanes):
             reduced = b.horizontal_sums(sums[base : base + lanes])
             for i in range(base // width, min((base + lanes) // width, len(rows))):
                 first = i * width - base
                 value = b.shuffle(reduced, reduced, range(first, first + width))
-                out = b.at(self.sums, b.add(out_column, i * self.columns), self.accumulator)
+                out = b.at(self.sums, out_column + i * self.columns, self.accumulator)
 
                 def add_earlier(value: Any = value, out: Any = out) -> Any:
                     return b.fadd(value, b.read(out, self.accumulator, count=width))
@@ -309,22 +309,22 @@ class _Linear:
     def _row(self, name: str, index: Any) -> Any:
         """Return the address of a row of x or of the weight."""
         b = self.b
-        return b.at(self.args[name], b.mul(index, self.args[f"{name}_row"]), self.unit)
+        return b.at(self.args[name], index * self.args[f"{name}_row"], self.unit)
 
     def _tile_addresses(self, first: Any, end: Any, height: int) -> Values:
         """Return the addresses of the rows of a tile; the last row is repeated past the end."""
-        b, last = self.b, self.b.sub(end, 1)
-        return [self._row("x", b.minimum_int(b.add(first, i), last)) for i in range(height)]
+        b, last = self.b, end - 1
+        return [self._row("x", b.minimum_int(first + i, last)) for i in range(height)]
 
     def _epilogue(self, first: Any, end: Any, column: Any, columns: Any, height: int) -> None:
         """Apply bias, GELU, LayerScale and residual to the sums of a tile, and store the result."""
         b, args = self.b, self.args
 
         def row(i: Any) -> None:
-            index = b.add(first, i)
-            sums = b.at(self.sums, b.mul(i, self.columns), self.accumulator)
-            out = b.at(args["out"], b.add(b.mul(index, args["out_row"]), column), self.element)
-            residual_index = b.add(b.mul(index, args["residual_row"]), column)
+            index = first + i
+            sums = b.at(self.sums, i * self.columns, self.accumulator)
+            out = b.at(args["out"], index * args["out_row"] + column, self.element)
+            residual_index = index * args["residual_row"] + column
             residual = b.at(args["residual"], residual_index, self.element)
             # The bias of an int8 layer is always fp32.
             bias = b.at(args["bias"], column, FP32 if self.dtype == "int8" else self.element)
@@ -344,10 +344,10 @@ class _Linear:
                 if self.dtype == "int8":
                     has_bias = b.is_not_null(args["bias"])
                     added = b.compute_if(has_bias, lambda: b.read(bias, FP32, n), b.splat(0.0))
-                    value = self._dequantise(value, index, b.add(column, n), added)
+                    value = self._dequantise(value, index, column + n, added)
                 else:
                     value = apply_if("bias", b.fadd, value, bias, n)
-                has_gelu = b.icmp_signed("!=", args["gelu"], 0)
+                has_gelu = args["gelu"] > 0
                 value = b.compute_if(has_gelu, lambda x=value: self._gelu(x), value)
                 value = apply_if("gamma", b.fmul, value, gamma, n)
                 value = apply_if("residual", b.fadd, value, residual, n)
@@ -355,7 +355,7 @@ class _Linear:
 
             b.loop(0, columns, self.level.lanes, vector)
 
-        b.loop(0, b.minimum_int(b.sub(end, first), height), 1, row)
+        b.loop(0, b.minimum_int(end - first, height), 1, row)
 
     def _dequantise(self, sums: Any, row: Any, column: Any, bias: Any) -> Any:
         """Return `sums · scale · step + bias` in fp32."""

@@ -85,7 +85,7 @@ def _fold_row(
     """Reduce a row to one vector by four independent accumulators; `inputs` is a multiple of four vectors."""
 
     def fold(i: Any, *accumulators: Any) -> Values:
-        return [accumulate(b.add(i, n * b.lanes), value) for n, value in enumerate(accumulators)]
+        return [accumulate(i + n * b.lanes, value) for n, value in enumerate(accumulators)]
 
     first, second, third, fourth = b.loop(0, inputs, 4 * b.lanes, fold, *[start] * 4)
     return combine(combine(first, second), combine(third, fourth))
@@ -119,24 +119,24 @@ class _QuantiseRows:
 
     def _chunk(self, task: Any, thread: Any) -> None:
         b, args = self.b, self.b.args
-        first = b.mul(task, args["chunk"])
+        first = task * args["chunk"]
 
         def row(i: Any) -> None:
-            mode, x = self.mode, b.at(args["x"], b.mul(i, args["x_row"]), self.element)
-            out = b.at(args["out"], b.mul(i, args["inputs"]), BYTE)
+            mode, x = self.mode, b.at(args["x"], i * args["x_row"], self.element)
+            out = b.at(args["out"], i * args["inputs"], BYTE)
             if self.normed:
-                normed = b.at(args["scratch"], b.mul(thread, args["scratch_bytes"]), BYTE)
+                normed = b.at(args["scratch"], thread * args["scratch_bytes"], BYTE)
                 self._layer_norm(x, normed)
                 mode, x = mode._replace(half=False), normed
             step = quantise_row(b, mode, x, args["inputs"], out, half_step=self.mode.half)
             b.store(step, b.at(args["steps"], i, FP32))
 
-        b.loop(first, b.minimum_int(b.add(first, args["chunk"]), args["rows"]), 1, row)
+        b.loop(first, b.minimum_int(first + args["chunk"], args["rows"]), 1, row)
 
     def _layer_norm(self, x: Any, out: Any) -> None:
         """Normalise a row to fp32."""
         b, args = self.b, self.b.args
-        count = b.uitofp(args["inputs"], FP32)
+        count = b.uitofp(args["inputs"].value, FP32)
 
         def read(base: Any, i: Any) -> Any:
             return b.read_fp32(base, self.element, i)
@@ -150,7 +150,7 @@ class _QuantiseRows:
             deviation = b.fsub(read(x, i), mean)
             return b.multiply_add(deviation, deviation, total)
 
-        eps = b.bitcast(b.trunc(args["eps"], INT32), FP32)
+        eps = b.bitcast(b.int32(args["eps"]), FP32)
         variance = b.fdiv(sum_row(add_square), count)
         deviation = b.intrinsic("llvm.sqrt.f32", FP32, b.fadd(variance, eps))
         rstd = b.broadcast(b.fdiv(ir.Constant(FP32, 1.0), deviation))

@@ -54,24 +54,24 @@ class _WeightGradient:
     def _block(self, task: Any, thread: Any) -> None:
         b, args = self.b, self.args
         across = args["blocks_across"]
-        self.row = row = b.mul(b.sdiv(task, across), args["block_rows"])
-        self.column = column = b.mul(b.srem(task, across), args["block_columns"])
-        self.end = end = b.minimum_int(b.add(row, args["block_rows"]), args["outputs"])
-        stop = b.minimum_int(b.add(column, args["block_columns"]), args["inputs"])
+        self.row = row = task // across * args["block_rows"]
+        self.column = column = task % across * args["block_columns"]
+        self.end = end = b.minimum_int(row + args["block_rows"], args["outputs"])
+        stop = b.minimum_int(column + args["block_columns"], args["inputs"])
         sums = self._locate_scratch(thread)
         # Of the blocks of a row, the first computes the bias gradient.
-        self.has_sums = b.and_(b.is_not_null(args["sums"]), b.icmp_signed("==", column, 0))
+        self.has_sums = b.and_(b.is_not_null(args["sums"]), b.equal(column, 0))
         zero = b.splat(0.0)
-        b.loop(0, b.shl(sums, 1), self.lanes, lambda n: b.write(zero, self.piece_sums, n))
+        b.loop(0, sums << 1, self.lanes, lambda n: b.write(zero, self.piece_sums, n))
 
         def piece(first: Any) -> None:
-            count = b.minimum_int(b.sub(args["units"], first), args["terms"])
-            b.loop(0, count, 1, lambda u: self._pack_rows(b.add(first, u), u))
+            count = b.minimum_int(args["units"] - first, args["terms"])
+            b.loop(0, count, 1, lambda u: self._pack_rows(first + u, u))
             with b.if_then(self.has_sums):
                 b.loop(row, end, self.tile_rows, self._add_piece_sums)
 
             def columns(at: Any) -> None:
-                b.loop(0, count, 1, lambda u: self._pack_columns(b.add(first, u), u, at))
+                b.loop(0, count, 1, lambda u: self._pack_columns(first + u, u, at))
                 b.loop(row, end, self.tile_rows, lambda i: self._tile(i, first, at, count))
 
             b.loop(column, stop, self.tile_columns, columns)
@@ -85,16 +85,16 @@ class _WeightGradient:
         b, args = self.b, self.args
         terms = args["terms"]
         # More than a tile has, so that tiles begin in different sets of the cache.
-        self.packed_tile = b.add(b.mul(terms, self.tile_rows), self.lanes)
-        self.accumulators = b.at(args["scratch"], b.mul(thread, args["scratch_bytes"]), BYTE)
+        self.packed_tile = terms * self.tile_rows + self.lanes
+        self.accumulators = b.at(args["scratch"], thread * args["scratch_bytes"], BYTE)
         self.panel = b.at(self.accumulators, self.tile_rows * self.tile_columns, FP32)
-        tiles = b.sdiv(args["block_rows"], self.tile_rows)
+        tiles = args["block_rows"] // self.tile_rows
         # Sums of the block's columns of dout, over the piece and over all pieces.
-        sums = b.mul(tiles, self.lanes)
-        self.piece_sums = b.at(self.panel, b.mul(terms, self.tile_columns), self.unit)
+        sums = tiles * self.lanes
+        self.piece_sums = b.at(self.panel, terms * self.tile_columns, self.unit)
         self.total_sums = b.at(self.piece_sums, sums, FP32)
         self.tiles = b.at(self.total_sums, sums, FP32)
-        self.earlier = b.at(self.tiles, b.mul(tiles, self.packed_tile), self.unit)
+        self.earlier = b.at(self.tiles, tiles * self.packed_tile, self.unit)
         return sums
 
     def _tile(self, row: Any, first: Any, column: Any, terms: Any) -> None:
@@ -123,30 +123,30 @@ class _WeightGradient:
 
     def _store_sums(self, row: Any) -> None:
         b = self.b
-        mask = self._mask(b.minimum_int(b.sub(self.end, row), self.tile_rows))
+        mask = self._mask(b.minimum_int(self.end - row, self.tile_rows))
         sums = b.read(self.total_sums, FP32, self._sums_offset(row))
         b.store_masked(sums, b.at(self.args["sums"], row, FP32), mask)
 
     def _tile_index(self, row: Any) -> Any:
-        return self.b.sdiv(self.b.sub(row, self.row), self.tile_rows)
+        return (row - self.row) // self.tile_rows
 
     def _sums_offset(self, row: Any) -> Any:
         """Return the offset of a tile's sums: each tile has a vector, whose first `tile_rows` elements are used."""
-        return self.b.mul(self._tile_index(row), self.lanes)
+        return self._tile_index(row) * self.lanes
 
     def _packed(self, row: Any) -> Any:
         """Return the address of the packed tile of a row."""
         b = self.b
-        return b.at(self.tiles, b.mul(self._tile_index(row), self.packed_tile), self.unit)
+        return b.at(self.tiles, self._tile_index(row) * self.packed_tile, self.unit)
 
     def _pack_rows(self, unit: Any, index: Any) -> None:
         """Pack a unit of all tiles, and add it to the sums of dout."""
         b = self.b
-        ahead = b.mul(self.args["dout_row"], _AHEAD * (2 if self.half else 1))
+        ahead = self.args["dout_row"] * (_AHEAD * (2 if self.half else 1))
 
         def tile(row: Any) -> None:
             # A vector exceeds a tile: the next unit, or the gap between tiles, takes the surplus.
-            out = b.at(self._packed(row), b.mul(index, self.tile_rows), self.unit)
+            out = b.at(self._packed(row), index * self.tile_rows, self.unit)
             vectors = self._read_unit("dout", unit, row, self.args["outputs"], ahead)
             b.write(self._join(vectors), out)
             with b.if_then(self.has_sums):
@@ -162,8 +162,8 @@ class _WeightGradient:
         """Pack a unit of two vectors of columns of x."""
         b = self.b
         for n in (0, self.lanes):
-            out = b.at(self.panel, b.add(b.mul(index, self.tile_columns), n), self.unit)
-            at = b.add(column, n)
+            out = b.at(self.panel, index * self.tile_columns + n, self.unit)
+            at = column + n
             vectors = self._read_unit("x", unit, at, self.args["inputs"], self.tile_columns)
             b.write(self._join(vectors), out)
 
@@ -176,42 +176,42 @@ class _WeightGradient:
         b, args = self.b, self.args
 
         def read(row: Any, limit: Any, element: Any) -> Any:
-            index = b.add(b.mul(row, args[f"{name}_row"]), column)
+            index = row * args[f"{name}_row"] + column
             address = b.at(args[name], index, element)
             b.prefetch(b.at(address, ahead, element))
-            return b.load_masked(address, self._mask(b.sub(limit, column)), element)
+            return b.load_masked(address, self._mask(limit - column), element)
 
         if not self.half:
             return [read(unit, columns, FP32)]
-        first = b.shl(unit, 1)
-        second = b.add(first, 1)
-        limit = b.select(b.icmp_signed("<", second, args["rows"]), columns, b.int64(0))
+        first = unit << 1
+        second = first + 1
+        limit = b.index(b.select(second < args["rows"], columns.value, b.index(0).value))
         return [read(first, columns, INT16), read(second, limit, INT16)]
 
     def _mask(self, count: Any) -> Any:
         """Return the mask of a vector's first `count` elements."""
         b = self.b
         lanes = ir.Constant(b.vector(INT32), list(range(self.lanes)))
-        limit = b.trunc(b.minimum_int(count, self.lanes), INT32)
+        limit = b.int32(b.minimum_int(count, self.lanes))
         return b.icmp_signed("<", lanes, b.broadcast(limit))
 
     def _add_to_out(self, first: Any, row: Any, column: Any) -> None:
         """Add a tile to earlier pieces in `out`; for a bf16 result they accumulate in fp32 until the last piece."""
         b, args = self.b, self.args
-        later = b.icmp_signed(">", first, 0)
-        last = b.icmp_signed(">=", b.add(first, args["terms"]), args["units"])
+        later = first > 0
+        last = first + args["terms"] >= args["units"]
 
         def add_row(i: Any) -> None:
-            accumulators = b.at(self.accumulators, b.mul(i, self.tile_columns), FP32)
-            index = b.add(row, i)
+            accumulators = b.at(self.accumulators, i * self.tile_columns, FP32)
+            index = row + i
             element = BF16 if self.narrow else FP32
-            out = b.at(args["out"], b.add(b.mul(index, args["inputs"]), column), element)
-            block_row = b.mul(b.sub(index, self.row), args["block_columns"])
-            offset = b.add(block_row, b.sub(column, self.column))
+            out = b.at(args["out"], index * args["inputs"] + column, element)
+            block_row = (index - self.row) * args["block_columns"]
+            offset = block_row + (column - self.column)
             earlier = b.at(self.earlier, offset, FP32)
 
             def add_vector(n: Any) -> None:
-                count = b.sub(args["inputs"], b.add(column, n))
+                count = args["inputs"] - (column + n)
                 value, address = b.read(accumulators, FP32, n), b.at(out, n, element)
                 wide = b.at(earlier, n, FP32)
 
@@ -231,15 +231,15 @@ class _WeightGradient:
                     with otherwise:
                         b.write(total, wide)
 
-            columns = b.minimum_int(b.sub(args["inputs"], column), self.tile_columns)
+            columns = b.minimum_int(args["inputs"] - column, self.tile_columns)
             b.loop(0, columns, self.lanes, add_vector)
 
-        b.loop(0, b.minimum_int(b.sub(self.end, row), self.tile_rows), 1, add_row)
+        b.loop(0, b.minimum_int(self.end - row, self.tile_rows), 1, add_row)
 
     def _write_columns(self, value: Any, address: Any, count: Any) -> None:
         """Store the first `count` elements of a vector."""
         b = self.b
-        with b.if_else(b.icmp_signed(">=", count, self.lanes)) as (then, otherwise):
+        with b.if_else(count >= self.lanes) as (then, otherwise):
             with then:
                 b.write(value, address)
             with otherwise:
