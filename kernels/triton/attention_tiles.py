@@ -113,6 +113,22 @@ def product(x_a, x_b, y_a, y_b, D_B: tl.constexpr, PRECISION: tl.constexpr, bias
 
 
 @triton.jit
+def add_product(acc, x, y, PRECISION: tl.constexpr, APART: tl.constexpr):
+    """Add x y to a sum; APART: the GEMM has an accumulator of its own, if the registers suffice for both.
+
+    In the accumulator of the sum, the GEMM would still be in flight when the next tile begins, and Hopper's compiler
+    would serialise all GEMMs.
+    """
+    if APART:
+        out = tl.fma(
+            acc, tl.full(acc.shape, 1.0, tl.float32), tl.dot(x, y, input_precision=PRECISION)
+        )
+    else:
+        out = tl.dot(x, y, acc, input_precision=PRECISION)
+    return out
+
+
+@triton.jit
 def dropout_stream(head, sequence):
     """Return the part of Philox's counter that identifies a head and a sequence, a number below 2³²."""
     return tl.cast(head, tl.int64) | (tl.cast(sequence, tl.int64) << 32)
@@ -273,14 +289,7 @@ def dkdv_tile(
         tl.store(ds_pointers, dscores, mask=present[:, None])  # pyright: ignore[reportOptionalSubscript]
     dropped = dropped.to(q_a.dtype)
     dv_a = tl.dot(dropped, g_a, dv_a, input_precision=PRECISION)
-    if APART:
-        dk_a = tl.fma(
-            dk_a,
-            tl.full(dk_a.shape, 1.0, tl.float32),
-            tl.dot(dscores, q_a, input_precision=PRECISION),
-        )
-    else:
-        dk_a = tl.dot(dscores, q_a, dk_a, input_precision=PRECISION)
+    dk_a = add_product(dk_a, dscores, q_a, PRECISION, APART)
     if D_B > 0:
         dv_b = tl.dot(dropped, g_b, dv_b, input_precision=PRECISION)
         dk_b = tl.dot(dscores, q_b, dk_b, input_precision=PRECISION)
@@ -389,18 +398,10 @@ def backward_statistics(
         options, config = launch_options(
             STATISTICS, out, head_dim=head_dim, dlse=dlse is not None, multiple=multiple
         )
-        statistics_kernel[(triton.cdiv(queries, config.tiles["BLOCK"]) * heads * batch,)](
-            out,
-            dout,
-            lse,
-            lse if dlse is None else dlse.float().contiguous(),
-            delta,
-            row_lse,
-            *strides_of(out, dout),
-            heads,
-            queries,
-            **options,
-        )
+        grid = (triton.cdiv(queries, config.tiles["BLOCK"]) * heads * batch,)
+        dlse = lse if dlse is None else dlse.float().contiguous()
+        pointers, strides = (out, dout, lse, dlse, delta, row_lse), strides_of(out, dout)
+        statistics_kernel[grid](*pointers, *strides, heads, queries, **options)
     return delta, row_lse
 
 

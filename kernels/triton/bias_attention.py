@@ -27,6 +27,7 @@ from ..checks import BIAS_HEAD_DIMS, Biased
 from ..reference import HIDDEN
 from .attention_tiles import (
     LOG2E,
+    add_product,
     addressable,
     attention_spec,
     backward_statistics,
@@ -75,22 +76,6 @@ def locate(tiles, batch, period):
         tl.cast(b, tl.int64),
         tl.cast(tl.program_id(0) // tiles // batch, tl.int64),
     )
-
-
-@triton.jit
-def add_product(acc, x, y, PRECISION: tl.constexpr, APART: tl.constexpr):
-    """Add x y to a sum; APART: the GEMM has an accumulator of its own, if the registers suffice for both.
-
-    In the accumulator of the sum, the GEMM would still be in flight when the next tile begins, and Hopper's compiler
-    would serialise all GEMMs.
-    """
-    if APART:
-        out = tl.fma(
-            acc, tl.full(acc.shape, 1.0, tl.float32), tl.dot(x, y, input_precision=PRECISION)
-        )
-    else:
-        out = tl.dot(x, y, acc, input_precision=PRECISION)
-    return out
 
 
 @triton.jit
@@ -543,22 +528,10 @@ def bias_attention_forward(a: Biased) -> tuple[Tensor, Tensor]:
     options, config = launch_options(FORWARD, q, looped=keys, **_variant(a))
     if q.numel():
         bias = _bias_rows(a.bias)
-        forward_kernel[(triton.cdiv(queries, config.tiles["BLOCK_M"]) * batch * heads,)](
-            q,
-            k,
-            v,
-            bias,
-            *optional_arguments(q, a.key_mask, a.dropout_p, a.seed),
-            out,
-            lse,
-            *strides_of(q, k, v, out, bias),
-            batch,
-            heads,
-            bias.shape[0],
-            queries,
-            keys,
-            **options,
-        )
+        grid = (triton.cdiv(queries, config.tiles["BLOCK_M"]) * batch * heads,)
+        inputs = (q, k, v, bias, *optional_arguments(q, a.key_mask, a.dropout_p, a.seed))
+        strides, counts = strides_of(q, k, v, out, bias), (batch, heads, len(bias), queries, keys)
+        forward_kernel[grid](*inputs, out, lse, *strides, *counts, **options)
     return out, lse
 
 

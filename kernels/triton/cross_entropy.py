@@ -256,10 +256,11 @@ def _gradients(
 ) -> Gradients:
     blocks, h, w, b = _Blocks(a), a.h, a.w, a.b
     options, _ = launch_options(SOFTMAX_GRADIENT, h, width=blocks.width)
-    needs_b = needs[2] and b is not None
     dh = torch.zeros(blocks.h.shape, dtype=torch.float32, device=h.device) if needs[0] else None
     dw = torch.empty(w.shape, dtype=w.dtype, device=w.device) if needs[1] else None
-    db = torch.zeros(b.shape, dtype=torch.float32, device=b.device) if needs_b else None
+    db = None
+    if needs[2] and b is not None:
+        db = torch.zeros(b.shape, dtype=torch.float32, device=b.device)
     for columns in blocks.columns if any(needs) else []:
         # The gradient of a slice of w: accumulated in fp32 if there are several blocks of rows.
         wide = None

@@ -31,6 +31,7 @@ from .rows import (
     ARCHES,
     contiguous_rows,
     dense,
+    embedding_gradient,
     first_stage_programs,
     load_fp32,
     ordered_sum,
@@ -328,43 +329,6 @@ def embedding_norm_backward_kernel(
     tl.store(partials + 2 * programs * WIDTH, dtype_row, mask=column_mask)
 
 
-@triton.jit(do_not_specialize=["count", "entries", "skipped"])
-def segment_sum_kernel(
-    ids_ptr,
-    order_ptr,
-    rows_ptr,
-    table_ptr,
-    count,
-    entries,
-    skipped,
-    WIDTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    """Sum the rows of a run of equal sorted ids, in the program of its first id; the other programs return."""
-    first = tl.program_id(0)
-    entry = tl.load(ids_ptr + first)
-    before = tl.load(ids_ptr + tl.maximum(first - 1, 0))
-    if ((first == 0) | (before != entry)) & (entry != skipped) & (entry >= 0) & (entry < entries):
-        columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-        column_mask = columns < WIDTH
-        steps = tl.arange(0, BLOCK_ROWS)
-        sums = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-        start = first
-        members = BLOCK_ROWS
-        while members == BLOCK_ROWS:
-            row_mask = start + steps < count
-            row_mask = row_mask & (
-                tl.load(ids_ptr + start + steps, mask=row_mask, other=-1) == entry
-            )
-            source = tl.load(order_ptr + start + steps, mask=row_mask, other=0)
-            addresses = rows_ptr + source[:, None] * WIDTH + columns[None, :]
-            sums += tl.load(addresses, mask=row_mask[:, None] & column_mask[None, :], other=0.0)
-            members = tl.sum(row_mask.to(tl.int32), 0)
-            start += BLOCK_ROWS
-        tl.store(table_ptr + entry * WIDTH + columns, tl.sum(sums, 0), mask=column_mask)
-
-
 def forward_config(width: int) -> LaunchConfig:
     """Configure one row a program, 16 elements a thread."""
     block = max(16, triton.next_power_of_2(width))
@@ -441,13 +405,6 @@ EMBED_BACKWARD = row_spec(
     backward_config,
     types=lambda variant, dtype: {"ds_ptr": "*fp32"},
 )
-SEGMENT_SUM = row_spec(
-    "embedding_segment_sum",
-    segment_sum_kernel,
-    ({"width": 768},),
-    lambda width: LaunchConfig({"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 128}, num_warps=4, num_stages=1),
-    types=lambda variant, dtype: {"rows_ptr": "*fp32"},
-)
 
 
 def add_layer_norm_forward(
@@ -471,12 +428,14 @@ def add_layer_norm_forward(
     )
     rows_per_scale, seed, drop_below, keep_scale = _dropout_arguments(a)
     if rows.shape[0]:
-        add_layer_norm_forward_kernel[(triton.cdiv(rows.shape[0], config.tiles["ROWS"]),)](
-            rows, added, dense(a.weight), dense(a.bias), dense(gamma), dense(row_scale), seed,
-            normed, None if plain else summed, mean, rstd, *(rounded or (None, None)),
-            rows.stride(0), 0 if added is None else added.stride(0), rows.shape[0], rows_per_scale,
-            a.eps, drop_below, keep_scale, **options,
-        )  # fmt: skip
+        grid = (triton.cdiv(rows.shape[0], config.tiles["ROWS"]),)
+        parameters = (dense(t) for t in (a.weight, a.bias, gamma, row_scale))
+        outputs = (normed, None if plain else summed, mean, rstd, *(rounded or (None, None)))
+        strides = rows.stride(0), 0 if added is None else added.stride(0)
+        numbers = rows.shape[0], rows_per_scale, a.eps, drop_below, keep_scale
+        add_layer_norm_forward_kernel[grid](
+            rows, added, *parameters, seed, *outputs, *strides, *numbers, **options
+        )
     return AddLayerNorm(normed, summed, mean, rstd)
 
 
@@ -504,12 +463,14 @@ def add_layer_norm_backward(
     likes = [weight, weight] if gamma is None else [weight, weight, gamma]
     partials = torch.empty(len(likes), programs, width, dtype=torch.float32, device=x.device)
     rows_per_scale, seed, drop_below, keep_scale = _dropout_arguments(a)
+    inputs = (upstream, skipped, sums, rows if gamma is not None else None)
+    parameters = (dense(t) for t in (weight, gamma, row_scale))
+    strides = upstream.stride(0), 0 if skipped is None else skipped.stride(0), rows.stride(0)
+    numbers = rows.shape[0], rows_per_scale, drop_below, keep_scale
+    statistics, outputs = (mean, rstd), (dx, dresidual, partials)
     add_layer_norm_backward_kernel[(programs,)](
-        upstream, skipped, sums, rows if gamma is not None else None, dense(weight), dense(gamma), dense(row_scale),
-        seed, mean, rstd, dx, dresidual, partials,
-        upstream.stride(0), 0 if skipped is None else skipped.stride(0), rows.stride(0), rows.shape[0],
-        rows_per_scale, drop_below, keep_scale, **options,
-    )  # fmt: skip
+        *inputs, *parameters, seed, *statistics, *outputs, *strides, *numbers, **options
+    )
     dweight, dbias, *dgamma = ordered_sum(partials, *likes)
     if dresidual is None:
         dresidual = dx
@@ -572,21 +533,10 @@ def embedding_norm_forward(a: Embedding) -> tuple[Tensor, Tensor, Tensor]:
     mean, rstd = _statistics(count, word)
     options, config = launch_options(EMBED_FORWARD, word, width=width)
     if count:
-        embedding_norm_forward_kernel[(triton.cdiv(count, config.tiles["ROWS"]),)](
-            *_ids(a),
-            word.contiguous(),
-            position.contiguous(),
-            dense(a.type_row),
-            dense(a.weight),
-            dense(a.bias),
-            normed,
-            mean,
-            rstd,
-            count,
-            word.shape[0],
-            position.shape[0],
-            a.eps,
-            **options,
+        grid = (triton.cdiv(count, config.tiles["ROWS"]),)
+        sizes = count, word.shape[0], position.shape[0]
+        embedding_norm_forward_kernel[grid](
+            *_inputs(a), dense(a.bias), normed, mean, rstd, *sizes, a.eps, **options
         )
     return normed, mean, rstd
 
@@ -597,58 +547,27 @@ def embedding_norm_backward(
     """Compute the gradients of tables, type row and norm; zero in row `padding_idx` of both tables, as in RoBERTa."""
     word, position, weight = a.word, a.position, a.weight
     width, count = width_of(word), a.tokens.numel()
-    upstream, ids = contiguous_rows(dnormed), _ids(a)
+    upstream, inputs = contiguous_rows(dnormed), _inputs(a)
     ds = torch.empty(count, width, dtype=torch.float32, device=word.device)
     options, config = launch_options(EMBED_BACKWARD, word, width=width)
     programs = first_stage_programs(triton.cdiv(count, config.tiles["ROWS"]), word.device)
     partials = torch.empty(3, programs, width, dtype=torch.float32, device=word.device)
+    sizes = upstream.stride(0), count, word.shape[0], position.shape[0]
     embedding_norm_backward_kernel[(programs,)](
-        upstream,
-        *ids,
-        word.contiguous(),
-        position.contiguous(),
-        dense(a.type_row),
-        dense(weight),
-        mean,
-        rstd,
-        ds,
-        partials,
-        upstream.stride(0),
-        count,
-        word.shape[0],
-        position.shape[0],
-        **options,
+        upstream, *inputs, mean, rstd, ds, partials, *sizes, **options
     )
     dweight, dbias, dtype_row = ordered_sum(partials, weight, weight, a.type_row)
     dword, dposition = (
-        _table_gradient(entries, ds, table, a.padding_idx)
-        for entries, table in zip(ids, (word, position), strict=True)
+        embedding_gradient(entries, ds, table, a.padding_idx)
+        for entries, table in zip(inputs[:2], (word, position), strict=True)
     )
     return dword, dposition, dtype_row, dweight, dbias
 
 
-def _table_gradient(ids: Tensor, rows: Tensor, table: Tensor, padding_idx: int | None) -> Tensor:
-    """Return the gradient of `table` `[V, M]`: rows `[T, M]` in fp32, summed in order into their ids' entries."""
-    gradient = torch.zeros(table.shape, dtype=table.dtype, device=table.device)
-    count, width = rows.shape
-    if count:
-        ordered, order = torch.sort(ids.long(), stable=True)
-        options, config = launch_options(SEGMENT_SUM, rows, width=width)
-        segment_sum_kernel[(count, triton.cdiv(width, config.tiles["BLOCK_COLUMNS"]))](
-            ordered,
-            order,
-            rows,
-            gradient,
-            count,
-            table.shape[0],
-            -1 if padding_idx is None else padding_idx,
-            **options,
-        )
-    return gradient
+def _inputs(a: Embedding) -> tuple[Tensor, ...]:
+    """Return ids, tables, type row and weight as the kernels read them."""
+    ids = (t.reshape(-1).contiguous() for t in (a.tokens, a.positions))
+    return (*ids, *(t.contiguous() for t in (a.word, a.position, a.type_row, a.weight)))
 
 
-def _ids(a: Embedding) -> tuple[Tensor, Tensor]:
-    return a.tokens.reshape(-1).contiguous(), a.positions.reshape(-1).contiguous()
-
-
-KERNELS = [FORWARD, FORWARD_FP8, BACKWARD, EMBED_FORWARD, EMBED_BACKWARD, SEGMENT_SUM]
+KERNELS = [FORWARD, FORWARD_FP8, BACKWARD, EMBED_FORWARD, EMBED_BACKWARD]

@@ -438,19 +438,9 @@ def relpos_attention_forward(
                 **options,
             )
         else:
+            strides = strides_of(q, k, v, out)
             forward_kernel[(tiles * batch * heads,)](
-                q,
-                k,
-                v,
-                bias,
-                out,
-                lse,
-                *strides_of(q, k, v, out),
-                columns,
-                batch,
-                heads,
-                tokens,
-                **options,
+                q, k, v, bias, out, lse, *strides, columns, batch, heads, tokens, **options
             )
     return out, lse
 

@@ -1,4 +1,4 @@
-"""Row-wise kernels: ordered sums of partial results, quantisation to fp8 (e4m3), bias and GELU.
+"""Row-wise kernels: ordered sums of partial results and of embedding gradients, quantisation to fp8, bias and GELU.
 
 GELU (erf form) comes with the bias of the linear layer before it. The GEMM leaves the pre-activation without its bias,
 which the backward needs: bias and activation are applied again while the gradient passes through.
@@ -141,6 +141,67 @@ def ordered_sum(partials: Tensor, *likes: Tensor) -> list[Tensor]:
     grid = (triton.cdiv(width, config.tiles["BLOCK_COLUMNS"]), outputs)
     ordered_sum_kernel[grid](partials, *sums, *[None] * (3 - outputs), count, **options)
     return sums
+
+
+@triton.jit(do_not_specialize=["count", "entries", "skipped"])
+def segment_sum_kernel(
+    ids_ptr,
+    order_ptr,
+    rows_ptr,
+    table_ptr,
+    count,
+    entries,
+    skipped,
+    WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Sum the rows of a run of equal sorted ids, in the program of its first id; the other programs return."""
+    first = tl.program_id(0)
+    entry = tl.load(ids_ptr + first)
+    before = tl.load(ids_ptr + tl.maximum(first - 1, 0))
+    if ((first == 0) | (before != entry)) & (entry != skipped) & (entry >= 0) & (entry < entries):
+        columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+        column_mask = columns < WIDTH
+        steps = tl.arange(0, BLOCK_ROWS)
+        sums = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+        start = first
+        members = BLOCK_ROWS
+        while members == BLOCK_ROWS:
+            row_mask = start + steps < count
+            row_mask = row_mask & (
+                tl.load(ids_ptr + start + steps, mask=row_mask, other=-1) == entry
+            )
+            source = tl.load(order_ptr + start + steps, mask=row_mask, other=0)
+            addresses = rows_ptr + source[:, None] * WIDTH + columns[None, :]
+            sums += tl.load(addresses, mask=row_mask[:, None] & column_mask[None, :], other=0.0)
+            members = tl.sum(row_mask.to(tl.int32), 0)
+            start += BLOCK_ROWS
+        tl.store(table_ptr + entry * WIDTH + columns, tl.sum(sums, 0), mask=column_mask)
+
+
+SEGMENT_SUM = row_spec(
+    "embedding_segment_sum",
+    segment_sum_kernel,
+    ({"width": 768},),
+    lambda width: LaunchConfig({"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 128}, num_warps=4, num_stages=1),
+    types=lambda variant, dtype: {"rows_ptr": "*fp32"},
+)
+
+
+def embedding_gradient(ids: Tensor, rows: Tensor, table: Tensor, padding_idx: int | None) -> Tensor:
+    """Return the gradient of `table` `[V, M]`: rows `[T, M]` in fp32, summed in order into their ids' entries."""
+    gradient = torch.zeros(table.shape, dtype=table.dtype, device=table.device)
+    count, width = rows.shape
+    if count:
+        ordered, order = torch.sort(ids.long(), stable=True)
+        options, config = launch_options(SEGMENT_SUM, rows, width=width)
+        grid = count, triton.cdiv(width, config.tiles["BLOCK_COLUMNS"])
+        skipped = -1 if padding_idx is None else padding_idx
+        segment_sum_kernel[grid](
+            ordered, order, rows, gradient, count, table.shape[0], skipped, **options
+        )
+    return gradient
 
 
 @triton.jit
@@ -388,16 +449,12 @@ def bias_gelu_backward(
     partials = None
     if bias is not None:
         partials = torch.empty(1, programs, width, dtype=torch.float32, device=y.device)
-    bias_gelu_backward_kernel[(programs, triton.cdiv(width, config.tiles["BLOCK"]))](
-        upstream,
-        rows,
-        dense(bias),
-        dy,
-        partials,
-        upstream.stride(0),
-        rows.stride(0),
-        count,
-        **options,
+    grid, strides = (
+        (programs, triton.cdiv(width, config.tiles["BLOCK"])),
+        (upstream.stride(0), rows.stride(0)),
+    )
+    bias_gelu_backward_kernel[grid](
+        upstream, rows, dense(bias), dy, partials, *strides, count, **options
     )
     return dy, None if bias is None or partials is None else ordered_sum(partials, bias)[0]
 
@@ -425,4 +482,4 @@ def linear_gelu_backward(
     return dx, dw, db if needs[2] else None
 
 
-KERNELS = [SUM, QUANTISE, GELU_FORWARD, GELU_BACKWARD, GELU_QUANTISE]
+KERNELS = [SUM, SEGMENT_SUM, QUANTISE, GELU_FORWARD, GELU_BACKWARD, GELU_QUANTISE]
