@@ -19,8 +19,9 @@ from xfm_fast.packing import ImageGroups, Packing, Sequences
 from xfm_fast.tasks.answer_trie import AnswerTrie, DecodedTree
 from xfm_fast.tasks.task import TASKS
 
+from ..graphs import SessionMemory
 from ..slots import largest
-from . import Session, SessionMemory
+from . import Session
 
 # Rows of vocabulary logits of a pass: 100 MB in fp32 at base size.
 _LOGIT_ROWS = 512
