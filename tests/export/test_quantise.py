@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from tests.export.conftest import scenes_examples
-from xfm_fast.benchmarks.inputs import captions_table
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ExportError, InputError, UnavailableError
 from xfm_fast.export import engines, export_onnx, qdq, quantise, quantize_int8, verify
@@ -27,6 +26,7 @@ from xfm_fast.export.request import GRAPHS, GraphName, Quantisation
 from xfm_fast.export.runtimes.onnx_runtime import run_graph, widen
 from xfm_fast.export.verification import Comparison, calibration_part
 from xfm_fast.models.xfm import XFM
+from xfm_fast.testing import captions_table
 
 onnx = pytest.importorskip("onnx", reason="8 bits are written into ONNX graphs")
 ort = pytest.importorskip("onnxruntime", reason="calibration runs graphs by onnxruntime")

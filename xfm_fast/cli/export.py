@@ -133,7 +133,7 @@ def export(
     options: Flat[ExportOptions] = ExportOptions(),
 ) -> int:
     """Export a model; the help is in `app`."""
-    from xfm_fast.benchmarks import inputs
+    from xfm_fast import testing
     from xfm_fast.tasks.task import TASKS, explanation
 
     request, source = options.request(source), named(model, source)
@@ -144,7 +144,7 @@ def export(
         logging.getLogger("xfm_fast.export").setLevel(logging.DEBUG)
     if options.data is not None:
         # Validate before a checkpoint is read.
-        inputs.from_files(options.data, most=1)
+        testing.from_files(options.data, limit=1)
     exported = [name for name, task in TASKS.items() if task.Session is not None]
     opened = open_model(replace(source, dtype=None), tasks=exported, device="cpu")
     tokenizer = opened.model.tokenizer
@@ -224,14 +224,14 @@ def load_examples(
     data: Path | None,
     sizes: Mapping[str, int] = {},
 ) -> Examples:
-    """Load images and captions to compare on, within fixed axes: from `data`, bundled, or generated with a note."""
-    from xfm_fast.benchmarks import inputs
+    """Load images and captions to compare on: from `data`, bundled, or generated with a note."""
+    from xfm_fast import testing
     from xfm_fast.export.expected import LONGEST, generated_examples, make_examples
     from xfm_fast.tokenizer import CaptionTokenizer
 
     longest = min(sizes.get("length", LONGEST), config.max_text_length)
     try:
-        images = inputs.bundled() if data is None else inputs.from_files(data, most=_PHOTOS)
+        images = testing.bundled() if data is None else testing.from_files(data, limit=_PHOTOS)
     except DataError as error:
         if data is not None:
             raise

@@ -72,12 +72,12 @@ class ServiceOptions:
 
     @property
     def loopback(self) -> bool:
-        """Whether only this machine reaches the service."""
+        """The service listens on this machine only."""
         return is_loopback(self.host)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine."""
+    """Return whether a host is this machine."""
     try:
         return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
