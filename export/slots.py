@@ -538,7 +538,9 @@ class Layout:
     results: Tensor  # [P] index of the results of each caption among all B T
 
     @classmethod
-    def of(cls, images: Sequence[Rows], lengths: Sequence[int], length: int) -> Layout:
+    def of(
+        cls, images: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int], length: int
+    ) -> Layout:
         """Lay out captions: `images` holds the rows of every image, the same number of rows each."""
         counts = [sum(map(len, rows)) for rows in images]
         rows, texts_per_image = len(images[0]), max(counts)

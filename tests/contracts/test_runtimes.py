@@ -83,7 +83,7 @@ def test_a_runtime_from_outside(tmp_path: Path) -> None:
 
 def test_the_command_reads_the_registry() -> None:
     text = invoke(["export", "--help"]).output
-    assert "toy: ONNX graphs for the evaluator of onnx" in " ".join(text.replace("│", " ").split())
+    assert "toy: the evaluator of onnx, ONNX graphs" in " ".join(text.replace("│", " ").split())
     done = invoke(["export", "--to", "toys", "--random", "tiny", "--out", "unused"])
     assert done.exit_code == 2
     assert all(name in done.stderr for name in ("toys", *RUNTIMES))
