@@ -52,11 +52,11 @@ def test_scales_clip_outliers_and_smooth_channels(monkeypatch: pytest.MonkeyPatc
         patch.setattr(quantise, "_WORTH_A_PASS", 0)
         plain = fitted(uneven, norm="")
     assert (plain.smoothing == 1).all()
-    # By a LayerNorm before it, or a product.
+    # By a LayerNorm before it, or a `Mul`.
     for smoothed in (fitted(uneven), fitted(uneven, norm="")):
         assert int(smoothed.smoothing.argmax()) == 3
         assert smoothed.error < plain.error / 2
-    # Even channels are not worth a product.
+    # Even channels are not worth a `Mul`.
     assert (fitted(rows, norm="").smoothing == 1).all()
     far = torch.randn(4096, 32, generator=generator)
     far[0, 0] = 8.0
@@ -110,7 +110,7 @@ def test_nodes_of_a_graph(
     assert (0.98 if scheme is FP8 else 0.995) < cosine.min() < 0.9999999
 
 
-def test_post_norm_texts_are_smoothed_by_products(exported_fp32: Path) -> None:
+def test_post_norm_texts_are_smoothed_by_mul(exported_fp32: Path) -> None:
     """Smooth by `Mul`: the sum behind a LayerNorm reads its output too, so that the norm cannot take the smoothing."""
     wide, reference = onnx.load(exported_fp32 / "text.onnx"), Reference.load(exported_fp32)
     wide = _uneven(wide)

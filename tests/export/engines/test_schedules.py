@@ -21,7 +21,7 @@ from xfm_fast.tasks.nlvr2 import NLVR2Model
 from xfm_fast.tasks.vqa import VQAModel
 
 Steps = tuple[int, int, int, int]
-"""Steps that compute; those without a product; those that are a product alone; those that only move or cast."""
+"""Counts of steps that compute: all, without a GEMM, only a GEMM, only moves or casts."""
 
 Most = Mapping[str, tuple[Steps, Steps]]
 """The steps that graphs may have: of the profile for batches of one, and of the one for many."""
