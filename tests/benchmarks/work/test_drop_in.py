@@ -50,7 +50,7 @@ def growing(layers: int) -> drop_in.Subject:
 
 def case(key: str, make: Any, package: str = "torch") -> drop_in.PublicModel:
     return drop_in.PublicModel(
-        key, f"the model {key}", "3 texts", "texts", make, unpad=False, package=package
+        key, f"the model {key}", "3 texts", make, unpad=False, package=package
     )
 
 
