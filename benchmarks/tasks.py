@@ -22,9 +22,9 @@ from torch import Tensor
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.items import collate_pairs
-from xfm_fast.data.masking import block_mask
+from xfm_fast.data.masking import EncodedText, block_mask
 from xfm_fast.data.options import TextOptions
-from xfm_fast.data.texts import EncodedText, encode_pair_text
+from xfm_fast.data.texts import encode_pair_text
 from xfm_fast.models.xfm import ALL_HEADS, XFM
 from xfm_fast.tasks.captioning import CaptioningModel
 from xfm_fast.tasks.classification import ClassificationModel
@@ -91,7 +91,7 @@ def _pretraining(inputs: Inputs, count: int) -> Batch:
             for _ in texts
         ],
         width=TextOptions().max_tokens,
-        most=TextOptions().masking.most,
+        masked=TextOptions().masking.most,
     )
     return {"batch": batch}
 

@@ -17,7 +17,7 @@ import torch
 
 import xfm_fast
 from xfm_fast.errors import UnavailableError
-from xfm_fast.export.runtimes import Runtime, runtimes
+from xfm_fast.export.runtimes import RUNTIMES, Runtime
 from xfm_fast.kernels.cpu import int8
 from xfm_fast.testing import SharedWeights
 
@@ -274,7 +274,7 @@ BACKENDS: tuple[ModelBackend, ...] = (
         package="flash-attn",
         schedule="ours",
     ),
-    *(backend for runtime in runtimes().values() for backend in export_backends(runtime)),
+    *(backend for runtime in RUNTIMES.values() for backend in export_backends(runtime)),
 )
 
 
