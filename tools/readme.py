@@ -1,7 +1,7 @@
 """The tables of measurements in README and docs, written from the stored results that they name.
 
-    python -m xfm_fast.benchmarks.report.readme           # rewrite them: make readme
-    python -m xfm_fast.benchmarks.report.readme --check   # exit code 1 where one is stale
+    python -m tools.readme           # rewrite them: make readme
+    python -m tools.readme --check   # exit code 1 if one is stale
 
 A table stands between `<!-- bench:begin FILE -->` and `<!-- bench:end -->`; FILE is a results document, relative to the
 page, and a word behind it a form of `FORMS`: `<!-- bench:begin FILE gains -->`.
@@ -19,11 +19,18 @@ from pathlib import Path
 
 from PIL import Image
 
+from xfm_fast.benchmarks.record import OURS, RERANKER, load
+from xfm_fast.benchmarks.report.tables import (
+    by_backend,
+    fp32_gains,
+    gains,
+    int8_gains,
+    machine_line,
+    markdown,
+    times,
+)
 from xfm_fast.errors import DataError
 from xfm_fast.io import write_bytes
-
-from ..record import OURS, RERANKER, load
-from .tables import by_backend, fp32_gains, gains, int8_gains, machine_line, markdown, times
 
 REGION = re.compile(
     r"(?P<begin><!-- bench:begin (?P<file>\S+\.json)(?: (?P<form>\w+))? -->\n)"
@@ -38,7 +45,7 @@ FORMS: dict[str | None, Callable[..., str]] = {
     "reranker": partial(gains, label=RERANKER),
 }
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs/accelerate.png"
 INK, SOFT, DARK, GREY = "#1a1e22", "#5c6570", "#0b5d52", "#8a929b"
 # The results in the README's picture.
