@@ -477,8 +477,9 @@ class Benchmark:
         with TemporaryDirectory(prefix="xfm-bench-", ignore_cleanup_errors=True) as scratch:
             progress = progress or Progress()
             run = Run(document, options, progress, dtypes, absent, Path(scratch), keep)
+            generator: Any = self.cases(run, **inputs)
             try:
-                with closing(self.cases(run, **inputs)) as cases:
+                with closing(generator) as cases:
                     for case in cases:
                         run.measure(case)
             except KeyboardInterrupt:

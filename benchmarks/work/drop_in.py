@@ -84,7 +84,7 @@ class PublicModel:
     package: str = "transformers"
 
 
-def _hf(family: str, head: str = "Model", **settings: Any) -> Any:
+def _hf(family: str, head: str = "Model", /, **settings: Any) -> Any:
     """Return a model of transformers with random weights."""
     import transformers
 
@@ -483,15 +483,15 @@ def run(run: Run) -> Iterator[Case]:
         run.progress.stage(model.name)
         # The copies of the last model hold each other in cycles.
         gc.collect()
-        lacking: tuple[Status, str] | None = None
-        if find_spec(model.package) is None:
-            reason = f"{model.package} is not installed; pip install {model.package}"
-            lacking = "absent", reason
         torch.manual_seed(run.options.seed)
-        try:
-            subject = None if lacking else model.make(2 if run.options.quick else 12)
-        except Exception as error:  # of another library: the others are measured
-            subject, lacking = None, ("failed", one_line(error))
+        reason = f"{model.package} is not installed; pip install {model.package}"
+        lacking: tuple[Status, str] = "absent", reason
+        subject = None
+        if find_spec(model.package) is not None:
+            try:
+                subject = model.make(2 if run.options.quick else 12)
+            except Exception as error:  # of another library: the others are measured
+                lacking = "failed", one_line(error)
         if subject is not None:
             yield _case(model, subject, run)
             continue

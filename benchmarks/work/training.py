@@ -423,8 +423,9 @@ def _measure_memory(
 ) -> Extra:
     keep_freed_memory()
     torch.set_num_threads(threads)
-    batch = PairBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
-    step = make_step(PRETRAINING, config, seed, {"batch": batch}, torch.device("cpu"))
+    tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    batch = {"batch": PairBatch(**tensors)}
+    step = make_step(PRETRAINING, config, seed, batch, torch.device("cpu"))
     step.model.train(dropout)
     if checkpointed:
         # Imported here, since it brings modules that no other procedure needs in memory.
