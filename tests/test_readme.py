@@ -21,9 +21,9 @@ import torch
 import xfm_fast
 from tests.cli.runner import invoke
 from tests.conftest import load_tensors
+from tools.readme import pages, picture_is_stale, regenerated
 from xfm_fast import XFM, XFMConfig
 from xfm_fast.benchmarks.record import load
-from xfm_fast.benchmarks.report.readme import pages, picture_is_stale, regenerated
 from xfm_fast.benchmarks.report.tables import number, times
 from xfm_fast.benchmarks.work.drop_in import trained_minilm
 from xfm_fast.cli.app import app
