@@ -251,7 +251,7 @@ def test_a_layer_with_an_argument_that_no_row_takes_is_not_replaced() -> None:
     sizes = {"vocab_size": 40, "dim_bbox_sinusoid_emb_2d": 16, "dim_bbox_projection": 16}
     model = transformers.BrosModel(transformers.BrosConfig(**SMALL, **sizes)).eval()
     register(row("bros.BrosLayer", BERT))
-    with pytest.raises(InputError, match="requires bbox_pos_emb, which its row does not take"):
+    with pytest.raises(InputError, match="requires bbox_pos_emb, which its LayerSpec does not take"):
         accelerate(model)
 
 
@@ -277,6 +277,6 @@ def test_a_form_that_does_not_compute_its_example_is_not_used() -> None:
     model = replicas.TextModel(replicas.TextConfig()).eval()
     model.embeddings.word_embeddings.max_norm = 1.0
     (left,) = (entry for entry in accelerate(model).left if entry.path == "embeddings")
-    assert left.reason == "its fused form does not cover its parts"
+    assert left.reason == "its fused form does not cover its submodules"
     model.embeddings.word_embeddings.max_norm = None
     assert "embeddings" in [entry.path for entry in accelerate(model).replaced]

@@ -20,8 +20,7 @@ from xfm_fast.export.request import RuntimeChoice
 if TYPE_CHECKING:
     from xfm_fast.finetuning.prediction import Predictor
 
-# Requests that are answered together.
-_BATCH = 32
+_BATCH = 32  # requests per batch
 
 
 @dataclass(frozen=True)
@@ -108,14 +107,14 @@ def evaluate(
     from xfm_fast.finetuning.run import evaluate as run
     from xfm_fast.finetuning.run import recipe_of
 
-    # The weights exist already, so the validation split is optional.
-    unchosen = "choose=null"
+    # No checkpoint is selected, so the validation split is optional.
+    settings = [*overrides, "choose=null"]
     if options.recipe is None:
-        recipe = recipe_of(Path(model), [*overrides, unchosen])
+        recipe = recipe_of(Path(model), settings)
         out = options.out or Path(model) / "evaluation"
     else:
-        given = [*overrides, unchosen, f"init.checkpoint={json.dumps(model)}"]
-        recipe = load_finetune_recipe(options.recipe, given)
+        settings.append(f"init.checkpoint={json.dumps(model)}")
+        recipe = load_finetune_recipe(options.recipe, settings)
         out = options.out or Path("runs") / f"evaluate_{Path(options.recipe).stem}"
     splits = [*recipe.data.splits] if options.split is None else [options.split]
     if not splits:
@@ -160,9 +159,9 @@ def predict(
     if is_export and options.dtype is not None:
         raise InputError(f"{model} is an export, of one dtype; leave out --dtype {options.dtype}")
     with join_processes(options.device) as processes:
-        place = None if is_export and options.device == "auto" else processes.device
+        device = None if is_export and options.device == "auto" else processes.device
         dtype = PRECISIONS[options.dtype or "fp32"]
-        predictor = load(model, device=place, dtype=dtype, runtime=options.runtime)
+        predictor = load(model, device=device, dtype=dtype, runtime=options.runtime)
         if options.lines is None:
             # Too few requests to share.
             return _predict(predictor, items, options) if processes.first else 0
@@ -172,9 +171,8 @@ def predict(
             return 0
         out = Path(items[0])
         with progress("answering") as advance:
-            work = Evaluation(
-                out.with_name(f".{out.name}.parts"), processes, _BATCH, progress=advance
-            )
+            shards = out.with_name(f".{out.name}.parts")
+            work = Evaluation(shards, processes, _BATCH, progress=advance)
             answer_lines(predictor, options.lines, out, work)
     _say(f"saved: {out}")
     return 0
@@ -187,9 +185,8 @@ def _predict(predictor: Predictor, items: Sequence[str], options: PredictOptions
     paths = [image for file in files for image in (find_images(file) if file.is_dir() else [file])]
     texts = [item for item in items if not Path(item).exists()]
     if options.heatmap is not None:
-        return _heatmap(
-            predictor, list(map(str, paths)), texts, options.heatmap, options.detections
-        )
+        images = list(map(str, paths))
+        return _heatmap(predictor, images, texts, options.heatmap, options.detections)
     _print_answers(predictor, predictor.task.requests(paths, texts))
     return 0
 
@@ -238,13 +235,12 @@ def _print(metrics: Mapping[str, Mapping[str, float]]) -> None:
     if not names:
         # No data to evaluate on, or no ground truth in it.
         return
-    made = table("", "metric", *columns, right=tuple(columns))
+    grid = table("", "metric", *columns, right=tuple(columns))
     for name in names:
-        made.add_row(
-            name, *(f"{values[name]:.2f}" if name in values else "" for values in columns.values())
-        )
+        cells = (f"{column[name]:.2f}" if name in column else "" for column in columns.values())
+        grid.add_row(name, *cells)
     if first_process():
-        stdout().print(made)
+        stdout().print(grid)
 
 
 def _say(message: str) -> None:

@@ -94,11 +94,11 @@ def convert(
     from xfm_fast.models.hub import resolve
 
     named(model, source)
-    place, sizes = resolve(model), official_sizes(source.config)
+    path, sizes = resolve(model), official_sizes(source.config)
     settings: Any = {"image_size": source.image_size, "keep_unused": keep_unused}
     if destination.suffix in SUFFIXES and not destination.is_dir():
-        report = to_official_file(place, destination, **settings)
+        report = to_official_file(path, destination, **settings)
     else:
-        report = to_xfm_folder(place, destination, sizes, tokenizer=source.tokenizer, **settings)
+        report = to_xfm_folder(path, destination, sizes, tokenizer=source.tokenizer, **settings)
     for line in report:
         print(line)
