@@ -137,9 +137,9 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
     from xfm_fast.kernels.audit.machine_code import ARCHITECTURES, LIMITS
 
     if unknown := set(options.arch) - set(LIMITS):
-        known = ", ".join(map(str, LIMITS))
+        supported = ", ".join(map(str, LIMITS))
         raise InputError(
-            f"unknown architecture: {', '.join(map(str, sorted(unknown)))}; known: {known}"
+            f"unknown architecture: {', '.join(map(str, sorted(unknown)))}; known: {supported}"
         )
     arches = options.arch or ARCHITECTURES
     if options.execute:

@@ -534,11 +534,10 @@ def padding_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if any(getattr(config, name, False) for name in biases):
         return eager_mask(*args, **kwargs)
     mask = kwargs.get("attention_mask")
-    plain = kwargs.get("mask_function") is bidirectional_mask_function
-    plain = plain and not kwargs.get("kv_offset") and mask is not None and mask.ndim == 2
-    if plain and mask.shape[1] == kwargs.get("kv_length"):
-        return mask
-    return sdpa_mask(*args, **kwargs)
+    bidirectional = kwargs.get("mask_function") is bidirectional_mask_function
+    if mask is None or mask.ndim != 2 or not bidirectional or kwargs.get("kv_offset"):
+        return sdpa_mask(*args, **kwargs)
+    return mask if mask.shape[1] == kwargs.get("kv_length") else sdpa_mask(*args, **kwargs)
 
 
 def attention_forward(

@@ -31,18 +31,16 @@ class FusedEmbeddings(CalledByName):
 
     benefit: ClassVar[str] = "three tables and LayerNorm in one pass"
     replaces: ClassVar[Any] = (
-        *(
-            "albert.AlbertEmbeddings",
-            "bert.BertEmbeddings",
-            "blip.BlipTextEmbeddings",
-            "camembert.CamembertEmbeddings",
-        ),
-        *(
-            "data2vec.Data2VecTextEmbeddings",
-            "data2vec.Data2VecTextForTextEmbeddings",
-            "distilbert.Embeddings",
-        ),
-        *("electra.ElectraEmbeddings", "mpnet.MPNetEmbeddings", "roberta.RobertaEmbeddings"),
+        "albert.AlbertEmbeddings",
+        "bert.BertEmbeddings",
+        "blip.BlipTextEmbeddings",
+        "camembert.CamembertEmbeddings",
+        "data2vec.Data2VecTextEmbeddings",
+        "data2vec.Data2VecTextForTextEmbeddings",
+        "distilbert.Embeddings",
+        "electra.ElectraEmbeddings",
+        "mpnet.MPNetEmbeddings",
+        "roberta.RobertaEmbeddings",
         "xlm_roberta.XLMRobertaEmbeddings",
     )
     bypassed: ClassVar[Any] = {
@@ -55,21 +53,25 @@ class FusedEmbeddings(CalledByName):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
-        tokens: Any = call.get("input_ids")
-        types = call.get("token_type_ids")
-        past = call.get("cache_length", call.get("past_key_values_length", 0))
-        covered = tokens is not None and call.get("inputs_embeds") is None
-        covered = covered and isinstance(past, int) and not past
-        # The fused op covers token type 0 only; on an accelerator the check would sync, so only None qualifies.
-        if covered and types is not None:
-            covered = on_host(types) and not host.any_true(types.ne(0))
-        if not covered or not self.intact() or not self._has_exact_gradient():
+        tokens = call.get("input_ids")
+        if tokens is None or not self._covers(call) or not self.intact():
             return super().forward(*args, **kwargs)
         positions = call.get("position_ids")
         if positions is None:
             positions = default_positions(self, tokens)
         with self.settings.without_autocast(tokens.device):
             return self.embed(tokens, positions.expand(tokens.shape))
+
+    def _covers(self, call: dict[str, Any]) -> bool:
+        """Return whether the fused op computes a call: ids of token type 0, without a cache."""
+        past = call.get("cache_length", call.get("past_key_values_length", 0))
+        if call.get("inputs_embeds") is not None or not isinstance(past, int) or past:
+            return False
+        types = call.get("token_type_ids")
+        # On an accelerator the check would sync.
+        if types is not None and (not on_host(types) or host.any_true(types.ne(0))):
+            return False
+        return self._has_exact_gradient()
 
     def _has_exact_gradient(self) -> bool:
         """Return whether the op's gradient is that of `nn.Embedding`, without max_norm, sparse and two padding_idx."""
@@ -125,17 +127,13 @@ class VocabularyHead(CalledByName):
 
     benefit: ClassVar[str] = "GELU fused; faster vocabulary projection"
     replaces: ClassVar[Any] = (
-        *(
-            "bert.BertLMPredictionHead",
-            "blip.BlipTextLMPredictionHead",
-            "camembert.CamembertLMHead",
-        ),
-        *(
-            "data2vec.Data2VecTextLMHead",
-            "mpnet.MPNetLMHead",
-            "roberta.RobertaLMHead",
-            "xlm_roberta.XLMRobertaLMHead",
-        ),
+        "bert.BertLMPredictionHead",
+        "blip.BlipTextLMPredictionHead",
+        "camembert.CamembertLMHead",
+        "data2vec.Data2VecTextLMHead",
+        "mpnet.MPNetLMHead",
+        "roberta.RobertaLMHead",
+        "xlm_roberta.XLMRobertaLMHead",
     )
     multiplies_in_eight_bits: ClassVar[bool] = False
     bypassed: ClassVar[Any] = {
@@ -193,12 +191,11 @@ class FusedMaskedLM(CalledByName):
 
     benefit: ClassVar[str] = "loss over labelled positions only, without their logits in full"
     replaces: ClassVar[Any] = (
-        *(
-            "bert.BertForMaskedLM",
-            "camembert.CamembertForMaskedLM",
-            "data2vec.Data2VecTextForMaskedLM",
-        ),
-        *("roberta.RobertaForMaskedLM", "xlm_roberta.XLMRobertaForMaskedLM"),
+        "bert.BertForMaskedLM",
+        "camembert.CamembertForMaskedLM",
+        "data2vec.Data2VecTextForMaskedLM",
+        "roberta.RobertaForMaskedLM",
+        "xlm_roberta.XLMRobertaForMaskedLM",
     )
 
     @classmethod

@@ -230,7 +230,7 @@ def quantise(
         if any(weight.is_inference() for weight in weights):
             raise InputError(
                 f"dtype={eight_bits!r} cannot follow changes of these weights: they are inference tensors, which carry "
-                "no version; load the model outside torch.inference_mode(), or pass copy.deepcopy(model), made outside it"
+                "no version; load the model outside torch.inference_mode(), or pass a copy.deepcopy made outside it"
             )
         if not weights:
             continue

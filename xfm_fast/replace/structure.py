@@ -161,8 +161,8 @@ class LayerCall:
         """Project x to q, k and v `[..., H, D]`; with `rows`, only these have queries."""
         modules, settings, heads = self.modules, self.settings, self.modules.heads
         if self.rows is not None:
-            query, *others = modules.projections
-            k, v = project("kv", others, x, heads, settings)
+            query, *key_value = modules.projections
+            k, v = project("kv", key_value, x, heads, settings)
             (q,) = project("query", [query], x.index_select(0, self.rows), heads, settings)
             return q, k, v
         if not modules.projections:
@@ -230,11 +230,11 @@ class LayerCall:
 
     def cross_attention(self, cross: CrossAttention, memory: Memory, x: Tensor) -> Tensor:
         """Compute `norm(x + cross-attention of x to a memory)`."""
-        settings, (query, *others) = self.settings, cross.projections
+        settings, (query, *key_value) = self.settings, cross.projections
         if memory.projected:
             k, v = memory.states.unbind(-3)
         else:
-            k, v = project("kv", others, memory.states, cross.heads, settings)
+            k, v = project("kv", key_value, memory.states, cross.heads, settings)
         (q,) = project("query", [query], x, cross.heads, settings)
         # One memory for the whole padded batch: all queries form one sequence.
         queries = q.flatten(0, 1)[None] if memory.shared else q

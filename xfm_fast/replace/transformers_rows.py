@@ -160,14 +160,21 @@ def _disentangled(layer: Any, call: Mapping[str, Any]) -> Attend | None:
         return None
 
     def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
-        terms = [term for term in ("c2p", "p2c") if term in module.pos_att_type]
-        scale = (q.shape[-1] * (1 + len(terms))) ** -0.5
+        scale = (q.shape[-1] * (1 + len(set(module.pos_att_type)))) ** -0.5
         bias = q.new_zeros((1, 1, 1, 1))
         if module.relative_attention:
-            positions = module.pos_dropout(table)[: 2 * module.pos_ebd_size]
-            for term in terms:
-                scores = _position_scores(term, module, positions, relative, q, k, settings)
-                bias = bias + scale * scores
+            span, shared = module.pos_ebd_size, module.share_att_key
+            positions = module.pos_dropout(table)[: 2 * span]
+            distance = relative.reshape(-1, 1, *relative.shape[-2:])
+            if "c2p" in module.pos_att_type:
+                projection = module.key_proj if shared else module.pos_key_proj
+                index = (span + distance).clamp(0, 2 * span - 1)
+                bias = bias + scale * _position_scores(q, projection, positions, index, settings)
+            if "p2c" in module.pos_att_type:
+                projection = module.query_proj if shared else module.pos_query_proj
+                index = (span - distance).clamp(0, 2 * span - 1)
+                scores = _position_scores(k, projection, positions, index, settings)
+                bias = bias + scale * scores.transpose(-1, -2)
         if torch.is_grad_enabled():
             # A query without visible keys (padding) has uniform weights and must not pass gradients to keys.
             scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * scale + bias
@@ -183,28 +190,12 @@ def _disentangled(layer: Any, call: Mapping[str, Any]) -> Attend | None:
 
 
 def _position_scores(
-    term: str,
-    module: Any,
-    positions: Tensor,
-    relative: Any,
-    q: Tensor,
-    k: Tensor,
-    settings: Settings,
+    content: Tensor, layer: Any, positions: Tensor, index: Tensor, settings: Settings
 ) -> Tensor:
-    """Compute scores `[B, H, N, N]`: "c2p" of queries and positions, "p2c" of keys and positions."""
-    span = module.pos_ebd_size
-    if module.share_att_key:
-        layer = module.key_proj if term == "c2p" else module.query_proj
-    else:
-        layer = module.pos_key_proj if term == "c2p" else module.pos_query_proj
-    projected = apply_linear(layer, positions, settings).unflatten(-1, (q.shape[2], -1))
-    content = q if term == "c2p" else k
+    """Compute scores `[B, H, N, M]` of content `[B, N, H, D]` and the positions at index `[1 or B, 1, N, M]`."""
+    projected = apply_linear(layer, positions, settings).unflatten(-1, (content.shape[2], -1))
     scores = torch.einsum("bnhd,phd->bhnp", content, projected.to(content.dtype))
-    relative = relative.reshape(-1, 1, *relative.shape[-2:])
-    index = (relative if term == "c2p" else -relative) + span
-    index = index.clamp(0, 2 * span - 1).expand(*scores.shape[:3], relative.shape[-1])
-    gathered = scores.gather(-1, index)
-    return gathered if term == "c2p" else gathered.transpose(-1, -2)
+    return scores.gather(-1, index.expand(*scores.shape[:3], index.shape[-1]))
 
 
 def _mask_of(*masks: Any) -> tuple[bool, Tensor | None]:
@@ -360,17 +351,15 @@ _BLIP: Template = _CLIP | {
     "scores": _unmasked,
 }
 _DROPS: Template = {"drop_paths": ("drop_path", "drop_path")}
-_DINO: Template = (
-    _VIT
-    | _DROPS
-    | {
-        "own": "MLP Attention LayerScale SwiGLUFFN GatedMLP DropPath",
-        "norms": ("norm1", "norm2"),
-        "mlps": (_FC, _GATED),
-        "branch_p": ("", ""),
-        "scales": ("layer_scale1.lambda1", "layer_scale2.lambda1"),
-    }
-)
+_DINO: Template = {
+    **_VIT,
+    **_DROPS,
+    "own": "MLP Attention LayerScale SwiGLUFFN GatedMLP DropPath",
+    "norms": ("norm1", "norm2"),
+    "mlps": (_FC, _GATED),
+    "branch_p": ("", ""),
+    "scales": ("layer_scale1.lambda1", "layer_scale2.lambda1"),
+}
 _BEIT: Template = _DROPS | {
     "scales": ("lambda_1", "lambda_2"),
     "scores": _positioned,
@@ -386,43 +375,33 @@ _SWIN: Template = {
     "refuses": _swin_refusal,
     "result": lambda out, x: (out, None),
 }
-_BLIP_P: Template = {"weights_p": "self_attn.attention_dropout"}
 # Classes with BERT's layer forward.
 _BERT_LAYERS = (
-    *(
-        "align.AlignTextLayer",
-        "altclip.AltRobertaLayer",
-        "bert.BertLayer",
-        "bert_generation.BertGenerationLayer",
-    ),
-    *(
-        "blip.BlipTextLayer",
-        "camembert.CamembertLayer",
-        "chinese_clip.ChineseCLIPTextLayer",
-        "clap.ClapTextLayer",
-    ),
-    *(
-        "data2vec.Data2VecTextLayer",
-        "electra.ElectraLayer",
-        "ernie.ErnieLayer",
-        "layoutlm.LayoutLMLayer",
-    ),
-    *(
-        "rembert.RemBertLayer",
-        "roberta.RobertaLayer",
-        "roc_bert.RoCBertLayer",
-        "xlm_roberta.XLMRobertaLayer",
-    ),
+    "align.AlignTextLayer",
+    "altclip.AltRobertaLayer",
+    "bert.BertLayer",
+    "bert_generation.BertGenerationLayer",
+    "blip.BlipTextLayer",
+    "camembert.CamembertLayer",
+    "chinese_clip.ChineseCLIPTextLayer",
+    "clap.ClapTextLayer",
+    "data2vec.Data2VecTextLayer",
+    "electra.ElectraLayer",
+    "ernie.ErnieLayer",
+    "layoutlm.LayoutLMLayer",
+    "rembert.RemBertLayer",
+    "roberta.RobertaLayer",
+    "roc_bert.RoCBertLayer",
+    "xlm_roberta.XLMRobertaLayer",
 )
 _VIT_LAYERS = (
-    *(
-        "vit.ViTLayer",
-        "deit.DeiTLayer",
-        "vit_msn.ViTMSNLayer",
-        "ijepa.IJepaLayer",
-        "vit_mae.ViTMAELayer",
-    ),
-    *("audio_spectrogram_transformer.ASTLayer", "vivit.VivitLayer"),
+    "vit.ViTLayer",
+    "deit.DeiTLayer",
+    "vit_msn.ViTMSNLayer",
+    "ijepa.IJepaLayer",
+    "vit_mae.ViTMAELayer",
+    "audio_spectrogram_transformer.ASTLayer",
+    "vivit.VivitLayer",
 )
 _BERT_FORWARD: Template = BERT | {
     "cross": "crossattention",
@@ -542,8 +521,8 @@ register(
     row("siglip.SiglipEncoderLayer", _CLIP),
     row("siglip2.Siglip2EncoderLayer", _CLIP),
     row("blip.BlipEncoderLayer", _BLIP),
-    row("blip_2.Blip2EncoderLayer", _BLIP, _BLIP_P),
-    row("instructblip.InstructBlipEncoderLayer", _BLIP, _BLIP_P),
+    row("blip_2.Blip2EncoderLayer", _BLIP, weights_p="self_attn.attention_dropout"),
+    row("instructblip.InstructBlipEncoderLayer", _BLIP, weights_p="self_attn.attention_dropout"),
     row("dinov2.Dinov2Layer", _DINO),
     row("dinov2_with_registers.Dinov2WithRegistersLayer", _DINO),
     row(
@@ -578,13 +557,12 @@ def _shared_layers(model: Any, path: str) -> Iterator[nn.Module]:
 
 # Models with the encoder forward of BERT or RoBERTa.
 _BERT_MODELS = (
-    *(
-        "bert.BertModel",
-        "blip.BlipTextModel",
-        "camembert.CamembertModel",
-        "data2vec.Data2VecTextModel",
-    ),
-    *("roberta.RobertaModel", "xlm_roberta.XLMRobertaModel"),
+    "bert.BertModel",
+    "blip.BlipTextModel",
+    "camembert.CamembertModel",
+    "data2vec.Data2VecTextModel",
+    "roberta.RobertaModel",
+    "xlm_roberta.XLMRobertaModel",
 )
 _IDS = ("input_ids", "inputs_embeds")
 _PLACED = (*_IDS, "position_ids")
