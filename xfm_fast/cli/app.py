@@ -1,9 +1,10 @@
 """The command tree, and the entry point that maps a command line to a call, a message and an exit code.
 
-cyclopts derives the parser from the configs of the library functions: frozen dataclasses or pydantic models, with
-annotations as types and choices and the docstring as help. It imports a command only when it is used, so `--help` runs
-without PyTorch (tyro imports the functions of all commands), completes in four shells, groups the help, and suggests
-the nearest name for a typo. `read_values` adds what it lacks.
+cyclopts derives the parser from the configs of the library functions: frozen dataclasses or
+pydantic models, with annotations as types and choices and the docstring as help. It imports a
+command only when it is used, so `--help` runs without PyTorch (tyro imports the functions of all
+commands), completes in four shells, groups the help, and suggests the nearest name for a typo.
+`read_values` adds what it lacks.
 """
 
 from __future__ import annotations
@@ -143,9 +144,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments = sys.argv[1:]
         trains = arguments[:1] in (["pretrain"], ["finetune"])
         if not trains and arguments[:2] != ["bench", "train-step"]:
-            # PyTorch reads this at its first allocation and puts large tensors in huge pages, if Linux leaves that to
-            # programs: GEMMs larger than the cache take 10% less time. Training commands put the whole heap in huge
-            # pages, which takes less memory.
+            # PyTorch reads this at its first allocation and puts large tensors in huge pages, if
+            # Linux leaves that to programs: GEMMs larger than the cache take 10% less time.
+            # Training commands put the whole heap in huge pages, which takes less memory.
             os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         if arguments[:1] not in (["bench"], ["try"]):
             # Benchmarks measure PyTorch as it waits by default.
@@ -158,8 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(run(arguments))
-    # With several processes, threads may deadlock at interpreter shutdown: exit right after the exit handlers and a
-    # flush.
+    # With several processes, threads may deadlock at interpreter shutdown: exit right after the
+    # exit handlers and a flush.
     code = 1
     try:
         code = run(arguments)
@@ -175,8 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run a command line and return its exit code.
 
-    User errors print one message on standard error and return 2; a bug prints one and returns 70, or with `XFM_DEBUG=1`
-    in the environment raises with its traceback.
+    User errors print one message on standard error and return 2; a bug prints one and returns 70,
+    or with `XFM_DEBUG=1` in the environment raises with its traceback.
     """
     try:
         if sys.stdout is None:

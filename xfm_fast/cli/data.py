@@ -150,8 +150,8 @@ def shapes(
     Args:
         out: Folder of the world; must not contain anything else.
         seed: Random seed of the world.
-        train: Training scenes; validation and test have a twentieth as many, with combinations of colour and shape
-            that training lacks.
+        train: Training scenes; validation and test have a twentieth as many, with combinations of
+            colour and shape that training lacks.
     """
     from xfm_fast.data.shapes import write_world
 

@@ -43,14 +43,17 @@ class PredictOptions:
     """Where requests come from, and how they are answered.
 
     Attributes:
-        lines: JSON lines to answer, each with "image" and "text", or lists of them. A FILE after it receives the
-            answers, one per line, and an interrupted command resumes. [answers go to standard output]
-        heatmap: PNG of where a FILE shows what a TEXT describes: gradient times attention of the fusion encoder.
+        lines: JSON lines to answer, each with "image" and "text", or lists of them. A FILE after it
+            receives the answers, one per line, and an interrupted command resumes. [answers go to
+            standard output]
+        heatmap: PNG of where a FILE shows what a TEXT describes: gradient times attention of the
+            fusion encoder.
         detections: JSON of boxes by image; with --heatmap, the box with most heat is the answer.
         device: Device to run on. [a GPU if there is one; for an export that of its runtime]
-        dtype: Dtype of the weights; or int8 (CPU) or fp8 (GPU) for the linear layers. [fp32, or that of the export]
-        runtime: Library that runs the graphs of an export. Packages are code that runs when it is loaded: name their
-            runtime, for packages that you trust.
+        dtype: Dtype of the weights; or int8 (CPU) or fp8 (GPU) for the linear layers. [fp32, or
+            that of the export]
+        runtime: Library that runs the graphs of an export. Packages are code that runs when it is
+            loaded: name their runtime, for packages that you trust.
     """
 
     lines: Path | None = None
@@ -64,8 +67,8 @@ class PredictOptions:
 def finetune(recipe: str, /, *overrides: str) -> int:
     """Fine-tune a model for a task from a recipe, and evaluate it; an interrupted run resumes.
 
-    On several GPUs: torchrun --nproc-per-node=8 -m xfm_fast.cli finetune RECIPE. SIGTERM or Ctrl-C ends the run after
-    the current step, with a checkpoint and exit code 75.
+    On several GPUs: torchrun --nproc-per-node=8 -m xfm_fast.cli finetune RECIPE. SIGTERM or Ctrl-C
+    ends the run after the current step, with a checkpoint and exit code 75.
 
     Args:
         recipe: Name of a packaged recipe, path of a YAML file, or an official configuration.
@@ -97,10 +100,12 @@ def evaluate(
 ) -> int:
     """Evaluate a run, or a checkpoint with a recipe, and write the benchmark's own result file.
 
-    Works under torchrun too, with the same result on any number of processes. An interrupted evaluation resumes.
+    Works under torchrun too, with the same result on any number of processes. An interrupted
+    evaluation resumes.
 
     Args:
-        model: A run, a folder of weights, a name on the Hugging Face Hub, or an official checkpoint.
+        model: A run, a folder of weights, a name on the Hugging Face Hub, or an official
+            checkpoint.
         overrides: key=value for the recipe, such as data.root=/data.
     """
     from xfm_fast.finetuning.recipe import load_finetune_recipe
@@ -140,8 +145,10 @@ def predict(
     Under torchrun the processes share the requests of --lines.
 
     Args:
-        model: A run, a folder of its weights or its name on the Hugging Face Hub, or an export of either.
-        items: Image files, folders of images, and texts: an argument that is neither a file nor a folder is a text.
+        model: A run, a folder of its weights or its name on the Hugging Face Hub, or an export of
+            either.
+        items: Image files, folders of images, and texts: an argument that is neither a file nor a
+            folder is a text.
     """
     from xfm_fast.export.manifest import MANIFEST_FILE
     from xfm_fast.finetuning.prediction import answer_lines, load, requests_in

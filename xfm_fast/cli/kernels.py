@@ -49,7 +49,8 @@ class AuditOptions(KernelOptions):
         all: Every form of every kernel, not a quarter of them.
         changed: Only forms whose source, compiler or audit changed since the baseline.
         accept: Update the baseline with these figures.
-        execute: Run the compiled kernels in emulation instead, and check results, gradients and every access.
+        execute: Run the compiled kernels in emulation instead, and check results, gradients and
+            every access.
     """
 
     arch: tuple[int, ...] = ()
@@ -127,8 +128,8 @@ def info(*, as_json: Json = False) -> None:
 def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
     """Compile the Triton kernels without a GPU and measure their machine code: registers, spills, occupancy, hazards.
 
-    Exit code 1: a figure is worse than the baseline in kernels/audit_baseline.json. Kernels that changed since the last
-    audit are compiled, the rest comes from the cache.
+    Exit code 1: a figure is worse than the baseline in kernels/audit_baseline.json. Kernels that
+    changed since the last audit are compiled, the rest comes from the cache.
     """
     specs = _kernels(options.kernel)
     from xfm_fast.io import write_bytes
@@ -241,10 +242,11 @@ def _execute(arches: Sequence[int]) -> int:
 def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
     """Tune the attention kernels' launch configurations for bf16 on this machine's GPU, in kernels/tuning.
 
-    Configurations that spill are rejected by the audit before any is timed. Every result is saved immediately.
+    Configurations that spill are rejected by the audit before any is timed. Every result is saved
+    immediately.
 
-    With --cpu the fastest implementations on this processor are written to a file; processes that find its name in the
-    environment variable XFM_CPU_CHOICES use them without timing.
+    With --cpu the fastest implementations on this processor are written to a file; processes that
+    find its name in the environment variable XFM_CPU_CHOICES use them without timing.
     """
     import torch
 

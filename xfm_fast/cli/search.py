@@ -29,7 +29,8 @@ from xfm_fast.loading import Source
 _SHOWN = 5
 # Match probabilities that differ by less, away from 0 and 1, indicate an untrained head.
 _ALIKE = 0.01
-# After one process failed, the others end by themselves within these seconds, unless they wait for it to start.
+# After one process failed, the others end by themselves within these seconds, unless they wait for
+# it to start.
 _PATIENCE_S, _POLL_S = 10.0, 0.05
 _EXPECTED = (None, 0, UNFINISHED)
 
@@ -65,8 +66,8 @@ class SearchOptions(IndexOptions):
     Attributes:
         top: Images to show.
         candidates: Nearest images that the fusion encoder re-ranks; 0 ranks by features only.
-        rank: Order of the candidates: match of the fusion encoder, similarity of features, or sum (match logit +
-            similarity). [as recorded by the model's run, else match]
+        rank: Order of the candidates: match of the fusion encoder, similarity of features, or sum
+            (match logit + similarity). [as recorded by the model's run, else match]
         sheet: Contact sheet to write, a page .html.
     """
 
@@ -86,12 +87,14 @@ def index(
 ) -> int:
     """Index images for search, or update the index: only new and changed images are read.
 
-    An interrupted command resumes. Unreadable images are listed and skipped. Several processes share the images, with
-    the same result: --workers, or torchrun --nproc-per-node=8 -m xfm_fast.cli index FOLDER.
+    An interrupted command resumes. Unreadable images are listed and skipped. Several processes
+    share the images, with the same result: --workers, or torchrun --nproc-per-node=8 -m
+    xfm_fast.cli index FOLDER.
 
     Args:
-        collection: Folder of images, with captions next to them or in captions.csv; CSV, JSON or JSON lines with image
-            and optional caption; JSON lines with binary and desc; WebDataset shard.
+        collection: Folder of images, with captions next to them or in captions.csv; CSV, JSON or
+            JSON lines with image and optional caption; JSON lines with binary and desc; WebDataset
+            shard.
     """
     from xfm_fast.search import build_index, index_folder, open_index, open_model
     from xfm_fast.search.index import INDEX_FILE

@@ -16,8 +16,8 @@ from xfm_fast.cli.options import UNFINISHED
 def pretrain(recipe: str, /, *overrides: str) -> int:
     """Train a model from a recipe; an interrupted run resumes from its newest complete checkpoint.
 
-    On several GPUs: torchrun --nproc-per-node=8 -m xfm_fast.cli pretrain RECIPE. SIGTERM or Ctrl-C ends the run after
-    the current step, with a checkpoint and exit code 75.
+    On several GPUs: torchrun --nproc-per-node=8 -m xfm_fast.cli pretrain RECIPE. SIGTERM or Ctrl-C
+    ends the run after the current step, with a checkpoint and exit code 75.
 
     Args:
         recipe: Name of a packaged recipe, or path of a YAML file.
@@ -63,8 +63,9 @@ def reproduce(
     An interrupted study resumes, and finished runs are not repeated.
 
     Args:
-        study: downstream fine-tunes a tiny model for every task; claims trains with and without stop-gradient and
-            MIM guidance, and measures what the language encoder forgets and what image features contain.
+        study: downstream fine-tunes a tiny model for every task; claims trains with and without
+            stop-gradient and MIM guidance, and measures what the language encoder forgets and what
+            image features contain.
         overrides: key=value for the pretraining recipe.
         seeds: Runs of each experiment. [downstream 1, claims 5]
         out: Folder of the study; finished runs in it are reused. [runs/STUDY]

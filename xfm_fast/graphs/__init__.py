@@ -1,14 +1,15 @@
 """Inference with CUDA graphs: each size is captured once, then replayed without launch overhead.
 
-At batch 1 a GPU computes X-FM faster than Python launches it. `capture` records the model at a few sizes, and a call
-replays the smallest that it fits, filled up with padding images, texts and tokens. Real tokens do not attend to padding
-and its results are cut off, so results equal the model's. `CallGraphs` captures any module, by input shape.
+At batch 1 a GPU computes X-FM faster than Python launches it. `capture` records the model at a few
+sizes, and a call replays the smallest that it fits, filled up with padding images, texts and
+tokens. Real tokens do not attend to padding and its results are cut off, so results equal the
+model's. `CallGraphs` captures any module, by input shape.
 
     >>> graphs = capture(model, Shapes(images=(1, 8), texts=((1, 40, 40), (32, 40, 512))))
     >>> embeds = graphs.encode_image(pixels)  # 5 images: those of 8, cut to 5
 
-Offsets and positions of packed texts are values and may change between replays; the numbers of texts and tokens are
-sizes and may not.
+Offsets and positions of packed texts are values and may change between replays; the numbers of
+texts and tokens are sizes and may not.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def record(run: Callable[[], Any], pool: Any = None) -> Recording:
     Raises:
         InputError: CUDA cannot record the work.
     """
-    # Work on the default stream cannot be recorded, and the warm-up must end before recording begins.
+    # Work on the default stream cannot be recorded, and the warm-up must end before recording
+    # begins.
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -84,8 +86,9 @@ def record(run: Callable[[], Any], pool: Any = None) -> Recording:
 class NoHostReads(TorchDispatchMode):
     """Context that refuses operations which a graph cannot contain, by name.
 
-    These are operations whose result the host reads (`item`, `equal`, a truth value) or whose size depends on values
-    (`nonzero`, indexing by a mask), and copies between devices. Our operators count as one operation each.
+    These are operations whose result the host reads (`item`, `equal`, a truth value) or whose size
+    depends on values (`nonzero`, indexing by a mask), and copies between devices. Our operators
+    count as one operation each.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -340,7 +343,8 @@ def _image_program(
 class _PackedLayout:
     """Layout of packed texts in buffers for `texts` texts of at most `length`, and at most `tokens` in total.
 
-    Real tokens are followed by at least one padding token, in padding texts of at most `length`. Empty texts come
+    Real tokens are followed by at least one padding token, in padding texts of at most `length`.
+    Empty texts come
     first: a read of token 0 of any text must find a token.
     """
 
@@ -468,8 +472,8 @@ def _pair_program(model: XFM) -> Program[_PairCall]:
 class XFMGraphs:
     """The captured encoders of an X-FM, with the methods and arguments of the model.
 
-    Thread-safe: results are copied out before the next replay. Methods raise `InputError` for calls that exceed the
-    captured sizes.
+    Thread-safe: results are copied out before the next replay. Methods raise `InputError` for calls
+    that exceed the captured sizes.
     """
 
     model: XFM
@@ -517,7 +521,8 @@ class XFMGraphs:
             first_token_only: Must be True; `XFM.fuse` computes all tokens.
 
         Raises:
-            InputError: There are more pairs than captured, masked image tokens, or texts that do not match the images.
+            InputError: There are more pairs than captured, masked image tokens, or texts that do
+                not match the images.
         """
         if not first_token_only:
             raise InputError(

@@ -113,44 +113,51 @@ def accelerate(
 ) -> Report:
     """Replace the modules of a live model with fused forms, in place and on this instance only.
 
-    Supported are the transformers of Hugging Face and timm, the official X-FM and X²-VLM code, and PyTorch's layers.
-    Modules stay the same objects with the same parameters, so state-dict keys, optimizers, hooks and wrappers are
-    unaffected. Calls that the fused form does not cover (attention weights as output, caches, adapters inside) run
-    the original code.
+    Supported are the transformers of Hugging Face and timm, the official X-FM and X²-VLM code, and
+    PyTorch's layers. Modules stay the same objects with the same parameters, so state-dict keys,
+    optimizers, hooks and wrappers are unaffected. Calls that the fused form does not cover
+    (attention weights as output, caches, adapters inside) run the original code.
 
-    The swap changes classes and is not atomic over a model: no other thread may call, train or copy the model
-    while `accelerate` or `revert` runs. Before and after, the model is as thread-safe as the original.
+    The swap changes classes and is not atomic over a model: no other thread may call, train or copy
+    the model while `accelerate` or `revert` runs. Before and after, the model is as thread-safe as
+    the original.
 
     Args:
         model: Any module.
         kernels: Backend of the ops; an explicit backend never falls back.
-        dtype: Compute dtype; parameters keep their storage dtype. None follows the inputs. "int8", on a CPU, rounds
-            the linear layers of blocks, weights per output channel and activations per token, where no gradient is
-            needed. "fp8" does the same on a GPU of compute capability 8.9 or newer and refuses gradients; a CPU
-            emulates it, slowly, to show the loss of accuracy. All other layers run in bfloat16 where that is fast.
-            With `verify`, the blocks with the largest error stay in floating point until the cosine of every output
-            is at least 0.99.
-        include: Replace only modules under these: qualified names or class names (with * and ?), or classes.
+        dtype: Compute dtype; parameters keep their storage dtype. None follows the inputs. "int8",
+            on a CPU, rounds the linear layers of blocks, weights per output channel and activations
+            per token, where no gradient is needed. "fp8" does the same on a GPU of compute
+            capability 8.9 or newer and refuses gradients; a CPU emulates it, slowly, to show the
+            loss of accuracy. All other layers run in bfloat16 where that is fast. With `verify`,
+            the blocks with the largest error stay in floating point until the cosine of every
+            output is at least 0.99.
+        include: Replace only modules under these: qualified names or class names (with * and ?), or
+            classes.
         exclude: Skip these modules and their submodules.
-        unpad: Run whole encoders without padding. Outputs of real tokens are unchanged; padding gets zeros, where the
-            original leaves arbitrary values.
-        skip_logits: Masked-language heads in training mode return `logits=None` when labels are passed, so that only
-            labelled positions reach the vocabulary. By default logits are returned.
-        freeze: For inference on a CPU: pack the weights of layers in the layout of the library that is fastest here,
-            in place of the parameters. The model stops taking gradients; state dicts are unchanged, and `revert`
-            restores the weights bit for bit.
-        cuda_graphs: Replay calls without gradients, in evaluation mode, as CUDA graphs; each shape is captured at its
-            first call. For models whose sizes do not depend on values; other models raise at their first call.
-        verify: A batch: keyword arguments as a mapping, positional ones as a tuple, or one tensor; for a model of
-            sentence-transformers a list of texts, or of pairs. The model runs on it before and after, in evaluation
-            mode; on a CPU several times in turn, to measure the speedup. The report says which fused modules ran.
+        unpad: Run whole encoders without padding. Outputs of real tokens are unchanged; padding
+            gets zeros, where the original leaves arbitrary values.
+        skip_logits: Masked-language heads in training mode return `logits=None` when labels are
+            passed, so that only labelled positions reach the vocabulary. By default logits are
+            returned.
+        freeze: For inference on a CPU: pack the weights of layers in the layout of the library that
+            is fastest here, in place of the parameters. The model stops taking gradients; state
+            dicts are unchanged, and `revert` restores the weights bit for bit.
+        cuda_graphs: Replay calls without gradients, in evaluation mode, as CUDA graphs; each shape
+            is captured at its first call. For models whose sizes do not depend on values; other
+            models raise at their first call.
+        verify: A batch: keyword arguments as a mapping, positional ones as a tuple, or one tensor;
+            for a model of sentence-transformers a list of texts, or of pairs. The model runs on it
+            before and after, in evaluation mode; on a CPU several times in turn, to measure the
+            speedup. The report says which fused modules ran.
 
     Returns:
         A report that prints as a table and can `revert()`.
 
     Raises:
-        InputError: Nothing can be replaced, a selection matches nothing, parameters have no values, the outputs on
-            the `verify` batch differ, or no fused linear layer ran on it. The model is unchanged.
+        InputError: Nothing can be replaced, a selection matches nothing, parameters have no values,
+            the outputs on the `verify` batch differ, or no fused linear layer ran on it. The model
+            is unchanged.
         UnavailableError: The dtype or backend cannot run on the model's device.
     """
     if not isinstance(model, nn.Module):
@@ -365,7 +372,8 @@ def _plan(
         if computing.isdisjoint(within):
             reported.update(within)
         else:
-            # The linear layers of an unpadded encoder are in its layers, some of which may be unknown.
+            # The linear layers of an unpadded encoder are in its layers, some of which may be
+            # unknown.
             reported.update(_bypassed(module, form).values())
     unknown = unknown_layers(model, selected, reported, layers)
     if not forms:

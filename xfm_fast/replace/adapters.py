@@ -1,7 +1,7 @@
 """LoRA adapters (arXiv 2106.09685) of peft on linear layers inside fused modules.
 
-Without gradients, `W + Σ s·BA` is computed once and cached until a factor changes. With gradients, or with adapter
-dropout, the GEMM with `W` stays fused and each adapter adds `s·B(A(dropout(x)))`.
+Without gradients, `W + Σ s·BA` is computed once and cached until a factor changes. With gradients,
+or with adapter dropout, the GEMM with `W` stays fused and each adapter adds `s·B(A(dropout(x)))`.
 """
 
 from __future__ import annotations

@@ -24,8 +24,9 @@ from xfm_fast.kernels.cpu.attention import biased_attention
 from xfm_fast.packing import Packing
 from xfm_fast.replace.swap import Settings, observed
 
-# Attention of q, k, v `[..., H, D]` with a dropout probability: `[..., H·D]`. The optional attribute `memory` holds the
-# keys and values of cross-attention, `windows` splits an image before the attention and merges it after.
+# Attention of q, k, v `[..., H, D]` with a dropout probability: `[..., H·D]`. The optional
+# attribute `memory` holds the keys and values of cross-attention, `windows` splits an image before
+# the attention and merges it after.
 Attend = Callable[[Tensor, Tensor, Tensor, float, Settings], Tensor]
 NAME = "xfm_fast"  # of our attention in transformers
 FEW = 64  # tokens up to which attention is bound by call overhead
@@ -61,7 +62,8 @@ def attention(
     """Compute attention of `[B, N, H, D]`: `[B, N, H·D]`.
 
     Args:
-        bias: Position table, additive tensor that broadcasts to `[B, H, N, N]`, boolean one (False hides), or None.
+        bias: Position table, additive tensor that broadcasts to `[B, H, N, N]`, boolean one (False
+            hides), or None.
         causal: Hide later tokens; only without a bias.
     """
     backend = settings.backend
@@ -268,8 +270,8 @@ class Dense:
 class Unpacked:
     """Attention of packed tokens `[T, H, D]`, computed on the padded batch.
 
-    For biases and windows, which depend on positions; for causal attention, in which no token sees the padding behind
-    it; and for batches without padding.
+    For biases and windows, which depend on positions; for causal attention, in which no token sees
+    the padding behind it; and for batches without padding.
     """
 
     packing: Packing
@@ -483,7 +485,8 @@ def continuous_bias(
     return partial(cached_bias, name, mlp, mlp.parameters(), make, mask)
 
 
-# Vision models of transformers 4 select an attention class by implementation name; ours is that of PyTorch.
+# Vision models of transformers 4 select an attention class by implementation name; ours is that of
+# PyTorch.
 _TABLES = {
     "transformers.models.beit.modeling_beit": "BEIT_SELF_ATTENTION_CLASSES",
     "transformers.models.data2vec.modeling_data2vec_vision": "DATA2VEC_VISION_SELF_ATTENTION_CLASSES",
@@ -493,9 +496,9 @@ _TABLES = {
 def register_attention(name: str = NAME) -> str:
     """Register our attention with transformers. Idempotent.
 
-    Padding masks stay `[B, N]` and padded keys are skipped; a kernel with a gradient adds position biases and float
-    masks to the scores; all other calls, such as causal masks and grouped heads, run as in `"sdpa"`. A query without
-    visible keys gets zeros.
+    Padding masks stay `[B, N]` and padded keys are skipped; a kernel with a gradient adds position
+    biases and float masks to the scores; all other calls, such as causal masks and grouped heads,
+    run as in `"sdpa"`. A query without visible keys gets zeros.
 
     Args:
         name: Name to register.

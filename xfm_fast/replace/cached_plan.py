@@ -1,8 +1,9 @@
 """Plans of layers for CPU inference: operands that are looked up, checked and converted once.
 
-For a short text, these steps take as long as the GEMMs. A plan reads parameters in place and is valid while each keeps
-its memory, no module is in training mode, and no hook or adapter was added. Converted, joined and int8 weights are
-copies; `caching.Sources` watches the parameters they were made from.
+For a short text, these steps take as long as the GEMMs. A plan reads parameters in place and is
+valid while each keeps its memory, no module is in training mode, and no hook or adapter was added.
+Converted, joined and int8 weights are copies; `caching.Sources` watches the parameters they were
+made from.
 """
 
 from __future__ import annotations
@@ -313,7 +314,8 @@ def _trains_or_has_hooks(module_dicts: Iterable[dict[str, Any]]) -> bool:
 def _can_plan(layer: nn.Module, modules: LayerModules, dtype: torch.dtype, *, mixed: bool) -> bool:
     """Return whether a plan covers a layer.
 
-    Its linear layers must be plain, packed or int8, nothing may draw, and unless `mixed` all have one dtype.
+    Its linear layers must be plain, packed or int8, nothing may draw, and unless `mixed` all have
+    one dtype.
     """
     if not modules.projections or any(norm is not None for norm in modules.inner_norms):
         return False

@@ -48,7 +48,8 @@ Order = Literal["before", "behind sums", "behind branches"]
 # Arguments that change neither a layer's output nor its class.
 WITHOUT_EFFECT = ("use_cache", "return_dict", "cache_position", "num_items_in_batch")
 _UNREAD = (*WITHOUT_EFFECT, "position_ids", "output_hidden_states")
-# Attention implementations of transformers that equal plain attention, and those that do so without a mask.
+# Attention implementations of transformers that equal plain attention, and those that do so without
+# a mask.
 PLAIN_ATTENTION = ("eager", "sdpa", "xfm_fast", None)
 KERNELS = ("flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -70,7 +71,8 @@ class Mlp(NamedTuple):
 class LayerSpec:
     """The modules of a family of layers, as dotted names relative to the layer.
 
-    Of several specs for one layer (library versions), the one whose first own class exists in the library applies.
+    Of several specs for one layer (library versions), the one whose first own class exists in the
+    library applies.
     """
 
     # the layer's class, its full name, or `package.Class` for one of `transformers.models.package`

@@ -1,7 +1,8 @@
 """Modules of the official X-FM and X²-VLM code, and of ALBEF, X-VLM and BLIP.
 
-They come from no package, so they are matched by the names of submodules and forward arguments. Where names are not
-enough (activation of a head, position counting), the fused form is compared with the original on an example.
+They come from no package, so they are matched by the names of submodules and forward arguments.
+Where names are not enough (activation of a head, position counting), the fused form is compared
+with the original on an example.
 """
 
 from __future__ import annotations
@@ -296,7 +297,8 @@ def _vision_biases(block: Any, modules: LayerModules) -> LayerModules:
     attention = block.attn
     bias = None if attention.q_bias is None else qkv_bias(attention.q_bias, attention.v_bias)
     if is_adapted(attention.qkv):
-        # The official code reads the weight and does not call the layer, so adapters have no effect.
+        # The official code reads the weight and does not call the layer, so adapters have no
+        # effect.
         return modules._replace(projections=(), qkv=((attention.qkv.weight, bias),))
     return modules._replace(qkv_bias=bias)
 

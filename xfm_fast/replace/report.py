@@ -52,8 +52,8 @@ class Unknown(NamedTuple):
 class Report:
     """Recognised modules: which were replaced, which were not, and why. Printing it gives a table.
 
-    The table shows the current state: a replaced module whose parts were exchanged or hooked since (by adapters,
-    quantisation, hooks) is listed with the reason why its original runs.
+    The table shows the current state: a replaced module whose parts were exchanged or hooked since
+    (by adapters, quantisation, hooks) is listed with the reason why its original runs.
     """
 
     entries: list[Entry]
@@ -271,7 +271,8 @@ def unknown_layers(
         (path.rpartition(".")[0], type(module)) for path, module in selected.items() if path
     )
     unknown: dict[str, Unknown] = {}
-    # The innermost elements of lists come first: stages contain lists of layers. A bare linear layer does not count.
+    # The innermost elements of lists come first: stages contain lists of layers. A bare linear
+    # layer does not count.
     for path, module in reversed(selected.items()):
         parent = path.rpartition(".")[0]
         if not path or siblings[parent, type(module)] == 1 or matrices.get(module):

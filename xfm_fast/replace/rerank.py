@@ -1,8 +1,9 @@
 """Image-memory re-ranking for third-party cross-encoders: ALBEF, X-VLM, X²-VLM, BLIP, BERT with cross-attention.
 
-Scored pair by pair, the same image tokens are projected to keys and values for every text and layer, which is most of
-the work. `Reranker` projects an image once, packs the texts without padding, treats all texts of an image as one query
-sequence in cross-attention, and computes only token 0 of each text in the last layer.
+Scored pair by pair, the same image tokens are projected to keys and values for every text and
+layer, which is most of the work. `Reranker` projects an image once, packs the texts without
+padding, treats all texts of an image as one query sequence in cross-attention, and computes only
+token 0 of each text in the last layer.
 """
 
 from __future__ import annotations
@@ -41,13 +42,14 @@ from xfm_fast.replace.swap import Settings, observed, original_class, why_not_by
 class Reranker:
     """Scores many texts against few images with a third-party cross-encoder; equal to scoring each pair separately.
 
-    The encoder is not modified, and its parameters may continue to train. Self-attention is bidirectional, as in
-    matching.
+    The encoder is not modified, and its parameters may continue to train. Self-attention is
+    bidirectional, as in matching.
 
     Args:
-        text_encoder: Module with one stack of BERT-shaped layers, of which the last ones or all have a
-            `crossattention`: BertModel and RobertaModel of transformers built with `add_cross_attention`, its
-            BlipTextModel, the text and fusion encoders of ALBEF, BLIP, X-VLM, X²-VLM and X-FM.
+        text_encoder: Module with one stack of BERT-shaped layers, of which the last ones or all
+            have a `crossattention`: BertModel and RobertaModel of transformers built with
+            `add_cross_attention`, its BlipTextModel, the text and fusion encoders of ALBEF, BLIP,
+            X-VLM, X²-VLM and X-FM.
         head: Maps token 0 `[P, width]` to logits; required by `scores`.
         kernels: Backend of the ops, as in `accelerate`.
         dtype: Compute dtype, as in `accelerate`.
@@ -232,7 +234,8 @@ class Reranker:
             call = LayerCall(modules, within, self._settings, wide=True, rows=rows)
             cross_attention = None
             if has_cross_attention(layer):
-                # All texts of an image are one query sequence: cross-attention has no mask between queries.
+                # All texts of an image are one query sequence: cross-attention has no mask between
+                # queries.
                 cu_queries = groups.token_offsets(cu_queries)
                 across = Packed(cu_queries, cu_keys, x.shape[0], memory.longest, key_mask)
                 image = Memory(memory.keys_values(projected), across, projected=True)
@@ -273,7 +276,8 @@ def _stack(encoder: nn.Module) -> tuple[list[Any], nn.Module | None]:
             reason = "it has hooks"
         if reason is not None:
             raise InputError(f"layer {path}.{index} cannot be re-ranked with: {reason}")
-    # Embeddings are next to the module that holds the layers, such as `embeddings` and `encoder.layer`.
+    # Embeddings are next to the module that holds the layers, such as `embeddings` and
+    # `encoder.layer`.
     *outer, _, _ = ["", "", *path.split(".")]
     parent = encoder.get_submodule(".".join(filter(None, outer)))
     return list(layers), parent._modules.get("embeddings") if "." in path else None

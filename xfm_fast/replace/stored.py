@@ -1,8 +1,9 @@
 """Weights of fused blocks, packed for a CPU (`freeze=True`) or flagged to run in 8 bits (`dtype="int8"`).
 
-Packed weights are not parameters, and `revert` restores them bit for bit. Unlike the layers of `XFM.freeze`, these may
-be called or read by code that does not know of packing. 8-bit weights stay parameters, with a flag (`kernels.flags`).
-Embeddings, unfused modules, and in 8 bits vocabulary heads keep their weights.
+Packed weights are not parameters, and `revert` restores them bit for bit. Unlike the layers of
+`XFM.freeze`, these may be called or read by code that does not know of packing. 8-bit weights stay
+parameters, with a flag (`kernels.flags`). Embeddings, unfused modules, and in 8 bits vocabulary
+heads keep their weights.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class _Weight(Tensor):
                 cls, lambda tensor: tensor.as_subclass(Tensor), (args, kwargs or {})
             )
             result = func(*args, **kwargs)
-            # The counter sees other writes (`out=`, lists of tensors). A gradient would be lost too.
+            # The counter sees other writes (`out=`, lists of tensors). A gradient would be lost
+            # too.
             if [tensor._version for tensor in weights] != versions:
                 _refuse()
             if any(tensor.requires_grad for tensor in weights):
@@ -206,8 +208,8 @@ def quantise(
 ) -> list[list[nn.Parameter]]:
     """Flag the linear weights of fused blocks to run in 8 bits.
 
-    Skips adapted, hooked, quantised and parametrised layers, shared weights, and for fp8 sizes that are not multiples
-    of 16.
+    Skips adapted, hooked, quantised and parametrised layers, shared weights, and for fp8 sizes that
+    are not multiples of 16.
 
     Returns:
         The flagged weights of each block.

@@ -1,8 +1,8 @@
 """The orders in which transformer layers compute: pre-norm, post-norm, and norms on the branches.
 
-An order composes the operations of an executor. `LayerCall` executes them through `kernels.ops`, with gradients and on
-every device; `cached_plan` through CPU kernels whose operands are prepared once. Tokens are padded `[B, N, width]` or
-packed `[T, width]`.
+An order composes the operations of an executor. `LayerCall` executes them through `kernels.ops`,
+with gradients and on every device; `cached_plan` through CPU kernels whose operands are prepared
+once. Tokens are padded `[B, N, width]` or packed `[T, width]`.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ def post_norm(
 ) -> Tensor:
     """Compute `x = N₁(x + Attn(x)); x = N₂(x + MLP(x))`, with cross-attention between.
 
-    The residual keeps its dtype. `rows` `[Q]` are the packed rows that the executor's attention returns, in place of
+    The residual keeps its dtype. `rows` `[Q]` are the packed rows that the executor's attention
+    returns, in place of
     all: the result is `[Q, width]`.
     """
     context = layer.attention(x)

@@ -1,8 +1,8 @@
 """Swap the class of a live module for a fused one; the object stays the same.
 
-Parameters, buffers, hooks, optimizers, wrappers and state-dict keys are unaffected. The new class derives from the
-fused one and the original, so `super().forward` handles every call that the fused form does not cover. (PyTorch's
-`fully_shard` swaps classes in the same way.)
+Parameters, buffers, hooks, optimizers, wrappers and state-dict keys are unaffected. The new class
+derives from the fused one and the original, so `super().forward` handles every call that the fused
+form does not cover. (PyTorch's `fully_shard` swaps classes in the same way.)
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from xfm_fast.models.frozen import packed_weight
 from xfm_fast.replace import adapters
 
 ModuleClasses = type[nn.Module] | tuple[type[nn.Module], ...]
-# Accepted differences by dtype, relative to the largest value of an output: summation order changes rounding.
+# Accepted differences by dtype, relative to the largest value of an output: summation order changes
+# rounding.
 BANDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8}
 _SETTINGS = "_xfm_fast"
 _CAPTURING = "transformers.utils.output_capturing"
@@ -274,7 +275,8 @@ class Fused(nn.Module):
         False within a trace, which records the original.
         """
         if torch.compiler.is_compiling():
-            # A compiler cannot trace weak references, and consumers of exported graphs recognise the original.
+            # A compiler cannot trace weak references, and consumers of exported graphs recognise
+            # the original.
             return (
                 not torch.compiler.is_exporting()
                 and why_not_bypassed(self, type(self).bypassed) is None
@@ -354,7 +356,8 @@ def _combined(fused: type[Fused], original: type[nn.Module]) -> type[nn.Module]:
     }
     forward = fused.forward
     if isinstance(forward, FunctionType) and forward is not nn.Module.forward:
-        # Trainers read column names from the signature of forward, so every class needs its own function.
+        # Trainers read column names from the signature of forward, so every class needs its own
+        # function.
         copy = FunctionType(
             forward.__code__,
             forward.__globals__,
@@ -397,8 +400,9 @@ def why_not_bypassed(module: nn.Module, expected: Mapping[str, ModuleClasses]) -
     return None
 
 
-# Snapshots of the submodules of intact fused modules: (parent's _modules, name, submodule, class, submodule's
-# __dict__). Comparing one is much cheaper than looking up every submodule by name, which matters for short texts.
+# Snapshots of the submodules of intact fused modules: (parent's _modules, name, submodule, class,
+# submodule's __dict__). Comparing one is much cheaper than looking up every submodule by name,
+# which matters for short texts.
 _Links = list[tuple[dict[str, Any], str, Any, Any, dict[str, Any]]]
 _links: weakref.WeakKeyDictionary[nn.Module, _Links] = weakref.WeakKeyDictionary()
 
@@ -478,7 +482,8 @@ def forward_patched(original: type[nn.Module]) -> bool:
     bases = [base for base in original.__mro__ if base not in (nn.Module, object)]
     libraries = {base.__module__.partition(".")[0] for base in bases}
     while True:
-        # `functools.wraps` copies names, but not the globals; a library may decorate with functions of its own.
+        # `functools.wraps` copies names, but not the globals; a library may decorate with functions
+        # of its own.
         module = getattr(function, "__globals__", {}).get("__name__", "builtins")
         if module.partition(".")[0] not in libraries:
             return True

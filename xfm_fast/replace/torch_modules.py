@@ -21,7 +21,8 @@ from xfm_fast.replace.unpadded import plan
 class FusedMultiheadAttention(Fused):
     """`torch.nn.MultiheadAttention` without attention weights, or with them for inference in another dtype.
 
-    (The original would run in autocast, which copies the weights for every position of a sequence-first batch.)
+    (The original would run in autocast, which copies the weights for every position of a
+    sequence-first batch.)
     """
 
     benefit: ClassVar[str] = "one GEMM for equal inputs (calls with need_weights=False)"
@@ -206,7 +207,8 @@ def _project(
         if joined is None:
             weight = separate[start]
         elif end - start == 3:
-            # A slice is another tensor each time, whose converted or packed form would not be cached.
+            # A slice is another tensor each time, whose converted or packed form would not be
+            # cached.
             weight, rows = joined, slice(None)
         else:
             weight = joined[rows]

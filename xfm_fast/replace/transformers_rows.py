@@ -38,15 +38,16 @@ from xfm_fast.replace.swap import Settings, find, observed, original_class
 from xfm_fast.replace.unpadded import IGNORE_MEMORY_MASK, Encoder, padded_memory, register_encoder
 
 Template = dict[str, Any]
-# Any other implementation of a vision model's attention is a registered function that must be called.
+# Any other implementation of a vision model's attention is a registered function that must be
+# called.
 _ATTENTION = ("eager", "sdpa", None, *KERNELS)
 
 
 def row(layer: str, *templates: Template, **more: Any) -> LayerSpec:
     """Build a LayerSpec; later templates override earlier ones.
 
-    In a template, `own` has suffixes of the layer's class prefix, `own_names` whole class names, `qkv` names in the
-    attention module.
+    In a template, `own` has suffixes of the layer's class prefix, `own_names` whole class names,
+    `qkv` names in the attention module.
     """
     fields: Template = {}
     for template in (*templates, more):
@@ -176,7 +177,8 @@ def _disentangled(layer: Any, call: Mapping[str, Any]) -> Attend | None:
                 scores = _position_scores(k, projection, positions, index, settings)
                 bias = bias + scale * scores.transpose(-1, -2)
         if torch.is_grad_enabled():
-            # A query without visible keys (padding) has uniform weights and must not pass gradients to keys.
+            # A query without visible keys (padding) has uniform weights and must not pass gradients
+            # to keys.
             scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * scale + bias
             weights = scores.masked_fill(~mask.bool(), torch.finfo(q.dtype).min).softmax(-1)
             weights = F.dropout(weights, dropout_p)

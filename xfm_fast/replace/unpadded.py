@@ -203,7 +203,8 @@ class UnpaddedEncoder(CalledByName):
             if not embeddings.intact():
                 return False
         elif row.memory:
-            # BERT's original cuts its buffer of token types, which may be shorter than the packed texts.
+            # BERT's original cuts its buffer of token types, which may be shorter than the packed
+            # texts.
             return False
         return can_run_packed(layers)
 
@@ -316,7 +317,8 @@ def plan(
     Args:
         mask: `[P, L]`, non-zero for real tokens.
         memory_mask: `[P, N]`, non-zero for visible tokens of the memory.
-        keep_first: Keep token 0 of every text as a query even if it is padding, because poolers read it.
+        keep_first: Keep token 0 of every text as a query even if it is padding, because poolers
+            read it.
 
     Returns:
         The packing, and whether `memory_mask` hides nothing; None if a text has no token at all.
@@ -361,7 +363,8 @@ def plan(
     if on_host(flat):
         order = host.true_places(flat)
     else:
-        # A stable sort moves real tokens to the front, in order, without the device sync of `nonzero`.
+        # A stable sort moves real tokens to the front, in order, without the device sync of
+        # `nonzero`.
         order = flat.logical_not().to(torch.uint8).argsort(stable=True)
     positions = order[:total]
     key_mask = None if first_real or not keep_first else mask.flatten()[positions]
@@ -431,8 +434,9 @@ def _cut_packing(
 class CutTextModel(CalledByName):
     """CLIP text tower of transformers (arXiv 2103.00020), cut at the end-of-text; states after the cut are zero.
 
-    The tower is causal and its feature is read at the end-of-text, so later tokens cannot change it. The batch is cut
-    after its longest text; if the texts differ in length and all layers are fused, they are packed.
+    The tower is causal and its feature is read at the end-of-text, so later tokens cannot change
+    it. The batch is cut after its longest text; if the texts differ in length and all layers are
+    fused, they are packed.
     """
 
     benefit: ClassVar[str] = "stops at the end-of-text"
