@@ -234,20 +234,14 @@ class Dense:
 
     @classmethod
     def of(cls, mask: Any, bias: Any, implementation: str | None) -> Dense | None:
-        """Return the attention of a call in transformers; None for masks that only the original interprets."""
+        """Return the attention of a call in transformers; None if only the original computes it."""
         if bias is not None and not (isinstance(bias, Tensor) and bias.ndim == 4):
             return None
-        if mask is None:
-            return cls(None, bias)
-        if not isinstance(mask, Tensor):
+        if not covers_mask(implementation, mask):
             return None
-        if mask.ndim == 2:
-            if implementation != NAME:
-                return None
-            return cls(mask) if bias is None else cls(mask[:, None, None].bool(), bias)
-        # Eager attention adds a boolean mask as ones and zeros.
-        adds_boolean = not mask.is_floating_point() and implementation in ("eager", None)
-        return None if mask.ndim != 4 or adds_boolean else cls(mask, bias)
+        if mask is not None and mask.ndim == 2 and bias is not None:
+            mask = mask[:, None, None].bool()
+        return cls(mask, bias)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings
@@ -312,6 +306,19 @@ class Unpacked:
             # Every query sees itself, so that no row is empty.
             visible = (mask[:, None, None] & (distance <= window)) | (distance == 0)
         return Dense(visible, bias)(q, k, v, dropout_p, settings)
+
+
+def covers_mask(implementation: str | None, mask: Any) -> bool:
+    """Return whether we interpret a mask as this attention implementation of transformers does."""
+    if mask is None:
+        return True
+    if not isinstance(mask, Tensor):
+        return False
+    if mask.ndim == 2:
+        return implementation == NAME
+    # Eager attention adds a boolean mask as ones and zeros; only the original does that.
+    adds_boolean = not mask.is_floating_point() and implementation in ("eager", None)
+    return mask.ndim == 4 and not adds_boolean
 
 
 def add_mask(bias: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -114,8 +114,9 @@ class CachedPlan:
         if not joins:
             groups = [(projection,) for projection in modules.projections]
         self._qkv = [self._linear(group) for group in groups]
-        self._proj, self._fc2 = self._linears[id(modules.proj)], self._linears[id(modules.fc2)]
-        self._fc1 = None if modules.hidden is not None else self._linears[id(modules.inner[0])]
+        self._proj = self._linears[id(modules.proj)]
+        self._fc2: Any = self._linears[id(modules.fc2)]
+        self._fc1: Any = None if modules.hidden is not None else self._linears[id(modules.inner[0])]
         self._int8_mlp = self._float_mlp = False
         if self._fc1 is not None:
             self._int8_mlp = self._fc1.prepared is not None and self._fc2.prepared is not None
@@ -227,7 +228,7 @@ class _PlannedCall(NamedTuple):
 
     def add_mlp(self, x: Tensor, residual: Tensor) -> Tensor:
         plan = self.plan
-        fc1, fc2 = cast(Any, plan._fc1), cast(Any, plan._fc2)
+        fc1, fc2 = plan._fc1, plan._fc2
         if plan._int8_mlp:
             # One op rounds the hidden layer more finely.
             rows, sums = (t if t.ndim == 2 else t.flatten(0, -2) for t in (x, residual))

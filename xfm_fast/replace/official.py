@@ -36,7 +36,7 @@ from xfm_fast.replace.swap import (
     swap,
     why_not_bypassed,
 )
-from xfm_fast.replace.transformers_rows import BERT, row
+from xfm_fast.replace.transformers_rows import BERT, build_spec
 from xfm_fast.replace.unpadded import packed_memory, padded_memory, plan
 from xfm_fast.replace.verification import model_outputs, relative_error
 
@@ -81,7 +81,7 @@ def _is_unpackaged(module: nn.Module) -> bool:
 
 
 # BERT's layer, in the code of ALBEF, X-VLM, X²-VLM, BLIP and X-FM.
-TEXT_LAYER = row(
+TEXT_LAYER = build_spec(
     "",
     BERT,
     own=(nn.Module,),

@@ -23,6 +23,7 @@ from xfm_fast.replace.attention import (
     attention,
     cached_bias,
     continuous_bias,
+    covers_mask,
     windows_of,
 )
 from xfm_fast.replace.layer import (
@@ -43,7 +44,7 @@ Template = dict[str, Any]
 _ATTENTION = ("eager", "sdpa", None, *KERNELS)
 
 
-def row(layer: str, *templates: Template, **more: Any) -> LayerSpec:
+def build_spec(layer: str, *templates: Template, **more: Any) -> LayerSpec:
     """Build a LayerSpec; later templates override earlier ones.
 
     In a template, `own` has suffixes of the layer's class prefix, `own_names` whole class names,
@@ -80,7 +81,7 @@ def _bert_attention(layer: Any, call: Mapping[str, Any]) -> Padded | None:
     mask, states = call.get("attention_mask"), call.get("encoder_hidden_states")
     memory_mask: Any = call.get("encoder_attention_mask")
     implementation = implementation_of(layer)
-    if implementation not in PLAIN_ATTENTION or not _covers_mask(implementation, mask):
+    if implementation not in PLAIN_ATTENTION or not covers_mask(implementation, mask):
         return None
     causal = False
     if mask is None and call["hidden_states"].shape[1] > 1:
@@ -94,7 +95,7 @@ def _bert_attention(layer: Any, call: Mapping[str, Any]) -> Padded | None:
     ignores_mask = original_class(layer).__name__ in IGNORE_MEMORY_MASK
     if ignores_mask and _hides_nothing(memory_mask):
         memory_mask = None
-    covered = hasattr(layer, "crossattention") and _covers_mask(implementation, memory_mask)
+    covered = hasattr(layer, "crossattention") and covers_mask(implementation, memory_mask)
     if not covered or (ignores_mask and memory_mask is not None):
         return None
     return Padded(mask, causal, padded_memory(states, memory_mask))
@@ -108,19 +109,6 @@ def _hides_nothing(mask: Any) -> bool:
         return False
     # All layers get the same mask, and reading it syncs an accelerator.
     return cached("hides nothing", (mask,), lambda: not mask.any())
-
-
-def _covers_mask(implementation: str | None, mask: Any) -> bool:
-    """Return whether the fused form interprets a mask as the attention implementation does."""
-    if mask is None:
-        return True
-    if not isinstance(mask, Tensor):
-        return False
-    if mask.ndim == 2:
-        return implementation == "xfm_fast"
-    # Eager attention adds a boolean mask as ones and zeros; only the original does that.
-    adds_boolean = not mask.is_floating_point() and implementation in ("eager", None)
-    return mask.ndim == 4 and not adds_boolean
 
 
 def _interleaved(layer: Any, call: Mapping[str, Any]) -> Attend | None:
@@ -412,10 +400,10 @@ _BERT_FORWARD: Template = BERT | {
     "also_takes": ("encoder_hidden_states", "encoder_attention_mask"),
 }
 register(
-    *(row(layer, _BERT_FORWARD) for layer in _BERT_LAYERS),
-    row("layoutlmv3.LayoutLMv3Layer", BERT, bias="position_bias"),
-    row("roformer.RoFormerLayer", BERT, scores=_interleaved, also_takes=("sinusoidal_pos",)),
-    row(
+    *(build_spec(layer, _BERT_FORWARD) for layer in _BERT_LAYERS),
+    build_spec("layoutlmv3.LayoutLMv3Layer", BERT, bias="position_bias"),
+    build_spec("roformer.RoFormerLayer", BERT, scores=_interleaved, also_takes=("sinusoidal_pos",)),
+    build_spec(
         "deberta_v2.DebertaV2Layer",
         BERT,
         own="Attention SelfOutput Intermediate Output",
@@ -426,7 +414,7 @@ register(
         also_takes=("relative_pos", "rel_embeddings"),
         result=lambda out, x: (out, None),
     ),
-    row(
+    build_spec(
         "mpnet.MPNetLayer",
         BERT,
         attention="attention.attn",
@@ -440,7 +428,7 @@ register(
         bias="position_bias",
         chunks="",
     ),
-    row(
+    build_spec(
         "albert.AlbertLayer",
         BERT,
         attention="attention",
@@ -452,7 +440,7 @@ register(
         weights_p="attention.attention_dropout",
         branch_p=("attention.output_dropout", ""),
     ),
-    row(
+    build_spec(
         "distilbert.TransformerBlock",
         BERT,
         attention="attention",
@@ -467,9 +455,9 @@ register(
         branch_p=("", "ffn.dropout"),
         chunks="ffn.chunk_size_feed_forward",
     ),
-    row("nomic_bert.NomicBertLayer", _ROTARY, mlps=(_GATED,)),
-    row("jina_embeddings_v3.JinaEmbeddingsV3Layer", _ROTARY, mlps=(_FC,)),
-    row(
+    build_spec("nomic_bert.NomicBertLayer", _ROTARY, mlps=(_GATED,)),
+    build_spec("jina_embeddings_v3.JinaEmbeddingsV3Layer", _ROTARY, mlps=(_FC,)),
+    build_spec(
         "modernbert.ModernBertEncoderLayer",
         order="before",
         attention="attn",
@@ -483,21 +471,23 @@ register(
         branch_p=("attn.out_drop", ""),
         rotary="position_embeddings",
     ),
-    row("megatron_bert.MegatronBertLayer", BERT, order="before", norms=("attention.ln", "ln")),
-    row(
+    build_spec(
+        "megatron_bert.MegatronBertLayer", BERT, order="before", norms=("attention.ln", "ln")
+    ),
+    build_spec(
         "roberta_prelayernorm.RobertaPreLayerNormLayer",
         BERT,
         order="before",
         norms=("attention.LayerNorm", "intermediate.LayerNorm"),
     ),
-    row(
+    build_spec(
         "xlm_roberta_xl.XLMRobertaXLLayer",
         BERT,
         order="before",
         norms=("attention.self_attn_layer_norm", "LayerNorm"),
         branch_p=("attention.output.dropout", ""),
     ),
-    row(
+    build_spec(
         "esm.EsmLayer",
         BERT,
         order="before",
@@ -506,36 +496,38 @@ register(
         rotary="position_embeddings",
         chunks="",
     ),
-    *(row(layer, _VIT) for layer in _VIT_LAYERS),
+    *(build_spec(layer, _VIT) for layer in _VIT_LAYERS),
     *(
-        row(layer, _BERT_VIT)
+        build_spec(layer, _BERT_VIT)
         for layer in (*_VIT_LAYERS, "videomae.VideoMAELayer", "yolos.YolosLayer")
     ),
-    row("dpt.DPTViTLayer", _BERT_VIT, own_names="DPTSelfAttention"),
-    row("vilt.ViltLayer", _BERT_VIT, _MODULE_P),
-    row("pixio.PixioLayer", _VIT, _DROPS),
-    row("beit.BeitLayer", _VIT, _BEIT),
-    row("beit.BeitLayer", _BERT_VIT, _BEIT, _MODULE_P),
-    row("data2vec.Data2VecVisionLayer", _BERT_VIT, _BEIT, _MODULE_P),
-    row("clip.CLIPEncoderLayer", _CLIP, _CAUSAL),
-    row("owlvit.OwlViTEncoderLayer", _CLIP, _CAUSAL),
-    row("owlv2.Owlv2EncoderLayer", _CLIP, _CAUSAL),
-    row("siglip.SiglipEncoderLayer", _CLIP),
-    row("siglip2.Siglip2EncoderLayer", _CLIP),
-    row("blip.BlipEncoderLayer", _BLIP),
-    row("blip_2.Blip2EncoderLayer", _BLIP, weights_p="self_attn.attention_dropout"),
-    row("instructblip.InstructBlipEncoderLayer", _BLIP, weights_p="self_attn.attention_dropout"),
-    row("dinov2.Dinov2Layer", _DINO),
-    row("dinov2_with_registers.Dinov2WithRegistersLayer", _DINO),
-    row(
+    build_spec("dpt.DPTViTLayer", _BERT_VIT, own_names="DPTSelfAttention"),
+    build_spec("vilt.ViltLayer", _BERT_VIT, _MODULE_P),
+    build_spec("pixio.PixioLayer", _VIT, _DROPS),
+    build_spec("beit.BeitLayer", _VIT, _BEIT),
+    build_spec("beit.BeitLayer", _BERT_VIT, _BEIT, _MODULE_P),
+    build_spec("data2vec.Data2VecVisionLayer", _BERT_VIT, _BEIT, _MODULE_P),
+    build_spec("clip.CLIPEncoderLayer", _CLIP, _CAUSAL),
+    build_spec("owlvit.OwlViTEncoderLayer", _CLIP, _CAUSAL),
+    build_spec("owlv2.Owlv2EncoderLayer", _CLIP, _CAUSAL),
+    build_spec("siglip.SiglipEncoderLayer", _CLIP),
+    build_spec("siglip2.Siglip2EncoderLayer", _CLIP),
+    build_spec("blip.BlipEncoderLayer", _BLIP),
+    build_spec("blip_2.Blip2EncoderLayer", _BLIP, weights_p="self_attn.attention_dropout"),
+    build_spec(
+        "instructblip.InstructBlipEncoderLayer", _BLIP, weights_p="self_attn.attention_dropout"
+    ),
+    build_spec("dinov2.Dinov2Layer", _DINO),
+    build_spec("dinov2_with_registers.Dinov2WithRegistersLayer", _DINO),
+    build_spec(
         "dinov3_vit.DINOv3ViTLayer",
         _DINO,
         mlps=(_GATED, Mlp(("mlp.up_proj",), "mlp.act_fn", "mlp.down_proj")),
         weights_p="attention.dropout",
         rotary="position_embeddings",
     ),
-    row("swin.SwinLayer", _VIT, _SWIN, drop_paths=("drop_path", "")),
-    row(
+    build_spec("swin.SwinLayer", _VIT, _SWIN, drop_paths=("drop_path", "")),
+    build_spec(
         "swinv2.Swinv2Layer",
         _BERT_VIT,
         _DROPS,

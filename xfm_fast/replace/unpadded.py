@@ -92,7 +92,7 @@ class UnpaddedEncoder(CalledByName):
     """A whole encoder on packed tokens; states at padding are zero."""
 
     benefit: ClassVar[str] = "padding left out of all layers"
-    encoder_row: ClassVar[Encoder]
+    encoder_spec: ClassVar[Encoder]
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
@@ -100,7 +100,7 @@ class UnpaddedEncoder(CalledByName):
 
     @classmethod
     def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
-        return {**super().adapted(original), "encoder_row": encoder_of(original)}
+        return {**super().adapted(original), "encoder_spec": encoder_of(original)}
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
@@ -118,7 +118,7 @@ class UnpaddedEncoder(CalledByName):
         return None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call, row = self.arguments(args, kwargs), self.encoder_row
+        call, spec = self.arguments(args, kwargs), self.encoder_spec
         packed = self.packed(call)
         if packed is None:
             return self.padded(*args, **kwargs)
@@ -127,13 +127,13 @@ class UnpaddedEncoder(CalledByName):
         x, packing = packed
         states: Any = packing.unpad(x)
         outputs = {"last_hidden_state": states}
-        if row.output != "BaseModelOutput":
+        if spec.output != "BaseModelOutput":
             pooler: Any = self._pooler()
-            if pooler is not None and row.pooled_by:
-                outputs["pooler_output"] = attrgetter(row.pooled_by)(self)(pooler(states[:, 0]))
+            if pooler is not None and spec.pooled_by:
+                outputs["pooler_output"] = attrgetter(spec.pooled_by)(self)(pooler(states[:, 0]))
             elif pooler is not None:
                 outputs["pooler_output"] = pooler(states)
-        out = getattr(modeling_outputs, row.output)(**outputs)
+        out = getattr(modeling_outputs, spec.output)(**outputs)
         return out if returns_dict(self, call) else out.to_tuple()
 
     def padded(self, *args: Any, **kwargs: Any) -> Any:
@@ -142,11 +142,11 @@ class UnpaddedEncoder(CalledByName):
 
     def packed(self, call: dict[str, Any]) -> tuple[Tensor, Packing] | None:
         """Compute the final states `[T, width]` and their packing; None for calls that keep padding."""
-        row, mask = self.encoder_row, call.get("attention_mask")
+        spec, mask = self.encoder_spec, call.get("attention_mask")
         memory_mask = call.get("encoder_attention_mask")
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
-        understood = (*row.takes, "attention_mask", "position_ids", *WITHOUT_EFFECT)
-        if row.memory:
+        understood = (*spec.takes, "attention_mask", "position_ids", *WITHOUT_EFFECT)
+        if spec.memory:
             understood += _MEMORY
         if has_other_arguments(call, understood) or (ids is None) == (embeds is None):
             return None
@@ -177,14 +177,14 @@ class UnpaddedEncoder(CalledByName):
             return self._run(call, layers, packing, mask.bool(), memory), packing
 
     def _layers(self) -> list[Any]:
-        return list(self.encoder_row.sequence(self, self.encoder_row.layers))
+        return list(self.encoder_spec.sequence(self, self.encoder_spec.layers))
 
     def _pooler(self) -> nn.Module | None:
-        return find(self, self.encoder_row.pooler) if self.encoder_row.pooler else None
+        return find(self, self.encoder_spec.pooler) if self.encoder_spec.pooler else None
 
     def _ready(self, call: dict[str, Any], layers: list[Any]) -> bool:
         """Return whether no bypassed module has hooks and every layer can run on packed tokens."""
-        row, config = self.encoder_row, self.config
+        spec, config = self.encoder_spec, self.config
         if any(getattr(config, name, False) for name in _RECORDED):
             return False
         if getattr(config, "_attn_implementation", None) not in PLAIN_ATTENTION:
@@ -194,15 +194,15 @@ class UnpaddedEncoder(CalledByName):
         has_memory = call.get("encoder_hidden_states") is not None
         if has_memory and reads_memory and not hasattr(layers[0], "crossattention"):
             return False
-        for name in (self._holder, row.embeddings, row.project):
+        for name in (self._holder, spec.embeddings, spec.project):
             module = find(self, name) if name else None
             if module is not None and observed(module):
                 return False
-        embeddings: Any = find(self, row.embeddings)
+        embeddings: Any = find(self, spec.embeddings)
         if isinstance(embeddings, FusedEmbeddings):
             if not embeddings.intact():
                 return False
-        elif row.memory:
+        elif spec.memory:
             # BERT's original cuts its buffer of token types, which may be shorter than the packed
             # texts.
             return False
@@ -211,7 +211,7 @@ class UnpaddedEncoder(CalledByName):
     @property
     def _holder(self) -> str:
         """Name of the module around the layers."""
-        return self.encoder_row.layers.rpartition(".")[0]
+        return self.encoder_spec.layers.rpartition(".")[0]
 
     def _run(
         self,
@@ -221,22 +221,22 @@ class UnpaddedEncoder(CalledByName):
         mask: Tensor,
         memory: Memory | None,
     ) -> Tensor:
-        row = self.encoder_row
+        spec = self.encoder_spec
         x, positions = self._embed(call, packing)
         bias = None
-        if row.bias:
+        if spec.bias:
             # The method reads only the shape of its argument.
-            bias = attrgetter(row.bias)(self)(x.new_empty(1, packing.shape[1], 1))
+            bias = attrgetter(spec.bias)(self)(x.new_empty(1, packing.shape[1], 1))
         attention: dict[str, tuple[Attend, Any]] = {}
         with layers[0].context(x.device) as settings:
             for layer in layers:
-                layer_type = getattr(layer, row.layer_type) if row.layer_type else ""
+                layer_type = getattr(layer, spec.layer_type) if spec.layer_type else ""
                 if layer_type not in attention:
                     attend = self._attend(layer_type, packing, mask, bias)
                     rotary = None
-                    if row.rotary:
-                        types = (layer_type,) if row.layer_type else ()
-                        cos, sin = attrgetter(row.rotary)(self)(x, positions[None], *types)
+                    if spec.rotary:
+                        types = (layer_type,) if spec.layer_type else ()
+                        cos, sin = attrgetter(spec.rotary)(self)(x, positions[None], *types)
                         rotary = cos[0], sin[0]
                     attention[layer_type] = attend, rotary
                 attend, rotary = attention[layer_type]
@@ -246,7 +246,7 @@ class UnpaddedEncoder(CalledByName):
                 if torch.is_grad_enabled():
                     run = self._checkpointed(run, layer)
                 x = run(x)
-        norm = find(self, row.norm) if row.norm else None
+        norm = find(self, spec.norm) if spec.norm else None
         return x if norm is None else norm(x)
 
     def _attend(
@@ -276,8 +276,8 @@ class UnpaddedEncoder(CalledByName):
 
     def _embed(self, call: dict[str, Any], packing: Packing) -> tuple[Tensor, Tensor]:
         """Compute embeddings `[T, width]` and position ids `[T]`; unfused embeddings see one long text."""
-        row, positions, tokens = self.encoder_row, call.get("position_ids"), call.get("input_ids")
-        embeddings: Any = attrgetter(row.embeddings)(self)
+        spec, positions, tokens = self.encoder_spec, call.get("position_ids"), call.get("input_ids")
+        embeddings: Any = attrgetter(spec.embeddings)(self)
         if positions is None:
             if hasattr(embeddings, "padding_idx") or hasattr(embeddings, "position_ids"):
                 if tokens is None:
@@ -288,19 +288,19 @@ class UnpaddedEncoder(CalledByName):
                 positions = torch.arange(packing.shape[1], device=packing.positions.device)[None]
         positions = packing.pack(positions.expand(packing.shape))
         inputs: dict[str, Any] = {"input_ids": None}
-        for name in row.takes:
+        for name in spec.takes:
             if name != "position_ids" and call.get(name) is not None:
                 inputs[name] = packing.pack(call[name])
         if isinstance(embeddings, FusedEmbeddings):
             types, embeds = inputs.get("token_type_ids"), inputs.get("inputs_embeds")
             x = embeddings.embed(inputs["input_ids"], positions, types, embeds)
         else:
-            if "position_ids" in row.takes:
+            if "position_ids" in spec.takes:
                 inputs["position_ids"] = positions
             for name, value in inputs.items():
                 inputs[name] = None if value is None else value[None]
             x = embeddings(**inputs)[0]
-        project: Any = find(self, row.project) if row.project else None
+        project: Any = find(self, spec.project) if spec.project else None
         return x if project is None else project(x), positions
 
 
