@@ -204,15 +204,13 @@ def _project(
         if end < 3 and joined is not None and inputs[end] is inputs[start]:
             continue
         rows = slice(start * width, end * width)
+        # A slice is another tensor each time, whose converted or packed form would not be cached.
+        entire = joined is not None and end - start == 3
         if joined is None:
             weight = separate[start]
-        elif end - start == 3:
-            # A slice is another tensor each time, whose converted or packed form would not be
-            # cached.
-            weight, rows = joined, slice(None)
         else:
-            weight = joined[rows]
-        shift = bias if bias is None or rows == slice(None) else bias[rows]
+            weight = joined if entire else joined[rows]
+        shift = bias if bias is None or entire else bias[rows]
         outputs += settings.linear(inputs[start], weight, shift).chunk(end - start, -1)
         start = end
     return tuple(output.unflatten(-1, (attention.num_heads, -1)) for output in outputs)
