@@ -344,8 +344,7 @@ class _PackedLayout:
     """Layout of packed texts in buffers for `texts` texts of at most `length`, and at most `tokens` in total.
 
     Real tokens are followed by at least one padding token, in padding texts of at most `length`.
-    Empty texts come
-    first: a read of token 0 of any text must find a token.
+    Empty texts come first, because a read of token 0 of any text must find a token.
     """
 
     def __init__(self, texts: int, length: int, tokens: int) -> None:

@@ -107,9 +107,8 @@ def post_norm(
 ) -> Tensor:
     """Compute `x = N₁(x + Attn(x)); x = N₂(x + MLP(x))`, with cross-attention between.
 
-    The residual keeps its dtype. `rows` `[Q]` are the packed rows that the executor's attention
-    returns, in place of
-    all: the result is `[Q, width]`.
+    The residual keeps its dtype. `rows` `[Q]` are the packed rows of the attention's queries, if
+    these are not all; then the result is `[Q, width]`.
     """
     context = layer.attention(x)
     residual = x if rows is None else x.index_select(0, rows)
