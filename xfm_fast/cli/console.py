@@ -22,7 +22,7 @@ def first_process() -> bool:
 
 
 def stdout(width: int = 140) -> Console:
-    """Return a console on standard output; `width` is that of pipes and log files, which have none."""
+    """Return a console on standard output; pipes and log files get `width`."""
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=width)
@@ -54,7 +54,7 @@ def table(title: str, *heads: str, right: tuple[str, ...] = ()) -> Table:
 
 @contextmanager
 def progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on standard error, if it is a terminal; yields a function of (done, total)."""
+    """Show a progress bar on a terminal's standard error; yields a function of (done, total)."""
     with named_progress() as show:
         yield lambda done, of: show(description, done, of)
 

@@ -1,4 +1,4 @@
-"""`xfm-fast info`, `audit` and `tune`: this machine, the kernels' machine code, and their launch configurations."""
+"""`xfm-fast info`, `audit` and `tune`: the machine, machine code, and launch configurations."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
 
 
 def _execute(arches: Sequence[int]) -> int:
-    """Run the kernels in emulation, one line per kernel and architecture; returns 1 for a wrong result or a hazard."""
+    """Run the kernels in emulation; returns 1 for a wrong result or a hazard."""
     from xfm_fast.benchmarks.work.kernels import execute
     from xfm_fast.kernels.emulation import LATE_WAIT
 
@@ -311,7 +311,7 @@ def _tune_cpu(options: TuneOptions) -> None:
 
 
 def _kernels(names: tuple[str, ...]) -> list[KernelSpec]:
-    """Return the shipped kernels, or the named ones; they compile even if the environment asks for the interpreter."""
+    """Return the shipped kernels, or the named ones, with Triton's interpreter off."""
     os.environ.pop("TRITON_INTERPRET", None)
     from importlib.util import find_spec
 

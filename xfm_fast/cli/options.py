@@ -42,7 +42,7 @@ def command_group(name: str, **settings: Any) -> App:
 
 
 def named(model: str | None, source: S) -> S:
-    """Set the positional MODEL as the source's model; raises `InputError` unless exactly one model is given."""
+    """Set the positional MODEL as the source's model; InputError unless one model is given."""
     if model is not None and source.model is not None:
         raise InputError(f"{model} and --model {source.model} name two models; give one")
     source = source if model is None else replace(source, model=model)

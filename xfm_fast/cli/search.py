@@ -207,7 +207,7 @@ def search(
 
 
 def _run_processes(count: int, arguments: Sequence[str]) -> int:
-    """Run a command in several processes of this machine, joined as torchrun joins them; returns the exit code."""
+    """Run a command in several processes, as torchrun does; returns the exit code."""
     from xfm_fast.training.distributed import stop_on_signal
 
     with socket.socket() as free:
@@ -262,7 +262,7 @@ def _run_processes(count: int, arguments: Sequence[str]) -> int:
 
 
 def _choose_model(source: Source, recorded: Source | None) -> Source:
-    """Return the model of the options, or the random one of the index; other models must match the index."""
+    """Return the model of the options, or the random one of the index."""
     if source.model is None and source.random is None:
         if recorded is None:
             raise InputError(

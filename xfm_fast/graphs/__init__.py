@@ -321,7 +321,7 @@ class Shapes:
 def _image_program(
     name: str, model: XFM, shape: tuple[int, ...], encode: Callable[[Tensor], Any]
 ) -> Program[Tensor]:
-    """Build the program of a call with one row per image, `[B, *shape]`; `encode` returns one tensor or several."""
+    """Build the program of a call on images `[B, *shape]`; `encode` returns tensors with B rows."""
     like: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
 
     def fill(images: Tensor, size: Size, buffers: Buffers) -> None:
@@ -353,7 +353,7 @@ class _PackedLayout:
         self.sequences = texts + self.padding_texts
 
     def offsets(self, cu_seqlens: Tensor, used: int) -> Tensor:
-        """Return the offsets `[sequences + 1]`, from those of the real texts, which have `used` tokens."""
+        """Extend the offsets of the real texts, which have `used` tokens, to `[sequences + 1]`."""
         int32: dict[str, Any] = {"dtype": torch.int32, "device": cu_seqlens.device}
         unused = torch.full((self.texts + 1 - cu_seqlens.shape[0],), used, **int32)
         following = self.length * torch.arange(self.padding_texts - 1, -1, -1, **int32)
@@ -487,7 +487,7 @@ class XFMGraphs:
         return self._images(pixels)
 
     def image_memory(self, image_embeds: Tensor) -> ImageMemory:
-        """Project image embeddings `[B, 1 + N, vision_width]` to keys and values of every fusion layer."""
+        """Project images `[B, 1 + N, vision_width]` to keys and values of every fusion layer."""
         config = self.model.config
         if image_embeds.shape[1:] != (config.num_image_tokens, config.vision_width):
             raise InputError(
@@ -497,7 +497,7 @@ class XFMGraphs:
         return ImageMemory(self._memories(image_embeds))
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Encode ids `[P, L]` to `[P, L, text_width]`, zeros at padding. A mask on the CPU avoids a synchronisation."""
+        """Encode ids `[P, L]` to `[P, L, text_width]`; a mask on the CPU avoids a synchronisation."""
         mask = inputs.check_tokens(input_ids, attention_mask, self.model.config)
         return self._texts(_TextCall(input_ids, Packing.from_mask(mask).to(self.model.device)))
 

@@ -1,4 +1,4 @@
-"""`accelerate(model)`: swaps fused modules into a live model, verifies outputs, returns a report that can revert."""
+"""`accelerate(model)`: fused modules swapped into a live model, verified, with a report to revert."""
 
 from __future__ import annotations
 
@@ -295,7 +295,7 @@ def _without_former(model: nn.Module) -> Iterator[None]:
 def _install(
     model: nn.Module, forms: Forms, settings: Settings
 ) -> tuple[list[FrozenLinear], list[list[nn.Parameter]]]:
-    """Swap modules to their fused forms; returns the layers with packed weights, and the flagged weights by module."""
+    """Swap modules to fused forms; returns the packed layers, and the flagged weights by module."""
     for module, form in forms:
         swap(module, form, settings)
     fused = [module for module, _ in forms if isinstance(module, Fused)]
@@ -394,7 +394,7 @@ def _bypassed(module: nn.Module, fused: type[Fused]) -> dict[str, nn.Module]:
 def _decide(
     path: str, module: nn.Module, settings: Settings
 ) -> tuple[Entry | None, type[Fused] | None]:
-    """Return the entry and the first form that accepts a module; otherwise the entry of the first refusal."""
+    """Return the first form that accepts a module with its entry; else the first refusal's entry."""
     refused = None
     for form in FORMS:
         if not form.recognises(module):
@@ -421,7 +421,7 @@ def _why_patched(module: nn.Module, fused: type[Fused]) -> str | None:
 
 
 def _why_not_values(module: nn.Module, fused: type[Fused], settings: Settings) -> str | None:
-    """Return why the ops cannot read the weights of a module (quantised, sharded, mixed dtypes), or None."""
+    """Return why the ops cannot read a module's weights (quantised, sharded, mixed dtypes), or None."""
     dtypes: dict[torch.dtype, str] = {}
     for name, submodule in _bypassed(module, fused).items():
         if adapters.is_adapted(submodule):

@@ -21,7 +21,7 @@ class Adaptable(nn.Module):
 
 
 class Addition(NamedTuple):
-    """An active adapter: adds `scaling · (dropout(x) Aᵀ Bᵀ + bias)` to the output of a linear layer."""
+    """An active adapter, which adds `scaling · (dropout(x) Aᵀ Bᵀ + bias)` to a linear layer's output."""
 
     down: Tensor  # A, `[r, K]`
     up: Tensor  # B, `[M, r]`
@@ -31,7 +31,7 @@ class Addition(NamedTuple):
     casts: bool  # convert x to the dtype of A first
 
     def __call__(self, x: Tensor, out: Tensor) -> Tensor:
-        """Add this adapter's output for x `[..., K]` to the layer's output `[..., M]`, in the latter's dtype."""
+        """Add this adapter's output for x `[..., K]` to the layer's output `[..., M]`, in its dtype."""
         if self.casts:
             x = x.to(self.down.dtype)
         if self.dropout_p:
@@ -57,7 +57,7 @@ def base_layer(layer: nn.Module) -> Any:
 
 
 def why_not(layer: Any) -> str | None:
-    """Return why the adapters of a layer must be called as modules; None if `Addition` computes them."""
+    """Return why a layer's adapters must be called as modules; None if `Addition` computes them."""
     base = layer.base_layer
     if "weight" not in base._parameters:
         return "adapts a frozen layer; accelerate again without freeze=True"
@@ -102,7 +102,7 @@ def additions(layer: Any) -> list[Addition]:
 def merge(
     weight: Tensor, bias: Tensor | None, adapters: list[Addition]
 ) -> tuple[Tensor, Tensor | None] | None:
-    """Merge adapters into weight `[M, K]` and bias `[M]`, cached; None with gradients, dropout or a compiler."""
+    """Merge adapters into weight and bias, cached; None with gradients, dropout or a compiler."""
     factors = [
         t for adapter in adapters for t in (adapter.down, adapter.up, adapter.bias) if t is not None
     ]

@@ -33,13 +33,13 @@ FEW = 64  # tokens up to which attention is bound by call overhead
 
 
 class PositionTable(NamedTuple):
-    """A relative position bias table (BEiT, arXiv 2106.08254), `[(2wh-1)(2ww-1)+3, H]`, and its window (wh, ww)."""
+    """BEiT's relative position bias (arXiv 2106.08254): `[(2h-1)(2w-1)+3, H]`, and its window (h, w)."""
 
     table: Tensor
     window: tuple[int, int]
 
     def fits(self, tokens: int) -> bool:
-        """Return whether the table covers sequences of one class token and this window of patches."""
+        """Return whether sequences are one class token and this window of patches."""
         height, width = self.window
         distances = (2 * height - 1) * (2 * width - 1)
         return tokens == 1 + height * width and self.table.shape[0] == distances + 3
@@ -181,7 +181,7 @@ class Packed:
 
 
 def is_small(packing: Packing, settings: Settings) -> bool:
-    """Return whether a batch has no padding and so few tokens that call overhead bounds its attention."""
+    """Return whether call overhead bounds the attention of a batch: few tokens, no padding."""
     return packing.whole and packing.positions.shape[0] <= FEW and settings.backend is None
 
 
@@ -199,7 +199,7 @@ def attention_to_real_keys(
     scale: float | None = None,
     settings: Settings | None = None,
 ) -> Tensor:
-    """Attend from padded queries `[B, L, H, D]` to the keys `[B, N, H, D]` whose `mask` `[B, N]` is non-zero."""
+    """Attend from padded queries `[B, L, H, D]` to keys `[B, N, H, D]` with non-zero `mask` `[B, N]`."""
     if torch.compiler.is_exporting() or traced():
         out = sdpa(q, k, v, mask.bool()[:, None, None, :], dropout_p, scale=scale)
         return out.unflatten(-1, v.shape[-2:])
@@ -366,7 +366,7 @@ class Windows:
     filled: bool  # windows exceed the image
 
     def split(self, x: Tensor) -> Tensor:
-        """Gather windows: `[B, patches, width]` → `[B · windows, area, width]`; padding is zero."""
+        """Gather windows, zeros at padding: `[B, patches, width]` → `[B · windows, area, width]`."""
         x = F.pad(x, (0, 0, 0, 1)) if self.filled else x
         return x.index_select(1, self.index).view(-1, self.area, x.shape[-1])
 
@@ -427,7 +427,7 @@ _cached_windows = lru_cache(maxsize=64)(_build_windows)
 
 @dataclass(frozen=True)
 class WindowAttention:
-    """Attention of shifted windows `[B · windows, area, H, D]` with a position bias (Swin, arXiv 2103.14030)."""
+    """Swin's attention (arXiv 2103.14030): windows `[B · windows, area, H, D]` with a position bias."""
 
     windows: Windows
     bias: Callable[[], Tensor]  # `[1 or windows, H, area, area]`
@@ -481,7 +481,7 @@ def cached_bias(
 def continuous_bias(
     name: str, attn: Any, mlp: nn.Module, mask: Callable[[], Tensor | None]
 ) -> Callable[[], Tensor]:
-    """Return a function that computes Swin V2's position bias `[1, H, N, N]`: an MLP of distance, scaled to 0…16."""
+    """Return a function for Swin V2's position bias `[1, H, N, N]`: an MLP of distance, from 0 to 16."""
 
     def make() -> Tensor:
         index = attn.relative_position_index
@@ -536,7 +536,7 @@ def register_attention(name: str = NAME) -> str:
 
 
 def padding_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """Mask callback for transformers: keep plain padding as `[B, N]`, else make the mask of sdpa or eager attention."""
+    """Keep a plain padding mask as `[B, N]`; otherwise make that of sdpa or eager attention."""
     from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
 
     config = kwargs.get("config")

@@ -40,7 +40,7 @@ _plans: weakref.WeakKeyDictionary[nn.Module, CachedPlan] = weakref.WeakKeyDictio
 
 
 class _Linear(NamedTuple):
-    """A linear layer with a dense, packed or int8 weight; int8 takes x in either dtype and has LayerScale folded in."""
+    """A linear layer with a dense, packed or int8 weight; LayerScale is folded into int8."""
 
     weight: Tensor
     bias: Tensor | None
@@ -67,7 +67,7 @@ class _Linear(NamedTuple):
 
 
 class CachedPlan:
-    """The operands of one layer in one compute dtype; `wide` (post-norm) keeps the dtype of the residual."""
+    """Operands of one layer in one compute dtype; `wide` (post-norm) keeps the residual's dtype."""
 
     def __init__(
         self, layer: nn.Module, modules: LayerModules, dtype: torch.dtype, *, wide: bool
@@ -150,7 +150,7 @@ class CachedPlan:
     def run(
         self, x: Tensor, attend: Attend, settings: Settings, rotary: Rotary | None = None
     ) -> Tensor:
-        """Compute the layer on `[B, N, width]` or packed `[T, width]`, matching `attend` and `rotary`."""
+        """Compute the layer on `[B, N, width]` or packed `[T, width]`, as `attend` expects."""
         call = _PlannedCall(self, attend, settings, rotary)
         return post_norm(call, x) if self.wide else pre_norm(call, x)
 
@@ -293,7 +293,7 @@ def forget(layer: nn.Module) -> None:
 
 
 def infers(x: Tensor, settings: Settings) -> bool:
-    """Return whether a call is plain CPU inference: no gradient, compiler, autocast, fp8 or other backend."""
+    """Return whether a call is plain CPU inference: no gradient, compiler, autocast or fp8."""
     if (
         fp8.on()
         or torch.is_grad_enabled()

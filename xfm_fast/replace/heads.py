@@ -1,4 +1,4 @@
-"""Embeddings, vocabulary heads and masked-language models of BERT and its relatives in fused ops."""
+"""Embeddings, vocabulary heads and masked-language models of BERT's relatives in fused ops."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class FusedEmbeddings(CalledByName):
         return self._has_exact_gradient()
 
     def _has_exact_gradient(self) -> bool:
-        """Return whether the op's gradient is that of `nn.Embedding`, without max_norm, sparse and two padding_idx."""
+        """Return whether the op's gradient is `nn.Embedding`'s: no max_norm, sparse, or two padding_idx."""
         module: Any = self
         words, positions = module.word_embeddings, module.position_embeddings
         for table in (words, positions):
@@ -89,7 +89,7 @@ class FusedEmbeddings(CalledByName):
         types: Tensor | None = None,
         embeds: Tensor | None = None,
     ) -> Tensor:
-        """Embed token ids, or given word embeddings: the result of LayerNorm and dropout, `[..., width]`."""
+        """Embed token ids, or word embeddings: `[..., width]` after LayerNorm and dropout."""
         self.count()
         module: Any = self
         table, norm = getattr(module, "token_type_embeddings", None), module.LayerNorm
@@ -187,7 +187,7 @@ class VocabularyHead(CalledByName):
 
 
 class FusedMaskedLM(CalledByName):
-    """Encoder and masked-language head: only labelled positions reach the loss, and no padding the vocabulary."""
+    """Encoder and masked-language head: only labelled positions reach the loss."""
 
     benefit: ClassVar[str] = "loss over labelled positions only, without their logits in full"
     replaces: ClassVar[Any] = (

@@ -204,7 +204,7 @@ class LayerSpec:
         return None
 
     def unread(self, layer: nn.Module) -> str | None:
-        """Return the first parameter or module that no name covers: the layer computes more than the spec says."""
+        """Return the first parameter or module that no name covers: the spec misses some computation."""
         if self.scores is not None or self.adjust is not None:
             return None
         activations = (mlp.activation for mlp in self.mlps)
@@ -437,7 +437,7 @@ class FusedLayer(CalledByName):
         rotary: Any = None,
         memory: Memory | None = None,
     ) -> Tensor:
-        """Compute the layer on `[B, N, width]` or packed `[T, width]`, matching `attend` and the rotary positions."""
+        """Compute the layer on `[B, N, width]` or packed `[T, width]`, as `attend` expects."""
         self.count()
         spec, order = self.layer_spec, self.layer_order
         wide = order == "behind sums"
@@ -539,7 +539,7 @@ def _hidden(
 
 
 def _row_scale(drop_path: nn.Module | None, x: Tensor) -> Tensor | None:
-    """Draw stochastic depth as the library does: one factor per batch entry, `[B]`; None if inactive."""
+    """Draw stochastic depth as the library does: a factor per batch entry, or None if inactive."""
     drop_p: Any = getattr(drop_path, "drop_prob", None)
     if drop_path is None or not drop_path.training or not drop_p:
         return None

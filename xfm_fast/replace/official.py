@@ -96,7 +96,7 @@ TEXT_LAYER = build_spec(
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Return whether a module has the submodules of a BERT layer, with or without cross-attention."""
+    """Return whether a module has the submodules of a BERT layer."""
     spec = TEXT_LAYER
     if spec.missing(module) is not None:
         return False
@@ -333,7 +333,7 @@ VISION_BLOCK = LayerSpec(
 
 
 class OfficialVisionBlock(FusedLayer):
-    """Pre-norm block with query and value biases, position table, LayerScale and stochastic depth."""
+    """Pre-norm block with position table, LayerScale and stochastic depth."""
 
     layer_spec = VISION_BLOCK
 
@@ -404,7 +404,7 @@ class OfficialVocabularyHead(VocabularyHead):
 def _why_not_equal(
     module: nn.Module, fused: type[Fused], settings: Settings, weight: Tensor, example: Tensor
 ) -> str | None:
-    """Compare a fused form with its module on an example; returns why it cannot replace it, or None."""
+    """Compare a fused form with its module on an example; returns why it is unfit, or None."""
     if weight.device.type == "meta":
         return "its parameters have no values yet, so it cannot be tested"
     try:

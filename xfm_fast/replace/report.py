@@ -1,4 +1,4 @@
-"""The report of `accelerate`: replaced modules, reasons why others are not, verified outputs and speedups."""
+"""The report of `accelerate`: replaced modules, reasons against others, outputs and speedups."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Entry:
 
 
 class Unknown(NamedTuple):
-    """Unrecognised layers of one class, with their paths and share of the model's linear weights."""
+    """Unrecognised layers of one class, and their share of the model's linear weights."""
 
     class_name: str
     paths: list[str]
@@ -103,7 +103,7 @@ class Report:
         return reasons
 
     def revert(self) -> None:
-        """Restore the original forward of every module. Idempotent; no other thread may use the model meanwhile."""
+        """Restore all original forwards. Idempotent; no other thread may use the model meanwhile."""
         if self._model is not None and in_graphs(self._model):
             del self._model.__dict__["forward"]
         for module in (*self._modules, *self._frozen):
@@ -122,7 +122,7 @@ class Report:
         return sum(packed.numel() * packed.element_size() for packed in packs.values())
 
     def coverage(self) -> str:
-        """Say how many fused forms computed on the `verify` batch, and name those that ran their original."""
+        """Count the fused forms that computed on the `verify` batch, and name the others."""
         idle: dict[str, list[str]] = {}
         for entry in self.replaced:
             if not self.runs.get(entry.path):

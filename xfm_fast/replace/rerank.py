@@ -247,7 +247,7 @@ class Reranker:
 
 
 def _text_mask(mask: Tensor | None, texts: Tensor) -> Tensor:
-    """Return the mask `[P, L]` of texts `[P, L]` or `[P, L, width]`; all tokens are real by default."""
+    """Return the mask `[P, L]` of texts; all tokens are real by default."""
     if texts.ndim != 2 and not texts.is_floating_point():
         raise InputError(f"input_ids are {[*texts.shape]}; texts must be [P, L]")
     if mask is None:

@@ -49,7 +49,7 @@ def _refuse(*_: Any) -> NoReturn:
 
 
 class _Weight(Tensor):
-    """A copy of a frozen weight: it and its views raise InputError at a write; other results are ordinary tensors."""
+    """A copy of a frozen weight; it and its views raise InputError at a write."""
 
     itself: Any  # a weak reference: `torch.utils.swap_tensors` refuses tensors that have one
     set_: Any = _refuse  # PyTorch does not dispatch it
@@ -90,7 +90,7 @@ class _Weight(Tensor):
 
 
 class _Parameters(dict[str, Any]):
-    """Parameters of a frozen layer without its weight; refuses its deletion, as by `weight_norm`."""
+    """Parameters of a frozen layer; refuses to delete its weight, as `weight_norm` does."""
 
     def __delitem__(self, name: str) -> None:
         if name not in self:

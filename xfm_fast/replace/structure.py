@@ -23,7 +23,7 @@ from xfm_fast.replace.swap import Settings
 
 ATTENTION, MLP = 0, 1  # branches of a layer
 Rotary = tuple[Tensor, Tensor]
-"""Cosine and sine of rotary positions, `[..., N, D]` or `[T, D]`; the halves of the last dimension are equal."""
+"""Cosine and sine of rotary positions, `[..., N, D]` or `[T, D]`, with equal halves of D."""
 
 
 class LayerModules(NamedTuple):
@@ -261,7 +261,7 @@ class LayerCall:
 def project(
     name: str, layers: Sequence[nn.Module], x: Tensor, heads: int, settings: Settings
 ) -> list[Tensor]:
-    """Apply linear layers to one input with one GEMM: `[..., H, D]` each; `name` is the cache key of their weights."""
+    """Apply linear layers to one input: `[..., H, D]` each; `name` is the weights' cache key."""
     return [output.unflatten(-1, (heads, -1)) for output in settings.linears(name, x, *layers)]
 
 
@@ -315,7 +315,7 @@ def run_module(layer: nn.Module, x: Tensor) -> Tensor:
 
 @contextmanager
 def pre_norm_settings(settings: Settings, device: torch.device) -> Iterator[Settings]:
-    """Yield the settings of a pre-norm block: in training autocast converts, so residual and gradients stay wide."""
+    """Yield the settings of a pre-norm block: in training, autocast keeps the residual wide."""
     if settings.dtype not in (torch.bfloat16, torch.float16) or not torch.is_grad_enabled():
         with settings.without_autocast(device):
             yield settings

@@ -142,7 +142,7 @@ class Settings:
         return all(flags.kind_of(weight) is None and weight.dtype == x.dtype for weight in weights)
 
     def affine_of(self, layer: Any, *operands: Tensor) -> tuple[Tensor, Any] | None:
-        """Return weight and bias of a layer with merged adapters; None if adapters run separately."""
+        """Return weight and bias with merged adapters; None if adapters run separately."""
         packed = packed_weight((layer,), self.backend, *operands)
         if packed is not None:
             return packed, layer.bias
@@ -186,7 +186,7 @@ class Settings:
 
     @contextmanager
     def without_autocast(self, device: torch.device) -> Iterator[Settings]:
-        """Disable autocast where fused modules convert operands themselves, which is faster without gradients."""
+        """Disable autocast where fused modules convert faster themselves: without gradients."""
         if self.dtype is None or torch.is_grad_enabled():
             yield self
             return
@@ -197,7 +197,7 @@ class Settings:
 def _concatenate(
     name: str, weights: list[Tensor], biases: list[Tensor | None]
 ) -> tuple[Tensor, Tensor | None]:
-    """Concatenate the weights and biases of several layers; cached under the name without gradients."""
+    """Concatenate the weights and biases of layers; cached under a name without gradients."""
 
     def concatenate() -> tuple[Tensor, Tensor | None]:
         widths = [weight.shape[0] for weight in weights]
@@ -238,7 +238,7 @@ def counted() -> Iterator[Counter[nn.Module]]:
 
 
 class Fused(nn.Module):
-    """Base of fused forms. Subclasses define `forward`: they `count` a call, or decline it by `super().forward`."""
+    """Base of fused forms, whose `forward` must `count` a call or return `super().forward`."""
 
     benefit: ClassVar[str] = ""  # for the report: what the form saves
     replaces: ClassVar[tuple[str | type[nn.Module], ...]] = ()  # classes, or their `short_name`
@@ -435,12 +435,12 @@ def _unchanged(module: Fused) -> bool:
 
 
 def links(module: nn.Module) -> Any:
-    """Return an identity token of an intact module's submodules, new after any change; None if unknown."""
+    """Return an identity token of an intact module's submodules, new after any change, or None."""
     return _links.get(module)
 
 
 def _remember(module: Fused) -> bool:
-    """Return whether a module is intact; store its submodules, unless adapters or hooks need a look at each call."""
+    """Return whether a module is intact; store its submodules unless they may change their hooks."""
     expected = type(module).bypassed
     if why_not_bypassed(module, expected) is not None:
         return False
@@ -475,7 +475,7 @@ def forward_replaced(module: nn.Module) -> bool:
 
 
 def forward_patched(original: type[nn.Module]) -> bool:
-    """Return whether the forward of a class comes from other code: assigned to the class, or wrapped around its own."""
+    """Return whether other code replaced or wrapped the forward of a class."""
     function: Any = original.forward
     if function is nn.Module.forward:
         return False
@@ -494,12 +494,12 @@ def forward_patched(original: type[nn.Module]) -> bool:
 
 
 def _stores_class_forward(module: nn.Module) -> bool:
-    """Return whether the instance stores the forward of its class, as output recording in transformers 4 leaves it."""
+    """Return whether an instance stores its class's forward, as transformers 4 leaves it."""
     return getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward
 
 
 def _is_idle(hook: Any) -> bool:
-    """Return whether a hook is one that transformers leaves after a call with `output_attentions`."""
+    """Return whether transformers left a hook after a call with `output_attentions`."""
     if getattr(hook, "__module__", None) != _CAPTURING:
         return False
     collected = sys.modules[_CAPTURING]._active_collector.get()
@@ -537,7 +537,7 @@ def returns_dict(model: Any, call: dict[str, Any]) -> bool:
 
 
 def is_erf_gelu(activation: Any) -> bool:
-    """Return whether an activation is erf GELU: PyTorch's function or module, or one of transformers or timm."""
+    """Return whether an activation is the erf GELU of PyTorch, transformers or timm."""
     if isinstance(activation, nn.GELU):
         return activation.approximate == "none"
     name = type(activation).__name__
@@ -553,7 +553,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def short_name(module_class: type[nn.Module]) -> str:
-    """Return `package.Class` for a class of `transformers.models.package` or open_clip, "" for others."""
+    """Return `package.Class` for a class of transformers or open_clip, "" for others."""
     name, package = module_class.__name__, module_class.__module__.split(".")
     if package[:2] == ["transformers", "models"] and len(package) > 2:
         return f"{package[2]}.{name}"

@@ -1,4 +1,4 @@
-"""Specs of blocks of timm and open_clip: ViT, DeiT, relative positions, BEiT, BEiT-v2, EVA, Swin, CLIP's towers."""
+"""Specs of blocks of timm (ViT, DeiT, BEiT, EVA, Swin, relative positions) and open_clip."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OWN = "Mlp GluMlp SwiGLU DropPath LayerScale LayerNorm"
 
 
 def _block(layer: str, attention: str, **more: Any) -> LayerSpec:
-    """Build a spec with the names of timm's ViT; `attention` names the attention classes, `more` overrides fields."""
+    """Build a spec with the names of timm's ViT; `attention` names classes, `more` overrides fields."""
     own_classes = " ".join(f"timm.layers.{name}" for name in _OWN.split())
     fields: dict[str, Any] = {
         "order": "before",
@@ -64,7 +64,7 @@ def _refusal(block: Any) -> str | None:
 
 
 def _adjust(block: Any, modules: LayerModules) -> LayerModules:
-    """Add the biases that are stored outside `attn.qkv`, and gates whose factors one linear layer computes."""
+    """Add biases stored outside `attn.qkv`, and gates whose factors one linear layer computes."""
     attn, mlp = block.attn, block.mlp
     if hasattr(mlp, "gate_last"):
 

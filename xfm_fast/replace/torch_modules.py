@@ -196,7 +196,7 @@ class FusedLayerNorm(Fused):
 def _project(
     attention: Any, query: Tensor, key: Tensor, value: Tensor, settings: Settings
 ) -> tuple[Tensor, ...]:
-    """Project to q, k, v `[..., H, D]`, with one GEMM for adjacent projections of the same input."""
+    """Project to q, k, v `[..., H, D]`, with one GEMM for adjacent projections of one input."""
     width, joined, bias = attention.embed_dim, attention.in_proj_weight, attention.in_proj_bias
     separate = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
     inputs, outputs, start = (query, key, value), [], 0

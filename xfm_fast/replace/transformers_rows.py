@@ -1,4 +1,4 @@
-"""Specs of layers and encoders of transformers (Hugging Face), and the attention of families that have a custom one."""
+"""Specs of layers and encoders of transformers (Hugging Face), and custom attention."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _bert_attention(layer: Any, call: Mapping[str, Any]) -> Padded | None:
 
 
 def _hides_nothing(mask: Any) -> bool:
-    """Return whether an additive mask is zero everywhere, as the one that transformers 4 passes to BLIP by default."""
+    """Return whether an additive mask is all zeros, as transformers 4 passes to BLIP by default."""
     if not isinstance(mask, Tensor) or not mask.is_floating_point():
         return False
     if torch.compiler.is_compiling():
@@ -112,7 +112,7 @@ def _hides_nothing(mask: Any) -> bool:
 
 
 def _interleaved(layer: Any, call: Mapping[str, Any]) -> Attend | None:
-    """Return RoFormer's attention, which rotates adjacent dimensions in pairs, optionally of values too."""
+    """Return RoFormer's attention, which rotates pairs of adjacent dimensions."""
     table: Any = call.get("sinusoidal_pos")
     dense = Dense.of(call.get("attention_mask"), None, None)
     if dense is None or not isinstance(table, Tensor) or table.shape[:2] != (1, 1):
@@ -182,7 +182,7 @@ def _disentangled(layer: Any, call: Mapping[str, Any]) -> Attend | None:
 def _position_scores(
     content: Tensor, layer: Any, positions: Tensor, index: Tensor, settings: Settings
 ) -> Tensor:
-    """Compute scores `[B, H, N, M]` of content `[B, N, H, D]` and the positions at index `[1 or B, 1, N, M]`."""
+    """Compute scores `[B, H, N, M]` of content `[B, N, H, D]` and positions at index `[…, 1, N, M]`."""
     projected = apply_linear(layer, positions, settings).unflatten(-1, (content.shape[2], -1))
     scores = torch.einsum("bnhd,phd->bhnp", content, projected.to(content.dtype))
     return scores.gather(-1, index.expand(*scores.shape[:3], index.shape[-1]))
@@ -198,7 +198,7 @@ def _mask_of(*masks: Any) -> tuple[bool, Tensor | None]:
 
 
 def _causal_or_masked(layer: Any, call: Mapping[str, Any]) -> Attend | None:
-    """Return CLIP's attention: transformers 4 passes the causal mask separately, 5 may pass only `is_causal`."""
+    """Return CLIP's attention: causal by a separate mask (transformers 4) or by `is_causal` (5)."""
     implementation = implementation_of(layer)
     dense, mask = _mask_of(call.get("attention_mask"), call.get("causal_attention_mask"))
     if not dense or implementation not in _ATTENTION:
@@ -215,7 +215,7 @@ def _unmasked(layer: Any, call: Mapping[str, Any]) -> Attend | None:
 
 
 def _positioned(layer: Any, call: Mapping[str, Any]) -> Attend | None:
-    """Return BEiT's attention with its own position bias, a shared one passed as a mask, or both."""
+    """Return BEiT's attention with the layer's position bias, a shared one, or both."""
     module: Any = find(layer, layer.layer_spec.attention)
     positions: Any = find(layer, "relative_position_bias") or find(module, "relative_position_bias")
     dense, shared = _mask_of(call.get("attention_mask"), call.get("relative_position_bias"))

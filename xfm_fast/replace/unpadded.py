@@ -141,7 +141,7 @@ class UnpaddedEncoder(CalledByName):
         return super().forward(*args, **kwargs)
 
     def packed(self, call: dict[str, Any]) -> tuple[Tensor, Packing] | None:
-        """Compute the final states `[T, width]` and their packing; None for calls that keep padding."""
+        """Compute final states `[T, width]` and their packing; None for calls that keep padding."""
         spec, mask = self.encoder_spec, call.get("attention_mask")
         memory_mask = call.get("encoder_attention_mask")
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
@@ -275,7 +275,7 @@ class UnpaddedEncoder(CalledByName):
         return run
 
     def _embed(self, call: dict[str, Any], packing: Packing) -> tuple[Tensor, Tensor]:
-        """Compute embeddings `[T, width]` and position ids `[T]`; unfused embeddings see one long text."""
+        """Compute embeddings `[T, width]` and position ids; unfused embeddings see one long text."""
         spec, positions, tokens = self.encoder_spec, call.get("position_ids"), call.get("input_ids")
         embeddings: Any = attrgetter(spec.embeddings)(self)
         if positions is None:
@@ -380,7 +380,7 @@ def plan(
 
 
 def packed_memory(states: Tensor, mask: Tensor | None, packing: Packing) -> Memory:
-    """Return the memory `[P, N, width]` of packed texts; `mask` `[P, N]` is non-zero for visible tokens."""
+    """Return the memory of packed texts from states `[P, N, width]` and their mask `[P, N]`."""
     texts, length = states.shape[:2]
     cu, device = packing.cu_seqlens, states.device
     if mask is None and is_expanded(states):
@@ -401,7 +401,7 @@ def padded_memory(states: Tensor, mask: Tensor | None) -> Memory:
 
 
 def _ends(ids: Tensor, end: int | None) -> Tensor:
-    """Return the position `[B]` of the first `end` in ids `[B, L]`, -1 if absent; of the highest id without `end`."""
+    """Find the first `end` in ids `[B, L]`, -1 if absent; without `end`, the highest id."""
     if end is None:
         return ids.argmax(-1)
     matches = ids == end
@@ -409,7 +409,7 @@ def _ends(ids: Tensor, end: int | None) -> Tensor:
 
 
 def _lengths(ids: Tensor, end: int | None, mask: Tensor | None) -> list[int] | None:
-    """Return the length of each text `[B, L]`, to its end or last real token; None if one has no end or fills L."""
+    """Return lengths of texts `[B, L]`, end included; None if one has no end or fills L."""
     last, length = _ends(ids, end), ids.shape[1]
     if mask is not None:
         positions = torch.arange(length, device=ids.device)
@@ -421,7 +421,7 @@ def _lengths(ids: Tensor, end: int | None, mask: Tensor | None) -> list[int] | N
 def _cut_packing(
     lengths: list[int], holder: Any, layers: Any, device: torch.device
 ) -> Packing | None:
-    """Return the packing of the cut batch; None if it saves too little, or a module must be called."""
+    """Pack the cut batch; None if it saves too little, or a module must be called."""
     longest = max(lengths)
     if sum(lengths) > _MAX_DENSITY * longest * len(lengths):
         return None
@@ -504,7 +504,7 @@ class CutTextModel(CalledByName):
         return _lengths(ids, end, mask)
 
     def _packing(self, cut: dict[str, Any], lengths: list[int]) -> Packing | None:
-        """Return the packing of a cut call; None if gradient checkpointing or a masked token needs the padded batch."""
+        """Pack a cut call; None if checkpointing or a masked token needs the padded batch."""
         tower, mask = cast(Any, self), cut.get("attention_mask")
         modules = (tower, tower.encoder, *tower.encoder.layers) if torch.is_grad_enabled() else ()
         checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in modules)
@@ -539,7 +539,7 @@ class _CutOpenClip(Fused):
         return None if settings.unpad else _FULL_LENGTH
 
     def feature(self, text: Tensor, pool: str, end: int | None) -> Tensor | None:
-        """Encode ids `[B, L]` to `[B, E]` without computing past the end-of-text; None if a text has no end."""
+        """Encode ids `[B, L]` to `[B, E]` up to the end-of-text; None if a text has no end."""
         if torch.compiler.is_compiling() or traced() or text.ndim != 2 or not text.numel():
             return None
         end = end if pool == "eos" else None

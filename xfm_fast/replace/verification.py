@@ -25,7 +25,7 @@ _MIN_CALL_S = 5e-3  # noise of the machine dominates shorter calls
 
 
 def arguments_of(model: nn.Module, batch: Any) -> Any:
-    """Return a batch as the model's arguments: texts and pairs of texts are tokenised by the model."""
+    """Return a batch as the model's arguments; its tokenizer encodes texts and pairs of texts."""
     texts: Any = [batch] if isinstance(batch, str) else batch
     if not isinstance(texts, (tuple, list)) or not texts or not all(map(_is_text, texts)):
         return batch
@@ -57,7 +57,7 @@ def _is_text(value: Any) -> bool:
 
 
 def model_outputs(model: nn.Module, batch: Any, *, hooks: bool = True) -> dict[str, Tensor]:
-    """Return the floating-point outputs of a model by name, in evaluation mode, without gradients."""
+    """Return a model's floating-point outputs by name, in evaluation mode, without gradients."""
     with inference(model):
         result = _call(model if hooks else model.forward, _fresh(batch))
     # The next run may write into the same memory.
@@ -66,7 +66,7 @@ def model_outputs(model: nn.Module, batch: Any, *, hooks: bool = True) -> dict[s
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Run in evaluation mode without gradients, with a fixed seed; every module returns to its mode."""
+    """Run in evaluation mode, without gradients, with a fixed seed; then restore all modes."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
