@@ -27,11 +27,11 @@ from xfm_fast.data.options import TextOptions
 from xfm_fast.data.texts import EncodedText, encode_pair_text
 from xfm_fast.models.xfm import ALL_HEADS, XFM
 from xfm_fast.tasks.captioning import CaptioningModel
-from xfm_fast.tasks.classification import ClassificationModel
 from xfm_fast.tasks.grounding import GroundingModel
+from xfm_fast.tasks.models import ClassificationModel, TaskModel
 from xfm_fast.tasks.nlvr2 import NLVR2Model
-from xfm_fast.tasks.task import TASKS, TaskModel
-from xfm_fast.tasks.vqa import VQAModel
+from xfm_fast.tasks.task import TASKS
+from xfm_fast.tasks.vqa_model import VQAModel
 
 if TYPE_CHECKING:
     from .inputs import Inputs
@@ -209,7 +209,8 @@ def bench_task(kind: str, inputs: Inputs, folder: Path) -> BenchTask:
         photos, rng = len(inputs.collection.images), np.random.default_rng(inputs.seed)
         captions = enumerate(inputs.collection.texts(count))
         records = [
-            task.example(Path(f"{number % photos}.png"), caption) for number, caption in captions
+            task.requests([Path(f"{number % photos}.png")], [caption])[0]
+            for number, caption in captions
         ]
         return {"batch": task.collate([task.item(record, rng) for record in records], rng)}
 

@@ -33,7 +33,7 @@ from xfm_fast.models.frozen import is_frozen
 from xfm_fast.models.text import LayerStack, TransformerLayer
 from xfm_fast.models.vision import Block, RelPosAttention
 from xfm_fast.models.xfm import XFM
-from xfm_fast.tasks.task import TaskModel
+from xfm_fast.tasks.models import TaskModel
 
 from .manifest import AXES, TensorRecord
 from .request import ALL_GRAPHS, DEFAULT_GRAPHS, GRAPHS, PAIR_GRAPH, AttentionForm, DType, GraphName

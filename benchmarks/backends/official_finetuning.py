@@ -11,7 +11,7 @@ from torch import Tensor
 from xfm_fast.batches import PairBatch
 from xfm_fast.models.decoder import beam_search
 from xfm_fast.models.xfm import XFM
-from xfm_fast.tasks.vqa import AnswerRanking
+from xfm_fast.tasks.vqa_model import AnswerRanking
 
 from .engine import AnswerList, Engine, Everything, Pairs, SearchIndex
 from .official_algorithm import OfficialTrainingTwin, box_losses, mlp_head

@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from xfm_fast.errors import InputError
-from xfm_fast.tasks.answer_trie import AnswerTrie
 from xfm_fast.tasks.reranking import UNSCORED, recall
-from xfm_fast.tasks.vqa import AnswerRanking
+from xfm_fast.tasks.vqa_model import AnswerRanking, AnswerTrie
 
 from ..backends.engine import AnswerList, Engine, Everything, Found, Pairs, Schedule, SearchIndex
 from ..backends.official_finetuning import OfficialFineTuningTwin

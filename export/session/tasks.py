@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from xfm_fast.tasks.answer_trie import AnswerTrie, DecodedTree
 from xfm_fast.tasks.task import TASKS
+from xfm_fast.tasks.vqa_model import AnswerTrie, DecodedTree
 
 from ..slots import largest
 from . import Session, SessionMemory

@@ -15,6 +15,7 @@ from PIL import Image
 from tests.finetuning.conftest import Make
 from xfm_fast.errors import DataError
 from xfm_fast.finetuning.run import finetune, open_task
+from xfm_fast.tasks.evaluation import Evaluation
 from xfm_fast.tasks.grounding import GroundingRecord, GroundingTask
 
 FILES = "grounding", "grounding_{}.json"
@@ -62,18 +63,17 @@ def test_boxes_at_the_edge(task: Open, photo: Path, augment: bool) -> None:
 
 @torch.no_grad()
 def test_boxes_are_in_pixels_and_expressions_grouped_by_image(
-    task: Open, world: Path, photo: Path
+    task: Open, world: Path, photo: Path, tmp_path: Path
 ) -> None:
     made = task()
     records = [*made.records([world / "grounding_test.json"], "test")[:7], record(image=str(photo))]
     *_, last = made.predict(made.build().eval(), records)
     cx, cy, w, h = last["relative"]
     assert last["bbox"] == pytest.approx([60 * (cx - w / 2), 40 * (cy - h / 2), 60 * w, 40 * h])
-    groups = made.groups(records)
-    assert sorted(number for group in groups for number in group) == [*range(8)]
-    assert [len({records[number].image for number in group}) for group in groups] == [1] * len(
-        groups
-    )
+    assert made.groups_by_image
+    batches = Evaluation(tmp_path, batch_size=1).batches(records, by_image=True)
+    assert sorted(index for batch in batches for index in batch) == [*range(8)]
+    assert all(len({records[index].image for index in batch}) == 1 for batch in batches)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_training_takes_the_split_train_and_evaluation_the_others(
         for n, split in enumerate(splits)
     ]
     path.write_text(json.dumps(elements))
-    (rows,), (others,) = task().rows([path]), task().test_rows([path], "test")
+    (rows,), (others,) = task().rows([path]), task().rows([path], "test")
     trained: list[Any] = [rows.read(row) for row in range(len(rows))]
     assert [each.ref_id for each in trained] == [0, 2]
     assert [(each.ref_id, others.label(n)) for n, each in enumerate(others.records())] == [

@@ -93,7 +93,7 @@ def test_a_set_of_torchvision(recipe: Make, tmp_path: Path) -> None:
         ("test/0", "1 - one"),
         ("test/1", "0 - zero"),
     ]
-    pixels = opened.pixels_of_record(records[0])
+    pixels = opened.view(records[0])
     assert pixels.shape == (3, 32, 32)
     assert float(pixels.mean()) == pytest.approx((210 / 255 - 0.5) / 0.5, abs=0.01)
     assert "top1" in finetune(made).metrics["test"]
@@ -108,11 +108,11 @@ def test_a_set_without_splits_is_split_always_alike(tmp_path: Path) -> None:
     train, test, again = (
         open_torchvision("Caltech256", tmp_path, split) for split in ("train", "test", "test")
     )
-    assert sorted([*train.numbers, *test.numbers]) == [*range(10)]
-    assert (len(test.numbers), test.numbers) == (2, again.numbers)
+    assert sorted([*train.indices, *test.indices]) == [*range(10)]
+    assert (len(test.indices), test.indices) == (2, again.indices)
     assert train.classes == ["001.axe", "002.bear"]
-    assert [number // 5 for number in train.numbers] == train.targets
-    assert test.picture(test.numbers[0]).mode == "RGB"
+    assert [index // 5 for index in train.indices] == train.targets
+    assert test.picture(test.indices[0]).mode == "RGB"
 
 
 def test_the_test_split_of_fer2013_is_the_private_one(
@@ -122,4 +122,4 @@ def test_the_test_split_of_fer2013_is_the_private_one(
     monkeypatch.setattr(
         torchvision.datasets.fer2013, "check_integrity", lambda path, md5=None: Path(path).exists()
     )
-    assert [*open_torchvision("fer2013", tmp_path, "test").numbers] == [3, 4]
+    assert [*open_torchvision("fer2013", tmp_path, "test").indices] == [3, 4]

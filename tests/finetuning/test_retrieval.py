@@ -25,7 +25,7 @@ from xfm_fast.checkpoint import to_official
 from xfm_fast.data.annotations import RetrievalRecord, RetrievalTestRecord
 from xfm_fast.data.fingerprints import trained_on
 from xfm_fast.errors import ConfigError, InputError
-from xfm_fast.finetuning.prediction import load
+from xfm_fast.finetuning.prediction import load, request_of
 from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
 from xfm_fast.finetuning.run import evaluate, finetune, open_task, recipe_of
 from xfm_fast.memory import PeakMemory
@@ -36,8 +36,8 @@ from xfm_fast.serve.model import load as load_served
 from xfm_fast.serve.options import SourceOptions
 from xfm_fast.tasks import reranking, retrieval
 from xfm_fast.tasks.evaluation import Evaluation, Journal, fingerprint
+from xfm_fast.tasks.models import TaskModel
 from xfm_fast.tasks.retrieval import RetrievalOptions, RetrievalTask, Retriever
-from xfm_fast.tasks.task import TaskModel
 
 RESULTS = ("metrics.json", "receipt.json", "scores.safetensors")
 
@@ -362,11 +362,9 @@ def test_tables_folders_and_requests(
     with pytest.raises(InputError, match="empty"):
         task.requests([Path("a.png")], ["..."])
     with pytest.raises(InputError, match="line"):
-        task.request({"images": ["a.png", "b.png"], "text": "a dog"})
-    assert task.request({"image": "a.png", "text": ["a dog", "a cat"]}).caption == (
-        "a dog",
-        "a cat",
-    )
+        request_of(task, {"images": ["a.png", "b.png"], "text": "a dog"})
+    request = request_of(task, {"image": "a.png", "text": ["a dog", "a cat"]})
+    assert request.caption == ("a dog", "a cat")
     with pytest.raises(ConfigError, match=r"task\.max_tokens=900"):
         RetrievalTask(RetrievalOptions(max_tokens=900), small.model, task.tokenizer)
 

@@ -25,9 +25,9 @@ from xfm_fast.objectives import contrastive_loss, hard_negative_weights, matchin
 from xfm_fast.objectives.losses import HardNegatives
 from xfm_fast.packing import ImageGroups, Packing, offsets
 from xfm_fast.tasks.captioning import CaptioningModel
-from xfm_fast.tasks.classification import ClassificationModel
 from xfm_fast.tasks.grounding import GroundingBatch, GroundingModel
 from xfm_fast.tasks.image import LabelledImages
+from xfm_fast.tasks.models import ClassificationModel
 from xfm_fast.tasks.nlvr2 import (
     RESULT_FILE,
     NLVR2Batch,

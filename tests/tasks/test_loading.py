@@ -14,11 +14,10 @@ from tests.conftest import config, official_keys
 from xfm_fast.config import XFMConfig
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.captioning import CaptioningModel
-from xfm_fast.tasks.classification import ClassificationModel
 from xfm_fast.tasks.grounding import GroundingModel
+from xfm_fast.tasks.models import ClassificationModel, TaskModel
 from xfm_fast.tasks.nlvr2 import NLVR2Model
-from xfm_fast.tasks.task import TaskModel
-from xfm_fast.tasks.vqa import VQAModel
+from xfm_fast.tasks.vqa_model import VQAModel
 
 MODELS: dict[str, tuple[type[TaskModel], dict[str, Any], str]] = {
     "vqa": (VQAModel, {"decoder_layers": 2}, "text_decoder."),

@@ -9,9 +9,9 @@ from torch import Tensor
 from tests.agreement import inputs_of, with_weights
 from tests.conftest import config, load_json
 from xfm_fast.packing import ImageGroups, Packing
-from xfm_fast.tasks import answer_trie
-from xfm_fast.tasks.answer_trie import AnswerTrie
-from xfm_fast.tasks.vqa import VQAModel, exact_match, normalise_answer, vqa_accuracy
+from xfm_fast.tasks import vqa_model
+from xfm_fast.tasks.vqa import exact_match, normalise_answer, vqa_accuracy
+from xfm_fast.tasks.vqa_model import AnswerTrie, VQAModel
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def decoded_rows(model: VQAModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_answers_that_begin_alike_are_decoded_once(
     model: VQAModel, x: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, nodes_of_a_pass: int
 ) -> None:
-    monkeypatch.setattr(answer_trie, "_NODES", nodes_of_a_pass)
+    monkeypatch.setattr(vqa_model, "_NODES", nodes_of_a_pass)
     given = x | {"answer_ids": family(), "answer_atts": family().ne(1)}
     memory, trie = model.encode_questions(*question(x)), AnswerTrie.of(family(), None, model.config)
     rows = decoded_rows(model, monkeypatch)
@@ -117,7 +117,7 @@ def test_the_best_are_exact_without_decoding_all(
     best: int,
     twice: bool,
 ) -> None:
-    monkeypatch.setattr(answer_trie, "_SEEDS", 1)
+    monkeypatch.setattr(vqa_model, "_SEEDS", 1)
     memory, trie = (
         model.encode_questions(*question(x)),
         AnswerTrie.of(x["answer_ids"], None, model.config),
@@ -167,6 +167,5 @@ def test_official_normalisation() -> None:
 
 
 def test_exact_match() -> None:
-    assert exact_match(
-        {1: " red ", 2: "Blue", 3: "one"}, {1: "red", 2: "blue", 3: "two"}
-    ) == pytest.approx(1 / 3)
+    share = exact_match([" red ", "Blue", "one"], ["red", "blue", "two"])
+    assert share == pytest.approx(1 / 3)

@@ -17,7 +17,7 @@ from xfm_fast.benchmarks.tasks import BUILDERS
 from xfm_fast.benchmarks.work import requests, scenario
 from xfm_fast.benchmarks.work.model import Scale
 from xfm_fast.loading import Source
-from xfm_fast.tasks.vqa import AnswerRanking
+from xfm_fast.tasks.vqa_model import AnswerRanking
 
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
