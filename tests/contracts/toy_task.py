@@ -1,4 +1,6 @@
-"""A task from outside the package: how well does a caption fit an image, by the cosine of their features?"""
+"""A task from outside the package: how well does a caption fit an image, by the cosine of their
+features?
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

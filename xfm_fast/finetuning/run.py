@@ -121,13 +121,11 @@ def finetune(
         recipe.check_machine()
         task = open_task(recipe)
         recipe = recipe.model_copy(update={"task": task.options})
+        files = task.training_rows(recipe.paths_of(STREAM))
         records = {
             split: task.records(recipe.paths_of(split), split) for split in recipe.data.splits
         }
-        _check_metrics(recipe, task, records)
-        files = task.training_rows(recipe.paths_of(STREAM))
-        if processes.first:
-            _warn_of_data(recipe, task, files, records)
+        _check_data(recipe, task, files, records, quiet=not processes.first)
         rows = RecordSet(files)
         recipe = _with_steps(recipe, len(rows), processes, resume=resume)
 
@@ -216,19 +214,6 @@ def _update_free(options: TaskOptions, recipe: TaskOptions) -> TaskOptions:
     )
 
 
-def _check_metrics(
-    recipe: FinetuneRecipe, task: Task[Any], records: Mapping[str, Sequence[Any]]
-) -> None:
-    """Raise an error for an empty split, or one that lacks the metric of `choose`."""
-    for split in records:
-        if not records[split]:
-            raise DataError(f"data.splits.{split} holds no records; a metric needs at least one")
-        metrics = task.metrics_of(records[split])
-        choose = recipe.choose
-        if choose is not None and choose.split == split and choose.by not in metrics:
-            raise _no_metric(choose, metrics)
-
-
 def _no_metric(choose: Choice, metrics: Iterable[str]) -> ConfigError:
     names = ", ".join(metrics) or "none: its records hold no truth"
     return ConfigError(
@@ -236,13 +221,24 @@ def _no_metric(choose: Choice, metrics: Iterable[str]) -> ConfigError:
     )
 
 
-def _warn_of_data(
+def _check_data(
     recipe: FinetuneRecipe,
     task: Task[Any],
     files: Sequence[Any],
     splits: Mapping[str, Sequence[Any]],
+    *,
+    quiet: bool,
 ) -> None:
-    """Print notes of the readers, and warn of splits that the weights are or were trained on."""
+    """Check that splits have records and the metric of `choose`; warn of splits that training saw."""
+    choose = recipe.choose
+    for split, records in splits.items():
+        if not records:
+            raise DataError(f"data.splits.{split} holds no records; a metric needs at least one")
+        metrics = task.metrics_of(records)
+        if choose is not None and choose.split == split and choose.by not in metrics:
+            raise _no_metric(choose, metrics)
+    if quiet:
+        return
     annotated = [rows for rows in files if isinstance(rows, AnnotationRows)]
     for rows in annotated:
         for note in rows.notes:

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -43,10 +42,12 @@ from xfm_fast.packing import ImageGroups
 from xfm_fast.tasks.evaluation import Metrics, Row
 from xfm_fast.tasks.models import DecoderModel
 from xfm_fast.tasks.task import (
+    AugmentedOptions,
     Item,
+    Losses,
     PairInput,
+    Rng,
     Task,
-    TaskOptions,
     json_file,
     register,
     require_inputs,
@@ -170,13 +171,10 @@ class CaptionedImages(ImageOptions):
     )
 
 
-class CaptioningOptions(TaskOptions):
+class CaptioningOptions(AugmentedOptions):
     """Captioning."""
 
     kind: Literal["captioning"] = "captioning"
-    augment: bool = Field(
-        default=True, description="random crop, flip and RandAugment; false only resizes"
-    )
     prompt: str = Field(
         default="a picture of ", description="prefix of captions, excluded from the loss"
     )
@@ -260,7 +258,7 @@ class CaptioningTask(Task[CaptioningOptions]):
                 )
         return records
 
-    def item(self, record: Annotation | Mapping[str, Any], rng: np.random.Generator) -> Item:
+    def item(self, record: Annotation | Mapping[str, Any], rng: Rng) -> Item:
         from xfm_fast.data.transforms import pretraining_transform, whole_image
 
         if isinstance(record, CaptioningRecord):
@@ -286,10 +284,10 @@ class CaptioningTask(Task[CaptioningOptions]):
             return Item(pretraining_transform(size)(picture, rng), ids)
         return Item(whole_image(picture, size), ids)
 
-    def collate(self, items: list[Item], rng: np.random.Generator) -> PairInput:
+    def collate(self, items: list[Item], rng: Rng) -> PairInput:
         return PairInput(**self.pair_inputs(items))
 
-    def losses_of(self, model: CaptioningModel, batch: PairInput) -> dict[str, Tensor]:
+    def losses_of(self, model: CaptioningModel, batch: PairInput) -> Losses:
         loss = model(
             batch.image,
             batch.input_ids,

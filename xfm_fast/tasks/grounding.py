@@ -14,7 +14,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -43,7 +42,9 @@ from xfm_fast.tasks.evaluation import Metrics, Row
 from xfm_fast.tasks.models import TaskModel
 from xfm_fast.tasks.task import (
     Item,
+    Losses,
     PairInput,
+    Rng,
     Task,
     TaskOptions,
     json_file,
@@ -392,7 +393,7 @@ class GroundingTask(Task[GroundingOptions]):
         check_boxes(records, self.images, official=self.official_pictures)
         return records
 
-    def item(self, record: GroundingRecord | Mapping[str, Any], rng: np.random.Generator) -> Any:
+    def item(self, record: GroundingRecord | Mapping[str, Any], rng: Rng) -> Any:
         from xfm_fast.data.regions import Rectangle, relative_box, sample_grounding
         from xfm_fast.data.transforms import picture_size
 
@@ -419,7 +420,7 @@ class GroundingTask(Task[GroundingOptions]):
         )
         return Item(image, ids, target)
 
-    def collate(self, items: list[Any], rng: np.random.Generator) -> GroundingBatch:
+    def collate(self, items: list[Any], rng: Rng) -> GroundingBatch:
         regions = self.options.regions
         if regions is None:
             boxes = torch.stack([item.target for item in items])
@@ -429,7 +430,7 @@ class GroundingTask(Task[GroundingOptions]):
         names = [field.name for field in fields(GroundingBatch)]
         return GroundingBatch(**{name: getattr(batch, name) for name in names})
 
-    def losses_of(self, model: GroundingModel, batch: GroundingBatch) -> dict[str, Tensor]:
+    def losses_of(self, model: GroundingModel, batch: GroundingBatch) -> Losses:
         losses = model(
             batch.image,
             batch.input_ids,

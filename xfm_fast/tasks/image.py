@@ -31,7 +31,7 @@ from xfm_fast.data.transforms import (
 from xfm_fast.errors import ConfigError, DataError, needs
 from xfm_fast.tasks.evaluation import Metrics, Row
 from xfm_fast.tasks.models import ClassificationModel, HeadKind
-from xfm_fast.tasks.task import Item, json_file, register, require_inputs
+from xfm_fast.tasks.task import Item, Losses, Rng, json_file, register, require_inputs
 from xfm_fast.tasks.text import LabelOptions, LabelTask, class_index, class_names, class_rows
 
 with needs("vision"):
@@ -164,7 +164,7 @@ class ImageTask(LabelTask[ImageTaskOptions]):
             files.append(AnnotationRows(path, Columns(fields), TorchvisionRecord))
         return files
 
-    def item(self, record: ImageLabelRecord, rng: np.random.Generator) -> Item:
+    def item(self, record: ImageLabelRecord, rng: Rng) -> Item:
         target = class_index(record.label, self.options.labels)
         if self._train_transform is None:
             view = self.view(record)
@@ -187,7 +187,7 @@ class ImageTask(LabelTask[ImageTaskOptions]):
             picture = decode_image(self.images / record.image, official=self.official_pictures)
         return picture.convert("L").convert("RGB") if self.options.grey else picture
 
-    def collate(self, items: list[Item], rng: np.random.Generator) -> LabelledImages:
+    def collate(self, items: list[Item], rng: Rng) -> LabelledImages:
         image = torch.stack([item.image for item in items])
         targets = torch.tensor([item.target for item in items])
         if self._mix is not None:
@@ -199,7 +199,7 @@ class ImageTask(LabelTask[ImageTaskOptions]):
                 image, targets = self._mix(image, targets)
         return LabelledImages(image=image, targets=targets)
 
-    def losses_of(self, model: ClassificationModel, batch: LabelledImages) -> dict[str, Tensor]:
+    def losses_of(self, model: ClassificationModel, batch: LabelledImages) -> Losses:
         smoothing = self.options.label_smoothing
         return {"loss": model(batch.image, targets=batch.targets, label_smoothing=smoothing)}
 

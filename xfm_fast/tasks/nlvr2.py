@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -33,7 +32,16 @@ from xfm_fast.models.text import MLPHead
 from xfm_fast.packing import ImageGroups, Packing
 from xfm_fast.tasks.evaluation import Metrics, Row
 from xfm_fast.tasks.models import TaskModel
-from xfm_fast.tasks.task import Item, PairInput, Task, TaskOptions, register, require_inputs
+from xfm_fast.tasks.task import (
+    AugmentedOptions,
+    Item,
+    Losses,
+    PairInput,
+    Rng,
+    Task,
+    register,
+    require_inputs,
+)
 
 RESULT_FILE = "nlvr2_result.csv"
 
@@ -168,13 +176,10 @@ def _statement(line: Mapping[str, Any]) -> Mapping[str, Any] | DataError:
     return {**line, "images": [f"{folder}/{stem}-img{side}.png" for side in (0, 1)]}
 
 
-class NLVR2Options(TaskOptions):
+class NLVR2Options(AugmentedOptions):
     """NLVR2."""
 
     kind: Literal["nlvr2"] = "nlvr2"
-    augment: bool = Field(
-        default=True, description="random crop, flip and RandAugment; false only resizes"
-    )
     max_words: int = Field(default=30, gt=0, description="of a sentence")
     max_tokens: int | None = Field(
         default=None, ge=3, description="of a sentence in training; null: unlimited"
@@ -205,18 +210,18 @@ class NLVR2Task(Task[NLVR2Options]):
     ) -> list[AnnotationRows[NLVR2Record]]:
         return nlvr2_rows(paths)
 
-    def item(self, record: NLVR2Record, rng: np.random.Generator) -> Item:
+    def item(self, record: NLVR2Record, rng: Rng) -> Item:
         ids = self.caption_ids(record.sentence, self.options.max_words, self.options.max_tokens)
         pair = torch.stack([self.augmented(image, rng) for image in record.images])
         return Item(pair, ids, record.label)
 
-    def collate(self, items: list[Item], rng: np.random.Generator) -> NLVR2Batch:
+    def collate(self, items: list[Item], rng: Rng) -> NLVR2Batch:
         batch = self.pair_inputs(items)
         batch["image"] = batch["image"].transpose(0, 1).flatten(0, 1)
         targets = torch.tensor([item.target for item in items], dtype=torch.int64)
         return NLVR2Batch(**batch, targets=targets)
 
-    def losses_of(self, model: NLVR2Model, batch: NLVR2Batch) -> dict[str, Tensor]:
+    def losses_of(self, model: NLVR2Model, batch: NLVR2Batch) -> Losses:
         return {"loss": model(batch.image, batch.input_ids, batch.attention_mask, batch.targets)}
 
     def predict(self, model: NLVR2Model, records: Sequence[NLVR2Record]) -> list[Row]:

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
-import numpy as np
 import torch
 from pydantic import Field
 from safetensors.torch import save
@@ -55,7 +54,16 @@ from xfm_fast.tasks.reranking import (
     score_candidates,
     top_candidates,
 )
-from xfm_fast.tasks.task import Item, Task, TaskOptions, register, require_inputs, task_of
+from xfm_fast.tasks.task import (
+    AugmentedOptions,
+    Item,
+    Losses,
+    Rng,
+    Task,
+    register,
+    require_inputs,
+    task_of,
+)
 
 
 class RetrievalModel(Protocol):
@@ -248,12 +256,9 @@ _RECALLS = (
 )  # fmt: skip
 
 
-class PairOptions(TaskOptions):
+class PairOptions(AugmentedOptions):
     """Training on pairs of an image and a text."""
 
-    augment: bool = Field(
-        default=True, description="random crop, flip and RandAugment; false only resizes"
-    )
     max_words: int = Field(default=30, gt=0, description="of a text")
     max_tokens: int = Field(default=40, ge=3, description="including `<s>` and `</s>`")
     official_itm_negatives: bool = Field(
@@ -284,14 +289,14 @@ class PairTask(Task[PairOptionsT]):
         """
         return self.caption_ids(text, self.options.max_words, self.options.max_tokens)
 
-    def item(self, record: Any, rng: np.random.Generator) -> Item:
+    def item(self, record: Any, rng: Rng) -> Item:
         ids = self.ids(record.caption)
         # A digest is the same on every rank.
         digest = hashlib.blake2b(json.dumps(record.image_id).encode(), digest_size=8).digest()
         identity = int.from_bytes(digest, "big", signed=True)
         return Item(self.augmented(record.image, rng), ids, identity)
 
-    def collate(self, items: list[Item], rng: np.random.Generator) -> PairBatch:
+    def collate(self, items: list[Item], rng: Rng) -> PairBatch:
         from xfm_fast.data.items import collate_pairs
 
         return collate_pairs(
@@ -304,7 +309,7 @@ class PairTask(Task[PairOptionsT]):
             width=self.options.max_tokens,
         )
 
-    def losses_of(self, model: XFM, batch: PairBatch) -> dict[str, Tensor]:
+    def losses_of(self, model: XFM, batch: PairBatch) -> Losses:
         return pretraining_losses(
             model,
             batch,

@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Generic, NamedTuple, Self, TypeVar,
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, SerializeAsAny, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, SerializeAsAny, TypeAdapter, ValidationError
 from torch import Tensor
 
 from xfm_fast.batches import TensorBatch
@@ -34,6 +34,10 @@ from xfm_fast.tasks.evaluation import Evaluation, Metrics, Row
 from xfm_fast.tasks.models import TaskModel
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 from xfm_fast.training.recipe_fields import Section
+
+Rng = np.random.Generator
+Losses = dict[str, Tensor]
+"""Losses by name, to be summed."""
 
 FORMAT_VERSION = 1
 HELD_OUT = "val"
@@ -64,6 +68,14 @@ class TaskOptions(Section):
         options.
         """
         return self
+
+
+class AugmentedOptions(TaskOptions):
+    """Options of tasks that draw training views by `Preprocessing.augmented`."""
+
+    augment: bool = Field(
+        default=True, description="random crop, flip and RandAugment; false only resizes"
+    )
 
 
 OptionsT = TypeVar("OptionsT", bound=TaskOptions)
@@ -119,9 +131,7 @@ class Preprocessing(Generic[OptionsT]):
         """Read whole images `[I, 3, R, R]` as inputs of a model or session."""
         return torch.stack([self.pixels(image) for image in images]).to(model.device, model.dtype)
 
-    def augmented(
-        self, image: str | Path, rng: np.random.Generator, *, may_flip: bool = True
-    ) -> Tensor:
+    def augmented(self, image: str | Path, rng: Rng, *, may_flip: bool = True) -> Tensor:
         """Draw a training view `[3, R, R]` of an image; without augmentation read the whole image."""
         from xfm_fast.data.transforms import finetuning_transform
 
@@ -221,15 +231,15 @@ class Task(Preprocessing[OptionsT], ABC):
         """
 
     @abstractmethod
-    def item(self, record: Any, rng: np.random.Generator) -> Any:
+    def item(self, record: Any, rng: Rng) -> Any:
         """Make a training item of a record; a broken record raises `DataError`."""
 
     @abstractmethod
-    def collate(self, items: list[Any], rng: np.random.Generator) -> TensorBatch:
+    def collate(self, items: list[Any], rng: Rng) -> TensorBatch:
         """Collate items to a batch."""
 
     @abstractmethod
-    def losses_of(self, model: Any, batch: Any) -> dict[str, Tensor]:
+    def losses_of(self, model: Any, batch: Any) -> Losses:
         """Compute the losses listed in `losses`, to be summed."""
 
     @abstractmethod

@@ -33,7 +33,7 @@ from xfm_fast.data.tables import GLUE, text_rows
 from xfm_fast.errors import DataError, needs
 from xfm_fast.tasks.evaluation import Evaluation, Metrics, Row
 from xfm_fast.tasks.models import ClassificationModel, ClassificationSession
-from xfm_fast.tasks.task import Item, Task, TaskOptions, register, require_inputs
+from xfm_fast.tasks.task import Item, Losses, Rng, Task, TaskOptions, register, require_inputs
 
 GlueName = Literal["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"]
 _RESULT_FILES = {"cola": "CoLA.tsv", "mnli": "MNLI-m.tsv", "sst2": "SST-2.tsv", "stsb": "STS-B.tsv"}
@@ -239,7 +239,7 @@ class TextTask(LabelTask[TextTaskOptions]):
             return self.tokenizer.encode_pair(record.text, record.text2, self.options.max_tokens)
         return self.tokenizer.encode_ids([record.text], self.options.max_tokens)[0]
 
-    def item(self, record: TextRecord | TextScoreRecord, rng: np.random.Generator) -> Item:
+    def item(self, record: TextRecord | TextScoreRecord, rng: Rng) -> Item:
         target = record.label
         if target is None:
             raise DataError(
@@ -249,13 +249,13 @@ class TextTask(LabelTask[TextTaskOptions]):
             target = class_index(target, self.options.labels)
         return Item(ids=self._ids(record), target=target)
 
-    def collate(self, items: list[Item], rng: np.random.Generator) -> LabelledTexts:
+    def collate(self, items: list[Item], rng: Rng) -> LabelledTexts:
         ids, mask = self.padded([item.ids for item in items])
         dtype = torch.float32 if self.options.regression else torch.int64
         targets = torch.tensor([item.target for item in items], dtype=dtype)
         return LabelledTexts(input_ids=ids, attention_mask=mask, targets=targets)
 
-    def losses_of(self, model: ClassificationModel, batch: LabelledTexts) -> dict[str, Tensor]:
+    def losses_of(self, model: ClassificationModel, batch: LabelledTexts) -> Losses:
         return {"loss": model(None, batch.input_ids, batch.attention_mask, targets=batch.targets)}
 
     def predict(

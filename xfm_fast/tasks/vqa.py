@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import numpy as np
 import torch
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -37,10 +36,12 @@ from xfm_fast.errors import ConfigError, DataError
 from xfm_fast.models.decoder import DecoderMemory
 from xfm_fast.tasks.evaluation import Evaluation, Metrics, Row
 from xfm_fast.tasks.task import (
+    AugmentedOptions,
     Item,
+    Losses,
     PairInput,
+    Rng,
     Task,
-    TaskOptions,
     json_file,
     register,
     require_inputs,
@@ -318,7 +319,7 @@ def read_answer_list(path: str | os.PathLike[str]) -> list[str]:
     return answers
 
 
-class VQAOptions(TaskOptions):
+class VQAOptions(AugmentedOptions):
     """VQA."""
 
     kind: Literal["vqa"] = "vqa"
@@ -338,9 +339,6 @@ class VQAOptions(TaskOptions):
         "the file order, and normalise probabilities over the k answers",
     )
     generate: bool = Field(default=False, description="generate answers without a list")
-    augment: bool = Field(
-        default=True, description="random crop, flip and RandAugment; false only resizes"
-    )
     max_words: int = Field(default=30, gt=0, description="of a question in training")
     max_tokens: int = Field(
         default=40, ge=3, description="of a question in training, including `<s>` and `</s>`"
@@ -424,7 +422,7 @@ class VQATask(Task[VQAOptions]):
                     element["image"] = str(Path(folder, element["image"]))
         return files
 
-    def item(self, record: VQARecord, rng: np.random.Generator) -> Item:
+    def item(self, record: VQARecord, rng: Rng) -> Item:
         from xfm_fast.data.transforms import mentions_side
 
         answers = record.weighted_answers
@@ -439,7 +437,7 @@ class VQATask(Task[VQAOptions]):
         image = self.augmented(record.image, rng, may_flip=may_flip)
         return Item(image, ids, [*zip(answer_ids, weights, strict=True)])
 
-    def collate(self, items: list[Item], rng: np.random.Generator) -> VQABatch:
+    def collate(self, items: list[Item], rng: Rng) -> VQABatch:
         answers, weights = zip(*(pair for item in items for pair in item.target), strict=True)
         answer_ids, answer_mask = self.padded(answers)
         return VQABatch(
@@ -450,7 +448,7 @@ class VQATask(Task[VQAOptions]):
             answer_weights=torch.tensor(weights),
         )
 
-    def losses_of(self, model: Any, batch: VQABatch) -> dict[str, Tensor]:
+    def losses_of(self, model: Any, batch: VQABatch) -> Losses:
         question = batch.image, batch.input_ids, batch.attention_mask
         answers = batch.answer_ids, batch.answer_mask
         return {

@@ -39,7 +39,7 @@ from xfm_fast.tasks.grounding import (
 )
 from xfm_fast.tasks.models import TaskModel
 from xfm_fast.tasks.retrieval import PairOptions, PairTask
-from xfm_fast.tasks.task import Item, register, unique_images
+from xfm_fast.tasks.task import Item, Rng, register, unique_images
 
 
 class WeakGroundingOptions(PairOptions):
@@ -106,7 +106,7 @@ class WeakGroundingTask(PairTask[WeakGroundingOptions]):
             )
         return records
 
-    def item(self, record: GroundingRecord, rng: np.random.Generator) -> Item:
+    def item(self, record: GroundingRecord, rng: Rng) -> Item:
         # Expressions of one image describe the same image, and are no negatives of each other.
         pair = RetrievalRecord(image=record.image, caption=record.text, image_id=record.image)
         return super().item(pair, rng)
