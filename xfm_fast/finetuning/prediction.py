@@ -33,9 +33,7 @@ from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
 @dataclass(frozen=True)
 class Predictor:
-    """A task model in evaluation mode, or the session of an export, that predicts from files and
-    strings.
-    """
+    """A task model or the session of an export, which predicts from files and strings."""
 
     model: XFM | Session
     task: Task[Any]
@@ -198,9 +196,7 @@ def requests_in(task: Task[Any], path: Path) -> list[Any]:
 
 
 def request_of(task: Task[Any], line: Any) -> Any:
-    """Make the record of a request: an object with `image` (or `images`) and `text`, each a string
-    or a list.
-    """
+    """Make the record of a request: `image` (or `images`) and `text`, each a string or a list."""
     if not isinstance(line, Mapping):
         raise InputError('a request is an object such as {"image": "photo.jpg", "text": "a dog"}')
     images = _as_list(line.get("images", line.get("image")))

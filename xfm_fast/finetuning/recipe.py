@@ -33,9 +33,7 @@ STREAM = "train"
 
 
 class DataSection(Section):
-    """Data files of a task. Relative paths refer to `root`; glob patterns such as `*.json` are
-    expanded.
-    """
+    """Data files of a task, relative to `root`; glob patterns such as `*.json` are expanded."""
 
     root: str = Field(default=".", description="folder of all relative paths")
     images: str | None = Field(
@@ -67,9 +65,7 @@ class DataSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _with_held_out(cls, values: Any) -> Any:
-        """Add the split `val` of `hold_out`; if the values have a `val` of their own, set
-        `hold_out` to 0.
-        """
+        """Add the split `val` of `hold_out`, or set `hold_out` to 0 for another `val`."""
         if not (isinstance(values, Mapping) and values.get("hold_out") and "train" in values):
             return values
         splits = values.get("splits") or {}
@@ -202,9 +198,7 @@ class FinetuneRecipe(Run):
 
 
 def load_finetune_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> FinetuneRecipe:
-    """Load a fine-tuning recipe by name, YAML path or official configuration, with `key=value`
-    overrides.
-    """
+    """Load a recipe by name, YAML path or official configuration, with `key=value` overrides."""
     values = read_recipe(name_or_path, FINETUNING)
     if is_official(values):
         values = from_official(values, str(name_or_path))
@@ -284,9 +278,7 @@ def is_official(values: Mapping[str, Any]) -> bool:
 
 
 def from_official(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Convert an official configuration to recipe values; `name` is used in messages and as the run
-    folder.
-    """
+    """Convert an official configuration to recipe values; `name` is for messages and the run folder."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

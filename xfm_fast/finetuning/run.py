@@ -44,9 +44,7 @@ RECIPE_FILE = "recipe.json"
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """Result of a run: `folder` of the selected weights, their `metrics` per split; a signal sets
-    `interrupted`.
-    """
+    """Selected weights of a run and their `metrics` per split; a signal sets `interrupted`."""
 
     step: int
     folder: Path
@@ -83,9 +81,7 @@ def initial_model(recipe: FinetuneRecipe, task: Task[Any]) -> TaskModel:
 
 
 def load_weights(model: TaskModel, task: Task[Any], source: str | Path) -> bool:
-    """Load a run, folder, Hub model or official checkpoint in place; return false if new modules
-    stay random.
-    """
+    """Load any kind of weights in place; return false if new modules stay random."""
     weights = resolve(source)
     options, kind = task_of(weights), task.options.kind
     if options is not None and options.kind not in (kind, *task.takes_weights_of):

@@ -73,9 +73,7 @@ class CaptionsByDecoder:
         length_penalty: float = 1.0,
         early_stopping: bool = False,
     ) -> Tensor:
-        """Generate captions `[B, length]` from prompt ids `[S]` or `[B, S]`; lengths include the
-        prompt.
-        """
+        """Generate captions `[B, length]`, prompt included, from prompt ids `[S]` or `[B, S]`."""
         if prompt_ids.ndim == 1:
             prompt_ids = prompt_ids.expand(pixels.shape[0], -1)
         inputs.check_tokens(prompt_ids, None, self.config)
@@ -469,9 +467,7 @@ def rouge_l(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) 
 
 
 def cider_d(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> float:
-    """Compute the mean CIDEr-D: clipped TF-IDF n-gram similarity to all references with a length
-    penalty.
-    """
+    """Compute the mean CIDEr-D: clipped TF-IDF n-gram similarity with a length penalty."""
     grams_of = [[_ngrams(text) for text in texts] for texts in references]
     frequencies = Counter(gram for grams in grams_of for gram in set().union(*grams))
     log_images = math.log(max(len(references), 1))

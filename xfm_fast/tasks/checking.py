@@ -1,6 +1,4 @@
-"""Validation of data files with the readers of training: statistics, broken rows, and the cost of
-reading them.
-"""
+"""Validation of data files by the readers of training: broken rows, statistics and cost."""
 
 from __future__ import annotations
 
@@ -88,9 +86,7 @@ def check(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Read and count every row as `task` would, decoding every image; `progress` receives (rows
-    done, total).
-    """
+    """Read every row and decode every image as `task` does; `progress` receives (rows done, total)."""
     if task not in (tasks := checkable_tasks()):
         raise DataError(f"task {task!r} is unknown; choose one of {', '.join(tasks)}")
     report = Report(task, tolerate_bad=options.tolerate_bad)
@@ -124,9 +120,7 @@ def check(
 
 
 def _measure_cost(records: RecordSet, reader: _Reader, report: Report) -> None:
-    """Time rows spread over all files as a worker prepares them; leave out the first one, which
-    includes set-up.
-    """
+    """Time some rows as a worker prepares them, without the first one, which includes set-up."""
     seconds: list[float] = []
     sizes: list[int] = []
     count = min(_TIMED_ROWS, len(records))
@@ -348,9 +342,7 @@ class Report:
 
     @property
     def over_limit(self) -> list[FileCount]:
-        """Files with too many broken rows for a run; one broken row is always tolerated, as in
-        `Quarantine`.
-        """
+        """Files with too many broken rows for a run; one is always tolerated, as in `Quarantine`."""
         return [file for file in self.files if file.broken > max(1, self.tolerate_bad * file.rows)]
 
     @property

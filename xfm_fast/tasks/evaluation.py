@@ -179,9 +179,7 @@ def checksum(tensor: Tensor, start: int = 0) -> int:
 
 
 def read_journal(path: Path) -> tuple[str | None, list[Any]]:
-    """Read the identity and the entries up to the first damaged one; a missing or empty journal has
-    identity None.
-    """
+    """Read the identity (None if there is no journal) and the entries up to a damaged one."""
     try:
         file = open_data(path)
     except FileNotFoundError:

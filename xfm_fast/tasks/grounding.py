@@ -72,9 +72,7 @@ class BoxesOfTexts:
         attention_mask: Tensor | None = None,
         image_index: Tensor | None = None,
     ) -> Tensor:
-        """Predict boxes `[P, 4]` (cx, cy, w, h) of expressions `[P, L]`; `image_index` `[P]` maps
-        them to images.
-        """
+        """Predict boxes `[P, 4]` (cx, cy, w, h) of expressions `[P, L]` on images `image_index` `[P]`."""
         mask = inputs.check_tokens(input_ids, attention_mask, self.config)
         memory = self.image_memory(self.encode_image(pixels))
         text = self.encode_text(input_ids, mask)
@@ -106,9 +104,7 @@ class GroundingModel(BoxesOfTexts, TaskModel):
         image_index: Tensor | None = None,
         is_image: Tensor | None = None,
     ) -> GroundingLosses:
-        """Compute losses against `target` `[P, 4]`; whole-image captions (`is_image` `[P]`) are
-        excluded.
-        """
+        """Compute losses against `target` `[P, 4]`, except for captions of whole images (`is_image`)."""
         predicted = self.boxes(pixels, input_ids, attention_mask, image_index)
         return GroundingLosses(
             box_l1_loss(predicted, target, is_image), box_giou_loss(predicted, target, is_image)
@@ -116,8 +112,7 @@ class GroundingModel(BoxesOfTexts, TaskModel):
 
 
 def pixel_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Compute the IoU `[P]` of (x, y, w, h) boxes in the pixel convention of the RefCOCO
-    evaluation.
+    """Compute the IoU `[P]` of (x, y, w, h) boxes as the RefCOCO evaluation does.
 
     Right and bottom edges are inclusive (x + w - 1), so boxes that share one row or column do not
     overlap, and one- pixel boxes have IoU 0. Boxes without area have IoU 0 (the official code
@@ -222,9 +217,7 @@ class Reference(NamedTuple):
 # The files of train, val and test are read one after another, and refer to the same references.
 @lru_cache(maxsize=1)
 def _references(path: Path, modified: int, size: int) -> dict[Any, Reference]:
-    """Read the references of a `refs(*).p`, a pickle of containers, strings and numbers, by
-    `ref_id`.
-    """
+    """Read the references of a `refs(*).p`, a pickle of plain values, by `ref_id`."""
     if size > _MAX_PICKLE_BYTES:
         raise DataError(
             f"{path} has {size:,} bytes, over the limit of {_MAX_PICKLE_BYTES:,} for references; check the file"
@@ -266,9 +259,7 @@ class Refer:
             ) from None
 
     def join(self, identity: Any, element: dict[str, Any]) -> dict[str, Any] | DataError:
-        """Add image, box, split and image size of a reference to an element, which keeps its image
-        if it has one.
-        """
+        """Add box, split, image size and a missing image of a reference to an element."""
         try:
             ref = self.references[identity]
             (image, width, height), box = self.images[ref.image], self.boxes[ref.annotation]
@@ -352,8 +343,7 @@ class GroundingBatch(PairInput):
 
 @register
 class GroundingTask(Task[GroundingOptions]):
-    """Grounding of expressions (items `Item`), or of region captions (items
-    `xfm_fast.data.items.Regions`).
+    """Grounding of expressions, or of region captions (items `xfm_fast.data.items.Regions`).
 
     Splits list arrays of expressions with boxes, or arrays without boxes plus refer's `refs(*).p`
     and `instances.json`, which can also be read without arrays. Expressions marked with a split are

@@ -244,8 +244,7 @@ class TorchvisionSet:
 
 
 def open_torchvision(name: str, folder: Path, split: str) -> TorchvisionSet:
-    """Open a split of a torchvision dataset (class `name`, case-insensitive) in `folder`, without
-    download.
+    """Open a split of the torchvision dataset `name` (in any case) in `folder`, without download.
 
     Datasets without splits, e.g. Caltech101, get a fixed random 80/20 `train` and `test` split (the
     official code redraws it in every run). The test split of FER2013 is `PrivateTest`.

@@ -149,13 +149,14 @@ class DecoderModel(TaskModel):
 
 
 class ClassificationModel(TaskModel):
-    """A classification head on the image token, text token 0, or fused token 0; unused encoders are
-    not built.
+    """A classification head on the image token, text token 0, or fused token 0.
 
-    `labels=1` is a regression. Heads: `linear` (default if `frozen`), `mlp` (Linear·LayerNorm·GELU·Linear, official
-    for texts and pairs), `official_image` (five linear layers on the image token concatenated with the mean of the
-    patches: identical vectors unless `local_attn_depth > 0`). A `frozen` encoder stays in evaluation mode without
-    gradients; the official "linear probe" (81.2 on ImageNet) trains `official_image` and leaves DropPath active.
+    `labels=1` is a regression. Heads: `linear` (default if `frozen`), `mlp`
+    (Linear·LayerNorm·GELU·Linear, official for texts and pairs), `official_image` (five linear
+    layers on the image token concatenated with the mean of the patches: identical vectors unless
+    `local_attn_depth > 0`). A `frozen` encoder stays in evaluation mode without gradients; the
+    official "linear probe" (81.2 on ImageNet) trains `official_image` and leaves DropPath active.
+    Encoders that the modality does not need are not built.
     """
 
     new_modules = ("cls_head.",)
@@ -210,9 +211,7 @@ class ClassificationModel(TaskModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Return the head's inputs: `[B, width]`, or `[B, 2 · vision_width]` for the official image
-        head.
-        """
+        """Return the head's inputs `[B, width]`; the official image head has twice the width."""
         reads = {"pixels": self.modality != "text", "input_ids": self.modality != "image"}
         for name, value in (("pixels", pixels), ("input_ids", input_ids)):
             if reads[name] == (value is None):
@@ -254,8 +253,9 @@ class ClassificationModel(TaskModel):
         targets: Tensor,
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """Return the mean cross-entropy of `[B]` classes or `[B, labels]` probabilities, or of a
-        regression the mean squared error.
+        """Return the mean cross-entropy of classes `[B]` or probabilities `[B, labels]`.
+
+        For a regression return the mean squared error.
         """
         logits = self.logits(pixels, input_ids, attention_mask)
         if self.labels == 1:

@@ -59,8 +59,7 @@ class NLVR2Model(TaskModel):
     def logits(
         self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
-        """Compute logits `[B, 2]` (false, true); `pixels` `[2B, 3, R, R]` holds all first images,
-        then all second ones.
+        """Compute logits `[B, 2]` (false, true); `pixels` `[2B, 3, R, R]` has all first images first.
 
         The sentence and the image-independent part of fusion run once; both images share one packed
         pass.
@@ -139,8 +138,7 @@ class NLVR2Record(Annotation):
 
 
 def nlvr2_rows(paths: Paths) -> list[AnnotationRows[NLVR2Record]]:
-    """Open statements about two images: official JSON, or NLVR2's lines (`train.json`, `dev.json`,
-    `test1.json`).
+    """Open statements about two images: official JSON, or NLVR2's lines (`train.json`, ...).
 
     Images of lines are `SPLIT/STEM-img0.png` and `SPLIT/STEM-img1.png`, or `SPLIT/DIRECTORY/...`
     for lines with a `directory`; STEM is the identifier without its last number.
@@ -239,9 +237,7 @@ class NLVR2Task(Task[NLVR2Options]):
         return {"accuracy": 100 * sum(hits) / len(hits)}
 
     def files(self, rows: Sequence[Row], records: Sequence[NLVR2Record]) -> dict[str, bytes]:
-        """Return lines `identifier,label` for the benchmark's script, numbered if there are no
-        identifiers.
-        """
+        """Return lines `identifier,label` for the benchmark's script; a row number without identifiers."""
         names = [record.identifier or index for index, record in enumerate(records)]
         lines = [f"{name},{row['answer']}\n" for name, row in zip(names, rows, strict=True)]
         return {RESULT_FILE: "".join(lines).encode()}

@@ -45,9 +45,7 @@ _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Picture(NamedTuple):
-    """An encoded image: content hash `key`, bytes `peak` to decode it; `needed` is false once its
-    request ended.
-    """
+    """An encoded image: content hash, bytes to decode it (`peak`), whether its request goes on."""
 
     key: bytes
     content: bytes
@@ -83,9 +81,7 @@ class Ranking:
 
 
 class RankModel(Protocol):
-    """Model interface of `Ranker`, as `ModelRanks` implements it; the memory of an image has
-    `nbytes`.
-    """
+    """Model interface of `Ranker`, as `ModelRanks` implements it; memories have `nbytes`."""
 
     @property
     def config(self) -> XFMConfig: ...
@@ -185,9 +181,7 @@ def _failure(picture: Picture, index: int, failures: dict[bytes, XFMError]) -> X
 
 
 class MemoryCache:
-    """LRU cache of values with `nbytes`, limited to `max_bytes`; larger values are not cached, 0
-    disables it.
-    """
+    """LRU cache of values with `nbytes`, of at most `max_bytes`; 0 disables it."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -238,9 +232,7 @@ class Ranker:
 
     @staticmethod
     def picture(content: bytes, name: str) -> Picture:
-        """Hash an image file without decoding it; a format that is not accepted from clients raises
-        `DataError`.
-        """
+        """Hash an image file without decoding it; an unaccepted format raises `DataError`."""
         if not _ACCEPTED.match(content):
             raise DataError(
                 f"{name} ({len(content)} bytes, beginning with {content[:8]!r}) is no JPEG, PNG or WebP"

@@ -97,12 +97,10 @@ class ModelScorer:
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """Embedded images: `embeds` `[I, 1 + N, vision_width]` (may be memory-mapped), `features` `[I,
-    embed_dim]`.
-    """
+    """Embedded images; `embeds` may be memory-mapped."""
 
-    embeds: Tensor
-    features: Tensor
+    embeds: Tensor  # `[I, 1 + N, vision_width]`
+    features: Tensor  # `[I, embed_dim]`
 
     def __len__(self) -> int:
         return self.features.shape[0]
@@ -110,13 +108,11 @@ class ImageIndex:
 
 @dataclass(frozen=True)
 class TextIndex:
-    """Embedded texts, unpadded: `tokens` `[sum(lengths), text_width]`, `lengths` `[T]`, `features`
-    `[T, embed_dim]`.
-    """
+    """Embedded texts without padding."""
 
-    tokens: Tensor
-    lengths: Tensor
-    features: Tensor
+    tokens: Tensor  # `[sum(lengths), text_width]`
+    lengths: Tensor  # `[T]`
+    features: Tensor  # `[T, embed_dim]`
 
     def __len__(self) -> int:
         return self.features.shape[0]
@@ -349,9 +345,7 @@ def _restore(journal: Journal, scores: Tensor, candidates: Candidates) -> set[in
 
 
 def _select_images(embeds: Tensor, images: list[int]) -> Tensor:
-    """Select ascending images; a slice of mapped embeddings is read in place, an index copies row
-    by row.
-    """
+    """Select ascending images by a slice if possible, which reads mapped embeddings in place."""
     if images[-1] - images[0] == len(images) - 1:
         return embeds[images[0] : images[-1] + 1]
     return embeds[torch.tensor(images)]
@@ -426,9 +420,7 @@ class Candidates:
 def top_candidates(
     image_features: Tensor, text_features: Tensor, per_image: int, per_text: int
 ) -> Candidates:
-    """Find the most similar texts per image and images per text, from L2-normalised features `[I,
-    E]` and `[T, E]`.
-    """
+    """Find the most similar texts per image and images per text by L2-normalised features."""
     images, texts = image_features.shape[0], text_features.shape[0]
     texts_of_image = _top(image_features, text_features, min(per_image, texts))
     images_of_text = _top(text_features, image_features, min(per_text, images))
@@ -523,9 +515,7 @@ def candidate_recall(
     true = image_of_text[texts] == images
 
     def ranks(queries: Tensor, mask: Tensor, count: int) -> Tensor:
-        """Count for each of `count` queries the wrong candidates that are not below the best true
-        one.
-        """
+        """Count per query the wrong candidates that are not below the best true one."""
         hits, misses = mask & true, mask & ~true
         best = scores.new_zeros(count).scatter_reduce(
             0, queries[hits], scores[hits], "amax", include_self=False

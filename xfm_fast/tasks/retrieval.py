@@ -184,9 +184,7 @@ class Retriever:
     def search_images(
         self, texts: TextIndex, images: ImageIndex, k: int = 16
     ) -> tuple[Tensor, Tensor]:
-        """Return the k best images of every text, best first: indices and match scores, `[T, k]`
-        each.
-        """
+        """Find the k best images of every text, best first: indices and match scores `[T, k]`."""
         candidates = top_candidates(images.features, texts.features, 0, _positive(k))
         result = score_candidates(self.scorer, images, texts, candidates, self.token_budget)
         return _best(result.score_t2i, k)
@@ -194,9 +192,7 @@ class Retriever:
     def search_texts(
         self, images: ImageIndex, texts: TextIndex, k: int = 16
     ) -> tuple[Tensor, Tensor]:
-        """Return the k best texts of every image, best first: indices and match scores, `[I, k]`
-        each.
-        """
+        """Find the k best texts of every image, best first: indices and match scores `[I, k]`."""
         candidates = top_candidates(images.features, texts.features, _positive(k), 0)
         result = score_candidates(self.scorer, images, texts, candidates, self.token_budget)
         return _best(result.score_i2t, k)
@@ -252,8 +248,10 @@ def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 RECEIPT_FILE, SCORES_FILE = "receipt.json", "scores.safetensors"
 _RECALLS = (
-    "txt_r1", "txt_r5", "txt_r10", "txt_r_mean", "img_r1", "img_r5", "img_r10", "img_r_mean", "r_mean",
-)  # fmt: skip
+    *("txt_r1", "txt_r5", "txt_r10", "txt_r_mean"),
+    *("img_r1", "img_r5", "img_r10", "img_r_mean"),
+    "r_mean",
+)
 
 
 class PairOptions(AugmentedOptions):
@@ -284,9 +282,7 @@ class PairTask(Task[PairOptionsT]):
         return TaskModel(self.config, heads=("contrastive", "matching"))
 
     def ids(self, text: str) -> list[int]:
-        """Return the truncated ids of a text, in training too (the official code does not truncate
-        there).
-        """
+        """Return the ids of a text, truncated (the official code does not truncate in training)."""
         return self.caption_ids(text, self.options.max_words, self.options.max_tokens)
 
     def item(self, record: Any, rng: Rng) -> Item:
@@ -521,9 +517,7 @@ class RetrievalTask(PairTask[RetrievalOptions]):
         similarity: Tensor,
         records: Sequence[RetrievalTestRecord],
     ) -> Metrics:
-        """Compute metrics of the selected rule, then of every rule; warn if the first stage ranks
-        better.
-        """
+        """Compute recall by the selected rule, then by every rule; warn if features rank better."""
         captions = torch.tensor([len(record.caption) for record in records])
         image_of_text = torch.arange(len(captions)).repeat_interleave(captions)
         metrics: Metrics = {}

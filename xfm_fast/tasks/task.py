@@ -64,9 +64,7 @@ class TaskOptions(Section):
         return TASKS[kind].Options
 
     def completed(self, train: Sequence[Path], root: Path) -> Self:
-        """Fill in options from the training files; `root` is the folder of relative paths in
-        options.
-        """
+        """Fill in options from the training files; relative paths in options refer to `root`."""
         return self
 
 
@@ -82,35 +80,15 @@ OptionsT = TypeVar("OptionsT", bound=TaskOptions)
 
 
 class Preprocessing(Generic[OptionsT]):
-    """Conversion of a task's images and texts to tensors.
+    """Conversion of a task's images and texts to tensors."""
 
-    `images` is the folder of relative image paths. `official_pictures` ignores EXIF orientation and
-    transparency.
-    """
-
-    reads_text: ClassVar[bool] = True
+    options: OptionsT
+    config: XFMConfig
+    tokenizer: CaptionTokenizer  # None if the task reads no text
+    images: Path  # folder of relative image paths
+    official_pictures: bool  # ignore EXIF orientation and transparency
     crop: ClassVar[tuple[float, float] | None] = (0.5, 1.0)
     """Range of the random crop's area fraction; None: whole image."""
-
-    def __init__(
-        self,
-        options: OptionsT,
-        config: XFMConfig,
-        tokenizer: CaptionTokenizer | None = None,
-        *,
-        images: Path = Path(),
-        official_pictures: bool = False,
-    ) -> None:
-        if self.reads_text:
-            if tokenizer is None:
-                raise ConfigError(
-                    f"the task {options.kind} reads text; name its vocabulary by tokenizer=<folder>"
-                )
-            tokenizer.check(config)
-        self.options, self.config, self.images = options, config, images
-        # None only if the task reads no text.
-        self.tokenizer = cast("CaptionTokenizer", tokenizer)
-        self.official_pictures = official_pictures
 
     def check_length(self, max_tokens: int) -> None:
         """Raise `ConfigError` if the model has fewer positions than `max_tokens`."""
@@ -162,9 +140,7 @@ class Preprocessing(Generic[OptionsT]):
 
 
 class PlainSession:
-    """A plain `xfm_fast.export.Session`: `predict` needs only the interface that models and
-    sessions share.
-    """
+    """A plain `xfm_fast.export.Session`: `predict` needs only what models have too."""
 
 
 class Task(Preprocessing[OptionsT], ABC):
@@ -172,9 +148,9 @@ class Task(Preprocessing[OptionsT], ABC):
 
     Options: ClassVar[type[TaskOptions]]
     """Section `task` of a recipe."""
+    reads_text: ClassVar[bool] = True
     Session: ClassVar[type | None] = PlainSession
-    """Methods that `predict` needs of an `xfm_fast.export.Session`; None if no export can answer.
-    """
+    """Methods that `predict` needs of an export's session; None if no export can answer."""
     metrics: ClassVar[tuple[str, ...]] = ()
     """Metrics that `score` may return and `choose.by` may name."""
     losses: ClassVar[tuple[str, ...]] = ("loss",)
@@ -184,11 +160,9 @@ class Task(Preprocessing[OptionsT], ABC):
     large_lr: ClassVar[tuple[str, ...]] = ()
     """Name prefixes of parameters with the learning rate `lr * optimizer.lr_mult`."""
     drop_last: ClassVar[bool] = True
-    """Drop the last partial batch; the official loaders of image classification and GLUE keep it.
-    """
+    """Drop the last partial batch; the official loaders of images and GLUE keep it."""
     check_rows: ClassVar[Callable[[Any], Sequence[AnnotationRows[Any]]] | None] = None
-    """Reader of all rows of files, for `xfm-fast data check`; None if there is no format to check.
-    """
+    """Reader of all rows of files for `xfm-fast data check`, if there is a format to check."""
     test_record: ClassVar[type[Annotation] | None] = None
     """Record of an element with a list of captions, if it differs from that of training."""
     truth: ClassVar[str | None] = None
@@ -208,10 +182,15 @@ class Task(Preprocessing[OptionsT], ABC):
         official_pictures: bool = False,
         hold_out: float = 0,
     ) -> None:
-        super().__init__(
-            options, config, tokenizer, images=images, official_pictures=official_pictures
-        )
-        self.hold_out = hold_out
+        if self.reads_text:
+            if tokenizer is None:
+                raise ConfigError(
+                    f"the task {options.kind} reads text; name its vocabulary by tokenizer=<folder>"
+                )
+            tokenizer.check(config)
+        self.options, self.config, self.images = options, config, images
+        self.tokenizer = cast("CaptionTokenizer", tokenizer)
+        self.official_pictures, self.hold_out = official_pictures, hold_out
         self._held_out: dict[tuple[str, ...], set[str]] = {}
         self.prepare()
 
@@ -224,8 +203,7 @@ class Task(Preprocessing[OptionsT], ABC):
 
     @abstractmethod
     def rows(self, paths: Sequence[Path], split: str | None = None) -> Sequence[Any]:
-        """Open files as `Rows` to train on, or as `AnnotationRows` of an evaluation split of the
-        recipe.
+        """Open files as `Rows` to train on, or as `AnnotationRows` of an evaluation split.
 
         Reading a broken row raises `DataError`.
         """
@@ -235,8 +213,8 @@ class Task(Preprocessing[OptionsT], ABC):
         """Make a training item of a record; a broken record raises `DataError`."""
 
     @abstractmethod
-    def collate(self, items: list[Any], rng: Rng) -> TensorBatch:
-        """Collate items to a batch."""
+    def collate(self, items: list[Any], rng: Rng) -> Any:
+        """Collate items to a `TensorBatch`."""
 
     @abstractmethod
     def losses_of(self, model: Any, batch: Any) -> Losses:
@@ -277,9 +255,7 @@ class Task(Preprocessing[OptionsT], ABC):
     def evaluate(
         self, model: Any, records: Sequence[Any], work: Evaluation
     ) -> tuple[Metrics, dict[str, bytes]]:
-        """Return metrics and files of a split on the first process, nothing on the others;
-        collective.
-        """
+        """Compute metrics and files of a split; collective, other processes than the first return none."""
         scored = bool(self.metrics_of(records))
         rows = work.rows(self, model, records)
         if not work.processes.first:

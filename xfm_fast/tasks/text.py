@@ -104,9 +104,7 @@ class LabelTask(Task[LabelOptionsT]):
 
 
 def class_names(names: Sequence[str], rows: Iterable[AnnotationRows[Any]]) -> tuple[str, ...]:
-    """Return class names: `names`, else the sorted labels of the training rows; check that there
-    are two or more.
-    """
+    """Return `names`, else the sorted labels of the training rows; check that there are two."""
     classes = tuple(names or label_names(rows))
     if len(classes) < 2:
         raise DataError(
@@ -145,9 +143,7 @@ def f1_score(predicted: Tensor, targets: Tensor) -> float:
 
 
 def correlations(predicted: Tensor, targets: Tensor) -> tuple[float, float]:
-    """Compute the Pearson and Spearman correlation of two `[B]` tensors (STS-B); 0 if either is
-    constant.
-    """
+    """Compute the Pearson and Spearman correlation of two `[B]` tensors; 0 for a constant one."""
     # SciPy's statistics take a second to import.
     with needs("train"):
         from scipy import stats

@@ -1,5 +1,4 @@
-"""Visual question answering: a decoder trained to generate answers, which ranks an answer list at
-inference.
+"""Visual question answering: files, training, ranking of an answer list, and the VQA v2 metric.
 
 Official recipe (VQA v2 with Visual Genome): 480 pixels, 12 decoder layers initialised from the
 fusion encoder, 24 questions per GPU, lr 2e-5, 10 epochs; 128 candidates out of 3,129 answers.
@@ -98,9 +97,7 @@ _FULL_STOPS = 32
 
 
 def strip_punctuation(answer: str) -> str:
-    """Remove punctuation next to a space (or anywhere after a number like 1,000), else replace it
-    by a space.
-    """
+    """Remove punctuation next to a space (with a number like 1,000 all); else make it a space."""
     has_number = _DIGIT_COMMA_DIGIT.search(answer) is not None
     stripped = answer
     for mark in _PUNCTUATION:
@@ -110,9 +107,7 @@ def strip_punctuation(answer: str) -> str:
 
 
 def normalise_answer(answer: str) -> str:
-    """Normalise an answer as the VQA protocol does: punctuation, case, number words, articles,
-    contractions.
-    """
+    """Normalise an answer as the VQA protocol does."""
     words = [_NUMBERS.get(word, word) for word in strip_punctuation(answer).lower().split()]
     return " ".join(_SPELLINGS.get(word, word) for word in words if word not in _ARTICLES)
 
@@ -144,31 +139,31 @@ def vqa_accuracy(
 
 
 def exact_match(predictions: Sequence[str], answers: Sequence[str]) -> float:
-    """Return the share of predictions equal to the answer up to outer whitespace, as in the
-    official script.
-    """
+    """Return the share of predictions equal to the answer up to outer whitespace."""
     pairs = zip(predictions, answers, strict=True)
     return sum(prediction.strip() == answer.strip() for prediction, answer in pairs) / len(answers)
 
 
-def _drop_empty(value: Any) -> Any:
-    """Drop empty answers."""
+def _answer_texts(value: Any) -> Any:
+    """Return the texts of a list of answers, each a string or an object; leave any other value."""
     if not isinstance(value, (list, tuple)):
         return value
-    texts = map(answer_text, value)
-    answers = [text for text in texts if not isinstance(text, str) or text.strip()]
-    if value and not answers:
+    return [answer.get("answer") if isinstance(answer, dict) else answer for answer in value]
+
+
+def _is_empty(text: Any) -> bool:
+    return isinstance(text, str) and not text.strip()
+
+
+def _drop_empty(value: Any) -> Any:
+    """Return the texts of a list of answers without empty ones."""
+    texts = _answer_texts(value)
+    if not isinstance(texts, list):
+        return texts
+    answers = [text for text in texts if not _is_empty(text)]
+    if texts and not answers:
         raise PydanticCustomError("blank", "all answers are empty")
     return answers
-
-
-def answer_text(value: Any) -> Any:
-    """Return the text of an answer, which may be a string or an object."""
-    return value.get("answer") if isinstance(value, dict) else value
-
-
-def _answer_texts(value: Any) -> Any:
-    return [answer_text(answer) for answer in value] if isinstance(value, list) else value
 
 
 Answers = Annotated[Texts, BeforeValidator(_drop_empty)]
@@ -231,7 +226,9 @@ def vqa_rows(paths: Paths) -> list[AnnotationRows[VQARecord]]:
         # Empty answers are dropped (the official code trains on them).
         questions: list[str] = []
         for element in rows.elements:
-            questions += [str(element.get("question_id"))] * _count_empty_answers(element)
+            texts = _answer_texts(element.get("answer")) if isinstance(element, dict) else None
+            if isinstance(texts, list):
+                questions += [str(element.get("question_id"))] * sum(map(_is_empty, texts))
         if questions:
             first = ", ".join(questions[:_SHOWN])
             rows.notes = (
@@ -240,41 +237,33 @@ def vqa_rows(paths: Paths) -> list[AnnotationRows[VQARecord]]:
     return files
 
 
-def _count_empty_answers(element: Any) -> int:
-    answers = element.get("answer") if isinstance(element, dict) else None
-    if not isinstance(answers, list):
-        return 0
-    texts = map(answer_text, answers)
-    return sum(isinstance(text, str) and not text.strip() for text in texts)
-
-
 def _vqa_elements(documents: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[Elements]:
     """Join VQA v2 questions with their annotations, one `Elements` per question file."""
     annotations: dict[Any, Mapping[str, Any]] = {}
-    annotated = {
-        path: content.get("data_subtype") for path, content in documents if "annotations" in content
-    }
+    # Subsets of the data with annotations, by file.
+    annotated: dict[Path, Any] = {}
     for path, content in documents:
-        if path in annotated:
-            for annotation in array_of(path, content["annotations"]):
-                if isinstance(annotation, dict):
-                    identity = annotation.get("question_id")
-                    if isinstance(identity, (int, str)):
-                        annotations[identity] = annotation
+        if "annotations" not in content:
+            continue
+        annotated[path] = content.get("data_subtype")
+        for annotation in array_of(path, content["annotations"]):
+            identity = annotation.get("question_id") if isinstance(annotation, dict) else None
+            if isinstance(identity, (int, str)):
+                annotations[identity] = annotation
     files = []
     for path, content in documents:
-        if "questions" in content:
-            subtype = content.get("data_subtype", "")
-            # test-dev2015 is a subset of the questions about test2015 images.
-            split = str(subtype).replace("-dev", "")
-            required = subtype in annotated.values()
-            values = [
-                _join_annotation(question, annotations, split, required=required)
-                if isinstance(question, dict)
-                else question
-                for question in array_of(path, content["questions"])
-            ]
-            files.append(Elements(str(path), values, others=tuple(annotated)))
+        if "questions" not in content:
+            continue
+        subtype = content.get("data_subtype", "")
+        # test-dev2015 is a subset of the questions about test2015 images.
+        split = str(subtype).replace("-dev", "")
+        required = subtype in annotated.values()
+        values: list[Any] = []
+        for question in array_of(path, content["questions"]):
+            if isinstance(question, dict):
+                question = _join_annotation(question, annotations, split, required=required)
+            values.append(question)
+        files.append(Elements(str(path), values, others=tuple(annotated)))
     if not files:
         raise DataError(f"{documents[0][0]} holds only annotations; give their questions file too")
     return files
@@ -529,9 +518,7 @@ class VQATask(Task[VQAOptions]):
         ]
 
     def score(self, rows: Sequence[Row], records: Sequence[VQARecord]) -> Metrics:
-        """Compute `accuracy` (VQA consensus, also by answer type) and `exact_match` with the most
-        frequent answer.
-        """
+        """Compute the consensus accuracy, and `exact_match` with the most frequent answer."""
         # By position: question ids are unique per dataset, and a split may have several datasets.
         pairs = [(row["answer"], record) for row, record in zip(rows, records, strict=True)]
         metrics: Metrics = {}

@@ -54,9 +54,7 @@ class AnswerTrie:
 
     @classmethod
     def of(cls, answer_ids: Tensor, answer_mask: Tensor | None, config: XFMConfig) -> AnswerTrie:
-        """Build the trie from tokenised answers `[N, La]` (`<s> ... </s>`, padded) and an optional
-        mask.
-        """
+        """Build the trie from padded answers `[N, La]` (`<s> ... </s>`) and an optional mask."""
         mask, device = check_answers(answer_ids, answer_mask, config), answer_ids.device
         lengths = mask.sum(1).tolist()
         answers = [ids[:length] for ids, length in zip(answer_ids.tolist(), lengths, strict=True)]
@@ -157,8 +155,7 @@ def rank(
     best: int | None,
     first_token_twice: bool,
 ) -> AnswerRanking:
-    """Rank the k answers with the likeliest first tokens and return the `best`, for the Q `states`
-    of a memory.
+    """Rank the k answers with the likeliest first tokens, for the Q `states` of a memory.
 
     With best = k (or None) all are decoded in one pass. With fewer, a prefix less likely than
     `best` complete answers is pruned; the result is the same.
@@ -240,9 +237,7 @@ class DecodedTree(ABC):
 
     @abstractmethod
     def decode_nodes(self, questions: Tensor, nodes: Tensor, *, keep: bool) -> None:
-        """Decode new `nodes` `[n]` of `questions` `[n]` (sorted) and store the log-likelihoods of
-        their edges.
-        """
+        """Decode `nodes` `[n]` of sorted `questions` `[n]`; store the log-likelihoods of their edges."""
 
     def by_depth(self, questions: Tensor, nodes: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Iterate over depths from the shallowest: depth, indices of its nodes `[m]`, positions of
@@ -369,8 +364,7 @@ class AnswersByDecoder:
         best: int | None = None,
         count_first_token_twice: bool = False,
     ) -> AnswerRanking:
-        """Rank k candidates, chosen by their first token, by exact log-likelihood; return `[Q,
-        best]`.
+        """Rank k candidates, preselected by their first token; return the best `[Q, best]`.
 
         `answers` is an `AnswerTrie`, built once for all batches, or ids `[N, La]`. k = N ranks all
         answers exactly; `best` < k prunes candidates that cannot be among the best, with the same
@@ -413,9 +407,7 @@ class AnswersByDecoder:
 
 
 class VQAModel(AnswersByDecoder, DecoderModel):
-    """X-FM with an answer decoder of `decoder_layers` (official `num_dec_layers`) on the fusion
-    encoder.
-    """
+    """X-FM with an answer decoder on the fusion encoder (official `num_dec_layers`)."""
 
     decoder_reads = "fusion"
 
@@ -438,8 +430,7 @@ class VQAModel(AnswersByDecoder, DecoderModel):
         answer_weights: Tensor,
         image_index: Tensor | None = None,
     ) -> Tensor:
-        """Return the weighted negative log-likelihood of the answers, summed and divided by the
-        number of questions.
+        """Return the weighted negative log-likelihood of the answers per question.
 
         `answer_ids` `[A, La]` holds the answers of question 0, then of question 1, ...
         (`answers_per_question` `[Q]` sums to A).

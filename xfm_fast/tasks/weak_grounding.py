@@ -219,8 +219,7 @@ def cross_attention_heatmap(
 
 @contextmanager
 def _explicit_cross_attention(model: XFM, layer: int) -> Iterator[list[Tensor]]:
-    """Run one fusion layer's cross-attention unfused, and yield a list that records its
-    probabilities.
+    """Run a fusion layer's cross-attention unfused; yield a list that records its probabilities.
 
     Each pass appends `[H, T, M]`: heads, packed text tokens in image order, image tokens. The
     probabilities are leaves of the graph.
@@ -308,8 +307,7 @@ def overlay(picture: Image.Image, heatmap: Tensor) -> Image.Image:
 def best_box(
     heatmap: Tensor, boxes: Tensor | Sequence[Sequence[float]], size: tuple[int, int]
 ) -> int:
-    """Return the index of the (x, y, w, h) box with the largest heat sum over the square root of
-    its area.
+    """Return the index of the (x, y, w, h) box with the most heat per square root of its area.
 
     As in ALBEF's RefCOCO+ evaluation: the map is upsampled bicubically to `size` (width, height);
     box corners are floored.
