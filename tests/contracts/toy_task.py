@@ -13,7 +13,6 @@ from torch import Tensor
 from xfm_fast.data.annotations import (
     Annotation,
     AnnotationRows,
-    Elements,
     Text,
     as_rows,
     read_array,
@@ -40,7 +39,7 @@ class LikenessBatch(PairInput):
 
 
 def likeness_rows(paths: Paths) -> list[AnnotationRows[LikenessRecord]]:
-    files = [Elements(str(path), read_array(path)) for path in find_files(paths)]
+    files = [AnnotationRows(path, read_array(path)) for path in find_files(paths)]
     return as_rows(files, LikenessRecord)
 
 

@@ -30,10 +30,10 @@ from tests.training.small_runs import (
     small_recipe,
     without_dropout,
 )
-from xfm_fast.errors import CheckpointError, DataError, XFMError
+from xfm_fast.errors import DataError, XFMError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
-from xfm_fast.training.checkpoints import newest, read_state
+from xfm_fast.training.checkpoints import newest
 from xfm_fast.training.distributed import ParallelModel, join_processes, run_layers
 from xfm_fast.training.loop import train
 from xfm_fast.training.metrics import ModelNorms
@@ -137,12 +137,6 @@ def test_checkpoints_of_shards_and_of_wholes_serve_both(
     recipe = drawless(folder, parallel=after, **settings)
     assert in_processes(process_of_a_run, 2, tmp_path / "c", recipe, {}) == [0, 0]
     assert_close(parameters(folder), parameters(tmp_path / "whole"), 5e-5)
-
-
-def test_shards_of_an_earlier_version_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "state.json").write_text('{"format": 1, "sharded": true}')
-    with pytest.raises(CheckpointError, match="shards"):
-        read_state(tmp_path)
 
 
 def gradients_travel_once_per_update(rank: int, folder: Path) -> None:

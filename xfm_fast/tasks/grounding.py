@@ -24,7 +24,6 @@ from xfm_fast.data.annotations import (
     ARRAY,
     Annotation,
     AnnotationRows,
-    Elements,
     Identity,
     Text,
     array_of,
@@ -181,7 +180,7 @@ def grounding_rows(paths: Paths) -> list[AnnotationRows[GroundingRecord]]:
         fields.pop("segmentation", None)
         return fields
 
-    arrays: list[Elements] = []
+    arrays: list[AnnotationRows[Any]] = []
     refs: list[Path] = []
     instances: list[tuple[Path, Any]] = []
     for path in find_files(paths):
@@ -192,7 +191,7 @@ def grounding_rows(paths: Paths) -> list[AnnotationRows[GroundingRecord]]:
         if isinstance(content, dict):
             instances.append((path, content))
         else:
-            arrays.append(Elements(str(path), array_of(path, content)))
+            arrays.append(AnnotationRows(path, array_of(path, content)))
     if len(refs) != len(instances) or len(refs) > 1:
         files = ", ".join(map(str, [*refs, *(path for path, _ in instances)]))
         raise DataError(
@@ -201,7 +200,7 @@ def grounding_rows(paths: Paths) -> list[AnnotationRows[GroundingRecord]]:
         )
     if refs:
         refer = Refer(refs[0], *instances[0])
-        arrays = [refer.join_all(elements) for elements in arrays] or [refer.elements()]
+        arrays = [refer.join_all(rows) for rows in arrays] or [refer.elements()]
     return as_rows(arrays, GroundingRecord)
 
 
@@ -271,24 +270,24 @@ class Refer:
         size = {"width": width, "height": height}
         return {"image": image, **element, "bbox": box, "split": ref.split, **size}
 
-    def elements(self) -> Elements:
+    def elements(self) -> AnnotationRows[Any]:
         """Return every sentence of every reference."""
         values, labels = [], []
         for identity, ref in self.references.items():
             for index, text in enumerate(ref.sentences):
                 values.append(self.join(identity, {"text": text, "ref_id": identity}))
                 labels.append(f"ref_id {identity}, sentence {index}")
-        return Elements(str(self.files[0]), values, labels, others=self.files[1:])
+        return AnnotationRows(self.files[0], values, labels=labels, sources=self.files[1:])
 
-    def join_all(self, elements: Elements) -> Elements:
+    def join_all(self, rows: AnnotationRows[Any]) -> AnnotationRows[Any]:
         """Join official elements by their `ref_id`."""
         values = [
             self.join(value["ref_id"], value)
             if isinstance(value, dict) and "ref_id" in value
             else value
-            for value in elements.values
+            for value in rows.elements
         ]
-        return elements._replace(values=values, others=self.files)
+        return AnnotationRows(rows.name, values, labels=rows.labels, sources=self.files)
 
 
 class CaptionedRegions(RegionOptions):

@@ -19,7 +19,6 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import (
     Annotation,
     AnnotationRows,
-    Elements,
     Text,
     as_rows,
     read_array,
@@ -148,13 +147,13 @@ def nlvr2_rows(paths: Paths) -> list[AnnotationRows[NLVR2Record]]:
         with open_file(path) as file:
             is_lines = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
         if is_lines:
-            elements = read_lines(path)
-            values = [
-                _statement(line) if isinstance(line, dict) else line for line in elements.values
+            rows = read_lines(path)
+            rows.elements = [
+                _statement(line) if isinstance(line, dict) else line for line in rows.elements
             ]
-            files.append(elements._replace(values=values))
+            files.append(rows)
         else:
-            files.append(Elements(str(path), read_array(path)))
+            files.append(AnnotationRows(path, read_array(path)))
     return as_rows(files, NLVR2Record)
 
 

@@ -292,7 +292,7 @@ class Task(Preprocessing[OptionsT], ABC):
         if names not in self._held_out:
             mask = held_out(len(names), contents_of([*names], self.images), self.hold_out)
             self._held_out[names] = {*compress(names, mask)}
-        return [rows.of_images(self._held_out[names], others=not held) for rows in files]
+        return [rows.about(self._held_out[names], inverted=not held) for rows in files]
 
 
 class Item(NamedTuple):

@@ -23,7 +23,6 @@ from torch import Tensor
 from xfm_fast.data.annotations import (
     Annotation,
     AnnotationRows,
-    Elements,
     Identity,
     Text,
     Texts,
@@ -210,7 +209,7 @@ def vqa_rows(paths: Paths) -> list[AnnotationRows[VQARecord]]:
         """Reduce a VQA v2 answer to its text, to save gigabytes; an `object_hook`."""
         return fields["answer"] if "answer" in fields and "answer_id" in fields else fields
 
-    arrays: list[Elements] = []
+    arrays: list[AnnotationRows[Any]] = []
     documents: list[tuple[Path, Mapping[str, Any]]] = []
     for path in find_files(paths):
         content = read_json(path, "official JSON or VQA v2 questions and annotations", answer_only)
@@ -218,9 +217,9 @@ def vqa_rows(paths: Paths) -> list[AnnotationRows[VQARecord]]:
             documents.append((path, content))
         else:
             expected = "an array of objects, or VQA v2's {questions} or {annotations}"
-            arrays.append(Elements(str(path), array_of(path, content, expected)))
+            arrays.append(AnnotationRows(path, array_of(path, content, expected)))
     if documents:
-        arrays += _vqa_elements(documents)
+        arrays += _join_documents(documents)
     files = as_rows(arrays, VQARecord)
     for rows in files:
         # Empty answers are dropped (the official code trains on them).
@@ -237,8 +236,10 @@ def vqa_rows(paths: Paths) -> list[AnnotationRows[VQARecord]]:
     return files
 
 
-def _vqa_elements(documents: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[Elements]:
-    """Join VQA v2 questions with their annotations, one `Elements` per question file."""
+def _join_documents(
+    documents: Sequence[tuple[Path, Mapping[str, Any]]],
+) -> list[AnnotationRows[Any]]:
+    """Join VQA v2 questions with their annotations, one file of rows per question file."""
     annotations: dict[Any, Mapping[str, Any]] = {}
     # Subsets of the data with annotations, by file.
     annotated: dict[Path, Any] = {}
@@ -263,7 +264,7 @@ def _vqa_elements(documents: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[E
             if isinstance(question, dict):
                 question = _join_annotation(question, annotations, split, required=required)
             values.append(question)
-        files.append(Elements(str(path), values, others=tuple(annotated)))
+        files.append(AnnotationRows(path, values, sources=tuple(annotated)))
     if not files:
         raise DataError(f"{documents[0][0]} holds only annotations; give their questions file too")
     return files
