@@ -27,8 +27,8 @@ from xfm_fast.benchmarks.work import training
 from xfm_fast.checkpoint import to_official
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ConfigError, InputError
-from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
-from xfm_fast.finetuning.run import evaluate, finetune, load_weights, open_task
+from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe, open_task
+from xfm_fast.finetuning.run import evaluate, finetune, load_weights
 from xfm_fast.tasks.checking import Options, check
 from xfm_fast.tasks.task import TASKS, Item, explanation
 from xfm_fast.training.recipe import FINETUNING, read_recipe, recipe_names

@@ -17,7 +17,8 @@ from tests.cli.runner import invoke
 from tests.finetuning.conftest import Make
 from xfm_fast.data.images import load_image
 from xfm_fast.errors import DataError
-from xfm_fast.finetuning.run import finetune, open_task
+from xfm_fast.finetuning.recipe import open_task
+from xfm_fast.finetuning.run import finetune
 from xfm_fast.tasks.captioning import CaptioningTask
 
 FILES = "captioning", "captioning_{}.json"

@@ -14,7 +14,8 @@ from PIL import Image
 
 from tests.finetuning.conftest import Make
 from xfm_fast.errors import DataError
-from xfm_fast.finetuning.run import finetune, open_task
+from xfm_fast.finetuning.recipe import open_task
+from xfm_fast.finetuning.run import finetune
 from xfm_fast.tasks.evaluation import Evaluation
 from xfm_fast.tasks.grounding import GroundingRecord, GroundingTask
 

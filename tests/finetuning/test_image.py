@@ -19,8 +19,8 @@ from tests.finetuning.conftest import Make
 from tests.finetuning.official_data import fer, mnist
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
-from xfm_fast.finetuning.recipe import FinetuneRecipe
-from xfm_fast.finetuning.run import finetune, open_task
+from xfm_fast.finetuning.recipe import FinetuneRecipe, open_task
+from xfm_fast.finetuning.run import finetune
 from xfm_fast.tasks.image import ImageTask, ImageTaskOptions, open_torchvision
 from xfm_fast.tasks.task import Item
 

@@ -28,8 +28,8 @@ from xfm_fast.data.annotations import RetrievalRecord, RetrievalTestRecord
 from xfm_fast.data.fingerprints import trained_on
 from xfm_fast.errors import ConfigError, InputError
 from xfm_fast.finetuning.prediction import load, request_of
-from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
-from xfm_fast.finetuning.run import evaluate, finetune, open_task, recipe_of
+from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe, open_task
+from xfm_fast.finetuning.run import evaluate, finetune, recipe_of
 from xfm_fast.memory import PeakMemory
 from xfm_fast.models.xfm import XFM
 from xfm_fast.search import build_index, open_index, open_model

@@ -105,16 +105,18 @@ def test_two_processes_find_what_one_finds(recipe: Make, tmp_path: Path) -> None
 
 def test_steps_of_epochs_are_kept_by_a_change_of_processes(recipe: Make) -> None:
     made = recipe(*NLVR2)
-    single = resumed_steps(made, 40, 1, None, 0)
+    single = resumed_steps(made, 40, 1, None)
     assert (single.steps, single.schedule.steps) == (10, 10)
-    odd = resumed_steps(made, 43, 1, None, 0)
+    odd = resumed_steps(made, 43, 1, None)
     assert (odd.steps, odd.schedule.steps) == (10, 12)
-    saved = {"world_size": 1, "step": 4, "recipe": single.model_dump(mode="json")}
-    two = resumed_steps(made, 40, 2, saved, 2)
+    saved: dict[str, Any] = {"world_size": 1, "step": 4, "batches": {"train": 4}}
+    saved["recipe"] = single.model_dump(mode="json")
+    two = resumed_steps(made, 40, 2, saved)
     assert two.steps == 4 + (2 * 2 - 2)
-    later = {"world_size": 2, "step": 5, "recipe": two.model_dump(mode="json")}
-    assert resumed_steps(made, 40, 2, later, 3).steps == two.steps
-    assert resumed_steps(recipe(*NLVR2, steps=3), 40, 1, None, 0).steps == 3
+    later: dict[str, Any] = {"world_size": 2, "step": 5, "batches": {"train": 3}}
+    later["recipe"] = two.model_dump(mode="json")
+    assert resumed_steps(made, 40, 2, later).steps == two.steps
+    assert resumed_steps(recipe(*NLVR2, steps=3), 40, 1, None).steps == 3
 
 
 class Numbers:

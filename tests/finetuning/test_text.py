@@ -14,7 +14,8 @@ from tests.finetuning.conftest import Make
 from tests.finetuning.official_data import write_glue
 from xfm_fast.data.tables import GLUE
 from xfm_fast.errors import DataError
-from xfm_fast.finetuning.run import finetune, initial_model, open_task
+from xfm_fast.finetuning.recipe import open_task
+from xfm_fast.finetuning.run import finetune, initial_model
 
 RNG = np.random.default_rng(0)
 WORLD = "text", "text_{}.tsv"

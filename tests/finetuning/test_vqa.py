@@ -12,7 +12,8 @@ import torch
 
 import xfm_fast
 from tests.finetuning.conftest import Make
-from xfm_fast.finetuning.run import evaluate, finetune, initial_model, open_task
+from xfm_fast.finetuning.recipe import open_task
+from xfm_fast.finetuning.run import evaluate, finetune, initial_model
 from xfm_fast.tasks.vqa import RESULT_FILE, VQAModel, VQARecord, VQATask
 
 FILES = "vqa", "vqa_{}.json"

@@ -17,8 +17,8 @@ from tests.finetuning.conftest import Make
 from xfm_fast import XFM
 from xfm_fast.errors import CheckpointError, DataError, InputError
 from xfm_fast.finetuning.prediction import load
-from xfm_fast.finetuning.recipe import FinetuneRecipe
-from xfm_fast.finetuning.run import evaluate, finetune, open_task
+from xfm_fast.finetuning.recipe import FinetuneRecipe, open_task
+from xfm_fast.finetuning.run import evaluate, finetune
 from xfm_fast.tasks.weak_grounding import best_box, boxes_of, cross_attention_heatmap
 
 

@@ -23,9 +23,17 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.data.streams import epoch_batches
 from xfm_fast.errors import ConfigError
 from xfm_fast.io import is_plain_name, parse_yaml
-from xfm_fast.tasks.task import HELD_OUT, TASKS, AnyTask, make_task
+from xfm_fast.tasks.task import HELD_OUT, TASKS, AnyTask, Task, TaskOptions, make_task
 from xfm_fast.tokenizer import CaptionTokenizer
-from xfm_fast.training.recipe import FINETUNING, Run, fit_auto, override, read_recipe, vocabulary_of
+from xfm_fast.training.recipe import (
+    FINETUNING,
+    Run,
+    fit_auto,
+    override,
+    position_after,
+    read_recipe,
+    vocabulary_of,
+)
 from xfm_fast.training.recipe_fields import MOST_ITEMS, Paths, Section
 
 STREAM = "train"
@@ -218,29 +226,36 @@ def load_finetune_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()
 
 
 def _count_rows(recipe: FinetuneRecipe) -> int:
-    task = make_task(
-        recipe.task,
+    files = open_task(recipe, complete=False).training_rows(recipe.paths_of(STREAM))
+    return sum(map(len, files))
+
+
+def open_task(recipe: FinetuneRecipe, *, complete: bool = True) -> Task[Any]:
+    """Create the task of a recipe; `complete` reads missing options from the training files."""
+    options = recipe.task
+    if complete:
+        # Tasks without options from training files are evaluated without them.
+        learns = options.learns and type(options).completed is not TaskOptions.completed
+        train = recipe.paths_of(STREAM) if learns else []
+        options = options.completed(train, Path(recipe.data.root))
+    return make_task(
+        options,
         recipe.model,
         recipe.open_tokenizer(),
         recipe.image_folder,
+        official_pictures=recipe.data.official_pictures,
         hold_out=recipe.data.hold_out,
     )
-    return sum(map(len, task.training_rows(recipe.paths_of(STREAM))))
 
 
 def resumed_steps(
-    recipe: FinetuneRecipe,
-    rows: int,
-    world_size: int,
-    saved: Mapping[str, Any] | None,
-    batches_done: int,
+    recipe: FinetuneRecipe, rows: int, world_size: int, saved: Mapping[str, Any] | None
 ) -> FinetuneRecipe:
     """Set the number of steps from the epochs.
 
     The schedule counts the last partial batch of an epoch even if it is dropped, as in the official
     code. A run resumed with another number of processes keeps its completed steps and adds the ones
-    of its remaining epochs. `saved` is the checkpoint's `state.json`, `batches_done` its
-    micro-batches in this world size.
+    of its remaining epochs. `saved` is the `state.json` of its checkpoint.
     """
     if recipe.steps:
         return recipe
@@ -248,15 +263,15 @@ def resumed_steps(
     batch = recipe.batch_size * world_size
     steps = recipe.epochs * epoch_batches(rows, batch, drop_last=drop_last)
     scheduled = recipe.epochs * epoch_batches(rows, batch, drop_last=False)
-    if saved is not None and saved["world_size"] != world_size:
-        ahead = saved["step"] - batches_done // recipe.accumulate
-        steps, scheduled = steps + ahead, scheduled + ahead
-    elif saved is not None:
-        previous = saved["recipe"]
-        if (previous.get("epochs"), previous.get("batch_size")) == (
-            recipe.epochs,
-            recipe.batch_size,
-        ):
+    if saved is not None:
+        previous, batches = saved["recipe"], saved["batches"].get(STREAM, 0)
+        if saved["world_size"] != world_size:
+            done = position_after(
+                batches, STREAM, previous, recipe, saved["world_size"], world_size
+            )
+            ahead = saved["step"] - done // recipe.accumulate
+            steps, scheduled = steps + ahead, scheduled + ahead
+        elif all(previous.get(key) == getattr(recipe, key) for key in ("epochs", "batch_size")):
             # Includes an earlier change of the number of processes.
             steps, scheduled = previous["steps"], previous["schedule"]["steps"]
     schedule = recipe.schedule

@@ -24,20 +24,20 @@ from xfm_fast.data.fingerprints import fingerprint_of, trained_on
 from xfm_fast.data.records import RecordSet
 from xfm_fast.data.streams import Quarantine, ShuffledBatches, epoch_batches
 from xfm_fast.errors import CheckpointError, ConfigError, DataError
-from xfm_fast.finetuning.recipe import STREAM, Choice, FinetuneRecipe, resumed_steps
+from xfm_fast.finetuning.recipe import STREAM, Choice, FinetuneRecipe, open_task, resumed_steps
 from xfm_fast.io import read_json, write_bytes
 from xfm_fast.models.hub import resolve
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.evaluation import Evaluation, Metrics
 from xfm_fast.tasks.models import TaskModel
-from xfm_fast.tasks.task import Task, TaskOptions, explanation, make_task, task_of
+from xfm_fast.tasks.task import Task, TaskOptions, explanation, task_of
 from xfm_fast.training import checkpoints
 from xfm_fast.training.checkpoints import full_state, save_model, seed_everything
 from xfm_fast.training.distributed import Processes, join_processes
 from xfm_fast.training.loop import autocast, seen_images, train
 from xfm_fast.training.metrics import LOG_FILE, Show, read_log
 from xfm_fast.training.optimizer import WeightAverage
-from xfm_fast.training.recipe import override, position_after
+from xfm_fast.training.recipe import override
 
 RECIPE_FILE = "recipe.json"
 
@@ -50,24 +50,6 @@ class FinetuneResult:
     folder: Path
     metrics: dict[str, Metrics] = field(default_factory=dict)
     interrupted: bool = False
-
-
-def open_task(recipe: FinetuneRecipe, *, complete: bool = True) -> Task[Any]:
-    """Create the task of a recipe; `complete` reads missing options from the training files."""
-    options = recipe.task
-    if complete:
-        # Tasks without options from training files are evaluated without them.
-        learns = options.learns and type(options).completed is not TaskOptions.completed
-        train = recipe.paths_of(STREAM) if learns else []
-        options = options.completed(train, Path(recipe.data.root))
-    return make_task(
-        options,
-        recipe.model,
-        recipe.open_tokenizer(),
-        recipe.image_folder,
-        official_pictures=recipe.data.official_pictures,
-        hold_out=recipe.data.hold_out,
-    )
 
 
 def initial_model(recipe: FinetuneRecipe, task: Task[Any]) -> TaskModel:
@@ -123,7 +105,11 @@ def finetune(
         }
         _check_data(recipe, task, files, records, quiet=not processes.first)
         rows = RecordSet(files)
-        recipe = _with_steps(recipe, len(rows), processes, resume=resume)
+        newest = None
+        if resume:
+            newest = processes.from_first(lambda: checkpoints.newest(folder / "checkpoints"))
+        saved = None if newest is None else newest.state
+        recipe = resumed_steps(recipe, len(rows), processes.world_size, saved)
 
         seed_everything(recipe.seed)
         model = initial_model(recipe, task)
@@ -176,22 +162,6 @@ def finetune(
 
 def _show_nothing(text: str, done: int, total: int) -> None:
     pass
-
-
-def _with_steps(
-    recipe: FinetuneRecipe, rows: int, processes: Processes, *, resume: bool
-) -> FinetuneRecipe:
-    """Set the number of steps, which of a resumed run depends on its newest checkpoint."""
-    newest, world_size = None, processes.world_size
-    if resume:
-        folder = Path(recipe.checkpoint.folder) / "checkpoints"
-        newest = processes.from_first(lambda: checkpoints.newest(folder))
-    if newest is None:
-        return resumed_steps(recipe, rows, world_size, None, 0)
-    saved = newest.state
-    batches = saved["batches"].get(STREAM, 0)
-    done = position_after(batches, STREAM, saved["recipe"], recipe, saved["world_size"], world_size)
-    return resumed_steps(recipe, rows, world_size, saved, done)
 
 
 def _selected_weights(recipe: FinetuneRecipe) -> Path:
