@@ -96,7 +96,7 @@ def test_what_is_no_request(run: Path, tmp_path: Path) -> None:
     (tmp_path / "full").symlink_to("/dev/full")
     with (
         (tmp_path / "redirected").open("wb") as file,
-        pytest.raises(InputError, match="no regular file"),
+        pytest.raises(InputError, match="not a regular file"),
     ):
         answer_lines(predictor, path, Path(f"/dev/fd/{file.fileno()}"), work)
     with pytest.raises(InputError, match="full"):

@@ -136,7 +136,7 @@ def _use_session(session: Session, dtype: Precision) -> Predictor:
         )
     if not isinstance(session, session_type):
         raise InputError(
-            f"the session of {folder} is none of the task {options.kind}; use Session.load"
+            f"the session of {folder} does not answer for the task {options.kind}; use Session.load"
         )
     if dtype not in (torch.float32, session.dtype):
         raise InputError(
@@ -156,7 +156,7 @@ def answer_lines(predictor: Predictor, lines: Path, out: Path, work: Evaluation)
     """
     if is_stream(out):
         raise InputError(
-            f"{out} is no regular file; name one, or leave it out to print the answers"
+            f"{out} is not a regular file; name one, or leave it out to print the answers"
         )
     records = work.processes.from_first(lambda: requests_in(predictor.task, lines))
     with torch.no_grad():

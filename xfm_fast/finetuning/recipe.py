@@ -140,12 +140,13 @@ class FinetuneRecipe(Run):
         metrics, splits = TASKS[self.task.kind].metrics, self.data.splits
         if self.choose.by not in metrics:
             raise ValueError(
-                f"choose.by={self.choose.by} is no metric of the task {self.task.kind}; it has {', '.join(metrics)}"
+                f"choose.by={self.choose.by} is not a metric of the task {self.task.kind}; it has {', '.join(metrics)}"
             )
         if self.choose.split not in splits:
             names = ", ".join(splits) or "none"
             raise ValueError(
-                f"choose.split={self.choose.split} is no split of data.splits ({names}); name one, or set choose=null"
+                f"choose.split={self.choose.split} is not a split of data.splits ({names}); name one, or set "
+                "choose=null"
             )
         return self
 
@@ -357,7 +358,7 @@ def _check_keys(flat: Mapping[str, Any], name: str) -> None:
     if unknown := [key for key in flat if key not in keys]:
         near = difflib.get_close_matches(unknown[0], keys, n=1)
         raise ConfigError(
-            f"{name}: {', '.join(unknown)} is no key of the official fine-tuning files"
+            f"{name}: {', '.join(unknown)} is not a key of the official fine-tuning files"
             f"{f' (did you mean {near[0]}?)' if near else ''}; take it out, or write a recipe of your own"
         )
     for key, value in tables["only"].items():

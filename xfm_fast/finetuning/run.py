@@ -183,7 +183,7 @@ def _update_free(options: TaskOptions, recipe: TaskOptions) -> TaskOptions:
 def _no_metric(choose: Choice, metrics: Iterable[str]) -> ConfigError:
     names = ", ".join(metrics) or "none: its records hold no truth"
     return ConfigError(
-        f"choose.by={choose.by} is no metric of {choose.split}; it has {names}; choose another, or null"
+        f"choose.by={choose.by} is not a metric of {choose.split}; it has {names}; choose another, or null"
     )
 
 
@@ -359,7 +359,7 @@ def recipe_of(run: Path, overrides: Iterable[str] = ()) -> FinetuneRecipe:
         values = read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{run} is no fine-tuning run: its {RECIPE_FILE} cannot be read ({error}); give a run, or --recipe too"
+            f"{run} is not a fine-tuning run: its {RECIPE_FILE} cannot be read ({error}); give a run, or --recipe too"
         ) from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds no recipe; copy the run again")

@@ -231,7 +231,7 @@ def _references(path: Path, modified: int, size: int) -> dict[Any, Reference]:
             )
     except (TypeError, KeyError, AttributeError) as error:
         raise DataError(
-            f"{path} is no list of references ({error!r}); expected ref_id, ann_id, image_id, split and sentences"
+            f"{path} is not a list of references ({error!r}); expected ref_id, ann_id, image_id, split and sentences"
         ) from None
     return references
 
@@ -254,7 +254,7 @@ class Refer:
             }
         except (TypeError, KeyError, AttributeError) as error:
             raise DataError(
-                f"{instances} is no file of COCO instances ({error!r}); expected images and annotations"
+                f"{instances} is not a file of COCO instances ({error!r}); expected images and annotations"
             ) from None
 
     def join(self, identity: Any, element: dict[str, Any]) -> dict[str, Any] | DataError:

@@ -256,7 +256,7 @@ def open_torchvision(name: str, folder: Path, split: str) -> TorchvisionSet:
     }
     if name.lower() not in classes_of:
         raise ConfigError(
-            f"task.dataset={name} is no data set of torchvision; choose one, such as CIFAR10 or Food101"
+            f"task.dataset={name} is not a torchvision dataset; choose one, such as CIFAR10 or Food101"
         )
     dataset: Any = classes_of[name.lower()]
     parameters = inspect.signature(dataset.__init__).parameters
@@ -319,6 +319,6 @@ def _targets(data: Any) -> list[int]:
         targets = []
     if len(targets) != len(data) or not targets or min(targets) < 0:
         raise ConfigError(
-            f"{type(data).__name__} is no set of images with a class each; choose another task.dataset"
+            f"{type(data).__name__} does not have one class per image; choose another task.dataset"
         )
     return targets

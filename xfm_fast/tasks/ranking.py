@@ -235,7 +235,7 @@ class Ranker:
         """Hash an image file without decoding it; an unaccepted format raises `DataError`."""
         if not _ACCEPTED.match(content):
             raise DataError(
-                f"{name} ({len(content)} bytes, beginning with {content[:8]!r}) is no JPEG, PNG or WebP"
+                f"{name} ({len(content)} bytes, beginning with {content[:8]!r}) is not a JPEG, PNG or WebP"
             )
         return Picture(hashlib.sha256(content).digest(), content)
 

@@ -375,7 +375,7 @@ def _parse_options(value: Any) -> TaskOptions:
     kind = value.get("kind") if isinstance(value, Mapping) else None
     options = TaskOptions.of_kind(kind)
     if options is None:
-        raise ValueError(f"kind={kind!r} is no task; choose one of {', '.join(TASKS)}")
+        raise ValueError(f"kind={kind!r} is not a task; choose one of {', '.join(TASKS)}")
     try:
         return options.model_validate(value)
     except ValidationError as error:

@@ -1,5 +1,4 @@
-"""Classification and regression of texts and text pairs (GLUE, tables), and what it shares with
-that of images.
+"""Classification and regression of texts (GLUE, tables); images share the options and labels.
 
 Official recipes: ImageNet at 224 pixels, 128 images per GPU, lr 4e-5, 100 epochs, Mixup and CutMix;
 linear probes with a frozen encoder; GLUE with lr 1e-5 to 5e-5, 3 to 20 epochs, batch size 32.
@@ -56,7 +55,9 @@ class LabelOptions(TaskOptions):
     def _check_columns(self) -> Self:
         fields = self.record.model_fields
         if unknown := [field for field in self.columns if field not in fields]:
-            raise ValueError(f"columns: {unknown[0]} is no field; known here: {', '.join(fields)}")
+            raise ValueError(
+                f"columns: {unknown[0]} is not a field; choose from {', '.join(fields)}"
+            )
         return self
 
 
@@ -120,7 +121,7 @@ def class_index(label: str | None, names: Sequence[str]) -> int:
     if label not in names:
         first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise DataError(
-            f"label {label!r} is none of the {len(names)} classes ({first}); correct it"
+            f"label {label!r} is not among the {len(names)} classes ({first}); correct it"
         )
     return names.index(label)
 

@@ -304,7 +304,7 @@ def read_answer_list(path: str | os.PathLike[str]) -> list[str]:
             )
     if repeated := [answer for answer, times in Counter(answers).items() if times > 1]:
         raise DataError(
-            f"{path}: {', '.join(map(repr, repeated[:_SHOWN]))} stand there more than once; leave one of each"
+            f"{path}: {', '.join(map(repr, repeated[:_SHOWN]))} occur more than once; keep one of each"
         )
     return answers
 

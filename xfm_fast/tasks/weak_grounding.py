@@ -107,7 +107,7 @@ class WeakGroundingTask(PairTask[WeakGroundingOptions]):
         return records
 
     def item(self, record: GroundingRecord, rng: Rng) -> Item:
-        # Expressions of one image describe the same image, and are no negatives of each other.
+        # Expressions of one image describe the same image, and must not be negatives of each other.
         pair = RetrievalRecord(image=record.image, caption=record.text, image_id=record.image)
         return super().item(pair, rng)
 
@@ -347,7 +347,7 @@ def read_detections(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except OSError as error:
         raise unreadable(path, error) from None
     except ValueError as error:
-        raise DataError(f"{path} is no JSON ({error}); write it again") from None
+        raise DataError(f"{path} is not JSON ({error}); write it again") from None
     # (description for messages, image, box) of each detection.
     detections: list[tuple[str, Any, Any]] = []
     if isinstance(content, list):
@@ -370,7 +370,7 @@ def read_detections(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         numbers = [float(value) for value in values if type(value) in (int, float)]
         if len(numbers) < 4 or not np.isfinite(numbers).all() or min(numbers[2:]) <= 0:
             raise DataError(
-                f"{path}, {where}: box {box!r} is none; expected [x, y, w, h] in pixels, w and h above 0"
+                f"{path}, {where}: box {box!r} is invalid; expected [x, y, w, h] in pixels, w and h above 0"
             )
         if not isinstance(image, str | int):
             raise DataError(
