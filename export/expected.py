@@ -26,7 +26,7 @@ from xfm_fast.models.decoder import DecoderCache
 from xfm_fast.models.fusion import ImageMemory
 from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import ImageGroups, Packing
-from xfm_fast.tasks.task import TaskModel
+from xfm_fast.tasks.models import TaskModel
 
 from .graphs import DTYPES, in_dtype, memory_names
 from .layers import M

@@ -32,7 +32,7 @@ from xfm_fast.models.frozen import is_frozen
 from xfm_fast.models.text import LayerStack
 from xfm_fast.models.vision import Block
 from xfm_fast.models.xfm import XFM
-from xfm_fast.tasks.task import TaskModel
+from xfm_fast.tasks.models import TaskModel
 
 from .layers import (
     Heads,

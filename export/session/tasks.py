@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from xfm_fast.packing import ImageGroups, Packing, Sequences
-from xfm_fast.tasks.answer_trie import AnswerTrie, DecodedTree
 from xfm_fast.tasks.task import TASKS
+from xfm_fast.tasks.vqa_model import AnswerTrie, DecodedTree
 
 from ..graphs import SessionMemory
 from ..slots import largest

@@ -89,7 +89,7 @@ def check(
         image_root=rows.image_root,
         tokenized=options.tokenized,
         tolerate_bad=rows.tolerate_bad,
-        most_problems=sys.maxsize if as_json else 20,
+        max_problems=sys.maxsize if as_json else 20,
     )
     with progress("checking") as advance:
         report = checking.check(paths, options.task, settings, progress=advance)

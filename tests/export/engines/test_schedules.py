@@ -18,7 +18,7 @@ from xfm_fast.export.manifest import Manifest
 from xfm_fast.export.runtimes.tensorrt import EngineRequest
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.nlvr2 import NLVR2Model
-from xfm_fast.tasks.vqa import VQAModel
+from xfm_fast.tasks.vqa_model import VQAModel
 
 Steps = tuple[int, int, int, int]
 """Counts of steps that compute: all, without a GEMM, only a GEMM, only moves or casts."""
