@@ -553,8 +553,8 @@ def _step_into(hint: Any, component: int | str) -> tuple[Any, bool]:
     members = [hint, *get_args(hint)]
     models = [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
     for model in models:
-        section = model.of_kind(component) if hasattr(model, "of_kind") else None
-        if section is not None:
+        find_section = getattr(model, "of_kind", None)
+        if find_section is not None and (section := find_section(component)) is not None:
             return section, False
         tag = model.model_fields.get("kind")
         if tag is not None and tag.default == component:
