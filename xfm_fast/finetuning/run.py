@@ -235,11 +235,11 @@ def _warn_of_overlap(
             if texts
             else ("images", overlap(files, records))
         )
-        if shared.number:
-            more = ", ..." if shared.number > len(shared.first) else ""
+        if shared.total:
+            more = ", ..." if shared.total > len(shared.examples) else ""
             print(
-                f"{shared.number} {what} of the split {split} are in the files of training too "
-                f"({', '.join(shared.first)}{more}), so its metrics do not say how the model does on new ones; take "
+                f"{shared.total} {what} of the split {split} are in the files of training too "
+                f"({', '.join(shared.examples)}{more}), so its metrics do not say how the model does on new ones; take "
                 "them out of one of the two",
                 file=sys.stderr,
             )

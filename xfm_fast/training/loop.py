@@ -381,7 +381,7 @@ def open_sources(recipe: Recipe, processes: Processes) -> dict[str, BatchSource[
                 seed=recipe.seed,
                 rank=processes.rank,
                 world_size=processes.world_size,
-                number=index,
+                index=index,
                 quarantine=quarantine,
                 observer=seen_images(folder, name, processes),
             )
