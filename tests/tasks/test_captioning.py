@@ -95,11 +95,11 @@ class Chain:
         self, prompt_ids: Tensor, memory: object, capacity: int
     ) -> tuple[Tensor, DecoderCache]:
         past = DecoderCache(capacity)
-        past.advance(prompt_ids.shape[1])
+        past.length += prompt_ids.shape[1]
         return prompt_ids[:, -1:].double(), past
 
     def step(self, input_ids: Tensor, memory: object, past: DecoderCache) -> Tensor:
-        past.advance(1)
+        past.length += 1
         return input_ids[:, None].double()
 
     def logits(self, hidden: Tensor) -> Tensor:
