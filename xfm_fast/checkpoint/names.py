@@ -181,7 +181,7 @@ def to_ours(official: Mapping[str, Tensor], cfg: XFMConfig) -> tuple[dict[str, T
         else:
             state[ours] = value
     report.duplicates = merge_tied(state)
-    report.duplicates |= _merge(report.unused, _TIED_DEAD, strict=False)
+    report.duplicates |= merge_tied(report.unused, _TIED_DEAD, strict=False)
     return state, report
 
 
@@ -211,15 +211,13 @@ def config_of(
     return sizes.resized(image_size)
 
 
-def merge_tied(state: dict[str, Tensor]) -> dict[str, str]:
+def merge_tied(
+    state: dict[str, Tensor], ties: Mapping[str, str] = TIED, *, strict: bool = True
+) -> dict[str, str]:
     """Keep one name of each tied tensor, in place; returns dropped name → remaining name.
 
-    Raises `CheckpointError` if the two names have different values.
+    Two names with different values raise `CheckpointError`; both stay if not `strict`.
     """
-    return _merge(state, TIED, strict=True)
-
-
-def _merge(state: dict[str, Tensor], ties: dict[str, str], *, strict: bool) -> dict[str, str]:
     merged = {}
     for second, first in ties.items():
         if second not in state:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypedDict, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypedDict, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xfm_fast.batches import IGNORED, Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
+from xfm_fast.batches import IGNORED, ImageBatch, PairBatch, RegionBatch, TensorBatch, TextBatch
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.images import record_pixels
 from xfm_fast.data.masking import EncodedText, block_mask
@@ -30,31 +29,29 @@ from xfm_fast.errors import DataError, InputError
 from xfm_fast.tokenizer import CaptionTokenizer
 
 Options = TypeVar("Options")
-Item = TypeVar("Item")
-BatchT = TypeVar("BatchT", bound=Batch, covariant=True)
+BatchT = TypeVar("BatchT", bound=TensorBatch, covariant=True)
+
+
+class ItemMaker(Protocol[BatchT]):
+    """Converts records to items and items to a batch."""
+
+    def item(self, record: Any, rng: np.random.Generator) -> Any:
+        """Convert a record to an item; a broken record raises `DataError`."""
+        ...
+
+    def collate(self, items: list[Any], rng: np.random.Generator) -> BatchT:
+        """Collate items to a batch, with the batch's generator."""
+        ...
 
 
 @dataclass(frozen=True)
-class Items(ABC, Generic[Options, Item, BatchT]):
-    """Converts records to items and items to batches of `batch_size` pairs, images or texts per rank."""
+class Items(ItemMaker[BatchT], Generic[Options, BatchT]):
+    """Makes batches of `batch_size` pairs, images or texts per rank."""
 
     options: Options
     config: XFMConfig
     tokenizer: CaptionTokenizer
     batch_size: int
-
-    @property
-    def rows(self) -> int:
-        """Records of a batch."""
-        return self.batch_size
-
-    @abstractmethod
-    def item(self, record: Mapping[str, Any], rng: np.random.Generator) -> Item:
-        """Convert a record to an item; a broken record raises `DataError`."""
-
-    @abstractmethod
-    def collate(self, items: list[Item], rng: np.random.Generator) -> BatchT:
-        """Collate items to a batch, with the batch's generator."""
 
 
 class Pair(NamedTuple):
@@ -79,7 +76,7 @@ class Regions(NamedTuple):
     texts: Sequence[EncodedText]
 
 
-class ImageItems(Items[ImageStreamOptions, Picture, ImageBatch]):
+class ImageItems(Items[ImageStreamOptions, ImageBatch]):
     """Images only; other fields are not read."""
 
     def item(self, record: Mapping[str, Any], rng: np.random.Generator) -> Picture:
@@ -90,7 +87,7 @@ class ImageItems(Items[ImageStreamOptions, Picture, ImageBatch]):
         return collate_images(images, patch_masks=masks)
 
 
-class PairItems(Items[PairStreamOptions, Pair, PairBatch]):
+class PairItems(Items[PairStreamOptions, PairBatch]):
     """Image-caption records."""
 
     def item(self, record: Mapping[str, Any], rng: np.random.Generator) -> Pair:
@@ -110,7 +107,7 @@ class PairItems(Items[PairStreamOptions, Pair, PairBatch]):
         )
 
 
-class TextItems(Items[TextStreamOptions, EncodedText, TextBatch]):
+class TextItems(Items[TextStreamOptions, TextBatch]):
     """Text only."""
 
     def item(self, record: Mapping[str, Any], rng: np.random.Generator) -> EncodedText:
@@ -121,12 +118,8 @@ class TextItems(Items[TextStreamOptions, EncodedText, TextBatch]):
         return collate_texts(items, pad_token_id=self.tokenizer.pad_token_id)
 
 
-class RegionItems(Items[RegionStreamOptions, Regions, RegionBatch]):
+class RegionItems(Items[RegionStreamOptions, RegionBatch]):
     """Images with regions."""
-
-    @property
-    def rows(self) -> int:
-        return self.options.max_images
 
     def item(self, record: Mapping[str, Any], rng: np.random.Generator) -> Regions:
         # A record without regions saves decoding the image.
@@ -150,7 +143,7 @@ class RegionItems(Items[RegionStreamOptions, Regions, RegionBatch]):
         return collate_regions(samples, texts, self.batch_size, rng, pad_token_id=pad, width=width)
 
 
-ITEMS: dict[str, Callable[..., Items[Any, Any, Any]]] = {
+ITEMS: dict[str, Callable[..., Items[Any, Any]]] = {
     "pairs": PairItems,
     "regions": RegionItems,
     "images": ImageItems,
@@ -226,7 +219,6 @@ def collate_regions(
     *,
     pad_token_id: int,
     width: int | None = None,
-    masked: int | None = None,
 ) -> RegionBatch:
     """Collate exactly `batch_size` texts about regions, grouped by image.
 
@@ -250,7 +242,7 @@ def collate_regions(
     flat = [text for rows_of_image in texts for text in rows_of_image]
     index = torch.from_numpy(rows)
     return RegionBatch(
-        **_pad([flat[row] for row in rows], pad_token_id, width, masked),
+        **_pad([flat[row] for row in rows], pad_token_id, width),
         image=torch.stack([samples[image].image for image in used]),
         image_index=torch.from_numpy(image_index.astype(np.int64)),
         region_mask=torch.cat([sample.region_mask for sample in samples])[index],
@@ -280,7 +272,10 @@ class _Texts(TypedDict):
 
 
 def _pad(
-    texts: Sequence[EncodedText], pad_token_id: int, width: int | None, masked: int | None
+    texts: Sequence[EncodedText],
+    pad_token_id: int,
+    width: int | None = None,
+    masked: int | None = None,
 ) -> _Texts:
     if not texts:
         raise InputError("a batch of 0 texts is empty; give at least 1")

@@ -64,10 +64,7 @@ _SHORT_LINE = 8
 class Rows(Protocol):
     """Rows of one file."""
 
-    @property
-    def name(self) -> str:
-        """File name in error messages."""
-        ...
+    name: str  # in error messages
 
     @property
     def modified(self) -> int:
