@@ -31,23 +31,23 @@ _BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _OLDEST_GPU = (8, 0)
 
 
-class _Chosen(threading.local):
+class _Block(threading.local):
     """The backend of the current thread's block (the compiler can trace a thread-local, not a context variable)."""
 
-    name: Backend = "auto"
+    backend: Backend = "auto"
 
 
-_chosen = _Chosen()
+_block = _Block()
 
 
 @contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
     """Run the operations of a block on the named backend."""
-    outside, _chosen.name = _chosen.name, _known(name)
+    outside, _block.backend = _block.backend, _checked(name)
     try:
         yield
     finally:
-        _chosen.name = outside
+        _block.backend = outside
 
 
 _emulated: list[int] = []
@@ -55,7 +55,7 @@ _emulated: list[int] = []
 
 @contextmanager
 def emulating(target: str, **options: Any) -> Iterator[list[Launch]]:
-    """Let the backend `triton` take CPU tensors within the block, and run them as `emulation.emulated` does."""
+    """Let the backend `triton` take CPU tensors within the block and run them by `emulation.emulated`."""
     from .emulation import emulated
 
     with emulated(target, **options) as launches:
@@ -67,26 +67,26 @@ def emulating(target: str, **options: Any) -> Iterator[list[Launch]]:
 
 
 def emulated_architecture() -> int | None:
-    """The architecture of `emulating`."""
+    """Return the architecture of the block of `emulating`, or None outside."""
     return _emulated[-1] if _emulated else None
 
 
 def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = False) -> Backend:
-    """The backend that runs an operation on these tensors: one of `reference`, `cpu`, `triton`, `flash_attn`.
+    """Return the backend that runs an operation on these tensors: `reference`, `cpu`, `triton` or `flash_attn`.
 
     `has_flash` marks attention: other operations treat a block of `flash_attn` as `auto`, and attention on Hopper needs
     a compiler without the faults of `hopper_fault`. ValueError for tensors on several devices, and for a named backend
     that cannot run here; `auto` falls back to `reference`, as it does within `torch.func`, forward-mode differentiation
     and traces, and for tensors that are not `plain`.
     """
-    name = _chosen.name if backend is None else _known(backend)
+    name = _block.backend if backend is None else _checked(backend)
     if name == "flash_attn" and not has_flash:
         if backend is not None:
             raise InputError(
                 "backend 'flash_attn' has attention of packed sequences only; use 'auto' or another one"
             )
         name = "auto"
-    device, wide = None, False
+    device, double = None, False
     for tensor in tensors:
         if tensor is None:
             continue
@@ -96,7 +96,7 @@ def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = 
             raise InputError(
                 f"tensors live on {device} and {tensor.device}; move them to one device"
             )
-        wide = wide or tensor.dtype == torch.float64
+        double = double or tensor.dtype == torch.float64
     assert device is not None
     if torch.compiler.is_exporting():
         # What reads an exported graph does not have this project's operators.
@@ -109,18 +109,16 @@ def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = 
         return "reference"
     if not torch.compiler.is_compiling() and not readable(*tensors):
         if name not in ("auto", "reference"):
-            classes = ", ".join(
-                sorted({type(tensor).__name__ for tensor in tensors if tensor is not None})
-            )
+            classes = sorted({type(tensor).__name__ for tensor in tensors if tensor is not None})
             raise InputError(
                 f"backend {name!r} reads memory, which a trace does not record and a tensor subclass may lack (here "
-                f"{classes}); use 'auto' or 'reference'"
+                f"{', '.join(classes)}); use 'auto' or 'reference'"
             )
         return "reference"
     if name == "auto":
         if device.type == "cpu":
             return "cpu"
-        if wide or _why_not("triton", device.type, device.index) is not None:
+        if double or _why_not("triton", device.type, device.index) is not None:
             return "reference"
         if has_flash and (fault := _compiler_fault(device.type, device.index)) is not None:
             _warn(fault)
@@ -129,7 +127,7 @@ def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = 
     why_not = _why_not(name, device.type, device.index)
     if why_not is None and name == "triton" and has_flash:
         why_not = _compiler_fault(device.type, device.index)
-    if wide and name == "triton" and why_not is None:
+    if double and name == "triton" and why_not is None:
         why_not = "a tensor is float64 and the kernels compute in fp32 at most"
     if why_not is not None:
         raise InputError(f"backend {name!r} cannot run: {why_not}; use 'auto' or another one")
@@ -137,25 +135,36 @@ def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = 
 
 
 def named(backend: Backend | None) -> bool:
-    """True if the caller named a backend, which must not be replaced."""
-    return (_chosen.name if backend is None else backend) != "auto"
+    """Return whether the caller named a backend, which must not be replaced."""
+    return (_block.backend if backend is None else backend) != "auto"
 
 
-def _known(name: Backend) -> Backend:
+def _checked(name: Backend) -> Backend:
     if name not in _BACKENDS:
         raise InputError(f"backend {name!r} is unknown; choose one of {', '.join(_BACKENDS)}")
     return name
 
 
+AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+"""Dispatch keys of autocast by device; other devices have no registered operators."""
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of autocast on a device with registered operators; None where it is off."""
+    if device.type not in AUTOCAST_KEYS or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def constant_when_compiled(function: _Function) -> _Function:
-    """What `torch.compiler.assume_constant_result` does, which would import all of the compiler into every process."""
+    """Mark a function as `torch.compiler.assume_constant_result` does, without importing all of the compiler."""
     setattr(function, "_dynamo_marked_constant", True)  # noqa: B010
     return function
 
 
 @constant_when_compiled
 def transformed() -> bool:
-    """True within the transforms of `torch.func` and forward-mode differentiation: kernels drop what these add."""
+    """Return whether a functorch transform or forward-mode differentiation is active, which kernels do not support."""
     level = torch._C._functorch.maybe_current_level()  # pyright: ignore[reportAttributeAccessIssue]
     return level is not None or forward_ad._current_level >= 0
 
@@ -163,7 +172,7 @@ def transformed() -> bool:
 PLAIN: set[type[Tensor]] = {Tensor, nn.Parameter}
 """Classes of tensors whose memory kernels may read."""
 _keys = torch._C._dispatch_keys
-# What dispatch sees in a dense tensor, made in inference mode or not: no subclass, lazy conjugate, wrapper or proxy.
+# Dispatch keys of dense tensors, made in inference mode or not: no subclass, lazy conjugate, wrapper or proxy.
 _DENSE: set[int] = set()
 _RECORDING = [
     getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL")
@@ -171,20 +180,25 @@ _RECORDING = [
 
 
 def readable(*tensors: Tensor | None) -> bool:
-    """True where kernels may read these tensors by address: all are `plain`, and nothing is `traced`."""
-    return not traced() and all(tensor is None or plain(tensor) for tensor in tensors)
+    """Return whether kernels may read these tensors by address: all are `plain`, and nothing is `traced`."""
+    return not traced() and plain(*tensors)
 
 
-def plain(tensor: Tensor) -> bool:
-    """True for a tensor with memory of its own, dense or frozen for oneDNN, on any device."""
-    return type(tensor) in PLAIN and (_keys(tensor).raw_repr() in _DENSE or _is_dense(tensor))
+def plain(*tensors: Tensor | None) -> bool:
+    """Return whether all tensors have memory of their own, dense or frozen for oneDNN, on any device."""
+    for tensor in tensors:
+        if tensor is None or (type(tensor) in PLAIN and _keys(tensor).raw_repr() in _DENSE):
+            continue
+        if type(tensor) not in PLAIN or not _is_dense(tensor):
+            return False
+    return True
 
 
 def traced() -> bool:
-    """True while operations are recorded or replaced (`make_fx`, `torch.jit.trace`, `FakeTensorMode`)."""
+    """Return whether operations are recorded or replaced (`make_fx`, `torch.jit.trace`, `FakeTensorMode`)."""
     if torch._C._get_tracing_state() is not None or _len_torch_dispatch_stack_pre_dispatch():
         return True
-    # Modes that only look on, as a counter of operations, do not matter.
+    # Modes that only observe, such as a counter of operations, do not matter.
     return torch._C._len_torch_dispatch_stack() > 0 and any(
         torch._C._get_dispatch_mode(key) is not None for key in _RECORDING
     )
@@ -192,7 +206,7 @@ def traced() -> bool:
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """Within the block, operations run instead of being recorded: their results are constants of a trace."""
+    """Run operations within the block instead of recording them: their results are constants of a trace."""
     state = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # pyright: ignore[reportAttributeAccessIssue]
     try:
@@ -216,23 +230,19 @@ def _is_dense(tensor: Tensor) -> bool:
 
 @constant_when_compiled
 def _why_not(name: Backend, device: str, index: int | None) -> str | None:
-    """The reason why a backend cannot run on a device, or None."""
+    """Return the reason why a backend cannot run on a device, or None."""
     if name == "reference":
         return None
     if name == "cpu":
         return None if device == "cpu" else f"a tensor lives on {device}"
     if name == "triton" and not _installed("triton"):
         return "the package triton is not installed"
-    if name == "flash_attn" and not (
-        _installed("flash_attn") or _installed("flash_attn_interface")
-    ):
+    flash = _installed("flash_attn") or _installed("flash_attn_interface")
+    if name == "flash_attn" and not flash:
         return "the package flash_attn is not installed"
     # The interpreter and the emulation run Triton kernels on CPU tensors: slow, for tests.
-    if (
-        name == "triton"
-        and device == "cpu"
-        and (_emulated or os.environ.get("TRITON_INTERPRET") == "1")
-    ):
+    interpreted = _emulated or os.environ.get("TRITON_INTERPRET") == "1"
+    if name == "triton" and device == "cpu" and interpreted:
         return None
     if device != "cuda":
         return f"it needs a CUDA GPU and the tensors live on {device}"
@@ -244,16 +254,17 @@ def _why_not(name: Backend, device: str, index: int | None) -> str | None:
 
 @constant_when_compiled
 def _compiler_fault(device: str, index: int | None) -> str | None:
-    """The reason why compiled attention would be wrong on a device, or None."""
+    """Return the reason why compiled attention would be wrong on a device, or None."""
     if device != "cuda" or torch.version.hip is not None:
         return None
     major, minor = torch.cuda.get_device_capability(index)
-    fault = compiler_fault(10 * major + minor)
+    arch = 10 * major + minor
+    fault = compiler_fault(arch)
     if fault is None or not os.environ.get("XFM_PREPARED_KERNELS"):
         return fault
     # By name: it imports this module.
-    why = importlib.import_module(f"{__package__}.prepared").why_not(10 * major + minor)
-    return None if why is None else f"{fault}; {why}"
+    why_not = importlib.import_module(f"{__package__}.prepared").why_not(arch)
+    return None if why_not is None else f"{fault}; {why_not}"
 
 
 def compiler_fault(arch: int) -> str | None:
@@ -264,7 +275,7 @@ def compiler_fault(arch: int) -> str | None:
 
 
 def hopper_fault(triton: str, ptxas: str) -> str | None:
-    """A fault of a compiler that makes attention wrong on Hopper, or None.
+    """Return the fault of a compiler that makes attention wrong on Hopper, or None.
 
     Before 3.7.1, Triton does not order an asynchronous copy to shared memory before the tensor cores that read it.
     Before 13.3, ptxas overwrites registers that the tensor cores still read.
@@ -278,7 +289,7 @@ def hopper_fault(triton: str, ptxas: str) -> str | None:
 
 
 def blackwell_fault(triton: str) -> str | None:
-    """A fault of Triton that makes attention wrong on GPUs with tensor memory (sm_100), or None.
+    """Return the fault of Triton that makes attention wrong on GPUs with tensor memory (sm_100), or None.
 
     3.5.1 and 3.7.0 lack proxy fences before the tensor cores, and a barrier between loads of tensor memory and stores
     over it; 3.9.0 has both, and versions between were not tried.
@@ -290,7 +301,7 @@ def blackwell_fault(triton: str) -> str | None:
 
 @cache
 def compiler_versions(arch: int = 90) -> tuple[str, str]:
-    """Versions of Triton and of the ptxas that it assembles an architecture's code with."""
+    """Return the versions of Triton and of the ptxas that assembles an architecture's code."""
     import triton
     from triton.backends.nvidia.compiler import get_ptxas
 
@@ -298,7 +309,7 @@ def compiler_versions(arch: int = 90) -> tuple[str, str]:
 
 
 def version_numbers(version: str) -> tuple[int, ...]:
-    """3.7.1+git → (3, 7, 1)."""
+    """Return the numbers of a version: 3.7.1+git → (3, 7, 1)."""
     return tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdecimal())
 
 

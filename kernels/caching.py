@@ -39,24 +39,26 @@ class Sources:
     """The tensors that a value was computed from, as they were then: their memory, versions and contents.
 
     Writes through `.data` and NumPy escape PyTorch's version counter, so on a CPU contents are compared too: integers
-    and small tensors whole, of a large matrix an element of every row and of every column, in places so spread that
-    every block of a few times as many elements as its longer side has one. Only other elements, written past the
-    counter, go unseen. On an accelerator a comparison would wait for the device, and versions decide.
+    and small tensors entirely, of a large matrix an element of every row and of every column, spread so that every
+    block of a few times as many elements as its longer side has one. Only other elements, written past the counter, go
+    unseen. On an accelerator a comparison would wait for the device, and versions decide.
     """
 
     def __init__(
         self, tensors: Sequence[Tensor], dropped: Callable[[Any], None] | None = None
     ) -> None:
         self._facts = [(weakref.ref(t.untyped_storage(), dropped), _facts(t)) for t in tensors]
-        on_host = [place for place, t in enumerate(tensors) if t.device.type == "cpu"]
-        by_address = [place for place in on_host if _has_words(tensors[place])]
-        self._words = _words([tensors[place] for place in by_address]) if by_address else None
-        self._values = [
-            (place, _values(tensors[place]).clone()) for place in on_host if place not in by_address
-        ]
+        self._values: list[tuple[int, Tensor]] = []
+        by_address: list[Tensor] = []
+        for index, tensor in enumerate(tensors):
+            if tensor.device.type == "cpu" and _has_words(tensor):
+                by_address.append(tensor)
+            elif tensor.device.type == "cpu":
+                self._values.append((index, _sample(tensor).clone()))
+        self._words = _words(by_address) if by_address else None
 
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:
-        """True if these are the tensors, and no write to them was seen."""
+        """Return whether these are the same tensors, and no write to them was seen."""
         if len(tensors) != len(self._facts):
             return False
         for (storage, facts), t in zip(self._facts, tensors, strict=True):
@@ -68,7 +70,7 @@ class Sources:
         # Only now is the memory known to be the same, so that it may be read by address.
         if self._words is not None and not self._words.unchanged():
             return False
-        return all(torch.equal(_values(tensors[place]), values) for place, values in self._values)
+        return all(torch.equal(_sample(tensors[i]), values) for i, values in self._values)
 
 
 def _facts(tensor: Tensor) -> tuple[Any, ...]:
@@ -76,33 +78,30 @@ def _facts(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _has_words(tensor: Tensor) -> bool:
-    """True for floats that compiled code can compare."""
+    """Return whether compiled code can compare a tensor: floats of at least a word."""
     from .cpu import llvm
 
-    return (
-        tensor.is_floating_point()
-        and tensor.untyped_storage().nbytes() >= _WORD
-        and llvm.why_not() is None
-    )
+    words = tensor.is_floating_point() and tensor.untyped_storage().nbytes() >= _WORD
+    return words and llvm.why_not() is None
 
 
 def _words(tensors: Sequence[Tensor]) -> Words:
     # Its compiler takes long to load.
     from .cpu.llvm.words import Words
 
-    places = []
+    addresses = []
     for tensor in tensors:
         size = tensor.element_size()
         offsets = _offsets(tensor.shape, tensor.stride()) * size
-        # Of wider elements every word; of narrower ones a word that is whole within the storage.
-        offsets = np.concatenate([offsets + more for more in range(0, size, _WORD)])
+        # Every word of wider elements; for narrower ones, a word that lies within the storage.
+        offsets = np.concatenate([offsets + word for word in range(0, size, _WORD)])
         last = tensor.untyped_storage().nbytes() - int(tensor.storage_offset()) * size - _WORD
-        places.append(np.minimum(offsets, last) + tensor.data_ptr())
-    return Words(np.concatenate(places))
+        addresses.append(np.minimum(offsets, last) + tensor.data_ptr())
+    return Words(np.concatenate(addresses))
 
 
-def _values(tensor: Tensor) -> Tensor:
-    """The compared values of a tensor, as bits."""
+def _sample(tensor: Tensor) -> Tensor:
+    """Return the compared values of a tensor, as bits."""
     flat = tensor.detach().reshape(-1)
     if not flat.is_floating_point():
         return flat
@@ -111,20 +110,20 @@ def _values(tensor: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _elements(shape: torch.Size) -> np.ndarray:
-    """The numbers of the compared elements of a tensor of floats."""
+    """Return the flat indices of the compared elements of a tensor of floats."""
     count = math.prod(shape)
     if count <= _COMPARED_WHOLE:
         return np.arange(count)
     columns = shape[-1]
     rows = count // columns
-    number = np.arange(max(rows, columns))
+    longer = np.arange(max(rows, columns))
     if rows >= columns:
-        return number * columns + number * _spread(columns) % columns
-    return number * _spread(rows) % rows * columns + number
+        return longer * columns + longer * _spread(columns) % columns
+    return longer * _spread(rows) % rows * columns + longer
 
 
 def _spread(count: int) -> int:
-    """A step of about the golden section, which visits all of `count` places."""
+    """Return a step of about the golden section, coprime to `count`."""
     step = max(1, round(count * _GOLDEN))
     while math.gcd(step, count) > 1:
         step += 1
@@ -133,11 +132,11 @@ def _spread(count: int) -> int:
 
 @lru_cache(maxsize=256)
 def _offsets(shape: torch.Size, strides: tuple[int, ...]) -> np.ndarray:
-    """Where the compared elements are, in elements from the first."""
-    number = _elements(shape)
-    offsets = np.zeros(len(number), np.int64)
+    """Return the memory offsets of the compared elements, in elements from the first."""
+    flat = _elements(shape)
+    offsets = np.zeros(len(flat), np.int64)
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        number, index = np.divmod(number, size)
+        flat, index = np.divmod(flat, size)
         offsets += index * stride
     return offsets
 
@@ -149,13 +148,13 @@ class _Entry(NamedTuple):
     filled: _Filled | None
 
 
-# By identity of the first source's storage, then by name and place within it.
+# By id of the first source's storage, then by name and position within it.
 _Entries = dict[int, tuple[weakref.ref[Any], dict[Any, _Entry]]]
 _entries: _Entries = {}
 
 
 def cached(name: str, sources: tuple[Tensor, ...], compute: Callable[[], T], *facts: Any) -> T:
-    """`compute()`, kept under `name` as long as its sources and the other `facts` that it depends on are unchanged."""
+    """Return `compute()`, cached under `name` until a source, or another of the `facts` it depends on, changes."""
     if (
         torch.compiler.is_compiling()
         or _mode.uncached
@@ -166,24 +165,23 @@ def cached(name: str, sources: tuple[Tensor, ...], compute: Callable[[], T], *fa
     ):
         return compute()
     first = sources[0]
-    key, kept = (name, first.storage_offset(), first.shape), _entries_of(first.untyped_storage())
-    entry = kept.get(key)
+    key, entries = (name, first.storage_offset(), first.shape), _entries_of(first.untyped_storage())
+    entry = entries.get(key)
     if entry is None or entry.facts != facts or not entry.sources.unchanged(sources):
-        # The first caller may be in inference mode; what is kept must serve training too.
+        # The first caller may be in inference mode; the value must serve training too.
         with torch.inference_mode(False), torch.no_grad():
-            # Before the value: a write in between leaves a value that is newer than what it is compared with.
-            seen = Sources(sources, partial(_drop, kept, key))
+            # Before the value: after a write in between, the value is recomputed.
+            before = Sources(sources, partial(_drop, entries, key))
             value = compute()
-        entry = kept[key] = _Entry(
-            seen, facts, value, _Filled(first.device) if first.is_cuda else None
-        )
+        filled = _Filled(first.device) if first.is_cuda else None
+        entry = entries[key] = _Entry(before, facts, value, filled)
     if entry.filled is not None and not _capturing(first):
         entry.filled.wait(entry.value)
     return entry.value
 
 
 class _Filled:
-    """The stream that computed a value, and the moment when it was there."""
+    """The stream that computed a value, and the event that it recorded afterwards."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -191,7 +189,7 @@ class _Filled:
         self.event = self.stream.record_event()
 
     def wait(self, value: Any) -> None:
-        """Let the current stream read the value after it was filled, and keep its memory until that is done."""
+        """Let the current stream wait for the value, and keep its memory until the stream has read it."""
         current = torch.cuda.current_stream(self.device)
         if current != self.stream:
             current.wait_event(self.event)
@@ -210,7 +208,7 @@ _mode = _Mode()
 
 @contextmanager
 def uncached() -> Iterator[None]:
-    """Disable the cache within the block, for models that run once: packed weights double the memory of the model's."""
+    """Disable the cache within the block, for models that run once: packed weights double the memory of a model."""
     outside, _mode.uncached = _mode.uncached, True
     try:
         yield
@@ -220,7 +218,7 @@ def uncached() -> Iterator[None]:
 
 @contextmanager
 def graphs_read_cache() -> Iterator[None]:
-    """Within the block, captured graphs read cached tensors instead of recomputing them at every replay.
+    """Let graphs captured in the block read cached tensors instead of recomputing them at every replay.
 
     The caller keeps `cached_tensors` as long as the graph, and captures it again after a source has changed.
     """
@@ -232,7 +230,7 @@ def graphs_read_cache() -> Iterator[None]:
 
 
 def _captured(source: Tensor) -> bool:
-    """True if a value is to be a part of the graph that is being captured."""
+    """Return whether a value must be computed in the graph that is being captured."""
     return not _mode.graphs_read_cache and _capturing(source)
 
 
@@ -242,40 +240,39 @@ def _capturing(source: Tensor) -> bool:
 
 def _entries_of(storage: Any) -> dict[Any, _Entry]:
     key = id(storage)
-    found = _entries.get(key)
-    if found is None or found[0]() is not storage:
-        found = _entries[key] = (weakref.ref(storage, partial(_forget, _entries, key)), {})
-    return found[1]
+    entries = _entries.get(key)
+    if entries is None or entries[0]() is not storage:
+        entries = _entries[key] = (weakref.ref(storage, partial(_forget, _entries, key)), {})
+    return entries[1]
 
 
 def _forget(entries: _Entries, key: int, dead: Any) -> None:
     # The entries are an argument: storages that outlive this module find its globals cleared when the interpreter ends.
-    # Another storage may have taken the identity of the dead one meanwhile.
+    # Another storage may have taken the id of the dead one meanwhile.
     if key in entries and entries[key][0] is dead:
         del entries[key]
 
 
-def _drop(kept: dict[Any, _Entry], key: Any, dead: Any) -> None:
-    if key in kept and any(dead is storage for storage, _ in kept[key].sources._facts):
-        del kept[key]
+def _drop(entries: dict[Any, _Entry], key: Any, dead: Any) -> None:
+    if key in entries and any(dead is storage for storage, _ in entries[key].sources._facts):
+        del entries[key]
 
 
 def forget(source: Tensor) -> None:
-    """Forget everything that was computed from a tensor as its first source."""
+    """Forget all values whose first source is this tensor."""
     if not source.is_mkldnn:
         _entries.pop(id(source.untyped_storage()), None)
 
 
 def clear() -> None:
-    """Forget everything, for example to free memory before training."""
+    """Forget all values, for example to free memory before training."""
     _entries.clear()
 
 
 def cached_tensors(sources: Iterable[Tensor]) -> list[Any]:
-    """All cached tensors of these sources; a CUDA graph that reads them stores this list, in case of `clear`."""
-    found = [
-        _entries[key]
-        for key in {id(source.untyped_storage()) for source in sources}
-        if key in _entries
-    ]
-    return [entry.value for _, kept in found for entry in kept.values()]
+    """Return the cached tensors of these sources; a CUDA graph that reads them stores this list, in case of `clear`."""
+    values = []
+    for key in {id(source.untyped_storage()) for source in sources}:
+        if key in _entries:
+            values += [entry.value for entry in _entries[key][1].values()]
+    return values

@@ -1,4 +1,4 @@
-"""Arguments of the operations, one named tuple each, and their validation.
+"""Arguments that an operation shares with its kernels, the roles of their fields, and common checks.
 
 Shapes, dtypes and devices are always checked. Contents (offsets, labels, ids) are checked on CPU; on a GPU the check
 would synchronise every call, so it is enabled to find a fault:
@@ -13,6 +13,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -21,7 +22,20 @@ from torch import Tensor
 from xfm_fast.errors import InputError
 
 from . import host
+from .backend import autocast_dtype
 from .flags import kind_of
+
+# Metadata of fields: what a tensor is to an operation. A field without metadata is an operand with a gradient.
+WEIGHT = {"role": "weight"}
+"""The weight of a GEMM: it may be frozen, flagged for 8 bits, or of another dtype than the other operands."""
+RESIDUAL = {"role": "residual"}
+"""Added to the result, in any dtype."""
+FACTOR = {"role": "factor"}
+"""Multiplies the result, in any dtype."""
+CHANCE = {"role": "chance"}
+"""Stochastic depth or dropout: None, or a probability of 0, in inference. Without a gradient."""
+CONSTANT = {"role": "constant"}
+"""Without a gradient: ids, offsets, masks, seeds."""
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
 """Head dimensions that the Triton kernels of attention are compiled for."""
@@ -35,7 +49,7 @@ BIAS_HEAD_DIMS = (16, 32, 48, 64, 72, 80, 96, 112, 128, 160, 192, 256)
 BIAS_TILE = 128
 """Columns of a materialised position bias are padded to a multiple of this: the widest tile of any kernel."""
 FRAGMENT_TILE = 128, 64
-"""Queries and keys of the tiles that a position bias is cut in where threads read it in fragments."""
+"""Queries and keys of the tiles of a position bias whose threads read it in fragments."""
 _INTEGERS = (torch.int32, torch.int64)
 Needs = Sequence[bool]
 """Which gradients are computed."""
@@ -50,7 +64,7 @@ _switch = _Switch()
 
 @contextmanager
 def check_contents() -> Iterator[None]:
-    """Within the block, check offsets, labels and ids on GPUs too. Every operation then waits for the device."""
+    """Check offsets, labels and ids on GPUs too within the block. Every operation then waits for the device."""
     outside, _switch.on = _switch.on, True
     try:
         yield
@@ -59,93 +73,23 @@ def check_contents() -> Iterator[None]:
 
 
 def should_check_values(tensor: Tensor) -> bool:
-    """True if the contents of a tensor are to be checked."""
+    """Return whether the contents of a tensor are to be checked."""
     return _switch.on or tensor.device.type == "cpu"
 
 
-def refuse(must: str, **given: Any) -> NoReturn:
-    """Raise InputError with shapes, dtypes and values of arguments, and what they must be."""
-    shown = (
-        f"{name} {[*value.shape]} {str(value.dtype).removeprefix('torch.')}"
-        if isinstance(value, Tensor)
-        else f"{name}={value!r}"
-        for name, value in given.items()
-        if value is not None
-    )
+def refuse(must: str, **values: Any) -> NoReturn:
+    """Raise InputError that shows these arguments and says what they must be."""
+    shown = []
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            shown.append(f"{name} {[*value.shape]} {str(value.dtype).removeprefix('torch.')}")
+        elif value is not None:
+            shown.append(f"{name}={value!r}")
     raise InputError(f"{', '.join(shown)}: must be {must}")
 
 
-class Branch(NamedTuple):
-    """A norm, a linear layer, a GELU and another layer, and a residual sum; all but the first layer may be absent.
-
-    The last two fields are set by the operator of CPU training: the dtype of its GEMMs, and whether x is the residual.
-    """
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    norm_weight: Tensor | None = None
-    norm_bias: Tensor | None = None
-    eps: float = 0.0
-    weight_out: Tensor | None = None
-    bias_out: Tensor | None = None
-    residual: Tensor | None = None
-    gamma: Tensor | None = None
-    row_scale: Tensor | None = None
-    dropout_p: float = 0.0
-    residual_is_x: bool = False
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def weights(self) -> list[Tensor]:
-        """The first layer's, in a list."""
-        return [self.weight]
-
-    @property
-    def biases(self) -> list[Tensor]:
-        """The first layer's, in a list."""
-        return [] if self.bias is None else [self.bias]
-
-    def check(self) -> None:
-        """Raise InputError for arguments that do not fit, as every `check` below."""
-        x, weight, weight_out = self.x, self.weight, self.weight_out
-        if self.norm_weight is not None and self.norm_bias is not None:
-            Norm(x, self.norm_weight, self.norm_bias, self.eps).check()
-        _linear(x, weight, self.bias)
-        if weight_out is not None:
-            if weight_out.ndim != 2 or weight_out.shape[1] != weight.shape[0]:
-                refuse(
-                    "weight_in [F, M], weight_out [M, F]", weight_in=weight, weight_out=weight_out
-                )
-            _linear(x, weight_out, self.bias_out, "_out")
-        if self.residual is not None:
-            _branch((*x.shape[:-1], (weight if weight_out is None else weight_out).shape[0]), self)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str = "") -> None:
-    if not name and (weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]):
-        refuse("x [..., K], weight [M, K]", x=x, weight=weight)
-    if bias is not None and bias.shape != weight.shape[:1]:
-        refuse(f"[{weight.shape[0]}]", **{f"bias{name}": bias})
-    # 8-bit GEMMs read weights of any dtype.
-    typed = weight.dtype == x.dtype or kind_of(weight) is not None
-    if not typed or (bias is not None and bias.dtype != x.dtype):
-        _one_type(x=x, **{f"weight{name}": x if typed else weight, f"bias{name}": bias})
-
-
-class LinearGELU(NamedTuple):
-    """A linear layer and a GELU; `keep` saves what the GELU had for the gradient."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    keep: bool = False
-
-    def check(self) -> None:
-        _linear(*self[:3])
-
-
-class Norm(NamedTuple):
+@dataclass(slots=True)
+class Norm:
     """LayerNorm over the last dimension of x `[..., M]`."""
 
     x: Tensor
@@ -154,22 +98,11 @@ class Norm(NamedTuple):
     eps: float
 
     def check(self) -> None:
-        x, weight, bias, eps = self
-        fit = x.shape[-1:] == weight.shape == bias.shape
-        if not fit or not (
-            x.is_floating_point() and weight.is_floating_point() and bias.is_floating_point()
-        ):
-            refuse(
-                "x [..., M], weight [M], bias [M], all floating point",
-                x=x,
-                weight=weight,
-                bias=bias,
-            )
-        if not 0 <= eps < math.inf:
-            refuse("finite and not negative", eps=eps)
+        norm(self.x, self.weight, self.bias, self.eps)
 
 
-class AddNorm(NamedTuple):
+@dataclass(slots=True)
+class AddNorm:
     """A residual sum and its LayerNorm; residual and bias may be absent within the package."""
 
     x: Tensor
@@ -178,24 +111,25 @@ class AddNorm(NamedTuple):
     bias: Tensor | None
     eps: float
     gamma: Tensor | None = None
-    row_scale: Tensor | None = None
-    dropout_p: float = 0.0
-    seed: Tensor | None = None
+    row_scale: Tensor | None = field(default=None, metadata=CHANCE)
+    dropout_p: float = field(default=0.0, metadata=CHANCE)
+    seed: Tensor | None = field(default=None, metadata=CONSTANT)
     wide: bool = False
 
     def check(self) -> None:
         assert self.residual is not None
         assert self.bias is not None
-        Norm(self.x, self.weight, self.bias, self.eps).check()
-        _branch(self.x.shape, self)
+        norm(self.x, self.weight, self.bias, self.eps)
+        branch(self.x.shape, self.residual, self.gamma, self.row_scale, self.dropout_p)
         dropout(self.dropout_p, self.seed)
 
 
-class Embedding(NamedTuple):
+@dataclass(slots=True)
+class Embedding:
     """The sum of word, position and type embeddings, and its LayerNorm."""
 
-    tokens: Tensor
-    positions: Tensor
+    tokens: Tensor = field(metadata=CONSTANT)
+    positions: Tensor = field(metadata=CONSTANT)
     word: Tensor
     position: Tensor
     type_row: Tensor
@@ -205,66 +139,61 @@ class Embedding(NamedTuple):
     padding_idx: int | None = None
 
     def check(self) -> None:
-        tokens, positions, word, position, type_row, weight, bias, eps, padding_idx = self
-        tables = (
-            word.ndim == position.ndim == 2
-            and word.shape[1:] == position.shape[1:] == type_row.shape
-        )
-        if not tables or tokens.shape != positions.shape:
-            must = "tokens and positions [...], word [V, M], position [P, M], type_row [M]"
+        tokens, positions, word, position = self.tokens, self.positions, self.word, self.position
+        width = word.shape[1:]
+        tables = word.ndim == position.ndim == 2 and position.shape[1:] == width
+        if not tables or self.type_row.shape != width or tokens.shape != positions.shape:
             refuse(
-                must,
+                "tokens and positions [...], word [V, M], position [P, M], type_row [M]",
                 tokens=tokens,
                 positions=positions,
                 word=word,
                 position=position,
-                type_row=type_row,
+                type_row=self.type_row,
             )
         if tokens.dtype not in _INTEGERS or positions.dtype not in _INTEGERS:
             refuse("int32 or int64", tokens=tokens, positions=positions)
-        if padding_idx is not None and not 0 <= padding_idx < min(word.shape[0], position.shape[0]):
-            refuse("a row of both tables", padding_idx=padding_idx, word=word, position=position)
-        Norm(word, weight, bias, eps).check()
+        row = self.padding_idx
+        if row is not None and not 0 <= row < min(word.shape[0], position.shape[0]):
+            refuse("a row of both tables", padding_idx=row, word=word, position=position)
+        norm(word, self.weight, self.bias, self.eps)
 
 
-class Vocabulary(NamedTuple):
-    """Logits `h w^T + b` of a vocabulary, and the target of each row. The last field is set by the operation."""
+@dataclass(slots=True)
+class Vocabulary:
+    """Logits `h w^T + b` of a vocabulary, and the target of each row. The operation sets `needs`."""
 
     h: Tensor
     w: Tensor
     b: Tensor | None
-    target: Tensor
+    target: Tensor = field(metadata=CONSTANT)
     ignore_index: int = -100
     label_smoothing: float = 0.0
     needs: tuple[bool, ...] = (True, True, True)
 
     def check(self) -> None:
-        h, w, b, target, _, label_smoothing, _ = self
-        fit = (
-            w.ndim == 2
-            and h.shape[-1:] == w.shape[1:]
-            and h.shape[:-1] == target.shape
-            and 0 not in w.shape
-        )
-        if not fit or (b is not None and b.shape != w.shape[:1]):
+        h, w, b, target = self.h, self.w, self.b, self.target
+        fit = w.ndim == 2 and h.shape[-1:] == w.shape[1:] and 0 not in w.shape
+        if not fit or h.shape[:-1] != target.shape or (b is not None and b.shape != w.shape[:1]):
             refuse("h [..., K], w [V, K], b [V], target [...]", h=h, w=w, b=b, target=target)
         if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
             refuse("integers", target=target)
         if not h.is_floating_point():
             refuse("floating point", h=h)
-        _one_type(h=h, w=w, b=b)
-        if not 0 <= label_smoothing <= 1:
-            refuse("in [0, 1]", label_smoothing=label_smoothing)
+        one_dtype(h=h, w=w, b=b)
+        if not 0 <= self.label_smoothing <= 1:
+            refuse("in [0, 1]", label_smoothing=self.label_smoothing)
 
 
 class RowStatistics(NamedTuple):
-    """The normaliser of a row's softmax in two parts `[rows]`, which keeps its digits where logits are large."""
+    """The normaliser of a row's softmax in two terms `[rows]`, which keep its digits where logits are large."""
 
     maximum: Tensor
     log_sum: Tensor  # log Σ exp(logit - maximum)
 
 
-class RelPos(NamedTuple):
+@dataclass(slots=True)
+class RelPos:
     """Self-attention `[B, N, H, D]` with a relative position bias; `bias` and `turned` are the materialised table."""
 
     q: Tensor
@@ -273,12 +202,12 @@ class RelPos(NamedTuple):
     table: Tensor
     window: tuple[int, int]
     scale: float = 1.0
-    key_mask: Tensor | None = None
-    bias: Tensor | None = None
-    turned: Tensor | None = None
+    key_mask: Tensor | None = field(default=None, metadata=CONSTANT)
+    bias: Tensor | None = field(default=None, metadata=CONSTANT)
+    turned: Tensor | None = field(default=None, metadata=CONSTANT)
 
     def check(self) -> None:
-        q, table, window, key_mask = self.q, self.table, self.window, self.key_mask
+        q, table, window = self.q, self.table, self.window
         self_attention(q, self.k, self.v)
         if not isinstance(window, tuple | list) or len(window) != 2 or min(window) < 1:
             refuse("two positive numbers of patches, (height, width)", window=window)
@@ -292,121 +221,173 @@ class RelPos(NamedTuple):
                 window=window,
                 table=table,
             )
-        _key_mask(key_mask, q.shape[:2])
+        _key_mask(self.key_mask, q.shape[:2])
 
 
-class Biased(NamedTuple):
+@dataclass(slots=True)
+class Biased:
     """Attention with a bias `[G, H, Nq, Nk]`; see `ops.bias_attention`."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     bias: Tensor
-    key_mask: Tensor | None = None
-    dropout_p: float = 0.0
-    seed: Tensor | None = None
+    key_mask: Tensor | None = field(default=None, metadata=CONSTANT)
+    dropout_p: float = field(default=0.0, metadata=CHANCE)
+    seed: Tensor | None = field(default=None, metadata=CONSTANT)
     scale: float = 1.0
     return_lse: bool = False
 
     def check(self) -> None:
-        q, k, v, bias, key_mask, dropout_p, seed, *_ = self
+        q, k, v, bias = self.q, self.k, self.v, self.bias
         fit = q.ndim == k.ndim == v.ndim == 4 and k.shape == v.shape
         if not fit or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
             refuse("q [B, Nq, H, D], k and v [B, Nk, H, D]", q=q, k=k, v=v)
-        _one_attention_type(q, k, v)
+        _one_attention_dtype(q, k, v)
         (batch, queries, heads, _), keys = q.shape, k.shape[1]
-        sizes = (heads, queries, keys)
-        fit = bias.ndim == 4 and all(
-            size in (1, full) for size, full in zip(bias.shape[1:], sizes, strict=True)
-        )
+        fit = bias.ndim == 4
+        for size, full in zip(bias.shape[1:], (heads, queries, keys), strict=False):
+            fit = fit and size in (1, full)
         if not fit or (bias.shape[0] != batch and (not bias.shape[0] or batch % bias.shape[0])):
             refuse(
                 f"[G, {heads}, {queries}, {keys}] or 1 where all share it, G a divisor of {batch}",
                 bias=bias,
             )
-        if not bias.is_floating_point() or (bias.dtype == torch.float64) != (
-            q.dtype == torch.float64
-        ):
+        double = bias.dtype == torch.float64
+        if not bias.is_floating_point() or double != (q.dtype == torch.float64):
             refuse(
                 "floating point, float64 only with float64; of a boolean mask, zeros and -inf",
                 bias=bias,
                 q=q,
             )
-        _key_mask(key_mask, torch.Size((batch, keys)))
-        dropout(dropout_p, seed)
+        _key_mask(self.key_mask, torch.Size((batch, keys)))
+        dropout(self.dropout_p, self.seed)
 
 
-class Packed(NamedTuple):
-    """The arguments of `varlen_attention` besides q, k and v, in the order of its operator."""
+@dataclass(slots=True)
+class Packed:
+    """The arguments of `varlen_attention` besides q, k and v."""
 
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
+    cu_seqlens_q: Tensor = field(metadata=CONSTANT)
+    cu_seqlens_k: Tensor = field(metadata=CONSTANT)
     max_q: int
     max_k: int
     scale: float
-    dropout_p: float = 0.0
-    seed: Tensor | None = None
-    key_mask: Tensor | None = None
-
-    def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """All but the contents of the offsets, for the operands that they describe."""
-        if not q.ndim == k.ndim == v.ndim == 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
-            refuse("q [Tq, H, D], k and v [Tk, H, D]", q=q, k=k, v=v)
-        _one_attention_type(q, k, v)
-        bounds = self[:2]
-        if any(
-            t.ndim != 1 or t.shape != bounds[0].shape or not t.numel() or t.dtype not in _INTEGERS
-            for t in bounds
-        ):
-            refuse("both int32 or int64 [S + 1]", cu_seqlens_q=bounds[0], cu_seqlens_k=bounds[1])
-        _key_mask(self.key_mask, k.shape[:1])
-        dropout(self.dropout_p, self.seed)
+    dropout_p: float = field(default=0.0, metadata=CHANCE)
+    seed: Tensor | None = field(default=None, metadata=CONSTANT)
+    key_mask: Tensor | None = field(default=None, metadata=CONSTANT)
 
     def bounds(self, q: Tensor, k: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The offsets as numbers, which describe q and k or are refused."""
-        found = offsets_of(self.cu_seqlens_q, q, self.max_q, "q")
-        if (
-            self.cu_seqlens_k is self.cu_seqlens_q
-            and self.max_k == self.max_q
-            and k.shape[0] == q.shape[0]
-        ):
-            return found, found
-        return found, offsets_of(self.cu_seqlens_k, k, self.max_k, "k")
+        """Return the offsets as integers; InputError unless they describe q and k."""
+        bounds_q = offsets_of(self.cu_seqlens_q, q, self.max_q, "q")
+        same = self.cu_seqlens_k is self.cu_seqlens_q and self.max_k == self.max_q
+        if same and k.shape[0] == q.shape[0]:
+            return bounds_q, bounds_q
+        return bounds_q, offsets_of(self.cu_seqlens_k, k, self.max_k, "k")
 
 
-class Varlen(NamedTuple):
+@dataclass(slots=True)
+class Varlen:
     """All arguments of `varlen_attention`."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
+    cu_seqlens_q: Tensor = field(metadata=CONSTANT)
+    cu_seqlens_k: Tensor = field(metadata=CONSTANT)
     max_q: int
     max_k: int
     scale: float
-    dropout_p: float = 0.0
-    seed: Tensor | None = None
-    key_mask: Tensor | None = None
+    dropout_p: float = field(default=0.0, metadata=CHANCE)
+    seed: Tensor | None = field(default=None, metadata=CONSTANT)
+    key_mask: Tensor | None = field(default=None, metadata=CONSTANT)
 
     @property
     def packed(self) -> Packed:
-        """Those besides q, k and v."""
-        return Packed(*self[3:])
+        """All but q, k and v."""
+        return Packed(
+            cu_seqlens_q=self.cu_seqlens_q,
+            cu_seqlens_k=self.cu_seqlens_k,
+            max_q=self.max_q,
+            max_k=self.max_k,
+            scale=self.scale,
+            dropout_p=self.dropout_p,
+            seed=self.seed,
+            key_mask=self.key_mask,
+        )
 
     def check(self) -> None:
-        self.packed.check(*self[:3])
+        """Check all but the contents of the offsets, which the implementations read."""
+        q, k, v = self.q, self.k, self.v
+        if not q.ndim == k.ndim == v.ndim == 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
+            refuse("q [Tq, H, D], k and v [Tk, H, D]", q=q, k=k, v=v)
+        _one_attention_dtype(q, k, v)
+        cu_q, cu_k = self.cu_seqlens_q, self.cu_seqlens_k
+        fit = cu_q.ndim == 1 and cu_q.numel() > 0 and cu_q.shape == cu_k.shape
+        if not fit or cu_q.dtype not in _INTEGERS or cu_k.dtype not in _INTEGERS:
+            refuse("both int32 or int64 [S + 1]", cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+        _key_mask(self.key_mask, k.shape[:1])
+        dropout(self.dropout_p, self.seed)
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+    """Check the arguments of a LayerNorm."""
+    fit = x.shape[-1:] == weight.shape == bias.shape
+    floating = x.is_floating_point() and weight.is_floating_point() and bias.is_floating_point()
+    if not fit or not floating:
+        must = "x [..., M], weight [M], bias [M], all floating point"
+        refuse(must, x=x, weight=weight, bias=bias)
+    if not 0 <= eps < math.inf:
+        refuse("finite and not negative", eps=eps)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Check the operands of a linear layer."""
+    if weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]:
+        refuse("x [..., K], weight [M, K]", x=x, weight=weight)
+    layer(x, weight, bias)
+
+
+def layer(x: Tensor, weight: Tensor, bias: Tensor | None, suffix: str = "") -> None:
+    """Check the bias and the dtypes of a layer; `suffix` ends the names of weight and bias."""
+    if bias is not None and bias.shape != weight.shape[:1]:
+        refuse(f"[{weight.shape[0]}]", **{f"bias{suffix}": bias})
+    # 8-bit GEMMs read weights of any dtype.
+    typed = weight.dtype == x.dtype or kind_of(weight) is not None
+    if not typed or (bias is not None and bias.dtype != x.dtype):
+        one_dtype(x=x, **{f"weight{suffix}": x if typed else weight, f"bias{suffix}": bias})
+
+
+def branch(
+    shape: Sequence[int],
+    residual: Tensor,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    dropout_p: float,
+) -> None:
+    """Check the factors of a branch of this shape `[..., M]`, and the residual that it is added to."""
+    if residual.shape != shape:
+        refuse(f"{[*shape]}, the shape of the branch", residual=residual)
+    width, batch = shape[-1:], shape[:1]
+    if gamma is not None and (gamma.shape != width or not gamma.is_floating_point()):
+        refuse(f"floating point {[*width]}", gamma=gamma)
+    if row_scale is not None:
+        fit = len(shape) >= 2 and row_scale.shape == batch and row_scale.is_floating_point()
+        if not fit:
+            must = f"floating point {[*batch]}, a factor per entry of a branch {[*shape]}"
+            refuse(must, row_scale=row_scale)
+    dropout(dropout_p, None)
 
 
 def self_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Operands of attention within one sequence."""
+    """Check the operands of attention within one sequence."""
     if not q.ndim == k.ndim == v.ndim == 4 or not q.shape == k.shape == v.shape:
         refuse("all [B, N, H, D]", q=q, k=k, v=v)
-    _one_attention_type(q, k, v)
+    _one_attention_dtype(q, k, v)
 
 
 def bias_shape(tokens: int, heads: int, *, fragments: bool = False) -> tuple[int, ...]:
-    """The shape of a padded position bias from `triton.relpos_table.materialise_bias`."""
+    """Return the shape of a padded position bias from `triton.relpos_table.materialise_bias`."""
     padded = -(-tokens // BIAS_TILE) * BIAS_TILE
     if not fragments:
         return heads, tokens, padded
@@ -430,7 +411,7 @@ def position_bias(bias: Tensor, q: Tensor, *, padded: bool) -> None:
 
 
 def dropout(dropout_p: float, seed: Tensor | None) -> None:
-    """A probability, and what decides which elements it concerns."""
+    """Check a dropout probability and its seed."""
     if not 0 <= dropout_p < 1:
         refuse("a probability below 1", dropout_p=dropout_p)
     if seed is not None and (
@@ -440,7 +421,7 @@ def dropout(dropout_p: float, seed: Tensor | None) -> None:
 
 
 def seed_of(dropout_p: float, seed: Tensor | None) -> Tensor:
-    """The seed, without which a backward pass could not drop what the forward pass dropped."""
+    """Return the seed; InputError without one, since the backward pass could not repeat the mask."""
     if seed is None:
         raise InputError(
             f"dropout_p={dropout_p} needs a seed: the backward must drop what the forward dropped"
@@ -449,21 +430,21 @@ def seed_of(dropout_p: float, seed: Tensor | None) -> Tensor:
 
 
 def drawn_seed(dropout_p: float, seed: Tensor | None, device: torch.device) -> Tensor | None:
-    """The seed of a call, drawn from PyTorch's generator if there is none; None without dropout."""
+    """Return the seed, drawn from PyTorch's generator by default; None without dropout."""
     if not dropout_p:
         return None
     return torch.randint(1 << 62, (1,), device=device) if seed is None else seed
 
 
 def scale_of(q: Tensor, scale: float | None) -> float:
-    """The factor of the scores q kᵀ: 1/sqrt(D) by default."""
+    """Return the factor of the scores q kᵀ: 1/sqrt(D) by default."""
     if not q.ndim or not q.shape[-1]:
         refuse("of heads with at least one dimension", q=q)
     return float(q.shape[-1] ** -0.5) if scale is None else positive_scale(scale)
 
 
 def positive_scale(scale: float) -> float:
-    """The scale, if an online softmax can divide by it and take maxima before it is applied."""
+    """Return the scale; InputError unless an online softmax can divide by it and take maxima before it."""
     # A comparison, which compilers can trace, and not isfinite, which they cannot.
     if not 0 < scale < math.inf:
         refuse("positive and finite", scale=scale)
@@ -471,7 +452,9 @@ def positive_scale(scale: float) -> float:
 
 
 def offsets_of(offsets: Tensor, packed: Tensor, longest: int, name: str) -> tuple[int, ...]:
-    """The values of `cu_seqlens_<name>`, which describe a packed tensor `[T, ...]` of sequences up to `longest`."""
+    """Return the offsets `cu_seqlens_<name>`; InputError unless they cut a packed tensor `[T, ...]` into sequences of
+    at most `longest` rows.
+    """
     bounds = tuple(host.integers(offsets))
     if bounds[0] != 0 or bounds[-1] != packed.shape[0]:
         raise InputError(
@@ -507,43 +490,23 @@ def check_targets(target: Tensor, vocabulary: int, ignore_index: int) -> None:
         )
 
 
-def _branch(out: tuple[int, ...], branch: Any) -> None:
-    """The factors of a branch of shape `[..., M]`, and the residual that it is added to."""
-    residual, gamma, row_scale = branch.residual, branch.gamma, branch.row_scale
-    if residual.shape != out:
-        refuse(f"{[*out]}, the shape of the branch", residual=residual)
-    if gamma is not None and (gamma.shape != out[-1:] or not gamma.is_floating_point()):
-        refuse(f"floating point [{out[-1]}]", gamma=gamma)
-    if row_scale is not None and (
-        len(out) < 2 or row_scale.shape != out[:1] or not row_scale.is_floating_point()
-    ):
-        refuse(
-            f"floating point {[*out[:1]]}, a factor per entry of a branch {[*out]}",
-            row_scale=row_scale,
-        )
-    dropout(branch.dropout_p, None)
-
-
 def _key_mask(mask: Tensor | None, shape: torch.Size) -> None:
     if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
         refuse(f"bool {[*shape]}", key_mask=mask)
 
 
-def _one_attention_type(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _one_attention_dtype(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         refuse("of one floating-point type", q=q, k=k, v=v)
 
 
-def _one_type(**tensors: Tensor | None) -> None:
-    """Raise for operands of several dtypes, unless autocast converts them."""
+def one_dtype(**tensors: Tensor | None) -> None:
+    """Check that all tensors have one dtype, unless autocast converts them."""
     present = {name: t for name, t in tensors.items() if t is not None}
     first = next(iter(present.values()))
     if all(t.dtype == first.dtype for t in present.values()):
         return
-    # Here, so that checks can be had without the operators, which register themselves once a process.
-    from .library import autocast_dtype
-
     if not all(t.is_floating_point() for t in present.values()):
-        refuse("floating point, or of one type", **present)
+        refuse("floating point, or of one dtype", **present)
     if autocast_dtype(first.device) is None:
-        refuse("of one type, or run under torch.autocast", **present)
+        refuse("of one dtype, or run under torch.autocast", **present)

@@ -1,4 +1,4 @@
-"""Files of the kernels: written whole or not at all, and the folder of what may be made again."""
+"""Files: written atomically, streams, and the cache folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _STANDARD = {"in": 0, "out": 1, "err": 2}
 
 
 def is_stream(path: Path) -> bool:
-    """True for a device, pipe or socket, and for names of open files such as /dev/stdout and /dev/fd/3.
+    """Return whether a path is a device, pipe or socket, or names an open file such as /dev/stdout and /dev/fd/3.
 
     They are written through, since a rename would replace them by a file.
     """
@@ -32,9 +32,9 @@ def _descriptor(path: Path) -> int | None:
 
 def open_stream(path: Path) -> BinaryIO:
     """Open a stream (see `is_stream`) to write; a pipe that no process reads raises `OSError` instead of waiting."""
-    if (number := _descriptor(path)) is not None:
-        # Opened by its name, a file behind it would be written from its start, over what it holds.
-        return os.fdopen(os.dup(number), "wb")
+    if (descriptor := _descriptor(path)) is not None:
+        # Opened by its name, a file behind it would be overwritten from its start.
+        return os.fdopen(os.dup(descriptor), "wb")
     try:
         file = open(path, "wb", opener=open_at_once)  # noqa: SIM115, the caller closes it
     except OSError as error:
@@ -47,7 +47,7 @@ def open_stream(path: Path) -> BinaryIO:
 
 
 def open_at_once(path: str, flags: int) -> int:
-    """Open as `os.open` does, without waiting for the other end of a pipe; an `opener` of `open`."""
+    """Open as `os.open` does, without waiting for a reader of a pipe; an `opener` of `open`."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
@@ -69,7 +69,8 @@ def write_whole(path: Path, content: bytes, *, mode: int = 0o644) -> None:
 
 
 def cache_folder(name: str) -> Path:
-    """`~/.cache/xfm-fast/<name>`, or in `$XDG_CACHE_HOME`; one that cannot be made where there is no home."""
-    given, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~")
-    own = os.path.join(home if os.path.isabs(home) else os.devnull, ".cache")
-    return Path(given if os.path.isabs(given) else own) / "xfm-fast" / name
+    """Return `~/.cache/xfm-fast/<name>`, or in `$XDG_CACHE_HOME`; without a home, a path that cannot be created."""
+    caches, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~")
+    if not os.path.isabs(caches):
+        caches = os.path.join(home if os.path.isabs(home) else os.devnull, ".cache")
+    return Path(caches) / "xfm-fast" / name

@@ -2,7 +2,7 @@
 
 Values, gradients and state dicts do not change; quantised values and scales are cached (see `caching`). `cpu.int8`
 multiplies in int8 where no gradient is required, `fp8` in fp8 without gradients. With a flag for fp8 on the weight of a
-norm, its kernel rounds the output for the fp8 GEMMs that read it.
+norm, its kernel also writes the fp8 rows of the GEMMs that follow.
 """
 
 from __future__ import annotations
@@ -43,23 +43,27 @@ _CLASSES: dict[EightBits, type[nn.Parameter]] = {"int8": Int8Parameter, "fp8": F
 PLAIN.update(_CLASSES.values())
 
 
-def _unpickled(data: Tensor, requires_grad: bool, kind: EightBits) -> nn.Parameter:
+_FORMATS: dict[type[Tensor], EightBits] = {cls: name for name, cls in _CLASSES.items()}
+
+
+def _unpickled(data: Tensor, requires_grad: bool, dtype: EightBits) -> nn.Parameter:
     from .cpu import int8
 
-    lost = kind == "int8" and int8.why_not() is not None
-    return (nn.Parameter if lost else _CLASSES[kind])(data, requires_grad)
+    if dtype == "int8" and int8.why_not() is not None:
+        return nn.Parameter(data, requires_grad)
+    return _CLASSES[dtype](data, requires_grad)
 
 
-def mark(weights: Iterable[Tensor], kind: EightBits) -> None:
+def mark(weights: Iterable[Tensor], dtype: EightBits) -> None:
     """Flag weights for 8-bit GEMMs: the same objects, with the same values."""
     for weight in weights:
-        # Results, as several concatenated weights, have no flag.
+        # Cached values, such as several concatenated weights, have no flag.
         forget(weight)
-        weight.__class__ = _CLASSES[kind]
+        weight.__class__ = _CLASSES[dtype]
 
 
 def unmark(weights: Iterable[Tensor | None]) -> None:
-    """Take the marks off; weights without one stay as they are."""
+    """Remove the flags of weights; others are left alone."""
     for weight in weights:
         if weight is not None and kind_of(weight) is not None:
             forget(weight)
@@ -69,64 +73,61 @@ def unmark(weights: Iterable[Tensor | None]) -> None:
 def keep_within(
     agreement: Callable[[], float],
     groups: Sequence[Sequence[Tensor]],
-    kind: EightBits,
-    least: float,
+    dtype: EightBits,
+    target: float,
 ) -> int:
-    """Unflag the groups of weights that cost most agreement with the floating-point results, until it reaches `least`.
+    """Unflag the groups of weights that cost most agreement with the floating-point results, until it reaches `target`.
 
     The cost of each group is measured with the others unflagged, so the model runs at most twice per group. Returns the
     number of unflagged groups.
     """
-    if not groups or agreement() >= least:
+    if not groups or agreement() >= target:
         return 0
     for weights in groups:
         unmark(weights)
-    alone = []
+    agreements = []
     for weights in groups:
-        mark(weights, kind)
-        alone.append(agreement())
+        mark(weights, dtype)
+        agreements.append(agreement())
         unmark(weights)
-    worst_first = sorted(range(len(groups)), key=alone.__getitem__)
+    worst_first = sorted(range(len(groups)), key=agreements.__getitem__)
     for weights in groups:
-        mark(weights, kind)
-    for exempt, number in enumerate(worst_first, start=1):
-        unmark(groups[number])
-        if agreement() >= least:
+        mark(weights, dtype)
+    for exempt, index in enumerate(worst_first, start=1):
+        unmark(groups[index])
+        if agreement() >= target:
             return exempt
     return len(groups)
 
 
 def kind_of(weight: Tensor | None) -> EightBits | None:
-    """The 8-bit format of a weight's GEMMs; None without a flag."""
-    kind = type(weight)
-    return "int8" if kind is Int8Parameter else "fp8" if kind is Fp8Parameter else None
+    """Return the 8-bit format of a weight's GEMMs; None without a flag."""
+    return _FORMATS.get(type(weight))  # pyright: ignore[reportArgumentType]
 
 
 def copy_flag(weight: Tensor, *sources: Tensor) -> Tensor:
-    """A weight computed from others, without gradient, with their common flag if they have one."""
-    kinds: set[EightBits | None] = {kind_of(each) for each in sources}
-    kind = kinds.pop() if len(kinds) == 1 else None
-    return (
-        weight
-        if kind is None or weight.requires_grad
-        else _CLASSES[kind](weight, requires_grad=False)
-    )
+    """Flag a weight that was computed from others as all of these are, unless it requires a gradient."""
+    formats = {kind_of(source) for source in sources}
+    dtype = formats.pop() if len(formats) == 1 else None
+    if dtype is None or weight.requires_grad:
+        return weight
+    return _CLASSES[dtype](weight, requires_grad=False)
 
 
 def concatenate(weights: Iterable[Tensor]) -> Tensor:
-    """Weights concatenated along the first dimension; flagged if all are and no gradient flows."""
+    """Concatenate weights along the first dimension; the result is flagged if all are and no gradient flows."""
     weights = tuple(weights)
     return copy_flag(torch.cat(weights), *weights)
 
 
 @contextmanager
 def keep_fp8_flags(module: nn.Module) -> Iterator[None]:
-    """Within the block, parameters that move, as to a GPU, keep their fp8 flags; int8 flags are for the CPU."""
-    places = [
-        (part._parameters, name)
-        for part in module.modules()
-        for name, parameter in part._parameters.items()
-        if kind_of(parameter) == "fp8"
-    ]
+    """Keep the fp8 flags of parameters that move within the block, as to a GPU; int8 flags are for the CPU."""
+    flagged: list[tuple[dict[str, nn.Parameter | None], str]] = []
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if kind_of(parameter) == "fp8":
+                flagged.append((child._parameters, name))
     yield
-    mark((found for owner, name in places if (found := owner[name]) is not None), "fp8")
+    moved = [parameters[name] for parameters, name in flagged]
+    mark([parameter for parameter in moved if parameter is not None], "fp8")

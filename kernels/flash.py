@@ -21,7 +21,7 @@ _NEWER = (4, 2)
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
-    """softmax(scale · q kᵀ) v of packed sequences `[T, H, D]`; InputError for an unsupported dtype or mask."""
+    """Return softmax(scale · q kᵀ) v of packed sequences `[T, H, D]`; InputError for an unsupported dtype or mask."""
     if packed.key_mask is not None:
         raise InputError("backend 'flash_attn' has no key_mask; use 'auto' or 'triton'")
     if q.dtype not in (torch.float16, torch.bfloat16):
@@ -30,34 +30,40 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
         )
     capability = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 8
     run = function(capability, dropout=packed.dropout_p > 0)
-    # By name: their positions differ from version to version.
-    given: dict[str, Any] = {
-        "cu_seqlens_q": packed.cu_seqlens_q.int(), "cu_seqlens_k": packed.cu_seqlens_k.int(),
-        "max_seqlen_q": packed.max_q, "max_seqlen_k": packed.max_k, "softmax_scale": packed.scale,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-    }  # fmt: skip
-    if packed.dropout_p:
-        given["dropout_p"] = packed.dropout_p
-    out = run(_aligned(q), _aligned(k), _aligned(v), **given)
+    dropout: dict[str, Any] = {"dropout_p": packed.dropout_p} if packed.dropout_p else {}
+    out = run(
+        _aligned(q),
+        _aligned(k),
+        _aligned(v),
+        # By name: their positions differ from version to version.
+        cu_seqlens_q=packed.cu_seqlens_q.int(),
+        cu_seqlens_k=packed.cu_seqlens_k.int(),
+        max_seqlen_q=packed.max_q,
+        max_seqlen_k=packed.max_k,
+        softmax_scale=packed.scale,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        **dropout,
+    )
     # Some versions return the logsumexp too.
     return out[0] if isinstance(out, tuple) else out
 
 
 @cache
 def function(capability: int, *, dropout: bool = False) -> Callable[..., Any]:
-    """`flash_attn_varlen_func` of the fastest version on a GPU; only version 2 has dropout. InputError without one."""
+    """Return `flash_attn_varlen_func` of the fastest version on a GPU, with dropout that of version 2.
+
+    InputError without one.
+    """
     return fastest(capability, dropout=dropout)[1]
 
 
 def fastest(capability: int, *, dropout: bool = False) -> tuple[int, Callable[..., Any]]:
-    """The version of `function`, and the function."""
+    """Return the version of `function`, and the function."""
     reasons = []
     for version in (2,) if dropout else _ORDER.get(capability, _NEWER):
         try:
             return version, importlib.import_module(_MODULES[version]).flash_attn_varlen_func
-        except (
-            Exception
-        ) as error:  # of a build for another PyTorch or GPU, which has errors of its own
+        except Exception as error:  # a build for another PyTorch or GPU raises errors of its own
             reasons.append(f"{_MODULES[version]}: {type(error).__name__}: {error}")
     package = "flash-attn 2, the only version with dropout," if dropout else "flash-attn"
     raise InputError(
@@ -66,13 +72,8 @@ def fastest(capability: int, *, dropout: bool = False) -> tuple[int, Callable[..
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """`[T, H, D]` itself if its rows are contiguous and begin at multiples of 16 bytes, else a copy."""
-    starts = (
-        tensor.data_ptr(),
-        *(stride * tensor.element_size() for stride in tensor.stride()[:2]),
-    )
-    return (
-        tensor
-        if tensor.stride(-1) == 1 and not any(start % 16 for start in starts)
-        else tensor.contiguous()
-    )
+    """Return `[T, H, D]` with contiguous rows that begin at multiples of 16 bytes, copied if needed."""
+    aligned = tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0
+    for stride in tensor.stride()[:2]:
+        aligned = aligned and stride * tensor.element_size() % 16 == 0
+    return tensor if aligned else tensor.contiguous()

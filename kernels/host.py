@@ -14,30 +14,30 @@ from .backend import transformed
 
 
 def integers(tensor: Tensor) -> list[int]:
-    """The values of an integer vector."""
+    """Return the values of an integer vector."""
     return tensor.tolist() if transformed() else tensor.detach().cpu().numpy().tolist()
 
 
 def integer(tensor: Tensor) -> int:
-    """The value of an integer tensor with one element."""
+    """Return the value of an integer tensor with one element."""
     return int(tensor) if transformed() else int(tensor.detach().cpu().numpy().reshape(()))
 
 
 def number(tensor: Tensor) -> float:
-    """The value of a floating-point tensor with one element, of any dtype."""
+    """Return the value of a floating-point tensor with one element, of any dtype."""
     return float(tensor.detach().double().cpu().numpy().reshape(()))
 
 
 def any_true(mask: Tensor) -> bool:
-    """True if any element of a boolean tensor is true."""
+    """Return whether any element of a boolean tensor is true."""
     return bool(mask.detach().cpu().numpy().any())
 
 
 def all_true(mask: Tensor) -> bool:
-    """True if every element of a boolean tensor is true."""
+    """Return whether every element of a boolean tensor is true."""
     return bool(mask.detach().cpu().numpy().all())
 
 
 def true_places(mask: Tensor) -> Tensor:
-    """Places of True in a flattened boolean tensor, ascending: int64, on CPU."""
+    """Return the indices of True in a flattened boolean tensor, ascending: int64, on CPU."""
     return torch.from_numpy(mask.detach().cpu().numpy().reshape(-1).nonzero()[0])

@@ -7,9 +7,10 @@ implementations for the CPU, for Triton or for both, and `reference` runs anywhe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,163 +20,223 @@ from xfm_fast.errors import InputError
 from . import fp8
 from .backend import Backend, named, readable, resolve
 from .cpu import int8
-from .cpu.gemm import dense, is_frozen
+from .cpu.gemm import CPU_DTYPES, dense, is_frozen
 from .flags import kind_of
+from .library import Gradients, Outputs, differentiable
 
 Rung = Literal["frozen", "fp8", "int8", "inference", "training", "kernel", "reference"]
-CPU_DTYPES = (torch.float32, torch.bfloat16)
-# Added to the result of a GEMM, in any dtype.
-_ENDS = ("residual", "gamma", "row_scale")
+A = TypeVar("A", bound=Any)
 
 
-class Call(NamedTuple):
-    """The backend as the caller named it, and the one that runs."""
+@dataclass(slots=True)
+class Call:
+    """The backend that the caller asked for, and the one that runs."""
 
-    backend: Backend | None
-    chosen: Backend
+    requested: Backend | None
+    backend: Backend
 
 
-class Op:
-    """An operation: a named tuple of arguments with a method `check`, and its rungs, called with (arguments, call).
+class Op(Generic[A]):
+    """An operation: its arguments, its definition, and faster implementations by rung of the ladder.
 
-    `weights` are fields of GEMM weights, which may be frozen or flagged for 8 bits; `int8_race` is the comparison that
-    decides between int8 and floating point (`cpu.int8.is_faster`). `kernels` are backends of the rung `kernel`, and
-    `fits` says by backend which arguments it takes unless it is named. `attention`: see `has_flash` of
-    `backend.resolve`.
+    Args:
+        name: of the operation and of its operators.
+        arguments: a dataclass with a method `check`, whose fields carry their roles (see `checks`).
+        reference: the definition in plain PyTorch, called with the arguments.
+        rungs: implementations, called with (arguments, call).
+        backward: called with the gradient of each of the `outputs` results, None for zeros, and the arguments; returns
+            gradients by field. The reference becomes an operator with this gradient, the rung `kernel`.
+        int8_race: the comparison that decides between int8 and floating point (`cpu.int8.is_faster`).
+        kernels: backends of the rung `kernel`; `fits` says by backend which arguments it takes unless it is named.
+        attention: see `has_flash` of `backend.resolve`.
     """
 
     def __init__(
         self,
         name: str,
-        arguments: type[Any],
-        rungs: Mapping[Rung, Callable[[Any, Call], Any]],
+        arguments: type[A],
+        rungs: Mapping[Rung, Callable[[A, Call], Any]] | None = None,
         *,
-        weights: tuple[str, ...] = (),
+        reference: Callable[[A], Any] | None = None,
+        backward: Callable[..., Gradients] | None = None,
+        outputs: int = 1,
         int8_race: str = "",
         kernels: tuple[Backend, ...] = ("cpu", "triton"),
-        fits: Mapping[Backend, Callable[[Any], bool]] | None = None,
+        fits: Mapping[Backend, Callable[[A], bool]] | None = None,
         attention: bool = False,
     ) -> None:
-        self.name, self.arguments = name, arguments
-        self.rungs: dict[Rung, Callable[[Any, Call], Any]] = dict(rungs)
-        self.weights, self.int8_race = weights, int8_race
-        self.kernels, self.fits, self.attention = kernels, fits or {}, attention
-        # Places of fields: a call of few rows takes a few microseconds.
-        places = {field: place for place, field in enumerate(arguments._fields)}
-        self._weights = [places[field] for field in weights]
-        self._beside = [
-            place for field, place in places.items() if field not in (*weights, "residual")
-        ]
-        self._operands = [place for field, place in places.items() if field not in _ENDS]
-        self._chance = [places[field] for field in ("row_scale", "dropout_p") if field in places]
+        self.name, self.int8_race, self.attention = name, int8_race, attention
+        self.kernels, self.fits = kernels, fits or {}
+        self.rungs: dict[Rung, Callable[[A, Call], Any]] = dict(rungs or {})
+        if reference is not None:
+            self.rungs["reference"] = lambda arguments, _: reference(arguments)
+            if backward is not None:
+                self.rungs["kernel"] = _operator(name, arguments, reference, backward, outputs)
+        self.roles = {f.name: f.metadata.get("role", "operand") for f in fields(arguments)}
+        self.weights = [name for name, role in self.roles.items() if role == "weight"]
+        self.chance = [name for name, role in self.roles.items() if role == "chance"]
         OPS[name] = self
 
-    def __call__(self, arguments: Any, backend: Backend | None = None) -> Any:
+    def __call__(self, arguments: A, backend: Backend | None = None) -> Any:
         """Check the arguments and run the first rung that takes them."""
         rungs, compiling = self.rungs, torch.compiler.is_compiling()
-        if "frozen" in rungs and not compiling and self._frozen(arguments, backend):
+        inference = not compiling and torch.is_inference_mode_enabled()
+        if inference and "frozen" in rungs and self._takes_frozen(arguments, backend):
             return rungs["frozen"](arguments, Call(backend, "cpu"))
         arguments.check()
-        tensors = [value for value in arguments if isinstance(value, Tensor)]
+        tensors = self._tensors(arguments)
         call = Call(backend, resolve(backend, *tensors, has_flash=self.attention))
-        if self._weights:
-            kinds = [kind_of(arguments[place]) for place in self._weights]
-            if "fp8" in rungs and (fp8.on() or "fp8" in kinds) and self._in_fp8(arguments, tensors):
+        if self.weights:
+            weights = self._tensors(arguments, ("weight",))
+            formats = [*map(kind_of, weights)]
+            in_fp8, in_int8 = fp8.block.on or "fp8" in formats, {*formats} == {"int8"}
+            if in_fp8 and "fp8" in rungs and fp8.takes(weights, tensors):
                 return rungs["fp8"](arguments, call)
-            in_int8 = "int8" in rungs and not compiling and all(kind == "int8" for kind in kinds)
-            if in_int8 and self._in_int8(arguments, call):
+            quantised = in_int8 and "int8" in rungs and not compiling
+            if quantised and self._takes_int8(arguments, call, weights):
                 return rungs["int8"](arguments, call)
-            if any(kinds) or (call.chosen == "reference" and not named(backend)):
-                arguments = self._floating(arguments)
-                tensors = [value for value in arguments if isinstance(value, Tensor)]
+            if any(formats) or (call.backend == "reference" and not named(backend)):
+                self._convert_weights(arguments)
+                tensors = self._tensors(arguments)
         # CPU paths are opaque to a compiler, which has its own.
         if "inference" in rungs and not compiling and self._infers(arguments, call, tensors):
             return rungs["inference"](arguments, call)
-        if "training" in rungs and trains(
-            call, _floats(arguments[place] for place in self._operands)
-        ):
+        if "training" in rungs and call.backend == "cpu" and self._trains(arguments):
             return rungs["training"](arguments, call)
-        fits = self.fits.get(call.chosen)
-        if (
-            "kernel" in rungs
-            and call.chosen in self.kernels
-            and (fits is None or named(backend) or fits(arguments))
-        ):
-            return rungs["kernel"](arguments, call)
+        if "kernel" in rungs and call.backend in self.kernels:
+            fits = self.fits.get(call.backend)
+            if fits is None or named(backend) or fits(arguments):
+                return rungs["kernel"](arguments, call)
         return rungs["reference"](arguments, call)
 
-    def _frozen(self, arguments: Any, backend: Backend | None) -> bool:
-        """True for a frozen model in inference mode: it skips checks, which cost as much as a GEMM of few rows."""
-        weights = [arguments[place] for place in self._weights]
-        if not (is_frozen(weights[0]) and torch.is_inference_mode_enabled()):
-            return False
+    def _tensors(self, arguments: A, roles: Sequence[str] = ()) -> list[Tensor]:
+        """Return the tensors of fields with these roles, by default of all."""
+        tensors: list[Tensor] = []
+        for name, role in self.roles.items():
+            value = getattr(arguments, name)
+            if roles and role not in roles:
+                continue
+            if isinstance(value, Tensor):
+                tensors.append(value)
+            elif isinstance(value, list):
+                tensors += value
+        return tensors
+
+    def _takes_frozen(self, arguments: A, backend: Backend | None) -> bool:
+        """Return whether a frozen model runs in inference mode; checks would cost as much as a GEMM of few rows."""
+        first, last = getattr(arguments, self.weights[0]), getattr(arguments, self.weights[-1])
         x, residual = arguments.x, getattr(arguments, "residual", None)
         return (
-            is_frozen(weights[-1])
+            is_frozen(first)
+            and is_frozen(last)
             and x.is_cpu
-            and x.dtype == weights[0].dtype
-            and x.shape[-1] == weights[0].shape[1]
+            and x.dtype == first.dtype
+            and x.shape[-1] == first.shape[1]
             and not named(backend)
             and not torch.is_autocast_enabled("cpu")
             and self._is_certain(arguments)
-            and (residual is None or residual.shape == (*x.shape[:-1], weights[-1].shape[0]))
-            and readable(*(value for value in arguments if isinstance(value, Tensor)))
+            and (residual is None or residual.shape == (*x.shape[:-1], last.shape[0]))
+            and readable(*self._tensors(arguments))
         )
 
-    def _in_fp8(self, arguments: Any, tensors: Sequence[Tensor]) -> bool:
-        weights = [arguments[place] for place in self._weights]
-        if len(weights) > 1:
-            return any(map(fp8.is_active, weights))
-        return fp8.should_use(arguments.x, weights[0], *tensors)
-
-    def _in_int8(self, arguments: Any, call: Call) -> bool:
-        """True for weights without gradient, in any stored dtype, where int8 is faster."""
-        x, weights = arguments.x, [arguments[place] for place in self._weights]
+    def _takes_int8(self, arguments: A, call: Call, weights: Sequence[Tensor]) -> bool:
+        """Return whether int8 is faster for these weights, which must have no gradient but may have any dtype."""
         for weight in weights:
             records = torch.is_grad_enabled() and weight.requires_grad
-            if records or weight.is_inference() or weight.device != x.device:
+            if records or weight.is_inference() or weight.device != arguments.x.device:
                 return False
-        others = _floats(arguments[place] for place in self._beside)
+        others = self._tensors(arguments, ("operand", "factor", "chance"))
         return (
             self._is_certain(arguments)
             and infers(call, others)
-            and int8.is_faster(self.int8_race, x, weights[0])
+            and int8.is_faster(self.int8_race, arguments.x, weights[0])
         )
 
-    def _infers(self, arguments: Any, call: Call, tensors: Sequence[Tensor]) -> bool:
+    def _infers(self, arguments: A, call: Call, tensors: Sequence[Tensor]) -> bool:
+        """Return whether the CPU path for inference applies; InputError for frozen weights elsewhere."""
         if not self._is_certain(arguments):
             return False
         # Linear layers have no tensors of integers.
-        if infers(call, tensors if self._weights else _floats(tensors)):
+        if not self.weights:
+            tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
+        if infers(call, tensors):
             return True
-        if any(is_frozen(arguments[place]) for place in self._weights):
-            raise InputError(
-                "a weight is frozen for CPU inference and supports no gradient, autocast, other dtype or backend: "
-                "call unfreeze() on the model first"
-            )
+        for name in self.weights:
+            if is_frozen(getattr(arguments, name)):
+                raise InputError(
+                    "a weight is frozen for CPU inference and supports no gradient, autocast, other dtype or backend: "
+                    "call unfreeze() on the model first"
+                )
         return False
 
-    def _is_certain(self, arguments: Any) -> bool:
-        """True without dropout and stochastic depth."""
-        for place in self._chance:
-            value = arguments[place]
+    def _trains(self, arguments: A) -> bool:
+        """Return whether the operator for CPU training applies, which is opaque to compilers."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        tensors = self._tensors(arguments, ("operand", "weight"))
+        autocast, records = torch.is_autocast_enabled("cpu"), False
+        for tensor in tensors:
+            one_dtype = autocast or tensor.dtype == tensors[0].dtype
+            if tensor.dtype not in CPU_DTYPES or not one_dtype or is_frozen(tensor):
+                return False
+            records = records or tensor.requires_grad
+        return records and (not autocast or torch.get_autocast_dtype("cpu") in CPU_DTYPES)
+
+    def _is_certain(self, arguments: A) -> bool:
+        """Return whether the call has neither dropout nor stochastic depth."""
+        for name in self.chance:
+            value = getattr(arguments, name)
             if value is not None and (isinstance(value, Tensor) or value):
                 return False
         return True
 
-    def _floating(self, arguments: Any) -> Any:
-        """Weights for floating-point GEMMs, dense; flagged ones may have another dtype than x."""
+    def _convert_weights(self, arguments: A) -> None:
+        """Replace flagged and frozen weights by dense ones in the dtype of x."""
         for name in self.weights:
-            weight = getattr(arguments, name)
-            if kind_of(weight) is not None:
-                arguments = arguments._replace(**{name: weight.to(arguments.x.dtype)})
-            elif weight is not None and weight.is_mkldnn:
-                arguments = arguments._replace(**{name: dense(weight)})
-        return arguments
+            value = getattr(arguments, name)
+            if isinstance(value, list):
+                setattr(arguments, name, [_floating(weight, arguments.x) for weight in value])
+            elif value is not None:
+                setattr(arguments, name, _floating(value, arguments.x))
 
 
-OPS: dict[str, Op] = {}
+OPS: dict[str, Op[Any]] = {}
 """Every operation by name. A new one registers itself, from any package."""
+
+
+def _floating(weight: Tensor, x: Tensor) -> Tensor:
+    return dense(weight) if kind_of(weight) is None else weight.to(x.dtype)
+
+
+def _operator(
+    name: str,
+    arguments: type[A],
+    reference: Callable[[A], Any],
+    backward: Callable[..., Gradients],
+    outputs: int,
+) -> Callable[[A, Call], Any]:
+    """Register the reference as an operator with this gradient."""
+
+    def forward(arguments: A, _: str) -> Outputs:
+        result = reference(arguments)
+        return (result,) if isinstance(result, Tensor) else result
+
+    run = differentiable(
+        name,
+        arguments,
+        forward,
+        forward,
+        lambda upstream, arguments, *_: backward(*upstream, arguments),
+        outputs=outputs,
+        results=outputs,
+        keep=lambda arguments, outputs, _: (arguments, [None] * len(outputs)),
+    )
+
+    def call_operator(arguments: A, call: Call) -> Any:
+        results = run(arguments, call.backend)
+        return results if outputs > 1 else results[0]
+
+    return call_operator
 
 
 @contextmanager
@@ -185,63 +246,43 @@ def watching() -> Iterator[dict[str, str]]:
     """
     ran: dict[str, str] = {}
 
-    def watched(op: Op, rung: Rung, run: Callable[[Any, Call], Any]) -> Callable[[Any, Call], Any]:
-        def call(arguments: Any, call: Call) -> Any:
-            if not named(call.backend) and ran.get(op.name) != "reference":
+    def watch(op: Op[Any], rung: Rung, run: Callable[[Any, Call], Any]) -> Callable[..., Any]:
+        def run_watched(arguments: Any, call: Call) -> Any:
+            if not named(call.requested) and ran.get(op.name) != "reference":
                 ran[op.name] = _runner(op, rung, call)
             return run(arguments, call)
 
-        return call
+        return run_watched
 
-    rungs: dict[Op, dict[Rung, Callable[[Any, Call], Any]]] = {op: op.rungs for op in OPS.values()}
-    for op, own in rungs.items():
-        op.rungs = {rung: watched(op, rung, run) for rung, run in own.items()}
+    rungs = {op: op.rungs for op in OPS.values()}
+    for op in rungs:
+        op.rungs = {rung: watch(op, rung, run) for rung, run in op.rungs.items()}
     try:
         yield ran
     finally:
-        for op, own in rungs.items():
-            op.rungs = own
+        for op, unwatched in rungs.items():
+            op.rungs = unwatched
 
 
-def _runner(op: Op, rung: Rung, call: Call) -> str:
+def _runner(op: Op[Any], rung: Rung, call: Call) -> str:
     if rung != "reference":
-        return "fp8" if rung == "fp8" else call.chosen
-    has_kernel = "kernel" in op.rungs and (call.chosen == "reference" or call.chosen in op.kernels)
-    return "reference" if has_kernel else "torch"
+        return "fp8" if rung == "fp8" else call.backend
+    supported = call.backend == "reference" or call.backend in op.kernels
+    return "reference" if "kernel" in op.rungs and supported else "torch"
 
 
 def infers(call: Call, tensors: Sequence[Tensor]) -> bool:
-    """True where a CPU path for inference applies: one dtype, no gradient, compiler or autocast."""
-    if call.chosen != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    """Return whether a CPU path for inference applies: one dtype, no gradient, compiler or autocast."""
+    if call.backend != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     grad, dtype = torch.is_grad_enabled(), tensors[0].dtype
-    for t in tensors:
-        if t.dtype != dtype or (grad and t.requires_grad):
+    for tensor in tensors:
+        if tensor.dtype != dtype or (grad and tensor.requires_grad):
             return False
     return dtype in CPU_DTYPES
 
 
-def trains(call: Call, tensors: Sequence[Tensor]) -> bool:
-    """True where the operator for CPU training applies, which is opaque to compilers."""
-    if call.chosen != "cpu" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return False
-    types, known = {t.dtype for t in tensors}, True
-    if torch.is_autocast_enabled("cpu"):
-        types, known = {torch.get_autocast_dtype("cpu")}, types <= {*CPU_DTYPES}
-    known = known and not any(map(is_frozen, tensors))
-    return (
-        known
-        and len(types) == 1
-        and types <= {*CPU_DTYPES}
-        and any(t.requires_grad for t in tensors)
-    )
-
-
 def runs_cpu_inference(backend: Backend | None, *tensors: Tensor | None) -> bool:
-    """`infers` for a call with this backend."""
-    present = [t for t in tensors if t is not None]
+    """Return `infers` for a call with this backend."""
+    present = [tensor for tensor in tensors if tensor is not None]
     return infers(Call(backend, resolve(backend, *present)), present)
-
-
-def _floats(values: Iterable[Any]) -> list[Tensor]:
-    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]

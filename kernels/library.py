@@ -6,9 +6,10 @@ decomposes a `triton_op` even for CPU tensors and so bypasses the CPU implementa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from inspect import formatannotation
-from typing import Any, get_type_hints
+from typing import Any, Generic, TypeVar, cast, get_type_hints
 
 import torch
 from torch import Tensor
@@ -16,9 +17,11 @@ from torch.utils import _pytree as pytree
 
 from xfm_fast.errors import InputError
 
+from .backend import AUTOCAST_KEYS
+
+A = TypeVar("A")
 NAMESPACE = "xfm_fast"
 _library = torch.library.Library(NAMESPACE, "DEF")
-_AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
 def operator(
@@ -28,14 +31,14 @@ def operator(
     *,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
-    autocast: bool | tuple[int, ...] = False,
+    autocast: bool | Sequence[int] = False,
 ) -> Callable[..., Any]:
     """Register an operator and return it.
 
     The implementation runs on CPU and CUDA tensors, there on the device of its first tensor. `setup_context` and
     `backward` are as in `torch.library.register_autograd`; second derivatives raise an error. `autocast` converts
-    floating-point tensor arguments to autocast's dtype: all, or the arguments at these places. An empty tuple leaves it
-    to the operator, which then saves no converted copy of a model's weights.
+    floating-point tensor arguments to autocast's dtype: all, or those at these indices. An empty sequence leaves it to
+    the operator, which then saves no converted copy of a model's weights.
     """
     name = schema.split("(")[0]
     qualified = f"{NAMESPACE}::{name}"
@@ -49,9 +52,9 @@ def operator(
         )
     registered = getattr(getattr(torch.ops, NAMESPACE), name).default
     if autocast is not False:
-        for device, key in _AUTOCAST.items():
-            places = None if autocast is True else autocast
-            _library.impl(name, _casting(registered, device, key, places), key)
+        for device, key in AUTOCAST_KEYS.items():
+            indices = None if autocast is True else autocast
+            _library.impl(name, _casting(registered, device, key, indices), key)
     return registered
 
 
@@ -68,173 +71,240 @@ _TYPES: dict[Any, str] = {
     list[Tensor]: "Tensor[]",
     torch.dtype: "ScalarType",
 }
-Tensors = Sequence[Any]
-"""Outputs; None for one that was not saved."""
-Gradients = Sequence[Tensor | None]
+Outputs = Sequence[Any]
+"""Outputs of an operator; None for one that was not saved."""
+Upstream = Sequence[Tensor | None]
+"""Gradients of outputs; None for zeros."""
+Needs = Mapping[str, bool]
+"""Which gradients are computed, by field."""
+Gradients = Mapping[str, Tensor | None]
+"""Gradients by field; zeros for a field that is absent or None."""
+_SAVED = object()
 
 
 def differentiable(
     name: str,
-    arguments: type[Any],
-    forward: Callable[[Any, str], Tensors],
-    fake: Callable[[Any, str], Tensors],
-    backward: Callable[[Gradients, Any, Tensors, Sequence[bool], str], Gradients],
+    arguments: type[A],
+    forward: Callable[[A, str], Outputs],
+    fake: Callable[[A, str], Outputs],
+    backward: Callable[[Upstream, A, Outputs, Needs, str], Gradients],
     *,
-    wrt: tuple[str, ...],
-    outputs: int,
-    results: int | Callable[[Any, str], int] = 1,
-    keep: Callable[[Any, Tensors, str], tuple[Any, Tensors]] | None = None,
+    outputs: int = 1,
+    results: int | Callable[[A, str], int] = 1,
+    keep: Callable[[A, Outputs, str], tuple[A, Outputs]] | None = None,
     around: Callable[..., Gradients] | None = None,
-    backward_fake: Callable[[Any, Tensors, Sequence[bool]], Gradients] | None = None,
-    autocast: bool | tuple[int, ...] = False,
-) -> Callable[..., tuple[Tensor, ...]]:
-    """Register an operation and its gradient as operators; returns `call(arguments, backend)`, the outputs.
+    backward_fake: Callable[[A, Outputs, Needs], Gradients] | None = None,
+    autocast: bool | Sequence[str] = False,
+) -> Callable[[A, str], tuple[Tensor, ...]]:
+    """Register an operation and its gradient as operators; return `call(arguments, backend)`, the outputs.
 
-    `arguments` is a named tuple, whose annotations are the schema; tensors in a list are parts of one, and `backward`
-    returns the gradient of their concatenation. `wrt`: the arguments with a gradient. `forward` returns `outputs`
-    tensors, of which the first `results`, at most two, have a gradient; the others arrive in `backward` too, as does
-    None for an upstream gradient of zeros. `keep` is what is saved of arguments and outputs, by default all. `around`
-    wraps the operator of the gradient. `backward_fake` gives the gradients' shapes, by default those of the arguments.
+    `arguments` is a dataclass whose annotations are the schema. Its tensors have a gradient unless their role is
+    `CHANCE` or `CONSTANT`; to `backward`, a list of tensors is one concatenated tensor.
+
+    Args:
+        forward: returns `outputs` tensors, of which the first `results` have a gradient; `backward` receives all.
+        fake: the same for tensors without contents.
+        keep: selects what is saved of arguments and outputs, by default all.
+        around: wraps the operator of the gradient, to compute outside of it.
+        backward_fake: shapes of the gradients, by default those of the arguments.
+        autocast: fields that autocast converts, or all; empty leaves it to the operator (see `operator`).
     """
-    fields: tuple[str, ...] = arguments._fields
-    kinds = _schema_types(name, arguments)
-    most = min(2, outputs) if callable(results) else results
-    lists = [place for place, kind in enumerate(kinds) if kind == "Tensor[]"]
-    places = [fields.index(field) for field in wrt]
-
-    def schema(kinds: list[str]) -> str:
-        return ", ".join(f"{kind} {field}" for kind, field in zip(kinds, fields, strict=True))
-
-    def returned(count: int) -> str:
-        return f"({', '.join(['Tensor'] * count)})"
-
-    def run_backward(*given: Any) -> Any:
-        upstream, rest = given[:most], given[most:]
-        values, kept, (needs, backend) = rest[: len(fields)], rest[len(fields) : -2], rest[-2:]
-        found = backward(upstream, arguments(*values), kept, needs, backend)
-        return _results(_present(found, needs, upstream))
-
-    def fake_backward(*given: Any) -> Any:
-        upstream, rest = given[:most], given[most:]
-        saved, kept, needs = arguments(*rest[: len(fields)]), rest[len(fields) : -2], rest[-2]
-        if backward_fake is not None:
-            return _results(_present(backward_fake(saved, kept, needs), needs, upstream))
-        wholes = [getattr(saved, field) for field in wrt]
-        wholes = [torch.cat(t) if isinstance(t, list) and t else t for t in wholes]
-        made = [t.new_empty(t.shape) if isinstance(t, Tensor) else None for t in wholes]
-        return _results(_present(made, needs, upstream))
-
-    upstream_schema = ", ".join(f"Tensor? d{i}" for i in range(most))
-    kept_schema = ", ".join(f"Tensor? kept{i}" for i in range(outputs))
-    optional = schema(["Tensor?" if kind == "Tensor" else kind for kind in kinds])
-    gradient = operator(
-        f"{name}_backward({upstream_schema}, {optional}, {kept_schema}, bool[] needed, str backend) "
-        f"-> {returned(len(wrt))}",
-        run_backward,
-        fake_backward,
+    types = _schema_types(name, arguments)
+    operation = _Differentiable(
+        arguments, types, forward, fake, backward, results, keep, around, backward_fake
+    )
+    schema = ", ".join(f"{type} {field}" for field, type in types.items())
+    # A callable counts outputs whose gradients are refused: `backward` receives two at most.
+    operation.upstream = min(2, outputs) if callable(results) else results
+    upstream = ", ".join(f"Tensor? d{i}" for i in range(operation.upstream))
+    saved = ", ".join(f"Tensor? saved{i}" for i in range(outputs))
+    operation.gradient = operator(
+        f"{name}_backward({upstream}, {schema.replace('Tensor ', 'Tensor? ')}, {saved}, "
+        f"bool[] needed, str backend) -> {_tuple_type(len(operation.wrt))}",
+        operation.run_backward,
+        operation.fake_backward,
         autocast=() if autocast == () else False,
     )
+    indices = autocast if isinstance(autocast, bool) else [*map([*types].index, autocast)]
+    operation.registered = operator(
+        f"{name}({schema}, str backend) -> {_tuple_type(outputs)}",
+        operation.run_forward,
+        operation.fake_forward,
+        setup_context=operation.save,
+        backward=operation.differentiate,
+        autocast=indices,
+    )
+    return operation.call
 
-    def call_gradient(
-        upstream: Gradients, saved: Any, kept: Tensors, needs: Sequence[bool], backend: str
-    ) -> list[Tensor | None]:
-        found = _tuple_of(gradient(*upstream, *saved, *kept, needs, backend))
-        return [g if need else None for g, need in zip(found, needs, strict=True)]
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        saved, ctx.backend, output = arguments(*inputs[:-1]), inputs[-1], _tuple_of(output)
-        count = results(saved, ctx.backend) if callable(results) else results
-        ctx.mark_non_differentiable(*output[count:])
+@dataclass
+class _Differentiable(Generic[A]):
+    """An operation and its gradient as operators: their implementations, and what autograd calls."""
+
+    arguments: type[A]
+    types: dict[str, str]
+    forward: Callable[[A, str], Outputs]
+    fake: Callable[[A, str], Outputs]
+    backward: Callable[[Upstream, A, Outputs, Needs, str], Gradients]
+    results: int | Callable[[A, str], int]
+    keep: Callable[[A, Outputs, str], tuple[A, Outputs]] | None
+    around: Callable[..., Gradients] | None
+    backward_fake: Callable[[A, Outputs, Needs], Gradients] | None
+    upstream: int = 1
+    registered: Callable[..., Any] = field(init=False)
+    gradient: Callable[..., Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        roles = {f.name: f.metadata.get("role") for f in fields(cast(Any, self.arguments))}
+        self.names = [*self.types]
+        self.wrt = {
+            name: index
+            for index, (name, type) in enumerate(self.types.items())
+            if type.startswith("Tensor") and roles[name] not in ("chance", "constant")
+        }
+
+    def call(self, arguments: A, backend: str) -> tuple[Tensor, ...]:
+        """Run the operator."""
+        output = self.registered(*[getattr(arguments, name) for name in self.names], backend)
+        return (output,) if isinstance(output, Tensor) else output
+
+    def run_forward(self, *inputs: Any) -> Any:
+        """Implement the operator."""
+        outputs = self.forward(self.arguments(*inputs[:-1]), inputs[-1])
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def fake_forward(self, *inputs: Any) -> Any:
+        """Make outputs without contents."""
+        outputs = self.fake(self.arguments(*inputs[:-1]), inputs[-1])
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Save arguments and outputs for the gradient."""
+        saved, ctx.backend = self.arguments(*inputs[:-1]), inputs[-1]
+        outputs = (output,) if isinstance(output, Tensor) else output
+        results = self.results(saved, ctx.backend) if callable(self.results) else self.results
+        ctx.mark_non_differentiable(*outputs[results:])
         # Or else zeros are written for results that have no gradient.
         ctx.set_materialize_grads(False)
-        kept = output if keep is None else ()
-        if keep is not None:
-            saved, kept = keep(saved, output, ctx.backend)
-        values, parts = [*saved, *kept], list[Tensor]()
-        for place in lists:
-            parts += values[place]
-            values[place] = len(values[place])
-        ctx.save_for_backward(
-            *[value if isinstance(value, Tensor) else None for value in values], *parts
-        )
-        ctx.values = [None if isinstance(value, Tensor) else value for value in values]
+        if self.keep is not None:
+            saved, outputs = self.keep(saved, outputs, ctx.backend)
+        ctx.values, tensors = [], []
+        for value in (*[getattr(saved, name) for name in self.names], *outputs):
+            if isinstance(value, Tensor):
+                tensors.append(value)
+                value = _SAVED
+            elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+                tensors += value
+                value = [_SAVED] * len(value)
+            ctx.values.append(value)
+        ctx.save_for_backward(*tensors)
 
-    def run_gradient(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-        made: dict[str, Any] = {}
-        if any(g is not None for g in upstream[:most]):
-            tensors, count = ctx.saved_tensors, len(ctx.values)
-            values = [
-                v if t is None else t for t, v in zip(tensors[:count], ctx.values, strict=True)
-            ]
-            for place in lists:
-                values[place], count = (
-                    [*tensors[count : count + values[place]]],
-                    count + values[place],
-                )
-            saved, wanted = (
-                arguments(*values[: len(fields)]),
-                [ctx.needs_input_grad[place] for place in places],
-            )
-            needs = [any(need) if isinstance(need, (list, tuple)) else need for need in wanted]
-            given = (upstream[:most], saved, values[len(fields) :], needs, ctx.backend)
-            found = call_gradient(*given) if around is None else around(call_gradient, *given)
-            for field, g, need in zip(wrt, found, wanted, strict=True):
-                parts = getattr(saved, field)
-                made[field] = _divided(g, parts, need) if isinstance(parts, list) else g
-        for field, need in zip(fields, ctx.needs_input_grad, strict=False):
+    def differentiate(self, ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+        """Compute the gradients of all inputs, as autograd expects them."""
+        upstream = upstream[: self.upstream]
+        needs, gradients = {}, dict[str, Any]()
+        for name, index in self.wrt.items():
+            need = ctx.needs_input_grad[index]
+            needs[name] = any(need) if isinstance(need, (list, tuple)) else need
+        if upstream.count(None) < len(upstream):
+            tensors, values = iter(ctx.saved_tensors), []
+            for value in ctx.values:
+                if value is _SAVED:
+                    value = next(tensors)
+                elif isinstance(value, list) and value and value[0] is _SAVED:
+                    value = [next(tensors) for _ in value]
+                values.append(value)
+            saved, outputs = self.arguments(*values[: len(self.names)]), values[len(self.names) :]
+            if self.around is None:
+                gradients |= self.call_gradient(upstream, saved, outputs, needs, ctx.backend)
+            else:
+                compute = self.call_gradient
+                gradients |= self.around(compute, upstream, saved, outputs, needs, ctx.backend)
+            for name, index in self.wrt.items():
+                if self.types[name] == "Tensor[]":
+                    chunks, need = getattr(saved, name), ctx.needs_input_grad[index]
+                    gradients[name] = _split(gradients.get(name), chunks, need)
+        for name, need in zip(self.names, ctx.needs_input_grad, strict=False):
             if isinstance(need, (list, tuple)):
-                made.setdefault(field, [None] * len(need))
-        return (*(made.get(field) for field in fields), None)
+                gradients.setdefault(name, [None] * len(need))
+        return (*map(gradients.get, self.names), None)
 
-    registered = operator(
-        f"{name}({schema(kinds)}, str backend) -> {returned(outputs)}",
-        lambda *given: _results(forward(arguments(*given[:-1]), given[-1])),
-        lambda *given: _results(fake(arguments(*given[:-1]), given[-1])),
-        setup_context=setup_context,
-        backward=run_gradient,
-        autocast=autocast,
-    )
-    return lambda given, backend: _tuple_of(registered(*given, backend))
+    def call_gradient(
+        self, upstream: Upstream, saved: A, outputs: Outputs, needs: Needs, backend: str
+    ) -> Gradients:
+        """Run the operator of the gradient."""
+        inputs = [*upstream, *(getattr(saved, name) for name in self.names), *outputs]
+        results = self.gradient(*inputs, [*needs.values()], backend)
+        results = (results,) if isinstance(results, Tensor) else results
+        pairs = zip(needs, results, strict=True)
+        return {name: gradient for name, gradient in pairs if needs[name]}
+
+    def run_backward(self, *inputs: Any) -> Any:
+        """Implement the operator of the gradient."""
+        upstream, saved, outputs, needs, backend = self._backward_inputs(inputs)
+        gradients = self.backward(upstream, saved, outputs, needs, backend)
+        return self._tensors_only(gradients, upstream, saved, needs)
+
+    def fake_backward(self, *inputs: Any) -> Any:
+        """Make gradients without contents."""
+        upstream, saved, outputs, needs, _ = self._backward_inputs(inputs)
+        gradients = {} if self.backward_fake is None else self.backward_fake(saved, outputs, needs)
+        return self._tensors_only(gradients, upstream, saved, needs)
+
+    def _tensors_only(
+        self, gradients: Gradients, upstream: Upstream, saved: A, needs: Needs
+    ) -> Any:
+        """Return gradients in order, zeros for absent ones and empty where none is needed."""
+        first = next(gradient for gradient in upstream if gradient is not None)
+        tensors = []
+        for name, need in needs.items():
+            gradient = gradients.get(name)
+            if need and gradient is None:
+                value = getattr(saved, name)
+                value = torch.cat(value) if self.types[name] == "Tensor[]" else value
+                gradient = None if value is None else torch.zeros_like(value)
+            tensors.append(gradient if need and gradient is not None else first.new_empty(0))
+        return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+    def _backward_inputs(
+        self, inputs: tuple[Any, ...]
+    ) -> tuple[tuple[Tensor | None, ...], A, tuple[Any, ...], dict[str, bool], str]:
+        first, end = self.upstream, self.upstream + len(self.names)
+        *_, needed, backend = inputs
+        needs = dict(zip(self.wrt, needed, strict=True))
+        return inputs[:first], self.arguments(*inputs[first:end]), inputs[end:-2], needs, backend
 
 
-def _schema_types(name: str, arguments: type[Any]) -> list[str]:
-    """Return the type in a schema of every field of a named tuple."""
-    hints = get_type_hints(arguments)
-    for field in arguments._fields:
-        if hints[field] not in _TYPES:
-            hint, known = formatannotation(hints[field]), ", ".join(map(formatannotation, _TYPES))
+def _schema_types(name: str, arguments: type[Any]) -> dict[str, str]:
+    """Return the type in a schema of every field of a dataclass."""
+    hints, types = get_type_hints(arguments), {}
+    for argument in fields(arguments):
+        hint = hints[argument.name]
+        if hint not in _TYPES:
+            shown, allowed = formatannotation(hint), ", ".join(map(formatannotation, _TYPES))
             raise InputError(
-                f"{name}: the field {field} of {arguments.__name__} is {hint}; use one of {known}"
+                f"{name}: the field {argument.name} of {arguments.__name__} is {shown}; use one of {allowed}"
             )
-    return [_TYPES[hints[field]] for field in arguments._fields]
+        types[argument.name] = _TYPES[hint]
+    return types
 
 
-def _results(tensors: Sequence[Tensor]) -> Any:
-    """Return what an operator with these results returns: a single one stands alone."""
-    return tensors[0] if len(tensors) == 1 else tuple(tensors)
+def _tuple_type(count: int) -> str:
+    return f"({', '.join(['Tensor'] * count)})"
 
 
-def _tuple_of(results: Any) -> tuple[Tensor, ...]:
-    return (results,) if isinstance(results, Tensor) else results
-
-
-def _divided(gradient: Tensor | None, parts: Tensors, needs: Sequence[bool]) -> list[Tensor | None]:
-    """The gradient of every part of a concatenation."""
+def _split(
+    gradient: Tensor | None, chunks: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return the gradient of each chunk of a concatenation."""
     if gradient is None:
-        return [None] * len(parts)
-    pairs = zip(gradient.split([len(part) for part in parts]), needs, strict=True)
-    return [part if need else None for part, need in pairs]
-
-
-def _present(found: Gradients, needs: Sequence[bool], upstream: Gradients) -> tuple[Tensor, ...]:
-    """Gradients, and empty tensors for those that nobody needs: an operator returns tensors only."""
-    like = next(g for g in upstream if g is not None)
-    pairs = zip(found, needs, strict=True)
-    return tuple(g if need and g is not None else like.new_empty(0) for g, need in pairs)
+        return [None] * len(chunks)
+    pairs = zip(gradient.split([len(chunk) for chunk in chunks]), needs, strict=True)
+    return [chunk if need else None for chunk, need in pairs]
 
 
 class _Once(torch.autograd.Function):
-    """A gradient as it is, which has no gradient with respect to what it was computed from."""
+    """The identity of a first gradient, whose own gradient is refused."""
 
     @staticmethod
     def forward(ctx: Any, name: str, gradient: Tensor, *_: Tensor | None) -> Tensor:
@@ -249,64 +319,46 @@ class _Once(torch.autograd.Function):
 
 
 def _once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward pass that raises in second derivatives, since its kernels record no graph."""
+    """Make a backward pass raise in second derivatives, since its kernels record no graph."""
 
     def gradients(ctx: Any, *upstream: Tensor | None) -> Any:
         if not torch.is_grad_enabled():
             return backward(ctx, *upstream)
         # Only with create_graph=True.
         with torch.no_grad():
-            found = backward(ctx, *upstream)
+            first = backward(ctx, *upstream)
         sources = (*upstream, *ctx.saved_tensors)
-        return pytree.tree_map_only(Tensor, lambda g: _Once.apply(name, g, *sources), found)
+        return pytree.tree_map_only(Tensor, lambda g: _Once.apply(name, g, *sources), first)
 
     return gradients
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast on a device with registered operators; None where it is off."""
-    if device.type not in _AUTOCAST or not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
-
-
 def on_device_of_arguments(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """The implementation, run with the device of its first argument on a GPU as the current one."""
+    """Wrap an implementation so that the GPU of its first CUDA tensor is the current device."""
 
     def run(*arguments: Any) -> Any:
-        device = next(
-            a.device for a in arguments if isinstance(a, Tensor) and a.device.type == "cuda"
-        )
-        with torch.cuda.device(device):
-            return implementation(*arguments)
+        for argument in arguments:
+            if isinstance(argument, Tensor) and argument.device.type == "cuda":
+                with torch.cuda.device(argument.device):
+                    return implementation(*arguments)
+        raise AssertionError("no argument is on a GPU")
 
     return run
 
 
 def _casting(
-    registered: Callable[..., Any], device: str, key: str, places: tuple[int, ...] | None
+    registered: Callable[..., Any], device: str, key: str, indices: Sequence[int] | None
 ) -> Callable[..., Any]:
-    # torch.library.register_autocast fixes one type at registration; autocast's own type can be fp16 or bf16.
+    # torch.library.register_autocast fixes one dtype at registration; autocast's own can be fp16 or bf16.
     below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def cast_and_call(*arguments: Any) -> Any:
-        dtype = torch.get_autocast_dtype(device)
+        dtype, inputs = torch.get_autocast_dtype(device), [*arguments]
+        for index in range(len(inputs)) if indices is None else indices:
+            value = inputs[index]
+            if isinstance(value, Tensor) and value.is_floating_point():
+                inputs[index] = value if value.dtype == torch.float64 else value.to(dtype)
         with torch._C._ExcludeDispatchKeyGuard(below):
-            return registered(
-                *(
-                    _cast(a, dtype) if places is None or i in places else a
-                    for i, a in enumerate(arguments)
-                )
-            )
+            return registered(*inputs)
 
     return cast_and_call
-
-
-def _cast(argument: Any, dtype: torch.dtype) -> Any:
-    if (
-        isinstance(argument, Tensor)
-        and argument.is_floating_point()
-        and argument.dtype != torch.float64
-    ):
-        return argument.to(dtype)
-    return argument

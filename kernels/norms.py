@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,14 +13,14 @@ from .backend import Backend
 from .checks import LARGEST_WIDTH, AddNorm, Embedding, Norm
 from .cpu import norms as cpu
 from .ladder import Call, Op
-from .library import Gradients, differentiable, on_device_of_arguments
+from .library import Gradients, Needs, Outputs, Upstream, differentiable, on_device_of_arguments
 
 
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: Backend | None = None
 ) -> Tensor:
-    """LayerNorm over the last dimension, statistics in fp32 for half precision. x `[..., M]` → `[..., M]`."""
-    return _layer_norm(Norm(x, weight, bias, eps), backend)
+    """Return the LayerNorm over the last dimension of x `[..., M]`, statistics in fp32 for half precision."""
+    return LAYER_NORM(Norm(x, weight, bias, eps), backend)
 
 
 def add_layer_norm(
@@ -38,7 +37,7 @@ def add_layer_norm(
     wide: bool = False,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Residual sum and LayerNorm in one pass.
+    """Compute a residual sum and its LayerNorm in one pass.
 
     `summed = residual + row_scale · gamma · dropout(x)` and `normed = LayerNorm(summed)`: the end of a post-norm branch
     (no gamma), or of a pre-norm branch with LayerScale and stochastic depth, fused with the next norm.
@@ -58,8 +57,8 @@ def add_layer_norm(
     Raises:
         ValueError: inconsistent shapes, dtypes or devices, or a backend that cannot run here.
     """
-    given = AddNorm(x, residual, weight, bias, eps, gamma, row_scale, dropout_p, seed, wide)
-    return _add_layer_norm(given, backend)
+    args = AddNorm(x, residual, weight, bias, eps, gamma, row_scale, dropout_p, seed, wide)
+    return ADD_LAYER_NORM(args, backend)
 
 
 def embed_layer_norm(
@@ -75,7 +74,7 @@ def embed_layer_norm(
     padding_idx: int | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
-    """LayerNorm of `word[tokens] + position[positions] + type_row`: the input of a text encoder.
+    """Return the LayerNorm of `word[tokens] + position[positions] + type_row`: the input of a text encoder.
 
     Args:
         tokens, positions: `[...]` integers.
@@ -90,24 +89,11 @@ def embed_layer_norm(
         IndexError: an id outside its table, on CPU and within `check_contents()`; otherwise its row is NaN.
     """
     tables = (word, position, type_row, weight, bias)
-    return _embed_layer_norm(Embedding(tokens, positions, *tables, eps, padding_idx), backend)
-
-
-def _rounded_norm(a: AddNorm) -> tuple[Tensor, Tensor]:
-    """(normed, summed) by the Triton kernel, with normed in fp8 for the next GEMM."""
-    from .triton.layers import add_layer_norm_forward
-    from .triton.rows import room_for
-
-    def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        room = room_for(x.reshape(-1, x.shape[-1]))
-        made = add_layer_norm_forward(a, rounded=room)
-        return fp8.keep(made.normed, *room), made.summed
-
-    return on_device_of_arguments(run)(a.x) if a.x.is_cuda else run(a.x)
+    return EMBED_LAYER_NORM(Embedding(tokens, positions, *tables, eps, padding_idx), backend)
 
 
 def _one_tile(rows: Tensor) -> bool:
-    """Whether a Triton kernel holds a row in registers."""
+    """Return whether a Triton kernel can hold a row in registers."""
     return 1 <= rows.shape[-1] <= LARGEST_WIDTH
 
 
@@ -120,58 +106,86 @@ def _module(backend: str) -> Any:
 
 
 def _statistics(x: Tensor) -> Tensor:
-    """Room for one statistic per row."""
+    """Return an empty tensor for one statistic per row."""
     wide = torch.promote_types(x.dtype, torch.float32)
     # Not `Size.numel`, which specialises symbols: every number of tokens would recompile.
     return x.new_empty(math.prod(x.shape[:-1]), dtype=wide)
 
 
+def _add_norm_in_fp8(a: AddNorm) -> tuple[Tensor, Tensor]:
+    """Return (normed, summed) by the Triton kernel, which also rounds normed to fp8 for the next GEMM."""
+    from .triton.layers import add_layer_norm_forward
+    from .triton.rows import room_for
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        room = room_for(x.reshape(-1, x.shape[-1]))
+        outputs = add_layer_norm_forward(a, rounded=room)
+        return fp8.keep(outputs.normed, *room), outputs.summed
+
+    return on_device_of_arguments(run)(a.x) if a.x.is_cuda else run(a.x)
+
+
+# LayerNorm.
+
+
 def _norm_kernel(a: Norm, call: Call) -> Tensor:
-    if fp8.makes_fp8_rows(call.chosen, a.weight, a.x, a.bias):
-        return _rounded_norm(AddNorm(a.x, None, *a[1:]))[0]
-    return _norm(a, call.chosen)[0]
+    if fp8.makes_fp8_rows(call.backend, a.weight, a.x, a.bias):
+        return _add_norm_in_fp8(AddNorm(a.x, None, a.weight, a.bias, a.eps))[0]
+    return _norm(a, call.backend)[0]
 
 
 def _sums_half_precision(a: Norm) -> bool:
-    """Whether PyTorch would add the gradients of weight and bias in half precision; its compiler adds in fp32."""
-    if a.x.dtype.itemsize > 2 or torch.compiler.is_compiling():
+    """Return whether PyTorch would add gradients of weight and bias in half precision; its compiler adds in fp32."""
+    if a.x.dtype.itemsize > 2 or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
-    return torch.is_grad_enabled() and any(t.requires_grad for t in a[:3])
+    return a.x.requires_grad or a.weight.requires_grad or a.bias.requires_grad
 
 
 def _norm_backward(
-    upstream: Gradients, a: Norm, outputs: Sequence[Tensor], needs: Sequence[bool], backend: str
+    upstream: Upstream, a: Norm, outputs: Outputs, needs: Needs, backend: str
 ) -> Gradients:
-    return _module(backend).layer_norm_backward(upstream[0], a.x, a.weight, *outputs[1:])
+    _, mean, rstd = outputs
+    dx, dweight, dbias = _module(backend).layer_norm_backward(
+        upstream[0], a.x, a.weight, mean, rstd
+    )
+    return {"x": dx, "weight": dweight, "bias": dbias}
 
 
 _norm = differentiable(
     "layer_norm",
     Norm,
-    lambda a, backend: _module(backend).layer_norm_forward(*a),
+    lambda a, backend: _module(backend).layer_norm_forward(a.x, a.weight, a.bias, a.eps),
     lambda a, _: (a.x.new_empty(a.x.shape), _statistics(a.x), _statistics(a.x)),
     _norm_backward,
-    wrt=("x", "weight", "bias"),
     outputs=3,
     keep=lambda a, outputs, _: (a, (None, *outputs[1:])),
 )
-_layer_norm = Op(
+LAYER_NORM = Op(
     "layer_norm",
     Norm,
-    {"kernel": _norm_kernel, "reference": lambda a, _: reference.layer_norm(*a)},
+    {"kernel": _norm_kernel},
+    reference=lambda a: reference.layer_norm(a.x, a.weight, a.bias, a.eps),
     fits={"triton": lambda a: _one_tile(a.x), "cpu": _sums_half_precision},
 )
 
 
+# A residual sum and its LayerNorm.
+
+
+def _add_norm_reference(a: AddNorm) -> tuple[Tensor, Tensor]:
+    factors = (a.gamma, a.row_scale, a.dropout_p, a.seed, a.wide)
+    return reference.add_layer_norm(a.x, a.residual, a.weight, a.bias, a.eps, *factors)
+
+
 def _add_norm_kernel(a: AddNorm, call: Call) -> tuple[Tensor, Tensor]:
     tensors = (a.x, a.residual, a.bias, a.gamma, a.row_scale)
-    if not a.dropout_p and fp8.makes_fp8_rows(call.chosen, a.weight, *tensors):
-        return _rounded_norm(a)
+    if not a.dropout_p and fp8.makes_fp8_rows(call.backend, a.weight, *tensors):
+        return _add_norm_in_fp8(a)
     if torch.is_grad_enabled() and a.row_scale is not None and a.row_scale.requires_grad:
         # Factors commute, and the kernels have no gradient of this one.
-        a = a._replace(x=(a.x * cpu.of_rows(a.row_scale, a.x)).to(a.x.dtype), row_scale=None)
-    seed = checks.drawn_seed(a.dropout_p, a.seed, a.x.device)
-    normed, summed, *_ = _add_norm(a._replace(seed=seed), call.chosen)
+        a.x, a.row_scale = (a.x * cpu.of_rows(a.row_scale, a.x)).to(a.x.dtype), None
+    a.seed = checks.drawn_seed(a.dropout_p, a.seed, a.x.device)
+    normed, summed, *_ = _add_norm(a, call.backend)
     return normed, summed
 
 
@@ -183,56 +197,56 @@ def _add_norm_fake(a: AddNorm, _: str) -> tuple[Tensor, ...]:
 
 
 def _add_norm_backward(
-    upstream: Gradients, a: AddNorm, outputs: Sequence[Tensor], needs: Sequence[bool], backend: str
+    upstream: Upstream, a: AddNorm, outputs: Outputs, needs: Needs, backend: str
 ) -> Gradients:
     dnormed, dsummed = upstream
     _, summed, mean, rstd = outputs
     if dnormed is None:
         dnormed = torch.zeros_like(summed, dtype=a.x.dtype)
-    found = _module(backend).add_layer_norm_backward(dnormed, dsummed, summed, mean, rstd, a)
-    # An operator's results must not share memory: `_add_norm_gradient` gives the residual dx.
-    dresidual = None if _one_gradient(a, summed) else found.dresidual
-    return found.dx, dresidual, found.dweight, found.dbias, found.dgamma
+    gradients = _module(backend).add_layer_norm_backward(dnormed, dsummed, summed, mean, rstd, a)
+    return {
+        "x": gradients.dx,
+        # Results of an operator must not share memory: `_share_gradient` gives the residual dx.
+        "residual": None if _one_gradient(a, summed) else gradients.dresidual,
+        "weight": gradients.dweight,
+        "bias": gradients.dbias,
+        "gamma": gradients.dgamma,
+    }
 
 
-def _add_norm_backward_fake(
-    a: AddNorm, outputs: Sequence[Tensor], needs: Sequence[bool]
-) -> Gradients:
+def _add_norm_backward_fake(a: AddNorm, outputs: Outputs, needs: Needs) -> Gradients:
     summed = outputs[1]
-    dx = summed.new_empty(summed.shape, dtype=a.x.dtype)
-    dresidual = None if _one_gradient(a, summed) else summed.new_empty(summed.shape)
-    return (
-        dx,
-        dresidual,
-        *(None if t is None else t.new_empty(t.shape) for t in (a.weight, a.weight, a.gamma)),
-    )
+    return {
+        "x": summed.new_empty(summed.shape, dtype=a.x.dtype),
+        "residual": None if _one_gradient(a, summed) else summed.new_empty(summed.shape),
+        "weight": a.weight.new_empty(a.weight.shape),
+        "bias": a.weight.new_empty(a.weight.shape),
+        "gamma": None if a.gamma is None else a.gamma.new_empty(a.gamma.shape),
+    }
 
 
 def _one_gradient(a: AddNorm, summed: Tensor) -> bool:
-    """Whether the branch and the residual have one gradient."""
+    """Return whether the gradients of x and of the residual are equal."""
     return a.gamma is None and a.row_scale is None and not a.dropout_p and a.x.dtype == summed.dtype
 
 
-def _add_norm_gradient(
-    call: Any,
-    upstream: Gradients,
-    a: AddNorm,
-    outputs: Sequence[Tensor],
-    needs: Sequence[bool],
-    backend: str,
+def _share_gradient(
+    call: Any, upstream: Upstream, a: AddNorm, outputs: Outputs, needs: Needs, backend: str
 ) -> Gradients:
     if not _one_gradient(a, outputs[1]):
         return call(upstream, a, outputs, needs, backend)
-    dx, _, *rest = call(upstream, a, outputs, [needs[0] or needs[1], False, *needs[2:]], backend)
-    return dx if needs[0] else None, dx if needs[1] else None, *rest
+    either = {**needs, "x": needs["x"] or needs["residual"], "residual": False}
+    gradients = dict(call(upstream, a, outputs, either, backend))
+    dx = gradients.pop("x", None)
+    return {**gradients, **{name: dx for name in ("x", "residual") if needs[name]}}
 
 
-def _saved_for_add_norm(
-    a: AddNorm, outputs: Sequence[Tensor], backend: str
-) -> tuple[AddNorm, Sequence[Any]]:
+def _keep_for_add_norm(a: AddNorm, outputs: Outputs, backend: str) -> tuple[AddNorm, Outputs]:
     # Only the gradient of gamma needs the branch itself; on a CPU its dtype is else enough.
-    x = a.x.new_empty(0) if backend == "cpu" and a.gamma is None else a.x
-    return a._replace(x=x, residual=None, bias=None), (None, *outputs[1:])
+    if backend == "cpu" and a.gamma is None:
+        a.x = a.x.new_empty(0)
+    a.residual = a.bias = None
+    return a, (None, *outputs[1:])
 
 
 _add_norm = differentiable(
@@ -241,19 +255,29 @@ _add_norm = differentiable(
     lambda a, backend: _module(backend).add_layer_norm_forward(a),
     _add_norm_fake,
     _add_norm_backward,
-    wrt=("x", "residual", "weight", "bias", "gamma"),
     outputs=4,
     results=2,
-    keep=_saved_for_add_norm,
-    around=_add_norm_gradient,
+    keep=_keep_for_add_norm,
+    around=_share_gradient,
     backward_fake=_add_norm_backward_fake,
 )
-_add_layer_norm = Op(
+ADD_LAYER_NORM = Op(
     "add_layer_norm",
     AddNorm,
-    {"kernel": _add_norm_kernel, "reference": lambda a, _: reference.add_layer_norm(*a)},
+    {"kernel": _add_norm_kernel},
+    reference=_add_norm_reference,
     fits={"triton": lambda a: _one_tile(a.x)},
 )
+
+
+# Embeddings and their LayerNorm.
+
+
+def _embed_reference(a: Embedding) -> Tensor:
+    tables = (a.word, a.position, a.type_row)
+    return reference.embed_layer_norm(
+        a.tokens, a.positions, *tables, a.weight, a.bias, a.eps, a.padding_idx
+    )
 
 
 def _embed_forward(a: Embedding, backend: str) -> tuple[Tensor, ...]:
@@ -269,13 +293,11 @@ def _embed_fake(a: Embedding, _: str) -> tuple[Tensor, ...]:
 
 
 def _embed_backward(
-    upstream: Gradients,
-    a: Embedding,
-    outputs: Sequence[Tensor],
-    needs: Sequence[bool],
-    backend: str,
+    upstream: Upstream, a: Embedding, outputs: Outputs, needs: Needs, backend: str
 ) -> Gradients:
-    return _module(backend).embedding_norm_backward(upstream[0], *outputs[1:], a)
+    _, mean, rstd = outputs
+    gradients = _module(backend).embedding_norm_backward(upstream[0], mean, rstd, a)
+    return dict(zip(("word", "position", "type_row", "weight", "bias"), gradients, strict=True))
 
 
 _embed = differentiable(
@@ -284,16 +306,13 @@ _embed = differentiable(
     _embed_forward,
     _embed_fake,
     _embed_backward,
-    wrt=("word", "position", "type_row", "weight", "bias"),
     outputs=3,
     keep=lambda a, outputs, _: (a, (None, *outputs[1:])),
 )
-_embed_layer_norm = Op(
+EMBED_LAYER_NORM = Op(
     "embed_layer_norm",
     Embedding,
-    {
-        "kernel": lambda a, call: _embed(a, call.chosen)[0],
-        "reference": lambda a, _: reference.embed_layer_norm(*a),
-    },
+    {"kernel": lambda a, call: _embed(a, call.backend)[0]},
+    reference=_embed_reference,
     fits={"triton": lambda a: _one_tile(a.word)},
 )

@@ -10,22 +10,23 @@ which makes every operation wait for the device.
 
 from __future__ import annotations
 
-from .attention import bias_attention, relpos_attention, relpos_bias, varlen_attention
 from .backend import Backend, use_backend
+from .bias_attention import bias_attention
 from .checks import check_contents
 from .fp8 import use_fp8
 from .linear import (
     joined_linear,
     layer_norm_linear,
-    layer_norm_mlp,
     linear,
     linear_add_layer_norm,
     linear_gelu,
     linear_residual,
-    mlp_residual,
 )
 from .losses import linear_cross_entropy, token_log_likelihood
+from .mlp import layer_norm_mlp, mlp_residual
 from .norms import add_layer_norm, embed_layer_norm, layer_norm
+from .relpos_attention import relpos_attention, relpos_bias
+from .varlen_attention import varlen_attention
 
 __all__ = [
     "Backend",

@@ -1,4 +1,4 @@
-"""Binaries of kernels that a newer Triton compiled elsewhere, for a machine whose own compilers make attention wrong.
+"""Kernels that a newer Triton compiled elsewhere, for a machine whose own compilers make attention wrong.
 
 `write` fills a folder on any machine. With `XFM_PREPARED_KERNELS=FOLDER` attention runs where `hopper_fault` forbids
 it: Triton takes a binary in place of what it compiles from the same source, from an override folder, whose keys it
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import re
@@ -44,7 +45,7 @@ class NotPreparedError(UnavailableError):
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as it was specialised, in values of JSON; what was compiled of it, once it was."""
+    """A kernel as it was specialised, in values of JSON, and its binary once it is compiled."""
 
     module: str
     kernel: str
@@ -59,54 +60,41 @@ class Launch:
 
     @staticmethod
     def of(fn: Any, compile: dict[str, Any]) -> Launch:
-        """The launch that a hook of Triton is called for."""
-        given, function = json.loads(compile["specialization_data"]), fn.jit_function.fn
-        constants, attrs = (
-            [list(pair) for pair in zip(given[f"{kind}_keys"], given[f"{kind}_vals"], strict=True)]
-            for kind in ("constant", "attrs")
-        )
-        options = {name: given["options"].get(name) for name in _OPTIONS}
+        """Return the launch that a hook of Triton is called for."""
+        data, function = json.loads(compile["specialization_data"]), fn.jit_function.fn
+        constants = zip(data["constant_keys"], data["constant_vals"], strict=True)
+        attrs = zip(data["attrs_keys"], data["attrs_vals"], strict=True)
         return Launch(
-            function.__module__,
-            function.__qualname__,
-            given["signature"],
-            constants,
-            attrs,
-            options,
+            module=function.__module__,
+            kernel=function.__qualname__,
+            signature=data["signature"],
+            constants=[list(pair) for pair in constants],
+            attrs=[list(pair) for pair in attrs],
+            options={name: data["options"].get(name) for name in _OPTIONS},
         )
 
     @property
     def key(self) -> str:
-        """Equal for the same launch in all versions of Triton, but for its options, which an override does not know."""
+        """A key of the launch in all versions of Triton, without its options, which an override does not know."""
         attrs = sorted((path, value) for path, value in self.attrs if value)
-        parts = (
-            self.module,
-            self.kernel,
-            self.signature,
-            sorted(self.constants, key=lambda each: each[0]),
-            attrs,
-        )
-        return json.dumps(parts, sort_keys=True)
+        constants = sorted(self.constants, key=lambda pair: pair[0])
+        identity = (self.module, self.kernel, self.signature, constants, attrs)
+        return json.dumps(identity, sort_keys=True)
 
     @property
     def source(self) -> Any:
-        """What Triton compiles."""
+        """The source that Triton compiles."""
+        from triton.compiler import ASTSource
+
         kernel = getattr(importlib.import_module(self.module), self.kernel)
-        constants, attrs = (
-            {tuple(path): value for path, value in each} for each in (self.constants, self.attrs)
-        )
-        return _source(kernel, self.signature, constants, attrs)
-
-
-def _source(*parts: Any) -> Any:
-    from triton.compiler import ASTSource
-
-    return ASTSource(*parts)
+        constants = {tuple(path): value for path, value in self.constants}
+        attrs = {tuple(path): value for path, value in self.attrs}
+        return ASTSource(kernel, self.signature, constants, attrs)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder says of itself."""
+    """The contents of a folder of prepared kernels."""
 
     version: int
     arch: int
@@ -125,10 +113,10 @@ class Manifest:
 def record(work: Callable[[], object], arch: int) -> list[Launch]:
     """Return the launches of `work` on a GPU that need not be there.
 
-    It runs on CPU tensors, without matrix products, whose results no launch depends on. The process is of no other use
+    It runs on CPU tensors, without GEMMs, whose results no launch depends on. The process can be used for nothing else
     afterwards.
     """
-    from .audit.pretended import pretend
+    from .audit.compiling import pretend
 
     launches: dict[str, Launch] = {}
 
@@ -140,20 +128,22 @@ def record(work: Callable[[], object], arch: int) -> list[Launch]:
     pretend(arch, ask)
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings(action="ignore"):  # of the override
-        for name, left in {"mm": 0, "bmm": 0, "addmm": 1}.items():
+        for name, first in {"mm": 0, "bmm": 0, "addmm": 1}.items():
             for overload in ("", ".out"):
-                library.impl(name + overload, _empty_product(left), "CPU", allow_override=True)
+                library.impl(name + overload, _empty_gemm(first), "CPU", allow_override=True)
     with use_backend("triton"):
         work()
     return [*launches.values()]
 
 
-def _empty_product(left: int) -> Callable[..., torch.Tensor]:
-    def product(*operands: torch.Tensor, out: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
-        x, y = operands[left : left + 2]
+def _empty_gemm(first: int) -> Callable[..., torch.Tensor]:
+    """Make a GEMM with an empty result, whose factors begin at this operand."""
+
+    def gemm(*operands: torch.Tensor, out: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
+        x, y = operands[first : first + 2]
         return x.new_empty(*x.shape[:-1], y.shape[-1]) if out is None else out
 
-    return product
+    return gemm
 
 
 def write(
@@ -162,20 +152,19 @@ def write(
     arch: int,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Manifest:
-    """Compile the launches of every purpose, and write those that need it into the folder; the manifest last.
+    """Compile the launches of every purpose, and write those on asynchronous tensor cores into the folder.
 
-    They are those on tensor cores that run beside the program: others are right with any compiler. InputError if this
-    machine's compilers have the faults themselves, or two launches differ in options alone, which an override does not
-    know.
+    Other kernels are right with any compiler. The manifest is written last. InputError if this machine's compilers have
+    the faults themselves, or two launches differ in options alone, which an override does not know.
     """
     if fault := compiler_fault(arch):
         raise InputError(f"kernels cannot be prepared with these compilers: {fault}")
     launches: dict[str, Launch] = {}
-    for launch in (launch for each in purposes.values() for launch in each):
-        other = launches.setdefault(launch.key, launch)
-        if other.options != launch.options:
+    for launch in itertools.chain.from_iterable(purposes.values()):
+        options = launches.setdefault(launch.key, launch).options
+        if options != launch.options:
             raise InputError(
-                f"{launch.kernel} is launched with {other.options} and with {launch.options}"
+                f"{launch.kernel} is launched with {options} and with {launch.options}"
             )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -183,28 +172,29 @@ def write(
         old.unlink()
     compiled: list[Launch] = []
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn"), _start) as pool:
-        each = pool.map(_compile, launches.values(), [arch] * len(launches))
-        for number, (launch, (cubin, ptx, shared)) in enumerate(
-            zip(launches.values(), each, strict=True)
-        ):
-            name = f"{number:03d}-{launch.module.rpartition('.')[2]}-{launch.kernel}.cubin"
-            progress(f"{number + 1} of {len(launches)}: {name}, {len(cubin) >> 10} KiB")
+        binaries = pool.map(_compile, launches.values(), [arch] * len(launches))
+        for index, launch in enumerate(launches.values()):
+            cubin, ptx, shared = next(binaries)
+            name = f"{index:03d}-{launch.module.rpartition('.')[2]}-{launch.kernel}.cubin"
+            progress(f"{index + 1} of {len(launches)}: {name}, {len(cubin) >> 10} KiB")
             if _is_asynchronous(ptx):
                 write_whole(folder / name, cubin)
-                digest = hashlib.sha256(cubin).hexdigest()
-                compiled.append(
-                    replace(
-                        launch, file=name, sha256=digest, shared=shared, parameters=_parameters(ptx)
-                    )
-                )
-    counts = {purpose: len(each) for purpose, each in purposes.items()}
-    manifest = Manifest(_VERSION, arch, [*compiler_versions(arch)], _sources(), counts, compiled)
+                launch = replace(launch, file=name, shared=shared, parameters=_parameters(ptx))
+                compiled.append(replace(launch, sha256=hashlib.sha256(cubin).hexdigest()))
+    manifest = Manifest(
+        version=_VERSION,
+        arch=arch,
+        compiler=[*compiler_versions(arch)],
+        sources=_sources(),
+        purposes={purpose: len(launches) for purpose, launches in purposes.items()},
+        launches=compiled,
+    )
     write_whole(folder / MANIFEST, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
     return manifest
 
 
 def _sources() -> str:
-    """A hash of the files of all Triton kernels: an edit of any may change a binary or a launch."""
+    """Hash the files of all Triton kernels: an edit of any may change a binary or a launch."""
     digest = hashlib.sha256()
     for path in sorted(_FAMILY.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -212,7 +202,7 @@ def _sources() -> str:
 
 
 def _start() -> None:
-    # Tables of lines are half of a binary.
+    # Line tables are half of a binary.
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
 
 
@@ -228,21 +218,20 @@ def _compile(launch: Launch, arch: int) -> tuple[bytes, str, int]:
 
 
 def _is_asynchronous(ptx: str) -> bool:
-    """True for a kernel with instructions whose operands a faulty compiler does not protect."""
+    """Return whether a kernel has instructions whose operands a faulty compiler does not protect."""
     return "wgmma" in ptx or "tcgen05" in ptx
 
 
 def _parameters(ptx: str) -> tuple[int, ...]:
+    """Return the bits of each parameter."""
     entry = _ENTRY.search(ptx)
-    return (
-        tuple(int(bits) for bits in re.findall(r"\.param\s+\.[a-z]+(\d+)", entry[1]))
-        if entry
-        else ()
-    )
+    if entry is None:
+        return ()
+    return tuple(int(bits) for bits in re.findall(r"\.param\s+\.[a-z]+(\d+)", entry[1]))
 
 
 def read(folder: Path, arch: int) -> Manifest:
-    """Read and check a folder; InputError if it is damaged, of another GPU, or of other sources than are here."""
+    """Read and check a folder; InputError if it is damaged, or of another GPU or other sources."""
     again = "prepare it again with python3 -m xfm_fast.benchmarks.device --prepare"
     try:
         content = json.loads((folder / MANIFEST).read_bytes())
@@ -267,7 +256,7 @@ def read(folder: Path, arch: int) -> Manifest:
         raise InputError(f"{folder} is for sm_{manifest.arch} and the GPU is sm_{arch}; {again}")
     if manifest.sources != _sources():
         raise InputError(
-            f"files in {_FAMILY} are not those that {folder} was prepared from; {again}"
+            f"files in {_FAMILY} differ from those that {folder} was prepared from; {again}"
         )
     for launch in manifest.launches:
         content, inside = b"", launch.file == Path(launch.file).name
@@ -280,7 +269,7 @@ def read(folder: Path, arch: int) -> Manifest:
 
 @cache
 def why_not(arch: int) -> str | None:
-    """Install the folder of the environment; the reason why that cannot be, or None."""
+    """Install the folder of the environment; return the reason why that is impossible, or None."""
     try:
         install(Path(os.environ[ENVIRONMENT]), arch)
     except InputError as error:
@@ -289,7 +278,7 @@ def why_not(arch: int) -> str | None:
 
 
 def install(folder: Path, arch: int) -> Manifest:
-    """Let Triton take the binaries of a folder in this process, and check every launch of our kernels."""
+    """Let Triton take the binaries of a folder in this process, and check all launches of our kernels."""
     from triton import knobs
 
     runtime: Any = knobs.runtime
@@ -305,40 +294,43 @@ def install(folder: Path, arch: int) -> Manifest:
     return manifest
 
 
-def _chained(hook: Callable[..., None], other: Any) -> Any:
-    def both(*, key: Any, fn: Any, compile: dict[str, Any], **rest: Any) -> Any:
+def _chained(hook: Callable[..., None], installed: Any) -> Any:
+    """Call a hook for our kernels, and then the hook that was installed before."""
+
+    def call(*, key: Any, fn: Any, compile: dict[str, Any], **options: Any) -> Any:
         if fn.jit_function.fn.__module__.startswith(f"{__package__}.triton."):
             hook(key, fn, compile)
-        return None if other is None else other(key=key, fn=fn, compile=compile, **rest)
+        return None if installed is None else installed(key=key, fn=fn, compile=compile, **options)
 
-    return both
+    return call
 
 
 class _Overriding:
-    """What Triton calls before and after it compiles one of our kernels for its first launch."""
+    """Hooks that Triton calls before and after it compiles one of our kernels for its first launch."""
 
     def __init__(self, folder: Path, launches: dict[str, Launch]) -> None:
         self.folder, self.launches = folder, launches
         self.scratch = tempfile.TemporaryDirectory(prefix="xfm-kernels-")
 
     def before(self, key: Any, fn: Any, compile: dict[str, Any]) -> None:
-        """Lay the binary where Triton looks for one: its key depends on its version."""
+        """Link the binary where Triton looks for one: its key depends on its version."""
+        from triton.compiler import ASTSource
         from triton.runtime.cache import get_override_manager
 
         if launch := self.launches.get(Launch.of(fn, compile).key):
-            parts = compile["signature"], compile["constants"], compile["configs"][0]
-            source = _source(fn.jit_function, *parts)
+            constants, attrs = compile["constants"], compile["configs"][0]
+            source: Any = ASTSource(fn.jit_function, compile["signature"], constants, attrs)
             manager: Any = get_override_manager(source.hash())
-            place = Path(manager._make_path(f"{source.name[:150]}.cubin"))
-            place.parent.mkdir(parents=True, exist_ok=True)
+            path = Path(manager._make_path(f"{source.name[:150]}.cubin"))
+            path.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError):
-                place.symlink_to(self.folder / launch.file)
+                path.symlink_to(self.folder / launch.file)
 
     def after(self, key: Any, fn: Any, compile: dict[str, Any]) -> None:
         """Raise an error if the kernel must not be launched."""
         compiled = fn.jit_function.device_caches[compile["device"]][0]
         if fault := _why_refused(compiled[key], self.launches.get(Launch.of(fn, compile).key)):
-            # The next launch would find it there.
+            # The next launch would use it.
             del compiled[key]
             raise NotPreparedError(f"{fn.jit_function.fn.__qualname__} {fault}")
 

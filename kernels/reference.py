@@ -14,13 +14,13 @@ from torch import Tensor
 from . import host
 
 HIDDEN = -1e30
-"""A bias of this or less hides a key: -inf, and the least numbers of fp32 and bf16, which masks are often made of."""
+"""A bias of this or less hides a key: -inf, and the lowest numbers of fp32 and bf16, which masks often hold."""
 
 
 def _dropout(
     probability: float, seed: Tensor | None, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
-    """Dropout by PyTorch's generator, or by one of its own that follows from the seed."""
+    """Make a dropout by PyTorch's generator, or by a new one with this seed."""
     if seed is None:
         return lambda x: F.dropout(x, probability)
     generator = torch.Generator(device).manual_seed(host.integer(seed))
@@ -30,7 +30,7 @@ def _dropout(
 
 
 def int8_steps(largest: Tensor, dtype: torch.dtype, *, gelu: bool = False) -> Tensor:
-    """The quantisation step per row, from its largest magnitude `largest` in fp32, as a number of `dtype`.
+    """Return the quantisation step per row, from its largest magnitude `largest` in fp32, in `dtype`.
 
     `gelu`: GELU values lie above -0.17, so that only 32 levels are negative.
     """
@@ -40,7 +40,7 @@ def int8_steps(largest: Tensor, dtype: torch.dtype, *, gelu: bool = False) -> Te
 
 
 def as_int8(rows: Tensor, *, gelu: bool = False) -> Tensor:
-    """Rows `[..., K]` with every value rounded to one of 255 levels of its row, the operand of an int8 GEMM.
+    """Round every value of rows `[..., K]` to one of 255 levels of its row, the operand of an int8 GEMM.
 
     The rows of a weight `[M, K]` are its output channels, the rows of activations its tokens; `gelu` as in
     `int8_steps`.
@@ -48,7 +48,7 @@ def as_int8(rows: Tensor, *, gelu: bool = False) -> Tensor:
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     largest = (wide if gelu else wide.abs()).amax(-1, keepdim=True)
     step = int8_steps(largest, rows.dtype, gelu=gelu).to(wide.dtype)
-    # Not divided, and exact: a value halfway between two levels has to go where it goes in the product.
+    # Not divided, and exact: a value halfway between two levels has to round as in the GEMM.
     return (wide.double() * (1 / step).double()).round().to(wide.dtype) * step
 
 
@@ -67,25 +67,25 @@ _LEAST_ENTRY = 2.0**-100
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows `[..., K]` in fp8 (e4m3), and the scales `[..., 1]` fp32 that they have to be multiplied with."""
+    """Round rows `[..., K]` to fp8 (e4m3); return them and the scales `[..., 1]` fp32 to multiply them by."""
     wide = x.float()
     largest = wide.abs().amax(-1, keepdim=True).clamp_min(_LEAST_ENTRY)
     return (wide * (LARGEST_FP8 / largest)).to(torch.float8_e4m3fn), largest / LARGEST_FP8
 
 
 def rounded_rows(x: Tensor) -> Tensor:
-    """What `quantise_rows` stands for, in fp32."""
+    """Return the values of `quantise_rows` in fp32."""
     rows, scales = quantise_rows(x)
     return rows.float() * scales
 
 
 def product_of_rounded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + b` of rows from `rounded_rows`, in fp32."""
+    """Return `x W^T + b` of rows from `rounded_rows`, in fp32."""
     return F.linear(x, weight, None if bias is None else bias.float())
 
 
 def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + b` with x and W rounded to fp8 row by row."""
+    """Return `x W^T + b` with x and W rounded to fp8 row by row."""
     return product_of_rounded(rounded_rows(x), rounded_rows(weight), bias).to(x.dtype)
 
 
@@ -108,7 +108,7 @@ def branch_end(
     row_scale: Tensor | None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """`residual + row_scale · gamma · dropout(out)`."""
+    """Return `residual + row_scale · gamma · dropout(out)`."""
     if dropout_p:
         out = F.dropout(out, dropout_p)
     if gamma is not None:
@@ -123,7 +123,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def relative_position_index(window: tuple[int, int], device: torch.device | None = None) -> Tensor:
-    """Row of the position table for every (query, key) pair of a window with a class token: `[N, N]`, N = 1 + wh·ww.
+    """Return the table row of every (query, key) of a window with a class token: `[N, N]`, N = 1 + wh·ww.
 
     Patches are row-major; the entry is `(dy + wh - 1)·(2·ww - 1) + (dx + ww - 1)` with (dy, dx) = query - key. The last
     three rows of the table are class→patch, patch→class and class→class (BEiT, arXiv 2106.08254).
@@ -143,7 +143,7 @@ def relative_position_index(window: tuple[int, int], device: torch.device | None
 
 
 def position_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
-    """`[(2wh-1)(2ww-1)+3, H]` → `[H, N, N]`."""
+    """Return the bias of a table: `[(2wh-1)(2ww-1)+3, H]` → `[H, N, N]`."""
     index = relative_position_index(window, table.device)
     return table[index.view(-1)].view(*index.shape, -1).permute(2, 0, 1)
 
@@ -173,7 +173,7 @@ def bias_attention(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse). Batch entry b takes entry b mod G of the bias `[G, H, Nq, Nk]`."""
+    """Return (out, lse). Batch entry b takes entry b mod G of the bias `[G, H, Nq, Nk]`."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     repeated = bias.repeat(q.shape[0] // max(1, bias.shape[0]), 1, 1, 1)
     scores = (q * scale) @ k.transpose(-1, -2) + repeated
@@ -187,12 +187,12 @@ def bias_attention(
 
 
 def _weights(scores: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Softmax over the keys that the mask leaves; a query without any yields zeros, and so do its gradients."""
+    """Compute the softmax over the keys that the mask leaves; zeros, with zero gradients, for a query without any."""
     if key_mask is None:
         return scores.softmax(-1)
     # -inf here would make an all-hidden row and its gradient NaN.
-    least = torch.finfo(scores.dtype).min
-    return scores.masked_fill(~key_mask, least).softmax(-1).masked_fill(~key_mask, 0)
+    lowest = torch.finfo(scores.dtype).min
+    return scores.masked_fill(~key_mask, lowest).softmax(-1).masked_fill(~key_mask, 0)
 
 
 def varlen_attention(
@@ -232,7 +232,7 @@ def add_layer_norm(
     seed: Tensor | None = None,
     wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(normed, summed): `summed = residual + row_scale · gamma · dropout(x)`, and its LayerNorm.
+    """Return (normed, summed): `summed = residual + row_scale · gamma · dropout(x)`, and its LayerNorm.
 
     `normed` has the dtype of x, for the next GEMM, or with `wide` that of the sum, for the next residual.
     """
@@ -260,7 +260,7 @@ def embed_layer_norm(
     eps: float,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """LayerNorm of word + position + type embeddings; the rows `padding_idx` of both tables receive no gradient."""
+    """Return the LayerNorm of word + position + type embeddings; rows `padding_idx` receive no gradient."""
     embedded = (
         F.embedding(tokens, word, padding_idx)
         + type_row
@@ -277,7 +277,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Mean cross-entropy of the logits `h w^T + b` over the rows that are not ignored; 0 if all rows are.
+    """Return the mean cross-entropy of the logits `h w^T + b` over the rows that are not ignored; 0 if all are.
 
     The logits have the dtype of the GEMM, the loss at least fp32.
     """
@@ -296,7 +296,7 @@ def linear_cross_entropy(
 def token_log_likelihood(
     h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, ignore_index: int = -100
 ) -> Tensor:
-    """`log softmax(h w^T + b)[target]`, row by row; 0 where the target is `ignore_index`."""
+    """Return `log softmax(h w^T + b)[target]`, row by row; 0 where the target is `ignore_index`."""
     logits = F.linear(h, w, b).reshape(-1, w.shape[0])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return -F.cross_entropy(
@@ -305,6 +305,6 @@ def token_log_likelihood(
 
 
 def hard_negative_weights(similarity: Tensor, mask: Tensor) -> Tensor:
-    """Unnormalised probabilities `[B, C]` of the columns: softmax + 1e-5, so that any can be drawn; 0 if masked."""
+    """Return unnormalised probabilities `[B, C]`: softmax + 1e-5, so that any column can be drawn; 0 if masked."""
     wide = similarity.to(torch.promote_types(similarity.dtype, torch.float32))
     return (wide.softmax(1) + 1e-5).masked_fill(mask, 0)

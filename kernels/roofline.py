@@ -38,33 +38,43 @@ class Work:
     bytes: float
 
     def floor(self, gpu: GPU) -> float:
-        """The minimum time in seconds."""
+        """Return the minimum time in seconds."""
         return max(self.flops / gpu.flops_per_s, self.bytes / gpu.bytes_per_s)
 
 
 def relpos_attention(batch: int, tokens: int, *, backward: bool = False, element: int = 2) -> Work:
-    """Self-attention of images with a bias `[heads, N, N]`, read once; the backward pass reads it again."""
-    operand = batch * tokens * HEADS * HEAD_DIM * element
-    bias = HEADS * tokens * tokens * element
+    """Count self-attention of images with a bias `[heads, N, N]`, read once; the backward pass reads it again."""
     return _attention(
-        "relpos_attention", f"{batch} × {tokens}", batch * tokens * tokens, 4 * operand, bias, batch * tokens,
+        "relpos_attention",
+        f"{batch} × {tokens}",
+        pairs=batch * tokens * tokens,
+        operands=4 * batch * tokens * HEADS * HEAD_DIM * element,
+        bias=HEADS * tokens * tokens * element,
+        queries=batch * tokens,
         backward=backward,
-    )  # fmt: skip
+    )
 
 
 def varlen_attention(
     pairs: int, queries: int, keys: int, shape: str, *, backward: bool = False, element: int = 2
 ) -> Work:
-    """Attention of packed sequences with `pairs` of query and key that attend, summed over the sequences."""
-    operands = 2 * (queries + keys) * HEADS * HEAD_DIM * element
-    return _attention("varlen_attention", shape, pairs, operands, 0, queries, backward=backward)
+    """Count attention of packed sequences with `pairs` of query and key that attend, summed over the sequences."""
+    return _attention(
+        "varlen_attention",
+        shape,
+        pairs=pairs,
+        operands=2 * (queries + keys) * HEADS * HEAD_DIM * element,
+        bias=0,
+        queries=queries,
+        backward=backward,
+    )
 
 
 def _attention(
-    op: str, shape: str, pairs: int, operands: int, bias: int, queries: int, *, backward: bool
+    op: str, shape: str, *, pairs: int, operands: int, bias: int, queries: int, backward: bool
 ) -> Work:
-    products = 5 if backward else 2  # qkᵀ again, dv, dp, dq, dk; or qkᵀ and pv
-    flops = products * 2 * pairs * HEADS * HEAD_DIM
+    gemms = 5 if backward else 2  # qkᵀ again, dv, dp, dq, dk; or qkᵀ and pv
+    flops = gemms * 2 * pairs * HEADS * HEAD_DIM
     statistics = queries * HEADS * _FP32
     # Backward: q, k, v, out and dout are read, dq, dk and dv written: twice the operands of the forward pass.
     traffic = 2 * operands if backward else operands
@@ -72,32 +82,25 @@ def _attention(
 
 
 def add_layer_norm(rows: int, *, backward: bool = False, element: int = 2) -> Work:
-    """Residual addition and LayerNorm: two tensors in, two out; backward, three tensors in, one gradient out."""
-    tensors = 4
+    """Count a residual sum and its LayerNorm: two tensors in, two out; backward, three tensors in, one gradient out."""
     flops = (14 if backward else 9) * rows * WIDTH
+    traffic = 4 * rows * WIDTH * element + 2 * rows * _FP32
     name = "add_layer_norm" + (" backward" if backward else "")
-    return Work(
-        name, f"{rows} × {WIDTH}", flops, tensors * rows * WIDTH * element + 2 * rows * _FP32
-    )
+    return Work(name, f"{rows} × {WIDTH}", flops, traffic)
 
 
 def linear_gelu(rows: int, *, backward: bool = False, element: int = 2) -> Work:
-    """The first linear layer of an MLP with its GELU, which saves the pre-activation for the backward pass."""
-    product = 2 * rows * WIDTH * HIDDEN
+    """Count the first linear layer of an MLP with its GELU, which saves the pre-activation for the backward pass."""
+    shape, gemm = f"{rows} × {WIDTH} → {HIDDEN}", 2 * rows * WIDTH * HIDDEN
     inner, outer, weight = rows * HIDDEN * element, rows * WIDTH * element, WIDTH * HIDDEN * element
     if backward:  # dx and dw; x, w, dy and the pre-activation in, dx and dw out
-        traffic = 2 * (outer + weight + inner)
-        return Work("linear_gelu backward", f"{rows} × {WIDTH} → {HIDDEN}", 2 * product, traffic)
-    return Work("linear_gelu", f"{rows} × {WIDTH} → {HIDDEN}", product, outer + weight + 2 * inner)
+        return Work("linear_gelu backward", shape, 2 * gemm, 2 * (outer + weight + inner))
+    return Work("linear_gelu", shape, gemm, outer + weight + 2 * inner)
 
 
 def linear_cross_entropy(rows: int, vocabulary: int, *, element: int = 2) -> Work:
-    """Loss over a vocabulary with its gradients: three GEMMs, and no logits in memory."""
-    product = 2 * rows * WIDTH * vocabulary
+    """Count a loss over a vocabulary with its gradients: three GEMMs, and no logits in memory."""
+    flops = 3 * 2 * rows * WIDTH * vocabulary
     traffic = 2 * (rows * WIDTH + vocabulary * WIDTH + vocabulary) * element
-    return Work(
-        "linear_cross_entropy and gradients",
-        f"{rows} × {WIDTH} → {vocabulary}",
-        3 * product,
-        traffic,
-    )
+    shape = f"{rows} × {WIDTH} → {vocabulary}"
+    return Work("linear_cross_entropy and gradients", shape, flops, traffic)

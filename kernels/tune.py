@@ -1,12 +1,9 @@
 """Offline search of launch configurations on a GPU, written to `kernels/tuning/sm_<arch>.json` for `launch.config_for`.
 
-Candidates come from a grid. The audit rejects configurations that spill, do not fit or do not compile; the rest are
+Candidates come from a grid. The audit rejects configurations that spill, do not fit or do not compile; the others are
 timed. The fastest candidate wins if all its shipped forms pass the audit. The audit's cache makes a second or resumed
 search cheap.
 """
-
-# Parts of named tuples are passed on as positional arguments, whose number no checker can know.
-# pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 
@@ -15,11 +12,11 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import flash
 from .audit.compiling import Form, Row, compile_rows
@@ -31,7 +28,7 @@ from .triton.launch import TRITON_TYPE, KernelSpec, LaunchConfig
 from .triton.relpos_table import FRAGMENT_HEAD_DIMS, takes_fragments
 
 TUNING = Path(__file__).resolve().parent / "tuning"
-# What is slower by less than this may be the same: timings vary by as much. The configuration in use then stays.
+# Timings vary by as much: a candidate has to be faster by more to replace the configuration in use.
 MARGIN = 0.02
 Timer = Callable[[Callable[[], Any]], float]
 """Seconds that a call takes."""
@@ -56,24 +53,23 @@ class Choice:
 
 
 def sizes(spec: KernelSpec, head_dims: Iterable[int], arch: int = 80) -> list[int]:
-    """The head dimensions that launch a kernel on the architecture; empty for a kernel without tiles to choose."""
+    """Return the head dimensions that launch a kernel on the architecture; none for a kernel without tiles."""
     if spec.arches and arch not in spec.arches:
         return []
+    # The narrow form replaces another one, and only as long as that has the tiles that it is made for.
+    attention = all("head_dim" in variant for variant in spec.variants)
+    if not attention or spec.name.endswith("_narrow"):
+        return []
+    if not {"BLOCK_M", "BLOCK_N"} <= spec.config(spec.variants[0], "bf16", 80).tiles.keys():
+        return []
+    compiled = {variant["head_dim"] for variant in spec.variants}
     if spec.name == "relpos_forward" and 90 <= arch < 100:
-        head_dims = [d for d in head_dims if d not in FRAGMENT_HEAD_DIMS]
-    # This form stands in for another one, and only as long as that has the tiles that it is made for.
-    attention = all("head_dim" in variant for variant in spec.variants) and not spec.name.endswith(
-        "_narrow"
-    )
-    tiled = attention and set(spec.config(spec.variants[0], "bf16", 80).tiles) >= {
-        "BLOCK_M",
-        "BLOCK_N",
-    }
-    return [d for d in head_dims if any(v["head_dim"] == d for v in spec.variants)] if tiled else []
+        compiled -= {*FRAGMENT_HEAD_DIMS}
+    return [head_dim for head_dim in head_dims if head_dim in compiled]
 
 
 def candidates(kernel: str) -> list[LaunchConfig]:
-    """The grid of a kernel: tiles, warps and stages."""
+    """Return the grid of a kernel: tiles, warps and stages."""
     if "_heads" in kernel:
         return [
             LaunchConfig({"HEADS": heads, "BLOCK_M": m, "BLOCK_N": n}, num_warps, num_stages)
@@ -99,7 +95,7 @@ def candidates(kernel: str) -> list[LaunchConfig]:
 
 
 def acceptable(row: Row) -> bool:
-    """True for a compilation that may be shipped: it compiles, fits and does not spill."""
+    """Return whether a compilation may be shipped: it compiles, fits and does not spill."""
     return (
         not row.error
         and not row.stack_bytes
@@ -118,7 +114,7 @@ def search(
     workload: Workload | None = None,
     grid: Iterable[LaunchConfig] | None = None,
 ) -> Choice:
-    """The best configuration of one kernel for a head dimension and dtype, and the time of flash-attn where it applies.
+    """Find the best configuration of one kernel for a head dimension and dtype, and time flash-attn where it applies.
 
     By default the GPU times `candidates` at the model's shapes; the current configuration is always included.
     ValueError for a head dimension without a form, or if no configuration is acceptable.
@@ -139,34 +135,30 @@ def search(
         for c in (candidates(spec.name) if grid is None else grid)
     ]
     configs = [in_use, *(c for c in grid if c != in_use)]
-    good = [
-        c for c, row in zip(configs, examine(forms[:1], configs), strict=True) if acceptable(row)
-    ]
+    rows = examine(forms[:1], configs)
+    passed = [config for config, row in zip(configs, rows, strict=True) if acceptable(row)]
     run = workload(spec.name, size, dtype)
-    times: list[tuple[float, int]] = []
-    for number, config in enumerate(good):
+    seconds: list[float] = []
+    for config in passed:
         with using(spec.name, size, dtype, arch, config):
-            times.append((timer(run), number))
-    before = next((seconds for seconds, number in times if good[number] == in_use), float("inf"))
-    ranked = sorted(
-        (seconds if good[n] == in_use else seconds / (1 - MARGIN), n) for seconds, n in times
-    )
-    for _, number in ranked:
-        if all(map(acceptable, examine(forms, [good[number]]))):
-            seconds = next(s for s, n in times if n == number)
-            rejected = len(configs) - len(good)
-            theirs = flash_workload(spec.name, size, dtype)
-            flash_seconds = None if theirs is None else timer(theirs)
+            seconds.append(timer(run))
+
+    def handicapped(index: int) -> float:
+        return seconds[index] / (1 if passed[index] == in_use else 1 - MARGIN)
+
+    for index in sorted(range(len(passed)), key=handicapped):
+        if all(map(acceptable, examine(forms, [passed[index]]))):
+            flash_run = flash_workload(spec.name, size, dtype)
             return Choice(
-                spec.name,
-                dtype,
-                size,
-                good[number],
-                seconds,
-                before,
-                rejected,
-                len(good),
-                flash_seconds,
+                kernel=spec.name,
+                dtype=dtype,
+                size=size,
+                config=passed[index],
+                seconds=seconds[index],
+                before=seconds[passed.index(in_use)] if in_use in passed else float("inf"),
+                rejected=len(configs) - len(passed),
+                timed=len(passed),
+                flash=None if flash_run is None else timer(flash_run),
             )
     raise ValueError(
         f"kernel {spec.name} at head_dim {size}: every configuration spills or does not fit"
@@ -175,9 +167,8 @@ def search(
 
 @contextmanager
 def using(kernel: str, size: int, dtype: str, arch: int, config: LaunchConfig) -> Iterator[None]:
-    """Within the block, launches of the kernel take this configuration: it stands in the table that they read."""
-    table = launch._tuned(arch)
-    rows = table.setdefault(kernel, {})
+    """Launch the kernel with this configuration within the block, by an entry in the architecture's table."""
+    rows = launch._tuned(arch).setdefault(kernel, {})
     key = f"{dtype}/{size}"
     old = rows.get(key)
     rows[key] = _entry(config)
@@ -201,7 +192,7 @@ def _entry(config: LaunchConfig) -> dict[str, Any]:
 
 
 def write(choices: Iterable[Choice], arch: int, gpu: str, folder: Path = TUNING) -> Path:
-    """Enters choices into the architecture's table; rows that they do not concern stay."""
+    """Merge choices into the architecture's table."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"sm_{arch}.json"
     table: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
@@ -214,75 +205,88 @@ def write(choices: Iterable[Choice], arch: int, gpu: str, folder: Path = TUNING)
         table.setdefault(choice.kernel, {})[f"{choice.dtype}/{choice.size}"] = entry
     kernels = []
     for kernel, rows in sorted(table.items()):
-        lines = ",\n".join(
-            f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}"
-            for k, v in sorted(rows.items())
-        )
-        kernels.append(f" {json.dumps(kernel)}: {{\n{lines}\n }}")
+        lines = []
+        for key, entry in sorted(rows.items()):
+            lines.append(f"  {json.dumps(key)}: {json.dumps(entry, ensure_ascii=False)}")
+        kernels.append(f" {json.dumps(kernel)}: {{\n" + ",\n".join(lines) + "\n }")
     write_whole(path, ("{\n" + ",\n".join(kernels) + "\n}\n").encode())
     return path
 
 
 def gpu_timer(call: Callable[[], Any]) -> float:
-    """Median seconds of a call, with a cold second-level cache before each."""
+    """Return the median seconds of a call, with a cold second-level cache before each."""
     from triton.testing import do_bench
 
     return float(do_bench(call, warmup=25, rep=100, return_mode="median")) / 1e3
 
 
 def model_workload(kernel: str, size: int, dtype: str, device: str = "cuda") -> Callable[[], Any]:
-    """A call of the kernel at the model's shapes: 8 images of 384 pixels, 256 captions, or 3,328 tokens and an image.
+    """Return a call of the kernel at the model's shapes: 8 images of 384 pixels, 256 captions, or 3,328 tokens and an
+    image.
 
     Backward kernels are timed within their whole backward pass. ValueError for a kernel without known shapes.
     """
-    from .triton import bias_attention, relpos_attention, varlen_attention
-
-    noise = _noise(dtype, device)
-    family, _, part = kernel.partition("_")
-    heads, scale, window = 12, size**-0.5, (24, 24)
-    if family == "varlen":
-        q, k, v, dout, packed = _packed(noise, size, part)
-        forward = partial(varlen_attention.varlen_attention_forward, q, k, v, packed)
-        backward = partial(varlen_attention.varlen_attention_backward, dout, q, k, v)
-        last: tuple[Any, ...] = (packed,)
-    elif family in ("relpos", "bias"):
-        tokens, rows = 1 + window[0] * window[1], (2 * window[0] - 1) * (2 * window[1] - 1) + 3
-        q, k, v, dout = (noise(8, tokens, heads, size) for _ in range(4))
-        last = ()
-        if family == "bias":
-            biased = Biased(q, k, v, noise(1, heads, tokens, tokens), scale=scale)
-            forward = partial(bias_attention.bias_attention_forward, biased)
-            backward = partial(bias_attention.bias_attention_backward, dout, None, biased)
-        else:
-            table, fragments = noise(rows, heads).float(), takes_fragments(size, q.dtype, q.device)
-            bias = relpos_attention.materialise_bias(
-                table, window, q.dtype, scale, fragments=fragments
-            )
-            turned = relpos_attention.materialise_bias(table, window, q.dtype, scale, turned=True)
-            forward = partial(relpos_attention.relpos_attention_forward, q, k, v, bias, scale)
-            a = RelPos(q, k, v, table, window, scale, turned=turned)
-            backward = partial(relpos_attention.relpos_attention_backward, dout, a)
-    else:
+    family, _, form = kernel.partition("_")
+    if family not in ("varlen", "relpos", "bias"):
         raise ValueError(f"no shape is known at which to time kernel {kernel}")
+    noise = _noise(dtype, device)
+    if family == "varlen":
+        forward, backward = _varlen_workload(noise, size, form)
+    else:
+        forward, backward = _image_workload(noise, size, biased=family == "bias")
     if "forward" in kernel:
         return forward
-    results = forward()
-    return lambda: backward(*results, *last)
+    out, lse = forward()
+    return lambda: backward(out, lse)
+
+
+_Workload = tuple[Callable[[], Any], Callable[[Tensor, Tensor], Any]]
+
+
+def _varlen_workload(noise: Callable[..., Tensor], size: int, form: str) -> _Workload:
+    from .triton.varlen_attention import varlen_attention_backward, varlen_attention_forward
+
+    q, k, v, dout, packed = _packed(noise, size, form)
+    return (
+        lambda: varlen_attention_forward(q, k, v, packed),
+        lambda out, lse: varlen_attention_backward(dout, q, k, v, out, lse, packed),
+    )
+
+
+def _image_workload(noise: Callable[..., Tensor], size: int, *, biased: bool) -> _Workload:
+    from .triton import bias_attention, relpos_attention
+    from .triton.relpos_table import materialise_bias
+
+    heads, scale, window = 12, size**-0.5, (24, 24)
+    tokens = 1 + window[0] * window[1]
+    q, k, v, dout = (noise(8, tokens, heads, size) for _ in range(4))
+    if biased:
+        a = Biased(q, k, v, noise(1, heads, tokens, tokens), scale=scale)
+        return (
+            lambda: bias_attention.bias_attention_forward(a),
+            lambda out, lse: bias_attention.bias_attention_backward(dout, None, a, out, lse),
+        )
+    table = noise((2 * window[0] - 1) * (2 * window[1] - 1) + 3, heads).float()
+    fragments = takes_fragments(size, q.dtype, q.device)
+    bias = materialise_bias(table, window, q.dtype, scale, fragments=fragments)
+    turned = materialise_bias(table, window, q.dtype, scale, turned=True)
+    args = RelPos(q, k, v, table, window, scale, turned=turned)
+    return (
+        lambda: relpos_attention.relpos_attention_forward(q, k, v, bias, scale),
+        lambda out, lse: relpos_attention.relpos_attention_backward(dout, args, out, lse),
+    )
 
 
 def flash_workload(
     kernel: str, size: int, dtype: str, device: str = "cuda"
 ) -> Callable[[], Any] | None:
-    """The work of `model_workload` by flash-attn, without a mask; None where it is not installed or does not apply."""
-    family, _, part = kernel.partition("_")
-    backward = part in ("dkdv", "dkdv_short")
-    if family != "varlen" or not (
-        backward or part in ("forward", "forward_heads", "forward_heads_many")
-    ):
+    """Return the work of `model_workload` by flash-attn, without a mask; None where it is missing or does not apply."""
+    family, _, form = kernel.partition("_")
+    backward = form in ("dkdv", "dkdv_short")
+    applies = backward or form in ("forward", "forward_heads", "forward_heads_many")
+    if family != "varlen" or not applies or _why_not("flash_attn", device, None) is not None:
         return None
-    if _why_not("flash_attn", device, None) is not None:
-        return None
-    q, k, v, dout, packed = _packed(_noise(dtype, device), size, part)
+    q, k, v, dout, packed = _packed(_noise(dtype, device), size, form)
     if not backward:
         return lambda: flash.varlen_attention(q, k, v, packed)
     leaves = tuple(t.requires_grad_() for t in (q, k, v))
@@ -290,32 +294,40 @@ def flash_workload(
     return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
 
-def _noise(dtype: str, device: str) -> Callable[..., torch.Tensor]:
-    kind = getattr(torch, next(name for name, short in TRITON_TYPE.items() if short == dtype))
+def _noise(dtype: str, device: str) -> Callable[..., Tensor]:
+    name = next(name for name, short in TRITON_TYPE.items() if short == dtype)
     generator = torch.Generator(device).manual_seed(0)
-    return lambda *shape: torch.randn(shape, generator=generator, device=device).to(kind)
+    torch_dtype = getattr(torch, name)
+    return lambda *shape: torch.randn(shape, generator=generator, device=device).to(torch_dtype)
 
 
 def _packed(
-    noise: Callable[..., torch.Tensor], head_dim: int, part: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Packed]:
-    few, many = ([13] * 256, [13] * 256), ([13] * 256, [577] * 256)
-    queries, keys = (
-        few
-        if part.endswith(("_short", "_heads"))
-        else many
-        if part.endswith("_many")
-        else ([3328], [577])
-    )
-    heads, scale = 12, head_dim**-0.5
-    q, dout = noise(sum(queries), heads, head_dim), noise(sum(queries), heads, head_dim)
-    k, v = noise(sum(keys), heads, head_dim), noise(sum(keys), heads, head_dim)
-    cu_q, cu_k = (
-        torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=q.device)
-        for lengths in (queries, keys)
-    )
-    mask = torch.ones(k.shape[0], dtype=torch.bool, device=q.device) if "masked" in part else None
-    seed = torch.zeros(1, dtype=torch.int64, device=q.device)
+    noise: Callable[..., Tensor], head_dim: int, form: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Packed]:
+    """Return q, k, v, dout and packing of the sequences that a form is for."""
+    if form.endswith(("_short", "_heads")):
+        queries, keys = [13] * 256, [13] * 256
+    elif form.endswith("_many"):
+        queries, keys = [13] * 256, [577] * 256
+    else:
+        queries, keys = [3328], [577]
+    q, dout = (noise(sum(queries), 12, head_dim) for _ in range(2))
+    k, v = (noise(sum(keys), 12, head_dim) for _ in range(2))
     # The forward pass without dropout has a kernel of its own.
-    dropout = 0.1 if "dropout" in part or part == "forward_short" else 0.0
-    return q, k, v, dout, Packed(cu_q, cu_k, max(queries), max(keys), scale, dropout, seed, mask)
+    drops, masked = "dropout" in form or form == "forward_short", "masked" in form
+    device = q.device
+    packed = Packed(
+        cu_seqlens_q=_offsets(queries, device),
+        cu_seqlens_k=_offsets(keys, device),
+        max_q=max(queries),
+        max_k=max(keys),
+        scale=head_dim**-0.5,
+        dropout_p=0.1 if drops else 0.0,
+        seed=torch.zeros(1, dtype=torch.int64, device=device),
+        key_mask=torch.ones(k.shape[0], dtype=torch.bool, device=device) if masked else None,
+    )
+    return q, k, v, dout, packed
+
+
+def _offsets(lengths: list[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)

@@ -20,6 +20,8 @@ from . import llvm
 from .selection import Race, Selection, compare, operands, register, select
 from .workspace import scratch
 
+CPU_DTYPES = (torch.float32, torch.bfloat16)
+"""Dtypes of the CPU paths."""
 Product = Callable[..., Tensor]
 """From x `[n, K]`, weight `[M, K]`, bias `[M]` or None, and further tensors of n rows: `[n, M]`."""
 

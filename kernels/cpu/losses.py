@@ -43,7 +43,8 @@ def linear_cross_entropy_forward(
     `vocabulary_gradient`, and dw is None. Working memory: about 60 MB of logits, and an fp32 `[V, K]` if dw in half
     precision sums more than four blocks of rows. IndexError for a target outside the vocabulary.
     """
-    h, w, b, target, ignore_index, label_smoothing, needs = a
+    h, w, b, target, needs = a.h, a.w, a.b, a.target, a.needs
+    ignore_index, label_smoothing = a.ignore_index, a.label_smoothing
     rows, targets, kept = counted_rows(h, target, w.shape[0], ignore_index)
     weight = 1 / max(rows.shape[0], 1)
     blocks = _row_blocks(rows, w.shape[0] if any(needs) else _SLICE)
@@ -114,7 +115,7 @@ def token_log_likelihood_forward(a: Vocabulary) -> tuple[Tensor, RowStatistics]:
 
     One GEMM, in the memory of a slice of logits. IndexError for a target outside the vocabulary.
     """
-    h, w, b, target, ignore_index, *_ = a
+    h, w, b, target, ignore_index = a.h, a.w, a.b, a.target, a.ignore_index
     checks.check_targets(target, w.shape[0], ignore_index)
     rows, targets = h.reshape(-1, h.shape[-1]), target.reshape(-1)
     dtype = torch.promote_types(h.dtype, torch.float32)
@@ -136,7 +137,7 @@ def token_log_likelihood_backward(
     dout: Tensor, a: Vocabulary, statistics: RowStatistics, needs: Needs
 ) -> Gradients:
     """(dh, dw, db), None where not needed; `dout` `[...]` is the gradient of every row's log-likelihood."""
-    h, w, b, target, *_ = a
+    h, w, b, target = a.h, a.w, a.b, a.target
     rows, targets = h.reshape(-1, h.shape[-1]), target.reshape(-1)
     coefficients = (
         -dout.reshape(-1).to(statistics.maximum.dtype).masked_fill(targets == a.ignore_index, 0)

@@ -77,14 +77,14 @@ def embedding_norm_forward(a: Embedding) -> tuple[Tensor, Tensor, Tensor]:
 
     IndexError for a token or position outside its table.
     """
-    return layer_norm_forward(_embed(*a[:5]), a.weight, a.bias, a.eps)
+    return layer_norm_forward(_embed(a), a.weight, a.bias, a.eps)
 
 
 def embedding_norm_backward(
     dnormed: Tensor, mean: Tensor, rstd: Tensor, a: Embedding
 ) -> tuple[Tensor, ...]:
     """Gradients of the tables, the type row and the norm, from recomputed sums; row `padding_idx` receives none."""
-    embedded = _embed(*a[:5])
+    embedded = _embed(a)
     ds, dweight, dbias = layer_norm_backward(dnormed, embedded, a.weight, mean, rstd)
     skipped = -1 if a.padding_idx is None else a.padding_idx
     rows = ds.reshape(-1, ds.shape[-1]).to(_wide(ds))
@@ -195,7 +195,6 @@ def layer_norm_backward(
     return ds.view(summed.shape), dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
-def _embed(
-    tokens: Tensor, positions: Tensor, word: Tensor, position: Tensor, type_row: Tensor
-) -> Tensor:
-    return F.embedding(tokens, word).add_(type_row).add_(F.embedding(positions, position))
+def _embed(a: Embedding) -> Tensor:
+    words = F.embedding(a.tokens, a.word)
+    return words.add_(a.type_row).add_(F.embedding(a.positions, a.position))

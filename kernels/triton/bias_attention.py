@@ -587,7 +587,7 @@ def bias_attention_forward(a: Biased) -> tuple[Tensor, Tensor]:
     for an unsupported dtype or head dimension.
     """
     (batch, queries, heads, _), keys = a.q.shape, a.k.shape[1]
-    q, k, v = (addressable(t, 8) for t in a[:3])
+    q, k, v = (addressable(t, 8) for t in (a.q, a.k, a.v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     options, config = launch_options(FORWARD, q, looped=keys, **_variant(a))
@@ -616,7 +616,7 @@ def bias_attention_backward(
     zeros; without `bias_gradient` dbias is empty.
     """
     (batch, queries, heads, head_dim), keys, bias = a.q.shape, a.k.shape[1], a.bias
-    q, k, v, dout, out = (addressable(t, 8) for t in (*a[:3], dout, out))
+    q, k, v, dout, out = (addressable(t, 8) for t in (a.q, a.k, a.v, dout, out))
     make = torch.zeros if not q.numel() or not k.numel() else torch.empty
     dq, dk, dv = (make(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))
     dbias = make(bias.shape if bias_gradient else (0,), dtype=bias.dtype, device=q.device)

@@ -219,7 +219,7 @@ def _row_losses(a: Vocabulary) -> tuple[Tensor, RowStatistics]:
 def _gradients(
     coefficients: Tensor, a: Vocabulary, statistics: RowStatistics, needs: Needs
 ) -> Gradients:
-    blocks, (h, w, b) = _Blocks(a), a[:3]
+    blocks, h, w, b = _Blocks(a), a.h, a.w, a.b
     options, _ = launch_options(SOFTMAX_GRADIENT, h, width=blocks.width)
     dh = torch.zeros(blocks.h.shape, dtype=torch.float32, device=h.device) if needs[0] else None
     dw = torch.empty(w.shape, dtype=w.dtype, device=w.device) if needs[1] else None

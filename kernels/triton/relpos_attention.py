@@ -449,7 +449,7 @@ def relpos_attention_backward(
     `a.turned` is read: `[H, keys, queries]`, from `materialise_bias` with `turned`.
     """
     batch, tokens, heads, head_dim = a.q.shape
-    q, k, v, dout, out = (addressable(t) for t in (*a[:3], dout, out))
+    q, k, v, dout, out = (addressable(t) for t in (a.q, a.k, a.v, dout, out))
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     if not q.numel():
         return dq, dk, dv, torch.zeros(a.table.shape, dtype=torch.float32, device=q.device)

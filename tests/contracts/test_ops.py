@@ -2,71 +2,118 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from tests.contracts.toy_op import case, ran, toy_scale, toy_square
+from tests.contracts.toy_op import GegluArgs, case, geglu, reference
 from xfm_fast.benchmarks.options import KernelOptions
 from xfm_fast.benchmarks.work import kernels
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import ops
-from xfm_fast.kernels.ladder import OPS
-from xfm_fast.kernels.library import differentiable
+from xfm_fast.kernels.checks import CHANCE, CONSTANT
+from xfm_fast.kernels.ladder import OPS, Op, watching
+from xfm_fast.kernels.library import Gradients, differentiable
+
+
+def definition(x: Tensor) -> Tensor:
+    return reference(GegluArgs(x))
 
 
 def test_the_ladder_picks_its_implementation() -> None:
-    assert "toy_scale" in OPS
-    x, scale = torch.randn(2, 3, 4, requires_grad=True), torch.randn(4, requires_grad=True)
-    for rung, run in (
-        ("operator", lambda: toy_scale(x, scale)),
-        ("inference", lambda: toy_scale(x.detach(), scale.detach())),
-        ("reference", lambda: toy_scale(x, scale, backend="reference")),
-    ):
-        ran.clear()
-        torch.testing.assert_close(run(), x * scale)
-        assert ran == [rung]
-    with ops.use_backend("reference"):
-        toy_scale(x, scale)
-    assert ran == ["reference"] * 2
-    with pytest.raises(InputError, match=r"scale.*\[3\].*\[4\]"):
-        toy_scale(x, torch.randn(3))
+    assert "toy_geglu" in OPS
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    backends: dict[ops.Backend, str] = {"auto": "cpu", "reference": ""}
+    for backend, ran in backends.items():
+        with watching() as watched:
+            torch.testing.assert_close(geglu(x, backend=backend), definition(x))
+        assert watched.get("toy_geglu", "") == ran
+    assert "toy_geglu" in str(geglu(x).grad_fn).lower()
+    assert "toy_geglu" not in str(geglu(x, backend="reference").grad_fn).lower()
+    with pytest.raises(InputError, match=r"x \[2, 3\].*even last dimension"):
+        geglu(torch.randn(2, 3))
     with pytest.raises(InputError, match="flash_attn"):
-        toy_scale(x, scale, backend="flash_attn")
+        geglu(x, backend="flash_attn")
 
 
-@pytest.mark.parametrize(
-    ("toy", "definition", "count"),
-    [(toy_scale, torch.mul, 2), (toy_square, torch.square, 1)],
-    ids=["scale", "square"],
-)
-def test_its_gradient_fake_and_compilation(toy: Any, definition: Any, count: int) -> None:
-    """With one result; with several gradients and with one."""
-    arguments = (torch.randn(2, 3, 4, requires_grad=True), torch.randn(4, requires_grad=True))[
-        :count
-    ]
+def test_its_gradient_fake_and_compilation() -> None:
+    x = torch.randn(2, 3, 8, requires_grad=True)
 
-    def gradients(run: Any, **options: Any) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(run(*arguments).square().sum(), arguments, **options)
+    def gradient(run: Any, **options: Any) -> Tensor:
+        return torch.autograd.grad(run(x).square().sum(), x, **options)[0]
 
-    found = gradients(toy, create_graph=True)
-    for ours, right in zip(found, gradients(definition), strict=True):
-        torch.testing.assert_close(ours, right)
-    with pytest.raises(InputError, match=toy.__name__):
-        torch.autograd.grad(found[0].sum(), arguments[0])
-    opcheck(getattr(torch.ops.xfm_fast, toy.__name__).default, (*arguments, "cpu"))
+    found = gradient(geglu, create_graph=True)
+    torch.testing.assert_close(found, gradient(definition))
+    with pytest.raises(InputError, match="toy_geglu"):
+        torch.autograd.grad(found.sum(), x)
+    opcheck(torch.ops.xfm_fast.toy_geglu.default, (x, "cpu"))
     torch._dynamo.reset()
-    compiled = torch.compile(toy, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*arguments), definition(*arguments))
-    for ours, right in zip(gradients(compiled), gradients(definition), strict=True):
+    compiled = torch.compile(geglu, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), definition(x))
+    torch.testing.assert_close(gradient(compiled), gradient(definition))
+
+
+@dataclass(slots=True)
+class MixArgs:
+    """Arguments of every role: `sum(parts) · scale`, and `x` where the mask is set."""
+
+    x: Tensor
+    parts: list[Tensor]
+    scale: Tensor | None
+    mask: Tensor = field(metadata=CONSTANT)
+    row_scale: Tensor | None = field(default=None, metadata=CHANCE)
+
+    def check(self) -> None:
+        """Take anything."""
+
+
+def mix(args: MixArgs) -> tuple[Tensor, Tensor, Tensor]:
+    total = torch.stack([part.sum() for part in args.parts]).sum()
+    scaled = total * (1 if args.scale is None else args.scale)
+    return args.x * args.mask, scaled, args.x.sum() * 2
+
+
+def mix_backward(
+    dmasked: Tensor | None, dscaled: Tensor | None, ddouble: Tensor | None, args: MixArgs
+) -> Gradients:
+    dx, dparts, dscale = torch.zeros_like(args.x), None, None
+    if dmasked is not None:
+        dx = dx + dmasked * args.mask
+    if ddouble is not None:
+        dx = dx + 2 * ddouble
+    if dscaled is not None:
+        factor = 1 if args.scale is None else args.scale
+        dparts = torch.ones_like(torch.cat(args.parts)) * factor * dscaled
+        dscale = torch.cat(args.parts).sum() * dscaled
+    return {"x": dx, "parts": dparts, "scale": dscale}
+
+
+MIX = Op("toy_mix", MixArgs, reference=mix, backward=mix_backward, outputs=3)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 2), (0, 1, 2)])
+def test_any_number_of_results_and_gradients(used: tuple[int, ...], scaled: bool) -> None:
+    x, mask = torch.randn(3, 4, requires_grad=True), torch.arange(12).view(3, 4) % 2
+    parts = [torch.randn(size, requires_grad=size != 2) for size in (3, 2, 4)]
+    scale = torch.tensor(1.5, requires_grad=True) if scaled else None
+    leaves = [x, parts[0], parts[2], *([scale] if scale is not None else [])]
+    gradients = []
+    for run in (MIX, mix):
+        results = run(MixArgs(x, parts, scale, mask.float()))
+        loss = torch.stack([results[index].square().sum() for index in used]).sum()
+        gradients.append(torch.autograd.grad(loss, leaves, materialize_grads=True))
+    for ours, right in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, right)
 
 
 def test_a_field_without_a_schema_is_named() -> None:
-    class Worded(NamedTuple):
+    @dataclass
+    class Worded:
         x: Tensor
         word: dict[str, int]
 
@@ -76,11 +123,11 @@ def test_a_field_without_a_schema_is_named() -> None:
     with pytest.raises(
         InputError, match=r"toy_word: the field word of Worded is dict\[str, int\].*torch\.Tensor"
     ):
-        differentiable("toy_word", Worded, never, never, never, wrt=("x",), outputs=1)
+        differentiable("toy_word", Worded, never, never, never)
 
 
 def test_its_benchmark_compares_before_it_times() -> None:
-    document = kernels.run(KernelOptions(device="cpu"), cases={"toy_scale": case})
+    document = kernels.run(KernelOptions(device="cpu"), cases={"toy_geglu": case})
     assert {(row.backend, row.mode) for row in document.rows} == {
         (backend, direction)
         for backend in ("xfm-fast", "eager")

@@ -85,7 +85,8 @@ def installed(
     flash.function.cache_clear()
 
 
-PACKED = Packed(torch.tensor([0, 3, 8]), torch.tensor([0, 5, 9]), 5, 5, 0.5)
+OFFSETS = torch.tensor([0, 3, 8]), torch.tensor([0, 5, 9])
+PACKED = Packed(*OFFSETS, max_q=5, max_k=5, scale=0.5)
 
 
 def operands(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
@@ -97,7 +98,7 @@ def operands(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
 
 def run(*given: Tensor, **options: Any) -> Tensor:
     options = {"backend": "flash_attn"} | options
-    return ops.varlen_attention(*given, *PACKED[:4], scale=0.5, **options)
+    return ops.varlen_attention(*given, *OFFSETS, 5, 5, scale=0.5, **options)
 
 
 @pytest.mark.parametrize("installed", [[2], [4], [2, 3, 4]], indirect=True, ids=str)
@@ -107,7 +108,7 @@ def test_every_version_computes_the_reference(installed: list[int]) -> None:
         assert flash.function(capability) is STUBS[first][1]
     given = operands()
     assert torch.equal(
-        run(*given), reference.varlen_attention(*given, *PACKED[:2], 0.5, 0.0, None, None)
+        run(*given), reference.varlen_attention(*given, *OFFSETS, 0.5, 0.0, None, None)
     )
 
 

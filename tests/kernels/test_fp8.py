@@ -161,12 +161,12 @@ def test_interpreted_kernels_give_the_same_and_round_once(
             ops.linear(normed, w1, b1)
             ops.linear(torch.randn(3, 32), w1, b1)
             assert len(passes) == 2
-            assert len(fp8._switch.rounded) == 1
+            assert len(fp8.block.rounded) == 1
             del normed
-            assert not fp8._switch.rounded
+            assert not fp8.block.rounded
             with torch.inference_mode():
                 ops.layer_norm(x, *norm, 1e-5)
-                assert not fp8._switch.rounded, (
+                assert not fp8.block.rounded, (
                     "tensors without versions, whose changes cannot be seen"
                 )
     torch.testing.assert_close(found, plain, rtol=0, atol=0.05)

@@ -31,7 +31,7 @@ from tests.kernels.cases import (
 )
 from tests.kernels.triton_testing import EMULATED, assert_triton_is_accurate
 from xfm_fast.errors import InputError
-from xfm_fast.kernels import attention, ops
+from xfm_fast.kernels import ops, relpos_attention, varlen_attention
 from xfm_fast.kernels.caching import forget
 from xfm_fast.kernels.checks import BIAS_HEAD_DIMS, Varlen
 from xfm_fast.kernels.triton import cross_entropy, relpos_table
@@ -193,7 +193,9 @@ def test_a_position_bias_in_fragments_changes_nothing_but_its_order(
 
     expected = attend()
     monkeypatch.setattr(
-        attention, "_in_fragments", lambda head_dim, *_, turned: head_dim == 32 and not turned
+        relpos_attention,
+        "_in_fragments",
+        lambda head_dim, *_, turned: head_dim == 32 and not turned,
     )
     forget(table)
     options = {"dtype": torch.float16, "scale": 32**-0.5, "head_dim": 32}
@@ -236,7 +238,9 @@ def test_heads_wider_than_any_kernel_are_refused(name: str) -> None:
 def test_packed_heads_of_any_width_run_on_kernels_by_default(head_dim: int) -> None:
     """And not on the definition, a loop over the sequences."""
     given = packed([2], [2], 1, head_dim).arguments()
-    assert attention._varlen_attention.fits["triton"](Varlen(*[*given.values()][:3], *[None] * 5))
+    assert varlen_attention.VARLEN_ATTENTION.fits["triton"](
+        Varlen(*[*given.values()][:3], *[None] * 5)
+    )
 
 
 def test_a_graph_holds_what_fills_the_bias() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import DataError, ExportError, InputError, UnavailableError, XFMError
-from xfm_fast.export.session import SessionRanks
+from xfm_fast.export.session.tasks import SessionRanks
 from xfm_fast.export.slots import largest
 from xfm_fast.loading import open_model, open_session
 from xfm_fast.serve.options import SourceOptions

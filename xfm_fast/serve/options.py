@@ -18,8 +18,8 @@ class SourceOptions(Source):
     """The served model.
 
     Attributes:
-        runtime: Library that runs an export. AOTInductor packages run code when they load: aoti, for packages that you
-            trust.
+        runtime: Library that runs an export. Packages run code when they load: name their runtime, for packages that
+            you trust.
         rank: Score of a text with an image: match of the fusion encoder, similarity of features, or sum (match logit +
             similarity). [the run's own, else match]
         name: The model's name in requests and responses. [that of its folder]
