@@ -118,7 +118,7 @@ RecordT = TypeVar("RecordT", bound=Annotation)
 def read_array(path: str | os.PathLike[str]) -> Sequence[Any]:
     """Read the elements of a JSON array file, unvalidated."""
     path = Path(path)
-    return array_of(path, read_json(path, ARRAY, lines=", not one object a line as in pretraining"))
+    return array_of(path, read_json(path, ARRAY, lines=", not one object per line as in pretraining"))
 
 
 def array_of(

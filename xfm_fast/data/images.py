@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +35,6 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 Source = str | os.PathLike[str] | bytes
-Decoded = TypeVar("Decoded")
 
 # Functions of torchvision.io.
 _FAST = {"JPEG": "decode_jpeg", "PNG": "decode_png"}
@@ -70,7 +69,8 @@ def decode_image(source: Source, name: str | None = None, *, official: bool = Fa
     truncated, larger than `PIL.Image.MAX_IMAGE_PIXELS` or without a defined white level raises `DataError`.
     """
     name, data = read_image(source, name)
-    return _decode(data, name, lambda image: to_rgb(image, name, official=official))
+    with _opened(data, name) as image:
+        return to_rgb(image, name, official=official)
 
 
 def image_size(
@@ -78,14 +78,14 @@ def image_size(
 ) -> tuple[int, int]:
     """Return width and height of the decoded image, from the header."""
     name, data = read_image(source, name)
-    return _decode(data, name, lambda image: image.size if official else upright_size(image))
+    with _opened(data, name) as image:
+        return image.size if official else upright_size(image)
 
 
 def decode_pixels(source: Source, name: str | None = None, *, official: bool = False) -> Tensor:
     """Decode to 8-bit pixels `[3, H, W]`, bit-identical to `decode_image` and faster for JPEG and PNG."""
     name, data = read_image(source, name)
-
-    def pixels(image: Image.Image) -> Tensor:
+    with _opened(data, name) as image:
         if _is_plain(image, data, official=official):
             # What torchvision refuses, Pillow explains; a build without the image libraries raises too.
             with contextlib.suppress(RuntimeError, ModuleNotFoundError):
@@ -97,8 +97,6 @@ def decode_pixels(source: Source, name: str | None = None, *, official: bool = F
                 if decoded.dtype == torch.uint8:
                     return decoded
         return torch.from_numpy(np.array(to_rgb(image, name, official=official))).permute(2, 0, 1)
-
-    return _decode(data, name, pixels)
 
 
 def _is_plain(image: Image.Image, data: bytes, *, official: bool) -> bool:
@@ -193,8 +191,9 @@ def read_image(source: Source, name: str | None = None) -> tuple[str, bytes]:
     return name, data
 
 
-def _decode(data: bytes, name: str, decode: Callable[[Image.Image], Decoded]) -> Decoded:
-    """Check an encoded image and call `decode` with it; everything that fails raises `DataError`."""
+@contextlib.contextmanager
+def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
+    """Check and open an encoded image; everything that fails, in the block too, raises `DataError`."""
     with warnings.catch_warnings():
         # Pillow only warns of bombs up to twice the limit, which the check below refuses.
         warnings.simplefilter("ignore")
@@ -215,7 +214,7 @@ def _decode(data: bytes, name: str, decode: Callable[[Image.Image], Decoded]) ->
                     check_png(data)
                 elif image.format in ("JPEG", "MPO"):
                     read_header(data)
-                return decode(image)
+                yield image
         except (DataError, MemoryError):
             raise
         except Image.DecompressionBombError as error:

@@ -142,8 +142,8 @@ def _scan_lines(path: Path) -> np.ndarray:
         check_plain(path, start)
         if start.removeprefix(_BOM).lstrip().startswith(b"["):
             raise DataError(
-                f"{path} is a JSON array, as fine-tuning files are; pretraining reads one object a line: write every "
-                "element on a line of its own"
+                f"{path} is a JSON array, as fine-tuning files are; pretraining reads one object per line: write "
+                "every element on its own line"
             )
         while count := file.readinto(buffer):
             ends.append(np.flatnonzero(view[:count] == _NEWLINE) + size)
