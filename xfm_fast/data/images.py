@@ -11,17 +11,18 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from xfm_fast.data.options import ImageOptions
+from xfm_fast.data.options import ImageOptions, Record
 from xfm_fast.errors import DataError, needs
 from xfm_fast.io import read_bytes
 
@@ -120,9 +121,7 @@ def load_image(
     return evaluation_transform(image_size)(decode_image(source, name, official=official))
 
 
-def record_pixels(
-    record: Mapping[str, Any], options: ImageOptions, rng: np.random.Generator
-) -> Tensor:
+def record_pixels(record: Record, options: ImageOptions, rng: Generator) -> Tensor:
     """Decode a record's image, or a random one of its images, to 8-bit pixels `[3, H, W]`."""
     values = image_values(record, options)
     # A single image draws no random number.
@@ -131,7 +130,7 @@ def record_pixels(
     return decode_pixels(source, name, official=options.official_pictures)
 
 
-def image_values(record: Mapping[str, Any], options: ImageOptions) -> list[Any]:
+def image_values(record: Record, options: ImageOptions) -> list[Any]:
     """Return the image values of a record; an empty list raises `DataError`."""
     value = record.get(options.image_key)
     if value == []:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypedDict, TypeVar
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from xfm_fast.data.options import (
     ImageOptions,
     ImageStreamOptions,
     PairStreamOptions,
+    Record,
     RegionStreamOptions,
     TextStreamOptions,
 )
@@ -35,11 +37,11 @@ BatchT = TypeVar("BatchT", bound=TensorBatch, covariant=True)
 class ItemMaker(Protocol[BatchT]):
     """Converts records to items and items to a batch."""
 
-    def item(self, record: Any, rng: np.random.Generator) -> Any:
+    def item(self, record: Any, rng: Generator) -> Any:
         """Convert a record to an item; a broken record raises `DataError`."""
         ...
 
-    def collate(self, items: list[Any], rng: np.random.Generator) -> BatchT:
+    def collate(self, items: list[Any], rng: Generator) -> BatchT:
         """Collate items to a batch, with the batch's generator."""
         ...
 
@@ -79,10 +81,10 @@ class Regions(NamedTuple):
 class ImageItems(Items[ImageStreamOptions, ImageBatch]):
     """Images only; other fields are not read."""
 
-    def item(self, record: Mapping[str, Any], rng: np.random.Generator) -> Picture:
+    def item(self, record: Record, rng: Generator) -> Picture:
         return _masked_picture(record, self.options, self.config, rng)
 
-    def collate(self, items: list[Picture], rng: np.random.Generator) -> ImageBatch:
+    def collate(self, items: list[Picture], rng: Generator) -> ImageBatch:
         images, masks = zip(*items, strict=True)
         return collate_images(images, patch_masks=masks)
 
@@ -90,7 +92,7 @@ class ImageItems(Items[ImageStreamOptions, ImageBatch]):
 class PairItems(Items[PairStreamOptions, PairBatch]):
     """Image-caption records."""
 
-    def item(self, record: Mapping[str, Any], rng: np.random.Generator) -> Pair:
+    def item(self, record: Record, rng: Generator) -> Pair:
         # The text is cheap: a broken one saves decoding the image.
         text = text_of(record, self.options.caption_key, self.tokenizer)
         shared = isinstance(record.get(self.options.image_key), list)
@@ -98,7 +100,7 @@ class PairItems(Items[PairStreamOptions, PairBatch]):
         image, patch_mask = _masked_picture(record, self.options, self.config, rng)
         return Pair(image, encoded, patch_mask)
 
-    def collate(self, items: list[Pair], rng: np.random.Generator) -> PairBatch:
+    def collate(self, items: list[Pair], rng: Generator) -> PairBatch:
         images, texts, masks = zip(*items, strict=True)
         # Processes that share a global batch exchange texts, which then must be equally wide.
         width = self.options.max_tokens
@@ -110,18 +112,18 @@ class PairItems(Items[PairStreamOptions, PairBatch]):
 class TextItems(Items[TextStreamOptions, TextBatch]):
     """Text only."""
 
-    def item(self, record: Mapping[str, Any], rng: np.random.Generator) -> EncodedText:
+    def item(self, record: Record, rng: Generator) -> EncodedText:
         text = text_of(record, self.options.caption_key, self.tokenizer)
         return encode_pair_text(text, self.tokenizer, self.options, rng)
 
-    def collate(self, items: list[EncodedText], rng: np.random.Generator) -> TextBatch:
+    def collate(self, items: list[EncodedText], rng: Generator) -> TextBatch:
         return collate_texts(items, pad_token_id=self.tokenizer.pad_token_id)
 
 
 class RegionItems(Items[RegionStreamOptions, RegionBatch]):
     """Images with regions."""
 
-    def item(self, record: Mapping[str, Any], rng: np.random.Generator) -> Regions:
+    def item(self, record: Record, rng: Generator) -> Regions:
         # A record without regions saves decoding the image.
         elements_of(record)
         pixels = record_pixels(record, self.options, rng)
@@ -137,7 +139,7 @@ class RegionItems(Items[RegionStreamOptions, RegionBatch]):
         ]
         return Regions(sample, texts)
 
-    def collate(self, items: list[Regions], rng: np.random.Generator) -> RegionBatch:
+    def collate(self, items: list[Regions], rng: Generator) -> RegionBatch:
         samples, texts = zip(*items, strict=True)
         pad, width = self.tokenizer.pad_token_id, self.options.max_tokens
         return collate_regions(samples, texts, self.batch_size, rng, pad_token_id=pad, width=width)
@@ -153,7 +155,7 @@ ITEMS: dict[str, Callable[..., Items[Any, Any]]] = {
 
 
 def _masked_picture(
-    record: Mapping[str, Any], options: ImageOptions, config: XFMConfig, rng: np.random.Generator
+    record: Record, options: ImageOptions, config: XFMConfig, rng: Generator
 ) -> Picture:
     """Decode, transform and mask the image of a record."""
     pixels = record_pixels(record, options, rng)
@@ -215,7 +217,7 @@ def collate_regions(
     samples: Sequence[RegionSample],
     texts: Sequence[Sequence[EncodedText]],
     batch_size: int,
-    rng: np.random.Generator,
+    rng: Generator,
     *,
     pad_token_id: int,
     width: int | None = None,

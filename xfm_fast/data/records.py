@@ -29,7 +29,7 @@ from xfm_fast.data.files import (
     row_of,
 )
 from xfm_fast.data.images import image_source, image_values
-from xfm_fast.data.options import ImageOptions
+from xfm_fast.data.options import ImageOptions, Record
 from xfm_fast.data.tables import (
     LINE_SUFFIXES,
     PAIR_COLUMNS,
@@ -45,7 +45,6 @@ from xfm_fast.data.tables import (
 from xfm_fast.errors import DataError, explain_types
 from xfm_fast.io import check_text
 
-Record = Mapping[str, Any]
 Data = Paths | Sequence[Record]
 
 # More than a loader should hold in memory; usually a file with broken line ends.

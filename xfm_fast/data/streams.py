@@ -24,6 +24,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
+from numpy.random import Generator, Philox, SeedSequence
 from torch.utils.data import DataLoader, Dataset
 
 from xfm_fast.batches import TensorBatch
@@ -321,10 +322,10 @@ def replacement(position: int, attempt: int, count: int, stride: int) -> int:
     return (position + attempt * stride + attempt // cycle) % count
 
 
-def item_generator(seed: int, stream: int, epoch: int, position: int) -> np.random.Generator:
+def item_generator(seed: int, stream: int, epoch: int, position: int) -> Generator:
     """Make the random generator of one item, independent of workers and restarts."""
-    key = np.random.SeedSequence([seed, stream, epoch, position])
-    return np.random.Generator(np.random.Philox(key))
+    key = SeedSequence([seed, stream, epoch, position])
+    return Generator(Philox(key))
 
 
 @lru_cache(maxsize=1024)

@@ -265,7 +265,9 @@ def read_lines(path: Path) -> AnnotationRows[Any]:
         try:
             elements.append(json.loads(line))
         except (ValueError, RecursionError) as error:
-            reason = f"the line is not JSON ({error}); expected one object per line, such as {{...}}"
+            reason = (
+                f"the line is not JSON ({error}); expected one object per line, such as {{...}}"
+            )
             elements.append(DataError(reason))
     if elements and all(isinstance(element, DataError) for element in elements):
         raise DataError(
