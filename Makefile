@@ -47,16 +47,16 @@ downstream: $(VENV)/$(EXTRAS).stamp ## fine-tune a tiny model for every task of 
 	$(BIN)/xfm-fast reproduce downstream $(ARGS)
 
 soak: $(VENV)/$(EXTRAS).stamp ## kill work at every moment and go on (hours in all)
-	$(BIN)/python -m tests.reliability.injection $(ARGS)
+	$(BIN)/python -m tools.injection $(ARGS)
 
 fuzz: $(VENV)/$(EXTRAS).stamp ## give every reader 100,000 damaged files
-	$(BIN)/python -m tests.reliability.fuzz $(ARGS)
+	$(BIN)/python -m tools.fuzz $(ARGS)
 
 mutants: $(VENV)/$(EXTRAS).stamp ## put faults into kernels, losses and metrics: a test must catch each
-	$(BIN)/python -m tests.reliability.seeded_faults $(ARGS)
+	$(BIN)/python -m tools.seeded_faults $(ARGS)
 
 sizes: ## print lines per folder and other figures beside budget.toml
-	python3 -m tests.sizes $(ARGS)
+	python3 -m tools.sizes $(ARGS)
 
 docs: $(VENV)/docs.stamp ## build the pages of docs/ with the API into site/; a warning fails it
 	$(BIN)/mkdocs build --quiet $(ARGS)

@@ -54,7 +54,7 @@ class ModelOptions(RunOptions, Weights):
 
     @property
     def preset(self) -> Preset:
-        """The size that sizes of inputs follow."""
+        """The size that input sizes follow."""
         return "tiny" if "tiny" in (self.random, self.config) else "base"
 
     @property
@@ -86,18 +86,18 @@ class ScenarioOptions(ModelOptions):
     clients: tuple[Annotated[int, Ge(1), Le(1024)], ...] = (1, 8, 32)
     requests: Annotated[int, Ge(1)] = 32
 
-    def check_scenario(self, scenario: str | None) -> None:
-        """Raise `InputError` for an option that a scenario does not have; the suite is None."""
-        own = _OWN.get(scenario, ("official", "baselines", "batch", "mode", "p99_ms"))
+    def check_scenario(self, scenario: str) -> None:
+        """Raise `InputError` for an option that a scenario does not have."""
+        accepted = _ACCEPTED.get(scenario, ("official", "baselines", "batch", "mode", "p99_ms"))
         for field in fields(ScenarioOptions):
             shared = field.name in ModelOptions.__dataclass_fields__
-            if not shared and field.name not in own and getattr(self, field.name) != field.default:
-                raise InputError(
-                    f"{scenario or 'the suite'} has no --{field.name.replace('_', '-')}; leave it out"
-                )
+            if shared or field.name in accepted or getattr(self, field.name) == field.default:
+                continue
+            option = field.name.replace("_", "-")
+            raise InputError(f"bench {scenario} has no --{option}; leave it out")
 
 
-_OWN: dict[str | None, tuple[str, ...]] = {None: (), "coco": (), "serve": ("clients", "requests")}
+_ACCEPTED = {"suite": (), "coco": (), "serve": ("clients", "requests")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ class StepOptions(RunOptions):
 
     @property
     def preset(self) -> Preset:
-        """The size that sizes of inputs follow."""
+        """The size that input sizes follow."""
         return self.random
 
 

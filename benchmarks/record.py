@@ -33,9 +33,22 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Final,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from xfm_fast.errors import DataError
+
+if TYPE_CHECKING:
+    from xfm_fast.testing import Collection
+    from xfm_fast.tokenizer import CaptionTokenizer
 
 SCHEMA_VERSION = 4
 OURS: Final = "xfm-fast"
@@ -146,9 +159,8 @@ class Result:
     @property
     def measured(self) -> bool:
         """True if it has numbers, complete or interrupted."""
-        return self.status in ("measured", "partial") and bool(
-            self.seconds or self.number("max_qps") is not None
-        )
+        has_numbers = bool(self.seconds) or self.number("max_qps") is not None
+        return has_numbers and self.status in ("measured", "partial")
 
     @property
     def median_s(self) -> float | None:
@@ -161,22 +173,22 @@ class Result:
         return self.items / self.median_s if self.median_s else None
 
     def number(self, name: str) -> float | None:
-        """A number of `extra`."""
+        """Return a number of `extra`."""
         value = self.extra.get(name)
         return value if isinstance(value, int | float) else None
 
-    def parts(self, name: str) -> dict[str, float]:
-        """Numbers by name of `extra`."""
+    def numbers(self, name: str) -> dict[str, float]:
+        """Return numbers by name of `extra`."""
         value = self.extra.get(name)
         return value if isinstance(value, dict) else {}
 
     def text(self, name: str) -> str:
-        """A text of `extra`."""
+        """Return a text of `extra`."""
         value = self.extra.get(name)
         return value if isinstance(value, str) else ""
 
     def per_second(self, name: str) -> float | None:
-        """An amount of `extra` divided by the median time."""
+        """Return an amount of `extra` divided by the median time."""
         amount = self.number(name)
         return amount / self.median_s if amount and self.median_s else None
 
@@ -219,6 +231,19 @@ class Data:
     left_unread: int = 0
     tokenizer: str
     vocabulary: int
+
+    @classmethod
+    def of(cls, collection: Collection, tokenizer: CaptionTokenizer) -> Data:
+        """Describe photographs with captions and their tokenizer."""
+        return cls(
+            origin=collection.origin,
+            photos=len(collection.names),
+            captions=len(collection.captions),
+            skipped=[Skip(what=name, reason=reason) for name, reason in collection.skipped],
+            left_unread=collection.left_unread,
+            tokenizer=tokenizer.origin,
+            vocabulary=tokenizer.vocab_size,
+        )
 
 
 @dataclass(kw_only=True)
@@ -278,109 +303,113 @@ class Document:
         return [row for row in self.rows if row.measured]
 
     def at_same_case(self, row: Result, backend: str, dtype: str) -> Result | None:
-        """Another backend at the same case."""
-        return next((r for r in self.rows if (*row.place, backend, dtype) == r.key), None)
+        """Return the result of a backend at the same case."""
+        key = (*row.place, backend, dtype)
+        return next((result for result in self.rows if result.key == key), None)
 
     def reference_row(self, row: Result) -> Result | None:
-        """The reference at the same case, in fp32 or else in the dtype of the row."""
-        return self.at_same_case(row, self.reference, "fp32") or self.at_same_case(
-            row, self.reference, row.dtype
-        )
+        """Return the reference at the same case, in fp32 or else in the dtype of the row."""
+        fp32 = self.at_same_case(row, self.reference, "fp32")
+        return fp32 or self.at_same_case(row, self.reference, row.dtype)
 
     def headline(self, row: Result) -> Comparison | None:
-        """Comparison with the reference in fp32, or else in the dtype of the row."""
-        found = [other for other in row.against if other.backend == self.reference]
-        return next((c for c in found if c.dtype == "fp32"), None) or next(
-            (c for c in found if c.like_for_like), None
-        )
+        """Return the comparison with the reference in fp32, or else in the dtype of the row."""
+        for comparison in row.against:
+            if comparison.backend == self.reference and comparison.dtype == "fp32":
+                return comparison
+        return self.like_for_like(row)
 
     def like_for_like(self, row: Result) -> Comparison | None:
-        """Comparison with the reference in the same dtype."""
-        return next(
-            (c for c in row.against if c.backend == self.reference and c.like_for_like), None
-        )
+        """Return the comparison with the reference in the same dtype."""
+        for comparison in row.against:
+            if comparison.backend == self.reference and comparison.like_for_like:
+                return comparison
+        return None
 
     def encoded(self) -> bytes:
-        """The document as JSON."""
+        """Return the document as JSON."""
         return (json.dumps(plain(self), ensure_ascii=False, indent=1) + "\n").encode()
 
 
 def is_ours(backend: str) -> bool:
-    """True for xfm-fast, and for calls of `accelerate`."""
+    """Return whether a backend is xfm-fast or a call of `accelerate`."""
     return backend == OURS or backend.startswith("accelerate(")
 
 
 def finite(value: float) -> float | None:
-    """JSON has neither infinity nor NaN: null stands for them."""
+    """Return None instead of infinity and NaN, which JSON lacks."""
     return value if math.isfinite(value) else None
 
 
 def plain(value: Any) -> Any:
-    """A record as values of JSON, without fields that have their defaults."""
+    """Convert a record to values of JSON, without fields that have their defaults."""
     if is_dataclass(value):
-        named = {each.name: (getattr(value, each.name), _default(each)) for each in fields(value)}
-        return {name: plain(one) for name, (one, default) in named.items() if one != default}
+        content = {}
+        for field_ in fields(value):
+            item = getattr(value, field_.name)
+            if item != _default(field_):
+                content[field_.name] = plain(item)
+        return content
     if isinstance(value, dict):
-        return {name: plain(one) for name, one in value.items()}
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(one) for one in value]
+        return [plain(item) for item in value]
     return finite(value) if isinstance(value, float) else value
 
 
-def parse(hint: Any, value: Any, where: str = "") -> Any:
-    """A record from values of JSON; raises `ValueError` with the place of the first fault."""
-    origin, parts = get_origin(hint), get_args(hint)
+def parse(hint: Any, value: Any, path: str = "") -> Any:
+    """Convert values of JSON to a record; raises `ValueError` with the path of the first fault."""
+    origin, args = get_origin(hint), get_args(hint)
     if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, dict):
-        hints, needed = (
-            _hints(hint),
-            {each.name for each in fields(hint) if _default(each) is MISSING},
-        )
-        if faults := sorted(value.keys() - hints.keys()) or sorted(needed - value.keys()):
-            raise ValueError(
-                f"{where}{faults[0]} {'is unknown' if faults[0] in value else 'is missing'}"
-            )
-        return hint(
-            **{name: parse(hints[name], one, f"{where}{name}.") for name, one in value.items()}
-        )
+        return _parse_record(hint, value, path)
     if origin in (Union, UnionType):
-        for part in parts:
+        for option in args:
             with suppress(ValueError):
-                return parse(part, value, where)
+                return parse(option, value, path)
     elif origin is list and isinstance(value, list):
-        return [parse(parts[0], one, f"{where}{place}.") for place, one in enumerate(value)]
+        return [parse(args[0], item, f"{path}{index}.") for index, item in enumerate(value)]
     elif origin is dict and isinstance(value, dict):
-        return {name: parse(parts[1], one, f"{where}{name}.") for name, one in value.items()}
+        return {name: parse(args[1], item, f"{path}{name}.") for name, item in value.items()}
+    elif origin is Literal:
+        if any(type(value) is type(option) and value == option for option in args):
+            return value
     elif hint is float and type(value) is int:
         return float(value)
-    elif (
-        hint is Any
-        or type(value) is hint
-        or any(type(value) is type(one) and value == one for one in parts)
-    ):
+    elif hint is Any or type(value) is hint:
         return value
-    raise ValueError(
-        f"{where.removesuffix('.')} is {str(value)[:80]!r}; it must be {str(hint).replace('typing.', '')}"
-    )
+    expected = str(hint).replace("typing.", "")
+    raise ValueError(f"{path.removesuffix('.')} is {str(value)[:80]!r}; it must be {expected}")
+
+
+def _parse_record(record: type, content: dict[str, Any], path: str) -> Any:
+    hints = _hints(record)
+    if unknown := sorted(content.keys() - hints.keys()):
+        raise ValueError(f"{path}{unknown[0]} is unknown")
+    required = {field_.name for field_ in fields(record) if _default(field_) is MISSING}
+    if missing := sorted(required - content.keys()):
+        raise ValueError(f"{path}{missing[0]} is missing")
+    values = {name: parse(hints[name], item, f"{path}{name}.") for name, item in content.items()}
+    return record(**values)
 
 
 _hints = cache(get_type_hints)
 
 
-def _default(each: Field[Any]) -> Any:
-    return each.default if each.default_factory is MISSING else each.default_factory()
+def _default(field_: Field[Any]) -> Any:
+    return field_.default if field_.default_factory is MISSING else field_.default_factory()
 
 
 def groups(rows: Iterable[Result]) -> list[list[Result]]:
-    """Results of the same case together, in order of appearance."""
-    found: dict[tuple[str, ...], list[Result]] = {}
+    """Return results of the same case together, in order of appearance."""
+    cases: dict[tuple[str, ...], list[Result]] = {}
     for row in rows:
-        found.setdefault(row.place, []).append(row)
-    return list(found.values())
+        cases.setdefault(row.place, []).append(row)
+    return list(cases.values())
 
 
 def load(path: str | Path) -> Document:
     """Read a results document; raises `DataError` for a file that is unreadable, damaged, or of another schema."""
-    # Its packages may be missing where operations are measured.
+    # Imported here, since its packages may be missing where operations are measured.
     from xfm_fast.io import read_json
 
     try:
@@ -417,15 +446,13 @@ def save(document: Document, folder: str | Path, page: str) -> Path:
     with storing(folder, "choose another folder with --out"):
         folder.mkdir(parents=True, exist_ok=True)
     stem = datetime.fromisoformat(document.date).strftime("%Y%m%dT%H%M%SZ")
-    candidates = [stem, *(f"{stem}-{number}" for number in range(2, 1000))]
+    candidates = [stem, *(f"{stem}-{count}" for count in range(2, 1000))]
     stem = next((name for name in candidates if not (folder / f"{name}.json").exists()), stem)
-    content, html = document.encoded(), page.encode()
-    files = {
-        f"{name}.{kind}": text
-        for name in (stem, "latest")
-        for kind, text in (("json", content), ("html", html))
-    }
-    write_bytes({folder / name: text for name, text in files.items()})
+    files = {}
+    for name in (stem, "latest"):
+        files[folder / f"{name}.json"] = document.encoded()
+        files[folder / f"{name}.html"] = page.encode()
+    write_bytes(files)
     return folder / f"{stem}.json"
 
 

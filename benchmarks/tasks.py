@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.items import collate_pairs
-from xfm_fast.data.masking import block_mask
+from xfm_fast.data.masking import EncodedText, block_mask
 from xfm_fast.data.options import TextOptions
-from xfm_fast.data.texts import EncodedText, encode_pair_text
+from xfm_fast.data.texts import encode_pair_text
 from xfm_fast.models.xfm import ALL_HEADS, XFM
 from xfm_fast.tasks.captioning import CaptioningModel
 from xfm_fast.tasks.classification import ClassificationModel
@@ -32,9 +32,7 @@ from xfm_fast.tasks.grounding import GroundingModel
 from xfm_fast.tasks.nlvr2 import NLVR2Model
 from xfm_fast.tasks.task import TASKS, TaskModel
 from xfm_fast.tasks.vqa import VQAModel
-
-if TYPE_CHECKING:
-    from .inputs import Inputs
+from xfm_fast.testing import MAX_TOKENS, Inputs
 
 Batch = dict[str, Any]
 """Arguments of a task's loss by name; pairs for contrastive losses are a `PairBatch` named `batch`."""
@@ -42,22 +40,27 @@ PROMPT = "a picture of "
 # The official decoder has 12 layers; that of a small model has as many as its fusion encoder.
 _DECODER_LAYERS = 12
 _TEXT_CLASSES, _IMAGE_CLASSES = 3, 1000
-_ANSWERS = (1, 3, 2, 5, 1, 2, 4, 2)
+_ANSWERS_PER_QUESTION = (1, 3, 2, 5, 1, 2, 4, 2)
 _TEXT_LENGTHS = (128, 16, 64, 32, 96, 24, 48, 40)
 
 
 def decoder_layers(config: XFMConfig) -> int:
-    """Layers of the decoder that a task adds to a model of these sizes."""
+    """Return the layers of the decoder that a task adds to a model of these sizes."""
     return min(_DECODER_LAYERS, config.fusion_layers)
 
 
 @dataclass(frozen=True)
 class BenchTask:
-    """A task and its step of training; `unit` is what `counts` counts: items on a CPU, of a quick run, and on a GPU.
+    """A task and its training step.
 
-    `image_size` is the official one, None where there is no image. `build` makes the model and `batch` so many items.
-    The judge is a method of `OfficialFineTuningTwin`, `official`, or the same losses on the reference ops. `losses` are
-    options of `pretraining_losses`; `losses_of` gives the losses of a model that does not return them itself.
+    Attributes:
+        counts: items of a batch in `unit`s, on a CPU, of a quick run, and on a GPU.
+        image_size: the official one, None without images.
+        build: makes the model.
+        batch: makes a batch of a number of items.
+        official: the judge, a method of `OfficialFineTuningTwin`; None: the same losses on the reference ops.
+        losses: options of `pretraining_losses`.
+        losses_of: gives the losses of a model that does not return them itself.
     """
 
     title: str
@@ -72,51 +75,59 @@ class BenchTask:
 
 
 def _pretraining(inputs: Inputs, count: int) -> Batch:
-    """Photographs with a caption each, masked and padded as the official loader does; repeated where they are few."""
+    """Pair photographs with captions, masked and padded as the official loader does, cycling through both."""
     rng, collection, config = np.random.default_rng(inputs.seed), inputs.collection, inputs.sizes
     photos, texts = len(collection.names), []
-    for number in range(count):
-        captions = collection.captions_of(number % photos)
-        caption = captions[number // photos % len(captions)]
+    for index in range(count):
+        captions = collection.captions_of(index % photos)
+        caption = captions[index // photos % len(captions)]
         texts.append(encode_pair_text(caption, inputs.tokenizer, TextOptions(), rng))
-    hidden, least = config.num_masking_patches, config.min_num_patches
     batch = collate_pairs(
-        list(inputs.pixels(count)), texts, pad_token_id=config.pad_token_id,
-        patch_masks=[block_mask(config.grid, hidden, least, rng) for _ in texts], width=TextOptions().max_tokens,
-        most=TextOptions().masking.most,
-    )  # fmt: skip
+        list(inputs.pixels(count)),
+        texts,
+        pad_token_id=config.pad_token_id,
+        patch_masks=[
+            block_mask(config.grid, config.num_masking_patches, config.min_num_patches, rng)
+            for _ in texts
+        ],
+        width=TextOptions().max_tokens,
+        masked=TextOptions().masking.most,
+    )
     return {"batch": batch}
 
 
 def _retrieval(inputs: Inputs, count: int) -> Batch:
-    ids = inputs.tokenizer.encode_ids(inputs.collection.texts(count), 40)
     photos = len(inputs.collection.names)
+    ids = inputs.tokenizer.encode_ids(inputs.collection.texts(count), MAX_TOKENS)
     batch = collate_pairs(
-        list(inputs.pixels(count)), [EncodedText(row, row, [], []) for row in ids],
-        pad_token_id=inputs.sizes.pad_token_id, image_ids=[number % photos for number in range(count)],
-    )  # fmt: skip
+        list(inputs.pixels(count)),
+        [EncodedText(row, row, [], []) for row in ids],
+        pad_token_id=inputs.sizes.pad_token_id,
+        image_ids=[index % photos for index in range(count)],
+    )
     return {"batch": batch}
 
 
 def _vqa(inputs: Inputs, count: int) -> Batch:
-    questions, known = inputs.questions(count), inputs.answers()
-    each = torch.tensor([*islice(cycle(_ANSWERS), count)])
-    chosen = torch.arange(int(each.sum())) % len(known.ids)
-    mask = known.mask[chosen]
+    questions, answers = inputs.questions(count), inputs.answers()
+    counts = torch.tensor([*islice(cycle(_ANSWERS_PER_QUESTION), count)])
+    rows = torch.arange(int(counts.sum())) % len(answers.ids)
+    mask = answers.mask[rows]
     longest = int(mask.sum(1).max())
     return {
         "pixels": inputs.pixels(count),
         "question_ids": questions.ids,
         "question_mask": questions.mask,
-        "answer_ids": known.ids[chosen, :longest],
+        "answer_ids": answers.ids[rows, :longest],
         "answer_mask": mask[:, :longest],
-        "answers_per_question": each,
-        "answer_weights": torch.repeat_interleave(1 / each, each),
+        "answers_per_question": counts,
+        "answer_weights": torch.repeat_interleave(1 / counts, counts),
     }
 
 
 def _captions(inputs: Inputs, count: int, images: int = 1) -> Batch:
-    ids, mask = inputs.tokenizer.encode(inputs.collection.texts(count), 40, pad_to_longest=True)
+    captions = inputs.collection.texts(count)
+    ids, mask = inputs.tokenizer.encode(captions, MAX_TOKENS, pad_to_longest=True)
     return {"pixels": inputs.pixels(images * count), "input_ids": ids, "attention_mask": mask}
 
 
@@ -132,19 +143,21 @@ def _grounding(inputs: Inputs, count: int) -> Batch:
 
 
 def _captioning(inputs: Inputs, count: int) -> Batch:
-    texts = [PROMPT + caption for caption in inputs.collection.texts(count)]
-    ids, mask = inputs.tokenizer.encode(texts, 40, pad_to_longest=True)
+    captions = [PROMPT + caption for caption in inputs.collection.texts(count)]
+    ids, mask = inputs.tokenizer.encode(captions, MAX_TOKENS, pad_to_longest=True)
     return {
-        "pixels": inputs.pixels(count), "caption_ids": ids, "caption_mask": mask,
-        "prompt_length": len(inputs.tokenizer.encode_prompt(PROMPT)), "label_smoothing": 0.1,
-    }  # fmt: skip
+        "pixels": inputs.pixels(count),
+        "caption_ids": ids,
+        "caption_mask": mask,
+        "prompt_length": len(inputs.tokenizer.encode_prompt(PROMPT)),
+        "label_smoothing": 0.1,
+    }
 
 
 def _text(inputs: Inputs, count: int) -> Batch:
     longest = inputs.sizes.max_text_length
-    ids, mask = inputs.random_texts(
-        [min(length, longest) for length in islice(cycle(_TEXT_LENGTHS), count)]
-    )
+    lengths = [min(length, longest) for length in islice(cycle(_TEXT_LENGTHS), count)]
+    ids, mask = inputs.random_texts(lengths)
     return {
         "input_ids": ids,
         "attention_mask": mask,
@@ -153,68 +166,100 @@ def _text(inputs: Inputs, count: int) -> Batch:
 
 
 def _image(inputs: Inputs, count: int) -> Batch:
-    # What Mixup makes of two classes.
+    # Mixup of class 0 with another one.
+    images = torch.arange(count)
     targets = torch.zeros(count, _IMAGE_CLASSES)
-    targets[:, 0], targets[torch.arange(count), 1 + torch.arange(count) % (_IMAGE_CLASSES - 1)] = (
-        0.3,
-        0.7,
-    )
+    targets[:, 0] = 0.3
+    targets[images, 1 + images % (_IMAGE_CLASSES - 1)] = 0.7
     return {"pixels": inputs.pixels(count), "targets": targets}
 
 
+def _build_retrieval(config: XFMConfig) -> XFM:
+    return TaskModel(config, heads=("contrastive", "matching"))
+
+
+def _build_image(config: XFMConfig) -> XFM:
+    return ClassificationModel(config, _IMAGE_CLASSES, modality="image", head="official_image")
+
+
 PRETRAINING = BenchTask(
-    "ITC + ITM + IMLM + MIM", "pairs", (8, 2, 96), 224, lambda config: XFM(config, heads=ALL_HEADS), _pretraining,
+    "ITC + ITM + IMLM + MIM",
+    "pairs",
+    (8, 2, 96),
+    224,
+    lambda config: XFM(config, heads=ALL_HEADS),
+    _pretraining,
     "losses",
-)  # fmt: skip
+)
 OFFICIAL_TASKS: Mapping[str, BenchTask] = {
     "retrieval": BenchTask(
-        "retrieval (ITC + ITM)", "pairs", (4, 2, 32), 384,
-        lambda config: TaskModel(config, heads=("contrastive", "matching")), _retrieval, "retrieval",
+        "retrieval (ITC + ITM)",
+        "pairs",
+        (4, 2, 32),
+        384,
+        _build_retrieval,
+        _retrieval,
+        "retrieval",
         {"losses": ("itc", "itm"), "stop_gradient": False},
     ),
     "vqa": BenchTask(
-        "VQA", "questions", (4, 2, 24), 480,
-        lambda config: VQAModel(config, decoder_layers=decoder_layers(config)), _vqa, "answers",
+        "VQA",
+        "questions",
+        (4, 2, 24),
+        480,
+        lambda config: VQAModel(config, decoder_layers=decoder_layers(config)),
+        _vqa,
+        "answers",
     ),
     "nlvr2": BenchTask("NLVR2", "statements", (4, 2, 8), 384, NLVR2Model, _nlvr2, "statements"),
-    "grounding": BenchTask("grounding", "expressions", (4, 2, 20), 384, GroundingModel, _grounding, "grounding"),
+    "grounding": BenchTask(
+        "grounding", "expressions", (4, 2, 20), 384, GroundingModel, _grounding, "grounding"
+    ),
     "captioning": BenchTask(
-        "captioning", "captions", (4, 2, 32), 384,
-        lambda config: CaptioningModel(config, decoder_layers=decoder_layers(config)), _captioning, "captions",
+        "captioning",
+        "captions",
+        (4, 2, 32),
+        384,
+        lambda config: CaptioningModel(config, decoder_layers=decoder_layers(config)),
+        _captioning,
+        "captions",
     ),
     "text": BenchTask(
-        "text classification", "texts", (8, 2, 32), None,
-        lambda config: ClassificationModel(config, _TEXT_CLASSES, modality="text"), _text, "texts",
+        "text classification",
+        "texts",
+        (8, 2, 32),
+        None,
+        lambda config: ClassificationModel(config, _TEXT_CLASSES, modality="text"),
+        _text,
+        "texts",
     ),
     "image": BenchTask(
-        "image classification", "images", (8, 2, 128), 224,
-        lambda config: ClassificationModel(config, _IMAGE_CLASSES, modality="image", head="official_image"), _image,
-        "images",
+        "image classification", "images", (8, 2, 128), 224, _build_image, _image, "images"
     ),
-}  # fmt: skip
+}
 """The tasks with an official procedure."""
 BUILDERS = {name: task.build for name, task in OFFICIAL_TASKS.items()}
 
 
-def bench_task(kind: str, inputs: Inputs, folder: Path) -> BenchTask:
-    """The row of a registered task, or one derived from its class; the `folder` receives the photographs as files."""
-    if kind in OFFICIAL_TASKS:
-        return OFFICIAL_TASKS[kind]
-    options: Any = TASKS[kind].Options
-    task = TASKS[kind](options(), inputs.sizes, inputs.tokenizer, images=folder)
+def bench_task(name: str, inputs: Inputs, folder: Path) -> BenchTask:
+    """Return the row of a task, or derive one from its class; the `folder` receives the photographs as files."""
+    if name in OFFICIAL_TASKS:
+        return OFFICIAL_TASKS[name]
+    options: Any = TASKS[name].Options
+    task = TASKS[name](options(), inputs.sizes, inputs.tokenizer, images=folder)
 
     def batch(inputs: Inputs, count: int) -> Batch:
-        for number, image in enumerate(inputs.collection.images[:count]):
-            image.save(folder / f"{number}.png")
+        for index, image in enumerate(inputs.collection.images[:count]):
+            image.save(folder / f"{index}.png")
         photos, rng = len(inputs.collection.images), np.random.default_rng(inputs.seed)
-        captions = enumerate(inputs.collection.texts(count))
-        records = [
-            task.example(Path(f"{number % photos}.png"), caption) for number, caption in captions
-        ]
-        return {"batch": task.collate([task.item(record, rng) for record in records], rng)}
+        items = []
+        for index, caption in enumerate(inputs.collection.texts(count)):
+            record = task.example(Path(f"{index % photos}.png"), caption)
+            items.append(task.item(record, rng))
+        return {"batch": task.collate(items, rng)}
 
     return BenchTask(
-        kind,
+        name,
         "items",
         (4, 2, 32),
         None,

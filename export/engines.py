@@ -1,4 +1,4 @@
-"""Builds of TensorRT engines: from graphs of a model, or a folder of ONNX graphs, to a folder of engines.
+"""Build TensorRT engines: from graphs of a model, or a folder of ONNX graphs, to a folder of engines.
 
 Requests are validated before a builder starts, and Ctrl-C stops the builder cleanly. An engine accepts the sizes of its
 profiles, on the command line `name:axis=size` or `name:axis=least..best..most` with commas:
@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -35,9 +36,10 @@ from .pipeline import (
     sidecar_files,
     silent,
 )
-from .quantise import Scheme, check_quantisation, quantise_graphs
+from .qdq import Scheme
+from .quantise import check_quantisation, quantise_graphs
 from .request import OnnxRequest, joined
-from .runtimes import Spelling, data_type, find_runtime
+from .runtimes import Spelling, check_dtype, find_runtime
 from .runtimes.tensorrt import (
     EngineRequest,
     TensorRT,
@@ -52,12 +54,12 @@ from .slots import graph_profiles, parse_profiles
 from .verification import Comparison, compare_with_reference, keep_reference
 
 ONNX_FOLDER = "onnx"
-"""In the folder of the engines: the graphs that they were built from, if the request keeps them."""
+"""Folder of the graphs, in that of the engines, if the request keeps them."""
 
 LEAST_CAPABILITY = {"fp32": 75, "fp16": 75, "bf16": 80, "int8": 75, "fp8": 89}
 """The oldest compute capability with arithmetic in a type, as 10 · major + minor."""
 
-# The first version whose parser imports `Attention`.
+# The first version whose parser reads `Attention`.
 _OLDEST_TENSORRT = (10, 14)
 # An engine holds the weights again, and code for every target.
 _ENGINE_PER_ONNX = 1.5
@@ -67,12 +69,12 @@ _log = logging.getLogger(__name__)
 
 
 class Builder:
-    """The builder of TensorRT: the imported module, the GPUs that it builds for, and how it is configured."""
+    """The builder of TensorRT: its module, the GPUs that it builds for, and its configuration."""
 
     runtime: ClassVar[type[TensorRT]] = TensorRT
     newest: ClassVar[int] = 11
-    """The last major version that was tried."""
-    least: ClassVar[Mapping[str, int]] = LEAST_CAPABILITY
+    """The last major version that was tested."""
+    minimum: ClassVar[Mapping[str, int]] = LEAST_CAPABILITY
 
     def __init__(self) -> None:
         self.name = self.runtime.name
@@ -81,27 +83,30 @@ class Builder:
         self.title = f"{self.runtime.title} {self.version}"
 
     def check(self, request: EngineRequest, dtype: str) -> tuple[int, ...]:
-        """Validate a request and return its compute capabilities; `UnavailableError` for what the library lacks."""
+        """Validate a request and return its compute capabilities; `UnavailableError` if the library lacks something."""
         if int(self.version.split(".", 1)[0]) > self.newest:
             # Python prints it once, however often a request is checked.
             warnings.warn(
-                f"{self.title} is newer than version {self.newest}, the last that was tried; its engines are compared "
+                f"{self.title} is newer than version {self.newest}, the last that was tested; its engines are compared "
                 f"with the model as ever; should it fail, pip install '{self.name}<{self.newest + 1}'",
                 stacklevel=1,
             )
         targets = self.targets(request, parse_targets(joined(request.sm)), local_capability())
-        if lacking := [target for target in targets if target < self.least[dtype]]:
+        minimum = self.minimum[dtype]
+        if lacking := [target for target in targets if target < minimum]:
+            verb, option = "has" if len(lacking) == 1 else "have", "--dtype fp16"
+            if dtype == "fp8":
+                option = "--quantize int8"
             raise UnavailableError(
-                f"{_names(lacking)} {'has' if len(lacking) == 1 else 'have'} no {dtype} in {self.title}; leave out "
-                f"targets below SM{self.least[dtype]}, or use "
-                f"{'--quantize int8' if dtype == 'fp8' else '--dtype fp16'}"
+                f"{_names(lacking)} {verb} no {dtype} in {self.title}; leave out targets below SM{minimum}, or use "
+                f"{option}"
             )
         return targets
 
     def targets(
-        self, request: EngineRequest, named: Sequence[int], present: int | None
+        self, request: EngineRequest, requested: Sequence[int], present: int | None
     ) -> tuple[int, ...]:
-        """The compute capabilities to build for: named ones, or this machine's."""
+        """Return the compute capabilities to build for: those requested, or this machine's."""
         if tuple(map(int, re.findall(r"\d+", self.version)[:3])) < _OLDEST_TENSORRT:
             oldest = ".".join(map(str, _OLDEST_TENSORRT))
             raise UnavailableError(
@@ -112,9 +117,9 @@ class Builder:
                 "TensorRT times kernels on the GPU that it builds for, and PyTorch finds no NVIDIA GPU here; build on "
                 "a machine with one, or use xfm-fast export --to tensorrt-rtx, which needs none"
             )
-        if named and set(named) != {present}:
+        if requested and set(requested) != {present}:
             raise UnavailableError(
-                f"TensorRT builds for the GPU of this machine, SM{present}, and not for {_names(named)}; "
+                f"TensorRT builds for the GPU of this machine, SM{present}, and not for {_names(requested)}; "
                 "leave out --sm, or use xfm-fast export --to tensorrt-rtx"
             )
         level = getattr(request, "hardware_compatible", None)
@@ -129,7 +134,7 @@ class Builder:
         return (present,)
 
     def network(self, builder: Any) -> Any:
-        """An empty, strongly typed network; later versions have no flag for it."""
+        """Create an empty, strongly typed network; later versions have no flag for it."""
         flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         return builder.create_network(0 if flag is None else 1 << int(flag))
 
@@ -161,26 +166,26 @@ class BuilderForRTX(Builder):
     runtime = TensorRTForRTX
     newest = 1
     # It has no fp32 GEMMs for Turing.
-    least = LEAST_CAPABILITY | {"fp32": 80}
+    minimum = LEAST_CAPABILITY | {"fp32": 80}
 
     def targets(
-        self, request: EngineRequest, named: Sequence[int], present: int | None
+        self, request: EngineRequest, requested: Sequence[int], present: int | None
     ) -> tuple[int, ...]:
         """See `Builder.targets`."""
         if isinstance(request, TensorRTRequest):
             raise UnavailableError(
                 f"{self.title} has no options of TensorRTRequest; use EngineRequest, with sm="
             )
-        names = (re.fullmatch(r"SM(\d+)", name) for name in dir(self.trt.ComputeCapability))
-        known = sorted(int(name[1]) for name in names if name)
-        targets = tuple(sorted(set(named))) or (() if present is None else (present,))
+        matches = (re.fullmatch(r"SM(\d+)", name) for name in dir(self.trt.ComputeCapability))
+        supported = sorted(int(match[1]) for match in matches if match)
+        targets = tuple(sorted(set(requested))) or (() if present is None else (present,))
         if not targets:
             raise UnavailableError(
                 "there is no NVIDIA GPU here to build for; name the targets with --sm, such as --sm 80,89,120"
             )
-        if unknown := [target for target in targets if target not in known]:
+        if unknown := [target for target in targets if target not in supported]:
             raise UnavailableError(
-                f"{self.title} builds for {_names(known)}, not for {_names(unknown)}; change --sm, or use --to "
+                f"{self.title} builds for {_names(supported)}, not for {_names(unknown)}; change --sm, or use --to "
                 "tensorrt on such a GPU"
             )
         return targets
@@ -195,15 +200,14 @@ class BuilderForRTX(Builder):
         # An engine that allocates for itself while it runs cannot be captured as a CUDA graph.
         config.set_flag(self.trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         config.num_compute_capabilities = len(targets)
-        for number, target in enumerate(targets):
-            config.set_compute_capability(
-                getattr(self.trt.ComputeCapability, f"SM{target}"), number
-            )
+        for index, target in enumerate(targets):
+            capability = getattr(self.trt.ComputeCapability, f"SM{target}")
+            config.set_compute_capability(capability, index)
 
 
 def find_builder(name: str) -> Builder:
-    """The builder of a runtime; raises `UnavailableError` with the extra to install."""
-    builders = {each.runtime.name: each for each in (Builder, BuilderForRTX)}
+    """Return the builder of a runtime; raises `UnavailableError` with the extra to install."""
+    builders = {builder.runtime.name: builder for builder in (Builder, BuilderForRTX)}
     if name not in builders:
         raise UnavailableError(
             f"engine library {name!r} is unknown; choose from {', '.join(builders)}"
@@ -212,16 +216,16 @@ def find_builder(name: str) -> Builder:
 
 
 def parse_targets(text: str) -> tuple[int, ...]:
-    """Compute capabilities from a list: `80,89,120` or `8.9,12.0`."""
+    """Parse a list of compute capabilities: `80,89,120` or `8.9,12.0`."""
     targets = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(r"(?:sm_?)?(?:(\d{2,3})|(\d{1,2})\.(\d))", part, re.IGNORECASE)
-        number = 0 if match is None else int(match[1] or match[2] + match[3])
-        if not 50 <= number < 200:
+    for word in filter(None, map(str.strip, text.split(","))):
+        match = re.fullmatch(r"(?:sm_?)?(?:(\d{2,3})|(\d{1,2})\.(\d))", word, re.IGNORECASE)
+        target = 0 if match is None else int(match[1] or match[2] + match[3])
+        if not 50 <= target < 200:
             raise UnavailableError(
-                f"--sm {part!r} is no compute capability; write them as numbers with commas, such as 80,89,120"
+                f"--sm {word!r} is not a compute capability; write numbers with commas, such as 80,89,120"
             )
-        targets.append(number)
+        targets.append(target)
     return tuple(dict.fromkeys(targets))
 
 
@@ -234,13 +238,11 @@ def export_engines(
     folder: str | Path,
     consumer: str,
     request: EngineRequest | None = None,
-    *,
-    progress: Progress = silent,
-    **given: Any,
+    **options: Any,
 ) -> Manifest:
     """Export graphs of a model and build an engine of each, `<graph>.engine`, with `manifest.json`."""
-    with engine_graphs(model, folder, consumer, request, **given) as build:
-        return build(progress)
+    with engine_graphs(model, folder, consumer, request, **options) as build:
+        return build()
 
 
 @contextlib.contextmanager
@@ -254,18 +256,17 @@ def engine_graphs(
     source: str = "a model in memory",
     tokenizer_sha256: str | None = None,
     companions: Mapping[str, bytes] = {},
+    progress: Progress = silent,
     **changes: Any,
-) -> Iterator[Callable[[Progress], Manifest]]:
+) -> Iterator[Callable[[], Manifest]]:
     """Export the graphs of engines and yield the function that builds them, which no longer needs the model."""
     folder = Path(folder)
-    request = replace(
-        request or (TensorRTRequest if consumer == "tensorrt" else EngineRequest)(), **changes
-    )
+    if request is None:
+        request = TensorRTRequest() if consumer == "tensorrt" else EngineRequest()
+    request = replace(request, **changes)
     library, targets, spelling = check_request(consumer, request)
-    profiles, dtype = (
-        parse_profiles(request.profile, packed=request.packed),
-        data_type(request.dtype),
-    )
+    profiles = parse_profiles(request.profile, packed=request.packed)
+    dtype = check_dtype(request.dtype)
     built = build_graphs(model, spelling, request)
     for record in graph_records(built, dtype, model, request.sizes):
         graph_profiles(record, profiles)
@@ -274,9 +275,8 @@ def engine_graphs(
     scheme = None
     if request.quantize:
         scheme = Scheme(check_quantisation(request.quantize, dtype, request.budget, [*built]))
-        examples = examples or generated_examples(
-            model.config, longest=request.sizes.get("length", LONGEST)
-        )
+        longest = request.sizes.get("length", LONGEST)
+        examples = examples or generated_examples(model.config, longest=longest)
     # A graph joins weights into new ones.
     del built
     graphs = OnnxRequest(
@@ -291,9 +291,15 @@ def engine_graphs(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx-") as scratch:
         onnx = folder / ONNX_FOLDER if request.keep_onnx else Path(scratch)
         exported = export_onnx(
-            model, onnx, graphs, source=source, tokenizer_sha256=tokenizer_sha256, companions=companions,
-            examples=examples, compared=False,
-        )  # fmt: skip
+            model,
+            onnx,
+            graphs,
+            source=source,
+            tokenizer_sha256=tokenizer_sha256,
+            companions=companions,
+            examples=examples,
+            compared=False,
+        )
         reference = None if examples is None else Reference.load(onnx)
 
         def compare(content: Manifest) -> None:
@@ -301,30 +307,15 @@ def engine_graphs(
                 keep_reference(content, folder, reference)
                 compare_with_reference(content, folder, reference)
 
-        def build(progress: Progress) -> Manifest:
-            if reference is not None:
-                if scheme is None:
-                    compare_with_reference(exported, onnx, reference)
-                else:
-                    wide = _count_launches(exported, onnx, library, targets, request, progress)
-                    wide_files = {name for record in exported.graphs for name in record.files}
-                    with tempfile.TemporaryDirectory(dir=onnx, prefix=".quantised-") as narrow:
-                        comparison = Comparison(exported, onnx, reference)
-                        quantise_graphs(
-                            exported, comparison, Path(narrow), scheme, request.budget, progress
-                        )
-                        for name in wide_files:
-                            (onnx / name).unlink()
-                        for path in Path(narrow).iterdir():
-                            path.replace(onnx / path.name)
-                    # Smaller weights may no longer need a file of their own.
-                    names = [
-                        record.name for record in exported.files if (onnx / record.name).exists()
-                    ]
-                    exported.files = record_files(onnx, names)
-                    for record in exported.graphs:
-                        if record.quantisation is not None:
-                            record.quantisation.wide_launches = wide[record.name]
+        def build() -> Manifest:
+            if reference is not None and scheme is None:
+                compare_with_reference(exported, onnx, reference)
+            elif reference is not None and scheme is not None:
+                wide = _count_launches(exported, onnx, library, targets, request, progress)
+                _quantise_in_place(exported, onnx, reference, scheme, request.budget, progress)
+                for record in exported.graphs:
+                    if record.quantisation is not None:
+                        record.quantisation.wide_launches = wide[record.name]
             exported.save(onnx)
             return build_engines(
                 exported, onnx, folder, library, targets, request, progress, compare
@@ -332,6 +323,28 @@ def engine_graphs(
 
         del model
         yield build
+
+
+def _quantise_in_place(
+    exported: Manifest,
+    onnx: Path,
+    reference: Reference,
+    scheme: Scheme,
+    budget: float,
+    progress: Progress,
+) -> None:
+    """Replace the ONNX files of an export by their 8-bit forms."""
+    wide_files = {name for record in exported.graphs for name in record.files}
+    with tempfile.TemporaryDirectory(dir=onnx, prefix=".quantised-") as scratch:
+        comparison = Comparison(exported, onnx, reference)
+        quantise_graphs(exported, comparison, Path(scratch), scheme, budget, progress)
+        for name in wide_files:
+            (onnx / name).unlink()
+        for path in Path(scratch).iterdir():
+            path.replace(onnx / path.name)
+    # Smaller weights may no longer need a file of their own.
+    names = [record.name for record in exported.files if (onnx / record.name).exists()]
+    exported.files = record_files(onnx, names)
 
 
 def _count_launches(
@@ -342,37 +355,30 @@ def _count_launches(
     request: EngineRequest,
     progress: Progress,
 ) -> dict[str, list[int]]:
-    """Return the launches of every profile of the engines without 8 bits; none where the library does not tell."""
+    """Count the launches of every profile of the engines without 8 bits; none where the library does not tell."""
     counts: dict[str, list[int]] = {record.name: [] for record in exported.graphs}
     profiles = parse_profiles(request.profile, packed=request.packed)
     for record in exported.graphs if isinstance(library, BuilderForRTX) else ():
         progress(f"building {record.name} in {exported.dtype} to count its launches")
+        shapes = graph_profiles(record, profiles)
         with tempfile.TemporaryDirectory(dir=onnx, prefix=".engine-") as scratch:
             engine = Path(scratch, f"{record.name}.engine")
-            build_engine(
-                library,
-                onnx / record.file,
-                engine,
-                request,
-                targets,
-                graph_profiles(record, profiles),
-            )
+            build_engine(library, onnx / record.file, engine, request, targets, shapes)
             counts[record.name] = [len(steps) for steps in schedules(engine)]
     return counts
 
 
 def schedules(engine: Path) -> list[list[tuple[str, str]]]:
-    """Return kind and name of every step that computes, by profile: text in engines of TensorRT for RTX."""
+    """Read type and name of the steps that compute, by profile; only engines of TensorRT for RTX have them as text."""
     text = engine.read_bytes().decode("latin1")
     profiles = []
     for match in re.finditer("\nmain {", text):
         begin = match.start()
-        # Products have schedules of their own, which say how each is compiled when the engine is loaded.
+        # GEMMs have schedules of their own, which say how each is compiled when the engine is loaded.
         if "region=runtime-fusion-consts" in text[begin - 300 : begin]:
             continue
-        steps = re.findall(
-            r'^  (\w+)=\{ name="?(\w+)', text[begin : text.index("\n}\n", begin)], re.MULTILINE
-        )
+        schedule = text[begin : text.index("\n}\n", begin)]
+        steps = re.findall(r'^  (\w+)=\{ name="?(\w+)', schedule, re.MULTILINE)
         profiles.append([step for step in steps if step[0] not in ("shape_call", "signal", "wait")])
     return profiles
 
@@ -387,9 +393,8 @@ def check_request(
     library = find_builder(consumer)
     targets = library.check(request, request.dtype)
     if request.quantize:
-        library.check(
-            request, check_quantisation(request.quantize, data_type(request.dtype), request.budget)
-        )
+        dtype = check_dtype(request.dtype)
+        library.check(request, check_quantisation(request.quantize, dtype, request.budget))
     return library, targets, spelling
 
 
@@ -405,12 +410,11 @@ def build_engines(
 ) -> Manifest:
     """Build an engine of every graph of the ONNX export in `onnx` into an existing folder."""
     profiles = parse_profiles(request.profile, packed=request.packed)
-    records = [
-        record.model_copy(
-            update={"file": f"{record.name}.engine", "profiles": graph_profiles(record, profiles)}
-        )
-        for record in exported.graphs
-    ]
+    records = []
+    for record in exported.graphs:
+        shapes = graph_profiles(record, profiles)
+        changes = {"file": f"{record.name}.engine", "profiles": shapes}
+        records.append(record.model_copy(update=changes))
 
     def write(record: GraphRecord) -> list[str]:
         progress(f"building {record.name} ({records.index(record) + 1} of {len(records)})")
@@ -467,21 +471,20 @@ def build_engine(
         )
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(onnx)):
-        found = [parser.get_error(number) for number in range(parser.num_errors)]
-        named = [
-            f"node {each.node_name()} ({each.node_operator()}): {each.desc()}" for each in found
-        ]
-        raise _failure(library, "read", onnx, named + errors)
+        messages = []
+        for error in map(parser.get_error, range(parser.num_errors)):
+            node = f"{error.node_name()} ({error.node_operator()})"
+            messages.append(f"node {node}: {error.desc()}")
+        raise _failure(library, "read", onnx, messages + errors)
     errors.clear()
     config = builder.create_builder_config()
     library.configure(config, request, targets)
     for record in profiles:
         shapes = builder.create_optimization_profile()
-        for number in range(network.num_inputs):
-            name = network.get_input(number).name
-            shapes.set_shape(
-                name, tuple(record.least[name]), tuple(record.best[name]), tuple(record.most[name])
-            )
+        for index in range(network.num_inputs):
+            name = network.get_input(index).name
+            bounds = (record.least, record.best, record.most)
+            shapes.set_shape(name, *(tuple(bound[name]) for bound in bounds))
         if config.add_optimization_profile(shapes) < 0:
             raise _failure(library, "build", onnx, errors)
     # What stopped the builder, in a callback: Ctrl-C, a full disk.
@@ -516,8 +519,8 @@ def build_engine(
             return attempt(self.file.write, data)
 
     def write(file: BinaryIO) -> None:
-        # Part by part: a whole engine in memory is a second copy of all weights. The configuration does not keep the
-        # monitor alive.
+        # In chunks: an engine in memory is a second copy of all weights. The configuration does not keep the monitor
+        # alive.
         monitor, writer = Monitor(), Writer(file)
         config.progress_monitor = monitor
         built = builder.build_serialized_network_to_stream(network, config, writer)
@@ -538,68 +541,55 @@ def build_engine(
         )
 
 
-RULES = (
-    (
-        r"Attention operation was not supported by a dedicated kernel|is_decomposable",
-        "there is no kernel for attention of this type and shape; use --dtype bf16 or fp16, or --opset 22",
+RULES = {
+    r"Attention operation was not supported by a dedicated kernel|is_decomposable": (
+        "there is no kernel for attention of this type and shape; use --dtype bf16 or fp16, or --opset 22"
     ),
-    (
-        r"HW-specific datatypes: b16",
-        "a target has no bf16; use --dtype fp16, or leave out targets below SM80",
+    r"HW-specific datatypes: b16": (
+        "a target has no bf16; use --dtype fp16, or leave out targets below SM80"
     ),
-    (
-        r"HW-specific datatypes: (fp?8|f8|e4m3)",
-        "a target has no fp8; use --quantize int8, or leave out targets below SM89",
+    r"HW-specific datatypes: (fp?8|f8|e4m3)": (
+        "a target has no fp8; use --quantize int8, or leave out targets below SM89"
     ),
-    (
-        r"element type \(\w+\) differs from input 1's element type|must have (the )?same input types",
-        "its operands have different types; export the whole graph in one type: --dtype bf16 or --dtype fp16",
+    r"element type \(\w+\) differs from input 1's element type|must have (the )?same input types": (
+        "its operands have different types; export the whole graph in one type: --dtype bf16 or --dtype fp16"
     ),
-    (
-        r"no optimization profile has been defined|Invalid optimization profiles|profile->isValid",
-        "the profile lacks a dynamic input; give --profile name:axis=least..best..most for every axis",
+    r"no optimization profile has been defined|Invalid optimization profiles|profile->isValid": (
+        "the profile lacks a dynamic input; give --profile name:axis=least..best..most for every axis"
     ),
-    (
-        r"out of memory|MEM_ALLOC|OutOfMemory|cudaErrorMemoryAllocation|bad_alloc",
-        "the builder ran out of memory; narrow the profiles, or build on a machine with more memory",
+    r"out of memory|MEM_ALLOC|OutOfMemory|cudaErrorMemoryAllocation|bad_alloc": (
+        "the builder ran out of memory; narrow the profiles, or build on a machine with more memory"
     ),
-    (
-        r"insufficient for CUDA runtime version|CUDA initialization failure|no CUDA-capable device",
-        "there is no usable GPU here; name the targets with --sm (TensorRT for RTX), or build on a machine with one",
+    r"insufficient for CUDA runtime version|CUDA initialization failure|no CUDA-capable device": (
+        "there is no usable GPU here; name the targets with --sm (TensorRT for RTX), or build on a machine with one"
     ),
-    (
-        r"Could not find any implementation for node",
-        "no kernel of this version fits; try the other of --dtype bf16 and fp16, or a newer TensorRT",
+    r"Could not find any implementation for node": (
+        "no kernel of this version fits; try the other of --dtype bf16 and fp16, or a newer TensorRT"
     ),
-    (
-        r"No importer registered|[Uu]nsupported operator|UNSUPPORTED_NODE|Plugin not found",
-        "this version does not know the operator; export with a lower --opset, or use a newer TensorRT",
+    r"No importer registered|[Uu]nsupported operator|UNSUPPORTED_NODE|Plugin not found": (
+        "this version does not know the operator; export with a lower --opset, or use a newer TensorRT"
     ),
-)
-"""Known messages of builders: a pattern, and what to do."""
+}
+"""What to do about known messages of builders, by pattern."""
 
 # Follows every message on a machine without a driver and is unrelated to the network.
 _NOISE = re.compile(r"^\[?checkMacros\.cpp::catchCudaError.*cudaError 35", re.DOTALL)
 
 
 def _failure(library: Builder, verb: str, path: Path, messages: Sequence[str]) -> ExportError:
-    """The error of a build, naming the ONNX nodes of its message, or the nodes that read a tensor of it."""
+    """Return the error of a build; it names the ONNX nodes of its message, or those that read a tensor of it."""
     import onnx
 
-    relevant = [message for message in messages if not _NOISE.match(message)] or [
-        *messages,
-        "no message",
-    ][:1]
-    known = (
-        (text, message)
-        for pattern, text in RULES
-        for message in relevant
-        if re.search(pattern, message)
-    )
-    unknown = (
+    relevant = [message for message in messages if not _NOISE.match(message)]
+    relevant = relevant or [*messages, "no message"][:1]
+    message = relevant[0]
+    text = (
         "see the builder's own messages with XFM_DEBUG=1, or try the other of --dtype bf16 and fp16"
     )
-    text, message = next(known, (unknown, relevant[0]))
+    for (pattern, advice), candidate in product(RULES.items(), relevant):
+        if re.search(pattern, candidate):
+            text, message = advice, candidate
+            break
     words = set(re.findall(r"[\w./:-]+", message))
     # The compiler numbers copies of a tensor: bias.1 is bias.
     words |= {word.rstrip(".:") for word in words} | {re.sub(r"\.\d+$", "", word) for word in words}

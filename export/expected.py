@@ -28,7 +28,8 @@ from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import ImageGroups, Packing
 from xfm_fast.tasks.task import TaskModel
 
-from .graphs import DTYPES, M, in_dtype, memory_names
+from .graphs import DTYPES, in_dtype, memory_names
+from .layers import M
 from .request import DType, GraphName
 
 REFERENCE_FILE = "reference.safetensors"
@@ -62,28 +63,23 @@ def make_examples(
     origin: str,
     longest: int = LONGEST,
 ) -> Examples:
-    """Examples from images and token ids; the first captions are cut or extended to lengths from 1 to `longest`."""
+    """Make examples of images and token ids; the first captions are cut or extended to lengths from 1 to `longest`."""
     if not len(pixels) or not len(rows):
         raise InputError(
             f"{len(pixels)} images and {len(rows)} texts are nothing to compare on; give at least one each"
         )
     longest = min(longest, config.max_text_length)
+    texts = [list(row[:longest]) for row in rows]
     lengths = sorted({min(length, longest) for length in _LENGTHS})
-    texts = []
-    for number, row in enumerate(rows):
-        ids = list(row[:longest])
-        if number < len(lengths):
-            following = [
-                token for later in (*rows[number:], *rows[:number]) for token in later[1:-1]
-            ]
-            inner = following * (1 + longest // max(len(following), 1))
-            ids = [row[0], *inner[: max(lengths[number] - 2, 0)], row[-1]][: lengths[number]]
-        texts.append(ids)
-    return Examples(pixels.float(), *padded_texts(texts, config.pad_token_id), origin)
+    for index, (row, length) in enumerate(zip(rows, lengths, strict=False)):
+        following = [token for later in (*rows[index:], *rows[:index]) for token in later[1:-1]]
+        inner = following * (1 + longest // max(len(following), 1))
+        texts[index] = [row[0], *inner[: max(length - 2, 0)], row[-1]][:length]
+    return Examples(pixels.float(), *pad_texts(texts, config.pad_token_id), origin)
 
 
-def padded_texts(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
-    """Ids `[T, L]` and mask `[T, L]` of captions, padded to the longest."""
+def pad_texts(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
+    """Pad captions to the longest; returns ids `[T, L]` and mask `[T, L]`."""
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=padding)
     lengths = torch.tensor([len(row) for row in rows])
     return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
@@ -92,7 +88,7 @@ def padded_texts(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, T
 def generated_examples(
     config: XFMConfig, *, images: int = 4, texts: int = 32, longest: int = LONGEST, seed: int = 0
 ) -> Examples:
-    """Examples without photographs: smooth noise, and random ids of 8 to 20 tokens."""
+    """Generate examples without photographs: smooth noise, and random ids of 8 to 20 tokens."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(images, 3, 4, 4, generator=generator)
     size = (config.image_size, config.image_size)
@@ -110,12 +106,12 @@ def generated_examples(
 def reference_bytes(
     config: XFMConfig, *, images: int = 4, texts: int = 48, decodes: bool = False
 ) -> int:
-    """Approximate size of a reference on disk; `decodes` includes the logits of a decoder."""
+    """Estimate the size of a reference on disk; `decodes` includes the logits of a decoder."""
     tokens, width = config.num_image_tokens, config.text_width
     memory = 2 * config.fusion_layers * tokens * width
-    of_images = images * (3 * config.image_size**2 + tokens * config.vision_width + texts * width)
+    image = 3 * config.image_size**2 + tokens * config.vision_width + texts * width
     logits = _STATES * _STATES * _WRITTEN * config.vocab_size if decodes else 0
-    return 4 * (memory + of_images + texts * LONGEST * width + logits)
+    return 4 * (memory + images * image + texts * LONGEST * width + logits)
 
 
 @dataclass(frozen=True)
@@ -140,16 +136,14 @@ class Reference:
 
     def save(self, folder: Path) -> None:
         """Write `reference.safetensors` atomically."""
-        numbers = {
-            f"{_ROUNDING}{name}": torch.tensor(value).double()
-            for name, value in self.rounding.items()
-        }
-        content = self.tensors | numbers
+        content = dict(self.tensors)
+        for name, error in self.rounding.items():
+            content[f"{_ROUNDING}{name}"] = torch.tensor(error).double()
         write_files({folder / REFERENCE_FILE: lambda file: write_safetensors(file, content)})
 
     @classmethod
     def load(cls, folder: Path) -> Reference:
-        """Read the reference of an export; raises `ExportError` where it is missing or damaged."""
+        """Read the reference of an export; raises `ExportError` if it is missing or damaged."""
         path = folder / REFERENCE_FILE
         try:
             content = load_file(path)
@@ -161,15 +155,9 @@ class Reference:
             raise ExportError(
                 f"{path} is damaged ({error}); copy the folder again or export again"
             ) from None
-        rounding = {
-            name.removeprefix(_ROUNDING): float(value)
-            for name, value in content.items()
-            if name.startswith(_ROUNDING)
-        }
-        return cls(
-            {name: value for name, value in content.items() if not name.startswith(_ROUNDING)},
-            rounding,
-        )
+        errors = [name for name in content if name.startswith(_ROUNDING)]
+        rounding = {name.removeprefix(_ROUNDING): float(content.pop(name)) for name in errors}
+        return cls(content, rounding)
 
 
 def make_reference(
@@ -181,165 +169,167 @@ def make_reference(
     all_tokens: bool = False,
 ) -> Reference:
     """Run the model, unpadded, in fp32 and in the dtype of the export; computes only the outputs of `graphs`."""
-    wanted = frozenset(graphs)
-    truth = _model_results(model, torch.float32, examples, wanted, all_tokens)
-    inputs = {
+    names = frozenset(graphs)
+    truth = _model_results(model, torch.float32, examples, names, all_tokens)
+    tensors = {
         "pixels": examples.pixels.clone(),
         "input_ids": examples.input_ids.long(),
         "attention_mask": examples.attention_mask.long(),
+        **{name: value.contiguous() for name, value in truth.items()},
     }
     rounding = {}
     if dtype != "fp32":
-        rounded = _model_results(model, DTYPES[dtype], examples, wanted, all_tokens)
-        rounding = {
-            name: float((rounded[name] - value).abs().max()) for name, value in truth.items()
-        }
-    return Reference(inputs | {name: value.contiguous() for name, value in truth.items()}, rounding)
+        rounded = _model_results(model, DTYPES[dtype], examples, names, all_tokens)
+        for name, value in truth.items():
+            rounding[name] = float((rounded[name] - value).abs().max())
+    return Reference(tensors, rounding)
 
 
 @torch.no_grad()
 @uncached()
 def _model_results(
-    model: XFM, dtype: torch.dtype, examples: Examples, wanted: frozenset[str], all_tokens: bool
+    model: XFM, dtype: torch.dtype, examples: Examples, graphs: frozenset[str], all_tokens: bool
 ) -> dict[str, Tensor]:
+    """Run the encoders, the task and the decoder that the graphs are made of; floating results are in fp32."""
     training = model.training
     model.eval()
-    found: dict[str, Tensor] = {}
+    results: dict[str, Tensor] = {}
+    task = model if isinstance(model, TaskModel) else None
+    task_graphs = graphs & {*task.own_graphs} if task else frozenset()
+    reads = task.decoder_reads if task and graphs & DECODER_GRAPHS else None
     try:
-        if wanted - {"text"}:
-            found |= _image_results(_part(model, "vision_encoder", dtype), examples, wanted)
-        if wanted - {"vision", "image_memory"} and hasattr(model, "text_encoder"):
-            found |= _text_results(_part(model, "text_encoder", dtype), examples, wanted)
-        own = wanted & {*model.own_graphs} if isinstance(model, TaskModel) else frozenset()
-        if own or wanted & {"image_memory", "fusion"}:
-            memory = _part(model, "fusion_encoder", dtype).image_memory(found["image_embeds"][:1])
-            found |= graph_memory(memory)
-        reads = (
-            model.decoder_reads
-            if wanted & DECODER_GRAPHS and isinstance(model, TaskModel)
-            else None
-        )
-        if wanted & {"fusion", "match"} or reads == "fusion":
-            whole = reads == "fusion" or (all_tokens and "fusion" in wanted)
-            found |= _fusion_results(
-                _part(model, "fusion_encoder", dtype), found, examples.attention_mask, whole
-            )
-        if own and isinstance(model, TaskModel):
+        if graphs - {"text"}:
+            encoder = _with_one_encoder(model, "vision_encoder", dtype)
+            results |= _image_results(encoder, examples, graphs)
+        if graphs - {"vision", "image_memory"} and hasattr(model, "text_encoder"):
+            encoder = _with_one_encoder(model, "text_encoder", dtype)
+            results |= _text_results(encoder, examples, graphs)
+        if task_graphs or graphs & {"image_memory", "fusion"}:
+            encoder = _with_one_encoder(model, "fusion_encoder", dtype)
+            results |= graph_memory(encoder.image_memory(results["image_embeds"][:1]))
+        if graphs & {"fusion", "match"} or reads == "fusion":
+            all_tokens = reads == "fusion" or (all_tokens and "fusion" in graphs)
+            encoder = _with_one_encoder(model, "fusion_encoder", dtype)
+            results |= _fusion_results(encoder, results, examples.attention_mask, all_tokens)
+        if task and task_graphs:
             # The memory of other images than the first comes from `image_memory`.
-            images = examples.pixels if "image_memory" in wanted else examples.pixels[:1]
-            whole_model = in_dtype(model, dtype)
-            found |= whole_model.graph_results(images, examples.input_ids, examples.attention_mask)
+            images = examples.pixels if "image_memory" in graphs else examples.pixels[:1]
+            converted = in_dtype(task, dtype)
+            results |= converted.graph_results(images, examples.input_ids, examples.attention_mask)
         if reads is not None:
-            found |= _decoder_results(_part(model, "text_decoder", dtype), reads, found, examples)
-        if not own and not wanted & {"fusion", "text"}:
-            found.pop("text_embeds", None)
+            decoder = _with_one_encoder(model, "text_decoder", dtype)
+            results |= _decoder_results(decoder, reads, results, examples)
+        if not task_graphs and not graphs & {"fusion", "text"}:
+            results.pop("text_embeds", None)
     finally:
         model.train(training)
     return {
-        name: value.float() if value.is_floating_point() else value for name, value in found.items()
+        name: value.float() if value.is_floating_point() else value
+        for name, value in results.items()
     }
 
 
-def _part(model: M, large: str, dtype: torch.dtype) -> M:
-    """The model in a dtype with one of its encoders or decoders, to limit the copy of the weights."""
-    part = copy.copy(model)
-    part._modules = {
+def _with_one_encoder(model: M, encoder: str, dtype: torch.dtype) -> M:
+    """Convert a model without its other encoders and decoders, to limit the copy of the weights."""
+    reduced = copy.copy(model)
+    reduced._modules = {
         name: child
         for name, child in model.named_children()
-        if name == large or not name.endswith(("_encoder", "_decoder"))
+        if name == encoder or not name.endswith(("_encoder", "_decoder"))
     }
-    return in_dtype(part, dtype)
+    return in_dtype(reduced, dtype)
 
 
-def _image_results(model: XFM, examples: Examples, wanted: frozenset[str]) -> dict[str, Tensor]:
-    found = {"image_embeds": model.encode_image(examples.pixels)}
-    if "vision" in wanted and "contrastive" in model.heads:
-        found["image_feature"] = model.project_image(found["image_embeds"])
+def _image_results(model: XFM, examples: Examples, graphs: frozenset[str]) -> dict[str, Tensor]:
+    results = {"image_embeds": model.encode_image(examples.pixels)}
+    if "vision" in graphs and "contrastive" in model.heads:
+        results["image_feature"] = model.project_image(results["image_embeds"])
     if getattr(model, "modality", None) == "image":
-        found["class_logits"] = cast(Any, model).logits(examples.pixels)
-    return found
+        results["class_logits"] = cast(Any, model).logits(examples.pixels)
+    return results
 
 
-def _text_results(model: XFM, examples: Examples, wanted: frozenset[str]) -> dict[str, Tensor]:
+def _text_results(model: XFM, examples: Examples, graphs: frozenset[str]) -> dict[str, Tensor]:
     texts = examples.input_ids, examples.attention_mask
-    found = {"text_embeds": model.encode_text(*texts)}
-    if "text" in wanted and "contrastive" in model.heads:
-        found["text_feature"] = model.project_text(found["text_embeds"])
+    results = {"text_embeds": model.encode_text(*texts)}
+    if "text" in graphs and "contrastive" in model.heads:
+        results["text_feature"] = model.project_text(results["text_embeds"])
     if getattr(model, "modality", None) == "text":
-        found["class_logits"] = cast(Any, model).logits(None, *texts)
-    return found
+        results["class_logits"] = cast(Any, model).logits(None, *texts)
+    return results
 
 
 def graph_memory(memory: ImageMemory) -> dict[str, Tensor]:
-    """The memory of images as graphs take it: keys and values `[B, H, M, D]` of every layer, by name."""
-    parts = [part.transpose(1, 2) for layer in memory.layers for part in layer.unbind(2)]
-    return dict(zip(memory_names(len(memory.layers)), parts, strict=True))
+    """Convert the memory of images to inputs of graphs: keys and values `[B, H, M, D]` of every layer, by name."""
+    tensors = [side.transpose(1, 2) for layer in memory.layers for side in layer.unbind(2)]
+    return dict(zip(memory_names(len(memory.layers)), tensors, strict=True))
 
 
 def _fusion_results(
-    model: XFM, found: dict[str, Tensor], mask: Tensor, all_tokens: bool
+    model: XFM, embedded: dict[str, Tensor], mask: Tensor, all_tokens: bool
 ) -> dict[str, Tensor]:
-    embeds = found["text_embeds"]
-    heads = {
-        "matching": ("match_logits", model.match_logits),
-        "boxes": ("boxes", model.predict_boxes),
-    }
-    offered: dict[str, Callable[[Tensor], Tensor]] = dict(
-        heads[head] for head in heads if head in model.heads
-    )
+    """Fuse every caption with every image; `fused_tokens` only of image 0."""
+    texts, images = embedded["text_embeds"], embedded["image_embeds"]
+    heads: dict[str, Callable[[Tensor], Tensor]] = {}
+    if "matching" in model.heads:
+        heads["match_logits"] = model.match_logits
+    if "boxes" in model.heads:
+        heads["boxes"] = model.predict_boxes
     if getattr(model, "modality", None) == "pair":
-        offered["class_logits"] = lambda fused: cast(Any, model).cls_head(fused[:, 0])
-    results: dict[str, list[Tensor]] = {"fused": [], **{name: [] for name in offered}}
-    whole: dict[str, Tensor] = {}
-    # Image by image: the memory of one at a time, as re-ranking does it.
-    for number in range(len(found["image_embeds"])):
-        memory = model.image_memory(found["image_embeds"][number : number + 1])
-        index = torch.zeros(len(embeds), dtype=torch.long)
-        fused = model.fuse(embeds, mask, memory, index, first_token_only=True)
-        results["fused"].append(fused[:, 0])
-        for name, head in offered.items():
-            results[name].append(head(fused))
-        if all_tokens and number == 0:
-            whole["fused_tokens"] = model.fuse(embeds, mask, memory, index)[None]
-    stacked = {name: torch.stack(values) for name, values in results.items()}
-    if "match_logits" in stacked:
-        stacked["scores"] = stacked["match_logits"][..., 1]
-    return stacked | whole
+        heads["class_logits"] = lambda fused: cast(Any, model).cls_head(fused[:, 0])
+    by_image: dict[str, list[Tensor]] = {name: [] for name in ("fused", *heads)}
+    index = torch.zeros(len(texts), dtype=torch.long)
+    fused_tokens: dict[str, Tensor] = {}
+    # The memory of one image at a time, as in re-ranking.
+    for image in images.split(1):
+        memory = model.image_memory(image)
+        fused = model.fuse(texts, mask, memory, index, first_token_only=True)
+        by_image["fused"].append(fused[:, 0])
+        for name, head in heads.items():
+            by_image[name].append(head(fused))
+        if all_tokens and not fused_tokens:
+            fused_tokens["fused_tokens"] = model.fuse(texts, mask, memory, index)[None]
+    results = {name: torch.stack(values) for name, values in by_image.items()}
+    if "match_logits" in results:
+        results["scores"] = results["match_logits"][..., 1]
+    return results | fused_tokens
 
 
 def _decoder_results(
-    model: Any, reads: str, found: dict[str, Tensor], examples: Examples
+    model: Any, reads: str, embedded: dict[str, Tensor], examples: Examples
 ) -> dict[str, Tensor]:
-    """A few decoder states, and teacher-forced steps of a few captions from each of them."""
+    """Decode a few captions, teacher-forced, from each of a few states."""
     if reads == "fusion":
         mask = examples.attention_mask[:_STATES].bool()
         longest = int(mask.sum(1).max())
-        states, mask = found["fused_tokens"][0, :_STATES, :longest], mask[:, :longest]
+        states, mask = embedded["fused_tokens"][0, :_STATES, :longest], mask[:, :longest]
     else:
-        states = found["image_embeds"][:_STATES]
+        states = embedded["image_embeds"][:_STATES]
         mask = torch.ones(states.shape[:2], dtype=torch.bool)
     decoder, count = model.text_decoder, len(states)
     lengths = examples.attention_mask.sum(1)
     rows = lengths.topk(min(_STATES, len(lengths))).indices
     written = min(_WRITTEN, int(lengths[rows].min()))
     tokens = examples.input_ids[rows, :written]
-    every = tokens.repeat(count, 1)
+    repeated = tokens.repeat(count, 1)
     groups = ImageGroups(torch.arange(count + 1) * len(tokens))
     memory, past = decoder.memory(states, mask), DecoderCache(written)
-    packing = Packing.from_mask(torch.ones_like(every))
-    logits = decoder.logits(decoder(every, packing, memory, groups, past=past))
+    packing = Packing.from_mask(torch.ones_like(repeated))
+    logits = decoder.logits(decoder(repeated, packing, memory, groups, past=past))
     layers = len(decoder.roberta.encoder)
-    known = [past.known(layer, torch.arange(len(every))) for layer in range(layers)]
-    present = torch.stack([torch.stack(each, 2) for each in known], 2)
-    made = {"states": states, "memory_mask": mask.long(), "tokens": tokens}
-    parts: list[Tensor] = []
+    cached = [past.known(layer, torch.arange(len(repeated))) for layer in range(layers)]
+    present = torch.stack([torch.stack(pair, 2) for pair in cached], 2)
+    sides: list[Tensor] = []
     for layer in memory.layers:
         padded = layer.new_zeros(*mask.shape, *layer.shape[1:])
         padded[mask] = layer
-        parts += [part.transpose(1, 2) for part in padded.unbind(2)]
-    made |= dict(zip(memory_names(layers, "decoder"), parts, strict=True))
+        sides += [side.transpose(1, 2) for side in padded.unbind(2)]
     shape = (count, len(tokens), written)
-    return made | {
+    return {
+        "states": states,
+        "memory_mask": mask.long(),
+        "tokens": tokens,
+        **dict(zip(memory_names(layers, "decoder"), sides, strict=True)),
         "step_logits": logits.view(*shape, -1),
         "present": present.view(*shape, layers, *present.shape[3:]),
     }

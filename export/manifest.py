@@ -1,6 +1,6 @@
 """`manifest.json`: the files of an export, their origin, and the comparison with the model.
 
-Loading a manifest checks sizes and checksums, so a truncated or edited file is reported before a graph runs.
+Loading a manifest checks sizes and checksums, so that a truncated or edited file is reported before a graph runs.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import mmap
 import subprocess
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -84,18 +85,25 @@ _DIMS = {
     "present": "batch texts layers 2 heads size",
 }
 _INTEGERS = frozenset(
-    {
-        *("input_ids", "packed_ids", "token_ids", "positions", "segments", "firsts"),
-        *("attention_mask", "past_mask", "memory_mask"),
-    }
+    [
+        "input_ids",
+        "packed_ids",
+        "token_ids",
+        "positions",
+        "segments",
+        "firsts",
+        "attention_mask",
+        "past_mask",
+        "memory_mask",
+    ]
 )
 
 
 @cache
 def tensor_axes(name: str, count: int) -> tuple[str | None, ...]:
-    """The axis of every dimension of a tensor with `count` dimensions, None for one that never varies.
+    """Return the axis of every dimension of a tensor, None for one that never varies.
 
-    Raises `LookupError` for other tensors.
+    Raises `LookupError` for a tensor that no graph has, or with another number of dimensions.
     """
     words = _DIMS[_table_name(name)].split()
     required = [word for word in words if not word.startswith("[")]
@@ -106,6 +114,7 @@ def tensor_axes(name: str, count: int) -> tuple[str | None, ...]:
 
 
 def _table_name(name: str) -> str:
+    """Drop the number of the layer."""
     return name.rstrip("0123456789").rstrip("_")
 
 
@@ -140,18 +149,14 @@ class TensorRecord(_Record):
     dims: list[int | str]
 
     @classmethod
-    def of(cls, name: str, keep: Collection[str], sizes: Mapping[str, int]) -> Self:
-        """The tensor of a graph in fp32, given what it has of the dimensions in brackets, and sizes of the model."""
+    def of(cls, name: str, optional: Collection[str], sizes: Mapping[str, int]) -> Self:
+        """Resolve the symbolic dimensions of a tensor, of which those in brackets are there if in `optional`."""
         base = _table_name(name)
-        words = (
-            word
-            for word in _DIMS[base].split()
-            if not word.startswith("[") or word.strip("[]") in keep
-        )
-        dims = [
-            sizes.get(dim, int(dim) if dim.isdigit() else dim)
-            for dim in (word.strip("[]") for word in words)
-        ]
+        dims: list[int | str] = []
+        for word in _DIMS[base].split():
+            dim = word.strip("[]")
+            if dim == word or dim in optional:
+                dims.append(sizes.get(dim, int(dim) if dim.isdigit() else dim))
         return cls(name=name, dtype="int64" if base in _INTEGERS else "float32", dims=dims)
 
     @property
@@ -160,12 +165,12 @@ class TensorRecord(_Record):
         return tensor_axes(self.name, len(self.dims))
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The dimensions as numbers, given the sizes of the axes by name."""
+        """Return the dimensions as numbers, for sizes of the axes."""
         return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.dims)
 
 
 class ProfileRecord(_Record):
-    """An optimisation profile of an engine: for every input the least, the best and the greatest shape."""
+    """An optimisation profile of an engine: least, best and greatest shape of every input."""
 
     name: str
     least: dict[str, list[int]]
@@ -244,7 +249,7 @@ class Check(_Record):
 
 
 class RankCheck(_Record):
-    """Agreement of the re-ranking order (`verification.rank_agreement`); `all` chains the graphs."""
+    """Agreement of the re-ranking order (`verification.rank_agreement`); the graph `all` chains the graphs."""
 
     graph: GraphName | Literal["all"]
     candidates: int
@@ -305,21 +310,18 @@ class Manifest(_Record):
     graphs_verification: VerificationRecord | None = None
 
     @model_validator(mode="after")
-    def _only_own_files(self) -> Self:
+    def _check_names(self) -> Self:
         names = [name for graph in self.graphs for name in (graph.file, *graph.files)]
         for name in (*names, *(record.name for record in self.files)):
             if not is_plain_name(name):
-                raise ValueError(f"{name!r} is no file of this folder; give plain names")
+                raise ValueError(f"{name!r} is not a file of this folder; give plain names")
         return self
 
     def unverified(self, **changes: Any) -> Self:
-        """A copy with changes, not compared with the model."""
-        fresh = {
-            "status": "unverified",
-            "reason": "it was not compared with the model",
-            "verification": None,
-        }
-        return self.model_copy(update={**fresh, **changes})
+        """Copy the manifest with changes, and without the comparison with the model."""
+        reason = "it was not compared with the model"
+        reset = {"status": "unverified", "reason": reason, "verification": None}
+        return self.model_copy(update={**reset, **changes})
 
     @property
     def xfm_config(self) -> XFMConfig:
@@ -331,7 +333,7 @@ class Manifest(_Record):
         return tuple(graph.name for graph in self.graphs)
 
     def require_files(self, folder: Path) -> None:
-        """Raise `ExportError` where a graph uses a file without size and checksum in the manifest."""
+        """Raise `ExportError` if a graph uses a file without size and checksum in the manifest."""
         listed = {record.name for record in self.files}
         for graph in self.graphs:
             used = {graph.file, *graph.files}
@@ -344,7 +346,7 @@ class Manifest(_Record):
                 )
 
     def graph(self, name: str) -> GraphRecord:
-        """The record of a graph; raises `ExportError` where it was not exported."""
+        """Return the record of a graph; raises `ExportError` if it was not exported."""
         for graph in self.graphs:
             if graph.name == name:
                 return graph
@@ -355,14 +357,12 @@ class Manifest(_Record):
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json` atomically."""
-        content = (
-            json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False).encode() + b"\n"
-        )
-        write_bytes({folder / MANIFEST_FILE: content})
+        content = json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
+        write_bytes({folder / MANIFEST_FILE: content.encode()})
 
     @classmethod
     def load(cls, folder: str | Path, *, check_files: bool = True) -> Self:
-        """Read the manifest of an export; `check_files` compares sizes and checksums, and every bad file is named."""
+        """Read the manifest of an export; `check_files` compares sizes and checksums and names every bad file."""
         manifest = cls._read(Path(folder))
         if check_files:
             problems = list(mismatches(Path(folder), manifest.files))
@@ -393,7 +393,7 @@ class Manifest(_Record):
         written = content.get("format") if isinstance(content, dict) else None
         if type(written) is not int:
             raise ExportError(
-                f"{path} is no manifest of xfm-fast (it has no format number); export again"
+                f"{path} is not a manifest of xfm-fast (it has no format number); export again"
             )
         if written != FORMAT_VERSION:
             by = content.get("xfm_fast", "an unknown version")
@@ -406,19 +406,19 @@ class Manifest(_Record):
             return cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "its files"
+            field = ".".join(map(str, first["loc"])) or "its files"
             raise ExportError(
-                f"{path} is damaged at {where} ({advice(first)}); export again"
+                f"{path} is damaged at {field} ({advice(first)}); export again"
             ) from None
 
     def require_target(self, *, library_version: str, compute_capability: int | None) -> None:
-        """Raise `ExportError` where this library version or GPU (None: unchecked) does not run the engines."""
+        """Raise `ExportError` if this library version or GPU (None: unchecked) does not run the engines."""
         target = self.target
         if target is None:
             return
         again = f"xfm-fast export --to {target.library}"
         here, there = (
-            tuple(int(part) if part.isdigit() else 0 for part in version.split("."))
+            tuple(int(field) if field.isdigit() else 0 for field in version.split("."))
             for version in (library_version, target.version)
         )
         if library_version != target.version and (here < there or not target.version_compatible):
@@ -429,7 +429,7 @@ class Manifest(_Record):
         if compute_capability is None or compute_capability in target.compute_capabilities:
             return
         if target.hardware_compatibility != "ampere_plus" or compute_capability < 80:
-            built = ", ".join(f"SM{number}" for number in target.compute_capabilities)
+            built = ", ".join(f"SM{capability}" for capability in target.compute_capabilities)
             raise ExportError(
                 f"these engines were built for {built} and this GPU is SM{compute_capability}; build for it with "
                 f"{again} --sm {compute_capability}"
@@ -437,7 +437,7 @@ class Manifest(_Record):
 
 
 def new_manifest(**fields: Any) -> Manifest:
-    """A manifest with the current time, version and commit."""
+    """Create a manifest with the current time, version and commit."""
     return Manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         xfm_fast=__version__,
@@ -447,7 +447,7 @@ def new_manifest(**fields: Any) -> Manifest:
 
 
 def mismatches(folder: Path, files: Iterable[FileRecord]) -> Iterable[str]:
-    """Differences between records and files, one phrase per file; checksums only where sizes agree."""
+    """Yield a phrase for each file that differs from its record; reads a file only if its size agrees."""
     for record in files:
         path = folder / record.name
         try:
@@ -464,7 +464,7 @@ def mismatches(folder: Path, files: Iterable[FileRecord]) -> Iterable[str]:
             yield f"{record.name} cannot be read ({error.strerror or error})"
 
 
-# Where tensors lie in the messages of ONNX: message → number of a field → message in it.
+# Messages of ONNX that contain tensors: message → tag of a field → message in it.
 _MESSAGES: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -478,33 +478,33 @@ _MESSAGES: dict[str, dict[int, str]] = {
 
 
 def external_files(path: Path) -> set[str]:
-    """Names of the external weight files of an ONNX graph, parsed without the `onnx` package."""
+    """Return the names of the external weight files of an ONNX graph, parsed without the `onnx` package."""
     names: set[str] = set()
     try:
         with (
             path.open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
         ):
-            rest = [("model", 0, len(content))]
-            while rest:
-                message, start, end = rest.pop()
+            pending = [("model", 0, len(content))]
+            while pending:
+                message, start, end = pending.pop()
                 entry: dict[int, bytes] = {}
-                for number, first, last in _fields(content, start, end):
+                for tag, first, last in _fields(content, start, end):
                     if message == "entry":
-                        entry[number] = content[first:last]
-                    elif (inner := _MESSAGES[message].get(number)) is not None:
-                        rest.append((inner, first, last))
+                        entry[tag] = content[first:last]
+                    elif (inner := _MESSAGES[message].get(tag)) is not None:
+                        pending.append((inner, first, last))
                 if entry.get(1) == b"location":
                     names.add(entry.get(2, b"").decode())
     except (OSError, ValueError, IndexError) as error:
         raise ExportError(
-            f"{path} is no ONNX graph that can be read ({error}); export again"
+            f"{path} is not an ONNX graph that can be read ({error}); export again"
         ) from None
     return names
 
 
 def _fields(content: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Number, start and end of every length-delimited field (protobuf wire type 2) of a message."""
+    """Yield tag, start and end of every length-delimited field (protobuf wire type 2) of a message."""
 
     def varint(at: int) -> tuple[int, int]:
         value = shift = 0
@@ -517,26 +517,26 @@ def _fields(content: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, i
                 raise ValueError("a number in it has no end")
 
     while at < end:
-        tag, at = varint(at)
-        kind = tag & 7
+        header, at = varint(at)
+        wire_type = header & 7
         size = 0
-        if kind == 0:
+        if wire_type == 0:
             _, at = varint(at)
-        elif kind == 2:
+        elif wire_type == 2:
             size, at = varint(at)
-        elif kind in (1, 5):
-            size = 8 if kind == 1 else 4
+        elif wire_type in (1, 5):
+            size = 8 if wire_type == 1 else 4
         else:
-            raise ValueError(f"a field in it has wire type {kind}")
+            raise ValueError(f"a field in it has wire type {wire_type}")
         if at + size > end:
             raise ValueError("a field in it ends behind its message")
-        if kind == 2:
-            yield tag >> 3, at, at + size
+        if wire_type == 2:
+            yield header >> 3, at, at + size
         at += size
 
 
 def record_files(folder: Path, names: Iterable[str]) -> list[FileRecord]:
-    """Records of files in the folder, sorted, each name once."""
+    """Record size and checksum of files in the folder, sorted by name, without repeats."""
     records = []
     for name in sorted(set(names)):
         path = folder / name
@@ -550,25 +550,23 @@ def record_files(folder: Path, names: Iterable[str]) -> list[FileRecord]:
 
 
 def sha256(path: Path) -> str:
-    """The checksum of a file, read in chunks."""
+    """Hash a file, read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def package_versions(*names: str) -> dict[str, str]:
-    """Versions of the packages that are installed."""
-    found: dict[str, str] = {}
+    """Return the versions of the packages that are installed."""
+    versions: dict[str, str] = {}
     for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 @cache
 def commit() -> str | None:
-    """The commit of this checkout, with `+` where files were changed; None outside a checkout."""
+    """Return the commit of this checkout, with `+` if files were changed; None outside a checkout."""
     folder = Path(__file__).resolve().parent
     try:
         # An installed package may lie inside another project's repository, which does not track it.
@@ -580,11 +578,6 @@ def commit() -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(folder), *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=10,
-    )
-    return done.stdout.strip()
+    command = ["git", "-C", str(folder), *arguments]
+    completed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    return completed.stdout.strip()

@@ -23,9 +23,9 @@ from xfm_fast.models.processor import preprocessor_json
 from xfm_fast.models.xfm import XFM
 
 from .expected import Examples
-from .graphs import DTYPES, Graph, check_fixed, frozen, tracing_call
+from .graphs import DTYPES, Graph
 from .manifest import GraphRecord, Manifest, package_versions
-from .pipeline import export_graphs, split_request
+from .pipeline import check_fixed, export_graphs, frozen, split_request, tracing_call
 from .request import DType, OnnxRequest
 from .runtimes import LARGEST_FILE, Spelling, find_runtime
 
@@ -46,7 +46,7 @@ def export_onnx(
     examples: Examples | None = None,
     compared: bool = True,
     largest_file: int = LARGEST_FILE,
-    **given: Any,
+    **options: Any,
 ) -> Manifest:
     """Write graphs of a model as ONNX files with a `manifest.json`.
 
@@ -57,23 +57,25 @@ def export_onnx(
         examples: Compare the export with the model on these; without them the status is `unverified`.
         compared: False defers the comparison to `verify`, which needs no model in memory.
         largest_file: Bytes beyond which weights go into a separate file.
-        given: Fields of the request, as in `export_onnx(model, folder, dtype="fp16", graphs=("vision",))`; and for the
-            manifest `source`, the origin of the weights in words, `tokenizer_sha256` and `companions`, sidecar files
-            by name; `progress` is called with lines of progress.
+        options: Fields of the request, as in `export_onnx(model, folder, dtype="fp16", graphs=("vision",))`; and for
+            the manifest `source`, the origin of the weights in words, `tokenizer_sha256` and `companions`, sidecar
+            files by name; `progress` is called with lines of progress.
 
     Raises:
         UnavailableError: An unknown consumer, dtype, opset or graph, a head that the model lacks, or a missing `onnx`.
         InputError: A fixed axis or size that no graph can have.
         StorageError: The folder is not writable or too small.
     """
-    request, facts = split_request(request, OnnxRequest, given)
+    request, facts = split_request(request, OnnxRequest, options)
     spelling = check_spelling(request)
-
-    words = model.tokenizer
-    ends = {} if words is None else {"bos": words.bos_token_id, "eos": words.eos_token_id}
+    special_tokens = {"pad": model.config.pad_token_id}
+    if (tokenizer := model.tokenizer) is not None:
+        ends = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+        special_tokens = ends | special_tokens
+    preprocessing = json.loads(preprocessor_json(model.config))
 
     def write(graph: Graph, record: GraphRecord, content: Manifest) -> list[str]:
-        facts = {
+        properties = {
             "graph": record.name,
             "version": __version__,
             "commit": content.commit,
@@ -84,26 +86,40 @@ def export_onnx(
             "source": content.source,
             "weights_sha256": content.weights_sha256,
             "tokenizer_sha256": content.tokenizer_sha256,
-            "preprocessing": json.dumps(
-                json.loads(preprocessor_json(model.config)), sort_keys=True
-            ),
-            "special_tokens": json.dumps(ends | {"pad": model.config.pad_token_id}),
+            "preprocessing": json.dumps(preprocessing, sort_keys=True),
+            "special_tokens": json.dumps(special_tokens),
         }
-        metadata = {f"xfm_fast.{name}": value for name, value in facts.items() if value is not None}
         files = write_onnx(
-            graph, Path(folder, record.file), spelling, content.dtype, fixed=graph.own_sizes(content.fixed),
-            metadata=metadata, largest_file=largest_file,
-        )  # fmt: skip
+            graph,
+            Path(folder, record.file),
+            spelling,
+            content.dtype,
+            fixed=graph.relevant(content.fixed),
+            metadata={
+                f"xfm_fast.{name}": value for name, value in properties.items() if value is not None
+            },
+            largest_file=largest_file,
+        )
         return [path.name for path in files]
 
     return export_graphs(
-        model, Path(folder), request, spelling, write, suffix=".onnx", consumer=request.consumer, opset=spelling.opset,
-        versions=package_versions("torch", "onnx", "onnxscript"), examples=examples, compared=compared, **facts,
-    )  # fmt: skip
+        model,
+        Path(folder),
+        request,
+        spelling,
+        write,
+        suffix=".onnx",
+        consumer=request.consumer,
+        opset=spelling.opset,
+        versions=package_versions("torch", "onnx", "onnxscript"),
+        examples=examples,
+        compared=compared,
+        **facts,
+    )
 
 
 def check_spelling(request: OnnxRequest) -> Spelling:
-    """Attention form and opset of a request; raises `UnavailableError` before a checkpoint is read."""
+    """Return attention form and opset of a request; raises `UnavailableError` before a checkpoint is read."""
     spelling = find_runtime(request.consumer).spelling(request.dtype, request.opset)
     require_onnx()
     return spelling
@@ -119,9 +135,7 @@ def write_onnx(
     metadata: Mapping[str, str] | None = None,
     largest_file: int = LARGEST_FILE,
 ) -> list[Path]:
-    """Export a graph, its parameters in `dtype`, to `path`, and return the files; weights beyond `largest_file` bytes
-    go to `.data`.
-    """
+    """Export a graph with parameters in `dtype` and return the files: `path`, and a large graph's weights beside it."""
     onnx = require_onnx()
     fixed = dict(fixed or {})
     check_fixed([graph], fixed)
@@ -137,20 +151,20 @@ def write_onnx(
                 inputs,
                 dynamo=True,
                 opset_version=spelling.opset,
-                input_names=[spec.name for spec in graph.inputs],
-                output_names=[spec.name for spec in graph.outputs],
+                input_names=[tensor.name for tensor in graph.inputs],
+                output_names=[tensor.name for tensor in graph.outputs],
                 dynamic_shapes=shapes,
                 verbose=False,
                 optimize=False,
             )
         assert program is not None
-        given = [*program.model.graph.initializers.values()]
+        initializers = [*program.model.graph.initializers.values()]
         with _named_weights(program.model.graph):
             program.optimize()
     beside = f"{path.name}.data"
     model, weights = _split_weights(program.model, beside)
     # The optimiser's rules reference the last graph, and with it the weights that they folded.
-    for value in given:
+    for value in initializers:
         value.const_value = None
     _clean(model, path.stem, metadata or {})
     size = model.ByteSize() + sum(weight.nbytes for weight in weights.values())
@@ -183,7 +197,7 @@ def write_onnx(
 
 
 def require_onnx() -> Any:
-    """The module `onnx`; raises `UnavailableError` where it or the exporter is not installed."""
+    """Import `onnx`; raises `UnavailableError` if it or the exporter is not installed."""
     try:
         import onnx
         import onnxscript  # noqa: F401
@@ -217,6 +231,7 @@ def _fast_tracing() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _cached_operators() -> Iterator[None]:
+    """Let the exporter read its table of operators once per opset instead of once per graph."""
     try:
         from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -225,7 +240,7 @@ def _cached_operators() -> Iterator[None]:
         # Private to PyTorch; where it moved, operators are read every time.
         yield
         return
-    ONNXRegistry.from_torchlib = staticmethod(functools.partial(_operators, read))
+    ONNXRegistry.from_torchlib = staticmethod(functools.partial(_read_operators, read))
     try:
         yield
     finally:
@@ -233,8 +248,7 @@ def _cached_operators() -> Iterator[None]:
 
 
 @functools.cache
-def _operators(read: Callable[..., Any], opset_version: int) -> Any:
-    """The exporter's operators of an opset."""
+def _read_operators(read: Callable[..., Any], opset_version: int) -> Any:
     return read(opset_version)
 
 
@@ -255,7 +269,7 @@ def _named_weights(graph: Any) -> Iterator[None]:
 
 
 def _split_weights(program: Any, beside: str) -> tuple[Any, dict[str, Any]]:
-    """The graph message with external weights in `beside`, and the weights by name, without copies of them."""
+    """Return the graph message, its weights external in `beside`, and the weights by name, without copies of them."""
     import onnx_ir
 
     weights: dict[str, Any] = {}
@@ -274,10 +288,10 @@ def _split_weights(program: Any, beside: str) -> tuple[Any, dict[str, Any]]:
 def _write_beside(file: BinaryIO, model: Any, weights: Mapping[str, Any]) -> None:
     """Write the weight file; weights that are not in `weights` are left as holes."""
     for tensor in model.graph.initializer:
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        if not place:
+        location = {entry.key: entry.value for entry in tensor.external_data}
+        if not location:
             continue
-        start, size = int(place["offset"]), int(place["length"])
+        start, size = int(location["offset"]), int(location["length"])
         if tensor.name in weights:
             file.seek(start)
             weights[tensor.name].tofile(file)
@@ -287,9 +301,9 @@ def _write_beside(file: BinaryIO, model: Any, weights: Mapping[str, Any]) -> Non
 
 def _write_whole(file: BinaryIO, model: Any, weights: Mapping[str, Any]) -> None:
     """Write a graph with embedded weights, one weight at a time, as protobuf would."""
-    rest, graph = type(model)(), type(model.graph)()
-    rest.CopyFrom(model)
-    rest.ClearField("graph")
+    header, graph = type(model)(), type(model.graph)()
+    header.CopyFrom(model)
+    header.ClearField("graph")
     graph.CopyFrom(model.graph)
     del graph.initializer[:]
     heads = []
@@ -306,15 +320,15 @@ def _write_whole(file: BinaryIO, model: Any, weights: Mapping[str, Any]) -> None
         heads.append((_field(_INITIALIZER, len(head) + size) + head, weights[tensor.name]))
     content = graph.SerializeToString()
     size = len(content) + sum(len(head) + weight.nbytes for head, weight in heads)
-    file.write(rest.SerializeToString() + _field(_GRAPH, size) + content)
+    file.write(header.SerializeToString() + _field(_GRAPH, size) + content)
     for head, weight in heads:
         file.write(head)
         weight.tofile(file)
 
 
-def _field(number: int, size: int) -> bytes:
-    """The header of a length-delimited protobuf field."""
-    head = [number << 3 | 2]
+def _field(tag: int, size: int) -> bytes:
+    """Encode the header of a length-delimited protobuf field."""
+    head = [tag << 3 | 2]
     while size > 127:
         head.append(size & 127 | 128)
         size >>= 7
@@ -326,10 +340,10 @@ def _clean(model: Any, name: str, metadata: Mapping[str, str]) -> None:
     graph = model.graph
     model.producer_name, model.producer_version = "xfm-fast", __version__
     graph.name, model.doc_string, graph.doc_string = name, "", ""
-    for parts in (graph.node, graph.value_info, graph.input, graph.output, graph.initializer):
-        for part in parts:
-            part.doc_string = ""
-            del part.metadata_props[:]
+    for messages in (graph.node, graph.value_info, graph.input, graph.output, graph.initializer):
+        for message in messages:
+            message.doc_string = ""
+            del message.metadata_props[:]
     del graph.metadata_props[:]
     del model.metadata_props[:]
     for key, value in metadata.items():

@@ -1,22 +1,23 @@
-"""The pipeline of every export: build graphs, check disk space, write, record, compare, save.
+"""The pipeline of every export: build graphs, check disk space, trace, write, record, compare, save.
 
 Validation comes before any file changes; the manifest is written once, at the end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from xfm_fast.errors import InputError, StorageError
 from xfm_fast.io import storing, write_bytes
@@ -25,16 +26,9 @@ from xfm_fast.models.processor import XFMProcessor
 from xfm_fast.models.xfm import XFM
 
 from .expected import DECODER_GRAPHS, Examples, reference_bytes
-from .graphs import (
-    DTYPES,
-    Graph,
-    build,
-    check_fixed,
-    default_graphs,
-    in_dtype,
-    needs_all_tokens,
-)
+from .graphs import DTYPES, Graph, build, default_graphs, in_dtype, needs_all_tokens
 from .manifest import (
+    AXES,
     LONGEST_ROW,
     MANIFEST_FILE,
     AxisRecord,
@@ -45,8 +39,8 @@ from .manifest import (
     record_files,
 )
 from .request import DType, ExportRequest, GraphName, Request
-from .runtimes import Spelling, data_type
-from .slots import parse_profiles
+from .runtimes import Spelling, check_dtype
+from .slots import TORCH_DTYPES, parse_profiles
 from .verification import compare_with_reference, keep_results
 
 README_FILE = "README.md"
@@ -55,25 +49,25 @@ Progress = Callable[[str], None]
 """Callback with a line of progress."""
 
 Write = Callable[[Graph, GraphRecord, Manifest], Sequence[str]]
-"""Writes a graph in the export's dtype to the record's file; returns all file names, the graph's own first."""
+"""Writes a graph in the export's dtype to the record's file; returns all file names, the graph's first."""
 
-_TENSOR_TYPES: dict[DType, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_TENSOR_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 # Names, shapes and nodes.
 _ROOM_PER_GRAPH = 4 << 20
 _FACTS = ("source", "tokenizer_sha256", "companions", "progress", "examples", "compared")
 
 
 def silent(message: str) -> None:
-    """No progress output."""
+    """Drop a line of progress."""
 
 
 def split_request(
-    request: Request | None, kind: type[Request], given: Mapping[str, Any]
+    request: Request | None, request_type: type[Request], options: Mapping[str, Any]
 ) -> tuple[Request, dict[str, Any]]:
-    """A request with changed fields, and the other keyword arguments of an export."""
-    facts = {name: given[name] for name in _FACTS if name in given}
-    changes = {name: value for name, value in given.items() if name not in facts}
-    return replace(request or kind(), **changes), facts
+    """Apply the options that are fields of a request to it; returns the request and the other options."""
+    facts = {name: options[name] for name in _FACTS if name in options}
+    changes = {name: value for name, value in options.items() if name not in facts}
+    return replace(request or request_type(), **changes), facts
 
 
 def export_graphs(
@@ -85,6 +79,7 @@ def export_graphs(
     *,
     suffix: str,
     room: Callable[[Sequence[int]], int] = sum,
+    runtime: str = "auto",
     source: str = "a model in memory",
     tokenizer_sha256: str | None = None,
     examples: Examples | None = None,
@@ -93,20 +88,23 @@ def export_graphs(
     progress: Progress = silent,
     **manifest: Any,
 ) -> Manifest:
-    """Write graphs of a model into a folder, with their manifest; `room` is the space needed for graphs of sizes."""
-    dtype, fixed = data_type(request.dtype), request.sizes
+    """Write graphs of a model into a folder, with their manifest, and compare them with the model in `runtime`.
+
+    `room` estimates the disk space from the sizes of the graphs.
+    """
+    dtype, fixed = check_dtype(request.dtype), request.sizes
     companions = XFMProcessor(model.config, model.tokenizer).files() | dict(companions)
     if tokenizer_sha256 is None and model.tokenizer is not None:
         tokenizer_sha256 = model.tokenizer.sha256()
-    built = build_graphs(model, spelling, request)
-    sizes = [graph_bytes(graph, model, dtype) for graph in built.values()]
+    graphs = build_graphs(model, spelling, request)
+    sizes = [graph_bytes(graph, model, dtype) for graph in graphs.values()]
     all_tokens = needs_all_tokens(model, request.all_tokens)
-    records = graph_records(built, dtype, model, fixed, suffix)
-    decodes = not DECODER_GRAPHS.isdisjoint(built)
+    records = graph_records(graphs, dtype, model, fixed, suffix)
+    decodes = not DECODER_GRAPHS.isdisjoint(graphs)
     prepare_folder(folder, room(sizes) + reference_bytes(model.config, decodes=decodes))
     content = new_manifest(
         source=source,
-        weights_sha256=weights_sha256(model, built.values()),
+        weights_sha256=weights_sha256(model, graphs.values()),
         tokenizer_sha256=tokenizer_sha256,
         config=model.config.model_dump(),
         dtype=dtype,
@@ -121,9 +119,9 @@ def export_graphs(
     )
 
     # Joined weights of all graphs together are a fifth of the model.
-    del built
+    del graphs
 
-    def write_one(record: GraphRecord) -> Sequence[str]:
+    def write_graph(record: GraphRecord) -> Sequence[str]:
         progress(f"exporting {record.name}")
         graph = build(
             record.name, model, spelling.form, all_tokens=all_tokens, packed=request.packed
@@ -142,12 +140,9 @@ def export_graphs(
         progress("comparing with the model")
         reference = keep_results(content, folder, model, examples)
         if compared:
-            # Packages are code, and these are our own.
-            compare_with_reference(
-                content, folder, reference, "aoti" if content.kind == "aoti" else "auto"
-            )
+            compare_with_reference(content, folder, reference, runtime)
 
-    return fill_folder(content, folder, records, write_one, compare, companions)
+    return fill_folder(content, folder, records, write_graph, compare, companions)
 
 
 def fill_folder(
@@ -169,15 +164,13 @@ def fill_folder(
         gc.collect()
         release_freed_memory()
         seconds = round(record.build_seconds + time.perf_counter() - started, 3)
-        graphs.append(
-            record.model_copy(update={"file": files[0], "files": files, "build_seconds": seconds})
-        )
+        changes = {"file": files[0], "files": files, "build_seconds": seconds}
+        graphs.append(record.model_copy(update=changes))
     content.graphs = graphs
     companions = {**companions, README_FILE: readme(content).encode()}
     write_bytes({folder / name: data for name, data in companions.items()})
-    content.files = record_files(
-        folder, [*companions, *(name for graph in graphs for name in graph.files)]
-    )
+    graph_files = (name for graph in graphs for name in graph.files)
+    content.files = record_files(folder, [*companions, *graph_files])
     try:
         compare(content)
     finally:
@@ -187,75 +180,166 @@ def fill_folder(
 
 
 def build_graphs(model: XFM, spelling: Spelling, request: ExportRequest) -> dict[GraphName, Graph]:
-    """The graphs to export, validated together; they share the model's parameters."""
+    """Build and validate the graphs of a request; they share the model's parameters."""
     names = default_graphs(model) if request.names is None else request.names
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"graph {twice[0]!r} is named twice; name it once")
-    form = {"all_tokens": needs_all_tokens(model, request.all_tokens), "packed": request.packed}
-    built: dict[GraphName, Graph] = {
-        name: build(name, model, spelling.form, **form) for name in names
-    }
-    check_fixed(built.values(), request.sizes)
+    all_tokens = needs_all_tokens(model, request.all_tokens)
+    graphs: dict[GraphName, Graph] = {}
+    for name in names:
+        graphs[name] = build(
+            name, model, spelling.form, all_tokens=all_tokens, packed=request.packed
+        )
+    check_fixed(graphs.values(), request.sizes)
     longest = model.config.max_text_length
     for axis, size in request.sizes.items():
         if axis in ("length", "past") and size > longest:
             raise InputError(
                 f"{axis}={size} exceeds the {longest} positions of this model; use fewer"
             )
-    return built
+    return graphs
+
+
+def check_fixed(graphs: Iterable[Graph], fixed: Mapping[str, int]) -> None:
+    """Raise `InputError` for a fixed axis that no graph has, or a size below 1."""
+    axes = {axis for graph in graphs for axis in graph.axes}
+    for name, size in fixed.items():
+        if name not in axes:
+            raise InputError(
+                f"axis {name!r} cannot be fixed; choose from {', '.join(sorted(axes)) or 'none'}"
+            )
+        if size < 1:
+            raise InputError(f"{name}={size} is not a size; give a positive number")
 
 
 def graph_records(
-    built: Mapping[GraphName, Graph],
+    graphs: Mapping[GraphName, Graph],
     dtype: DType,
     model: XFM,
     fixed: Mapping[str, int],
     suffix: str = "",
 ) -> list[GraphRecord]:
-    """Records of graphs before they are written."""
+    """Describe graphs before they are written."""
 
-    def tensor(each: TensorRecord) -> TensorRecord:
-        kind = each.dtype if each.dtype == "int64" else _TENSOR_TYPES[dtype]
-        dims = [fixed.get(dim, dim) if isinstance(dim, str) else dim for dim in each.dims]
-        return each.model_copy(update={"dtype": kind, "dims": dims})
+    def described(tensor: TensorRecord) -> TensorRecord:
+        tensor_dtype = "int64" if tensor.dtype == "int64" else _TENSOR_DTYPES[DTYPES[dtype]]
+        dims = [fixed.get(dim, dim) if isinstance(dim, str) else dim for dim in tensor.dims]
+        return tensor.model_copy(update={"dtype": tensor_dtype, "dims": dims})
 
     records = []
-    for name, graph in built.items():
+    for name, graph in graphs.items():
         axes = [axis for axis in graph.axes if axis not in fixed]
-        most: dict[str, int] = dict.fromkeys(("length", "past"), model.config.max_text_length)
+        limits: dict[str, int] = dict.fromkeys(("length", "past"), model.config.max_text_length)
         if "rows" in axes:
-            most["length"] = max(most["length"], LONGEST_ROW)
+            limits["length"] = max(limits["length"], LONGEST_ROW)
         records.append(
             GraphRecord(
                 name=name,
                 file=f"{name}{suffix}",
                 files=[],
-                inputs=[*map(tensor, graph.inputs)],
-                outputs=[*map(tensor, graph.outputs)],
-                axes={axis: AxisRecord(least=1, most=most.get(axis)) for axis in axes},
+                inputs=[*map(described, graph.inputs)],
+                outputs=[*map(described, graph.outputs)],
+                axes={axis: AxisRecord(least=1, most=limits.get(axis)) for axis in axes},
                 build_seconds=0,
             )
         )
     return records
 
 
+def trace(
+    graph: Graph, dtype: DType, fixed: Mapping[str, int], device: str = "cpu"
+) -> torch.export.ExportedProgram:
+    """Export a graph with parameters in `dtype` to a program on a device."""
+    inputs, shapes = tracing_call(graph, DTYPES[dtype], graph.relevant(fixed))
+    with torch.no_grad(), frozen(graph):
+        program = torch.export.export(graph, inputs, dynamic_shapes=shapes, strict=False)
+    if device == "cuda":
+        from torch.export.passes import move_to_device_pass
+
+        return move_to_device_pass(program, device)
+    return program
+
+
+def tracing_call(
+    graph: Graph, dtype: torch.dtype, fixed: Mapping[str, int]
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """Return inputs to trace a graph with, and the dynamic dimensions of each, in `forward`'s order."""
+    dims = {
+        name: torch.export.Dim(name, min=1, max=axis.most)
+        for name, axis in AXES.items()
+        if name not in fixed
+    }
+    shapes = []
+    for tensor in graph.inputs:
+        axes = {i: axis for i, axis in enumerate(tensor.dims) if isinstance(axis, str)}
+        shapes.append({i: dims[axis] for i, axis in axes.items() if axis in dims})
+    sizes = {name: axis.traced for name, axis in AXES.items()} | dict(fixed)
+    if graph.gathered:
+        shapes[-graph.gathered :] = [tuple(shapes[-graph.gathered :])]
+    return random_inputs(graph, sizes, dtype), tuple(shapes)
+
+
+def random_inputs(
+    graph: Graph, sizes: Mapping[str, int], dtype: torch.dtype, *, seed: int = 0
+) -> tuple[Tensor, ...]:
+    """Generate inputs of a graph at given axis sizes: noise, small ids, captions of decreasing length."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def values(tensor: TensorRecord) -> Tensor:
+        name, shape = tensor.name, tensor.shape(sizes)
+        if name.endswith("_ids"):
+            ids = torch.randint(4, 200, shape, generator=generator)
+            return ids.masked_fill(~_real_tokens(shape), 1) if name == "input_ids" else ids
+        if name.endswith("_mask"):
+            return _real_tokens(shape).long()
+        if name == "positions":
+            real = _real_tokens(shape)
+            return torch.where(real, real.cumsum(-1) + 1, 1)
+        if name == "segments":
+            # A text in every row.
+            return torch.where(_real_tokens(shape), torch.arange(shape[-2])[:, None] + 1, 0)
+        if name == "firsts":
+            rows = torch.arange(shape[-2]) % sizes["rows"]
+            return torch.stack([rows, torch.zeros_like(rows)], -1).expand(shape).clone()
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    return tuple(map(values, graph.inputs))
+
+
+def _real_tokens(shape: tuple[int, ...]) -> Tensor:
+    """Return a mask of captions `[..., L]`: caption n is n % L tokens shorter than the longest."""
+    length = shape[-1]
+    texts = torch.arange(torch.Size(shape[:-1]).numel()).view(*shape[:-1], 1)
+    return torch.arange(length).expand(shape) < (length - texts % length)
+
+
+@contextlib.contextmanager
+def frozen(graph: Graph) -> Iterator[None]:
+    """Disable gradients of the parameters: tensors derived from trainable parameters do not export."""
+    trainable = [parameter for parameter in graph.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
 def graph_bytes(graph: nn.Module, model: XFM, dtype: DType) -> int:
-    """Estimated file size of a graph: parameters, and the position biases of the vision tables."""
-    size = DTYPES[dtype].itemsize
-    config = model.config
-    biases = config.vision_depth * config.vision_heads * config.num_image_tokens**2
-    has_vision = any(
-        name.endswith("relative_position_bias_table") for name, _ in graph.named_parameters()
-    )
-    parameters = sum(parameter.numel() for parameter in graph.parameters())
-    return (parameters + (biases if has_vision else 0)) * size + _ROOM_PER_GRAPH
+    """Estimate the file size of a graph: its parameters, and position biases where it has their tables."""
+    config, names = model.config, [name for name, _ in graph.named_parameters()]
+    entries = sum(parameter.numel() for parameter in graph.parameters())
+    if any(name.endswith("relative_position_bias_table") for name in names):
+        entries += config.vision_depth * config.vision_heads * config.num_image_tokens**2
+    return entries * DTYPES[dtype].itemsize + _ROOM_PER_GRAPH
 
 
 def prepare_folder(folder: Path, needed: int) -> None:
     """Create the folder and check that `needed` bytes are free."""
     with storing(folder, "choose another folder with --out"):
         if folder.exists() and not folder.is_dir():
-            raise StorageError(f"{folder} is a file and no folder; choose another name with --out")
+            raise StorageError(f"{folder} is a file, not a folder; choose another name with --out")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -268,7 +352,7 @@ def prepare_folder(folder: Path, needed: int) -> None:
 
 
 def sidecar_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
-    """The JSON sidecar files of an export, by name."""
+    """Read the JSON sidecar files of an export, by name."""
     names = [record.name for record in manifest.files if record.name.endswith(".json")]
     try:
         return {name: (folder / name).read_bytes() for name in names}
@@ -279,60 +363,61 @@ def sidecar_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
 
 
 def weights_sha256(model: nn.Module, graphs: Iterable[nn.Module]) -> str:
-    """Hash of names, dtypes, shapes and values of the parameters that the graphs read."""
+    """Hash names, dtypes, shapes and values of the parameters that the graphs read."""
     read = {id(parameter) for graph in graphs for parameter in graph.parameters()}
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         if id(parameter) not in read:
             continue
         digest.update(f"{name} {parameter.dtype} {[*parameter.shape]}".encode())
-        digest.update(
-            parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        )
+        values = parameter.detach().cpu().contiguous().reshape(-1)
+        digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def readme(manifest: Manifest) -> str:
-    """The text of `README.md` for a complete manifest."""
+    """Write the text of `README.md` for a complete manifest."""
     side = manifest.xfm_config.image_size
-    session = 'session = Session.load("this folder")'
-    rows = []
+    rows = ["| graph | file | inputs | outputs |", "|---|---|---|---|"]
     for graph in manifest.graphs:
-        sides = (
-            "<br>".join(f"{each.name} {each.dims}" for each in side)
-            for side in (graph.inputs, graph.outputs)
+        inputs, outputs = (
+            "<br>".join(f"{tensor.name} {tensor.dims}" for tensor in tensors)
+            for tensors in (graph.inputs, graph.outputs)
         )
-        rows.append(f"| {graph.name} | {graph.file} | {' | '.join(sides)} |")
-    inputs = 'inputs = session.processor(images=["photo.jpg"], text=["a caption"])'
-    parts = [
+        rows.append(f"| {graph.name} | {graph.file} | {inputs} | {outputs} |")
+    code = (
+        "from xfm_fast.export import Session\n\n"
+        'session = Session.load("this folder")\n'
+        'inputs = session.processor(images=["photo.jpg"], text=["a caption"])'
+    )
+    sections = [
         f"# X-FM as {manifest.kind}",
         f"Weights of {manifest.source}, {manifest.dtype}, by xfm-fast {manifest.xfm_fast}.",
         "`manifest.json` has the sizes, and whether the files agree with the model.",
         f"Images of {side}x{side} pixels are prepared as `preprocessor_config.json` says.",
         "Texts are by `tokenizer.json`, where the model had one.",
-        f"```python\nfrom xfm_fast.export import Session\n\n{session}\n{inputs}\n```",
-        "\n".join(["| graph | file | inputs | outputs |", "|---|---|---|---|", *rows]),
+        f"```python\n{code}\n```",
+        "\n".join(rows),
     ]
     if manifest.kind == "onnx":
         typed = "" if manifest.dtype == "fp32" else " --stronglyTyped"
         lines = "\n".join(_trtexec(record, manifest.packed) + typed for record in manifest.graphs)
-        parts.append(f"## TensorRT engines without xfm-fast\n\n```sh\n{lines}\n```")
-    return "\n\n".join(parts) + "\n"
+        sections.append(f"## TensorRT engines without xfm-fast\n\n```sh\n{lines}\n```")
+    return "\n\n".join(sections) + "\n"
 
 
 def _trtexec(record: GraphRecord, packed: bool) -> str:
-    """The `trtexec` command of a graph for the sizes of the last default profile."""
-    axes = parse_profiles((), packed=packed)[-1].ranges
-    options = [f"trtexec --onnx={record.file} --saveEngine={record.name}.engine --noTF32"]
-    for name, chosen in (("min", "least"), ("opt", "best"), ("max", "most")) if record.axes else ():
-        # A model may accept less than the profile has.
-        sizes = {
-            axis: min(getattr(axes[axis], chosen), has.most or axes[axis].most)
-            for axis, has in record.axes.items()
-        }
-        shapes = (
-            f"{tensor.name}:{'x'.join(str(sizes[dim] if isinstance(dim, str) else dim) for dim in tensor.dims)}"
-            for tensor in record.inputs
-        )
-        options.append(f"--{name}Shapes={','.join(shapes)}")
-    return " ".join(options)
+    """Return the `trtexec` command of a graph for the sizes of the last default profile."""
+    command = [f"trtexec --onnx={record.file} --saveEngine={record.name}.engine --noTF32"]
+    profile = parse_profiles((), packed=packed)[-1].ranges
+    for option, bound in (
+        (("min", "least"), ("opt", "best"), ("max", "most")) if record.axes else ()
+    ):
+        sizes = {}
+        for axis, accepted in record.axes.items():
+            # A model may accept less than the profile has.
+            size = getattr(profile[axis], bound)
+            sizes[axis] = size if accepted.most is None else min(size, accepted.most)
+        shapes = [f"{t.name}:{'x'.join(map(str, t.shape(sizes)))}" for t in record.inputs]
+        command.append(f"--{option}Shapes={','.join(shapes)}")
+    return " ".join(command)

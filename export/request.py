@@ -1,4 +1,4 @@
-"""Requests: the options of the export commands, as the library takes them; a runtime may have more of its own.
+"""Requests: the options of the export commands, as the library takes them; runtimes may subclass them.
 
 This module imports no PyTorch, so `--help` is fast. Exporters validate the values before they read weights.
 """
@@ -38,7 +38,7 @@ RuntimeChoice = str
 """The name of a runtime (`export.runtimes`), or `auto`."""
 
 BUDGET = 0.99
-"""The least cosine of any output row with the model's, for exports with 8-bit GEMMs."""
+"""Default minimum cosine of any output row with the model's, for exports with 8-bit GEMMs."""
 
 Pipeline = Literal["rank", "graphs"]
 ServedDevice = Literal["auto", "cpu", "gpu"]
@@ -72,7 +72,7 @@ class ExportRequest:
         """Names of the graphs; None for the default graphs of the model."""
         if self.graphs is None:
             return None
-        names = tuple(part.strip() for part in joined(self.graphs).split(",") if part.strip())
+        names = _split(self.graphs)
         for name in names:
             if name not in ALL_GRAPHS:
                 raise UnavailableError(
@@ -87,18 +87,18 @@ class ExportRequest:
     @property
     def sizes(self) -> dict[str, int]:
         """Sizes of the fixed axes; a program may pass a mapping."""
-        given: Any = self.fixed
-        if isinstance(given, Mapping):
-            return dict(given)
-        fixed = {}
-        for part in filter(None, (part.strip() for part in joined(given).split(","))):
-            name, _, size = (piece.strip() for piece in part.partition("="))
+        fixed: Any = self.fixed
+        if isinstance(fixed, Mapping):
+            return dict(fixed)
+        sizes = {}
+        for assignment in _split(fixed):
+            name, _, size = (word.strip() for word in assignment.partition("="))
             if not name or not size.isdigit():
                 raise InputError(
-                    f"--fixed {part!r} is not understood; write axis=size, such as batch=1,length=40"
+                    f"--fixed {assignment!r} is not understood; write axis=size, such as batch=1,length=40"
                 )
-            fixed[name] = int(size)
-        return fixed
+            sizes[name] = int(size)
+        return sizes
 
 
 @dataclass(frozen=True)
@@ -149,5 +149,9 @@ Request = TypeVar("Request", bound=ExportRequest)
 
 
 def joined(texts: Sequence[str]) -> str:
-    """Several lists joined with commas."""
+    """Join lists with commas; a single string is a list already."""
     return texts if isinstance(texts, str) else ",".join(texts)
+
+
+def _split(texts: Sequence[str]) -> tuple[str, ...]:
+    return tuple(filter(None, map(str.strip, joined(texts).split(","))))

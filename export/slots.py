@@ -1,9 +1,9 @@
-"""The shapes that a graph accepts, the padding of a request to them, and the passes that a session makes of captions.
+"""The shapes that a graph accepts, the padding of a request to them, and the division of captions into passes.
 
 A graph with dynamic axes has one slot for every size, a graph with fixed axes one for a single size, and an engine one
 for each profile.
 
-Passes of a session: captions batched with little padding, in few passes, each within a token budget.
+A session batches captions with little padding, in few passes, each within a token budget.
 
 Padded graphs take captions sorted by length; a pass has a fixed price (reading the weights, launching kernels), so not
 every length gets its own pass. Packed graphs take captions side by side in rows of one length: padding to the longest
@@ -30,8 +30,8 @@ from xfm_fast.errors import InputError
 
 from .manifest import AXES, GraphRecord, ProfileRecord, TensorRecord
 
-# Tokens of a row that are tried: about as many as a caption has, to where attention begins to count.
-_TARGETS = (32, 48, 64, 96, 128)
+# Lengths of packed rows to try: from about a caption to where the cost of attention begins to count.
+_ROW_LENGTHS = (32, 48, 64, 96, 128)
 _SYNTAX = (
     "write name:axis=least..best..most, such as latency:batch=1,texts=1..8..64,length=1..16..40"
 )
@@ -64,10 +64,10 @@ class SizeRange(NamedTuple):
 
 @dataclass(frozen=True)
 class Slot:
-    """Shapes that a graph accepts together: ranges by axis, and name and number of the profile."""
+    """Shapes that a graph accepts together: ranges by axis, and name and index of the profile."""
 
     name: str
-    number: int
+    index: int
     ranges: Mapping[str, SizeRange]
 
     def __str__(self) -> str:
@@ -78,7 +78,7 @@ class Slot:
         return all(sizes.single for sizes in self.ranges.values())
 
     def padded(self, sizes: Mapping[str, int]) -> dict[str, int] | None:
-        """The sizes that a request is padded to; None where it is too large."""
+        """Return the sizes that a request is padded to; None if it is too large."""
         out = {}
         for axis, size in sizes.items():
             allowed = self.ranges[axis]
@@ -88,7 +88,7 @@ class Slot:
         return out
 
     def example(self) -> dict[str, int]:
-        """Sizes to warm up with: the tuned ones, else the nearest to `AXES`."""
+        """Return sizes to warm up with: the tuned ones, else the nearest to `AXES`."""
         out = {}
         for axis, allowed in self.ranges.items():
             size = max(AXES[axis].small, allowed.least) if allowed.best is None else allowed.best
@@ -113,87 +113,81 @@ PACKED_PROFILES = _default_profiles(SizeRange(1, 128, 64), rows=SizeRange(1, 16,
 
 
 def parse_profiles(texts: Iterable[str], *, packed: bool = False) -> tuple[Slot, ...]:
-    """Profiles from their texts; without texts `PACKED_PROFILES` or `DEFAULT_PROFILES`."""
-    profiles: list[Slot] = []
+    """Parse profiles; without texts `PACKED_PROFILES` or `DEFAULT_PROFILES`."""
+    profiles: dict[str, Slot] = {}
     for text in texts:
-        name, colon, rest = (piece.strip() for piece in text.partition(":"))
+        name, colon, ranges = (word.strip() for word in text.partition(":"))
         if not colon or not re.fullmatch(r"[A-Za-z][\w-]*", name):
             raise InputError(f"profile {text!r} has no name; {_SYNTAX}")
-        axes: dict[str, SizeRange] = {}
-        for part in filter(None, map(str.strip, rest.split(","))):
-            axis, _, sizes = (piece.strip() for piece in part.partition("="))
-            if axis not in AXES or axis in axes:
-                raise InputError(
-                    f"profile {name!r}: {axis!r} is twice there, or not one of {', '.join(AXES)}"
-                )
-            # `a..b` is tuned for b.
-            numbers = [
-                int(size) if size.isascii() and size.isdigit() else 0
-                for size in map(str.strip, sizes.split(".."))
-            ]
-            if len(numbers) > 3 or numbers[0] < 1 or numbers != sorted(numbers):
-                raise InputError(
-                    f"profile {name!r}: {axis}={sizes} is no rising range from 1 or more; {_SYNTAX}"
-                )
-            axes[axis] = SizeRange(numbers[0], numbers[-1], numbers[len(numbers) // 2])
-        if not axes or any(name == other.name for other in profiles):
+        axes = _parse_ranges(name, ranges)
+        if not axes or name in profiles:
             raise InputError(f"profile {name!r} is empty or defined twice; {_SYNTAX}")
-        profiles.append(Slot(name, len(profiles), axes))
-    return tuple(profiles) or (PACKED_PROFILES if packed else DEFAULT_PROFILES)
+        profiles[name] = Slot(name, len(profiles), axes)
+    return tuple(profiles.values()) or (PACKED_PROFILES if packed else DEFAULT_PROFILES)
+
+
+def _parse_ranges(profile: str, text: str) -> dict[str, SizeRange]:
+    ranges: dict[str, SizeRange] = {}
+    for assignment in filter(None, map(str.strip, text.split(","))):
+        axis, _, bounds = (word.strip() for word in assignment.partition("="))
+        if axis not in AXES or axis in ranges:
+            raise InputError(
+                f"profile {profile!r}: {axis!r} is twice there, or not one of {', '.join(AXES)}"
+            )
+        sizes = []
+        for size in map(str.strip, bounds.split("..")):
+            sizes.append(int(size) if size.isascii() and size.isdigit() else 0)
+        if len(sizes) > 3 or sizes[0] < 1 or sizes != sorted(sizes):
+            raise InputError(
+                f"profile {profile!r}: {axis}={bounds} is not a rising range from 1 or more; {_SYNTAX}"
+            )
+        # `a..b` is tuned for b.
+        ranges[axis] = SizeRange(sizes[0], sizes[-1], sizes[len(sizes) // 2])
+    return ranges
 
 
 def graph_profiles(graph: GraphRecord, profiles: Sequence[Slot]) -> list[ProfileRecord]:
-    """The input shapes of a graph under each profile, duplicates dropped; empty without dynamic axes."""
+    """Return the input shapes of a graph under each profile, without duplicates; none without dynamic axes."""
     records: list[ProfileRecord] = []
     for profile in profiles if graph.axes else ():
         for axis, accepted in graph.axes.items():
-            sizes, top = profile.ranges.get(axis), accepted.most
+            sizes, limit = profile.ranges.get(axis), accepted.most
             if (
                 sizes is None
                 or sizes.least < accepted.least
-                or (top is not None and (sizes.most or top) > top)
+                or (limit is not None and (sizes.most or limit) > limit)
             ):
                 raise InputError(
                     f"profile {profile.name!r} has {axis}={sizes} and graph {graph.name!r} accepts "
-                    f"{SizeRange(accepted.least, top)}; give {axis}=least..best..most within it"
+                    f"{SizeRange(accepted.least, limit)}; give {axis}=least..best..most within it"
                 )
-        shapes = {
-            bound: {
-                tensor.name: [
-                    getattr(profile.ranges[dim], bound) if isinstance(dim, str) else dim
-                    for dim in tensor.dims
-                ]
-                for tensor in graph.inputs
-            }
-            for bound in ("least", "best", "most")
-        }
-        record = ProfileRecord(name=profile.name, **shapes)
-        if all(record.model_copy(update={"name": other.name}) != other for other in records):
-            records.append(record)
+        shapes = {}
+        for bound in ("least", "best", "most"):
+            sizes = {axis: getattr(profile.ranges[axis], bound) for axis in graph.axes}
+            shapes[bound] = {tensor.name: [*tensor.shape(sizes)] for tensor in graph.inputs}
+        if all(
+            (record.least, record.best, record.most) != (*shapes.values(),) for record in records
+        ):
+            records.append(ProfileRecord(name=profile.name, **shapes))
     return records
 
 
 def graph_slots(record: GraphRecord) -> list[Slot]:
-    """The slots of a graph, in the order of its profiles."""
-    if record.profiles:
-        return [
-            Slot(
-                profile.name,
-                number,
-                {
-                    axis: SizeRange(
-                        profile.least[tensor.name][place],
-                        profile.most[tensor.name][place],
-                        profile.best[tensor.name][place],
-                    )
-                    for tensor in record.inputs
-                    for place, axis in enumerate(tensor.axes)
-                    if axis is not None
-                },
+    """Return the slots of a graph, in the order of its profiles."""
+    slots: list[Slot] = []
+    for profile in record.profiles:
+        ranges: dict[str, SizeRange] = {}
+        for tensor in record.inputs:
+            least, best, most = (
+                shapes[tensor.name] for shapes in (profile.least, profile.best, profile.most)
             )
-            for number, profile in enumerate(record.profiles)
-        ]
-    ranges: dict[str, SizeRange] = {}
+            for dim, axis in enumerate(tensor.axes):
+                if axis is not None:
+                    ranges[axis] = SizeRange(least[dim], most[dim], best[dim])
+        slots.append(Slot(profile.name, len(slots), ranges))
+    if slots:
+        return slots
+    ranges = {}
     for tensor in record.inputs:
         for axis, dim in zip(tensor.axes, tensor.dims, strict=True):
             if axis is not None and isinstance(dim, int):
@@ -207,32 +201,31 @@ def graph_slots(record: GraphRecord) -> list[Slot]:
 def choose_slot(
     graph: str, slots: Sequence[Slot], sizes: Mapping[str, int]
 ) -> tuple[Slot, dict[str, int]]:
-    """The slot with the least padding for a request, and the padded sizes; raises `InputError` where no slot fits."""
-    fitting = [(slot, padded) for slot in slots if (padded := slot.padded(sizes)) is not None]
-    if not fitting:
+    """Return the slot with the least padding for a request, and the padded sizes; `InputError` if no slot fits."""
+    candidates = [(slot, padded) for slot in slots if (padded := slot.padded(sizes)) is not None]
+    if not candidates:
         shape = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
         raise InputError(
-            f"graph {graph!r} takes no {shape} (it takes {'; or '.join(map(str, slots))}); split or shorten the "
+            f"graph {graph!r} does not take {shape} (it takes {'; or '.join(map(str, slots))}); split or shorten the "
             "request, or export with wider sizes"
         )
 
     def waste(choice: tuple[Slot, dict[str, int]]) -> tuple[int, float]:
         slot, padded = choice
-        return prod(padded.values()), prod(
-            inf if r.most is None else r.most for r in slot.ranges.values()
-        )
+        tops = [inf if sizes.most is None else sizes.most for sizes in slot.ranges.values()]
+        return prod(padded.values()), prod(tops)
 
-    return min(fitting, key=waste)
+    return min(candidates, key=waste)
 
 
 def largest(slots: Sequence[Slot], axis: str) -> int | None:
-    """The largest size of an axis over all slots; None where it is unbounded."""
+    """Return the largest size of an axis over all slots; None if it is unbounded."""
     tops = [slot.ranges[axis].most for slot in slots]
     return None if None in tops else max(top for top in tops if top is not None)
 
 
 def request_sizes(record: GraphRecord, inputs: Mapping[str, Tensor]) -> dict[str, int]:
-    """Sizes of the axes of a request; raises `InputError` for missing, unknown or mismatched inputs."""
+    """Return the sizes of the axes of a request; `InputError` for missing, unknown or mismatched inputs."""
     names = [tensor.name for tensor in record.inputs]
     if wrong := sorted({*inputs} ^ {*names}):
         raise InputError(
@@ -242,9 +235,10 @@ def request_sizes(record: GraphRecord, inputs: Mapping[str, Tensor]) -> dict[str
     for tensor in record.inputs:
         shape, axes = [*inputs[tensor.name].shape], tensor.axes
         expected = [axis or dim for axis, dim in zip(axes, tensor.dims, strict=True)]
-        if len(shape) != len(expected) or any(
-            isinstance(dim, int) and dim != size for dim, size in zip(expected, shape, strict=True)
-        ):
+        fits = len(shape) == len(expected) and all(
+            isinstance(dim, str) or dim == size for dim, size in zip(expected, shape, strict=True)
+        )
+        if not fits:
             raise InputError(
                 f"graph {record.name!r}: {tensor.name} is {shape}; it must be [{', '.join(map(str, expected))}]"
             )
@@ -260,47 +254,42 @@ def request_sizes(record: GraphRecord, inputs: Mapping[str, Tensor]) -> dict[str
 def pad_tensor(
     value: Tensor, axes: Sequence[str | None], sizes: Mapping[str, int], filling: int = 0
 ) -> Tensor:
-    """Append `filling` until the dimensions of axes have their sizes; the tensor itself where they do."""
-    lacking = [
-        0 if axis is None else sizes[axis] - size
-        for axis, size in zip(axes, value.shape, strict=False)
-    ]
-    if not any(lacking):
-        return value
+    """Append `filling` until the dimensions of axes have their sizes; returns a full tensor itself."""
+    # `F.pad` takes pairs of both ends, from the last dimension on.
     pads = [0] * (2 * (value.dim() - len(axes)))
-    for missing in reversed(lacking):
-        pads += [0, missing]
-    return F.pad(value, pads, value=filling)
+    for axis, size in reversed([*zip(axes, value.shape, strict=False)]):
+        pads += [0, 0 if axis is None else sizes[axis] - size]
+    return F.pad(value, pads, value=filling) if any(pads) else value
 
 
 def trim_tensor(value: Tensor, axes: Sequence[str | None], sizes: Mapping[str, int]) -> Tensor:
-    """The inverse of `pad_tensor`, as a view."""
-    for place, axis in enumerate(axes):
-        value = value if axis is None else value.narrow(place, 0, sizes[axis])
+    """Undo `pad_tensor`, as a view."""
+    for dim, axis in enumerate(axes):
+        if axis is not None:
+            value = value.narrow(dim, 0, sizes[axis])
     return value
 
 
 def empty_tensors(
     tensors: Iterable[TensorRecord], sizes: Mapping[str, int], device: torch.device
 ) -> dict[str, Tensor]:
-    """Uninitialised memory for inputs or outputs of a graph at the given sizes."""
+    """Allocate inputs or outputs of a graph at some sizes, uninitialised."""
     return {
-        each.name: torch.empty(each.shape(sizes), dtype=TORCH_DTYPES[each.dtype], device=device)
-        for each in tensors
+        tensor.name: torch.empty(
+            tensor.shape(sizes), dtype=TORCH_DTYPES[tensor.dtype], device=device
+        )
+        for tensor in tensors
     }
 
 
+Rows = tuple[tuple[int, ...], ...]
+"""Captions by index, row by row."""
+
+
 class TokenBatch(NamedTuple):
-    """Captions of one pass by number, in the order of the pass, each padded to `length` tokens."""
+    """Captions of one pass by index, in the order of the pass, each padded to `length` tokens."""
 
     rows: tuple[int, ...]
-    length: int
-
-
-class Rows(NamedTuple):
-    """Captions by number, packed into rows of `length` tokens."""
-
-    texts: tuple[tuple[int, ...], ...]
     length: int
 
 
@@ -308,7 +297,7 @@ class Pass(NamedTuple):
     """One run of `text` or `fusion`: `[B]` memories, and `[B][R]` rows of captions on them; a padded row has one."""
 
     images: tuple[int, ...]
-    rows: tuple[tuple[tuple[int, ...], ...], ...]
+    rows: tuple[Rows, ...]
     length: int
 
     @property
@@ -326,18 +315,15 @@ class PassLimits:
     step: int = 1
 
     def padded(self, length: int, slots: Sequence[Slot]) -> int:
-        """The padded length of captions: the next multiple of `step` within the closest slot."""
+        """Return the padded length of captions: the next multiple of `step` within the closest slot."""
         stepped = -(-length // self.step) * self.step
-        taken = []
+        candidates = []
         for allowed in (slot.ranges["length"] for slot in slots):
-            if allowed.most is None or length <= allowed.most:
-                taken.append(
-                    max(
-                        stepped if allowed.most is None else min(stepped, allowed.most),
-                        allowed.least,
-                    )
-                )
-        return min(taken, default=length)
+            if allowed.most is None:
+                candidates.append(max(stepped, allowed.least))
+            elif length <= allowed.most:
+                candidates.append(max(min(stepped, allowed.most), allowed.least))
+        return min(candidates, default=length)
 
 
 def token_batches(
@@ -345,58 +331,56 @@ def token_batches(
     budget: int,
     *,
     pass_tokens: int = 0,
-    most: int | None = None,
+    limit: int | None = None,
     padded: Callable[[int], int] = lambda length: length,
 ) -> list[TokenBatch]:
-    """Divide captions into passes with the fewest padded tokens plus `pass_tokens` per pass."""
-    rows = sorted(range(len(lengths)), key=lengths.__getitem__)
-    # rows[:bounds[n]] are the captions of the n shortest distinct lengths.
-    bounds = [
-        place
-        for place in range(len(rows))
-        if not place or lengths[rows[place]] > lengths[rows[place - 1]]
-    ]
-    bounds.append(len(rows))
+    """Divide captions into passes of at most `limit`, with the fewest padded tokens plus `pass_tokens` per pass."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    # order[:bounds[n]] are the captions of the n shortest distinct lengths.
+    bounds = [0] if order else []
+    bounds += [n for n in range(1, len(order)) if lengths[order[n]] > lengths[order[n - 1]]]
+    bounds.append(len(order))
+    sizes = [padded(lengths[order[stop - 1]]) for stop in bounds[1:]]
     batches: list[TokenBatch] = []
-    for start, stop in _cuts(
-        bounds, [padded(lengths[rows[stop - 1]]) for stop in bounds[1:]], budget, most, pass_tokens
-    ):
-        group = rows[start:stop]
-        fit = _fitting(padded(lengths[group[-1]]), budget, most)
-        pieces = ceil(len(group) / fit)
-        for piece in range(pieces):
-            chosen = group[piece * len(group) // pieces : (piece + 1) * len(group) // pieces]
-            batches.append(TokenBatch(tuple(chosen), padded(lengths[chosen[-1]])))
+    for start, stop in _cheapest_runs(bounds, sizes, budget, limit, pass_tokens):
+        run = order[start:stop]
+        count = ceil(len(run) / _captions_per_pass(padded(lengths[run[-1]]), budget, limit))
+        for index in range(count):
+            batch = run[index * len(run) // count : (index + 1) * len(run) // count]
+            batches.append(TokenBatch(tuple(batch), padded(lengths[batch[-1]])))
     return batches
 
 
-def _fitting(length: int, budget: int, most: int | None) -> int:
-    """Captions of a length that fit into a pass."""
-    fit = max(budget // max(length, 1), 1)
-    return fit if most is None else min(fit, most)
+def _captions_per_pass(length: int, budget: int, limit: int | None) -> int:
+    count = max(budget // max(length, 1), 1)
+    return count if limit is None else min(count, limit)
 
 
-def _cuts(
-    bounds: Sequence[int], sizes: Sequence[int], budget: int, most: int | None, pass_tokens: int
+def _cheapest_runs(
+    bounds: Sequence[int],
+    sizes: Sequence[int],
+    budget: int,
+    limit: int | None,
+    pass_tokens: int,
 ) -> list[tuple[int, int]]:
-    """The cheapest division of the sorted lengths into runs; `sizes[n]` is padded length n."""
-    best, previous = [0.0], [0]
-    for stop in range(1, len(bounds)):
-        length = sizes[stop - 1]
-        fit = _fitting(length, budget, most)
-        cheapest, place = inf, 0
+    """Divide the sorted lengths into runs at the least cost; `sizes[n]` is padded length n."""
+    # By dynamic programming: the cost of the n shortest lengths, and where their last run starts.
+    costs, starts = [0.0], [0]
+    for stop, length in enumerate(sizes, start=1):
+        count = _captions_per_pass(length, budget, limit)
+        cheapest, best_start = inf, 0
         for start in range(stop):
             texts = bounds[stop] - bounds[start]
-            cost = best[start] + texts * length + pass_tokens * ceil(texts / fit)
+            cost = costs[start] + texts * length + pass_tokens * ceil(texts / count)
             if cost < cheapest:
-                cheapest, place = cost, start
-        best.append(cheapest)
-        previous.append(place)
+                cheapest, best_start = cost, start
+        costs.append(cheapest)
+        starts.append(best_start)
     runs: list[tuple[int, int]] = []
-    stop = len(bounds) - 1
+    stop = len(sizes)
     while stop > 0:
-        runs.append((bounds[previous[stop]], bounds[stop]))
-        stop = previous[stop]
+        runs.append((bounds[starts[stop]], bounds[stop]))
+        stop = starts[stop]
     return runs[::-1]
 
 
@@ -409,98 +393,99 @@ def plan_passes(
     *,
     packed_width: int | None = None,
 ) -> list[Pass]:
-    """Passes of `text`, or of `fusion` given the image of each caption; every caption once.
+    """Plan the passes of `text`, or of `fusion` with the image of each caption; every caption is in one pass.
 
-    Raises `InputError` where a caption exceeds all slots. `packed_width` is that of the text embeddings of a packed
+    Raises `InputError` if a caption exceeds all slots. `packed_width` is that of the text embeddings of a packed
     graph; None for a padded one.
     """
     if not lengths:
         return []
     choose_slot(graph, slots, {"length": max(lengths)})
     axis = "batch" if image_of is None else "texts"
-    # Where absent captions are computed too, the fewest passes are the cheapest.
+    # If absent captions are computed too, the fewest passes are the cheapest.
     full = packed_width is None and min(slot.ranges[axis].least for slot in slots) > 1
-    price = limits.budget if full else limits.pass_tokens
-    groups: dict[int, list[int]] = {}
-    for text, image in enumerate([0] * len(lengths) if image_of is None else image_of):
-        groups.setdefault(image, []).append(text)
+    pass_tokens = limits.budget if full else limits.pass_tokens
+    texts_of: dict[int, list[int]] = {}
+    for text in range(len(lengths)):
+        texts_of.setdefault(0 if image_of is None else image_of[text], []).append(text)
     passes: list[Pass] = []
-    for image, texts in groups.items():
+    for image, texts in texts_of.items():
+        limit = largest(slots, axis)
         if packed_width is not None:
-            rows = _row_batches(texts, lengths, slots, limits, packed_width, largest(slots, axis))
-        else:
-            batches = token_batches(
-                [lengths[text] for text in texts], limits.budget, pass_tokens=price, most=largest(slots, axis),
-                padded=lambda length: limits.padded(length, slots),
-            )  # fmt: skip
-            rows = [
-                Rows(tuple((texts[number],) for number in batch.rows), batch.length)
-                for batch in batches
-            ]
-        passes += [Pass((image,), (each.texts,), each.length) for each in rows]
-    return (
-        passes
-        if image_of is None
-        else _combine(passes, slots, limits, "texts" if packed_width is None else "rows")
-    )
+            batches = _packed_batches(texts, lengths, slots, limits, packed_width, limit)
+            passes += [Pass((image,), (rows,), length) for rows, length in batches]
+            continue
+        for batch in token_batches(
+            [lengths[text] for text in texts],
+            limits.budget,
+            pass_tokens=pass_tokens,
+            limit=limit,
+            padded=lambda length: limits.padded(length, slots),
+        ):
+            rows = tuple((texts[index],) for index in batch.rows)
+            passes.append(Pass((image,), (rows,), batch.length))
+    if image_of is None:
+        return passes
+    return _combine_images(passes, slots, limits, "texts" if packed_width is None else "rows")
 
 
-def _row_batches(
+def _packed_batches(
     texts: Sequence[int],
     lengths: Sequence[int],
     slots: Sequence[Slot],
     limits: PassLimits,
     width: int,
-    top: int | None,
-) -> list[Rows]:
-    """Divide captions into passes of a packed graph, which takes `top` captions at once."""
-    tokens, most = sum(lengths[text] for text in texts), top or len(texts)
+    limit: int | None,
+) -> list[tuple[Rows, int]]:
+    """Divide captions into passes of a packed graph, at most `limit` captions each: rows and their length."""
+    tokens = sum(lengths[text] for text in texts)
+    fewest = max(ceil(tokens / limits.budget), ceil(len(texts) / (limit or len(texts))))
     order = sorted(texts, key=lengths.__getitem__)
-    for count in range(max(ceil(tokens / limits.budget), ceil(len(texts) / most)), len(texts) + 1):
-        # By turns, so that each has its share of short and long ones.
-        found = [
-            pack_rows(
-                order[part::count], lengths, width, most_rows=largest(slots, "rows"),
-                most_length=largest(slots, "length"), padded=lambda length: limits.padded(length, slots),
+    for count in range(fewest, len(texts) + 1):
+        batches = []
+        for index in range(count):
+            packed = pack_rows(
+                # Every count-th caption: each pass has short and long ones.
+                order[index::count],
+                lengths,
+                width,
+                most_rows=largest(slots, "rows"),
+                most_length=largest(slots, "length"),
+                padded=lambda length: limits.padded(length, slots),
             )
-            for part in range(count)
-        ]  # fmt: skip
-        made = [rows for rows in found if rows is not None]
-        if len(made) == len(found):
-            return made
+            if packed is None:
+                break
+            batches.append(packed)
+        else:
+            return batches
     raise AssertionError("a text alone fits into every slot that takes its length")
 
 
-def _combine(
-    units: Sequence[Pass], slots: Sequence[Slot], limits: PassLimits, axis: str
+def _combine_images(
+    passes: Sequence[Pass], slots: Sequence[Slot], limits: PassLimits, axis: str
 ) -> list[Pass]:
     """Combine passes of one image each into passes of equal numbers of rows."""
     by_count: dict[int, list[Pass]] = {}
-    for unit in units:
-        by_count.setdefault(len(unit.rows[0]), []).append(unit)
-    passes = []
+    for work in passes:
+        by_count.setdefault(len(work.rows[0]), []).append(work)
+    combined = []
     for count, alike in by_count.items():
+        # A profile may take many memories or many texts of each, but not both.
+        fitting = [slot for slot in slots if slot.padded({axis: count}) is not None]
         # Padding counts for all rows of a pass.
         batches = token_batches(
-            [unit.tokens for unit in alike],
+            [work.tokens for work in alike],
             limits.budget,
             pass_tokens=limits.pass_tokens,
-            # A profile may take many memories or many texts of each, but not both.
-            most=largest(
-                [slot for slot in slots if slot.padded({axis: count}) is not None], "batch"
-            ),
+            limit=largest(fitting, "batch"),
         )
         for batch in batches:
             # In the order of the images, so that neighbouring memories need no copy.
-            chosen = sorted((alike[row] for row in batch.rows), key=lambda unit: unit.images)
-            passes.append(
-                Pass(
-                    tuple(unit.images[0] for unit in chosen),
-                    tuple(unit.rows[0] for unit in chosen),
-                    max(unit.length for unit in chosen),
-                )
-            )
-    return passes
+            members = sorted((alike[row] for row in batch.rows), key=lambda work: work.images)
+            images = tuple(work.images[0] for work in members)
+            rows = tuple(work.rows[0] for work in members)
+            combined.append(Pass(images, rows, max(work.length for work in members)))
+    return combined
 
 
 def pack_rows(
@@ -511,12 +496,12 @@ def pack_rows(
     most_rows: int | None = None,
     most_length: int | None = None,
     padded: Callable[[int], int] = lambda length: length,
-) -> Rows | None:
-    """The cheapest packing by padded tokens and attention cost; None where no packing fits the limits."""
+) -> tuple[Rows, int] | None:
+    """Find the cheapest packing by padded tokens and attention cost: rows and their length, None if none fits."""
     order = sorted(texts, key=lengths.__getitem__, reverse=True)
     total, longest = sum(lengths[text] for text in texts), lengths[order[0]]
     top_rows = min(len(order), most_rows or len(order))
-    counts = {ceil(total / max(target, longest)) for target in (longest, *_TARGETS)}
+    counts = {ceil(total / max(length, longest)) for length in (longest, *_ROW_LENGTHS)}
     best, cheapest = None, inf
     for count in sorted(count for count in counts if count <= top_rows) or [top_rows]:
         rows, length = _fill_rows(order, lengths, count)
@@ -526,17 +511,15 @@ def pack_rows(
         if most_length is not None and length > most_length:
             continue
         length = padded(length)
-        # Of a layer 24 w² operations a token are products and 4 w L attention, at a third of their speed.
+        # A layer spends 24 w² operations a token on GEMMs and 4 w L on attention, at a third of their speed.
         cost = count * length * (1 + length / (2 * width))
         if cost < cheapest:
-            best, cheapest = Rows(rows, length), cost
+            best, cheapest = (rows, length), cost
     return best
 
 
-def _fill_rows(
-    order: Sequence[int], lengths: Sequence[int], count: int
-) -> tuple[tuple[tuple[int, ...], ...], int]:
-    """Greedy packing into `count` rows, longest caption first; returns the rows and the tokens of the fullest."""
+def _fill_rows(order: Sequence[int], lengths: Sequence[int], count: int) -> tuple[Rows, int]:
+    """Pack greedily into `count` rows, longest caption first; returns the rows and the tokens of the fullest."""
     rows: list[list[int]] = [[] for _ in range(count)]
     loads = [(0, row) for row in range(count)]
     heapify(loads)
@@ -551,64 +534,60 @@ def _fill_rows(
 class Layout:
     """Token positions of one pass: B images (1 without images) with R rows of L tokens; padded: one caption a row."""
 
-    source: Tensor  # [N] token numbers over all captions, concatenated
-    place: Tensor  # [N] position of each among all B R L
+    source: Tensor  # [N] index of each token among those of all captions, concatenated
+    target: Tensor  # [N] its index among the B R L tokens of the pass
     segments: Tensor  # [B, R, L], as graphs take them
     firsts: Tensor  # [B, T, 2]
-    texts: Tensor  # [P] caption numbers
-    found: Tensor  # [P] position of the results of each among all B T
+    texts: Tensor  # [P] caption indices
+    results: Tensor  # [P] index of the results of each caption among all B T
 
     @classmethod
-    def of(
-        cls, images: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int], length: int
-    ) -> Layout:
-        """The layout of captions: `images` holds the rows of every image, the same number of rows each."""
+    def of(cls, images: Sequence[Rows], lengths: Sequence[int], length: int) -> Layout:
+        """Lay out captions: `images` holds the rows of every image, the same number of rows each."""
         counts = [sum(map(len, rows)) for rows in images]
-        rows, most = len(images[0]), max(counts)
+        rows, texts_per_image = len(images[0]), max(counts)
         texts = np.array([text for image in images for row in image for text in row])
-        row = np.repeat(
-            np.arange(len(images) * rows), [len(row) for image in images for row in image]
-        )
+        row_counts = [len(row) for image in images for row in image]
+        row = np.repeat(np.arange(len(row_counts)), row_counts)
         sizes = np.asarray(lengths)[texts]
         before = np.cumsum(sizes) - sizes
         # Tokens before the first caption of a row; empty rows are not read.
-        begins = np.zeros(len(images) * rows, dtype=np.int64)
+        begins = np.zeros(len(row_counts), dtype=np.int64)
         begins[row[::-1]] = before[::-1]
         offset = before - begins[row]
         # Caption of every token, and the token's position in it.
-        of = np.repeat(np.arange(len(texts)), sizes)
-        inner = np.arange(len(of)) - before[of]
-        place = row[of] * length + offset[of] + inner
+        caption = np.repeat(np.arange(len(texts)), sizes)
+        position = np.arange(len(caption)) - before[caption]
+        target = row[caption] * length + offset[caption] + position
         starts = np.cumsum(lengths) - np.asarray(lengths)
         image = np.repeat(np.arange(len(images)), counts)
-        number = np.concatenate([np.arange(count) for count in counts])
-        segments = np.zeros(len(images) * rows * length, dtype=np.int64)
-        segments[place] = number[of] + 1
-        firsts = np.zeros((len(images), most, 2), dtype=np.int64)
-        firsts[image, number] = np.stack([row % rows, offset], axis=1)
-        source, found = starts[texts][of] + inner, image * most + number
+        # Index of every caption among those of its image.
+        index = np.concatenate([np.arange(count) for count in counts])
+        segments = np.zeros(len(row_counts) * length, dtype=np.int64)
+        segments[target] = index[caption] + 1
+        firsts = np.zeros((len(images), texts_per_image, 2), dtype=np.int64)
+        firsts[image, index] = np.stack([row % rows, offset], axis=1)
         return cls(
-            *map(
-                torch.from_numpy,
-                (source, place, segments.reshape(len(images), rows, length), firsts, texts, found),
-            )
+            source=torch.from_numpy(starts[texts][caption] + position),
+            target=torch.from_numpy(target),
+            segments=torch.from_numpy(segments.reshape(len(images), rows, length)),
+            firsts=torch.from_numpy(firsts),
+            texts=torch.from_numpy(texts),
+            results=torch.from_numpy(image * texts_per_image + index),
         )
 
     def inputs(self, packed: bool) -> dict[str, Tensor]:
-        """Inputs of a graph that mark captions."""
+        """Return the inputs of a graph that mark captions."""
         if packed:
             return {"segments": self.segments, "firsts": self.firsts}
         return {"attention_mask": (self.segments > 0).long()}
 
     def spread(self, values: Tensor, padding: int | None = None) -> Tensor:
-        """Token values `[tokens of all captions, ...]` → `[B, R, L, ...]`; padding is arbitrary where None."""
+        """Spread values `[tokens of all captions, ...]` to `[B, R, L, ...]`; padding is arbitrary if None."""
         index = torch.zeros(self.segments.numel(), dtype=torch.long)
-        index[self.place] = self.source
-        out = values.index_select(0, index.to(values.device)).view(
-            *self.segments.shape, *values.shape[1:]
-        )
-        return (
-            out
-            if padding is None
-            else out.masked_fill((self.segments == 0).to(out.device), padding)
-        )
+        index[self.target] = self.source
+        spread = values.index_select(0, index.to(values.device))
+        spread = spread.view(*self.segments.shape, *values.shape[1:])
+        if padding is None:
+            return spread
+        return spread.masked_fill((self.segments == 0).to(spread.device), padding)

@@ -116,7 +116,7 @@ def record(work: Callable[[], object], arch: int) -> list[Launch]:
     It runs on CPU tensors, without GEMMs, whose results no launch depends on. The process can be used for nothing else
     afterwards.
     """
-    from .audit.pretended import pretend
+    from .audit.compiling import pretend
 
     launches: dict[str, Launch] = {}
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-from tests.sizes import BUDGET, ROOT, files_of_tests, over_budget, sources, tree
+from tools.sizes import BUDGET, ROOT, files_of_tests, over_budget, sources, tree
 
 LEVELS = {
     "errors": 0,
@@ -61,9 +61,9 @@ FILES = [*SOURCES, *files_of_tests()]
 
 
 def _module(path: Path) -> str:
-    """The import name: kernels/ops.py is xfm_fast.kernels.ops, tests/test_x.py is tests.test_x."""
+    """Return the import name: xfm_fast.kernels.ops of kernels/ops.py, tests.test_x of tests/test_x.py."""
     parts = path.relative_to(ROOT).with_suffix("").parts
-    if parts[0] not in ("xfm_fast", "tests"):
+    if parts[0] not in ("xfm_fast", "tests", "tools"):
         parts = ("xfm_fast", *parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -72,7 +72,7 @@ MODULES = {_module(path) for path in SOURCES}
 
 
 def _part(module: str) -> str | None:
-    """The part of the house that a module is of: `models` for xfm_fast.models.text, none for the package itself."""
+    """Return the level's name: `models` of xfm_fast.models.text, None of the package itself."""
     parts = module.split(".")
     if parts[0] != "xfm_fast" or len(parts) == 1:
         return None
@@ -82,12 +82,12 @@ def _part(module: str) -> str | None:
 
 
 def _level(part: str) -> int:
-    """A part that the table lacks stands beside the models."""
+    """Return the level in the table, that of the models by default."""
     return LEVELS.get(part, LEVELS["models"])
 
 
 def _imports(path: Path) -> Iterator[tuple[str, int]]:
-    """Names and lines of all that a file imports, at its head or inside functions, relative imports resolved."""
+    """Yield the absolute name and the line of every import, inside functions too."""
     module = _module(path)
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(tree(path)):
@@ -118,7 +118,7 @@ def test_no_files_import_each_other() -> None:
     """Imports for type checkers and inside functions count; a package's face hands names on and does not."""
     files = {_module(path): path for path in SOURCES if path.name != "__init__.py"}
     graph = {
-        module: {each for each, _ in _imports(path)} & files.keys() - {module}
+        module: {name for name, _ in _imports(path)} & files.keys() - {module}
         for module, path in files.items()
     }
     TopologicalSorter(graph).prepare()
@@ -197,10 +197,10 @@ def test_comments_are_sober() -> None:
             comments = [
                 t for t in tokenize.generate_tokens(source.readline) if t.type == tokenize.COMMENT
             ]
-        found = (
+        lines = (
             t.start[0] for t in comments if BANNER.match(t.string) or UNFINISHED.search(t.string)
         )
-        wrong += _places(path, found)
+        wrong += _places(path, lines)
     assert not wrong
 
 
@@ -217,6 +217,23 @@ def test_torch_load_reads_weights_only() -> None:
 
 def test_size_and_language_stay_within_the_budget() -> None:
     assert not list(over_budget())
+
+
+def test_package_docstrings_name_what_exists() -> None:
+    """Names in backticks are modules of the package or identifiers in its files."""
+    missing = []
+    for path in SOURCES:
+        if path.name != "__init__.py":
+            continue
+        members = [other for other in SOURCES if path.parent in other.parents]
+        text = "\n".join(other.read_text(encoding="utf-8") for other in members)
+        docstring = ast.get_docstring(tree(path)) or ""
+        words = set(re.findall(r"\w+", text.replace(docstring, "")))
+        words |= {part for other in members for part in other.with_suffix("").parts}
+        for quoted in re.findall(r"`([a-z_]\w*(?:\.\w+)*)`", docstring):
+            if not set(quoted.split(".")) <= words:
+                missing.append(f"{path.relative_to(ROOT)}: {quoted}")
+    assert not missing
 
 
 def test_few_files_have_one_importer() -> None:
@@ -252,27 +269,23 @@ OPEN = {"file", "fileobj", "BytesIO"}
 
 
 def _openings(path: Path) -> Iterator[tuple[str, int]]:
-    """Functions and lines that open a file by its name; new files, which nobody else wrote, do not count."""
-    functions = [each for each in ast.walk(tree(path)) if isinstance(each, ast.FunctionDef)]
-    for function, call in ((each, call) for each in functions for call in ast.walk(each)):
+    """Yield the function and line of every call that opens an existing file by its name."""
+    functions = [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef)]
+    for function, call in ((f, node) for f in functions for node in ast.walk(f)):
         if not isinstance(call, ast.Call):
             continue
-        name, given = (
-            ast.unparse(call.func),
-            [*call.args, *(keyword.value for keyword in call.keywords)],
-        )
+        name = ast.unparse(call.func)
+        args = [*call.args, *(keyword.value for keyword in call.keywords)]
         method = call.func.attr if isinstance(call.func, ast.Attribute) else ""
         if (
             name not in OPENED_BY_NAME | {"np.load", "torch.load"}
             and method not in OPENED_BY_METHOD
         ):
             continue
-        words = {keyword.arg for keyword in call.keywords} | {
-            word for each in given for word in _words(each)
-        }
+        words = {keyword.arg for keyword in call.keywords}
+        words.update(word for arg in args for word in _words(arg))
         is_new = any(
-            isinstance(each, ast.Constant) and each.value in ("w", "wb", "x", "xb")
-            for each in given
+            isinstance(arg, ast.Constant) and arg.value in ("w", "wb", "x", "xb") for arg in args
         )
         # An entry of `READERS` has a function of this name.
         if not is_new and not words & OPEN and not name.startswith("READERS["):
@@ -280,22 +293,24 @@ def _openings(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def _words(node: ast.AST) -> Iterator[str]:
-    for each in ast.walk(node):
-        if isinstance(each, (ast.Name, ast.Attribute)):
-            yield each.id if isinstance(each, ast.Name) else each.attr
+    for child in ast.walk(node):
+        if isinstance(child, ast.Name):
+            yield child.id
+        elif isinstance(child, ast.Attribute):
+            yield child.attr
 
 
 def test_foreign_files_are_opened_by_one_function(tmp_path: Path) -> None:
     """Data, recipes, indexes and logs that are read back go through `xfm_fast.io`, which waits for no pipe."""
     parts = {("xfm_fast", part) for part in ("data", "training", "finetuning", "search", "tasks")}
-    found = {
+    openings = {
         (path.relative_to(ROOT).as_posix(), function): line
         for path in SOURCES
         if path.relative_to(ROOT).parts[:2] in parts
         for function, line in _openings(path)
     }
-    assert {place: line for place, line in found.items() if place not in OPENING} == {}
-    assert found.keys() == OPENING.keys()
+    assert {place: line for place, line in openings.items() if place not in OPENING} == {}
+    assert openings.keys() == OPENING.keys()
 
 
 def test_a_file_opened_elsewhere_is_found(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.objectives.steps import total
 from xfm_fast import flops
 from xfm_fast.batches import PairBatch
-from xfm_fast.benchmarks.backends.official_algorithm import OfficialTrainingTwin, OfficialTwin
+from xfm_fast.benchmarks.backends.official_algorithm import OfficialTwin
 from xfm_fast.config import XFMConfig
 from xfm_fast.kernels import ops
 from xfm_fast.models.xfm import XFM
@@ -113,8 +113,8 @@ def _pairs(cfg: XFMConfig, masked: list[int]) -> PairBatch:
 
 
 @each_config
-def test_training_steps_are_those_of_model_and_twin(cfg: XFMConfig) -> None:
-    """Forward and backward: ours does no product that the count leaves out, and neither does the official step."""
+def test_training_steps_are_those_of_the_model(cfg: XFMConfig) -> None:
+    """Forward and backward run no GEMM that the count leaves out."""
     masked = [3, 2, 1, 4]
     model, batch, own = XFM(cfg).eval(), _pairs(cfg, masked), torch.arange(len(LENGTHS))
     # Every caption is drawn once.
@@ -124,8 +124,6 @@ def test_training_steps_are_those_of_model_and_twin(cfg: XFMConfig) -> None:
             lambda: total(pretraining_losses(model, batch, hard_negatives=drawn)).backward()
         )
     assert count == flops.pretraining_step(cfg, LENGTHS, masked).total
-    _, count = _measured(lambda: total(OfficialTrainingTwin(model).losses(batch)).backward())
-    assert count == flops.official_pretraining_step(cfg, len(LENGTHS), PADDED, slots=4).total
 
 
 def test_hand_counts() -> None:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from tests.agreement import inputs_of, with_weights
 from tests.conftest import config
+from tests.models.hidden_states import record_hidden_states
 from xfm_fast import packing as packing_module
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
-from xfm_fast.models.xfm import XFM, record_hidden_states
+from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import ImageGroups, Packing, Reads, offsets
 
 

@@ -1,4 +1,4 @@
-"""X-FM, a foundation model of text and images, exact and fast, and its engine for the encoders that you run.
+"""X-FM, a foundation model of text and images, and its engine for accelerating other encoders.
 
 Public names are imported on first use, so the command line answers before PyTorch is loaded.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Found by a link in a checkout, or by the package configuration of an installation.
+# A link in a checkout, a folder in an installation.
 if find_spec(f"{__name__}.kernels") is None:
     raise ImportError(
         f"{__file__}: the links to kernels, export and benchmarks are missing; run pip install --editable ."
@@ -38,8 +38,16 @@ _HOMES = {
 }
 
 __all__ = [
-    "XFM", "Retriever", "XFMConfig", "__version__", "accelerate", "accelerated", "graphs", "load", "register_attention",
-]  # fmt: skip
+    "XFM",
+    "Retriever",
+    "XFMConfig",
+    "__version__",
+    "accelerate",
+    "accelerated",
+    "graphs",
+    "load",
+    "register_attention",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
-"""The four kinds of pretraining batches, as data loaders build them and losses take them.
+"""The four kinds of pretraining batches, between data loaders and losses.
 
-A prepared batch carries its layout: how many tokens, targets and visible patches it has, and where. Loaders compute it
-on the host (`prepare`; `to` and `pin_memory` call it), so a step on an accelerator never synchronises for a size.
+A prepared batch carries its layout: the numbers and positions of tokens, targets and visible patches.
+Loaders compute it on the host (`prepare`; `to` and `pin_memory` call it), so a step on an accelerator
+never synchronises for a size.
 """
 
 from __future__ import annotations
@@ -34,32 +35,34 @@ class TextLayout:
 
     @classmethod
     def of(cls, batch: TextBatch) -> TextLayout:
-        """Compute the layout of a batch; `InputError` for mismatched shapes and, on CPU, targets outside of a text."""
+        """Compute the layout of a batch.
+
+        Raises `InputError` for mismatched shapes and, on CPU, targets outside of a text.
+        """
         texts, length = batch.check_texts()
         real = batch.attention_mask.bool()
-        packing = _with_longest(Packing.from_mask(real))
         is_target = batch.masked_labels != IGNORED
+        slots = is_target.shape[1]
         if on_host(real):
             _check_targets(batch, real, is_target)
-            rows = host.true_places(is_target)
+            targets = host.true_places(is_target)
             counts = is_target.sum(1)
-            most = host.integer(counts.max()) if texts else 0
-            row_of = rows // max(is_target.shape[1], 1)
+            most_targets = host.integer(counts.max()) if texts else 0
         else:
             # Unprepared batches on an accelerator keep the padding of the targets, so their number is known.
-            rows = torch.arange(is_target.numel(), device=real.device)
-            most = is_target.shape[1]
-            counts = torch.full((texts,), most, device=real.device)
-            row_of = rows // max(most, 1)
-        places = batch.masked_positions.long().flatten()[rows] + row_of * length
-        within = real.long().cumsum(1).flatten()[places] - 1
+            targets = torch.arange(is_target.numel(), device=real.device)
+            counts = torch.full((texts,), slots, device=real.device)
+            most_targets = slots
+        positions = batch.masked_positions.long().flatten()[targets]
+        positions = positions + targets // max(slots, 1) * length
+        packed_positions = real.long().cumsum(1).flatten()[positions] - 1
         return cls(
-            packing=packing,
+            packing=_with_longest(Packing.from_mask(real)),
             lengths=real.sum(1),
-            targets=within.clamp_min(0),
+            targets=packed_positions.clamp_min(0),
             target_counts=counts,
-            labels=batch.masked_labels.long().flatten()[rows],
-            most_targets=most,
+            labels=batch.masked_labels.long().flatten()[targets],
+            most_targets=most_targets,
         )
 
     @property
@@ -79,9 +82,9 @@ class TextLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class RegionLayout:
-    """The patches that R region captions attend to, and the captions with a box to predict."""
+    """Patches that R region captions attend to, and the captions with a box to predict."""
 
-    visible: Packing  # of the [R, 1 + N] tokens that each region sees
+    visible: Packing  # of the [R, 1 + N] tokens that each region attends to
     boxed: Tensor  # [Q] int64 captions of a region rather than a whole image
     boxed_tokens: int  # real tokens of the boxed captions
 
@@ -114,14 +117,15 @@ def _with_longest(packing: Packing) -> Packing:
 
 
 def _check_targets(batch: TextBatch, real: Tensor, is_target: Tensor) -> None:
+    """Raise `InputError` for a target outside of its text or at padding."""
     positions = batch.masked_positions.long()
     outside = is_target & ((positions < 0) | (positions >= real.shape[1]))
     padded = is_target & ~outside & ~real.gather(1, positions.clamp(0, max(real.shape[1] - 1, 0)))
     wrong = outside | padded
     if host.any_true(wrong):
         flat = host.integer(wrong.flatten().long().argmax())
-        text, number = divmod(flat, wrong.shape[1])
-        position = host.integer(positions[text, number])
+        text, slot = divmod(flat, wrong.shape[1])
+        position = host.integer(positions[text, slot])
         length = host.integer(real[text].sum())
         raise InputError(
             f"masked_positions[{text}] contains {position} of {length} real tokens; label unused positions {IGNORED}"
@@ -132,12 +136,10 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if is_dataclass(value) and not isinstance(value, type):
-        return type(value)(
-            **{
-                field.name: _map_tensors(getattr(value, field.name), change)
-                for field in fields(value)
-            }
-        )
+        changed = {
+            field.name: _map_tensors(getattr(value, field.name), change) for field in fields(value)
+        }
+        return type(value)(**changed)
     return value
 
 
@@ -171,7 +173,7 @@ class TextBatch(TensorBatch):
     layout: TextLayout | None = None  # set by `prepare`; reset to None when a tensor is replaced
 
     def prepare(self) -> Self:
-        return self if self.layout is not None else replace(self, layout=TextLayout.of(self))
+        return replace(self, layout=TextLayout.of(self)) if self.layout is None else self
 
     def check_texts(self) -> tuple[int, int]:
         """Return (B, L) after checking the shapes of the text tensors."""
@@ -202,9 +204,7 @@ class PairBatch(TextBatch):
     """B images with one caption each."""
 
     image: Tensor  # [B, 3, R, R] normalised pixels
-    image_ids: Tensor | None = (
-        None  # [B], equal for captions of the same image; None when all images differ
-    )
+    image_ids: Tensor | None = None  # [B], equal for captions of one image; None: all differ
     patch_mask: Tensor | None = None  # [B, N] boolean, patches hidden by masked image modelling
 
 
@@ -220,11 +220,9 @@ class RegionBatch(TextBatch):
     regions: RegionLayout | None = None  # set by `prepare`, like `layout`
 
     def prepare(self) -> Self:
-        return (
-            super().prepare()
-            if self.regions is not None
-            else replace(self, regions=RegionLayout.of(self)).prepare()
-        )
+        if self.regions is None:
+            return replace(self, regions=RegionLayout.of(self)).prepare()
+        return super().prepare()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ PresetName = Literal["tiny", "base"]
 
 MODEL_TYPE = "xfm"
 
-# The sizes hard-coded in the official constructors, and the published roberta-base config.json.
+# Sizes in the official constructors, and the published config.json of roberta-base.
 _BEIT_SIZES = {
     "base": {"vision_width": 768, "vision_depth": 12, "vision_heads": 12},
     "large": {"vision_width": 1024, "vision_depth": 24, "vision_heads": 16},
@@ -38,8 +38,8 @@ _ROBERTA_BASE = {
     "hidden_dropout_prob": 0.1,
     "attention_probs_dropout_prob": 0.1,
 }
-_MOST = 2**31 - 1
-# A layer costs this many numbers' worth of memory in Python objects, however narrow it is.
+_MAX_INTEGER = 2**31 - 1
+# Memory of a layer's Python objects, in numbers of 4 bytes.
 _LAYER = 10_000
 _PRESETS: dict[str, dict[str, Any]] = {
     "base": {},
@@ -64,11 +64,11 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 class XFMConfig(BaseModel):
-    """The hyper-parameters of an X-FM model (arXiv 2301.05065). The defaults are the base model.
+    """Hyper-parameters of an X-FM model (arXiv 2301.05065). The defaults are the base model.
 
-    Build one with `XFMConfig.preset`, `XFMConfig.from_official` or by keyword. Instances are immutable; `replace`
-    returns a changed copy. An impossible combination raises `ConfigError`, and so does a model whose weights do not fit
-    into the memory of this machine, because the numbers may come from an untrusted file.
+    Build one with `XFMConfig.preset`, `XFMConfig.from_official` or by keyword. Instances are immutable;
+    `replace` returns a changed copy. An impossible combination raises `ConfigError`, and so does a model
+    whose weights exceed the memory of this machine, because the numbers may come from an untrusted file.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -90,7 +90,7 @@ class XFMConfig(BaseModel):
     )
     local_attn_depth: int = Field(
         -1,
-        description="number of last vision blocks in which a region attends to its own patches only; "
+        description="number of last vision blocks in which a region attends only to its patches; "
         "<= 0 pools the patches of the region instead",
     )
 
@@ -154,8 +154,9 @@ class XFMConfig(BaseModel):
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
         for name in type(self).model_fields:
-            if isinstance(value := getattr(self, name), int) and abs(value) > _MOST:
-                raise ValueError(f"{name}={value} is too large; use at most {_MOST:,}")
+            value = getattr(self, name)
+            if isinstance(value, int) and abs(value) > _MAX_INTEGER:
+                raise ValueError(f"{name}={value} is too large; use at most {_MAX_INTEGER:,}")
         for width, heads in (("vision_width", "vision_heads"), ("text_width", "text_heads")):
             if getattr(self, width) % getattr(self, heads):
                 raise ValueError(
@@ -198,30 +199,28 @@ class XFMConfig(BaseModel):
         text, vision, inner = self.text_width, self.vision_width, self.text_intermediate
         # Python integers are unbounded, floats are not.
         mlp = int(min(vision * self.vision_mlp_ratio, 1e30))
-        side = 2 * self.grid - 1
-        parts = {
-            ("vision_depth", "vision_width", "vision_mlp_ratio"): self.vision_depth
-            * (4 * vision**2 + 2 * vision * mlp + _LAYER),
-            ("image_size", "patch_size", "vision_depth"): side**2
-            * self.vision_heads
-            * self.vision_depth
-            + self.num_image_tokens**2,
-            ("patch_size", "vision_width"): 3 * self.patch_size**2 * vision,
-            ("text_layers", "text_width", "text_intermediate"): self.text_layers
-            * (4 * text**2 + 2 * text * inner + _LAYER),
-            ("fusion_layers", "text_width", "text_intermediate"): self.fusion_layers
-            * (6 * text**2 + 2 * text * (inner + vision) + _LAYER),
-            ("vocab_size", "text_width"): self.vocab_size * text,
-            ("max_positions", "text_width"): self.max_positions * text,
-            ("type_vocab_size", "text_width"): self.type_vocab_size * text,
-            ("embed_dim", "vision_width", "text_width"): self.embed_dim * (vision + text),
+        vision_block = 4 * vision**2 + 2 * vision * mlp + _LAYER
+        tables = (2 * self.grid - 1) ** 2 * self.vision_heads * self.vision_depth
+        text_layer = 4 * text**2 + 2 * text * inner + _LAYER
+        fusion_layer = 6 * text**2 + 2 * text * (inner + vision) + _LAYER
+        numbers = {
+            "vision_depth vision_width vision_mlp_ratio": self.vision_depth * vision_block,
+            "image_size patch_size vision_depth": tables + self.num_image_tokens**2,
+            "patch_size vision_width": 3 * self.patch_size**2 * vision,
+            "text_layers text_width text_intermediate": self.text_layers * text_layer,
+            "fusion_layers text_width text_intermediate": self.fusion_layers * fusion_layer,
+            "vocab_size text_width": self.vocab_size * text,
+            "max_positions text_width": self.max_positions * text,
+            "type_vocab_size text_width": self.type_vocab_size * text,
+            "embed_dim vision_width text_width": self.embed_dim * (vision + text),
         }
-        needed, there = 4 * sum(parts.values()), _memory()
-        if needed > there:
-            most = max(parts, key=lambda names: parts[names])
+        needed, available = 4 * sum(numbers.values()), _available_memory()
+        if needed > available:
+            largest = max(numbers, key=numbers.__getitem__)
+            fields = ", ".join(f"{name}={getattr(self, name)}" for name in largest.split())
             raise ValueError(
-                f"{', '.join(f'{name}={getattr(self, name)}' for name in most)}: the model needs "
-                f"{needed / 1e9:,.1f} GB and this machine has {there / 1e9:,.1f}; use smaller sizes"
+                f"{fields}: the model needs {needed / 1e9:,.1f} GB and this machine has "
+                f"{available / 1e9:,.1f}; use smaller sizes"
             )
 
     @property
@@ -258,11 +257,11 @@ class XFMConfig(BaseModel):
         return XFMConfig(**(self.model_dump() | changes))
 
     def resized(self, image_size: int | None) -> XFMConfig:
-        """Return a copy for another resolution, which hides no more patches than there are."""
+        """Return a copy for another resolution; `num_masking_patches` is limited to its patches."""
         if image_size in (None, self.image_size):
             return self
-        hidden = max(1, min(self.num_masking_patches, (image_size // self.patch_size) ** 2))
-        return self.replace(image_size=image_size, num_masking_patches=hidden)
+        masked = max(1, min(self.num_masking_patches, (image_size // self.patch_size) ** 2))
+        return self.replace(image_size=image_size, num_masking_patches=masked)
 
     @classmethod
     @explain_types
@@ -286,23 +285,23 @@ class XFMConfig(BaseModel):
         """Read the official description of a model.
 
         Args:
-            source: a mapping, or the path of a YAML or JSON file. Either the official training YAML (`image_res`,
-                `use_beit_v2`, `vision_config`, `text_encoder`, ...) or the flat form with `vision_width`, `text_width`,
-                ...
-            roberta: RoBERTa's `config.json` (mapping or path), for the YAML form. By default it is read from the folder
-                in `text_encoder`; if that folder is missing and called `roberta-base`, the published sizes are used.
+            source: a mapping, or the path of a YAML or JSON file: the official training YAML
+                (`image_res`, `use_beit_v2`, `vision_config`, `text_encoder`, ...) or the flat form with
+                `vision_width`, `text_width`, ...
+            roberta: RoBERTa's `config.json` (mapping or path), for the YAML form. By default it is read
+                from the folder in `text_encoder`; if that folder is missing and called `roberta-base`,
+                the published sizes are used.
             overrides: fields of this class that take precedence.
         """
-        base = Path.cwd()
+        folder = Path.cwd()
         if not isinstance(source, dict):
-            base = Path(source).resolve().parent
+            folder = Path(source).resolve().parent
             source = _read_mapping(Path(source))
         try:
-            fields = (
-                _from_flat(source)
-                if "text_width" in source
-                else _from_training_yaml(source, roberta, base)
-            )
+            if "text_width" in source:
+                fields = _read_flat(source)
+            else:
+                fields = _read_training_yaml(source, roberta, folder)
         except ConfigError:
             raise
         except (TypeError, ValueError) as error:
@@ -317,10 +316,10 @@ class XFMConfig(BaseModel):
     def load(cls, path: str | Path) -> XFMConfig:
         """Read a `config.json` written by `save_pretrained`."""
         values = _read_mapping(Path(path))
-        kind = values.pop("model_type", MODEL_TYPE)
-        if kind != MODEL_TYPE:
+        model_type = values.pop("model_type", MODEL_TYPE)
+        if model_type != MODEL_TYPE:
             raise ConfigError(
-                f"{path} has model_type {kind!r}, not {MODEL_TYPE!r}; give a folder written by save_pretrained"
+                f"{path} has model_type {model_type!r}, not {MODEL_TYPE!r}; give a folder written by save_pretrained"
             )
         return cls(**values)
 
@@ -330,34 +329,33 @@ class XFMConfig(BaseModel):
 
 
 @cache
-def _memory() -> int:
-    """Memory available to this process, in bytes."""
-    found = [psutil.virtual_memory().total]
+def _available_memory() -> int:
+    """Return the memory available to this process, in bytes."""
+    total = psutil.virtual_memory().total
     with suppress(OSError, ValueError):
         # The container's limit, or "max".
-        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(found)
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total
 
 
 def _explain(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
+        field = ".".join(map(str, problem["loc"]))
         message = advice(problem)
-        if not where:
+        if not field:
             lines.append(message)
         elif problem["type"] == "extra_forbidden":
-            lines.append(
-                f"{where} is not a field of XFMConfig (fields: {', '.join(sorted(XFMConfig.model_fields))})"
-            )
+            names = ", ".join(sorted(XFMConfig.model_fields))
+            lines.append(f"{field} is not a field of XFMConfig (fields: {names})")
         else:
-            lines.append(f"{where}={problem['input']!r}: {message}")
+            lines.append(f"{field}={problem['input']!r}: {message}")
     return "; ".join(lines)
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        # YAML reads JSON too, but takes 1e-06 for a string; the suffix decides.
+        # YAML reads JSON too, but reads 1e-06 as a string; the suffix decides.
         text = read_bytes(path, MOST_YAML_BYTES)
         value = parse_json(text) if path.suffix == ".json" else parse_yaml(text)
     except OSError as error:
@@ -372,8 +370,9 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"configuration {path} is a {type(value).__name__}; give a mapping of names to values"
         )
-    if other := [name for name in value if not isinstance(name, str)]:
-        raise ConfigError(f"configuration {path} has the key {other[0]!r}; keys must be strings")
+    for name in value:
+        if not isinstance(name, str):
+            raise ConfigError(f"configuration {path} has the key {name!r}; keys must be strings")
     return value
 
 
@@ -399,6 +398,20 @@ def _check_fusion_split(source: dict[str, Any], text_layers: int) -> None:
         )
 
 
+_ROBERTA_KEYS = {
+    "hidden_size": "text_width",
+    "num_attention_heads": "text_heads",
+    "intermediate_size": "text_intermediate",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_positions",
+    "type_vocab_size": "type_vocab_size",
+    "layer_norm_eps": "text_layer_norm_eps",
+    "pad_token_id": "pad_token_id",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "hidden_dropout_prob": "hidden_dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+}
 _SHARED_KEYS = {
     "embed_dim": "embed_dim",
     "temp": "temperature",
@@ -414,55 +427,66 @@ _SHARED_KEYS = {
 }
 
 
+# Keys of the flat form that differ from ours, and keys that it may omit.
+_FLAT_KEYS = {"image_size": "image_res", "vocab_size": "vocab", "max_positions": "max_pos"}
+_OPTIONAL_FLAT_KEYS = {
+    "layer_scale_init": "init_values",
+    "head_layer_norm_eps": "head_mlp_layer_norm_eps",
+}
+
+
 def _shared_fields(source: dict[str, Any]) -> dict[str, Any]:
-    fields = {ours: source[theirs] for theirs, ours in _SHARED_KEYS.items() if theirs in source}
-    # YAML 1.1 reads "1e-3" as a string.
-    return {
-        name: float(value) if isinstance(value, str) else value for name, value in fields.items()
-    }
+    fields = {}
+    for key, name in _SHARED_KEYS.items():
+        if key in source:
+            value = source[key]
+            # YAML 1.1 reads "1e-3" as a string.
+            fields[name] = float(value) if isinstance(value, str) else value
+    return fields
 
 
-def _from_flat(source: dict[str, Any]) -> dict[str, Any]:
-    fields = _shared_fields(source) | {
-        "image_size": _require(source, "image_res"),
-        "patch_size": _require(source, "patch_size"),
-        "text_intermediate": _require(source, "text_intermediate"),
-        "vocab_size": _require(source, "vocab"),
-        "max_positions": _require(source, "max_pos"),
-    }
+def _read_flat(source: dict[str, Any]) -> dict[str, Any]:
+    fields = _shared_fields(source)
     for name in (
+        "image_size",
+        "patch_size",
         "vision_width",
         "vision_depth",
         "vision_heads",
         "text_width",
         "text_layers",
         "text_heads",
+        "text_intermediate",
         "fusion_layers",
+        "vocab_size",
+        "max_positions",
     ):
-        fields[name] = _require(source, name)
-    optional = {
-        "vision_mlp_ratio": "vision_mlp_ratio",
-        "init_values": "layer_scale_init",
-        "vision_layer_norm_eps": "vision_layer_norm_eps",
-        "text_layer_norm_eps": "text_layer_norm_eps",
-        "head_mlp_layer_norm_eps": "head_layer_norm_eps",
-        "type_vocab_size": "type_vocab_size",
-        "pad_token_id": "pad_token_id",
-        "bos_token_id": "bos_token_id",
-        "eos_token_id": "eos_token_id",
-    }
-    fields |= {ours: source[theirs] for theirs, ours in optional.items() if theirs in source}
+        fields[name] = _require(source, _FLAT_KEYS.get(name, name))
+    for name in (
+        "vision_mlp_ratio",
+        "layer_scale_init",
+        "vision_layer_norm_eps",
+        "text_layer_norm_eps",
+        "head_layer_norm_eps",
+        "type_vocab_size",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+    ):
+        key = _OPTIONAL_FLAT_KEYS.get(name, name)
+        if key in source:
+            fields[name] = source[key]
     _check_fusion_split(source, fields["text_layers"])
     return fields
 
 
-def _from_training_yaml(
-    source: dict[str, Any], roberta: dict[str, Any] | str | Path | None, base: Path
+def _read_training_yaml(
+    source: dict[str, Any], roberta: dict[str, Any] | str | Path | None, folder: Path
 ) -> dict[str, Any]:
-    for other in ("use_clip_vit", "use_swin"):
-        if source.get(other):
+    for option in ("use_clip_vit", "use_swin"):
+        if source.get(option):
             raise ConfigError(
-                f"{other}=True selects another vision encoder; xfm-fast builds BEiT-v2: set use_beit_v2"
+                f"{option}=True selects another vision encoder; xfm-fast builds BEiT-v2: set use_beit_v2"
             )
     if not source.get("use_beit_v2"):
         raise ConfigError("use_beit_v2 is not set; xfm-fast builds the BEiT-v2 vision encoder only")
@@ -472,45 +496,33 @@ def _from_training_yaml(
         raise ConfigError(
             f"vision_config={vision_config!r} names neither a base nor a large BEiT-v2"
         )
-    text = _roberta_config(roberta, str(_require(source, "text_encoder")), base)
+    text = _read_roberta(roberta, str(_require(source, "text_encoder")), folder)
     # Image classification runs without text, and GLUE without fusion layers: 0 is a legal number of layers.
     text_layers = source.get("text_num_hidden_layers", 12)
     _check_fusion_split(source, text_layers)
-    return (
-        _shared_fields(source)
-        | _BEIT_SIZES[size]
-        | {
-            "image_size": _require(source, "image_res"),
-            "patch_size": _require(source, "patch_size"),
-            "text_width": text["hidden_size"],
-            "text_heads": text["num_attention_heads"],
-            "text_intermediate": text["intermediate_size"],
-            "vocab_size": text["vocab_size"],
-            "max_positions": text["max_position_embeddings"],
-            "type_vocab_size": text["type_vocab_size"],
-            "text_layer_norm_eps": text["layer_norm_eps"],
-            "pad_token_id": text["pad_token_id"],
-            "bos_token_id": text["bos_token_id"],
-            "eos_token_id": text["eos_token_id"],
-            "hidden_dropout": text["hidden_dropout_prob"],
-            "attention_dropout": text["attention_probs_dropout_prob"],
-            "text_layers": text_layers,
-            "fusion_layers": _require(source, "fusion_num_hidden_layers"),
-        }
-    )
+    fields = _shared_fields(source) | _BEIT_SIZES[size]
+    for key, name in _ROBERTA_KEYS.items():
+        fields[name] = text[key]
+    return fields | {
+        "image_size": _require(source, "image_res"),
+        "patch_size": _require(source, "patch_size"),
+        "text_layers": text_layers,
+        "fusion_layers": _require(source, "fusion_num_hidden_layers"),
+    }
 
 
-def _roberta_config(
-    given: dict[str, Any] | str | Path | None, text_encoder: str, base: Path
+def _read_roberta(
+    source: dict[str, Any] | str | Path | None, text_encoder: str, folder: Path
 ) -> dict[str, Any]:
-    if isinstance(given, dict):
-        return _ROBERTA_BASE | given
-    if given is not None:
-        path = Path(given)
+    """Read RoBERTa's configuration from `source`, or else from the folder `text_encoder`."""
+    if isinstance(source, dict):
+        return _ROBERTA_BASE | source
+    if source is not None:
+        path = Path(source)
         return _ROBERTA_BASE | _read_mapping(path / "config.json" if path.is_dir() else path)
-    for folder in (base / text_encoder, Path(text_encoder)):
-        if (folder / "config.json").is_file():
-            return _ROBERTA_BASE | _read_mapping(folder / "config.json")
+    for path in (folder / text_encoder / "config.json", Path(text_encoder) / "config.json"):
+        if path.is_file():
+            return _ROBERTA_BASE | _read_mapping(path)
     if Path(text_encoder).name == "roberta-base":
         return dict(_ROBERTA_BASE)
     raise ConfigError(

@@ -1,4 +1,4 @@
-"""Errors of the public API. Each message names the thing, its value and the remedy.
+"""Errors of the public API, whose messages name the thing, its value and the remedy.
 
 The command line prints an `XFMError` in one line and exits with code 2; a bug exits with code 70.
 """
@@ -54,7 +54,7 @@ class ExportError(XFMError, RuntimeError):
 
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """Around imports of an optional package: the error of a missing one names the extra that installs it."""
+    """Convert the error of a missing optional package to one that names the extra to install."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -64,9 +64,10 @@ def needs(extra: str) -> Iterator[None]:
 
 
 def explain_types(function: F) -> F:
-    """Decorator: where an argument of a wrong type causes an exception, raise an `InputError` that names it.
+    """Decorate a function to raise an `InputError` that names the argument whose type caused an exception.
 
-    Annotations are compared with the arguments only after an exception: a correct call pays for one `try`.
+    Annotations are compared with the arguments only after an exception: a correct call pays for one
+    `try`.
     """
 
     @functools.wraps(function)
@@ -87,7 +88,7 @@ def explain_types(function: F) -> F:
 def wrong_argument(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str | None:
-    """Describe the first argument whose value does not fit its annotation; None if all fit or cannot be checked."""
+    """Describe the first argument that does not fit its annotation; None if all fit or cannot be checked."""
     from pydantic import TypeAdapter, ValidationError
 
     signature, names = inspect.signature(function), vars(sys.modules[function.__module__])
@@ -101,14 +102,13 @@ def wrong_argument(
             continue
         try:
             hint = get_type_hints(SimpleNamespace(__annotations__={name: annotation}), names)[name]
-            # Within a tuple, for a model has its own configuration.
-            one: Any = tuple.__class_getitem__(hint)
-            TypeAdapter(one, config={"arbitrary_types_allowed": True}).validate_python(
-                (value,), strict=True
-            )
+            # Within a tuple, since pydantic refuses a configuration beside that of a model.
+            wrapped: Any = tuple.__class_getitem__(hint)
+            adapter = TypeAdapter(wrapped, config={"arbitrary_types_allowed": True})
+            adapter.validate_python((value,), strict=True)
         except ValidationError:
-            shown = (repr(value).splitlines() or [""])[0][:60]
-            return f"{name} is {shown} ({type(value).__name__}); give {annotation}"
+            line = (repr(value).splitlines() or [""])[0][:60]
+            return f"{name} is {line} ({type(value).__name__}); give {annotation}"
         except Exception:
             # The annotation is imported for type checkers only, or pydantic cannot check it.
             continue

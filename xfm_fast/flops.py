@@ -1,8 +1,8 @@
 """Exact FLOP counts of X-FM's GEMMs, for reports and utilisation figures.
 
-A GEMM of `[M, K]` with `[K, N]` counts 2·M·N·K, the two GEMMs of attention included; elementwise work (norms, softmax,
-GELU, biases) does not count, nor does tile padding of an implementation. `lengths` are tokens per sequence, with or
-without padding: `[40] * 64` is the cost of 64 captions padded to 40.
+A GEMM of `[M, K]` with `[K, N]` counts 2·M·N·K, the two GEMMs of attention included; elementwise work
+(norms, softmax, GELU, biases) does not count, nor does tile padding of an implementation. `lengths` are
+tokens per sequence, with or without padding: `[40] * 64` is the cost of 64 captions padded to 40.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Count:
     def total(self) -> int:
         return self.linear + self.attention
 
-    def __add__(self, other: Count) -> Count:
-        return Count(self.linear + other.linear, self.attention + other.attention)
+    def __add__(self, term: Count) -> Count:
+        return Count(self.linear + term.linear, self.attention + term.attention)
 
-    def __sub__(self, other: Count) -> Count:
-        return Count(self.linear - other.linear, self.attention - other.attention)
+    def __sub__(self, term: Count) -> Count:
+        return Count(self.linear - term.linear, self.attention - term.attention)
 
     def __mul__(self, times: int) -> Count:
         return Count(self.linear * times, self.attention * times)
@@ -41,12 +41,12 @@ class Count:
 
 
 def linear(rows: int, inputs: int, outputs: int) -> Count:
-    """One linear layer on `rows` tokens."""
+    """Count one linear layer on `rows` tokens."""
     return Count(linear=2 * rows * inputs * outputs)
 
 
 def image_encoder(config: XFMConfig, images: int) -> Count:
-    """Vision encoder: pixels to embeddings."""
+    """Count the vision encoder."""
     tokens, width = config.num_image_tokens, config.vision_width
     hidden = int(width * config.vision_mlp_ratio)
     block = linear(tokens, width, 4 * width + 2 * hidden) + Count(attention=4 * tokens**2 * width)
@@ -55,7 +55,7 @@ def image_encoder(config: XFMConfig, images: int) -> Count:
 
 
 def text_encoder(config: XFMConfig, lengths: Lengths, *, first_token_only: bool = False) -> Count:
-    """Language encoder; with `first_token_only` the last layer computes only token 0 of each sequence."""
+    """Count the language encoder; with `first_token_only` its last layer computes only token 0."""
     sizes = _sizes(lengths)
     layer = _self_attention(config, sizes) + _feed_forward(config, sum(sizes))
     if not first_token_only or not config.text_layers:
@@ -65,33 +65,31 @@ def text_encoder(config: XFMConfig, lengths: Lengths, *, first_token_only: bool 
 
 
 def contrastive_features(config: XFMConfig, images: int, texts: int) -> Count:
-    """Projections into the contrastive space."""
+    """Count the projections into the contrastive space."""
     embed = config.embed_dim
     return linear(images, config.vision_width, embed) + linear(texts, config.text_width, embed)
 
 
 def matching_head(config: XFMConfig, texts: int) -> Count:
-    """Matching head: fused token 0 to two logits."""
+    """Count the matching head: fused token 0 to two logits."""
     width = config.text_width
     return linear(texts, width, 2 * width) + linear(texts, 2 * width, 2)
 
 
 def image_memory(config: XFMConfig, images: int, image_tokens: int | None = None) -> Count:
-    """Keys and values of every fusion layer."""
-    tokens = config.num_image_tokens if image_tokens is None else image_tokens
-    return config.fusion_layers * linear(
-        images * tokens, config.vision_width, 2 * config.text_width
-    )
+    """Count the keys and values of every fusion layer."""
+    tokens = images * (image_tokens or config.num_image_tokens)
+    return config.fusion_layers * linear(tokens, config.vision_width, 2 * config.text_width)
 
 
 def image_memory_values(config: XFMConfig, image_tokens: int | None = None) -> int:
-    """Elements in the memory of one image."""
-    tokens = config.num_image_tokens if image_tokens is None else image_tokens
+    """Count the elements in the memory of one image."""
+    tokens = image_tokens or config.num_image_tokens
     return config.fusion_layers * tokens * 2 * config.text_width
 
 
 def first_self_attention(config: XFMConfig, lengths: Lengths) -> Count:
-    """Self-attention of the first fusion layer, shared by all images of a text."""
+    """Count the self-attention of the first fusion layer, shared by all images of a text."""
     return _self_attention(config, _sizes(lengths))
 
 
@@ -104,20 +102,22 @@ def fusion(
     reads: Lengths | None = None,
     self_attended: bool = False,
 ) -> Count:
-    """Fusion encoder on sequences with the memory of their image.
+    """Count the fusion encoder on sequences with the memory of their image.
 
-    `reads` are the tokens per sequence that the last layer computes (default: all; token 0 with `first_token_only`);
-    `self_attended` leaves out `first_self_attention`.
+    `reads` are the tokens per sequence that the last layer computes (default: all; token 0 with
+    `first_token_only`); `self_attended` leaves out `first_self_attention`.
     """
-    memory = config.num_image_tokens if image_tokens is None else image_tokens
+    memory = image_tokens or config.num_image_tokens
     sizes = _sizes(lengths)
-    last = [1] * len(sizes) if first_token_only else sizes if reads is None else _sizes(reads)
+    last_reads = sizes if reads is None else _sizes(reads)
+    if first_token_only:
+        last_reads = [1] * len(sizes)
     count = Count()
-    for number in range(config.fusion_layers):
-        read = last if number == config.fusion_layers - 1 else sizes
-        queries = sum(read)
-        if number or not self_attended:
-            count += _self_attention(config, sizes, read)
+    for layer in range(config.fusion_layers):
+        layer_reads = last_reads if layer == config.fusion_layers - 1 else sizes
+        queries = sum(layer_reads)
+        if layer or not self_attended:
+            count += _self_attention(config, sizes, layer_reads)
         count += linear(queries, config.text_width, 2 * config.text_width)
         count += Count(attention=4 * queries * memory * config.text_width)
         count += _feed_forward(config, queries)
@@ -127,79 +127,44 @@ def fusion(
 def official_fusion(
     config: XFMConfig, pairs: int, padded_length: int, image_tokens: int | None = None
 ) -> Count:
-    """Pairs as the official code scores them: padded, with keys and values of the image computed for every pair."""
+    """Count pairs as the official code scores them: padded, with the image's keys and values for every pair."""
     per_pair = image_memory(config, 1, image_tokens) + fusion(config, [padded_length], image_tokens)
     return pairs * (per_pair + matching_head(config, 1))
 
 
 def official_pairs(images: int, texts: int, k: int) -> int:
-    """Pairs scored by the official evaluation: k texts for every image, then k images for every text."""
+    """Count the pairs of the official evaluation: k texts for every image, then k images for every text."""
     return images * min(k, texts) + texts * min(k, images)
 
 
 def lm_head(config: XFMConfig, positions: int) -> Count:
-    """Hidden states to vocabulary logits."""
+    """Count the vocabulary head: hidden states to logits."""
     width = config.text_width
     return linear(positions, width, width) + linear(positions, width, config.vocab_size)
 
 
 def pretraining_step(config: XFMConfig, lengths: Lengths, masked: Lengths) -> Count:
-    """Minimal FLOPs of ITC, ITM, IMLM and MIM on B pairs, forward and backward.
+    """Count the least FLOPs of ITC, ITM, IMLM and MIM on B pairs, forward and backward.
 
-    The backward pass of a GEMM costs two more, one per operand. It is smaller where a gradient stops: masked captions
-    pass through the text encoder forward only, and neither pixels nor the text embeddings that enter the fusion encoder
-    get one. Keys and values are projected once per image, the first self-attention of the fusion encoder runs once per
-    text, and its last layer only on the tokens that a head reads. Recomputation does not count, and every caption
-    counts as drawn once as a negative. `lengths` and `masked` are tokens and prediction targets per caption.
+    The backward pass of a GEMM costs two more, one per operand. It is smaller where a gradient stops:
+    masked captions pass through the text encoder forward only, and neither pixels nor the text
+    embeddings that enter the fusion encoder get one. Keys and values are projected once per image, the
+    first self-attention of the fusion encoder runs once per text, and its last layer only on the tokens
+    that a head reads. Recomputation does not count, and every caption counts as drawn once as a
+    negative. `lengths` and `masked` are tokens and prediction targets per caption.
     """
     sizes, reads = _sizes(lengths), _sizes(masked)
-    pairs = len(sizes)
-    trained = _encoders_and_features(config, sizes)
-    trained += (
-        image_memory(config, pairs) + matching_head(config, 3 * pairs) + lm_head(config, sum(reads))
-    )
-    trained += 2 * first_self_attention(config, sizes) + fusion(
-        config, sizes, reads=reads, self_attended=True
-    )
+    pairs, tokens = len(sizes), sum(sizes)
+    trained = image_encoder(config, 2 * pairs) + text_encoder(config, sizes)
+    trained += contrastive_features(config, pairs, pairs) + linear(pairs, config.embed_dim, pairs)
+    trained += image_memory(config, pairs) + 2 * first_self_attention(config, sizes)
+    trained += fusion(config, sizes, reads=reads, self_attended=True)
     trained += fusion(config, 3 * sizes, first_token_only=True, self_attended=True)
-    return (
-        3 * trained
-        + text_encoder(config, sizes)
-        - _stopped_gradients(config, pairs, 2 * sum(sizes))
-    )
-
-
-def official_pretraining_step(
-    config: XFMConfig, pairs: int, padded_length: int, slots: int
-) -> Count:
-    """The same losses of B pairs as the official code computes them: padded, with an image memory for every pair.
-
-    `slots` are the positions per caption that reach the vocabulary, used or not.
-    """
-    sizes = [padded_length] * pairs
-    trained = _encoders_and_features(config, sizes) + lm_head(config, slots * pairs)
-    # Three of the four passes end in the matching head, one in the vocabulary.
-    trained += official_fusion(config, 4 * pairs, padded_length) - matching_head(config, pairs)
-    similarity_again = linear(pairs, config.embed_dim, pairs)
-    forward_only = text_encoder(config, sizes) + similarity_again
-    return 3 * trained + forward_only - _stopped_gradients(config, pairs, 4 * sum(sizes))
-
-
-def _encoders_and_features(config: XFMConfig, sizes: list[int]) -> Count:
-    """B images, whole and masked, and B captions with their features and similarities."""
-    pairs = len(sizes)
-    encoders = image_encoder(config, 2 * pairs) + text_encoder(config, sizes)
-    return (
-        encoders
-        + contrastive_features(config, pairs, pairs)
-        + linear(pairs, config.embed_dim, pairs)
-    )
-
-
-def _stopped_gradients(config: XFMConfig, images: int, tokens: int) -> Count:
-    """Unneeded input gradients: of pixels, whole and masked, and of text tokens in the fusion encoder."""
-    patches = linear(2 * images * config.num_patches, 3 * config.patch_size**2, config.vision_width)
-    return patches + linear(tokens, config.text_width, 3 * config.text_width)
+    trained += matching_head(config, 3 * pairs) + lm_head(config, sum(reads))
+    patches = 2 * pairs * config.num_patches
+    stopped = linear(patches, 3 * config.patch_size**2, config.vision_width)
+    stopped += linear(2 * tokens, config.text_width, 3 * config.text_width)
+    return 3 * trained + text_encoder(config, sizes) - stopped
 
 
 def _sizes(lengths: Lengths) -> list[int]:

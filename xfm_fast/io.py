@@ -1,7 +1,8 @@
 """Files: untrusted JSON and YAML within limits, atomic writes, and locks.
 
-Reading raises `OSError` or `ValueError` and no other error, in seconds and in memory of a few times the file's size;
-the caller converts either into an error of `xfm_fast.errors`. Writing raises `StorageError`.
+Reading takes seconds and a few times the file's size of memory, and raises only `OSError` or
+`ValueError`, which the caller converts into an error of `xfm_fast.errors`. Writing raises
+`StorageError`.
 """
 
 from __future__ import annotations
@@ -35,36 +36,37 @@ MOST_JSON_BYTES = 64 << 20
 # The parser is slow, and no configuration of a person is larger.
 MOST_YAML_BYTES = 1 << 20
 MOST_DEPTH = 64
-# A reference in YAML repeats what it refers to, so that a few lines can stand for more than any memory holds.
+# Aliases in YAML repeat their anchors: a few lines can expand to more than any memory holds.
 _MOST_VALUES = 1 << 24
 
 
-def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
-    """Read a regular file of at most `most` bytes; raises `OSError` (also for pipes and devices) or `ValueError`."""
+def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
+    """Read a regular file of at most `limit` bytes; raises `OSError` (also for pipes and devices) or `ValueError`."""
     with open_data(path) as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise ValueError(f"it has more than {most:,} bytes")
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"it has more than {limit:,} bytes")
     return content
 
 
 def open_data(path: str | os.PathLike[str]) -> BufferedReader:
-    """Open a regular file to read; every file that others may have written or replaced is opened here.
+    """Open a regular file that other processes may have written or replaced.
 
-    Raises `OSError` for pipes and devices, without waiting for their other end, and for a name with a NUL.
+    Raises `OSError` for pipes and devices, without waiting for their other end, and for a name with a
+    NUL.
     """
     return open(require_file(path), "rb", opener=_open_regular)
 
 
 def open_to_append(path: str | os.PathLike[str]) -> BufferedRandom:
-    """Open a regular file to append to and to read, made if it is missing; raises `OSError` as `open_data` does."""
+    """Open a regular file to append and read, or create it; raises `OSError` as `open_data` does."""
     if os.path.exists(path):
         require_file(path)
     return open(path, "a+b", opener=_open_regular)
 
 
 def require_file(path: str | os.PathLike[str]) -> Path:
-    """Return the path of a regular file; raises `OSError` for others: reading a pipe or a device may never end."""
+    """Return the path of a regular file; raises `OSError` for pipes and devices, whose reading may never end."""
     path = Path(path)
     try:
         _check_regular(path.stat(), path)
@@ -81,7 +83,7 @@ def _check_regular(status: os.stat_result, path: str | Path) -> None:
 def _open_regular(path: str, flags: int) -> int:
     handle = open_at_once(path, flags)
     try:
-        # Another file may have taken the name since it was looked at.
+        # Another file may have taken the name since the check.
         _check_regular(os.fstat(handle), path)
     except OSError:
         os.close(handle)
@@ -89,16 +91,16 @@ def _open_regular(path: str, flags: int) -> int:
     return handle
 
 
-def read_json(path: str | os.PathLike[str], *, most: int = MOST_JSON_BYTES) -> Any:
-    """Parse a UTF-8 JSON file of at most `most` bytes; raises `OSError`, or `ValueError` as `parse_json` does."""
-    return parse_json(read_bytes(path, most))
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Parse a UTF-8 JSON file of at most 64 MiB; raises `OSError`, or `ValueError` as `parse_json` does."""
+    return parse_json(read_bytes(path, MOST_JSON_BYTES))
 
 
 def parse_json(text: str | bytes) -> Any:
     """Parse a JSON text.
 
-    Raises `ValueError` for text that is not JSON (a `json.JSONDecodeError`) or not UTF-8, is nested more than 64 deep,
-    or holds a number of more than 64 bits or half of a surrogate pair.
+    Raises `ValueError` for text that is not JSON (a `json.JSONDecodeError`) or not UTF-8, is nested
+    more than 64 deep, or holds an integer of more than 64 bits or half of a surrogate pair.
     """
     try:
         value = json.loads(_decode(text))
@@ -111,8 +113,8 @@ def parse_json(text: str | bytes) -> Any:
 def parse_yaml(text: str | bytes) -> Any:
     """Parse a YAML text of at most 1 MiB into plain values.
 
-    Raises `yaml.YAMLError` for text that is not YAML, and `ValueError` as `parse_json` does, or for aliases that are
-    cyclic or expand to too many values.
+    Raises `yaml.YAMLError` for text that is not YAML, and `ValueError` as `parse_json` does, or for
+    aliases that are cyclic or expand to too many values.
     """
     if len(text) > MOST_YAML_BYTES:
         raise ValueError(f"it has more than {MOST_YAML_BYTES:,} bytes")
@@ -130,13 +132,13 @@ def parse_yaml(text: str | bytes) -> Any:
 
 
 def check_text(value: Any, text: str | bytes) -> None:
-    """Raise `ValueError` if the parsed value contains half of a surrogate pair, which cannot be written as UTF-8."""
+    """Raise `ValueError` if the parsed value contains half of a surrogate pair, which UTF-8 lacks."""
     # Only an escape can add a surrogate, and such escapes are rare.
-    if (
-        (b"\\ud" in text or b"\\uD" in text)
-        if isinstance(text, bytes)
-        else ("\\ud" in text or "\\uD" in text)
-    ):
+    if isinstance(text, bytes):
+        escaped = b"\\ud" in text or b"\\uD" in text
+    else:
+        escaped = "\\ud" in text or "\\uD" in text
+    if escaped:
         try:
             json.dumps(value, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:
@@ -144,22 +146,20 @@ def check_text(value: Any, text: str | bytes) -> None:
 
 
 def is_plain_name(name: str) -> bool:
-    """Return True for a plain file name: no path separators, and no name that an operating system refuses."""
-    return (
-        name not in ("", ".", "..")
-        and not set(name) & set("/\\\0")
-        and len(os.fsencode(name)) <= 255
-    )
+    """Return whether a file name has no path separators and is valid on every operating system."""
+    if name in ("", ".", "..") or set(name) & set("/\\\0"):
+        return False
+    return len(os.fsencode(name)) <= 255
 
 
 def advice(problem: Mapping[str, Any]) -> str:
-    """Rephrase one of pydantic's `ValidationError.errors()` as what to write; messages of our validators stay."""
-    kind, context = problem["type"], problem.get("ctx", {})
-    if kind in _ADVICE:
-        return _ADVICE[kind].format(**context)
-    for ending, sentence in _ADVICE_OF_KINDS.items():
-        if kind.endswith(ending) or kind.startswith(ending):
-            return sentence.format(**context)
+    """Rephrase one of pydantic's `ValidationError.errors()` as a remedy; messages of our validators stay."""
+    error = problem["type"]
+    if error in _ADVICE:
+        return _ADVICE[error].format(**problem.get("ctx", {}))
+    for prefix, sentence in _ADVICE_BY_TYPE.items():
+        if error.startswith(prefix):
+            return sentence
     return str(problem["msg"]).removeprefix("Value error, ")
 
 
@@ -179,7 +179,7 @@ _ADVICE = {
     "model_type": "give names with values",
     "none_required": "leave it out",
 }
-_ADVICE_OF_KINDS = {
+_ADVICE_BY_TYPE = {
     "int_": "use an integer",
     "float_": "use a number",
     "bool_": "use true or false",
@@ -202,9 +202,10 @@ def _decode(text: str | bytes) -> str:
 
 
 def _check(value: Any) -> None:
-    count, rest = 0, [(value, 1)]
-    while rest:
-        value, depth = rest.pop()
+    """Raise `ValueError` for nesting, integers, strings or numbers of values beyond the limits."""
+    count, pending = 0, [(value, 1)]
+    while pending:
+        value, depth = pending.pop()
         count += 1
         if isinstance(value, str):
             try:
@@ -214,11 +215,11 @@ def _check(value: Any) -> None:
         elif isinstance(value, int) and value.bit_length() > 64:
             raise ValueError("it contains an integer of more than 64 bits")
         elif isinstance(value, (dict, list, tuple, set)):
-            inside = [*value, *value.values()] if isinstance(value, dict) else list(value)
-            count += len(inside)
+            items = [*value, *value.values()] if isinstance(value, dict) else list(value)
+            count += len(items)
             if depth > MOST_DEPTH:
                 raise ValueError(f"it is nested more than {MOST_DEPTH} deep")
-            rest += [(each, depth + 1) for each in inside]
+            pending += [(item, depth + 1) for item in items]
         if count > _MOST_VALUES:
             raise ValueError(f"its aliases expand to more than {_MOST_VALUES:,} values")
 
@@ -230,9 +231,10 @@ def _surrogate_message(error: UnicodeEncodeError) -> str:
 def write_files(writers: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
     """Write several files atomically: each appears complete or not at all.
 
-    Every writer fills a temporary file next to its target, which is flushed to disk; renames follow when all have
-    succeeded. On failure the temporary files are removed; a killed process may leave one, named
-    `.<name>.<process>-<random>.tmp`. Devices and pipes are written directly. Raises `StorageError` with the path.
+    Every writer fills a temporary file next to its target, which is flushed to disk; renames follow
+    when all have succeeded. On failure the temporary files are removed; a killed process may leave
+    one, named `.<name>.<process>-<random>.tmp`. Devices and pipes are written directly. Raises
+    `StorageError` with the path.
     """
     finished: dict[Path, Path] = {}
     replaced: list[str] = []
@@ -259,9 +261,9 @@ def write_files(writers: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
         for folder in {path.parent for path in finished.values()}:
             sync_folder(folder)
     except OSError as error:
-        changed = (
-            f"{', '.join(replaced)} is already replaced" if replaced else "the files are unchanged"
-        )
+        changed = "the files are unchanged"
+        if replaced:
+            changed = f"{', '.join(replaced)} is already replaced"
         raise StorageError(
             f"{current} could not be written ({_reason(error)}); {changed}: free space or choose another folder"
         ) from error
@@ -275,7 +277,7 @@ def write_files(writers: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
 def storing(
     path: Path, remedy: str = "free space or choose another folder", *, action: str = "written"
 ) -> Iterator[None]:
-    """Convert an `OSError` in the block, which writes `path`, to `StorageError`; a `StorageError` passes as it is."""
+    """Convert an `OSError` of the block, which writes `path`, to a `StorageError`."""
     try:
         yield
     except StorageError:
@@ -285,19 +287,17 @@ def storing(
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder with its parents; failure raises `StorageError`."""
+    """Create a folder with its parents; failure raises `StorageError`."""
     with storing(folder, "choose another"):
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def write_bytes(contents: Mapping[Path, bytes | memoryview]) -> None:
-    """`write_files` for in-memory contents."""
-    write_files(
-        {
-            path: lambda file, content=content: file.write(content)
-            for path, content in contents.items()
-        }
-    )
+    """Write contents atomically, as `write_files`."""
+    writers = {}
+    for path, content in contents.items():
+        writers[path] = lambda file, content=content: file.write(content)
+    write_files(writers)
 
 
 _held: set[Path] = set()
@@ -308,36 +308,36 @@ _held_guard = threading.Lock()
 def hold(lock: Path, what: str) -> Iterator[None]:
     """Hold an exclusive lock file until the block or the process ends.
 
-    The file names its holder and is deleted with the block. Processes forked inside the block do not inherit the lock.
-    On file systems without locks the existence of the file is the lock; one left by a dead process on this machine is
-    reused. `what` names the locked thing in the message, such as `the run in runs/a`. Raises `StorageError` if it is
-    locked already or cannot be written.
+    The file names its holder and is deleted with the block. Processes forked inside the block do not
+    inherit the lock. On file systems without locks the existence of the file is the lock; one left by
+    a dead process on this machine is reused. `what` names the locked thing in the message, such as
+    `the run in runs/a`. Raises `StorageError` if it is locked already or cannot be written.
     """
-    me = {
+    holder = {
         "process": os.getpid(),
         "host": socket.gethostname(),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    made = not lock.parent.exists()
+    folder_is_new = not lock.parent.exists()
     with storing(lock, "choose another folder"):
         lock.parent.mkdir(parents=True, exist_ok=True)
         key = lock.parent.resolve() / lock.name
-        # The system's locks belong to the process, and are lost when it closes the file anywhere.
+        # Locks of the system belong to the process, and end when it closes any handle of the file.
         with _held_guard:
             if key in _held:
-                raise _lock_error(what, me)
+                raise _lock_error(what, holder)
             file = _acquire_lock(lock, what)
             _held.add(key)
     try:
         with suppress(OSError):
             os.truncate(file.fileno(), 0)
-            file.write(json.dumps(me).encode())
+            file.write(json.dumps(holder).encode())
         yield
     finally:
         with suppress(OSError):
             lock.unlink(missing_ok=True)
             # Do not leave an empty folder after an error.
-            if made:
+            if folder_is_new:
                 lock.parent.rmdir()
         with _held_guard:
             _held.discard(key)
@@ -357,9 +357,8 @@ def _acquire_lock(lock: Path, what: str) -> FileIO:
                 file.close()
                 raise _lock_error(what, holder) from None
             # A process on another machine may be alive; on this machine a dead one left the file.
-            if holder and (
-                holder.get("host") != socket.gethostname() or psutil.pid_exists(holder["process"])
-            ):
+            remote = holder.get("host") != socket.gethostname()
+            if holder and (remote or psutil.pid_exists(holder["process"])):
                 file.close()
                 raise _lock_error(what, holder) from None
         try:
@@ -374,22 +373,20 @@ def _acquire_lock(lock: Path, what: str) -> FileIO:
 def _read_holder(file: FileIO) -> dict[str, Any]:
     try:
         holder = parse_json(os.pread(file.fileno(), 1000, 0))
-        return holder if isinstance(holder, dict) and isinstance(holder.get("process"), int) else {}
     except (OSError, ValueError):
         return {}
+    return holder if isinstance(holder, dict) and isinstance(holder.get("process"), int) else {}
 
 
 def _lock_error(what: str, holder: Mapping[str, Any]) -> StorageError:
-    who = (
-        f"process {holder['process']} on {holder.get('host')} since {holder.get('since')}"
-        if holder
-        else "another"
-    )
+    who = "another"
+    if holder:
+        who = f"process {holder['process']} on {holder.get('host')} since {holder.get('since')}"
     return StorageError(f"{what} is in use by {who}; wait until it ends, or choose another folder")
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk: a rename survives a power cut only then."""
+    """Flush a folder's entries to disk, so that a rename survives a power cut."""
     # Some systems cannot open a folder.
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

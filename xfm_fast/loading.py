@@ -27,7 +27,7 @@ MANIFEST_FILE = "manifest.json"
 
 
 def local_path(name: str) -> Path:
-    """The path of a name, with `~` expanded where it is a home."""
+    """Return the path of a name, with `~` expanded."""
     return Path(os.path.expanduser(name))
 
 
@@ -36,8 +36,8 @@ class Weights:
     """The weights of a model.
 
     Attributes:
-        model: A run, a folder of save_pretrained, a name on the Hugging Face Hub, an official checkpoint file, or an
-            export.
+        model: A run, a folder of save_pretrained, a name on the Hugging Face Hub, an official checkpoint
+            file, or an export.
         random: Random weights of this size instead of a model, for a trial.
         config: Sizes of an official checkpoint file: the official YAML, a JSON, or base or tiny. [base]
         image_size: Interpolate position tables to this size. [the model's]
@@ -59,18 +59,23 @@ class Weights:
         if self.model is None:
             return f"random-{self.random}"
         path = local_path(self.model)
-        return path.resolve().name if path.is_dir() else path.stem if path.is_file() else self.model
+        if path.is_dir():
+            return path.resolve().name
+        return path.stem if path.is_file() else self.model
 
     @property
     def is_export(self) -> bool:
-        """True for a folder written by `xfm-fast export`."""
+        """Whether the model is a folder written by `xfm-fast export`."""
         return self.model is not None and (local_path(self.model) / MANIFEST_FILE).is_file()
 
     def check(self) -> None:
-        """Raise `InputError` unless the options name one model and fit its kind."""
-        if (self.model is None) == (self.random is None):
-            given = f"--model {self.model} and --random {self.random}" if self.model else "no model"
-            raise InputError(f"{given}; give either --model or --random")
+        """Raise `InputError` unless the options name one model and apply to it."""
+        if self.model is not None and self.random is not None:
+            raise InputError(
+                f"--model {self.model} and --random {self.random}; give either --model or --random"
+            )
+        if self.model is None and self.random is None:
+            raise InputError("no model; give either --model or --random")
         if self.config is not None and (self.model is None or not local_path(self.model).is_file()):
             raise InputError(
                 f"--config {self.config} gives the sizes of an official checkpoint file; leave it out"
@@ -81,7 +86,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Source(Weights):
-    """The model, and where it runs.
+    """A model and the device it runs on.
 
     Attributes:
         device: Device to run on. [a GPU if there is one]
@@ -97,12 +102,13 @@ class Source(Weights):
             raise InputError(f"{self.model} is an export, of one dtype; leave out --dtype")
 
     def choose_device(self) -> torch.device:
-        """The device of the options; raises `UnavailableError` for a GPU that is not there."""
+        """Return the device of the options; raises `UnavailableError` for a missing GPU."""
         import torch
 
-        if self.device == "cuda" and not torch.cuda.is_available():
+        has_gpu = torch.cuda.is_available()
+        if self.device == "cuda" and not has_gpu:
             raise UnavailableError("--device cuda, but PyTorch finds no GPU here; use cpu or auto")
-        return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if has_gpu and self.device != "cpu" else "cpu")
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,7 @@ def open_model(
         device: Replaces the device of the options.
 
     Raises:
-        InputError: The options name no model or two, or do not fit its kind.
+        InputError: The options name no model or two, or do not apply to it.
         CheckpointError: The source cannot be read.
         UnavailableError: It is for another task or lacks the heads; or the device or dtype is missing here.
     """
@@ -153,24 +159,24 @@ def open_model(
         raise InputError(
             f"{source.model} is an export; predict, serve, index and search run it: name the run it is of"
         )
-    place = source.choose_device() if device is None else torch.device(device)
+    target = source.choose_device() if device is None else torch.device(device)
     if source.model is None:
-        opened = _random(source)
-    elif (file := local_path(source.model)).is_file():
-        opened = _official(source, file)
+        opened = _open_random(source)
+    elif local_path(source.model).is_file():
+        opened = _open_official(source, local_path(source.model))
     else:
-        opened = _folder(source, tasks)
+        opened = _open_folder(source, tasks)
     model: XFM = opened.model
     if needs and not {*needs} & {*model.heads}:
         raise UnavailableError(
             f"{opened.name} has no {' or '.join(needs)} head (it has: {', '.join(model.heads) or 'none'}); "
             "use a pretrained model or one of retrieval"
         )
-    model.to(place).cast(PRECISIONS[source.dtype or "fp32"]).requires_grad_(False).eval()
+    model.to(target).cast(PRECISIONS[source.dtype or "fp32"]).requires_grad_(False).eval()
     return opened
 
 
-def _random(source: Source) -> Opened:
+def _open_random(source: Source) -> Opened:
     from xfm_fast.checkpoint import random_tensors, without_values
     from xfm_fast.config import XFMConfig
     from xfm_fast.data.shapes import VOCABULARY
@@ -178,21 +184,18 @@ def _random(source: Source) -> Opened:
     from xfm_fast.models.xfm import XFM
     from xfm_fast.tokenizer import CaptionTokenizer
 
-    words = CaptionTokenizer.train_on_texts([" ".join(VOCABULARY)], 1000)
+    tokenizer = CaptionTokenizer.train_on_texts([" ".join(VOCABULARY)], 1000)
     config = XFMConfig.preset(source.random or "tiny")
-    config = config.replace(vocab_size=max(config.vocab_size, words.vocab_size)).resized(
-        source.image_size
-    )
+    vocab_size = max(config.vocab_size, tokenizer.vocab_size)
+    config = config.replace(vocab_size=vocab_size).resized(source.image_size)
     with without_values():
         model = XFM(config)
     model.load_state_dict(random_tensors(model.state_dict()), assign=True)
-    model.tokenizer = (
-        words if source.tokenizer is None else read_tokenizer(source.tokenizer, config)
-    )
+    model.tokenizer = read_tokenizer(source.tokenizer or tokenizer, config)
     return Opened(model, source.label, f"random weights of preset {source.random}")
 
 
-def _official(source: Source, file: Path) -> Opened:
+def _open_official(source: Source, file: Path) -> Opened:
     from xfm_fast import checkpoint
     from xfm_fast.checkpoint.names import our_name
     from xfm_fast.models.xfm import XFM
@@ -207,7 +210,7 @@ def _official(source: Source, file: Path) -> Opened:
     return Opened(model, source.label, f"checkpoint {file.name}")
 
 
-def _folder(source: Source, tasks: Collection[str] | None) -> Opened:
+def _open_folder(source: Source, tasks: Collection[str] | None) -> Opened:
     from xfm_fast.finetuning.prediction import load
     from xfm_fast.models.hub import resolve
     from xfm_fast.models.xfm import XFM
@@ -215,36 +218,31 @@ def _folder(source: Source, tasks: Collection[str] | None) -> Opened:
     from xfm_fast.tasks.task import make_task, task_of
 
     assert source.model is not None
-    place = resolve(source.model)
-    options, task = task_of(place), None
+    folder = resolve(source.model)
+    options, task = task_of(folder), None
     if options is None:
-        model, origin = (
-            XFM.from_pretrained(place, tokenizer=source.tokenizer),
-            f"checkpoint {source.label}",
-        )
+        model = XFM.from_pretrained(folder, tokenizer=source.tokenizer)
+        origin = f"checkpoint {source.label}"
     elif tasks is not None and options.kind not in tasks:
         raise UnavailableError(
             f"{source.model} is fine-tuned for {options.kind}; give one of {', '.join(tasks)}"
         )
     elif source.tokenizer is not None:
-        raise InputError(f"{source.model} has a vocabulary of its own; leave out --tokenizer")
+        raise InputError(f"{source.model} has its vocabulary; leave out --tokenizer")
     else:
-        predictor = load(place)
-        model, task, origin = (
-            predictor.model,
-            predictor.task,
-            f"run {source.label} of the task {options.kind}",
-        )
+        predictor = load(folder)
+        model, task = predictor.model, predictor.task
+        origin = f"run {source.label} of the task {options.kind}"
         assert isinstance(model, XFM)
     if source.image_size not in (None, model.config.image_size):
         model.set_image_size(source.image_size)
         if task is not None:
             task = make_task(task.options, model.config, model.tokenizer)
-    return Opened(model, source.label, origin, task, rank_of(place))
+    return Opened(model, source.label, origin, task, rank_of(folder))
 
 
 def official_sizes(config: str | None) -> XFMConfig:
-    """The configuration that `--config` names: a preset, or the file of an official YAML or a JSON."""
+    """Return the configuration that `--config` names: a preset, or an official YAML or JSON file."""
     from xfm_fast.config import XFMConfig
 
     if config in (None, "base", "tiny"):
@@ -253,7 +251,7 @@ def official_sizes(config: str | None) -> XFMConfig:
 
 
 def open_session(source: Source, runtime: str = "auto") -> Opened:
-    """Load an export; raises `ExportError` where it is damaged or cannot run here."""
+    """Load an export; raises `ExportError` if it is damaged or cannot run here."""
     from xfm_fast.errors import ExportError
     from xfm_fast.export.session import Session
     from xfm_fast.models.processor import read_tokenizer
@@ -262,14 +260,16 @@ def open_session(source: Source, runtime: str = "auto") -> Opened:
     source.check()
     folder = local_path(source.model or "")
     if not source.is_export:
-        raise ExportError(f"{folder} is no export: it has no {MANIFEST_FILE}")
+        raise ExportError(
+            f"{folder} is not an export: it lacks {MANIFEST_FILE}; give the folder of one"
+        )
     session = Session.load(folder, runtime, None if source.device == "auto" else source.device)
     if source.tokenizer is not None:
         session.processor.tokenizer = read_tokenizer(source.tokenizer, session.config)
-    tokenizer, trained_with = session.processor.tokenizer, session.manifest.tokenizer_sha256
-    if tokenizer is not None and trained_with not in (None, tokenizer.sha256()):
+    tokenizer, exported = session.processor.tokenizer, session.manifest.tokenizer_sha256
+    if tokenizer is not None and exported not in (None, tokenizer.sha256()):
         raise InputError(
-            f"the vocabulary in {tokenizer.origin} has sha256 {tokenizer.sha256()[:16]}… and the export was made with "
-            f"{trained_with[:16]}…; give the one that the model was trained with"
+            f"the vocabulary in {tokenizer.origin} has sha256 {tokenizer.sha256()[:16]}… and that of the export "
+            f"{exported[:16]}…; give the one that the model was trained with"
         )
     return Opened(session, source.label, session.manifest.source, rank=rank_of(folder))

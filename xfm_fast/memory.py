@@ -20,7 +20,7 @@ from xfm_fast.errors import DataError, StorageError
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process."""
+    """Return the resident memory of this process."""
     return psutil.Process().memory_info().rss
 
 
@@ -33,8 +33,8 @@ def release_freed_memory() -> None:
 class PeakMemory:
     """Context manager that measures peak resident memory: `start` and `peak` in bytes.
 
-    On Linux the kernel's high-water mark is reset and read; elsewhere a thread samples every few milliseconds and can
-    miss a short peak. `method` names which one was used.
+    On Linux the high-water mark of the kernel is reset and read; elsewhere a thread samples every few
+    milliseconds and can miss a short peak. `method` names the one used.
     """
 
     def __enter__(self) -> Self:
@@ -56,7 +56,7 @@ class PeakMemory:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
@@ -65,16 +65,16 @@ class PeakMemory:
             self._thread.join()
             self.peak = max(self.peak, resident_bytes())
         else:
-            marks = re.findall(
-                r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE
-            )
+            status = Path("/proc/self/status").read_text()
+            marks = re.findall(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
             self.peak = max([self.start, *(int(mark) * 1024 for mark in marks)])
 
 
 def create_mapped(path: str | Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Create a file-backed tensor of zeros; writes reach the file.
 
-    Disk space is reserved first, so a full disk raises `StorageError` here instead of a bus error at a later write.
+    Disk space is reserved first, so a full disk raises `StorageError` here instead of a bus error at
+    a later write.
     """
     path = Path(path)
     size = math.prod(shape) * dtype.itemsize
@@ -97,8 +97,8 @@ def open_mapped(path: str | Path, shape: tuple[int, ...], dtype: torch.dtype) ->
     expected = math.prod(shape) * dtype.itemsize
     size = path.stat().st_size if path.is_file() else None
     if size != expected:
-        found = "is missing" if size is None else f"has {size} bytes"
-        raise DataError(f"{path} {found}; {[*shape]} {dtype} takes {expected}: write it again")
+        fault = "is missing" if size is None else f"has {size} bytes"
+        raise DataError(f"{path} {fault}; {[*shape]} {dtype} takes {expected}: write it again")
     if not expected:
         return torch.empty(shape, dtype=dtype)
     return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)

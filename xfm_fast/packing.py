@@ -23,11 +23,11 @@ class Sequences:
 
     @classmethod
     def from_lengths(cls, lengths: Tensor, longest: int | None = None) -> Sequences:
-        """Sequences of the lengths `[P]`; `longest` is an upper bound, where the host knows one."""
+        """Lay out sequences of lengths `[P]`; `longest` is an upper bound, if the host knows one."""
         return cls(cu_seqlens=offsets(lengths), max_seqlen=longest)
 
     def repeated(self, times: int) -> Sequences:
-        """The layout of `times` concatenated copies."""
+        """Lay out `times` concatenated copies."""
         copies = self.cu_seqlens.diff().repeat(times)
         mask = None if self.key_mask is None else self.key_mask.repeat(times)
         return Sequences(cu_seqlens=offsets(copies), key_mask=mask, max_seqlen=self.max_seqlen)
@@ -57,21 +57,19 @@ class Reads(Sequences):
 
     @classmethod
     def first_tokens(cls, sequences: Sequences) -> Reads:
-        """Token 0 of every sequence."""
-        cu = sequences.cu_seqlens
-        ones = torch.arange(cu.shape[0], dtype=cu.dtype, device=cu.device)
-        return cls(cu_seqlens=ones, max_seqlen=1, rows=cu[:-1])
+        """Read token 0 of every sequence."""
+        starts = sequences.cu_seqlens
+        one_each = torch.arange(starts.shape[0], dtype=starts.dtype, device=starts.device)
+        return cls(cu_seqlens=one_each, max_seqlen=1, rows=starts[:-1])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packing(Sequences):
-    """Positions of the packed tokens in a padded batch `[P, L]`. `pack` and `unpad` move data."""
+    """Positions of the packed tokens in a padded batch `[P, L]`."""
 
     positions: Tensor  # [T] flat positions in the padded batch, in packed order
     shape: tuple[int, int]  # (P, L) of the padded batch
-    order: Tensor | None = (
-        None  # [P] index of the sequence at each packed position; None for the original order
-    )
+    order: Tensor | None = None  # [P] original index of the packed sequences; None: unchanged
     whole: bool = False  # True without padding: nothing moves
 
     @classmethod
@@ -85,67 +83,60 @@ class Packing(Sequences):
     ) -> Packing:
         """Pack the tokens whose mask `[P, L]` is non-zero, in any pattern, with the sequences in `order` `[P]`.
 
-        `keep_padding` packs padding tokens too, as queries that no query attends to (only the official VQA decoder
-        reads them). `lengths` are the real tokens per sequence, where the host knows them: then a GPU is not
-        synchronised, and only their number and sum are checked. Raises `InputError` for lengths that do not fit the
-        mask.
+        `keep_padding` packs padding tokens too, as queries that no query attends to (only the official
+        VQA decoder reads them). `lengths` are the real tokens per sequence, if the host knows them:
+        then a GPU is not synchronised, and only their number and sum are checked. Raises `InputError`
+        for lengths that do not fit the mask.
         """
         mask = attention_mask.bool()
-        rows = mask if order is None else mask[order]
-        texts, length = rows.shape
+        real = mask if order is None else mask[order]
+        texts, length = real.shape
         if lengths is not None and (
             len(lengths) != texts or any(not 0 <= n <= length for n in lengths)
         ):
             raise InputError(
                 f"lengths are {[*lengths]}; they must be {texts} numbers from 0 to {length}"
             )
-        kept = torch.ones_like(rows) if keep_padding else rows
-        longest = None
+        packed = torch.ones_like(real) if keep_padding else real
+        longest = None if lengths is None else max(lengths, default=0)
         if keep_padding:
-            positions, longest = torch.arange(texts * length, device=rows.device), length
-        elif lengths is None or on_host(kept):
-            positions = (
-                host.true_places(kept) if on_host(kept) else kept.flatten().nonzero().flatten()
-            )
+            positions, longest = torch.arange(texts * length, device=real.device), length
+        elif on_host(real):
+            positions = host.true_places(real)
             if lengths is not None and sum(lengths) != len(positions):
                 raise InputError(
                     f"lengths add up to {sum(lengths)}; the mask shows {len(positions)} tokens"
                 )
+        elif lengths is None:
+            positions = real.flatten().nonzero().flatten()
         else:
             # Unlike `nonzero`, sorting does not synchronise for the number of tokens.
-            positions = (
-                kept.flatten().to(torch.uint8).argsort(descending=True, stable=True)[: sum(lengths)]
-            )
-        if lengths is not None and not keep_padding:
-            longest = max(lengths, default=0)
+            flags = real.flatten().to(torch.uint8)
+            positions = flags.argsort(descending=True, stable=True)[: sum(lengths)]
         if order is not None:
             positions = order[positions // length] * length + positions % length
         return cls(
             positions=positions,
-            cu_seqlens=offsets(kept.sum(1)),
+            cu_seqlens=offsets(packed.sum(1)),
             shape=(texts, length),
             order=order,
-            key_mask=rows.flatten() if keep_padding else None,
+            key_mask=real.flatten() if keep_padding else None,
             max_seqlen=longest,
         )
 
     def to(self, device: torch.device) -> Packing:
         """Move the layout to another device."""
-        moved = {
-            name: value.to(device)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
+        fields = vars(self).items()
+        moved = {name: value.to(device) for name, value in fields if isinstance(value, Tensor)}
         return replace(self, **moved)
 
     def pack(self, padded: Tensor) -> Tensor:
-        """`[P, L, ...]` → `[T, ...]`."""
-        if self.whole:
-            return padded.flatten(0, 1)
-        return padded.flatten(0, 1).index_select(0, self.positions)
+        """Pack `[P, L, ...]` to `[T, ...]`."""
+        tokens = padded.flatten(0, 1)
+        return tokens if self.whole else tokens.index_select(0, self.positions)
 
     def unpad(self, packed: Tensor) -> Tensor:
-        """`[T, ...]` → `[P, L, ...]`, zeros at padding: the inverse of `pack`."""
+        """Invert `pack`: `[T, ...]` → `[P, L, ...]`, zeros at padding."""
         texts, length = self.shape
         if self.whole:
             return packed.view(texts, length, *packed.shape[1:])
@@ -164,37 +155,34 @@ class ImageGroups:
     """Sequences grouped by image: the texts of an image form one long query sequence in cross-attention."""
 
     cu_texts: Tensor  # [B + 1] offsets of the images in the ordered sequences
-    order: Tensor | None = (
-        None  # [P] permutation that groups the sequences; None if they are grouped already
-    )
+    order: Tensor | None = None  # [P] permutation that groups the sequences; None if grouped
 
     @classmethod
     def from_index(
         cls, image_index: Tensor, images: int, device: torch.device | None = None
     ) -> ImageGroups:
-        """Group P texts by image: `image_index` `[P]` integers below `images`, on the host to avoid a synchronisation.
+        """Group P texts by image: `image_index` `[P]` integers below `images`.
 
-        `device` is where the texts are, by default the device of the index.
+        An index on the host avoids a synchronisation. `device` is that of the texts, by default that
+        of the index.
         """
         index = image_index.long()
         if index.is_cpu and device is not None and device.type != "cpu":
             groups = cls.from_index(index, images)
             order = None if groups.order is None else groups.order.to(device, non_blocking=True)
             return cls(groups.cu_texts.to(device, non_blocking=True), order)
-        order = (
-            None
-            if index.numel() < 2 or bool((index.diff() >= 0).all())
-            else index.argsort(stable=True)
-        )
+        order = None
+        if index.numel() > 1 and not bool((index.diff() >= 0).all()):
+            order = index.argsort(stable=True)
         return cls(offsets(torch.bincount(index, minlength=images)), order)
 
     def token_offsets(self, cu_seqlens: Tensor) -> Tensor:
-        """`[B + 1]` offsets of the images in the packed tokens, from the offsets of the sequences."""
+        """Return the offsets `[B + 1]` of the images in the packed tokens."""
         return cu_seqlens.index_select(0, self.cu_texts)
 
 
 def offsets(lengths: Tensor) -> Tensor:
-    """`[S]` lengths → `[S + 1]` int32 offsets."""
+    """Return the int32 offsets `[S + 1]` of sequences of lengths `[S]`."""
     cumulative = torch.zeros(lengths.shape[0] + 1, dtype=torch.int32, device=lengths.device)
     torch.cumsum(lengths, 0, dtype=torch.int32, out=cumulative[1:])
     return cumulative
@@ -205,12 +193,11 @@ def ragged_rows(starts: Tensor, lengths: Tensor, total: int | None = None) -> Te
 
     `total`, the sum of the lengths, avoids a synchronisation on an accelerator.
     """
-    first = torch.repeat_interleave(
-        starts - (lengths.cumsum(0) - lengths), lengths, output_size=total
-    )
-    return first + torch.arange(first.shape[0], device=starts.device)
+    packed_starts = lengths.cumsum(0) - lengths
+    shifts = torch.repeat_interleave(starts - packed_starts, lengths, output_size=total)
+    return shifts + torch.arange(shifts.shape[0], device=starts.device)
 
 
 def on_host(tensor: Tensor) -> bool:
-    """Return True if Python can read the values without synchronising a device or breaking a trace."""
+    """Return whether Python can read the values without synchronising a device or breaking a trace."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -17,13 +17,13 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.errors import DataError, explain_types
 
 BOS, PAD, EOS, UNK, MASK = "<s>", "<pad>", "</s>", "<unk>", "<mask>"
-# BERT's names of the same, in this order.
+# The same tokens in BERT, in this order.
 _OF_BERT = ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")
 
 _TO_SPACE = str.maketrans(dict.fromkeys(",.'!?\"()*#:;~-/", " "))
 _SPACES = re.compile(r"\s{2,}")
 _BYTES = 256
-# How byte-level BPE writes the space, the tab and the line breaks that a token may begin with; XLM-R writes the last.
+# Byte-level BPE's symbols of white space at the start of a token; the last is XLM-R's.
 _WHITE = frozenset("ĠĉĊčċČ▁")
 
 
@@ -33,8 +33,7 @@ def pre_caption(caption: str, max_words: int = 30) -> str:
     Raises `DataError` for a caption that is empty after cleaning; readers skip, count and list it.
     """
     cleaned = caption.lower().translate(_TO_SPACE).replace("<person>", "person")
-    cleaned = _SPACES.sub(" ", cleaned).strip()
-    words = cleaned.split(" ")
+    words = _SPACES.sub(" ", cleaned).strip().split(" ")
     cleaned = " ".join(words[:max_words])
     if not cleaned:
         raise DataError(f"caption {caption!r} is empty after cleaning; write words or remove it")
@@ -51,7 +50,7 @@ def pre_question(question: str, max_words: int = 30) -> str:
 
 
 class CaptionTokenizer:
-    """Byte-level BPE as in RoBERTa, `<s> tokens </s>`, or BERT's WordPiece, `[CLS] pieces [SEP]`; truncated and padded.
+    """Byte-level BPE as in RoBERTa, `<s> tokens </s>`, or BERT's WordPiece, `[CLS] pieces [SEP]`.
 
     Attributes:
         origin: path of the vocabulary, for reports.
@@ -62,50 +61,47 @@ class CaptionTokenizer:
         self._tokenizer = tokenizer
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        pieces = (
-            tokenizer.token_to_id(BOS) is None and tokenizer.token_to_id(_OF_BERT[0]) is not None
-        )
-        self._special = bos, pad, eos, _, _ = _OF_BERT if pieces else (BOS, PAD, EOS, UNK, MASK)
-        ids = {
-            token: number
-            for token in (bos, pad, eos)
-            if (number := tokenizer.token_to_id(token)) is not None
-        }
-        absent = [token for token in (bos, pad, eos) if token not in ids]
-        if absent:
+        vocabulary = tokenizer.get_vocab()
+        is_bert = BOS not in vocabulary and _OF_BERT[0] in vocabulary
+        self._special = _OF_BERT if is_bert else (BOS, PAD, EOS, UNK, MASK)
+        bos, pad, eos, _, _ = self._special
+        missing = [token for token in (bos, pad, eos) if token not in vocabulary]
+        if missing:
             raise DataError(
-                f"the vocabulary in {origin} lacks {', '.join(absent)}; give RoBERTa's vocab.json and merges.txt"
+                f"the vocabulary in {origin} lacks {', '.join(missing)}; give RoBERTa's vocab.json and merges.txt"
             )
-        self.bos_token_id, self.pad_token_id, self.eos_token_id = (
-            ids[token] for token in (bos, pad, eos)
-        )
-        size, most = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values(), default=-1)
-        if most >= size:
+        self.bos_token_id = vocabulary[bos]
+        self.pad_token_id = vocabulary[pad]
+        self.eos_token_id = vocabulary[eos]
+        size, last = tokenizer.get_vocab_size(), max(vocabulary.values(), default=-1)
+        if last >= size:
             raise DataError(
-                f"the vocabulary in {origin} has {size} entries but an id {most}; number ids from 0 without gaps"
+                f"the vocabulary in {origin} has {size} entries but an id {last}; number ids from 0 without gaps"
             )
         self._starts_word = [False] * size
-        for token, number in tokenizer.get_vocab().items():
-            starts = not token.startswith("##") if pieces else token[:1] in _WHITE
-            self._starts_word[number] = token in self._special or starts
+        for token, index in vocabulary.items():
+            starts = not token.startswith("##") if is_bert else token[:1] in _WHITE
+            self._starts_word[index] = token in self._special or starts
 
     @classmethod
     @explain_types
     def from_files(cls, path: str | os.PathLike[str]) -> CaptionTokenizer:
-        """Read a `tokenizer.json`, or a folder with one, with `vocab.json` and `merges.txt`, or with BERT's
-        `vocab.txt`.
+        """Read a `tokenizer.json`, or a folder with one, or a vocabulary.
+
+        A vocabulary is `vocab.json` and `merges.txt`, or BERT's `vocab.txt`.
 
         Raises:
-            DataError: files are missing or damaged, or the vocabulary lacks the special tokens of RoBERTa and of BERT.
+            DataError: files are missing or damaged, or the vocabulary lacks the special tokens of
+                RoBERTa and of BERT.
         """
         path = Path(path)
         single = path / "tokenizer.json" if path.is_dir() else path
         vocabulary, merges = path / "vocab.json", path / "merges.txt"
         if single.is_file():
             return cls(_parse(single, lambda: Tokenizer.from_file(str(single))), str(single))
-        pieces = path / "vocab.txt"
-        if pieces.is_file() and not vocabulary.is_file():
-            return cls(_parse(path, lambda: _word_pieces(pieces)), str(path))
+        word_pieces = path / "vocab.txt"
+        if word_pieces.is_file() and not vocabulary.is_file():
+            return cls(_parse(path, lambda: _word_pieces(word_pieces)), str(path))
         if not (vocabulary.is_file() and merges.is_file()):
             raise DataError(
                 f"{path} has no tokenizer; give a tokenizer.json, or a folder with vocab.json and merges.txt"
@@ -125,10 +121,10 @@ class CaptionTokenizer:
             texts: cleaned captions.
             vocab_size: upper bound, special tokens included.
         """
-        least = _BYTES + 5
-        if vocab_size < least:
+        minimum = _BYTES + 5
+        if vocab_size < minimum:
             raise DataError(
-                f"vocab_size={vocab_size} is too small for bytes and special tokens; use at least {least}"
+                f"vocab_size={vocab_size} is too small for bytes and special tokens; use at least {minimum}"
             )
         tokenizer = _byte_level(models.BPE(unk_token=UNK))
         trainer: Any = trainers.BpeTrainer(
@@ -148,18 +144,18 @@ class CaptionTokenizer:
 
     @property
     def mask_token_id(self) -> int:
-        """The id of `<mask>`.
+        """Id of `<mask>`.
 
         Raises:
             DataError: the vocabulary has no mask token.
         """
         mask = self._special[-1]
-        number = self._tokenizer.token_to_id(mask)
-        if number is None:
+        index = self._tokenizer.token_to_id(mask)
+        if index is None:
             raise DataError(
                 f"the vocabulary in {self.origin} lacks {mask}; give RoBERTa's vocabulary, which has it"
             )
-        return number
+        return index
 
     def check(self, config: XFMConfig) -> None:
         """Raise `DataError` unless the ids fit a model of this configuration."""
@@ -196,13 +192,13 @@ class CaptionTokenizer:
         width = max(map(len, rows), default=0) if width is None else width
         ids = torch.full((len(rows), width), self.pad_token_id)
         mask = torch.zeros_like(ids)
-        for number, row in enumerate(rows):
-            ids[number, : len(row)] = torch.tensor(row)
-            mask[number, : len(row)] = 1
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row)
+            mask[index, : len(row)] = 1
         return ids, mask
 
     def encode_ids(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-        """Encode as `<s> tokens </s>`, truncated to `max_tokens` and not padded, as pretraining reads and masks them.
+        """Encode as `<s> tokens </s>`, truncated to `max_tokens` and not padded, as pretraining masks them.
 
         Raises:
             DataError: a text has no tokens, or `max_tokens` leaves no room for any.
@@ -212,10 +208,10 @@ class CaptionTokenizer:
                 f"max_tokens={max_tokens} leaves no room between <s> and </s>; use at least 3"
             )
         rows = []
-        for number, encoding in enumerate(self._encode_batch(list(texts))):
+        for index, encoding in enumerate(self._encode_batch(list(texts))):
             if not encoding.ids:
                 raise DataError(
-                    f"text {number} ({texts[number]!r}) has no tokens; write words or remove it"
+                    f"text {index} ({texts[index]!r}) has no tokens; write words or remove it"
                 )
             rows.append([self.bos_token_id, *encoding.ids[: max_tokens - 2], self.eos_token_id])
         return rows
@@ -223,8 +219,8 @@ class CaptionTokenizer:
     def encode_pair(self, first: str, second: str, max_tokens: int = 128) -> list[int]:
         """Encode as `<s> first </s></s> second </s>`, RoBERTa's form of two texts, not padded.
 
-        Pairs longer than `max_tokens` lose the last token of the longer text until they fit, of the second text if both
-        are equally long. One of the texts may be empty.
+        Pairs longer than `max_tokens` lose the last token of the longer text until they fit, of the
+        second text if both are equally long. One of the texts may be empty.
 
         Raises:
             DataError: both texts are empty, or `max_tokens` has no room for a token of each.
@@ -242,16 +238,16 @@ class CaptionTokenizer:
             raise DataError(
                 f"neither {first!r} nor {second!r} has tokens; write words or remove the pair"
             )
-        room = max_tokens - 4
-        of_a = min(len(a), max(room - len(b), room - room // 2))
-        end = [self.eos_token_id]
-        return [self.bos_token_id, *a[:of_a], *end, *end, *b[: room - of_a], *end]
+        budget = max_tokens - 4
+        first_tokens = min(len(a), max(budget - len(b), budget - budget // 2))
+        a, b, end = a[:first_tokens], b[: budget - first_tokens], self.eos_token_id
+        return [self.bos_token_id, *a, end, end, *b, end]
 
     def encode_prompt(self, prompt: str) -> Tensor:
-        """Encode a prompt that a caption continues as `<s> tokens`: `[S]` int64, the first ids of the whole text.
+        """Encode a prompt as `<s> tokens`: `[S]` int64, the first ids of the caption that continues it.
 
-        Trailing white space is dropped. Byte-level tokens include the space before them, so a trailing space would be a
-        token that never occurs before a word in training.
+        Trailing white space is dropped. Byte-level tokens include the space before them, so a trailing
+        space would be a token that never occurs before a word in training.
         """
         ids = self._encode_batch([prompt.rstrip()])[0].ids
         return torch.tensor([self.bos_token_id, *ids])
@@ -261,27 +257,26 @@ class CaptionTokenizer:
             return self._tokenizer.encode_batch(texts, add_special_tokens=False)
         except (TypeError, UnicodeError):
             # The library does not name the text.
-            for number, text in enumerate(texts):
+            for index, text in enumerate(texts):
                 if not isinstance(text, str):
                     raise DataError(
-                        f"text {number} is a {type(text).__name__}; give strings"
+                        f"text {index} is a {type(text).__name__}; give strings"
                     ) from None
                 try:
                     text.encode()
                 except UnicodeEncodeError:
                     raise DataError(
-                        f"text {number} ({text!a}) contains half of a surrogate pair; remove it"
+                        f"text {index} ({text!a}) contains half of a surrogate pair; remove it"
                     ) from None
             raise
 
     def word_starts(self, ids: Sequence[int]) -> list[bool]:
         """Mark the ids that begin a word, for whole-word masking of `<s> tokens </s>` from `encode_ids`.
 
-        Byte-level tokens that begin with white space begin a word; so do special tokens and the first token of a text.
+        Byte-level tokens that begin with white space begin a word; so do special tokens and the first
+        token of a text.
         """
-        starts = [self._starts_word[number] for number in ids]
-        starts[:2] = [True] * len(starts[:2])
-        return starts
+        return [position < 2 or self._starts_word[index] for position, index in enumerate(ids)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids to text, without special tokens."""
@@ -327,7 +322,7 @@ def _parse(path: Path, read: Any) -> Any:
     try:
         return read()
     except BaseException as error:
-        # The library raises bare exceptions, and panics of its Rust code, which are none of `Exception`.
+        # The library raises bare exceptions, and panics of its Rust code, which are not `Exception`s.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise DataError(

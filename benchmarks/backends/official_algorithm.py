@@ -49,7 +49,7 @@ class OfficialTwin:
         self._index = relative_position_index((grid, grid), model.device).view(-1)
 
     def encode_image(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
-        """`[B, 3, R, R]` → `[B, 1 + N, vision_width]`: image token, then patches.
+        """Encode `[B, 3, R, R]` → `[B, 1 + N, vision_width]`: image token, then patches.
 
         The mask token replaces the embeddings of patches with a non-zero `patch_mask` `[B, N]`.
         """
@@ -61,13 +61,13 @@ class OfficialTwin:
     def encode_regions(
         self, pixels: Tensor, image_index: Tensor, region_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """R regions of B images; arguments and result as for `XFM.encode_regions`."""
+        """Encode R regions of B images; arguments and result as for `XFM.encode_regions`."""
         region_mask = region_mask.to(pixels.dtype)
         if self.config.local_attn_depth <= 0:
-            whole = self.encode_image(pixels)[image_index]
-            weights, patches = region_mask[:, 1:, None], whole[:, 1:]
+            images = self.encode_image(pixels)[image_index]
+            weights, patches = region_mask[:, 1:, None], images[:, 1:]
             pooled = (weights * patches).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
-            return torch.cat((pooled, patches), dim=1), whole
+            return torch.cat((pooled, patches), dim=1), images
         x = self._embed_patches(pixels, None)
         blocks = self.model.vision_encoder.blocks
         shared = len(blocks) - self.config.local_attn_depth
@@ -79,7 +79,7 @@ class OfficialTwin:
         return self._finish_image(local), self._finish_image(x)[image_index]
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """`[B, L]` ids and mask → `[B, L, text_width]`, padded positions included."""
+        """Encode ids and mask `[B, L]` → `[B, L, text_width]`, padded positions included."""
         encoder = self.model.text_encoder.roberta
         x = self._embed_tokens(encoder.embeddings, input_ids)
         mask = _additive(attention_mask, x.dtype)
@@ -88,12 +88,10 @@ class OfficialTwin:
             x = self._feed_forward(layer, x)
         return x
 
-    def _embed_tokens(self, embeddings: Embeddings, input_ids: Tensor, behind: int = 0) -> Tensor:
-        real = input_ids.ne(self.config.pad_token_id).int()
-        positions = (
-            (real.cumsum(1).type_as(real) + behind) * real
-        ).long() + self.config.pad_token_id
+    def _embed_tokens(self, embeddings: Embeddings, input_ids: Tensor, offset: int = 0) -> Tensor:
         padding = self.config.pad_token_id
+        real = input_ids.ne(padding).int()
+        positions = ((real.cumsum(1).type_as(real) + offset) * real).long() + padding
         x = F.embedding(input_ids, embeddings.word_embeddings.weight, padding)
         x = x + F.embedding(torch.zeros_like(input_ids), embeddings.token_type_embeddings.weight)
         x += F.embedding(positions, embeddings.position_embeddings.weight, padding)
@@ -128,7 +126,7 @@ class OfficialTwin:
     def decode(
         self, decoder: Any, ids: Tensor, mask: Tensor, states: Tensor, state_mask: Tensor
     ) -> Tensor:
-        """Logits `[A, L, vocabulary]` of texts `[A, L]` by a `TextDecoder`.
+        """Compute logits `[A, L, vocabulary]` of texts `[A, L]` by a `TextDecoder`.
 
         Each text has states `[A, M, width]` and their mask `[A, M]`.
         """
@@ -146,68 +144,61 @@ class OfficialTwin:
     def decode_next(
         self, decoder: Any, ids: Tensor, states: Tensor, past: list[tuple[Tensor, ...]]
     ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-        """Logits `[A, vocabulary]` after n more tokens `[A, n]` of each text, and the next `past`.
+        """Compute logits `[A, vocabulary]` after n more tokens `[A, n]` of each text, and the next `past`.
 
         `past` has for every layer the keys and values `[A, H, ..., D]` of the text, then those of the states
         `[A, M, width]`; it is empty at first.
         """
-        behind = past[0][0].shape[2] if past else 0
-        x = self._embed_tokens(decoder.roberta.embeddings, ids, behind)
-        order = torch.arange(behind, behind + ids.shape[1], device=ids.device)
-        seen = torch.arange(behind + ids.shape[1], device=ids.device)[None] <= order[:, None]
+        offset = past[0][0].shape[2] if past else 0
+        length = offset + ids.shape[1]
+        x = self._embed_tokens(decoder.roberta.embeddings, ids, offset)
+        keys = torch.arange(length, device=ids.device)
+        seen = keys[None] <= keys[offset:, None]
         causal = (1.0 - seen[None, None].to(x.dtype)) * _MASKED
         visible = _additive(torch.ones(states.shape[:2], device=ids.device), x.dtype)
-        kept = []
-        for number, layer in enumerate(decoder.roberta.encoder.layer):
+        cache = []
+        for index, layer in enumerate(decoder.roberta.encoder.layer):
             crossed = layer.crossattention
             key, value = _memory_heads(layer.attention, x)
             if past:
-                known_key, known_value, *image = past[number]
-                key, value = (
-                    torch.cat((known_key, key), dim=2),
-                    torch.cat((known_value, value), dim=2),
-                )
+                past_key, past_value, *image = past[index]
+                key = torch.cat((past_key, key), dim=2)
+                value = torch.cat((past_value, value), dim=2)
             else:
                 image = _memory_heads(crossed, states)
             x = _attend_to(layer.attention, x, key, value, causal)
             x = _attend_to(crossed, x, image[0], image[1], visible)
             x = self._feed_forward(layer, x)
-            kept.append((key, value, *image))
-        return _lm_logits(decoder.lm_head, decoder.word_embeddings, x)[:, -1], kept
+            cache.append((key, value, *image))
+        return _lm_logits(decoder.lm_head, decoder.word_embeddings, x)[:, -1], cache
 
     def match_logits(self, fused: Tensor) -> Tensor:
-        """Fused embeddings `[P, L, text_width]` → `[P, 2]`, read from token 0."""
+        """Map fused embeddings `[P, L, text_width]` → `[P, 2]`, read from token 0."""
         return mlp_head(self.model.itm_head, fused[:, 0, :])
 
     def match_scores(self, fused: Tensor) -> Tensor:
-        """Fused embeddings `[P, L, text_width]` → `[P]`: the logit of "text describes image"."""
+        """Map fused embeddings `[P, L, text_width]` → `[P]`: the logit of "text describes image"."""
         return self.match_logits(fused)[:, 1]
 
     def project_image(self, image_embeds: Tensor) -> Tensor:
-        """Contrastive feature of the image token: `[B, 1 + N, vision_width]` → `[B, embed_dim]`."""
-        projection = self.model.vision_proj
-        return F.normalize(
-            F.linear(image_embeds[:, 0, :], projection.weight, projection.bias), dim=-1
-        )
+        """Compute the contrastive feature of the image token: `[B, 1 + N, vision_width]` → `[B, embed_dim]`."""
+        return _feature(self.model.vision_proj, image_embeds)
 
     def project_text(self, text_embeds: Tensor) -> Tensor:
-        """Contrastive feature of text token 0: `[B, L, text_width]` → `[B, embed_dim]`."""
-        projection = self.model.text_proj
-        return F.normalize(
-            F.linear(text_embeds[:, 0, :], projection.weight, projection.bias), dim=-1
-        )
+        """Compute the contrastive feature of text token 0: `[B, L, text_width]` → `[B, embed_dim]`."""
+        return _feature(self.model.text_proj, text_embeds)
 
     def rerank_image(
         self, image_embeds: Tensor, text_embeds: Tensor, attention_mask: Tensor
     ) -> Tensor:
-        """Match scores `[P]` of P candidate texts for one image, its tokens `[M, vision_width]` repeated for each."""
-        repeated = image_embeds.repeat(text_embeds.shape[0], 1, 1)
-        return self.match_scores(self.fuse_pairs(text_embeds, attention_mask, repeated))
+        """Score P candidate texts for one image, its tokens `[M, vision_width]` repeated for each → `[P]`."""
+        images = image_embeds.repeat(text_embeds.shape[0], 1, 1)
+        return self.match_scores(self.fuse_pairs(text_embeds, attention_mask, images))
 
     def rerank_text(
         self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor
     ) -> Tensor:
-        """Match scores `[P]` of P candidate images `[P, M, vision_width]` for one text `[L, text_width]`."""
+        """Score P candidate images `[P, M, vision_width]` for one text `[L, text_width]` → `[P]`."""
         candidates = image_embeds.shape[0]
         texts, masks = text_embeds.repeat(candidates, 1, 1), attention_mask.repeat(candidates, 1)
         return self.match_scores(self.fuse_pairs(texts, masks, image_embeds))
@@ -215,24 +206,21 @@ class OfficialTwin:
     def retrieve(
         self, image_embeds: Tensor, text_embeds: Tensor, attention_mask: Tensor, k: int
     ) -> tuple[Tensor, Tensor]:
-        """The official retrieval evaluation: each of I images and T texts against its k best candidates.
+        """Evaluate retrieval officially: each of I images and T texts against its k best candidates.
 
         Returns scores `[I, T]` and `[T, I]`, -100 for pairs that were not scored.
         """
         similarity = self.project_image(image_embeds) @ self.project_text(text_embeds).t()
-        of_images, of_texts = (
-            torch.full_like(each, _NOT_SCORED) for each in (similarity, similarity.t())
-        )
-        for number, (row, scores) in enumerate(zip(similarity, of_images, strict=True)):
+        of_images = torch.full_like(similarity, _NOT_SCORED)
+        of_texts = torch.full_like(similarity.t(), _NOT_SCORED)
+        for image, row in enumerate(similarity):
             best = row.topk(k).indices
-            scores[best] = self.rerank_image(
-                image_embeds[number], text_embeds[best], attention_mask[best]
-            )
-        for number, (row, scores) in enumerate(zip(similarity.t(), of_texts, strict=True)):
+            scores = self.rerank_image(image_embeds[image], text_embeds[best], attention_mask[best])
+            of_images[image, best] = scores
+        for text, row in enumerate(similarity.t()):
             best = row.topk(k).indices
-            scores[best] = self.rerank_text(
-                text_embeds[number], attention_mask[number], image_embeds[best]
-            )
+            scores = self.rerank_text(text_embeds[text], attention_mask[text], image_embeds[best])
+            of_texts[text, best] = scores
         return of_images, of_texts
 
     def _embed_patches(self, pixels: Tensor, patch_mask: Tensor | None) -> Tensor:
@@ -305,7 +293,7 @@ class OfficialTrainingTwin(OfficialTwin):
         hard_negatives: tuple[Tensor, Tensor] | None = None,
         patch_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The losses of a batch, by the names of `pretraining_losses`.
+        """Compute the losses of a batch, by the names of `pretraining_losses`.
 
         `hard_negatives` are the image for each text and the text for each image, both `[B]`, by default drawn;
         `patch_mask` `[B, N]` replaces that of the batch. Raises `InputError` if an image has no patch mask.
@@ -315,13 +303,15 @@ class OfficialTrainingTwin(OfficialTwin):
         if isinstance(batch, PairBatch):
             image = self.encode_image(batch.image)
             text = self.encode_text(batch.input_ids, batch.attention_mask)
-            losses = self._with_text(batch, image, text, None, batch.image_ids, hard_negatives)
+            losses = self._text_losses(batch, image, text, None, batch.image_ids, hard_negatives)
             return losses | {"mim": self._masked_image(batch, image, patch_mask)}
         if isinstance(batch, RegionBatch):
-            regions, whole = self.encode_regions(batch.image, batch.image_index, batch.region_mask)
+            regions, images = self.encode_regions(batch.image, batch.image_index, batch.region_mask)
             text = self.encode_text(batch.input_ids, batch.attention_mask)
-            losses = self._with_text(batch, regions, text, batch.region_mask, None, hard_negatives)
-            fused = self.fuse_pairs(text.detach(), batch.attention_mask, whole)
+            losses = self._text_losses(
+                batch, regions, text, batch.region_mask, None, hard_negatives
+            )
+            fused = self.fuse_pairs(text.detach(), batch.attention_mask, images)
             boxes = mlp_head(self.model.bbox_head, fused[:, 0, :]).sigmoid()
             target, counted = batch.boxes.to(boxes.dtype), 1 - batch.is_image.to(boxes.dtype)
             return losses | box_losses(boxes, target, counted)
@@ -329,11 +319,16 @@ class OfficialTrainingTwin(OfficialTwin):
         embeds = self.encode_text(batch.masked_input_ids, batch.attention_mask)
         return {"mlm": _lm_loss(encoder.lm_head, encoder.word_embeddings, embeds, batch)}
 
-    def _with_text(
-        self, batch: PairBatch | RegionBatch, image: Tensor, text: Tensor, token_mask: Tensor | None,
-        image_ids: Tensor | None, hard_negatives: tuple[Tensor, Tensor] | None,
-    ) -> dict[str, Tensor]:  # fmt: skip
-        """ITC, ITM and IMLM of texts `[B, L, text_width]` with an image each `[B, 1 + N, vision_width]`."""
+    def _text_losses(
+        self,
+        batch: PairBatch | RegionBatch,
+        image: Tensor,
+        text: Tensor,
+        token_mask: Tensor | None,
+        image_ids: Tensor | None,
+        hard_negatives: tuple[Tensor, Tensor] | None,
+    ) -> dict[str, Tensor]:
+        """Compute ITC, ITM and IMLM of texts `[B, L, text_width]` with an image each `[B, 1 + N, vision_width]`."""
         losses = self.contrast_and_match(
             batch.attention_mask, image, text, text.detach(), token_mask, image_ids, hard_negatives
         )
@@ -345,10 +340,16 @@ class OfficialTrainingTwin(OfficialTwin):
         return losses | {"imlm": _lm_loss(encoder.lm_head, encoder.word_embeddings, fused, batch)}
 
     def contrast_and_match(
-        self, attention_mask: Tensor, image: Tensor, text: Tensor, matched: Tensor, token_mask: Tensor | None = None,
-        image_ids: Tensor | None = None, hard_negatives: tuple[Tensor, Tensor] | None = None,
-    ) -> dict[str, Tensor]:  # fmt: skip
-        """ITC and ITM of texts `[B, L, text_width]` with an image each; `matched` are the texts that ITM sees."""
+        self,
+        attention_mask: Tensor,
+        image: Tensor,
+        text: Tensor,
+        matched: Tensor,
+        token_mask: Tensor | None = None,
+        image_ids: Tensor | None = None,
+        hard_negatives: tuple[Tensor, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Compute ITC and ITM of texts `[B, L, text_width]` with an image each; ITM sees the texts `matched`."""
         with torch.no_grad():
             self.model.temp.clamp_(self.config.min_temperature, self.config.max_temperature)
         features = self.project_image(image), self.project_text(text)
@@ -373,12 +374,10 @@ class OfficialTrainingTwin(OfficialTwin):
     def draw_negatives(
         self, image: Tensor, text: Tensor, image_ids: Tensor | None
     ) -> tuple[list[int], list[int]]:
-        """The image for each text and the text for each image, from features `[B, embed_dim]`."""
+        """Draw the image for each text and the text for each image, from features `[B, embed_dim]`."""
         similarity = image @ text.t() / self.model.temp
-        of_images, of_texts = (
-            F.softmax(similarity, dim=1) + 1e-5,
-            F.softmax(similarity.t(), dim=1) + 1e-5,
-        )
+        of_images = F.softmax(similarity, dim=1) + 1e-5
+        of_texts = F.softmax(similarity.t(), dim=1) + 1e-5
         if image_ids is None:
             of_images.fill_diagonal_(0)
             of_texts.fill_diagonal_(0)
@@ -391,9 +390,13 @@ class OfficialTrainingTwin(OfficialTwin):
         return images, texts
 
     def _matching(
-        self, text: Tensor, attention_mask: Tensor, image: Tensor, token_mask: Tensor | None,
+        self,
+        text: Tensor,
+        attention_mask: Tensor,
+        image: Tensor,
+        token_mask: Tensor | None,
         negatives: tuple[list[int], list[int]],
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         other_images, other_texts = negatives
         positive = self.fuse_pairs(text, attention_mask, image, token_mask)[:, 0, :]
         texts = torch.cat((text, torch.stack([text[i] for i in other_texts])))
@@ -403,11 +406,9 @@ class OfficialTrainingTwin(OfficialTwin):
             token_mask = torch.cat((torch.stack([token_mask[i] for i in other_images]), token_mask))
         negative = self.fuse_pairs(texts, masks, images, token_mask)[:, 0, :]
         logits = mlp_head(self.model.itm_head, torch.cat((positive, negative)))
-        pairs = text.shape[0]
-        labels = torch.cat(
-            (torch.ones(pairs, dtype=torch.long), torch.zeros(2 * pairs, dtype=torch.long))
-        )
-        return F.cross_entropy(logits, labels.to(logits.device))
+        labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+        labels[: len(positive)] = 1
+        return F.cross_entropy(logits, labels)
 
     def _masked_image(
         self, batch: PairBatch | ImageBatch, image: Tensor, patch_mask: Tensor | None
@@ -425,31 +426,35 @@ class OfficialTrainingTwin(OfficialTwin):
         return loss + F.mse_loss(masked[:, 0, :], target[:, 0, :])
 
 
+def _feature(projection: nn.Linear, embeds: Tensor) -> Tensor:
+    return F.normalize(F.linear(embeds[:, 0, :], projection.weight, projection.bias), dim=-1)
+
+
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """`[..., width]` → `[..., width]` with the parameters of a module."""
+    """Normalise `[..., width]` with the parameters of a module."""
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def mlp_head(head: MLPHead | DeepMLPHead, x: Tensor) -> Tensor:
-    """`[P, width]` → `[P, outputs]`, part by part."""
-    for part in head:
-        if isinstance(part, nn.Linear):
-            x = F.linear(x, part.weight, part.bias)
-        elif isinstance(part, nn.LayerNorm):
-            x = layer_norm(part, x)
+    """Map `[P, width]` → `[P, outputs]`, layer by layer."""
+    for layer in head:
+        if isinstance(layer, nn.Linear):
+            x = F.linear(x, layer.weight, layer.bias)
+        elif isinstance(layer, nn.LayerNorm):
+            x = layer_norm(layer, x)
         else:
             x = F.gelu(x)
     return x
 
 
 def box_losses(boxes: Tensor, target: Tensor, counted: Tensor) -> dict[str, Tensor]:
-    """L1 and GIoU losses of boxes `[P, 4]` (cx, cy, w, h); `counted` `[P]` is one where there is a box to predict."""
+    """Compute L1 and GIoU of boxes `[P, 4]` (cx, cy, w, h); `counted` `[P]` is one where there is a box to predict."""
     # The operators of torchvision import PyTorch's compiler, which takes seconds.
     from torchvision.ops import box_convert, generalized_box_iou
 
     distance = F.l1_loss(boxes, target, reduction="none") * counted.view(-1, 1)
-    corners = [box_convert(one, "cxcywh", "xyxy") for one in (boxes, target)]
-    if any(bool((one[:, 2:] < one[:, :2]).any()) for one in corners):
+    corners = [box_convert(box, "cxcywh", "xyxy") for box in (boxes, target)]
+    if any(bool((box[:, 2:] < box[:, :2]).any()) for box in corners):
         # For one box with a negative side, the official code drops the loss of all.
         overlap = torch.zeros_like(counted)
     else:
@@ -458,16 +463,16 @@ def box_losses(boxes: Tensor, target: Tensor, counted: Tensor) -> dict[str, Tens
 
 
 def _drop_path(block: Block, branch: Tensor) -> Tensor:
-    """Stochastic depth: the branch of a whole image is left out at random."""
+    """Apply stochastic depth: drop the branch of an image at random."""
     if not block.training or not block.drop_path:
         return branch
-    kept = 1 - block.drop_path
-    survives = branch.new_empty(branch.shape[0], *[1] * (branch.ndim - 1)).bernoulli_(kept)
-    return branch * survives.div_(kept)
+    keep_share = 1 - block.drop_path
+    survives = branch.new_empty(branch.shape[0], *[1] * (branch.ndim - 1)).bernoulli_(keep_share)
+    return branch * survives.div_(keep_share)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[P, L]` of ones and zeros → `[P, 1, 1, L]` to be added to attention scores."""
+    """Turn ones and zeros `[P, L]` into a mask `[P, 1, 1, L]` to be added to attention scores."""
     return (1.0 - mask[:, None, None, :].to(dtype)) * _MASKED
 
 
@@ -477,14 +482,14 @@ def _heads(projection: nn.Linear, heads: int, source: Tensor) -> Tensor:
 
 
 def _memory_heads(attention: Attention, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values `[P, H, M, D]` of a memory `[P, M, ...]`."""
+    """Project a memory `[P, M, ...]` to keys and values `[P, H, M, D]`."""
     projections = attention.self
     key = _heads(projections.key, projections.heads, memory)
     return key, _heads(projections.value, projections.heads, memory)
 
 
 def _attend(attention: Attention, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
-    """Queries from x `[P, L, width]`, keys and values from memory `[P, M, ...]`, then output projection and norm."""
+    """Attend from x `[P, L, width]` to a memory `[P, M, ...]`, with output projection and norm."""
     return _attend_to(attention, x, *_memory_heads(attention, memory), mask)
 
 
@@ -500,14 +505,15 @@ def _attend_to(attention: Attention, x: Tensor, key: Tensor, value: Tensor, mask
     return _residual_norm(attention.output, context.view(*context.shape[:2], -1), x)
 
 
-def _residual_norm(part: ResidualNorm, x: Tensor, residual: Tensor) -> Tensor:
-    branch = F.dropout(F.linear(x, part.dense.weight, part.dense.bias), part.dropout, part.training)
-    return layer_norm(part.LayerNorm, branch + residual)
+def _residual_norm(module: ResidualNorm, x: Tensor, residual: Tensor) -> Tensor:
+    branch = F.linear(x, module.dense.weight, module.dense.bias)
+    branch = F.dropout(branch, module.dropout, module.training)
+    return layer_norm(module.LayerNorm, branch + residual)
 
 
 def _lm_loss(head: LMHead, word_embeddings: Tensor, embeds: Tensor, batch: TextBatch) -> Tensor:
-    where = batch.masked_positions.unsqueeze(2).expand(-1, -1, embeds.shape[-1])
-    logits = _lm_logits(head, word_embeddings, torch.gather(embeds, 1, where))
+    index = batch.masked_positions.unsqueeze(2).expand(-1, -1, embeds.shape[-1])
+    logits = _lm_logits(head, word_embeddings, torch.gather(embeds, 1, index))
     return F.cross_entropy(logits.flatten(0, 1), batch.masked_labels.flatten(), ignore_index=-100)
 
 

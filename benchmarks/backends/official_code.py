@@ -19,6 +19,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.errors import UnavailableError
 from xfm_fast.models.xfm import XFM
 
-from .engine import Engine, Pairs
+from . import Engine, Pairs, score_together, search_images
 from .public_modules import beit_settings, roberta_settings
 
 CLONE_MARK = "models/xfm.py"
@@ -41,41 +42,51 @@ _TRANSFORMERS_HELPERS = (
     "prune_linear_layer",
 )
 _DOCUMENTATION = (
-    "add_code_sample_docstrings", "add_start_docstrings", "add_start_docstrings_to_model_forward",
+    "add_code_sample_docstrings",
+    "add_start_docstrings",
+    "add_start_docstrings_to_model_forward",
     "replace_return_docstrings",
-)  # fmt: skip
+)
 
 
-class OfficialCodeEngine(Engine):
-    """The clone's retrieval model with the weights of a model; `UnavailableError` if its code does not run here."""
+def official_code_engine(model: XFM, clone: Path) -> Engine:
+    """Return the clone's retrieval model with our weights; raises `UnavailableError` if its code does not run here."""
+    process = _Process(model.config, clone)
+    process.ask("weights", **model.state_dict())
 
-    def __init__(self, model: XFM, clone: Path) -> None:
-        self.model = model
+    def embed_texts(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return process.ask("embed-text", ids=input_ids, mask=attention_mask)
+
+    def rerank(pairs: Pairs) -> Tensor:
+        return process.ask("rerank", **pairs._asdict())
+
+    return Engine(
+        embed_images=lambda pixels: process.ask("embed-image", pixels=pixels),
+        embed_texts=embed_texts,
+        rerank=rerank,
+        search=partial(search_images, model, embed_texts, partial(score_together, rerank)),
+    )
+
+
+class _Process:
+    """The process of a clone, which ends with this object."""
+
+    def __init__(self, config: XFMConfig, clone: Path) -> None:
         self._pipe, other_end = multiprocessing.Pipe()
-        settings = str(clone.resolve()), model.config.model_dump(), torch.get_num_threads()
+        settings = str(clone.resolve()), config.model_dump(), torch.get_num_threads()
         process = multiprocessing.get_context("spawn").Process(
             target=_serve, args=(other_end, *settings), daemon=True
         )
         process.start()
         other_end.close()
         weakref.finalize(self, process.terminate)
-        self._ask("weights", **model.state_dict())
 
-    def embed_images(self, pixels: Tensor) -> Tensor:
-        return self._ask("embed-image", pixels=pixels)
-
-    def embed_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self._ask("embed-text", ids=input_ids, mask=attention_mask)
-
-    def rerank(self, pairs: Pairs) -> Tensor:
-        return self._ask("rerank", **pairs._asdict())
-
-    def _ask(self, work: str, **tensors: Tensor) -> Tensor:
+    def ask(self, work: str, **tensors: Tensor) -> Tensor:
+        """Return the answer to a request, or raise `UnavailableError`."""
+        content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         try:
             self._pipe.send_bytes(work.encode())
-            self._pipe.send_bytes(
-                save({name: tensor.contiguous() for name, tensor in tensors.items()})
-            )
+            self._pipe.send_bytes(content)
             error, answer = self._pipe.recv_bytes().decode(), self._pipe.recv_bytes()
         except (EOFError, OSError):
             raise UnavailableError("the process of the official code has ended") from None
@@ -94,7 +105,7 @@ def _module(name: str, **members: Any) -> types.ModuleType:
 
 
 def _install_stand_ins() -> None:
-    """Replace imports that evaluation does not use, and give a current transformers what the clone has of 4.12."""
+    """Replace imports that evaluation does not use, and add to transformers what the clone needs of version 4.12."""
     _module("utils", read_json=lambda path: json.loads(Path(path).read_text(encoding="utf-8")))
     _module("models.model_vqkd", vqkd_encoder_base_decoder_3x768x12_clip=None)
     modeling: Any = importlib.import_module("transformers.modeling_utils")
@@ -140,23 +151,23 @@ def _install_stand_ins() -> None:
 
 
 def _build(config: XFMConfig, folder: Path) -> Any:
-    """The official retrieval model at the given sizes, with fresh weights."""
+    """Build the official retrieval model at some sizes, with fresh weights."""
     # Parts of these paths select classes of the clone: "roberta" the text encoder, "base" the vision encoder.
     text, vision = folder / "roberta", folder / "vision_base.json"
     text.mkdir()
     roberta = {
-        "model_type": "roberta", **roberta_settings(config), "hidden_dropout_prob": config.hidden_dropout,
-        "attention_probs_dropout_prob": config.attention_dropout, "initializer_range": 0.02,
-    }  # fmt: skip
+        "model_type": "roberta",
+        **roberta_settings(config),
+        "hidden_dropout_prob": config.hidden_dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "initializer_range": 0.02,
+    }
+    beit = {"ckpt": "", "vision_width": config.vision_width, "patch_size": config.patch_size}
     (text / "config.json").write_text(json.dumps(roberta))
-    vision.write_text(
-        json.dumps(
-            {"ckpt": "", "vision_width": config.vision_width, "patch_size": config.patch_size}
-        )
-    )
-    beit: Any = importlib.import_module("models.beit2")
+    vision.write_text(json.dumps(beit))
+    module: Any = importlib.import_module("models.beit2")
     # The official constructor has the base and large sizes only.
-    beit.beit_base_patch16 = lambda **options: beit.VisionTransformer(
+    module.beit_base_patch16 = lambda **options: module.VisionTransformer(
         **(beit_settings(config) | options)
     )
     official: Any = importlib.import_module("models.model_retrieval")
@@ -181,7 +192,7 @@ def _build(config: XFMConfig, folder: Path) -> Any:
 
 
 def _serve(pipe: Connection, clone: str, config: dict[str, Any], threads: int) -> None:
-    """Answer requests until the pipe is closed or one fails: an error, empty where there is none, and the result."""
+    """Answer requests with an error (or an empty string) and a result, until the pipe closes or a request fails."""
     warnings.filterwarnings("ignore")
     # The clone prints.
     silent = os.open(os.devnull, os.O_WRONLY)
@@ -195,14 +206,14 @@ def _serve(pipe: Connection, clone: str, config: dict[str, Any], threads: int) -
     with torch.inference_mode():
         while True:
             try:
-                work, given = pipe.recv_bytes().decode(), load(pipe.recv_bytes())
+                work, tensors = pipe.recv_bytes().decode(), load(pipe.recv_bytes())
             except (EOFError, OSError):
                 return
             try:
                 if model is None:
-                    model, result = _load(XFMConfig(**config), given), torch.empty(0)
+                    model, result = _load(XFMConfig(**config), tensors), torch.empty(0)
                 else:
-                    result = _answer(model, work, given)
+                    result = _answer(model, work, tensors)
             except BaseException as error:  # of foreign code
                 pipe.send_bytes(f"{type(error).__name__}: {error}"[:500].encode())
                 pipe.send_bytes(b"")
@@ -212,7 +223,7 @@ def _serve(pipe: Connection, clone: str, config: dict[str, Any], threads: int) -
 
 
 def _load(config: XFMConfig, weights: dict[str, Tensor]) -> Any:
-    """The clone's model with the weights of ours."""
+    """Load our weights into the clone's model."""
     _install_stand_ins()
     with tempfile.TemporaryDirectory() as folder:
         model = _build(config, Path(folder)).eval()
@@ -222,28 +233,32 @@ def _load(config: XFMConfig, weights: dict[str, Tensor]) -> Any:
         for name, tensor in weights.items()
     }
     unused = (
-        "lm_head", "lm_cap_head", "fusion_encoder.roberta.embeddings", "position_ids", "relative_position_index",
+        "lm_head",
+        "lm_cap_head",
+        "fusion_encoder.roberta.embeddings",
+        "position_ids",
+        "relative_position_index",
         "fusion_proj",
-    )  # fmt: skip
+    )
     missing = model.load_state_dict(state, strict=False).missing_keys
-    lacking = [name for name in missing if not any(part in name for part in unused)]
-    if lacking:
-        raise KeyError(f"{len(lacking)} weights have no source, such as {lacking[0]}")
+    missing = [name for name in missing if not any(word in name for word in unused)]
+    if missing:
+        raise KeyError(f"{len(missing)} weights have no source, such as {missing[0]}")
     return model
 
 
-def _answer(model: Any, work: str, given: dict[str, Tensor]) -> Tensor:
-    """The result of a request."""
+def _answer(model: Any, work: str, tensors: dict[str, Tensor]) -> Tensor:
+    """Compute the result of a request."""
     if work == "embed-image":
-        return model.get_vision_embeds(given["pixels"])[0]
+        return model.get_vision_embeds(tensors["pixels"])[0]
     if work == "embed-text":
-        return model.get_text_embeds(given["ids"], given["mask"])
-    images = given["images"][given["image_of"]]
+        return model.get_text_embeds(tensors["ids"], tensors["mask"])
+    images = tensors["images"][tensors["image_of"]]
     fused = model.get_cross_embeds(
         image_embeds=images,
         image_atts=torch.ones(images.shape[:2], dtype=torch.long),
-        text_ids=given["mask"],  # their shape alone is read where embeddings are given
-        text_atts=given["mask"],
-        text_embeds=given["embeds"],
+        text_ids=tensors["mask"],  # their shape alone is read where embeddings are given
+        text_atts=tensors["mask"],
+        text_embeds=tensors["embeds"],
     )
     return model.itm_head(fused[:, 0, :])[:, 1]

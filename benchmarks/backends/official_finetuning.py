@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from xfm_fast.models.decoder import beam_search
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.vqa import AnswerRanking
 
-from .engine import AnswerList, Engine, Everything, Pairs, SearchIndex
+from . import AnswerList, Engine, Pairs, ScoreMatrices, SearchIndex, search_images
 from .official_algorithm import OfficialTrainingTwin, box_losses, mlp_head
 
 
@@ -32,7 +34,7 @@ class OfficialFineTuningTwin(OfficialTrainingTwin):
     def retrieval(
         self, batch: PairBatch, hard_negatives: tuple[Tensor, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """ITC and ITM, whose gradient reaches the text encoder as it does not in pretraining."""
+        """Compute ITC and ITM; unlike in pretraining, the gradient of ITM reaches the text encoder."""
         image = self.encode_image(batch.image)
         text = self.encode_text(batch.input_ids, batch.attention_mask)
         return self.contrast_and_match(
@@ -45,19 +47,24 @@ class OfficialFineTuningTwin(OfficialTrainingTwin):
         )
 
     def answers(
-        self, pixels: Tensor, question_ids: Tensor, question_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor,
-        answers_per_question: Tensor, answer_weights: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """VQA: weighted likelihoods of the answers, over the number of questions; arguments as for `VQAModel`."""
+        self,
+        pixels: Tensor,
+        question_ids: Tensor,
+        question_mask: Tensor,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        answers_per_question: Tensor,
+        answer_weights: Tensor,
+    ) -> Tensor:
+        """Compute the loss of VQA: weighted likelihoods of the answers over the number of questions."""
         text = self.encode_text(question_ids, question_mask)
         questions = self.fuse_pairs(text, question_mask, self.encode_image(pixels))
         states: list[Tensor] = []
         masks: list[Tensor] = []
-        for state, mask, copies in zip(
-            questions, question_mask, answers_per_question.tolist(), strict=True
-        ):
-            states += [state] * copies
-            masks += [mask] * copies
+        copies = answers_per_question.tolist()
+        for state, mask, count in zip(questions, question_mask, copies, strict=True):
+            states += [state] * count
+            masks += [mask] * count
         losses = self._answer_losses(
             answer_ids, answer_mask, torch.stack(states), torch.stack(masks)
         )
@@ -66,21 +73,22 @@ class OfficialFineTuningTwin(OfficialTrainingTwin):
     def _answer_losses(
         self, ids: Tensor, mask: Tensor, states: Tensor, state_mask: Tensor
     ) -> Tensor:
-        """`[A]` negative log-likelihoods of answers `[A, L]`, each with states `[A, M, width]`."""
-        logits = self.decode(self.model.text_decoder, ids, mask, states, state_mask)[
-            :, :-1
-        ].contiguous()
-        targets = ids.masked_fill(mask == 0, -100)[:, 1:].contiguous()
-        losses = F.cross_entropy(
-            logits.view(-1, logits.shape[-1]), targets.view(-1), reduction="none"
-        )
+        """Compute negative log-likelihoods `[A]` of answers `[A, L]`, each with states `[A, M, width]`."""
+        logits = self.decode(self.model.text_decoder, ids, mask, states, state_mask)
+        targets = ids.masked_fill(mask == 0, -100)[:, 1:]
+        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="none")
         return losses.view(len(ids), -1).sum(1)
 
     def rank_answers(
-        self, pixels: Tensor, question_ids: Tensor, question_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor,
+        self,
+        pixels: Tensor,
+        question_ids: Tensor,
+        question_mask: Tensor,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
         k: int,
-    ) -> AnswerRanking:  # fmt: skip
-        """The k best of N answers `[N, La]` for Q questions `[Q, L]` with an image `[Q, 3, R, R]` each.
+    ) -> AnswerRanking:
+        """Rank the k best of N answers `[N, La]` for Q questions `[Q, L]` with an image `[Q, 3, R, R]` each.
 
         As the official evaluation of VQA v2: an image is encoded for each of its questions; after the first tokens of
         all answers are compared, the k candidates of a question are decoded from `<s>` on, padded to the longest answer
@@ -88,45 +96,45 @@ class OfficialFineTuningTwin(OfficialTrainingTwin):
         """
         text = self.encode_text(question_ids, question_mask)
         states = self.fuse_pairs(text, question_mask, self.encode_image(pixels))
-        begun, every = (
-            answer_ids[:1, :1].repeat(len(states), 1),
-            torch.ones(states.shape[:2], device=states.device),
+        start = answer_ids[:1, :1].repeat(len(states), 1)
+        visible = torch.ones(states.shape[:2], device=states.device)
+        logits = self.decode(
+            self.model.text_decoder, start, torch.ones_like(start), states, visible
         )
-        first = self.decode(self.model.text_decoder, begun, torch.ones_like(begun), states, every)[
-            :, 0
-        ]
-        likeliest, candidates = first.softmax(1).index_select(1, answer_ids[:, 1]).topk(k, dim=1)
-        chosen = candidates.flatten()
-        copies, visible = (each.repeat_interleave(k, 0) for each in (states, every))
-        losses = self._answer_losses(answer_ids[chosen], answer_mask[chosen], copies, visible)
+        first_tokens = logits[:, 0].softmax(1).index_select(1, answer_ids[:, 1])
+        likeliest, candidates = first_tokens.topk(k, dim=1)
+        rows = candidates.flatten()
+        losses = self._answer_losses(
+            answer_ids[rows],
+            answer_mask[rows],
+            states.repeat_interleave(k, 0),
+            visible.repeat_interleave(k, 0),
+        )
         best = (likeliest.log() - losses.view_as(likeliest)).topk(k, dim=1)
         return AnswerRanking(candidates.gather(1, best.indices), best.values)
 
     def statements(
         self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor, targets: Tensor
     ) -> Tensor:
-        """Cross-entropy of statements about two images; arguments as for the model of `xfm_fast.tasks`."""
+        """Compute the cross-entropy of statements about two images."""
         return F.cross_entropy(self.statement_logits(pixels, input_ids, attention_mask), targets)
 
     def statement_logits(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """`[B, 2]` of sentences `[B, L]`; `[2B, 3, R, R]` are the first images of all, then the second ones."""
-        head = self.model.cls_head
-        first, second = self.encode_image(pixels).split(len(input_ids))
+        """Return logits `[B, 2]` of sentences `[B, L]`; pixels are all first images, then all second ones."""
+        images = self.encode_image(pixels).split(len(input_ids))
         text = self.encode_text(input_ids, attention_mask)
-        halves = [
-            self.fuse_pairs(text, attention_mask, image)[:, 0, :] for image in (first, second)
-        ]
-        return mlp_head(head, torch.cat(halves, dim=-1))
+        halves = [self.fuse_pairs(text, attention_mask, image)[:, 0, :] for image in images]
+        return mlp_head(self.model.cls_head, torch.cat(halves, dim=-1))
 
     def grounding(
         self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor, target: Tensor
-    ) -> dict[str, Tensor]:  # fmt: skip
-        """L1 and GIoU of one box for each expression; arguments as for `GroundingModel`."""
+    ) -> dict[str, Tensor]:
+        """Compute L1 and GIoU of one box per expression."""
         boxes = self.boxes(pixels, input_ids, attention_mask)
         return box_losses(boxes, target, torch.ones_like(target[:, 0]))
 
     def boxes(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """`[B, 4]` boxes of expressions `[B, L]`, each with its image."""
+        """Return boxes `[B, 4]` of expressions `[B, L]`, each with its image."""
         head = self.model.bbox_head
         text = self.encode_text(input_ids, attention_mask)
         fused = self.fuse_pairs(text, attention_mask, self.encode_image(pixels))
@@ -140,17 +148,15 @@ class OfficialFineTuningTwin(OfficialTrainingTwin):
         prompt_length: int,
         label_smoothing: float,
     ) -> Tensor:
-        """Captioning: mean over the tokens after the prompt; arguments as for `CaptioningModel`."""
+        """Compute the captioning loss: the mean over the tokens after the prompt."""
         decoder = self.model.text_decoder
         image = self.encode_image(pixels)
         everywhere = torch.ones(image.shape[:2], dtype=torch.long, device=image.device)
-        logits = self.decode(decoder, caption_ids, caption_mask, image, everywhere)[
-            :, :-1
-        ].contiguous()
+        logits = self.decode(decoder, caption_ids, caption_mask, image, everywhere)
         targets = caption_ids.masked_fill(caption_mask == 0, -100)
         targets[:, :prompt_length] = -100
         return F.cross_entropy(
-            logits.view(-1, logits.shape[-1]),
+            logits[:, :-1].flatten(0, 1),
             targets[:, 1:].flatten(),
             label_smoothing=label_smoothing,
         )
@@ -164,7 +170,7 @@ class OfficialFineTuningTwin(OfficialTrainingTwin):
         min_length: int,
         num_beams: int,
     ) -> Tensor:
-        """Captions `[B, L]` by beam search; arguments as for `CaptioningModel.generate`.
+        """Write captions `[B, L]` by beam search; arguments as for `CaptioningModel.generate`.
 
         As transformers 4.12.5 searches, on which the official code builds: every beam has a copy of the image, and of
         its keys and values in every layer, which follow the beams from step to step.
@@ -176,106 +182,105 @@ class OfficialFineTuningTwin(OfficialTrainingTwin):
 
         def advance(rows: Tensor, tokens: Tensor) -> Tensor:
             nonlocal past
-            past = [tuple(part.index_select(0, rows) for part in layer) for layer in past]
+            past = [tuple(state.index_select(0, rows) for state in layer) for layer in past]
             logits, past = self.decode_next(decoder, tokens[:, None], image, past)
             return logits
 
         return beam_search(
-            logits, advance, prompts, max_length=max_length, min_length=min_length, num_beams=num_beams,
-            pad_token_id=self.config.pad_token_id, eos_token_id=self.config.eos_token_id,
-        )  # fmt: skip
+            logits,
+            advance,
+            prompts,
+            max_length=max_length,
+            min_length=min_length,
+            num_beams=num_beams,
+            pad_token_id=self.config.pad_token_id,
+            eos_token_id=self.config.eos_token_id,
+        )
 
     def texts(self, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> Tensor:
-        """Classes of texts from token 0: cross-entropy."""
+        """Compute the cross-entropy of text classes, read from token 0."""
         head = self.model.cls_head
         logits = mlp_head(head, self.encode_text(input_ids, attention_mask)[:, 0, :])
         return F.cross_entropy(logits, targets)
 
     def images(self, pixels: Tensor, targets: Tensor) -> Tensor:
-        """Classes of images from the image token next to the mean of the patches: cross-entropy."""
+        """Compute the cross-entropy of image classes, read from the image token beside the mean of the patches."""
         head = self.model.cls_head
         embeds = self.encode_image(pixels)
         logits = mlp_head(head, torch.cat((embeds[:, 0, :], embeds[:, 1:].mean(1)), dim=-1))
         return F.cross_entropy(logits, targets)
 
 
-class OfficialEngine(Engine):
-    """The official evaluation: one image or text at a time is re-ranked, every text has image tokens of its own.
+def official_engine(
+    model: XFM, compiled: Callable[[Callable[..., Tensor]], Callable[..., Any]] | None = None
+) -> Engine:
+    """Return the engine of the official evaluation.
 
-    `compiled` compiles the three encoders.
+    It re-ranks one image or text at a time, with a copy of the image tokens for every text. `compiled` compiles the
+    three encoders.
     """
-
-    def __init__(
-        self,
-        model: XFM,
-        compiled: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None,
-    ) -> None:
-        self.model, self._twin = model, OfficialFineTuningTwin(model)
-        twin = self._twin
-        encoders = twin.encode_image, twin.encode_text, twin.fuse_pairs
-        self._images, self._texts, self._fuse = (
-            encoders if compiled is None else map(compiled, encoders)
+    twin = OfficialFineTuningTwin(model)
+    encode_image, encode_text, fuse_pairs = twin.encode_image, twin.encode_text, twin.fuse_pairs
+    if compiled is not None:
+        encode_image, encode_text, fuse_pairs = map(
+            compiled, (encode_image, encode_text, fuse_pairs)
         )
 
-    def embed_images(self, pixels: Tensor) -> Tensor:
-        return self._images(pixels)
+    def match(embeds: Tensor, mask: Tensor, images: Tensor) -> Tensor:
+        # The official code repeats an image's tokens in memory.
+        return twin.match_scores(fuse_pairs(embeds, mask, images.contiguous()))
 
-    def embed_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self._texts(input_ids, attention_mask)
-
-    def rerank(self, pairs: Pairs) -> Tensor:
+    def rerank(pairs: Pairs) -> Tensor:
         scores = []
-        for number, image in enumerate(pairs.images):
-            chosen = pairs.image_of == number
-            embeds = pairs.embeds[chosen]
-            scores.append(
-                self._scores(embeds, pairs.mask[chosen], image.expand(len(embeds), -1, -1))
-            )
+        for index, image in enumerate(pairs.images):
+            texts = pairs.image_of == index
+            embeds = pairs.embeds[texts]
+            scores.append(match(embeds, pairs.mask[texts], image.expand(len(embeds), -1, -1)))
         return torch.cat(scores)
 
-    def scores(self, embeds: Tensor, mask: Tensor, index: SearchIndex, best: Tensor) -> Tensor:
+    def score(embeds: Tensor, masks: Tensor, index: SearchIndex, best: Tensor) -> Tensor:
         rows = []
-        for text, its_mask, candidates in zip(embeds, mask, best, strict=True):
-            texts, masks = text.repeat(len(candidates), 1, 1), its_mask.repeat(len(candidates), 1)
-            rows.append(self._scores(texts, masks, index.embeds[candidates]))
+        for text, mask, candidates in zip(embeds, masks, best, strict=True):
+            count = len(candidates)
+            images = index.embeds[candidates]
+            rows.append(match(text.repeat(count, 1, 1), mask.repeat(count, 1), images))
         return torch.stack(rows)
 
-    def _scores(self, embeds: Tensor, mask: Tensor, images: Tensor) -> Tensor:
-        # The official code repeats an image's tokens in memory.
-        return self._twin.match_scores(self._fuse(embeds, mask, images.contiguous()))
-
     def evaluate(
-        self, batches: Sequence[Tensor], input_ids: Tensor, attention_mask: Tensor, k: int
-    ) -> Everything:
-        images = torch.cat([self._images(pixels) for pixels in batches])
-        return Everything(
-            *self._twin.retrieve(images, self._texts(input_ids, attention_mask), attention_mask, k)
-        )
+        batches: Sequence[Tensor], input_ids: Tensor, attention_mask: Tensor, k: int
+    ) -> ScoreMatrices:
+        images = torch.cat([encode_image(pixels) for pixels in batches])
+        texts = encode_text(input_ids, attention_mask)
+        return ScoreMatrices(*twin.retrieve(images, texts, attention_mask, k))
 
-    def statements(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        return self._twin.statement_logits(pixels, ids, mask)
+    def boxes(pixels: Tensor, ids: Tensor, mask: Tensor, image_of: Tensor) -> Tensor:
+        return twin.boxes(pixels[image_of], ids, mask)
 
-    def boxes(self, pixels: Tensor, ids: Tensor, mask: Tensor, image_of: Tensor) -> Tensor:
-        return self._twin.boxes(pixels[image_of], ids, mask)
-
-    def captions(
-        self, pixels: Tensor, prompt: Tensor, longest: int, shortest: int, beams: int
-    ) -> Tensor:
-        return self._twin.write_captions(
+    def captions(pixels: Tensor, prompt: Tensor, longest: int, shortest: int, beams: int) -> Tensor:
+        return twin.write_captions(
             pixels, prompt, max_length=longest, min_length=shortest, num_beams=beams
         )
 
-    def answers(
-        self, pixels: Tensor, ids: Tensor, mask: Tensor, image_of: Tensor, answers: AnswerList
+    def answer_questions(
+        pixels: Tensor, ids: Tensor, mask: Tensor, image_of: Tensor, answers: AnswerList
     ) -> AnswerRanking:
-        """The questions one after another, each without padding."""
+        """Answer the questions one after another, each without padding."""
         rankings = []
-        for image, question, length in zip(
-            image_of.tolist(), ids, mask.sum(1).tolist(), strict=True
-        ):
-            question = question[None, :length]
+        lengths = mask.sum(1).tolist()
+        for image, row, length in zip(image_of.tolist(), ids, lengths, strict=True):
+            question = row[None, :length]
             inputs = pixels[image : image + 1], question, torch.ones_like(question)
-            rankings.append(
-                self._twin.rank_answers(*inputs, answers.ids, answers.mask, k=answers.k)
-            )
-        return AnswerRanking(*(torch.cat(parts) for parts in zip(*rankings, strict=True)))
+            rankings.append(twin.rank_answers(*inputs, answers.ids, answers.mask, k=answers.k))
+        return AnswerRanking(*map(torch.cat, zip(*rankings, strict=True)))
+
+    return Engine(
+        embed_images=encode_image,
+        embed_texts=encode_text,
+        rerank=rerank,
+        search=partial(search_images, model, encode_text, score),
+        evaluate=evaluate,
+        statements=twin.statement_logits,
+        boxes=boxes,
+        captions=captions,
+        answers=answer_questions,
+    )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from xfm_fast.config import XFMConfig
 from xfm_fast.models.xfm import XFM
 
-from .engine import Engine, Pairs
+from . import Engine, Pairs, score_together, search_images
 from .official_algorithm import layer_norm, mlp_head
 
 _VISION, _TEXT, _FUSION = (
@@ -47,92 +47,81 @@ _BEIT_QKV = (
 )
 
 
-class TransformersEngine(Engine):
-    """RoBERTa, BEiT and BLIP's text encoder of transformers: those of `vision`, `text`, `fusion` that are `parts`."""
-
-    def __init__(self, model: XFM, parts: frozenset[str]) -> None:
-        self.model = model
-        transformers: Any = importlib.import_module("transformers")
-        settings = roberta_settings(model.config)
-        if "vision" in parts:
-            self._vision = _load(model, *_beit(transformers, model))
-        if "text" in parts:
-            text = transformers.RobertaModel(
-                transformers.RobertaConfig(**settings), add_pooling_layer=False
-            )
-            self._text = _load(model, text, _part(model, _TEXT))
-        if "fusion" in parts:
-            blip: Any = importlib.import_module("transformers.models.blip.modeling_blip_text")
-            settings |= {"num_hidden_layers": model.config.fusion_layers, "is_decoder": True}
-            config = transformers.BlipTextConfig(
-                **settings, encoder_hidden_size=model.config.vision_width
-            )
-            self._fusion = _load(model, blip.BlipTextEncoder(config), _part(model, _FUSION))
-
-    def embed_images(self, pixels: Tensor) -> Tensor:
-        return finish_image(self.model, self._vision(pixels).last_hidden_state)
-
-    def embed_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        longest = int(attention_mask.sum(1).max())
-        out = self._text(
-            input_ids=input_ids[:, :longest], attention_mask=attention_mask[:, :longest]
-        )
-        return F.pad(out.last_hidden_state, (0, 0, 0, input_ids.shape[1] - longest))
-
-    def rerank(self, pairs: Pairs) -> Tensor:
-        longest = int(pairs.mask.sum(1).max())
-        mask = pairs.mask[:, None, None, :longest].to(pairs.embeds.dtype)
-        hidden = (1.0 - mask) * torch.finfo(mask.dtype).min
-        fused = self._fusion(
-            pairs.embeds[:, :longest],
-            attention_mask=hidden,
-            encoder_hidden_states=pairs.images[pairs.image_of],
-        ).last_hidden_state
-        return mlp_head(self.model.itm_head, fused[:, 0])[:, 1]
+def transformers_engine(model: XFM, encoders: frozenset[str]) -> Engine:
+    """Return RoBERTa, BEiT and BLIP's text encoder of transformers, as far as `encoders` names text, vision, fusion."""
+    transformers: Any = importlib.import_module("transformers")
+    settings = roberta_settings(model.config)
+    engine = Engine()
+    if "vision" in encoders:
+        vision = _load(model, *_beit(transformers, model))
+        engine.embed_images = lambda pixels: finish_image(model, vision(pixels).last_hidden_state)
+    if "text" in encoders:
+        config = transformers.RobertaConfig(**settings)
+        roberta = transformers.RobertaModel(config, add_pooling_layer=False)
+        engine.embed_texts = partial(_embed_texts, _load(model, roberta, _weights(model, _TEXT)))
+    if "fusion" in encoders:
+        blip: Any = importlib.import_module("transformers.models.blip.modeling_blip_text")
+        settings |= {"num_hidden_layers": model.config.fusion_layers, "is_decoder": True}
+        width = model.config.vision_width
+        config = transformers.BlipTextConfig(**settings, encoder_hidden_size=width)
+        fusion = _load(model, blip.BlipTextEncoder(config), _weights(model, _FUSION))
+        engine.rerank = partial(_rerank, model, fusion)
+    score = partial(score_together, engine.rerank)
+    engine.search = partial(search_images, model, engine.embed_texts, score)
+    return engine
 
 
-class TimmEngine(Engine):
-    """BEiT of timm."""
+def _embed_texts(roberta: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    longest = int(attention_mask.sum(1).max())
+    out = roberta(input_ids=input_ids[:, :longest], attention_mask=attention_mask[:, :longest])
+    return F.pad(out.last_hidden_state, (0, 0, 0, input_ids.shape[1] - longest))
 
-    def __init__(self, model: XFM) -> None:
-        config = model.config
-        beit: Any = importlib.import_module("timm.models.beit")
-        module = beit.Beit(
-            num_classes=0, init_values=config.layer_scale_init, use_abs_pos_emb=False, use_rel_pos_bias=True,
-            **beit_settings(config),
-        )  # fmt: skip
-        state = {
-            name: tensor for name, tensor in _part(model, _VISION).items() if name != "mask_token"
-        }
-        self.model = model
-        self._module = _load(model, module, state)
 
-    def embed_images(self, pixels: Tensor) -> Tensor:
-        return finish_image(self.model, self._module.forward_features(pixels))
+def _rerank(model: Any, fusion: Any, pairs: Pairs) -> Tensor:
+    longest = int(pairs.mask.sum(1).max())
+    mask = pairs.mask[:, None, None, :longest].to(pairs.embeds.dtype)
+    fused = fusion(
+        pairs.embeds[:, :longest],
+        attention_mask=(1.0 - mask) * torch.finfo(mask.dtype).min,
+        encoder_hidden_states=pairs.images[pairs.image_of],
+    ).last_hidden_state
+    return mlp_head(model.itm_head, fused[:, 0])[:, 1]
+
+
+def timm_engine(model: XFM) -> Engine:
+    """Return BEiT of timm."""
+    beit: Any = importlib.import_module("timm.models.beit")
+    module = beit.Beit(
+        num_classes=0,
+        init_values=model.config.layer_scale_init,
+        use_abs_pos_emb=False,
+        use_rel_pos_bias=True,
+        **beit_settings(model.config),
+    )
+    state = _weights(model, _VISION)
+    state.pop("mask_token", None)
+    module = _load(model, module, state)
+    return Engine(embed_images=lambda pixels: finish_image(model, module.forward_features(pixels)))
 
 
 def finish_image(model: XFM, tokens: Tensor) -> Tensor:
-    """The end of X-FM's vision encoder on the output of the last block: norm of the patches, their mean in front."""
+    """Normalise the patches of the last block and put their mean in front, as X-FM's vision encoder does."""
     patches = layer_norm(model.vision_encoder.fc_norm, tokens[:, 1:])
     return torch.cat((patches.mean(1, keepdim=True), patches), dim=1)
 
 
-def _part(model: XFM, prefix: str) -> dict[str, Tensor]:
-    """The weights of an encoder, under names without its prefix."""
-    return {
-        n.removeprefix(prefix): t for n, t in model.state_dict().items() if n.startswith(prefix)
-    }
+def _weights(model: XFM, prefix: str) -> dict[str, Tensor]:
+    """Return the weights of an encoder, under names without its prefix."""
+    state = model.state_dict().items()
+    return {name.removeprefix(prefix): t for name, t in state if name.startswith(prefix)}
 
 
 def _load(model: XFM, module: Any, state: Mapping[str, Tensor]) -> Any:
-    """A module with weights, on the device of the model; RuntimeError if it has other parameters than the weights."""
+    """Load weights into a module, on the device of the model; raises `RuntimeError` if names differ."""
     outcome = module.load_state_dict(dict(state), strict=False)
     buffers = ("position_ids", "token_type_ids", "relative_position_index")
-    wrong = [
-        name
-        for name in (*outcome.missing_keys, *outcome.unexpected_keys)
-        if not name.endswith(buffers)
-    ]
+    names = (*outcome.missing_keys, *outcome.unexpected_keys)
+    wrong = [name for name in names if not name.endswith(buffers)]
     if wrong:
         raise RuntimeError(
             f"{type(module).__name__} of this version has other parameters, such as {wrong[0]}"
@@ -141,7 +130,7 @@ def _load(model: XFM, module: Any, state: Mapping[str, Tensor]) -> Any:
 
 
 def roberta_settings(config: XFMConfig) -> dict[str, Any]:
-    """The sizes of the text encoder, by the names of transformers."""
+    """Return the sizes of the text encoder under the names of transformers."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.text_width,
@@ -159,7 +148,7 @@ def roberta_settings(config: XFMConfig) -> dict[str, Any]:
 
 
 def beit_settings(config: XFMConfig) -> dict[str, Any]:
-    """The sizes of the vision encoder, by the names of timm and of the official code."""
+    """Return the sizes of the vision encoder under the names of timm and of the official code."""
     return {
         "img_size": config.image_size,
         "patch_size": config.patch_size,
@@ -172,7 +161,7 @@ def beit_settings(config: XFMConfig) -> dict[str, Any]:
 
 
 def _beit(transformers: Any, model: XFM) -> tuple[Any, dict[str, Tensor]]:
-    """BEiT of transformers, and the weights of the vision encoder under its names."""
+    """Return BEiT of transformers, and the weights of the vision encoder under its names."""
     config = model.config
     settings = transformers.BeitConfig(
         hidden_size=config.vision_width,
@@ -191,27 +180,30 @@ def _beit(transformers: Any, model: XFM) -> tuple[Any, dict[str, Tensor]]:
     )
     module = transformers.BeitModel(settings, add_pooling_layer=False)
     newer = any(name.startswith("layers.") for name in module.state_dict())
-    spelling = 0 if newer else 1
-    named: dict[str, Tensor] = {}
-    for name, tensor in _part(model, _VISION).items():
-        parts = name.split(".", 2)
-        if parts[0] != "blocks":
-            if not name.startswith("fc_norm"):
-                renamed = name.replace("patch_embed.proj", "patch_embeddings.projection")
-                named[f"embeddings.{renamed}"] = tensor
+    version = 0 if newer else 1
+    state: dict[str, Tensor] = {}
+    for name, tensor in _weights(model, _VISION).items():
+        if name.startswith("fc_norm"):
             continue
-        block, inner = f"layers.{parts[1]}." if newer else f"encoder.layer.{parts[1]}.", parts[2]
-        q, k, v = (f"{block}attention.{part}" for part in _BEIT_QKV[spelling])
+        if not name.startswith("blocks."):
+            name = name.replace("patch_embed.proj", "patch_embeddings.projection")
+            state[f"embeddings.{name}"] = tensor
+            continue
+        _, layer, inner = name.split(".", 2)
+        block = f"layers.{layer}." if newer else f"encoder.layer.{layer}."
+        q, k, v = (f"{block}attention.{projection}" for projection in _BEIT_QKV[version])
         if inner == "attn.qkv.weight":
-            named |= {
-                f"{target}.weight": part
-                for target, part in zip((q, k, v), tensor.chunk(3), strict=True)
+            weights = tensor.chunk(3)
+            state |= {
+                f"{q}.weight": weights[0],
+                f"{k}.weight": weights[1],
+                f"{v}.weight": weights[2],
             }
-        elif inner in ("attn.q_bias", "attn.v_bias"):
-            named[f"{q if inner == 'attn.q_bias' else v}.bias"] = tensor
+        elif inner == "attn.q_bias":
+            state[f"{q}.bias"] = tensor
+        elif inner == "attn.v_bias":
+            state[f"{v}.bias"] = tensor
         else:
-            stem = next(
-                stem for stem in _BEIT_BLOCK if inner == stem or inner.startswith(f"{stem}.")
-            )
-            named[block + _BEIT_BLOCK[stem][spelling] + inner.removeprefix(stem)] = tensor
-    return module, named
+            stem = next(s for s in _BEIT_BLOCK if inner == s or inner.startswith(f"{s}."))
+            state[block + _BEIT_BLOCK[stem][version] + inner.removeprefix(stem)] = tensor
+    return module, state

@@ -12,6 +12,7 @@ Two runs may differ because the machine does: the ratio of the reference, measur
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,9 +20,9 @@ from rich.console import Console
 
 from xfm_fast.errors import DataError
 
-from ..measure import ratio_interval
 from ..record import OURS, Document, Result
-from .tables import Column, build, plain, print_line, print_table, span, work
+from ..timing import ratio_interval
+from .tables import Column, build, plain, print_line, print_table, span, text_column, work
 
 SIGNIFICANCE = 0.05
 SMALLEST_EFFECT = 0.02
@@ -75,93 +76,90 @@ def compare(a: Document, b: Document) -> Changes:
         raise DataError(
             f"A is a document of {a.benchmark} and B of {b.benchmark}; compare two of the same benchmark"
         )
-    before, after = ({row.key: row for row in document.rows} for document in (a, b))
-    if not before.keys() & after.keys():
+    before = {row.key: row for row in a.rows}
+    after = {row.key: row for row in b.rows}
+    shared = [key for key in before if key in after]
+    if not shared:
         raise DataError(
             "no row of A is in B: they measured other work, sizes or types; repeat one with the options of the other"
         )
-    pairs = {key: (one, after[key]) for key, one in before.items() if key in after}
-    ratios: dict[tuple[str, ...], float | None] = {}
-    for key, (one, other) in pairs.items():
-        had, has = one.number("max_qps"), other.number("max_qps")
-        if one.median_s and other.median_s:
-            ratios[key] = one.median_s / other.median_s
-        else:
-            ratios[key] = has / had if had and has else None
-    tested = [key for key, (one, other) in pairs.items() if not _untested(one, other)]
-    from scipy import stats  # a second of loading, see `measure.bootstrap`
-
-    tests = (stats.mannwhitneyu(before[key].seconds, after[key].seconds).pvalue for key in tested)
-    adjusted = dict(
-        zip(tested, stats.false_discovery_control(list(tests)) if tested else [], strict=True)
-    )
+    ratios = {key: _ratio(before[key], after[key]) for key in shared}
+    p_values = _p_values({key: (before[key], after[key]) for key in shared})
     changes = []
     for key in dict.fromkeys([*before, *after]):
-        one, other = before.get(key), after.get(key)
-        had, has = (row is not None and row.measured for row in (one, other))
-        row = other or one
+        old, new = before.get(key), after.get(key)
+        old_measured, new_measured = (row is not None and row.measured for row in (old, new))
+        row = new or old
         assert row is not None
-        if had != has:
-            gone = (
-                f"B: {other.status}. {other.reason or ''}".strip()
-                if other is not None
-                else "not in B"
-            )
-            reason = gone if had else ""
-            changes.append(
-                Change(row.name, row.backend, row.dtype, "lost" if had else "new", reason=reason)
-            )
-        elif one is not None and other is not None and has:
-            change = Change(
-                work(row, unit=False), row.backend, row.dtype, "not tested", ratios[key]
-            )
-            # The samples are of different runs.
-            change.low, change.high = ratio_interval(one.seconds, other.seconds, paired=False)
-            if key in adjusted:
-                change.p = float(adjusted[key])
-                change.verdict = "no difference"
-                if (
-                    change.p < SIGNIFICANCE
-                    and max(ratio := ratios[key] or 1, 1 / ratio) - 1 > SMALLEST_EFFECT
-                ):
-                    change.verdict = "faster" if ratio > 1 else "slower"
-            else:
-                change.verdict = _untested(one, other) or "not tested"
-            reference = b.reference_row(other)
-            if reference is not None and reference is not other:
+        if old_measured and not new_measured:
+            reason = "not in B" if new is None else f"B: {new.status}. {new.reason or ''}".strip()
+            changes.append(Change(row.name, row.backend, row.dtype, "lost", reason=reason))
+        elif new_measured and not old_measured:
+            changes.append(Change(row.name, row.backend, row.dtype, "new"))
+        elif old is not None and new is not None and new_measured:
+            change = _change(old, new, ratios[key], p_values.get(key))
+            reference = b.reference_row(new)
+            if reference is not None and reference is not new:
                 change.control = ratios.get(reference.key)
-            if one.seconds or other.seconds:
-                change.samples = f"{len(one.seconds)} + {len(other.seconds)}"
             changes.append(change)
     return Changes(changes, _flags(a, b))
 
 
-def _untested(one: Result, other: Result) -> Verdict | None:
-    """Why the samples of a row are not tested; None if they are."""
-    m, n = len(one.seconds), len(other.seconds)
-    if one.contended or other.contended:
+def _ratio(old: Result, new: Result) -> float | None:
+    """Return how many times as fast a row became."""
+    if old.median_s and new.median_s:
+        return old.median_s / new.median_s
+    old_rate, new_rate = old.number("max_qps"), new.number("max_qps")
+    return new_rate / old_rate if old_rate and new_rate else None
+
+
+def _p_values(
+    pairs: dict[tuple[str, ...], tuple[Result, Result]],
+) -> dict[tuple[str, ...], float]:
+    """Return the adjusted p-values of the pairs that can be tested."""
+    tested = {key: pair for key, pair in pairs.items() if not _untested(*pair)}
+    if not tested:
+        return {}
+    # Imported here, since SciPy takes a second to load.
+    from scipy import stats
+
+    values = [stats.mannwhitneyu(old.seconds, new.seconds).pvalue for old, new in tested.values()]
+    adjusted = stats.false_discovery_control(values)
+    return {key: float(value) for key, value in zip(tested, adjusted, strict=True)}
+
+
+def _change(old: Result, new: Result, ratio: float | None, p: float | None) -> Change:
+    """Return the change of a row that both documents measured."""
+    change = Change(work(new, unit=False), new.backend, new.dtype, "no difference", ratio, p=p)
+    # The samples are of different runs.
+    change.low, change.high = ratio_interval(old.seconds, new.seconds, paired=False)
+    if old.seconds or new.seconds:
+        change.samples = f"{len(old.seconds)} + {len(new.seconds)}"
+    if p is None:
+        change.verdict = _untested(old, new) or "not tested"
+    elif p < SIGNIFICANCE and ratio is not None and max(ratio, 1 / ratio) - 1 > SMALLEST_EFFECT:
+        change.verdict = "faster" if ratio > 1 else "slower"
+    return change
+
+
+def _untested(old: Result, new: Result) -> Verdict | None:
+    """Return why the samples of a row are not tested, or None."""
+    m, n = len(old.seconds), len(new.seconds)
+    if old.contended or new.contended:
         return "contended"
     if not m or not n:
         return "not tested"
-    # Could any outcome be significant? The smallest two-sided p-value is 2 over the number of orders.
+    # The smallest two-sided p-value is 2 over the number of orders: can any outcome be significant?
     return None if 2 / math.comb(m + n, m) < SIGNIFICANCE else "too few samples"
 
 
 def _flags(a: Document, b: Document) -> list[str]:
-    names = {"processor": "cpu", "threads": "threads", "cores": "cores_allowed", "GPUs": "gpus"}
-
-    def facts(machine: dict[str, Any]) -> dict[str, Any]:
-        found = {f"machine: {name}": machine.get(key) for name, key in names.items()}
-        found |= {f"{key}:": machine.get(key) for key in ("torch", "python", "xfm_fast", "commit")}
-        return found | {
-            f"{package}:": version for package, version in machine.get("versions", {}).items()
-        }
-
-    one, other = facts(a.machine), facts(b.machine)
+    """Return differences of machine, versions and circumstances, in words."""
+    old, new = _facts(a.machine), _facts(b.machine)
     flags = [
-        f"other {name} {plain(one.get(name)) or 'none'} and {plain(other.get(name)) or 'none'}"
-        for name in dict.fromkeys([*one, *other])
-        if one.get(name) != other.get(name)
+        f"other {name} {plain(old.get(name)) or 'none'} and {plain(new.get(name)) or 'none'}"
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name) != new.get(name)
     ]
     for name, document in (("A", a), ("B", b)):
         if document.machine.get("dirty"):
@@ -171,32 +169,44 @@ def _flags(a: Document, b: Document) -> list[str]:
     return flags
 
 
-def print_changes(found: Changes, console: Console) -> None:
+def _facts(machine: dict[str, Any]) -> dict[str, Any]:
+    names = {"processor": "cpu", "threads": "threads", "cores": "cores_allowed", "GPUs": "gpus"}
+    facts = {f"machine: {name}": machine.get(key) for name, key in names.items()}
+    for key in ("torch", "python", "xfm_fast", "commit"):
+        facts[f"{key}:"] = machine.get(key)
+    for package, version in machine.get("versions", {}).items():
+        facts[f"{package}:"] = version
+    return facts
+
+
+def print_changes(changes: Changes, console: Console) -> None:
     """Print every row, other differences, the rule, and a count of the verdicts of xfm-fast."""
 
     def times(ratio: float | None) -> str:
         return "" if ratio is None else f"{ratio:.2f}×"
 
-    def chance(change: Change) -> str:
-        return "" if change.p is None else f"{change.p:.3f}" if change.p >= 0.001 else "<0.001"
+    def p_value(change: Change) -> str:
+        if change.p is None:
+            return ""
+        return f"{change.p:.3f}" if change.p >= 0.001 else "<0.001"
 
     columns = [
-        Column("work", lambda change: change.name, number=False),
-        Column("backend", lambda change: change.backend, number=False),
-        Column("dtype", lambda change: change.dtype, number=False),
+        text_column("work", lambda change: change.name),
+        text_column("backend", lambda change: change.backend),
+        text_column("dtype", lambda change: change.dtype),
         Column("B is", lambda change: times(change.ratio)),
-        Column("verdict", lambda change: change.verdict, number=False),
+        text_column("verdict", lambda change: change.verdict),
         Column("95% interval", span),
-        Column("p", chance),
+        Column("p", p_value),
         Column("samples", lambda change: change.samples, detail=True),
         Column("reference", lambda change: times(change.control)),
         Column("beyond it", lambda change: times(change.relative), detail=True),
     ]
-    print_table(build("", found.changes, columns), console)
-    for change in found.changes:
+    print_table(build("", changes.changes, columns), console)
+    for change in changes.changes:
         if change.reason:
             print_line(f"{change.name}, {change.dtype}: {change.reason}", "red", console)
-    for flag in found.flags:
+    for flag in changes.flags:
         print_line(flag, "yellow", console)
     rule = (
         f"B is: times as fast as A. faster, slower: Mann-Whitney U, p below {SIGNIFICANCE:g} after Benjamini-Hochberg, "
@@ -204,8 +214,6 @@ def print_changes(found: Changes, console: Console) -> None:
         "untouched model or the eager operation"
     )
     print_line(rule, "dim", console)
-    verdicts = [change.verdict for change in found.changes if change.backend == OURS]
-    counts = ", ".join(
-        f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)
-    )
+    verdicts = Counter(change.verdict for change in changes.changes if change.backend == OURS)
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
     print_line(f"{OURS}: {counts or 'no row in both'}", "bold", console)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_args
 
 from rich import box
@@ -18,8 +19,8 @@ from rich.table import Table as Grid
 
 from xfm_fast.errors import DataError
 
-from ..measure import percentile
 from ..record import ACCELERATED, OURS, UNTOUCHED, Comparison, Direction, Document, Result
+from ..timing import percentile
 
 STYLES = {
     **dict.fromkeys(("bad", "failed", "parity failed", "slower", "lost"), "red"),
@@ -27,10 +28,10 @@ STYLES = {
     "faster": "green",
 }
 _GAP = 2
-# Characters that the work, which is first, gets before columns of details are shown.
-_WORK = 24
-_MOST_SKIPPED = 12
-_BESIDE = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+# Minimum width of the first column, the work, before columns of details are shown.
+_WORK_WIDTH = 24
+_MAX_SKIPPED = 12
+_RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 _QUALITY = (
     ("least cosine", "cosine_least", ".4f"),
     ("mean cosine", "cosine_mean", ".4f"),
@@ -40,12 +41,15 @@ _QUALITY = (
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its head and the text of a row; `number` aligns right, `detail` is shown where there is room."""
+    """One column: its head and the text of a row; `detail` is shown where there is room."""
 
     head: str
     cell: Callable[[Any], str]
-    number: bool = True
+    right: bool = True
     detail: bool = False
+
+
+text_column = partial(Column, right=False)
 
 
 @dataclass(frozen=True)
@@ -68,16 +72,16 @@ def build(
     *,
     detail: bool = False,
 ) -> Table:
-    """A table of rows without its empty columns."""
-    rows = list(rows)
-    filled = [
-        (column, cells) for column in columns if any(cells := [column.cell(row) for row in rows])
-    ]
-    lines = [list(line) for line in zip(*(cells for _, cells in filled), strict=True)]
-    weak = frozenset(
-        place for place, row in enumerate(rows) if isinstance(row, Result) and not row.ours
-    )
-    return Table(title, [column for column, _ in filled], lines, about, detail, weak)
+    """Build a table of rows without its empty columns."""
+    rows, filled, cells = list(rows), list[Column](), list[list[str]]()
+    for column in columns:
+        texts = [column.cell(row) for row in rows]
+        if any(texts):
+            filled.append(column)
+            cells.append(texts)
+    lines = [list(line) for line in zip(*cells, strict=True)]
+    weak = [index for index, row in enumerate(rows) if isinstance(row, Result) and not row.ours]
+    return Table(title, filled, lines, about, detail, frozenset(weak))
 
 
 def pivot(
@@ -86,71 +90,65 @@ def pivot(
     title: str = "",
     about: str = "",
 ) -> Table:
-    """A line per first and a column per second of (line, column, text)."""
-    lines, names = dict[tuple[str, ...], dict[str, str]](), dict[str, None]()
+    """Build a table from (line, column, text): a line per first, a column per second."""
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    names: dict[str, None] = {}
     for line, name, text in cells:
         lines.setdefault(line, {})[name] = text
         names[name] = None
     columns = [
-        Column(head, lambda line, place=place: line[0][place], number=False)
-        for place, head in enumerate(heads)
+        text_column(head, lambda line, index=index: line[0][index])
+        for index, head in enumerate(heads)
     ]
     columns += [Column(name, lambda line, name=name: line[1].get(name, "")) for name in names]
     return build(title, lines.items(), columns, about, detail=True)
 
 
 def seconds(value: float) -> str:
-    """A time in the unit that suits it."""
-    return (
-        f"{value:.3g} s"
-        if value >= 1
-        else f"{value * 1e3:.3g} ms"
-        if value >= 1e-3
-        else f"{value * 1e6:.3g} µs"
-    )
+    """Format a time in the unit that suits it."""
+    if value >= 1:
+        return f"{value:.3g} s"
+    return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} µs"
 
 
 def number(value: float) -> str:
-    """Three digits, with separators instead of an exponent."""
+    """Format three digits, with separators instead of an exponent."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def si(value: float, unit: str = "") -> str:
-    """A number with its SI prefix: `si(3e9, "FLOP/s")` is `3 GFLOP/s`."""
+    """Format a number with its SI prefix: `si(3e9, "FLOP/s")` is `3 GFLOP/s`."""
     sizes = {1e15: "P", 1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k", 1: "", 1e-3: "m", 1e-6: "µ"}
     size = next((size for size in sizes if abs(value) >= size * 0.9995), 1)
     return f"{value / size:.3g} {sizes[size]}{unit}".strip()
 
 
 def plain(value: Any) -> str:
-    """A fact of the machine in words; empty for an unknown one."""
+    """Format a fact of the machine in words; empty for an unknown one."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {one}" for name, one in value.items() if one is not None)
+        return ", ".join(f"{name} {item}" for name, item in value.items() if item is not None)
     if isinstance(value, list):
-        return ", ".join(
-            str(one.get("name", one) if isinstance(one, dict) else one) for one in value
-        )
+        items = (item.get("name", item) if isinstance(item, dict) else item for item in value)
+        return ", ".join(map(str, items))
     return "" if value is None else str(value)
 
 
 def times(ratio: float) -> str:
-    """A factor, with two decimals near 1."""
+    """Format a factor, with two decimals near 1."""
     return f"{ratio:.2f}×" if ratio < 2 else f"{ratio:.1f}×"
 
 
 def span(pair: Any) -> str:
-    """The interval of a comparison; empty without one."""
-    return (
-        ""
-        if pair is None or pair.low is None or pair.high is None
-        else f"{pair.low:.2f} to {pair.high:.2f}"
-    )
+    """Format the interval of a comparison; empty without one."""
+    if pair is None or pair.low is None or pair.high is None:
+        return ""
+    return f"{pair.low:.2f} to {pair.high:.2f}"
 
 
 def speed(row: Result) -> tuple[float, str, bool]:
-    """The number that a row is measured for, its unit, and whether more is better."""
+    """Return the number that a row is measured for, its unit, and whether more is better."""
     capacity = row.number("max_qps")
     if capacity is not None:
         return capacity, "requests/s", True
@@ -162,14 +160,20 @@ def speed(row: Result) -> tuple[float, str, bool]:
 
 
 def marked(text: str, row: Result) -> str:
-    """The text with the marks of its row: † something else ran on the machine, * interrupted."""
-    return f"{text} {'†' if row.contended else ''}{'*' if row.status == 'partial' else ''}".rstrip()
+    """Mark a text: † something else ran on the machine, * interrupted."""
+    contended = "†" if row.contended else ""
+    interrupted = "*" if row.status == "partial" else ""
+    return f"{text} {contended}{interrupted}".rstrip()
 
 
 def work(row: Result, *, unit: bool = True) -> str:
-    """The work of a row, with the unit of its speed."""
-    how = [row.mode] if row.mode != "offline" else []
-    return ", ".join([row.name, *how, *([speed(row)[1]] if unit and row.measured else [])])
+    """Format the work of a row, with the unit of its speed."""
+    words = [row.name]
+    if row.mode != "offline":
+        words.append(row.mode)
+    if unit and row.measured:
+        words.append(speed(row)[1])
+    return ", ".join(words)
 
 
 def _quantile_ms(row: Result, share: float) -> float | None:
@@ -193,26 +197,6 @@ def _speed(row: Result | None) -> str:
     return "" if row is None or not row.measured else marked(number(speed(row)[0]), row)
 
 
-# Quantities of a result beyond its speed: head, value, scale, format, and whether it is a detail.
-_QUANTITIES: tuple[tuple[str, Callable[[Result], float | None], float, str, bool], ...] = (
-    ("of matrix rate", lambda row: row.number("mfu"), 1, ".0%", False),
-    ("of the floor", lambda row: row.number("share_of_floor"), 1, ".0%", False),
-    ("peak GB", lambda row: row.number("peak_bytes"), 1e-9, ".2f", True),
-    ("grown GB", lambda row: row.number("grown_bytes"), 1e-9, ".2f", True),
-    ("checkpointed GB", lambda row: row.number("checkpointed_bytes"), 1e-9, ".2f", True),
-    ("tokens/s", lambda row: row.per_second("tokens"), 1, ",.0f", True),
-    ("with padding", lambda row: row.per_second("padded_tokens"), 1, ",.0f", True),
-    ("TFLOP/s", lambda row: row.per_second("needed_flops"), 1e-12, ".3g", True),
-    ("GB/s", lambda row: row.per_second("bytes") if row.mode in get_args(Direction) else None, 1e-9, ".3g", True),
-    ("of data sheet", lambda row: row.number("mfu_data_sheet"), 1, ".0%", True),
-    ("error allowed", lambda row: row.parity.band if row.parity else None, 1, ".0e", True),
-    ("p50 ms of clients", lambda row: row.number("clients_p50_s"), 1e3, "", False),
-    ("p99 ms of clients", lambda row: row.number("clients_p99_s"), 1e3, "", False),
-    ("CPU ms of a request", lambda row: row.number("cpu_s"), 1e3, "", False),
-    ("samples", lambda row: len(row.seconds) or None, 1, "d", True),
-)  # fmt: skip
-
-
 def _quantity(
     head: str,
     find: Callable[[Result], float | None],
@@ -220,7 +204,7 @@ def _quantity(
     form: str = "",
     detail: bool = False,
 ) -> Column:
-    """A column of numbers, empty for a row without the number."""
+    """Return a column of numbers, empty for a row without the number."""
 
     def cell(row: Result) -> str:
         value = find(row)
@@ -231,34 +215,75 @@ def _quantity(
     return Column(head, cell, detail=detail)
 
 
+def _extra(
+    head: str, name: str, scale: float = 1, form: str = "", *, detail: bool = False
+) -> Column:
+    """Return a column of a number of `Result.extra`."""
+    return _quantity(head, lambda row: row.number(name), scale, form, detail)
+
+
+def _gigabytes(head: str, name: str) -> Column:
+    return _extra(head, name, 1e-9, ".2f", detail=True)
+
+
+def _traffic(row: Result) -> float | None:
+    return row.per_second("bytes") if row.mode in get_args(Direction) else None
+
+
+def _allowed_error(row: Result) -> float | None:
+    return row.parity.band if row.parity else None
+
+
+# Quantities of a result beyond its speed.
+_QUANTITIES = (
+    _extra("of matrix rate", "mfu", form=".0%"),
+    _extra("of the floor", "share_of_floor", form=".0%"),
+    _gigabytes("peak GB", "peak_bytes"),
+    _gigabytes("grown GB", "grown_bytes"),
+    _gigabytes("checkpointed GB", "checkpointed_bytes"),
+    _quantity("tokens/s", lambda row: row.per_second("tokens"), 1, ",.0f", detail=True),
+    _quantity("with padding", lambda row: row.per_second("padded_tokens"), 1, ",.0f", detail=True),
+    _quantity("TFLOP/s", lambda row: row.per_second("needed_flops"), 1e-12, ".3g", detail=True),
+    _quantity("GB/s", _traffic, 1e-9, ".3g", detail=True),
+    _extra("of data sheet", "mfu_data_sheet", form=".0%", detail=True),
+    _quantity("error allowed", _allowed_error, 1, ".0e", detail=True),
+    _extra("p50 ms of clients", "clients_p50_s", 1e3),
+    _extra("p99 ms of clients", "clients_p99_s", 1e3),
+    _extra("CPU ms of a request", "cpu_s", 1e3),
+    _quantity("samples", lambda row: len(row.seconds) or None, 1, "d", detail=True),
+)
+
+
 def _with_reference(document: Document) -> list[Column]:
-    """Columns where a line holds xfm-fast and its one reference."""
+    """Return columns where a line holds xfm-fast and its one reference."""
     reference = document.reference
     name = next((row.label for row in document.rows if row.backend == reference), "").split(",")[0]
     in_fp32 = any(row.backend == reference and row.dtype == "fp32" for row in document.measured)
     labels = list(dict.fromkeys(row.label for row in document.measured if row.ours)) or [OURS]
 
     def over_fp32(row: Result) -> str:
-        found = document.headline(row)
+        comparison = document.headline(row)
         # Without the reference in fp32 the headline is like for like, and has that column.
-        return "" if found is None or found.dtype != "fp32" else marked(times(found.ratio), row)
+        if comparison is None or comparison.dtype != "fp32":
+            return ""
+        return marked(times(comparison.ratio), row)
 
     def like_for_like(row: Result) -> str:
-        found = document.like_for_like(row)
-        return "" if found is None else times(found.ratio)
+        comparison = document.like_for_like(row)
+        return "" if comparison is None else times(comparison.ratio)
 
     def same_dtype(row: Result) -> str:
-        return (
-            _speed(document.at_same_case(row, reference, row.dtype)) if row.dtype != "fp32" else ""
-        )
+        if row.dtype == "fp32":
+            return ""
+        return _speed(document.at_same_case(row, reference, row.dtype))
 
     def peak(row: Result) -> float | None:
-        found = document.reference_row(row)
-        return None if found is None else found.number("peak_bytes")
+        baseline = document.reference_row(row)
+        return None if baseline is None else baseline.number("peak_bytes")
 
     return [
-        Column("form", lambda row: row.label if len(labels) > 1 else "", number=False),
-        Column("dtype", lambda row: row.dtype, number=False),
+        text_column("form", lambda row: row.label if len(labels) > 1 else ""),
+        text_column("dtype", lambda row: row.dtype),
         Column(labels[0] if len(labels) == 1 else "accelerated", _speed),
         Column(f"{name} fp32", lambda row: _speed(document.at_same_case(row, reference, "fp32"))),
         Column("over fp32", over_fp32),
@@ -270,142 +295,137 @@ def _with_reference(document: Document) -> list[Column]:
 
 
 def _with_backends(document: Document) -> list[Column]:
-    """Columns where every backend has a line: how many times as fast xfm-fast is, in each of its dtypes."""
+    """Return columns where every backend has a line: the speed-up of xfm-fast over it, in each of its dtypes."""
 
-    def compared(row: Result, dtype: str) -> Comparison | None:
-        ours = document.at_same_case(row, OURS, dtype)
-        found = (
-            c
-            for c in (ours.against if ours else [])
-            if (c.backend, c.dtype) == (row.backend, row.dtype)
-        )
-        return None if row.ours else next(found, None)
+    def comparison(row: Result, dtype: str) -> Comparison | None:
+        ours = None if row.ours else document.at_same_case(row, OURS, dtype)
+        for other in ours.against if ours else ():
+            if (other.backend, other.dtype) == (row.backend, row.dtype):
+                return other
+        return None
 
     def ratio(row: Result, dtype: str) -> str:
-        found = compared(row, dtype)
-        return times(found.ratio) if found else ""
+        other = comparison(row, dtype)
+        return times(other.ratio) if other else ""
 
-    dtypes = list(dict.fromkeys(row.dtype for row in document.measured if row.ours))
-    return [
-        Column("backend", lambda row: row.label, number=False),
-        Column("dtype", lambda row: row.dtype, number=False),
-        Column("speed", _speed),
+    def server_p50_ms(row: Result) -> float | None:
         # The speed of single requests is their p50.
-        _quantity(
-            "p50 ms",
-            lambda row: _quantile_ms(row, 0.5) if row.mode == "server" else None,
-            detail=True,
-        ),
+        return _quantile_ms(row, 0.5) if row.mode == "server" else None
+
+    columns = [
+        text_column("backend", lambda row: row.label),
+        text_column("dtype", lambda row: row.dtype),
+        Column("speed", _speed),
+        _quantity("p50 ms", server_p50_ms, detail=True),
         _quantity("p90 ms", lambda row: _quantile_ms(row, 0.9), detail=True),
         _quantity("p99 ms", lambda row: _quantile_ms(row, 0.99)),
-        *(
-            Column(f"{OURS} {dtype} is", lambda row, dtype=dtype: ratio(row, dtype))
-            for dtype in dtypes
-        ),
-        *(
-            Column(
-                f"95% interval, {dtype}",
-                lambda row, dtype=dtype: span(compared(row, dtype)),
-                detail=True,
-            )
-            for dtype in dtypes
-        ),
     ]
+    dtypes = list(dict.fromkeys(row.dtype for row in document.measured if row.ours))
+    columns += [Column(f"{OURS} {dtype} is", partial(ratio, dtype=dtype)) for dtype in dtypes]
+    for dtype in dtypes:
+        interval = f"95% interval, {dtype}"
+        columns.append(
+            Column(interval, lambda row, dtype=dtype: span(comparison(row, dtype)), detail=True)
+        )
+    return columns
 
 
 def tables(document: Document) -> list[Table]:
-    """Every table of a document that has lines, the most important first."""
+    """Build every table of a document that has lines, the most important first."""
     rows = document.measured
-    pairs = {row.backend for row in rows if not row.ours} == {document.reference}
+    baselines = {row.backend for row in rows if not row.ours}
+    paired = baselines == {document.reference}
     about = "† something else ran on the machine meanwhile. * interrupted."
     about += " Errors are the largest difference from the reference, over its largest value."
     size = f" ({document.model.preset} size)" if document.model else ""
     columns = [
-        Column(f"work{size}", work, number=False),
-        Column("inputs", lambda row: row.conditions, number=False),
-        *(_with_reference if pairs else _with_backends)(document),
+        text_column(f"work{size}", work),
+        text_column("inputs", lambda row: row.conditions),
+        *(_with_reference if paired else _with_backends)(document),
         Column("error", _error),
-        *(_quantity(*each) for each in _QUANTITIES),
+        *_QUANTITIES,
         Column("build / load / first call", _cold_start, detail=True),
     ]
-    found = [build("All rows", [row for row in rows if row.ours or not pairs], columns, about)]
-    for part, title in (("stages", "by stage"), ("operations", "by kind of operation")):
-        shares = (
-            (
-                (work(row, unit=False), row.title),
-                name,
-                f"{value / (sum(row.parts(part).values()) or 1):.0%}",
-            )
-            for row in rows
-            for name, value in row.parts(part).items()
-        )
-        found.append(
-            pivot(
-                ("work", "backend"),
-                shares,
-                f"Where the time goes, {title}",
-                "Shares of the time of one run.",
-            )
-        )
-    for row in rows:
-        left = row.parts("receipt")
-        before = [*left.values()]
-        steps = zip(left.items(), [*before[:1], *before], strict=False)
-        costs = [
-            Column("why it costs less", lambda step: step[0][0], number=False),
-            Column("arithmetic left", lambda step: si(step[0][1], "FLOP")),
-            Column("factor", lambda step: times(step[1] / (step[0][1] or 1))),
-        ]
-        found.append(build("Receipt", steps, costs, detail=True))
-    missing = [
-        (work(r), r.title, r.status, r.reason or "")
-        for r in document.rows
-        if not r.measured or r.reason
-    ]
-    # A dtype that the processor lacks is listed once, not at every row.
-    lacking = dict.fromkeys(("all", *line[1:]) for line in missing if line[2] == "not offered")
-    missing = [line for line in missing if line[2] != "not offered"] + sorted(lacking)
-    heads = ("work", "backend", "status", "reason")
-    columns = [
-        Column(head, lambda line, place=place: line[place], number=False)
-        for place, head in enumerate(heads)
-    ]
-    found.append(
-        build("Not measured", missing, columns, "Rows without numbers, and why.", detail=True)
-    )
+    lines = [row for row in rows if row.ours or not paired]
     skipped = document.data.skipped if document.data else []
-    columns = [
-        Column("skipped", lambda skip: skip.what, number=False),
-        Column("reason", lambda skip: skip.reason, number=False),
-    ]
-    found.append(
+    found = [
+        build("All rows", lines, columns, about),
+        _shares(rows, "stages", "by stage"),
+        _shares(rows, "operations", "by kind of operation"),
+        *map(_receipt, rows),
+        _not_measured(document.rows),
         build(
             f"Skipped ({len(skipped)})",
             skipped,
-            columns,
+            [
+                text_column("skipped", lambda skip: skip.what),
+                text_column("reason", lambda skip: skip.reason),
+            ],
             "Inputs that could not be used.",
             detail=True,
-        )
-    )
+        ),
+    ]
     return [table for table in found if table.lines]
 
 
-def markdown_table(table: Table) -> str:
-    """A table without its details; ends with a line break."""
-    places = [place for place, column in enumerate(table.columns) if not column.detail]
-    lines = [[column.head for column in table.columns], *table.lines]
-    drawn = [
-        "| " + " | ".join(line[place].replace("|", "\\|") for place in places) + " |"
-        for line in lines
+def _shares(rows: Iterable[Result], name: str, title: str) -> Table:
+    """Build the table of where the time of one run goes."""
+    cells = []
+    for row in rows:
+        seconds_by_name = row.numbers(name)
+        total = sum(seconds_by_name.values()) or 1
+        line = work(row, unit=False), row.title
+        cells += [(line, name, f"{value / total:.0%}") for name, value in seconds_by_name.items()]
+    title, about = f"Where the time goes, {title}", "Shares of the time of one run."
+    return pivot(("work", "backend"), cells, title, about)
+
+
+def _receipt(row: Result) -> Table:
+    """Build the table of what an evaluation saves, step by step."""
+    remaining = row.numbers("receipt")
+    costs = list(remaining.values())
+    steps = zip(remaining.items(), [*costs[:1], *costs], strict=False)
+    columns = [
+        text_column("why it costs less", lambda step: step[0][0]),
+        Column("arithmetic left", lambda step: si(step[0][1], "FLOP")),
+        Column("factor", lambda step: times(step[1] / (step[0][1] or 1))),
     ]
-    drawn.insert(
-        1, "|" + "".join("---:|" if table.columns[place].number else "---|" for place in places)
-    )
+    return build("Receipt", steps, columns, detail=True)
+
+
+def _not_measured(rows: Iterable[Result]) -> Table:
+    """Build the table of rows with a reason; a dtype that the processor lacks is listed once, not at every row."""
+    lines, not_offered = list[tuple[str, ...]](), set[tuple[str, ...]]()
+    for row in rows:
+        if row.measured and not row.reason:
+            continue
+        line = row.title, row.status, row.reason or ""
+        if row.status == "not offered":
+            not_offered.add(("all", *line))
+        else:
+            lines.append((work(row), *line))
+    columns = [
+        text_column(head, lambda line, index=index: line[index])
+        for index, head in enumerate(("work", "backend", "status", "reason"))
+    ]
+    about = "Rows without numbers, and why."
+    return build("Not measured", lines + sorted(not_offered), columns, about, detail=True)
+
+
+def markdown_table(table: Table) -> str:
+    """Format a table without its details; ends with a line break."""
+    columns = [index for index, column in enumerate(table.columns) if not column.detail]
+    rule = "".join("---:|" if table.columns[index].right else "---|" for index in columns)
+    drawn = []
+    for line in ([column.head for column in table.columns], *table.lines):
+        cells = [line[index].replace("|", "\\|") for index in columns]
+        drawn.append("| " + " | ".join(cells) + " |")
+    drawn.insert(1, f"|{rule}")
     return "\n".join(drawn) + "\n"
 
 
 def markdown(document: Document) -> str:
-    """The main tables of a document, for a README or an issue."""
+    """Format the main tables of a document, for a README or an issue."""
     return "\n".join(markdown_table(table) for table in tables(document) if not table.detail)
 
 
@@ -427,7 +447,7 @@ def fp32_gains(document: Document, label: str = ACCELERATED) -> list[Gain]:
         if row.dtype != "fp32" or row.label != label or eager is None or not eager.median_s:
             continue
         ratios = {}
-        for backend, title in {OURS: OURS, **_BESIDE}.items():
+        for backend, title in {OURS: OURS, **_RUNTIMES}.items():
             other = document.at_same_case(row, backend, "fp32")
             if other is not None and other.measured and other.median_s:
                 ratios[title] = eager.median_s / other.median_s
@@ -436,7 +456,7 @@ def fp32_gains(document: Document, label: str = ACCELERATED) -> list[Gain]:
 
 
 def gains(document: Document, label: str = ACCELERATED) -> str:
-    """Return Markdown of `drop-in` in fp32: time of each call in eager PyTorch, and speed-ups over it."""
+    """Format `drop-in` in fp32 as Markdown: time of each call in eager PyTorch, and speed-ups over it."""
     cells = []
     for gain in fp32_gains(document, label):
         line = gain.call, gain.inputs
@@ -446,7 +466,7 @@ def gains(document: Document, label: str = ACCELERATED) -> str:
 
 
 def int8_gains(document: Document) -> str:
-    """Return Markdown of `drop-in` in int8: speed-up over eager fp32, and the agreement of trained weights with fp32.
+    """Format `drop-in` in int8 as Markdown: speed-up over eager fp32, and agreement of trained weights with fp32.
 
     Raises `DataError` for a document of another benchmark.
     """
@@ -464,14 +484,12 @@ def int8_gains(document: Document) -> str:
             for head, quantity, form in _QUALITY:
                 value = rounded.number(quantity)
                 cells.append((line, head, "" if value is None else format(value, form)))
-    return (
-        markdown_table(pivot(("call", "inputs", "int8 of"), cells))
-        + f"\n{machine_line(document)}\n"
-    )
+    table = markdown_table(pivot(("call", "inputs", "int8 of"), cells))
+    return f"{table}\n{machine_line(document)}\n"
 
 
 def machine_line(document: Document) -> str:
-    """Return the processor, threads, versions and date of a document as a line of Markdown."""
+    """Format processor, threads, versions and date of a document as a line of Markdown."""
     machine = document.machine
     versions = machine.get("versions", {})
     facts = [
@@ -479,22 +497,24 @@ def machine_line(document: Document) -> str:
         f"{machine['threads']} threads",
         f"PyTorch {machine['torch'].split('+')[0]}",
     ]
-    facts += [f"{title} {versions[name]}" for name, title in _BESIDE.items() if versions.get(name)]
+    for name, title in _RUNTIMES.items():
+        if versions.get(name):
+            facts.append(f"{title} {versions[name]}")
     return f"*{', '.join([*facts, document.date[:10]])}*"
 
 
 def by_backend(document: Document) -> str:
-    """Markdown with a column per backend; in brackets a session's speed-up over its library."""
+    """Format Markdown with a column per backend; in brackets a session's speed-up over its library."""
     cells = []
     for row in document.measured:
-        over = next(iter(row.against), None)
-        ratio = "" if row.ours or over is None else f" ({times(over.ratio)})"
+        comparison = None if row.ours else next(iter(row.against), None)
+        ratio = "" if comparison is None else f" ({times(comparison.ratio)})"
         cells.append(((work(row), row.dtype), row.label, f"{_speed(row)}{ratio}"))
     return markdown_table(pivot(("work", "dtype"), cells))
 
 
 def drop_in_rows(document: Document) -> list[Result]:
-    """The accelerated rows of `drop-in`; raises `DataError` for another benchmark."""
+    """Return the accelerated rows of `drop-in`; raises `DataError` for another benchmark."""
     if document.benchmark != "drop-in":
         raise DataError(
             f"gains are of bench drop-in, and these are results of {document.benchmark}"
@@ -503,7 +523,7 @@ def drop_in_rows(document: Document) -> list[Result]:
 
 
 def processor(document: Document) -> str:
-    """The processor with its generation."""
+    """Return the processor with its generation."""
     flags = document.machine.get("cpu_flags", ())
     name = document.machine["cpu"].replace("(R)", "").removesuffix(" Processor")
     if "AMD" in name and "avx512f" in flags:
@@ -518,34 +538,26 @@ def print_line(text: str, style: str, console: Console) -> None:
 
 def print_table(table: Table, console: Console) -> None:
     """Print the columns that fit side by side; details give way first, then the last numbers."""
-    columns, least = table.columns, list[int]()
-    for place, column in enumerate(columns):
-        texts = [column.head, *(line[place] for line in table.lines)]
-        words = max(len(word) for text in texts for word in text.split())
-        least.append(
-            max(words, *map(len, texts[1:]))
-            if column.number
-            else max(words, _WORK if place == 0 else 0)
-        )
-    places = list(range(len(columns)))
-    order = sorted(
-        (p for p in places if columns[p].number or columns[p].detail),
-        key=lambda p: columns[p].detail,
-    )
-    while order and sum(least[place] + _GAP for place in places) - _GAP > console.width:
-        places.remove(order.pop())
+    widths = [_min_width(table, index) for index in range(len(table.columns))]
+    indices = list(range(len(table.columns)))
+    optional = [
+        index for index in indices if table.columns[index].right or table.columns[index].detail
+    ]
+    optional.sort(key=lambda index: table.columns[index].detail)
+    while optional and sum(widths[index] + _GAP for index in indices) - _GAP > console.width:
+        indices.remove(optional.pop())
     grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
-    for place in places:
-        justify = "right" if columns[place].number else "left"
-        grid.add_column(
-            columns[place].head, justify=justify, min_width=least[place], vertical="top"
-        )
-    above, most = "", _MOST_SKIPPED if table.title.startswith("Skipped") else len(table.lines)
-    for row, line in enumerate(table.lines[:most]):
+    for index in indices:
+        column = table.columns[index]
+        justify = "right" if column.right else "left"
+        grid.add_column(column.head, justify=justify, min_width=widths[index], vertical="top")
+    limit = _MAX_SKIPPED if table.title.startswith("Skipped") else len(table.lines)
+    above = ""
+    for row, line in enumerate(table.lines[:limit]):
         cells = []
-        for place in places:
+        for index in indices:
             # The work is printed once, above all its backends.
-            cell = "" if place == 0 and line[0] == above else line[place]
+            cell = "" if index == 0 and line[0] == above else line[index]
             style = STYLES.get(cell, "bold" if re.fullmatch(r"[\d.]+×.*", cell) else "")
             cells.append(f"[{style}]{escape(cell)}[/]" if style else escape(cell))
         above = line[0]
@@ -556,7 +568,15 @@ def print_table(table: Table, console: Console) -> None:
     if table.about:
         print_line(table.about, "dim", console)
     console.print(grid)
-    if len(table.lines) > most:
-        print_line(
-            f"... and {len(table.lines) - most} more (all are in the JSON file)", "dim", console
-        )
+    if len(table.lines) > limit:
+        hidden = len(table.lines) - limit
+        print_line(f"... and {hidden} more (all are in the JSON file)", "dim", console)
+
+
+def _min_width(table: Table, index: int) -> int:
+    """Return the width of a column whose numbers stand on one line and whose words are whole."""
+    column, cells = table.columns[index], [line[index] for line in table.lines]
+    width = max(len(word) for text in (column.head, *cells) for word in text.split())
+    if column.right:
+        return max(width, *map(len, cells))
+    return max(width, _WORK_WIDTH) if index == 0 else width

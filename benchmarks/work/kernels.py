@@ -54,9 +54,11 @@ _ON_CPU: dict[str, Any] = {"dynamic": False, "fullgraph": True}
 class OpCase:
     """One op at one shape.
 
-    `others` are alternatives, or the reason why one is missing here; `bounds` compute a part of the work, or similar
-    work, and have no parity. `work` has the directions that are timed, and FLOPs and traffic where they are known.
-    `rounded` is the reference in 8 bits, for cases with larger errors than those of floats.
+    Attributes:
+        work: the directions that are timed, with FLOPs and traffic where they are known.
+        baselines: alternatives, or the reason why one is missing here.
+        bounds: compute a part of the work, or similar work, and have no parity.
+        rounded: the reference in 8 bits, for cases with larger errors than those of floats.
     """
 
     name: str
@@ -64,14 +66,14 @@ class OpCase:
     ours: Call
     reference: Call
     work: dict[Direction, roofline.Work | None]
-    others: dict[str, Call | str] = field(default_factory=dict)
+    baselines: dict[str, Call | str] = field(default_factory=dict)
     bounds: dict[str, Call] = field(default_factory=dict)
     rounded: Call | None = None
 
     def backends(self, dtype: str, direction: Direction, band: float) -> list[Backend]:
-        """The op and its alternatives, compared in the forward pass."""
+        """Return the op and its alternatives, compared in the forward pass."""
         backends = []
-        for name, call in {OURS: self.ours, **self.others, **self.bounds}.items():
+        for name, call in {OURS: self.ours, **self.baselines, **self.bounds}.items():
             if isinstance(call, str):
                 backends.append(Backend(name, dtype, dict, lacking=("absent", call)))
                 continue
@@ -89,10 +91,10 @@ class OpCase:
         return partial(step, call, self.inputs, direction)
 
     def band(self, exact: Tensor) -> float:
-        """The relative error that rounding explains."""
+        """Return the relative error that rounding explains."""
         dtype = self.inputs[0].dtype
-        own = relative_error(self.reference(*self.inputs), exact)
-        band = parity_band(dtype, own, fp32=16 * torch.finfo(dtype).eps)
+        reference_error = relative_error(self.reference(*self.inputs), exact)
+        band = parity_band(dtype, reference_error, fp32=16 * torch.finfo(dtype).eps)
         if self.rounded is not None:
             # Libraries choose their own levels, and none is exact.
             band += 2 * relative_error(self.rounded(*(t.double() for t in self.inputs)), exact)
@@ -100,7 +102,7 @@ class OpCase:
 
 
 def step(run: Call, inputs: tuple[Tensor, ...], direction: Direction) -> Callable[[], object]:
-    """The call that is timed: a pass in one direction, or both."""
+    """Return the call that is timed: a pass in one direction, or both."""
     if direction == "forward":
 
         def forward() -> Tensor:
@@ -129,22 +131,26 @@ def step(run: Call, inputs: tuple[Tensor, ...], direction: Direction) -> Callabl
 
 
 def directions(op: OpCase, dtype: str, run: Run, deadline: float = math.inf) -> Iterator[Case]:
-    """The case of each direction: all backends are compared in the first, and timed in interleaved rounds.
+    """Yield the case of each direction: all backends are compared in the first, and timed in interleaved rounds.
 
     After the `deadline` no round begins but the first.
     """
     # torch.compile keeps few versions of a function and then runs it eagerly: forget those of other cases.
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
-    first, *others = op.work
-    limits: dict[str, Any] = {
-        "rounds": _ROUNDS,
-        "most_rounds": _ROUNDS,
-        "deadline": deadline,
-        "watched": True,
-    }
+    first, *further = op.work
     case = Case(
-        op.name.split()[0], op.name, [], mode=first, judge="the definition in fp64", **limits
+        op.name.split()[0],
+        op.name,
+        [],
+        mode=first,
+        judge="the definition in fp64",
+        rounds=_ROUNDS,
+        max_rounds=_ROUNDS,
+        deadline=deadline,
+        watched=True,
+        block=lambda prepare: Clocked(prepare, run.device),
+        count=partial(_work, op.work[first]),
     )
     try:
         exact = op.reference(*(t.double() for t in op.inputs))
@@ -152,15 +158,12 @@ def directions(op: OpCase, dtype: str, run: Run, deadline: float = math.inf) -> 
     except Exception as error:  # there is nothing to compare with
         run.add([case.result(Backend(OURS, dtype, dict, lacking=("failed", one_line(error))))])
         return
-    case.block = lambda prepare: Clocked(prepare, run.device)
-    case.reference, case.count = lambda _: exact, partial(_work, op.work[first])
-    case.backends = op.backends(dtype, first, band)
+    case.reference, case.backends = lambda _: exact, op.backends(dtype, first, band)
     yield case
-    for direction in others:
-        again = replace(case, backends=op.backends(dtype, direction, band))
-        yield again.repeated(
-            run.document.rows, mode=direction, count=partial(_work, op.work[direction])
-        )
+    for direction in further:
+        other = replace(case, backends=op.backends(dtype, direction, band))
+        count = partial(_work, op.work[direction])
+        yield other.repeated(run.document.rows, mode=direction, count=count)
 
 
 def _work(work: roofline.Work | None, backend: Backend, result: object) -> Extra:
@@ -186,64 +189,59 @@ def execute(target: str, dtypes: Sequence[str] = ("bf16", "fp16", "fp32")) -> It
 
     for name in _EXECUTED:
         for dtype in dtypes:
+            torch_dtype = DTYPES[dtype]
             with emulating(target, strict=False) as launches:
                 try:
                     with ops.use_backend("triton"):
-                        op = CASES[name](torch.device("cpu"), DTYPES[dtype], True)
-                        found = [step(op.ours, op.inputs, direction)() for direction in _BOTH]
+                        op = CASES[name](torch.device("cpu"), torch_dtype, True)
+                        results = _results(op.ours, op.inputs)
                 except EmulationError as error:
                     yield Executed(name, dtype, 0, (str(error),), tuple(launches))
                     continue
-                plain, exact = (
-                    [
-                        step(op.reference, tuple(t.to(kind) for t in op.inputs), direction)()
-                        for direction in _BOTH
-                    ]
-                    for kind in (DTYPES[dtype], torch.float64)
-                )
-            runs: Any = found, plain, exact
-            results = [(forward, *gradients) for forward, gradients in runs]
+                references = _results(op.reference, op.inputs)
+                truths = _results(op.reference, tuple(t.double() for t in op.inputs))
             wrong, checks = [], 0
-            for number, (ours, theirs, true) in enumerate(zip(*results, strict=True)):
-                if true is None:
+            for index, truth in enumerate(truths):
+                if truth is None:
                     continue
                 checks += 1
-                error, band = (
-                    relative_error(ours, true),
-                    parity_band(DTYPES[dtype], relative_error(theirs, true)),
-                )
+                error = relative_error(results[index], truth)
+                band = parity_band(torch_dtype, relative_error(references[index], truth))
                 if error > band:
-                    wrong.append(
-                        f"{'result' if not number else f'gradient {number}'}: error {error:.1e} > {band:.1e}"
-                    )
+                    tensor = f"gradient {index}" if index else "result"
+                    wrong.append(f"{tensor}: error {error:.1e} > {band:.1e}")
             yield Executed(name, dtype, checks, tuple(wrong), tuple(launches))
 
 
-_BOTH: tuple[Direction, ...] = ("forward", "forward and backward")
+def _results(call: Call, inputs: tuple[Tensor, ...]) -> list[Any]:
+    """Return the output of a call, then the gradients of its inputs."""
+    output: Any = step(call, inputs, "forward")()
+    gradients: Any = step(call, inputs, "forward and backward")()
+    return [output, *gradients]
+
+
 _EXECUTED = (
-    *(
-        "relpos_attention at 224 px",
-        "varlen_attention of captions",
-        "varlen_attention to an image",
-        "bias_attention",
-    ),
-    *(
-        "add_layer_norm",
-        "layer_norm",
-        "embed_layer_norm",
-        "linear_gelu",
-        "linear_cross_entropy",
-        "token_log_likelihood",
-    ),
+    "relpos_attention at 224 px",
+    "varlen_attention of captions",
+    "varlen_attention to an image",
+    "bias_attention",
+    "add_layer_norm",
+    "layer_norm",
+    "embed_layer_norm",
+    "linear_gelu",
+    "linear_cross_entropy",
+    "token_log_likelihood",
 )
 
 
-@benchmark("kernels", title="Operations, against their alternatives", reference=EAGER)
+@benchmark(
+    "kernels",
+    title="Operations, against their alternatives",
+    reference=EAGER,
+    about="every operation against its alternatives: xfm-fast bench kernels",
+)
 def run(run: Run, cases: Cases | None = None, deadline: float = math.inf) -> Iterator[Case]:
-    """Every case on the GPU, or on the CPU without one.
-
-    Ctrl-C keeps the complete rows. Raises `InputError` for an unknown dtype.
-    """
+    """Yield every case on the GPU, or on the CPU without one; raises `InputError` for an unknown dtype."""
     device, options = run.device, run.options
     dtype = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
     if dtype not in DTYPES:
@@ -254,9 +252,8 @@ def run(run: Run, cases: Cases | None = None, deadline: float = math.inf) -> Ite
         run.progress.stage(name)
         if time.perf_counter() > deadline:
             late: Any = "absent", "no time was left for it in this stage"
-            run.add(
-                [Case(name.split()[0], name, []).result(Backend(OURS, dtype, dict, lacking=late))]
-            )
+            case = Case(name.split()[0], name, [])
+            run.add([case.result(Backend(OURS, dtype, dict, lacking=late))])
         else:
             yield from directions(make(device, DTYPES[dtype], options.quick), dtype, run, deadline)
 
@@ -264,7 +261,7 @@ def run(run: Run, cases: Cases | None = None, deadline: float = math.inf) -> Ite
 def _both(
     work: Callable[..., roofline.Work], inputs: tuple[Tensor, ...]
 ) -> dict[Direction, roofline.Work | None]:
-    """Forward and backward pass, timed separately."""
+    """Return the work of forward and backward pass, timed separately."""
     element = inputs[0].element_size()
     return {"forward": work(element=element), "backward": work(backward=True, element=element)}
 
@@ -277,7 +274,7 @@ def _tensors(
 
 
 def available(package: str) -> bool:
-    """True if an optional package, or a module of one, can be imported."""
+    """Return whether an optional package, or a module of one, can be imported."""
     try:
         return importlib.util.find_spec(package) is not None
     except ImportError:
@@ -285,7 +282,7 @@ def available(package: str) -> bool:
 
 
 def _compiled(device: torch.device, small: bool, runs: dict[str, Call]) -> dict[str, Call | str]:
-    """Alternatives that torch.compile makes, or the reason why it cannot.
+    """Return alternatives that torch.compile makes, or the reason why it cannot.
 
     A CPU takes up to a minute for each, so small cases are without them.
     """
@@ -304,12 +301,10 @@ def _relpos(side: int, device: torch.device, dtype: torch.dtype, small: bool) ->
     bias = reference.position_bias(table, window)[None].contiguous()
 
     def bias_of(table: Tensor) -> Tensor:
-        """The bias as this model is usually written: inference computes it once, training gathers it every time."""
-        return (
-            table[index.view(-1)].view(1, tokens, tokens, HEADS).permute(0, 3, 1, 2)
-            if _trains()
-            else bias
-        )
+        """Return the bias as this model is usually written: computed once for inference, every time in training."""
+        if not torch.is_grad_enabled():
+            return bias
+        return table[index.view(-1)].view(1, tokens, tokens, HEADS).permute(0, 3, 1, 2)
 
     def eager(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -332,41 +327,38 @@ def _relpos(side: int, device: torch.device, dtype: torch.dtype, small: bool) ->
         values = bias_of(table)[0].contiguous()
         return lambda head, query, key: values[head, query, key]
 
-    others: dict[str, Call | str] = {EAGER: eager}
-    if device.type == "cuda":
-        others |= {f"SDPA {name} + bias": sdpa(backend) for name, backend in _SDPA.items()}
-        bounds = {"flash without bias": sdpa(SDPBackend.FLASH_ATTENTION, biased=False)}
-    else:
-        others["SDPA + bias"] = sdpa(None)
-        bounds = {"SDPA without bias": sdpa(None, biased=False)}
+    baselines: dict[str, Call | str] = {EAGER: eager}
     options = _ON_CPU if device.type == "cpu" else {}
     flex = {
         "FlexAttention, table gathered": _flex(gathered, **options),
         "FlexAttention, bias read": _flex(read, **options),
     }
-    others |= _compiled(device, small, flex)
-    if device.type == "cuda":
-        flash = _flex(read, kernel_options={"BACKEND": "FLASH"})
-        missing = "flash-attn-4 is not installed"
-        others["flash-attn 4, bias by score_mod"] = (
-            flash if available("flash_attn.cute") else missing
-        )
+    if device.type == "cpu":
+        baselines["SDPA + bias"] = sdpa(None)
+        baselines |= _compiled(device, small, flex)
+        bounds = {"SDPA without bias": sdpa(None, biased=False)}
+    else:
+        baselines |= {f"SDPA {name} + bias": sdpa(backend) for name, backend in _SDPA.items()}
+        baselines |= _compiled(device, small, flex)
+        baselines["flash-attn 4, bias by score_mod"] = "flash-attn-4 is not installed"
+        if available("flash_attn.cute"):
+            score_mod = _flex(read, kernel_options={"BACKEND": "FLASH"})
+            baselines["flash-attn 4, bias by score_mod"] = score_mod
+        bounds = {"flash without bias": sdpa(SDPBackend.FLASH_ATTENTION, biased=False)}
     # Inference computes the bias once, before the graphs that read it are captured.
     ready = ops.relpos_bias(table, window, dtype=dtype, scale=HEAD_DIM**-0.5, head_dim=HEAD_DIM)
     inputs = q, k, v, table
     return OpCase(
         f"relpos_attention {batch} × {tokens}",
         inputs,
-        lambda *a: ops.relpos_attention(*a, window, bias=None if _trains() else ready),
+        lambda *a: ops.relpos_attention(
+            *a, window, bias=None if torch.is_grad_enabled() else ready
+        ),
         lambda *a: reference.relpos_attention(*a, window, HEAD_DIM**-0.5),
         _both(partial(roofline.relpos_attention, batch, tokens), inputs),
-        others,
+        baselines,
         bounds,
     )
-
-
-def _trains() -> bool:
-    return torch.is_grad_enabled()
 
 
 def _flex(
@@ -376,7 +368,7 @@ def _flex(
     fullgraph: bool = False,
     **options: Any,
 ) -> Call:
-    """FlexAttention with a bias of head, query and key that is made from the table."""
+    """Return FlexAttention with a bias of head, query and key that is made from the table."""
     from torch.nn.attention.flex_attention import flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=dynamic, fullgraph=fullgraph)
@@ -399,23 +391,23 @@ def _flex(
 
 def _refuse_gradient(*inputs: Tensor) -> None:
     """Raise an error that names the cause, which the compiler's own does not."""
-    if inputs[0].device.type == "cpu" and _trains() and any(t.requires_grad for t in inputs):
+    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    if inputs[0].device.type == "cpu" and needs_gradient:
         raise UnavailableError("FlexAttention has no gradient on a CPU")
 
 
 def _varlen(captions: bool, device: torch.device, dtype: torch.dtype, small: bool) -> OpCase:
-    """Self-attention of packed captions, or cross-attention of all captions of an image to its tokens."""
-    sequences, queries, keys = (
-        (8 if small else 256, 13, 13) if captions else (1, 64 if small else 3328, 577)
-    )
-    of_queries, of_keys = (
-        torch.arange(sequences + 1, dtype=torch.int32, device=device) * length
-        for length in (queries, keys)
-    )
+    """Return self-attention of packed captions, or cross-attention of all captions of an image to its tokens."""
+    if captions:
+        sequences, queries, keys = 8 if small else 256, 13, 13
+        size, name = f"{sequences} × {queries}", f"{sequences} texts × {queries}"
+    else:
+        sequences, queries, keys = 1, 64 if small else 3328, 577
+        size, name = f"{queries} × {keys}", f"{queries} queries × {keys} keys"
+    sequence = torch.arange(sequences + 1, dtype=torch.int32, device=device)
+    of_queries, of_keys = sequence * queries, sequence * keys
     rows, columns, longest = sequences * queries, sequences * keys, [queries, keys]
     inputs = _tensors(device, dtype, *((n, HEADS, HEAD_DIM) for n in (rows, columns, columns)))
-    size = f"{sequences} × {queries}" if captions else f"{queries} × {keys}"
-    name = f"{sequences} texts × {queries}" if captions else f"{queries} queries × {keys} keys"
 
     def plain(*qkv: Tensor) -> Tensor:
         return reference.varlen_attention(*qkv, of_queries, of_keys, HEAD_DIM**-0.5)
@@ -434,20 +426,19 @@ def _varlen(captions: bool, device: torch.device, dtype: torch.dtype, small: boo
     def ours(*qkv: Tensor, **options: Any) -> Tensor:
         return ops.varlen_attention(*qkv, of_queries, of_keys, *longest, **options)
 
-    others: dict[str, Call | str] = {"eager, a sequence at a time": plain, "SDPA": padded}
+    baselines: dict[str, Call | str] = {"eager, a sequence at a time": plain, "SDPA": padded}
     if device.type == "cuda":
-        others["torch varlen_attn"] = torch_varlen
-        others |= _flash_attention(ours, device)
+        baselines["torch varlen_attn"] = torch_varlen
+        baselines |= _flash_attention(ours, device)
     else:
-        others |= _compiled(
-            device, small, {"FlexAttention, document mask": _documents(of_queries, of_keys)}
-        )
+        documents = {"FlexAttention, document mask": _documents(of_queries, of_keys)}
+        baselines |= _compiled(device, small, documents)
     work = partial(roofline.varlen_attention, rows * keys, rows, columns, size)
-    return OpCase(f"varlen_attention {name}", inputs, ours, plain, _both(work, inputs), others)
+    return OpCase(f"varlen_attention {name}", inputs, ours, plain, _both(work, inputs), baselines)
 
 
 def _flash_attention(run: Call, device: torch.device) -> dict[str, Call | str]:
-    """Attention by the fastest flash-attn for a GPU that can be imported, under its version; or why there is none."""
+    """Return attention by the fastest flash-attn here, under its version, or the reason why there is none."""
     try:
         version, _ = flash.fastest(torch.cuda.get_device_capability(device)[0])
     except InputError as error:
@@ -456,7 +447,7 @@ def _flash_attention(run: Call, device: torch.device) -> dict[str, Call | str]:
 
 
 def _documents(of_queries: Tensor, of_keys: Tensor) -> Call:
-    """FlexAttention of packed sequences with a document mask, of which the blocks are computed once."""
+    """Return FlexAttention of packed sequences with a document mask, whose blocks are computed once."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     compiled = torch.compile(flex_attention, **_ON_CPU)
@@ -499,7 +490,7 @@ def _add_layer_norm(device: torch.device, dtype: torch.dtype, small: bool) -> Op
 
 
 def _first(op: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor) -> Tensor:
-    """The first result of an op with a norm."""
+    """Return the first result of an op with a norm."""
     return op(*inputs, 1e-5)[0]
 
 
@@ -507,10 +498,14 @@ def _linear_gelu(device: torch.device, dtype: torch.dtype, small: bool) -> OpCas
     rows = 64 if small else 8 * 577
     x, weight, bias = _tensors(device, dtype, (rows, WIDTH), (HIDDEN, WIDTH), (HIDDEN,))
     inputs = x, weight / WIDTH**0.5, bias
-    eager, name = reference.linear_gelu, f"linear_gelu {rows} × {WIDTH} → {HIDDEN}"
-    work = _both(partial(roofline.linear_gelu, rows), inputs)
     return OpCase(
-        name, inputs, ops.linear_gelu, eager, work, {EAGER: eager}, {"the product alone": F.linear}
+        f"linear_gelu {rows} × {WIDTH} → {HIDDEN}",
+        inputs,
+        ops.linear_gelu,
+        reference.linear_gelu,
+        _both(partial(roofline.linear_gelu, rows), inputs),
+        {EAGER: reference.linear_gelu},
+        {"the product alone": F.linear},
     )
 
 
@@ -527,42 +522,40 @@ def _vocabulary(device: torch.device, dtype: torch.dtype, small: bool) -> OpCase
 
         return Liger.apply(h, w, target, b)[0]
 
-    others: dict[str, Call | str] = {
+    baselines: dict[str, Call | str] = {
         EAGER: lambda *a: F.cross_entropy(F.linear(*a).float(), target)
     }
     if available("liger_kernel"):
-        others["Liger"] = liger
+        baselines["Liger"] = liger
     elif h.is_cuda:
-        others["Liger"] = "liger-kernel is not installed"
+        baselines["Liger"] = "liger-kernel is not installed"
+    work = roofline.linear_cross_entropy(rows, entries, element=h.element_size())
     return OpCase(
         f"linear_cross_entropy {rows} × {WIDTH} → {entries}",
         (h, w / WIDTH**0.5, b),
         lambda *a: ops.linear_cross_entropy(*a, target),
         lambda *a: reference.linear_cross_entropy(*a, target),
-        {
-            "forward and backward": roofline.linear_cross_entropy(
-                rows, entries, element=h.element_size()
-            )
-        },
-        others,
+        {"forward and backward": work},
+        baselines,
         {"the product alone": F.linear},
     )
 
 
 def _int8_linear(device: torch.device, dtype: torch.dtype, small: bool) -> OpCase:
-    """A linear layer on a CPU with a weight that is rounded to int8 once, and inputs that are at every call."""
+    """Return a linear layer on a CPU with a weight rounded to int8 once, and inputs rounded at every call."""
     rows = 64 if small else 8 * 577
     x, weight, bias = _tensors(device, dtype, (rows, WIDTH), (HIDDEN, WIDTH), (HIDDEN,))
     weight /= WIDTH**0.5
     marked = torch.nn.Parameter(weight.clone(), requires_grad=False)
     mark([marked], "int8")
-    names = "torchao", "torchao, torch.compile"
-    others: dict[str, Call | str] = dict.fromkeys(
-        names, "torchao is not installed; pip install torchao"
-    )
+    eager, compiled = "torchao", "torchao, torch.compile"
+    baselines: dict[str, Call | str] = {}
     if available("torchao"):
-        others = {names[0]: _torchao(weight, bias)}
-        others |= _compiled(device, small, {names[1]: _torchao(weight, bias, **_ON_CPU)})
+        baselines[eager] = _torchao(weight, bias)
+        baselines |= _compiled(device, small, {compiled: _torchao(weight, bias, **_ON_CPU)})
+    else:
+        missing = "torchao is not installed; pip install torchao"
+        baselines |= {eager: missing, compiled: missing}
     element, size = x.element_size(), f"{rows} × {WIDTH} → {HIDDEN}"
     traffic = rows * (WIDTH + HIDDEN) * element + WIDTH * HIDDEN
     return OpCase(
@@ -571,7 +564,7 @@ def _int8_linear(device: torch.device, dtype: torch.dtype, small: bool) -> OpCas
         lambda x: int8.linear(x, marked, bias),
         lambda x: reference.linear(x, weight.to(x.dtype), bias.to(x.dtype)),
         {"forward": roofline.Work("linear", size, 2 * rows * WIDTH * HIDDEN, traffic)},
-        others,
+        baselines,
         {"the product in floats": lambda x: F.linear(x, weight, bias)},
         rounded=lambda x: reference.linear(
             reference.as_int8(x), reference.as_int8(weight.float()).to(x.dtype), bias.to(x.dtype)
@@ -580,7 +573,7 @@ def _int8_linear(device: torch.device, dtype: torch.dtype, small: bool) -> OpCas
 
 
 def _torchao(weight: Tensor, bias: Tensor, **compiled: Any) -> Call:
-    """The dynamic int8 of torchao: weights per channel, activations per token."""
+    """Return the dynamic int8 of torchao: weights per channel, activations per token."""
 
     @cache
     def layer() -> Callable[[Tensor], Tensor]:
@@ -599,8 +592,8 @@ def _torchao(weight: Tensor, bias: Tensor, **compiled: Any) -> Call:
     return lambda x: layer()(x)
 
 
-# The other ops, against the backend `reference`: a call, and its inputs by the names of `_other`.
-_OTHERS: dict[str, tuple[Call, str]] = {
+# Ops that are timed against the backend `reference` alone: a call, and its inputs by the names in `_simple`.
+_SIMPLE: dict[str, tuple[Call, str]] = {
     "bias_attention": (ops.bias_attention, "heads heads heads scores"),
     "embed_layer_norm": (
         lambda *a: ops.embed_layer_norm(_ids(a[0]), _ids(a[0]), *a, 1e-5),
@@ -631,14 +624,20 @@ def _ids(table: Tensor) -> Tensor:
     return torch.arange(len(table), device=table.device)
 
 
-def _other(op: str, device: torch.device, dtype: torch.dtype, small: bool) -> OpCase:
+def _simple(op: str, device: torch.device, dtype: torch.dtype, small: bool) -> OpCase:
     rows = 32 if small else 2 * 197
     shapes = {
-        "x": [(rows, WIDTH)], "wide": [(rows, HIDDEN)], "row": [(WIDTH,)], "norm": [(WIDTH,), (WIDTH,)],
-        "up": [(HIDDEN, WIDTH), (HIDDEN,)], "down": [(WIDTH, HIDDEN), (WIDTH,)], "square": [(WIDTH, WIDTH), (WIDTH,)],
-        "heads": [(1, rows, HEADS, HEAD_DIM)], "scores": [(1, HEADS, rows, rows)],
-    }  # fmt: skip
-    call, names = _OTHERS[op]
+        "x": [(rows, WIDTH)],
+        "wide": [(rows, HIDDEN)],
+        "row": [(WIDTH,)],
+        "norm": [(WIDTH,), (WIDTH,)],
+        "up": [(HIDDEN, WIDTH), (HIDDEN,)],
+        "down": [(WIDTH, HIDDEN), (WIDTH,)],
+        "square": [(WIDTH, WIDTH), (WIDTH,)],
+        "heads": [(1, rows, HEADS, HEAD_DIM)],
+        "scores": [(1, HEADS, rows, rows)],
+    }
+    call, names = _SIMPLE[op]
     inputs = _tensors(device, dtype, *(shape for name in names.split() for shape in shapes[name]))
     for tensor in inputs:
         if tensor.ndim == 2 and len(tensor) != rows:
@@ -663,14 +662,15 @@ CASES: dict[str, Callable[[torch.device, torch.dtype, bool], OpCase]] = {
     "linear_gelu": _linear_gelu,
     "linear_cross_entropy": _vocabulary,
     _INT8: _int8_linear,
-    **{op: partial(_other, op) for op in _OTHERS},
+    **{op: partial(_simple, op) for op in _SIMPLE},
 }
 """Makes a case for a device and a dtype; small ones take milliseconds."""
 
 
 def case_names(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """The cases that a device has: int8 needs a CPU with instructions for it."""
-    in_int8 = (
-        device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and int8.why_not() is None
-    )
-    return [name for name in CASES if name != _INT8 or in_int8]
+    """Return the cases that a device has: int8 needs a CPU with instructions for it."""
+    names = list(CASES)
+    from_floats = dtype in (torch.float32, torch.bfloat16)
+    if device.type != "cpu" or not from_floats or int8.why_not() is not None:
+        names.remove(_INT8)
+    return names

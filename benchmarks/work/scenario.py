@@ -18,11 +18,11 @@ from functools import partial
 from typing import NamedTuple
 
 from ..machine import Readings
-from ..measure import Call, Case, Run, benchmark, percentile
+from ..measure import BENCHMARKS, Benchmark, Call, Case, Run
 from ..options import ScenarioOptions
 from ..record import MODES, OFFICIAL, OURS, Comparison, Mode, Result
-from ..timing import one_line, rotated
-from .model import Scale, case, engines, note_paths, prepare, require
+from ..timing import one_line, percentile, rotated
+from .model import Scale, case, make_engines, note_paths, prepare
 from .requests import SCENARIOS, Workload
 
 LATE_SHARE = 0.01
@@ -30,63 +30,71 @@ LATE_SHARE = 0.01
 # A bound that all backends can be held to: what the official algorithm takes for one request, and some waiting.
 _BOUND_FACTOR = 4.0
 # Below this a bound would measure the scheduler of the operating system.
-_LEAST_BOUND_S = 0.025
+_MIN_BOUND_S = 0.025
 _BOUND_SAMPLES = 5
 # Of the rate without pauses, where the search for a rate that holds begins.
 _FIRST_SHARE = 0.7
 # Below this the wait for an arrival spins: sleeping overshoots by as much.
 _SPIN_S = 0.0005
-ELSEWHERE = {
-    "coco": "cost of COCO's 5k retrieval evaluation, official and xfm-fast, projected from the times of its parts",
-    "serve": "the HTTP service under load of re-ranking clients, against the same service with one request at a time",
-    "train-step": "a step of pretraining or of a task, forward and backward: xfm-fast bench train-step",
-    "kernels": "every operation against its alternatives: xfm-fast bench kernels",
-}
 
 
-@benchmark("scenario", title="Beside other runtimes", reference=OFFICIAL)
-def run(run: Run, scenario: str) -> Iterator[Case]:
-    """One case for each way in which requests come."""
-    require(SCENARIOS, scenario, "scenario")
+def _cases(run: Run, scenario: str) -> Iterator[Case]:
+    """Yield one case per arrival pattern."""
     options: ScenarioOptions = run.options
     scale = Scale.of(scenario, options, run.device)
-    chosen: list[Mode] = [mode for mode in MODES if not options.mode or mode in options.mode]
-    run.progress.begin(2 + len(chosen))
+    modes: list[Mode] = [mode for mode in MODES if not options.mode or mode in options.mode]
+    run.progress.begin(2 + len(modes))
     material = prepare(run, scale.image_size, work=scenario)
     workload = scale.workload(scenario, material)
-    found = engines(run, material, scenario, scale.image_size, options.baselines, options.official)
-    for mode in chosen:
+    engines = make_engines(
+        run, material, scenario, scale.image_size, options.baselines, options.official
+    )
+    for mode in modes:
         batch = scale.batch if mode == "offline" else 1
-        run.progress.stage(f"{workload.name(batch)}, {mode}")
+        run.progress.stage(f"{workload.title(batch)}, {mode}")
         yield case(
-            run, workload, found, batch=batch, mode=mode, block=scale.block,
-            rounds=scale.rounds, budget_s=scale.budget_s, most_rounds=60, warmups=0,
+            run,
+            workload,
+            engines,
+            batch=batch,
+            mode=mode,
+            block=scale.block,
+            rounds=scale.rounds,
+            budget_s=scale.budget_s,
+            max_rounds=60,
+            warmups=0,
             deadline=time.perf_counter() + 2 * scale.budget_s,
             search=partial(search_rates, workload, scale) if mode == "server" else None,
-        )  # fmt: skip
+        )
     note_paths(run)
+
+
+for _name, _about in SCENARIOS.items():
+    BENCHMARKS[_name] = Benchmark(
+        "scenario", "Beside other runtimes", OFFICIAL, _cases, _about, {"scenario": _name}
+    )
 
 
 def search_rates(
     workload: Workload, scale: Scale, run: Run, calls: dict[str, Call], rows: dict[str, Result]
-) -> None:  # fmt: skip
+) -> None:
     """Find the highest rate of Poisson arrivals at which each backend keeps the bound on the latency.
 
     After Ctrl-C the results hold the trials until then.
     """
-    readings, batch = Readings(), workload.batch(scale.batch)
+    readings, batch = Readings(), workload.first(scale.batch)
     singles, searches, failures = dict[str, float](), dict[str, RateSearch](), dict[str, str]()
 
-    def read() -> None:
+    def probe() -> None:
         if run.probes is not None:
             run.probes.read(readings)
 
-    read()
+    probe()
     for key, call in calls.items():
         run.progress.step(f"{key}, pace")
         try:
             singles[key] = statistics.median(
-                _seconds(call, [number]) for number in range(_BOUND_SAMPLES)
+                _seconds(call, [index]) for index in range(_BOUND_SAMPLES)
             )
             rate = max(1 / singles[key], len(batch) / _seconds(call, batch))
             searches[key] = RateSearch(_FIRST_SHARE * rate, scale.trials, scale.resolution)
@@ -100,13 +108,13 @@ def search_rates(
                 rate = searches[key].next_rate()
                 run.progress.step(f"{key}, {rate:.3g} requests/s")
                 # Long enough that a rate which is too high by the resolution of the search piles up to the bound.
-                least = rate * bound_s / (scale.resolution - 1)
-                requests = int(max(10, least, min(scale.trial_requests, rate * scale.trial_s)))
+                shortest = rate * bound_s / (scale.resolution - 1)
+                requests = min(scale.trial_requests, rate * scale.trial_s)
                 try:
                     trial = serve(
                         calls[key],
                         rate,
-                        requests,
+                        int(max(10, shortest, requests)),
                         largest_batch=scale.batch,
                         bound_s=bound_s,
                         seed=run.options.seed,
@@ -116,10 +124,10 @@ def search_rates(
                     del searches[key]
                 else:
                     searches[key].trials.append(trial)
-            read()
+            probe()
             turn += 1
     finally:
-        read()
+        probe()
         for key, reason in failures.items():
             rows[key].status, rows[key].reason = "failed", reason
         for key, search in searches.items():
@@ -128,7 +136,7 @@ def search_rates(
             rows[key].extra |= {"bound_origin": origin, "largest_batch": scale.batch}
 
 
-def _fill(row: Result, search: RateSearch, bound_s: float, others: dict[str, RateSearch]) -> None:
+def _fill(row: Result, search: RateSearch, bound_s: float, searches: dict[str, RateSearch]) -> None:
     """Enter a search into its result; ours is compared with all that held a rate."""
     served = search.served
     if not search.done:
@@ -142,37 +150,38 @@ def _fill(row: Result, search: RateSearch, bound_s: float, others: dict[str, Rat
     trials = {f"{trial.rate:.6g}": percentile(trial.latencies, 0.99) for trial in search.trials}
     row.extra |= {"max_qps": search.best, "bound_s": bound_s, "trials": trials}
     if served is not None:
-        row.extra |= {
-            f"p{share}_s": percentile(served.latencies, share / 100) for share in (50, 90, 99)
-        }
-    for key, other in others.items() if row.backend == OURS else ():
-        if other is not search and other.best > 0:
+        for share in (50, 90, 99):
+            row.extra[f"p{share}_s"] = percentile(served.latencies, share / 100)
+    if row.backend != OURS:
+        return
+    for key, baseline in searches.items():
+        if baseline is not search and baseline.best > 0:
             backend, dtype = key.rsplit(" ", 1)
-            ratio, same = search.best / other.best, dtype == row.dtype
+            ratio, same = search.best / baseline.best, dtype == row.dtype
             row.against.append(
                 Comparison(backend=backend, dtype=dtype, like_for_like=same, ratio=ratio)
             )
 
 
 def _bound(options: ScenarioOptions, single: dict[str, float]) -> tuple[float, str]:
+    """Return the latency bound in seconds and where it comes from."""
     if options.p99_ms is not None:
         return options.p99_ms / 1e3, "--p99-ms"
-    reference = f"{OFFICIAL} fp32"
-    key = reference if reference in single else next(iter(single), reference)
+    key = f"{OFFICIAL} fp32"
+    if key not in single:
+        key = next(iter(single), key)
     seconds = single.get(key, 1.0)
-    bound, origin = _BOUND_FACTOR * seconds, f"{_BOUND_FACTOR:.0f} times one request of {key}"
-    if bound < _LEAST_BOUND_S:
-        return (
-            _LEAST_BOUND_S,
-            f"{origin} ({seconds * 1e3:.3g} ms), but at least {_LEAST_BOUND_S * 1e3:.0f} ms",
-        )
-    return bound, f"{origin} ({seconds * 1e3:.3g} ms)"
+    bound = _BOUND_FACTOR * seconds
+    origin = f"{_BOUND_FACTOR:.0f} times one request of {key} ({seconds * 1e3:.3g} ms)"
+    if bound < _MIN_BOUND_S:
+        return _MIN_BOUND_S, f"{origin}, but at least {_MIN_BOUND_S * 1e3:.0f} ms"
+    return bound, origin
 
 
-def _seconds(answer: Call, numbers: list[int]) -> float:
-    begun = time.perf_counter()
-    answer(numbers)
-    return time.perf_counter() - begun
+def _seconds(answer: Call, indices: list[int]) -> float:
+    start = time.perf_counter()
+    answer(indices)
+    return time.perf_counter() - start
 
 
 class Trial(NamedTuple):
@@ -184,7 +193,7 @@ class Trial(NamedTuple):
 
 
 def poisson_arrivals(rate: float, count: int, seed: int) -> list[float]:
-    """Seconds from the start at which `count` requests arrive, `rate` a second on average."""
+    """Draw the seconds from the start at which `count` requests arrive, `rate` a second on average."""
     draw = random.Random(seed)
     now, arrivals = 0.0, []
     for _ in range(count):
@@ -204,7 +213,7 @@ def serve(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Trial:
-    """Answer `requests` requests that arrive at `rate` a second, by batches of their numbers.
+    """Answer `requests` requests that arrive at `rate` a second, in batches of their indices.
 
     A trial ends once more than 1% of the requests were later than `bound_s`.
     """
@@ -212,16 +221,16 @@ def serve(
     allowed = int(LATE_SHARE * requests)
     latencies: list[float] = []
     late, done = 0, 0
-    begun = clock()
+    start = clock()
     while done < requests and late <= allowed:
-        while (wait := arrivals[done] - (clock() - begun)) > 0:
+        while (wait := arrivals[done] - (clock() - start)) > 0:
             sleep(wait - _SPIN_S if wait > _SPIN_S else 0)
-        now = clock() - begun
+        now = clock() - start
         size = 1
         while size < largest_batch and done + size < requests and arrivals[done + size] <= now:
             size += 1
         answer(range(done, done + size))
-        finished = clock() - begun
+        finished = clock() - start
         for arrival in arrivals[done : done + size]:
             latencies.append(finished - arrival)
             late += latencies[-1] > bound_s
@@ -233,23 +242,20 @@ def serve(
 class RateSearch:
     """Finds the highest rate that holds: up or down by a factor of 2 until one holds and one fails, then bisection.
 
-    Rates are compared by their logarithms; the search ends when the two are within `resolution`, or after `most`
-    trials. `start` is the first rate.
+    Rates are compared by their logarithms; the search ends when the two are within `resolution`, or after
+    `max_trials`. `start` is the first rate.
     """
 
     start: float
-    most: int
+    max_trials: int
     resolution: float = 1.1
     trials: list[Trial] = field(default_factory=list)
 
     @property
     def served(self) -> Trial | None:
         """The trial of the highest rate that held."""
-        return max(
-            (trial for trial in self.trials if trial.held),
-            key=lambda trial: trial.rate,
-            default=None,
-        )
+        held = (trial for trial in self.trials if trial.held)
+        return max(held, key=lambda trial: trial.rate, default=None)
 
     @property
     def best(self) -> float:
@@ -259,19 +265,17 @@ class RateSearch:
     @property
     def worst(self) -> float:
         """The lowest rate that failed; one that failed by chance below one that held does not count."""
-        return min(
-            (each.rate for each in self.trials if not each.held and each.rate > self.best),
-            default=math.inf,
-        )
+        failed = (trial.rate for trial in self.trials if not trial.held)
+        return min((rate for rate in failed if rate > self.best), default=math.inf)
 
     @property
     def done(self) -> bool:
-        return len(self.trials) >= self.most or (
-            self.best > 0 and self.worst / self.best <= self.resolution
-        )
+        """Whether the search has ended."""
+        narrow = self.best > 0 and self.worst / self.best <= self.resolution
+        return narrow or len(self.trials) >= self.max_trials
 
     def next_rate(self) -> float:
-        """The rate to try now."""
+        """Return the rate to try now."""
         if not self.trials:
             return self.start
         if self.best == 0:

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from http.client import HTTPConnection
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,14 @@ from PIL import Image
 
 from xfm_fast.errors import UnavailableError
 from xfm_fast.models.xfm import XFM
+from xfm_fast.testing import preset_config
 
-from ..inputs import preset_config
-from ..measure import Backend, Case, Run, benchmark, percentile
+from ..measure import Backend, Case, Run, benchmark
 from ..record import ONE_AT_A_TIME, OURS, Extra
-from ..timing import DTYPES
+from ..timing import DTYPES, percentile
 from .model import prepare
 
-_ANSWER_SECONDS = 600
+_TIMEOUT_S = 600
 # Photographs of a shop's catalogue are about so large.
 _SIDE = 256
 _CATALOGUE = 64
@@ -60,98 +61,119 @@ Request = dict[str, Any]
     "serve",
     title="The HTTP service under load, against one request at a time",
     reference=ONE_AT_A_TIME,
+    about="the HTTP service under load of re-ranking clients, against the same service with one request at a time",
 )
 def run(run: Run) -> Iterator[Case]:
-    """Two kinds of requests by several numbers of clients."""
-    options, chance, dtype = run.options, random.Random(run.options.seed), run.dtypes[0]
+    """Yield two kinds of requests by several numbers of clients."""
+    options, draw, dtype = run.options, random.Random(run.options.seed), run.dtypes[0]
     run.progress.begin(3 + 2 * len(options.clients))
-    loaded = prepare(run, preset_config(options.preset).image_size)
-    size = options.image_size or loaded.subjects.config.image_size
-    models = {name: loaded.subjects.model(size, DTYPES[name]) for name in {"fp32", dtype}}
-    models["fp32"].tokenizer = models[dtype].tokenizer = loaded.tokenizer
+    material = prepare(run, preset_config(options.preset).image_size)
+    size = options.image_size or material.sizes.image_size
+    models = {name: material.weights.model(size, DTYPES[name]) for name in {"fp32", dtype}}
+    models["fp32"].tokenizer = models[dtype].tokenizer = material.tokenizer
     folder = run.scratch / "served"
     models["fp32"].save_pretrained(folder)
-    captions, photos = loaded.collection.captions, loaded.collection.images
-    catalogue = [crop_url(photos[number % len(photos)], chance) for number in range(_CATALOGUE)]
-    checked = [known(chance, captions, catalogue, 4), new(chance, captions, photos, 4)]
-    expected = {
-        name: torch.tensor([score for request in checked for score in offline(model, request)])
-        for name, model in models.items()
-    }
+    captions, photos = material.collection.captions, material.collection.images
+    catalogue = [crop_url(photo, draw) for photo in islice(cycle(photos), _CATALOGUE)]
+    checked = [
+        caption_request(draw, captions, catalogue, 4),
+        image_request(draw, captions, photos, 4),
+    ]
+    expected = {}
+    for name, model in models.items():
+        scores = [score for request in checked for score in offline(model, request)]
+        expected[name] = torch.tensor(scores)
     # The generator of the load keeps no model while it measures.
-    del loaded, models
+    del material, models, model
+    workloads: list[tuple[str, str, Callable[[], Request]]] = [
+        (
+            "serve-known",
+            f"a caption and {_DOCUMENTS} images of a catalogue of {_CATALOGUE} that was asked for before",
+            partial(caption_request, draw, captions, catalogue),
+        ),
+        (
+            "serve-new",
+            f"an image never seen and {_DOCUMENTS} captions",
+            partial(image_request, draw, captions, photos),
+        ),
+    ]
     with ExitStack() as stack:
         run.progress.stage("starting the services")
         # A slow backend is measured, not given up.
-        patient = ("--max-queue", str(2 * max(options.clients)), "--timeout", str(_ANSWER_SECONDS))
-        shared = ("--dtype", dtype, "--device", run.device.type, *patient)
+        queue = str(2 * max(options.clients))
+        shared = ("--max-queue", queue, "--timeout", str(_TIMEOUT_S), "--device", run.device.type)
         services = {
-            name: stack.enter_context(service(folder, *shared, *arguments))
+            name: stack.enter_context(service(folder, "--dtype", dtype, *shared, *arguments))
             for name, (_, arguments) in _SERVICES.items()
         }
-        for work, words, make in (
-            (
-                "serve-known",
-                f"a caption and {_DOCUMENTS} images of a catalogue of {_CATALOGUE} that was asked for before",
-                partial(known, chance, captions, catalogue),
-            ),
-            (
-                "serve-new", f"an image never seen and {_DOCUMENTS} captions",
-                partial(new, chance, captions, photos),
-            ),
-        ):  # fmt: skip
-            for port, _ in services.values() if work == "serve-known" else ():
-                drive(
-                    port,
-                    [{"query": "a dog", "documents": [{"image": url}]} for url in catalogue],
-                    1,
-                )
+        for work, title, make in workloads:
+            if work == "serve-known":
+                images = [{"query": "a dog", "documents": [{"image": url}]} for url in catalogue]
+                for port, _ in services.values():
+                    drive(port, images, 1)
             for clients in options.clients:
-                run.progress.stage(f"{words}, {clients} clients")
+                run.progress.stage(f"{title}, {clients} clients")
                 count = max(options.requests, clients)
-                backends = [
-                    _backend(name, dtype, *each, clients, count, make, checked)
-                    for name, each in services.items()
-                ]
+                load = partial(_backend, make=make, checked=checked, clients=clients, count=count)
                 yield Case(
-                    work, f"re-rank over HTTP: {words}, {clients} clients", backends, "requests", count,
-                    judge="XFM.match", reference=expected.__getitem__, rounds=3 if options.quick else 5, warmups=0,
+                    work,
+                    f"re-rank over HTTP: {title}, {clients} clients",
+                    [load(name, dtype, *address) for name, address in services.items()],
+                    "requests",
+                    count,
+                    judge="XFM.match",
+                    reference=expected.__getitem__,
+                    rounds=3 if options.quick else 5,
+                    warmups=0,
                     block=lambda call: lambda: [call()],
-                )  # fmt: skip
+                )
 
 
 def _backend(
-    name: str, dtype: str, port: int, process: psutil.Process, clients: int, count: int, make: Callable[[], Request],
+    name: str,
+    dtype: str,
+    port: int,
+    process: psutil.Process,
+    make: Callable[[], Request],
     checked: list[Request],
-) -> Backend:  # fmt: skip
-    latencies, busy = list[float](), list[float]()
+    clients: int,
+    count: int,
+) -> Backend:
+    """Return a service under the load of some clients, compared at the requests `checked`."""
+    latencies, cpu_seconds = list[float](), list[float]()
 
     def window() -> float:
-        """Seconds from the first request to the last response."""
+        """Return the seconds from the first request to the last response."""
         requests = [make() for _ in range(count)]
-        before, started = sum(process.cpu_times()[:2]), time.perf_counter()
+        before, start = sum(process.cpu_times()[:2]), time.perf_counter()
         latencies.extend(drive(port, requests, clients))
-        seconds = time.perf_counter() - started
-        busy.append((sum(process.cpu_times()[:2]) - before) / count)
+        seconds = time.perf_counter() - start
+        cpu_seconds.append((sum(process.cpu_times()[:2]) - before) / count)
         return seconds
 
     def detail(median_s: float) -> Extra:
         return {
-            "clients": clients, "requests": len(latencies), "clients_p50_s": statistics.median(latencies),
-            "clients_p99_s": percentile(latencies, 0.99), "cpu_s": statistics.median(busy),
-        }  # fmt: skip
+            "clients": clients,
+            "requests": len(latencies),
+            "clients_p50_s": statistics.median(latencies),
+            "clients_p99_s": percentile(latencies, 0.99),
+            "cpu_s": statistics.median(cpu_seconds),
+        }
 
     def scores() -> torch.Tensor:
-        with closing(HTTPConnection("127.0.0.1", port, timeout=_ANSWER_SECONDS)) as connection:
-            results = [send(connection, request)["results"] for request in checked]
-        ordered = [sorted(each, key=lambda result: result["index"]) for each in results]
-        return torch.tensor([result["relevance_score"] for each in ordered for result in each])
+        values = []
+        with closing(HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)) as connection:
+            for request in checked:
+                results = send(connection, request)["results"]
+                results.sort(key=lambda result: result["index"])
+                values += [result["relevance_score"] for result in results]
+        return torch.tensor(values)
 
     return Backend(name, dtype, lambda: window, _SERVICES[name][0], check=scores, detail=detail)
 
 
 def send(connection: HTTPConnection, request: Request) -> Any:
-    """The response to a request; raises `UnavailableError` unless its status is 200."""
+    """Return the response to a request; raises `UnavailableError` unless its status is 200."""
     connection.request(
         "POST", "/v1/rerank", json.dumps(request), {"content-type": "application/json"}
     )
@@ -165,11 +187,11 @@ def send(connection: HTTPConnection, request: Request) -> Any:
 
 
 def drive(port: int, requests: Sequence[Request], clients: int) -> list[float]:
-    """Send each request once, by so many clients at a time, each over its own connection; returns the latencies."""
+    """Send each request once, from `clients` at a time, each over its own connection; return the latencies."""
     local, connections = threading.local(), list[HTTPConnection]()
 
     def connect() -> None:
-        local.connection = HTTPConnection("127.0.0.1", port, timeout=_ANSWER_SECONDS)
+        local.connection = HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)
         connections.append(local.connection)
 
     def measure(request: Request) -> float:
@@ -184,64 +206,56 @@ def drive(port: int, requests: Sequence[Request], clients: int) -> list[float]:
     return latencies
 
 
-def known(
-    chance: random.Random, captions: list[str], catalogue: list[str], documents: int = _DOCUMENTS
+def caption_request(
+    draw: random.Random, captions: list[str], catalogue: list[str], documents: int = _DOCUMENTS
 ) -> Request:
-    """A caption and images of a catalogue."""
-    images = chance.sample(catalogue, documents)
-    return {"query": chance.choice(captions), "documents": [{"image": url} for url in images]}
+    """Draw a caption and images of a catalogue."""
+    images = draw.sample(catalogue, documents)
+    return {"query": draw.choice(captions), "documents": [{"image": url} for url in images]}
 
 
-def new(
-    chance: random.Random, captions: list[str], photos: list[Image.Image], documents: int = _DOCUMENTS
-) -> Request:  # fmt: skip
-    """A new image, and captions."""
-    query = {"image": crop_url(chance.choice(photos), chance)}
-    return {"query": query, "documents": [chance.choice(captions) for _ in range(documents)]}
+def image_request(
+    draw: random.Random,
+    captions: list[str],
+    photos: list[Image.Image],
+    documents: int = _DOCUMENTS,
+) -> Request:
+    """Draw a new image, and captions."""
+    query = {"image": crop_url(draw.choice(photos), draw)}
+    return {"query": query, "documents": [draw.choice(captions) for _ in range(documents)]}
 
 
-def crop_url(image: Image.Image, chance: random.Random) -> str:
-    """A data URL of a part of a photograph."""
-    share = chance.uniform(0.5, 1.0)
+def crop_url(image: Image.Image, draw: random.Random) -> str:
+    """Return the data URL of a random crop of a photograph."""
+    share = draw.uniform(0.5, 1.0)
     width, height = int(image.width * share), int(image.height * share)
-    left, top = chance.randint(0, image.width - width), chance.randint(0, image.height - height)
+    left, top = draw.randint(0, image.width - width), draw.randint(0, image.height - height)
+    crop = image.crop((left, top, left + width, top + height)).resize((_SIDE, _SIDE))
     stream = io.BytesIO()
-    image.crop((left, top, left + width, top + height)).resize((_SIDE, _SIDE)).save(
-        stream, "JPEG", quality=85
-    )
+    crop.save(stream, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 @contextmanager
 def service(folder: Path, *arguments: str) -> Iterator[tuple[int, psutil.Process]]:
-    """Serve a model in a process: its port and the process. Raises `UnavailableError` if it does not start."""
-    command = [
-        sys.executable,
-        "-m",
-        "xfm_fast.cli",
-        "serve",
-        str(folder),
-        "--port",
-        "0",
-        *arguments,
-    ]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as begun:
+    """Serve a model in a process; yields port and process, raises `UnavailableError` if it does not start."""
+    command = [sys.executable, "-m", "xfm_fast.cli", "serve", str(folder), "--port=0", *arguments]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
         try:
-            assert begun.stdout is not None
-            assert begun.stderr is not None
-            found = re.search(r"http://127\.0\.0\.1:(\d+)", begun.stdout.readline())
-            if found is None:
-                output = " ".join(begun.stderr.read().split())[:500]
+            assert process.stdout is not None
+            assert process.stderr is not None
+            address = re.search(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline())
+            if address is None:
+                output = " ".join(process.stderr.read().split())[:500]
                 raise UnavailableError(f"the service does not start; its output: {output}")
-            yield int(found[1]), psutil.Process(begun.pid)
+            yield int(address[1]), psutil.Process(process.pid)
         finally:
-            begun.kill()
+            process.kill()
 
 
 def offline(model: XFM, request: Request) -> list[float]:
-    """Scores of a request by `XFM.match` in this process."""
+    """Score a request by `XFM.match` in this process."""
 
     def decode(item: dict[str, str]) -> Image.Image:
         return Image.open(io.BytesIO(base64.b64decode(item["image"].partition(",")[2])))

@@ -30,12 +30,12 @@ from xfm_fast.memory import PeakMemory, resident_bytes
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.tasks.task import TASKS
+from xfm_fast.testing import Inputs, Texts, bundled, preset_config
 from xfm_fast.tokenizer import CaptionTokenizer
 
 from ..backends.official_finetuning import OfficialFineTuningTwin
-from ..inputs import Inputs, Texts, bundled, described, preset_config
 from ..measure import Backend, Case, Difference, Run, benchmark
-from ..record import OFFICIAL, OURS, Extra, Model
+from ..record import OFFICIAL, OURS, Data, Extra, Model
 from ..tasks import OFFICIAL_TASKS, PRETRAINING, Batch, BenchTask, bench_task
 from ..timing import one_line
 
@@ -55,9 +55,10 @@ _NOISE = 1e-4
 _KEY_BIAS = "key.bias"
 REFERENCE_OPS = "torch-eager"
 LABELS = {
-    OURS: "xfm-fast", OFFICIAL: "official procedure, eager",
+    OURS: "xfm-fast",
+    OFFICIAL: "official procedure, eager",
     REFERENCE_OPS: "xfm-fast's schedule, plain PyTorch operations",
-}  # fmt: skip
+}
 _MEMORY_STEPS = 2
 
 
@@ -72,8 +73,9 @@ class Outcome(NamedTuple):
 class Step:
     """A model and a batch, on which both procedures do the same step.
 
-    `losses` has the losses of each procedure, to be summed; negatives are drawn where none are given. `texts` are those
-    of the batch.
+    Attributes:
+        losses: the losses of each procedure, to be summed; negatives are drawn unless they are given.
+        texts: those of the batch.
     """
 
     model: XFM
@@ -93,26 +95,25 @@ class Step:
         *,
         given_negatives: bool = False,
     ) -> Losses:
-        """Forward and backward pass of all losses, from no gradients to gradients in the parameters.
+        """Run forward and backward pass of all losses, which leaves gradients in the parameters.
 
         With `given_negatives` the neighbours of each pair are its negatives, so that both procedures compute the same.
         """
         self.model.zero_grad(set_to_none=True)
         device, pairs, negatives = self.model.device, self.batch.get("batch"), None
         if given_negatives and isinstance(pairs, PairBatch):
-            own = torch.arange(len(pairs.image), device=device)
-            negatives = own.roll(-1), own.roll(1)
+            order = torch.arange(len(pairs.image), device=device)
+            negatives = order.roll(-1), order.roll(1)
         with torch.enable_grad():
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 losses = self.losses[procedure](negatives)
-                total = torch.stack(
-                    [loss.float() if autocast else loss for loss in losses.values()]
-                ).sum()
+                values = [loss.float() if autocast else loss for loss in losses.values()]
+                total = torch.stack(values).sum()
             total.backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
     def outcome(self, procedure: Procedure, autocast: torch.dtype | None = None) -> Outcome:
-        """A step with given negatives, and its gradients, which the parameters give away."""
+        """Run a step with given negatives and return its gradients, which the parameters do not keep."""
         self.model.eval()
         losses = self.run(procedure, autocast, given_negatives=True)
         gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}
@@ -120,7 +121,7 @@ class Step:
         return Outcome(losses, gradients)
 
     def flops(self, procedure: Procedure) -> int:
-        """FLOPs of a procedure, counted on the definitions of the ops; every text is drawn once as a negative."""
+        """Count the FLOPs of a procedure on the reference ops; every text is drawn once as a negative."""
         with use_backend("reference"), FlopCounterMode(display=False) as counter:
             self.outcome(procedure)
         return counter.get_total_flops()
@@ -129,7 +130,7 @@ class Step:
 def make_step(
     task: BenchTask, config: XFMConfig, seed: int, batch: Batch, device: torch.device
 ) -> Step:
-    """The step of a model with random weights on a batch."""
+    """Return the step of a model with random weights on a batch."""
     with torch.device("meta"):
         model = task.build(config)
     state = checkpoint.random_tensors(model.state_dict(), seed)
@@ -145,35 +146,44 @@ def make_step(
             return task.losses_of(model, pairs)
         if pairs is not None:
             return pretraining_losses(model, pairs, hard_negatives=negatives, **task.losses)
-        found = model(**batch)
-        return (
-            {"loss": found}
-            if isinstance(found, Tensor)
-            else dict(zip(("bbox_l1", "bbox_giou"), found, strict=True))
-        )
+        losses = model(**batch)
+        if isinstance(losses, Tensor):
+            return {"loss": losses}
+        return dict(zip(("bbox_l1", "bbox_giou"), losses, strict=True))
 
     def judge(negatives: Negatives) -> Losses:
         if task.official is None:
             with use_backend("reference"):
                 return ours(negatives)
         arguments = batch if pairs is None else {"batch": pairs, "hard_negatives": negatives}
-        found = getattr(twin, task.official)(**arguments)
-        return {"loss": found} if isinstance(found, Tensor) else found
+        losses = getattr(twin, task.official)(**arguments)
+        return {"loss": losses} if isinstance(losses, Tensor) else losses
 
-    fields = batch if pairs is None else vars(pairs)
-    names = (
+    judge_name = REFERENCE_OPS if task.official is None else OFFICIAL
+    texts = _texts(batch if pairs is None else vars(pairs))
+    return Step(model, batch, {OURS: ours, judge_name: judge}, texts)
+
+
+def _texts(fields: Batch) -> Texts | None:
+    """Return the texts of a batch: questions, captions, or its only ones."""
+    for ids, mask in (
         ("question_ids", "question_mask"),
         ("caption_ids", "caption_mask"),
         ("input_ids", "attention_mask"),
-    )
-    texts = next((Texts(fields[ids], fields[mask]) for ids, mask in names if ids in fields), None)
-    judged_by = REFERENCE_OPS if task.official is None else OFFICIAL
-    return Step(model, batch, {OURS: ours, judged_by: judge}, texts)
+    ):
+        if ids in fields:
+            return Texts(fields[ids], fields[mask])
+    return None
 
 
-@benchmark("train-step", title="A training step, fast against official", reference=OFFICIAL)
+@benchmark(
+    "train-step",
+    title="A training step, fast against official",
+    reference=OFFICIAL,
+    about="a step of pretraining or of a task, forward and backward: xfm-fast bench train-step",
+)
 def run(run: Run) -> Iterator[Case]:
-    """The step of pretraining, or of `options.task`, or of every task."""
+    """Yield the step of pretraining, of `options.task`, or of every task."""
     options, gpu = run.options, run.device.type == "cuda"
     if options.dtype == ("auto",) and gpu:
         # On a GPU this model is not trained in fp32.
@@ -182,16 +192,15 @@ def run(run: Run) -> Iterator[Case]:
     if names[0] and names[0] not in TASKS:
         raise UnavailableError(f"task {names[0]!r} is unknown; choose from {', '.join(TASKS)}, all")
     variants = (False,) if options.quick else (False, True)
-    run.progress.begin(
-        1 + len(names) * (1 + len(variants)) + (names == [""] and not gpu) * len(variants)
-    )
+    memory_stages = len(variants) if names == [""] and not gpu else 0
+    run.progress.begin(1 + len(names) * (1 + len(variants)) + memory_stages)
     run.progress.stage("photographs and captions")
     collection, preset = bundled(), preset_config(options.preset)
     tokenizer = CaptionTokenizer.train_on_texts(collection.captions, preset.vocab_size)
-    run.document.data = described(collection, tokenizer)
+    run.document.data = Data.of(collection, tokenizer)
     run.probe()
     for name in names:
-        config, memory = preset, dict[tuple[str, str, bool], Extra]()
+        config, memory = preset, MemoryUse()
         inputs = Inputs(collection, tokenizer, config, options.seed)
         task = bench_task(name, inputs, run.scratch) if name else PRETRAINING
         count = options.pairs or task.counts[2 if gpu else options.quick]
@@ -207,12 +216,7 @@ def run(run: Run) -> Iterator[Case]:
         run.progress.stage(f"model, {task.title}")
         step = make_step(task, config, options.seed, batch, run.device)
         run.document.reference = step.judge
-        parameters = sum(parameter.numel() for parameter in step.model.parameters())
-        if run.document.model is None or run.document.model.parameters < parameters:
-            run.document.model = Model(
-                preset=options.preset, origin=f"random weights (seed {options.seed})", trained=False,
-                meaningful_recall=False, config=config.model_dump(), parameters=parameters,
-            )  # fmt: skip
+        _describe_model(run, config, step.model)
         size = f"{count} {task.unit} of {config.image_size} px"
         if name == "text" and step.texts is not None:
             size = f"{count} {task.unit} of {step.texts.span} tokens"
@@ -222,140 +226,170 @@ def run(run: Run) -> Iterator[Case]:
         yield from _cases(run, step, Case(work, title, [], task.unit, count), memory)
 
 
-def _cases(
-    run: Run, step: Step, named: Case, memory: dict[tuple[str, str, bool], Extra]
-) -> Iterator[Case]:
-    """A step without and with dropout; both procedures agree without it.
+def _describe_model(run: Run, config: XFMConfig, model: XFM) -> None:
+    """Enter a model into the document, unless a larger one is there."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if run.document.model is None or run.document.model.parameters < parameters:
+        run.document.model = Model(
+            preset=run.options.preset,
+            origin=f"random weights (seed {run.options.seed})",
+            trained=False,
+            meaningful_recall=False,
+            config=config.model_dump(),
+            parameters=parameters,
+        )
 
-    `named` has the work, name, unit and items; `memory` is by procedure, dtype and dropout.
+
+def _cases(run: Run, step: Step, template: Case, memory: MemoryUse) -> Iterator[Case]:
+    """Yield a step without and with dropout; both procedures agree without it.
+
+    `template` has the work, name, unit and items.
     """
     quick, gpu = run.options.quick, run.device.type == "cuda"
     # As published, the official procedure runs in fp32; on a GPU in the dtype of ours.
-    official = {dtype if gpu else "fp32" for dtype in run.dtypes} | (
-        set() if quick else set(run.dtypes)
-    )
-    dtypes = {OURS: run.dtypes, step.judge: [name for name in AUTOCAST if name in official]}
-    procedures = [(procedure, dtype) for procedure in dtypes for dtype in dtypes[procedure]]
+    official = set(run.dtypes) if gpu or not quick else set()
+    if not gpu:
+        official.add("fp32")
+    dtypes = {OURS: run.dtypes, step.judge: [dtype for dtype in AUTOCAST if dtype in official]}
     budget_s = 0.2 if run.options.preset == "tiny" else 10.0
     rounds, warmups = (10, 3) if gpu else (3, 1)
     flops = {procedure: step.flops(procedure) for procedure in dtypes}
 
-    def training(procedure: Procedure, dtype: str, dropout: bool) -> None:
+    def train(procedure: Procedure, dtype: str, dropout: bool) -> None:
         step.model.train(dropout)
         step.run(procedure, AUTOCAST[dtype])
 
     def count(backend: Backend, result: object) -> Extra:
         extra: Extra = {"needed_flops": flops[OURS], "flops": flops[backend.name]}
         if step.texts is not None:
-            tokens = sum(step.texts.lengths)
-            extra |= {
-                "tokens": tokens,
-                "padded_tokens": tokens if backend.name == OURS else step.texts.ids.numel(),
-            }
+            extra["tokens"] = extra["padded_tokens"] = sum(step.texts.lengths)
+            if backend.name != OURS:
+                extra["padded_tokens"] = step.texts.ids.numel()
         if gpu:
             parameters = sum(parameter.nbytes for parameter in step.model.parameters())
             extra |= {"parameter_bytes": parameters, "gradient_bytes": parameters}
         return extra
 
-    def backend(procedure: Procedure, dtype: str, dropout: bool) -> Backend:
-        call, check = (
-            partial(training, procedure, dtype, dropout),
-            partial(step.outcome, procedure, AUTOCAST[dtype]),
-        )
-        extra = memory.get((procedure, dtype, dropout), {})
-        return Backend(procedure, dtype, lambda: call, LABELS[procedure], check, extra=extra)
-
     def backends(dropout: bool) -> list[Backend]:
-        lacking = [
-            Backend(OURS, dtype, dict, LABELS[OURS], lacking=("not offered", why))
-            for dtype, why in run.absent.items()
+        result = [
+            Backend(OURS, dtype, dict, LABELS[OURS], lacking=("not offered", reason))
+            for dtype, reason in run.absent.items()
         ]
-        return lacking + [backend(procedure, dtype, dropout) for procedure, dtype in procedures]
+        for procedure, procedure_dtypes in dtypes.items():
+            for dtype in procedure_dtypes:
+                call = partial(train, procedure, dtype, dropout)
+                result.append(
+                    Backend(
+                        procedure,
+                        dtype,
+                        lambda call=call: call,
+                        LABELS[procedure],
+                        check=partial(step.outcome, procedure, AUTOCAST[dtype]),
+                        extra=memory.get((procedure, dtype, dropout), {}),
+                    )
+                )
+        return result
 
     case = replace(
-        named, backends=backends(dropout=False), judge=step.judge, compare=difference, fp32_band=FP32_GRADIENT_BAND,
-        reference=lambda dtype: step.outcome(step.judge, AUTOCAST[dtype]), count=count, grad=True,
-        rounds=2 if quick else rounds, warmups=warmups, budget_s=budget_s / 10 if quick else budget_s,
-    )  # fmt: skip
+        template,
+        backends=backends(dropout=False),
+        judge=step.judge,
+        compare=difference,
+        fp32_band=FP32_GRADIENT_BAND,
+        reference=lambda dtype: step.outcome(step.judge, AUTOCAST[dtype]),
+        count=count,
+        grad=True,
+        rounds=2 if quick else rounds,
+        warmups=warmups,
+        budget_s=budget_s / 10 if quick else budget_s,
+    )
     run.progress.stage(case.name)
     yield case
     if not quick:
-        name = f"{named.name}, with dropout"
+        name = f"{template.name}, with dropout"
         run.progress.stage(name)
-        again = replace(case, backends=backends(dropout=True))
-        yield again.repeated(
-            run.document.rows, "; compared without dropout", work=f"{named.work}-dropout", name=name
+        with_dropout = replace(case, backends=backends(dropout=True))
+        yield with_dropout.repeated(
+            run.document.rows,
+            "; compared without dropout",
+            work=f"{template.work}-dropout",
+            name=name,
         )
 
 
-def _memory(
-    run: Run, config: XFMConfig, batch: PairBatch, variants: tuple[bool, ...]
-) -> dict[tuple[str, str, bool], Extra]:
-    """Memory of every procedure and dtype, without and with dropout; ours with activation checkpointing too."""
-    memory = {}
+MemoryUse = dict[tuple[Procedure, str, bool], Extra]
+"""Memory of a step by procedure, dtype and dropout."""
+
+
+def _memory(run: Run, config: XFMConfig, batch: PairBatch, variants: tuple[bool, ...]) -> MemoryUse:
+    """Measure the memory of every procedure and dtype; ours with activation checkpointing too."""
+    memory: MemoryUse = {}
     official = ["fp32"] if run.options.quick else list(dict.fromkeys(["fp32", *run.dtypes]))
     for dropout in variants:
         run.progress.stage("peak memory" + ", with dropout" * dropout)
         for procedure, dtypes in ((OURS, run.dtypes), (OFFICIAL, official)):
             for dtype in dtypes:
                 run.progress.step(f"{procedure} {dtype}, own process")
-                measured = partial(
-                    memory_use, procedure, config, batch, dtype, dropout, run.options.seed
-                )
-                memory[procedure, dtype, dropout] = measured()
+                arguments = procedure, config, batch, dtype, dropout, run.options.seed
+                extra = memory[procedure, dtype, dropout] = memory_use(*arguments)
                 if procedure == OURS:
-                    memory[procedure, dtype, dropout]["checkpointed_bytes"] = measured(
-                        checkpointed=True
-                    )["peak_bytes"]
+                    checkpointed = memory_use(*arguments, checkpointed=True)
+                    extra["checkpointed_bytes"] = checkpointed["peak_bytes"]
     return memory
 
 
 def difference(ours: Outcome, truth: Outcome) -> Difference:
-    """The largest relative difference of a loss, of all gradients as one vector, and of those of one parameter.
+    """Return the largest relative difference of a loss, of all gradients as one vector, and of one parameter's.
 
     Gradients are compared by their L2 norm. NaN counts as infinite, and so does a gradient that only one of them has.
     """
     losses = max(
         _finite((ours.losses[name] / loss - 1).abs()) for name, loss in truth.losses.items()
     )
-    scale = max(
-        float(gradient.double().norm())
-        for gradient in truth.gradients.values()
+    norms = {
+        name: float(gradient.double().norm())
+        for name, gradient in truth.gradients.items()
         if gradient is not None
-    )
-    squares, distances, worst, parameter = 0.0, 0.0, 0.0, ""
+    }
+    noise = _NOISE * max(norms.values())
+    square, distance_square, worst, parameter = 0.0, 0.0, 0.0, ""
     for name, expected in truth.gradients.items():
-        found = ours.gradients[name]
-        if expected is None or found is None:
+        gradient = ours.gradients[name]
+        if expected is None or gradient is None:
             # Where a method stops a gradient, none and zero are the same.
-            present = found if expected is None else expected
+            present = gradient if expected is None else expected
             if present is not None and bool(present.any()):
                 worst, parameter = math.inf, name
             continue
-        distance = _finite((found.double() - expected.double()).norm())
-        own = float(expected.double().norm())
-        distances, squares = distances + distance**2, squares + own**2
-        least = _NOISE * scale
+        distance = _finite((gradient.double() - expected.double()).norm())
+        distance_square += distance**2
+        square += norms[name] ** 2
+        scale = max(norms[name], noise)
         if name.endswith(_KEY_BIAS):
-            weights = truth.gradients.get(name.removesuffix("bias") + "weight")
-            least = max(least, 0.0 if weights is None else float(weights.double().norm()))
-        if distance / max(own, least) > worst:
-            worst, parameter = distance / max(own, least), name
-    gradients = (distances / squares) ** 0.5 if squares else 0.0
+            scale = max(scale, norms.get(name.removesuffix("bias") + "weight", 0.0))
+        if distance / scale > worst:
+            worst, parameter = distance / scale, name
+    gradients = (distance_square / square) ** 0.5 if square else 0.0
     note = f"losses {losses:.1e}, gradients {gradients:.1e}, worst: {parameter}"
     return Difference(max(losses, gradients, worst), note)
 
 
 def _finite(value: Tensor) -> float:
-    number = float(value)
-    return number if math.isfinite(number) else math.inf
+    """Return a scalar, infinite for NaN."""
+    return float(value) if math.isfinite(float(value)) else math.inf
 
 
 def memory_use(
-    procedure: Procedure, config: XFMConfig, batch: PairBatch, dtype: str, dropout: bool, seed: int, *,
+    procedure: Procedure,
+    config: XFMConfig,
+    batch: PairBatch,
+    dtype: str,
+    dropout: bool,
+    seed: int,
+    *,
     checkpointed: bool = False,
-) -> Extra:  # fmt: skip
-    """Run two steps of one procedure in a new process and see how much memory it takes.
+) -> Extra:
+    """Run two steps of one procedure in a new process and measure how much memory it takes.
 
     `checkpointed` recomputes the activations of our layers. Raises `UnavailableError` if the process does not end by
     itself; it is killed where memory runs out.
@@ -365,19 +399,11 @@ def memory_use(
         for name, value in vars(batch).items()
         if isinstance(value, Tensor)
     }
+    threads = torch.get_num_threads()
+    arguments = procedure, config, arrays, dtype, dropout, seed, threads, checkpointed
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(
-                _own_memory,
-                procedure,
-                config,
-                arrays,
-                dtype,
-                dropout,
-                seed,
-                torch.get_num_threads(),
-                checkpointed,
-            ).result()
+            return pool.submit(_measure_memory, *arguments).result()
         except Exception as error:
             raise UnavailableError(
                 f"the process that measures the memory of a step ({procedure}, {dtype}) failed: {one_line(error)}; "
@@ -385,19 +411,23 @@ def memory_use(
             ) from error
 
 
-def _own_memory(
-    procedure: Procedure, config: XFMConfig, arrays: dict[str, Any], dtype: str, dropout: bool, seed: int, threads: int,
+def _measure_memory(
+    procedure: Procedure,
+    config: XFMConfig,
+    arrays: dict[str, Any],
+    dtype: str,
+    dropout: bool,
+    seed: int,
+    threads: int,
     checkpointed: bool,
-) -> Extra:  # fmt: skip
+) -> Extra:
     keep_freed_memory()
     torch.set_num_threads(threads)
-    tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    step = make_step(
-        PRETRAINING, config, seed, {"batch": PairBatch(**tensors)}, torch.device("cpu")
-    )
+    batch = PairBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+    step = make_step(PRETRAINING, config, seed, {"batch": batch}, torch.device("cpu"))
     step.model.train(dropout)
     if checkpointed:
-        # Here, for it brings modules along that no other procedure needs in memory.
+        # Imported here, since it brings modules that no other procedure needs in memory.
         from xfm_fast.training.distributed import run_layers
 
         run_layers(step.model, activation_checkpointing=True)
@@ -408,7 +438,10 @@ def _own_memory(
     parameters = list(step.model.parameters())
     gradients = sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
     return {
-        "peak_bytes": memory.peak, "grown_bytes": max(0, memory.peak - before - gradients),
-        "memory_method": memory.method, "before_bytes": before,
-        "parameter_bytes": sum(parameter.nbytes for parameter in parameters), "gradient_bytes": gradients,
-    }  # fmt: skip
+        "peak_bytes": memory.peak,
+        "grown_bytes": max(0, memory.peak - before - gradients),
+        "memory_method": memory.method,
+        "before_bytes": before,
+        "parameter_bytes": sum(parameter.nbytes for parameter in parameters),
+        "gradient_bytes": gradients,
+    }

@@ -29,8 +29,8 @@ from xfm_fast.io import read_bytes, read_json
 from xfm_fast.kernels.cpu import int8
 from xfm_fast.loading import MANIFEST_FILE
 from xfm_fast.replace import accelerate
+from xfm_fast.testing import bundled, captions_table
 
-from ..inputs import bundled, captions_table
 from ..measure import Backend, Call, Case, Progress, Run, benchmark
 from ..options import TryOptions
 from ..record import UNTOUCHED, Document, Extra

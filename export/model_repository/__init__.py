@@ -52,7 +52,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A model of the repository: that of a graph, or `rank` with the manifest of its graphs."""
+    """A model of the repository: of a graph, or `rank` with the manifest of its graphs."""
 
     name: str
     config: dict[str, Any]
@@ -68,7 +68,7 @@ def write_model_repository(
     tokenizer: CaptionTokenizer | None = None,
     progress: Progress = silent,
 ) -> list[PlannedModel]:
-    """Write a repository with a model for every graph of an export and, by default, `rank` over them; `out` is free."""
+    """Write a repository with a model for every graph of an export and, by default, `rank`; `out` must not exist."""
     folder, out, options = Path(folder), Path(out), options or RepositoryOptions()
     export, repository = folder.resolve(), out.resolve()
     if export == repository or export in repository.parents or repository in export.parents:
@@ -84,7 +84,7 @@ def write_model_repository(
     try:
         with storing(out, "free space or choose another --out"):
             if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-                raise StorageError(f"{out} exists already; delete it, or choose another folder")
+                raise StorageError(f"{out} exists; delete it, or choose another folder")
             prepare_folder(repository.parent, sum(file.bytes for file in manifest.files) + _ROOM)
             temporary.mkdir()
             for model in models:
@@ -98,30 +98,28 @@ def write_model_repository(
 
 
 def _write_model(
-    model: PlannedModel, export: Path, home: Path, tokenizer: CaptionTokenizer | None
+    model: PlannedModel, export: Path, folder: Path, tokenizer: CaptionTokenizer | None
 ) -> None:
-    version = home / "1"
+    version = folder / "1"
     version.mkdir(parents=True)
     for name in model.graph.files if model.graph else ():
         shutil.copyfile(export / name, version / name)
         with (version / name).open("rb") as file:
             os.fsync(file.fileno())
-    contents = {
-        home / "config.pbtxt": "".join(f"{line}\n" for line in render(model.config)).encode()
-    }
+    config = "".join(f"{line}\n" for line in render(model.config))
+    contents = {folder / "config.pbtxt": config.encode()}
     if model.manifest is not None and tokenizer is not None:
         contents[version / "model.py"] = _RANK_SCRIPT.encode()
         tokenizer.save(version / TOKENIZER_FILE)
-        model.manifest.model_copy(update={"files": record_files(version, [TOKENIZER_FILE])}).save(
-            version
-        )
+        files = record_files(version, [TOKENIZER_FILE])
+        model.manifest.model_copy(update={"files": files}).save(version)
     write_bytes(contents)
 
 
 def plan_models(
     manifest: Manifest, options: RepositoryOptions, tokenizer: CaptionTokenizer | None
 ) -> list[PlannedModel]:
-    """The models of a repository; raises an `XFMError` for exports, options and tokenizers that do not fit."""
+    """Plan the models of a repository; raises an `XFMError` for exports, options and tokenizers that do not fit."""
     options.check()
     if manifest.status == "failed":
         raise ExportError(
@@ -141,13 +139,11 @@ def plan_models(
                 "device cpu does not run engines of tensorrt; leave it out, or export to onnx"
             )
         options = replace(options, device="gpu")
-    models = [
-        PlannedModel(
-            name, graph_config(name, record, PLATFORMS[manifest.kind], options), graph=record
-        )
-        for record in manifest.graphs
-        for name in [f"{options.prefix}_{record.name}"]
-    ]
+    models = []
+    for record in manifest.graphs:
+        name = f"{options.prefix}_{record.name}"
+        config = graph_config(name, record, PLATFORMS[manifest.kind], options)
+        models.append(PlannedModel(name, config, graph=record))
     if options.pipeline == "rank":
         models.append(_plan_rank(manifest, options, tokenizer))
     return models
@@ -156,18 +152,18 @@ def plan_models(
 def _plan_rank(
     manifest: Manifest, options: RepositoryOptions, tokenizer: CaptionTokenizer | None
 ) -> PlannedModel:
-    graphs = "choose --pipeline graphs"
+    alternative = "choose --pipeline graphs"
     if missing := [graph for graph in DEFAULT_GRAPHS if graph not in manifest.graph_names]:
         raise ExportError(
-            f"rank needs the graphs {', '.join(missing)}; export them with --graphs, or {graphs}"
+            f"rank needs the graphs {', '.join(missing)}; export them with --graphs, or {alternative}"
         )
     if all(output.name != "match_logits" for output in manifest.graph("fusion").outputs):
         raise ExportError(
-            f"rank needs match logits; export a model with the 'matching' head, or {graphs}"
+            f"rank needs match logits; export a model with the 'matching' head, or {alternative}"
         )
     if tokenizer is None:
         raise InputError(
-            f"rank needs a tokenizer for captions; export the model with --tokenizer, or {graphs}"
+            f"rank needs a tokenizer for captions; export the model with --tokenizer, or {alternative}"
         )
     tokenizer.check(manifest.xfm_config)
     if manifest.tokenizer_sha256 not in (None, tokenizer.sha256()):
@@ -177,115 +173,104 @@ def _plan_rank(
     records = []
     for graph in DEFAULT_GRAPHS:
         record = manifest.graph(graph)
-        rows = most_batch(record, options.most_batch)
+        rows = batch_limit(record, options.most_batch)
         if rows and not record.profiles:
             # The batch limit of Triton, `max_batch_size`.
             batch = AxisRecord(least=record.axes["batch"].least, most=rows)
             record = record.model_copy(update={"axes": record.axes | {"batch": batch}})
         records.append(record)
-    longest = [
-        largest(graph_slots(record), "length")
-        for record in records
-        if record.name in ("text", "fusion")
-    ]
-    tokens = min(_OFFICIAL_TOKENS, manifest.xfm_config.max_text_length, *filter(None, longest))
+    tokens = min(_OFFICIAL_TOKENS, manifest.xfm_config.max_text_length)
+    for record in records:
+        if record.name in ("text", "fusion"):
+            tokens = min(tokens, largest(graph_slots(record), "length") or tokens)
     name = f"{options.prefix}_rank"
     config = rank_config(name, tokens, options)
-    return PlannedModel(
-        name, config, manifest=manifest.model_copy(update={"graphs": records, "files": []})
-    )
+    manifest = manifest.model_copy(update={"graphs": records, "files": []})
+    return PlannedModel(name, config, manifest=manifest)
 
 
 class Symbol(str):
-    """The name of an enumeration's value, which has no quotes."""
+    """The name of an enumeration's value, which is written without quotes."""
 
 
-def most_batch(record: GraphRecord, most: int) -> int:
-    """Rows that Triton may batch (`most` if unbounded); 0 unless the largest batch accepts all other sizes too."""
+def batch_limit(record: GraphRecord, default: int) -> int:
+    """Return the rows that Triton may batch, `default` if unbounded; 0 if the largest batch refuses other sizes."""
     slots = graph_slots(record)
     if any(isinstance(tensor.dims[0], int) for tensor in record.inputs):
         return 0
     top = largest(slots, "batch")
     if top is None:
-        return most
+        return default
 
     def covers(wide: Slot, slot: Slot) -> bool:
-        pairs = (
-            (wide.ranges[axis], sizes) for axis, sizes in slot.ranges.items() if axis != "batch"
-        )
-        return wide.ranges["batch"].least <= 1 and all(
-            wider.least <= sizes.least and (sizes.most or inf) <= (wider.most or inf)
-            for wider, sizes in pairs
-        )
+        if wide.ranges["batch"].least > 1:
+            return False
+        for axis in slot.ranges.keys() - {"batch"}:
+            outer, inner = wide.ranges[axis], slot.ranges[axis]
+            if outer.least > inner.least or (outer.most or inf) < (inner.most or inf):
+                return False
+        return True
 
     widest = [slot for slot in slots if slot.ranges["batch"].most == top]
-    return (
-        top if top > 1 and any(all(covers(wide, slot) for slot in slots) for wide in widest) else 0
-    )
+    covering = any(all(covers(wide, slot) for slot in slots) for wide in widest)
+    return top if top > 1 and covering else 0
 
 
 def graph_config(
     name: str, record: GraphRecord, platform: str, options: RepositoryOptions
 ) -> dict[str, Any]:
-    """The configuration of a graph's model."""
-    batch, slots = most_batch(record, options.most_batch), graph_slots(record)
+    """Return the configuration of a graph's model."""
+    batch, slots = batch_limit(record, options.most_batch), graph_slots(record)
+    # The batch dimension is implicit for models that Triton batches.
+    first = 1 if batch else 0
 
-    def tensor(each: TensorRecord) -> dict[str, Any]:
-        dims = [dim if isinstance(dim, int) else -1 for dim in each.dims]
+    def tensor(spec: TensorRecord) -> dict[str, Any]:
+        dims = [dim if isinstance(dim, int) else -1 for dim in spec.dims]
         return {
-            "name": each.name,
-            "data_type": Symbol(_DTYPES[each.dtype]),
-            "dims": dims[1:] if batch else dims,
+            "name": spec.name,
+            "data_type": Symbol(_DTYPES[spec.dtype]),
+            "dims": dims[first:],
         }
 
     def warmup(slot: Slot) -> dict[str, Any]:
-        sizes = slot.example()
-        # Zeros are padding, which gives finite results; random values are no valid ids.
-        inputs = [
-            {
-                "key": each.name,
-                "value": {
-                    "data_type": Symbol(_DTYPES[each.dtype]),
-                    "dims": [*each.shape(sizes)][1 if batch else 0 :],
-                    "zero_data": True,
-                },
+        sizes, inputs = slot.example(), []
+        for spec in record.inputs:
+            # Zeros are padding, which gives finite results; random values are not valid ids.
+            value = {
+                "data_type": Symbol(_DTYPES[spec.dtype]),
+                "dims": [*spec.shape(sizes)][first:],
+                "zero_data": True,
             }
-            for each in record.inputs
-        ]
-        return {
-            "name": slot.name,
-            "batch_size": min(sizes["batch"], batch) if batch else 1,
-            "inputs": inputs,
-        }
+            inputs.append({"key": spec.name, "value": value})
+        rows = min(sizes["batch"], batch) if batch else 1
+        return {"name": slot.name, "batch_size": rows, "inputs": inputs}
 
     # One group for all profiles: an instance then has a context per profile and takes the closest to a request.
-    profiles = [str(slot.number) for slot in slots] if record.profiles else []
-    tuned = sorted(
-        {
-            best
-            for slot in slots
-            if (best := slot.ranges["batch"].best) is not None and 1 < best <= batch
-        }
-    )
-    captured = {"cuda": {"graphs": True, "graph_spec": _cuda_graphs(record, slots, batch)}}
-    return {
+    profiles = [str(slot.index) for slot in slots] if record.profiles else []
+    config: dict[str, Any] = {
         "name": name,
         "platform": platform,
         "default_model_filename": record.file,
         "max_batch_size": batch,
-        "input": [tensor(each) for each in record.inputs],
-        "output": [tensor(each) for each in record.outputs],
+        "input": [*map(tensor, record.inputs)],
+        "output": [*map(tensor, record.outputs)],
         "instance_group": [
             {"count": 1, "kind": Symbol(f"KIND_{options.device.upper()}"), "profile": profiles}
         ],
-        "model_warmup": [warmup(slot) for slot in slots],
-        **({"dynamic_batching": {"preferred_batch_size": tuned, **_BATCHING}} if batch else {}),
-        **({"optimization": captured} if profiles else {}),
+        "model_warmup": [*map(warmup, slots)],
     }
+    if batch:
+        tuned = sorted({slot.ranges["batch"].best or 0 for slot in slots})
+        preferred = [rows for rows in tuned if 1 < rows <= batch]
+        config["dynamic_batching"] = {"preferred_batch_size": preferred, **_BATCHING}
+    if profiles:
+        graphs = _cuda_graphs(record, slots, batch)
+        config["optimization"] = {"cuda": {"graphs": True, "graph_spec": graphs}}
+    return config
 
 
 def _cuda_graphs(record: GraphRecord, slots: Sequence[Slot], batch: int) -> list[dict[str, Any]]:
-    """Return the shapes that Triton captures: the one that each profile is tuned for.
+    """Return the shapes that Triton captures: those that the profiles are tuned for.
 
     A captured graph also serves smaller batches, but no shorter texts: Triton leaves the rest of its inputs as it is.
     """
@@ -307,22 +292,23 @@ def _cuda_graphs(record: GraphRecord, slots: Sequence[Slot], batch: int) -> list
 
 
 def rank_config(name: str, tokens: int, options: RepositoryOptions) -> dict[str, Any]:
-    """The configuration of the Python model from images and captions, truncated to `tokens`, to scores."""
+    """Return the configuration of the Python model from images and captions, cut to `tokens`, to scores."""
 
-    def tensor(name: str, dtype: str, *dims: int, **more: Any) -> dict[str, Any]:
-        return {"name": name, "data_type": Symbol(dtype), "dims": list(dims), **more}
+    def tensor(name: str, dtype: str, *dims: int, **fields: Any) -> dict[str, Any]:
+        return {"name": name, "data_type": Symbol(dtype), "dims": list(dims), **fields}
 
     values: dict[str, Any] = {"tokens": tokens, "prefix": options.prefix, **_RANK_LIMITS}
-    # By default Triton copies the inputs of Python models to the host.
-    values |= {} if options.device == "cpu" else {"FORCE_CPU_ONLY_INPUT_TENSORS": "no"}
+    if options.device != "cpu":
+        # By default Triton copies the inputs of Python models to the host.
+        values["FORCE_CPU_ONLY_INPUT_TENSORS"] = "no"
     return {
         "name": name,
         "backend": "python",
         "max_batch_size": _RANK_BATCH,
         # Ragged: requests with different numbers of images and captions share a batch.
         "input": [
-            tensor(each, "TYPE_STRING", -1, allow_ragged_batch=True)
-            for each in ("images", "captions")
+            tensor(name, "TYPE_STRING", -1, allow_ragged_batch=True)
+            for name in ("images", "captions")
         ],
         "output": [
             tensor("scores", "TYPE_FP32", -1, -1),
@@ -342,7 +328,7 @@ def rank_config(name: str, tokens: int, options: RepositoryOptions) -> dict[str,
 
 
 def render(message: Mapping[str, Any], margin: str = "") -> Iterator[str]:
-    """A protobuf message as lines of text, one field each; a mapping is a message, a list repeats its field."""
+    """Yield a protobuf message as lines of text, one field each; a mapping is a message, a list repeats its field."""
     for name, value in message.items():
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, Mapping):

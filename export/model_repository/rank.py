@@ -1,4 +1,4 @@
-"""The `rank` model: encoded images and captions to scores and orders, on Triton's Python backend.
+"""The `rank` model on Triton's Python backend: from encoded images and captions to scores and orders.
 
 Inputs, with a leading batch dimension: `images` `[B, I]` file contents, `captions` `[B, C]` UTF-8.
 Outputs: `scores` `[B, I, C]`, `caption_order` `[B, I, C]`, `image_order` `[B, C, I]`, `reused` `[B, I]`.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
@@ -21,10 +21,14 @@ from xfm_fast.tasks.ranking import Query, Ranker, Ranking
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
 from ..manifest import GraphRecord
-from ..runtimes import LoadedGraph, RunFunction, Runtime
-from ..session import Session, SessionRanks
+from ..runtimes import Runtime
+from ..session import Session
+from ..session.tasks import SessionRanks
 from ..slots import Slot
 from . import TOKENIZER_FILE
+
+if TYPE_CHECKING:
+    from ..runtimes import RunGraph
 
 # Limits of an encoded image, and of a caption before the official cut to 30 words.
 _IMAGE_BYTES, _CAPTION_CHARACTERS = 32 << 20, 2000
@@ -38,11 +42,8 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"])["parameters"]
         values = {name: value["string_value"] for name, value in parameters.items()}
         folder = Path(args["model_repository"], args["model_version"])
-        device = (
-            f"cuda:{args['model_instance_device_id']}"
-            if args["model_instance_kind"] == "GPU"
-            else "cpu"
-        )
+        on_gpu = args["model_instance_kind"] == "GPU"
+        device = f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu"
         self.limits = {
             "images": int(values["most_images"]),
             "captions": int(values["most_captions"]),
@@ -56,7 +57,7 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from None
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Rank all requests together; an invalid request gets its own error."""
+        """Rank all requests together; an invalid request is answered by its error."""
         parsed: list[list[Query] | XFMError] = []
         for request in requests:
             names = ("images", "captions")
@@ -69,47 +70,50 @@ class TritonPythonModel:
                 parsed.append([self.query(*map(list, pair)) for pair in zip(*rows, strict=True)])
             except XFMError as error:
                 parsed.append(error)
-        queries = [query for each in parsed if isinstance(each, list) for query in each]
+        queries = [query for rows in parsed if isinstance(rows, list) for query in rows]
         try:
             if queries and not self.session.ready:
                 self.session.warm_up()
             ranked = iter(self.ranker.rank(queries))
         except Exception as error:  # the model survives any failure of its requests
-            return [_failed(each if isinstance(each, XFMError) else error) for each in parsed]
-        return [
-            _failed(each) if isinstance(each, XFMError) else _response([next(ranked) for _ in each])
-            for each in parsed
-        ]
+            return [_failed(rows if isinstance(rows, XFMError) else error) for rows in parsed]
+        responses = []
+        for rows in parsed:
+            if isinstance(rows, XFMError):
+                responses.append(_failed(rows))
+            else:
+                responses.append(_response([next(ranked) for _ in rows]))
+        return responses
 
     def query(self, images: Sequence[bytes], captions: Sequence[bytes]) -> Query:
-        """The query of a request, captions cleaned and truncated as in the official evaluation."""
-        for (noun, most), items in zip(self.limits.items(), (images, captions), strict=True):
-            if not 1 <= len(items) <= most:
-                raise InputError(f"the request has {len(items)} {noun}; give 1 to {most}")
-        for number, content in enumerate(images):
+        """Build the query of a request, captions cleaned and cut as in the official evaluation."""
+        for (noun, limit), items in zip(self.limits.items(), (images, captions), strict=True):
+            if not 1 <= len(items) <= limit:
+                raise InputError(f"the request has {len(items)} {noun}; give 1 to {limit}")
+        for index, content in enumerate(images):
             if len(content) > _IMAGE_BYTES:
                 raise InputError(
-                    f"image {number} has {len(content):,} bytes; give at most {_IMAGE_BYTES:,}"
+                    f"image {index} has {len(content):,} bytes; give at most {_IMAGE_BYTES:,}"
                 )
         pictures = tuple(
-            self.ranker.picture(content, f"image {number}") for number, content in enumerate(images)
+            self.ranker.picture(content, f"image {index}") for index, content in enumerate(images)
         )
         texts = []
-        for number, caption in enumerate(captions):
+        for index, caption in enumerate(captions):
             try:
                 text = caption.decode()
                 if len(text) > _CAPTION_CHARACTERS:
-                    most = f"{_CAPTION_CHARACTERS:,}"
+                    limit = f"{_CAPTION_CHARACTERS:,}"
                     raise InputError(
-                        f"caption {number} has {len(text):,} characters; give at most {most}"
+                        f"caption {index} has {len(text):,} characters; give at most {limit}"
                     )
                 texts.append(pre_caption(text))
             except UnicodeDecodeError as error:
                 raise DataError(
-                    f"caption {number} is not UTF-8 ({error}); encode it in UTF-8"
+                    f"caption {index} is not UTF-8 ({error}); encode it in UTF-8"
                 ) from None
             except DataError as error:
-                raise DataError(f"caption {number}: {error}") from None
+                raise DataError(f"caption {index}: {error}") from None
         return Query(pictures, tuple(map(tuple, self.tokenizer.encode_ids(texts, self.tokens))))
 
 
@@ -117,13 +121,10 @@ class ServerRuntime(Runtime):
     """Graphs that are the models `<prefix>_<graph>` of the server."""
 
     def __init__(self, prefix: str, device: torch.device) -> None:
-        self.description, self.device, self._prefix = (
-            f"models {prefix}_* of the server ({device})",
-            device,
-            prefix,
-        )
+        self.description = f"models {prefix}_* of the server ({device})"
+        self.device, self._prefix = device, prefix
 
-    def load(self, record: GraphRecord, path: Path) -> LoadedGraph:
+    def load(self, record: GraphRecord, path: Path) -> RunGraph:
         """See `Runtime.load`."""
         name, outputs = f"{self._prefix}_{record.name}", [output.name for output in record.outputs]
         gpu = self.device.type == "cuda"
@@ -136,8 +137,8 @@ class ServerRuntime(Runtime):
                 model_name=name,
                 requested_output_names=outputs,
                 inputs=[
-                    pb_utils.Tensor.from_dlpack(each, value.contiguous())
-                    for each, value in inputs.items()
+                    pb_utils.Tensor.from_dlpack(tensor, value.contiguous())
+                    for tensor, value in inputs.items()
                 ],
                 preferred_memory=pb_utils.PreferredMemory(memory, self.device.index or 0),
             ).exec()
@@ -151,10 +152,11 @@ class ServerRuntime(Runtime):
                 for tensor in response.output_tensors()
             }
 
-        return RunFunction(run)
+        return run
 
 
 def _failed(error: Exception) -> Any:
+    """Return the response of a request that failed."""
     # Status 400 over HTTP instead of 500; releases before 23.09 have no codes.
     invalid = getattr(pb_utils.TritonError, "INVALID_ARG", None)
     code = () if invalid is None or not isinstance(error, DataError | InputError) else (invalid,)
@@ -167,7 +169,7 @@ def _response(answers: Sequence[Ranking | XFMError]) -> Any:
     names = ("scores", "caption_order", "image_order", "reused")
     return pb_utils.InferenceResponse(
         [
-            pb_utils.Tensor(name, torch.stack([getattr(each, name) for each in answers]).numpy())
+            pb_utils.Tensor(name, torch.stack([getattr(row, name) for row in answers]).numpy())
             for name in names
         ]
     )

@@ -6,9 +6,9 @@
 
         def load(self, record, path): ...
 
-`export_onnx(..., consumer="toy")`, `verify(folder, "toy")`, `Session.load(folder, "toy")` and the benchmarks then take
-it. The files of this folder register themselves. They import PyTorch and their library on first use, so that the
-requests of the commands are read without them.
+The commands, `export_onnx(..., consumer="toy")`, `verify(folder, "toy")`, `Session.load(folder, "toy")` and the
+benchmarks read the registry. The files of this folder register themselves. They import PyTorch and their library on
+first use, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, get_args
 
 from xfm_fast.errors import ExportError, UnavailableError
 
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
     from ..manifest import GraphRecord, Manifest
     from ..slots import Slot
+
+    RunGraph = Callable[[Mapping[str, Tensor], Slot, Mapping[str, int]], dict[str, Tensor]]
+    """Runs a loaded graph: contiguous inputs on the runtime's device, their slot and sizes → outputs by name."""
 
 _ATTENTION_OPSET = 23
 _BF16_OPSET = 22
@@ -48,42 +51,23 @@ class Spelling(NamedTuple):
     opset: int
 
 
-class LoadedGraph(Protocol):
-    """A graph that is ready to run."""
-
-    def run(
-        self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int], /
-    ) -> dict[str, Tensor]:
-        """All outputs by name, for contiguous inputs on the runtime's device with the sizes of a slot."""
-        ...
-
-
-class RunFunction:
-    """A `LoadedGraph` made of a function."""
-
-    def __init__(
-        self, run: Callable[[Mapping[str, Tensor], Slot, Mapping[str, int]], dict[str, Tensor]]
-    ) -> None:
-        self.run = run
-
-
 class Runtime:
     """A library on a device. A subclass sets the class attributes; its constructor checks machine and export.
 
     Attributes:
-        name: Of the runtime, in options.
-        title: Of the library, in messages.
-        kind: The kind of export that it runs.
-        package: The module that it imports.
-        extra: The extra of this project that installs it.
-        request: The options of its export.
-        exporter: The function that exports for it, called with model, folder, request and consumer.
-        automatic: False for files that run code when they are loaded, which a user names.
-        precisions: The dtypes that it can compute an fp32 export in, an argument `precision` of the constructor.
-        dtypes: The dtypes that benchmarks run it in.
-        devices: The devices that it runs on.
+        name: Name in options.
+        title: Name of the library in messages.
+        kind: `Manifest.kind` of the exports that it runs.
+        package: Module that it imports.
+        extra: Extra of this project that installs it.
+        request: Options of its export.
+        artefact: What its export writes, in the help of the command.
+        automatic: False for files that run code when they are loaded: `auto` never chooses them.
+        precisions: Values of the constructor's argument `precision`, the dtypes to compute an fp32 export in.
+        dtypes: Dtypes that benchmarks run it in.
+        devices: Types of the devices that it runs on.
         description: Library, version and device, for the manifest.
-        device: Where inputs and outputs lie.
+        device: Device of inputs and outputs.
     """
 
     name: ClassVar[str]
@@ -92,7 +76,7 @@ class Runtime:
     package: ClassVar[str]
     extra: ClassVar[str] = ""
     request: ClassVar[type[ExportRequest]] = OnnxRequest
-    exporter: ClassVar[str] = "xfm_fast.export.onnx:export_onnx"
+    artefact: ClassVar[str] = "ONNX graphs"
     automatic: ClassVar[bool] = True
     precisions: ClassVar[tuple[Precision, ...]] = ()
     dtypes: ClassVar[tuple[DType, ...]] = ("fp32", "bf16")
@@ -112,13 +96,13 @@ class Runtime:
         self.device = torch.device("cpu")
         self.description = f"{self.name} {getattr(self.library, '__version__', '')}, CPU"
 
-    def load(self, record: GraphRecord, path: Path) -> LoadedGraph:
-        """Read a graph; raises `ExportError` where the library cannot load it."""
+    def load(self, record: GraphRecord, path: Path) -> RunGraph:
+        """Read a graph and return the function that runs it; raises `ExportError` if the library cannot load it."""
         raise NotImplementedError
 
     @classmethod
     def why_absent(cls, device: torch.device) -> str | None:
-        """Why a benchmark on a device cannot export for it and run it; None where it can."""
+        """Return why a benchmark on a device cannot export for it and run it; None if it can."""
         missing = [
             name
             for name in (cls.package, "onnx", "onnxscript")
@@ -132,16 +116,42 @@ class Runtime:
         return f"{needs}, and this run is on {device.type}"
 
     @classmethod
-    def export(cls, model: Any, folder: str | Path, request: Any = None, **given: Any) -> Manifest:
-        """Export graphs of a model for this runtime, see `export_onnx`."""
-        module, _, name = cls.exporter.partition(":")
-        exporter: Any = getattr(importlib.import_module(module), name)
-        return exporter(model, folder, request=request, **{"consumer": cls.name, **given})
+    def check_request(cls, request: Any) -> None:
+        """Check a request for this runtime before a checkpoint is read; raises an `XFMError`."""
+        from ..onnx import check_spelling
+
+        check_spelling(request)
+
+    @classmethod
+    @contextmanager
+    def export_in_stages(
+        cls, model: Any, folder: str | Path, request: Any = None, **options: Any
+    ) -> Iterator[Callable[[], Manifest]]:
+        """Export what needs the model, and yield the function that finishes the export without it.
+
+        The caller can release the model before a builder or a runtime holds its weights once more.
+        """
+        from ..onnx import export_onnx
+        from ..verification import verify
+
+        request = request or OnnxRequest(consumer=cls.name)
+        manifest = export_onnx(model, folder, request, **options, compared=False)
+        del model
+        compares = options.get("examples") is not None
+        yield lambda: verify(folder, check_files=False) if compares else manifest
+
+    @classmethod
+    def export(
+        cls, model: Any, folder: str | Path, request: Any = None, **options: Any
+    ) -> Manifest:
+        """Export graphs of a model for this runtime; the options are those of `export_onnx`."""
+        with cls.export_in_stages(model, folder, request, **options) as finish:
+            return finish()
 
     @classmethod
     def spelling(cls, dtype: str, opset: int | None = None) -> Spelling:
-        """Attention form and opset of its ONNX files; by default the oldest opset with the operators."""
-        data_type(dtype)
+        """Return attention form and opset of its ONNX files; the default is the oldest opset with the operators."""
+        check_dtype(dtype)
         if opset is not None and not _GELU_OPSET <= opset <= _NEWEST_OPSET:
             raise UnavailableError(
                 f"opset {opset} is not supported; choose {_GELU_OPSET} (the first with Gelu) to {_NEWEST_OPSET}, "
@@ -158,7 +168,7 @@ class Runtime:
 
     @classmethod
     def import_library(cls) -> Any:
-        """The module of the library; raises `UnavailableError` with the install command."""
+        """Import the library; raises `UnavailableError` with the install command."""
         try:
             return importlib.import_module(cls.package)
         except (ImportError, OSError) as error:
@@ -168,37 +178,27 @@ class Runtime:
             ) from None
 
 
-_Kind = TypeVar("_Kind", bound=type[Runtime])
-_registered: dict[str, type[Runtime]] = {}
+RUNTIMES: dict[str, type[Runtime]] = {}
+"""All runtimes by name."""
+
+R = TypeVar("R", bound=type[Runtime])
 
 
-def register(runtime: _Kind) -> _Kind:
-    """Make a runtime known by its name; a decorator."""
-    _registered[runtime.name] = runtime
+def register(runtime: R) -> R:
+    """Add a runtime to `RUNTIMES`; a class decorator."""
+    RUNTIMES[runtime.name] = runtime
     return runtime
 
 
-def runtimes() -> Mapping[str, type[Runtime]]:
-    """All runtimes by name."""
-    _import_own()
-    return _registered
-
-
-@cache
-def _import_own() -> None:
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
-
-
 def find_runtime(name: str) -> type[Runtime]:
-    """The runtime of a name; raises `UnavailableError` for an unknown one."""
-    if name not in runtimes():
-        raise UnavailableError(f"runtime {name!r} is unknown; choose from {', '.join(runtimes())}")
-    return runtimes()[name]
+    """Return the runtime of a name; raises `UnavailableError` for an unknown one."""
+    if name not in RUNTIMES:
+        raise UnavailableError(f"runtime {name!r} is unknown; choose from {', '.join(RUNTIMES)}")
+    return RUNTIMES[name]
 
 
-def data_type(name: str) -> DType:
-    """The dtype of a name; raises `UnavailableError` for an unknown one."""
+def check_dtype(name: str) -> DType:
+    """Return the dtype of a name; raises `UnavailableError` for an unknown one."""
     if name not in get_args(DType):
         raise UnavailableError(
             f"dtype {name!r} is unknown; choose from {', '.join(get_args(DType))}"
@@ -207,25 +207,26 @@ def data_type(name: str) -> DType:
 
 
 def choose_runtime(manifest: Manifest, folder: Path) -> str:
-    """The runtime that `auto` stands for; raises `ExportError` for files that run code when they are loaded."""
-    fitting = [each for each in runtimes().values() if each.kind == manifest.kind]
-    if not fitting:
+    """Return the runtime that `auto` stands for: the export's consumer, or the first of its kind that is installed.
+
+    Raises `ExportError` for files that run code when they are loaded.
+    """
+    candidates = [runtime for runtime in RUNTIMES.values() if runtime.kind == manifest.kind]
+    if not candidates:
         raise ExportError(
             f"{folder} holds {manifest.kind!r}, which no runtime runs; register one, or export again"
         )
-    fitting.sort(key=lambda each: each.name != manifest.consumer)
-    first = fitting[0]
+    candidates.sort(key=lambda runtime: runtime.name != manifest.consumer)
+    first = candidates[0]
     if not first.automatic:
         raise ExportError(
             f"{folder} holds files of {first.title}, native code that runs when it is loaded; if you trust their "
             f"origin, ask for it by name: runtime={first.name!r}, or --runtime {first.name} on the command line"
         )
-    installed = (
-        each.name
-        for each in fitting
-        if each.automatic and importlib.util.find_spec(each.package) is not None
-    )
-    return next(installed, first.name)
+    for runtime in candidates:
+        if runtime.automatic and importlib.util.find_spec(runtime.package) is not None:
+            return runtime.name
+    return first.name
 
 
 def open_runtime(
@@ -234,31 +235,29 @@ def open_runtime(
     device: torch.device | str | None = None,
     precision: Precision | None = None,
 ) -> Runtime:
-    """The runtime of a name, on a device, for an export."""
+    """Open a runtime for an export, on a device."""
     import torch
 
-    kind = find_runtime(name)
-    if manifest.kind != kind.kind:
-        fitting = next(
-            (each.name for each in runtimes().values() if each.kind == manifest.kind), "auto"
-        )
+    runtime = find_runtime(name)
+    if manifest.kind != runtime.kind:
+        candidates = (name for name, other in RUNTIMES.items() if other.kind == manifest.kind)
         raise ExportError(
-            f"runtime {name!r} runs {kind.kind} and this export holds {manifest.kind}; load it with "
-            f"runtime={fitting!r}, or export again with xfm-fast export --to {kind.kind}"
+            f"runtime {name!r} runs {runtime.kind} and this export holds {manifest.kind}; load it with "
+            f"runtime={next(candidates, 'auto')!r}, or export again with xfm-fast export --to {runtime.kind}"
         )
-    if precision is not None and precision not in kind.precisions:
+    if precision is not None and precision not in runtime.precisions:
         raise UnavailableError(
-            f"precision={precision!r} is not offered by {name}; choose from {', '.join(kind.precisions) or 'none'}, or "
-            "leave it out"
+            f"precision={precision!r} is not offered by {name}; choose from "
+            f"{', '.join(runtime.precisions) or 'none'}, or leave it out"
         )
-    chosen: dict[str, Any] = {} if precision is None else {"precision": precision}
-    return kind(manifest, None if device is None else torch.device(device), **chosen)
+    options: dict[str, Any] = {} if precision is None else {"precision": precision}
+    return runtime(manifest, None if device is None else torch.device(device), **options)
 
 
 def failed_run(
     description: str, graph: str, inputs: Mapping[str, Tensor], reason: str
 ) -> ExportError:
-    """The error of a graph that loaded but does not run."""
+    """Return the error of a graph that loaded but does not run."""
     shapes = ", ".join(f"{name} {[*value.shape]}" for name, value in inputs.items())
     return ExportError(
         f"{description} failed in graph {graph!r} on {shapes} ({reason}); try smaller batches"
@@ -266,5 +265,9 @@ def failed_run(
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a library's error message, or the name of its class."""
+    """Return the first line of a library's error message, or the name of its class."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -6,26 +6,22 @@ A package needs PyTorch only, without this project. Loading one runs native code
 from __future__ import annotations
 
 import platform
+import re
 import tempfile
 import warnings
-from collections.abc import Mapping
-from collections.abc import (
-    Sequence as Sequence,
-)  # the command line resolves inherited annotations here
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from xfm_fast.errors import ExportError, UnavailableError
 
-from ..request import DType as DType
 from ..request import ExportRequest
 from . import (
-    LoadedGraph,
-    RunFunction,
     Runtime,
     Spelling,
-    data_type,
+    check_dtype,
     failed_run,
     first_line,
     register,
@@ -37,23 +33,10 @@ if TYPE_CHECKING:
 
     from ..graphs import Graph
     from ..manifest import GraphRecord, Manifest, PackageTarget
+    from . import RunGraph
 
-# Extensions that compilers make use of for arithmetic, by the names that Linux gives them.
-_EXTENSIONS = (
-    "amx",
-    "asimd",
-    "avx",
-    "bf16",
-    "bmi",
-    "f16c",
-    "fma",
-    "gfni",
-    "i8mm",
-    "sse",
-    "sve",
-    "vaes",
-    "vpclmul",
-)
+# Instruction sets that compilers use for arithmetic: prefixes of the flags in /proc/cpuinfo.
+_EXTENSIONS = re.compile("amx|asimd|avx|bf16|bmi|f16c|fma|gfni|i8mm|sse|sve|vaes|vpclmul")
 # Subgraphs of weights only (such as the joined QKV bias of vision) are computed on loading, not in every call.
 _COMPILER = {"aot_inductor.use_runtime_constant_folding": True}
 
@@ -68,26 +51,16 @@ class PackageRequest(ExportRequest):
 
     device: Literal["cpu", "cuda"] = "cpu"
 
-    def check(self) -> None:
-        """Check device and dtype before a checkpoint is read."""
-        import torch
-
-        data_type(self.dtype)
-        if self.device != "cpu" and not (self.device == "cuda" and torch.cuda.is_available()):
-            raise UnavailableError(
-                f"device {self.device!r} is not available to PyTorch here; use --device cpu"
-            )
-
 
 @register
 class AOTInductor(Runtime):
-    """Packages of one PyTorch and one kind of machine; calls of one graph are serialised."""
+    """Packages for one PyTorch and one kind of machine; calls of the same graph are serialised."""
 
     name = kind = "aoti"
     title = "AOTInductor"
     package = "torch"
     request = PackageRequest
-    exporter = f"{__name__}:export_packages"
+    artefact = "packages of native code, which runs when it is loaded"
     automatic = False
 
     def __init__(self, manifest: Manifest, device: torch.device | None = None) -> None:
@@ -108,9 +81,9 @@ class AOTInductor(Runtime):
             )
         here = local_target(target.device)
         lacking = sorted({*target.instructions} - {*here.instructions}) if here.instructions else []
-        for name in ("torch", "architecture", "compute_capability"):
-            if getattr(target, name) != getattr(here, name):
-                lacking.append(f"{name} {getattr(target, name)} (here {getattr(here, name)})")
+        for field in ("torch", "architecture", "compute_capability"):
+            if getattr(target, field) != getattr(here, field):
+                lacking.append(f"{field} {getattr(target, field)} (here {getattr(here, field)})")
         if lacking:
             raise ExportError(
                 f"these packages were compiled for a machine with {', '.join(lacking)}; build them again here with "
@@ -124,7 +97,31 @@ class AOTInductor(Runtime):
             )
         self.description = f"AOTInductor of torch {torch.__version__}, {target.device.upper()}"
 
-    def load(self, record: GraphRecord, path: Path) -> LoadedGraph:
+    @classmethod
+    def check_request(cls, request: PackageRequest) -> None:
+        """See `Runtime.check_request`."""
+        import torch
+
+        check_dtype(request.dtype)
+        if request.device != "cpu" and not (request.device == "cuda" and torch.cuda.is_available()):
+            raise UnavailableError(
+                f"device {request.device!r} is not available to PyTorch here; use --device cpu"
+            )
+
+    @classmethod
+    @contextmanager
+    def export_in_stages(
+        cls,
+        model: Any,
+        folder: str | Path,
+        request: PackageRequest | None = None,
+        **options: Any,
+    ) -> Iterator[Callable[[], Manifest]]:
+        """See `Runtime.export_in_stages`."""
+        manifest = export_packages(model, folder, request, **options)
+        yield lambda: manifest
+
+    def load(self, record: GraphRecord, path: Path) -> RunGraph:
         """See `Runtime.load`."""
         from torch._inductor import aoti_load_package
 
@@ -143,31 +140,24 @@ class AOTInductor(Runtime):
                 raise failed_run(
                     self.description, record.name, inputs, first_line(error)
                 ) from error
-            return {
-                tensor.name: value for tensor, value in zip(record.outputs, results, strict=True)
-            }
+            names = [tensor.name for tensor in record.outputs]
+            return dict(zip(names, results, strict=True))
 
-        return RunFunction(run)
+        return run
 
 
 def export_packages(
-    model: Any,
-    folder: str | Path,
-    request: PackageRequest | None = None,
-    *,
-    consumer: str = "aoti",
-    **given: Any,
+    model: Any, folder: str | Path, request: PackageRequest | None = None, **options: Any
 ) -> Manifest:
     """Compile graphs of a model to `<graph>.pt2` for this machine, and write `manifest.json`."""
     from torch._inductor import aoti_compile_and_package
     from torch._inductor.utils import fresh_cache
 
-    from ..graphs import trace
     from ..manifest import package_versions
-    from ..pipeline import export_graphs, split_request
+    from ..pipeline import export_graphs, split_request, trace
 
-    request, facts = split_request(request, PackageRequest, given)
-    request.check()
+    request, facts = split_request(request, PackageRequest, options)
+    AOTInductor.check_request(request)
 
     def write(graph: Graph, record: GraphRecord, content: Manifest) -> list[str]:
         try:
@@ -178,11 +168,11 @@ def export_packages(
                 fresh_cache(dir=scratch),
             ):
                 program = trace(graph, request.dtype, content.fixed, request.device)
-                made = Path(scratch, record.file)
+                package = Path(scratch, record.file)
                 aoti_compile_and_package(
-                    program, package_path=str(made), inductor_configs=_COMPILER
+                    program, package_path=str(package), inductor_configs=_COMPILER
                 )
-                made.replace(Path(folder, record.file))
+                package.replace(Path(folder, record.file))
         except Exception as error:  # the compiler's own classes, which share no public base
             raise ExportError(
                 f"PyTorch does not compile {record.name} for {request.device} in {request.dtype} "
@@ -190,36 +180,42 @@ def export_packages(
             ) from error
         return [record.file]
 
-    # During compilation the weights lie in a library, in an object file and in the package. PyTorch decomposes
-    # attention by itself.
     return export_graphs(
-        model, Path(folder), request, Spelling("primitives", 0), write, suffix=".pt2", kind="aoti",
-        room=lambda sizes: sum(sizes) + 3 * max(sizes), consumer=consumer, opset=None,
-        versions=package_versions("torch", "triton"), package=local_target(request.device), **facts,
-    )  # fmt: skip
+        model,
+        Path(folder),
+        request,
+        Spelling("primitives", 0),  # PyTorch decomposes attention by itself
+        write,
+        suffix=".pt2",
+        # During compilation the weights lie in a library, in an object file and in the package.
+        room=lambda sizes: sum(sizes) + 3 * max(sizes),
+        runtime=AOTInductor.name,
+        kind=AOTInductor.kind,
+        consumer=AOTInductor.name,
+        opset=None,
+        versions=package_versions("torch", "triton"),
+        package=local_target(request.device),
+        **facts,
+    )
 
 
 def local_target(device: Literal["cpu", "cuda"]) -> PackageTarget:
-    """The package target of this machine; instruction sets where the system lists them."""
+    """Describe this machine as a target; instruction sets only where the system lists them."""
     import torch
 
     from ..manifest import PackageTarget
 
+    flags: list[str] = []
     listing = Path("/proc/cpuinfo")
-    lines = listing.read_text().splitlines() if listing.exists() else []
-    flags = next(
-        (
-            line.partition(":")[2].split()
-            for line in lines
-            if line.startswith(("flags", "Features"))
-        ),
-        [],
-    )
+    for line in listing.read_text().splitlines() if listing.exists() else ():
+        if line.startswith(("flags", "Features")):
+            flags = line.partition(":")[2].split()
+            break
     major, minor = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
     return PackageTarget(
         torch=torch.__version__,
         device=device,
         architecture=platform.machine(),
-        instructions=sorted({flag for flag in flags if flag.startswith(_EXTENSIONS)}),
+        instructions=sorted({flag for flag in flags if _EXTENSIONS.match(flag)}),
         compute_capability=10 * major + minor or None,
     )

@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xfm_fast.errors import ExportError, StorageError, UnavailableError
 
-from . import LoadedGraph, RunFunction, Runtime, failed_run, first_line, register
+from . import LARGEST_FILE, Runtime, failed_run, first_line, register
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
 
-    from ..manifest import GraphRecord, Manifest
+    from ..manifest import GraphRecord, Manifest, TensorRecord
     from ..slots import Slot
+    from . import RunGraph
 
 # Element types of ONNX, which has one more than NumPy: bfloat16.
 _ELEMENT_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
@@ -28,9 +31,8 @@ _ELEMENT_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 class OnnxRuntime(Runtime):
     """Thread-safe on a CPU.
 
-    With `compares`, for graphs that run a few times, it saves memory at the cost of time, and computes bf16 graphs in
-    fp32 on a CPU, which has no bf16 kernels: results have the rounding of weights, inputs and outputs, and not that of
-    the arithmetic.
+    `compares` is for graphs that run a few times: it trades time for memory, and computes bf16 graphs in fp32 on a CPU,
+    which has no bf16 kernels. Results then have the rounding of weights, inputs and outputs only.
     """
 
     name = "onnxruntime"
@@ -55,38 +57,30 @@ class OnnxRuntime(Runtime):
         if narrow:
             self.description += ", bf16 graphs computed in fp32"
 
-    def _device(self, chosen: torch.device | None) -> torch.device:
+    def _device(self, device: torch.device | None) -> torch.device:
         import torch
 
         provided = "CUDAExecutionProvider" in self.library.get_available_providers()
-        if chosen is None:
+        if device is None:
             return torch.device("cuda:0" if provided and torch.cuda.is_available() else "cpu")
-        if chosen.type == "cpu":
-            return chosen
-        if chosen.type != "cuda":
-            raise UnavailableError(f"ONNX Runtime is used on cpu or cuda here, not on {chosen}")
+        if device.type == "cpu":
+            return device
+        if device.type != "cuda":
+            raise UnavailableError(f"ONNX Runtime is used on cpu or cuda here, not on {device}")
         if not provided or not torch.cuda.is_available():
             lacking = (
                 "PyTorch finds no GPU" if provided else "this onnxruntime has no CUDA provider"
             )
             raise UnavailableError(
-                f"device {chosen} cannot be used: {lacking}; pip install onnxruntime-gpu, or use cpu"
+                f"device {device} cannot be used: {lacking}; pip install onnxruntime-gpu, or use cpu"
             )
-        return torch.device("cuda", chosen.index or 0)
+        return torch.device("cuda", device.index or 0)
 
-    def load(self, record: GraphRecord, path: Path) -> LoadedGraph:
+    def load(self, record: GraphRecord, path: Path) -> RunGraph:
         """See `Runtime.load`."""
         if not self._widens:
             return self._load(record, path)
-        wide = {
-            side: [
-                tensor.model_copy(update={"dtype": "float32"})
-                if tensor.dtype == "bfloat16"
-                else tensor
-                for tensor in getattr(record, side)
-            ]
-            for side in ("inputs", "outputs")
-        }
+        wide = {"inputs": _in_fp32(record.inputs), "outputs": _in_fp32(record.outputs)}
         try:
             with tempfile.TemporaryDirectory() as scratch:
                 widen(path, Path(scratch, path.name))
@@ -97,7 +91,7 @@ class OnnxRuntime(Runtime):
                 "space there, or set TMPDIR to another folder"
             ) from error
 
-    def _load(self, record: GraphRecord, path: Path) -> LoadedGraph:
+    def _load(self, record: GraphRecord, path: Path) -> RunGraph:
         import torch
 
         from ..slots import empty_tensors
@@ -126,7 +120,7 @@ class OnnxRuntime(Runtime):
             tensor.name: _ELEMENT_TYPES[tensor.dtype]
             for tensor in (*record.inputs, *record.outputs)
         }
-        where = self.device.type, self.device.index or 0
+        address = self.device.type, self.device.index or 0
         # On a GPU calls of a graph follow each other, on the one stream that its session computes on.
         turn = contextlib.nullcontext() if stream is None else threading.Lock()
 
@@ -142,7 +136,7 @@ class OnnxRuntime(Runtime):
             binding = session.io_binding()
             for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
                 for name, value in tensors.items():
-                    bind(name, *where, types[name], [*value.shape], value.data_ptr())
+                    bind(name, *address, types[name], [*value.shape], value.data_ptr())
             with turn:
                 if stream is not None:
                     # The GPU, not the host, waits for pending PyTorch work.
@@ -153,13 +147,11 @@ class OnnxRuntime(Runtime):
                     raise failed_run(
                         self.description, record.name, inputs, first_line(error)
                     ) from error
-            return (
-                {name: value.bfloat16() for name, value in outputs.items()}
-                if self._widens
-                else outputs
-            )
+            if not self._widens:
+                return outputs
+            return {name: value.bfloat16() for name, value in outputs.items()}
 
-        return RunFunction(run)
+        return run
 
     def _options(self, record: GraphRecord) -> Any:
         options = session_options(self.device.type)
@@ -172,6 +164,13 @@ class OnnxRuntime(Runtime):
             options.enable_cpu_mem_arena = options.enable_mem_pattern = False
             options.add_session_config_entry("session.disable_prepacking", "1")
         return options
+
+
+def _in_fp32(tensors: Sequence[TensorRecord]) -> list[TensorRecord]:
+    return [
+        tensor.model_copy(update={"dtype": "float32"}) if tensor.dtype == "bfloat16" else tensor
+        for tensor in tensors
+    ]
 
 
 def session_options(device: str = "cpu") -> Any:
@@ -190,7 +189,7 @@ def session_options(device: str = "cpu") -> Any:
             "optimization.disable_specified_optimizers", "SkipLayerNormFusion"
         )
     if not getattr(torch.cpu, "_is_vnni_supported", bool)():
-        # Without VNNI two int8 products are added in 16 bits, which overflows unless this is set. With VNNI the option
+        # Without VNNI two int8 products are summed in 16 bits, which overflows unless this is set. With VNNI the option
         # would triple the time.
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
@@ -206,7 +205,9 @@ def widen(path: Path, out: Path) -> None:
     model = onnx.load(str(path))
     graph = model.graph
     attributes = [(node, attribute) for node in graph.node for attribute in node.attribute]
-    constants = [each.t for _, each in attributes if each.type == onnx.AttributeProto.TENSOR]
+    constants = [
+        attribute.t for _, attribute in attributes if attribute.type == onnx.AttributeProto.TENSOR
+    ]
     for tensor in (*graph.initializer, *constants):
         if tensor.data_type in narrow:
             values = numpy_helper.to_array(tensor).astype(np.float32)
@@ -218,3 +219,55 @@ def widen(path: Path, out: Path) -> None:
         if value.type.tensor_type.elem_type in narrow:
             value.type.tensor_type.elem_type = wide
     onnx.save(model, str(out), save_as_external_data=True, location=f"{out.name}.data")
+
+
+def save(model: Any, path: Path) -> None:
+    """Write an ONNX graph, with the weights of a large one in a separate file."""
+    import onnx
+
+    external = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > LARGEST_FILE
+    weights = path.with_name(f"{path.name}.data")
+    weights.unlink(missing_ok=True)
+    onnx.save(
+        model,
+        str(path),
+        save_as_external_data=external,
+        location=weights.name,
+        size_threshold=1024,
+    )
+
+
+def run_graph(model: Any, feeds: Sequence[Mapping[str, np.ndarray]]) -> Iterator[dict[str, Any]]:
+    """Yield the outputs of an ONNX graph on the CPU for each feed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        # Models beyond two gigabytes must be files.
+        save(model, Path(scratch, "graph.onnx"))
+        session = _cpu_session(Path(scratch, "graph.onnx"))
+    names = [output.name for output in session.get_outputs()]
+    for feed in feeds:
+        yield dict(zip(names, session.run(names, dict(feed)), strict=True))
+
+
+def time_in_turn(
+    paths: Sequence[Path], feed: Mapping[str, np.ndarray], runs: int = 9
+) -> list[float]:
+    """Return the median time in milliseconds of each graph on the CPU, the graphs run in turn."""
+    import numpy as np
+
+    sessions = [_cpu_session(path) for path in paths]
+    times: list[list[float]] = [[] for _ in sessions]
+    for _ in range(1 + runs):
+        for session, durations in zip(sessions, times, strict=True):
+            started = time.perf_counter()
+            session.run(None, dict(feed))
+            durations.append(1000 * (time.perf_counter() - started))
+    # The first run of a shape allocates.
+    return [round(float(np.median(durations[1:])), 3) for durations in times]
+
+
+def _cpu_session(path: Path) -> Any:
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(
+        str(path), session_options(), providers=["CPUExecutionProvider"]
+    )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from xfm_fast.errors import ExportError, UnavailableError
 
-from . import LoadedGraph, RunFunction, Runtime, Spelling, data_type, failed_run, register
+from . import Runtime, Spelling, check_dtype, failed_run, register
 
 if TYPE_CHECKING:
     import torch
@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     from ..manifest import GraphRecord, Manifest
     from ..request import Precision
     from ..slots import Slot
+    from . import RunGraph
 
 _FIRST_WITH_ATTENTION = (2026, 4)
-"""The oldest version that was seen to read the operator `Attention` of opset 23."""
+"""The oldest version that reads the operator `Attention` of opset 23, by our tests."""
 
 
 @register
 class OpenVINO(Runtime):
-    """Calls of one graph are serialised. bf16 is a precision of the arithmetic; tensors stay fp32."""
+    """Calls of the same graph are serialised. bf16 is a precision of the arithmetic; tensors stay fp32."""
 
     name = "openvino"
     title = "OpenVINO"
@@ -43,9 +44,9 @@ class OpenVINO(Runtime):
         super().__init__(manifest, device)
         self.spelling(manifest.dtype)
         version: str = self.library.__version__
-        known = tuple(int(part) for part in version.split("-")[0].split(".")[:2])
+        release = tuple(map(int, version.split("-")[0].split(".")[:2]))
         if manifest.attention == "function" or (
-            manifest.attention == "opset23" and known < _FIRST_WITH_ATTENTION
+            manifest.attention == "opset23" and release < _FIRST_WITH_ATTENTION
         ):
             raise ExportError(
                 f"this export spells attention as {manifest.attention}, which OpenVINO {version} does not read; export "
@@ -64,13 +65,13 @@ class OpenVINO(Runtime):
     @classmethod
     def spelling(cls, dtype: str, opset: int | None = None) -> Spelling:
         """See `Runtime.spelling`; all versions read primitives."""
-        if data_type(dtype) == "bf16":
+        if check_dtype(dtype) == "bf16":
             raise UnavailableError(
                 "OpenVINO takes no bf16 tensors; export with --dtype fp32 and load the session with precision='bf16'"
             )
         return super().spelling("fp32", opset)
 
-    def load(self, record: GraphRecord, path: Path) -> LoadedGraph:
+    def load(self, record: GraphRecord, path: Path) -> RunGraph:
         """See `Runtime.load`."""
         import torch
 
@@ -105,11 +106,11 @@ class OpenVINO(Runtime):
                     ) from error
             return outputs
 
-        return RunFunction(run)
+        return run
 
 
 def _reason(error: Exception) -> str:
-    """The message of an error without the places in the library's source."""
+    """Return the message of an error without the positions in the library's source."""
     lines = [line.strip() for line in str(error).splitlines()]
     return " ".join(
         line for line in lines if line and not line.startswith(("Exception from", "Check '"))

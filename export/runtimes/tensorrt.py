@@ -21,6 +21,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import _GeneratorContextManager
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
     from ..manifest import GraphRecord, Manifest
     from ..slots import SizeRange, Slot
+    from . import RunGraph
 
 _RTX_MAGIC = b"vtrt"
 _RTX_HEADER = 24
@@ -95,7 +97,7 @@ class TensorRTRequest(EngineRequest):
 
 
 def message_logger(trt: Any, errors: list[str]) -> Any:
-    """An `ILogger` that forwards to the Python log and appends errors to a list."""
+    """Return an `ILogger` that forwards to the Python log and appends errors to a list."""
     serious = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
 
     class Logger(trt.ILogger):
@@ -105,32 +107,33 @@ def message_logger(trt: Any, errors: list[str]) -> Any:
         def log(self, severity: Any, msg: str) -> None:
             if severity in serious:
                 errors.append(msg)
-            _log.log(logging.INFO if severity == trt.ILogger.WARNING else logging.DEBUG, "%s", msg)
+            level = logging.INFO if severity == trt.ILogger.WARNING else logging.DEBUG
+            _log.log(level, "%s", msg)
 
     return Logger()
 
 
-def start(title: str, kind: Callable[[Any], Any], logger: Any, errors: Sequence[str]) -> Any:
-    """A builder or runtime of a library; raises `UnavailableError` where the library cannot start."""
+def start(title: str, factory: Callable[[Any], Any], logger: Any, errors: Sequence[str]) -> Any:
+    """Start a builder or runtime of a library; raises `UnavailableError` if it does not start."""
     try:
-        made = kind(logger)
+        handle = factory(logger)
     except TypeError as error:
-        made, errors = None, [*errors, str(error)]
-    if not made:
+        handle, errors = None, [*errors, str(error)]
+    if not handle:
         raise UnavailableError(
             f"{title} could not start ({first_error(errors)}); see that its CUDA libraries and the driver fit each "
             "other"
         )
-    return made
+    return handle
 
 
 def first_error(errors: Sequence[str]) -> str:
-    """The first error on one line."""
+    """Return the first error on one line."""
     return " ".join(errors[0].split()) if errors else "it gives no reason"
 
 
 def local_capability() -> int | None:
-    """The compute capability of this machine's NVIDIA GPU, 89 for 8.9; None without a GPU."""
+    """Return the compute capability of this machine's NVIDIA GPU, 89 for 8.9; None without a GPU."""
     import torch
 
     if not torch.cuda.is_available() or torch.version.cuda is None:
@@ -154,12 +157,14 @@ def check_engine_file(
         ) from None
     if not size:
         raise ExportError(f"engine {path} is empty; {again}")
-    of_rtx = head.startswith(_RTX_MAGIC)
-    if of_rtx != (runtime.name == TensorRTForRTX.name) or (of_rtx and len(head) < _RTX_HEADER):
+    is_rtx = head.startswith(_RTX_MAGIC)
+    complete = not is_rtx or len(head) == _RTX_HEADER
+    if is_rtx != (runtime.name == TensorRTForRTX.name) or not complete:
         raise ExportError(
-            f"engine {path} cannot be loaded, it is no engine of {runtime.title}; {again}"
+            f"engine {path} cannot be loaded, it is not an engine of {runtime.title}; {again}"
         )
-    for expected in (int.from_bytes(head[16:24], "little") if of_rtx else None, expected_bytes):
+    stored_bytes = int.from_bytes(head[16:24], "little") if is_rtx else None
+    for expected in (stored_bytes, expected_bytes):
         if expected is not None and size != expected:
             state = "truncated" if size < expected else "damaged"
             raise ExportError(f"engine {path} is {state} ({size:,} of {expected:,} bytes); {again}")
@@ -172,7 +177,7 @@ class TensorRT(Runtime):
     name = kind = package = extra = "tensorrt"
     title = "TensorRT"
     request = TensorRTRequest
-    exporter = "xfm_fast.export.engines:export_engines"
+    artefact = "engines for the GPU here"
     devices = ("cuda",)
 
     def __init__(
@@ -203,14 +208,14 @@ class TensorRT(Runtime):
         self.lock = threading.Lock()
         self.activations = _Activations(device, 0)
 
-    def _device(self, chosen: torch.device | None) -> torch.device:
+    def _device(self, device: torch.device | None) -> torch.device:
         import torch
 
         # A wrong version shows on a machine without a GPU too.
         self.manifest.require_target(library_version=self.version, compute_capability=None)
-        if chosen is not None and chosen.type != "cuda":
+        if device is not None and device.type != "cuda":
             raise UnavailableError(
-                f"{self.title} runs on NVIDIA GPUs, not on {chosen}; use device='cuda'"
+                f"{self.title} runs on NVIDIA GPUs, not on {device}; use device='cuda'"
             )
         capability = local_capability()
         if capability is None:
@@ -219,13 +224,32 @@ class TensorRT(Runtime):
                 "xfm-fast export"
             )
         self.manifest.require_target(library_version=self.version, compute_capability=capability)
-        index = (
-            torch.cuda.current_device() if chosen is None or chosen.index is None else chosen.index
-        )
-        return torch.device("cuda", index)
+        if device is None or device.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
+        return device
+
+    @classmethod
+    def check_request(cls, request: EngineRequest) -> None:
+        """See `Runtime.check_request`."""
+        from ..engines import check_request
+
+        check_request(cls.name, request)
+
+    @classmethod
+    def export_in_stages(
+        cls,
+        model: Any,
+        folder: str | Path,
+        request: EngineRequest | None = None,
+        **options: Any,
+    ) -> _GeneratorContextManager[Callable[[], Manifest]]:
+        """See `Runtime.export_in_stages`."""
+        from ..engines import engine_graphs
+
+        return engine_graphs(model, folder, cls.name, request, **options)
 
     def allocate(self, size: int, graph: str) -> _Activations:
-        """A new activation buffer; raises `ExportError` where memory is short."""
+        """Allocate an activation buffer; raises `ExportError` if memory is short."""
         try:
             return _Activations(self.device, size)
         except RuntimeError as error:
@@ -234,7 +258,7 @@ class TensorRT(Runtime):
                 f"({' '.join(str(error).split())[:200]}); build it with smaller profiles"
             ) from None
 
-    def load(self, record: GraphRecord, path: Path) -> _Engine:
+    def load(self, record: GraphRecord, path: Path) -> RunGraph:
         """See `Runtime.load`."""
         sizes = {file.name: file.bytes for file in self.manifest.files}
         check_engine_file(path, type(self), expected_bytes=sizes.get(path.name))
@@ -249,7 +273,7 @@ class TensorRT(Runtime):
                 f"{self.title} {self.version} does not load {path.name} ({first_error(self.errors)}); "
                 f"build it on this machine with xfm-fast export --to {self.name}"
             )
-        return _Engine(self, engine, record, path)
+        return _Engine(self, engine, record, path).run
 
 
 @register
@@ -260,21 +284,22 @@ class TensorRTForRTX(TensorRT):
     package = "tensorrt_rtx"
     title = "TensorRT for RTX"
     request = EngineRequest
+    artefact = "engines for the GPUs of --sm, built on any machine"
 
 
 class _Activations:
-    """An activation buffer: its address and size in bytes, and the CUDA event after its last use by captured graphs."""
+    """An activation buffer: address and size in bytes, and the CUDA event after its last use by captured graphs."""
 
     def __init__(self, device: torch.device, size: int) -> None:
         import torch
 
         self._memory = torch.empty(size + _ALIGNMENT, dtype=torch.uint8, device=device)
-        self.place = -(-self._memory.data_ptr() // _ALIGNMENT) * _ALIGNMENT, size
+        self.span = -(-self._memory.data_ptr() // _ALIGNMENT) * _ALIGNMENT, size
         self.free: Any = None
 
 
 class _Engine:
-    """A `LoadedGraph`: a context per profile, and CUDA graphs of selected shapes."""
+    """A loaded engine: a context per profile, and CUDA graphs of selected shapes."""
 
     def __init__(self, runtime: TensorRT, engine: Any, record: GraphRecord, path: Path) -> None:
         from ..slots import graph_slots
@@ -286,48 +311,44 @@ class _Engine:
         slots = graph_slots(record)
         # GPU memory of the contexts: the requirement of the largest profile.
         self._size = int(engine.device_memory_size_v2)
-        if runtime.activations.place[1] < self._size:
+        if runtime.activations.span[1] < self._size:
             larger = runtime.allocate(self._size, record.name)
             # What was launched may still be using the smaller one.
             runtime.stream.synchronize()
             runtime.activations = larger
-        self._contexts = [self._context(slot.number) for slot in slots]
+        self._contexts = [self._context(slot.index) for slot in slots]
         self._bound_memory: list[tuple[int, int] | None] = [None] * len(slots)
         self._captured: list[_Captured] = []
         if not self._kernels.captures:
             for slot in slots:
                 self._capture(slot)
         # Kernels are compiled by the first runs, and in the background by later ones.
-        self._cold = {slot.number for slot in slots}
+        self._cold = {slot.index for slot in slots}
         weakref.finalize(self, self._kernels.save).atexit = False
 
     def run(
         self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]
     ) -> dict[str, Tensor]:
         with self._runtime.lock:
-            captured = self._fitting(slot, sizes)
-            outputs = (
-                self._launch(inputs, slot, sizes)
-                if captured is None
-                else captured.replay(inputs, sizes)
-            )
-            if slot.number in self._cold:
-                self._cold.remove(slot.number)
+            captured = self._captured_for(slot, sizes)
+            if captured is None:
+                outputs = self._launch(inputs, slot, sizes)
+            else:
+                outputs = captured.replay(inputs, sizes)
+            if slot.index in self._cold:
+                self._cold.remove(slot.index)
                 if not self._cold:
                     self._kernels.save()
             return outputs
 
-    def _fitting(self, slot: Slot, sizes: Mapping[str, int]) -> _Captured | None:
-        """The smallest captured shape that a request fits into without excessive padding."""
-        fitting = [
-            each
-            for each in self._captured
-            if each.profile == slot.number
-            and all(size <= each.sizes[axis] for axis, size in sizes.items())
-        ]
-        best = min(fitting, key=lambda each: prod(each.sizes.values()), default=None)
-        if best is None or prod(best.sizes.values()) > _MOST_PADDING * prod(sizes.values()):
-            return None
+    def _captured_for(self, slot: Slot, sizes: Mapping[str, int]) -> _Captured | None:
+        """Return the smallest captured shape that a request fits into without excessive padding."""
+        best, volume = None, _MOST_PADDING * prod(sizes.values()) + 1
+        for captured in self._captured:
+            if captured.profile != slot.index or prod(captured.sizes.values()) >= volume:
+                continue
+            if all(size <= captured.sizes[axis] for axis, size in sizes.items()):
+                best, volume = captured, prod(captured.sizes.values())
         return best
 
     def _launch(
@@ -343,11 +364,11 @@ class _Engine:
             for name, value in inputs.items()
         }
         self._stream.wait_stream(current)
-        context, memory = self._contexts[slot.number], self._runtime.activations
+        context, memory = self._contexts[slot.index], self._runtime.activations
         # Replaced where an engine loaded later needs more. Setting the same memory again could discard captured graphs.
-        if self._bound_memory[slot.number] != memory.place:
-            context.set_device_memory(*memory.place)
-            self._bound_memory[slot.number] = memory.place
+        if self._bound_memory[slot.index] != memory.span:
+            context.set_device_memory(*memory.span)
+            self._bound_memory[slot.index] = memory.span
         self._enqueue(context, bound, outputs)
         current.wait_stream(self._stream)
         return outputs
@@ -388,25 +409,26 @@ class _Engine:
             return
         profiled = bool(self._record.profiles)
         size = (
-            self._engine.get_device_memory_size_for_profile_v2(slot.number)
+            self._engine.get_device_memory_size_for_profile_v2(slot.index)
             if profiled
             else self._size
         )
         memory = self._runtime.allocate(int(size), self._record.name)
-        for chosen in product(*map(_steps, slot.ranges.values())):
-            if not self._capture_shape(slot, dict(zip(slot.ranges, chosen, strict=True)), memory):
+        for shape in product(*map(_steps, slot.ranges.values())):
+            sizes = dict(zip(slot.ranges, shape, strict=True))
+            if not self._capture_shape(slot, sizes, memory):
                 return
 
     def _capture_shape(self, slot: Slot, sizes: dict[str, int], memory: _Activations) -> bool:
-        """Capture one shape; False where it cannot be captured."""
+        """Capture one shape and return whether that worked."""
         from ..slots import empty_tensors, trim_tensor
 
         inputs = empty_tensors(self._record.inputs, sizes, self._device)
         for value in inputs.values():
             value.zero_()
         outputs = empty_tensors(self._record.outputs, sizes, self._device)
-        context = self._context(slot.number)
-        context.set_device_memory(*memory.place)
+        context = self._context(slot.index)
+        context.set_device_memory(*memory.span)
         self._stream.wait_stream(self._cuda.current_stream(self._device))
         # The first run of a shape does work that cannot be recorded.
         self._enqueue(context, inputs, outputs)
@@ -427,16 +449,16 @@ class _Engine:
         # The function is kept by this object, and must not keep it.
         cuda, device, record = self._cuda, self._device, self._record
 
-        def replay(given: Mapping[str, Tensor], to: Mapping[str, int]) -> dict[str, Tensor]:
-            """Copy in, replay and copy out on the caller's stream; the sizes may be smaller than the captured ones."""
+        def replay(values: Mapping[str, Tensor], to: Mapping[str, int]) -> dict[str, Tensor]:
+            """Copy in, replay and copy out on the caller's stream; `to` may be smaller than the captured sizes."""
             current = cuda.current_stream(device)
             if memory.free is not None:
                 current.wait_event(memory.free)
             for tensor in record.inputs:
-                if inputs[tensor.name].shape != given[tensor.name].shape:
-                    inputs[tensor.name].zero_()
-                part = trim_tensor(inputs[tensor.name], tensor.axes, to)
-                part.copy_(given[tensor.name], non_blocking=True)
+                buffer, value = inputs[tensor.name], values[tensor.name]
+                if buffer.shape != value.shape:
+                    buffer.zero_()
+                trim_tensor(buffer, tensor.axes, to).copy_(value, non_blocking=True)
             graph.replay()
             results = {
                 tensor.name: trim_tensor(outputs[tensor.name], tensor.axes, to).clone()
@@ -447,18 +469,19 @@ class _Engine:
             return results
 
         # The graph points into the context and its memory.
-        self._captured.append(_Captured(slot.number, sizes, replay, (context, memory)))
+        self._captured.append(_Captured(slot.index, sizes, replay, (context, memory)))
         return True
 
 
 def _steps(allowed: SizeRange) -> list[int]:
-    """Half of the tuned size, the tuned size, and its doublings up to the maximum."""
-    most = allowed.most or allowed.least
-    size, steps = max((allowed.best or allowed.least) // 2, allowed.least), []
-    while size < most:
+    """List half of the tuned size, the tuned size, and its doublings up to the maximum."""
+    maximum = allowed.most or allowed.least
+    size = max((allowed.best or allowed.least) // 2, allowed.least)
+    steps = []
+    while size < maximum:
         steps.append(size)
         size *= 2
-    return [*steps, most]
+    return [*steps, maximum]
 
 
 class _Captured(NamedTuple):
@@ -494,7 +517,7 @@ class KernelCache:
         self.captures = True
 
     def context(self) -> Any:
-        """A new context; None where memory is short."""
+        """Create a context; None if memory is short."""
         if self._config is None:
             return self._engine.create_execution_context(
                 self._trt.ExecutionContextAllocationStrategy.USER_MANAGED

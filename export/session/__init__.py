@@ -1,4 +1,4 @@
-"""One interface over exported graphs with the names of the model: `Retriever(session)` works as with an `XFM`.
+"""The interface of the model over exported graphs: `Retriever(session)` works as with an `XFM`.
 
 Sessions sort captions by length and pad them in small groups, split batches to the sizes of a profile, and divide pairs
 of captions and images into passes of the fusion graph.
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -24,16 +24,15 @@ from xfm_fast.errors import ExportError, InputError, UnavailableError, XFMError,
 from xfm_fast.io import read_json
 from xfm_fast.models import inputs as checks
 from xfm_fast.models.processor import XFMProcessor, find_tokenizer
-from xfm_fast.packing import ImageGroups, Packing, Sequences, offsets
+from xfm_fast.packing import Packing, offsets
 
 from ..graphs import DTYPES, GraphName
 from ..manifest import MANIFEST_FILE, Manifest
 from ..request import Precision
-from ..runtimes import LoadedGraph, Runtime, choose_runtime, first_line, open_runtime
+from ..runtimes import Runtime, choose_runtime, first_line, open_runtime
 from ..slots import (
     TORCH_DTYPES,
     Layout,
-    Pass,
     PassLimits,
     Slot,
     choose_slot,
@@ -46,24 +45,27 @@ from ..slots import (
     trim_tensor,
 )
 
-# Padded tokens of a pass, the price of a pass in tokens, and the step of lengths. A pass reads all weights of an
-# encoder and cuts the memory into layers, which takes a CPU as long as some dozens of tokens. A GPU profits from few
-# shapes.
+if TYPE_CHECKING:
+    from ..runtimes import RunGraph
+    from .tasks import SessionScorer
+
+# A pass reads all weights of an encoder and cuts the memory into layers, which takes a CPU as long as some dozens of
+# tokens. A GPU profits from few shapes.
 _LIMITS = {
     "cpu": PassLimits(budget=2048, pass_tokens=32),
     "cuda": PassLimits(budget=32768, pass_tokens=512, step=8),
 }
 
-# Inputs that are filled up with the token of padding.
+# Inputs that are filled up with the padding token.
 _PADDED = ("input_ids", "packed_ids")
 _IDS = (*_PADDED, "token_ids")
 
 
 @dataclass(frozen=True)
 class SessionMemory:
-    """Keys and values `[B, H, M, D]` of every fusion layer for B images, by the names of the graph's inputs.
+    """Keys and values `[B, H, M, D]` of the layers that read B images or decoder states, by the graph's input names.
 
-    Or of every decoder layer for B states, with their mask `[B, M]` where lengths differ.
+    Decoder states of different lengths have a mask `[B, M]`.
     """
 
     layers: Mapping[str, Tensor]
@@ -71,19 +73,10 @@ class SessionMemory:
 
     @property
     def images(self) -> int:
-        return self._first.shape[0]
+        """Number of the images or states."""
+        return next(iter(self.layers.values())).shape[0]
 
-    @property
-    def states(self) -> int:
-        return self._first.shape[0]
-
-    @property
-    def tokens(self) -> int:
-        return self._first.shape[2]
-
-    @property
-    def _first(self) -> Tensor:
-        return next(iter(self.layers.values()))
+    states = images
 
     @property
     def nbytes(self) -> int:
@@ -95,41 +88,25 @@ class SessionMemory:
         return {**self.layers, **({} if self.mask is None else {"memory_mask": self.mask})}
 
     def select(self, index: Tensor | slice) -> SessionMemory:
-        """The memory of some of the images or states; a slice shares storage."""
-        if not isinstance(index, slice):
-            index = index.to(self._first.device)
+        """Return the memory of some of the images or states; a slice shares storage."""
 
-        def chosen(value: Tensor) -> Tensor:
-            return (
-                value[index]
-                if isinstance(index, slice)
-                else value.index_select(0, index.to(value.device))
-            )
+        def select(value: Tensor) -> Tensor:
+            if isinstance(index, slice):
+                return value[index]
+            return value.index_select(0, index.to(value.device))
 
-        layers = {name: chosen(layer) for name, layer in self.layers.items()}
-        return SessionMemory(layers, None if self.mask is None else chosen(self.mask))
+        layers = {name: select(layer) for name, layer in self.layers.items()}
+        return SessionMemory(layers, None if self.mask is None else select(self.mask))
 
     def part(self, start: int, stop: int) -> SessionMemory:
-        """The states from `start` to `stop`, without a copy."""
+        """Return the states from `start` to `stop`, without a copy."""
         return self.select(slice(start, stop))
 
-    def rows(self, rows: Sequence[int]) -> SessionMemory:
-        """Some of the images; consecutive ones share storage."""
-        if list(rows) == list(range(rows[0], rows[0] + len(rows))):
-            return self.part(rows[0], rows[0] + len(rows))
-        return self.select(torch.tensor(rows))
-
-    @classmethod
-    def joined(cls, memories: Sequence[SessionMemory]) -> SessionMemory:
-        """The images of several memories, concatenated."""
-        if len(memories) == 1:
-            return memories[0]
-        return cls(
-            {
-                name: torch.cat([each.layers[name] for each in memories])
-                for name in memories[0].layers
-            }
-        )
+    def rows(self, images: Sequence[int]) -> SessionMemory:
+        """Return the memory of some images; consecutive ones share storage."""
+        start, stop = images[0], images[0] + len(images)
+        consecutive = [*images] == [*range(start, stop)]
+        return self.select(slice(start, stop) if consecutive else torch.tensor(images))
 
 
 class Session:
@@ -169,7 +146,7 @@ class Session:
         self.runtime: Runtime = runtime
         self.device: torch.device = self.runtime.device
         self.dtype: torch.dtype = DTYPES[self.manifest.dtype]
-        self._graphs: dict[GraphName, LoadedGraph] = {}
+        self._graphs: dict[GraphName, RunGraph] = {}
         try:
             self._slots = {record.name: graph_slots(record) for record in self.manifest.graphs}
         except (LookupError, TypeError, ValueError) as error:
@@ -180,8 +157,8 @@ class Session:
         self._ready = False
         self.task: Any = None
         self.limits = _LIMITS["cpu" if self.device.type == "cpu" else "cuda"]
-        # Further outputs of the graph that computed an embedding, for the lifetime of the embedding.
-        self._carried: Any = WeakTensorKeyDictionary()
+        # For the lifetime of an embedding, the other outputs of the graph that computed it.
+        self._outputs_of: Any = WeakTensorKeyDictionary()
         self._lock = threading.Lock()
 
     @classmethod
@@ -201,20 +178,22 @@ class Session:
 
         Args:
             folder: An export.
-            runtime: A name of `xfm_fast.export.runtimes.runtimes()`, or `auto` for the runtime of the export. `auto` is
-                never `aoti`: loading a package runs native code, so name it for packages that you trust. Treat TensorRT
-                engines with the same care.
+            runtime: A name in `xfm_fast.export.runtimes.RUNTIMES`, or `auto` for the runtime of the export. `auto`
+                never loads packages, which run native code: name their runtime for packages that you trust. Treat
+                TensorRT engines with the same care.
             device: `cpu`, `cuda` or `cuda:1`; by default a GPU where runtime and machine have one.
             precision: Dtype of the arithmetic, where the runtime offers it for fp32 exports; by default the export's.
             verify_files: Compare sizes and checksums of all files with the manifest, which reads them once more.
 
         Raises:
             ExportError: The files differ from the manifest, the export failed verification, it is for another runtime,
-                version or GPU, it holds packages without `runtime="aoti"`, or a graph does not load.
+                version or GPU, it holds packages and `runtime` is `auto`, or a graph does not load.
             UnavailableError: The runtime is not installed, or lacks the device or dtype.
         """
-        made = cast("type[Self]", _class_of(Path(folder))) if cls is Session else cls
-        session = made(folder, runtime, device, precision=precision, verify_files=verify_files)
+        session_class = cast("type[Self]", _class_of(Path(folder))) if cls is Session else cls
+        session = session_class(
+            folder, runtime, device, precision=precision, verify_files=verify_files
+        )
         if session.manifest.status == "failed":
             raise ExportError(
                 f"{folder} differs from the model that it was made from ({session.manifest.reason}); export it again, "
@@ -226,7 +205,7 @@ class Session:
     def predict(
         self, images: Sequence[str | Path] = (), texts: Sequence[str] = ()
     ) -> list[dict[str, Any]]:
-        """Answers for image files and texts, as `xfm_fast.load(folder).predict` returns them.
+        """Answer for image files and texts, as `xfm_fast.load(folder).predict` does.
 
         Args:
             images: Image files.
@@ -240,7 +219,7 @@ class Session:
             InputError: The images and texts do not fit the task.
             DataError: An image cannot be read.
         """
-        # Tasks lie above exports, and the face of the package above both.
+        # Predictors are above exports in the order of imports.
         from xfm_fast import load
 
         return load(self).predict(images, texts)
@@ -276,7 +255,7 @@ class Session:
             self._graphs[record.name] = self.runtime.load(record, self.folder / record.file)
             try:
                 for slot in self._slots[record.name]:
-                    self.call(record.name, self.example_inputs(record.name, slot))
+                    self.call(record.name, self.example_inputs(record.name, slot.example()))
                 self.synchronize()
             except (LookupError, RuntimeError, TypeError, ValueError) as error:
                 if isinstance(error, XFMError):
@@ -288,23 +267,17 @@ class Session:
         self._ready = True
 
     def slots(self, graph: GraphName) -> Sequence[Slot]:
-        """The shapes that a graph accepts."""
+        """Return the shapes that a graph accepts."""
         self.require(graph)
         return self._slots[graph]
 
-    def example_inputs(
-        self, graph: GraphName, slot: Slot, sizes: Mapping[str, int] | None = None
-    ) -> dict[str, Tensor]:
-        """Inputs of zeros, ids and full masks, at given or tuned sizes."""
-        sizes = slot.example() if sizes is None else sizes
-        made = {}
-        for tensor in self.manifest.graph(graph).inputs:
+    def example_inputs(self, graph: GraphName, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        """Return inputs of zeros, ids and full masks, at some sizes."""
+        inputs = empty_tensors(self.manifest.graph(graph).inputs, sizes, self.device)
+        for name, value in inputs.items():
             token = self.config.eos_token_id
-            filling = token if tensor.name in _IDS else int(tensor.name.endswith("_mask"))
-            made[tensor.name] = torch.full(
-                tensor.shape(sizes), filling, dtype=TORCH_DTYPES[tensor.dtype], device=self.device
-            )
-        return made
+            value.fill_(token if name in _IDS else int(name.endswith("_mask")))
+        return inputs
 
     def synchronize(self) -> None:
         """Wait for pending GPU work."""
@@ -317,20 +290,21 @@ class Session:
         Inputs are padded to the closest slot, and the outputs are cut to the sizes of the inputs.
 
         Raises:
-            InputError: Inputs that do not fit the graph, or sizes beyond every profile.
+            InputError: The inputs do not fit the graph, or exceed every profile.
             ExportError: The graph is not in this export.
             UnavailableError: The session is not ready.
         """
-        name = self.require(graph)
-        for given, value in inputs.items():
-            if given in _IDS:
-                checks.check_ids(value, self.config, given)
-            elif given == "attention_mask":
+        graph = self.require(graph)
+        for name, value in inputs.items():
+            if name in _IDS:
+                checks.check_ids(value, self.config, name)
+            elif name == "attention_mask":
                 checks.check_padding(value)
         with torch.inference_mode():
-            return self.call(name, inputs)
+            return self.call(graph, inputs)
 
     def call(self, name: GraphName, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run one graph without checking its ids and masks, see `run`."""
         record = self.manifest.graph(name)
         sizes = request_sizes(record, inputs)
         slot, padded = choose_slot(name, self._slots[name], sizes)
@@ -339,7 +313,7 @@ class Session:
             value = inputs[tensor.name].detach().to(self.device, TORCH_DTYPES[tensor.dtype])
             filling = self.config.pad_token_id if tensor.name in _PADDED else 0
             prepared[tensor.name] = pad_tensor(value, tensor.axes, padded, filling).contiguous()
-        outputs = self._graphs[name].run(prepared, slot, padded)
+        outputs = self._graphs[name](prepared, slot, padded)
         if padded == sizes:
             return outputs
         return {
@@ -348,6 +322,7 @@ class Session:
         }
 
     def require(self, name: str) -> GraphName:
+        """Raise unless the export has the graph and the session is ready."""
         if name not in self.manifest.graph_names:
             raise ExportError(
                 f"graph {name!r} is not in {self.folder} (it has: {', '.join(self.manifest.graph_names)}); export it "
@@ -362,46 +337,45 @@ class Session:
     def pieces(
         self, graph: GraphName, axis: str, count: int, *limits: int, **sizes: int
     ) -> Sequence[slice]:
-        """0 to `count` in slices within the limits and the largest size of an axis, in the slots that take `sizes`."""
-        most = largest([slot for slot in self.slots(graph) if slot.padded(sizes) is not None], axis)
-        size = max(1, min((*limits, count) if most is None else (*limits, count, most)))
+        """Slice 0 to `count` within the limits and the largest size of an axis, in the slots that take `sizes`."""
+        slots = [slot for slot in self.slots(graph) if slot.padded(sizes) is not None]
+        top = largest(slots, axis)
+        size = max(1, min(*limits, count, count if top is None else top))
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     def in_batches(
         self, graph: GraphName, inputs: Mapping[str, Tensor], *limits: int
     ) -> dict[str, Tensor]:
         """Run a graph on any number of rows, in passes that it accepts."""
-        rows = self.pieces(graph, "batch", len(next(iter(inputs.values()))), *limits)
-        passes = [
-            self.call(graph, {name: value[part] for name, value in inputs.items()}) for part in rows
-        ]
-        if not passes:
-            return self.zeros(graph, request_sizes(self.manifest.graph(graph), inputs))
+        passes = []
+        for rows in self.pieces(graph, "batch", len(next(iter(inputs.values()))), *limits):
+            passes.append(self.call(graph, {name: value[rows] for name, value in inputs.items()}))
         if len(passes) == 1:
             return passes[0]
-        return {name: torch.cat([each[name] for each in passes]) for name in passes[0]}
-
-    def zeros(self, name: GraphName, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-        outputs = self.manifest.graph(name).outputs
-        made = empty_tensors(outputs, sizes, self.device)
+        if passes:
+            return {name: torch.cat([outputs[name] for outputs in passes]) for name in passes[0]}
+        record = self.manifest.graph(graph)
+        sizes = request_sizes(record, inputs)
+        empty = empty_tensors(record.outputs, sizes, self.device)
         return {
-            each.name: trim_tensor(made[each.name], each.axes, sizes).zero_() for each in outputs
+            tensor.name: trim_tensor(empty[tensor.name], tensor.axes, sizes)
+            for tensor in record.outputs
         }
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """The heads in the export: of `contrastive`, `matching`, `boxes`, `classification`."""
+        """The heads of the export: of `contrastive`, `matching`, `boxes`, `classification`."""
         outputs = {output.name for graph in self.manifest.graphs for output in graph.outputs}
-        marks = {
+        heads = {
             "contrastive": {"image_feature", "text_feature"},
             "matching": {"match_logits"},
             "boxes": {"boxes"},
             "classification": {"class_logits"},
         }
-        return tuple(head for head, names in marks.items() if names & outputs)
+        return tuple(head for head, names in heads.items() if names & outputs)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """`XFM.encode_image` without its options: `[B, 3, R, R]` → `[B, 1 + N, vision_width]`.
+        """Encode images as `XFM.encode_image` does: `[B, 3, R, R]` → `[B, 1 + N, vision_width]`.
 
         Accepts any number of images; batches beyond a profile run in several passes.
         """
@@ -411,7 +385,7 @@ class Session:
             return self._attach(self.in_batches("vision", {"pixels": pixels}), "image_embeds")
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """`XFM.encode_text` without its options: `[B, L]` → `[B, L, text_width]`, zeros at padded positions.
+        """Encode texts as `XFM.encode_text` does: `[B, L]` → `[B, L, text_width]`, zeros at padded positions.
 
         Raises:
             InputError: A text is longer than the export accepts.
@@ -422,115 +396,110 @@ class Session:
             return self._attach(self.text_outputs(input_ids, mask), "text_embeds")
 
     def text_outputs(self, input_ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """All outputs of the text graph for `[B, L]` ids and mask, `text_embeds` unpacked with zeros at padding."""
+        """Return all outputs of the text graph for `[B, L]` ids and mask; `text_embeds` has zeros at padding."""
         input_ids, mask = input_ids.to(self.device), mask.to(self.device)
         if not self.manifest.packed:
             return self._padded_texts(input_ids, mask)
-        texts, width = input_ids.shape
         padding, real = self.config.pad_token_id, input_ids.ne(self.config.pad_token_id)
-        values = {"packed_ids": input_ids, "positions": real.cumsum(1) * real + padding}
-        lengths, tokens = mask.sum(1).tolist(), mask.flatten().nonzero().flatten()
-        given = {
-            name: (value.flatten().index_select(0, tokens), padding)
-            for name, value in values.items()
+        packing = Packing.from_mask(mask)
+        tokens = {
+            "packed_ids": (packing.pack(input_ids), padding),
+            "positions": (packing.pack(real.cumsum(1) * real + padding), padding),
         }
-        passes = plan_passes(
-            "text", None, lengths, self.slots("text"), self.limits, packed_width=self._packed_width
-        )
-        outputs = self._run_passes("text", passes, lengths, given, rows=(texts * width, tokens))
-        embeds = outputs.pop("packed_embeds")
-        return {"text_embeds": embeds.view(texts, width, embeds.shape[1]), **outputs}
+        outputs = self._run_passes("text", None, mask.sum(1).tolist(), tokens)
+        return {"text_embeds": packing.unpad(outputs.pop("packed_embeds")), **outputs}
 
     def _padded_texts(self, input_ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """`text_outputs` of a padded graph: rows are copied whole, which costs less than token by token."""
+        """Run a padded text graph: rows are copied whole, which costs less than token by token."""
         texts, width = input_ids.shape
         # Up to the last real token; a mask may have gaps before it.
-        places = torch.arange(1, width + 1, device=self.device)
-        lengths = (mask * places).amax(1).tolist() if texts else []
-        outputs = {}
-        for output in self.manifest.graph("text").outputs:
-            shape = (texts, width) if "length" in output.axes else (texts,)
-            dtype = TORCH_DTYPES[output.dtype]
-            outputs[output.name] = torch.zeros(
-                *shape, int(output.dims[-1]), dtype=dtype, device=self.device
-            )
+        positions = torch.arange(1, width + 1, device=self.device)
+        lengths = (mask * positions).amax(1).tolist() if texts else []
+        outputs = self._zeros("text", (texts,), (texts, width))
         for work in plan_passes("text", None, lengths, self.slots("text"), self.limits):
             rows = torch.tensor([text for (text,) in work.rows[0]], device=self.device)
-            kept, sizes = min(work.length, width), {"batch": len(rows), "length": work.length}
-            ids, real = (value[:, :kept].index_select(0, rows) for value in (input_ids, mask))
-            given = {
+            length, sizes = min(work.length, width), {"batch": len(rows), "length": work.length}
+            ids, real = (value[:, :length].index_select(0, rows) for value in (input_ids, mask))
+            inputs = {
                 "input_ids": pad_tensor(ids, ("batch", "length"), sizes, self.config.pad_token_id),
                 "attention_mask": pad_tensor(real, ("batch", "length"), sizes),
             }
-            made = self.call("text", given)
-            outputs["text_embeds"][rows, :kept] = (
-                made.pop("text_embeds")[:, :kept] * real[..., None]
-            )
-            for name, value in made.items():
-                outputs[name][rows] = value
+            for name, value in self.call("text", inputs).items():
+                if name == "text_embeds":
+                    outputs[name][rows, :length] = value[:, :length] * real[..., None]
+                else:
+                    outputs[name][rows] = value
         return outputs
 
-    @property
-    def _packed_width(self) -> int | None:
-        return self.config.text_width if self.manifest.packed else None
+    def _zeros(
+        self, graph: GraphName, captions: tuple[int, ...], tokens: tuple[int, ...]
+    ) -> dict[str, Tensor]:
+        """Allocate zeros for the outputs of `text` or `fusion`, with a row per caption or per token."""
+        return {
+            tensor.name: torch.zeros(
+                *(tokens if "length" in tensor.axes else captions),
+                int(tensor.dims[-1]),
+                dtype=TORCH_DTYPES[tensor.dtype],
+                device=self.device,
+            )
+            for tensor in self.manifest.graph(graph).outputs
+        }
 
     def _run_passes(
         self,
         graph: GraphName,
-        passes: Sequence[Pass],
+        image_of: Sequence[int] | None,
         lengths: Sequence[int],
         tokens: Mapping[str, tuple[Tensor, int | None]],
         memory: SessionMemory | None = None,
-        rows: tuple[int, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Outputs of `text` or `fusion` by caption `[P, ...]` or by token `[sum(lengths), ...]`.
+        """Return outputs of `text` or `fusion` by caption `[P, ...]` or by token `[sum(lengths), ...]`.
 
-        `tokens` are inputs by name, `[sum(lengths), ...]`, with what to fill padding with. `rows` are the number of
-        rows of an output by token and the row of each token, if they are others; rows without a token are zero.
+        `tokens` are inputs by name, `[sum(lengths), ...]`, with the value of padding.
         """
-        packed, outputs, by_token = self.manifest.packed, {}, set()
-        for output in self.manifest.graph(graph).outputs:
-            count = len(lengths)
-            if "length" in output.axes:
-                by_token.add(output.name)
-                count = sum(lengths) if rows is None else rows[0]
-            dtype = TORCH_DTYPES[output.dtype]
-            outputs[output.name] = torch.zeros(
-                count, int(output.dims[-1]), dtype=dtype, device=self.device
-            )
-        empty = torch.empty(0, dtype=torch.long)
+        packed, width = self.manifest.packed, self.config.text_width
+        passes = plan_passes(
+            graph,
+            image_of,
+            lengths,
+            self.slots(graph),
+            self.limits,
+            packed_width=width if packed else None,
+        )
+        outputs = self._zeros(graph, (len(lengths),), (sum(lengths),))
+        records = self.manifest.graph(graph).outputs
+        by_token = {tensor.name for tensor in records if "length" in tensor.axes}
         for work in passes:
             layout = Layout.of(work.rows, lengths, work.length)
-            given = layout.inputs(packed) | {
-                name: layout.spread(*value) for name, value in tokens.items()
-            }
+            inputs = layout.inputs(packed)
+            for name, (values, padding) in tokens.items():
+                inputs[name] = layout.spread(values, padding)
             if memory is None:
-                given = {name: value[0] for name, value in given.items()}
+                inputs = {name: value[0] for name, value in inputs.items()}
             else:
-                given |= memory.rows(work.images).layers
-            of_tokens = (layout.source, layout.place) if by_token else (empty, empty)
-            source, place, texts, found = (
-                index.to(self.device) for index in (*of_tokens, layout.texts, layout.found)
-            )
-            into = source if rows is None else rows[1].index_select(0, source)
-            for name, value in self.call(graph, given).items():
-                to, at = (into, place) if name in by_token else (texts, found)
+                inputs |= memory.rows(work.images).layers
+            caption_rows = layout.texts.to(self.device), layout.results.to(self.device)
+            token_rows = caption_rows
+            if by_token:
+                token_rows = layout.source.to(self.device), layout.target.to(self.device)
+            for name, value in self.call(graph, inputs).items():
+                to, at = token_rows if name in by_token else caption_rows
                 outputs[name].index_copy_(0, to, value.flatten(0, -2).index_select(0, at))
         return outputs
 
     def project_image(self, image_embeds: Tensor) -> Tensor:
-        """Contrastive features `[B, embed_dim]`; `image_embeds` is the very tensor that `encode_image` returned.
+        """Return contrastive features `[B, embed_dim]`; `image_embeds` is the very tensor that `encode_image` returned.
 
         The vision graph computes both together, so other tensors have no features.
         """
         return self._attached(image_embeds, "image_feature", "encode_image", "contrastive")
 
     def project_text(self, text_embeds: Tensor) -> Tensor:
-        """Contrastive features `[B, embed_dim]`; `text_embeds` is the very tensor that `encode_text` returned."""
+        """Return contrastive features `[B, embed_dim]`; `text_embeds` is the very tensor of `encode_text`."""
         return self._attached(text_embeds, "text_feature", "encode_text", "contrastive")
 
     def image_memory(self, image_embeds: Tensor) -> SessionMemory:
-        """`XFM.image_memory` without its mask: `[B, 1 + N, vision_width]` → memory of B images."""
+        """Project images as `XFM.image_memory` does, without a mask: `[B, 1 + N, vision_width]` → memory."""
         self.require("image_memory")
         expected = (self.config.num_image_tokens, self.config.vision_width)
         if image_embeds.dim() != 3 or image_embeds.shape[1:] != expected:
@@ -549,7 +518,7 @@ class Session:
         *,
         first_token_only: bool = False,
     ) -> Tensor:
-        """`XFM.fuse` of P texts with B images; pass the result to `match_logits` and `predict_boxes` as it is.
+        """Fuse P texts with B images as `XFM.fuse` does; `match_logits` and `predict_boxes` take the result as it is.
 
         Args:
             text_embeds: `[P, L, text_width]`.
@@ -581,32 +550,34 @@ class Session:
             packing = Packing.from_mask(mask)
             tokens = packing.pack(text_embeds.to(self.device, self.dtype))
             outputs = self.fuse_packed(tokens, mask.sum(1), memory, image_of)
-            whole = outputs.pop("fused_tokens", None)
-            if first_token_only or whole is None:
+            fused_tokens = outputs.pop("fused_tokens", None)
+            if first_token_only or fused_tokens is None:
                 outputs["fused"] = outputs["fused"][:, None]
             else:
-                outputs["fused"] = packing.unpad(whole)
+                outputs["fused"] = packing.unpad(fused_tokens)
         return self._attach(outputs, "fused")
 
     def match_logits(self, fused: Tensor) -> Tensor:
-        """`[P, 2]`; column 1 scores "text describes image". `fused` is the tensor that `fuse` returned."""
+        """Return `[P, 2]`; column 1 scores "text describes image". `fused` is the very tensor of `fuse`."""
         return self._attached(fused, "match_logits", "fuse", "matching")
 
     def predict_boxes(self, fused: Tensor) -> Tensor:
-        """`[P, 4]` boxes (cx, cy, w, h) relative to the image. `fused` is the tensor that `fuse` returned."""
+        """Return `[P, 4]` boxes (cx, cy, w, h) relative to the image. `fused` is the very tensor of `fuse`."""
         return self._attached(fused, "boxes", "fuse", "boxes")
 
     def class_logits(self, tensor: Tensor, origin: str) -> Tensor:
-        """`[B, classes]`, computed with `tensor`, the result of the method `origin`."""
+        """Return `[B, classes]`, computed together with `tensor`, the result of the method `origin`."""
         return self._attached(tensor, "class_logits", origin, "classification")
 
     def fingerprint(self) -> str:
-        """A digest of the files and the runtime, which together decide the results."""
+        """Hash the files and the runtime, which together decide the results."""
         sums = sorted(record.sha256 for record in self.manifest.files)
         return hashlib.sha256(" ".join([self.description, *sums]).encode()).hexdigest()
 
     def pair_scorer(self) -> SessionScorer:
-        """The pair scorer of re-ranking (`xfm_fast.tasks.reranking.PairScorer`)."""
+        """Return the pair scorer of re-ranking (`xfm_fast.tasks.reranking.PairScorer`)."""
+        from .tasks import SessionScorer
+
         self.require("image_memory")
         self.require("fusion")
         if "matching" not in self.heads:
@@ -614,13 +585,6 @@ class Session:
                 "this export has no match logits: its model was built without the 'matching' head"
             )
         return SessionScorer(self)
-
-    def passes(self, lengths: Sequence[int], image_of: Sequence[int]) -> Sequence[Pass]:
-        """The passes of `fuse_packed`."""
-        slots = self.slots("fusion")
-        return plan_passes(
-            "fusion", image_of, lengths, slots, self.limits, packed_width=self._packed_width
-        )
 
     def fuse_packed(
         self, tokens: Tensor, lengths: Tensor, memory: SessionMemory, image_of: Sequence[int]
@@ -637,21 +601,21 @@ class Session:
             `fused` `[P, text_width]`, and depending on the export `match_logits` `[P, 2]`, `boxes` `[P, 4]` and
             `fused_tokens` `[sum(lengths), text_width]`.
         """
-        sizes = lengths.tolist()
         name = "packed_embeds" if self.manifest.packed else "text_embeds"
         outputs = self._run_passes(
-            "fusion", self.passes(sizes, image_of), sizes, {name: (tokens, None)}, memory
+            "fusion", image_of, lengths.tolist(), {name: (tokens, None)}, memory
         )
         if self.manifest.all_tokens and not self.manifest.packed:
-            whole = outputs["fused"]
+            outputs["fused_tokens"] = outputs["fused"]
             starts = offsets(lengths.to(self.device))[:-1].long()
-            return outputs | {"fused": whole.index_select(0, starts), "fused_tokens": whole}
+            outputs["fused"] = outputs["fused_tokens"].index_select(0, starts)
         return outputs
 
     def _attach(self, outputs: dict[str, Tensor], name: str) -> Tensor:
+        """Return one of the outputs, and keep the others for `_attached`."""
         result = outputs.pop(name)
         with self._lock:
-            self._carried[result] = outputs
+            self._outputs_of[result] = outputs
         return result
 
     def _attached(self, tensor: Tensor, name: str, origin: str, head: str) -> Tensor:
@@ -660,17 +624,17 @@ class Session:
                 f"this export has no {name}: its model was built without the {head!r} head; export a model with it"
             )
         with self._lock:
-            outputs = self._carried.get(tensor)
+            outputs = self._outputs_of.get(tensor)
         if outputs is None or name not in outputs:
             raise InputError(
                 f"{name} is computed by {origin}, together with its result; pass the very tensor that {origin} of this "
-                "session returned, not a part or copy of it"
+                "session returned, not a slice or copy of it"
             )
         return outputs[name]
 
 
 def _class_of(folder: Path) -> type[Session]:
-    """The session class of the task of an export, or `Session`."""
+    """Return the session class of the task of an export, or `Session`."""
     from .tasks import task_session
 
     try:
@@ -678,86 +642,3 @@ def _class_of(folder: Path) -> type[Session]:
     # Graphs run without the file; `predict` reports a damaged one.
     except (OSError, ValueError, AttributeError, TypeError):
         return Session
-
-
-class SessionScorer:
-    """A `PairScorer` over a session with the graphs `image_memory` and `fusion`."""
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.config = session.config
-
-    def prepare(self, tokens: Tensor, sequences: Sequences) -> Tensor:
-        """No work: the fusion graph starts with the text embeddings."""
-        return tokens
-
-    def memory(self, image_embeds: Tensor) -> SessionMemory:
-        """The memory of images `[B, 1 + N, width]`."""
-        return self.session.image_memory(image_embeds)
-
-    def scores(
-        self, tokens: Tensor, sequences: Sequences, memory: SessionMemory, groups: ImageGroups
-    ) -> Tensor:
-        """Match score of every caption with its image: `[P]`."""
-        lengths, texts = sequences.cu_seqlens.diff(), groups.cu_texts.diff().long()
-        image_of = torch.repeat_interleave(
-            torch.arange(len(texts), device=texts.device), texts
-        ).tolist()
-        with torch.inference_mode():
-            outputs = self.session.fuse_packed(
-                tokens.to(self.session.device, self.session.dtype), lengths, memory, image_of
-            )
-        return outputs["match_logits"][:, 1]
-
-    def fingerprint(self) -> str:
-        """A hash of the weights and the runtime, which decides the last digits."""
-        manifest = self.session.manifest
-        files = {
-            name for graph in ("image_memory", "fusion") for name in manifest.graph(graph).files
-        }
-        sums = sorted(record.sha256 for record in manifest.files if record.name in files)
-        facts = [self.session.description, manifest.weights_sha256, *sums]
-        return hashlib.sha256(" ".join(facts).encode()).hexdigest()[:16]
-
-
-class SessionRanks:
-    """A `RankModel` over a session with `vision`, `text`, `image_memory` and `fusion`; the session batches inputs."""
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.config = session.config
-        self.dtype_name: str = session.manifest.dtype
-
-    @property
-    def token_budget(self) -> int:
-        """Caption tokens of a pass of the session."""
-        return self.session.limits.budget
-
-    def captions(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        embedded = self.session.encode_text(input_ids, attention_mask)
-        return Packing.from_mask(attention_mask.to(embedded.device)).pack(embedded)
-
-    def images(self, pixels: Tensor) -> Tensor:
-        return self.session.encode_image(pixels)
-
-    def memories(self, embeds: Tensor) -> list[SessionMemory]:
-        memory = self.session.image_memory(embeds)
-        # Copies, so that a cached image does not hold the memory of others.
-        return [memory.select(torch.tensor([row])) for row in range(memory.images)]
-
-    def logits(
-        self,
-        tokens: Tensor,
-        lengths: Tensor,
-        memories: Sequence[SessionMemory],
-        counts: Sequence[int],
-    ) -> Tensor:
-        memory = SessionMemory.joined(memories)
-        image_of = [image for image, count in enumerate(counts) for _ in range(count)]
-        return self.session.fuse_packed(tokens, lengths, memory, image_of)["match_logits"]
-
-    def caption_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.session.project_text(self.session.encode_text(input_ids, attention_mask))
-
-    def image_features(self, pixels: Tensor) -> Tensor:
-        return self.session.project_image(self.session.encode_image(pixels))

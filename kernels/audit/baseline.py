@@ -15,16 +15,25 @@ BASELINE = Path(__file__).resolve().parent.parent / "audit_baseline.json"
 
 _HIGHER_IS_BETTER = "occupancy"
 _COMPARED = (
-    "registers", "stack_bytes", "shared_bytes", "instructions", "loop_instructions", "waits_per_tensor_core",
-    "unfenced_writes", "unfenced_copies", "unsafe_operands", "warnings", _HIGHER_IS_BETTER,
-)  # fmt: skip
-# Comparable between compilers, as counts of registers and instructions are not.
+    "registers",
+    "stack_bytes",
+    "shared_bytes",
+    "instructions",
+    "loop_instructions",
+    "waits_per_tensor_core",
+    "unfenced_writes",
+    "unfenced_copies",
+    "unsafe_operands",
+    "warnings",
+    _HIGHER_IS_BETTER,
+)
+# Comparable between compilers, unlike counts of registers and instructions.
 _ANY_COMPILER = ("stack_bytes", "unfenced_copies", "unsafe_operands", "warnings")
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """The content of the file: the compiler, and the figures by `Row.key`."""
+    """Content of the baseline: the compiler, and the figures by `Row.key`."""
 
     compiler: str
     rows: Mapping[str, Mapping[str, Any]]
@@ -32,7 +41,7 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The differences of an audit, a line each; an audit with `worse` lines fails."""
+    """Differences from the baseline, a line each; an audit with `worse` lines fails."""
 
     worse: list[str]
     better: list[str]
@@ -42,30 +51,29 @@ class Comparison:
 def read(
     path: Path = BASELINE, *, kernels: Collection[str] = (), arches: Collection[int] | None = None
 ) -> Accepted:
-    """The accepted figures of these kernels (empty: all) and architectures; ValueError for a damaged file."""
+    """Read the accepted figures of kernels (empty: all) and architectures; ValueError for a damaged file."""
     if not path.is_file():
         return Accepted("", {})
     try:
         content = json.loads(path.read_text())
         compiler, rows = content["compiler"], content["rows"]
-        scopes = {key: key.split(" | ") for key in rows}
         tags = None if arches is None else {f"sm_{arch}" for arch in arches}
-        kept = {
-            key: rows[key]
-            for key, (kernel, _, arch, _) in scopes.items()
-            if (tags is None or arch in tags) and (not kernels or kernel in kernels)
-        }
+        selected = {}
+        for key, figures in rows.items():
+            kernel, _, arch, _ = key.split(" | ")
+            if (tags is None or arch in tags) and (not kernels or kernel in kernels):
+                selected[key] = figures
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} holds no accepted figures ({error}); restore it, or delete it and run xfm-fast audit --accept"
         ) from error
-    return Accepted(compiler, kept)
+    return Accepted(compiler, selected)
 
 
 def compare(
     rows: Iterable[Row], accepted: Accepted, *, compiler: str, shipped: Collection[str]
 ) -> Comparison:
-    """Compare rows with the accepted figures; `shipped` are the keys of all forms in their scope, compiled or not."""
+    """Compare rows with the accepted figures; `shipped` has the keys of all forms in scope, compiled or not."""
     worse: list[str] = []
     better: list[str] = []
     same = compiler == accepted.compiler
@@ -82,12 +90,12 @@ def compare(
         elif old is None:
             worse.append(f"{row.key}: is new")
         else:
-            down, up = _differences(row, old, _COMPARED if same else _ANY_COMPILER)
-            moved = "" if old["config"] == row.config else f" ({old['config']} → {row.config})"
-            if down:
-                worse.append(f"{row.key}: {', '.join(down)}{moved}")
-            elif up:
-                better.append(f"{row.key}: {', '.join(up)}{moved}")
+            regressions, gains = _differences(row, old, _COMPARED if same else _ANY_COMPILER)
+            config = "" if old["config"] == row.config else f" ({old['config']} → {row.config})"
+            if regressions:
+                worse.append(f"{row.key}: {', '.join(regressions)}{config}")
+            elif gains:
+                better.append(f"{row.key}: {', '.join(gains)}{config}")
     worse += [
         f"{key}: is accepted but no longer shipped" for key in accepted.rows if key not in shipped
     ]
@@ -97,16 +105,16 @@ def compare(
 def accept(
     rows: Iterable[Row], *, compiler: str, forget: Collection[str] = (), path: Path = BASELINE
 ) -> None:
-    """Accept the figures of rows from one compiler; other rows of the file stay, except the keys to forget."""
+    """Write the figures of rows from one compiler to the baseline, and drop the keys to forget."""
     rows = list(rows)
     if failed := [row.key for row in rows if row.error]:
         raise ValueError(f"these do not compile and cannot be accepted: {', '.join(failed)}")
     old = read(path)
     remaining = {key: dict(value) for key, value in old.rows.items() if key not in forget}
     new = {row.key: figures(row) for row in rows}
-    if old.compiler not in ("", compiler) and (others := remaining.keys() - new.keys()):
+    if old.compiler not in ("", compiler) and (stale := remaining.keys() - new.keys()):
         raise ValueError(
-            f"{len(others)} accepted figures are of {old.compiler}, these of {compiler}; accept all: --all --accept"
+            f"{len(stale)} accepted figures are of {old.compiler}, these of {compiler}; accept all: --all --accept"
         )
     lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted((remaining | new).items())]
     text = (
@@ -116,12 +124,12 @@ def accept(
 
 
 def figures(row: Row) -> dict[str, Any]:
-    """The part of a row that the file stores."""
+    """Return the figures that the baseline stores."""
     waits = row.waits_per_tensor_core
-    stored = {"config": row.config, "made_of": row.made_of} | {
-        name: getattr(row, name) for name in _COMPARED
-    }
-    return stored | {
+    return {
+        "config": row.config,
+        "made_of": row.made_of,
+        **{name: getattr(row, name) for name in _COMPARED},
         "waits_per_tensor_core": None if waits is None else round(waits, 3),
         "tensor_core": sorted(row.tensor_core or ()),
         "warnings": row.warnings or [],
@@ -131,7 +139,7 @@ def figures(row: Row) -> dict[str, Any]:
 def _differences(
     row: Row, old: Mapping[str, Any], names: Iterable[str]
 ) -> tuple[list[str], list[str]]:
-    """(worse, better), a phrase for each figure; absent figures are not compared."""
+    """Return (worse, better), a phrase for each figure; absent figures are not compared."""
     new = figures(row)
     worse: list[str] = []
     better: list[str] = []
@@ -140,13 +148,11 @@ def _differences(
         if before is None or after is None or before == after:
             continue
         if name == "warnings":
-            grew, shown = (
-                not set(after) <= set(before),
-                [", ".join(codes) or "none" for codes in (before, after)],
-            )
+            is_worse = not set(after) <= set(before)
+            before, after = ", ".join(before) or "none", ", ".join(after) or "none"
         else:
-            grew, shown = (after < before) == (name == _HIGHER_IS_BETTER), [before, after]
-        (worse if grew else better).append(f"{name} {shown[0]} → {shown[1]}")
+            is_worse = (after < before) == (name == _HIGHER_IS_BETTER)
+        (worse if is_worse else better).append(f"{name} {before} → {after}")
     if lost := set(old["tensor_core"]) - set(new["tensor_core"]):
         worse.append(f"no {', '.join(sorted(lost))} any more")
     return worse, better

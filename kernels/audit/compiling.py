@@ -1,7 +1,7 @@
 """Compilation of the shipped kernels without a GPU, and the figures of their machine code.
 
-Every compilation has a process that may die: Triton's compiler can abort, and the audit then loses one. Figures are
-cached by a hash of the kernel, its compiler and the files that measure it.
+Each kernel is compiled in a worker process: Triton's compiler can abort, and the audit then loses one kernel. Figures
+are cached by a hash of the kernel, its compiler and the files that measure it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
+from triton.backends.compiler import GPUTarget
+
 from ..backend import compiler_versions, version_numbers
 from ..checks import HEAD_DIMS
 from ..files import cache_folder, write_whole
@@ -51,14 +53,12 @@ class Figures:
     occupancy: int = 0  # blocks per multiprocessor
     instructions: int = 0
     tensor_core: dict[str, int] | None = None  # instructions by opcode
-    loop_instructions: int = 0  # of the main loop, as the next two
+    loop_instructions: int = 0  # this and the next two: of the main loop
     loop_tensor_core: int = 0
     loop_waits: int = 0
     unfenced_writes: int = 0  # this and the next: see `machine_code`
     unfenced_copies: int = 0
-    unsafe_operands: int = (
-        0  # `machine_code.register_operands`, if the assembler may overwrite them
-    )
+    unsafe_operands: int = 0  # register operands of wgmma, if the assembler may overwrite them
     warnings: list[str] | None = None  # the assembler's codes for serialised wgmma, such as `C7515`
     error: str = ""
 
@@ -86,14 +86,14 @@ class Form:
 
     @property
     def key(self) -> str:
-        """The identity across audits, in which the configuration may change."""
+        """Identity across audits, in which the configuration may change."""
         return (
             f"{self.spec.name} | {describe_variant(self.variant)} | sm_{self.arch} | {self.dtype}"
         )
 
     @cached_property
     def task(self) -> Task:
-        """The compilation of this form; RuntimeError for an interpreted kernel."""
+        """Compilation of this form; RuntimeError for an interpreted kernel."""
         request = self.spec.request(self.variant, self.dtype, self.arch, self.config)
         kernel, request = request.kernel, replace(request, kernel=None)
         if not hasattr(kernel, "cache_key"):
@@ -101,20 +101,14 @@ class Form:
                 "kernels are interpreted in this process; unset TRITON_INTERPRET to compile them"
             )
         versions = compiler(), ptxas_version(self.arch)
-        parts = (
-            source_hash(kernel),
-            kernel.fn.__qualname__,
-            repr(request),
-            self.arch,
-            *versions,
-            _MEASURING_HASH,
-        )
-        key = hashlib.sha256(repr(parts).encode()).hexdigest()
-        return Task(kernel.fn.__module__, kernel.fn.__qualname__, request, self.arch, key)
+        name, source = kernel.fn.__qualname__, source_hash(kernel)
+        inputs = (source, name, repr(request), self.arch, *versions, _MEASURING_HASH)
+        key = hashlib.sha256(repr(inputs).encode()).hexdigest()
+        return Task(kernel.fn.__module__, name, request, self.arch, key)
 
     @property
     def made_of(self) -> str:
-        """A short hash of the kernel, its compiler and the files that measure it."""
+        """Short hash of the kernel, its compiler and the files that measure it."""
         return self.task.key[:16]
 
 
@@ -143,13 +137,13 @@ class Row(Figures):
         return self.loop_waits / self.loop_tensor_core if hopper and self.loop_tensor_core else None
 
     def as_dict(self) -> dict[str, Any]:
-        """The row for a JSON file."""
+        """Return the row for a JSON file."""
         ratios = ("instructions_per_tensor_core", "waits_per_tensor_core")
         return asdict(self) | {name: getattr(self, name) for name in ratios}
 
 
 def shipped_kernels() -> list[KernelSpec]:
-    """The kernels of every module in `kernels/triton`, by name; ValueError for a duplicate name."""
+    """Return the kernels of all modules in `kernels/triton`, by name; ValueError for a duplicate name."""
     from .. import triton as family
 
     kernels: dict[str, KernelSpec] = {}
@@ -167,7 +161,7 @@ def shipped_forms(
     arches: Iterable[int] = ARCHITECTURES,
     dtypes: Iterable[str] = ("fp16", "bf16"),
 ) -> list[Form]:
-    """Every form of the kernels, with its own launch configuration."""
+    """Return all forms of the kernels, with their launch configurations."""
     arches, dtypes = tuple(arches), tuple(dtypes)
     return [
         Form(spec, variant, arch, dtype, spec.config(variant, dtype, arch))
@@ -180,34 +174,34 @@ def shipped_forms(
 
 
 def representative(forms: Iterable[Form]) -> list[Form]:
-    """The forms of the short audit, about a quarter of all.
+    """Select the forms of the short audit, about a quarter of all.
 
     In bf16 at head dimension 64, as in the model: every form on Hopper, and each kernel's first on the other
     architectures. On Hopper also the other head dimensions of vision transformers, and the largest, with the most
     registers; bias attention, which the model does not call, at 64 only, since its other sizes compile for minutes. In
     fp16: each kernel's first form, on Ampere, which computes bf16 through fp32.
     """
-    chosen: list[Form] = []
+    selected: list[Form] = []
     seen: set[tuple[str, int, str]] = set()
     for form in forms:
         size = form.variant.get("head_dim", 64)
-        kind = form.spec.name, form.arch, form.dtype
+        group = form.spec.name, form.arch, form.dtype
         if form.arch == 90 and form.dtype == "bf16":
-            largest = max(variant.get("head_dim", 64) for variant in form.spec.variants)
-            others = not form.spec.name.startswith("bias_attention") and (
-                size in HEAD_DIMS or size == largest
-            )
-            included = size == 64 or others
+            included = size == 64
+            if not form.spec.name.startswith("bias_attention"):
+                largest = max(variant.get("head_dim", 64) for variant in form.spec.variants)
+                included |= size in (*HEAD_DIMS, largest)
         else:
-            included = size == 64 and kind not in seen and (form.dtype == "bf16" or form.arch == 80)
+            first = size == 64 and group not in seen
+            included = first and (form.dtype == "bf16" or form.arch == 80)
         if included:
-            seen.add(kind)
-            chosen.append(form)
-    return chosen
+            seen.add(group)
+            selected.append(form)
+    return selected
 
 
 def changed(forms: Iterable[Form], accepted: Mapping[str, Mapping[str, Any]]) -> list[Form]:
-    """The forms with another `made_of` than the accepted row of their key."""
+    """Select the forms whose `made_of` differs from that of the accepted row."""
     return [form for form in forms if accepted.get(form.key, {}).get("made_of") != form.made_of]
 
 
@@ -218,7 +212,7 @@ def compile_rows(
     cache_dir: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
-    """One row per form, in order; options as in `compile_all`."""
+    """Compile forms and return one row each, in order; options as in `compile_all`."""
     forms = list(forms)
     figures = compile_all(
         [form.task for form in forms], jobs=jobs, cache_dir=cache_dir, progress=progress
@@ -240,12 +234,12 @@ def compile_rows(
 
 
 def describe(config: LaunchConfig) -> str:
-    """A launch configuration in one line: `BLOCK_M=64 BLOCK_N=64 warps=4 stages=2`."""
+    """Format a launch configuration: `BLOCK_M=64 BLOCK_N=64 warps=4 stages=2`."""
     return f"{describe_variant(config.tiles)} warps={config.num_warps} stages={config.num_stages}"
 
 
 def describe_variant(variant: Mapping[str, Any]) -> str:
-    """A variant in one line: `head_dim=64 tail=16`."""
+    """Format a variant: `head_dim=64 tail=16`."""
     return " ".join(f"{name}={value}" for name, value in variant.items())
 
 
@@ -256,7 +250,7 @@ def compile_all(
     cache_dir: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Figures]:
-    """`key` → figures of every task, in `jobs` processes (default: one per core).
+    """Compile tasks in `jobs` processes (default: one per core) and return their figures by key.
 
     `progress(done, total)` counts compilations, without the cached ones.
     """
@@ -264,7 +258,7 @@ def compile_all(
     unique = {task.key: task for task in tasks}
     results: dict[str, Figures] = {}
     for key in unique:
-        # An absent or damaged file is one of figures that are not there yet.
+        # Absent and damaged files are measured again.
         with contextlib.suppress(OSError, ValueError, TypeError):
             results[key] = Figures(**json.loads((folder / f"{key}.json").read_text()))
     missing = [task for key, task in unique.items() if key not in results]
@@ -328,7 +322,6 @@ def measure(task: Task) -> Figures:
 
 def _measure(task: Task) -> Figures:
     import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel: Any = importlib.import_module(task.module)
@@ -340,7 +333,7 @@ def _measure(task: Task) -> Figures:
         compiled: Any = triton.compile(
             source, target=GPUTarget("cuda", task.arch, 32), options=options
         )
-    code = machine_code.parse(*disassemble(compiled.asm["cubin"]))
+    code, ptx = machine_code.parse(*disassemble(compiled.asm["cubin"])), compiled.asm["ptx"]
     loop, warps = code.main_loop, compiled.metadata.num_warps
     # From Hopper on the disassembler counts the driver's reserve as the kernel's.
     static = max(0, code.static_shared_bytes - (RESERVED_SHARED if task.arch >= 90 else 0))
@@ -364,14 +357,14 @@ def _measure(task: Task) -> Figures:
         loop_tensor_core=loop.tensor_core if loop else 0,
         loop_waits=machine_code.tensor_waits(loop),
         unfenced_writes=machine_code.unfenced_writes(loop, warps),
-        unfenced_copies=machine_code.unfenced_copies(compiled.asm["ptx"]),
-        unsafe_operands=machine_code.register_operands(compiled.asm["ptx"]) if overwritten else 0,
+        unfenced_copies=machine_code.unfenced_copies(ptx),
+        unsafe_operands=machine_code.register_operands(ptx) if overwritten else 0,
         warnings=sorted(set(_WARNING.findall(log.getvalue()))),
     )
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
-    """The listing and the resources of a binary, from the tools that come with Triton."""
+    """Return the listing and the resource usage of a binary, by the tools that come with Triton."""
     from triton import knobs
 
     tools: Any = knobs.nvidia
@@ -381,17 +374,18 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
         file.flush()
         # -ndf skips the analysis of indirect branches, which Triton does not emit.
         for command in ((tools.nvdisasm.path, "-c", "-ndf"), (tools.cuobjdump.path, "-res-usage")):
-            done = subprocess.run(
+            process = subprocess.run(
                 [*command, file.name], capture_output=True, text=True, check=False
             )
-            if done.returncode:
-                raise RuntimeError(f"{Path(command[0]).name} failed: {done.stderr.strip()[:500]}")
-            outputs.append(done.stdout)
+            if process.returncode:
+                tool, reason = Path(command[0]).name, process.stderr.strip()[:500]
+                raise RuntimeError(f"{tool} failed: {reason}")
+            outputs.append(process.stdout)
     return outputs[0], outputs[1]
 
 
 def source_hash(kernel: Any) -> str:
-    """Triton's hash of a kernel and of all that it calls, as if each began at line 0: its place changes no code."""
+    """Return Triton's hash of a kernel and its callees, as if each began at line 0: line numbers change no code."""
     pending, seen = [kernel], set[int]()
     while pending:
         function = pending.pop()
@@ -399,16 +393,13 @@ def source_hash(kernel: Any) -> str:
             seen.add(id(function))
             if function.starting_line_number:
                 function.starting_line_number, function.hash = 0, None
-            pending += [
-                value
-                for value in function.fn.__globals__.values()
-                if hasattr(value, "starting_line_number")
-            ]
+            values = function.fn.__globals__.values()
+            pending += [value for value in values if hasattr(value, "starting_line_number")]
     return kernel.cache_key
 
 
 def compiler() -> str:
-    """Name and version of the compiler: `triton 3.9.0`; figures of two compilers are not comparable."""
+    """Return name and version of the compiler, `triton 3.9.0`; figures of two compilers are not comparable."""
     for package in ("triton", "triton-windows", "pytorch-triton"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return f"triton {importlib.metadata.version(package)}"
@@ -416,5 +407,58 @@ def compiler() -> str:
 
 
 def ptxas_version(arch: int) -> tuple[int, ...]:
-    """The version of Triton's assembler for an architecture: (13, 4)."""
+    """Return the version of Triton's assembler for an architecture: (13, 4)."""
     return version_numbers(compiler_versions(arch)[1])
+
+
+class _AbsentGPU:
+    """The driver interface that Triton's compiler needs, for a GPU of an architecture that is absent."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def pretend(arch: int, hook: Callable[..., bool] | None = None) -> Callable[..., Any]:
+    """Compile all later launches of this process for an architecture, and launch none.
+
+    The operations take CPU tensors by the backend `triton`. Triton's `jit_cache_hook` becomes `hook`, which returns
+    True to skip the compilation. Returns the patched `JITFunction.run`, to be wrapped in its turn.
+    """
+    from triton import knobs
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from .. import backend
+    from .. import triton as family
+
+    driver.set_active(_AbsentGPU(arch))  # pyright: ignore[reportArgumentType]
+    # An H100's, with four programs for each multiprocessor.
+    programs = 528
+    properties = {
+        "architecture": lambda device: arch,
+        "multiprocessors": lambda device: programs // 4,
+        "first_stage_programs": lambda steps, device: max(1, min(steps, programs)),
+    }
+    for info in pkgutil.iter_modules(family.__path__):
+        module = importlib.import_module(f"{family.__name__}.{info.name}")
+        for name in properties.keys() & vars(module).keys():
+            setattr(module, name, properties[name])
+    backend._why_not = lambda name, device, index: None
+    launch = JITFunction.run
+
+    def run(kernel: Any, *args: Any, **options: Any) -> Any:
+        return launch(kernel, *args, **{**options, "warmup": True})
+
+    JITFunction.run = run  # type: ignore[method-assign]
+    if hook is not None:
+        knobs.runtime.jit_cache_hook = hook
+    return run

@@ -1,8 +1,8 @@
 """Machine code of one kernel: its instructions and loops, hazards of Hopper's tensor cores, and the occupancy.
 
-Loops come from dominators. Backward branches are not enough: the compiler places the waits for Blackwell's barriers
-after the end of a loop and jumps back. Limits of multiprocessors: CUDA C++ Programming Guide, "Technical Specifications
-per Compute Capability".
+Natural loops are found by dominators. Backward branches do not suffice: the compiler places the waits for Blackwell's
+barriers after the end of a loop and jumps back. Limits of multiprocessors: CUDA C++ Programming Guide, "Technical
+Specifications per Compute Capability".
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ RESERVED_SHARED = 1024  # of every block, for the driver
 _REGISTERS = 65536
 _PARTITIONS = 4  # of a multiprocessor, each with a quarter of the registers
 _REGISTER_UNIT = 256  # a warp's registers are a multiple of this
-_MOST_REGISTERS = 255  # of a thread
+_MAX_REGISTERS = 255  # of a thread
 _SHARED_UNIT = 128
 _TENSOR_MEMORY = 512  # columns
 
@@ -72,7 +72,7 @@ class Instruction:
 
     @property
     def tensor_core(self) -> bool:
-        """True for a matrix multiplication."""
+        """Whether it is a matrix multiplication."""
         return bool(_TENSOR_CORE.fullmatch(self.opcode))
 
 
@@ -84,13 +84,17 @@ class Loop:
 
     @cached_property
     def tensor_core(self) -> int:
-        """The number of tensor-core instructions."""
+        """Number of tensor-core instructions."""
         return sum(i.tensor_core for i in self.instructions)
 
     @property
     def works(self) -> bool:
-        """True for a loop that loads or multiplies, False for one that waits for a barrier."""
+        """Whether the loop loads or multiplies, rather than wait for a barrier."""
         return bool(self.tensor_core or any(i.opcode in _GLOBAL_LOADS for i in self.instructions))
+
+
+def _loop_size(loop: Loop) -> tuple[int, int]:
+    return loop.tensor_core, len(loop.instructions)
 
 
 @dataclass(frozen=True)
@@ -106,23 +110,17 @@ class MachineCode:
     def inner_loops(self) -> list[Loop]:
         """The working loops without another working loop inside."""
         working = [loop for loop in natural_loops(self.instructions) if loop.works]
+        bodies = [set(loop.instructions) for loop in working]
         return [
             loop
-            for loop in working
-            if not any(
-                other is not loop and set(other.instructions) < set(loop.instructions)
-                for other in working
-            )
+            for loop, body in zip(working, bodies, strict=True)
+            if not any(other < body for other in bodies)
         ]
 
     @property
     def main_loop(self) -> Loop | None:
         """The inner loop with the most tensor-core instructions; without tensor cores, the longest."""
-        return max(
-            self.inner_loops,
-            key=lambda loop: (loop.tensor_core, len(loop.instructions)),
-            default=None,
-        )
+        return max(self.inner_loops, key=_loop_size, default=None)
 
 
 def parse(disassembly: str, resources: str) -> MachineCode:
@@ -132,9 +130,9 @@ def parse(disassembly: str, resources: str) -> MachineCode:
     labels: dict[str, int] = {}
     pending: list[str] = []
     for text in disassembly.splitlines():
-        if instruction := _INSTRUCTION.match(text):
-            matches.append(instruction)
-            labels |= dict.fromkeys(pending, int(instruction[1], 16))
+        if match := _INSTRUCTION.match(text):
+            matches.append(match)
+            labels |= dict.fromkeys(pending, int(match[1], 16))
             pending = []
         elif label := _LABEL.match(text):
             pending.append(label[1])
@@ -143,38 +141,38 @@ def parse(disassembly: str, resources: str) -> MachineCode:
     registers, stack, shared, local = map(int, usage[0])
     instructions = []
     for match in matches:
-        address, predicate, name, operands = match.groups()
-        opcode, *modifiers = name.split(".")
-        target = _TARGET.search(operands) if opcode in ("BRA", "CALL") else None
+        digits, predicate, name, operands = match.groups()
+        address, (opcode, *modifiers) = int(digits, 16), name.split(".")
+        label = _TARGET.search(operands) if opcode in ("BRA", "CALL") else None
         if opcode == "BRA" and not predicate and "," in operands:
             predicate = operands.split(",")[0]  # BRA.U UP0, `(.L_x_3): the condition is an operand
-        place = labels.get(target[1]) if target else None
+        target = labels.get(label[1]) if label else None
         # Padding for alignment follows a branch to itself; neither is reachable.
-        if opcode != "NOP" and place != int(address, 16):
-            made = Instruction(
-                int(address, 16), predicate or "", opcode, tuple(modifiers), place, operands.strip()
+        if opcode != "NOP" and target != address:
+            instructions.append(
+                Instruction(
+                    address, predicate or "", opcode, tuple(modifiers), target, operands.strip()
+                )
             )
-            instructions.append(made)
     return MachineCode(registers, stack + local, shared, tuple(instructions))
 
 
 def natural_loops(instructions: tuple[Instruction, ...]) -> list[Loop]:
-    """All loops by address; back edges to the same block belong to one loop."""
+    """Return the loops by address; back edges to the same block belong to one loop."""
     blocks, successors = _flow_graph(instructions)
     predecessors: list[list[int]] = [[] for _ in blocks]
     for block, following in enumerate(successors):
         for target in following:
             predecessors[target].append(block)
-    # Of every block that can be reached, the blocks on every path to it, itself included.
+    # A block's dominators are the blocks on all paths to it, itself included.
     reachable = _reach({0}, successors, set())
     dominators = dict.fromkeys(sorted(reachable), reachable) | {0: {0}}
     changed = True
     while changed:
         changed = False
         for block in list(dominators)[1:]:
-            common = set.intersection(
-                *(dominators[p] for p in predecessors[block] if p in reachable)
-            ) | {block}
+            incoming = [dominators[p] for p in predecessors[block] if p in reachable]
+            common = set.intersection(*incoming) | {block}
             if common != dominators[block]:
                 dominators[block], changed = common, True
     bodies: dict[int, set[int]] = {}
@@ -190,20 +188,20 @@ def natural_loops(instructions: tuple[Instruction, ...]) -> list[Loop]:
 
 
 def _reach(start: set[int], edges: list[list[int]], visited: set[int]) -> set[int]:
-    """What can be reached from `start` without passing through `visited`."""
-    found, pending = set(visited), list(start)
+    """Return `visited` and the blocks reachable from `start` without passing through it."""
+    reached, pending = set(visited), list(start)
     while pending:
         block = pending.pop()
-        if block not in found:
-            found.add(block)
+        if block not in reached:
+            reached.add(block)
             pending += edges[block]
-    return found
+    return reached
 
 
 def _flow_graph(
     instructions: tuple[Instruction, ...],
 ) -> tuple[list[list[Instruction]], list[list[int]]]:
-    """Basic blocks, and the successors of each."""
+    """Return basic blocks, and the successors of each block."""
     leaders = {i.target for i in instructions if i.opcode in ("BRA", "CALL")}
     blocks: list[list[Instruction]] = []
     ended = True
@@ -212,23 +210,23 @@ def _flow_graph(
             blocks.append([])
         blocks[-1].append(instruction)
         ended = instruction.opcode in ("BRA", "CALL", "EXIT", "RET", "BRX", "JMX")
-    starts = {block[0].address: number for number, block in enumerate(blocks)}
+    starts = {block[0].address: index for index, block in enumerate(blocks)}
     successors: list[list[int]] = []
-    for number, block in enumerate(blocks):
+    for index, block in enumerate(blocks):
         last = block[-1]
         following = []
         if last.opcode in ("BRA", "CALL") and last.target in starts:
             following.append(starts[last.target])
         # A call returns; an unconditional branch does not fall through.
         leaves = last.opcode in ("BRA", "EXIT", "RET", "BRX", "JMX") and not last.predicate
-        if not leaves and number + 1 < len(blocks):
-            following.append(number + 1)
+        if not leaves and index + 1 < len(blocks):
+            following.append(index + 1)
         successors.append(following)
     return blocks, successors
 
 
 def unfenced_copies(ptx: str) -> int:
-    """The number of wgmma instructions after the wait for an asynchronous copy, without a proxy fence between.
+    """Count the wgmma instructions after the wait for an asynchronous copy, without a proxy fence between.
 
     `cp.async` writes through another proxy than wgmma reads: without the fence wgmma may read stale data (triton#9610).
     Each loop is followed once more from its end.
@@ -246,12 +244,10 @@ def unfenced_copies(ptx: str) -> int:
                 pending = False
             elif "wgmma.mma_async" in text and pending:
                 unfenced.add(n)
-            elif (
-                again
-                and (branch := _PTX_BRANCH.search(text))
-                and (start := labels.get(branch[1], n)) < n
-            ):
-                follow(start, n, pending, again=False)
+            elif again and (branch := _PTX_BRANCH.search(text)):
+                start = labels.get(branch[1], n)
+                if start < n:
+                    follow(start, n, pending, again=False)
         return pending
 
     follow(0, len(lines), False, again=True)
@@ -259,14 +255,14 @@ def unfenced_copies(ptx: str) -> int:
 
 
 def register_operands(ptx: str) -> int:
-    """The number of wgmma instructions with the left operand in registers, which ptxas before 13.3 may overwrite."""
+    """Count the wgmma instructions with the left operand in registers, which ptxas before 13.3 may overwrite."""
     return len(_PTX_REGISTER_OPERAND.findall(ptx))
 
 
 def tensor_waits(loop: Loop | None) -> int:
-    """Waits for wgmma in a loop.
+    """Count the waits for wgmma in a loop.
 
-    One or two per iteration overlap products. One per HGMMA serialises them: the compiler's fallback if it cannot prove
+    One or two per iteration overlap GEMMs. One per HGMMA serialises them: the compiler's fallback if it cannot prove
     an accumulator untouched (warnings C7510 to C7519).
     """
     instructions = loop.instructions if loop else ()
@@ -274,7 +270,7 @@ def tensor_waits(loop: Loop | None) -> int:
 
 
 def unfenced_writes(loop: Loop | None, warps: int) -> int:
-    """Writes to shared memory in a loop after a full wait for wgmma, without a barrier between.
+    """Count the writes to shared memory in a loop after a full wait for wgmma, without a barrier between.
 
     A wait covers its own group of four warps: another group may still read the buffer (triton#9433, #11047). A write to
     a buffer without readers is harmless, which machine code does not show: compare the count with the accepted one.
@@ -296,29 +292,30 @@ def unfenced_writes(loop: Loop | None, warps: int) -> int:
 def occupancy(
     arch: int, *, registers: int, shared_bytes: int, warps: int, tensor_memory: int = 0
 ) -> int:
-    """Resident blocks of one multiprocessor, from registers per thread and shared memory, warps and columns per block.
+    """Return the resident blocks of a multiprocessor; 0 if no block fits.
 
-    `shared_bytes` is static plus dynamic, without the driver's reserve. 0 if no block fits.
+    Registers are per thread; shared memory (static and dynamic, without the driver's reserve), warps and columns of
+    tensor memory per block.
     """
     limit = LIMITS[arch]
     if shared_bytes > limit.block_shared:
         return 0
-    per_warp = _round_up(registers * 32, _REGISTER_UNIT)
-    resident_warps = min(
-        limit.warps,
-        _REGISTERS // _PARTITIONS // per_warp * _PARTITIONS if per_warp else limit.warps,
-    )
+    resident_warps = limit.warps
+    if registers:
+        per_warp = _round_up(registers * 32, _REGISTER_UNIT)
+        fitting = _REGISTERS // _PARTITIONS // per_warp * _PARTITIONS
+        resident_warps = min(resident_warps, fitting)
     shared = _round_up(shared_bytes + RESERVED_SHARED, _SHARED_UNIT)
     blocks = min(limit.blocks, resident_warps // warps, limit.shared // shared)
     return min(blocks, _TENSOR_MEMORY // tensor_memory) if tensor_memory else blocks
 
 
 def register_limit(arch: int, *, registers: int, **usage: int) -> int:
-    """The most registers per thread at the same occupancy; with eight warps the cliff is 128, with four also 168."""
+    """Return the maximum registers per thread at the same occupancy: 128 with eight warps, with four also 168."""
     blocks = occupancy(arch, registers=registers, **usage)
     return max(
         n
-        for n in range(registers, _MOST_REGISTERS + 1)
+        for n in range(registers, _MAX_REGISTERS + 1)
         if occupancy(arch, registers=n, **usage) == blocks
     )
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,22 +25,23 @@ from triton.runtime.jit import JITFunction
 
 from . import memory as _memory  # noqa: F401 registers instructions
 from . import tensor_cores as _tensor_cores  # noqa: F401
-from .hazards import LATE_WAIT, EmulationError, Hazard, HazardError
-from .machine import FORMS, INSTRUCTIONS_LIMIT, Allocations, Machine, Window
+from .hazards import LATE_WAIT, Allocations, EmulationError, Hazard, HazardError, Window
+from .machine import FORMS, INSTRUCTIONS_LIMIT, Machine
 from .ptx import Program
 
 _SWIZZLES = (0, 32, 64, 128)
 _DESCRIPTORS = 0x7000_0000
-# Each argument has addresses of its own, so far from each other's that no index leads from one into another.
+# Each argument has its own range of addresses, so far from the others that no index leads from one into another.
 _WINDOW_BITS = 40
+_TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
 _SCHEDULES = ("lockstep", "random")
-# Threads of a batch of CTAs, and bytes of their shared memory with all that is known of it.
+# Threads of a batch of CTAs, and bytes of their shared memory.
 _THREADS, _SHARED_BYTES = 8192, 1 << 20
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launch did."""
+    """Statistics and hazards of a launch."""
 
     kernel: str
     grid: tuple[int, ...]
@@ -50,7 +52,7 @@ class Launch:
 
 
 class _Tile(NamedTuple):
-    """A tensor descriptor in elements, and the tile of it that a bulk copy moves."""
+    """A tensor descriptor, in elements, and the box of it that a bulk copy moves."""
 
     address: int
     element_bytes: int
@@ -61,7 +63,7 @@ class _Tile(NamedTuple):
 
 
 class _Driver:
-    """What Triton asks of a driver before it compiles."""
+    """The driver interface that Triton's compiler needs."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -110,13 +112,13 @@ def emulated(
 
     Args:
         target: `sm_80`, `sm_90`, `sm_100` or `sm_120`.
-        schedule: `lockstep`; `random`, where CTAs come in random order and one warp, or warpgroup where there are
-            several, runs until it waits; or `both`, one after the other from the same memory, whose results must agree.
-        seed: of the random schedule.
+        schedule: `lockstep`; `random`, where CTAs come in random order and one warp (or warpgroup, if the CTA has
+            whole ones) runs until it waits; or `both` in turn on the same memory, whose results must agree.
+        seed: Seed of the random schedule.
         strict: raise HazardError after a launch with hazards.
-        allow: kinds of hazards that do not raise, or parts of their names.
+        allow: kinds of hazards that do not raise, or substrings of them.
         edit: (kernel, PTX) → PTX, called before it is executed.
-        limit: of instructions of a batch of CTAs.
+        limit: maximum of instructions of a batch of CTAs.
 
     Yields:
         A list that grows by one `Launch` each.
@@ -130,10 +132,10 @@ def emulated(
             "Triton interprets kernels in this process; unset TRITON_INTERPRET before it is imported"
         )
     triton_driver: Any = driver
-    known = ("sm_80", "sm_90", "sm_100", "sm_120"), (*_SCHEDULES, "both")
-    if target not in known[0] or schedule not in known[1]:
+    if target not in _TARGETS or schedule not in (*_SCHEDULES, "both"):
         raise EmulationError(
-            f"target {target!r}, schedule {schedule!r}: must be one of {known[0]} and of {known[1]}"
+            f"target {target!r}, schedule {schedule!r}: must be one of {_TARGETS} and of"
+            f" {(*_SCHEDULES, 'both')}"
         )
     previous = triton_driver._active
     schedules = _SCHEDULES if schedule == "both" else (schedule,)
@@ -179,33 +181,27 @@ def _run(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **options: An
     )
     bound |= {key: value for key, value in options.items() if key in kernel.arg_names}
     dimensions: Any = grid(bound) if callable(grid) else grid
-    sizes = [*dimensions, 1, 1][:3]
+    grid_size = [*dimensions, 1, 1][:3]
     arguments = _Arguments()
     arguments.bind(kernel, compiled, bound)
     parameters = arguments.parameters(program)
-    ctas = np.indices(sizes[::-1]).reshape(3, -1)[::-1].T  # x first
+    ctas = np.indices(grid_size[::-1]).reshape(3, -1)[::-1].T  # x first
     shared = compiled.metadata.shared
     batch = max(1, min(_THREADS // program.threads, _SHARED_BYTES // max(shared, 1)))
     memory = Allocations(arguments.windows)
     start, instructions, hazards, results = time.perf_counter(), 0, {}, []
-    before = (
-        [content.clone() for content in arguments.contents()]
-        if len(emulation.schedules) > 1
-        else []
-    )
+    before = arguments.snapshot() if len(emulation.schedules) > 1 else []
     for schedule in emulation.schedules:
         if results:
             arguments.restore(before)
-        order = (
-            ctas
-            if schedule == "lockstep"
-            else np.random.default_rng(emulation.seed).permutation(ctas)
-        )
+        order = ctas
+        if schedule == "random":
+            order = np.random.default_rng(emulation.seed).permutation(ctas)
         for first in range(0, len(order), batch):
             machine = Machine(
                 program,
                 parameters,
-                sizes,
+                grid_size,
                 order[first : first + batch],
                 shared,
                 memory,
@@ -223,28 +219,35 @@ def _run(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **options: An
             instructions += machine.instructions
             hazards |= machine.hazards
         if before:
-            results.append([content.clone() for content in arguments.contents()])
-    if any(not torch.equal(one, other) for one, other in zip(*results, strict=True)):
-        hazards["order", ""] = Hazard(
-            "results that depend on the order of warps and CTAs", "", name, 1
-        )
+            results.append(arguments.snapshot())
+    if results and not all(map(torch.equal, *results)):
+        kind = "results that depend on the order of warps and CTAs"
+        hazards["order", ""] = Hazard(kind, "", name, 1)
     seconds = time.perf_counter() - start
-    found = tuple(hazards.values())
-    emulation.launches.append(
-        Launch(name, tuple(sizes), program.threads, instructions, seconds, found)
+    launch = Launch(
+        name, tuple(grid_size), program.threads, instructions, seconds, tuple(hazards.values())
     )
-    serious = [each for each in found if not any(kind in each.kind for kind in emulation.allow)]
-    if serious and emulation.strict:
-        shown = "\n".join(
-            f"{each.place}: {each.kind}, in `{each.instruction[:120]}`" for each in serious[:10]
-        )
-        raise HazardError(
-            f"kernel {name} on sm_{emulation.architecture}: {len(serious)} hazards\n{shown}"
-        )
+    emulation.launches.append(launch)
+    if emulation.strict:
+        _raise_hazards(launch, emulation)
     return compiled
 
 
-# What texts raise that are no PTX.
+def _raise_hazards(launch: Launch, emulation: _Emulation) -> None:
+    serious = [
+        hazard
+        for hazard in launch.hazards
+        if not any(kind in hazard.kind for kind in emulation.allow)
+    ]
+    if serious:
+        lines = [f"{h.place}: {h.kind}, in `{h.instruction[:120]}`" for h in serious[:10]]
+        raise HazardError(
+            f"kernel {launch.kernel} on sm_{emulation.architecture}: {len(serious)} hazards\n"
+            + "\n".join(lines)
+        )
+
+
+# Errors that malformed PTX raises in the parser or in a handler.
 _MALFORMED = (
     ArithmeticError,
     AssertionError,
@@ -269,22 +272,13 @@ def _assemble(ptx: str, kernel: str, architecture: int) -> None:
     """Raise `EmulationError` for PTX that the assembler refuses."""
     target = re.search(r"\.target\s+(\w+)", ptx)
     name = target.group(1) if target else f"sm_{architecture}"
-    with (
-        tempfile.NamedTemporaryFile("w", suffix=".ptx") as source,
-        tempfile.NamedTemporaryFile() as output,
-    ):
-        source.write(ptx)
-        source.flush()
-        command = [
-            get_ptxas(architecture).path,
-            f"--gpu-name={name}",
-            source.name,
-            "-o",
-            output.name,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [get_ptxas(architecture).path, f"--gpu-name={name}", source, "-o", f"{source}.o"]
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        reason = (process.stderr.strip() or f"exit code {process.returncode}").splitlines()[0]
         raise EmulationError(f"ptxas refuses the PTX of kernel {kernel}: {reason}")
 
 
@@ -311,8 +305,8 @@ class _Arguments:
         if dtype == "constexpr" or path in constants:
             return
         if isinstance(dtype, tuple):
-            for index, (part, inner) in enumerate(zip(dtype, value, strict=True)):
-                self._bind(part, inner, (*path, index), constants, layouts)
+            for index, (element, inner) in enumerate(zip(dtype, value, strict=True)):
+                self._bind(element, inner, (*path, index), constants, layouts)
         elif hasattr(value, "block_shape"):
             self._bind_descriptor(value, next(layouts, None))
         elif hasattr(value, "data_ptr"):
@@ -335,10 +329,10 @@ class _Arguments:
         self.values += [address, *sizes]
 
     def _window(self, tensor: Tensor) -> int:
-        """Return the address of a tensor's first element, in addresses of this argument alone."""
+        """Return the address of a tensor's first element, in a range of addresses of its own."""
         self._tensors.append(tensor)
         real, size = tensor.data_ptr(), tensor.element_size()
-        # The low bits stay, since kernels are compiled for the alignment of the address.
+        # The low bits are kept, since kernels are compiled for the alignment of the address.
         address = (len(self._tensors) << _WINDOW_BITS) + real % (1 << 16)
         spans = [(n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)]
         count = sum(spans) + 1 if tensor.numel() else 0
@@ -361,8 +355,11 @@ class _Arguments:
             )
         return dict(zip(names, [*values, *[0] * spare], strict=True))
 
-    def contents(self) -> Iterator[Tensor]:
-        """Iterate over the bytes of every storage."""
+    def snapshot(self) -> list[Tensor]:
+        """Copy the bytes of every storage."""
+        return [content.clone() for content in self._contents()]
+
+    def _contents(self) -> Iterator[Tensor]:
         storages = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage()
             for tensor in self._tensors
@@ -371,8 +368,8 @@ class _Arguments:
             yield torch.empty(0, dtype=torch.uint8).set_(storage)
 
     def restore(self, contents: Iterable[Tensor]) -> None:
-        """Write earlier bytes back to every storage."""
-        for content, earlier in zip(self.contents(), contents, strict=True):
+        """Write a snapshot back to every storage."""
+        for content, earlier in zip(self._contents(), contents, strict=True):
             content.copy_(earlier)
 
 

@@ -1,4 +1,4 @@
-"""PTX text → a program: instructions with decoded operands, registers, labels and parameters."""
+"""Parser: PTX text → a program of instructions with decoded operands, registers, labels and parameters."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ _THREADS = re.compile(r"\.(?:reqntid|maxntid)\s+(\d+)")
 _PARAMETER = re.compile(r"\.param\s.*?([\w$]+)(?:\[\d+\])?$", re.S)
 _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]*)"')
 _TOKEN = re.compile(
-    r"\s*(?:\.loc\s+(?P<file>\d+)\s+(?P<line>\d+)[^\n]*|(?P<label>[\w$]+)\s*:(?!:)|(?P<scope>[{}])|(?P<statement>[^;]+);)"
+    r"\s*(?:\.loc\s+(?P<file>\d+)\s+(?P<line>\d+)[^\n]*|(?P<label>[\w$]+)\s*:(?!:)"
+    r"|(?P<scope>[{}])|(?P<statement>[^;]+);)"
 )
 _INSTRUCTION = re.compile(r"(?:@(!?)([%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.S)
+_RANGE = re.compile(r"(%?\w+)<(\d+)>")
 _NUMBER = re.compile(r"-?\d+$|-?0[xX][0-9a-fA-F]+U?$|\d+U$")
+_TERMINATORS = ("bra", "bra.uni", "ret", "bar.sync", "barrier.sync")
 
 
 class Address(NamedTuple):
-    """`[base + offset]`: a register, a parameter, or a shared symbol, which is the number of its first byte."""
+    """`[base + offset]`; the base is a register, a parameter, or the first byte of a shared symbol."""
 
     base: str | int
     offset: int
@@ -45,6 +48,11 @@ class Instruction:
     execute: Callable[[Any, Instruction], None]
     target: int = -1  # of a branch
 
+    @property
+    def type(self) -> str:
+        """The last modifier, the type of most forms: `b32`."""
+        return self.form.rpartition(".")[2]
+
 
 class Program:
     """A kernel; EmulationError for an instruction that is not in `forms`."""
@@ -55,8 +63,8 @@ class Program:
         if entry is None:
             raise EmulationError("the PTX has no entry")
         self.name, parameters, attributes, body = entry.groups()
-        found = (_PARAMETER.search(part.strip()) for part in _split(parameters))
-        self.parameters = [match.group(1) for match in found if match is not None]
+        matches = (_PARAMETER.search(parameter) for parameter in _split(parameters))
+        self.parameters = [match.group(1) for match in matches if match is not None]
         threads = _THREADS.search(attributes)
         if threads is None:
             raise EmulationError(f"kernel {self.name} does not say its number of threads")
@@ -66,79 +74,79 @@ class Program:
         self.labels: dict[str, int] = {}
         self._files = dict(_FILE.findall(text))
         self._forms, self._scopes, self._branches = forms, [("", {})], []
-        self._read(body)
-        for instruction, name, scopes in self._branches:
-            instruction.target = next(
-                self.labels[name + scope] for scope in scopes if name + scope in self.labels
-            )
-        ends = {number + 1 for number, each in enumerate(self.code) if each.form in _ENDS}
+        self._parse(body)
+        for branch, name, scopes in self._branches:
+            labels = (name + scope for scope in scopes)
+            branch.target = next(self.labels[label] for label in labels if label in self.labels)
+        ends = {index + 1 for index, op in enumerate(self.code) if op.form in _TERMINATORS}
         self.leaders = frozenset({*self.labels.values(), *ends})
 
-    def _read(self, body: str) -> None:
+    def _parse(self, body: str) -> None:
         place, scopes = "", 0
         for token in _TOKEN.finditer(body):
-            kind, scope = token.lastgroup, self._scopes[-1][0]
-            if kind == "line":
+            group, scope = token.lastgroup, self._scopes[-1][0]
+            if group == "line":
                 path = self._files.get(token["file"], "")
                 place = f"{path.rpartition('/')[2]}:{token['line']}"
-            elif kind == "label":
+            elif group == "label":
                 self.labels[token["label"] + scope] = len(self.code)
             elif token["scope"] == "{":
                 scopes += 1
                 self._scopes.append((f"@{scopes}", {}))
-            elif kind == "scope":
+            elif group == "scope":
                 self._scopes.pop()
                 if not self._scopes:
                     return
-            elif kind == "statement":
-                self._statement(" ".join(token["statement"].split()), place)
+            elif group == "statement":
+                self._parse_statement(" ".join(token["statement"].split()), place)
 
-    def _statement(self, text: str, place: str) -> None:
-        if declared := _REGISTERS.match(text):
-            self._declare(*declared.groups())
+    def _parse_statement(self, text: str, place: str) -> None:
+        if declaration := _REGISTERS.match(text):
+            self._declare(*declaration.groups())
         if text.startswith("."):
             return
         match = _INSTRUCTION.match(text)
         assert match is not None, text
-        negated, guard, form, rest = match.groups()
+        negated, guard, form, operands = match.groups()
         if form not in self._forms:
             raise EmulationError(
                 f"kernel {self.name}, {place}: {form} is not emulated, in `{text}`"
             )
         guard = None if guard is None else self._resolve(guard)
-        branch = form.startswith("bra")
-        operands = () if branch else tuple(self._operand(part) for part in _split(rest))
-        made = Instruction(form, operands, guard, negated == "!", place, text, self._forms[form])
-        if branch:
-            self._branches.append(
-                (made, rest.strip(), [scope for scope, _ in reversed(self._scopes)])
-            )
-        self.code.append(made)
+        is_branch = form.startswith("bra")
+        decoded = () if is_branch else self._operands(_split(operands))
+        op = Instruction(form, decoded, guard, negated == "!", place, text, self._forms[form])
+        if is_branch:
+            scopes = [scope for scope, _ in reversed(self._scopes)]
+            self._branches.append((op, operands.strip(), scopes))
+        self.code.append(op)
 
-    def _declare(self, kind: str, names: str) -> None:
+    def _declare(self, dtype: str, names: str) -> None:
         scope, local = self._scopes[-1]
         for name in _split(names):
-            if several := re.fullmatch(r"(%?\w+)<(\d+)>", name):
-                self.registers |= {
-                    f"{several[1]}{number}": kind for number in range(int(several[2]))
-                }
+            if several := _RANGE.fullmatch(name):
+                for index in range(int(several[2])):
+                    self.registers[f"{several[1]}{index}"] = dtype
             else:
                 local[name] = name + scope
-                self.registers[name + scope] = kind
+                self.registers[name + scope] = dtype
 
     def _resolve(self, name: str) -> str:
         return next((local[name] for _, local in reversed(self._scopes) if name in local), name)
 
+    def _operands(self, texts: list[str]) -> tuple[Operand, ...]:
+        return tuple(self._operand(text) for text in texts)
+
     def _operand(self, text: str) -> Operand:
         if text[0] == "{":
-            return tuple(self._operand(part) for part in _split(text[1:-1]))
+            return self._operands(_split(text[1:-1]))
         if "|" in text:
-            return tuple(self._operand(part) for part in text.split("|"))
+            return self._operands(text.split("|"))
         if text[0] == "[":
-            first, *others = _split(text[1:-1])
-            base, _, offset = (part.strip() for part in first.partition("+"))
-            address = Address(self._name(base), int(offset or "0", 0))
-            return (address, *(self._operand(part) for part in others)) if others else address
+            first, *coordinates = _split(text[1:-1])
+            base, _, offset = first.partition("+")
+            address = Address(self._name(base.strip()), int(offset.strip() or "0", 0))
+            return (address, *self._operands(coordinates)) if coordinates else address
         return self._name(text)
 
     def _name(self, text: str) -> str | int:
@@ -150,15 +158,12 @@ class Program:
         return {"global_smem": 0, "true": 1, "false": 0}.get(text, self._resolve(text))
 
 
-_ENDS = ("bra", "bra.uni", "ret", "bar.sync", "barrier.sync")
-
-
 def _split(text: str) -> list[str]:
-    """Parts between the commas that are in no bracket."""
-    parts, depth, start = [], 0, 0
-    for place, character in enumerate(text):
+    """Split at the commas outside of brackets."""
+    items, depth, start = [], 0, 0
+    for index, character in enumerate(text):
         depth += (character in "{[(") - (character in "}])")
         if character == "," and not depth:
-            parts.append(text[start:place].strip())
-            start = place + 1
-    return [part for part in (*parts, text[start:].strip()) if part]
+            items.append(text[start:index].strip())
+            start = index + 1
+    return [item for item in (*items, text[start:].strip()) if item]

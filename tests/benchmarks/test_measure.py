@@ -16,15 +16,18 @@ from xfm_fast.benchmarks.measure import (
     Backend,
     Case,
     Comparator,
-    Watched,
     benchmark,
-    bootstrap,
-    interleave,
-    percentile,
-    ratio_interval,
 )
 from xfm_fast.benchmarks.record import Document, groups
-from xfm_fast.benchmarks.timing import FP32_BAND, parity_band, relative_error
+from xfm_fast.benchmarks.rounds import Watched, interleave
+from xfm_fast.benchmarks.timing import (
+    FP32_BAND,
+    bootstrap,
+    parity_band,
+    percentile,
+    ratio_interval,
+    relative_error,
+)
 from xfm_fast.benchmarks.work import kernels
 from xfm_fast.kernels import ladder
 from xfm_fast.kernels.prepared import NotPreparedError
@@ -36,7 +39,7 @@ X = torch.linspace(-1, 1, 64)
 def test_every_backend_runs_once_a_round_in_changing_order() -> None:
     ran: list[str] = []
     works = {name: Watched(lambda name=name: ran.append(name), CPU) for name in "abc"}
-    measured = interleave(works, warmups=1, rounds=4, most_rounds=9)
+    measured = interleave(works, warmups=1, rounds=4, max_rounds=9)
     assert ran[:3] == ["a", "b", "c"]
     rounds = [ran[3 + 3 * i : 6 + 3 * i] for i in range(4)]
     assert all(sorted(order) == ["a", "b", "c"] for order in rounds)

@@ -109,7 +109,7 @@ def test_one_line_and_code_2(folder: Path, tmp_path: Path) -> None:
         (["search", folder, "a dog", "--sheet", "a.png"], "a.png"),
         (
             ["search", folder, tmp_path / "note.txt", "--model", tmp_path / "weights"],
-            "in no format that Pillow reads",
+            "a format that Pillow does not read",
         ),
         (["index", folder, "--random", "tiny"], "(--index)"),
         (["index", tmp_path / "nowhere", "--random", "tiny"], "does not exist"),

@@ -1,4 +1,4 @@
-"""A runtime from outside the package is one class: exported for, verified, opened as a session, and measured."""
+"""A runtime from outside the package is one class: the command exports for it, and it is verified, opened, measured."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from xfm_fast import XFM, XFMConfig
+from tests.cli.runner import invoke
+from xfm_fast import XFM
 from xfm_fast.benchmarks.backends.ours import export_engine
 from xfm_fast.benchmarks.backends.registry import export_backends
 from xfm_fast.errors import UnavailableError
-from xfm_fast.export import Session, export_onnx, generated_examples, verify
-from xfm_fast.export.runtimes import Runtime, open_runtime, register, runtimes
+from xfm_fast.export import Session
+from xfm_fast.export.manifest import Manifest
+from xfm_fast.export.runtimes import RUNTIMES, Runtime, open_runtime, register
 
 reference = pytest.importorskip("onnx.reference", reason="the toy runtime is onnx's own evaluator")
 pytest.importorskip("onnxscript", reason="exports to ONNX need onnxscript")
@@ -29,54 +31,60 @@ class Toy(Runtime):
     package = "onnx"
 
     def load(self, record: Any, path: Path) -> Any:
-        return ToyGraph(record, path)
+        names = [tensor.name for tensor in record.outputs]
+        graph = reference.ReferenceEvaluator(str(path))
 
+        def run(inputs: Mapping[str, Tensor], *sizes: Any) -> dict[str, Tensor]:
+            results = graph.run(names, {name: value.numpy() for name, value in inputs.items()})
+            return {
+                name: torch.from_numpy(value) for name, value in zip(names, results, strict=True)
+            }
 
-class ToyGraph:
-    def __init__(self, record: Any, path: Path) -> None:
-        self.names = [tensor.name for tensor in record.outputs]
-        self.graph = reference.ReferenceEvaluator(str(path))
-
-    def run(self, inputs: Mapping[str, Tensor], *sizes: Any) -> dict[str, Tensor]:
-        results = self.graph.run(
-            self.names, {name: value.numpy() for name, value in inputs.items()}
-        )
-        return {
-            name: torch.from_numpy(value) for name, value in zip(self.names, results, strict=True)
-        }
+        return run
 
 
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
-    registry: Any = runtimes()
     register(Toy)
     yield
-    del registry["toy"]
+    del RUNTIMES["toy"]
 
 
 def test_a_runtime_from_outside(tmp_path: Path) -> None:
-    model = XFM(XFMConfig.preset("tiny", vision_depth=1, text_layers=1, fusion_layers=1)).eval()
-    export_onnx(
-        model, tmp_path, consumer="toy", graphs=("vision",),
-        examples=generated_examples(model.config, images=2, texts=3, longest=8), compared=False,
-    )  # fmt: skip
-    manifest = verify(tmp_path, "toy")
-    assert (manifest.status, manifest.consumer) == ("verified", "toy")
+    out = tmp_path / "exported"
+    options = ["--random", "tiny", "--graphs", "vision", "--out", str(out)]
+    done = invoke(["export", "--to", "toy", *options])
+    assert done.exit_code == 0, done.output
+    manifest = Manifest.load(out)
+    assert (manifest.kind, manifest.status, manifest.consumer) == ("onnx", "verified", "toy")
+    done = invoke(["export", "verify", str(out), "--runtime", "toy"])
+    assert done.exit_code == 0, done.output
+    manifest = Manifest.load(out)
     assert manifest.verification is not None
     assert manifest.verification.runtime.startswith("toy ")
-    session = Session.load(tmp_path)
+    session = Session.load(out)
     assert session.description == manifest.verification.runtime, (
         "auto takes the runtime that an export is made for"
     )
+    model = XFM(session.config).eval()
     pixels = torch.randn(2, 3, model.config.image_size, model.config.image_size)
-    with torch.no_grad():
-        expected = model.encode_image(pixels)
-    torch.testing.assert_close(session.encode_image(pixels), expected, rtol=0, atol=1e-5)
     # What a benchmark measures beside xfm-fast.
     (backend, *_) = export_backends(Toy)
     assert (backend.name, backend.why_absent(torch.device("cpu"))) == ("toy", None)
     engine = export_engine(model, "toy", "fp32", "embed-image", tmp_path, torch.device("cpu"))
-    measured = engine.embed_images(pixels)
-    torch.testing.assert_close(measured, expected, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        expected = model.encode_image(pixels)
+    torch.testing.assert_close(engine.embed_images(pixels), expected, rtol=0, atol=1e-5)
     with pytest.raises(UnavailableError, match="cuda"):
         open_runtime("toy", manifest, "cuda")
+
+
+def test_the_command_reads_the_registry() -> None:
+    text = invoke(["export", "--help"]).output
+    assert "toy: ONNX graphs for the evaluator of onnx" in " ".join(text.replace("│", " ").split())
+    done = invoke(["export", "--to", "toys", "--random", "tiny", "--out", "unused"])
+    assert done.exit_code == 2
+    assert all(name in done.stderr for name in ("toys", *RUNTIMES))
+    done = invoke(["export", "--to", "toy", "--for", "openvino", "--random", "tiny", "--out", "x"])
+    assert done.exit_code == 2
+    assert "--for does not apply to --to toy" in done.stderr

@@ -11,7 +11,6 @@ from torch import Tensor
 from xfm_fast.data.annotations import (
     Annotation,
     AnnotationRows,
-    Elements,
     Text,
     as_rows,
     read_array,
@@ -38,7 +37,7 @@ class LikenessBatch(PairInput):
 
 def likeness_rows(paths: Paths) -> list[AnnotationRows[LikenessRecord]]:
     return as_rows(
-        [Elements(str(path), read_array(path)) for path in find_files(paths)], LikenessRecord
+        [AnnotationRows(path, read_array(path)) for path in find_files(paths)], LikenessRecord
     )
 
 

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from xfm_fast.batches import RegionBatch, TextBatch
 from xfm_fast.data.items import collate_images, collate_pairs, collate_regions, collate_texts
-from xfm_fast.data.masking import block_mask
+from xfm_fast.data.masking import EncodedText, block_mask
 from xfm_fast.data.regions import RegionSample
-from xfm_fast.data.texts import EncodedText
 
 PAD = 1
 
@@ -53,7 +52,7 @@ def test_texts_are_padded(texts: list[EncodedText], more: int) -> None:
     assert batch.masked_positions.shape[1] == most
     _check(batch, texts)
     _check(batch.prepare(), texts)
-    wide = collate_texts(texts, pad_token_id=PAD, width=width + more, most=most + more)
+    wide = collate_texts(texts, pad_token_id=PAD, width=width + more, masked=most + more)
     assert wide.input_ids.shape[1] == width + more
     _check(wide, texts)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.conftest import load_json
-from xfm_fast.data.masking import ATTEMPTS, MaskedText, MaskingOptions, block_mask, mask_tokens
+from xfm_fast.data.masking import ATTEMPTS, EncodedText, MaskingOptions, block_mask, mask_tokens
 
 VOCABULARY, MASK = 50_265, 50_264
 OFFICIAL_DRAWS = 2000
@@ -20,7 +20,7 @@ DRAWS = 10_000
 
 def _mask(
     length: int, options: MaskingOptions, rng: np.random.Generator, starts: list[bool] | None = None
-) -> MaskedText:
+) -> EncodedText:
     ids = list(range(1000, 1000 + length))
     return mask_tokens(
         ids, options, rng, vocab_size=VOCABULARY, mask_token_id=MASK, word_starts=starts
@@ -46,9 +46,9 @@ def test_exactly_that_many(
     assert masked.positions[-1] < length
     assert masked.labels == [1000 + place for place in masked.positions]
     kept = set(range(length)) - set(masked.positions)
-    assert all(masked.ids[place] == 1000 + place for place in kept)
-    assert len(masked.ids) == length
-    assert all(0 <= number < VOCABULARY for number in masked.ids)
+    assert all(masked.masked_ids[place] == 1000 + place for place in kept)
+    assert len(masked.masked_ids) == length
+    assert all(0 <= number < VOCABULARY for number in masked.masked_ids)
     assert masked == _mask(length, options, np.random.default_rng(seed))
 
 
@@ -60,7 +60,7 @@ def _statistics(
     fates, neighbours, second, last, total = np.zeros(3), 0, 0, 0, 0
     counts = set()
     for _ in range(draws):
-        ids, positions, labels = _mask(length, options, rng)
+        _, ids, positions, labels = _mask(length, options, rng)
         counts.add(len(positions))
         total += len(positions)
         for place, label in zip(positions, labels, strict=True):

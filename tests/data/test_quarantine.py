@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.data.record_files import write_lines
-from xfm_fast.data.records import LineFile, ListRows
+from xfm_fast.data.annotations import AnnotationRows
+from xfm_fast.data.records import LineFile
 from xfm_fast.data.streams import Quarantine
 from xfm_fast.errors import DataError, StorageError
 
@@ -59,7 +60,7 @@ def test_rows_are_listed_once_over_processes_and_restarts(tmp_path: Path) -> Non
     ("rows", "tolerate", "allowed"), [(199, 0.01, 1), (200, 0.01, 2), (1000, 0.0, 1)]
 )
 def test_the_limit(tmp_path: Path, rows: int, tolerate: float, allowed: int) -> None:
-    file = ListRows([{}] * rows, "memory")
+    file = AnnotationRows("memory", [{}] * rows, modified=0)
     quarantine = Quarantine(
         tmp_path / "q.jsonl", tolerate_bad=tolerate, setting="streams.pairs.bad_share"
     )
@@ -74,7 +75,7 @@ def test_the_limit(tmp_path: Path, rows: int, tolerate: float, allowed: int) -> 
 
 
 def test_the_list_is_temporary_without_a_path_and_must_be_writable(tmp_path: Path) -> None:
-    rows = ListRows([{}] * 1000)
+    rows = AnnotationRows("memory", [{}] * 1000, modified=0)
     quarantine = Quarantine()
     quarantine.add(rows, 0, ERROR)
     path = quarantine.path

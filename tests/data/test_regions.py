@@ -184,7 +184,7 @@ BAD: list[tuple[Any, str]] = [
     ({"bb": [3, 3, 0, 5], "caption": "a"}, r"box \[3, 3, 0, 5\] shows nothing"),
     ({"bb": [3, 3, math.nan, 5], "caption": "a"}, "finite"),
     ({"bb": "abcd", "caption": "a"}, "four numbers"),
-    ("cat", "no mapping with 'bb' and 'caption'"),
+    ("cat", "not a mapping with 'bb' and 'caption'"),
 ]
 
 

@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.shapes import VOCABULARY, Scene, captions, render, scene
-from xfm_fast.export.expected import Examples, padded_texts
+from xfm_fast.export.expected import Examples, pad_texts
 from xfm_fast.export.graphs import DTYPES, Graph, in_dtype
 from xfm_fast.export.manifest import Manifest, new_manifest, record_files
 from xfm_fast.export.pipeline import build_graphs, graph_records
@@ -35,7 +34,7 @@ _STEPS = 160
 
 
 def build_model(**changes: Any) -> XFM:
-    """A small model in which nothing is zero or one, so that every term takes part in comparisons."""
+    """Build a small model in which nothing is zero or one, so that every term takes part in comparisons."""
     # The same weights for whoever calls it: what tests say of their errors is of these.
     torch.manual_seed(0)
     config = XFMConfig.preset("tiny", **{**_SIZES, **changes})
@@ -92,7 +91,7 @@ class Eager(Runtime):
             self.spoil(record.name, outputs)
             return outputs
 
-        return SimpleNamespace(run=run)
+        return run
 
 
 _SPELLING = Spelling("opset23", 23)
@@ -108,7 +107,7 @@ def write_export(
     all_tokens: bool = False,
     packed: bool = False,
 ) -> Path:
-    """A folder with a manifest but without graphs, for `eager`."""
+    """Write a folder with a manifest but without graphs, for `eager`."""
     fixed = fixed or {}
     request = ExportRequest(dtype, graphs, fixed, all_tokens, packed)  # pyright: ignore[reportArgumentType]
     records = graph_records(build_graphs(model, _SPELLING, request), dtype, model, fixed, ".onnx")
@@ -129,7 +128,7 @@ def eager(
     packed: bool = False,
     **spoil: Any,
 ) -> Eager:
-    """The graphs of a model, run by PyTorch."""
+    """Run the graphs of a model by PyTorch."""
     built = build_graphs(
         model, _SPELLING, ExportRequest(graphs=graphs, all_tokens=all_tokens, packed=packed)
     )
@@ -144,7 +143,7 @@ def make_model() -> Callable[..., XFM]:
 
 @pytest.fixture(scope="session")
 def small_model() -> XFM:
-    """The model behind the shared exports; not to be changed."""
+    """Build the model behind the shared exports; not to be changed."""
     return build_model()
 
 
@@ -158,7 +157,7 @@ def scenes_examples(model: XFM, first: int, images: int) -> Examples:
     rows = model.tokenizer.encode_ids(texts, 16)
     return Examples(
         _pixels(plain[:images], model),
-        *padded_texts(rows, model.config.pad_token_id),
+        *pad_texts(rows, model.config.pad_token_id),
         f"{images} scenes of shapes",
     )
 
@@ -171,7 +170,7 @@ def _pixels(scenes: list[Scene], model: XFM) -> Tensor:
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that is filled once for all processes of a test run; copy it before changing it."""
+    """Fill a folder once for all processes of a test run; copy it before changing it."""
     root = factory.getbasetemp()
     # Each process of pytest-xdist has a folder of its own in that of the run.
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
@@ -184,7 +183,7 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], obje
 
 @pytest.fixture(scope="session")
 def trained_model(tmp_path_factory: pytest.TempPathFactory) -> XFM:
-    """A model that ranks captions of shapes, of a few seconds of training: random weights have no ranks to lose."""
+    """Train a model for a few seconds to rank captions of shapes: random weights have no ranks to lose."""
     return XFM.from_pretrained(
         once(tmp_path_factory, "trained", lambda folder: _trained().save_pretrained(folder))
     )
@@ -201,25 +200,23 @@ def _trained() -> XFM:
     torch.manual_seed(0)
     model = XFM(XFMConfig.preset("tiny", vocab_size=tokenizer.vocab_size, **_SIZES, **still))
     model.tokenizer = tokenizer
-    scenes = [
-        made for made in (scene(0, number) for number in range(1500)) if len(made.things) == 1
-    ]
+    scenes = [made for made in (scene(0, index) for index in range(1500)) if len(made.things) == 1]
     texts = [captions(made)[0] for made in scenes]
-    pixels, (ids, mask) = _pixels(scenes, model), padded_texts(tokenizer.encode_ids(texts, 16), 1)
+    pixels, (ids, mask) = _pixels(scenes, model), pad_texts(tokenizer.encode_ids(texts, 16), 1)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     for _ in range(_STEPS):
         rows = torch.randint(len(scenes), (32,))
         same = torch.tensor([[texts[a] == texts[b] for b in rows] for a in rows]).float()
         images, words = model.encode_image(pixels[rows]), model.encode_text(ids[rows], mask[rows])
         alike = model.project_image(images) @ model.project_text(words).T / 0.07
-        wanted = same / same.sum(1, keepdim=True)
+        targets = same / same.sum(1, keepdim=True)
         wrong = torch.multinomial(1 - same, 1).squeeze(1)
         fused = model.fuse(
             torch.cat([words, words[wrong]]), torch.cat([mask[rows], mask[rows[wrong]]]), model.image_memory(images),
             torch.arange(32).repeat(2), first_token_only=True,
         )  # fmt: skip
         loss = F.cross_entropy(model.match_logits(fused), (torch.arange(64) < 32).long())
-        loss = loss + (F.cross_entropy(alike, wanted) + F.cross_entropy(alike.T, wanted.T)) / 2
+        loss = loss + (F.cross_entropy(alike, targets) + F.cross_entropy(alike.T, targets.T)) / 2
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -247,7 +244,7 @@ def _exported(
 
 @pytest.fixture(scope="session")
 def exported_fp32(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The four graphs that a server composes, in fp32 for ONNX Runtime, and a reference; copy it before changing it."""
+    """Export the four graphs that a server composes, in fp32, with a reference; copy it before changing it."""
     return _exported(tmp_path_factory, small_model, "fp32", "fp32", DEFAULT_GRAPHS)
 
 
@@ -255,15 +252,15 @@ def exported_fp32(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) ->
 def exported_packed(
     exported_fp32: Path, small_model: XFM, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The graphs of `exported_fp32` with texts in rows; those of images are the same."""
-    part = _exported(
+    """Export the graphs of `exported_fp32` with texts in rows; those of images are the same."""
+    texts = _exported(
         tmp_path_factory, small_model, "packed_texts", "fp32", ("text", "fusion"), packed=True
     )
 
     def make(folder: Path) -> None:
         shutil.copytree(exported_fp32, folder)
-        shutil.copytree(part, folder, dirs_exist_ok=True)
-        manifest, images = Manifest.load(part), Manifest.load(exported_fp32)
+        shutil.copytree(texts, folder, dirs_exist_ok=True)
+        manifest, images = Manifest.load(texts), Manifest.load(exported_fp32)
         manifest.graphs = [
             *(images.graph(name) for name in ("vision", "image_memory")),
             *manifest.graphs,
@@ -277,7 +274,7 @@ def exported_packed(
 
 @pytest.fixture(scope="session")
 def exported_fp16(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The graph `vision` in fp16."""
+    """Export the graph `vision` in fp16."""
     return _exported(tmp_path_factory, small_model, "fp16", "fp16", ("vision",))
 
 

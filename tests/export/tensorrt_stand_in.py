@@ -41,7 +41,7 @@ class FakeCuda:
         return SimpleNamespace(
             name=name,
             cuda_stream=0,
-            wait_stream=lambda other: self.log.append(f"{name} waits for {other.name}"),
+            wait_stream=lambda waited: self.log.append(f"{name} waits for {waited.name}"),
             wait_event=lambda event: self.log.append(f"{name} waits for an event"),
             synchronize=lambda: None,
         )
@@ -96,7 +96,7 @@ class FakeContext:
         profile = self.engine.record.profiles[self.profile]
         self.shapes[name] = shape
         limits = zip(profile.least[name], shape, profile.most[name], strict=True)
-        return all(least <= size <= most for least, size, most in limits)
+        return all(low <= size <= high for low, size, high in limits)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
@@ -154,18 +154,18 @@ class FakeEngine:
 
 
 def _memory(address: int, shape: tuple[int, ...], dtype: str) -> Any:
-    kind = TYPES[dtype] * int(np.prod(shape))
-    return np.frombuffer(kind.from_address(address), dtype=dtype).reshape(shape)
+    ctype = TYPES[dtype] * int(np.prod(shape))
+    return np.frombuffer(ctype.from_address(address), dtype=dtype).reshape(shape)
 
 
 def tensorrt_module(
     version: str = "10.14.1", graphs: Mapping[str, GraphRecord] | None = None
 ) -> Any:
-    """A module `tensorrt`; engines of `graphs` are deserialized into `module.engines`, and run with `module.cuda`."""
+    """Make a module `tensorrt`; engines of `graphs` go into `module.engines` and run with `module.cuda`."""
     module = MagicMock(__version__=version, cuda=FakeCuda(), engines={})
     module.__spec__ = ModuleSpec("tensorrt", None)
     severities = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
-    module.ILogger = type("ILogger", (), {name: number for number, name in enumerate(severities)})
+    module.ILogger = type("ILogger", (), {name: level for level, name in enumerate(severities)})
     module.IProgressMonitor, module.IStreamWriter = (
         type(name, (), {}) for name in ("Monitor", "Writer")
     )

@@ -17,8 +17,9 @@ from xfm_fast import XFM
 from xfm_fast.errors import ExportError, UnavailableError
 from xfm_fast.export import export_packages
 from xfm_fast.export.expected import generated_examples, make_reference
-from xfm_fast.export.graphs import build, trace
+from xfm_fast.export.graphs import build
 from xfm_fast.export.manifest import Manifest, record_files
+from xfm_fast.export.pipeline import trace
 from xfm_fast.export.request import GRAPHS, GraphName
 from xfm_fast.export.runtimes import open_runtime
 from xfm_fast.export.runtimes.aoti import local_target
@@ -35,20 +36,20 @@ assert "xfm_fast" not in sys.modules
 
 @pytest.fixture(scope="module")
 def memory_package(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A package of the graph that compiles fastest, made by the command."""
+    """Compile a package of the graph that compiles fastest, by the command."""
     if not {shutil.which(name) for name in ("g++", "clang++")} - {None}:
         pytest.skip("a package needs a C++ compiler")
     folder = tmp_path_factory.mktemp("packages")
     small_model.save_pretrained(folder / "model")
-    given = [str(folder / "model"), "--out", str(folder / "memory"), "--graphs", "image_memory"]
-    done = invoke(["export", "--to", "aoti", *given])
+    arguments = [str(folder / "model"), "--out", str(folder / "memory"), "--graphs", "image_memory"]
+    done = invoke(["export", "--to", "aoti", *arguments])
     assert done.exit_code == 0, done.output
     return folder / "memory"
 
 
 @pytest.fixture(scope="module")
 def foreign(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export like `memory_package` with a file that must not be loaded."""
+    """Write an export like `memory_package` with a file that must not be loaded."""
     folder = write_export(tmp_path_factory.mktemp("foreign"), small_model, graphs=("image_memory",))
     (folder / "image_memory.pt2").write_bytes(b"native code")
     manifest = Manifest.load(folder)
@@ -61,10 +62,12 @@ def foreign(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "package": local_target("cpu"),
         "graphs": [record],
     }
-    made = manifest.model_copy(update=changes | {"files": record_files(folder, record.files)})
+    changed = manifest.model_copy(update=changes | {"files": record_files(folder, record.files)})
     examples = generated_examples(small_model.config, images=1, texts=1)
-    keep_reference(made, folder, make_reference(small_model, examples, ("image_memory",), "fp32"))
-    made.save(folder)
+    keep_reference(
+        changed, folder, make_reference(small_model, examples, ("image_memory",), "fp32")
+    )
+    changed.save(folder)
     return folder
 
 
@@ -99,8 +102,8 @@ def test_a_package_is_loaded_by_pytorch_without_this_project(
     torch.testing.assert_close(
         tuple(torch.load(tmp_path / "found.pt", weights_only=True)), expected, rtol=0, atol=1e-5
     )
-    found = Session.load(memory_package, "aoti").image_memory(embeds).layers
-    torch.testing.assert_close(tuple(found.values()), expected, rtol=0, atol=1e-5)
+    layers = Session.load(memory_package, "aoti").image_memory(embeds).layers
+    torch.testing.assert_close(tuple(layers.values()), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["vision", pytest.param("fusion", marks=pytest.mark.slow)])
@@ -110,7 +113,7 @@ def test_a_program_has_no_operator_of_this_project(small_model: XFM, name: Graph
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "named"),
+    ("field", "value", "reason"),
     [
         ("torch", "1.0.0", r"torch 1\.0\.0"),
         ("instructions", ["avx9"], "avx9"),
@@ -118,12 +121,12 @@ def test_a_program_has_no_operator_of_this_project(small_model: XFM, name: Graph
     ],
 )
 def test_packages_are_bound_to_their_machine(
-    foreign: Path, field: str, value: Any, named: str
+    foreign: Path, field: str, value: Any, reason: str
 ) -> None:
     manifest = Manifest.load(foreign)
     assert manifest.package is not None
     setattr(manifest.package, field, value)
-    with pytest.raises(ExportError, match=named):
+    with pytest.raises(ExportError, match=reason):
         open_runtime("aoti", manifest)
 
 

@@ -25,7 +25,7 @@ pytest.importorskip("onnxruntime", reason="verification needs onnxruntime")
 
 
 def _run(*arguments: str, expect: int = 0) -> str:
-    """The output of a command that ends with the expected code, as the entry point would make of it."""
+    """Run a command, check its exit code, and return its output."""
     done = invoke(["export", *arguments])
     assert done.exit_code == expect, done.output
     return done.output
@@ -33,11 +33,11 @@ def _run(*arguments: str, expect: int = 0) -> str:
 
 def test_exit_codes_say_how_much_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    shown = _run(
+    output = _run(
         "--random", "tiny", "--out", str(out), "--graphs", "image_memory", "--dtype", "fp16"
     )
-    assert "verified" in shown
-    assert re.search(r"image_memory +memory .* ok", shown)
+    assert "verified" in output
+    assert re.search(r"image_memory +memory .* ok", output)
     manifest = Manifest.load(out)
     assert (manifest.status, manifest.dtype, manifest.graph_names) == (
         "verified",
@@ -58,14 +58,14 @@ def test_exit_codes_say_how_much_is_known(tmp_path: Path, monkeypatch: pytest.Mo
     engines.model_copy(update={"graphs_verification": None}).save(out)
     assert "unverified: " in _run("verify", str(out), expect=4)
     # Compared with the results of another model.
-    others = {name: value + is_memory(name) for name, value in reference.tensors.items()}
-    keep_reference(manifest, out, Reference(others, reference.rounding))
+    shifted = {name: value + is_memory(name) for name, value in reference.tensors.items()}
+    keep_reference(manifest, out, Reference(shifted, reference.rounding))
     manifest.save(out)
     assert "failed: " in _run("verify", str(out), expect=1)
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("options", "reason"),
     [
         ([], "--random"),
         (["--random", "tiny", "--sm", "80"], "--sm"),
@@ -74,12 +74,12 @@ def test_exit_codes_say_how_much_is_known(tmp_path: Path, monkeypatch: pytest.Mo
     ],
 )
 def test_errors_come_before_an_export(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], named: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], reason: str
 ) -> None:
     if "tensorrt-rtx" in options:
         pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(onnx, "write_onnx", lambda *_, **__: pytest.fail("exported"))
-    assert named in _run("--out", str(tmp_path / "out"), *options, expect=2)
+    assert reason in _run("--out", str(tmp_path / "out"), *options, expect=2)
     assert not (tmp_path / "out").exists()
 
 
@@ -104,7 +104,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 def _base(out: Path, command: str, dtype: str, *options: str, expect: int = 0) -> Manifest:
-    """An export of the base model in a process of its own, which holds at most twice the fp32 weights, all together."""
+    """Export the base model in a process of its own, which holds at most twice the fp32 weights, all together."""
     started = [
         sys.executable,
         "-m",
@@ -138,7 +138,7 @@ def _base(out: Path, command: str, dtype: str, *options: str, expect: int = 0) -
     ("dtype", "size"), [("fp32", 224), ("fp32", 384), ("fp16", 224), ("bf16", 224)]
 )
 def test_base_model_on_photographs(tmp_path: Path, dtype: str, size: int) -> None:
-    """What is promised of fp32: 1e-4 on embeddings and scores, lengths 1 to 40, the order of candidates, and memory."""
+    """Check the promise of fp32: 1e-4 on embeddings and scores, lengths 1 to 40, the order of candidates, memory."""
     manifest = _base(tmp_path / "out", "onnx", dtype, "--image-size", str(size))
     assert (manifest.status, manifest.reason) == ("verified", "")
     assert manifest.verification is not None
@@ -149,7 +149,7 @@ def test_base_model_on_photographs(tmp_path: Path, dtype: str, size: int) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_engines_of_the_base_model(dtype: str, tmp_path: Path) -> None:
-    """All four graphs at their real size, dynamic shapes, three architectures; each engine is about its weights."""
+    """Build all four graphs at their real size for three architectures; each engine is about its weights."""
     pytest.importorskip("tensorrt_rtx")
     manifest = _base(
         tmp_path,

@@ -48,9 +48,9 @@ def _run(name: GraphName, model: XFM, *inputs: Tensor, **options: bool) -> tuple
     return results
 
 
-def _close(found: Tensor, expected: Tensor) -> None:
-    assert found.dtype == expected.dtype
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+def _close(value: Tensor, expected: Tensor) -> None:
+    assert value.dtype == expected.dtype
+    torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("depth", [-1, 1], ids=["pooled", "local"])
@@ -84,8 +84,8 @@ def test_image_memory(model: XFM) -> None:
         2, model.config.num_image_tokens, model.config.vision_width, dtype=model.dtype
     )
     expected = graph_memory(model.image_memory(embeds)).values()
-    for found, wanted in zip(_run("image_memory", model, embeds), expected, strict=True):
-        _close(found, wanted)
+    for value, target in zip(_run("image_memory", model, embeds), expected, strict=True):
+        _close(value, target)
 
 
 def _fusion_inputs(model: XFM, images: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,11 +122,11 @@ def _in_rows(images: list[list[list[int]]], length: int) -> Layout:
     layout = Layout.of(images, LENGTHS, length)
     # Every token is found again where it was written.
     spread = layout.spread(torch.arange(sum(LENGTHS)) + 1, 0)
-    assert torch.equal(spread.flatten()[layout.place], layout.source + 1)
+    assert torch.equal(spread.flatten()[layout.target], layout.source + 1)
     assert (
         int((spread == 0).sum())
         == int((layout.segments == 0).sum())
-        == spread.numel() - len(layout.place)
+        == spread.numel() - len(layout.target)
     )
     return layout
 
@@ -141,11 +141,13 @@ def test_texts_in_rows(model: XFM, rows: list[list[int]], length: int) -> None:
     ids, mask = _texts(model)
     real, layout, padding = mask.bool(), _in_rows([rows], length), model.config.pad_token_id
     positions = model.text_encoder.roberta.embeddings.position_ids(ids)
-    given = (layout.spread(value[real], padding)[0] for value in (ids, positions))
-    embeds, feature = _run("text", model, *given, layout.segments[0], layout.firsts[0], packed=True)
+    spread_values = (layout.spread(value[real], padding)[0] for value in (ids, positions))
+    embeds, feature = _run(
+        "text", model, *spread_values, layout.segments[0], layout.firsts[0], packed=True
+    )
     expected = model.encode_text(ids, mask)
-    _close(embeds.flatten(0, 1)[layout.place], expected[real][layout.source])
-    _close(feature[layout.found], model.project_text(expected)[layout.texts])
+    _close(embeds.flatten(0, 1)[layout.target], expected[real][layout.source])
+    _close(feature[layout.results], model.project_text(expected)[layout.texts])
 
 
 @pytest.mark.parametrize("all_tokens", [False, True], ids=["first", "all"])
@@ -174,13 +176,13 @@ def test_fusion_in_rows(
         "fusion", model, layout.spread(text_embeds[real]), layout.segments, layout.firsts,
         *graph_memory(memory).values(), all_tokens=all_tokens, packed=True,
     )  # fmt: skip
-    for found, wanted in (
+    for value, target in (
         (fused, expected[:, 0]), (logits, model.match_logits(expected)), (boxes, model.predict_boxes(expected)),
     ):  # fmt: skip
-        _close(found.flatten(0, 1)[layout.found], wanted[layout.texts])
+        _close(value.flatten(0, 1)[layout.results], target[layout.texts])
     assert len(every) == int(all_tokens)
     for tokens in every:
-        _close(tokens.flatten(0, 2)[layout.place], expected[real][layout.source])
+        _close(tokens.flatten(0, 2)[layout.target], expected[real][layout.source])
 
 
 def test_missing_parts_of_a_model_are_named(small_model: XFM) -> None:

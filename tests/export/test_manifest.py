@@ -38,7 +38,7 @@ def _manifest(**changes: Any) -> Manifest:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with two files and their manifest."""
+    """Write a folder with two files and their manifest."""
     (tmp_path / "vision.onnx").write_bytes(b"v" * 100)
     (tmp_path / "text.onnx").write_bytes(b"t" * 50)
     _manifest(files=record_files(tmp_path, ["vision.onnx", "text.onnx", "text.onnx"])).save(
@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_fields_of_earlier_exports_are_read() -> None:
-    chosen = {
+    quantisation = {
         "kind": "int8",
         "budget": 0.99,
         "cosine": 0.999,
@@ -58,8 +58,11 @@ def test_fields_of_earlier_exports_are_read() -> None:
     }
     timed = {"wide_milliseconds": 2.0, "milliseconds": 1.0}
     later = {"tables": [], "launches": [], "wide_launches": []}
-    assert QuantisationRecord.model_validate(chosen | timed).model_dump() == chosen | timed | later
-    assert QuantisationRecord.model_validate(chosen).milliseconds == 0
+    assert (
+        QuantisationRecord.model_validate(quantisation | timed).model_dump()
+        == quantisation | timed | later
+    )
+    assert QuantisationRecord.model_validate(quantisation).milliseconds == 0
 
 
 @pytest.mark.parametrize("content", [b"v" * 30, b"v" * 99 + b"!", b"v" * 100 + b"!", None])
@@ -97,20 +100,20 @@ def test_damaged_manifests(folder: Path, change: dict[str, Any]) -> None:
 def test_engines_belong_to_their_gpus_and_library() -> None:
     _manifest().require_target(library_version="1.0", compute_capability=75)
     target = EngineTarget(library="tensorrt", version="10.14.1", compute_capabilities=[80, 89])
-    made = _manifest(kind="tensorrt", target=target)
+    manifest = _manifest(kind="tensorrt", target=target)
     for capability in (89, None):
-        made.require_target(library_version="10.14.1", compute_capability=capability)
-    for version, capability, named in (("10.14.1", 75, "SM75"), ("10.15.0", 80, r"10\.15\.0")):
-        with pytest.raises(ExportError, match=named):
-            made.require_target(library_version=version, compute_capability=capability)
+        manifest.require_target(library_version="10.14.1", compute_capability=capability)
+    for version, capability, reason in (("10.14.1", 75, "SM75"), ("10.15.0", 80, r"10\.15\.0")):
+        with pytest.raises(ExportError, match=reason):
+            manifest.require_target(library_version=version, compute_capability=capability)
     wide = target.model_copy(
         update={"version_compatible": True, "hardware_compatibility": "ampere_plus"}
     )
-    made = _manifest(kind="tensorrt", target=wide)
-    made.require_target(library_version="10.15.0", compute_capability=90)
-    for version, capability, named in (("10.14.1", 75, "SM75"), ("10.9.0", 80, r"10\.9")):
-        with pytest.raises(ExportError, match=named):
-            made.require_target(library_version=version, compute_capability=capability)
+    manifest = _manifest(kind="tensorrt", target=wide)
+    manifest.require_target(library_version="10.15.0", compute_capability=90)
+    for version, capability, reason in (("10.14.1", 75, "SM75"), ("10.9.0", 80, r"10\.9")):
+        with pytest.raises(ExportError, match=reason):
+            manifest.require_target(library_version=version, compute_capability=capability)
 
 
 def test_export_describes_itself(exported_fp32: Path, small_model: XFM) -> None:
@@ -173,7 +176,7 @@ def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_export")
 @pytest.mark.parametrize(
-    ("options", "error", "named"),
+    ("options", "error", "reason"),
     [
         ({"consumer": "toaster"}, UnavailableError, "'toaster'"),
         ({"dtype": "fp8"}, UnavailableError, "'fp8'"),
@@ -184,9 +187,9 @@ def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_bad_requests_end_before_a_graph_is_traced(
-    small_model: XFM, tmp_path: Path, options: dict[str, Any], error: type[Exception], named: str
+    small_model: XFM, tmp_path: Path, options: dict[str, Any], error: type[Exception], reason: str
 ) -> None:
-    with pytest.raises(error, match=named):
+    with pytest.raises(error, match=reason):
         export_onnx(small_model, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from tests.export.conftest import build_model
 from xfm_fast import __version__
 from xfm_fast.export import onnx as onnx_files
-from xfm_fast.export.graphs import DTYPES, build, in_dtype, memory_names, random_inputs
+from xfm_fast.export.graphs import DTYPES, build, in_dtype, memory_names
 from xfm_fast.export.onnx import write_onnx
+from xfm_fast.export.pipeline import random_inputs
 from xfm_fast.export.request import AttentionForm, DType, GraphName
 from xfm_fast.export.runtimes import Spelling
 from xfm_fast.models.xfm import XFM
@@ -73,16 +74,18 @@ def _assert_same(
     graph = build(name, model, "opset23")
     values = random_inputs(graph, sizes, torch.float32)
     typed = [value.to(DTYPES[dtype]) if value.is_floating_point() else value for value in values]
-    found = _run(path, {spec.name: value for spec, value in zip(graph.inputs, typed, strict=True)})
+    results = _run(
+        path, {spec.name: value for spec, value in zip(graph.inputs, typed, strict=True)}
+    )
     with torch.no_grad():
         expected = graph(*values)
-    for spec, mine, theirs in zip(graph.outputs, found, expected, strict=True):
+    for spec, mine, truth in zip(graph.outputs, results, expected, strict=True):
         assert mine.shape == spec.shape(sizes)
         torch.testing.assert_close(
             mine.float(),
-            theirs,
+            truth,
             rtol=0,
-            atol=TOLERANCE[dtype] * max(1.0, float(theirs.abs().max())),
+            atol=TOLERANCE[dtype] * max(1.0, float(truth.abs().max())),
         )
 
 
@@ -101,16 +104,16 @@ def test_every_spelling_is_valid_and_the_same_function(
     loaded = onnx.load(str(path))
     onnx.checker.check_model(loaded, full_check=True)
     assert {entry.domain: entry.version for entry in loaded.opset_import}[""] == opset
-    kinds = [(node.domain, node.op_type) for node in loaded.graph.node]
+    operators = [(node.domain, node.op_type) for node in loaded.graph.node]
     # The operator stands where it costs TensorRT no copy: in the cross-attention.
-    assert kinds.count(("", "Attention")) == (form == "opset23")
-    assert kinds.count(("", "Softmax")) == (1 if form == "opset23" else 2)
-    assert {domain for domain, _ in kinds} == {""}
-    kind = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16}.get(
+    assert operators.count(("", "Attention")) == (form == "opset23")
+    assert operators.count(("", "Softmax")) == (1 if form == "opset23" else 2)
+    assert {domain for domain, _ in operators} == {""}
+    data_type = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16}.get(
         dtype, onnx.TensorProto.BFLOAT16
     )
     assert {tensor.data_type for tensor in loaded.graph.initializer if len(tensor.dims) == 2} == {
-        kind
+        data_type
     }
     if dtype != "bf16":  # ONNX Runtime has no bf16 kernels for the CPU.
         for sizes in (
@@ -134,9 +137,9 @@ def test_attention_reads_the_memory_where_it_lies(model: XFM, written: Callable[
     graph = onnx.load(str(written("fusion", dtype="fp16"))).graph
     layers = [value.name for value in graph.input if value.name.startswith("memory_")]
     assert layers == memory_names(model.config.fusion_layers)
-    for place, name in enumerate(layers):
+    for index, name in enumerate(layers):
         (reader,) = [node for node in graph.node if name in node.input]
-        assert (reader.op_type, [*reader.input].index(name)) == ("Attention", 1 + place % 2)
+        assert (reader.op_type, [*reader.input].index(name)) == ("Attention", 1 + index % 2)
     assert not [node for node in graph.node if node.op_type == "Gather"]
 
 
@@ -158,8 +161,10 @@ def test_names_are_clean_and_metadata_is_there(written: Callable[..., Path]) -> 
         "text",
     )
     assert {entry.key: entry.value for entry in loaded.metadata_props} == METADATA
-    parts = [*loaded.graph.node, *loaded.graph.value_info, *loaded.graph.initializer]
-    assert not [part.name for part in parts if part.doc_string or part.metadata_props]
+    messages = [*loaded.graph.node, *loaded.graph.value_info, *loaded.graph.initializer]
+    assert not [
+        message.name for message in messages if message.doc_string or message.metadata_props
+    ]
     # Written weight by weight, and the same as protobuf writes it.
     assert onnx.load_from_string(again := loaded.SerializeToString()) == loaded
     assert len(again) == len(content)
@@ -170,7 +175,7 @@ def test_weights_beyond_the_limit_lie_beside_the_file(model: XFM, tmp_path: Path
     graph, spelling = build("image_memory", model, "opset23"), Spelling("opset23", 23)
     path = tmp_path / "image_memory.onnx"
     files = write_onnx(graph, path, spelling, "fp32", largest_file=1000)
-    assert [part.name for part in files] == ["image_memory.onnx", "image_memory.onnx.data"]
+    assert [message.name for message in files] == ["image_memory.onnx", "image_memory.onnx.data"]
     assert path.stat().st_size < 4000 < (tmp_path / "image_memory.onnx.data").stat().st_size
     onnx.checker.check_model(str(path), full_check=True)
     _assert_same(model, "image_memory", path, {"batch": 2})
@@ -182,7 +187,7 @@ def test_weights_beyond_the_limit_lie_beside_the_file(model: XFM, tmp_path: Path
 
 
 def test_one_file_for_every_reader(exported_fp32: Path) -> None:
-    """The default export is read by onnx's own evaluator and by OpenVINO as by ONNX Runtime."""
+    """Read the default export by onnx's own evaluator and by OpenVINO as by ONNX Runtime."""
     from onnx.reference import ReferenceEvaluator
 
     path = exported_fp32 / "fusion.onnx"
@@ -207,12 +212,12 @@ def test_one_file_for_every_reader(exported_fp32: Path) -> None:
         )
         found["openvino"] = [*compiled(feed).values()]
     for results in found.values():
-        for mine, theirs in zip(results, expected, strict=True):
-            torch.testing.assert_close(torch.from_numpy(np.array(mine)), theirs, rtol=0, atol=1e-5)
+        for mine, truth in zip(results, expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(np.array(mine)), truth, rtol=0, atol=1e-5)
 
 
 def test_weights_have_the_names_of_their_parameters(exported_fp32: Path) -> None:
-    """Those that were transposed for a product too, whatever the optimiser calls a folded constant."""
+    """Include weights that were transposed for a GEMM, whatever the optimiser calls a folded constant."""
     for graph, weight in {
         "vision": "encoder.blocks.0.mlp.fc1.weight",
         "text": "encoder.encoder.layer.1.output.dense.weight",

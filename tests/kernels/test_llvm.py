@@ -351,10 +351,10 @@ def test_gradients_of_no_rows_and_of_no_numbers(level: llvm.Level, dtype: torch.
 def test_compiled_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And read again if it is whole and no other user could write it; where nothing can be kept, all works."""
     made: list[str] = []
-    compile_ = builder._compiled
-    monkeypatch.setattr(builder, "_KEPT", tmp_path / "kernels")
+    compile_ = builder._compile
+    monkeypatch.setattr(builder, "_OBJECTS", tmp_path / "kernels")
     monkeypatch.setattr(
-        builder, "_compiled", lambda written, level: made.append("") or compile_(written, level)
+        builder, "_compile", lambda written, level: made.append("") or compile_(written, level)
     )
     x, weight = torch.randn(3, 64), torch.randn(48, 64)
 
@@ -374,7 +374,7 @@ def test_compiled_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     kept.chmod(0o666)
     assert compilations() == 1
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(builder, "_KEPT", tmp_path / "file" / "kernels")
+    monkeypatch.setattr(builder, "_OBJECTS", tmp_path / "file" / "kernels")
     assert compilations() == 1
     builder.kernel.cache_clear()
 
@@ -413,7 +413,7 @@ address = lambda function: ctypes.cast(function, ctypes.c_void_p).value
 libraries = [path for path in paths if re.search(r"/lib[gi]?omp[^/]*\\.so", path)]
 entries = {address(ctypes.CDLL(path).GOMP_parallel): path for path in libraries}
 assert len(entries) > 1, "one OpenMP library alone proves nothing"
-assert str(Path(torch.__file__).parent) in entries[address(builder._team())], entries
+assert str(Path(torch.__file__).parent) in entries[address(builder._openmp_parallel())], entries
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False

@@ -15,7 +15,7 @@ from xfm_fast import XFM, XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.export.graphs import build
 from xfm_fast.kernels.cpu import attention, gemm, int8, llvm, selection
-from xfm_fast.models.text import ShortParts
+from xfm_fast.models.text import ShortLayer
 from xfm_fast.packing import Packing
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -80,9 +80,9 @@ def test_a_single_short_text(
         weight.normal_(std=0.1)
     model = model.to(dtype)
     name, taken = f"run_{kind}", list[int]()
-    short = getattr(ShortParts, name)
+    short = getattr(ShortLayer, name)
     monkeypatch.setattr(
-        ShortParts, name, lambda own, x, *rest: taken.append(len(x)) or short(own, x, *rest)
+        ShortLayer, name, lambda own, x, *rest: taken.append(len(x)) or short(own, x, *rest)
     )
     ids, layers = torch.randint(5, model.config.vocab_size, (2, 9)), model.config.text_layers
     mask = torch.arange(9)[None] < torch.tensor([[7], [9]])

@@ -20,9 +20,10 @@ from tests.agreement import (
 )
 from tests.conftest import CASES, config, load_json
 from tests.kernels.accuracy import draws
+from tests.models.hidden_states import record_hidden_states
 from xfm_fast.kernels import ops
 from xfm_fast.models.fusion import ImageMemory
-from xfm_fast.models.xfm import XFM, record_hidden_states
+from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import (
     box_giou_loss,
     box_l1_loss,

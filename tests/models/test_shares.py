@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.models.hidden_states import record_hidden_states
 from xfm_fast import XFM, XFMConfig
 from xfm_fast.kernels.backend import use_backend
 from xfm_fast.kernels.cpu import gemm, int8
 from xfm_fast.models import shares, text
 from xfm_fast.models.shares import Texts
-from xfm_fast.models.xfm import record_hidden_states
 from xfm_fast.packing import ImageGroups, Sequences
 
 

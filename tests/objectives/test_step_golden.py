@@ -173,7 +173,7 @@ def test_codes_that_do_not_fit() -> None:
     model = XFM(config("tiny_a", codebook_size=3), heads=("codes",)).double()
     with pytest.raises(InputError, match="vocabulary of 3"):
         pretraining_losses(model, batch, mim_target=lambda image: by_brightness(image) + 3)
-    with pytest.raises(InputError, match=r"mim_target gave codes \[\d+, 1\]"):
+    with pytest.raises(InputError, match=r"mim_target returned codes \[\d+, 1\]"):
         pretraining_losses(model, batch, mim_target=lambda image: by_brightness(image)[:, :1])
     with pytest.raises(UnavailableError, match="codes"):
         pretraining_losses(model_of("tiny_a"), batch, mim_target=by_brightness)

@@ -152,7 +152,9 @@ def test_regions(count: int, images: int, seed: int, local_attn_depth: int) -> N
 def test_texts(count: int, seed: int) -> None:
     model = model_with()
     assert_same(
-        model, TextBatch(**texts(count, model.config, torch.Generator().manual_seed(seed))), None  # pyright: ignore[reportArgumentType]
+        model,
+        TextBatch(**texts(count, model.config, torch.Generator().manual_seed(seed))),
+        None,  # pyright: ignore[reportArgumentType]
     )
 
 

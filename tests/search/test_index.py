@@ -91,7 +91,7 @@ def test_broken_images_are_listed(photos: Path, model: SearchModel) -> None:
 def test_a_killed_run_resumes(
     photos: Path, model: SearchModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index, "_PART", 2)
+    monkeypatch.setattr(index, "_SHARD_IMAGES", 2)
 
     def kill(done: int, of: int) -> None:
         if done == 4:
@@ -103,7 +103,7 @@ def test_a_killed_run_resumes(
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert not (index_folder(photos) / "index.json").exists()
     # Half a part is none; files of other names stay.
-    ours = [f"part-0-{model.fingerprint}-0123456789ab.jsonl", "graph-0123456789ab.usearch"]
+    ours = [f"part-0-{model.fingerprint}-0123456789ab.jsonl", "images-0123456789ab.jsonl"]
     others = ["part-1.jpg", "images-2024.jsonl", "features-old.f32"]
     for name in (*ours, *others):
         (index_folder(photos) / name).write_text('{"name":')
@@ -184,16 +184,6 @@ def test_a_damaged_index_is_refused(
         open_index(folder)
 
 
-def test_an_index_of_an_earlier_version_is_read(whole: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(whole, tmp_path / "index")
-    header = json.loads((folder / "index.json").read_text())
-    del header["sums"]
-    (folder / "index.json").write_text(
-        json.dumps(header | {"faults": {"3.png": "?"}, "broken": [], "graph": None})
-    )
-    assert len(open_index(folder).entries) == 2
-
-
 def test_an_index_moves_with_its_folder(photos: Path, model: SearchModel, tmp_path: Path) -> None:
     build_index(photos, model)
     moved = Path(shutil.move(photos, tmp_path / "moved"))
@@ -229,7 +219,7 @@ def _build(
 ) -> None:
     """Build an index as one of several processes, which is stopped after `last` images."""
     join_group(rank, world_size, folder.with_name(f"meet-{folder.name}-{world_size}-{last}"))
-    index._PART = part
+    index._SHARD_IMAGES = part
     stop = Event()
 
     def count(done: int, of: int) -> None:

@@ -38,7 +38,7 @@ def test_nearest_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     features = np.random.default_rng(0).standard_normal((1000, 8)).astype(np.float32)
     query = torch.from_numpy(features[700])
     whole = torch.from_numpy(features) @ query
-    monkeypatch.setattr(query_module, "_BLOCK", 64)
+    monkeypatch.setattr(query_module, "_BLOCK_ROWS", 64)
     for k in (1, 100, 2000):
         rows, values = query_module.nearest(features, query, k)
         assert rows.tolist() == whole.argsort(descending=True)[:k].tolist()

@@ -124,7 +124,7 @@ def test_too_many_connections_keep_nobody_out(
 ) -> None:
     from xfm_fast.serve import server
 
-    monkeypatch.setattr(server, "_MOST_CONNECTIONS", 8)
+    monkeypatch.setattr(server, "_CONNECTION_LIMIT", 8)
     with start(max_queue=2) as service, ExitStack() as stack:
         idle = [
             stack.enter_context(connect(service.port, sent))

@@ -55,7 +55,7 @@ def test_norms_are_those_of_all_parameters() -> None:
     assert [norms.names[i] for i in having] == [
         n for n, p in model.named_parameters() if p.grad is not None
     ]
-    parts = norms.by_part(each, having)
+    parts = norms.by_encoder(each, having)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     expected = torch.cat([gradient.flatten() for gradient in gradients]).norm()
     torch.testing.assert_close(parts["all"], expected)
@@ -158,7 +158,7 @@ def test_first_operation_of_the_backward_pass_is_named(tmp_path: Path) -> None:
     norms = torch.zeros(len(ModelNorms(model).names))
     at = ModelNorms(model).names.index("vision_proj.weight")
     norms[at] = float("inf")
-    guard.watch(3, "images", list(range(len(norms))), norms)
+    guard.watch("images", list(range(len(norms))), norms)
     with pytest.raises(NonFiniteError) as caught:
         guard.check([Value(3, "grad_norm/images", float("inf"))], batches, rerun)
     assert (

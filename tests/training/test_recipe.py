@@ -75,10 +75,10 @@ def test_base_recipe_has_the_official_numbers() -> None:
 
 # An override, and what the message names: the key or value, and the nearest or known ones.
 REFUSED = {
-    "streams.pairs.masking.mosts=3": "streams.pairs.masking.mosts is no key of a recipe (did you mean most?)",
+    "streams.pairs.masking.mosts=3": "streams.pairs.masking.mosts is not a key of a recipe (did you mean most?)",
     "model.image_sise=64": "image_size",
     "model.preset=huge": "'huge'",
-    "updates=[[tekst], [regions, images], [pairs]]": "tekst is no stream of a recipe (did you mean text?)",
+    "updates=[[tekst], [regions, images], [pairs]]": "tekst is not a stream of a recipe (did you mean text?)",
     "schedule.warmup=5000": "schedule.warmup=5000",
     "streams.images.losses=[itc]": "streams.images",
     "updates=[[text], [regions], [pairs]]": "stream images",

@@ -1,4 +1,4 @@
-"""State dicts in files: read without executing any of their content, and streamed to files."""
+"""State dicts in files: reading that executes none of their content, and streamed writing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from xfm_fast.io import make_folder, require_file, write_files
 FORMAT_VERSION = 1
 CONFIG_FILE, MODEL_FILE, UNUSED_FILE = "config.json", "model.safetensors", "unused.safetensors"
 TASK_FILE = "task.json"
-"""Next to weights or their export: the task that they were fine-tuned for."""
+"""Next to fine-tuned weights or their export: their task."""
 TOKENIZER_FILE = "tokenizer.json"
 
 _DTYPES = {
@@ -41,12 +41,12 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-# Where training programs keep the weights inside what they save, in the order in which they are looked for.
+# Keys of the weights in checkpoints of training programs, in order of precedence.
 _NESTINGS = ("model", "module", "state_dict")
-_MOST_NESTINGS = 8
-# Prefixes that DistributedDataParallel and torch.compile put before every name.
+_MAX_NESTINGS = 8
+# Prefixes of DistributedDataParallel and torch.compile.
 _WRAPPERS = ("module.", "_orig_mod.")
-_AGAIN = "download or copy it again and compare checksums"
+_REMEDY = "download or copy it again and compare checksums"
 _FOREIGN = (
     (b"\xff\xd8\xff", "a JPEG image"),
     (b"\x89PNG", "a PNG image"),
@@ -59,16 +59,12 @@ _FOREIGN = (
 
 
 def model_folder(path: Path) -> Path | None:
-    """The weights folder of a path: the path itself, or the chosen or last one of a run; None for other paths."""
-    # os.path, unlike pathlib, answers False to a name that is too long.
-    return next(
-        (
-            each
-            for each in (path, path / "best", path / "model")
-            if os.path.isfile(each / CONFIG_FILE)
-        ),
-        None,
-    )
+    """Return the weights folder of a path: the path itself, or the best or last one of a run; None for other paths."""
+    for folder in (path, path / "best", path / "model"):
+        # os.path, unlike pathlib, returns False for a name that is too long.
+        if os.path.isfile(folder / CONFIG_FILE):
+            return folder
+    return None
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -80,21 +76,21 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     `CheckpointError`.
     """
     path = Path(path)
-    form = _format(path)
-    if form == "zip":
+    file_format = _detect_format(path)
+    if file_format == "zip":
         _check_zip(path)
-    if form != "safetensors":
-        return _as_state_dict(_load_torch(path, mmap=form == "zip"), path)
+    if file_format != "safetensors":
+        return _as_state_dict(_load_torch(path, mmap=file_format == "zip"), path)
     try:
         return _as_state_dict(load_file(path), path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) is a damaged or truncated safetensors file "
-            f"({_first_line(error)}); {_AGAIN}"
+            f"({_first_line(error)}); {_REMEDY}"
         ) from None
 
 
-def _format(path: Path) -> Literal["safetensors", "zip", "pickle"]:
+def _detect_format(path: Path) -> Literal["safetensors", "zip", "pickle"]:
     """Detect the format of a checkpoint by its first bytes."""
     if path.is_dir():
         raise CheckpointError(
@@ -110,42 +106,42 @@ def _format(path: Path) -> Literal["safetensors", "zip", "pickle"]:
             f"checkpoint {path} cannot be read ({error.strerror}); check its permissions"
         ) from None
     if not head:
-        raise CheckpointError(f"checkpoint {path} is empty (0 bytes); {_AGAIN}")
+        raise CheckpointError(f"checkpoint {path} is empty (0 bytes); {_REMEDY}")
     for magic, name in _FOREIGN:
         if head.startswith(magic):
             raise CheckpointError(
                 f"{path} is {name}; give a .safetensors file or a PyTorch checkpoint"
             )
     if head.startswith(b"PK\x03\x04"):
-        if not _has_zip_end(path):
+        if not _is_complete_zip(path):
             raise CheckpointError(
-                f"{path} ({path.stat().st_size} bytes) is a truncated PyTorch checkpoint; {_AGAIN}"
+                f"{path} ({path.stat().st_size} bytes) is a truncated PyTorch checkpoint; {_REMEDY}"
             )
         return "zip"
-    # A safetensors file begins with the length of its JSON header. Eight bytes of text would be a huge number.
+    # A safetensors file begins with the length of its JSON header; eight bytes of text would be a huge length.
     header = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32
     if header or (path.suffix == ".safetensors" and (len(head) < 9 or head[8:9] == b"{")):
         return "safetensors"
     if head.startswith(b"\x80"):
         return "pickle"
     text = head.lstrip()
-    what = "an unknown kind of file"
+    description = "an unknown file"
     if text[:1] in (b"{", b"["):
-        what = "a JSON file"
+        description = "a JSON file"
     elif text[:1] == b"<":
-        what = "an HTML or XML page"
+        description = "an HTML or XML page"
     elif all(byte >= 32 or byte in b"\t\n\r" for byte in text):
-        what = "a text file"
+        description = "a text file"
     raise CheckpointError(
-        f"{path} is {what} (it begins with {head[:8]!r}); give a .safetensors file or a PyTorch checkpoint"
+        f"{path} is {description} (it begins with {head[:8]!r}); give a .safetensors file or a PyTorch checkpoint"
     )
 
 
-def _has_zip_end(path: Path) -> bool:
+def _is_complete_zip(path: Path) -> bool:
     try:
         return zipfile.is_zipfile(path)
     except zipfile.BadZipFile:
-        # A multi-disk archive. Other faults are found when it is read.
+        # A multi-disk archive; reading it finds other faults.
         return True
 
 
@@ -153,12 +149,10 @@ def _check_zip(path: Path) -> None:
     """Verify the archive's checksums, which PyTorch does not."""
     try:
         with zipfile.ZipFile(path) as archive:
+            size = path.stat().st_size
             for entry in archive.infolist():
                 # PyTorch does not compress, and a compressed file may expand to any size.
-                if (
-                    entry.compress_type != zipfile.ZIP_STORED
-                    or entry.file_size > path.stat().st_size
-                ):
+                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
                     raise CheckpointError(
                         f"{path} has a compressed {entry.filename}, unlike torch.save; save it again if you trust it"
                     )
@@ -170,38 +164,35 @@ def _check_zip(path: Path) -> None:
     except Exception as error:  # a damaged archive can raise anything
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) is a damaged or truncated PyTorch checkpoint "
-            f"({_first_line(error)}); {_AGAIN}"
+            f"({_first_line(error)}); {_REMEDY}"
         ) from None
 
 
 def _load_torch(path: Path, *, mmap: bool) -> Any:
     try:
-        # Training programs like to store their command line next to the weights. Rebuilding a Namespace only fills
-        # the attributes of a fresh object, so it is safe to allow.
+        # Training programs store their command line next to the weights; a Namespace only gets attributes.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except MemoryError:
-        raise CheckpointError(f"{path} needs more memory than this machine has; {_AGAIN}") from None
+        raise CheckpointError(
+            f"{path} needs more memory than this machine has; {_REMEDY}"
+        ) from None
     except Exception as error:  # a damaged pickle can raise anything
-        refused = (
-            re.search(r"GLOBAL (\S+)", str(error))
-            if isinstance(error, pickle.UnpicklingError)
-            else None
-        )
-        if refused:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code and isinstance(error, pickle.UnpicklingError):
             raise CheckpointError(
-                f"{path} contains {refused[1]!r}, not only weights, and was not run; save model.state_dict() again"
+                f"{path} contains {code[1]!r}, not only weights, and was not run; save model.state_dict() again"
             ) from None
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) is truncated or not a PyTorch checkpoint "
-            f"({_first_line(error)}); {_AGAIN}"
+            f"({_first_line(error)}); {_REMEDY}"
         ) from None
 
 
 def _as_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     where = ""
     # A mapping may contain itself.
-    while isinstance(content, Mapping) and where.count("[") < _MOST_NESTINGS:
+    while isinstance(content, Mapping) and where.count("[") < _MAX_NESTINGS:
         inner = next((name for name in _NESTINGS if isinstance(content.get(name), Mapping)), None)
         if inner is None:
             break
@@ -219,19 +210,17 @@ def _as_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
                 f"{path}{where} has a {type(value).__name__} under {name!r}, not a tensor; save model.state_dict() only"
             )
         if value.is_nested or value.dtype not in _DTYPES:
+            description = "nested" if value.is_nested else value.dtype
             raise CheckpointError(
-                f"{name!r} in {path}{where} is {'nested' if value.is_nested else value.dtype}, unlike any model here; "
-                "convert it to float32"
+                f"{name!r} in {path}{where} is {description}, unlike any model here; convert it to float32"
             )
-        if (
-            value.layout == torch.strided
-            and not value.is_meta
-            and value.nbytes > value.untyped_storage().nbytes()
-        ):
-            raise CheckpointError(
-                f"{name!r} in {path}{where} expands {value.untyped_storage().nbytes():,} bytes to {list(value.shape)}; "
-                "save it with .contiguous()"
-            )
+        if value.layout == torch.strided and not value.is_meta:
+            stored = value.untyped_storage().nbytes()
+            if value.nbytes > stored:
+                raise CheckpointError(
+                    f"{name!r} in {path}{where} expands {stored:,} bytes to {list(value.shape)}; "
+                    "save it with .contiguous()"
+                )
         state[name] = value.detach()
     for prefix in _WRAPPERS:
         if all(name.startswith(prefix) for name in state):
@@ -260,11 +249,10 @@ def save_pretrained(
     unused: Mapping[str, Tensor] | None = None,
     files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write `config.json`, `model.safetensors`, `unused.safetensors` (when there are `unused`) and other `files` to
-    `dir`.
+    """Write `config.json`, `model.safetensors`, `unused.safetensors` (with `unused`) and other `files` to `dir`.
 
-    All files are complete on disk under temporary names before the first rename, so a full disk or a killed process
-    leaves an earlier save intact. An `unused.safetensors` of an earlier save is removed, since it belongs to other
+    All files are complete on disk under temporary names before the first rename, so that a full disk or a killed
+    process leaves an earlier save intact. `unused.safetensors` of an earlier save is removed, since it belongs to other
     weights. Tensors are streamed without a second copy of the model. Raises `StorageError`, or `CheckpointError` for a
     dtype that safetensors cannot hold.
     """
@@ -275,8 +263,7 @@ def save_pretrained(
         folder / CONFIG_FILE: lambda file: file.write(config.to_json().encode()),
     }
     if unused:
-        dead = unused
-        writers[folder / UNUSED_FILE] = lambda file: write_safetensors(file, dead)
+        writers[folder / UNUSED_FILE] = lambda file: write_safetensors(file, unused)
     for name, content in (files or {}).items():
         writers[folder / name] = lambda file, content=content: file.write(content)
     write_files(writers)

@@ -32,7 +32,8 @@ from xfm_fast.checkpoint.names import (
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, InputError
 
-_SHOWN = 8
+# Names of each problem in an error.
+_EXAMPLES = 8
 
 
 @dataclass
@@ -48,14 +49,15 @@ class LoadResult:
 _IN_PLACE = ("__iadd__", "__imul__", "__isub__", "__itruediv__")
 
 
-class _Uninitialised(TorchFunctionMode):
+class _SkipInitialisers(TorchFunctionMode):
+    """Skips in-place functions of meta tensors."""
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         name = getattr(func, "__name__", "")
-        writes = name in _IN_PLACE or (
-            name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-        )
+        writes = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        writes = writes and name != "requires_grad_"
         kwargs = kwargs or {}
         # Initialisers are looked up in torch.nn.init by name.
         target = args[0] if args else kwargs.get("tensor")
@@ -66,18 +68,18 @@ class _Uninitialised(TorchFunctionMode):
 
 @contextmanager
 def without_values() -> Iterator[None]:
-    """Context in which modules are built on the meta device and initialisers are skipped.
+    """Build modules on the meta device, without their initialisers.
 
     PyTorch would run them there without effect, and import its compiler and sympy for it.
     """
-    with torch.device("meta"), _Uninitialised():
+    with torch.device("meta"), _SkipInitialisers():
         yield
 
 
-def random_tensors(wanted: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
-    """Random weights by name, the same in every model. No weight is zero, so that every term shows in comparisons."""
+def random_tensors(templates: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
+    """Draw weights by name, the same in every model. No weight is zero, so that comparisons cover every term."""
     state = {}
-    for name, tensor in wanted.items():
+    for name, tensor in templates.items():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
         mean, spread = 0.0, 0.02
         if name.endswith(TABLE):
@@ -108,17 +110,17 @@ def load_into(
     infinite entries are refused. `what` names the source in the error; `fresh` are prefixes of parameters that `state`
     may lack (`("",)` for all), `surplus` of entries that `module` may lack.
     """
-    own = module.state_dict()
-    on_meta = [name for name, tensor in own.items() if tensor.is_meta]
+    target = module.state_dict()
+    on_meta = [name for name, tensor in target.items() if tensor.is_meta]
     if on_meta:
         raise CheckpointError(
             f"{what} cannot be loaded: {on_meta[0]!r} is on the meta device; call model.to_empty(device=...) first"
         )
     result = compare(module, state, what=what, fresh=fresh, surplus=surplus)
     with torch.no_grad():
-        for name in own:
+        for name in target:
             if name in state:
-                own[name].copy_(state[name])
+                target[name].copy_(state[name])
     return result
 
 
@@ -128,15 +130,14 @@ def assign_into(module: nn.Module, state: Mapping[str, Tensor], *, what: str) ->
     Memory-mapped tensors stay mapped: pages are read on first use. A different dtype is converted. Raises as
     `load_into`.
     """
-    own = module.state_dict()
     compare(module, state, what=what, finite=True)
     values: dict[str, Tensor] = {}
-    taken: set[int] = set()
-    for name, parameter in own.items():
+    addresses: set[int] = set()
+    for name, parameter in module.state_dict().items():
         value = state[name].detach().to(parameter.dtype).contiguous()
         # Two names of one tensor would become one parameter, and training would tie them.
-        values[name] = value.clone() if value.data_ptr() in taken else value
-        taken.add(value.data_ptr())
+        values[name] = value.clone() if value.data_ptr() in addresses else value
+        addresses.add(value.data_ptr())
     module.load_state_dict(values, assign=True)
 
 
@@ -149,79 +150,59 @@ def compare(
     surplus: Collection[str] = (),
     finite: bool = False,
 ) -> LoadResult:
-    """The comparison of `load_into`, without changes; the module may be on the meta device.
+    """Compare as `load_into` does, without changes; the module may be on the meta device.
 
     Values are checked where the module has memory for them, or all of them with `finite`.
     """
-    own = module.state_dict()
-    absent = [name for name in own if name not in state]
-    extra = [name for name in state if name not in own]
-    result = LoadResult(
-        fresh=[name for name in absent if name.startswith(tuple(fresh))],
-        surplus=[name for name in extra if name.startswith(tuple(surplus))],
-    )
-    missing = [name for name in absent if not name.startswith(tuple(fresh))]
-    unexpected = [name for name in extra if not name.startswith(tuple(surplus))]
-    common = [name for name in own if name in state]
-    shapes = [name for name in common if state[name].shape != own[name].shape]
-    dtypes = [name for name in common if not _convertible(state[name], own[name])]
-    bad_values = [
-        n
-        for n in common
-        if n not in dtypes and (finite or not own[n].is_meta) and not _finite(state[n])
-    ]
-
-    groups = [
-        ("missing", missing),
-        ("unexpected", unexpected),
-        (
-            "wrong shape",
-            [
-                f"{name}: {list(state[name].shape)}, the model has {list(own[name].shape)}"
-                for name in shapes
-            ],
-        ),
-        (
-            "wrong type",
-            [f"{name}: {_type(state[name])}, the model has {_type(own[name])}" for name in dtypes],
-        ),
-        ("NaN or infinite", bad_values),
-    ]
-    problems = []
-    for title, entries in groups:
-        if entries:
-            problems += [
-                f"  {title} ({len(entries)}):",
-                *(f"    {entry}" for entry in entries[:_SHOWN]),
-            ]
-        if len(entries) > _SHOWN:
-            problems.append(f"    ... and {len(entries) - _SHOWN} more")
-    if problems:
-        remedies = _remedies(own, state, missing, unexpected, bad_values)
-        raise CheckpointError(
-            "\n".join(
-                [
-                    f"{what} does not fit the model; nothing was loaded",
-                    *problems,
-                    *(f"-> {r}" for r in remedies),
-                ]
-            )
-        )
+    target = module.state_dict()
+    problems: dict[str, list[str]] = {
+        title: [] for title in ("missing", "unexpected", "wrong shape", "wrong type", _NOT_FINITE)
+    }
+    result = LoadResult()
+    for name in target:
+        if name not in state:
+            (result.fresh if name.startswith(tuple(fresh)) else problems["missing"]).append(name)
+    for name in state:
+        if name not in target:
+            skip = name.startswith(tuple(surplus))
+            (result.surplus if skip else problems["unexpected"]).append(name)
+    for name, parameter in target.items():
+        if name not in state:
+            continue
+        value = state[name]
+        if value.shape != parameter.shape:
+            shapes = f"{list(value.shape)}, the model has {list(parameter.shape)}"
+            problems["wrong shape"].append(f"{name}: {shapes}")
+        if not _convertible(value, parameter):
+            types = f"{_type(value)}, the model has {_type(parameter)}"
+            problems["wrong type"].append(f"{name}: {types}")
+        elif (finite or not parameter.is_meta) and not _finite(value):
+            problems[_NOT_FINITE].append(name)
+    if any(problems.values()):
+        lines = [f"{what} does not fit the model; nothing was loaded"]
+        for title, entries in problems.items():
+            if entries:
+                lines.append(f"  {title} ({len(entries)}):")
+                lines += [f"    {entry}" for entry in entries[:_EXAMPLES]]
+            if len(entries) > _EXAMPLES:
+                lines.append(f"    ... and {len(entries) - _EXAMPLES} more")
+        lines += [f"-> {remedy}" for remedy in _remedies(target, state, problems)]
+        raise CheckpointError("\n".join(lines))
     return result
 
 
 def require_depth(config: XFMConfig, state: Mapping[str, Tensor], *, what: str) -> None:
     """Refuse a configuration with more layers than the checkpoint, before building any; raises `CheckpointError`."""
-    found = {name: _depth(state, prefix) for prefix, name in _STACKS}
-    if not any(0 < depth < getattr(config, name) for name, depth in found.items()):
+    sizes = {setting: _depth(state, prefix) for prefix, setting in _STACKS}
+    if not any(0 < depth < getattr(config, setting) for setting, depth in sizes.items()):
         return
     for name, dimension, setting in _SIZES:
         if name in state and state[name].dim() > dimension:
-            found[setting] = state[name].shape[dimension]
+            sizes[setting] = state[name].shape[dimension]
     differing = [
-        f"{name}={value}"
-        for name, value in found.items()
-        if value and value != getattr(config, name)
+        f"{setting}={size}"
+        for setting, size in sizes.items()
+        if size and size != getattr(config, setting)
     ]
     raise CheckpointError(
         f"{what} does not fit the model; nothing was loaded\n-> the checkpoint belongs to a model with "
@@ -246,15 +227,14 @@ def _finite(value: Tensor) -> bool:
 def _type(tensor: Tensor) -> str:
     if tensor.is_meta:
         return "meta tensor without values"
-    name = str(tensor.dtype).removeprefix("torch.")
-    return (
-        name
-        if tensor.layout == torch.strided
-        else f"{str(tensor.layout).removeprefix('torch.')} {name}"
-    )
+    name = str(tensor.dtype)
+    if tensor.layout != torch.strided:
+        name = f"{tensor.layout} {name}"
+    return name.replace("torch.", "")
 
 
-# (parameter, dimension, field of XFMConfig that sets its size)
+_NOT_FINITE = "NaN or infinite"
+# Parameter, dimension, and the field of XFMConfig that sets its size.
 _SIZES = (
     ("vision_encoder.cls_token", 2, "vision_width"),
     ("vision_encoder.patch_embed.proj.weight", 3, "patch_size"),
@@ -275,71 +255,57 @@ _STACKS = (
 
 
 def _remedies(
-    own: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-    missing: list[str],
-    unexpected: list[str],
-    bad_values: list[str],
+    target: Mapping[str, Tensor], state: Mapping[str, Tensor], problems: Mapping[str, list[str]]
 ) -> list[str]:
-    official = [
-        name for name in unexpected if our_name(name) != name or name in TIED or is_dead(name)
-    ]
-    if official:
-        return [
-            f"{official[0]!r} is a name of official checkpoints: convert it with to_ours, or load it with from_official"
-        ]
+    for name in problems["unexpected"]:
+        if our_name(name) != name or name in TIED or is_dead(name):
+            return [
+                f"{name!r} is a name of official checkpoints: convert it with to_ours, or load it with from_official"
+            ]
     remedies = []
-    settings = _settings(own, state)
-    if settings:
+    if settings := _settings(target, state):
         remedies.append(
-            "the checkpoint belongs to a model with "
-            + ", ".join(settings)
-            + ": set that in the configuration"
+            f"the checkpoint belongs to a model with {', '.join(settings)}: set that in the configuration"
         )
-    for head in HEAD_PREFIXES:
-        lacking = {name for name in own if head_of(name) == head}
-        if lacking and lacking <= set(missing):
-            prefixes = ", ".join(f"{prefix}*" for prefix in HEAD_PREFIXES[head])
+    for head, head_prefixes in HEAD_PREFIXES.items():
+        parameters = {name for name in target if head_of(name) == head}
+        if parameters and parameters <= {*problems["missing"]}:
+            prefixes = ", ".join(f"{prefix}*" for prefix in head_prefixes)
             remedies.append(
                 f"the checkpoint has no {head!r} head ({prefixes}): leave it out of heads=... when building the model, "
                 "or allow fresh weights for it"
             )
-        if not lacking and any(head_of(name) == head for name in unexpected):
+        if not parameters and any(head_of(name) == head for name in problems["unexpected"]):
             remedies.append(
                 f"the model was built without the {head!r} head: include it in heads=..., or drop it with select_heads"
             )
-    if bad_values:
+    if problems[_NOT_FINITE]:
         remedies.append(
             "NaN or infinite weights come from a diverged run or a damaged file: use an earlier checkpoint"
         )
-    return remedies or [
-        "check that the checkpoint and the model are of the same kind and configuration"
-    ]
+    return remedies or ["check that checkpoint and model have the same type and configuration"]
 
 
-def _settings(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """Where the shapes of the checkpoint imply another configuration than the model's: `field=value`."""
-    found: dict[str, int] = {}
+def _settings(target: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """List the fields of the configuration, `field=value`, in which the checkpoint's shapes differ from the model's."""
+    values: dict[str, int] = {}
     for name, dimension, setting in _SIZES:
-        ours, theirs = own.get(name), state.get(name)
-        if ours is None or theirs is None or ours.dim() != theirs.dim():
+        model, checkpoint = target.get(name), state.get(name)
+        if model is None or checkpoint is None or model.dim() != checkpoint.dim():
             continue
-        if ours.shape[dimension] != theirs.shape[dimension]:
-            found[setting] = theirs.shape[dimension]
+        if model.shape[dimension] != checkpoint.shape[dimension]:
+            values[setting] = checkpoint.shape[dimension]
     window = _window(state)
     patch = state.get("vision_encoder.patch_embed.proj.weight")
-    if window and patch is not None and window != _window(own):
-        found["image_size"] = window * patch.shape[-1]
+    if window and patch is not None and window != _window(target):
+        values["image_size"] = window * patch.shape[-1]
     for prefix, setting in _STACKS:
         depth = _depth(state, prefix)
-        if depth and depth != _depth(own, prefix):
-            found[setting] = depth
-    settings = [f"{setting}={value}" for setting, value in found.items()]
-    if (
-        "vision_proj.weight" in own
-        and "vision_proj.weight" in state
-        and ("temp" in own) != ("temp" in state)
-    ):
+        if depth and depth != _depth(target, prefix):
+            values[setting] = depth
+    settings = [f"{setting}={value}" for setting, value in values.items()]
+    projected = "vision_proj.weight" in target and "vision_proj.weight" in state
+    if projected and ("temp" in target) != ("temp" in state):
         settings.append(f"learnable_temperature={'temp' in state}")
     return settings
 
@@ -353,8 +319,9 @@ def _window(state: Mapping[str, Tensor]) -> int | None:
 
 
 def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
-    found = (re.match(re.escape(prefix) + r"(\d+)\.", name) for name in state)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+    """Count the layers of a stack."""
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    return max((int(match[1]) + 1 for match in map(pattern.match, state) if match), default=0)
 
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
@@ -379,8 +346,8 @@ class InitialisationReport:
 
     def __str__(self) -> str:
         text = f"{len(self.loaded)} parameters pretrained, {len(self.fresh)} at their random initialisation"
-        parts = sorted({name.split(".")[0] for name in self.fresh})
-        return f"{text} (in {', '.join(parts)})" if parts else text
+        modules = sorted({name.split(".")[0] for name in self.fresh})
+        return f"{text} (in {', '.join(modules)})" if modules else text
 
 
 def roberta_state(hf_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -398,7 +365,7 @@ def roberta_state(hf_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ours = re.sub(r"^lm_head\.", "text_encoder.lm_head.", ours)
         if ours == name:
             foreign.append(name)
-        elif not any(part in ours for part in _ROBERTA_DROPPED):
+        elif not any(fragment in ours for fragment in _ROBERTA_DROPPED):
             state[ours] = value
     if foreign or not state:
         raise CheckpointError(
@@ -457,30 +424,23 @@ def initialise(
     `roberta` and `beit2` are files or state dicts for `roberta_state` and `beit2_state`. Raises `CheckpointError` for a
     source that cannot be read or does not fit; the module is then unchanged.
     """
-    own = module.state_dict()
+    target = module.state_dict()
     state: dict[str, Tensor] = {}
     if roberta is not None:
         state |= roberta_state(_open_state(roberta))
     if beit2 is not None:
-        tables = [
-            name for name in own if name.startswith("vision_encoder.") and name.endswith(TABLE)
-        ]
+        vision = [name for name in target if name.startswith("vision_encoder.")]
+        tables = [name for name in vision if name.endswith(TABLE)]
         if not tables:
             raise CheckpointError(
                 "the model has no vision encoder with relative positions; leave beit2 out"
             )
-        state |= _beit2(_open_state(beit2), depth=len(tables), grid=window_of(own[tables[0]]))
+        state |= _beit2(_open_state(beit2), depth=len(tables), grid=window_of(target[tables[0]]))
     # A model without the masked-language head accepts RoBERTa too.
-    result = load_into(
-        module,
-        state,
-        what="the pretrained encoder",
-        fresh=("",),
-        surplus=("text_encoder.lm_head.",),
-    )
-    return InitialisationReport(
-        [name for name in own if name in state], result.fresh, result.surplus
-    )
+    head = ("text_encoder.lm_head.",)
+    result = load_into(module, state, what="the pretrained encoder", fresh=("",), surplus=head)
+    loaded = [name for name in target if name in state]
+    return InitialisationReport(loaded, result.fresh, result.surplus)
 
 
 def _open_state(source: Source) -> Mapping[str, Tensor]:
@@ -488,6 +448,5 @@ def _open_state(source: Source) -> Mapping[str, Tensor]:
 
 
 def _first_names(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (
-        f" and {len(names) - 3} more" if len(names) > 3 else ""
-    )
+    text = ", ".join(map(repr, names[:3]))
+    return f"{text} and {len(names) - 3} more" if len(names) > 3 else text

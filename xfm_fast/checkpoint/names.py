@@ -35,15 +35,15 @@ INDEX = ".attn.relative_position_index"
 _BUFFERS = (".position_ids", ".relative_position_index")
 _LANGUAGE_MODELS = ("text_encoder", "fusion_encoder", "text_decoder")
 
-# Second name -> the name that is kept.
-TIED = {f"{part}.lm_head.decoder.bias": f"{part}.lm_head.bias" for part in _LANGUAGE_MODELS} | {
-    f"{part}.lm_head.decoder.weight": f"{part}.roberta.embeddings.word_embeddings.weight"
-    for part in _LANGUAGE_MODELS
-}
-# No output depends on these, so a checkpoint may disagree in them.
-_TIED_DEAD = {
-    f"{part}.lm_cap_head.decoder.bias": f"{part}.lm_cap_head.bias" for part in _LANGUAGE_MODELS
-}
+# Second name of a tied tensor -> its first name.
+TIED: dict[str, str] = {}
+# The same for dead weights, which may differ in a checkpoint.
+_TIED_DEAD: dict[str, str] = {}
+for _model in _LANGUAGE_MODELS:
+    _embeddings = f"{_model}.roberta.embeddings.word_embeddings.weight"
+    TIED[f"{_model}.lm_head.decoder.bias"] = f"{_model}.lm_head.bias"
+    TIED[f"{_model}.lm_head.decoder.weight"] = _embeddings
+    _TIED_DEAD[f"{_model}.lm_cap_head.decoder.bias"] = f"{_model}.lm_cap_head.bias"
 
 _CAPTION_HEAD = (
     "bias",
@@ -84,10 +84,10 @@ HEAD_PREFIXES: dict[Head, tuple[str, ...]] = {
 
 @dataclass
 class LoadReport:
-    """What `to_ours` changed in an official state dict."""
+    """The changes of `to_ours` to an official state dict."""
 
     naming: Naming = "pretraining"
-    """The naming of the checkpoint's text encoder; pass it to `to_official` for the way back."""
+    """The naming of the checkpoint's text encoder; pass it to `to_official` to convert back."""
     renamed: dict[str, str] = field(default_factory=dict)
     """Name in the checkpoint -> our name."""
     interpolated: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -121,19 +121,20 @@ class LoadReport:
 
 
 def is_dead(name: str) -> bool:
-    """Return True if no output of the model depends on the weight of this (pretraining) name."""
+    """Return whether no output of the model depends on the weight of this (pretraining) name."""
     return name.startswith(_DEAD)
 
 
 def head_of(name: str) -> Head | None:
-    """The removable head that a parameter belongs to, or None."""
-    return next(
-        (head for head, prefixes in HEAD_PREFIXES.items() if name.startswith(prefixes)), None
-    )
+    """Return the removable head of a parameter, or None."""
+    for head, prefixes in HEAD_PREFIXES.items():
+        if name.startswith(prefixes):
+            return head
+    return None
 
 
 def heads_in(state: Iterable[str]) -> tuple[Head, ...]:
-    """Heads with at least one parameter in a state dict, in the order of `HEAD_PREFIXES`."""
+    """List the heads with at least one parameter in a state dict, in the order of `HEAD_PREFIXES`."""
     present = {head_of(name) for name in state}
     return tuple(head for head in HEAD_PREFIXES if head in present)
 
@@ -145,7 +146,7 @@ def select_heads(state: Mapping[str, Tensor], heads: Iterable[str]) -> dict[str,
 
 
 def our_name(name: str) -> str:
-    """The pretraining name of a parameter in a pretraining or fine-tuning checkpoint."""
+    """Return the pretraining name of a parameter in a pretraining or fine-tuning checkpoint."""
     name = re.sub(r"^visual_encoder\.", "vision_encoder.", name)
     return re.sub(r"^text_encoder\.(embeddings|encoder)\.", r"text_encoder.roberta.\1.", name)
 
@@ -187,7 +188,7 @@ def to_ours(official: Mapping[str, Tensor], cfg: XFMConfig) -> tuple[dict[str, T
 def fit_table(
     name: str, table: Tensor, grid: int, interpolated: dict[str, tuple[int, int]] | None = None
 ) -> Tensor:
-    """`interpolate_table` for a checkpoint: errors name the table, and `interpolated` records a change of window."""
+    """Interpolate a checkpoint's table: errors name it, and `interpolated` records a change of window."""
     try:
         fitted = interpolate_table(table, (grid, grid))
     except InputError as error:
@@ -200,7 +201,7 @@ def fit_table(
 def config_of(
     state: Mapping[str, Tensor], sizes: XFMConfig, image_size: int | None = None
 ) -> XFMConfig:
-    """`sizes` at `image_size`, or at the resolution of the first position table of a checkpoint."""
+    """Resize a configuration to `image_size`, or to the resolution of a checkpoint's first position table."""
     table = next((value for name, value in state.items() if name.endswith(TABLE)), None)
     if image_size is None and table is not None:
         try:
@@ -220,19 +221,19 @@ def merge_tied(state: dict[str, Tensor]) -> dict[str, str]:
 
 def _merge(state: dict[str, Tensor], ties: dict[str, str], *, strict: bool) -> dict[str, str]:
     merged = {}
-    for second, kept in ties.items():
+    for second, first in ties.items():
         if second not in state:
             continue
-        if kept in state and not _same(state[second], state[kept]):
+        if first in state and not _same(state[second], state[first]):
             if not strict:
                 continue
             raise CheckpointError(
-                f"{second!r} ({_describe(state[second])}) and {kept!r} ({_describe(state[kept])}) differ; X-FM ties "
+                f"{second!r} ({_describe(state[second])}) and {first!r} ({_describe(state[first])}) differ; X-FM ties "
                 "them: use a checkpoint with tied embeddings"
             )
-        state.setdefault(kept, state[second])
+        state.setdefault(first, state[second])
         del state[second]
-        merged[second] = kept
+        merged[second] = first
     return merged
 
 
@@ -274,15 +275,15 @@ def to_official(
                 f"unused contains {name!r}, not a dead weight of X-FM; pass LoadReport.unused"
             )
         out[name] = value
-    for second, kept in (TIED | _TIED_DEAD).items():
+    for second, first in (TIED | _TIED_DEAD).items():
         head_bias = re.sub(r"\.decoder\.(weight|bias)$", ".bias", second)
-        if head_bias in out and kept in out:
-            out.setdefault(second, out[kept])
+        if head_bias in out and first in out:
+            out.setdefault(second, out[first])
     if integer_buffers:
         positions = torch.arange(cfg.max_positions)[None]
-        for part in _LANGUAGE_MODELS:
-            if any(name.startswith(f"{part}.") for name in out):
-                out[f"{part}.roberta.embeddings.position_ids"] = positions
+        for module in _LANGUAGE_MODELS:
+            if any(name.startswith(f"{module}.") for name in out):
+                out[f"{module}.roberta.embeddings.position_ids"] = positions
         index: dict[int, Tensor] = {}
         for name, value in list(out.items()):
             if name.endswith(TABLE):
@@ -307,7 +308,7 @@ def to_official(
 
 
 def underivable(state: Iterable[str], cfg: XFMConfig) -> list[str]:
-    """Dead weights of the official model that `state` (pretraining names) lacks."""
+    """List the dead weights of the official model that `state` (pretraining names) lacks."""
     present = set(state)
     expected: list[str] = []
     if "text_encoder.lm_head.bias" in present:
@@ -330,12 +331,12 @@ _SMALLEST_SOURCE = 3
 
 
 def table_rows(window: int) -> int:
-    """Rows of the table for a `window` x `window` grid of patches."""
+    """Return the rows of the table for a `window` x `window` grid of patches."""
     return (2 * window - 1) ** 2 + CLASS_ROWS
 
 
 def window_of(table: Tensor) -> int:
-    """The window of a table `[(2w - 1)^2 + 3, heads]`; raises `InputError` if its shape fits none."""
+    """Return the window of a table `[(2w - 1)^2 + 3, heads]`; raises `InputError` if its shape fits none."""
     if table.dim() != 2:
         raise InputError(
             f"a relative-position table has shape {list(table.shape)}; give [(2w-1)^2+3, heads]"
@@ -350,7 +351,7 @@ def window_of(table: Tensor) -> int:
 
 
 def relative_position_index(window: int) -> Tensor:
-    """Row of the table for query i and key j, `int64 [w*w + 1, w*w + 1]`; token 0 is the class token."""
+    """Return the table's row for query i and key j, `int64 [w*w + 1, w*w + 1]`; token 0 is the class token."""
     return reference.relative_position_index((window, window))
 
 
@@ -394,7 +395,7 @@ def interpolate_table(table: Tensor, target_window: tuple[int, int]) -> Tensor:
 
 
 def source_positions(side_from: int, side_to: int) -> np.ndarray:
-    """Positions of the `side_from` source offsets on the axis of the target offsets `-(side_to // 2) ...`, float64."""
+    """Return the `side_from` source offsets on the axis of the target offsets `-(side_to // 2) ...`, float64."""
     steps, reach = side_from // 2, side_to // 2
     low, high = 1.01, 1.5
     ratio = low
@@ -410,7 +411,7 @@ def source_positions(side_from: int, side_to: int) -> np.ndarray:
 
 @lru_cache(maxsize=16)
 def _spline_matrix(side_from: int, side_to: int) -> np.ndarray:
-    """Float64 `[side_to, side_from]` matrix that maps values at the source offsets to values at the integers."""
+    """Return the matrix `[side_to, side_from]` that interpolates from the source offsets to the integers, float64."""
     # scipy costs more to import than the rest of this package, and most runs never interpolate.
     with needs("vision"):
         from scipy.interpolate import make_interp_spline

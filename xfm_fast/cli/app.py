@@ -83,7 +83,7 @@ app.command(
     "xfm_fast.cli.export:app",
     name="export",
     group=SERVE,
-    help="""Export a model to ONNX, AOTInductor or TensorRT, and verify the graphs against the model.
+    help="""Export a model to ONNX, TensorRT or native code, and verify the graphs against the model.
 
     An exported run answers `xfm-fast predict` as the run does. Exit code 1: the export differs from the model; 3: no
     GPU ran the engines, but the graphs agree; 4: not compared.""",

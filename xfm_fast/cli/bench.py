@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from xfm_fast.benchmarks.options import (
 )
 from xfm_fast.cli.console import stdout, table
 from xfm_fast.cli.options import MEASURE, Flat, Json, command_group
-from xfm_fast.errors import InputError
+from xfm_fast.errors import InputError, UnavailableError
 
 if TYPE_CHECKING:
     from xfm_fast.benchmarks.measure import Progress
@@ -54,25 +54,15 @@ def bench(
     interrupted. Exit code 1: a result differed, or a backend failed.
 
     Args:
-        scenario: embed-image, embed-text, rerank, retrieve, a task, coco, or serve, the HTTP service under load; see
-            xfm-fast bench list. [the suite]
+        scenario: embed-image, embed-text, rerank, retrieve, a task, coco, serve (the HTTP service under load), or any
+            other registered benchmark; see xfm-fast bench list. [suite]
         out: Folder for a JSON file and a self-contained HTML page; or a JSON file. [bench-results/SCENARIO]
     """
-    options.check_scenario(scenario)
-    given: dict[str, Any] = {}
-    if scenario is None:
-        from xfm_fast.benchmarks.work.model import suite as run
-
-        options = options if options.device != "auto" else replace(options, device="cpu")
-    elif scenario == "coco":
-        from xfm_fast.benchmarks.work.coco import run
-    elif scenario == "serve":
-        from xfm_fast.benchmarks.work.serving import run
-    else:
-        from xfm_fast.benchmarks.work.scenario import run
-
-        given = {"scenario": scenario}
-    return _finish(_measure(run, options, **given), out or _RESULTS / (scenario or ""))
+    name = scenario or "suite"
+    options.check_scenario(name)
+    if name == "suite" and options.device == "auto":
+        options = replace(options, device="cpu")
+    return _run(name, options, out or _RESULTS / (scenario or ""))
 
 
 @app.command(name="train-step")
@@ -83,12 +73,11 @@ def bench_train_step(
 
     The gradients are compared first. The base model takes several minutes on two cores and 9 GB of memory.
     """
-    from xfm_fast.benchmarks.work import training
     from xfm_fast.kernels.cpu.workspace import keep_freed_memory
 
     # Both procedures use the heap settings of `pretrain` and `finetune`.
     keep_freed_memory()
-    return _finish(_measure(training.run, options), out)
+    return _run("train-step", options, out)
 
 
 @app.command(name="drop-in")
@@ -100,9 +89,7 @@ def bench_drop_in(
     At most three minutes for each of the first models on two idle cores; --only selects some of them. A model with
     different outputs is not timed. Includes int8 where this CPU has it, compared within the tolerance of 8 bits.
     """
-    from xfm_fast.benchmarks.work import drop_in
-
-    return _finish(_measure(drop_in.run, options), out)
+    return _run("drop-in", options, out)
 
 
 @app.command(name="kernels")
@@ -113,9 +100,7 @@ def bench_kernels(
 
     A backend that is less accurate than its precision allows is not timed.
     """
-    from xfm_fast.benchmarks.work import kernels
-
-    return _finish(_measure(kernels.run, options), out)
+    return _run("kernels", options, out)
 
 
 def try_model(
@@ -134,18 +119,17 @@ def try_model(
     from xfm_fast.benchmarks.work import trial
 
     with progress() as display:
-        found = trial.run(model, options, display, ["xfm-fast", *sys.argv[1:]])
-    document = found.document
+        result = trial.run(model, options, display, ["xfm-fast", *sys.argv[1:]])
+    document = result.document
     if as_json:
-        lines = [asdict(line) for line in found.lines]
-        print(
-            json.dumps({"lines": lines, "notes": found.notes, "document": record.plain(document)})
-        )
+        lines = [asdict(line) for line in result.lines]
+        content = {"lines": lines, "notes": result.notes, "document": record.plain(document)}
+        print(json.dumps(content))
     else:
         report.terminal(document, stdout())
-        for sentence in found.notes:
-            stdout().print(sentence, soft_wrap=True, highlight=False, markup=False)
-        for line in found.lines:
+        for note in result.notes:
+            stdout().print(note, soft_wrap=True, highlight=False, markup=False)
+        for line in result.lines:
             text = f"\n{line.outputs}: {line.speedup:.1f}× the untouched model; paste\n\n    {line.code}"
             stdout().print(text, soft_wrap=True, highlight=False, markup=False)
     return _exit_code(document)
@@ -153,29 +137,32 @@ def try_model(
 
 @app.command(name="list")
 def bench_list() -> None:
-    """List the scenarios, and the baselines with the reason if one is not available here."""
+    """List the benchmarks, and the baselines of scenarios with the reason if one is not available here."""
     from rich.markup import escape
 
     from xfm_fast.benchmarks.backends.registry import BACKENDS
     from xfm_fast.benchmarks.machine import choose_device
-    from xfm_fast.benchmarks.work.requests import SCENARIOS
-    from xfm_fast.benchmarks.work.scenario import ELSEWHERE
+    from xfm_fast.benchmarks.work import registered
 
-    scenarios = table("scenarios", "name", "measures")
-    for name, meaning in (SCENARIOS | ELSEWHERE).items():
-        scenarios.add_row(name, meaning)
+    benchmarks = table("benchmarks", "name", "measures")
+    for name, benchmark in registered().items():
+        benchmarks.add_row(name, escape(benchmark.about))
     baselines = table("baselines", "name", "what", "scenarios", "types", "version", "")
-    for shown in (scenarios, baselines):
-        shown.columns[0].no_wrap = True
+    for columns in (benchmarks.columns, baselines.columns):
+        columns[0].no_wrap = True
     device = choose_device(None)
     for backend in BACKENDS:
         why = backend.why_absent(device)
         baselines.add_row(
-            backend.name, escape(backend.label), "all" if backend.works is None else ", ".join(backend.works),
-            ", ".join(backend.dtypes), backend.version or "", escape(f"absent: {why}") if why else "",
+            backend.name,
+            escape(backend.label),
+            "all" if backend.works is None else ", ".join(backend.works),
+            ", ".join(backend.dtypes),
+            backend.version or "",
+            escape(f"absent: {why}") if why else "",
             style="dim" if why else None,
-        )  # fmt: skip
-    stdout().print(scenarios, baselines)
+        )
+    stdout().print(benchmarks, baselines)
 
 
 @app.command(name="report")
@@ -195,7 +182,7 @@ def bench_report(results: Path, /, *, out: Path | None = None) -> None:
         return
     forms = {".html": report.html, ".md": report.markdown}
     if out.suffix not in forms or out.is_dir():
-        raise InputError(f"--out {out} is no file of a known form; end its name with .html or .md")
+        raise InputError(f"--out {out} names neither .html nor .md; end the file's name with one")
     write_bytes({out: forms[out.suffix](document).encode()})
     print(f"saved: {out}")
 
@@ -216,9 +203,9 @@ def bench_compare(a: Path, b: Path, /) -> int:
     """
     from xfm_fast.benchmarks import record, report
 
-    found = report.compare(record.load(a), record.load(b))
-    report.print_changes(found, stdout(160))
-    return int(bool(found.worse))
+    changes = report.compare(record.load(a), record.load(b))
+    report.print_changes(changes, stdout(160))
+    return int(bool(changes.worse))
 
 
 @contextmanager
@@ -247,27 +234,29 @@ def progress() -> Iterator[Progress]:
         yield Progress(begin, next_stage, step)
 
 
-def _measure(run: Callable[..., Document], options: Any, **given: Any) -> Document:
-    """Run a measurement with a progress display, and print its results."""
-    from xfm_fast.benchmarks import report
+def _run(name: str, options: Any, out: Path) -> int:
+    """Run a registered benchmark, print and save its results, and return the exit code.
 
-    with progress() as display:
-        document = run(options, display, ["xfm-fast", *sys.argv[1:]], **given)
-    report.terminal(document, stdout())
-    return document
-
-
-def _finish(document: Document, out: Path) -> int:
-    """Save the document in a folder with its page, or as a JSON file, and return the exit code."""
+    They are saved in a folder with a page, or as one JSON file.
+    """
     from xfm_fast.benchmarks import record, report
+    from xfm_fast.benchmarks.work import registered
 
+    benchmarks = registered()
+    if name not in benchmarks:
+        raise UnavailableError(
+            f"benchmark {name!r} is unknown; choose from {', '.join(benchmarks)}"
+        )
+    with progress() as display:
+        document = benchmarks[name](options, display, ["xfm-fast", *sys.argv[1:]])
+    report.terminal(document, stdout())
     if out.suffix == ".json":
         record.save_as(document, out)
-        names = str(out)
+        files = str(out)
     else:
         saved = record.save(document, out, report.html(document))
-        names = f"{saved} and {saved.with_suffix('.html')}"
-    stdout().print(f"saved: {names}", soft_wrap=True, highlight=False)
+        files = f"{saved} and {saved.with_suffix('.html')}"
+    stdout().print(f"saved: {files}", soft_wrap=True, highlight=False)
     return _exit_code(document)
 
 

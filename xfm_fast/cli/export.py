@@ -17,15 +17,13 @@ from xfm_fast.cli.options import Flat, Model, command_group, named
 from xfm_fast.errors import DataError, InputError
 from xfm_fast.export.request import (
     BUDGET,
-    ExportRequest,
     OnnxRequest,
     Pipeline,
     Quantisation,
     RepositoryOptions,
     RuntimeChoice,
 )
-from xfm_fast.export.runtimes.aoti import PackageRequest
-from xfm_fast.export.runtimes.tensorrt import EngineRequest
+from xfm_fast.export.runtimes import RUNTIMES, Runtime, find_runtime
 from xfm_fast.loading import Source, open_model
 
 if TYPE_CHECKING:
@@ -41,13 +39,18 @@ app = command_group("export")
 _PHOTOS, _CAPTIONS = 4, 48
 
 Out = Annotated[Path, Parameter(help="Folder that receives the files and manifest.json.")]
-Form = Literal["onnx", "aoti", "tensorrt", "tensorrt-rtx"]
-_REQUESTS: dict[Form, type[ExportRequest]] = {
-    "onnx": OnnxRequest,
-    "aoti": PackageRequest,
-    "tensorrt": EngineRequest,
-    "tensorrt-rtx": EngineRequest,
-}
+
+
+def _targets() -> dict[str, str]:
+    """Return the choices of `--to` with their help: `onnx`, whose consumer is `--for`, and every runtime."""
+    targets = {"onnx": "ONNX graphs for --for"}
+    for name, runtime in RUNTIMES.items():
+        targets[name] = f"{runtime.artefact} for {runtime.title}"
+    return targets
+
+
+def _targets_help() -> str:
+    return "; ".join(f"{name}: {text}" for name, text in _targets().items()) + "."
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,6 @@ class ExportOptions:
     """The form of the export.
 
     Attributes:
-        to: ONNX graphs; AOTInductor packages, native code that runs when it is loaded; or engines of TensorRT for the
-            GPU here, or of TensorRT for RTX for the GPUs given, built on any machine.
         consumer: Library that reads the ONNX files. [onnxruntime]
         graphs: Names of vision,text,image_memory,fusion,match. [all but match, or the task's]
         fixed: Axes of one size, for example batch=1,length=40. [all dynamic]
@@ -67,11 +68,15 @@ class ExportOptions:
             latency:batch=1,length=1..16..40; may be repeated. [latency for batches of one, bulk for up to 32]
         sm: Compute capabilities to build engines for, for example 80,89,120. [this machine's GPU]
         quantize: 8-bit GEMMs of engines, with scales from the images and captions that are compared.
-        budget: Least cosine of any output row with the model's. GEMMs that cost more stay in --dtype. [0.99]
+        budget: Minimum cosine of any output row with the model's. GEMMs that cost more stay in --dtype. [0.99]
         data: Images with captions to verify on, instead of the photographs: a folder, CSV, JSON lines or shard.
     """
 
-    to: Form = "onnx"
+    # cyclopts evaluates the hint at every use, so that choices and help have all runtimes of the registry.
+    to: Annotated[
+        Literal[*_targets()],  # pyright: ignore[reportInvalidTypeForm]
+        Parameter(help=_targets_help()),
+    ] = "onnx"
     consumer: Annotated[str | None, Parameter(name="--for")] = None
     graphs: Sequence[str] | None = None
     fixed: Sequence[str] = ()
@@ -83,33 +88,39 @@ class ExportOptions:
     budget: float | None = None
     data: Path | None = None
 
+    @property
+    def runtime(self) -> type[Runtime]:
+        """The runtime that exports: that of `to`, or any that reads ONNX files."""
+        return find_runtime(OnnxRequest.consumer if self.to == "onnx" else self.to)
+
     def request(self, source: Source) -> Any:
-        """The library's request; raises `InputError` for an option that its form does not have."""
-        kind = _REQUESTS[self.to]
-        given = {
-            each.name: value
-            for each in fields(self)
-            if (value := getattr(self, each.name)) != each.default
-        }
-        known = {each.name for each in fields(kind)}
+        """Build the library's request; raises `InputError` for an option that its form does not have."""
+        request = self.runtime.request
+        supported = {field.name for field in fields(request)}
+        values: dict[str, Any] = {}
+        for field in fields(self):
+            if field.name not in ("to", "data") and getattr(self, field.name) != field.default:
+                values[field.name] = getattr(self, field.name)
+        if self.to != "onnx" and self.consumer is None and "consumer" in supported:
+            values["consumer"] = self.to
+        elif self.to != "onnx" and self.consumer is not None:
+            supported.discard("consumer")
         if source.dtype is not None:
-            given["dtype"] = source.dtype
-        if "device" in known and source.device != "auto":
-            given["device"] = source.device
-        elif self.to == "onnx" and source.device == "cuda":
+            values["dtype"] = source.dtype
+        if "device" in supported and source.device != "auto":
+            values["device"] = source.device
+        elif self.runtime.kind == "onnx" and source.device == "cuda":
             raise InputError(
-                "--device cuda does not apply to --to onnx, which traces on the CPU; leave it out"
+                f"--device cuda does not apply to --to {self.to}, which traces on the CPU; leave it out"
             )
-        for name in ("to", "data"):
-            given.pop(name, None)
-        if unknown := sorted(given.keys() - known):
-            option = "for" if unknown[0] == "consumer" else dashes(unknown[0])
+        if unsupported := sorted(values.keys() - supported):
+            option = "for" if unsupported[0] == "consumer" else dashes(unsupported[0])
             raise InputError(f"--{option} does not apply to --to {self.to}; leave it out")
         if source.dtype in ("int8", "fp8"):
             raise InputError(
                 f"--dtype {source.dtype}: use fp32, fp16 or bf16; 8 bits: --quantize, or export int8"
             )
-        return kind(**given)
+        return request(**values)
 
 
 @app.default
@@ -122,45 +133,35 @@ def export(
     options: Flat[ExportOptions] = ExportOptions(),
 ) -> int:
     """Export a model; the help is in `app`."""
-    from xfm_fast.benchmarks import inputs
-    from xfm_fast.export import engines, export_packages, onnx, verification
+    from xfm_fast import testing
     from xfm_fast.tasks.task import TASKS, explanation
 
     request, source = options.request(source), named(model, source)
-    if options.to == "onnx":
-        onnx.check_spelling(request)
-    elif options.to == "aoti":
-        request.check()
-    else:
-        engines.check_request(options.to, request)
+    options.runtime.check_request(request)
     if os.environ.get("XFM_DEBUG", "0") not in ("", "0"):
         # The builder's own messages.
         logging.basicConfig(format="%(message)s")
         logging.getLogger("xfm_fast.export").setLevel(logging.DEBUG)
     if options.data is not None:
         # Validate before a checkpoint is read.
-        inputs.from_files(options.data, most=1)
+        testing.from_files(options.data, limit=1)
     exported = [name for name, task in TASKS.items() if task.Session is not None]
     opened = open_model(replace(source, dtype=None), tasks=exported, device="cpu")
-    vocabulary = opened.model.tokenizer if opened.task is None or opened.task.reads_text else None
-    facts: dict[str, Any] = {
-        "source": opened.origin,
-        "tokenizer_sha256": vocabulary and vocabulary.sha256(),
-        "companions": {} if opened.task is None else explanation(opened.task),
-        "examples": load_examples(
-            opened.model.config, opened.model.tokenizer, options.data, request.sizes
-        ),
-    }
-    # The model is released before a runtime or a builder holds its weights once more.
-    if options.to == "onnx":
-        onnx.export_onnx(opened.model, out, request, **facts, compared=False, progress=say)
+    tokenizer = opened.model.tokenizer
+    reads_text = opened.task is None or opened.task.reads_text
+    with options.runtime.export_in_stages(
+        opened.model,
+        out,
+        request,
+        source=opened.origin,
+        tokenizer_sha256=tokenizer.sha256() if tokenizer is not None and reads_text else None,
+        companions={} if opened.task is None else explanation(opened.task),
+        examples=load_examples(opened.model.config, tokenizer, options.data, request.sizes),
+        progress=say,
+    ) as finish_export:
+        # The model is released before a runtime or a builder holds its weights once more.
         del opened
-        return finish(verification.verify(out, check_files=False), out)
-    if options.to == "aoti":
-        return finish(export_packages(opened.model, out, request, **facts, progress=say), out)
-    with engines.engine_graphs(opened.model, out, options.to, request, **facts) as build_engines:
-        del opened
-        return finish(build_engines(say), out)
+        return finish(finish_export(), out)
 
 
 @app.command
@@ -169,8 +170,8 @@ def verify(folder: Path, /, *, runtime: RuntimeChoice = "auto") -> int:
 
     Args:
         folder: Folder of an export.
-        runtime: Library that runs the graphs. AOTInductor packages are code that runs when it is loaded: they need
-            aoti, for packages that you trust.
+        runtime: Library that runs the graphs. Packages are code that runs when it is loaded: name their runtime, for
+            packages that you trust.
     """
     from xfm_fast.export import verification
 
@@ -209,11 +210,11 @@ def model_repository(
     from xfm_fast.export.model_repository import write_model_repository
 
     models = write_model_repository(folder, out, RepositoryOptions(pipeline), progress=say)
-    shown = table("", "model", "platform", "most rows", right=("most rows",))
+    summary = table("", "model", "platform", "most rows", right=("most rows",))
     for model in models:
         rows = model.config["max_batch_size"]
-        shown.add_row(model.name, model.config.get("platform", "python"), str(rows or "as sent"))
-    stdout().print(shown)
+        summary.add_row(model.name, model.config.get("platform", "python"), str(rows or "as sent"))
+    stdout().print(summary)
     print(f"serve it with: tritonserver --model-repository={out}")
 
 
@@ -223,14 +224,14 @@ def load_examples(
     data: Path | None,
     sizes: Mapping[str, int] = {},
 ) -> Examples:
-    """Photographs and captions to compare on, within fixed axes: given, bundled, or generated with a note."""
-    from xfm_fast.benchmarks import inputs
+    """Load images and captions to compare on: from `data`, bundled, or generated with a note."""
+    from xfm_fast import testing
     from xfm_fast.export.expected import LONGEST, generated_examples, make_examples
     from xfm_fast.tokenizer import CaptionTokenizer
 
     longest = min(sizes.get("length", LONGEST), config.max_text_length)
     try:
-        found = inputs.bundled() if data is None else inputs.from_files(data, most=_PHOTOS)
+        images = testing.bundled() if data is None else testing.from_files(data, limit=_PHOTOS)
     except DataError as error:
         if data is not None:
             raise
@@ -238,13 +239,13 @@ def load_examples(
         return generated_examples(config, longest=longest)
     if tokenizer is None:
         # Any ids can compare an export with its model.
-        tokenizer = CaptionTokenizer.train_on_texts(found.captions, config.vocab_size)
-    rows = tokenizer.encode_ids(found.texts(len(found.captions))[:_CAPTIONS], max(longest, 3))
-    photos = range(min(len(found.names), _PHOTOS))
+        tokenizer = CaptionTokenizer.train_on_texts(images.captions, config.vocab_size)
+    captions = images.texts(len(images.captions))[:_CAPTIONS]
+    rows = tokenizer.encode_ids(captions, max(longest, 3))
+    photos = range(min(len(images.names), _PHOTOS))
     origin = f"{len(photos)} photographs and {len(rows)} captions"
-    return make_examples(
-        found.pixels(photos, config.image_size), rows, config, origin=origin, longest=longest
-    )
+    pixels = images.pixels(photos, config.image_size)
+    return make_examples(pixels, rows, config, origin=origin, longest=longest)
 
 
 def finish(manifest: Manifest, folder: Path) -> int:
@@ -259,30 +260,25 @@ def finish(manifest: Manifest, folder: Path) -> int:
     title = f"{manifest.kind} {manifest.dtype} for {manifest.consumer}, {manifest.source}"
     files = table(title, "graph", "file", "MB", "s", "inputs", "outputs")
     for graph in manifest.graphs:
-        called = [
-            ", ".join(f"{t.name} {t.dims}" for t in tensors)
+        inputs, outputs = (
+            escape(", ".join(f"{tensor.name} {tensor.dims}" for tensor in tensors))
             for tensors in (graph.inputs, graph.outputs)
-        ]
-        megabytes = sum(sizes[name] for name in graph.files) / 1e6
-        files.add_row(
-            graph.name,
-            graph.file,
-            f"{megabytes:.1f}",
-            f"{graph.build_seconds:.1f}",
-            *map(escape, called),
         )
+        megabytes = f"{sum(sizes[name] for name in graph.files) / 1e6:.1f}"
+        seconds = f"{graph.build_seconds:.1f}"
+        files.add_row(graph.name, graph.file, megabytes, seconds, inputs, outputs)
     console.print(files)
     for graph in manifest.graphs:
-        if (chosen := graph.quantisation) is not None:
-            count = f"{chosen.products - len(chosen.kept)} of {chosen.products} GEMMs"
-            wide = f"; not {', '.join(chosen.kept)}" if chosen.kept else ""
+        if (record := graph.quantisation) is not None:
+            count = f"{record.products - len(record.kept)} of {record.products} GEMMs"
+            wide = f"; not {', '.join(record.kept)}" if record.kept else ""
             print(
-                f"{graph.name}: {count} in {chosen.kind}, cosine {chosen.cosine:.5f}, budget {chosen.budget}{wide}"
+                f"{graph.name}: {count} in {record.kind}, cosine {record.cosine:.5f}, budget {record.budget}{wide}"
             )
-            for line in _costs(chosen):
+            for line in _costs(record):
                 print(f"  {line}")
-    if (record := manifest.verification or manifest.graphs_verification) is not None:
-        _print_verification(record, console)
+    if (verification := manifest.verification or manifest.graphs_verification) is not None:
+        _print_verification(verification, console)
     styles = {
         "verified": "green",
         "failed": "bold red",
@@ -295,42 +291,50 @@ def finish(manifest: Manifest, folder: Path) -> int:
     return {"verified": 0, "failed": 1, "graphs verified": 3, "unverified": 4}[manifest.status]
 
 
-def _costs(chosen: QuantisationRecord) -> Iterator[str]:
+def _costs(record: QuantisationRecord) -> Iterator[str]:
     """Yield what 8 bits gain and cost where it was measured."""
-    if chosen.milliseconds:
-        ratio = chosen.wide_milliseconds / chosen.milliseconds
-        times = f"{chosen.wide_milliseconds:.1f} → {chosen.milliseconds:.1f} ms, run in turn"
-        yield (
-            f"{ratio:.2f}x the speed here ({times})"
-            if ratio > 1
-            else f"not faster here: {ratio:.2f}x ({times})"
-        )
-    if chosen.launches:
-        wide, narrow = (
-            " and ".join(map(str, counts)) for counts in (chosen.wide_launches, chosen.launches)
-        )
+    if record.milliseconds:
+        ratio = record.wide_milliseconds / record.milliseconds
+        times = f"{record.wide_milliseconds:.1f} → {record.milliseconds:.1f} ms, run in turn"
+        speed = f"{ratio:.2f}x the speed here" if ratio > 1 else f"not faster here: {ratio:.2f}x"
+        yield f"{speed} ({times})"
+    if record.launches:
+        narrow = " and ".join(map(str, record.launches))
+        wide = " and ".join(map(str, record.wide_launches))
         yield f"launches of the engine's profiles: {narrow}, without 8 bits {wide}"
 
 
 def _print_verification(record: VerificationRecord, console: Console) -> None:
-    def number(value: float | None) -> str:
+    def error(value: float | None) -> str:
         return "[red]not finite[/]" if value is None else f"{value:.1e}"
 
-    shown = table(
-        f"against the model, by {record.runtime}, on {record.examples}",
-        "graph", "output", "shapes", "max error", "allowed", "mean error", "least cosine", "",
-    )  # fmt: skip
+    title = f"against the model, by {record.runtime}, on {record.examples}"
+    columns = [
+        "graph",
+        "output",
+        "shapes",
+        "max error",
+        "allowed",
+        "mean error",
+        "least cosine",
+        "",
+    ]
+    summary = table(title, *columns)
     for check in record.checks:
-        cosine = (
-            ""
-            if check.least_cosine is None
-            else ("nan" if check.cosine is None else f"{check.cosine:.6f}")
+        cosine = "" if check.least_cosine is None else "nan"
+        if check.cosine is not None:
+            cosine = f"{check.cosine:.6f}"
+        summary.add_row(
+            check.graph,
+            check.output,
+            str(len(check.shapes)),
+            error(check.max_error),
+            f"{check.allowed:.1e}",
+            error(check.mean_error),
+            cosine,
+            "ok" if check.passed else "[bold red]differs[/]",
         )
-        shown.add_row(
-            check.graph, check.output, str(len(check.shapes)), number(check.max_error), f"{check.allowed:.1e}",
-            number(check.mean_error), cosine, "ok" if check.passed else "[bold red]differs[/]",
-        )  # fmt: skip
-    console.print(shown)
+    console.print(summary)
     for ranks in record.ranks:
         graph = "all graphs together" if ranks.graph == "all" else ranks.graph
         verdict = "" if ranks.passed else " [bold red]differs[/]"

@@ -50,8 +50,8 @@ class PredictOptions:
         detections: JSON of boxes by image; with --heatmap, the box with most heat is the answer.
         device: Device to run on. [a GPU if there is one; for an export that of its runtime]
         dtype: Dtype of the weights; or int8 (CPU) or fp8 (GPU) for the linear layers. [fp32, or that of the export]
-        runtime: Library that runs the graphs of an export. AOTInductor packages are code that runs when it is loaded:
-            they need aoti, for packages that you trust.
+        runtime: Library that runs the graphs of an export. Packages are code that runs when it is loaded: name their
+            runtime, for packages that you trust.
     """
 
     lines: Path | None = None

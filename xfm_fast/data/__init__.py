@@ -1,7 +1,9 @@
 """Data loading: files → rows → items → batches.
 
-`files` finds, opens and indexes files, `records` holds their readers, `texts`, `images`, `regions`, `masking` and
-`transforms` build the parts of an item, `items` collates them and `streams` orders them. `quarantine` logs skipped
-samples, `converting` rewrites files, `annotations`, `tables` and `caption_files` parse fine-tuning files, `shapes`
-generates a dataset.
+- Files: `files` finds and indexes them, `records` holds their readers, `converting` rewrites them.
+- Rows of fine-tuning files: `annotations` validates them, `tables` and `collection` read them.
+- Items: `texts`, `masking`, `images`, `transforms` and `regions` process a record, `options` configures that, `items`
+  collates a batch.
+- Batches: `streams` orders and loads them and logs broken rows, `fingerprints` records images that were read.
+- `shapes` generates a dataset.
 """

@@ -1,4 +1,4 @@
-"""Record schemas of fine-tuning tasks, validated row by row."""
+"""Record schemas of fine-tuning tasks, and rows in memory that are validated when they are read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
-from typing import Annotated, Any, Generic, NamedTuple, TypeVar
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
@@ -16,17 +16,18 @@ from pydantic_core import PydanticCustomError
 from xfm_fast.data.files import file_of, read_json, unreadable
 from xfm_fast.errors import DataError
 
-_SHOWN, _LONGEST = 3, 60
+# Examples in a message, and characters of each.
+_EXAMPLES, _EXAMPLE_LENGTH = 3, 60
 ARRAY = "one JSON array of objects, [{...}, {...}]"
 
 
-def _no_blank(text: str) -> str:
+def _require_text(text: str) -> str:
     if not text.strip():
         raise PydanticCustomError("blank", "it holds no text")
     return text
 
 
-Text = Annotated[str, AfterValidator(_no_blank)]
+Text = Annotated[str, AfterValidator(_require_text)]
 Identity = int | Text
 Texts = Annotated[
     tuple[Text, ...],
@@ -36,7 +37,7 @@ Texts = Annotated[
 Label = Annotated[
     str,
     BeforeValidator(lambda value: str(value) if isinstance(value, int) else value),
-    AfterValidator(_no_blank),
+    AfterValidator(_require_text),
 ]
 
 
@@ -78,7 +79,7 @@ class CaptioningRecord(_Captioned):
 
 
 class CaptioningTestRecord(_Captioned):
-    """An image with all known captions."""
+    """An image with all its captions, if they are known."""
 
     caption: Texts | None = None
 
@@ -111,178 +112,180 @@ class ImageLabelRecord(Annotation):
 
 
 Record = TypeVar("Record", bound=Annotation | Mapping[str, Any])
-Kind = TypeVar("Kind", bound=Annotation)
+RecordT = TypeVar("RecordT", bound=Annotation)
 
 
 def read_array(path: str | os.PathLike[str]) -> Sequence[Any]:
-    """Elements of a JSON array file, unvalidated."""
+    """Read the elements of a JSON array file, unvalidated."""
     path = Path(path)
     return array_of(path, read_json(path, ARRAY, lines=", not one object a line as in pretraining"))
 
 
 def array_of(
-    path: Path, content: Any, known: str = "one array of objects, [{...}, {...}]"
+    path: Path, content: Any, expected: str = "one array of objects, [{...}, {...}]"
 ) -> list[Any]:
-    """Check that content is a non-empty array; `known` describes the expected formats."""
+    """Check that content is a non-empty array; `expected` describes the accepted formats."""
     if not isinstance(content, list):
-        raise DataError(f"{path} holds a JSON {type(content).__name__}; expected {known}")
+        raise DataError(f"{path} holds a JSON {type(content).__name__}; expected {expected}")
     if not content:
         raise DataError(f"{path} holds no elements; give at least one")
     return content
 
 
-def parse_annotation(element: Any, kind: type[Kind]) -> Kind:
+def parse_annotation(element: Any, record_type: type[RecordT]) -> RecordT:
     """Validate one element."""
     if isinstance(element, DataError):
         raise DataError(str(element))
     if not isinstance(element, dict):
-        raise DataError(
-            f"is a {type(element).__name__}; expected an object with {', '.join(kind.model_fields)}"
-        )
+        fields = ", ".join(record_type.model_fields)
+        raise DataError(f"is a {type(element).__name__}; expected an object with {fields}")
     try:
-        return kind.model_validate(element)
+        return record_type.model_validate(element)
     except ValidationError as error:
-        wrong = []
-        for problem in error.errors():
-            given = repr(problem["input"])
-            held = f"{given[:60] + '...' if len(given) > 60 else given} ({problem['msg'].lower()})"
-            if problem["type"] == "box":
-                wrong.append(f"box {element.get('bbox')} {problem['msg']}; correct or remove it")
-            else:
-                wrong.append(
-                    f"{str(problem['loc'][0])!r} is {'missing' if problem['type'] == 'missing' else held}"
-                )
-        raise DataError("; ".join(dict.fromkeys(wrong))) from None
+        reasons = [_explain(problem, element) for problem in error.errors()]
+        raise DataError("; ".join(dict.fromkeys(reasons))) from None
 
 
-class Elements(NamedTuple):
-    """Unvalidated elements of a file."""
-
-    name: str  # path
-    values: Sequence[Any]  # mappings of fields, or a `DataError` for a broken element
-    labels: Sequence[int | str] | None = None  # element names in messages; None numbers them from 0
-    notes: tuple[str, ...] = ()  # what the reader dropped
-    others: tuple[Path, ...] = ()  # further source files
+def _explain(problem: Mapping[str, Any], element: Mapping[str, Any]) -> str:
+    """Rephrase one of pydantic's errors with the field and its value."""
+    if problem["type"] == "box":
+        return f"box {element.get('bbox')} {problem['msg']}; correct or remove it"
+    field = repr(str(problem["loc"][0]))
+    if problem["type"] == "missing":
+        return f"{field} is missing"
+    value = repr(problem["input"])
+    if len(value) > _EXAMPLE_LENGTH:
+        value = value[:_EXAMPLE_LENGTH] + "..."
+    return f"{field} is {value} ({problem['msg'].lower()})"
 
 
 class AnnotationRows(Generic[Record]):
-    """Elements of a file as `Rows`, validated when read: as a record type, or by a function that parses an element."""
+    """Rows in memory, read from a file or given as a list.
+
+    Attributes:
+        name: Path of the file, or a name in messages.
+        elements: Mappings of fields, or a `DataError` for a broken element.
+        record_type: Validates an element when it is read: a record class, or a function that parses an element.
+            Without one, elements are mappings of fields.
+        labels: Names of elements in messages; None counts them from 0.
+        notes: Messages of the reader, such as what it dropped.
+        modified: Modification time in nanoseconds; by default that of the file and of further `sources`.
+    """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
         elements: Sequence[Any],
-        kind: type[Record] | Callable[[Any], Record],
+        record_type: type[Record] | Callable[[Any], Record] | None = None,
         *,
         labels: Sequence[int | str] | None = None,
-        notes: Sequence[str] = (),
-        others: Sequence[Path] = (),
+        notes: tuple[str, ...] = (),
+        sources: Sequence[Path] = (),
+        modified: int | None = None,
     ) -> None:
-        self.name, self.elements, self.kind, self.notes = (
-            os.fspath(path),
-            elements,
-            kind,
-            tuple(notes),
-        )
-        self._labels = labels
-        try:
-            self.modified = max(os.stat(each).st_mtime_ns for each in (path, *others))
-        except OSError as error:
-            raise unreadable(Path(path), error) from None
+        self.name, self.elements, self.record_type = os.fspath(path), elements, record_type
+        self.labels, self.notes = labels, notes
+        if modified is None:
+            try:
+                modified = max(os.stat(source).st_mtime_ns for source in (path, *sources))
+            except OSError as error:
+                raise unreadable(Path(path), error) from None
+        self.modified = modified
 
     def __len__(self) -> int:
         return len(self.elements)
 
     def label(self, row: int) -> int | str:
-        return f"element {row}" if self._labels is None else self._labels[row]
+        return f"element {row}" if self.labels is None else self.labels[row]
 
     def raw(self, row: int) -> bytes:
-        return json.dumps(self.elements[row], default=str, ensure_ascii=False).encode(
-            "utf-8", "replace"
-        )
+        text = json.dumps(self.elements[row], default=str, ensure_ascii=False)
+        return text.encode("utf-8", "replace")
 
-    def of_images(self, images: Collection[str], *, others: bool = False) -> AnnotationRows[Record]:
-        """Rows about the given images, or with `others` all other rows."""
-        named = [each if isinstance(each, dict) else {} for each in self.elements]
-        about = [
-            any(name in images for name in each.get("images") or (each.get("image"),))
-            for each in named
+    def about(self, images: Collection[str], *, inverted: bool = False) -> AnnotationRows[Record]:
+        """Select the rows about the given images; with `inverted` all but these."""
+        rows = [
+            row
+            for row, element in enumerate(self.elements)
+            if any(name in images for name in _names(element)) != inverted
         ]
-        return self.select([row for row, inside in enumerate(about) if inside != others])
+        return self.select(rows)
 
     def select(self, rows: Sequence[int]) -> AnnotationRows[Record]:
-        """Some of the rows, with their labels."""
-        found = copy(self)
-        found.elements, found._labels = (
-            [self.elements[row] for row in rows],
-            [self.label(row) for row in rows],
-        )
-        return found
+        """Select rows, which keep their labels."""
+        selection = copy(self)
+        selection.elements = [self.elements[row] for row in rows]
+        selection.labels = [self.label(row) for row in rows]
+        return selection
 
     def read(self, row: int) -> Record:
-        """Validated record of a row."""
-        kind: Any = self.kind
-        return (
-            parse_annotation(self.elements[row], kind)
-            if isinstance(kind, type)
-            else kind(self.elements[row])
-        )
+        """Validate a row."""
+        element: Any = self.elements[row]
+        record_type: Any = self.record_type
+        if isinstance(record_type, type):
+            return parse_annotation(element, record_type)
+        if record_type is not None:
+            return record_type(element)
+        if not isinstance(element, Mapping):
+            name = type(element).__name__
+            raise DataError(f"the record is of type {name} instead of a mapping of fields")
+        return cast("Record", element)
 
     def records(self) -> Iterator[Record]:
-        """All records in order; a broken element raises `DataError`."""
+        """Validate all rows in order; a broken element raises `DataError`."""
         for row in range(len(self)):
             try:
                 yield self.read(row)
             except DataError as error:
                 label = self.label(row)
-                place = f"line {label}" if isinstance(label, int) else label
+                where = f"line {label}" if isinstance(label, int) else label
                 raise DataError(
-                    f"{self.name}, {place}: {error} (a metric needs every element of its split: mend or remove it)"
+                    f"{self.name}, {where}: {error} (a metric needs every element of its split: "
+                    "mend or remove it)"
                 ) from None
 
 
-def as_rows(elements: Iterable[Elements], kind: type[Kind]) -> list[AnnotationRows[Kind]]:
-    """Wrap elements of several files as rows of one record type."""
-    return [
-        AnnotationRows(
-            each.name, each.values, kind, labels=each.labels, notes=each.notes, others=each.others
-        )
-        for each in elements
-    ]
+def as_rows(
+    files: Iterable[AnnotationRows[Any]], record_type: type[RecordT]
+) -> list[AnnotationRows[RecordT]]:
+    """Set the record type of the rows of several files."""
+    typed = list(files)
+    for rows in typed:
+        rows.record_type = record_type
+    return typed
 
 
-def label_names(rows: Iterable[AnnotationRows[Any]]) -> list[str]:
-    """Sorted class names of all rows; no labels raise `DataError`."""
-    found = {
-        str(label)
-        for each in rows
-        for element in each.elements
-        if isinstance(element, dict) and (label := element.get("label")) not in (None, "")
-    }
-    if not found:
+def label_names(files: Iterable[AnnotationRows[Any]]) -> list[str]:
+    """Return the sorted class names of all rows; rows without any raise `DataError`."""
+    names = set[str]()
+    for rows in files:
+        for element in rows.elements:
+            label = element.get("label") if isinstance(element, dict) else None
+            if label not in (None, ""):
+                names.add(str(label))
+    if not names:
         raise DataError("no row has a label; name the column that holds the classes")
-    return sorted(found)
-
-
-class Named(NamedTuple):
-    """Count and the first three examples."""
-
-    number: int
-    first: tuple[str, ...]
+    return sorted(names)
 
 
 def image_names(items: Iterable[Any]) -> Iterator[str]:
-    """Image names of rows, records or paths, with repetitions."""
+    """Yield the image names of rows, records or paths, with repetitions."""
     for item in items:
         if isinstance(item, AnnotationRows):
             for element in item.elements:
-                if isinstance(element, dict):
-                    names = element.get("images") or (element.get("image"),)
-                    yield from (name for name in names if isinstance(name, str))
+                yield from (name for name in _names(element) if isinstance(name, str))
         elif isinstance(item, Annotation):
-            yield from getattr(item, "images", None) or (getattr(item, "image"),)  # noqa: B009, not of every kind
+            # A record has one of these fields.
+            yield from getattr(item, "images", None) or (getattr(item, "image"),)  # noqa: B009
         else:
             yield os.fspath(item)
+
+
+def _names(element: Any) -> Sequence[Any]:
+    """Return the image names in an unvalidated element, which may be anything."""
+    if not isinstance(element, dict):
+        return ()
+    return element.get("images") or (element.get("image"),)
 
 
 def check_images(items: Iterable[Any], root: str | os.PathLike[str]) -> None:
@@ -290,41 +293,46 @@ def check_images(items: Iterable[Any], root: str | os.PathLike[str]) -> None:
     names = dict.fromkeys(image_names(items))
     absent = [name for name in names if not os.path.isfile(file_of(os.path.join(root, name)))]
     if absent:
+        examples = ", ".join(map(repr, absent[:_EXAMPLES]))
         raise DataError(
             f"{len(absent)} of {len(names)} images do not exist below {os.fspath(root)}: "
-            f"{', '.join(map(repr, absent[:_SHOWN]))}{', ...' * (len(absent) > _SHOWN)}; check the image folder "
-            "(data.images)"
+            f"{examples}{', ...' * (len(absent) > _EXAMPLES)}; check the image folder (data.images)"
         )
 
 
-def overlap(a: Iterable[Any], b: Iterable[Any]) -> Named:
-    """Images shared by two splits, in the order of `b`."""
+class Overlap(NamedTuple):
+    """How much two splits share, and the first examples."""
+
+    total: int
+    examples: tuple[str, ...]
+
+
+def overlap(a: Iterable[Any], b: Iterable[Any]) -> Overlap:
+    """Find the images that two splits share, in the order of `b`."""
     return _shared(map(os.path.normpath, image_names(a)), map(os.path.normpath, image_names(b)))
 
 
-def overlap_of_texts(a: Iterable[Any], b: Iterable[Any]) -> Named:
-    """Texts or text pairs shared by two splits."""
-    found = _shared(_texts(a), _texts(b))
-    return found._replace(first=tuple(text[:_LONGEST] for text in found.first))
+def overlap_of_texts(a: Iterable[Any], b: Iterable[Any]) -> Overlap:
+    """Find the texts or text pairs that two splits share."""
+    shared = _shared(_texts(a), _texts(b))
+    return shared._replace(examples=tuple(text[:_EXAMPLE_LENGTH] for text in shared.examples))
 
 
-def _shared(a: Iterable[str], b: Iterable[str]) -> Named:
-    known = set(a)
-    shared = [name for name in dict.fromkeys(b) if name in known]
-    return Named(len(shared), tuple(shared[:_SHOWN]))
+def _shared(a: Iterable[str], b: Iterable[str]) -> Overlap:
+    first = set(a)
+    shared = [name for name in dict.fromkeys(b) if name in first]
+    return Overlap(len(shared), tuple(shared[:_EXAMPLES]))
 
 
 def _texts(items: Iterable[Any]) -> Iterator[str]:
     for item in items:
         for row in item.elements if isinstance(item, AnnotationRows) else [item.model_dump()]:
             if isinstance(row, dict):
-                yield " / ".join(
-                    str(row[name]) for name in ("text", "text2") if row.get(name) is not None
-                )
+                fields = (row.get("text"), row.get("text2"))
+                yield " / ".join(str(field) for field in fields if field is not None)
 
 
 def identity_of(image: str) -> int | str:
-    """Digits after the last `_` of a file name (COCO_val2014_000000000042.jpg → 42), else the name."""
-    stem = Path(image).stem
-    digits = re.fullmatch(r"(?:.*_)?(\d+)", stem, re.ASCII)
+    """Return the digits after the last `_` of a file name, COCO_val2014_000000000042.jpg → 42, else the name."""
+    digits = re.fullmatch(r"(?:.*_)?(\d+)", Path(image).stem, re.ASCII)
     return int(digits[1]) if digits else Path(image).name

@@ -19,7 +19,6 @@ from xfm_fast.data.annotations import (
     AnnotationRows,
     CaptioningRecord,
     CaptioningTestRecord,
-    Elements,
     RetrievalRecord,
     RetrievalTestRecord,
     array_of,
@@ -45,7 +44,6 @@ from xfm_fast.data.tables import (
     caption_table,
     find_images,
     group_captions,
-    has_images,
     read_caption_folder,
     read_table,
     resolve_images,
@@ -61,14 +59,14 @@ class Entry:
     """An image of a collection."""
 
     name: str  # unique in the collection: a path below its folder, or `FILE#ROW`
-    size: int  # file size in bytes; -1 for embedded images
+    size: int  # bytes of the file; -1 if it is missing
     modified: int  # modification time of the file in nanoseconds
     row: int | None = None  # row number of an embedded image
     captions: tuple[str, ...] = ()  # empty for embedded images until they are loaded
 
     @property
     def caption(self) -> str | None:
-        """First caption."""
+        """The first caption."""
         return self.captions[0] if self.captions else None
 
     @property
@@ -103,32 +101,34 @@ def open_collection(
     if path.is_dir():
         # A folder may hold shards. Data files next to images describe the images.
         shards = sorted(path.glob("*.tar"))
-        return Records(open_records(shards)) if shards and not _names(path) else Files(path, path)
+        if shards and not _image_names(path):
+            return EmbeddedImages(open_records(shards))
+        return ImageFiles(path, path)
     if not path.exists():
         raise DataError(
-            f"{path} does not exist; give a folder of images, or a file that lists or holds some"
+            f"{path} does not exist; give a folder of images, or a file that lists or embeds images"
         )
-    kinds = (*TABLE_SUFFIXES, *LINE_SUFFIXES, ".json")
-    if path.suffix.lower() in kinds and not has_embedded_images(path):
-        return Files(path, path.parent if images is None else Path(images).expanduser())
-    if path.suffix.lower() in LINE_SUFFIXES or find_reader(path) not in ("lines", "pairs", None):
-        return Records(open_records(path))
+    if has_embedded_images(path):
+        return EmbeddedImages(open_records(path))
+    suffixes = (*TABLE_SUFFIXES, *LINE_SUFFIXES, ".json")
+    if path.suffix.lower() in suffixes:
+        return ImageFiles(path, path.parent if images is None else Path(images).expanduser())
     raise DataError(
-        f"{path} is neither a folder of images nor a file of one of {', '.join(kinds)}, .tar; give these"
+        f"{path} is neither a folder of images nor one of {', '.join(suffixes)}, .tar; give one of these"
     )
 
 
-class Files:
+class ImageFiles:
     """Images in a folder tree, with captions in text files or a table, or images that a file lists by path."""
 
     def __init__(self, path: Path, images: Path) -> None:
         self.path, self.images = path, images
 
     def listing(self) -> Listing:
-        """All images, in order of names or rows."""
+        """List all images, in order of names or rows."""
         if not self.path.is_dir():
-            return self._table(self.path)
-        names = _names(self.path)
+            return self._read_table(self.path)
+        names = _image_names(self.path)
         if not names:
             raise DataError(
                 f"{self.path} holds no images ({', '.join(PICTURE_SUFFIXES)}), nor do folders below it"
@@ -136,24 +136,24 @@ class Files:
         captions: dict[str, tuple[str, ...]] = {}
         faults: dict[str, str] = {}
         table = caption_table(self.path)
-        if table is not None:
-            entries, faults = self._table(table)
+        if table is None:
+            for name in names:
+                try:
+                    lines = sidecar_captions(self.path / name) or ()
+                    captions[name] = tuple(caption for _, caption in lines)
+                except DataError as error:
+                    faults[str(Path(name).with_suffix(".txt"))] = str(error)
+        else:
+            entries, faults = self._read_table(table)
             for entry in entries:
                 name = os.path.normpath(entry.name)
                 captions[name] = captions.get(name, ()) + entry.captions
             for name in captions.keys() - set(names):
                 faults[name] = f"image {self.path / name} does not exist; correct {table.name}"
-        for name in names if table is None else ():
-            try:
-                captions[name] = tuple(
-                    caption for _, caption in sidecar_captions(self.path / name) or ()
-                )
-            except DataError as error:
-                faults[str(Path(name).with_suffix(".txt"))] = str(error)
         return Listing([self._entry(name, captions.get(name, ())) for name in names], faults)
 
-    def _table(self, path: Path) -> Listing:
-        """Images listed in a file, each once, with all captions."""
+    def _read_table(self, path: Path) -> Listing:
+        """List the images of a file, each once, with all captions."""
         entries: dict[str, Entry] = {}
         faults: dict[str, str] = {}
         for rows in captioning_test_rows(path, split="all"):
@@ -163,9 +163,8 @@ class Files:
                 except DataError as error:
                     faults[f"{path.name}#{rows.label(row)}"] = str(error)
                 else:
-                    entries.setdefault(
-                        record.image, self._entry(record.image, record.caption or ())
-                    )
+                    entry = self._entry(record.image, record.caption or ())
+                    entries.setdefault(record.image, entry)
         return Listing([*entries.values()], faults)
 
     def _entry(self, name: str, captions: Iterable[str]) -> Entry:
@@ -176,15 +175,15 @@ class Files:
         return Entry(name, status.st_size, status.st_mtime_ns, captions=tuple(captions))
 
     def load(self, entry: Entry) -> tuple[Image.Image, tuple[str, ...]]:
-        """RGB image and its captions; thread-safe, a broken image raises `DataError`."""
+        """Read an image as RGB, and its captions; thread-safe, a broken image raises `DataError`."""
         return decode_image(self.images / entry.name), entry.captions
 
     def location(self, entry: Entry) -> str:
-        """Path of an image, or its name if embedded."""
+        """Return the path of an image, or its name if it is embedded."""
         return str(self.images / entry.name)
 
 
-class Records:
+class EmbeddedImages:
     """Images embedded in shards or lines; a changed file invalidates all its images."""
 
     def __init__(self, records: RecordSet) -> None:
@@ -202,24 +201,23 @@ class Records:
     def load(self, entry: Entry) -> tuple[Image.Image, tuple[str, ...]]:
         assert entry.row is not None
         if entry.row >= len(self.records):
-            raise DataError(f"{entry.name} is no longer there; index the collection again")
+            raise DataError(f"{entry.name} no longer exists; index the collection again")
         rows, row = self.records.locate(entry.row)
         record = rows.read(row)
         image = decode_image(image_source(image_values(record, _IMAGES)[0], _IMAGES), entry.name)
-        captions = record.get("desc", record.get("caption"))
-        listed = captions if isinstance(captions, list) else [captions]
-        return image, tuple(each for each in listed if isinstance(each, str))
+        captions = [caption for caption in _captions_of(record) if isinstance(caption, str)]
+        return image, tuple(captions)
 
     def location(self, entry: Entry) -> str:
         return entry.name
 
 
-Collection = Files | Records
+Collection = ImageFiles | EmbeddedImages
 """Images that can be listed and loaded."""
 
 
-def _names(folder: Path) -> list[str]:
-    """Sorted relative POSIX paths of images in a folder tree."""
+def _image_names(folder: Path) -> list[str]:
+    """Return the sorted relative POSIX paths of the images in a folder tree."""
     top = Path(os.path.abspath(folder))
     return sorted(path.relative_to(top).as_posix() for path in find_images(top, links=False))
 
@@ -227,7 +225,7 @@ def _names(folder: Path) -> list[str]:
 def retrieval_rows(
     paths: Paths, *, split: str | None = None, columns: Mapping[str, str] | None = None
 ) -> list[AnnotationRows[RetrievalRecord]]:
-    """Image-caption pairs for training.
+    """Read image-caption pairs for training.
 
     Formats: official JSON, Karpathy's `dataset_*.json`, CSV, TSV or line JSON with `image` and `caption`, image folders
     with `a.txt` next to `a.jpg` or with `captions.csv`, WebDataset shards, line JSON with embedded images. `split`
@@ -240,24 +238,23 @@ def retrieval_rows(
 def retrieval_test_rows(
     paths: Paths, *, split: str | None = None, columns: Mapping[str, str] | None = None
 ) -> list[AnnotationRows[RetrievalTestRecord]]:
-    """Images with all their captions, in first-seen order; arguments as in `retrieval_rows`."""
+    """Read images with all their captions, in first-seen order; arguments as in `retrieval_rows`."""
     return as_rows(map(group_captions, _captions(paths, split, columns)), RetrievalTestRecord)
 
 
 def captioning_rows(
     paths: Paths, *, split: str | None = None, columns: Mapping[str, str] | None = None
 ) -> list[AnnotationRows[CaptioningRecord]]:
-    """Image-caption pairs; formats of `retrieval_rows` and COCO captions."""
+    """Read image-caption pairs; formats of `retrieval_rows` and COCO captions."""
     return as_rows(_captions(paths, split, columns), CaptioningRecord)
 
 
 def captioning_test_rows(
     paths: Paths, *, split: str | None = None, columns: Mapping[str, str] | None = None
 ) -> list[AnnotationRows[CaptioningTestRecord]]:
-    """Each image once with all known captions; also accepts a folder of images without captions."""
-    return as_rows(
-        map(group_captions, _captions(paths, split, columns, bare=True)), CaptioningTestRecord
-    )
+    """Read each image once, with all captions that are known; also accepts a folder of images without captions."""
+    files = _captions(paths, split, columns, bare=True)
+    return as_rows(map(group_captions, files), CaptioningTestRecord)
 
 
 def _captions(
@@ -267,164 +264,139 @@ def _captions(
     *,
     identity: Callable[[str], int | str] = identity_of,
     bare: bool = False,
-) -> Iterator[Elements]:
-    """Elements of retrieval and captioning files; `bare` includes images without captions."""
-    names = PAIR_COLUMNS | dict(columns or {})
+) -> Iterator[AnnotationRows[Any]]:
+    """Read retrieval and captioning files, unvalidated; `bare` includes images without captions."""
     for path in find_files(paths, is_dataset_folder):
         suffix = path.suffix.lower()
         if path.is_dir() and (table := caption_table(path)) is not None:
-            found = [
-                resolve_images(path, each) for each in _captions(table, split, columns, bare=bare)
-            ]
+            tables = _captions(table, split, columns, identity=identity, bare=bare)
+            files = [resolve_images(path, rows) for rows in tables]
         elif path.is_dir() and not has_shards(path):
-            found = [read_caption_folder(path, bare=bare)]
-        elif (
-            path.is_dir()
-            or has_embedded_images(path)
-            or find_reader(path) not in ("lines", "pairs", None)
-        ):
-            yield from map(
-                embedded_elements, sorted(path.glob("*.tar")) if path.is_dir() else [path]
-            )
+            files = [read_caption_folder(path, bare=bare)]
+        elif path.is_dir() or has_embedded_images(path):
+            yield from map(embedded_rows, sorted(path.glob("*.tar")) if path.is_dir() else [path])
             continue
         elif suffix in (*TABLE_SUFFIXES, *LINE_SUFFIXES):
-            found = [read_table(path, names, ["caption"] if bare else [])]
+            names = PAIR_COLUMNS | dict(columns or {})
+            files = [read_table(path, names, ["caption"] if bare else [])]
         else:
-            content = read_json(path, f"{ARRAY}, or an object of Karpathy or COCO")
-            if is_karpathy(content):
-                if split is None:
-                    raise DataError(f"{path} holds several splits; name one (train, val, test)")
-                yield karpathy_elements(path, content, split)
-            elif is_coco(content):
-                yield coco_elements(path, content)
-            else:
-                known = "an array of objects, Karpathy's {images: [{sentences}]}, or COCO's {images, annotations}"
-                yield Elements(str(path), array_of(path, content, known))
+            yield _array_rows(path, split)
             continue
-        for each in found:
-            values = [
-                {"image_id": identity(image), **value}
-                if isinstance(value, dict) and isinstance(image := value.get("image"), str)
-                else value
-                for value in each.values
+        for rows in files:
+            rows.elements = [
+                {"image_id": identity(element["image"]), **element}
+                if isinstance(element, dict) and isinstance(element.get("image"), str)
+                else element
+                for element in rows.elements
             ]
-            yield each._replace(values=values)
+            yield rows
 
 
 def is_dataset_folder(folder: Path) -> bool:
-    """True for a folder that is one dataset: images, a table of them, or shards."""
-    return caption_table(folder) is not None or has_shards(folder) or has_images(folder)
+    """Return whether a folder is one dataset: images, a table of them, or shards."""
+    return caption_table(folder) is not None or has_shards(folder) or any(find_images(folder))
 
 
 def has_embedded_images(path: Path) -> bool:
-    """True for line JSON with embedded images."""
-    return path.suffix.lower() in LINE_SUFFIXES and ImageOptions().image_key in first_object(path)
+    """Return whether a file embeds its images: a shard, line JSON with base64, or a format added to `READERS`."""
+    if path.suffix.lower() in LINE_SUFFIXES and _IMAGES.image_key in first_object(path):
+        return True
+    return find_reader(path) not in ("lines", "pairs", None)
 
 
-def embedded_elements(path: Path) -> Elements:
-    """Images in a shard or line JSON as `FILE#ROW` (see `image_at`), with captions."""
+def embedded_rows(path: Path) -> AnnotationRows[Any]:
+    """List the images in a shard or line JSON as `FILE#ROW` (see `image_at`), with their captions."""
     (rows,) = open_records(path).files
-    values: list[Any] = []
+    elements: list[Any] = []
     labels: list[int | str] = []
     for row in range(len(rows)):
         try:
-            # The content of an image is read where it is used.
-            record = rows.texts(row) if isinstance(rows, ShardFile) else rows.read(row)
+            # `image_at` reads the content of an image.
+            record = rows.read(row, images=False) if isinstance(rows, ShardFile) else rows.read(row)
         except DataError as error:
-            values.append(error)
+            elements.append(error)
             labels.append(rows.label(row))
             continue
-        captions = record.get("desc", record.get("caption"))
         image = f"{path.absolute()}#{row}"
-        for caption in captions if isinstance(captions, list) else [captions]:
-            values.append(
-                {"image": image, "image_id": image}
-                | ({} if caption is None else {"caption": caption})
-            )
+        for caption in _captions_of(record):
+            element = {"image": image, "image_id": image}
+            if caption is not None:
+                element["caption"] = caption
+            elements.append(element)
             labels.append(rows.label(row))
-    return Elements(str(path), values, labels)
+    return AnnotationRows(path, elements, labels=labels)
 
 
-def is_karpathy(content: Any) -> bool:
-    """True for the content of a Karpathy `dataset_*.json`."""
+def _captions_of(record: Mapping[str, Any]) -> list[Any]:
+    captions = record.get("desc", record.get("caption"))
+    return captions if isinstance(captions, list) else [captions]
+
+
+def _array_rows(path: Path, split: str | None) -> AnnotationRows[Any]:
+    """Read the captions of a JSON file: an array, a Karpathy split or COCO."""
+    content = read_json(path, f"{ARRAY}, or an object of Karpathy or COCO")
     images = content.get("images") if isinstance(content, dict) else None
-    return (
-        isinstance(images, list)
-        and bool(images)
-        and isinstance(images[0], dict)
-        and "sentences" in images[0]
+    first = images[0] if isinstance(images, list) and images else None
+    if isinstance(first, dict) and "sentences" in first:
+        if split is None:
+            raise DataError(f"{path} holds several splits; name one (train, val, test)")
+        return karpathy_rows(path, content, split)
+    if isinstance(first, dict) and "file_name" in first:
+        return coco_rows(path, content)
+    expected = (
+        "an array of objects, Karpathy's {images: [{sentences}]}, or COCO's {images, annotations}"
     )
+    return AnnotationRows(path, array_of(path, content, expected))
 
 
-def karpathy_elements(path: Path, content: Mapping[str, Any], split: str | None) -> Elements:
-    """Captions of a Karpathy split, one per element; `train` includes `restval`, `all` is every caption."""
+def karpathy_rows(path: Path, content: Mapping[str, Any], split: str) -> AnnotationRows[Any]:
+    """Read the captions of a Karpathy split, one per row; `train` includes `restval`, `all` is every caption."""
     images = content["images"]
-    wanted = {"train", "restval"} if split == "train" else {split}
-    values, labels = [], []
-    for number, image in enumerate(images):
+    splits = {"train", "restval"} if split == "train" else {split}
+    elements, labels = [], []
+    for index, image in enumerate(images):
         if not isinstance(image, dict):
-            values.append(
-                DataError(
-                    f"is a {type(image).__name__}; expected an object with filename and sentences"
-                )
+            name = type(image).__name__
+            elements.append(
+                DataError(f"is a {name}; expected an object with filename and sentences")
             )
-            labels.append(f"image {number}")
+            labels.append(f"image {index}")
             continue
-        if split != "all" and image.get("split") not in wanted:
+        if split != "all" and image.get("split") not in splits:
             continue
-        name = "/".join(
-            str(part) for part in (image.get("filepath"), image.get("filename")) if part
-        )
+        name = "/".join(str(image[key]) for key in ("filepath", "filename") if image.get(key))
         identity = next((image[key] for key in ("cocoid", "imgid") if key in image), name)
-        for place, sentence in enumerate(image.get("sentences") or [None]):
+        for order, sentence in enumerate(image.get("sentences") or [None]):
             caption = sentence.get("raw") if isinstance(sentence, dict) else sentence
-            values.append({"image": name, "caption": caption, "image_id": identity})
-            labels.append(f"image {number}, sentence {place}")
-    if not values:
-        known = sorted({str(image.get("split")) for image in images if isinstance(image, dict)})
-        raise DataError(f"{path} has no split {split!r}; choose one of {', '.join(known)}")
-    return Elements(str(path), values, labels)
+            elements.append({"image": name, "caption": caption, "image_id": identity})
+            labels.append(f"image {index}, sentence {order}")
+    if not elements:
+        existing = sorted({str(image.get("split")) for image in images if isinstance(image, dict)})
+        raise DataError(f"{path} has no split {split!r}; choose one of {', '.join(existing)}")
+    return AnnotationRows(path, elements, labels=labels)
 
 
-def is_coco(content: Any) -> bool:
-    """True for the content of a COCO file: `images` with `file_name`."""
-    images = content.get("images") if isinstance(content, dict) else None
-    return (
-        isinstance(images, list)
-        and bool(images)
-        and isinstance(images[0], dict)
-        and "file_name" in images[0]
-    )
-
-
-def coco_elements(path: Path, content: Mapping[str, Any]) -> Elements:
-    """Captions of a COCO file, one per element; test files have images only."""
-    names = {
-        image["id"]: str(image["file_name"])
-        for image in content["images"]
-        if isinstance(image, dict)
-        and isinstance(image.get("id"), (int, str))
-        and "file_name" in image
-    }
+def coco_rows(path: Path, content: Mapping[str, Any]) -> AnnotationRows[Any]:
+    """Read the captions of a COCO file, one per row; test files have images only."""
+    names: dict[int | str, str] = {}
+    for image in content["images"]:
+        if not isinstance(image, dict) or "file_name" not in image:
+            continue
+        if isinstance(identity := image.get("id"), (int, str)):
+            names[identity] = str(image["file_name"])
     if "annotations" not in content:
-        return Elements(
-            str(path), [{"image": name, "image_id": identity} for identity, name in names.items()]
-        )
-    values: list[Any] = []
+        elements = [{"image": name, "image_id": identity} for identity, name in names.items()]
+        return AnnotationRows(path, elements)
+    elements: list[Any] = []
     for annotation in array_of(path, content["annotations"]):
         identity = annotation.get("image_id") if isinstance(annotation, dict) else None
-        if not isinstance(identity, (int, str)) or identity not in names:
-            values.append(
-                DataError(
-                    f"image_id {identity!r} is none of the file's images; correct or remove it"
-                )
-            )
+        if isinstance(identity, (int, str)) and identity in names:
+            caption = annotation.get("caption")
+            element = {"image": names[identity], "caption": caption, "image_id": identity}
         else:
-            values.append(
-                {
-                    "image": names[identity],
-                    "caption": annotation.get("caption"),
-                    "image_id": identity,
-                }
+            element = DataError(
+                f"image_id {identity!r} is none of the file's images; correct or remove it"
             )
-    return Elements(str(path), values, [f"annotation {number}" for number in range(len(values))])
+        elements.append(element)
+    labels = [f"annotation {index}" for index in range(len(elements))]
+    return AnnotationRows(path, elements, labels=labels)

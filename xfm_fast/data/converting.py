@@ -1,4 +1,4 @@
-"""Converts between line JSON and WebDataset shards, preserving image bytes."""
+"""Conversion between line JSON and WebDataset shards, which preserves image bytes."""
 
 from __future__ import annotations
 
@@ -71,38 +71,35 @@ def to_shards(
         raise DataError(
             f"{folder} exists and would be overwritten; choose another folder or remove it"
         )
-    done = Conversion([])
+    report = Conversion([])
     image = ImageOptions(
         image_key=image_key, image_root=None if image_root is None else Path(image_root)
     )
-    samples = (
-        (row, _members(record, image_key, caption_key))
-        for row, record in _good_rows(data, done, image, caption_key, quarantine or Quarantine())
-    )
+    samples = _good_rows(data, report, image, caption_key, quarantine or Quarantine())
     with new_folder(folder, f"shards in {folder}") as temporary:
-        pending = next(samples, None)
-        while pending is not None:
-            path = temporary / f"{len(done.files):06d}.tar"
+        sample = next(samples, None)
+        while sample is not None:
+            path = temporary / f"{len(report.files):06d}.tar"
             with path.open("xb") as file:
                 count = 0
                 with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as shard:
-                    while pending is not None and (
-                        not count or (count < samples_per_shard and file.tell() < bytes_per_shard)
-                    ):
-                        row, members = pending
-                        for suffix, content in members.items():
+                    while sample is not None:
+                        if count >= samples_per_shard or (count and file.tell() >= bytes_per_shard):
+                            break
+                        row, record = sample
+                        for suffix, content in _members(record, image_key, caption_key).items():
                             member = tarfile.TarInfo(f"{row:09d}.{suffix}")
                             member.size, member.mode = len(content), 0o644
                             shard.addfile(member, io.BytesIO(content))
                         count += 1
-                        pending = next(samples, None)
+                        sample = next(samples, None)
                 file.flush()
                 os.fsync(file.fileno())
-                done.rows += count
-            done.files.append(folder / path.name)
-        if not done.files:
+            report.rows += count
+            report.files.append(folder / path.name)
+        if not report.files:
             raise DataError("no row can be used, so there is nothing to convert")
-    return done
+    return report
 
 
 def to_lines(
@@ -118,82 +115,95 @@ def to_lines(
     file = Path(file)
     if file.exists():
         raise DataError(f"{file} exists and would be overwritten; choose another name or remove it")
-    done = Conversion([file])
+    report = Conversion([file])
     image = ImageOptions(
         image_key=image_key, image_root=None if image_root is None else Path(image_root)
     )
 
     def write(out: BinaryIO) -> None:
-        for _, record in _good_rows(data, done, image, caption_key, quarantine or Quarantine()):
+        for _, record in _good_rows(data, report, image, caption_key, quarantine or Quarantine()):
             value = record.get(image_key)
             if isinstance(value, bytes):
                 record[image_key] = base64.b64encode(value).decode()
             out.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
-            done.rows += 1
-        if not done.rows:
+            report.rows += 1
+        if not report.rows:
             raise DataError("no row can be used, so there is nothing to convert")
 
     make_folder(file.parent)
     write_files({file: write})
-    return done
+    return report
 
 
 def _good_rows(
-    data: Paths, done: Conversion, image: ImageOptions, caption_key: str, quarantine: Quarantine
+    data: Paths, report: Conversion, image: ImageOptions, caption_key: str, quarantine: Quarantine
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    number, key = 0, image.image_key
+    """Yield the number and the record of every usable row, with images that are read from paths."""
+    index, key = 0, image.image_key
     for rows in open_records(data, image_key=key, caption_key=caption_key).files:
         for row in range(len(rows)):
             try:
                 record = dict(rows.read(row))
-                # Read paths and decode base64, so that broken images are skipped.
-                value = record.get(key)
-                several = isinstance(value, list)
-                values = value if several else [] if value is None else [value]
-                sources = [image_source(each, image) for each in values]
-                # Paths of `image_root`, or of a table, whose reader makes them relative to its folder.
-                if any(isinstance(source, Path) for source in sources):
-                    read = [read_image(source)[1] for source in sources]
-                    record[key] = (
-                        [base64.b64encode(each).decode() for each in read] if several else read[0]
-                    )
+                _embed_images(record, image)
                 if isinstance(rows, ShardFile):
-                    known = ("json", *IMAGE_SUFFIXES, *TEXT_SUFFIXES)
-                    done.ignored.update(
-                        suffix for suffix in rows.suffixes(row) if suffix not in known
+                    readable = ("json", *IMAGE_SUFFIXES, *TEXT_SUFFIXES)
+                    report.ignored.update(
+                        suffix for suffix in rows.suffixes(row) if suffix not in readable
                     )
             except DataError as error:
-                done.skipped += 1
+                report.skipped += 1
                 quarantine.add(rows, row, error)
                 continue
-            yield number, record
-            number += 1
+            yield index, record
+            index += 1
+
+
+def _embed_images(record: dict[str, Any], image: ImageOptions) -> None:
+    """Check a record's images, and replace paths by contents: bytes, or base64 in a list."""
+    value = record.get(image.image_key)
+    if value is None:
+        return
+    values = value if isinstance(value, list) else [value]
+    sources = [image_source(item, image) for item in values]
+    # Paths of `image_root`, or of a table, whose reader makes them relative to its folder.
+    if any(isinstance(source, Path) for source in sources):
+        contents = [read_image(source)[1] for source in sources]
+        if isinstance(value, list):
+            record[image.image_key] = [base64.b64encode(content).decode() for content in contents]
+        else:
+            record[image.image_key] = contents[0]
 
 
 def _members(record: dict[str, Any], image_key: str, caption_key: str) -> dict[str, bytes]:
-    """Files of a sample."""
+    """Split a record into the files of a sample."""
     fields = dict(record)
     members: dict[str, bytes] = {}
     content = value = fields.get(image_key)
     if isinstance(value, str):
         content = None
         with suppress(ValueError):
-            # The bytes that base64 stands for, if encoding them gives the same text again.
             decoded = binascii.a2b_base64(value)
-            content = (
-                decoded if binascii.b2a_base64(decoded, newline=False).decode() == value else None
-            )
+            # Decode only what encodes to the same text again.
+            if binascii.b2a_base64(decoded, newline=False).decode() == value:
+                content = decoded
     if content and isinstance(content, bytes):
-        webp = content[:4] == b"RIFF" and content[8:12] == b"WEBP"
-        known = (suffix for magic, suffix in _MAGIC.items() if content.startswith(magic))
-        members["webp" if webp else next(known, "img")] = content
+        members[_image_suffix(content)] = content
         del fields[image_key]
     caption = fields.get(caption_key)
     if isinstance(caption, str):
-        # Half a surrogate pair, which JSON can say, is no text that a file could hold.
+        # JSON may hold half a surrogate pair, which UTF-8 cannot.
         with suppress(UnicodeEncodeError):
             members["txt"] = caption.encode()
             del fields[caption_key]
     if fields or not members:
         members["json"] = json.dumps(fields, separators=(",", ":")).encode()
     return members
+
+
+def _image_suffix(content: bytes) -> str:
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return "webp"
+    for magic, suffix in _MAGIC.items():
+        if content.startswith(magic):
+            return suffix
+    return "img"

@@ -1,6 +1,6 @@
-"""Finds data files, reads byte ranges and caches row indexes.
+"""Data files: finding them, reading byte ranges, and row indexes cached on disk.
 
-A row index is a flat int64 array, cached on disk and memory-mapped, so that loader workers share it.
+A row index is a flat int64 array, memory-mapped so that loader workers share it.
 """
 
 from __future__ import annotations
@@ -33,96 +33,97 @@ _ROW = re.compile(r"(.+\.\w+)#(\d+)", re.DOTALL)
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 # Several times the annotations of Visual Genome, in one file.
-_MOST_BYTES = 4 << 30
-# Fewer than any system's limit on open files, and enough for the files that a window of reading touches.
-_MOST_OPEN = 128
-_PACKED = {
+_FILE_LIMIT = 4 << 30
+# Below any system's limit on open files, and enough for the files of a shuffle window.
+_OPEN_LIMIT = 128
+_COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
     b"\xfd7zXZ": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
     b"PK\x03\x04": "zip",
 }
-# Opcodes that make containers, strings and numbers, or look after the stack: none that names or calls anything.
-_PLAIN = (
+# Pickle opcodes that make containers, strings and numbers, or handle the stack; none of them imports or calls.
+_PLAIN_OPCODES = (
     "MARK STOP POP POP_MARK DUP PROTO FRAME GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE NONE NEWTRUE "
     "NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE "
     "BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES DICT EMPTY_DICT SETITEM SETITEMS LIST EMPTY_LIST "
     "APPEND APPENDS TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3"
 )
-# The head of an index: version of the format, size and time of change of the file that it is of.
+# Head of an index: version of the format, and size and modification time of the indexed file.
 _HEAD = 3
-# Rows of a stored index that are looked up in its file before the index is believed.
-_SAMPLED = 64
+# Rows of a stored index that are verified in the file.
+_SAMPLES = 64
 
 
 def row_of(image: str) -> tuple[str, int] | None:
-    """File and row of an embedded image, e.g. `SHARD.tar#3`; None for an image file."""
-    found = _ROW.fullmatch(image)
-    return None if found is None else (found[1], int(found[2]))
+    """Split the name of an embedded image, e.g. `SHARD.tar#3`, into file and row; None for an image file."""
+    match = _ROW.fullmatch(image)
+    return None if match is None else (match[1], int(match[2]))
 
 
 def file_of(image: str) -> str:
-    """Path of an image file, or of the file that embeds it (see `row_of`)."""
-    found = row_of(image)
-    return image if found is None or os.path.exists(image) else found[0]
+    """Return the path of an image file, or of the file that embeds it (see `row_of`)."""
+    location = row_of(image)
+    return image if location is None or os.path.exists(image) else location[0]
 
 
-def find_files(paths: Paths, whole: Callable[[Path], bool] = lambda folder: False) -> list[Path]:
-    """Data files named by paths, in deterministic order.
+def find_files(
+    paths: Paths, is_dataset: Callable[[Path], bool] = lambda folder: False
+) -> list[Path]:
+    """List the data files named by paths, in deterministic order.
 
-    A string may contain several comma-separated paths: files, glob patterns (sorted) or folders, whose visible files
-    all count (sorted). Names with `_SUCCESS` are skipped, as in the official reader. Folders that satisfy `whole` are
-    returned as they are.
+    A string may contain several comma-separated paths: files, glob patterns (sorted) or folders, which stand for their
+    visible files (sorted). Names with `_SUCCESS` are skipped, as in the official reader. Folders that satisfy
+    `is_dataset` are returned themselves.
     """
-    found: list[Path] = []
-    for part in _parts(paths):
-        path = Path(part)
-        if path.is_dir() and whole(path):
-            inside = [path]
+    files: list[Path] = []
+    for name in _split_paths(paths):
+        path = Path(name)
+        if path.is_dir() and is_dataset(path):
+            matches = [path]
         elif path.is_dir():
-            inside = sorted(
-                each for each in path.iterdir() if each.is_file() and not each.name.startswith(".")
-            )
+            visible = (file for file in path.iterdir() if not file.name.startswith("."))
+            matches = sorted(file for file in visible if file.is_file())
         elif path.exists():
             try:
-                inside = [require_file(path)]
+                matches = [require_file(path)]
             except OSError as error:
                 raise unreadable(path, error) from None
         else:
-            inside = [Path(each) for each in sorted(glob.glob(part)) if Path(each).is_file()]
-            if not inside:
-                raise DataError(f"{part} does not exist and matches no file; check the path")
-        inside = [each for each in inside if "_SUCCESS" not in each.name]
-        if not inside:
+            matches = [file for file in map(Path, sorted(glob.glob(name))) if file.is_file()]
+            if not matches:
+                raise DataError(f"{name} does not exist and matches no file; check the path")
+        matches = [file for file in matches if "_SUCCESS" not in file.name]
+        if not matches:
             raise DataError(
-                f"folder {part} holds no data files; give the files, or a folder that holds them"
+                f"folder {name} holds no data files; give the files, or a folder that holds them"
             )
-        found.extend(inside)
-    if not found:
+        files.extend(matches)
+    if not files:
         raise DataError("no data files were named; give at least one path")
     seen: set[Path] = set()
-    for path in found:
+    for path in files:
         if (real := path.resolve()) in seen:
             raise DataError(
                 f"{path} is named twice; its rows would be read twice as often: name it once"
             )
         seen.add(real)
-    return found
+    return files
 
 
-def _parts(paths: Paths) -> list[str]:
-    if isinstance(paths, (str, os.PathLike)):
-        text = os.fspath(paths)
-        # A comma may be part of a name.
-        if os.path.exists(text) or not isinstance(paths, str):
-            return [text]
-        return [part.strip() for part in text.split(",") if part.strip()]
-    return [part for path in paths for part in _parts(path)]
+def _split_paths(paths: Paths) -> list[str]:
+    if not isinstance(paths, (str, os.PathLike)):
+        return [name for path in paths for name in _split_paths(path)]
+    text = os.fspath(paths)
+    # A comma may be part of a name.
+    if os.path.exists(text) or not isinstance(paths, str):
+        return [text]
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def open_file(path: Path) -> io.BufferedReader:
-    """Open a data file for reading; what is no regular file (a pipe might never end) raises `DataError`."""
+    """Open a data file for reading; one that is not regular (a pipe may never end) raises `DataError`."""
     try:
         return open_data(path)
     except OSError as error:
@@ -132,7 +133,7 @@ def open_file(path: Path) -> io.BufferedReader:
 def read_file(path: Path) -> bytes:
     """Read a data file that is parsed as a whole; one of more than 4 GiB raises `DataError`."""
     try:
-        return read_bytes(path, _MOST_BYTES)
+        return read_bytes(path, _FILE_LIMIT)
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from None
 
@@ -141,7 +142,7 @@ def check_plain(path: Path, start: bytes) -> None:
     """Raise `DataError` for empty, compressed or UTF-16 files, which have no row offsets."""
     if not start:
         raise DataError(f"{path} is empty (0 bytes); download or write it again")
-    for magic, name in _PACKED.items():
+    for magic, name in _COMPRESSED.items():
         if start.startswith(magic):
             raise DataError(
                 f"{path} is compressed ({name}) and cannot be read from the middle; decompress it first"
@@ -190,9 +191,7 @@ def read_plain_pickle(path: Path) -> Any:
         ) from None
     except Exception as error:
         # Damaged bytes can raise any exception.
-        raise DataError(
-            f"{path} is no pickle that can be read ({error!r}); download it again"
-        ) from None
+        raise DataError(f"{path} is not a readable pickle ({error!r}); download it again") from None
 
 
 class _NotPlain(Exception):
@@ -206,12 +205,10 @@ class _PlainOpcodes(dict[int, Any]):
 
 # The C unpickler cannot restrict opcodes, and a crafted memo index makes it allocate gigabytes.
 class _PlainUnpickler(pickle._Unpickler):
-    dispatch = _PlainOpcodes(
-        {
-            code: pickle._Unpickler.dispatch[code]
-            for code in (ord(getattr(pickle, name)) for name in _PLAIN.split())
-        }
-    )
+    dispatch = _PlainOpcodes()
+    for _name in _PLAIN_OPCODES.split():
+        _code = ord(getattr(pickle, _name))
+        dispatch[_code] = pickle._Unpickler.dispatch[_code]
 
     def find_class(self, module: str, name: str) -> Any:
         raise _NotPlain(f"{module}.{name}")
@@ -219,12 +216,12 @@ class _PlainUnpickler(pickle._Unpickler):
 
 @contextmanager
 def new_folder(folder: Path, name: str) -> Iterator[Path]:
-    """Temporary folder, renamed to `folder` on success and deleted on failure."""
+    """Make a temporary folder, which is renamed to `folder` on success and deleted on failure."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        # An empty folder may be in the way; a full one makes the renaming fail.
+        # Remove an empty folder of that name; over a full one the renaming fails.
         with suppress(OSError):
             folder.rmdir()
         os.rename(temporary, folder)
@@ -232,7 +229,7 @@ def new_folder(folder: Path, name: str) -> Iterator[Path]:
         raise
     except OSError as error:
         raise StorageError(
-            f"{name} could not be written ({error.strerror or error}); nothing was left there: free space or choose "
+            f"{name} could not be written ({error.strerror or error}); nothing was left behind: free space or choose "
             "another folder"
         ) from error
     finally:
@@ -243,7 +240,7 @@ class _OpenFiles(threading.local):
     """Open file handles per thread, so that threads do not close each other's files."""
 
     def __init__(self) -> None:
-        # By device and inode: a file that was replaced is another one, and a relative name may come to mean another.
+        # By device and inode, since a file may be replaced and a relative name may change its meaning.
         self.handles: OrderedDict[tuple[int, int], int] = OrderedDict()
 
 
@@ -253,26 +250,26 @@ _open_files = _OpenFiles()
 def read_range(path: Path, start: int, size: int) -> bytes:
     """Read `size` bytes from `start` (fewer at the end of the file), with positional reads that are fork-safe."""
     try:
-        found, handles = os.stat(path), _open_files.handles
-        key = found.st_dev, found.st_ino
+        status, handles = os.stat(path), _open_files.handles
+        key = status.st_dev, status.st_ino
         handle = handles.pop(key, None)
         if handle is None:
             with open_data(path) as file:
                 handle = os.dup(file.fileno())
-            if len(handles) >= _MOST_OPEN:
+            if len(handles) >= _OPEN_LIMIT:
                 os.close(handles.popitem(last=False)[1])
         handles[key] = handle
-        parts = []
-        while size > 0 and (part := os.pread(handle, min(size, 1 << 30), start)):
-            parts.append(part)
-            start, size = start + len(part), size - len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        chunks = []
+        while size > 0 and (chunk := os.pread(handle, min(size, 1 << 30), start)):
+            chunks.append(chunk)
+            start, size = start + len(chunk), size - len(chunk)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
     except OSError as error:
         raise unreadable(path, error) from None
 
 
 def unreadable(path: Path, error: OSError | ValueError) -> DataError:
-    """`DataError` for a data file that cannot be opened or read."""
+    """Make the `DataError` for a data file that cannot be opened or read."""
     reason = getattr(error, "strerror", None) or error
     return DataError(f"{path} cannot be read ({reason}); check that it is a readable file")
 
@@ -281,7 +278,7 @@ class IndexedFile:
     """A data file with a cached row index, built on first use.
 
     `build` scans the file, and `begins` tells whether a row can begin at an offset. A changed `version` invalidates
-    cached indexes; one that anybody else may have written is believed only where its offsets are possible.
+    cached indexes. A cached index may come from anybody, so its offsets are verified.
     """
 
     def __init__(
@@ -316,11 +313,11 @@ class IndexedFile:
 
     @property
     def index(self) -> np.ndarray:
-        """int64 array returned by `build`: row count, row offsets, end of the last row, then what the format adds."""
+        """The int64 array of `build`: row count, row offsets, end of the last row, then numbers of the format."""
         return self._loaded[_HEAD:]
 
     def range(self, row: int) -> tuple[int, int]:
-        """Offsets of the first byte of a row and of the next row."""
+        """Return the offsets of the first byte of a row and of the next row."""
         start, end = self.index[1 + row : 3 + row].tolist()
         return start, end
 
@@ -332,7 +329,7 @@ class IndexedFile:
         paths = [self.path.with_name(f".{self.path.name}.index"), cache / f"{name}.index"]
         try:
             with open_file(self.path) as data:
-                # Ranks that start together scan a file once: the first holds the lock, the others find its index.
+                # Of ranks that start together, the first scans the file, and the others wait for its index.
                 with suppress(ImportError, OSError):
                     import fcntl
 
@@ -354,10 +351,10 @@ class IndexedFile:
             raise unreadable(self.path, error) from None
 
     def _read(self, path: Path, head: np.ndarray) -> np.ndarray | None:
-        """The stored index, if it is one of this file."""
+        """Read a stored index; None unless it is one of this file."""
         try:
             with open_data(path) as file:
-                # The subclass for mapped arrays takes three times as long for every element.
+                # np.memmap itself takes three times as long to index.
                 index = np.memmap(file, np.int64, "r").view(np.ndarray)
         except (OSError, ValueError):
             return None
@@ -370,5 +367,5 @@ class IndexedFile:
         ends = index[_HEAD + 1 : _HEAD + 2 + count]
         if ends[0] < 0 or ends[-1] != size or not (ends[1:] > ends[:-1]).all():
             return None
-        sample = np.linspace(0, count - 1, min(count, _SAMPLED)).astype(int)
+        sample = np.linspace(0, count - 1, min(count, _SAMPLES)).astype(int)
         return index if all(self._begins(self.path, int(ends[row])) for row in sample) else None

@@ -1,6 +1,6 @@
-"""Fingerprints of images: which are held out of training, and which weights have been trained on.
+"""Fingerprints of images: to hold images out of training, and to know the images that weights were trained on.
 
-An image is its encoded bytes, so that tables, folders, lines and shards that hold it agree, whatever its name.
+A fingerprint is a digest of the encoded bytes, so that it is the same in tables, folders, lines and shards.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from xfm_fast.io import open_to_append, read_bytes, storing
 FINGERPRINT_FILE = "trained_images.bin"
 """Sorted digests of the images that the weights in a folder have been trained on."""
 
-_LEAST_HELD_OUT, _MOST_HELD_OUT = 10, 1000
-# Of each loader process and of a whole fingerprint, which then has 128 MB.
-_MOST_OF_PROCESS, _MOST = 1 << 20, 1 << 24
+# Bounds on the number of images that are held out.
+_MIN_HELD_OUT, _MAX_HELD_OUT = 10, 1000
+# Limits on the digests of a loader process, and of a fingerprint, which then has 128 MB.
+_MAX_OF_PROCESS, _MAX_DIGESTS = 1 << 20, 1 << 24
 _DIGEST = np.dtype(">u8")
 
 
@@ -36,23 +37,23 @@ def _digest(content: bytes) -> bytes:
 def _digests(rows: int, contents: Callable[[int], Iterable[bytes]]) -> list[list[bytes]]:
     """Return the digests of the images of each row; none for a row that cannot be read."""
 
-    def of_row(row: int) -> list[bytes]:
+    def digests_of(row: int) -> list[bytes]:
         try:
             return [_digest(content) for content in contents(row)]
         except DataError:
             return []
 
     with ThreadPool() as pool:
-        return pool.map(of_row, range(rows))
+        return pool.map(digests_of, range(rows))
 
 
 def held_out(
     rows: int, contents: Callable[[int], Iterable[bytes]], share: float
 ) -> NDArray[np.bool_]:
-    """Return the mask of rows to hold out: those with an image whose digest is below `share` of the largest possible.
+    """Return the mask of rows to hold out: an image of theirs has a digest below `share` of the largest possible.
 
     At least 10 images (or a quarter of fewer than 40) and at most 1,000, by the smallest digests. Between these limits,
-    whether an image is held out depends on no other one.
+    the choice of an image does not depend on the others.
     """
     digests = _digests(rows, contents)
     ordered = sorted({digest for row in digests for digest in row})
@@ -60,9 +61,9 @@ def held_out(
         raise DataError(
             f"{len(ordered)} of {rows} images can be read, too few to hold some out; set hold_out=0"
         )
-    least = max(1, min(_LEAST_HELD_OUT, len(ordered) // 4))
-    below = bisect_left(ordered, int(share * 2**64).to_bytes(8, "big"))
-    held = {*ordered[: min(_MOST_HELD_OUT, max(least, below))]}
+    count = bisect_left(ordered, int(share * 2**64).to_bytes(8, "big"))
+    count = max(count, 1, min(_MIN_HELD_OUT, len(ordered) // 4))
+    held = {*ordered[: min(count, _MAX_HELD_OUT)]}
     return np.array([not held.isdisjoint(row) for row in digests])
 
 
@@ -72,7 +73,7 @@ def contents_of(names: list[str], root: Path) -> Callable[[int], Iterable[bytes]
 
 
 class SeenImages:
-    """Record of the images that the processes of a loader read: a file of digests, which outlives a kill."""
+    """Recorder of the images that a loader's processes read: a file of digests, which survives a kill."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -81,7 +82,7 @@ class SeenImages:
     def __call__(self, content: bytes) -> None:
         """Record an encoded image."""
         digest = _digest(content)
-        if digest not in self._digests and len(self._digests) < _MOST_OF_PROCESS:
+        if digest not in self._digests and len(self._digests) < _MAX_OF_PROCESS:
             self._digests.add(digest)
             with (
                 storing(self.path, "set checkpoint.folder to another folder"),
@@ -91,9 +92,9 @@ class SeenImages:
 
 
 def read_fingerprint(path: Path) -> NDArray[np.uint64]:
-    """Return the digests in a file; none where there is no file."""
+    """Read the digests in a file; none if there is no file."""
     try:
-        content = read_bytes(path, _MOST * _DIGEST.itemsize)
+        content = read_bytes(path, _MAX_DIGESTS * _DIGEST.itemsize)
     except (FileNotFoundError, NotADirectoryError):
         content = b""
     except (OSError, ValueError) as error:
@@ -104,17 +105,22 @@ def read_fingerprint(path: Path) -> NDArray[np.uint64]:
 
 
 def fingerprint_of(run: Path, initial: Path | None) -> dict[str, bytes]:
-    """Return the fingerprint of what a run and the folder of its initial weights have seen, by file name."""
-    paths = [*run.glob("seen-*.bin"), *([] if initial is None else [initial / FINGERPRINT_FILE])]
-    digests = np.unique(np.concatenate([np.zeros(0, _DIGEST), *map(read_fingerprint, paths)]))[
-        :_MOST
-    ]
+    """Return the fingerprint file of a run: the images that it and its initial weights were trained on."""
+    paths = [*run.glob("seen-*.bin")]
+    if initial is not None:
+        paths.append(initial / FINGERPRINT_FILE)
+    if not paths:
+        return {}
+    digests = np.unique(np.concatenate([read_fingerprint(path) for path in paths]))[:_MAX_DIGESTS]
     return {FINGERPRINT_FILE: digests.astype(_DIGEST).tobytes()} if len(digests) else {}
 
 
 def trained_on(folder: Path, names: list[str], root: Path) -> list[str]:
     """Return the names of images below `root` that the weights in a folder have been trained on."""
     fingerprint = read_fingerprint(folder / FINGERPRINT_FILE)
-    rows = _digests(len(names), contents_of(names, root)) if len(fingerprint) else []
-    mask = np.isin(np.frombuffer(b"".join(map(b"".join, rows)), _DIGEST), fingerprint)
-    return [*compress([name for name, row in zip(names, rows, strict=False) if row], mask)]
+    if not len(fingerprint):
+        return []
+    rows = _digests(len(names), contents_of(names, root))
+    readable = [name for name, row in zip(names, rows, strict=True) if row]
+    digests = np.frombuffer(b"".join(row[0] for row in rows if row), _DIGEST)
+    return [*compress(readable, np.isin(digests, fingerprint))]

@@ -1,10 +1,11 @@
-"""Image decoding with strict validation: the structure of JPEG, PNG and WebP files is checked before it."""
+"""Image decoding; the structure of JPEG, PNG and WebP files is validated first."""
 
 from __future__ import annotations
 
 import binascii
 import contextlib
 import io
+import math
 import os
 import re
 import struct
@@ -39,14 +40,14 @@ Decoded = TypeVar("Decoded")
 # Functions of torchvision.io.
 _FAST = {"JPEG": "decode_jpeg", "PNG": "decode_png"}
 # From this EXIF orientation on, width and height are exchanged.
-_TURNED = 5
-# More than the pixels that `PIL.Image.MAX_IMAGE_PIXELS` allows take without compression, at 16 bits.
-_MOST_BYTES = 1 << 30
+_TRANSPOSED = 5
+# More than the uncompressed 16-bit pixels of `PIL.Image.MAX_IMAGE_PIXELS`.
+_FILE_LIMIT = 1 << 30
 _BOMB_REMEDY = "shrink the image, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
 
 
 def evaluation_transform(image_size: int) -> v2.Compose:
-    """Official evaluation transform: resize to R × R (bicubic, antialiased), normalise to `[3, R, R]`."""
+    """Make the official evaluation transform: resize to R × R (bicubic, antialiased), normalise to `[3, R, R]`."""
     with needs("vision"):
         from torchvision.transforms import InterpolationMode, v2
 
@@ -65,71 +66,75 @@ def evaluation_transform(image_size: int) -> v2.Compose:
 def decode_image(source: Source, name: str | None = None, *, official: bool = False) -> Image.Image:
     """Decode an image to RGB: EXIF orientation applied, transparency on white, first frame, 16-bit grey scaled to 8.
 
-    `official` ignores EXIF orientation and drops transparency. `name` is the name in errors. An image that is missing,
+    `official` ignores EXIF orientation and drops transparency. `name` is used in errors. An image that is missing,
     truncated, larger than `PIL.Image.MAX_IMAGE_PIXELS` or without a defined white level raises `DataError`.
     """
     name, data = read_image(source, name)
-    return _decoded(data, name, lambda opened: to_rgb(opened, name, official=official))
+    return _decode(data, name, lambda image: to_rgb(image, name, official=official))
 
 
 def image_size(
     source: Source, name: str | None = None, *, official: bool = False
 ) -> tuple[int, int]:
-    """Width and height of the decoded image, from the header."""
+    """Return width and height of the decoded image, from the header."""
     name, data = read_image(source, name)
-    return _decoded(data, name, lambda opened: opened.size if official else upright_size(opened))
+    return _decode(data, name, lambda image: image.size if official else upright_size(image))
 
 
 def decode_pixels(source: Source, name: str | None = None, *, official: bool = False) -> Tensor:
-    """`decode_image` as 8-bit pixels `[3, H, W]`, bit-identical and faster for JPEG and PNG."""
+    """Decode to 8-bit pixels `[3, H, W]`, bit-identical to `decode_image` and faster for JPEG and PNG."""
     name, data = read_image(source, name)
 
-    def pixels(opened: Image.Image) -> Tensor:
-        decodable = opened.format in _FAST and opened.mode in ("RGB", "L")
-        if decodable and not official:
-            # Pillow would decode a PNG to find its EXIF.
-            may_turn = (
-                opened.format != "PNG" or re.search(rb"eXIf|exif|adobe\.xmp", data) is not None
-            )
-            decodable = not (
-                opened.has_transparency_data or (may_turn and orientation(opened) != 1)
-            )
-        if decodable:
+    def pixels(image: Image.Image) -> Tensor:
+        if _is_plain(image, data, official=official):
             # What torchvision refuses, Pillow explains; a build without the image libraries raises too.
             with contextlib.suppress(RuntimeError, ModuleNotFoundError):
                 from torchvision import io as fast
 
+                decode = getattr(fast, _FAST[str(image.format)])
                 encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                found = getattr(fast, _FAST[str(opened.format)])(
-                    encoded, mode=fast.ImageReadMode.RGB
-                )
-                if found.dtype == torch.uint8:
-                    return found
-        return torch.from_numpy(np.array(to_rgb(opened, name, official=official))).permute(2, 0, 1)
+                decoded = decode(encoded, mode=fast.ImageReadMode.RGB)
+                if decoded.dtype == torch.uint8:
+                    return decoded
+        return torch.from_numpy(np.array(to_rgb(image, name, official=official))).permute(2, 0, 1)
 
-    return _decoded(data, name, pixels)
+    return _decode(data, name, pixels)
+
+
+def _is_plain(image: Image.Image, data: bytes, *, official: bool) -> bool:
+    """Return whether torchvision decodes an image to the same pixels: upright, opaque JPEG or PNG."""
+    if image.format not in _FAST or image.mode not in ("RGB", "L"):
+        return False
+    if official:
+        return True
+    if image.has_transparency_data:
+        return False
+    # Pillow would decode a PNG to find its EXIF.
+    if image.format == "PNG" and re.search(rb"eXIf|exif|adobe\.xmp", data) is None:
+        return True
+    return orientation(image) == 1
 
 
 def load_image(
     source: Source, image_size: int, name: str | None = None, *, official: bool = False
 ) -> Tensor:
-    """Decode an image and apply the evaluation transform: normalised pixels `[3, R, R]`."""
+    """Decode an image and apply the evaluation transform, to normalised pixels `[3, R, R]`."""
     return evaluation_transform(image_size)(decode_image(source, name, official=official))
 
 
 def record_pixels(
     record: Mapping[str, Any], options: ImageOptions, rng: np.random.Generator
 ) -> Tensor:
-    """8-bit pixels `[3, H, W]` of a record's image, or of a random one of its images."""
+    """Decode a record's image, or a random one of its images, to 8-bit pixels `[3, H, W]`."""
     values = image_values(record, options)
-    # A single option draws no random number.
+    # A single image draws no random number.
     source = image_source(values[rng.integers(len(values))], options)
     name = f"in {options.image_key!r}" if isinstance(source, bytes) else None
     return decode_pixels(source, name, official=options.official_pictures)
 
 
 def image_values(record: Mapping[str, Any], options: ImageOptions) -> list[Any]:
-    """Image values of a record; an empty list raises `DataError`."""
+    """Return the image values of a record; an empty list raises `DataError`."""
     value = record.get(options.image_key)
     if value == []:
         raise DataError(f"the list in {options.image_key!r} is empty; give at least one image")
@@ -137,7 +142,7 @@ def image_values(record: Mapping[str, Any], options: ImageOptions) -> list[Any]:
 
 
 def image_source(value: Any, options: ImageOptions) -> Path | bytes:
-    """Encoded bytes or path of an image value."""
+    """Return the encoded bytes or the path of an image value."""
     key = options.image_key
     if isinstance(value, (bytes, Path)):
         return value
@@ -150,9 +155,9 @@ def image_source(value: Any, options: ImageOptions) -> Path | bytes:
     try:
         return binascii.a2b_base64(value)
     except ValueError as error:
-        remedy = "write the image anew, or name the folder if these are paths (image_root)"
         raise DataError(
-            f"{key!r} ({len(value)} characters) is no base64 ({error}); {remedy}"
+            f"{key!r} ({len(value)} characters) is not base64 ({error}); write the image again, or name the folder if "
+            "these are paths (image_root)"
         ) from None
 
 
@@ -161,7 +166,7 @@ _observer: ContextVar[Callable[[bytes], None] | None] = ContextVar("observer", d
 
 @contextlib.contextmanager
 def images_observed(observer: Callable[[bytes], None] | None) -> Iterator[None]:
-    """Pass the encoded bytes of every image that is read in the block to `observer`, if there is one."""
+    """Pass the encoded bytes of every image that the block reads to `observer`, if there is one."""
     before = _observer.set(observer)
     try:
         yield
@@ -170,10 +175,10 @@ def images_observed(observer: Callable[[bytes], None] | None) -> Iterator[None]:
 
 
 def read_image(source: Source, name: str | None = None) -> tuple[str, bytes]:
-    """Name and encoded bytes of an image; one that is missing, empty or no regular file raises `DataError`."""
+    """Read the name and the encoded bytes of an image; a missing, empty or irregular file raises `DataError`."""
     name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else str(os.fspath(source)))
     try:
-        data = source if isinstance(source, bytes) else read_bytes(source, _MOST_BYTES)
+        data = source if isinstance(source, bytes) else read_bytes(source, _FILE_LIMIT)
     except FileNotFoundError:
         raise DataError(f"image {name} does not exist; check the path") from None
     except (OSError, ValueError) as error:
@@ -188,13 +193,14 @@ def read_image(source: Source, name: str | None = None) -> tuple[str, bytes]:
     return name, data
 
 
-def _decoded(data: bytes, name: str, decode: Callable[[Image.Image], Decoded]) -> Decoded:
+def _decode(data: bytes, name: str, decode: Callable[[Image.Image], Decoded]) -> Decoded:
+    """Check an encoded image and call `decode` with it; everything that fails raises `DataError`."""
     with warnings.catch_warnings():
-        # Pillow only warns of a bomb up to twice the limit; the check below is the rule.
+        # Pillow only warns of bombs up to twice the limit, which the check below refuses.
         warnings.simplefilter("ignore")
         try:
-            with Image.open(io.BytesIO(data)) as opened:
-                width, height = opened.size
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
                 if not width or not height:
                     raise DataError(
                         f"image {name} is {width}x{height} and has no pixels; replace it"
@@ -205,19 +211,19 @@ def _decoded(data: bytes, name: str, decode: Callable[[Image.Image], Decoded]) -
                         f"image {name} is {width}x{height} = {width * height:,} pixels, over the limit of {limit:,} "
                         f"that guards against decompression bombs; {_BOMB_REMEDY}"
                     )
-                if opened.format == "PNG":
+                if image.format == "PNG":
                     check_png(data)
-                elif opened.format in ("JPEG", "MPO"):
+                elif image.format in ("JPEG", "MPO"):
                     read_header(data)
-                return decode(opened)
+                return decode(image)
         except (DataError, MemoryError):
             raise
         except Image.DecompressionBombError as error:
             raise DataError(f"image {name} is refused: {error}; {_BOMB_REMEDY}") from None
         except UnidentifiedImageError:
             raise DataError(
-                f"image {name} ({len(data)} bytes, beginning with {data[:8]!r}) is in no format that Pillow reads; "
-                "convert it to JPEG or PNG"
+                f"image {name} ({len(data)} bytes, beginning with {data[:8]!r}) is in a format that Pillow does not "
+                "read; convert it to JPEG or PNG"
             ) from None
         except Exception as error:  # a damaged file can make a decoder raise anything
             raise DataError(
@@ -226,26 +232,25 @@ def _decoded(data: bytes, name: str, decode: Callable[[Image.Image], Decoded]) -
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF orientation; 1 is upright."""
-    # A camera that writes damaged EXIF takes whole pictures.
+    """Return the EXIF orientation; 1 is upright."""
+    # The pixels of an image with damaged EXIF are intact.
     with contextlib.suppress(Exception):
-        found = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return found if found in range(1, 9) else 1
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return value if value in range(1, 9) else 1
     return 1
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height after EXIF orientation."""
+    """Return width and height after EXIF orientation."""
     width, height = image.size
-    return (width, height) if orientation(image) < _TURNED else (height, width)
+    return (width, height) if orientation(image) < _TRANSPOSED else (height, width)
 
 
 def is_transparent(image: Image.Image) -> bool:
-    """True if any pixel is not opaque."""
-    return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (
-        255,
-        255,
-    )
+    """Return whether any pixel is not opaque."""
+    if not image.has_transparency_data:
+        return False
+    return image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
 
 
 def to_rgb(image: Image.Image, name: str, *, official: bool = False) -> Image.Image:
@@ -274,17 +279,17 @@ def to_rgb(image: Image.Image, name: str, *, official: bool = False) -> Image.Im
 _PNG = b"\x89PNG\r\n\x1a\n"
 # Markers of JPEG; stuffed zeros, restarts and fill bytes are none.
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
-# Chunks that may say that an image is turned, which takes a copy.
-_TURNING = {b"eXIf", b"iTXt"}
+# Chunks that may hold an orientation, which takes a copy.
+_EXIF_CHUNKS = {b"eXIf", b"iTXt"}
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
 # Every scan of a progressive JPEG passes over all pixels; encoders write about ten.
-_MOST_SCANS = 64
+_SCAN_LIMIT = 64
 # Segments of JPEG and chunks of PNG, which Pillow reads one by one in Python; encoders write chunks of 4 KB and more.
-_MOST_PARTS = 1024
-_PART_BYTES = 512
+_CHUNK_LIMIT = 1024
+_CHUNK_BYTES = 512
 # Compressed input and inflated output of one step.
-_PIECE, _INFLATED = 1 << 16, 1 << 20
+_INPUT_STEP, _OUTPUT_STEP = 1 << 16, 1 << 20
 
 
 class Header(NamedTuple):
@@ -298,115 +303,120 @@ class Header(NamedTuple):
 def read_header(data: bytes) -> Header:
     """Parse the header of a JPEG, PNG or WebP file; an invalid or abusive file raises `ValueError`."""
     if data.startswith(_PNG):
-        kinds = set()
-        width = height = bits = colours = 0
-        for kind, body in png_chunks(data):
-            kinds.add(kind)
-            if kind == b"IHDR":
-                width, height, bits, colours = struct.unpack(">IIBB", body[:10])
-        if bits == 16 and colours == 0:
-            return Header(width, height, 32)
-        return Header(
-            width, height, 20 if b"tRNS" in kinds or colours & 4 else 9 if kinds & _TURNING else 5
-        )
+        return _read_png(data)
     if data.startswith(b"\xff\xd8\xff"):
-        return _jpeg(data)
+        return _read_jpeg(data)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and len(data) >= 30:
         if data[12:16] == b"VP8X":
-            return Header(
-                _number(data, 24, 3) + 1, _number(data, 27, 3) + 1, 32 if data[20] & 0x10 else 20
-            )
+            width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
+            return Header(width, height, 32 if data[20] & 0x10 else 20)
         if data[12:16] == b"VP8L" and data[20] == 0x2F:
-            sizes = _number(data, 21, 4)
-            return Header(
-                (sizes & 0x3FFF) + 1, (sizes >> 14 & 0x3FFF) + 1, 32 if sizes >> 28 & 1 else 20
-            )
+            bits = int.from_bytes(data[21:25], "little")
+            width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+            return Header(width, height, 32 if bits >> 28 & 1 else 20)
         if data[12:16] == b"VP8 ":
-            return Header(_number(data, 26, 2) & 0x3FFF, _number(data, 28, 2) & 0x3FFF, 20)
-    raise ValueError("it is no JPEG, PNG or WebP")
+            width, height = struct.unpack("<HH", data[26:30])
+            return Header(width & 0x3FFF, height & 0x3FFF, 20)
+    raise ValueError("it is not a JPEG, PNG or WebP")
+
+
+def _read_png(data: bytes) -> Header:
+    types = set()
+    width = height = bits = colour_type = 0
+    for chunk, body in png_chunks(data):
+        types.add(chunk)
+        if chunk == b"IHDR":
+            width, height, bits, colour_type = struct.unpack(">IIBB", body[:10])
+    if bits == 16 and colour_type == 0:
+        depth = 32
+    elif b"tRNS" in types or colour_type & 4:
+        depth = 20
+    else:
+        depth = 9 if types & _EXIF_CHUNKS else 5
+    return Header(width, height, depth)
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """Types and bodies of the chunks of a PNG file; a truncated file raises `ValueError`."""
+    """Yield types and bodies of the chunks of a PNG file; a truncated file raises `ValueError`."""
     view, at = memoryview(data), len(_PNG)
-    most = _MOST_PARTS + len(data) // _PART_BYTES
-    for number in range(most):
-        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+    limit = _CHUNK_LIMIT + len(data) // _CHUNK_BYTES
+    for index in range(limit):
+        length, chunk = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
         if at + 12 + length > len(data):
             raise ValueError("it ends within a chunk")
-        if (kind == b"IHDR") != (number == 0) or (number == 0 and length != 13):
-            raise ValueError("its first chunk is no header, or another is")
-        yield kind, view[at + 8 : at + 8 + length]
-        if kind == b"IEND":
+        if (chunk == b"IHDR") != (index == 0) or (index == 0 and length != 13):
+            raise ValueError("its first chunk is not a header, or another is")
+        yield chunk, view[at + 8 : at + 8 + length]
+        if chunk == b"IEND":
             return
         at += 12 + length
-    raise ValueError(f"it has more than {most:,} chunks")
+    raise ValueError(f"it has more than {limit:,} chunks")
 
 
 def check_png(data: bytes) -> None:
     """Reject a PNG file with pixel data shorter or longer than its header states."""
-    inflate, found, expected = zlib.decompressobj(), 0, 0
-    for kind, body in png_chunks(data):
-        if kind == b"IHDR":
+    inflate, size, expected = zlib.decompressobj(), 0, 0
+    for chunk, body in png_chunks(data):
+        if chunk == b"IHDR":
             expected = _png_bytes(*struct.unpack(">IIBBBBB", body))
-        for start in range(0, len(body) if kind == b"IDAT" else 0, _PIECE):
-            rest: bytes | memoryview = body[start : start + _PIECE]
-            while rest and not inflate.eof:
-                found += len(inflate.decompress(rest, min(_INFLATED, expected - found + 1)))
-                if found > expected:
+        for start in range(0, len(body) if chunk == b"IDAT" else 0, _INPUT_STEP):
+            compressed: bytes | memoryview = body[start : start + _INPUT_STEP]
+            while compressed and not inflate.eof:
+                limit = min(_OUTPUT_STEP, expected - size + 1)
+                size += len(inflate.decompress(compressed, limit))
+                if size > expected:
                     raise ValueError(f"it holds more than the {expected} bytes of its pixels")
-                rest = inflate.unconsumed_tail
+                compressed = inflate.unconsumed_tail
             if inflate.eof:
                 break
-    if found < expected:
-        raise ValueError(f"it holds {found} bytes of pixels instead of {expected}")
+    if size < expected:
+        raise ValueError(f"it holds {size} bytes of pixels instead of {expected}")
+
+
+# First column, column step, first row and row step of the seven passes of an interlaced PNG (Adam7).
+_ADAM7 = (
+    (0, 8, 0, 8),
+    (4, 8, 0, 8),
+    (0, 4, 4, 8),
+    (2, 4, 0, 4),
+    (0, 2, 2, 4),
+    (1, 2, 0, 2),
+    (0, 1, 1, 2),
+)
 
 
 def _png_bytes(
-    width: int, height: int, bits: int, colours: int, _: int, __: int, interlaced: int
+    width: int, height: int, bits: int, colour_type: int, _: int, __: int, interlaced: int
 ) -> int:
-    bits *= {2: 3, 4: 2, 6: 4}.get(colours, 1)
-    # Rows of one byte more than their pixels; seven small images where it is interlaced (Adam7).
-    passes = (
-        (0, 8, 0, 8),
-        (4, 8, 0, 8),
-        (0, 4, 4, 8),
-        (2, 4, 0, 4),
-        (0, 2, 2, 4),
-        (1, 2, 0, 2),
-        (0, 1, 1, 2),
-    )
-    expected = 0
-    for x, step_x, y, step_y in passes if interlaced else ((0, 1, 0, 1),):
+    """Return the inflated size of a PNG's pixels, in rows of one byte more than their pixels."""
+    bits *= {2: 3, 4: 2, 6: 4}.get(colour_type, 1)
+    size = 0
+    for x, step_x, y, step_y in _ADAM7 if interlaced else ((0, 1, 0, 1),):
         columns, rows = len(range(x, width, step_x)), len(range(y, height, step_y))
-        expected += rows * (1 + (columns * bits + 7) // 8) if columns else 0
-    return expected
+        if columns:
+            size += rows * (1 + (columns * bits + 7) // 8)
+    return size
 
 
-def _jpeg(data: bytes) -> Header:
+def _read_jpeg(data: bytes) -> Header:
+    """Parse the segments of a JPEG, and return its largest frame."""
     at, scans, largest = 2, 0, Header(0, 0, 0)
-    turned = b"Exif" in data[: 1 << 17]
-    for _ in range(_MOST_PARTS):
-        found = _MARKER.search(data, at)
-        if found is None or found[1] == b"\xd9":
+    has_exif = b"Exif" in data[: 1 << 17]
+    for _ in range(_CHUNK_LIMIT):
+        match = _MARKER.search(data, at)
+        if match is None or match[1] == b"\xd9":
             return largest
-        kind, at = found[1][0], found.end()
-        if kind in (0x01, 0xD8):
+        marker, at = match[1][0], match.end()
+        if marker in (0x01, 0xD8):
             continue
-        if kind in _FRAMES and len(data) >= at + 8:
-            height, width, parts = struct.unpack(">HHB", data[at + 3 : at + 8])
-            depth = (9 if turned or parts > 3 else 5) + (2 * parts if kind in _PROGRESSIVE else 0)
-            largest = max(
-                largest,
-                Header(width, height, depth),
-                key=lambda each: each.width * each.height * each.depth,
-            )
-        scans += kind == 0xDA
-        if scans > _MOST_SCANS:
-            raise ValueError(f"it has more than {_MOST_SCANS} scans")
+        if marker in _FRAMES and len(data) >= at + 8:
+            height, width, components = struct.unpack(">HHB", data[at + 3 : at + 8])
+            depth = 9 if has_exif or components > 3 else 5
+            if marker in _PROGRESSIVE:
+                depth += 2 * components
+            largest = max(largest, Header(width, height, depth), key=math.prod)
+        scans += marker == 0xDA
+        if scans > _SCAN_LIMIT:
+            raise ValueError(f"it has more than {_SCAN_LIMIT} scans")
         at += int.from_bytes(data[at : at + 2], "big")
-    raise ValueError(f"it has more than {_MOST_PARTS:,} segments")
-
-
-def _number(data: bytes, at: int, size: int) -> int:
-    return int.from_bytes(data[at : at + size], "little")
+    raise ValueError(f"it has more than {_CHUNK_LIMIT:,} segments")

@@ -15,7 +15,7 @@ from torch import Tensor
 from xfm_fast.batches import IGNORED, Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.images import record_pixels
-from xfm_fast.data.masking import block_mask
+from xfm_fast.data.masking import EncodedText, block_mask
 from xfm_fast.data.options import (
     ImageOptions,
     ImageStreamOptions,
@@ -24,7 +24,7 @@ from xfm_fast.data.options import (
     TextStreamOptions,
 )
 from xfm_fast.data.regions import RegionSample, elements_of, sample_regions
-from xfm_fast.data.texts import EncodedText, encode_pair_text, encode_text, text_of
+from xfm_fast.data.texts import encode_pair_text, encode_text, text_of
 from xfm_fast.data.transforms import pretraining_transform, whole_image
 from xfm_fast.errors import DataError, InputError
 from xfm_fast.tokenizer import CaptionTokenizer
@@ -45,7 +45,7 @@ class Items(ABC, Generic[Options, Item, BatchT]):
 
     @property
     def rows(self) -> int:
-        """Records per batch."""
+        """Records of a batch."""
         return self.batch_size
 
     @abstractmethod
@@ -83,7 +83,7 @@ class ImageItems(Items[ImageStreamOptions, Picture, ImageBatch]):
     """Images only; other fields are not read."""
 
     def item(self, record: Mapping[str, Any], rng: np.random.Generator) -> Picture:
-        return _picture(record, self.options, self.config, rng)
+        return _masked_picture(record, self.options, self.config, rng)
 
     def collate(self, items: list[Picture], rng: np.random.Generator) -> ImageBatch:
         images, masks = zip(*items, strict=True)
@@ -94,11 +94,11 @@ class PairItems(Items[PairStreamOptions, Pair, PairBatch]):
     """Image-caption records."""
 
     def item(self, record: Mapping[str, Any], rng: np.random.Generator) -> Pair:
-        # The text first: it is cheap, and where it is broken the image need not be decoded.
+        # The text is cheap: a broken one saves decoding the image.
         text = text_of(record, self.options.caption_key, self.tokenizer)
-        several = isinstance(record.get(self.options.image_key), list)
-        encoded = encode_pair_text(text, self.tokenizer, self.options, rng, one_of_many=several)
-        image, patch_mask = _picture(record, self.options, self.config, rng)
+        shared = isinstance(record.get(self.options.image_key), list)
+        encoded = encode_pair_text(text, self.tokenizer, self.options, rng, one_of_many=shared)
+        image, patch_mask = _masked_picture(record, self.options, self.config, rng)
         return Pair(image, encoded, patch_mask)
 
     def collate(self, items: list[Pair], rng: np.random.Generator) -> PairBatch:
@@ -129,7 +129,7 @@ class RegionItems(Items[RegionStreamOptions, Regions, RegionBatch]):
         return self.options.max_images
 
     def item(self, record: Mapping[str, Any], rng: np.random.Generator) -> Regions:
-        # Where there are none the image need not be decoded.
+        # A record without regions saves decoding the image.
         elements_of(record)
         pixels = record_pixels(record, self.options, rng)
         size, patch = self.config.image_size, self.config.patch_size
@@ -156,20 +156,21 @@ ITEMS: dict[str, Callable[..., Items[Any, Any, Any]]] = {
     "images": ImageItems,
     "text": TextItems,
 }
-"""Items of each stream kind. The position of a kind seeds its random numbers."""
+"""Items of each stream kind; the position of a kind seeds its random numbers."""
 
 
-def _picture(
+def _masked_picture(
     record: Mapping[str, Any], options: ImageOptions, config: XFMConfig, rng: np.random.Generator
 ) -> Picture:
+    """Decode, transform and mask the image of a record."""
     pixels = record_pixels(record, options, rng)
     size = config.image_size
-    image = (
-        pretraining_transform(size)(pixels, rng) if options.augment else whole_image(pixels, size)
-    )
-    return Picture(
-        image, block_mask(config.grid, config.num_masking_patches, config.min_num_patches, rng)
-    )
+    if options.augment:
+        image = pretraining_transform(size)(pixels, rng)
+    else:
+        image = whole_image(pixels, size)
+    mask = block_mask(config.grid, config.num_masking_patches, config.min_num_patches, rng)
+    return Picture(image, mask)
 
 
 def collate_texts(
@@ -177,10 +178,10 @@ def collate_texts(
     *,
     pad_token_id: int,
     width: int | None = None,
-    most: int | None = None,
+    masked: int | None = None,
 ) -> TextBatch:
-    """Pad B texts to the longest, or to `width` tokens and `most` masked positions as the official code does."""
-    return TextBatch(**_padded(texts, pad_token_id, width, most))
+    """Pad B texts to the longest, or to `width` tokens and `masked` positions as the official code does."""
+    return TextBatch(**_pad(texts, pad_token_id, width, masked))
 
 
 def collate_pairs(
@@ -191,7 +192,7 @@ def collate_pairs(
     image_ids: Sequence[int] | None = None,
     patch_masks: Sequence[NDArray[np.bool_]] | None = None,
     width: int | None = None,
-    most: int | None = None,
+    masked: int | None = None,
 ) -> PairBatch:
     """Collate B images `[3, R, R]`, their texts and `[N]` patch masks."""
     if len(images) != len(texts):
@@ -199,7 +200,7 @@ def collate_pairs(
             f"there are {len(images)} images and {len(texts)} texts; a pair has one of each"
         )
     return PairBatch(
-        **_padded(texts, pad_token_id, width, most),
+        **_pad(texts, pad_token_id, width, masked),
         image=torch.stack(list(images)),
         image_ids=None if image_ids is None else torch.tensor(list(image_ids), dtype=torch.int64),
         patch_mask=_patch_masks(patch_masks, len(images)),
@@ -225,37 +226,36 @@ def collate_regions(
     *,
     pad_token_id: int,
     width: int | None = None,
-    most: int | None = None,
+    masked: int | None = None,
 ) -> RegionBatch:
     """Collate exactly `batch_size` texts about regions, grouped by image.
 
     Excess texts are dropped at random, missing ones repeated at random; images without texts are dropped.
     """
     counts = [len(sample.texts) for sample in samples]
-    if [len(each) for each in texts] != counts:
-        raise InputError(
-            f"samples have {counts} texts and {[len(each) for each in texts]} are encoded; encode each"
-        )
+    encoded = [len(rows) for rows in texts]
+    if encoded != counts:
+        raise InputError(f"samples have {counts} texts and {encoded} are encoded; encode each")
     owner = np.repeat(np.arange(len(samples)), counts)
-    if not len(owner):
+    total = len(owner)
+    if not total:
         raise DataError(
             f"none of {len(samples)} images has a usable region; raise max_images or correct the data"
         )
-    # Distinct ones, or as evenly repeated as can be.
-    whole, rest = divmod(batch_size, len(owner))
-    kept = np.sort(
-        np.concatenate([np.tile(np.arange(len(owner)), whole), rng.permutation(len(owner))[:rest]])
-    )
-    used, image_index = np.unique(owner[kept], return_inverse=True)
-    flat = [text for each in texts for text in each]
-    chosen = torch.from_numpy(kept)
+    # Every text `repeats` times, and a random subset once more.
+    repeats, remainder = divmod(batch_size, total)
+    rows = np.concatenate([np.tile(np.arange(total), repeats), rng.permutation(total)[:remainder]])
+    rows.sort()
+    used, image_index = np.unique(owner[rows], return_inverse=True)
+    flat = [text for rows_of_image in texts for text in rows_of_image]
+    index = torch.from_numpy(rows)
     return RegionBatch(
-        **_padded([flat[place] for place in kept], pad_token_id, width, most),
-        image=torch.stack([samples[place].image for place in used]),
+        **_pad([flat[row] for row in rows], pad_token_id, width, masked),
+        image=torch.stack([samples[image].image for image in used]),
         image_index=torch.from_numpy(image_index.astype(np.int64)),
-        region_mask=torch.cat([sample.region_mask for sample in samples])[chosen],
-        boxes=torch.cat([sample.boxes for sample in samples])[chosen],
-        is_image=torch.cat([sample.is_image for sample in samples])[chosen],
+        region_mask=torch.cat([sample.region_mask for sample in samples])[index],
+        boxes=torch.cat([sample.boxes for sample in samples])[index],
+        is_image=torch.cat([sample.is_image for sample in samples])[index],
     )
 
 
@@ -279,30 +279,31 @@ class _Texts(TypedDict):
     masked_labels: Tensor
 
 
-def _padded(
-    texts: Sequence[EncodedText], pad_token_id: int, width: int | None, most: int | None
+def _pad(
+    texts: Sequence[EncodedText], pad_token_id: int, width: int | None, masked: int | None
 ) -> _Texts:
     if not texts:
         raise InputError("a batch of 0 texts is empty; give at least 1")
     lengths = np.array([len(text.ids) for text in texts])
     counts = np.array([len(text.positions) for text in texts])
-    width, most = width or int(lengths.max()), most or int(counts.max())
-    if lengths.max() > width or counts.max() > most:
+    width, masked = width or int(lengths.max()), masked or int(counts.max())
+    if lengths.max() > width or counts.max() > masked:
         raise InputError(
-            f"a text has {lengths.max()} tokens and one has {counts.max()} masked; width={width} and most={most} do "
-            "not hold them: raise these or cut the texts"
+            f"a text has {lengths.max()} tokens and one has {counts.max()} masked; width={width} and masked={masked} "
+            "do not hold them: raise these or cut the texts"
         )
-    real, masked = np.arange(width) < lengths[:, None], np.arange(most) < counts[:, None]
+    is_token = np.arange(width) < lengths[:, None]
+    is_masked = np.arange(masked) < counts[:, None]
 
-    def rows(values: list[list[int]], where: NDArray[np.bool_], padding: int) -> Tensor:
-        out = np.full(where.shape, padding, dtype=np.int64)
-        out[where] = [value for row in values for value in row]
+    def rows(values: list[list[int]], mask: NDArray[np.bool_], padding: int) -> Tensor:
+        out = np.full(mask.shape, padding, dtype=np.int64)
+        out[mask] = [value for row in values for value in row]
         return torch.from_numpy(out)
 
     return {
-        "input_ids": rows([text.ids for text in texts], real, pad_token_id),
-        "attention_mask": torch.from_numpy(real.astype(np.int64)),
-        "masked_input_ids": rows([text.masked_ids for text in texts], real, pad_token_id),
-        "masked_positions": rows([text.positions for text in texts], masked, 0),
-        "masked_labels": rows([text.labels for text in texts], masked, IGNORED),
+        "input_ids": rows([text.ids for text in texts], is_token, pad_token_id),
+        "attention_mask": torch.from_numpy(is_token.astype(np.int64)),
+        "masked_input_ids": rows([text.masked_ids for text in texts], is_token, pad_token_id),
+        "masked_positions": rows([text.positions for text in texts], is_masked, 0),
+        "masked_labels": rows([text.labels for text in texts], is_masked, IGNORED),
     }

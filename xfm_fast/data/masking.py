@@ -40,24 +40,26 @@ class MaskingOptions:
     def __post_init__(self) -> None:
         if not 0 < self.probability <= 1:
             raise InputError(
-                f"probability={self.probability} is no share of a text's tokens; use one in (0, 1]"
+                f"probability={self.probability} is not a share of a text's tokens; use one in (0, 1]"
             )
         if self.most < 1:
             raise InputError(f"most={self.most} must be at least 1")
         if not 0 <= self.skipgram_probability <= 1:
             raise InputError(
-                f"skipgram_probability={self.skipgram_probability} is no probability; use one in [0, 1]"
+                f"skipgram_probability={self.skipgram_probability} is not a probability; use one in [0, 1]"
             )
 
     def count(self, length: int) -> int:
-        """Number of masked tokens: at least one, at most `most` and all but the first."""
+        """Return the number of masked tokens: at least one, at most `most` and all but the first."""
         return min(self.most, max(1, round(length * self.probability)), length - 1)
 
 
-class MaskedText(NamedTuple):
-    """A text with some tokens masked."""
+class EncodedText(NamedTuple):
+    """Token ids of a text and their masked copy."""
 
     ids: list[int]
+    """`<s> tokens </s>`, not padded."""
+    masked_ids: list[int]
     """Token ids with masks, the model input."""
     positions: list[int]
     """Masked positions, ascending."""
@@ -66,18 +68,18 @@ class MaskedText(NamedTuple):
 
 
 def mask_tokens(
-    ids: Sequence[int],
+    ids: list[int],
     options: MaskingOptions,
     rng: np.random.Generator,
     *,
     vocab_size: int,
     mask_token_id: int,
     word_starts: Sequence[bool] | None = None,
-) -> MaskedText:
+) -> EncodedText:
     """Mask exactly `options.count(len(ids))` tokens.
 
     Start positions come in random order, each masks one token or, with `skipgram_probability`, a run truncated at the
-    end of the text; a random subset of any excess is dropped. The first token is never masked. A chosen token becomes
+    end of the text; a random subset of any excess is dropped. The first token is never masked. A masked token becomes
     `<mask>` in 80% of cases, a random token of the vocabulary in 10%, and is unchanged in 10%. Whole words that exceed
     the count are left out, so fewer tokens may be masked (more only if the first word is longer than the count).
     `word_starts` `[len(ids)]` is required for `whole_word`.
@@ -86,81 +88,82 @@ def mask_tokens(
         raise InputError(
             f"a text of {len(ids)} token(s) has none to mask after <s>; it must have at least 2"
         )
-    # (start, end) of every token, or word, after the first token.
     starts = list(range(1, len(ids)))
     if options.whole_word:
         if word_starts is None or len(word_starts) != len(ids):
-            found = "none" if word_starts is None else f"{len(word_starts)}"
+            count = "none" if word_starts is None else f"{len(word_starts)}"
             raise InputError(
-                f"whole words need a word start for each of {len(ids)} tokens, got {found}"
+                f"whole words need a word start for each of {len(ids)} tokens, got {count}"
             )
-        starts = [place for place in starts if place == 1 or word_starts[place]]
+        starts = [start for start in starts if start == 1 or word_starts[start]]
+    # (start, end) of every token, or word, after the first token.
     units = list(zip(starts, [*starts[1:], len(ids)], strict=True))
-    wanted = options.count(len(ids))
-    positions = _choose(units, wanted, options, rng)
-    masked = list(ids)
-    # One draw of each kind per text: a generator call costs more than the arithmetic here.
+    positions = _draw_positions(units, options.count(len(ids)), options, rng)
+    masked_ids = list(ids)
+    # One draw of each distribution per text: a generator call costs more than the arithmetic here.
     fates = rng.random(len(positions)).tolist()
-    randoms = rng.integers(vocab_size, size=len(positions)).tolist()
-    for place, fate, substitute in zip(positions, fates, randoms, strict=True):
+    substitutes = rng.integers(vocab_size, size=len(positions)).tolist()
+    for position, fate, substitute in zip(positions, fates, substitutes, strict=True):
         if fate < 0.8:
-            masked[place] = mask_token_id
+            masked_ids[position] = mask_token_id
         elif fate < 0.9:
-            masked[place] = substitute
-    return MaskedText(masked, positions, [ids[place] for place in positions])
+            masked_ids[position] = substitute
+    labels = [ids[position] for position in positions]
+    return EncodedText(ids, masked_ids, positions, labels)
 
 
-def _choose(
-    units: list[tuple[int, int]], wanted: int, options: MaskingOptions, rng: np.random.Generator
+def _draw_positions(
+    units: list[tuple[int, int]], count: int, options: MaskingOptions, rng: np.random.Generator
 ) -> list[int]:
+    """Draw runs of units until they have `count` tokens, and return the positions of these tokens."""
     order = rng.permutation(len(units)).tolist()
     runs = [1] * len(units)
     if options.skipgram_size >= 2 and options.skipgram_probability > 0:
-        long = rng.random(len(units)) < options.skipgram_probability
-        runs = np.where(
-            long, rng.integers(2, options.skipgram_size + 1, size=len(units)), 1
-        ).tolist()
-    chosen: set[int] = set()
-    collected = 0
+        is_run = rng.random(len(units)) < options.skipgram_probability
+        lengths = rng.integers(2, options.skipgram_size + 1, size=len(units))
+        runs = np.where(is_run, lengths, 1).tolist()
+    drawn: set[int] = set()
+    total = 0
     for first, run in zip(order, runs, strict=True):
-        if collected >= wanted:
+        if total >= count:
             break
-        if first in chosen:
+        if first in drawn:
             continue
         for unit in range(first, min(first + run, len(units))):
-            if unit not in chosen:
-                chosen.add(unit)
-                collected += units[unit][1] - units[unit][0]
-    kept = sorted(chosen)
-    if collected > wanted:
-        # A random subset of units no longer than the count in total, or one unit if the first is longer.
-        fitting, total = [], 0
-        for place in rng.permutation(len(kept)).tolist():
-            length = units[kept[place]][1] - units[kept[place]][0]
-            if not fitting or total + length <= wanted:
-                fitting.append(kept[place])
-                total += length
-        kept = fitting
-    return sorted(place for unit in kept for place in range(*units[unit]))[: options.most]
+            if unit not in drawn:
+                drawn.add(unit)
+                total += units[unit][1] - units[unit][0]
+    masked = sorted(drawn)
+    if total > count:
+        # A random subset of units of at most `count` tokens, or one unit if the first is longer.
+        subset, total = [], 0
+        for index in rng.permutation(len(masked)).tolist():
+            start, end = units[masked[index]]
+            if not subset or total + end - start <= count:
+                subset.append(masked[index])
+                total += end - start
+        masked = subset
+    positions = sorted(position for unit in masked for position in range(*units[unit]))
+    return positions[: options.most]
 
 
-def block_mask(grid: int, count: int, least: int, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """BEiT block mask `[grid * grid]` with exactly `count` ones (arXiv 2106.08254).
+def block_mask(grid: int, count: int, min_area: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Draw a BEiT block mask `[grid * grid]` with exactly `count` ones (arXiv 2106.08254).
 
-    Rectangles: area uniform between `least` and the number of patches left, log aspect ratio uniform in ±log(0.3),
+    Rectangles: area uniform between `min_area` and the number of patches left, log aspect ratio uniform in ±log(0.3),
     position uniform; one counts if it is smaller than the grid, masks at least one new patch and not too many. After
     `ATTEMPTS` failures in a row uniformly random patches fill the rest.
     """
     if not 0 <= count <= grid * grid:
         raise InputError(f"count={count} patches cannot be hidden among {grid * grid}; lower it")
-    if least < 1:
-        raise InputError(f"least={least} is no area of a rectangle; use at least 1")
+    if min_area < 1:
+        raise InputError(f"min_area={min_area} is not the area of a rectangle; use at least 1")
     # The grid is one integer, a bit per patch: overlap and union of rectangles are then single operations.
     columns = _columns(grid)
     mask, remaining = 0, count
     while remaining:
         for area_draw, aspect_draw, top_draw, left_draw in rng.random((ATTEMPTS, 4)).tolist():
-            area = least + area_draw * (remaining - least)
+            area = min_area + area_draw * (remaining - min_area)
             aspect = math.exp(_LOWEST_ASPECT * (1 - 2 * aspect_draw))
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if height >= grid or width >= grid:
@@ -183,5 +186,5 @@ def block_mask(grid: int, count: int, least: int, rng: np.random.Generator) -> N
 
 @lru_cache
 def _columns(grid: int) -> list[int]:
-    """Bit masks of a column of patches for every height, at the top left corner."""
+    """Return the bit masks of a column of patches for every height, at the top left corner."""
     return [sum(1 << (row * grid) for row in range(height)) for height in range(grid)]

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from xfm_fast.data.annotations import AnnotationRows, Elements, read_array
+from xfm_fast.data.annotations import AnnotationRows, read_array
 from xfm_fast.data.files import (
     IndexedFile,
     Paths,
@@ -36,8 +36,8 @@ from xfm_fast.data.tables import (
     PICTURE_SUFFIXES,
     TABLE_SUFFIXES,
     caption_table,
+    find_images,
     group_captions,
-    has_images,
     read_caption_folder,
     read_table,
     resolve_images,
@@ -56,8 +56,9 @@ TEXT_SUFFIXES = ("txt", "text", "caption")
 _LINES_VERSION, _SHARD_VERSION = 1, 2
 _CHUNK = 16 << 20
 _NEWLINE = 10
-_MARK = b"\xef\xbb\xbf"
-_SHORT = 8
+_BOM = b"\xef\xbb\xbf"
+# Bytes of a line below which it may be blank.
+_SHORT_LINE = 8
 
 
 class Rows(Protocol):
@@ -95,13 +96,12 @@ class LineFile(IndexedFile):
         super().__init__(path, _scan_lines, _LINES_VERSION, _line_begins)
 
     def label(self, row: int) -> int:
-        """Line number of a row, counting from 1."""
-        count = len(self)
-        values = self.index
-        return int(values[2 + count + row]) if len(values) > 2 + count else row + 1
+        """Return the line number of a row, counting from 1."""
+        # Line numbers follow the offsets where they differ from row numbers.
+        lines = self.index[2 + len(self) :]
+        return int(lines[row]) if len(lines) else row + 1
 
     def raw(self, row: int) -> bytes:
-        """Bytes of a row without surrounding whitespace."""
         start, end = self.range(row)
         if end - start > MOST_LINE_BYTES:
             raise DataError(
@@ -123,7 +123,7 @@ def _parse_object(text: bytes, name: str) -> dict[str, Any]:
         ) from None
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{name} is no JSON ({error}); expected one object, such as {{...}}"
+            f"{name} is not JSON ({error}); expected one object, such as {{...}}"
         ) from None
     if not isinstance(record, dict):
         raise DataError(f"{name} holds a JSON {type(record).__name__} instead of an object {{...}}")
@@ -131,20 +131,19 @@ def _parse_object(text: bytes, name: str) -> dict[str, Any]:
 
 
 def _line_begins(path: Path, start: int) -> bool:
-    before = read_range(path, max(0, start - len(_MARK)), min(start, len(_MARK)))
-    return not before or before.endswith(b"\n") or (before == _MARK and start == len(_MARK))
+    before = read_range(path, max(0, start - len(_BOM)), min(start, len(_BOM)))
+    return not before or before.endswith(b"\n") or (before == _BOM and start == len(_BOM))
 
 
 def _scan_lines(path: Path) -> np.ndarray:
-    """Index: row count, row offsets, file size, then line numbers if there are blank lines."""
+    """Build the index: row count, row offsets, file size, then line numbers if there are blank lines."""
     buffer = bytearray(_CHUNK)
     view = np.frombuffer(buffer, np.uint8)
-    ends = []
-    size = 0
+    ends, size = [], 0
     with open_file(path) as file:
         start = os.pread(file.fileno(), 4096, 0)
         check_plain(path, start)
-        if start.removeprefix(_MARK).lstrip().startswith(b"["):
+        if start.removeprefix(_BOM).lstrip().startswith(b"["):
             raise DataError(
                 f"{path} is a JSON array, as fine-tuning files are; pretraining reads one object a line: write every "
                 "element on a line of its own"
@@ -153,21 +152,21 @@ def _scan_lines(path: Path) -> np.ndarray:
             ends.append(np.flatnonzero(view[:count] == _NEWLINE) + size)
             size += count
         newlines = np.concatenate(ends)
-        starts = np.concatenate([[len(_MARK) if start.startswith(_MARK) else 0], newlines + 1])
+        starts = np.concatenate([[len(_BOM) if start.startswith(_BOM) else 0], newlines + 1])
         lengths = np.concatenate([newlines, [size]]) - starts
         full = lengths > 0
-        # Too short for an object: spaces, the CR of a blank line, or a last line that was cut.
-        for line in np.flatnonzero(full & (lengths <= _SHORT)):
+        # Short lines may be blank: spaces, or the CR of a blank line.
+        for line in np.flatnonzero(full & (lengths <= _SHORT_LINE)):
             full[line] = bool(
                 os.pread(file.fileno(), int(lengths[line]), int(starts[line])).strip()
             )
     rows = np.flatnonzero(full)
     if not len(rows):
         raise DataError(f"{path} holds blank lines only; download or write it again")
-    parts = [np.array([len(rows)]), starts[rows], np.array([size])]
+    sections = [np.array([len(rows)]), starts[rows], np.array([size])]
     if len(rows) != rows[-1] + 1:
-        parts.append(rows + 1)
-    return np.concatenate(parts).astype(np.int64)
+        sections.append(rows + 1)
+    return np.concatenate(sections).astype(np.int64)
 
 
 class ShardFile(IndexedFile):
@@ -185,26 +184,25 @@ class ShardFile(IndexedFile):
         self._caption_key = caption_key
 
     def label(self, row: int) -> str:
-        """Key of a sample: the path prefix shared by its files."""
+        """Return the key of a sample: the path prefix that its files share."""
         first = next(self._files(row), None)
         return f"sample {row}" if first is None else first.key
 
     def suffixes(self, row: int) -> list[str]:
-        """Suffixes of the files of a sample."""
+        """Return the suffixes of the files of a sample."""
         return [file.suffix for file in self._files(row)]
 
     def members(self, row: int, *, without: Collection[str] = ()) -> dict[str, bytes]:
-        """Contents of a sample's files by suffix."""
-        out = {}
+        """Read the files of a sample, by suffix."""
+        contents = {}
         for file in self._files(row):
-            if file.suffix not in without:
-                out[file.suffix] = content = read_range(self.path, file.start, file.size)
-                if len(content) < file.size:
-                    sizes = f"{len(content):,} of {file.size:,} bytes"
-                    raise DataError(
-                        f"the shard ends within .{file.suffix} ({sizes}); copy it again"
-                    )
-        return out
+            if file.suffix in without:
+                continue
+            contents[file.suffix] = content = read_range(self.path, file.start, file.size)
+            if len(content) < file.size:
+                sizes = f"{len(content):,} of {file.size:,} bytes"
+                raise DataError(f"the shard ends within .{file.suffix} ({sizes}); copy it again")
+        return contents
 
     def _files(self, row: int) -> Iterator[_Member]:
         start, end = self.range(row)
@@ -225,25 +223,19 @@ class ShardFile(IndexedFile):
             start = content + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
     def raw(self, row: int) -> bytes:
-        """Concatenated files of a sample, text files first."""
-        files = sorted(
-            self.members(row).items(), key=lambda item: item[0] not in ("json", *TEXT_SUFFIXES)
-        )
-        return b" ".join(f".{suffix} ".encode() + content for suffix, content in files)
+        """Concatenate the files of a sample, text files first."""
+        contents = self.members(row)
+        texts_first = sorted(contents, key=lambda suffix: suffix not in ("json", *TEXT_SUFFIXES))
+        return b" ".join(f".{suffix} ".encode() + contents[suffix] for suffix in texts_first)
 
-    def read(self, row: int) -> dict[str, Any]:
-        return self._record(self.members(row))
-
-    def texts(self, row: int) -> dict[str, Any]:
-        """`read` without the image."""
-        return self._record(self.members(row, without=IMAGE_SUFFIXES))
-
-    def _record(self, files: Mapping[str, bytes]) -> dict[str, Any]:
+    def read(self, row: int, *, images: bool = True) -> dict[str, Any]:
+        """Read a sample; without `images` their contents stay in the file."""
+        files = self.members(row, without=() if images else IMAGE_SUFFIXES)
         record = _parse_object(files["json"], "the .json of the sample") if "json" in files else {}
-        images = [suffix for suffix in files if suffix in IMAGE_SUFFIXES]
-        if len(images) > 1:
+        image_suffixes = [suffix for suffix in files if suffix in IMAGE_SUFFIXES]
+        if len(image_suffixes) > 1:
             raise DataError(
-                f"the sample has {len(images)} images (.{', .'.join(images)}); leave one"
+                f"the sample has {len(image_suffixes)} images (.{', .'.join(image_suffixes)}); leave one"
             )
         for suffix, content in files.items():
             if suffix in IMAGE_SUFFIXES:
@@ -259,17 +251,17 @@ class ShardFile(IndexedFile):
 
 
 class _Member(NamedTuple):
-    """A file in a shard: key of its sample, lower-case suffix, offsets of header and content, and size."""
+    """A file in a shard."""
 
-    key: str
-    suffix: str
-    header: int
-    start: int
+    key: str  # of its sample
+    suffix: str  # in lower case
+    header: int  # offset of the header
+    start: int  # offset of the content
     size: int
 
 
 def _split_name(name: str) -> tuple[str, str] | None:
-    """Key and lower-case suffix of a member, `a/b.seg.png` → (`a/b`, `seg.png`); None without a suffix."""
+    """Split a member's name, `a/b.seg.png` → (`a/b`, `seg.png`); None without a suffix."""
     folder, slash, base = name.rpartition("/")
     stem, dot, suffix = base.partition(".")
     return (folder + slash + stem, suffix.lower()) if stem and dot and suffix else None
@@ -278,16 +270,16 @@ def _split_name(name: str) -> tuple[str, str] | None:
 def _members(
     path: Path, file: BinaryIO, start: int = 0, end: int | None = None
 ) -> Iterator[_Member]:
-    """Files `key.suffix` between two offsets, including a truncated last one, which fails when read."""
+    """Yield the files `key.suffix` between two offsets, including a truncated last one, which fails when read."""
     file.seek(start)
     try:
-        archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115, `file` is what there is to close
+        archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115, the caller closes `file`
     except tarfile.TarError as error:
         raise DataError(
-            f"{path} is no tar file ({error}); give WebDataset shards or line-JSON files"
+            f"{path} is not a tar file ({error}); give WebDataset shards or line-JSON files"
         ) from None
     while True:
-        # The list that the library keeps of all members is not needed.
+        # The library would keep a list of all members.
         setattr(archive, "members", [])  # noqa: B010, the type stubs leave it out
         try:
             member = archive.next()
@@ -301,7 +293,7 @@ def _members(
     header = os.pread(file.fileno(), tarfile.BLOCKSIZE, archive.offset)
     if member is None and len(header) == tarfile.BLOCKSIZE and header.strip(b"\0"):
         raise DataError(
-            f"{path} is damaged at byte {archive.offset:,}, and what follows there cannot be found; copy it again"
+            f"{path} is damaged at byte {archive.offset:,}, and later members cannot be found; copy it again"
         )
 
 
@@ -316,20 +308,20 @@ def _member_begins(path: Path, start: int) -> bool:
 
 
 def _scan_shard(path: Path) -> np.ndarray:
-    """Index: sample count, offsets of the first header of each sample, file size."""
+    """Build the index: sample count, offset of the first header of each sample, file size."""
     starts: list[int] = []
-    key, inside = None, set[str]()
+    key, suffixes = None, set[str]()
     with open_file(path) as file:
         check_plain(path, os.pread(file.fileno(), 512, 0))
         for member in _members(path, file):
             if member.key != key or not starts:
-                key, inside = member.key, set()
+                key, suffixes = member.key, set()
                 starts.append(member.header)
-            if member.suffix in inside:
+            if member.suffix in suffixes:
                 raise DataError(
                     f"{path} holds {key}.{member.suffix} twice in one sample; write the shard again"
                 )
-            inside.add(member.suffix)
+            suffixes.add(member.suffix)
         size = os.fstat(file.fileno()).st_size
     if not starts:
         raise DataError(
@@ -338,39 +330,12 @@ def _scan_shard(path: Path) -> np.ndarray:
     return np.array([len(starts), *starts, size], np.int64)
 
 
-class ListRows:
-    """In-memory records with the interface of a file."""
-
-    modified = 0
-
-    def __init__(self, records: Sequence[Record], name: str = "records in memory") -> None:
-        self.name = name
-        self._records = records
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def label(self, row: int) -> int:
-        return row
-
-    def raw(self, row: int) -> bytes:
-        return json.dumps(self._records[row], default=repr).encode()
-
-    def read(self, row: int) -> Record:
-        record = self._records[row]
-        if not isinstance(record, Mapping):
-            raise DataError(
-                f"the record is of type {type(record).__name__} instead of a mapping of fields"
-            )
-        return record
-
-
 class RecordSet:
-    """Rows of several files as one sequence, or those of them that `rows` numbers."""
+    """Rows of several files as one sequence; `rows` selects some of them by number."""
 
     def __init__(self, files: Sequence[Rows], rows: NDArray[np.intp] | None = None) -> None:
         self.files, self._rows = list(files), rows
-        self._ends = np.cumsum([len(each) for each in self.files])
+        self._ends = np.cumsum([len(file) for file in self.files])
         if not len(self):
             raise DataError("the data hold no rows; give at least one")
 
@@ -379,12 +344,12 @@ class RecordSet:
             return len(self._rows)
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def locate(self, number: int) -> tuple[Rows, int]:
-        """File of a row and the row number in it."""
+    def locate(self, index: int) -> tuple[Rows, int]:
+        """Find the file of a row, and the row's number in it."""
         if self._rows is not None:
-            number = int(self._rows[number])
-        file = int(np.searchsorted(self._ends, number, side="right"))
-        return self.files[file], number - (int(self._ends[file - 1]) if file else 0)
+            index = int(self._rows[index])
+        file = int(np.searchsorted(self._ends, index, side="right"))
+        return self.files[file], index - (int(self._ends[file - 1]) if file else 0)
 
 
 class Schema(NamedTuple):
@@ -399,32 +364,34 @@ OFFICIAL = Schema()
 
 
 class Reader(NamedTuple):
-    """A file format: which files or folders are of it, and how one is opened."""
+    """A file format: a test for its files or folders, and the function that opens one."""
 
     accepts: Callable[[Path, Schema], bool]
     open: Callable[[Path, Schema], Rows]
 
 
 def open_pairs(path: Path, schema: Schema) -> AnnotationRows[Any]:
-    """Images of a table or folder in first-seen order, each with all its captions (a list if several)."""
+    """Open the images of a table or folder in first-seen order, each with all its captions (a list if several)."""
     table = caption_table(path) if path.is_dir() else path
     folder = path if table is None else table.parent
     if table is None:
-        found = read_caption_folder(path)
+        rows = read_caption_folder(path)
     elif table.suffix == ".json":
-        found = Elements(str(table), read_array(table))
+        rows = AnnotationRows(table, read_array(table))
     else:
-        found = read_table(table, PAIR_COLUMNS)
-    found = group_captions(resolve_images(path, found) if path.is_dir() else found)
-    return AnnotationRows(path, found.values, partial(_pair, folder, schema), labels=found.labels)
-
-
-def _pair(folder: Path, schema: Schema, value: Any) -> Record:
-    if isinstance(value, DataError):
-        raise value
-    image, captions = (
-        (value.get("image"), value.get("caption")) if isinstance(value, dict) else (None, None)
+        rows = read_table(table, PAIR_COLUMNS)
+    rows = group_captions(resolve_images(path, rows) if path.is_dir() else rows)
+    return AnnotationRows(
+        path, rows.elements, partial(_as_pair, folder, schema), labels=rows.labels
     )
+
+
+def _as_pair(folder: Path, schema: Schema, element: Any) -> Record:
+    if isinstance(element, DataError):
+        raise element
+    image = captions = None
+    if isinstance(element, dict):
+        image, captions = element.get("image"), element.get("caption")
     if not (isinstance(image, str) and image and isinstance(captions, list) and captions):
         raise DataError(
             f"expected the path of an image and a caption, not {image!r} and {captions!r}"
@@ -458,18 +425,11 @@ READERS: dict[str, Reader] = {
 
 
 def find_reader(path: Path, schema: Schema = OFFICIAL) -> str | None:
-    """Name of the reader of a file or folder."""
-    return next(
-        (name for name, reader in reversed(READERS.items()) if reader.accepts(path, schema)), None
-    )
-
-
-def open_rows(path: Path, schema: Schema = OFFICIAL) -> Rows:
-    """Open one file or folder as rows, by the reader that accepts it."""
-    name = find_reader(path, schema)
-    if name is None:
-        raise DataError(f"{path} is of no format that is read; use one of {', '.join(READERS)}")
-    return READERS[name].open(path, schema)
+    """Return the name of the reader of a file or folder."""
+    for name, reader in reversed(READERS.items()):
+        if reader.accepts(path, schema):
+            return name
+    return None
 
 
 @explain_types
@@ -488,23 +448,29 @@ def open_records(data: Data, *, image_key: str = "binary", caption_key: str = "d
         DataError: no data, or an unknown file format.
     """
     if not isinstance(data, (str, os.PathLike)) and data and isinstance(data[0], Mapping):
-        return RecordSet([ListRows(data)])  # type: ignore[arg-type]
+        labels = range(len(data))
+        return RecordSet([AnnotationRows("records in memory", data, labels=labels, modified=0)])
     schema = Schema(image_key, caption_key)
-    paths = find_files(data, lambda folder: find_reader(folder, schema) is not None)  # type: ignore[arg-type]
-    return RecordSet([open_rows(path, schema) for path in paths])
+    files: list[Rows] = []
+    for path in find_files(data, lambda folder: find_reader(folder, schema) is not None):  # type: ignore[arg-type]
+        name = find_reader(path, schema)
+        if name is None:
+            raise DataError(f"{path} is in no readable format; use one of {', '.join(READERS)}")
+        files.append(READERS[name].open(path, schema))
+    return RecordSet(files)
 
 
 def image_at(path: Path) -> Path | bytes:
-    """Image path, or the image bytes in row 3 of `SHARD.tar#3` or `LINES.jsonl#3`."""
-    found = row_of(os.fspath(path))
-    if found is None or path.exists():
+    """Return an image's path, or the image bytes in row 3 of `SHARD.tar#3` or `LINES.jsonl#3`."""
+    location = row_of(os.fspath(path))
+    if location is None or path.exists():
         return path
-    file, row = found
+    file, row = location
     try:
         modified = os.stat(file).st_mtime_ns
     except OSError:
         modified = 0
-    records = _opened(file, modified)
+    records = _open_records(file, modified)
     if row >= len(records):
         raise DataError(
             f"{path}: the file has {len(records):,} rows; write the list of images again"
@@ -514,29 +480,32 @@ def image_at(path: Path) -> Path | bytes:
 
 
 @lru_cache(maxsize=64)
-def _opened(path: str, modified: int) -> RecordSet:
+def _open_records(path: str, modified: int) -> RecordSet:
     return open_records(path)
 
 
 def has_shards(folder: Path) -> bool:
-    """True for a folder of WebDataset shards."""
-    return any(each.is_file() for each in folder.glob("*.tar"))
+    """Return whether a folder holds WebDataset shards."""
+    return any(path.is_file() for path in folder.glob("*.tar"))
 
 
 def is_image_folder(folder: Path) -> bool:
-    """True for a folder tree of images with captions in text files or a table, and no other data files."""
+    """Return whether a folder tree holds images with captions in text files or a table, and no other data files."""
     if caption_table(folder) is not None:
         return True
-    beside = (*PICTURE_SUFFIXES, ".txt")
-    files = [each for each in folder.iterdir() if each.is_file() and not each.name.startswith(".")]
-    return all(each.suffix.lower() in beside for each in files) and has_images(folder)
+    for path in folder.iterdir():
+        if path.name.startswith(".") or not path.is_file():
+            continue
+        if path.suffix.lower() not in (*PICTURE_SUFFIXES, ".txt"):
+            return False
+    return any(find_images(folder))
 
 
 def first_object(path: Path) -> Mapping[str, Any]:
-    """First object of a line-JSON file, for format detection; empty if it is not an object."""
+    """Read the first object of a line-JSON file, for format detection; empty if it is not an object."""
     try:
         with open_file(path) as file:
-            found = json.loads(file.readline(MOST_LINE_BYTES))
+            value = json.loads(file.readline(MOST_LINE_BYTES))
     except (DataError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}

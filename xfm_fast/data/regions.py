@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xfm_fast.data.options import RegionOptions, TextOptions
+from xfm_fast.data.options import RegionOptions
 from xfm_fast.data.texts import choose_text, clean_text, every_text
 from xfm_fast.data.transforms import (
     Box,
@@ -60,62 +60,59 @@ def sample_regions(
 ) -> RegionSample:
     """Crop around a random region and return the texts of all visible regions.
 
-    Each crop border is uniform between the chosen element's border and the image's. Other elements follow in random
-    order if more than `least_visible` of their box is inside; boxes are clipped, flipped and scaled with the crop.
-    Elements with an unusable box or caption are skipped and reported. `elems` of the record is a list of `{"bb": [x, y,
-    w, h], "caption": ..., "attributes": ...}`; attributes precede the caption.
+    Each crop border is uniform between the element's border and the image's. Other elements follow in random order if
+    more than `least_visible` of their box is inside; boxes are clipped, flipped and scaled with the crop. Elements with
+    an unusable box or caption are skipped and reported. `elems` of the record is a list of `{"bb": [x, y, w, h],
+    "caption": ..., "attributes": ...}`; attributes precede the caption.
     """
     width, height = picture_size(picture)
-    usable, whole, skipped = _usable(record, width, height)
-    crop = crop_around(whole[rng.integers(len(whole))], width, height, rng)
-    flip = bool(rng.random() < 0.5) and not (
-        options.careful_flip and mentions_side(*_all_texts(record))
-    )
+    elements, anchors, skipped = _usable_elements(record, width, height)
+    crop = crop_around(anchors[rng.integers(len(anchors))], width, height, rng)
+    flip = bool(rng.random() < 0.5)
+    if options.careful_flip and mentions_side(*_all_texts(record)):
+        flip = False
     if options.augment:
         image = RegionTransform(size)(picture, crop, flip, rng)
     else:
         crop, flip, image = (0, 0, width, height), False, whole_image(picture, size)
-
-    found: list[tuple[str, Rectangle]] = []
     frame = Rectangle(0, 0, crop[2] - crop[0], crop[3] - crop[1])
+
+    texts: list[str] = []
+    boxes: list[Rectangle] = []
+
+    def append(name: str, fields: list[Any], box: Rectangle) -> None:
+        try:
+            words = [choose_text(field, rng, language=options.language) for field in fields]
+            texts.append(clean_text(" ".join(words), options))
+            boxes.append(box)
+        except DataError as error:
+            skipped.append(f"{name}: {error}")
+
     if "caption" in record:
-        _append_text(
-            found, skipped, "the caption of the image", [record["caption"]], frame, options, rng
-        )
-    images = len(found)
-    for choice in rng.permutation(len(usable)).tolist():
-        if len(found) >= options.max_regions:
+        append("the caption of the image", [record["caption"]], frame)
+    captions = len(texts)
+    for index in rng.permutation(len(elements)).tolist():
+        if len(texts) >= options.max_regions:
             break
-        box, element = usable[choice]
-        seen = visible_part(box, crop, flip)
-        if _enough(seen, box, options):
-            _append_text(
-                found,
-                skipped,
-                f"the element at {_numbers(box)}",
-                _fields(element),
-                seen,
-                options,
-                rng,
-            )
+        box, element = elements[index]
+        visible = visible_part(box, crop, flip)
+        if _is_visible(visible, box, options):
+            append(f"the element at {_format(box)}", _text_fields(element), visible)
     grid = size // patch_size
-    masks = [patch_mask(box, frame, grid) for _, box in found]
+    masks = [patch_mask(box, frame, grid) for box in boxes]
+    relative = [relative_box(box, frame) for box in boxes]
     return RegionSample(
         image=image,
-        texts=tuple(text for text, _ in found),
-        boxes=torch.tensor(
-            [relative_box(box, frame) for _, box in found], dtype=torch.float32
-        ).reshape(-1, 4),
-        region_mask=torch.stack(masks)
-        if masks
-        else torch.zeros(0, 1 + grid * grid, dtype=torch.bool),
-        is_image=torch.arange(len(found)) < images,
+        texts=tuple(texts),
+        boxes=torch.tensor(relative, dtype=torch.float32).reshape(-1, 4),
+        region_mask=torch.stack(masks) if masks else torch.zeros(0, 1 + grid * grid).bool(),
+        is_image=torch.arange(len(texts)) < captions,
         skipped=tuple(skipped),
     )
 
 
 def crop_around(box: Rectangle, width: int, height: int, rng: np.random.Generator) -> Box:
-    """Random crop that contains the box: each border uniform between the box's and the image's."""
+    """Draw a crop that contains the box: each border uniform between the box's and the image's."""
     left, top = int(rng.integers(math.floor(box.x) + 1)), int(rng.integers(math.floor(box.y) + 1))
     right = int(rng.integers(min(math.ceil(box.x + box.w), width), width + 1))
     bottom = int(rng.integers(min(math.ceil(box.y + box.h), height), height + 1))
@@ -123,32 +120,29 @@ def crop_around(box: Rectangle, width: int, height: int, rng: np.random.Generato
 
 
 def visible_part(box: Rectangle, crop: Box, flip: bool) -> Rectangle:
-    """Part of a box inside a crop, in crop pixels; non-positive sides if there is no overlap."""
+    """Clip a box to a crop, in crop pixels; non-positive sides if there is no overlap."""
     left, top = max(box.x, crop[0]), max(box.y, crop[1])
     w, h = min(box.x + box.w, crop[2]) - left, min(box.y + box.h, crop[3]) - top
-    return Rectangle(crop[2] - left - w if flip else left - crop[0], top - crop[1], w, h)
+    x = crop[2] - left - w if flip else left - crop[0]
+    return Rectangle(x, top - crop[1], w, h)
 
 
 def relative_box(box: Rectangle, frame: Rectangle) -> tuple[float, float, float, float]:
-    """(cx, cy, w, h) relative to `frame`."""
-    return (
-        (box.x + box.w / 2) / frame.w,
-        (box.y + box.h / 2) / frame.h,
-        box.w / frame.w,
-        box.h / frame.h,
-    )
+    """Return (cx, cy, w, h) relative to `frame`."""
+    cx, cy = box.x + box.w / 2, box.y + box.h / 2
+    return cx / frame.w, cy / frame.h, box.w / frame.w, box.h / frame.h
 
 
 def patch_mask(box: Rectangle, frame: Rectangle, grid: int) -> Tensor:
-    """`[1 + grid * grid]` boolean: token 0 and every patch that intersects the box, at least one."""
-    # Whole numbers are multiplied before they are divided, so that a border between patches is met exactly.
-    rows, columns = (
-        slice(
-            min(math.floor(low * grid / side), grid - 1),
-            max(math.ceil((low + extent) * grid / side), math.floor(low * grid / side) + 1),
-        )
-        for low, extent, side in ((box.y, box.h, frame.h), (box.x, box.w, frame.w))
-    )
+    """Mask token 0 and every patch that intersects the box, at least one: boolean `[1 + grid * grid]`."""
+
+    def patches(low: float, extent: float, side: float) -> slice:
+        # Integers are multiplied before the division, so that a border between patches is exact.
+        first = math.floor(low * grid / side)
+        end = math.ceil((low + extent) * grid / side)
+        return slice(min(first, grid - 1), max(end, first + 1))
+
+    rows, columns = patches(box.y, box.h, frame.h), patches(box.x, box.w, frame.w)
     mask = torch.zeros(1 + grid * grid, dtype=torch.bool)
     mask[0] = True
     mask[1:].view(grid, grid)[rows, columns] = True
@@ -164,7 +158,7 @@ def sample_grounding(
     size: int,
     careful_flip: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Training view of grounding: random crop containing the box, flipped with probability 1/2.
+    """Crop randomly around the box and flip with probability 1/2: the training view of grounding.
 
     `box` is (x, y, w, h) in pixels. With `careful_flip` a caption that mentions left or right disables the flip.
     Returns normalised pixels `[3, size, size]` and the box `[4]` as (cx, cy, w, h) relative to them.
@@ -175,13 +169,12 @@ def sample_grounding(
     flip = bool(rng.random() < 0.5) and not (careful_flip and mentions_side(caption))
     frame = Rectangle(0, 0, crop[2] - crop[0], crop[3] - crop[1])
     target = relative_box(visible_part(rectangle, crop, flip), frame)
-    return RegionTransform(size)(picture, crop, flip, rng), torch.tensor(
-        target, dtype=torch.float32
-    )
+    pixels = RegionTransform(size)(picture, crop, flip, rng)
+    return pixels, torch.tensor(target, dtype=torch.float32)
 
 
 def elements_of(record: Mapping[str, Any]) -> list[Any]:
-    """Regions of a record; an empty list raises `DataError`."""
+    """Return the regions of a record; none raises `DataError`."""
     elements = record.get("elems")
     if not isinstance(elements, list) or not elements:
         raise DataError(
@@ -193,127 +186,105 @@ def elements_of(record: Mapping[str, Any]) -> list[Any]:
 def every_region_text(
     record: Mapping[str, Any], width: int, height: int, options: RegionOptions
 ) -> tuple[list[str], list[list[str]], list[str]]:
-    """Captions of the image, texts of each visible element, and reasons for unusable ones, before cleaning."""
-    usable, _, skipped = _usable(record, width, height)
+    """List captions of the image, texts of each visible element, and reasons for unusable ones, before cleaning."""
+    elements, _, skipped = _usable_elements(record, width, height)
     captions: list[str] = []
-    elements: list[list[str]] = []
-    whole = (0, 0, width, height)
+    texts: list[list[str]] = []
 
-    def strings(fields: list[Any]) -> list[str]:
-        choices = product(*(every_text(field, language=options.language) for field in fields))
-        texts = [" ".join(words) for words in choices]
-        for text in texts:
+    def combine(fields: list[Any]) -> list[str]:
+        options_of_fields = [every_text(field, language=options.language) for field in fields]
+        combinations = [" ".join(words) for words in product(*options_of_fields)]
+        for text in combinations:
             clean_text(text, options)
-        return texts
+        return combinations
 
     try:
-        captions = strings([record["caption"]]) if "caption" in record else []
+        if "caption" in record:
+            captions = combine([record["caption"]])
     except DataError as error:
         skipped.append(f"the caption of the image: {error}")
-    for box, element in usable:
+    for box, element in elements:
         try:
-            if not _enough(visible_part(box, whole, False), box, options):
+            if not _is_visible(visible_part(box, (0, 0, width, height), False), box, options):
                 raise DataError(f"too little of it lies inside the {width}x{height} image")
-            elements.append(strings(_fields(element)))
+            texts.append(combine(_text_fields(element)))
         except DataError as error:
-            skipped.append(f"the element at {_numbers(box)}: {error}")
-    return captions, elements, skipped
+            skipped.append(f"the element at {_format(box)}: {error}")
+    return captions, texts, skipped
 
 
-def _usable(
+def _usable_elements(
     record: Mapping[str, Any], width: int, height: int
 ) -> tuple[list[tuple[Rectangle, Mapping[str, Any]]], list[Rectangle], list[str]]:
-    """Elements with a visible box, boxes fully inside the image, and reasons for the rest."""
-    usable: list[tuple[Rectangle, Mapping[str, Any]]] = []
+    """Return elements with a visible box, boxes fully inside the image, and reasons for the other elements."""
+    elements: list[tuple[Rectangle, Mapping[str, Any]]] = []
     skipped: list[str] = []
-    for number, element in enumerate(elements_of(record)):
+    for index, element in enumerate(elements_of(record)):
         try:
             if not isinstance(element, Mapping) or "bb" not in element or "caption" not in element:
-                raise DataError(f"{element!r} is no mapping with 'bb' and 'caption'")
+                raise DataError(f"{element!r} is not a mapping with 'bb' and 'caption'")
             # The official code drops fractions.
-            box = Rectangle(*map(int, _four_numbers(element["bb"])))
-            if min(box.x + box.w, width) <= max(box.x, 0) or min(box.y + box.h, height) <= max(
-                box.y, 0
-            ):
-                raise DataError(f"box {_numbers(box)} shows nothing of the {width}x{height} image")
-            usable.append((box, element))
+            box = Rectangle(*map(int, _parse_box(element["bb"])))
+            visible = visible_part(box, (0, 0, width, height), False)
+            if visible.w <= 0 or visible.h <= 0:
+                raise DataError(f"box {_format(box)} shows nothing of the {width}x{height} image")
+            elements.append((box, element))
         except DataError as error:
-            skipped.append(f"element {number}: {error}")
-    whole = [box for box, _ in usable if _inside(box, width, height)]
-    if not whole:
-        reason = (
-            "; ".join(skipped) or f"no box of {len(usable)} lies inside the {width}x{height} image"
-        )
+            skipped.append(f"element {index}: {error}")
+    inside = [box for box, _ in elements if _is_inside(box, width, height)]
+    if not inside:
+        reason = "; ".join(skipped)
+        reason = reason or f"no box of {len(elements)} lies inside the {width}x{height} image"
         raise DataError(
             f"regions record has no element to crop around ({reason}); correct it or remove the record"
         )
-    return usable, whole, skipped
+    return elements, inside, skipped
 
 
-def _fields(element: Mapping[str, Any]) -> list[Any]:
+def _text_fields(element: Mapping[str, Any]) -> list[Any]:
     return [element[name] for name in ("attributes", "caption") if name in element]
 
 
-def _enough(seen: Rectangle, box: Rectangle, options: RegionOptions) -> bool:
-    return seen.w > 0 and seen.h > 0 and seen.w * seen.h > options.least_visible * box.w * box.h
-
-
-def _append_text(
-    found: list[tuple[str, Rectangle]],
-    skipped: list[str],
-    name: str,
-    fields: list[Any],
-    box: Rectangle,
-    text: TextOptions,
-    rng: np.random.Generator,
-) -> None:
-    """Append the cleaned text and its box to `found`, or the reason to `skipped`."""
-    try:
-        words = " ".join(choose_text(field, rng, language=text.language) for field in fields)
-        found.append((clean_text(words, text), box))
-    except DataError as error:
-        skipped.append(f"{name}: {error}")
+def _is_visible(visible: Rectangle, box: Rectangle, options: RegionOptions) -> bool:
+    if visible.w <= 0 or visible.h <= 0:
+        return False
+    return visible.w * visible.h > options.least_visible * box.w * box.h
 
 
 def _all_texts(record: Mapping[str, Any]) -> Iterator[str]:
-    """All captions and attributes of a record."""
-    todo = [
-        part.get(field)
-        for part in (record, *record["elems"])
+    """Yield all captions and attributes of a record."""
+    values = [
+        mapping.get(field)
+        for mapping in (record, *record["elems"])
         for field in ("caption", "attributes")
     ]
-    while todo:
-        value = todo.pop()
+    while values:
+        value = values.pop()
         if isinstance(value, str):
             yield value
         elif isinstance(value, Mapping):
-            todo.extend(value.values())
+            values.extend(value.values())
         elif isinstance(value, list):
-            todo.extend(value)
+            values.extend(value)
 
 
 def box_inside(box: Sequence[float], width: int, height: int) -> Rectangle:
     """Parse a box; one without area or outside the image raises `DataError`."""
-    rectangle = _four_numbers(box)
-    if not _inside(rectangle, width, height):
+    rectangle = _parse_box(box)
+    if not _is_inside(rectangle, width, height):
         raise DataError(
-            f"box {_numbers(rectangle)} is not inside the {width}x{height} image; correct or remove it"
+            f"box {_format(rectangle)} is not inside the {width}x{height} image; correct or remove it"
         )
     return rectangle
 
 
-def _inside(box: Rectangle, width: int, height: int) -> bool:
-    positive = box.w > 0 and box.h > 0
-    return (
-        positive
-        and box.x >= 0
-        and box.y >= 0
-        and box.x + box.w <= width
-        and box.y + box.h <= height
-    )
+def _is_inside(box: Rectangle, width: int, height: int) -> bool:
+    if box.w <= 0 or box.h <= 0 or box.x < 0 or box.y < 0:
+        return False
+    return box.x + box.w <= width and box.y + box.h <= height
 
 
-def _four_numbers(value: Any) -> Rectangle:
+def _parse_box(value: Any) -> Rectangle:
     try:
         box = Rectangle(*map(float, value))
     except (TypeError, ValueError):
@@ -323,5 +294,5 @@ def _four_numbers(value: Any) -> Rectangle:
     return box
 
 
-def _numbers(box: Rectangle) -> str:
-    return "[" + ", ".join(f"{number:g}" for number in box) + "]"
+def _format(box: Rectangle) -> str:
+    return "[" + ", ".join(f"{side:g}" for side in box) + "]"

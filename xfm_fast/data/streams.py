@@ -40,9 +40,9 @@ from xfm_fast.tokenizer import CaptionTokenizer
 B = TypeVar("B", bound=TensorBatch)
 B_co = TypeVar("B_co", bound=TensorBatch, covariant=True)
 
-# Batches draw other random numbers than items.
-_OF_BATCH = 1 << 16
-# What schedulers and closing terminals send to all processes of a run.
+# Added to the stream of an item's generator, so that collation draws other random numbers.
+_COLLATION = 1 << 16
+# Sent by schedulers and closing terminals to all processes of a run.
 _SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
 ]
@@ -53,11 +53,11 @@ class BatchSource(Protocol[B_co]):
     """Random access to batches."""
 
     def __len__(self) -> int:
-        """Batches per epoch on this rank."""
+        """Return the batches per epoch on this rank."""
         ...
 
-    def batch(self, number: int) -> B_co:
-        """Batch `number` >= 0, counted across epochs."""
+    def batch(self, index: int) -> B_co:
+        """Make batch `index` >= 0, counted across epochs."""
         ...
 
 
@@ -74,7 +74,7 @@ class ItemMaker(Protocol[B_co]):
 
 
 def epoch_batches(rows: int, batch: int, *, drop_last: bool) -> int:
-    """Batches per epoch, at least one."""
+    """Return the batches per epoch, at least one."""
     return max(1, rows // batch if drop_last else -(-rows // batch))
 
 
@@ -84,7 +84,7 @@ class ShuffledBatches(Generic[B_co]):
     An epoch visits every row once, up to the last full global batch; fewer rows than a global batch are repeated to
     fill one. Without `drop_last` the remainder is filled with the first rows of the epoch, as in torch's
     DistributedSampler. A broken row is replaced by the row at the same place of the next global batch and added to
-    `quarantine`. Sources with equal seeds and different `kind` draw different random numbers. `observer` receives the
+    `quarantine`. Sources with equal seeds and different `stream` draw different random numbers. `observer` receives the
     encoded bytes of every image.
     """
 
@@ -95,7 +95,7 @@ class ShuffledBatches(Generic[B_co]):
         *,
         rows: int,
         seed: int,
-        kind: int = 0,
+        stream: int = 0,
         rank: int = 0,
         world_size: int = 1,
         shuffle: bool = True,
@@ -109,57 +109,51 @@ class ShuffledBatches(Generic[B_co]):
                 f"rows={rows}, rank={rank} of world_size={world_size}, seed={seed} describe no batches; rows must be "
                 "at least 1, seed at least 0 and rank below world_size"
             )
-        self.records, self.items, self.quarantine, self.observer = (
-            records,
-            items,
-            quarantine,
-            observer,
-        )
-        self._rows, self._rank, self._world_size, self._stride = (
-            rows,
-            rank,
-            world_size,
-            rows * world_size,
-        )
-        self._seed, self._kind = seed, kind
+        self.records, self.items = records, items
+        self.quarantine, self.observer = quarantine, observer
+        self._rows, self._rank, self._world_size = rows, rank, world_size
+        self._stride = rows * world_size
+        self._seed, self._stream = seed, stream
         self._shuffle, self._window, self._drop_last = shuffle, window, drop_last
 
     def __len__(self) -> int:
         return epoch_batches(len(self.records), self._stride, drop_last=self._drop_last)
 
-    def batch(self, number: int) -> B_co:
-        """Batch `number` of this rank; too many broken rows in a file raise `DataError`."""
-        epoch, inside = divmod(number, len(self))
-        start, rows = inside * self._stride, self._rows
+    def batch(self, index: int) -> B_co:
+        """Make batch `index` of this rank; too many broken rows in a file raise `DataError`."""
+        epoch, index = divmod(index, len(self))
+        start, rows = index * self._stride, self._rows
         if not self._drop_last:
+            # The last batch deals the remaining rows evenly.
             rows = min(rows, -(-(len(self.records) - start) // self._world_size))
         first = start + self._rank * rows
-        items = [self._item(epoch, first + offset) for offset in range(rows)]
-        return self.items.collate(
-            items, item_generator(self._seed, self._kind + _OF_BATCH, epoch, first)
-        )
+        items = [self._item(epoch, position) for position in range(first, first + rows)]
+        rng = item_generator(self._seed, self._stream + _COLLATION, epoch, first)
+        return self.items.collate(items, rng)
 
     def _item(self, epoch: int, position: int) -> Any:
-        of = len(self.records)
-        last: DataError | None = None
-        for attempt in range(of):
-            place = replacement(position % of, attempt, of, self._stride)
+        """Make the item at a position of an epoch, of the first usable row (see `replacement`)."""
+        total = len(self.records)
+        last_error: DataError | None = None
+        for attempt in range(total):
+            index = replacement(position % total, attempt, total, self._stride)
             if self._shuffle:
-                place = shuffled(place, of, self._seed, epoch, self._window)
-            rows, row = self.records.locate(place)
+                index = shuffled(index, total, self._seed, epoch, self._window)
+            rows, row = self.records.locate(index)
+            rng = item_generator(self._seed, self._stream, epoch, position)
             try:
                 with images_observed(self.observer):
-                    return self.items.item(
-                        rows.read(row), item_generator(self._seed, self._kind, epoch, position)
-                    )
+                    return self.items.item(rows.read(row), rng)
             except DataError as error:
-                last = error
+                last_error = error
                 self.quarantine.add(rows, row, error)
-        raise DataError(f"none of {of} rows can be used; the last was refused because {last}")
+        raise DataError(
+            f"none of {total} rows can be used; the last was refused because {last_error}"
+        )
 
 
 class Stream(ShuffledBatches[BatchT]):
-    """Shuffled pretraining batches; `number` separates streams of the same kind and seed.
+    """Shuffled pretraining batches; `index` separates streams of the same kind and seed.
 
     `batch_size` counts pairs, images or texts per rank. Region texts are a random subset of the texts of `max_images`
     images, repeated if there are too few.
@@ -178,7 +172,7 @@ class Stream(ShuffledBatches[BatchT]):
         seed: int,
         rank: int = 0,
         world_size: int = 1,
-        number: int = 0,
+        index: int = 0,
         quarantine: Quarantine | str | os.PathLike[str] | None = None,
         observer: Callable[[bytes], None] | None = None,
     ) -> None:
@@ -205,7 +199,7 @@ class Stream(ShuffledBatches[BatchT]):
             rows=items.rows,
             seed=seed,
             rank=rank,
-            kind=list(ITEMS).index(options.kind) + len(ITEMS) * number,
+            stream=list(ITEMS).index(options.kind) + len(ITEMS) * index,
             world_size=world_size,
             shuffle=options.shuffle,
             window=options.window,
@@ -215,17 +209,16 @@ class Stream(ShuffledBatches[BatchT]):
 
 
 def _without_held_out(records: RecordSet, options: AnyStreamOptions) -> RecordSet:
-    """Rows whose images are not among those that `hold_out` leaves out."""
+    """Select the rows with none of the images that `hold_out` leaves out."""
 
-    def contents(number: int) -> Iterator[bytes]:
-        rows, row = records.locate(number)
+    def contents(index: int) -> Iterator[bytes]:
+        rows, row = records.locate(index)
         if isinstance(options, ImageOptions):
             for value in image_values(rows.read(row), options):
                 yield read_image(image_source(value, options))[1]
 
-    return RecordSet(
-        records.files, np.flatnonzero(~held_out(len(records), contents, options.hold_out))
-    )
+    mask = held_out(len(records), contents, options.hold_out)
+    return RecordSet(records.files, np.flatnonzero(~mask))
 
 
 def load_batches(
@@ -237,15 +230,14 @@ def load_batches(
     """
     pin_memory = pin_memory and torch.cuda.is_available()
     if workers == 0:
-        for number in count(start):
-            batch = source.batch(number).prepare()
+        for index in count(start):
+            batch = source.batch(index).prepare()
             yield batch.pin_memory() if pin_memory else batch
     loader = DataLoader(
         _BatchDataset(source),
         batch_size=None,
         sampler=range(start, sys.maxsize),
         num_workers=workers,
-        collate_fn=_unchanged,
         pin_memory=pin_memory,
         worker_init_fn=_begin_worker,
         prefetch_factor=2,
@@ -267,41 +259,36 @@ class _BatchDataset(Dataset[Any]):
     def __init__(self, source: BatchSource[Any]) -> None:
         self._source = source
 
-    def __getitem__(self, number: int) -> Any:
+    def __getitem__(self, index: int) -> Any:
         try:
-            return self._source.batch(number).prepare()
+            return self._source.batch(index).prepare()
         except XFMError as error:
             # Raised in a worker, it would be buried in the loader's traceback.
             return error
 
 
-def _unchanged(batch: Any) -> Any:
-    return batch
-
-
 def _begin_worker(_: int) -> None:
-    # One core a worker: the tokenizer would otherwise start threads, and warn of the fork.
+    # One core per worker: the tokenizer would otherwise start threads, and warn of the fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
-    # Schedulers send a signal to all processes of a run. What it means is for the main one to say, which still needs
-    # batches for the step that it is in.
-    for number in _SIGNALS:
-        # Passed over once. One that is ignored, as `nohup` has it, stays so.
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    # The main process handles signals, and still needs batches for its current step: a worker ignores the first
+    # signal, and dies of the second. Signals that are ignored already, as by `nohup`, stay so.
+    for code in _SIGNALS:
+        if signal.getsignal(code) != signal.SIG_IGN:
+            signal.signal(code, lambda code, _: signal.signal(code, signal.SIG_DFL))
     if _mask is not None:
         _mask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
-# Fewer leave some orders of five elements twice as likely as others.
+# With fewer rounds some orders of five elements are twice as likely as others.
 _ROUNDS = 6
-# Runs of rows that lie together on the disk, in each window.
+# Runs of consecutive rows in each window.
 _RUNS = 32
 _WORD = 0xFFFFFFFFFFFFFFFF
 
 
 def permuted(position: int, count: int, *key: int) -> int:
-    """Position after a keyed random permutation of `count` elements.
+    """Return the position after a keyed random permutation of `count` elements.
 
     The generalised Feistel cipher of Black and Rogaway (2002), with cycle walking for results beyond `count`. It uses
     no memory and gives random access, so resuming is exact.
@@ -320,27 +307,27 @@ def permuted(position: int, count: int, *key: int) -> int:
 
 
 def shuffled(position: int, count: int, seed: int, epoch: int, window: int | None = None) -> int:
-    """Row at a position of an epoch that visits each of `count` rows once.
+    """Return the row at a position of an epoch that visits each of `count` rows once.
 
-    `window=None` shuffles all rows. A number of rows limits seeks on slow disks: runs of `window` / 32 consecutive rows
-    come in random order, and rows are shuffled within windows.
+    `window=None` shuffles all rows. A window limits seeks on slow disks: runs of `window` / 32 consecutive rows come in
+    random order, and rows are shuffled within windows.
     """
     if window is None or window >= count:
         return permuted(position, count, seed, epoch)
-    block, inside = divmod(position, window)
+    block, offset = divmod(position, window)
     start = block * window
-    position = start + permuted(inside, min(window, count - start), seed, epoch, block)
-    run = max(1, window // _RUNS)
-    whole = count // run
-    # The rows of the last, incomplete run stay last, where every window has its full length.
-    if position >= whole * run:
+    position = start + permuted(offset, min(window, count - start), seed, epoch, block)
+    length = max(1, window // _RUNS)
+    runs = count // length
+    # The rows of the last, incomplete run stay last.
+    if position >= runs * length:
         return position
-    number, inside = divmod(position, run)
-    return permuted(number, whole, seed, epoch, -1) * run + inside
+    run, offset = divmod(position, length)
+    return permuted(run, runs, seed, epoch, -1) * length + offset
 
 
 def replacement(position: int, attempt: int, count: int, stride: int) -> int:
-    """Position of the row that replaces a broken one (`attempt` 0 is the row itself).
+    """Return the position of the row that replaces a broken one (`attempt` 0 is the row itself).
 
     Replacements come from the same place of the following batches (`stride` positions apart), so that no batch repeats
     a row, and `count` attempts try every position once.
@@ -350,22 +337,19 @@ def replacement(position: int, attempt: int, count: int, stride: int) -> int:
 
 
 def item_generator(seed: int, stream: int, epoch: int, position: int) -> np.random.Generator:
-    """Random generator of one item, independent of workers and restarts."""
-    return np.random.Generator(
-        np.random.Philox(np.random.SeedSequence([seed, stream, epoch, position]))
-    )
+    """Make the random generator of one item, independent of workers and restarts."""
+    key = np.random.SeedSequence([seed, stream, epoch, position])
+    return np.random.Generator(np.random.Philox(key))
 
 
 @lru_cache(maxsize=1024)
 def _round_keys(key: tuple[int, ...]) -> list[tuple[int, int]]:
-    return [
-        (_splitmix64(*key, 2 * number), _splitmix64(*key, 2 * number + 1))
-        for number in range(_ROUNDS)
-    ]
+    words = [_splitmix64(*key, index) for index in range(2 * _ROUNDS)]
+    return list(zip(words[::2], words[1::2], strict=True))
 
 
 def _splitmix64(*words: int) -> int:
-    """SplitMix64's finaliser (Steele et al., 2014) over a sequence of integers."""
+    """Hash a sequence of integers by SplitMix64's finaliser (Steele et al., 2014)."""
     value = 0x9E3779B97F4A7C15
     for word in words:
         value = (value ^ word & _WORD) * 0xBF58476D1CE4E5B9 & _WORD
@@ -374,8 +358,8 @@ def _splitmix64(*words: int) -> int:
     return value
 
 
-_EXCERPT = 120
-_REASON = 400
+# Bytes of a broken row and characters of the reason in an entry.
+_EXCERPT, _REASON = 120, 400
 
 
 class Quarantine:
@@ -395,7 +379,7 @@ class Quarantine:
         setting: str = "tolerate_bad",
     ) -> None:
         if not 0 <= tolerate_bad <= 1:
-            raise DataError(f"tolerate_bad={tolerate_bad} is no share of rows; use one from 0 to 1")
+            raise DataError(f"tolerate_bad={tolerate_bad} is not a share of rows; use 0 to 1")
         self.tolerate_bad, self._setting = tolerate_bad, setting
         self._temporary = path is None
         if path is None:
@@ -417,17 +401,19 @@ class Quarantine:
     def add(self, rows: Rows, row: int, error: Exception) -> None:
         """Log a broken row unless it is listed; too many of them raise `DataError`."""
         key = (rows.name, rows.label(row), rows.modified)
-        if key in self._known:
+        if key in self._listed:
             return
         raw = b""
         with suppress(DataError):
             raw = rows.raw(row)
+        excerpt = raw[:_EXCERPT].decode("utf-8", "replace")
+        if len(raw) > _EXCERPT:
+            excerpt += "..."
         entry = {
             "file": rows.name,
             "row": rows.label(row),
             "reason": str(error)[:_REASON],
-            "excerpt": raw[:_EXCERPT].decode("utf-8", "replace")
-            + ("..." if len(raw) > _EXCERPT else ""),
+            "excerpt": excerpt,
             "modified": rows.modified,
         }
         try:
@@ -439,7 +425,7 @@ class Quarantine:
 
                     fcntl.flock(handle, fcntl.LOCK_EX)
                 self._catch_up(handle)
-                if key not in self._known:
+                if key not in self._listed:
                     # A writer that was killed may have left half a line.
                     line = (b"\n" if self._tail else b"") + json.dumps(entry).encode() + b"\n"
                     if os.write(handle, line) != len(line):
@@ -450,23 +436,23 @@ class Quarantine:
                 f"broken rows cannot be listed in {self.path} ({problem.strerror or problem}); choose another "
                 "quarantine file"
             ) from problem
-        bad, of = self.count(rows), len(rows)
-        if bad > max(1, self.tolerate_bad * of):
+        bad, total = self.count(rows), len(rows)
+        if bad > max(1, self.tolerate_bad * total):
+            listed = "" if self._temporary else f"They are listed in {self.path}. "
             raise DataError(
-                f"{rows.name}: {bad} of {of} rows are broken, more than the {self.tolerate_bad:.2%} that are "
-                f"tolerated; the last: {error}. "
-                + ("" if self._temporary else f"They are listed in {self.path}. ")
-                + f"Mend the file (xfm-fast data check lists what is wrong) or raise {self._setting}"
+                f"{rows.name}: {bad} of {total} rows are broken, more than the {self.tolerate_bad:.2%} that are "
+                f"tolerated; the last: {error}. {listed}Mend the file (xfm-fast data check lists what is wrong) or "
+                f"raise {self._setting}"
             )
 
     def count(self, rows: Rows) -> int:
-        """Known broken rows of a file, over all processes."""
+        """Count the broken rows of a file that any process has listed."""
         with suppress(OSError), open_data(self.path) as file:
             self._catch_up(file.fileno())
         return self._counts[rows.name, rows.modified]
 
     def _forget(self) -> None:
-        self._known: set[tuple[str, int | str, int]] = set()
+        self._listed: set[tuple[str, int | str, int]] = set()
         self._counts: Counter[tuple[str, int]] = Counter()
         self._read = 0
         self._tail = b""
@@ -475,20 +461,20 @@ class Quarantine:
         """Read entries appended since the last read."""
         if os.fstat(handle).st_size < self._read:
             self._forget()
-        while part := os.pread(handle, 1 << 20, self._read):
-            self._read += len(part)
-            *lines, self._tail = (self._tail + part).split(b"\n")
+        while chunk := os.pread(handle, 1 << 20, self._read):
+            self._read += len(chunk)
+            *lines, self._tail = (self._tail + chunk).split(b"\n")
             for line in lines:
                 with suppress(ValueError, KeyError, TypeError):
                     entry = parse_json(line)
                     key = (entry["file"], entry["row"], entry["modified"])
-                    if key not in self._known:
-                        self._known.add(key)
+                    if key not in self._listed:
+                        self._listed.add(key)
                         self._counts[key[0], key[2]] += 1
 
 
 def _remove(path: str, process: int) -> None:
-    # A forked worker inherits the finaliser, and the file is not its own.
+    # A forked worker inherits the finaliser, but not the file.
     if os.getpid() == process:
         with suppress(OSError):
             os.unlink(path)

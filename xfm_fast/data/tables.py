@@ -1,4 +1,4 @@
-"""Reads CSV, TSV, line JSON, GLUE, image folders and `datasets` folders."""
+"""Readers of CSV, TSV, line JSON, GLUE, image folders and `datasets` folders: unvalidated rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from xfm_fast.data.annotations import (
     AnnotationRows,
-    Elements,
     ImageLabelRecord,
     TextRecord,
     TextScoreRecord,
@@ -54,13 +53,13 @@ PAIR_COLUMNS: dict[str, Sequence[str]] = {
 }
 """Accepted column names of images and captions; the first existing one is read."""
 
-_SHOWN = 3
-# A cell of megabytes is an unclosed quotation mark.
-_MOST_CELL = 1 << 22
+_EXAMPLES = 3
+# Bytes of a cell; one of megabytes is an unclosed quotation mark.
+_CELL_LIMIT = 1 << 22
 
 
 class Columns(Sequence[dict[str, Any]]):
-    """Column-wise storage of elements, to save memory."""
+    """Elements stored by column, to save memory."""
 
     def __init__(self, columns: Mapping[str, Sequence[Any]]) -> None:
         self._columns = dict(columns)
@@ -70,7 +69,7 @@ class Columns(Sequence[dict[str, Any]]):
 
     def __getitem__(self, row: Any) -> Any:
         if isinstance(row, slice):
-            return [self[each] for each in range(*row.indices(len(self)))]
+            return [self[index] for index in range(*row.indices(len(self)))]
         return {field: values[row] for field, values in self._columns.items()}
 
 
@@ -118,7 +117,7 @@ def text_rows(
     columns: Mapping[str, str] | None = None,
     scores: bool = False,
 ) -> list[AnnotationRows[TextRecord]] | list[AnnotationRows[TextScoreRecord]]:
-    """Texts or text pairs with classes or scores.
+    """Read texts or text pairs with classes or scores.
 
     Formats: CSV, TSV or line JSON with `text` and optionally `text2`, `label`, `index`; GLUE files or folders (`glue`
     names the task); folders of `datasets.save_to_disk`. `split` selects a file or split of a folder, including
@@ -127,101 +126,109 @@ def text_rows(
     classes = glue_set(glue).classes if glue is not None else None
     names = {name: name for name in ("text", "text2", "label", "index")} | dict(columns or {})
     optional = [name for name in ("text2", "label", "index") if name not in (columns or {})]
-    found = []
+    files = []
     for path in find_files(paths, lambda folder: glue is not None or on_disk(folder)):
         if path.is_dir() and on_disk(path):
-            found.append(read_dataset(path, names, split, glue))
+            files.append(read_dataset(path, names, split, glue))
         elif glue is not None:
-            found.append(read_glue(path, glue, split))
+            files.append(read_glue(path, glue, split))
         elif path.suffix.lower() in (*TABLE_SUFFIXES, *LINE_SUFFIXES):
-            found.append(read_table(path, names, optional))
+            files.append(read_table(path, names, optional))
         else:
             raise DataError(
-                f"{path} is no .csv, .tsv or .jsonl; convert it, or name the set of GLUE that it is of"
+                f"{path} is not a .csv, .tsv or .jsonl file; convert it, or name its GLUE task"
             )
     if scores or (glue is not None and classes is None):
-        return as_rows(found, TextScoreRecord)
-    return as_rows(found, TextRecord)
+        return as_rows(files, TextScoreRecord)
+    return as_rows(files, TextRecord)
 
 
 def image_rows(
     paths: Paths, *, columns: Mapping[str, str] | None = None
 ) -> list[AnnotationRows[ImageLabelRecord]]:
-    """Images with classes: class folders, or CSV, TSV or line JSON with `image` and optionally `label`."""
+    """Read images with classes: class folders, or CSV, TSV or line JSON with `image` and optionally `label`."""
     names = {"image": "image", "label": "label"} | dict(columns or {})
-    found = []
+    optional = [] if "label" in (columns or {}) else ["label"]
+    files = []
     for path in find_files(paths, lambda _: True):
         if path.is_dir():
-            found.append(read_class_folder(path))
+            files.append(read_class_folder(path))
         elif path.suffix.lower() in (*TABLE_SUFFIXES, *LINE_SUFFIXES):
-            found.append(read_table(path, names, [] if "label" in (columns or {}) else ["label"]))
+            files.append(read_table(path, names, optional))
         else:
             raise DataError(
-                f"{path} is no folder of class folders, .csv, .tsv or .jsonl; give one of these"
+                f"{path} is neither a folder of class folders nor a .csv, .tsv or .jsonl file; "
+                "give one of these"
             )
-    return as_rows(found, ImageLabelRecord)
+    return as_rows(files, ImageLabelRecord)
 
 
 def read_table(
     path: Path, columns: Mapping[str, str | Sequence[str]], optional: Sequence[str] = ()
-) -> Elements:
-    """Rows of a CSV or TSV file with a header, or of line JSON; the first existing column of each field is read."""
+) -> AnnotationRows[Any]:
+    """Read a CSV or TSV file with a header, or line JSON; a field is read from its first existing column."""
     if path.suffix.lower() in LINE_SUFFIXES:
-        found = read_lines(path)
-        values = [
-            {field: value[column] for field, column in _present(value, columns).items()}
+        rows = read_lines(path)
+        rows.elements = [
+            {field: value[column] for field, column in _match_columns(value, columns).items()}
             if isinstance(value, dict)
             else value
-            for value in found.values
+            for value in rows.elements
         ]
-        return found._replace(values=values)
+        return rows
     lines = _cells(path)
     _, header = next(lines, (0, []))
-    places = {field: header.index(column) for field, column in _present(header, columns).items()}
-    if absent := [field for field in columns if field not in places and field not in optional]:
-        lacking = [columns[field] for field in absent]
-        lacking = [names if isinstance(names, str) else names[0] for names in lacking]
+    matches = _match_columns(header, columns)
+    absent = [field for field in columns if field not in matches and field not in optional]
+    if absent:
+        names = [columns[field] for field in absent]
+        names = [repr(name if isinstance(name, str) else name[0]) for name in names]
+        existing = ", ".join(map(repr, header)) or "no header"
         raise DataError(
-            f"{path} has no column {', '.join(map(repr, lacking))}, but {', '.join(map(repr, header)) or 'no header'}; "
+            f"{path} has no column {', '.join(names)}, but {existing}; "
             f"rename one, or name it: task.columns.{absent[0]}=..."
         )
-    values, labels = [], []
+    indices = {field: header.index(column) for field, column in matches.items()}
+    elements, labels = [], []
     for line, cells in lines:
         labels.append(line)
-        values.append(_chosen(cells, places, len(header)))
-    return _require_rows(Elements(str(path), values, labels))
+        elements.append(_select_cells(cells, indices, len(header)))
+    return _require_rows(AnnotationRows(path, elements, labels=labels))
 
 
-def _present(names: Collection[str], columns: Mapping[str, str | Sequence[str]]) -> dict[str, str]:
-    """Column of each field, matched exactly or in lower case."""
-    known = {name.strip().lower(): name for name in reversed([*names])}
-    found: dict[str, str] = {}
+def _match_columns(
+    names: Collection[str], columns: Mapping[str, str | Sequence[str]]
+) -> dict[str, str]:
+    """Map each field to its first existing column, matched exactly or in lower case."""
+    lower = {name.strip().lower(): name for name in reversed([*names])}
+    matches: dict[str, str] = {}
     for field, options in columns.items():
         for option in (options,) if isinstance(options, str) else options:
-            if (name := option if option in names else known.get(option)) is not None:
-                found.setdefault(field, name)
-    return found
+            name = option if option in names else lower.get(option)
+            if name is not None:
+                matches.setdefault(field, name)
+    return matches
 
 
-def _chosen(
-    cells: Sequence[str], places: Mapping[str, int], width: int
+def _select_cells(
+    cells: Sequence[str], indices: Mapping[str, int], width: int
 ) -> dict[str, str] | DataError:
     if len(cells) != width:
         return DataError(
             f"the line has {len(cells)} columns and the header {width}; check its separators and quotes"
         )
-    return {field: cells[place] for field, place in places.items()}
+    return {field: cells[index] for field, index in indices.items()}
 
 
-def _require_rows(elements: Elements) -> Elements:
-    if not len(elements.values):
-        raise DataError(f"{elements.name} holds no elements; give at least one")
-    return elements
+def _require_rows(rows: AnnotationRows[Any]) -> AnnotationRows[Any]:
+    if not len(rows):
+        raise DataError(f"{rows.name} holds no elements; give at least one")
+    return rows
 
 
 def _cells(path: Path, *, quotes: bool = True) -> Iterator[tuple[int, list[str]]]:
-    """Line number and cells of each non-blank row of a CSV or TSV file."""
-    previous = csv.field_size_limit(_MOST_CELL)
+    """Yield the line number and the cells of each non-blank row of a CSV or TSV file."""
+    previous = csv.field_size_limit(_CELL_LIMIT)
     try:
         with open_file(path) as file:
             check_plain(path, file.peek(16)[:16])
@@ -240,38 +247,36 @@ def _cells(path: Path, *, quotes: bool = True) -> Iterator[tuple[int, list[str]]
         raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it") from None
     except csv.Error as error:
         raise DataError(
-            f"{path} is no table ({error}); check for an unclosed quotation mark"
+            f"{path} is not a table ({error}); check for an unclosed quotation mark"
         ) from None
     finally:
         csv.field_size_limit(previous)
 
 
-def read_lines(path: Path) -> Elements:
-    """Read line JSON; a line that is not an object becomes a `DataError` element."""
+def read_lines(path: Path) -> AnnotationRows[Any]:
+    """Read line JSON; a line that is not JSON becomes a `DataError` element."""
     data = read_file(path)
     check_plain(path, data[:16])
-    values, labels = [], []
+    elements, labels = [], []
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if line.strip():
-            labels.append(number)
-            try:
-                values.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                values.append(
-                    DataError(
-                        f"the line is no JSON ({error}); expected one object a line, such as {{...}}"
-                    )
-                )
-    if values and all(isinstance(value, DataError) for value in values):
+        if not line.strip():
+            continue
+        labels.append(number)
+        try:
+            elements.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            reason = f"the line is not JSON ({error}); expected one object a line, such as {{...}}"
+            elements.append(DataError(reason))
+    if elements and all(isinstance(element, DataError) for element in elements):
         raise DataError(
-            f"{path}: none of {len(values)} lines can be read; of the first: {values[0]}"
+            f"{path}: none of {len(elements)} lines can be read; of the first: {elements[0]}"
         )
-    return _require_rows(Elements(str(path), values, labels))
+    return _require_rows(AnnotationRows(path, elements, labels=labels))
 
 
-def read_glue(path: Path, name: str, split: str | None = None) -> Elements:
+def read_glue(path: Path, name: str, split: str | None = None) -> AnnotationRows[Any]:
     """Read an official GLUE file, or the split's file in a folder; MNLI lines labelled `-` are dropped and counted."""
-    form = glue_set(name)
+    task = glue_set(name)
     if path.is_dir():
         files = _MNLI_FILES if name == "mnli" else _SPLIT_FILES
         if split not in files:
@@ -280,68 +285,64 @@ def read_glue(path: Path, name: str, split: str | None = None) -> Elements:
             )
         path = path / files[split]
     # Quotation marks are text there, and often unpaired.
-    lines = _cells(path, quotes=False)
-    first = next(lines, (0, []))
-    header = first[1]
+    lines = [*_cells(path, quotes=False)]
+    header = lines[0][1] if lines else []
     if name == "cola" and len(header) == 4:
-        header = ["source", form.label, "mark", form.text]
-        rows = [first, *lines]
+        header = ["source", task.label, "mark", task.text]
     else:
-        rows = list(lines)
-    wanted = {"text": form.text, "text2": form.text2, "label": form.label}
-    places = {field: header.index(column) for field, column in wanted.items() if column in header}
-    if absent := [
-        column
-        for field, column in wanted.items()
-        if column and field != "label" and field not in places
-    ]:
+        lines = lines[1:]
+    columns = {"text": task.text, "text2": task.text2, "label": task.label}
+    indices = {field: header.index(column) for field, column in columns.items() if column in header}
+    absent = [column for field, column in columns.items() if column and field not in indices]
+    # Test files have no labels.
+    if absent := [column for column in absent if column != task.label]:
         raise DataError(
             f"{path} has no column {', '.join(map(repr, absent))} of {name}, but {', '.join(map(repr, header))}; "
-            "give the files of the official zip, and the set that they are of"
+            "give the files of the official zip and the name of their task"
         )
-    number = next((header.index(column) for column in ("index", "id") if column in header), None)
-    values, labels, dropped = [], [], []
-    for row, (line, cells) in enumerate(rows):
-        value = _chosen(cells, places, len(header))
-        if isinstance(value, dict):
-            if name == "mnli" and value.get("label") in ("-", "-1"):
+    numbering = next((header.index(column) for column in ("index", "id") if column in header), None)
+    elements, labels, dropped = [], [], []
+    for row, (line, cells) in enumerate(lines):
+        element = _select_cells(cells, indices, len(header))
+        if isinstance(element, dict):
+            label = element.get("label")
+            if name == "mnli" and label in ("-", "-1"):
                 dropped.append(line)
                 continue
-            label, index = value.get("label"), row if number is None else cells[number]
-            known = not form.classes or label is None or label in form.classes
-            message = (
-                f"label {label!r} is none of {', '.join(form.classes or ())}; correct the line"
-            )
-            value = {**value, "index": index} if known else DataError(message)
-        values.append(value)
+            if task.classes and label is not None and label not in task.classes:
+                element = DataError(
+                    f"label {label!r} is none of {', '.join(task.classes)}; correct the line"
+                )
+            else:
+                index = row if numbering is None else cells[numbering]
+                element = {**element, "index": index}
+        elements.append(element)
         labels.append(line)
     notes = ()
     if dropped:
-        shown = ", ".join(map(str, dropped[:_SHOWN]))
+        examples = ", ".join(map(str, dropped[:_EXAMPLES]))
         notes = (
-            f"{path}: {len(dropped)} lines without an agreed label were left out (line {shown})",
+            f"{path}: {len(dropped)} lines without an agreed label were left out (line {examples})",
         )
-    return _require_rows(Elements(str(path), values, labels, notes))
+    return _require_rows(AnnotationRows(path, elements, labels=labels, notes=notes))
 
 
 def glue_set(name: str) -> GlueSet:
-    """A GLUE task by name."""
+    """Look up a GLUE task."""
     if name not in GLUE:
-        raise DataError(
-            f"{name!r} is no set of GLUE that is known; choose one of {', '.join(GLUE)}"
-        )
+        raise DataError(f"{name!r} is not a task of GLUE; choose one of {', '.join(GLUE)}")
     return GLUE[name]
 
 
 def on_disk(path: Path) -> bool:
-    """True for a folder written by `datasets.save_to_disk`."""
+    """Return whether a folder was written by `datasets.save_to_disk`."""
     return any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
 
 
 def read_dataset(
     path: Path, columns: Mapping[str, str], split: str | None = None, glue: str | None = None
-) -> Elements:
-    """Rows of a `datasets.save_to_disk` folder, class ids replaced by names; `val` also matches `validation`."""
+) -> AnnotationRows[Any]:
+    """Read a `datasets.save_to_disk` folder with the names of classes; `val` also matches `validation`."""
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -350,34 +351,35 @@ def read_dataset(
             "or save the set as CSV"
         ) from None
     try:
-        found: Any = datasets.load_from_disk(str(path))
+        dataset: Any = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read by datasets ({error}); save it again") from error
-    if isinstance(found, Mapping):
+    if isinstance(dataset, Mapping):
         names = [split, {"val": "validation"}.get(str(split), split)]
         if glue == "mnli":
-            kind, _, which = str(split).partition("_")
-            names.append(f"{'validation' if kind == 'val' else kind}_{which or 'matched'}")
-        chosen = next((name for name in names if name in found), None)
-        if chosen is None:
-            raise DataError(f"{path} has no split {split!r}; choose one of {', '.join(found)}")
-        found = found[chosen]
+            base, _, variant = str(split).partition("_")
+            names.append(f"{'validation' if base == 'val' else base}_{variant or 'matched'}")
+        match = next((name for name in names if name in dataset), None)
+        if match is None:
+            raise DataError(f"{path} has no split {split!r}; choose one of {', '.join(dataset)}")
+        dataset = dataset[match]
     classes = None
     if glue is not None:
-        form, classes = _ON_DISK.get(glue, GLUE[glue]), GLUE[glue].classes
-        label = "label" if "label" in found.column_names else form.label
-        columns = {"text": form.text, "label": label, "index": "idx"} | (
-            {"text2": form.text2} if form.text2 else {}
-        )
-    present = {field: column for field, column in columns.items() if column in found.column_names}
+        task, classes = _ON_DISK.get(glue, GLUE[glue]), GLUE[glue].classes
+        label = "label" if "label" in dataset.column_names else task.label
+        columns = {"text": task.text, "label": label, "index": "idx"}
+        if task.text2:
+            columns["text2"] = task.text2
+    present = {field: name for field, name in columns.items() if name in dataset.column_names}
     if "text" not in present:
+        existing = ", ".join(dataset.column_names)
         raise DataError(
-            f"{path} has no column {columns['text']!r}, but {', '.join(found.column_names)}; name the columns to read"
+            f"{path} has no column {columns['text']!r}, but {existing}; name the columns to read"
         )
-    values = {field: list(found[column]) for field, column in present.items()}
+    values = {field: list(dataset[column]) for field, column in present.items()}
     if "label" in values:
-        names = classes or getattr(found.features[present["label"]], "names", None)
-        # Test sets of the Hub have the label -1 if it is hidden.
+        names = classes or getattr(dataset.features[present["label"]], "names", None)
+        # Test sets of the Hub hide labels as -1.
         if names is not None:
             values["label"] = [
                 (names[label] if label >= 0 else None) if isinstance(label, int) else label
@@ -385,40 +387,31 @@ def read_dataset(
             ]
         elif glue is not None:
             values["label"] = [None if label == -1 else label for label in values["label"]]
-    return _require_rows(Elements(str(path), Columns(values)))
+    return _require_rows(AnnotationRows(path, Columns(values)))
 
 
-def find_images(folder: Path, *, links: bool = True) -> list[Path]:
-    """Sorted images in a folder tree, without hidden files; `links` follows links to folders."""
-    return [*_walk_images(folder, links=links)]
+def find_images(folder: Path, *, links: bool = True) -> Iterator[Path]:
+    """Yield the images of a folder tree in order, without hidden files; `links` follows links to folders."""
 
-
-def _walk_images(folder: Path, *, links: bool) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise unreadable(Path(error.filename or folder), error)
 
-    for place, folders, names in os.walk(
-        os.path.abspath(folder), followlinks=links, onerror=refuse
-    ):
+    top = os.path.abspath(folder)
+    for parent, folders, names in os.walk(top, followlinks=links, onerror=refuse):
         # In place, so that the walk goes on in this order.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES:
-                yield Path(place, name)
-
-
-def has_images(folder: Path) -> bool:
-    """True if a folder tree contains an image."""
-    return next(_walk_images(folder, links=True), None) is not None
+                yield Path(parent, name)
 
 
 def caption_table(folder: Path) -> Path | None:
-    """Caption table of an image folder; None if captions are in text files."""
+    """Return the caption table of an image folder; None if captions are in text files."""
     return next((folder / name for name in CAPTION_TABLES if (folder / name).is_file()), None)
 
 
 def sidecar_captions(image: Path) -> list[tuple[int, str]] | None:
-    """Captions in `a.txt` next to `a.jpg`, one per line, with line numbers; None if there is no such file."""
+    """Read the captions in `a.txt` next to `a.jpg`: line numbers and lines; None if there is no such file."""
     path = image.with_suffix(".txt")
     if not path.exists():
         return None
@@ -429,90 +422,86 @@ def sidecar_captions(image: Path) -> list[tuple[int, str]] | None:
     return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def read_caption_folder(folder: Path, *, bare: bool = False) -> Elements:
-    """Folder tree of images with captions in `a.txt` next to `a.jpg`; `bare` includes images without captions."""
-    values, labels, left_out = [], [], []
+def read_caption_folder(folder: Path, *, bare: bool = False) -> AnnotationRows[Any]:
+    """Read a tree of images with captions in `a.txt` next to `a.jpg`; `bare` includes images without captions."""
+    elements, labels, left_out = [], [], []
     for image in find_images(folder):
         captions = sidecar_captions(image)
-        if captions is None:
-            if bare:
-                values.append({"image": str(image)})
-                labels.append(image.name)
-            else:
-                left_out.append(image.name)
-            continue
-        if not captions:
-            values.append(
-                DataError(f"{image.with_suffix('.txt')} holds no caption; write one a line")
-            )
+        if captions is None and not bare:
+            left_out.append(image.name)
+        elif captions:
+            for number, caption in captions:
+                elements.append({"image": str(image), "caption": caption})
+                labels.append(f"{image.with_suffix('.txt').name}:{number}")
+        else:
+            empty = DataError(f"{image.with_suffix('.txt')} holds no caption; write one a line")
+            elements.append({"image": str(image)} if captions is None else empty)
             labels.append(image.name)
-        for number, caption in captions:
-            values.append({"image": str(image), "caption": caption})
-            labels.append(f"{image.with_suffix('.txt').name}:{number}")
-    if not values:
+    if not elements:
         raise DataError(
             f"{folder} holds no image with captions; write those of a.jpg to a.txt, one per line"
         )
     notes = ()
     if left_out:
-        notes = (
-            f"{folder}: {len(left_out)} images without captions were left out ({', '.join(left_out[:_SHOWN])})",
-        )
-    return Elements(str(folder), values, labels, notes)
+        examples = ", ".join(left_out[:_EXAMPLES])
+        notes = (f"{folder}: {len(left_out)} images without captions were left out ({examples})",)
+    return AnnotationRows(folder, elements, labels=labels, notes=notes)
 
 
-def resolve_images(folder: Path, elements: Elements) -> Elements:
-    """Image paths of the caption table of a folder, made absolute; one outside of the folder becomes a `DataError`."""
-    top, values = os.path.abspath(folder), []
-    for value in elements.values:
-        if isinstance(value, dict) and isinstance(image := value.get("image"), str):
+def resolve_images(folder: Path, rows: AnnotationRows[Any]) -> AnnotationRows[Any]:
+    """Make the image paths of a folder's caption table absolute; one outside the folder becomes a `DataError`."""
+    top, elements = os.path.abspath(folder), []
+    for element in rows.elements:
+        if isinstance(element, dict) and isinstance(image := element.get("image"), str):
             path = os.path.normpath(os.path.join(top, image))
-            value = value | {"image": path}
+            element = element | {"image": path}
             if not path.startswith(top + os.sep):
-                value = DataError(
+                element = DataError(
                     f"image {image} is outside of {folder}; move it there, or name the table as the data"
                 )
-        values.append(value)
-    return elements._replace(values=values)
+        elements.append(element)
+    rows.elements = elements
+    return rows
 
 
-def group_captions(elements: Elements) -> Elements:
+def group_captions(rows: AnnotationRows[Any]) -> AnnotationRows[Any]:
     """Group captions by image, in first-seen order: `caption` becomes a list."""
-    first: dict[str, dict[str, Any]] = {}
-    values, labels = [], []
-    for number, value in enumerate(elements.values):
-        image = value.get("image") if isinstance(value, dict) else None
-        caption = value.get("caption") if isinstance(value, dict) else None
-        captions = caption if isinstance(caption, list) else [] if caption is None else [caption]
-        if isinstance(image, str) and image in first:
-            first[image].setdefault("caption", []).extend(captions)
-            continue
-        if isinstance(image, str):
-            value = first[image] = {name: each for name, each in value.items() if name != "caption"}
+    groups: dict[str, dict[str, Any]] = {}
+    elements, labels = [], []
+    for row, element in enumerate(rows.elements):
+        if isinstance(element, dict) and isinstance(image := element.get("image"), str):
+            element = dict(element)
+            captions = element.pop("caption", None)
+            if captions is not None and not isinstance(captions, list):
+                captions = [captions]
+            group = groups.setdefault(image, element)
             if captions:
-                value["caption"] = [*captions]
-        values.append(value)
-        labels.append(f"element {number}" if elements.labels is None else elements.labels[number])
-    return elements._replace(values=values, labels=labels)
+                group.setdefault("caption", []).extend(captions)
+            if group is not element:
+                continue
+        elements.append(element)
+        labels.append(rows.label(row))
+    rows.elements, rows.labels = elements, labels
+    return rows
 
 
-def read_class_folder(folder: Path) -> Elements:
-    """Folder with one subfolder of images per class, sorted by name (torchvision's ImageFolder)."""
+def read_class_folder(folder: Path) -> AnnotationRows[Any]:
+    """Read a folder with one subfolder of images per class, sorted by name (torchvision's ImageFolder)."""
     classes: list[Path] = []
     with suppress(NotADirectoryError):
         classes = sorted(
-            each for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")
+            path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
         )
     if not classes:
         raise DataError(f"{folder} holds no class folders; expected class/image.jpg in it")
     images: list[str] = []
     labels: list[str] = []
-    for each in classes:
-        found = find_images(each)
-        if not found:
+    for path in classes:
+        count = len(images)
+        images += map(str, find_images(path))
+        if len(images) == count:
             raise DataError(
-                f"class folder {each} holds no images ({', '.join(PICTURE_SUFFIXES)}); add some or remove the folder"
+                f"class folder {path} holds no images ({', '.join(PICTURE_SUFFIXES)}); add some or remove the folder"
             )
-        images += map(str, found)
-        labels += [each.name] * len(found)
-    return Elements(str(folder), Columns({"image": images, "label": labels}), images)
+        labels += [path.name] * (len(images) - count)
+    return AnnotationRows(folder, Columns({"image": images, "label": labels}), labels=images)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from xfm_fast.data.masking import mask_tokens
+from xfm_fast.data.masking import EncodedText, mask_tokens
 from xfm_fast.data.options import TextOptions
 from xfm_fast.errors import DataError
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
@@ -19,20 +19,8 @@ IDS_KEY = "input_ids"
 """Record field with pre-tokenised text."""
 
 
-class EncodedText(NamedTuple):
-    """Token ids of a text and their masked copy."""
-
-    ids: list[int]
-    """`<s> tokens </s>`, not padded."""
-    masked_ids: list[int]
-    positions: list[int]
-    """Masked positions, ascending."""
-    labels: list[int]
-    """Original ids at these positions."""
-
-
 def text_of(record: Mapping[str, Any], key: str, tokenizer: CaptionTokenizer) -> Any:
-    """Token ids of a pre-tokenised record (without `<s>` and `</s>`), or its field `key`."""
+    """Return the token ids of a pre-tokenised record (without `<s>` and `</s>`), or its field `key`."""
     ids = record.get(IDS_KEY)
     if ids is None:
         if key not in record:
@@ -41,33 +29,37 @@ def text_of(record: Mapping[str, Any], key: str, tokenizer: CaptionTokenizer) ->
             )
         return record[key]
     if not isinstance(ids, list) or not all(
-        type(each) is int and 0 <= each < tokenizer.vocab_size for each in ids
+        type(id) is int and 0 <= id < tokenizer.vocab_size for id in ids
     ):
         raise DataError(
             f"{IDS_KEY!r} must be a list of ids from 0 to {tokenizer.vocab_size - 1}; tokenise the text again"
         )
-    begins, ends = ids[:1] == [tokenizer.bos_token_id], ids[-1:] == [tokenizer.eos_token_id]
-    return tuple(ids[int(begins) : len(ids) - int(ends)])
+    if ids[:1] == [tokenizer.bos_token_id]:
+        ids = ids[1:]
+    if ids[-1:] == [tokenizer.eos_token_id]:
+        ids = ids[:-1]
+    return tuple(ids)
 
 
 def choose_text(value: Any, rng: np.random.Generator, *, language: str | None = None) -> str:
-    """The text of a caption field: a string, a random element of a list, or a language of a mapping."""
-    listed = _elements(value)
-    # A single option draws no random number.
-    texts = _translations(listed[rng.integers(len(listed))], language)
-    return _words(texts[rng.integers(len(texts))])
+    """Draw the text of a caption field: a string, an element of a list, or a language of a mapping."""
+    if isinstance(value, list) and value:
+        # A single element draws no random number.
+        value = value[rng.integers(len(value))]
+    texts = _translations(value, language)
+    return _require_text(texts[rng.integers(len(texts))])
 
 
 def every_text(value: Any, *, language: str | None = None) -> list[str]:
-    """All texts that `choose_text` can return; any broken one raises `DataError`."""
-    return [_words(text) for each in _elements(value) for text in _translations(each, language)]
-
-
-def _elements(value: Any) -> list[Any]:
-    return value if isinstance(value, list) and value else [value]
+    """Return all texts that `choose_text` can draw; any broken one raises `DataError`."""
+    elements = value if isinstance(value, list) and value else [value]
+    return [
+        _require_text(text) for element in elements for text in _translations(element, language)
+    ]
 
 
 def _translations(value: Any, language: str | None) -> list[Any]:
+    """Return the texts of an element of a caption field, in `language` or in all."""
     if not isinstance(value, Mapping) or not value:
         return [value]
     if language is None:
@@ -79,10 +71,10 @@ def _translations(value: Any, language: str | None) -> list[Any]:
     return [value[language]]
 
 
-def _words(value: Any) -> str:
+def _require_text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise DataError(
-            f"caption {value!r} is no text; a string, a list of strings or a mapping to strings is needed"
+            f"caption {value!r} is not text; a string, a list of strings or a mapping to strings is needed"
         )
     return value
 
@@ -120,7 +112,7 @@ def encode_text(
             *map(int, text[: options.max_tokens - 2]),
             tokenizer.eos_token_id,
         ]
-    masked = mask_tokens(
+    return mask_tokens(
         ids,
         options.masking,
         rng,
@@ -128,7 +120,6 @@ def encode_text(
         mask_token_id=tokenizer.mask_token_id,
         word_starts=tokenizer.word_starts(ids) if options.masking.whole_word else None,
     )
-    return EncodedText(ids, *masked)
 
 
 def encode_pair_text(

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +26,12 @@ with needs("vision"):
     from torchvision.transforms.v2 import functional
 
 
-MOST = 10.0
-"""Maximum level."""
+MAX_LEVEL = 10.0
 GREY = (128, 128, 128)
 """Fill colour of the official operations."""
 IMAGENET_FILL = (124, 116, 104)
 """Mean colour of ImageNet."""
 
-Operation = Callable[[Image.Image, float, np.random.Generator], Image.Image]
 Point = tuple[float, float]
 
 
@@ -68,104 +67,107 @@ class Warping:
 
     def translate(self, image: Image.Image, right: float, down: float) -> Image.Image:
         """Translate by pixels."""
-        # Whole pixels need no interpolation, which takes 20 times as long.
-        whole = float(right).is_integer() and float(down).is_integer()
-        matrix = (1, 0, -right, 0, 1, -down)
-        how = Resampling.NEAREST if whole else self.interpolation
-        return image.transform(image.size, Transform.AFFINE, matrix, how, fillcolor=self.fill)
+        interpolation = self.interpolation
+        if float(right).is_integer() and float(down).is_integer():
+            # 20 times as fast, and the same for whole pixels.
+            interpolation = Resampling.NEAREST
+        return image.transform(
+            image.size,
+            Transform.AFFINE,
+            (1, 0, -right, 0, 1, -down),
+            interpolation,
+            fillcolor=self.fill,
+        )
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation of RandAugment, whose magnitude grows linearly with the level.
+
+    Attributes:
+        apply: Changes an image by a magnitude.
+        scale: Magnitude at the highest level, less `base`.
+        base: Magnitude at level 0.
+        signed: Draw the sign of the magnitude.
+    """
+
+    apply: Callable[[Image.Image, float], Image.Image]
+    scale: float = 0.0
+    base: float = 0.0
+    signed: bool = False
+
+    def __call__(self, image: Image.Image, level: float, rng: np.random.Generator) -> Image.Image:
+        magnitude = level / MAX_LEVEL * self.scale + self.base
+        if self.signed and rng.random() >= 0.5:
+            magnitude = -magnitude
+        return self.apply(image, magnitude)
 
 
 _WARPING = Warping(Resampling.BILINEAR, GREY, centre=0.5)
-
-
-def _signed(value: float, rng: np.random.Generator) -> float:
-    return value if rng.random() < 0.5 else -value
-
-
-def _factor(level: float) -> float:
-    return level / MOST * 1.8 + 0.1
-
-
-_OFFICIAL: dict[str, Operation] = {
-    "Identity": lambda image, level, rng: image,
-    "AutoContrast": lambda image, level, rng: ImageOps.autocontrast(image),
-    "Equalize": lambda image, level, rng: ImageOps.equalize(image),
-    "Brightness": lambda image, level, rng: ImageEnhance.Brightness(image).enhance(_factor(level)),
-    "Sharpness": lambda image, level, rng: ImageEnhance.Sharpness(image).enhance(_factor(level)),
-    "ShearX": lambda image, level, rng: _WARPING.shear(image, _signed(level / MOST * 0.3, rng), 0),
-    "ShearY": lambda image, level, rng: _WARPING.shear(image, 0, _signed(level / MOST * 0.3, rng)),
-    "TranslateX": lambda image, level, rng: _WARPING.translate(
-        image, _signed(level / MOST * 10, rng), 0
-    ),
-    "TranslateY": lambda image, level, rng: _WARPING.translate(
-        image, 0, _signed(level / MOST * 10, rng)
-    ),
-    "Rotate": lambda image, level, rng: _WARPING.rotate(image, _signed(level / MOST * 30, rng)),
+_OFFICIAL = {
+    "Identity": Operation(lambda image, _: image),
+    "AutoContrast": Operation(lambda image, _: ImageOps.autocontrast(image)),
+    "Equalize": Operation(lambda image, _: ImageOps.equalize(image)),
+    "Brightness": Operation(lambda image, m: ImageEnhance.Brightness(image).enhance(m), 1.8, 0.1),
+    "Sharpness": Operation(lambda image, m: ImageEnhance.Sharpness(image).enhance(m), 1.8, 0.1),
+    "ShearX": Operation(lambda image, m: _WARPING.shear(image, m, 0), 0.3, signed=True),
+    "ShearY": Operation(lambda image, m: _WARPING.shear(image, 0, m), 0.3, signed=True),
+    "TranslateX": Operation(lambda image, m: _WARPING.translate(image, m, 0), 10, signed=True),
+    "TranslateY": Operation(lambda image, m: _WARPING.translate(image, 0, m), 10, signed=True),
+    "Rotate": Operation(_WARPING.rotate, 30, signed=True),
 }
 
 
-def _increasing() -> dict[str, Operation]:
-    """Operations and magnitudes of timm: a higher level changes the image more."""
-    warping = Warping(Resampling.BICUBIC, IMAGENET_FILL)
+def _enhance(enhancer: Callable[[Image.Image], Any]) -> Operation:
+    def apply(image: Image.Image, magnitude: float) -> Image.Image:
+        return enhancer(image).enhance(max(0.1, 1 + magnitude))
 
-    def factor(level: float, rng: np.random.Generator) -> float:
-        return max(0.1, 1 + _signed(level / MOST * 0.9, rng))
-
-    def solarize_add(image: Image.Image, level: float, rng: np.random.Generator) -> Image.Image:
-        added = int(level / MOST * 110)
-        return image.point(
-            [min(255, value + added) if value < 128 else value for value in range(256)] * 3
-        )
-
-    def shear(level: float, rng: np.random.Generator) -> float:
-        return _signed(level / MOST * 0.3, rng)
-
-    def offset(level: float, side: int, rng: np.random.Generator) -> float:
-        return _signed(level / MOST * 0.45 * side, rng)
-
-    return {
-        "AutoContrast": _OFFICIAL["AutoContrast"],
-        "Equalize": _OFFICIAL["Equalize"],
-        "Invert": lambda image, level, rng: ImageOps.invert(image),
-        "Rotate": lambda image, level, rng: warping.rotate(image, _signed(level / MOST * 30, rng)),
-        # At the highest level no bit would be left, which PIL refuses.
-        "Posterize": lambda image, level, rng: ImageOps.posterize(
-            image, max(4 - int(level / MOST * 4), 1)
-        ),
-        "Solarize": lambda image, level, rng: ImageOps.solarize(
-            image, 256 - int(level / MOST * 256)
-        ),
-        "SolarizeAdd": solarize_add,
-        "Color": lambda image, level, rng: ImageEnhance.Color(image).enhance(factor(level, rng)),
-        "Contrast": lambda image, level, rng: ImageEnhance.Contrast(image).enhance(
-            factor(level, rng)
-        ),
-        "Brightness": lambda image, level, rng: ImageEnhance.Brightness(image).enhance(
-            factor(level, rng)
-        ),
-        "Sharpness": lambda image, level, rng: ImageEnhance.Sharpness(image).enhance(
-            factor(level, rng)
-        ),
-        "ShearX": lambda image, level, rng: warping.shear(image, shear(level, rng), 0),
-        "ShearY": lambda image, level, rng: warping.shear(image, 0, shear(level, rng)),
-        "TranslateX": lambda image, level, rng: warping.translate(
-            image, offset(level, image.width, rng), 0
-        ),
-        "TranslateY": lambda image, level, rng: warping.translate(
-            image, 0, offset(level, image.height, rng)
-        ),
-    }
+    return Operation(apply, 0.9, signed=True)
 
 
+def _posterize(image: Image.Image, magnitude: float) -> Image.Image:
+    # PIL refuses 0 bits, which the highest level would leave.
+    return ImageOps.posterize(image, max(4 - int(magnitude), 1))
+
+
+def _solarize_add(image: Image.Image, magnitude: float) -> Image.Image:
+    shift = int(magnitude)
+    table = [min(255, value + shift) if value < 128 else value for value in range(256)]
+    return image.point(table * 3)
+
+
+_TIMM = Warping(Resampling.BICUBIC, IMAGENET_FILL)
+# Operations and magnitudes of timm: a higher level changes the image more.
+_INCREASING = {
+    "AutoContrast": _OFFICIAL["AutoContrast"],
+    "Equalize": _OFFICIAL["Equalize"],
+    "Invert": Operation(lambda image, _: ImageOps.invert(image)),
+    "Rotate": Operation(_TIMM.rotate, 30, signed=True),
+    "Posterize": Operation(_posterize, 4),
+    "Solarize": Operation(lambda image, m: ImageOps.solarize(image, 256 - int(m)), 256),
+    "SolarizeAdd": Operation(_solarize_add, 110),
+    "Color": _enhance(ImageEnhance.Color),
+    "Contrast": _enhance(ImageEnhance.Contrast),
+    "Brightness": _enhance(ImageEnhance.Brightness),
+    "Sharpness": _enhance(ImageEnhance.Sharpness),
+    "ShearX": Operation(lambda image, m: _TIMM.shear(image, m, 0), 0.3, signed=True),
+    "ShearY": Operation(lambda image, m: _TIMM.shear(image, 0, m), 0.3, signed=True),
+    "TranslateX": Operation(
+        lambda image, m: _TIMM.translate(image, m * image.width, 0), 0.45, signed=True
+    ),
+    "TranslateY": Operation(
+        lambda image, m: _TIMM.translate(image, 0, m * image.height), 0.45, signed=True
+    ),
+}
 _COLOUR = ("Identity", "AutoContrast", "Equalize", "Brightness", "Sharpness")
 
 OPERATIONS: dict[str, dict[str, Operation]] = {
     "all": _OFFICIAL,
     "colour": {name: _OFFICIAL[name] for name in _COLOUR},
-    "imagenet": _increasing(),
+    "imagenet": _INCREASING,
 }
-"""Sets of operations: the official ones; those of them that leave every object where it is, for images with boxes; and
-the 15 of timm's `rand-...-inc1`, with which ImageNet fine-tuning trains."""
+"""Sets of operations: the official ones; those of them that move no pixels, for images with boxes; and the 15 of timm's
+`rand-...-inc1`, for ImageNet fine-tuning."""
 
 
 @dataclass(frozen=True)
@@ -191,19 +193,19 @@ class RandAugment:
             raise ConfigError(
                 f"operations={self.operations!r} are unknown; use one of {', '.join(OPERATIONS)}"
             )
-        if not 0 <= self.level <= MOST:
+        if not 0 <= self.level <= MAX_LEVEL:
             raise ConfigError(
-                f"level={self.level} of RandAugment is out of range; use 0 to {MOST:g}"
+                f"level={self.level} of RandAugment is out of range; use 0 to {MAX_LEVEL:g}"
             )
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """The image or an augmented copy."""
+        """Return the image or an augmented copy."""
         operations = list(OPERATIONS[self.operations].values())
         for choice in rng.integers(len(operations), size=self.draws):
             if rng.random() < self.probability:
                 level = self.level
                 if self.deviation:
-                    level = min(max(rng.normal(level, self.deviation), 0.0), MOST)
+                    level = min(max(rng.normal(level, self.deviation), 0.0), MAX_LEVEL)
                 image = operations[choice](image, level, rng)
         return image
 
@@ -228,7 +230,7 @@ _ATTEMPTS = 10
 
 
 def picture_size(picture: Picture) -> tuple[int, int]:
-    """Width and height."""
+    """Return width and height."""
     if isinstance(picture, Image.Image):
         return picture.size
     height, width = picture.shape[1:] if isinstance(picture, Tensor) else picture.shape[:2]
@@ -238,7 +240,7 @@ def picture_size(picture: Picture) -> tuple[int, int]:
 def random_crop_box(
     width: int, height: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> Box:
-    """RandomResizedCrop box: area fraction in `scale`, log aspect ratio uniform between 3/4 and 4/3.
+    """Draw a RandomResizedCrop box: area fraction in `scale`, log aspect ratio uniform between 3/4 and 4/3.
 
     After ten failed draws it is the largest central crop within the aspect limits.
     """
@@ -259,7 +261,7 @@ def random_crop_box(
 def resize_crop(picture: Picture, box: Box, size: int, *, flip: bool = False) -> Tensor:
     """Crop and resize to 8-bit pixels `[3, size, size]`, bicubic and antialiased.
 
-    torchvision's 8-bit kernel: matches PIL up to rounding (at most 2 of 255), three times faster.
+    torchvision's 8-bit kernel matches PIL up to rounding (at most 2 of 255) and is three times as fast.
     """
     left, top, right, bottom = box
     if isinstance(picture, Image.Image):
@@ -283,27 +285,29 @@ def resize_crop(picture: Picture, box: Box, size: int, *, flip: bool = False) ->
 def normalise(
     pixels: Tensor, mean: tuple[float, float, float] = MEAN, std: tuple[float, float, float] = STD
 ) -> Tensor:
-    """8-bit pixels `[3, H, W]` to normalised float32."""
+    """Convert 8-bit pixels `[3, H, W]` to normalised float32."""
     shift, scale = _affine(mean, std)
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(scale).add_(shift)
 
 
 def whole_image(picture: Picture, size: int) -> Tensor:
-    """Normalised pixels `[3, size, size]` of the whole image, without augmentation."""
+    """Resize the whole image to normalised pixels `[3, size, size]`, without augmentation."""
     return normalise(resize_crop(picture, (0, 0, *picture_size(picture)), size))
 
 
 @lru_cache
 def _affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    double = [torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std)]
-    return (-double[0] / double[1]).float(), (1 / (255 * double[1])).float()
+    """Return shift and scale of the normalisation of 8-bit pixels."""
+    centre = torch.tensor(mean, dtype=torch.float64)[:, None, None]
+    spread = torch.tensor(std, dtype=torch.float64)[:, None, None]
+    return (-centre / spread).float(), (1 / (255 * spread)).float()
 
 
 def augmented(pixels: Tensor, augment: RandAugment, rng: np.random.Generator) -> Tensor:
-    """RandAugment of 8-bit pixels `[3, H, W]`."""
+    """Apply RandAugment to 8-bit pixels `[3, H, W]`."""
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    changed = augment(image, rng)
-    return pixels if changed is image else torch.from_numpy(np.array(changed)).permute(2, 0, 1)
+    out = augment(image, rng)
+    return pixels if out is image else torch.from_numpy(np.array(out)).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -326,12 +330,10 @@ class TrainingTransform:
         self, picture: Picture, rng: np.random.Generator, *, may_flip: bool = True
     ) -> Tensor:
         width, height = picture_size(picture)
-        box = (
-            (0, 0, width, height)
-            if self.scale is None
-            else random_crop_box(width, height, self.scale, rng)
-        )
-        # Drawn in any case, so that what follows does not depend on may_flip.
+        box = (0, 0, width, height)
+        if self.scale is not None:
+            box = random_crop_box(width, height, self.scale, rng)
+        # Always drawn, so that later draws do not depend on may_flip.
         flip = rng.random() < self.flip and may_flip
         pixels = resize_crop(picture, box, self.size, flip=flip)
         if self.grey:
@@ -343,14 +345,14 @@ class TrainingTransform:
 
 @lru_cache
 def pretraining_transform(size: int) -> TrainingTransform:
-    """Transform of pretraining images; the flip ignores captions."""
+    """Make the transform of pretraining images; the flip ignores captions."""
     return TrainingTransform(size, (0.2, 1.0), augment=RandAugment())
 
 
 def finetuning_transform(
     size: int, crop: tuple[float, float] | None = (0.5, 1.0)
 ) -> TrainingTransform:
-    """Transform of retrieval, captioning and questions about images; of weak grounding with crop=None.
+    """Make the transform of retrieval, captioning and VQA; with crop=None that of weak grounding.
 
     For VQA set `may_flip=not mentions_side(question, *answers)`.
     """
@@ -377,11 +379,12 @@ class RegionTransform:
 
 
 def mentions_side(*texts: str | Iterable[str]) -> bool:
-    """True if a text contains 'left' or 'right', so that flipping the image would falsify it."""
-    lower = (
-        text.lower() for given in texts for text in ((given,) if isinstance(given, str) else given)
-    )
-    return any("left" in text or "right" in text for text in lower)
+    """Return whether a text contains 'left' or 'right', so that flipping the image would falsify it."""
+    for group in texts:
+        for text in (group,) if isinstance(group, str) else group:
+            if "left" in text.lower() or "right" in text.lower():
+                return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -396,7 +399,7 @@ class RandomErasing:
     aspect: float = 0.3  # minimum aspect ratio, its inverse is the maximum; log-uniform
 
     def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor:
-        """The image `[C, H, W]` or a modified copy."""
+        """Return the image `[C, H, W]` or a modified copy."""
         if rng.random() >= self.probability:
             return image
         channels, height, width = image.shape
@@ -415,7 +418,7 @@ class RandomErasing:
 
 @dataclass(frozen=True)
 class ImageNetTransform:
-    """Transform of ImageNet fine-tuning: `view`, then `erase`."""
+    """The transform of ImageNet fine-tuning: `view`, then `erase`."""
 
     view: TrainingTransform
     erase: RandomErasing = RandomErasing()
@@ -425,7 +428,7 @@ class ImageNetTransform:
 
 
 def imagenet_training_transform(size: int) -> ImageNetTransform:
-    """Random crop, flip, `rand-m9-mstd0.5-inc1`, ImageNet normalisation and random erasing."""
+    """Make random crop, flip, `rand-m9-mstd0.5-inc1`, ImageNet normalisation and random erasing."""
     augment = RandAugment("imagenet", level=9, deviation=0.5)
     return ImageNetTransform(
         TrainingTransform(size, _SCALE, augment=augment, mean=IMAGENET_MEAN, std=IMAGENET_STD)
@@ -433,32 +436,33 @@ def imagenet_training_transform(size: int) -> ImageNetTransform:
 
 
 def imagenet_evaluation_transform(size: int) -> v2.Compose:
-    """PIL image to `[3, size, size]`: shorter side to 256/224 of the size (over 224: the size), centre crop."""
-    return _centre(
-        int(size / (224 / 256)) if size <= 224 else size, size, IMAGENET_MEAN, IMAGENET_STD
-    )
+    """Make the transform of a PIL image to `[3, size, size]`: resize the shorter side, crop the centre.
+
+    The shorter side has 256/224 of the size; the size itself if it is over 224.
+    """
+    side = int(size / (224 / 256)) if size <= 224 else size
+    return _centre_crop(side, size, IMAGENET_MEAN, IMAGENET_STD)
 
 
 def probe_training_transform(size: int, dataset: str) -> TrainingTransform:
-    """Random crop and flip of the linear probe, with the official per-dataset exceptions."""
+    """Make random crop and flip of the linear probe, with the official per-dataset exceptions."""
     small = dataset in GREY_SETS
-    return TrainingTransform(
-        size, None if small else _SCALE, grey=small or dataset == "caltech101", mean=HALF, std=HALF
-    )
+    scale, grey = None if small else _SCALE, small or dataset == "caltech101"
+    return TrainingTransform(size, scale, grey=grey, mean=HALF, std=HALF)
 
 
 def probe_evaluation_transform(size: int, dataset: str) -> v2.Compose:
-    """PIL image to `[3, size, size]` of the linear probe: shorter side to 288 pixels, centre crop."""
+    """Make the transform of the linear probe to `[3, size, size]`: shorter side to 288 pixels, centre crop."""
     if dataset in GREY_SETS:
-        return _centre(size, size, HALF, HALF, v2.Grayscale(3))
+        return _centre_crop(size, size, HALF, HALF, v2.Grayscale(3))
     if size > _PROBE_SIDE:
         raise ConfigError(
             f"size={size} cannot be cropped from {_PROBE_SIDE} pixels; use at most {_PROBE_SIDE}"
         )
-    return _centre(_PROBE_SIDE, size, HALF, HALF)
+    return _centre_crop(_PROBE_SIDE, size, HALF, HALF)
 
 
-def _centre(
+def _centre_crop(
     side: int, size: int, mean: tuple[float, ...], std: tuple[float, ...], *between: v2.Transform
 ) -> v2.Compose:
     return v2.Compose(

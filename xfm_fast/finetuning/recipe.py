@@ -191,7 +191,7 @@ class FinetuneRecipe(Run):
         self.check_device()
         for split in (STREAM, *self.data.splits):
             self.paths_of(split)
-        self.check_places(self.tokenizer)
+        self.check_paths(self.tokenizer)
 
 
 def load_finetune_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> FinetuneRecipe:

@@ -32,7 +32,7 @@ from xfm_fast.tasks.evaluation import Evaluation, Metrics
 from xfm_fast.tasks.task import Task, TaskModel, TaskOptions, explanation, make_task, task_of
 from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training import checkpoints
-from xfm_fast.training.checkpoints import save_whole, seed_everything, whole_state
+from xfm_fast.training.checkpoints import full_state, save_model, seed_everything
 from xfm_fast.training.distributed import Processes, join_processes
 from xfm_fast.training.loop import autocast, seen_images, train
 from xfm_fast.training.metrics import LOG_FILE, Show, read_log
@@ -235,11 +235,11 @@ def _warn_of_overlap(
             if texts
             else ("images", overlap(files, records))
         )
-        if shared.number:
-            more = ", ..." if shared.number > len(shared.first) else ""
+        if shared.total:
+            more = ", ..." if shared.total > len(shared.examples) else ""
             print(
-                f"{shared.number} {what} of the split {split} are in the files of training too "
-                f"({', '.join(shared.first)}{more}), so its metrics do not say how the model does on new ones; take "
+                f"{shared.total} {what} of the split {split} are in the files of training too "
+                f"({', '.join(shared.examples)}{more}), so its metrics do not say how the model does on new ones; take "
                 "them out of one of the two",
                 file=sys.stderr,
             )
@@ -295,7 +295,7 @@ class _EpochEnd:
         if average is not None or self.recipe.parallel == "fsdp":
             judged = self.task.build().to(self.processes.device)
             judged.load_state_dict(
-                whole_state(model, None if average is None else average.state_dict())
+                full_state(model, None if average is None else average.state_dict())
             )
         metrics = self.evaluate(choose.split, judged)
         self.explained |= explanation(self.task, self.task.settled(metrics))
@@ -313,7 +313,7 @@ class _EpochEnd:
         if earlier is None or metrics[choose.by] > earlier:
             seen = partial(fingerprint_of, folder, self.recipe.initial_folder)
             files = self.explained | self.processes.from_first(seen)
-            save_whole(judged, folder / "best", self.processes, files=files)
+            save_model(judged, folder / "best", self.processes, files=files)
         return {f"{choose.split}/{name}": value for name, value in metrics.items()}
 
 

@@ -12,7 +12,6 @@ from xfm_fast.errors import UnavailableError
 from xfm_fast.models.processor import XFMProcessor
 from xfm_fast.models.xfm import XFM
 
-# Options that the auto classes add.
 _BOOKKEEPING = frozenset(
     {"adapter_kwargs", "code_revision", "trust_remote_code", "_commit_hash", "_from_auto"}
 )
@@ -21,8 +20,9 @@ _BOOKKEEPING = frozenset(
 def register_auto_classes() -> None:
     """Register X-FM with `transformers.AutoModel`, `AutoProcessor` and `AutoConfig`.
 
-    `AutoModel.from_pretrained` then returns an `XFM`, not a `PreTrainedModel`; it accepts `dtype`, `heads`, `tokenizer`
-    and the Hub's options, and refuses others, such as `device_map`. `AutoProcessor` returns an `XFMProcessor`.
+    `AutoModel.from_pretrained` then returns an `XFM`, not a `PreTrainedModel`; it accepts `dtype`,
+    `heads`, `tokenizer` and the Hub's options, and refuses others, such as `device_map`.
+    `AutoProcessor` returns an `XFMProcessor`.
 
     Raises:
         UnavailableError: `transformers` is not installed.
@@ -38,16 +38,16 @@ def register_auto_classes() -> None:
         model_type = MODEL_TYPE
 
     class XFMAutoModel:
-        # transformers 4 compares it with the config of the text part, which does not exist here.
+        # transformers 4 compares it with the config of a text model, which does not exist here.
         config_class = XFMAutoConfig
 
         @staticmethod
         def from_pretrained(name: str | Path, *, config: object = None, **options: Any) -> XFM:
-            given = _user_options(options)
-            dtype = given.pop("dtype", given.pop("torch_dtype", torch.float32))
-            return XFM.from_pretrained(
-                name, dtype=torch.float32 if dtype == "auto" else dtype, **given
-            )
+            options = _user_options(options)
+            dtype = options.pop("dtype", options.pop("torch_dtype", torch.float32))
+            if dtype == "auto":
+                dtype = torch.float32
+            return XFM.from_pretrained(name, dtype=dtype, **options)
 
     class XFMAutoProcessor(XFMProcessor):
         @classmethod
@@ -63,6 +63,7 @@ def register_auto_classes() -> None:
 
 
 def _user_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Drop the options that the auto classes add."""
     return {
         key: value
         for key, value in options.items()

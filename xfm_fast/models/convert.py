@@ -22,11 +22,11 @@ from xfm_fast.models.xfm import ALL_ENCODERS, XFM, Encoder
 
 SUFFIXES = (".safetensors", ".th", ".pth", ".pt", ".bin")
 _ENCODERS: dict[Encoder, str] = {name: f"{name}_encoder." for name in ALL_ENCODERS}
-_LISTED = 6
+_MAX_LISTED = 6
 
 
 @dataclass
-class _Source:
+class _Checkpoint:
     config: XFMConfig
     state: dict[str, Tensor]
     unused: dict[str, Tensor] | None
@@ -42,40 +42,40 @@ def to_xfm_folder(
     keep_unused: bool = True,
     tokenizer: Path | None = None,
 ) -> list[str]:
-    """Convert an official, X²-VLM or CCLM-X²-VLM file, or one of our folders, to a folder for `XFM.from_pretrained`.
+    """Convert an official or X²-VLM file, or one of our folders, to a folder for `XFM.from_pretrained`.
 
-    `config` gives the sizes of an official checkpoint (its image size is read from the position tables, and all sizes
-    of X²-VLM from its weights); position tables are interpolated to `image_size`. `keep_unused` stores dead weights in
-    a file of their own, so that the way back is exact. The folder gets `tokenizer`, or that of
-    the source. Returns the lines of a report. Raises `CheckpointError` if the
-    source cannot be read or does not fit, `StorageError` if the destination cannot be written; both leave the
-    destination unchanged.
+    `config` gives the sizes of an official checkpoint (its image size is read from the position
+    tables, and all sizes of X²-VLM from its weights); position tables are interpolated to
+    `image_size`. `keep_unused` stores dead weights in a file of their own, so that the conversion can
+    be reversed exactly. The folder gets `tokenizer`, or that of the source. Returns the lines of a
+    report. Raises `CheckpointError` if the source cannot be read or does not fit, `StorageError` if
+    the destination cannot be written; both leave the destination unchanged.
     """
     if destination.is_file() or destination.suffix in SUFFIXES:
         raise InputError(f"destination {destination} is a file name; name a folder")
-    found = _read(source, config, image_size)
-    unused = found.unused if keep_unused else None
-    if tokenizer is None:
-        vocabulary = find_tokenizer(source, found.config) if source.is_dir() else None
-    else:
-        vocabulary = read_tokenizer(tokenizer, found.config)
-    files = XFMProcessor(found.config, vocabulary).files()
-    checkpoint.save_pretrained(found.state, found.config, destination, unused=unused, files=files)
-    if found.unused and not keep_unused:
-        found.report.append(f"dropped: {_join_names(list(found.unused))}")
-    found.report.append(
-        f"wrote {destination}: {_describe(found.state)} at {found.config.image_size} pixels"
-    )
-    return found.report
+    loaded = _read(source, config, image_size)
+    vocabulary = None
+    if tokenizer is not None:
+        vocabulary = read_tokenizer(tokenizer, loaded.config)
+    elif source.is_dir():
+        vocabulary = find_tokenizer(source, loaded.config)
+    files = XFMProcessor(loaded.config, vocabulary).files()
+    unused = loaded.unused if keep_unused else None
+    checkpoint.save_pretrained(loaded.state, loaded.config, destination, unused=unused, files=files)
+    if loaded.unused and not keep_unused:
+        loaded.report.append(f"dropped: {_join_names(list(loaded.unused))}")
+    size = loaded.config.image_size
+    loaded.report.append(f"wrote {destination}: {_describe(loaded.state)} at {size} pixels")
+    return loaded.report
 
 
 def to_official_file(
     source: Path, destination: Path, *, image_size: int | None = None, keep_unused: bool = True
 ) -> list[str]:
-    """Convert one of our folders to an official `.th`, `.pth` or `.safetensors` file; returns the lines of a report.
+    """Convert one of our folders to an official `.th`, `.pth` or `.safetensors` file.
 
-    Position tables are interpolated to `image_size`; `keep_unused` includes the dead weights, if the folder has them.
-    Raises as `to_xfm_folder`.
+    Position tables are interpolated to `image_size`; `keep_unused` includes the dead weights, if the
+    folder has them. Returns the lines of a report, and raises as `to_xfm_folder`.
     """
     if destination.suffix not in SUFFIXES or destination.is_dir():
         raise InputError(
@@ -85,14 +85,14 @@ def to_official_file(
         raise InputError(
             f"source {source} is not an xfm-fast folder; name a folder as the destination"
         )
-    found = _read(source, None, image_size)
+    loaded = _read(source, None, image_size)
     # Only the pretraining class wraps its language encoder into one with a masked-language head.
-    naming = "pretraining" if "mlm" in checkpoint.heads_in(found.state) else "fine-tuning"
-    unused = found.unused if keep_unused else None
-    state = checkpoint.to_official(found.state, found.config, unused=unused, naming=naming)
-    lacking = checkpoint.underivable([our_name(name) for name in state], found.config)
-    if lacking:
-        found.report.append(f"dead weights omitted: {_join_names(lacking)}")
+    naming = "pretraining" if "mlm" in checkpoint.heads_in(loaded.state) else "fine-tuning"
+    unused = loaded.unused if keep_unused else None
+    state = checkpoint.to_official(loaded.state, loaded.config, unused=unused, naming=naming)
+    missing = checkpoint.underivable([our_name(name) for name in state], loaded.config)
+    if missing:
+        loaded.report.append(f"dead weights omitted: {_join_names(missing)}")
 
     def write(file: BinaryIO) -> None:
         if destination.suffix == ".safetensors":
@@ -105,89 +105,89 @@ def to_official_file(
             raise OSError(errno.EIO, str(error).splitlines()[0]) from error
 
     write_files({destination: write})
-    size = found.config.image_size
-    found.report.append(
+    size = loaded.config.image_size
+    loaded.report.append(
         f"wrote {destination}: {_describe(state)} in {naming} naming at {size} pixels"
     )
-    return found.report
+    return loaded.report
 
 
-def _read(source: Path, config: XFMConfig | None, image_size: int | None) -> _Source:
-    if source.is_dir():
+def _read(source: Path, config: XFMConfig | None, image_size: int | None) -> _Checkpoint:
+    if not source.is_dir():
+        assert config is not None
+        loaded = _read_official(source, config, image_size)
+    else:
         files = checkpoint.load_pretrained_files(source)
-        found = _Source(files.config, dict(files.state), files.unused)
+        loaded = _Checkpoint(files.config, dict(files.state), files.unused)
         if image_size is not None:
-            found.config = files.config.resized(image_size)
+            loaded.config = files.config.resized(image_size)
             changed: dict[str, tuple[int, int]] = {}
             for name, value in files.state.items():
                 if name.endswith(TABLE):
-                    found.state[name] = fit_table(name, value, found.config.grid, changed)
-            found.report += _interpolation(changed)
-    else:
-        assert config is not None
-        found = _from_official(source, config, image_size)
-    _check(found, source)
-    return found
+                    loaded.state[name] = fit_table(name, value, loaded.config.grid, changed)
+            loaded.report += _describe_interpolation(changed)
+    _check(loaded, source)
+    return loaded
 
 
-def _from_official(source: Path, config: XFMConfig, image_size: int | None) -> _Source:
+def _read_official(source: Path, config: XFMConfig, image_size: int | None) -> _Checkpoint:
     official = checkpoint.read_state_dict(source)
-    if (relative := checkpoint.relative_of(official)) is not None:
+    relative = checkpoint.relative_of(official)
+    if relative is not None:
         config, state, changes = checkpoint.read_x2vlm(
             official, what=f"checkpoint {source}", image_size=image_size
         )
-        naming, dropped = relative, "video weights dropped"
+        naming, dropped, unused = relative, "video weights dropped", None
     else:
         config = checkpoint.config_of(official, config, image_size)
         state, changes = checkpoint.to_ours(official, config)
         naming, dropped = f"{changes.naming} naming", "dead weights"
+        unused = changes.unused or None
     report = [
         f"read {source}: {naming}, {_describe(official)}",
-        *_interpolation(changes.interpolated),
+        *_describe_interpolation(changes.interpolated),
     ]
     if changes.renamed:
         old, new = next(iter(changes.renamed.items()))
         report.append(f"renamed: {len(changes.renamed)}, for example {old} to {new}")
-    for what, names in (
+    for title, names in (
         ("tied duplicates dropped", changes.duplicates),
         ("index buffers dropped", changes.buffers),
         (dropped, changes.unused),
     ):
         if names:
-            report.append(f"{what}: {_join_names([*names])}")
-    return _Source(config, state, (changes.unused or None) if relative is None else None, report)
+            report.append(f"{title}: {_join_names([*names])}")
+    return _Checkpoint(config, state, unused, report)
 
 
-def _check(found: _Source, source: Path) -> None:
-    """Refuse an incomplete X-FM model; a task head is allowed."""
-    names = list(found.state)
-    encoders: list[Encoder] = [
-        name for name in ALL_ENCODERS if any(key.startswith(_ENCODERS[name]) for key in names)
+def _check(loaded: _Checkpoint, source: Path) -> None:
+    """Check that the state is a complete X-FM model; a task head is allowed."""
+    names = list(loaded.state)
+    encoders = [
+        encoder
+        for encoder, prefix in _ENCODERS.items()
+        if any(name.startswith(prefix) for name in names)
     ]
     if not encoders:
         raise CheckpointError(
             f"{source} has no X-FM encoder (first entry: {next(iter(names), None)}); give an X-FM checkpoint"
         )
     heads = checkpoint.heads_in(names)
-    config = found.config
     if "contrastive" in heads:
-        config = config.replace(learnable_temperature="temp" in found.state)
-    checkpoint.require_depth(config, found.state, what=f"checkpoint {source}")
+        loaded.config = loaded.config.replace(learnable_temperature="temp" in loaded.state)
+    title = f"checkpoint {source}"
+    checkpoint.require_depth(loaded.config, loaded.state, what=title)
     with checkpoint.without_values():
-        model = XFM(config, heads=heads, encoders=encoders)
-    known = tuple(model.state_dict())
-    task = [
-        name
-        for name in names
-        if name not in known and not name.startswith(tuple(_ENCODERS.values()))
-    ]
-    checkpoint.compare(model, found.state, what=f"checkpoint {source}", surplus=task, finite=True)
-    found.config = config
+        model = XFM(loaded.config, heads=heads, encoders=encoders)
+    model_names = model.state_dict().keys()
+    prefixes = tuple(_ENCODERS.values())
+    task = [name for name in names if name not in model_names and not name.startswith(prefixes)]
+    checkpoint.compare(model, loaded.state, what=title, surplus=task, finite=True)
     if task:
-        found.report.append(f"task head copied: {_join_names(task)}")
+        loaded.report.append(f"task head copied: {_join_names(task)}")
 
 
-def _interpolation(changed: Mapping[str, tuple[int, int]]) -> list[str]:
+def _describe_interpolation(changed: Mapping[str, tuple[int, int]]) -> list[str]:
     if not changed:
         return []
     before, after = next(iter(changed.values()))
@@ -197,9 +197,12 @@ def _interpolation(changed: Mapping[str, tuple[int, int]]) -> list[str]:
 
 
 def _describe(state: Mapping[str, Tensor]) -> str:
-    return f"{len(state)} tensors, {sum(tensor.numel() for tensor in state.values()) / 1e6:,.1f}M values"
+    values = sum(tensor.numel() for tensor in state.values())
+    return f"{len(state)} tensors, {values / 1e6:,.1f}M values"
 
 
 def _join_names(names: list[str]) -> str:
-    rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + rest
+    joined = ", ".join(names[:_MAX_LISTED])
+    if len(names) > _MAX_LISTED:
+        joined += f" and {len(names) - _MAX_LISTED} more"
+    return joined

@@ -24,7 +24,7 @@ _LOGIT_ROWS = 1024
 
 @dataclass(frozen=True)
 class DecoderMemory:
-    """Keys and values of every decoder layer for B packed encoder outputs (of questions or images)."""
+    """Keys and values of every decoder layer for B packed encoder outputs, of questions or images."""
 
     layers: tuple[Tensor, ...]  # one [T, 2, H, D] tensor per layer
     cu_seqlens: Tensor  # [B + 1] int32 offsets of the encoder outputs
@@ -36,11 +36,11 @@ class DecoderMemory:
 
     @property
     def even(self) -> bool:
-        """True if all encoder outputs have the same length."""
+        """Whether all encoder outputs have the same length."""
         return self.layers[0].shape[0] == self.states * self.longest
 
     def part(self, start: int, stop: int) -> DecoderMemory:
-        """The memory of outputs `start` to `stop`, without a copy."""
+        """Return the memory of outputs `start` to `stop`, without a copy."""
         if (start, stop) == (0, self.states):
             return self
         first, last = self.cu_seqlens[[start, stop]].tolist()
@@ -51,7 +51,7 @@ class DecoderMemory:
 
 
 class Writer(Protocol):
-    """The interface of a decoder to `generate`, with memories and caches of its own."""
+    """Interface of a decoder to `generate`; memories and caches are its choice."""
 
     @property
     def positions(self) -> int:
@@ -59,15 +59,15 @@ class Writer(Protocol):
         ...
 
     def begin(self, prompt_ids: Tensor, memory: Any, capacity: int) -> tuple[Tensor, Any]:
-        """Run prompts `[B, S]`, one per state: last hidden state `[B, ...]`, and a cache for `capacity` tokens."""
+        """Run prompts `[B, S]`: last hidden states `[B, ...]`, and a cache for `capacity` tokens."""
         ...
 
     def step(self, input_ids: Tensor, memory: Any, past: Any) -> Tensor:
-        """Append one token to every text and to `past`: hidden states `[A, ...]`, A / B texts per memory state."""
+        """Append a token to every text and to `past`: hidden states `[A, ...]`, A / B texts per state."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states to logits `[A, vocabulary]`."""
+        """Compute logits `[A, vocabulary]`."""
         ...
 
 
@@ -84,36 +84,36 @@ class DecoderCache:
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append n keys and values `[A, n, H, D]` to a layer; returns all length + n of them."""
-        rows, new = keys.shape[:2]
+        texts, new = keys.shape[:2]
         if layer == len(self._layers):
-            self._layers.append(keys.new_empty(rows, self.capacity, 2, *keys.shape[2:]))
+            self._layers.append(keys.new_empty(texts, self.capacity, 2, *keys.shape[2:]))
         stop = self.length + new
-        room = self._layers[layer]
-        room[:, self.length : stop, 0] = keys
-        room[:, self.length : stop, 1] = values
-        known_keys, known_values = room[:, :stop].unbind(2)
-        return known_keys, known_values
+        buffer = self._layers[layer]
+        buffer[:, self.length : stop, 0] = keys
+        buffer[:, self.length : stop, 1] = values
+        keys, values = buffer[:, :stop].unbind(2)
+        return keys, values
 
     def advance(self, tokens: int) -> None:
         """Count the new tokens, after the last layer."""
         self.length += tokens
 
     def known(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values `[A', length, H, D]` of the texts `rows` `[A']`."""
+        """Return keys and values `[A', length, H, D]` of the texts `rows` `[A']`."""
         keys, values = self._layers[layer][:, : self.length].index_select(0, rows).unbind(2)
         return keys, values
 
     def select(self, rows: Tensor) -> DecoderCache:
-        """The cache of the texts `rows` `[A']`, with repeats, in any order."""
-        chosen = DecoderCache(self.capacity)
+        """Return a cache of the texts `rows` `[A']`, with repeats, in any order."""
+        selected = DecoderCache(self.capacity)
         for layer in range(len(self._layers)):
-            chosen.extend(layer, *self.known(layer, rows))
-        chosen.advance(self.length)
-        return chosen
+            selected.extend(layer, *self.known(layer, rows))
+        selected.length = self.length
+        return selected
 
 
 class TextDecoder(nn.Module):
-    """Causal language model with cross-attention to a memory in every layer; its head shares the word embedding."""
+    """Causal language model with cross-attention in every layer; its head shares the word embedding."""
 
     def __init__(self, config: XFMConfig, layers: int, memory_width: int) -> None:
         super().__init__()
@@ -138,13 +138,12 @@ class TextDecoder(nn.Module):
         states, length = prompt_ids.shape
         past = DecoderCache(capacity)
         packing = Packing.from_mask(torch.ones_like(prompt_ids))
-        one_each = ImageGroups(torch.arange(states + 1, device=prompt_ids.device))
-        return self(prompt_ids, packing, memory, one_each, past=past).view(states, length, -1)[
-            :, -1
-        ], past
+        groups = ImageGroups(torch.arange(states + 1, device=prompt_ids.device))
+        hidden = self(prompt_ids, packing, memory, groups, past=past)
+        return hidden.view(states, length, -1)[:, -1], past
 
     def memory(self, states: Tensor, token_mask: Tensor | None = None) -> DecoderMemory:
-        """Project `[B, M, memory_width]` for every layer, once for all answers, beams and steps.
+        """Project `[B, M, memory_width]` for every layer, once for all texts, beams and steps.
 
         Tokens where `token_mask` `[B, M]` is False are not projected.
         """
@@ -169,25 +168,25 @@ class TextDecoder(nn.Module):
         *,
         past: DecoderCache | None = None,
     ) -> Tensor:
-        """Hidden states of the texts `[A, L]`, packed: `[T, width]` for `packing.unpad` or `logits`.
+        """Compute the hidden states of texts `[A, L]`, packed: `[T, width]` for `packing.unpad` or `logits`.
 
-        `packing` lies in the order of `groups`, which assigns texts to memory states. `past` holds the previous tokens,
-        equally many per text, in the order of `input_ids`, and receives the new ones; the packing then has to keep the
-        order of texts.
+        `packing` lies in the order of `groups`, which assigns texts to memory states. `past` holds the
+        previous tokens, equally many per text, in the order of `input_ids`, and receives the new ones;
+        the packing then has to keep the order of texts.
         """
-        behind = 0 if past is None else past.length
-        positions = self._positions(input_ids, behind)
+        previous = 0 if past is None else past.length
+        positions = self._positions(input_ids, previous)
         x = self.roberta.embeddings(packing.pack(input_ids).long(), packing.pack(positions))
-        visible = _visible_keys(packing, behind)
+        visible = _visible_keys(packing, previous)
         cu_queries = groups.token_offsets(packing.cu_seqlens)
-        for number, layer in enumerate(self.roberta.encoder):
-            q, k, v = (packing.unpad(part) for part in layer.attention.self.project_all(x))
+        for index, layer in enumerate(self.roberta.encoder):
+            q, k, v = (packing.unpad(packed) for packed in layer.attention.self.project_all(x))
             if past is not None:
-                k, v = past.extend(number, k, v)
+                k, v = past.extend(index, k, v)
             context = _attention(q, k, v, layer.attention.self.dropout_p, visible)
             x = layer.attention.output(packing.pack(context), x)
             x = layer.cross_attention(
-                x, memory.layers[number], cu_queries, memory.cu_seqlens, memory.longest
+                x, memory.layers[index], cu_queries, memory.cu_seqlens, memory.longest
             )
             x = layer.feed_forward(x)
         if past is not None:
@@ -195,44 +194,44 @@ class TextDecoder(nn.Module):
         return x
 
     def step(self, input_ids: Tensor, memory: DecoderMemory, past: DecoderCache) -> Tensor:
-        """Append one token `[A]` to every text and to `past`: hidden states `[A, width]`.
+        """Append a token to every text (`[A]`) and to `past`: hidden states `[A, width]`.
 
         A is a multiple of B: the first A / B texts belong to memory state 0, and so on.
         """
         texts, states = input_ids.shape[0], memory.states
-        x = self.roberta.embeddings(
-            input_ids, self._positions(input_ids[:, None], past.length)[:, 0]
-        )
-        each = torch.arange(states + 1, dtype=torch.int32, device=x.device) * (texts // states)
-        for number, layer in enumerate(self.roberta.encoder):
-            q, k, v = layer.attention.self.project_all(x)
-            k, v = past.extend(number, k[:, None], v[:, None])
-            x = layer.attention.output(
-                _attention(q[:, None], k, v, layer.attention.self.dropout_p)[:, 0], x
-            )
+        positions = self._positions(input_ids[:, None], past.length)[:, 0]
+        x = self.roberta.embeddings(input_ids, positions)
+        states_of = torch.arange(states + 1, dtype=torch.int32, device=x.device)
+        cu_queries = states_of * (texts // states)
+        for index, layer in enumerate(self.roberta.encoder):
+            attention = layer.attention
+            q, k, v = attention.self.project_all(x)
+            k, v = past.extend(index, k[:, None], v[:, None])
+            context = _attention(q[:, None], k, v, attention.self.dropout_p)
+            x = attention.output(context[:, 0], x)
             # The texts of a state are the queries of one attention over its keys, without copies.
             if memory.even:
-                projections = layer.crossattention.self
-                q = projections.project_query(x).unflatten(0, (states, -1))
-                k, v = memory.layers[number].unflatten(0, (states, -1)).unbind(2)
-                x = layer.crossattention.output(
-                    _attention(q, k, v, projections.dropout_p).reshape(texts, -1), x
-                )
+                attention = layer.crossattention
+                q = attention.self.project_query(x).unflatten(0, (states, -1))
+                k, v = memory.layers[index].unflatten(0, (states, -1)).unbind(2)
+                context = _attention(q, k, v, attention.self.dropout_p)
+                x = attention.output(context.reshape(texts, -1), x)
             else:
                 x = layer.cross_attention(
-                    x, memory.layers[number], each, memory.cu_seqlens, memory.longest
+                    x, memory.layers[index], cu_queries, memory.cu_seqlens, memory.longest
                 )
             x = layer.feed_forward(x)
         past.advance(1)
         return x
 
-    def _positions(self, input_ids: Tensor, behind: int) -> Tensor:
-        """Position ids after `behind` tokens; padding keeps the id `pad`."""
+    def _positions(self, input_ids: Tensor, previous: int) -> Tensor:
+        """Number the positions after `previous` tokens; padding keeps the id `pad`."""
         embeddings = self.roberta.embeddings
-        return embeddings.position_ids(input_ids) + behind * input_ids.ne(embeddings.pad_token_id)
+        real = input_ids.ne(embeddings.pad_token_id)
+        return embeddings.position_ids(input_ids) + previous * real
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[..., width]` → `[..., vocabulary]`."""
+        """Compute logits: `[..., width]` → `[..., vocabulary]`."""
         return self.lm_head(hidden, self.word_embeddings)
 
     def token_losses(
@@ -242,50 +241,51 @@ class TextDecoder(nn.Module):
         memory: DecoderMemory,
         groups: ImageGroups,
         *,
-        given: int = 1,
+        prompt_tokens: int = 1,
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """Cross-entropy of every token given its predecessors: `[A, L - 1]`, entry j for token j + 1.
+        """Compute the cross-entropy of every token given its predecessors: `[A, L - 1]`, entry j for token j + 1.
 
-        Zero for padding (`token_mask` `[A, L]` boolean, real tokens first) and for the first `given` tokens, which are
-        `<s>` or a prompt.
+        Zero for padding (`token_mask` `[A, L]` boolean, real tokens first) and for the first
+        `prompt_tokens`, which are `<s>` or a prompt.
         """
         targets = input_ids[:, 1:].long()
         packing = Packing.from_mask(token_mask[:, 1:], order=groups.order)
-        hidden, positions = self(input_ids[:, :-1], packing, memory, groups), packing.positions
-        if given > 1:
+        positions = packing.positions
+        hidden = self(input_ids[:, :-1], packing, memory, groups)
+        if prompt_tokens > 1:
             # Only predicted tokens reach the vocabulary.
-            predicted = (positions % targets.shape[1] >= given - 1).nonzero().flatten()
-            hidden, positions = (
-                hidden.index_select(0, predicted),
-                positions.index_select(0, predicted),
-            )
-        losses = self.cross_entropy(
-            hidden, targets.flatten().index_select(0, positions), label_smoothing
-        )
-        return (
-            losses.new_zeros(targets.numel()).index_copy(0, positions, losses).view(targets.shape)
-        )
+            predicted = positions % targets.shape[1] >= prompt_tokens - 1
+            rows = predicted.nonzero().flatten()
+            hidden, positions = hidden.index_select(0, rows), positions.index_select(0, rows)
+        predicted_ids = targets.flatten().index_select(0, positions)
+        losses = self.cross_entropy(hidden, predicted_ids, label_smoothing)
+        padded = losses.new_zeros(targets.numel()).index_copy(0, positions, losses)
+        return padded.view(targets.shape)
 
     def cross_entropy(
         self, hidden: Tensor, targets: Tensor, label_smoothing: float = 0.0
     ) -> Tensor:
-        """Cross-entropy `[T]` of `targets` `[T]` after `hidden` `[T, width]`, in chunks of logits.
+        """Compute the cross-entropy `[T]` of `targets` `[T]` after `hidden` `[T, width]`, in chunks of logits.
 
         With gradients all logits are stored for the backward pass.
         """
-        pieces = [
-            F.cross_entropy(self.logits(h), t, reduction="none", label_smoothing=label_smoothing)
-            for h, t in zip(hidden.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), strict=True)
-        ]
-        return torch.cat(pieces)
+        losses = []
+        chunks = zip(hidden.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), strict=True)
+        for states, ids in chunks:
+            losses.append(
+                F.cross_entropy(
+                    self.logits(states), ids, reduction="none", label_smoothing=label_smoothing
+                )
+            )
+        return torch.cat(losses)
 
     def initialise_from(self, state: Mapping[str, Tensor]) -> list[str]:
-        """Initialise from the pretrained fusion encoder; returns the names of the parameters that stay as they are.
+        """Initialise from the pretrained fusion encoder; returns the names of the unchanged parameters.
 
-        `state` is a pretraining state dict; official files include fusion embeddings that our pretraining models lack.
-        Parameters stay where the encoder lacks them or has another shape, such as projections of a memory of another
-        width, where the official loader fails.
+        `state` is a pretraining state dict; official files include fusion embeddings that our
+        pretraining models lack. Parameters that the encoder lacks, or has in another shape (as
+        projections of a memory of another width), are unchanged; the official loader fails there.
         """
         fresh = []
         for name, parameter in self.state_dict().items():
@@ -297,48 +297,45 @@ class TextDecoder(nn.Module):
         return fresh
 
 
-def _visible_keys(packing: Packing, behind: int) -> Tensor:
-    """Boolean `[A, 1, L, behind + L]` mask of the keys that a query attends to, on the padded grid.
+def _visible_keys(packing: Packing, previous: int) -> Tensor:
+    """Build the mask of the keys that a query attends to: boolean `[A, 1, L, previous + L]`.
 
-    A query without visible keys (padding before any real token) sees itself, because NaN would reach the keys'
-    gradients.
+    A query without visible keys (padding before any real token) sees itself, because NaN would reach
+    the gradients of the keys.
     """
     texts, length = packing.shape
     positions = packing.positions
-    kept = (
-        torch.ones_like(positions, dtype=torch.bool)
-        if packing.key_mask is None
-        else packing.key_mask
-    )
-    real = torch.zeros(texts * length, dtype=torch.bool, device=positions.device).index_copy(
-        0, positions, kept
-    )
-    real = F.pad(real.view(texts, length), (behind, 0), value=True)
-    query = torch.arange(behind, behind + length, device=positions.device)[:, None]
-    key = torch.arange(behind + length, device=positions.device)[None, :]
+    device, keys = positions.device, previous + length
+    real = torch.zeros(texts * length, dtype=torch.bool, device=device)
+    packed_real = real.new_ones(len(positions)) if packing.key_mask is None else packing.key_mask
+    real = real.index_copy(0, positions, packed_real).view(texts, length)
+    real = F.pad(real, (previous, 0), value=True)
+    query = torch.arange(previous, keys, device=device)[:, None]
+    key = torch.arange(keys, device=device)[None, :]
     visible = (key <= query) & real[:, None, :]
-    return (visible | ((key == query) & ~visible.any(-1, keepdim=True)))[:, None]
+    blind = ~visible.any(-1, keepdim=True)
+    return (visible | ((key == query) & blind))[:, None]
 
 
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float, visible: Tensor | None = None
 ) -> Tensor:
-    """`[B, Nq, H, D]` over `[B, Nk, H, D]` → `[B, Nq, H·D]`.
+    """Attend from `[B, Nq, H, D]` to `[B, Nk, H, D]`: `[B, Nq, H·D]`.
 
-    Padded, because answers and captions are a few tokens long, and cached keys are then simply concatenated.
+    Padded: answers and captions are a few tokens long, and cached keys are then simply concatenated.
     """
-    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     context = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout_p)
     return context.transpose(1, 2).flatten(2)
 
 
-# Score of a beam that does not exist yet: all beams start as copies of the prompt, and only one may be continued.
+# Initial score of all beams but the first: they are copies of the prompt, and only one may continue.
 _ABSENT = -1e9
 
 
 @dataclass
 class _Hypotheses:
-    """The best finished sequences of one state: `(score, tokens without the end token)`."""
+    """Best finished sequences of one state: `(score, tokens without the end token)`."""
 
     beams: int
     length_penalty: float
@@ -364,7 +361,8 @@ class _Hypotheses:
 
     def best(self) -> list[int]:
         # The last of equal scores, like a stable sort followed by pop().
-        return sorted(self.finished, key=lambda hypothesis: hypothesis[0])[-1][1]
+        _, tokens = sorted(self.finished, key=lambda hypothesis: hypothesis[0])[-1]
+        return tokens
 
     def _worst(self) -> float:
         return min(score for score, _ in self.finished)
@@ -384,44 +382,46 @@ def generate(
     pad_token_id: int = 1,
     eos_token_id: int = 2,
 ) -> Tensor:
-    """Continue the prompts `[B, S]`, without padding, for every state of the memory: `[B, length]` ids, padded.
+    """Continue the unpadded prompts `[B, S]`, one per state of the memory: ids `[B, length]`, padded.
 
-    The result has the prompt first and the end token included. The prompt runs once per state, and beams share its keys
-    and values. `max_length` and `min_length` (no end token before it) include the prompt; one beam is greedy search;
-    scores are log-probabilities divided by length to the power `length_penalty`; with `early_stopping` a state ends
-    with its `num_beams` finished sequences, otherwise when no running beam can beat them. Raises `InputError` for
-    contradictory numbers or a padded prompt.
+    The result has the prompt first and the end token included. The prompt runs once per state, and
+    beams share its keys and values. `max_length` and `min_length` (no end token before it) include the
+    prompt; one beam is greedy search; scores are log-probabilities divided by length to the power
+    `length_penalty`; with `early_stopping` a state ends with its `num_beams` finished sequences,
+    otherwise when no running beam can beat them. Raises `InputError` for contradictory numbers or a
+    padded prompt.
     """
-    room = decoder.positions
     if prompt_ids.ndim != 2 or prompt_ids.shape[0] != memory.states or not prompt_ids.shape[1]:
         raise InputError(
             f"prompt_ids are {[*prompt_ids.shape]}; they must be [{memory.states}, S] with S at least 1"
         )
     if num_beams < 1:
         raise InputError(f"num_beams={num_beams}; it must be at least 1")
-    if not prompt_ids.shape[1] < max_length <= room:
+    prompt_length = prompt_ids.shape[1]
+    if not prompt_length < max_length <= decoder.positions:
         raise InputError(
-            f"max_length={max_length}; with a prompt of {prompt_ids.shape[1]} it must be above that and at most {room}"
+            f"max_length={max_length}; with a prompt of {prompt_length} it must be above that and at most "
+            f"{decoder.positions}"
         )
     if prompt_ids.device.type == "cpu" and bool((prompt_ids == pad_token_id).any()):
         raise InputError(
             "prompt_ids contain padding; generate prompts of different length separately"
         )
-    states = len(prompt_ids)
     hidden, past = decoder.begin(prompt_ids, memory, max_length)
     if num_beams == 1:
-        return _greedy(
-            decoder,
-            memory,
-            prompt_ids,
-            hidden,
-            past,
-            max_length,
-            min_length,
-            pad_token_id,
-            eos_token_id,
-        )
-    copies = torch.arange(states, device=prompt_ids.device).repeat_interleave(num_beams)
+        ids, running = prompt_ids, torch.ones_like(prompt_ids[:, 0], dtype=torch.bool)
+        while True:
+            logits = decoder.logits(hidden)
+            if ids.shape[1] < min_length:
+                logits[:, eos_token_id] = -torch.inf
+            next_ids = logits.argmax(-1).masked_fill(~running, pad_token_id)
+            ids = torch.cat([ids, next_ids[:, None]], 1)
+            running &= next_ids != eos_token_id
+            if ids.shape[1] >= max_length or not bool(running.any()):
+                return ids
+            hidden = decoder.step(next_ids, memory, past)
+    states = torch.arange(len(prompt_ids), device=prompt_ids.device)
+    copies = states.repeat_interleave(num_beams)
     past = past.select(copies)
 
     def advance(rows: Tensor, tokens: Tensor) -> Tensor:
@@ -430,22 +430,37 @@ def generate(
         return decoder.logits(decoder.step(tokens, memory, past))
 
     return beam_search(
-        decoder.logits(hidden)[copies], advance, prompt_ids, max_length=max_length, min_length=min_length,
-        num_beams=num_beams, length_penalty=length_penalty, early_stopping=early_stopping, pad_token_id=pad_token_id,
+        decoder.logits(hidden)[copies],
+        advance,
+        prompt_ids,
+        max_length=max_length,
+        min_length=min_length,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+        pad_token_id=pad_token_id,
         eos_token_id=eos_token_id,
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()
 def beam_search(
-    logits: Tensor, advance: Callable[[Tensor, Tensor], Tensor], prompt_ids: Tensor, *, max_length: int,
-    min_length: int, num_beams: int, length_penalty: float = 1.0, early_stopping: bool = False, pad_token_id: int = 1,
+    logits: Tensor,
+    advance: Callable[[Tensor, Tensor], Tensor],
+    prompt_ids: Tensor,
+    *,
+    max_length: int,
+    min_length: int,
+    num_beams: int,
+    length_penalty: float = 1.0,
+    early_stopping: bool = False,
+    pad_token_id: int = 1,
     eos_token_id: int = 2,
-) -> Tensor:  # fmt: skip
-    """The search of `generate`, over any function that computes logits.
+) -> Tensor:
+    """Search the best sequences with any function that computes logits.
 
-    `logits` `[B · num_beams, vocabulary]` follow the prompts; `advance` maps (row that each beam continues, its next
-    token) to the next logits. Other arguments and result as `generate`.
+    `logits` `[B · num_beams, vocabulary]` follow the prompts; `advance` maps (row that each beam
+    continues, its next token) to the next logits. Other arguments and result as `generate`.
     """
     states = prompt_ids.shape[0]
     hypotheses = [_Hypotheses(num_beams, length_penalty, early_stopping) for _ in range(states)]
@@ -460,18 +475,14 @@ def beam_search(
         # Two candidates per beam, so that enough remain if every beam ends.
         best = totals.topk(2 * num_beams, dim=1)
         beams, tokens = best.indices // log_probs.shape[1], best.indices % log_probs.shape[1]
-        chosen = _choose(
-            hypotheses,
-            ids,
-            best.values.tolist(),
-            beams.tolist(),
-            tokens.tolist(),
-            pad_token_id,
-            eos_token_id,
-        )
-        rows = torch.tensor([row for row, _, _ in chosen], device=ids.device)
-        next_ids = torch.tensor([token for _, token, _ in chosen], device=ids.device)
-        scores = scores.new_tensor([score for _, _, score in chosen]).view(states, num_beams)
+        candidates = [
+            list(zip(*columns, strict=True))
+            for columns in zip(best.values.tolist(), beams.tolist(), tokens.tolist(), strict=True)
+        ]
+        continued = _continue_beams(hypotheses, ids, candidates, pad_token_id, eos_token_id)
+        rows = torch.tensor([row for row, _, _ in continued], device=ids.device)
+        next_ids = torch.tensor([token for _, token, _ in continued], device=ids.device)
+        scores = scores.new_tensor([score for _, _, score in continued]).view(states, num_beams)
         ids = torch.cat([ids[rows], next_ids[:, None]], 1)
         if ids.shape[1] >= max_length or all(state.done for state in hypotheses):
             break
@@ -485,60 +496,36 @@ def beam_search(
         [*tokens, eos_token_id] if len(tokens) < max_length else tokens for tokens in sequences
     ]
     longest = max(map(len, ended), default=0)
-    rows = [tokens + [pad_token_id] * (longest - len(tokens)) for tokens in ended]
-    return prompt_ids.new_tensor(rows).view(states, longest)
+    padded = [tokens + [pad_token_id] * (longest - len(tokens)) for tokens in ended]
+    return prompt_ids.new_tensor(padded).view(states, longest)
 
 
-def _greedy(
-    decoder: Writer,
-    memory: Any,
-    ids: Tensor,
-    hidden: Tensor,
-    past: Any,
-    max_length: int,
-    min_length: int,
-    pad: int,
-    eos: int,
-) -> Tensor:
-    running = torch.ones_like(ids[:, 0], dtype=torch.bool)
-    while True:
-        logits = decoder.logits(hidden)
-        if ids.shape[1] < min_length:
-            logits[:, eos] = -torch.inf
-        next_ids = logits.argmax(-1).masked_fill(~running, pad)
-        ids = torch.cat([ids, next_ids[:, None]], 1)
-        running &= next_ids != eos
-        if ids.shape[1] >= max_length or not bool(running.any()):
-            return ids
-        hidden = decoder.step(next_ids, memory, past)
-
-
-def _choose(
+def _continue_beams(
     hypotheses: list[_Hypotheses],
     ids: Tensor,
-    scores: list[list[float]],
-    beams: list[list[int]],
-    tokens: list[list[int]],
+    candidates: list[list[tuple[float, int, int]]],
     pad: int,
     eos: int,
 ) -> list[tuple[int, int, float]]:
-    """Store finished sequences and pick the (row of `ids`, next token, score) that each beam continues with."""
-    chosen: list[tuple[int, int, float]] = []
+    """Store finished sequences and pick how each beam continues: (row of `ids`, next token, score).
+
+    `candidates` of every state are (score, beam, token), best first.
+    """
+    continued: list[tuple[int, int, float]] = []
     for state, hypothesis in enumerate(hypotheses):
         first = state * hypothesis.beams
         if hypothesis.done:
-            chosen += [(first, pad, 0.0)] * hypothesis.beams
+            continued += [(first, pad, 0.0)] * hypothesis.beams
             continue
-        going_on: list[tuple[int, int, float]] = []
-        for rank, (score, beam, token) in enumerate(
-            zip(scores[state], beams[state], tokens[state], strict=True)
-        ):
+        running: list[tuple[int, int, float]] = []
+        for rank, (score, beam, token) in enumerate(candidates[state]):
             if token != eos:
-                going_on.append((first + beam, token, score))
+                running.append((first + beam, token, score))
             elif rank < hypothesis.beams:
                 hypothesis.add(ids[first + beam].tolist(), score)
-            if len(going_on) == hypothesis.beams:
+            if len(running) == hypothesis.beams:
                 break
-        hypothesis.update_done(scores[state][0], ids.shape[1])
-        chosen += going_on
-    return chosen
+        best_score, _, _ = candidates[state][0]
+        hypothesis.update_done(best_score, ids.shape[1])
+        continued += running
+    return continued

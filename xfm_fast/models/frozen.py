@@ -1,8 +1,8 @@
-"""Frozen weights for CPU inference, stored in the layout of the fastest library in place of their parameters.
+"""Frozen weights for CPU inference: packed in the layout of the fastest library in place of their parameters.
 
-oneDNN is fastest on a layout of its own, up to twice as fast for a single caption. A packed copy next to the parameter
-would double the memory of the model. `XFM.freeze` packs weights that only `ops` read; `replace.stored` packs those of
-third-party layers.
+oneDNN is fastest on blocked weights, up to twice as fast for a single caption. A packed copy beside
+the parameter would double the memory of the model. `XFM.freeze` packs weights that only `ops` read;
+`replace.stored` packs those of third-party layers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from xfm_fast.kernels import caching
 from xfm_fast.kernels.backend import Backend
 from xfm_fast.kernels.cpu import gemm
 from xfm_fast.kernels.ladder import runs_cpu_inference
+from xfm_fast.models.shares import without_hooks
 from xfm_fast.models.text import AttentionProjections, TransformerLayer
 from xfm_fast.models.vision import Block
 
@@ -28,11 +29,11 @@ _HOOKS = "_xfm_fast_frozen_hooks"
 
 
 class Slot(NamedTuple):
-    """Where the weight of a layer is packed, and its parameter, whose memory is released."""
+    """Location of a layer's packed weight, and its parameter, whose memory is released."""
 
     packed: gemm.Frozen  # `[ΣM, K]`, of one or more layers on the same input
     sizes: tuple[int, ...]  # M of each layer
-    number: int
+    index: int  # of the layer
     parameter: nn.Parameter
 
 
@@ -43,16 +44,16 @@ def pack(
     joined = torch.cat([*weights]).detach() if len(weights) > 1 else weights[0].detach()
     packed = gemm.Frozen(gemm.laid_out(joined) if blocked else joined, requires_grad=False)
     sizes = tuple(weight.shape[0] for weight in weights)
-    for number, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
+    for index, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
         caching.forget(weight)
-        layer.__dict__[_SLOT] = Slot(packed, sizes, number, weight)
-        # Its shape without its memory, which refuses writes: they would be lost.
+        layer.__dict__[_SLOT] = Slot(packed, sizes, index, weight)
+        # Keep the shape without memory; it refuses writes, which would be lost.
         weight.data = weight.data.new_full((), torch.nan).expand(weight.shape)
     return packed
 
 
 def unpack(layer: nn.Module) -> nn.Parameter:
-    """The original parameter of a packed layer with its values restored."""
+    """Remove the packed weight of a layer; returns its parameter with the values restored."""
     parameter = slot_of(layer).parameter
     parameter.data = dense_weight(layer)
     del layer.__dict__[_SLOT]
@@ -60,55 +61,59 @@ def unpack(layer: nn.Module) -> nn.Parameter:
 
 
 def slot_of(layer: nn.Module) -> Slot:
-    """The slot of a packed layer."""
+    """Return the slot of a packed layer."""
     return layer.__dict__[_SLOT]
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """The weight `[M, K]` of a packed layer, without the storage of its neighbours."""
+    """Return the weight `[M, K]` of a packed layer, without the storage of its neighbours."""
     slot = slot_of(layer)
-    weight = slot.packed.data.to_dense().split(slot.sizes)[slot.number]
+    weight = slot.packed.data.to_dense().split(slot.sizes)[slot.index]
     return weight if len(slot.sizes) == 1 else weight.clone()
 
 
 def pack_of(layers: Sequence[nn.Module]) -> gemm.Frozen | None:
-    """The packed weight of exactly these layers, in order; None if there is none."""
+    """Return the packed weight of exactly these layers, in order, or None."""
     if _SLOT not in layers[0].__dict__:
         return None
-    first, slots = slot_of(layers[0]), [layer.__dict__.get(_SLOT) for layer in layers]
+    first = slot_of(layers[0])
     if layers[0].training and torch.is_grad_enabled():
         raise InputError(
             "the model is frozen for inference and in training mode; call model.eval(), or report.revert() to train it"
         )
-    whole = all(
-        s is not None and s.packed is first.packed and s.number == n for n, s in enumerate(slots)
-    )
-    return first.packed if whole and len(slots) == len(first.sizes) else None
+    if len(layers) != len(first.sizes):
+        return None
+    for index, layer in enumerate(layers):
+        slot = layer.__dict__.get(_SLOT)
+        if slot is None or slot.packed is not first.packed or slot.index != index:
+            return None
+    return first.packed
 
 
 def packed_weight(
-    layers: Sequence[nn.Module], backend: Backend | None, x: Tensor, *others: Tensor | None
+    layers: Sequence[nn.Module], backend: Backend | None, x: Tensor, *operands: Tensor | None
 ) -> Tensor | None:
-    """`pack_of` in a form that `ops` accept with these operands: dense with gradients, autocast or a compiler."""
+    """Return `pack_of` in a form that `ops` accept: dense with gradients, autocast or a compiler."""
     packed = pack_of(layers)
     if packed is None:
         return None
     if packed.is_mkldnn and not layers[0].training and x.dtype == packed.dtype:
         biases = [layer._parameters.get("bias") for layer in layers]
-        if runs_cpu_inference(backend, x, *biases, *others):
+        if runs_cpu_inference(backend, x, *biases, *operands):
             return packed
     return packed.data.to_dense()
 
 
 def is_frozen(model: nn.Module) -> bool:
-    """True between `freeze` and `unfreeze`."""
+    """Return whether a model is frozen, between `freeze` and `unfreeze`."""
     return _HOOKS in model.__dict__
 
 
 def freeze(model: nn.Module) -> None:
-    """Pack the weights of all blocks and layers of a model; no parameter takes gradients until `unfreeze`.
+    """Pack the weights of all blocks of a model; no parameter takes gradients until `unfreeze`.
 
-    Skips shared weights, layers with hooks or of another class, and every weight that PyTorch multiplies faster.
+    Skips shared weights, layers with hooks or of another class, and weights whose GEMMs PyTorch runs
+    faster.
     """
     if is_frozen(model):
         return
@@ -124,15 +129,15 @@ def freeze(model: nn.Module) -> None:
             )
     owners = owner_counts(model)
     model.__dict__[_TRAINED] = stop_gradients(model)
-    for part in model.modules():
-        if not isinstance(part, Block | TransformerLayer):
+    for block in model.modules():
+        if not isinstance(block, Block | TransformerLayer):
             continue
         # Keys and values are one group.
-        pairs = [(m.key, m.value) for m in part.modules() if isinstance(m, AttentionProjections)]
+        pairs = [(m.key, m.value) for m in block.modules() if isinstance(m, AttentionProjections)]
         paired = {layer for pair in pairs for layer in pair}
-        singles = [(m,) for m in part.modules() if isinstance(m, nn.Linear) and m not in paired]
+        singles = [(m,) for m in block.modules() if isinstance(m, nn.Linear) and m not in paired]
         # A text may be single and short; an image has hundreds of rows.
-        few_rows = isinstance(part, TransformerLayer)
+        few_rows = isinstance(block, TransformerLayer)
         for group in (*pairs, *singles):
             weights = own_weights(group, owners)
             if weights is None:
@@ -160,7 +165,7 @@ def unfreeze(model: nn.Module) -> None:
 
 
 def owner_counts(model: nn.Module) -> Counter[int]:
-    """How many modules own each parameter, by identity."""
+    """Count the modules that own each parameter, by identity."""
     return Counter(
         id(p) for module in model.modules() for p in module._parameters.values() if p is not None
     )
@@ -169,17 +174,10 @@ def owner_counts(model: nn.Module) -> Counter[int]:
 def own_weights(
     layers: Sequence[nn.Module | None], owners: Counter[int]
 ) -> list[nn.Parameter] | None:
-    """The weights of plain linear layers without hooks, each owned by its layer alone; None if one is not."""
+    """Return the weights of plain linear layers without hooks that share none; otherwise None."""
     weights = []
     for layer in layers:
-        if type(layer) is not nn.Linear or "forward" in layer.__dict__:
-            return None
-        if (
-            layer._forward_hooks
-            or layer._forward_pre_hooks
-            or layer._backward_hooks
-            or layer._backward_pre_hooks
-        ):
+        if type(layer) is not nn.Linear or not without_hooks((layer,), "forward"):
             return None
         weight = layer._parameters.get("weight")
         if type(weight) is not nn.Parameter or owners[id(weight)] > 1:

@@ -1,4 +1,4 @@
-"""The fusion encoder: texts attend to images whose keys and values are projected once."""
+"""The fusion encoder: texts attend to images, whose keys and values are projected once."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ class ImageMemory:
     """Keys and values of every fusion layer for B images."""
 
     layers: tuple[Tensor, ...]  # one [B, M, 2, H, D] tensor per fusion layer, M image tokens
-    token_mask: Tensor | None = (
-        None  # [B, M] boolean, False for masked image tokens; None when all are visible
-    )
+    token_mask: Tensor | None = None  # [B, M] boolean, False for hidden image tokens
 
     @property
     def images(self) -> int:
@@ -43,21 +41,19 @@ class ImageMemory:
     @property
     def cu_keys(self) -> Tensor:
         """`[B + 1]` offsets of the images in the keys."""
-        return (
-            torch.arange(self.images + 1, dtype=torch.int32, device=self.layers[0].device)
-            * self.tokens
-        )
+        images = torch.arange(self.images + 1, dtype=torch.int32, device=self.layers[0].device)
+        return images * self.tokens
 
     @property
     def key_mask(self) -> Tensor | None:
         return None if self.token_mask is None else self.token_mask.flatten()
 
     def keys_values(self, layer: int) -> Tensor:
-        """Keys and values of one fusion layer, image after image: `[B * M, 2, H, D]`."""
+        """Return keys and values of one fusion layer, image after image: `[B * M, 2, H, D]`."""
         return self.layers[layer].flatten(0, 1)
 
     def select(self, index: Tensor | slice) -> ImageMemory:
-        """The memory of some of the images; a slice shares storage."""
+        """Return the memory of some of the images; a slice shares storage."""
         mask = None if self.token_mask is None else self.token_mask[index]
         return replace(self, layers=tuple(layer[index] for layer in self.layers), token_mask=mask)
 
@@ -69,23 +65,16 @@ class PackedMemory:
     A region attends to its own token and patches; projected patches are shared by all regions of the image.
     """
 
-    layers: tuple[
-        Tensor, ...
-    ]  # one [K, 2, H, D] tensor per fusion layer, each token projected once
+    layers: tuple[Tensor, ...]  # one [K, 2, H, D] tensor per fusion layer
     cu_keys: Tensor  # [G + 1] int32 offsets of the groups in `rows`
     longest: int  # size of the largest group
-    rows: Tensor | None = (
-        None  # rows of the layers that each group attends to; None if they lie group by group
-    )
+    rows: Tensor | None = None  # rows of `layers` that each group attends to; None: group by group
     key_mask: None = None
 
     def keys_values(self, layer: int) -> Tensor:
-        """Keys and values of one fusion layer, group after group."""
-        return (
-            self.layers[layer]
-            if self.rows is None
-            else self.layers[layer].index_select(0, self.rows)
-        )
+        """Return keys and values of one fusion layer, group after group."""
+        projected = self.layers[layer]
+        return projected if self.rows is None else projected.index_select(0, self.rows)
 
 
 class FusionTransformer(nn.Module):
@@ -107,7 +96,7 @@ class FusionTransformer(nn.Module):
 
 
 class FusionEncoder(nn.Module):
-    """Text embeddings and image memory to fused embeddings, and the LM head of image-conditioned MLM."""
+    """Encoder of texts with images, and its head of image-conditioned masked language modelling."""
 
     def __init__(self, config: XFMConfig, *, lm_head: bool = True) -> None:
         super().__init__()
@@ -125,13 +114,13 @@ class FusionEncoder(nn.Module):
         return ImageMemory(self.project(image_embeds), token_mask)
 
     def project(self, image_tokens: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values of every layer: `[..., vision width]` → `[..., 2, H, D]` each."""
+        """Compute keys and values of every layer: `[..., vision width]` → `[..., 2, H, D]` each."""
         return tuple(
             layer.crossattention.self.project_memory(image_tokens) for layer in self.roberta.encoder
         )
 
     def first_self_attention(self, tokens: Tensor, sequences: Sequences) -> Tensor:
-        """Layer 0 up to its cross-attention, independent of the image: re-ranking computes it once per text."""
+        """Run layer 0 up to its cross-attention, which is independent of the image."""
         return self.roberta.encoder[0].self_attention(
             tokens, sequences.cu_seqlens, sequences.longest, sequences.key_mask
         )
@@ -149,21 +138,18 @@ class FusionEncoder(nn.Module):
     ) -> Tensor:
         """Fuse packed texts `[T, width]`, in the order of `groups`, with their images: `[T, width]`.
 
-        With `reads` (default: all tokens) the last layer computes only these, `[Q, width]`; with `first_token_only`
-        token 0 of each text, `[P, width]` in packed order. `self_attended` tokens come from `first_self_attention`.
+        With `reads` the last layer computes only these, `[Q, width]`; with `first_token_only` token 0
+        of each text, `[P, width]` in packed order. `self_attended` tokens are the result of
+        `first_self_attention`.
         """
         texts = Texts(tokens, sequences, groups)
+        options = {"first_token_only": first_token_only, "self_attended": self_attended}
+        run = partial(self._fuse, memory=memory, reads=reads, **options)
         # Key masks span all texts or images and cannot be chunked.
-        whole = (
-            isinstance(memory, ImageMemory)
-            and memory.token_mask is None
-            and sequences.key_mask is None
-        )
-        if reads is not None or not whole:
-            return self._fuse(texts, memory, reads, first_token_only, self_attended)
-        how = {"first_token_only": first_token_only, "self_attended": self_attended}
-        run = partial(self._fuse, memory=memory, **how)
-        return self.roberta.encoder.run_chunked(run, texts, (memory.longest, *how.values()))
+        masked = memory.key_mask is not None or sequences.key_mask is not None
+        if reads is not None or masked or not isinstance(memory, ImageMemory):
+            return run(texts)
+        return self.roberta.encoder.run_chunked(run, texts, (memory.longest, *options.values()))
 
     def _fuse(
         self,
@@ -173,24 +159,28 @@ class FusionEncoder(nn.Module):
         first_token_only: bool = False,
         self_attended: bool = False,
     ) -> Tensor:
-        stack, sequences, groups = self.roberta.encoder, texts.sequences, texts.groups
+        layers, sequences, groups = [*self.roberta.encoder], texts.sequences, texts.groups
         assert groups is not None
         cu_keys, key_mask = memory.cu_keys, memory.key_mask
         if first_token_only:
             reads = Reads.first_tokens(sequences)
         cu_queries = groups.token_offsets(sequences.cu_seqlens)
         x = texts.tokens
-        for number, layer in enumerate(stack):
-            last_reads = reads if number == len(stack) - 1 else None
-            if number or not self_attended:
+        for index, layer in enumerate(layers):
+            layer_reads = reads if index == len(layers) - 1 else None
+            if index or not self_attended:
                 x = layer.self_attention(
-                    x, sequences.cu_seqlens, sequences.longest, sequences.key_mask, reads=last_reads
+                    x,
+                    sequences.cu_seqlens,
+                    sequences.longest,
+                    sequences.key_mask,
+                    reads=layer_reads,
                 )
-            elif last_reads is not None:
-                x = x.index_select(0, last_reads.rows)
-            if last_reads is not None:
-                cu_queries = groups.token_offsets(last_reads.cu_seqlens)
-            keys_values = memory.keys_values(number)
+            elif layer_reads is not None:
+                x = x.index_select(0, layer_reads.rows)
+            if layer_reads is not None:
+                cu_queries = groups.token_offsets(layer_reads.cu_seqlens)
+            keys_values = memory.keys_values(index)
             x = layer.cross_attention(x, keys_values, cu_queries, cu_keys, memory.longest, key_mask)
             x = layer.feed_forward(x)
         return x

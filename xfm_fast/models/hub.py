@@ -47,10 +47,10 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def local_folder(name: str | Path, **download: Unpack[Download]) -> Path:
-    """Return a folder as it is; for a Hub name (`"org/name"`), its copy in the cache, downloaded if missing.
+    """Return the path of a folder; for a Hub name (`"org/name"`), download it into the cache if missing.
 
-    Raises `CheckpointError` if there is no folder or model of that name, or the Hub cannot be reached, and `TypeError`
-    for an unknown option.
+    Raises `CheckpointError` if there is no folder or model of that name or the Hub cannot be reached,
+    and `TypeError` for an unknown option.
     """
     if unknown := download.keys() - Download.__annotations__.keys():
         raise TypeError(
@@ -77,10 +77,11 @@ def local_folder(name: str | Path, **download: Unpack[Download]) -> Path:
 
 
 def resolve(model: str | Path) -> Path:
-    """The folder of weights of a run, a folder or a Hub name (downloaded), or the file of an official checkpoint."""
+    """Return the folder of weights of a run, folder or Hub name (downloaded), or an official file."""
     path = Path(os.path.expanduser(model))
-    place = path if path.exists() else local_folder(str(model))
-    return model_folder(place) or place
+    if not path.exists():
+        path = local_folder(str(model))
+    return model_folder(path) or path
 
 
 def push(
@@ -93,11 +94,7 @@ def push(
     branch: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Upload what an `XFM` saves as the model `name` (`"org/name"`); returns the commit's address.
-
-    A model card is added if there is none. Arguments as `PyTorchModelHubMixin.push_to_hub`. Raises `UnavailableError`
-    without `huggingface_hub`, `StorageError` if the Hub cannot be reached or refuses.
-    """
+    """Upload what an `XFM` saves as `"org/name"`, as `XFM.push_to_hub` describes."""
     try:
         import huggingface_hub
     except ImportError:
@@ -113,7 +110,7 @@ def push(
                 count = sum(parameter.numel() for parameter in model.parameters())
                 card = _CARD.format(parameters=count, size=model.config.image_size, name=name)
                 Path(folder, CARD_FILE).write_text(card, encoding="utf-8")
-            done = hub.upload_folder(
+            commit = hub.upload_folder(
                 repo_id=name,
                 folder_path=folder,
                 commit_message=commit_message,
@@ -124,7 +121,7 @@ def push(
             raise StorageError(
                 f"{name} cannot be uploaded to the Hub ({_one_line(error)}); check the name and hf auth login"
             ) from error
-    return str(getattr(done, "commit_url", done))
+    return str(getattr(commit, "commit_url", commit))
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,12 +1,13 @@
-"""Validation of the model's inputs; errors name the thing, its value and the remedy.
+"""Checks of the model's inputs.
 
-Shapes and dtypes are always checked. Values are checked on CPU tensors only: on accelerators that would synchronise,
-and under compilation break the graph.
+Shapes and dtypes are always checked, values on CPU tensors only: on accelerators that would
+synchronise, and under compilation break the graph.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,10 +33,9 @@ def _tensor(value: Tensor, name: str) -> None:
 
 
 def _mask(mask: Tensor, name: str) -> Tensor:
-    """Convert a mask to booleans if its dtype and values allow only that meaning."""
-    # In an additive mask the numbers that hide tokens would count as "real".
-    looked_at = mask.is_floating_point() and on_host(mask) and mask.numel()
-    if looked_at and not host.all_true(mask >= 0):
+    """Convert a mask to booleans; refuses additive masks, whose hidden tokens would count as real."""
+    readable = mask.is_floating_point() and on_host(mask) and mask.numel()
+    if readable and not host.all_true(mask >= 0):
         raise InputError(
             f"{name} contains NaN or negative numbers, like an additive mask; give 1 to attend and 0 to hide"
         )
@@ -43,7 +43,7 @@ def _mask(mask: Tensor, name: str) -> Tensor:
 
 
 def check_pixels(pixels: Tensor, config: XFMConfig) -> None:
-    """Images `[B, 3, R, R]` of the model's resolution, finite floating point."""
+    """Check images `[B, 3, R, R]`: of the model's resolution, in finite floating point."""
     _tensor(pixels, "pixels")
     size = config.image_size
     if pixels.ndim != 4 or pixels.shape[1] != 3:
@@ -95,23 +95,32 @@ def check_tokens(input_ids: Tensor, attention_mask: Tensor | None, config: XFMCo
         )
     check_ids(input_ids, config)
     mask = input_ids.ne(config.pad_token_id) if attention_mask is None else attention_mask
-    return check_attention_mask(mask, [*input_ids.shape])
+    return check_attention_mask(mask, input_ids.shape)
 
 
 def check_ids(ids: Tensor, config: XFMConfig, name: str = "input_ids") -> None:
-    """Ids within the vocabulary."""
+    """Check that ids lie within the vocabulary."""
     _tensor(ids, name)
-    if on_host(ids) and ids.numel():
-        lowest, highest = host.integer(ids.min()), host.integer(ids.max())
-        if lowest < 0 or highest >= config.vocab_size:
-            wrong = lowest if lowest < 0 else highest
-            raise InputError(
-                f"{name} contain {wrong}, outside the vocabulary of {config.vocab_size}; use the model's tokenizer"
-            )
+    wrong = out_of_range(ids, config.vocab_size)
+    if wrong is not None:
+        raise InputError(
+            f"{name} contain {wrong}, outside the vocabulary of {config.vocab_size}; use the model's tokenizer"
+        )
+
+
+def out_of_range(indices: Tensor, size: int) -> int | None:
+    """Return an index below 0 or from `size` on; None if there is none, or the host cannot read them."""
+    if on_host(indices) and indices.numel():
+        lowest, highest = host.integer(indices.min()), host.integer(indices.max())
+        if lowest < 0:
+            return lowest
+        if highest >= size:
+            return highest
+    return None
 
 
 def check_padding(attention_mask: Tensor) -> None:
-    """No left padding in a mask `[..., L]`: embeddings are read from the first token."""
+    """Check that a mask `[..., L]` has no left padding: embeddings are read from the first token."""
     _tensor(attention_mask, "attention_mask")
     mask = torch.atleast_2d(_mask(attention_mask, "attention_mask")).flatten(0, -2)
     if on_host(mask) and mask.numel() and not host.all_true(mask[:, 0]):
@@ -122,11 +131,11 @@ def check_padding(attention_mask: Tensor) -> None:
             )
 
 
-def check_attention_mask(attention_mask: Tensor, shape: list[int]) -> Tensor:
-    """Return the mask as booleans; the first token of every text is real."""
+def check_attention_mask(attention_mask: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the mask as booleans, after checking that the first token of every text is real."""
     _tensor(attention_mask, "attention_mask")
-    if [*attention_mask.shape] != shape:
-        raise InputError(f"attention_mask is {[*attention_mask.shape]}; the texts are {shape}")
+    if attention_mask.shape != (*shape,):
+        raise InputError(f"attention_mask is {[*attention_mask.shape]}; the texts are {[*shape]}")
     mask = _mask(attention_mask, "attention_mask")
     if on_host(mask) and mask.shape[0] and not host.all_true(mask[:, :1].any(1)):
         check_padding(mask)
@@ -139,31 +148,29 @@ def check_attention_mask(attention_mask: Tensor, shape: list[int]) -> Tensor:
 
 
 def check_embeddings(embeds: Tensor, width: int, name: str) -> None:
-    """Embeddings `[B, tokens, width]`."""
+    """Check embeddings `[B, tokens, width]`."""
     _tensor(embeds, name)
     if embeds.ndim != 3 or embeds.shape[-1] != width:
         raise InputError(f"{name} are {[*embeds.shape]}; they must be [B, tokens, {width}]")
 
 
 def check_image_index(image_index: Tensor, images: int, rows: int, what: str) -> Tensor:
-    """Return `[rows]` int64 below `images`."""
+    """Return an index `[rows]` below `images` as int64."""
     _tensor(image_index, "image_index")
     if image_index.ndim != 1 or image_index.shape[0] != rows or image_index.dtype not in _INTEGERS:
         raise InputError(
             f"image_index is {image_index.dtype} {[*image_index.shape]}; give one integer for each of {rows} {what}"
         )
-    if on_host(image_index) and rows:
-        lowest, highest = host.integer(image_index.min()), host.integer(image_index.max())
-        if lowest < 0 or highest >= images:
-            wrong = lowest if lowest < 0 else highest
-            raise InputError(
-                f"image_index contains {wrong}; give numbers from 0 below the {images} images"
-            )
+    wrong = out_of_range(image_index, images)
+    if wrong is not None:
+        raise InputError(
+            f"image_index contains {wrong}; give numbers from 0 below the {images} images"
+        )
     return image_index.long()
 
 
-def check_token_mask(token_mask: Tensor, shape: tuple[int, int], name: str) -> Tensor:
-    """Return the mask as booleans."""
+def check_token_mask(token_mask: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+    """Return a mask of tokens as booleans."""
     _tensor(token_mask, name)
     if token_mask.shape != shape:
         raise InputError(
@@ -172,10 +179,12 @@ def check_token_mask(token_mask: Tensor, shape: tuple[int, int], name: str) -> T
     return _mask(token_mask, name)
 
 
-def check_region_mask(region_mask: Tensor, regions: int, config: XFMConfig) -> Tensor:
-    """Return the `[R, 1 + N]` mask as booleans; every region covers at least one patch."""
-    mask = check_token_mask(region_mask, (regions, config.num_image_tokens), "region_mask")
-    if on_host(mask) and regions:
+def check_region_mask(region_mask: Tensor, config: XFMConfig) -> Tensor:
+    """Return the `[R, 1 + N]` mask as booleans, after checking that every region covers a patch."""
+    _tensor(region_mask, "region_mask")
+    shape = len(region_mask), config.num_image_tokens
+    mask = check_token_mask(region_mask, shape, "region_mask")
+    if on_host(mask) and len(mask):
         filled = mask[:, 1:].any(1)
         if not host.all_true(filled):
             raise InputError(

@@ -1,4 +1,4 @@
-"""Preprocessing of strings, image files and PIL images to model inputs, resized as in the official evaluation."""
+"""Preprocessing of strings, image files and PIL images to model inputs, as in the official evaluation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 Picture = str | os.PathLike[str] | Image.Image
 """An image file, or an open image."""
 
-# Pillow's and transformers' number of bicubic interpolation.
+# Bicubic interpolation in Pillow and transformers.
 _BICUBIC = 3
 # Caption limits of the official retrieval.
 _MAX_WORDS, _MAX_TOKENS = 30, 40
@@ -64,13 +64,12 @@ class XFMProcessor:
             ConfigError: its `config.json` is not a valid model configuration.
             DataError: its tokenizer cannot be read, or belongs to another model.
         """
-        given = options.pop("tokenizer", None)
-        place = local_folder(folder, **options)
-        config = XFMConfig.load(place / CONFIG_FILE)
-        return cls(
-            config,
-            find_tokenizer(place, config) if given is None else read_tokenizer(given, config),
-        )
+        source = options.pop("tokenizer", None)
+        path = local_folder(folder, **options)
+        config = XFMConfig.load(path / CONFIG_FILE)
+        if source is None:
+            return cls(config, find_tokenizer(path, config))
+        return cls(config, read_tokenizer(source, config))
 
     @explain_types
     def __call__(
@@ -92,22 +91,21 @@ class XFMProcessor:
             UnavailableError: there is text, and no tokenizer.
             DataError: an image is broken, or a text is empty after cleaning.
         """
-        found: dict[str, Tensor] = {}
+        if images is None and text is None:
+            raise InputError("neither images nor text were given; pass one or both")
+        inputs: dict[str, Tensor] = {}
         if images is not None:
-            every = [images] if isinstance(images, str) or is_picture(images) else [*images]  # type: ignore[list-item, misc]
-            if not every:
+            pictures = as_list(images)
+            if not pictures:
                 raise InputError("the list of images is empty; give at least one")
-            found["pixels"] = image_pixels(every, self.config)
+            inputs["pixels"] = image_pixels(pictures, self.config)
         if text is not None:
             texts = as_list(text)
             if not texts:
                 raise InputError("the list of texts is empty; give at least one")
-            found["input_ids"], found["attention_mask"] = text_tokens(
-                texts, self.tokenizer, self.config
-            )
-        if not found:
-            raise InputError("neither images nor text were given; pass one or both")
-        return found
+            tokens = text_tokens(texts, self.tokenizer, self.config)
+            inputs["input_ids"], inputs["attention_mask"] = tokens
+        return inputs
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `preprocessor_config.json` and, if there is a tokenizer, `tokenizer.json` to a folder.
@@ -119,49 +117,52 @@ class XFMProcessor:
 
     def files(self) -> dict[str, bytes]:
         """Return the contents of the files that `save_pretrained` writes, by name."""
-        found = {PREPROCESSOR_FILE: preprocessor_json(self.config)}
-        return (
-            found
-            if self.tokenizer is None
-            else found | {TOKENIZER_FILE: self.tokenizer.to_json().encode()}
-        )
+        files = {PREPROCESSOR_FILE: preprocessor_json(self.config)}
+        if self.tokenizer is not None:
+            files[TOKENIZER_FILE] = self.tokenizer.to_json().encode()
+        return files
 
 
 def preprocessor_json(config: XFMConfig) -> bytes:
-    """The content of `preprocessor_config.json`, for other libraries; XFM itself reads only `config.json`."""
-    side = config.image_size
+    """Write `preprocessor_config.json`, for other libraries; XFM reads only `config.json`."""
     settings = {
-        "processor_class": XFMProcessor.__name__, "image_processor_type": "ViTImageProcessor", "do_convert_rgb": True,
-        "do_resize": True, "size": {"height": side, "width": side}, "resample": _BICUBIC, "do_rescale": True,
-        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": MEAN, "image_std": STD,
-        "max_words": _MAX_WORDS, "max_tokens": min(_MAX_TOKENS, config.max_text_length),
-    }  # fmt: skip
+        "processor_class": XFMProcessor.__name__,
+        "image_processor_type": "ViTImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": config.image_size, "width": config.image_size},
+        "resample": _BICUBIC,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": MEAN,
+        "image_std": STD,
+        "max_words": _MAX_WORDS,
+        "max_tokens": min(_MAX_TOKENS, config.max_text_length),
+    }
     return (json.dumps(settings, indent=2) + "\n").encode()
 
 
 def find_tokenizer(folder: Path, config: XFMConfig) -> CaptionTokenizer | None:
     """Load the tokenizer stored with the weights in `folder`, or None; raises `DataError` if it does not fit."""
-    places = [folder]
+    paths = [folder / TOKENIZER_FILE]
     if folder.name in ("model", "average"):
         # A run stores its trained vocabulary in the parent of the weight folders.
-        places.append(folder.parent)
-    path = next(
-        (each / TOKENIZER_FILE for each in places if (each / TOKENIZER_FILE).is_file()), None
-    )
-    return None if path is None else read_tokenizer(path, config)
+        paths.append(folder.parent / TOKENIZER_FILE)
+    for path in paths:
+        if path.is_file():
+            return read_tokenizer(path, config)
+    return None
 
 
 def read_tokenizer(
     source: CaptionTokenizer | str | os.PathLike[str], config: XFMConfig
 ) -> CaptionTokenizer:
-    """Load a tokenizer from a `tokenizer.json` or vocabulary folder and check it; raises `DataError` if it does not
-    fit.
-    """
-    tokenizer = (
-        source if isinstance(source, CaptionTokenizer) else CaptionTokenizer.from_files(source)
-    )
-    tokenizer.check(config)
-    return tokenizer
+    """Load a tokenizer from a `tokenizer.json` or vocabulary folder; raises `DataError` if it does not fit."""
+    if not isinstance(source, CaptionTokenizer):
+        source = CaptionTokenizer.from_files(source)
+    source.check(config)
+    return source
 
 
 def text_tokens(
@@ -170,31 +171,35 @@ def text_tokens(
     config: XFMConfig,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Encode texts for retrieval: ids and mask `[T, L]` each, L the length of the longest text.
+    """Encode texts as ids and mask, `[T, L]` each, L the length of the longest text.
 
-    Texts are cleaned as captions: lower case, no punctuation, the first 30 words, at most 40 tokens. Raises
-    `UnavailableError` without a tokenizer, and `DataError` for a text that is empty after cleaning.
+    Texts are cleaned as captions: lower case, no punctuation, the first 30 words, at most 40 tokens.
+    Raises `UnavailableError` without a tokenizer, and `DataError` for a text that is empty after
+    cleaning.
     """
     if tokenizer is None:
         raise UnavailableError(
             "this model has no tokenizer; load it with tokenizer='FOLDER' of vocab.json and merges.txt"
         )
-    longest = min(_MAX_TOKENS, config.max_text_length)
-    cleaned = [pre_caption(text, _MAX_WORDS) for text in texts]
-    input_ids, mask = tokenizer.encode(cleaned, longest, pad_to_longest=True)
+    max_tokens = min(_MAX_TOKENS, config.max_text_length)
+    captions = [pre_caption(text, _MAX_WORDS) for text in texts]
+    input_ids, mask = tokenizer.encode(captions, max_tokens, pad_to_longest=True)
     return input_ids.to(device), mask.to(device)
 
 
 def image_pixels(
     images: Sequence[Picture], config: XFMConfig, device: torch.device | None = None
 ) -> Tensor:
-    """Normalised pixels `[B, 3, R, R]`, each image resized whole to the model's square; raises `DataError`."""
+    """Normalise images, each resized whole to the model's square: `[B, 3, R, R]`; raises `DataError`."""
     transform = evaluation_transform(config.image_size)
     return torch.stack([transform(open_image(image)) for image in images]).to(device)
 
 
 def open_image(image: Picture) -> Image.Image:
-    """Open an image as RGB, upright and on white; raises `InputError` for another type, `DataError` for a bad file."""
+    """Open an image as RGB, upright and on white.
+
+    Raises `InputError` for another type, and `DataError` for a bad file.
+    """
     if not isinstance(image, Image.Image):
         if not isinstance(image, (str, os.PathLike)):
             raise InputError(
@@ -223,19 +228,24 @@ def as_list(items: object) -> list[Any]:
 
 
 def are_texts(items: Sequence[object]) -> TypeGuard[Sequence[str]]:
-    """Return True for strings, False for images; raises `InputError` for mixed or other types, and names of files."""
+    """Return whether all items are strings, rather than images.
+
+    Raises `InputError` for mixed lists, other types, and strings that name a file.
+    """
     if not items:
         raise InputError("the list is empty; give at least one text or image")
-    kinds = {
-        str if isinstance(item, str) else Path if is_picture(item) else type(item) for item in items
-    }
-    if kinds == {Path}:
+    texts = 0
+    for item in items:
+        if isinstance(item, str):
+            texts += 1
+        elif not is_picture(item):
+            raise InputError(
+                f"{type(item).__name__} is not a text or image; give strings, paths or PIL images"
+            )
+    if not texts:
         return False
-    if kinds != {str}:
-        if kinds <= {str, Path}:
-            raise InputError("the list mixes texts and images; encode them in two calls")
-        other = next(kind.__name__ for kind in kinds if kind not in (str, Path))
-        raise InputError(f"{other} is not a text or image; give strings, paths or PIL images")
+    if texts < len(items):
+        raise InputError("the list mixes texts and images; encode them in two calls")
     for item in items:
         # The name of an existing file more likely means the image than a caption.
         if isinstance(item, str) and Path(item).suffix and os.path.isfile(item):
@@ -246,7 +256,7 @@ def are_texts(items: Sequence[object]) -> TypeGuard[Sequence[str]]:
 
 
 def is_picture(item: object) -> TypeGuard[Picture]:
-    """Return True for a path or a PIL image; a string is a text."""
+    """Return whether the item is a path or a PIL image; a string is a text."""
     return isinstance(item, (os.PathLike, Image.Image))
 
 
@@ -260,13 +270,15 @@ def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Context without dropout and gradients, which restores training mode; raises `InputError` on the meta device."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise InputError(
-            f"{type(model).__name__} is on the meta device; load weights with from_pretrained, or call to_empty()"
-        )
+    """Disable dropout and gradients within the block; raises `InputError` for a model on the meta device."""
+    for parameter in model.parameters():
+        if parameter.is_meta:
+            raise InputError(
+                f"{type(model).__name__} is on the meta device; load weights with from_pretrained, or call to_empty()"
+            )
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    if training:
+        model.eval()
     try:
         with torch.no_grad():
             yield
@@ -276,8 +288,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def pixel_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Boxes (cx, cy, w, h) relative to an image `[P, 4]` and sizes (width, height) in pixels `[P, 2]` → (x, y, w, h) in
-    pixels of the original image, whose aspect ratio the square input did not preserve: `[P, 4]`.
+    """Convert boxes (cx, cy, w, h) relative to an image to (x, y, w, h) in its pixels: `[P, 4]`.
+
+    `sizes` `[P, 2]` or `[1, 2]` are the width and height of the original images, whose aspect ratio
+    the square input did not preserve.
     """
     centre, sides = boxes[:, :2] * sizes, boxes[:, 2:] * sizes
     return torch.cat([centre - sides / 2, sides], dim=1)

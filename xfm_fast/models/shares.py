@@ -1,8 +1,8 @@
 """Inference of a batch in one chunk per thread.
 
-Intra-op parallelism synchronises threads at the end of every operation, several hundred times per batch, and each reads
-the others' results from a farther cache. Which way is faster depends on the processor, its number of threads and the
-batch, so the first calls time both, and the faster one stays.
+Intra-op parallelism synchronises threads at the end of every operation, several hundred times per
+batch, and each reads the others' results from a farther cache. Which is faster depends on the
+processor, its number of threads and the batch, so the first calls time both.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from xfm_fast.kernels.cpu.gemm import is_frozen
 from xfm_fast.kernels.flags import kind_of
 from xfm_fast.packing import ImageGroups, Sequences
 
-# Timed calls of each way before one is chosen; the best of them counts.
+# Timed calls of each way; the best of them counts.
 _TURNS = 2
-# The larger share may exceed the mean by this factor.
+# The longest chunk may exceed the mean by this factor.
 _UNEVEN = 1.1
 LEAST_TOKENS = 160
 """Minimum tokens per thread: smaller chunks measured slower, because each thread reads all weights."""
-# Kinds of calls with stored timings; beyond that the least recently used are dropped and timed again.
-_MOST_KINDS = 256
+# Kinds of calls with stored timings; the least recently used are dropped and timed again.
+_MAX_KINDS = 256
 _seconds: dict[Any, tuple[list[float], list[float]]] = {}
 _pools: dict[int, ThreadPoolExecutor] = {}
 _lock = threading.Lock()
@@ -67,43 +67,38 @@ class Texts:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Equal for batches with about the same time per token."""
+        """Key that is equal for batches with about the same time per token."""
         images = 0 if self.groups is None else len(self.groups.cu_texts)
-        return (
-            round(4 * math.log2(len(self.tokens))),
-            images,
-            self.tokens.shape[1],
-            self.tokens.dtype,
-        )
+        size = round(4 * math.log2(len(self.tokens)))
+        return size, images, self.tokens.shape[1], self.tokens.dtype
 
     def chunk(self, chunks: int, /) -> Sequence[Texts]:
-        """Split into parts of about the same number of tokens, at most one per text."""
+        """Split into chunks of about the same number of tokens, at most one per text."""
         starts = host.integers(self.sequences.cu_seqlens)
         cuts = [0]
-        for number in range(1, chunks):
-            goal = number * starts[-1] / chunks
-            after = bisect_left(starts, goal)
-            cuts.append(
-                after - 1 if after and goal - starts[after - 1] < starts[after] - goal else after
-            )
+        for index in range(1, chunks):
+            goal = index * starts[-1] / chunks
+            cut = bisect_left(starts, goal)
+            if cut and goal - starts[cut - 1] < starts[cut] - goal:
+                cut -= 1
+            cuts.append(cut)
         cuts.append(len(starts) - 1)
-        parts = []
+        batches = []
         for first, last in pairwise(cuts):
             if last > first:
                 cu_seqlens = self.sequences.cu_seqlens[first : last + 1] - starts[first]
                 sequences = Sequences(cu_seqlens=cu_seqlens, max_seqlen=self.sequences.longest)
-                # The texts of an image may all be in other chunks.
-                groups = (
-                    None
-                    if self.groups is None
-                    else ImageGroups(self.groups.cu_texts.clamp(first, last) - first)
-                )
-                parts.append(Texts(self.tokens[starts[first] : starts[last]], sequences, groups))
-        return parts
+                groups = None
+                if self.groups is not None:
+                    # The texts of an image may all be in other chunks.
+                    groups = ImageGroups(self.groups.cu_texts.clamp(first, last) - first)
+                tokens = self.tokens[starts[first] : starts[last]]
+                batches.append(Texts(tokens, sequences, groups))
+        return batches
 
 
 def can_chunk(weight: Tensor) -> bool:
-    """Return True for weights that are frozen or int8, in inference on a CPU, without autocast, tracing or modes."""
+    """Return whether a frozen or int8 weight is used in CPU inference without autocast, tracing or modes."""
     return (
         not torch.compiler.is_compiling()
         and torch.is_inference_mode_enabled()
@@ -113,18 +108,19 @@ def can_chunk(weight: Tensor) -> bool:
     )
 
 
-def without_hooks(parts: Iterable[nn.Module], *methods: str) -> bool:
-    """Return False if a module is hooked, sharded, checkpointed or compiled, and has to be called as a whole.
+def without_hooks(modules: Iterable[nn.Module], *methods: str) -> bool:
+    """Return whether methods of the modules may be called in place of the modules.
 
-    `methods` are called directly; an override on the instance counts too.
+    Modules that are hooked, sharded, checkpointed or compiled have to be called as a whole; these
+    have hooks, or one of `methods` overridden on the instance.
     """
     return not any(
-        part._forward_hooks
-        or part._forward_pre_hooks
-        or part._backward_hooks
-        or part._backward_pre_hooks
-        or not vars(part).keys().isdisjoint(methods)
-        for part in parts
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or not vars(module).keys().isdisjoint(methods)
+        for module in modules
     )
 
 
@@ -136,43 +132,48 @@ def run_chunked(run: Callable[[Batch], Tensor], batch: Batch, kind: Any) -> Tens
     threads = torch.get_num_threads()
     if threads == 1 or not len(batch) or torch.are_deterministic_algorithms_enabled():
         return run(batch)
-    parts = batch.chunk(threads)
-    if max(map(len, parts)) * threads > _UNEVEN * len(batch):
+    chunks = batch.chunk(threads)
+    if max(map(len, chunks)) * threads > _UNEVEN * len(batch):
         return run(batch)
     with _lock:
         # Move to the end: dictionaries are ordered.
-        whole, shared = _seconds[kind, threads] = _seconds.pop((kind, threads), ([], []))
-        if len(_seconds) > _MOST_KINDS:
+        whole, chunked = _seconds[kind, threads] = _seconds.pop((kind, threads), ([], []))
+        if len(_seconds) > _MAX_KINDS:
             del _seconds[next(iter(_seconds))]
-    if len(whole) >= _TURNS and len(shared) >= _TURNS:
-        return _run_in_threads(run, parts, threads) if min(shared) < min(whole) else run(batch)
-    timed = shared if len(shared) < len(whole) else whole
+    if len(whole) >= _TURNS and len(chunked) >= _TURNS:
+        if min(chunked) < min(whole):
+            return _run_in_threads(run, chunks, threads)
+        return run(batch)
+    in_chunks = len(chunked) < len(whole)
     start = time.perf_counter()
-    found = _run_in_threads(run, parts, threads) if timed is shared else run(batch)
-    timed.append((time.perf_counter() - start) / len(batch))
-    return found
+    output = _run_in_threads(run, chunks, threads) if in_chunks else run(batch)
+    timings = chunked if in_chunks else whole
+    timings.append((time.perf_counter() - start) / len(batch))
+    return output
 
 
-def _run_in_threads(run: Callable[[Batch], Tensor], parts: Sequence[Batch], threads: int) -> Tensor:
-    def run_part(part: Batch) -> Tensor:
+def _run_in_threads(
+    run: Callable[[Batch], Tensor], chunks: Sequence[Batch], threads: int
+) -> Tensor:
+    def run_chunk(chunk: Batch) -> Tensor:
         # Inference mode is thread-local.
         with torch.inference_mode():
-            return run(part)
+            return run(chunk)
 
-    return torch.cat([*_pool(threads).map(run_part, parts)])
+    return torch.cat([*_pool(threads).map(run_chunk, chunks)])
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:
     with _lock:
-        found = _pools.get(threads)
-        if found is None:
-            found = _pools[threads] = ThreadPoolExecutor(threads, "xfm-fast-share")
+        pool = _pools.get(threads)
+        if pool is None:
+            pool = _pools[threads] = ThreadPoolExecutor(threads, "xfm-fast-chunk")
             ready = threading.Barrier(threads)
-            for waiting in [found.submit(_use_one_thread, ready) for _ in range(threads)]:
-                waiting.result()
-            # The number set in a thread is the default of later threads, and MKL's number in all of them.
+            for future in [pool.submit(_use_one_thread, ready) for _ in range(threads)]:
+                future.result()
+            # The number set in a thread is the default of later threads, and MKL's number in all.
             torch.set_num_threads(threads)
-        return found
+        return pool
 
 
 def _use_one_thread(ready: threading.Barrier) -> None:

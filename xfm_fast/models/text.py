@@ -1,9 +1,10 @@
-"""RoBERTa on packed tokens: the heads and the post-norm layer shared by all language modules, and the text encoder."""
+"""RoBERTa on packed tokens: heads, post-norm layers and the text encoder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,7 +22,7 @@ from xfm_fast.packing import Packing, Reads
 
 
 class MLPHead(nn.Sequential):
-    """Linear(d, 2d) · LayerNorm · GELU · Linear(2d, outputs): matching, boxes, classification."""
+    """Linear(d, 2d) · LayerNorm · GELU · Linear(2d, outputs), for matching, boxes and classification."""
 
     def __init__(self, inputs: int, outputs: int, eps: float = 1e-5) -> None:
         super().__init__(
@@ -38,13 +39,13 @@ class DeepMLPHead(nn.Sequential):
     def __init__(self, inputs: int, outputs: int, eps: float = 1e-5) -> None:
         layers: list[nn.Module] = []
         widths = [inputs, 2 * inputs, 4 * inputs, 2 * inputs, inputs]
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.LayerNorm(after, eps=eps), nn.GELU()]
         super().__init__(*layers, nn.Linear(inputs, outputs))
 
 
 class LMHead(nn.Module):
-    """Masked or causal language modelling head; the word embedding passed to `forward` is its vocabulary matrix."""
+    """Head of masked or causal language modelling, whose vocabulary matrix is an argument of `forward`."""
 
     def __init__(self, width: int, vocabulary: int, eps: float) -> None:
         super().__init__()
@@ -53,45 +54,40 @@ class LMHead(nn.Module):
         self.bias = nn.Parameter(self.dense.bias.new_zeros(vocabulary))
 
     def transform(self, hidden: Tensor) -> Tensor:
-        """Hidden states before the vocabulary projection: `[..., width]` → `[..., width]`."""
+        """Compute the input of the vocabulary projection: `[..., width]` → `[..., width]`."""
+        norm = self.layer_norm
         activated = ops.linear_gelu(hidden, self.dense.weight, self.dense.bias)
-        return ops.layer_norm(
-            activated, self.layer_norm.weight, self.layer_norm.bias, self.layer_norm.eps
-        )
+        return ops.layer_norm(activated, norm.weight, norm.bias, norm.eps)
 
     def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
-        """Logits over the vocabulary: `[..., width]` → `[..., vocabulary]`."""
+        """Compute logits over the vocabulary: `[..., width]` → `[..., vocabulary]`."""
         return ops.linear(self.transform(hidden), word_embeddings, self.bias)
 
 
-_METHODS = ("self_attention", "cross_attention", "feed_forward")
-# Tokens up to which reading weights and Python calls dominate a text's time.
+# Texts up to this many tokens spend most of their time reading weights and calling Python functions.
 _SHORT = 64
 
 
-def concatenated(name: str, *parts: Tensor) -> Tensor:
-    """Concatenate parameters along the first dimension, so one GEMM computes several layers."""
-    if torch.is_grad_enabled() and any(p.requires_grad for p in parts):
-        return torch.cat(parts)
-    return cached(name, parts, lambda: concatenate(parts))
+def concatenated(name: str, *tensors: Tensor) -> Tensor:
+    """Concatenate parameters along the first dimension, so that one GEMM computes several layers."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return torch.cat(tensors)
+    return cached(name, tensors, lambda: concatenate(tensors))
 
 
 def _joined_linear(name: str, x: Tensor, *layers: nn.Linear) -> Tensor:
-    """Outputs of several linear layers, concatenated: `[..., inputs]` → `[..., Σ outputs]`."""
-    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    if (
-        x.device.type == "cpu"
-        and torch.is_grad_enabled()
-        and any(p.requires_grad for p in (*weights, *biases))
-    ):
+    """Compute several linear layers in one GEMM: `[..., inputs]` → `[..., Σ outputs]`."""
+    weights = [layer.weight for layer in layers]
+    biases = [layer.bias for layer in layers]
+    trained = any(parameter.requires_grad for parameter in (*weights, *biases))
+    if trained and torch.is_grad_enabled() and x.device.type == "cpu":
         return ops.joined_linear(x, weights, biases)
-    return ops.linear(
-        x, concatenated(f"{name} weight", *weights), concatenated(f"{name} bias", *biases)
-    )
+    weight = concatenated(f"{name} weight", *weights)
+    return ops.linear(x, weight, concatenated(f"{name} bias", *biases))
 
 
 class AttentionProjections(nn.Module):
-    """Query, key and value projections of self-attention, or of cross-attention to a memory of another width."""
+    """Query, key and value projections of self-attention, or of cross-attention to a memory."""
 
     def __init__(self, config: XFMConfig, memory_width: int | None = None) -> None:
         super().__init__()
@@ -108,7 +104,7 @@ class AttentionProjections(nn.Module):
         return self.dropout if self.training else 0.0
 
     def project_all(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`[T, width]` → q, k, v `[T, H, D]` in one GEMM, or two if the model is frozen."""
+        """Project `[T, width]` to q, k and v `[T, H, D]` in one GEMM, or two if the model is frozen."""
         if gemm.is_frozen(self.key.weight):
             k, v = self.project_memory(x).unbind(-3)
             return self.project_query(x), k, v
@@ -117,13 +113,13 @@ class AttentionProjections(nn.Module):
         return q, k, v
 
     def project_query(self, x: Tensor) -> Tensor:
-        """`[T, width]` → `[T, H, D]`."""
+        """Project `[T, width]` to queries `[T, H, D]`."""
         return ops.linear(x, self.query.weight, self.query.bias).unflatten(-1, (self.heads, -1))
 
     def project_memory(self, memory: Tensor) -> Tensor:
-        """`[..., memory_width]` → keys and values `[..., 2, H, D]` in one GEMM."""
+        """Project `[..., memory_width]` to keys and values `[..., 2, H, D]` in one GEMM."""
         if gemm.is_frozen(self.key.weight):
-            # The frozen key weight contains the values too.
+            # The frozen weight of the keys holds that of the values too.
             bias = concatenated("kv bias", self.key.bias, self.value.bias)
             joined = ops.linear(memory, self.key.weight, bias)
         else:
@@ -141,10 +137,9 @@ class ResidualNorm(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.text_width, eps=config.text_layer_norm_eps)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """`[T, inputs]` and `[T, width]` → `[T, width]`."""
+        """Add `dense(x)` of `[T, inputs]` to the residual `[T, width]` and normalise the sum."""
         dense, norm = self.dense, self.LayerNorm
-        dropout_p = self.dropout if self.training else 0.0
-        return ops.linear_add_layer_norm(
+        normed, _ = ops.linear_add_layer_norm(
             x,
             dense.weight,
             dense.bias,
@@ -152,9 +147,10 @@ class ResidualNorm(nn.Module):
             norm.weight,
             norm.bias,
             norm.eps,
-            dropout_p=dropout_p,
+            dropout_p=self.dropout if self.training else 0.0,
             wide=True,
-        )[0]
+        )
+        return normed
 
 
 class Attention(nn.Module):
@@ -175,7 +171,7 @@ class Attention(nn.Module):
         longest_k: int,
         key_mask: Tensor | None = None,
     ) -> Tensor:
-        """Attention of the projected `qkv`, output projection, residual and norm: `[T, width]`."""
+        """Attend with the projected `qkv`; then output projection, residual and norm: `[T, width]`."""
         context = ops.varlen_attention(
             *qkv,
             cu_seqlens_q,
@@ -189,7 +185,7 @@ class Attention(nn.Module):
 
 
 class Intermediate(nn.Module):
-    """Parameters of the first half of the MLP."""
+    """First linear layer of the MLP."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -216,7 +212,7 @@ class TransformerLayer(nn.Module):
         *,
         reads: Reads | None = None,
     ) -> Tensor:
-        """Packed self-attention with residual and norm: `[T, width]` → `[T, width]`, or `[Q, width]` for Q reads."""
+        """Compute self-attention, residual and norm: `[T, width]` → `[T, width]`, or `[Q, width]` with Q reads."""
         projections = self.attention.self
         if reads is None:
             qkv = projections.project_all(x)
@@ -237,7 +233,7 @@ class TransformerLayer(nn.Module):
         longest_keys: int,
         key_mask: Tensor | None = None,
     ) -> Tensor:
-        """Queries `[T, width]`, grouped over memories with projections `[M, 2, H, D]`."""
+        """Compute cross-attention of `[T, width]`, grouped by memory, to `[M, 2, H, D]`, residual and norm."""
         k, v = keys_values.unbind(-3)
         qkv = (self.crossattention.self.project_query(x), k, v)
         # All queries bound the longest group: a tighter bound would synchronise.
@@ -246,7 +242,7 @@ class TransformerLayer(nn.Module):
         )
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """MLP with residual and norm: `[T, width]` → `[T, width]`."""
+        """Compute MLP, residual and norm: `[T, width]` → `[T, width]`."""
         first, second, norm = self.intermediate.dense, self.output.dense, self.output.LayerNorm
         if x.device.type != "cpu" or (self.training and self.output.dropout):
             # A GPU fuses the sum with the norm, a CPU with the GEMM.
@@ -254,33 +250,36 @@ class TransformerLayer(nn.Module):
         summed = ops.mlp_residual(x, first.weight, first.bias, second.weight, second.bias, x)
         return ops.layer_norm(summed, norm.weight, norm.bias, norm.eps)
 
-    def short_parts(self) -> ShortParts | None:
-        """The parameters of a layer without cross-attention, or None if a module has hooks or another class."""
-        # Module attribute lookups would take a third of the time of the GEMMs; dictionaries are faster.
-        parts: dict[str, Any] = self._modules
-        attention, out = parts["attention"]._modules, parts["output"]._modules
-        inner, joined = attention["self"]._modules, attention["output"]._modules
+    def short_layer(self) -> ShortLayer | None:
+        """Return the parameters of a layer without cross-attention; None for hooked or replaced modules."""
+        # Attributes of modules would take a third of the time of the GEMMs; dictionaries are faster.
+        modules: dict[str, Any] = self._modules
+        attention, output = modules["attention"]._modules, modules["output"]._modules
+        projections, attended = attention["self"]._modules, attention["output"]._modules
         linears = (
-            inner["query"],
-            inner["key"],
-            joined["dense"],
-            parts["intermediate"]._modules["dense"],
-            out["dense"],
+            projections["query"],
+            projections["key"],
+            projections["value"],
+            attended["dense"],
+            modules["intermediate"]._modules["dense"],
+            output["dense"],
         )
-        norms = joined["LayerNorm"], out["LayerNorm"]
-        if {*map(type, linears)} != {nn.Linear} or {*map(type, norms)} != {nn.LayerNorm}:
+        norms = attended["LayerNorm"], output["LayerNorm"]
+        # The layer of the values is not called when the model is frozen, and may have any class.
+        called = (*linears[:2], *linears[3:])
+        if {*map(type, called)} != {nn.Linear} or {*map(type, norms)} != {nn.LayerNorm}:
             return None
         if not without_hooks((attention["output"],), "forward"):
             return None
-        eps = norms[0].eps, norms[1].eps
-        linears = (*linears[:2], inner["value"], *linears[2:])
-        return ShortParts(
-            attention["self"].heads, eps, *(each._parameters for each in (*linears, *norms))
+        return ShortLayer(
+            attention["self"].heads,
+            (norms[0].eps, norms[1].eps),
+            *(module._parameters for module in (*linears, *norms)),
         )
 
 
-class ShortParts(NamedTuple):
-    """Sizes of a layer and its parameters by name, to run one short text `[T, width]` without checks."""
+class ShortLayer(NamedTuple):
+    """Sizes and parameters of a layer, to run one short text `[T, width]` without checks."""
 
     heads: int
     eps: tuple[float, float]
@@ -293,32 +292,34 @@ class ShortParts(NamedTuple):
     norm: dict[str, Any]
     last_norm: dict[str, Any]
 
-    def run_frozen(self, x: Tensor, chosen: gemm.Chosen) -> Tensor:
-        """With frozen weights, of which the key's contains the values'; `chosen` are the fastest GEMMs for T."""
+    def run_frozen(self, x: Tensor, gemms: gemm.Chosen) -> Tensor:
+        """Run the layer with frozen weights; `gemms` are the fastest for T rows."""
         tokens, width = x.shape
-        # Concatenating the bias is faster than validating a cached one.
-        keys_values = chosen.linear(
-            x, self.key["weight"], torch.cat((self.key["bias"], self.value["bias"]))
-        )
+        # Concatenating the biases is faster than validating a cached tensor.
+        bias = torch.cat((self.key["bias"], self.value["bias"]))
+        keys_values = gemms.linear(x, self.key["weight"], bias)
         k, v = keys_values.view(1, tokens, 2, self.heads, -1).unbind(2)
-        q = chosen.linear(x, self.query["weight"], self.query["bias"]).view(
-            1, tokens, self.heads, -1
-        )
+        queries = gemms.linear(x, self.query["weight"], self.query["bias"])
+        q = queries.view(1, tokens, self.heads, -1)
         context = plain_attention(q, k, v, q.shape[-1] ** -0.5).view(tokens, width)
-        x = chosen.residual(context, self.attended["weight"], self.attended["bias"], x)
+        x = gemms.residual(context, self.attended["weight"], self.attended["bias"], x)
         x = torch.layer_norm(x, (width,), **self.norm, eps=self.eps[0])
-        hidden = chosen.gelu(x, self.first["weight"], self.first["bias"])
-        x = chosen.residual(hidden, self.second["weight"], self.second["bias"], x)
+        hidden = gemms.gelu(x, self.first["weight"], self.first["bias"])
+        x = gemms.residual(hidden, self.second["weight"], self.second["bias"], x)
         return torch.layer_norm(x, (width,), **self.last_norm, eps=self.eps[1])
 
     def run_int8(self, x: Tensor) -> Tensor:
-        """With int8 weights."""
-        three, (tokens, width) = (self.query, self.key, self.value), x.shape
-        weights, biases = (tuple(own[name] for own in three) for name in ("weight", "bias"))
+        """Run the layer with int8 weights."""
+        tokens, width = x.shape
+        projections = self.query, self.key, self.value
+        weights = tuple(layer["weight"] for layer in projections)
+        biases = tuple(layer["bias"] for layer in projections)
         qkv = int8.prepared(weights, biases, lambda: concatenated("qkv weight", *weights))
         attended, first, second = (
-            int8.prepared((own["weight"],), (own["bias"],), partial(own.__getitem__, "weight"))
-            for own in self[5:8]
+            int8.prepared(
+                (layer["weight"],), (layer["bias"],), partial(layer.__getitem__, "weight")
+            )
+            for layer in (self.attended, self.first, self.second)
         )
         q, k, v = qkv(x).view(1, tokens, 3, self.heads, -1).unbind(2)
         context = plain_attention(q, k, v, q.shape[-1] ** -0.5).view(tokens, width)
@@ -329,7 +330,7 @@ class ShortParts(NamedTuple):
 
 
 class Embeddings(nn.Module):
-    """Word, position and type embeddings, LayerNorm, dropout; on packed tokens."""
+    """Word, position and type embeddings of packed tokens, LayerNorm and dropout."""
 
     def __init__(self, config: XFMConfig) -> None:
         super().__init__()
@@ -342,12 +343,12 @@ class Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(width, eps=config.text_layer_norm_eps)
 
     def position_ids(self, input_ids: Tensor) -> Tensor:
-        """`[P, L]`: real tokens count up from pad + 1, padding is numbered pad (RoBERTa, arXiv 1907.11692)."""
+        """Number the real tokens `[P, L]` from pad + 1 on, and padding pad (RoBERTa, arXiv 1907.11692)."""
         real = input_ids.ne(self.pad_token_id)
         return real.cumsum(1) * real + self.pad_token_id
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Packed ids `[T]` and position ids `[T]` → `[T, width]`."""
+        """Embed packed ids and position ids, `[T]` each: `[T, width]`."""
         normed = ops.embed_layer_norm(
             tokens,
             positions,
@@ -380,70 +381,71 @@ class LayerStack(nn.Module):
         assert isinstance(layer, TransformerLayer)
         return layer
 
+    def can_chunk(self) -> bool:
+        """Return whether the layers are frozen or int8, in inference on a CPU, and without hooks."""
+        if not len(self.layer) or not can_chunk(self[0].intermediate.dense.weight):
+            return False
+        return without_hooks(self.layer, "self_attention", "cross_attention", "feed_forward")
+
     def run_chunked(
         self, run: Callable[[Texts], Tensor], texts: Texts, kind: tuple[Hashable, ...] = ()
     ) -> Tensor:
-        """Run `run(texts)` in one chunk per thread if the layers are frozen without hooks; `kind` as in
-        `shares.run_chunked`.
-        """
-        # With few rows, each thread would read all weights by itself.
-        if len(texts) < LEAST_TOKENS * torch.get_num_threads() or not self.can_chunk():
+        """Run `run(texts)`, in one chunk per thread where that pays; `kind` as in `shares.run_chunked`."""
+        # With few rows, each thread would read all weights for itself.
+        if len(texts.tokens) < LEAST_TOKENS * torch.get_num_threads() or not self.can_chunk():
             return run(texts)
-        return run_chunked(
-            run,
-            texts,
-            (*kind, kind_of(self[0].intermediate.dense.weight), len(self.layer), texts.kind),
-        )
+        dtype = kind_of(self[0].intermediate.dense.weight)
+        return run_chunked(run, texts, (*kind, dtype, len(self.layer), texts.kind))
 
     def forward_short(self, x: Tensor, count: int) -> Tensor | None:
-        """The first `count` layers on one text `[T, width]`; None unless all are frozen or all are int8."""
-        parts = [
-            found for number in range(count) if (found := self[number].short_parts()) is not None
+        """Run the first `count` layers on one text `[T, width]`; None unless all are frozen or all are int8."""
+        layers = []
+        for index in range(count):
+            layer = self[index].short_layer()
+            if layer is None:
+                return None
+            layers.append(layer)
+        if not layers:
+            return None
+        first = layers[0]
+        # In a frozen layer, the weight of the keys holds that of the values.
+        values = [layer.value for layer in layers]
+        linears = [
+            linear
+            for layer in layers
+            for linear in (layer.query, layer.key, layer.attended, layer.first, layer.second)
         ]
-        if not parts or len(parts) < count:
-            return None
-        # Query to second are the linear layers.
-        if all(kind_of(own["weight"]) == "int8" for each in parts for own in each[2:8]):
-            first, weights = parts[0], tuple(own["weight"] for own in parts[0][5:8])
-            usable = first.last_norm["weight"].dtype == x.dtype and not any(
-                weight.is_inference() for weight in weights
-            )
+        if all(kind_of(linear["weight"]) == "int8" for linear in linears + values):
+            weights = first.attended["weight"], first.first["weight"], first.second["weight"]
+            usable = first.last_norm["weight"].dtype == x.dtype
+            usable = usable and not any(weight.is_inference() for weight in weights)
             if usable and int8.compiled(len(x), x.dtype, weights):
-                for each in parts:
-                    x = each.run_int8(x)
+                for layer in layers:
+                    x = layer.run_int8(x)
                 return x
-        frozen = ((each.query, each.key, *each[5:8]) for each in parts)
-        if not all(gemm.is_frozen(own["weight"]) for layers in frozen for own in layers):
+        if not all(gemm.is_frozen(linear["weight"]) for linear in linears):
             return None
-        chosen = gemm.chosen(parts[0].first["weight"], len(x))
-        for each in parts:
-            x = each.run_frozen(x, chosen)
+        gemms = gemm.chosen(first.first["weight"], len(x))
+        for layer in layers:
+            x = layer.run_frozen(x, gemms)
         return x
-
-    def can_chunk(self) -> bool:
-        """True if the layers are frozen, in inference on a CPU, and have no hooks."""
-        return (
-            len(self.layer) > 0
-            and can_chunk(self[0].intermediate.dense.weight)
-            and without_hooks(self.layer, *_METHODS)
-        )  # fmt: skip
 
 
 def initialise_text(module: nn.Module) -> None:
-    """RoBERTa's initialisation: normal(0, 0.02) matrices and embeddings, padding row zero."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.normal_(part.weight, std=0.02)
-            nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.Embedding):
-            nn.init.normal_(part.weight, std=0.02)
-            if part.padding_idx is not None:
+    """Initialise as RoBERTa: matrices and embeddings from normal(0, 0.02), biases and padding zero."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.Embedding):
+            nn.init.normal_(layer.weight, std=0.02)
+            if layer.padding_idx is not None:
                 with torch.no_grad():
-                    part.weight[part.padding_idx].zero_()
+                    layer.weight[layer.padding_idx].zero_()
 
 
 class TextTransformer(nn.Module):
-    """Embeddings and layers, under the official name `roberta`; with cross-attention if there is a `memory_width`."""
+    """Embeddings and layers, with cross-attention if there is a `memory_width`; officially `roberta`."""
 
     def __init__(self, config: XFMConfig, layers: int, memory_width: int | None = None) -> None:
         super().__init__()
@@ -452,7 +454,7 @@ class TextTransformer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token ids to embeddings, and the masked-language-modelling head."""
+    """Text encoder and its head of masked language modelling."""
 
     def __init__(self, config: XFMConfig, *, lm_head: bool = True) -> None:
         super().__init__()
@@ -473,21 +475,18 @@ class TextEncoder(nn.Module):
         first_token_only: bool = False,
         reads: Reads | None = None,
     ) -> Tensor:
-        """Ids `[P, L]` → packed embeddings `[T, width]`, or `[Q, width]` for Q reads.
+        """Encode ids `[P, L]` as packed embeddings `[T, width]`, or `[Q, width]` with Q reads.
 
-        With `first_token_only`, token 0 of every text, `[P, width]` in packed order.
+        With `first_token_only`, compute token 0 of every text: `[P, width]` in packed order.
         """
         embeddings = self.roberta.embeddings
-        x = embeddings(
-            packing.pack(input_ids).long(), packing.pack(embeddings.position_ids(input_ids))
-        )
-        texts = Texts(x, packing)
-        run = partial(self._encode, reads=reads, first_token_only=first_token_only)
+        positions = packing.pack(embeddings.position_ids(input_ids))
+        texts = Texts(embeddings(packing.pack(input_ids).long(), positions), packing)
         if reads is not None or packing.key_mask is not None:
-            return run(texts)
-        return self.roberta.encoder.run_chunked(
-            run, texts, ("first token",) if first_token_only else ()
-        )
+            return self._encode(texts, reads, first_token_only)
+        run = partial(self._encode, first_token_only=first_token_only)
+        kind = ("first token",) if first_token_only else ()
+        return self.roberta.encoder.run_chunked(run, texts, kind)
 
     def _encode(
         self, texts: Texts, reads: Reads | None = None, first_token_only: bool = False
@@ -496,16 +495,18 @@ class TextEncoder(nn.Module):
         if first_token_only:
             reads = Reads.first_tokens(packing)
         # The last layer computes only the reads.
-        whole = len(stack) - (reads is not None)
-        is_single = packing.key_mask is None and len(packing.cu_seqlens) == 2 and len(x) <= _SHORT
-        done = 0
-        if is_single and stack.can_chunk() and (short := stack.forward_short(x, whole)) is not None:
-            x, done = short, whole
-        for number in range(done, len(stack)):
-            layer, read = stack[number], reads if number == len(stack) - 1 else None
+        layers = [*stack]
+        full_layers = len(layers) - (reads is not None)
+        if len(x) <= _SHORT and len(packing.cu_seqlens) == 2 and packing.key_mask is None:
+            short = stack.forward_short(x, full_layers) if stack.can_chunk() else None
+            if short is not None:
+                x, layers = short, layers[full_layers:]
+        for index, layer in enumerate(layers, start=1):
+            layer_reads = reads if index == len(layers) else None
             x = layer.self_attention(
-                x, packing.cu_seqlens, packing.longest, packing.key_mask, reads=read
+                x, packing.cu_seqlens, packing.longest, packing.key_mask, reads=layer_reads
             )
             x = layer.feed_forward(x)
-        # Without layers the reads are not selected yet.
-        return x if reads is None or len(stack) else x.index_select(0, reads.rows)
+        if reads is not None and not len(stack):
+            return x.index_select(0, reads.rows)
+        return x

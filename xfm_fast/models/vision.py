@@ -52,14 +52,14 @@ class RelPosAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """BEiT's initialisation: truncated normal matrices, zeros elsewhere."""
+        """Initialise as BEiT: truncated normal matrices, zeros elsewhere."""
         for linear in (self.qkv, self.proj):
             nn.init.trunc_normal_(linear.weight, std=0.02)
         for zero in (self.q_bias, self.v_bias, self.relative_position_bias_table, self.proj.bias):
             nn.init.zeros_(zero)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """Attention over `[B, N, width]`, N = 1 + height * width; `key_mask` `[B, N]` is False for keys to ignore."""
+        """Attend over `[B, N, width]`, N = 1 + height * width; `key_mask` `[B, N]` is False for hidden keys."""
         tokens = 1 + self.window[0] * self.window[1]
         if x.ndim != 3 or x.shape[1] != tokens:
             raise InputError(
@@ -70,7 +70,7 @@ class RelPosAttention(nn.Module):
     def attend(
         self, x: Tensor, key_mask: Tensor | None = None, norm: nn.LayerNorm | None = None
     ) -> Tensor:
-        """`forward` without the output projection, for models that fuse it; `norm` is applied to x first."""
+        """Run `forward` without the output projection, on x or `norm(x)`, for callers that fuse these."""
         bias = qkv_bias(self.q_bias, self.v_bias)
         if norm is None:
             qkv = ops.linear(x, self.qkv.weight, bias)
@@ -85,7 +85,7 @@ class RelPosAttention(nn.Module):
 
 
 def qkv_bias(q_bias: Tensor, v_bias: Tensor) -> Tensor:
-    """The bias `[3 * width]` of a joint linear layer for q, k and v; cached for inference."""
+    """Build the bias `[3 * width]` of a joint linear layer for q, k and v; cached for inference."""
 
     def compute() -> Tensor:
         return torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
@@ -100,7 +100,7 @@ _JOINING = ("cuda",)
 
 
 class PatchEmbed(nn.Module):
-    """Projection of non-overlapping patches: the parameters of a convolution, computed as one GEMM."""
+    """Projection of non-overlapping patches: a convolution, computed as one GEMM."""
 
     def __init__(self, patch: int, width: int) -> None:
         super().__init__()
@@ -108,18 +108,16 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, width, patch, stride=patch)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """`[B, 3, R, R]` → `[B, patches, width]`, patches row-major."""
+        """Embed `[B, 3, R, R]` as `[B, patches, width]`, patches row-major."""
         batch, channels, height, width = pixels.shape
         p = self.patch
-        patches = pixels.view(batch, channels, height // p, p, width // p, p).permute(
-            0, 2, 4, 1, 3, 5
-        )
-        rows = patches.reshape(batch, -1, channels * p * p)
+        patches = pixels.view(batch, channels, height // p, p, width // p, p)
+        rows = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * p * p)
         return ops.linear(rows, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class MLP(nn.Module):
-    """The two linear layers, with BEiT's initialisation; `Block` fuses them with activation and residual."""
+    """Linear layers of the MLP, which `Block` fuses with activation and residual."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -145,28 +143,34 @@ class Block(nn.Module):
         self.mlp = MLP(width, int(width * config.vision_mlp_ratio))
 
     def _row_scale(self, x: Tensor) -> Tensor | None:
+        """Draw the factor of every image's branch for stochastic depth."""
         if not self.training or self.drop_path == 0:
             return None
-        kept = 1 - self.drop_path
-        return x.new_empty(x.shape[0]).bernoulli_(kept).div_(kept)
+        keep = 1 - self.drop_path
+        return x.new_empty(x.shape[0]).bernoulli_(keep).div_(keep)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """`[B, N, width]` → `[B, N, width]`; key_mask `[B, N]` hides tokens from all queries of its row."""
+        """Run the block on `[B, N, width]`; `key_mask` `[B, N]` is False for tokens to hide."""
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         # With gradients or int8, norms are fused with the GEMMs that follow them.
         if x.device.type == "cpu" and (torch.is_grad_enabled() or kind_of(fc1.weight) == "int8"):
-            context, proj, norm = (
-                self.attn.attend(x, key_mask, norm=self.norm1),
-                self.attn.proj,
-                self.norm2,
-            )
+            proj, norm = self.attn.proj, self.norm2
+            context = self.attn.attend(x, key_mask, norm=self.norm1)
             x = ops.linear_residual(
                 context, proj.weight, proj.bias, x, gamma=self.gamma_1, row_scale=self._row_scale(x)
             )
             return ops.layer_norm_mlp(
-                x, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias,
-                gamma=self.gamma_2, row_scale=self._row_scale(x),
-            )  # fmt: skip
+                x,
+                norm.weight,
+                norm.bias,
+                norm.eps,
+                fc1.weight,
+                fc1.bias,
+                fc2.weight,
+                fc2.bias,
+                gamma=self.gamma_2,
+                row_scale=self._row_scale(x),
+            )
         normed = ops.layer_norm(x, self.norm1.weight, self.norm1.bias, self.norm1.eps)
         normed, x = self._attend(normed, x, key_mask)
         return ops.mlp_residual(
@@ -183,7 +187,7 @@ class Block(nn.Module):
     def into_norm(
         self, normed: Tensor, x: Tensor, norm: nn.LayerNorm, *, wide: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Fused with the next norm: (`norm1(x)`, x) → (`norm(out)`, out), all `[B, N, width]`.
+        """Run the block fused with the next norm: (`norm1(x)`, x) → (`norm(out)`, out), all `[B, N, width]`.
 
         `norm` is `norm1` of the next block, or the final norm; `wide` as in `ops.add_layer_norm`.
         """
@@ -204,26 +208,26 @@ class Block(nn.Module):
         )
 
     def _attend(self, normed: Tensor, x: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        # The output projection is fused with the next op, so attention stops before it.
-        context, proj = self.attn.attend(normed, key_mask), self.attn.proj
+        """Compute attention, residual and second norm: returns `norm2(out)` and out."""
+        proj, norm = self.attn.proj, self.norm2
         return ops.linear_add_layer_norm(
-            context,
+            self.attn.attend(normed, key_mask),
             proj.weight,
             proj.bias,
             x,
-            self.norm2.weight,
-            self.norm2.bias,
-            self.norm2.eps,
+            norm.weight,
+            norm.bias,
+            norm.eps,
             gamma=self.gamma_1,
             row_scale=self._row_scale(x),
         )
 
 
 class VisionEncoder(nn.Module):
-    """Images to tokens: `[B, 3, R, R]` → `[B, 1 + N, width]`.
+    """Encoder of images `[B, 3, R, R]` to tokens `[B, 1 + N, width]`.
 
-    Token 0 is the mean of the normalised patches. With `local_attn_depth > 0` it is the normalised class token, and a
-    region is computed by restricting the attention of the last blocks to its own patches.
+    Token 0 is the mean of the normalised patches. With `local_attn_depth > 0` it is the normalised
+    class token, and regions restrict the attention of the last blocks to their patches.
     """
 
     def __init__(self, config: XFMConfig) -> None:
@@ -233,56 +237,59 @@ class VisionEncoder(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.patch_embed = PatchEmbed(config.patch_size, width)
-        rates = [config.drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.blocks = nn.ModuleList(
+            Block(config, config.drop_path_rate * index / max(1, depth - 1))
+            for index in range(depth)
+        )
         self.fc_norm = nn.LayerNorm(width, eps=config.vision_layer_norm_eps)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         with torch.no_grad():
             # BEiT damps the residual branches of later blocks at initialisation.
-            for number, block in enumerate(self.blocks, start=1):
+            for depth, block in enumerate(self.blocks, start=1):
                 assert isinstance(block, Block)
-                block.attn.proj.weight /= math.sqrt(2 * number)
-                block.mlp.fc2.weight /= math.sqrt(2 * number)
+                block.attn.proj.weight /= math.sqrt(2 * depth)
+                block.mlp.fc2.weight /= math.sqrt(2 * depth)
 
     def embed(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
-        """Class token and patch embeddings `[B, 1 + N, width]`; masked patches (`[B, N]` boolean) are `mask_token`."""
+        """Embed class token and patches: `[B, 1 + N, width]`; `patch_mask` `[B, N]` hides patches."""
         patches = self.patch_embed(pixels)
         if patch_mask is not None:
-            patches = torch.where(
-                patch_mask[:, :, None], self.mask_token.to(patches.dtype), patches
-            )
+            mask_token = self.mask_token.to(patches.dtype)
+            patches = torch.where(patch_mask[:, :, None], mask_token, patches)
         return torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
 
     def _finish(self, x: Tensor) -> Tensor:
-        return self._pooled(
-            ops.layer_norm(x, self.fc_norm.weight, self.fc_norm.bias, self.fc_norm.eps)
-        )
+        norm = self.fc_norm
+        return self._pool(ops.layer_norm(x, norm.weight, norm.bias, norm.eps))
 
-    def _pooled(self, normed: Tensor) -> Tensor:
+    def _pool(self, normed: Tensor) -> Tensor:
+        """Replace the class token by the mean of the patches."""
         if self.config.local_attn_depth > 0:
             return normed
         patches = normed[:, 1:]
         return torch.cat([patches.mean(1, keepdim=True), patches], dim=1)
 
     def forward(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
-        """Encode images; the patches of `patch_mask` `[B, N]` (boolean) are hidden."""
-        first = next(iter(self.blocks), None) if patch_mask is None else None
-        if isinstance(first, Block) and can_chunk(first.mlp.fc1.weight) and self._separate_blocks():
-            kind = self.config, pixels.shape, pixels.dtype, kind_of(first.mlp.fc1.weight)
-            return run_chunked(self._encode, pixels, kind)
+        """Encode images, with the patches of the boolean `patch_mask` `[B, N]` hidden."""
+        first = self.blocks[0]
+        if patch_mask is None and isinstance(first, Block):
+            weight = first.mlp.fc1.weight
+            if can_chunk(weight) and self._plain_blocks():
+                kind = self.config, pixels.shape, pixels.dtype, kind_of(weight)
+                return run_chunked(self._encode, pixels, kind)
         return self._encode(pixels, patch_mask)
 
-    def _separate_blocks(self) -> list[Block] | None:
-        """The blocks, if each can be computed by its parts; otherwise None."""
+    def _plain_blocks(self) -> list[Block]:
+        """Return the blocks; an empty list if one is hooked or of another class, and has to be called."""
         blocks = [block for block in self.blocks if isinstance(block, Block)]
-        return (
-            blocks if len(blocks) == len(self.blocks) and without_hooks(blocks, "forward") else None
-        )
+        if len(blocks) < len(self.blocks) or not without_hooks(blocks, "forward"):
+            return []
+        return blocks
 
     def _encode(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
         x = self.embed(pixels, patch_mask)
-        blocks = self._separate_blocks() if x.device.type in _JOINING else None
+        blocks = self._plain_blocks() if x.device.type in _JOINING else []
         if not blocks:
             for block in self.blocks:
                 x = block(x)
@@ -292,32 +299,35 @@ class VisionEncoder(nn.Module):
         for block, norm in zip(blocks, norms[1:], strict=True):
             # Under autocast the last norm has the dtype of a single norm.
             normed, x = block.into_norm(normed, x, norm, wide=norm is self.fc_norm)
-        return self._pooled(normed)
+        return self._pool(normed)
 
     def regions(
         self, pixels: Tensor, image_index: Tensor, region_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Encode R regions of B images; `region_mask` `[R, 1 + N]` is True for the patches of a region.
 
-        Returns two `[R, 1 + N, width]`: the region's token 0 with the image's patches, and the whole image.
+        Returns two `[R, 1 + N, width]`: the region's token 0 with the image's patches, and the image.
         """
-        local, images = self.region_tokens(pixels, image_index, region_mask)
-        whole = images[image_index]
-        return local if local.shape[1] > 1 else torch.cat([local, whole[:, 1:]], dim=1), whole
+        regions, encoded = self.region_tokens(pixels, image_index, region_mask)
+        images = encoded[image_index]
+        if regions.shape[1] == 1:
+            regions = torch.cat([regions, images[:, 1:]], dim=1)
+        return regions, images
 
     def region_tokens(
         self, pixels: Tensor, image_index: Tensor, region_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`regions` without copies of the image.
+        """Encode regions as `regions` does, without copies of the image.
 
-        Returns the regions' own tokens, `[R, 1, width]` (`[R, 1 + N, width]` with `local_attn_depth > 0`), and the
-        images `[B, 1 + N, width]`.
+        Returns the tokens of the regions, `[R, 1, width]` (`[R, 1 + N, width]` with
+        `local_attn_depth > 0`), and the images `[B, 1 + N, width]`.
         """
         if self.config.local_attn_depth <= 0:
             images = self(pixels)
             patches = images[:, 1:][image_index]
             weights = region_mask[:, 1:, None].to(patches.dtype)
-            return (weights * patches).sum(1, keepdim=True) / weights.sum(1, keepdim=True), images
+            summed = (weights * patches).sum(1, keepdim=True)
+            return summed / weights.sum(1, keepdim=True), images
         x = self.embed(pixels)
         shared = self.config.vision_depth - self.config.local_attn_depth
         for block in self.blocks[:shared]:

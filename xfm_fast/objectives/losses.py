@@ -25,10 +25,11 @@ def contrastive_loss(
     temperature: Tensor | float,
     image_ids: Tensor | None = None,
 ) -> Tensor:
-    """Image-text contrastive loss (ITC) of L2-normalised features `[B, E]`, averaged over both directions.
+    """Compute the image-text contrastive loss (ITC) of L2-normalised features `[B, E]`.
 
-    Texts with equal `image_ids` `[B]` share the target probability of their image. For several processes see
-    `contrastive_rows`. Raises `InputError` for mismatched shapes.
+    It is averaged over both directions. Texts with equal `image_ids` `[B]` share the target probability
+    of their image. For several processes see `contrastive_rows`. Raises `InputError` for mismatched
+    shapes.
     """
     check_features(image_features, text_features, image_ids)
     logits = image_features @ text_features.t() / temperature
@@ -47,9 +48,10 @@ def contrastive_rows(
     gathered: AllPairs,
     image_ids: Tensor | None = None,
 ) -> Tensor:
-    """This process's rows of `contrastive_loss` over the pairs of all processes: two `[B, G]` GEMMs, never `[G, G]`.
+    """Compute this process's rows of `contrastive_loss` over the pairs of all processes.
 
-    The mean of the result over processes is the loss of the global batch. Raises `InputError` for mismatched shapes.
+    Takes two `[B, G]` GEMMs, never `[G, G]`. The mean of the result over processes is the loss of the
+    global batch. Raises `InputError` for mismatched shapes.
     """
     check_features(image_features, text_features, image_ids)
     check_features(gathered.image_features, gathered.text_features, gathered.image_ids)
@@ -65,7 +67,7 @@ def contrastive_rows(
 
 
 class AllPairs(NamedTuple):
-    """The pairs of all processes, as seen by each of them."""
+    """Pairs of all processes, gathered on one of them."""
 
     image_features: Tensor
     """`[G, E]`, rank by rank, gathered by an operation whose gradient is summed over processes."""
@@ -77,7 +79,7 @@ class AllPairs(NamedTuple):
     """`[G]`; None when all images differ."""
 
     def same_image(self, image_ids: Tensor | None, rows: int) -> Tensor:
-        """`[B, G]` boolean: pairs that share their image with each of this process's pairs."""
+        """Mark the pairs that share their image with each of this process's pairs: boolean `[B, G]`."""
         if image_ids is not None and self.image_ids is not None:
             return image_ids[:, None] == self.image_ids[None, :]
         columns = torch.arange(self.image_features.shape[0], device=self.image_features.device)
@@ -97,7 +99,10 @@ def check_features(image_features: Tensor, text_features: Tensor, image_ids: Ten
 
 
 def matching_loss(logits: Tensor, matches: Tensor) -> Tensor:
-    """Image-text matching loss (ITM): cross-entropy of logits `[P, 2]`, column 1 for `matches` `[P]`, averaged."""
+    """Compute the image-text matching loss (ITM): mean cross-entropy of logits `[P, 2]`.
+
+    Column 1 scores pairs that match (`matches` `[P]`).
+    """
     if logits.ndim != 2 or logits.shape[1] != 2 or matches.shape != logits.shape[:1]:
         raise InputError(
             f"logits are {[*logits.shape]} and matches {[*matches.shape]}; they must be [P, 2] and [P]"
@@ -122,19 +127,22 @@ def hard_negative_weights(
     image_ids: Tensor | None = None,
     gathered: AllPairs | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Unnormalised sampling weights of negatives, `softmax + 1e-5` of the similarities: two `[B, G]` without gradient.
+    """Compute unnormalised sampling weights of negatives, `softmax + 1e-5` of the similarities.
 
-    Row b of the first weighs images for text b, row b of the second texts for image b. The pair itself and pairs with
-    equal `image_ids` `[B]` have weight zero. `gathered` are the G pairs of all processes; by default the given B.
+    Returns two `[B, G]` without gradient: row b of the first weighs images for text b, row b of the
+    second texts for image b. The pair itself and pairs with equal `image_ids` `[B]` have weight zero.
+    `gathered` are the G pairs of all processes; by default the B pairs.
     """
     check_features(image_features, text_features, image_ids)
     if gathered is None:
         gathered = AllPairs(image_features, text_features, 0, image_ids)
     excluded = gathered.same_image(image_ids, image_features.shape[0])
-    of_images = text_features @ gathered.image_features.t() / temperature
-    of_texts = image_features @ gathered.text_features.t() / temperature
-    images, texts = (reference.hard_negative_weights(s, excluded) for s in (of_images, of_texts))
-    return images, texts
+    to_images = text_features @ gathered.image_features.t() / temperature
+    to_texts = image_features @ gathered.text_features.t() / temperature
+    return (
+        reference.hard_negative_weights(to_images, excluded),
+        reference.hard_negative_weights(to_texts, excluded),
+    )
 
 
 @torch.no_grad()
@@ -150,18 +158,19 @@ def sample_hard_negatives(
     """Draw one negative image per text and one negative text per image, with `hard_negative_weights`.
 
     All rows are drawn at once by an exponential race (`argmax(weight / Exp(1))` has the distribution of
-    `torch.multinomial`), without a synchronisation. `gathered` are the pairs of all processes, over which negatives are
-    numbered. Raises `InputError` if a pair has no candidate (a batch of one pair, or of a single image); on an
-    accelerator the second case is a device-side assertion.
+    `torch.multinomial`), without a synchronisation. `gathered` are the pairs of all processes, over which
+    negatives are numbered. Raises `InputError` if a pair has no candidate (a batch of one pair, or of a
+    single image); on an accelerator the second case is a device-side assertion.
     """
-    weights = hard_negative_weights(image_features, text_features, temperature, image_ids, gathered)
-    if weights[0].shape[1] < 2:
-        raise InputError(
-            f"{weights[0].shape[1]} pair(s) have no negative; hard negatives need at least 2 pairs"
-        )
+    image_weights, text_weights = hard_negative_weights(
+        image_features, text_features, temperature, image_ids, gathered
+    )
+    pairs = image_weights.shape[1]
+    if pairs < 2:
+        raise InputError(f"{pairs} pair(s) have no negative; hard negatives need at least 2 pairs")
     if image_ids is not None:
         # The exclusion is symmetric, so a text without images is an image without texts.
-        filled = (weights[0] > 0).any(1)
+        filled = (image_weights > 0).any(1)
         message = "all pairs have the same image; put at least two images into a batch"
         if filled.device.type != "cpu":
             torch._assert_async(filled.all(), message)
@@ -170,17 +179,17 @@ def sample_hard_negatives(
             raise InputError(
                 f"pair {pair} (image id {host.integer(image_ids[pair])}) has no negative: {message}"
             )
-    return HardNegatives(*(race(w, generator) for w in weights))
+    return HardNegatives(race(image_weights, generator), race(text_weights, generator))
 
 
 def masked_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of logits `[..., vocabulary]` at `targets` `[...]` other than -100; zero without targets.
+    """Compute the mean cross-entropy of logits `[..., vocabulary]` at `targets` `[...]` other than -100.
 
-    The official code gives NaN without targets.
+    Zero without targets, where the official code gives NaN.
     """
     if logits.shape[:-1] != targets.shape:
         raise InputError(
-            f"logits are {[*logits.shape]} and targets {[*targets.shape]}; there must be a target per row"
+            f"logits are {[*logits.shape]} and targets {[*targets.shape]}; give a target per row"
         )
     summed = F.cross_entropy(
         logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum"
@@ -191,13 +200,14 @@ def masked_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def masked_token_loss(
     hidden: Tensor, word_embeddings: Tensor, bias: Tensor | None, targets: Tensor
 ) -> Tensor:
-    """`masked_lm_loss` of `hidden word_embeddings^T + bias`, without storing all logits.
+    """Compute `masked_lm_loss` of `hidden word_embeddings^T + bias`, without storing all logits.
 
-    `hidden` `[..., width]` is transformed by the head. On CPU, targets outside of the vocabulary raise `InputError`.
+    `hidden` `[..., width]` is the output of the head's transform. On CPU, targets outside of the
+    vocabulary raise `InputError`.
     """
     if hidden.shape[:-1] != targets.shape:
         raise InputError(
-            f"hidden is {[*hidden.shape]} and targets {[*targets.shape]}; there must be a target per row"
+            f"hidden is {[*hidden.shape]} and targets {[*targets.shape]}; give a target per row"
         )
     try:
         return ops.linear_cross_entropy(
@@ -212,12 +222,13 @@ def masked_token_loss(
 def masked_image_loss(
     masked_embeds: Tensor, target_embeds: Tensor, patch_mask: Tensor, *, patches_only: bool = False
 ) -> Tensor:
-    """Masked image modelling: mean squared error between the encodings of the masked and the whole image.
+    """Compute the loss of masked image modelling: the mean squared error of a masked image's encoding.
 
-    The target is detached: this is how vision-language training guides the vision encoder. Embeddings are `[B, 1 + N,
-    D]`, `patch_mask` `[B, N]` is non-zero at hidden patches. The result is the mean over hidden patches (zero without
-    any; NaN in the official code) plus the mean over image tokens, which `patches_only` omits; the official option for
-    that is called `mim_cls_only`, the opposite of what it does.
+    The target, the encoding of the unmasked image, is detached: this is how vision-language training
+    guides the vision encoder. Embeddings are `[B, 1 + N, D]`, `patch_mask` `[B, N]` is non-zero at hidden
+    patches. The result is the mean over hidden patches (zero without any; NaN in the official code) plus
+    the mean over image tokens, which `patches_only` omits; the official option for that is called
+    `mim_cls_only`, the opposite of what it does.
     """
     patches, token = masked_image_terms(masked_embeds, target_embeds, patch_mask)
     return patches if patches_only else patches + token
@@ -226,26 +237,23 @@ def masked_image_loss(
 def masked_image_terms(
     masked_embeds: Tensor, target_embeds: Tensor, patch_mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The two terms of `masked_image_loss`: of the hidden patches, and of the image tokens."""
-    if masked_embeds.ndim != 3 or patch_mask.shape != (
-        masked_embeds.shape[0],
-        masked_embeds.shape[1] - 1,
-    ):
+    """Compute the terms of `masked_image_loss`: of the hidden patches, and of the image tokens."""
+    shape = masked_embeds.shape
+    if len(shape) != 3 or patch_mask.shape != (shape[0], shape[1] - 1):
         raise InputError(
             f"embeddings are {[*masked_embeds.shape]}, patch_mask {[*patch_mask.shape]}; give [B, 1 + N, D] and [B, N]"
         )
     if masked_embeds.shape != target_embeds.shape:
         raise InputError(
-            f"embeddings are {[*masked_embeds.shape]} and {[*target_embeds.shape]}; both must be the same"
+            f"embeddings are {[*masked_embeds.shape]} and {[*target_embeds.shape]}; give two of one shape"
         )
     target = target_embeds.detach()
     # A weighted mean: boolean indexing would synchronise for the size of its result.
     hidden = patch_mask.bool()[:, :, None]
     squared = (masked_embeds[:, 1:] - target[:, 1:]).square()
     count = hidden.sum().clamp_min(1) * masked_embeds.shape[-1]
-    return squared.masked_fill(~hidden, 0).sum() / count, F.mse_loss(
-        masked_embeds[:, 0], target[:, 0]
-    )
+    patches = squared.masked_fill(~hidden, 0).sum() / count
+    return patches, F.mse_loss(masked_embeds[:, 0], target[:, 0])
 
 
 def _check_boxes(predicted: Tensor, target: Tensor, is_image: Tensor | None) -> None:
@@ -255,57 +263,58 @@ def _check_boxes(predicted: Tensor, target: Tensor, is_image: Tensor | None) -> 
         )
     if is_image is not None and is_image.shape != predicted.shape[:1]:
         raise InputError(
-            f"is_image is {[*is_image.shape]}; there must be one for each of the {predicted.shape[0]} boxes"
+            f"is_image is {[*is_image.shape]}; give one for each of the {predicted.shape[0]} boxes"
         )
 
 
 def _mean_over_boxes(loss: Tensor, is_image: Tensor | None) -> Tensor:
-    """Sum over boxes divided by their number, excluding whole images."""
+    """Average the loss over boxes, excluding whole images."""
     if is_image is None:
         return loss.sum() / max(loss.shape[0], 1)
-    whole = is_image.bool()
-    return loss.masked_fill(whole, 0).sum() / (~whole).sum().clamp_min(1)
+    excluded = is_image.bool()
+    return loss.masked_fill(excluded, 0).sum() / (~excluded).sum().clamp_min(1)
 
 
 def box_l1_loss(predicted: Tensor, target: Tensor, is_image: Tensor | None = None) -> Tensor:
-    """L1 distance of boxes `[R, 4]` (cx, cy, w, h), summed over coordinates, averaged over boxes.
+    """Compute the L1 distance of boxes `[R, 4]` (cx, cy, w, h), averaged over boxes.
 
-    Captions of whole images (`is_image` `[R]` non-zero) do not count; zero if no box counts (NaN in the official code).
+    Captions of whole images (`is_image` `[R]` non-zero) do not count; zero if no box counts (NaN in the
+    official code).
     """
     _check_boxes(predicted, target, is_image)
     return _mean_over_boxes((predicted - target).abs().sum(1), is_image)
 
 
 def box_giou_loss(predicted: Tensor, target: Tensor, is_image: Tensor | None = None) -> Tensor:
-    """`1 - GIoU` (arXiv 1902.09630), averaged over boxes; arguments and result as `box_l1_loss`.
+    """Compute `1 - GIoU` (arXiv 1902.09630), averaged over boxes; arguments and result as `box_l1_loss`.
 
-    Degenerate boxes get their own loss (see `generalized_iou`). The official code sets the loss of the *whole batch* to
-    zero as soon as one box has a negative side, and gives NaN for two coinciding boxes without area.
+    Degenerate boxes count as in `generalized_iou`. The official code sets the loss of the *whole batch*
+    to zero if one box has a negative side, and gives NaN for two coinciding boxes without area.
     """
     _check_boxes(predicted, target, is_image)
     return _mean_over_boxes(1 - generalized_iou(predicted, target), is_image)
 
 
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised IoU of boxes (cx, cy, w, h), pair by pair: `[R]` in [-1, 1].
+    """Compute the generalised IoU of boxes (cx, cy, w, h), elementwise: `[R]` in [-1, 1].
 
-    Negative sides count as zero. Two boxes without area have IoU 0, and GIoU 0 if their hull has no area; gradients
-    stay finite in all cases.
+    Negative sides count as zero. Two boxes without area have IoU 0, and GIoU 0 if their hull has no area;
+    gradients stay finite in all cases.
     """
     low_a, high_a, area_a = _corners(a)
     low_b, high_b, area_b = _corners(b)
-    intersection = (
-        (torch.minimum(high_a, high_b) - torch.maximum(low_a, low_b)).clamp_min(0).prod(1)
-    )
+    overlap = torch.minimum(high_a, high_b) - torch.maximum(low_a, low_b)
+    intersection = overlap.clamp_min(0).prod(1)
     hull = (torch.maximum(high_a, high_b) - torch.minimum(low_a, low_b)).prod(1)
     union = area_a + area_b - intersection
     return _quotient(intersection, union) - _quotient(hull - union, hull)
 
 
 def _corners(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the low and high corners of boxes, and their areas."""
     centre, sides = boxes[:, :2], boxes[:, 2:].clamp_min(0)
     low, high = centre - sides / 2, centre + sides / 2
-    # From the corners, not from the sides: intersection, union and hull then round alike, and identical boxes get 1.
+    # Areas of the corners round like intersection, union and hull, so identical boxes get 1.
     return low, high, (high - low).prod(1)
 
 
@@ -317,7 +326,7 @@ def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class World:
-    """The processes that share a global batch; a single process sends no messages."""
+    """Processes that share a global batch; a single process sends no messages."""
 
     group: dist.ProcessGroup | None = None  # None for the default process group
     size: int = 1  # W processes
@@ -325,53 +334,56 @@ class World:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None = None) -> World:
-        """Wrap the given group, or the default one if torch.distributed is initialised."""
+        """Wrap a group, by default the default one if torch.distributed is initialised."""
         if group is None and not (dist.is_available() and dist.is_initialized()):
             return cls()
         return cls(group, dist.get_world_size(group), dist.get_rank(group))
 
     def gather(self, rows: Tensor) -> Tensor:
-        """`[B, ...]` of every process → `[W * B, ...]`, rank by rank, without gradient."""
+        """Gather `[B, ...]` of every process as `[W * B, ...]`, rank by rank, without gradient."""
         if self.size == 1:
             return rows.detach()
         rows = rows.detach().contiguous()
         gathered = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
-        # Newer versions of PyTorch rename it and warn about this name.
+        # Newer versions of PyTorch rename the function and warn about the old name.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         gather(gathered, rows, group=self.group)
         return gathered
 
     def gather_with_gradient(self, rows: Tensor) -> Tensor:
-        """`gather` with the true gradient: the sum of all processes' gradients of this process's rows."""
+        """Gather with the true gradient: the sum of all processes' gradients of this process's rows."""
         return rows if self.size == 1 else _Gather.apply(rows, self)
 
     def counts(self, **local: Tensor) -> dict[str, Tensor]:
-        """Integers of every process, each `[W]`, in one message."""
+        """Gather integers of every process, each `[W]`, in one message."""
         gathered = self.gather(torch.stack([count.long() for count in local.values()])[None])
         return dict(zip(local, gathered.unbind(1), strict=True))
 
     def mean(self, mean: Tensor, counts: Tensor) -> Tensor:
-        """Weigh a mean over this process's targets so that the mean over processes is the mean over all `counts`."""
+        """Weigh a mean over this process's targets so that the mean over processes is the global mean.
+
+        `counts` `[W]` are the targets of every process.
+        """
         if self.size == 1:
             return mean
         # Integers divided by integers would be rounded to fp32.
-        return mean * (counts[self.rank].to(mean.dtype) * self.size / counts.sum().clamp_min(1))
+        count = counts[self.rank].to(mean.dtype)
+        return mean * (count * self.size / counts.sum().clamp_min(1))
 
 
 def check_equal(counts: dict[str, Tensor]) -> None:
-    """Every process has the same counts (each `[W]`), on which the sizes of messages depend.
+    """Check that every process has the same counts (each `[W]`), which determine message sizes.
 
     Raises `InputError`; on an accelerator it is a device-side assertion, which does not synchronise.
     """
     advice = "give every process batches of the same size and drop the last incomplete one"
-    for name, of_all in counts.items():
-        same = of_all == of_all[0]
+    for name, by_process in counts.items():
+        same = by_process == by_process[0]
         if same.device.type != "cpu":
             torch._assert_async(same.all(), f"the processes differ in {name}: {advice}")
         elif not host.all_true(same):
-            raise InputError(
-                f"the processes differ in {name} ({', '.join(map(str, host.integers(of_all)))}): {advice}"
-            )
+            listed = ", ".join(map(str, host.integers(by_process)))
+            raise InputError(f"the processes differ in {name} ({listed}): {advice}")
 
 
 class _Gather(torch.autograd.Function):
@@ -391,7 +403,7 @@ class _Gather(torch.autograd.Function):
 
 
 class ScaleGradient(torch.autograd.Function):
-    """The identity, with its gradient multiplied by a number."""
+    """Identity whose gradient is multiplied by a factor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
@@ -415,7 +427,7 @@ class HostCopy:
             self._arrived.record()
 
     def wait(self) -> tuple[Tensor, ...]:
-        """The values, on CPU."""
+        """Wait for the copy; returns the tensors on the host."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._tensors

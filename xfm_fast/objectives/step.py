@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,51 +79,54 @@ def pretraining_losses(
     stop_gradient: bool = True,
     mim_target: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The losses of X-FM (arXiv 2301.05065) on one batch.
+    """Compute the losses of X-FM (arXiv 2301.05065) on one batch.
 
-    An image passes the vision encoder once (once more with hidden patches for `mim`), and its keys and values are
-    projected once per fusion layer; true pairs, negatives, masked captions and boxes share one pass of the fusion
-    encoder. ITM, IMLM and boxes see detached text embeddings (IMLM's not with `detach_text_for_mlm=False` in the
-    configuration). On multimodal batches the temperature is first clamped, in place, to its range.
+    An image passes the vision encoder once (once more with hidden patches for `mim`), and its keys and
+    values are projected once per fusion layer; true pairs, negatives, masked captions and boxes share one
+    pass of the fusion encoder. ITM, IMLM and boxes read detached text embeddings (except IMLM with
+    `detach_text_for_mlm=False` in the configuration). On multimodal batches the temperature is first
+    clamped, in place, to its range.
 
-    A step never synchronises an accelerator if the batch was prepared on the host (`batch.to(device)` does that).
-    Negative texts then occupy as many tokens as the longest text of the batch; with several processes, the draw is
-    copied to the host during the next encoder pass.
+    A step never synchronises an accelerator if the batch was prepared on the host (`batch.to(device)`
+    does that). Negative texts then occupy as many tokens as the longest text of the batch; with several
+    processes, the draw is copied to the host during the next encoder pass.
 
-    In a process group every process passes its part of the global batch, equally large on all. ITC and ITM range over
-    all of it, and every value is this process's share, whose mean over processes is the loss of the global batch, so
-    that DDP's mean of gradients is the true gradient. Text embeddings are exchanged, image embeddings never: a pair is
-    matched on the process of its image.
+    In a process group every process passes its share of the global batch, equally large on all. ITC and
+    ITM range over all pairs, and every value is this process's share, whose mean over processes is the
+    loss of the global batch, so that DDP's mean of gradients is the true gradient. Text embeddings are
+    exchanged, image embeddings never: a pair is matched on the process of its image.
 
     Args:
         model: with the heads that the losses need.
-        batch: `PairBatch` (itc, itm, imlm, mim), `RegionBatch` (itc, itm, imlm, bbox_l1, bbox_giou), `ImageBatch` (mim)
-            or `TextBatch` (mlm).
-        hard_negatives: (`[B]` negative image of each text, `[B]` negative text of each image) for `itm`, numbered over
-            all processes. Drawn by `sample_hard_negatives` when None.
-        patch_mask: `[B, N]`, non-zero for patches that `mim` hides; by default the mask of the batch, or a new one.
+        batch: `PairBatch` (itc, itm, imlm, mim), `RegionBatch` (itc, itm, imlm, bbox_l1, bbox_giou),
+            `ImageBatch` (mim) or `TextBatch` (mlm).
+        hard_negatives: (`[B]` negative image of each text, `[B]` negative text of each image) for `itm`,
+            numbered over all processes. Drawn by `sample_hard_negatives` when None.
+        patch_mask: `[B, N]`, non-zero for patches that `mim` hides; by default the mask of the batch, or a
+            new one.
         losses: names of the losses to compute; by default all that apply.
         generator: random generator of the negatives, on the device of the batch.
-        group: process group that shares a global batch; by default all processes, if torch.distributed is initialised.
-        official_itc_gradient: scale the gradient of the contrastive features by 1 / (number of processes), as the
-            official gathering does.
-        official_itm_negatives: draw the negatives among the pairs of this process only, as the official code does; no
-            text is exchanged then. Without effect on given `hard_negatives`.
-        stop_gradient: False passes the gradients of ITM, IMLM and the box losses to the language encoder: for ablations
-            of the method, not fine-tuning.
-        mim_target: maps pixels `[B, 3, R, R]` to what `mim` predicts in place of the guided encoder's embeddings: codes
-            `[B, N]` of an image tokenizer, by the head `codes` (the official `use_vision_tokenizer`), or embeddings
+        group: process group that shares a global batch; by default all processes, if torch.distributed is
+            initialised.
+        official_itc_gradient: scale the gradient of the contrastive features by 1 / (number of processes),
+            as the official gathering does.
+        official_itm_negatives: draw the negatives among the pairs of this process only, as the official
+            code does; no text is exchanged then. Without effect on `hard_negatives`.
+        stop_gradient: False passes the gradients of ITM, IMLM and the box losses to the language encoder:
+            for ablations of the method, not fine-tuning.
+        mim_target: function of pixels `[B, 3, R, R]` that replaces the target of `mim`: codes `[B, N]` of
+            an image tokenizer, for the head `codes` (the official `use_vision_tokenizer`), or embeddings
             `[B, 1 + N, vision_width]` of another encoder.
 
     Returns:
         Scalars by name.
 
     Raises:
-        InputError: a batch of another kind, tensors that do not fit together, labels, ids or indices out of range, no
-            candidate for a negative, or processes with batches of different sizes.
+        InputError: a batch of another type, tensors that do not fit together, labels, ids or indices out
+            of range, no candidate for a negative, or processes with batches of different sizes.
         UnavailableError: the model lacks a head.
     """
-    names = losses_of(batch, losses)
+    names = select_losses(batch, losses)
     world = World.of(group)
     options = Options(
         hard_negatives,
@@ -142,34 +146,37 @@ def pretraining_losses(
         # Without other losses the target of `mim` needs no gradient.
         with torch.set_grad_enabled(torch.is_grad_enabled() and names != {"mim"}):
             image = model.encode_image(batch.image)
-        found, texts = step.contrast(packed, image, batch.image_ids)
+        results, texts = step.contrast(packed, image, batch.image_ids)
         masks_last = image.device.type == "cpu" and step.fuses
         if "mim" in names and not masks_last:
             # Between draw and fusion, while the draw is copied to the host.
-            found["mim"] = _image_loss(model, batch, image, world, options)
+            results["mim"] = _image_loss(model, batch, image, world, options)
         if not step.fuses:
-            return found
+            return results
         fused = step.fuse(texts, model.image_memory(image))
         if "mim" in names and masks_last:
-            # A CPU has the draw at once. The backward pass frees the activations of the last encoder first, before the
-            # gradients of the others exist; together they are the peak memory of a step.
-            found["mim"] = _image_loss(model, batch, image, world, options)
-        return found | fused
+            # A CPU has the draw at once. The backward pass frees the activations of the last encoder
+            # first, before the gradients of the others exist; together they are the peak memory.
+            results["mim"] = _image_loss(model, batch, image, world, options)
+        return results | fused
     if isinstance(batch, RegionBatch):
         check_regions(batch)
         batch = batch.prepare()
         step = Step(model, batch, names, world, options)
         packed = step.encode_texts()
-        own, images = model.encode_region_tokens(batch.image, batch.image_index, batch.region_mask)
-        found, texts = step.contrast(packed, own, None)
+        regions, images = model.encode_region_tokens(
+            batch.image, batch.image_index, batch.region_mask
+        )
+        results, texts = step.contrast(packed, regions, None)
         if step.fuses:
-            found |= step.fuse(texts, region_memory(model, batch, own, images, boxes=step.boxes))
-        return found
+            memory = region_memory(model, batch, regions, images, boxes=step.boxes)
+            results |= step.fuse(texts, memory)
+        return results
     return {"mlm": _text_loss(model, batch.prepare(), world)} if names else {}
 
 
 def _text_loss(model: XFM, batch: TextBatch, world: World) -> Tensor:
-    """`mlm`; the last layer computes only the masked positions."""
+    """Compute `mlm`; the last layer runs only on the masked positions."""
     model.require_head("mlm")
     layout, encoder = batch.layout, model.text_encoder
     assert layout is not None
@@ -188,7 +195,7 @@ def _text_loss(model: XFM, batch: TextBatch, world: World) -> Tensor:
 def _image_loss(
     model: XFM, batch: PairBatch | ImageBatch, target: Tensor | None, world: World, options: Options
 ) -> Tensor:
-    """`mim` against `options.mim_target`, or `target`, the embeddings of whole images (computed if None)."""
+    """Compute `mim` with `options.mim_target`, or the embeddings `target` of unmasked images."""
     config = model.config
     mask = batch.patch_mask if options.patch_mask is None else options.patch_mask
     if mask is None:
@@ -199,11 +206,10 @@ def _image_loss(
             for _ in range(len(batch.image))
         ]
         mask = torch.from_numpy(np.stack(drawn)).to(batch.image.device, non_blocking=True)
-    compute_target = options.mim_target or (model.encode_image if target is None else None)
-    if compute_target is not None:
+    if options.mim_target is not None or target is None:
+        compute_target = options.mim_target or model.encode_image
         with torch.no_grad():
             target = compute_target(batch.image)
-    assert target is not None
     embeds = model.encode_image(batch.image, mask)
     counts = world.counts(
         hidden=mask.bool().sum(), images=torch.full((), len(embeds), device=embeds.device)
@@ -212,13 +218,12 @@ def _image_loss(
         model.require_head("codes")
         if target.shape != mask.shape:
             raise InputError(
-                f"mim_target gave codes {[*target.shape]}; it must give one a patch, {[*mask.shape]}"
+                f"mim_target returned codes {[*target.shape]}; return one per patch, {[*mask.shape]}"
             )
         codes = target.long().masked_fill(~mask.bool(), IGNORED)
-        return world.mean(
-            masked_token_loss(embeds[:, 1:], model.lm_head.weight, model.lm_head.bias, codes),
-            counts["hidden"],
-        )
+        head = model.lm_head
+        loss = masked_token_loss(embeds[:, 1:], head.weight, head.bias, codes)
+        return world.mean(loss, counts["hidden"])
     patches, token = masked_image_terms(embeds, target, mask)
     loss = world.mean(patches, counts["hidden"])
     return loss if config.mim_patches_only else loss + world.mean(token, counts["images"])
@@ -226,7 +231,7 @@ def _image_loss(
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments of `pretraining_losses` that change how losses are computed."""
+    """Arguments of `pretraining_losses` that change the computation."""
 
     hard_negatives: tuple[Tensor, Tensor] | None
     patch_mask: Tensor | None
@@ -239,7 +244,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Texts:
-    """The unmasked texts, encoded."""
+    """Unmasked texts, encoded."""
 
     tokens: Tensor  # [T, width] packed, as the fusion encoder sees them
     table: TextTable | None = None  # the texts of all processes, for matching
@@ -261,19 +266,13 @@ class Step:
         options: Options,
     ) -> None:
         assert batch.layout is not None
-        self.model, self.batch, self.names, self.world, self.options = (
-            model,
-            batch,
-            names,
-            world,
-            options,
-        )
+        self.model, self.batch, self.names = model, batch, names
+        self.world, self.options = world, options
         self.layout: TextLayout = batch.layout
         self.texts = batch.input_ids.shape[0]
         self.boxes = not names.isdisjoint(BOXES)
         self.fuses = self.boxes or not names.isdisjoint({"itm", "imlm"})
-        # More than the first token of every text.
-        self.whole = self.boxes or "itm" in names
+        self.needs_all_tokens = self.boxes or "itm" in names
         self.draws = "itm" in names and options.hard_negatives is None
         # Pairs whose texts may become negatives here.
         self.matched = World() if self.draws and options.official_itm_negatives else world
@@ -283,19 +282,18 @@ class Step:
         if self.draws:
             model.require_head("contrastive")
         # Counts that determine message sizes must be equal on all processes.
+        has_ids = isinstance(batch, PairBatch) and batch.image_ids is not None
         sizes = {
             "texts": self.texts,
             "tokens per padded text": batch.input_ids.shape[1],
-            "lists of image ids": int(isinstance(batch, PairBatch) and batch.image_ids is not None),
+            "lists of image ids": int(has_ids),
         }
         targets = (self.layout.labels != IGNORED).sum()
-        boxes = (
-            (~batch.is_image.bool()).sum()
-            if isinstance(batch, RegionBatch)
-            else torch.zeros_like(targets)
-        )
-        filled = {name: torch.full((), size, device=targets.device) for name, size in sizes.items()}
-        self.counts = world.counts(**filled, targets=targets, boxes=boxes)
+        boxes = torch.zeros_like(targets)
+        if isinstance(batch, RegionBatch):
+            boxes = (~batch.is_image.bool()).sum()
+        local = {name: torch.full((), size, device=targets.device) for name, size in sizes.items()}
+        self.counts = world.counts(**local, targets=targets, boxes=boxes)
         if not names.isdisjoint({"itc", "itm"}):
             check_equal({name: self.counts[name] for name in sizes})
         if hasattr(model, "temp"):
@@ -303,95 +301,93 @@ class Step:
                 model.temp.clamp_(model.config.min_temperature, model.config.max_temperature)
 
     def encode_texts(self) -> Tensor | None:
-        """The unmasked texts `[T, width]`, or their first tokens `[B, width]`, if a loss needs them.
+        """Encode the unmasked texts `[T, width]`, or their first tokens `[B, width]`, if a loss needs them.
 
-        They run before the images, so that the backward pass ends with them: their gradients are large relative to
-        their activations, and the activations of the images are free by then.
+        They run before the images, so that the backward pass ends with them: their gradients are large
+        relative to their activations, and the activations of the images are free by then.
         """
         if self.names.isdisjoint({"itc", "itm", *BOXES}):
             return None
         graph = "itc" in self.names or not self.options.stop_gradient
-        return self._encode(self.batch.input_ids, graph=graph, first_only=not self.whole)
+        first_only = not self.needs_all_tokens
+        return self._encode(self.batch.input_ids, graph=graph, first_only=first_only)
 
     def contrast(
         self, packed: Tensor | None, image_tokens: Tensor, image_ids: Tensor | None
     ) -> tuple[dict[str, Tensor], Texts | None]:
         """Compute `itc` and draw the negatives of `itm`; returns the losses, and the texts if `fuse` needs them.
 
-        `image_tokens` are `[B, >= 1, vision_width]`, token 0 for the image or region; `image_ids` `[B]` are equal for
-        texts of the same image.
+        `image_tokens` are `[B, >= 1, vision_width]`, token 0 for the image or region; `image_ids` `[B]` are
+        equal for texts of one image.
         """
         if packed is None:
             return {}, None
         losses, negatives = {}, None
         if "itc" in self.names or self.draws:
-            first = packed.index_select(0, self.layout.starts) if self.whole else packed
-            image, text = (
-                self.model.project_image(image_tokens),
-                self.model.project_text(first[:, None]),
-            )
+            first = packed
+            if self.needs_all_tokens:
+                first = packed.index_select(0, self.layout.starts)
+            image = self.model.project_image(image_tokens)
+            text = self.model.project_text(first[:, None])
             if self.options.official_itc_gradient and self.world.size > 1:
-                image, text = (ScaleGradient.apply(f, 1 / self.world.size) for f in (image, text))
+                image = ScaleGradient.apply(image, 1 / self.world.size)
+                text = ScaleGradient.apply(text, 1 / self.world.size)
             # A later step clamps the temperature in place; a pending backward pass needs a copy.
             pairs = (image, text, self.model.temp.clone())
             gathered = None
             if self.world.size > 1 and ("itc" in self.names or self.matched.size > 1):
-                images, texts = self.world.gather_with_gradient(
-                    torch.cat([image, text], dim=1)
-                ).chunk(2, dim=1)
+                features = self.world.gather_with_gradient(torch.cat([image, text], dim=1))
+                images, texts = features.chunk(2, dim=1)
                 ids = None if image_ids is None else self.world.gather(image_ids)
                 gathered = AllPairs(images, texts, self.world.rank * self.texts, ids)
-            if "itc" in self.names:
-                losses["itc"] = (
-                    contrastive_loss(*pairs, image_ids)
-                    if gathered is None
-                    else contrastive_rows(*pairs, gathered, image_ids)
-                )
+            if "itc" in self.names and gathered is None:
+                losses["itc"] = contrastive_loss(*pairs, image_ids)
+            elif "itc" in self.names and gathered is not None:
+                losses["itc"] = contrastive_rows(*pairs, gathered, image_ids)
             if self.draws:
-                generator = self.options.generator
-                among = gathered if self.matched.size > 1 else None
                 negatives = sample_hard_negatives(
-                    *pairs, image_ids, gathered=among, generator=generator
+                    *pairs,
+                    image_ids,
+                    gathered=gathered if self.matched.size > 1 else None,
+                    generator=self.options.generator,
                 )
         tokens = packed.detach() if self.options.stop_gradient else packed
         if "itm" not in self.names:
-            return losses, Texts(tokens) if self.whole else None
+            return losses, Texts(tokens) if self.needs_all_tokens else None
         if negatives is None:
             negatives = check_negatives(
                 self.options.hard_negatives, self.texts, self.texts * self.world.size
             )
         table = TextTable.of(tokens, self.layout, self.matched)
-        return losses, Texts(
-            tokens, table, matching_pairs(self.layout, table, negatives, self.matched)
-        )
+        matching = matching_pairs(self.layout, table, negatives, self.matched)
+        return losses, Texts(tokens, table, matching)
 
     def _encode(self, ids: Tensor, *, graph: bool, first_only: bool = False) -> Tensor:
         packing = self.layout.packing
         model_inputs.check_tokens(ids, self.batch.attention_mask, self.model.config)
+        reads = Reads.first_tokens(packing) if first_only else None
         # Concatenated weights of a pass without a graph would occupy memory until the next update.
         with torch.set_grad_enabled(graph and torch.is_grad_enabled()), uncached():
-            return self.model.text_encoder(
-                ids, packing, reads=Reads.first_tokens(packing) if first_only else None
-            )
+            return self.model.text_encoder(ids, packing, reads=reads)
 
     def fuse(self, texts: Texts | None, memory: ImageMemory | PackedMemory) -> dict[str, Tensor]:
-        """`itm`, `imlm` and the box losses, from one pass of the fusion encoder."""
-        parts: list[Pairs] = []
+        """Compute `itm`, `imlm` and the box losses, from one pass of the fusion encoder."""
+        pairs: list[Pairs] = []
         tables: list[Tensor] = []
         positions = torch.zeros(1, dtype=torch.long, device=self.batch.input_ids.device)
         if texts is not None:
             tables.append(texts.tokens if texts.table is None else texts.table.tokens)
             if texts.matching is not None:
-                parts.append(texts.matching())
+                pairs.append(texts.matching())
             if self.boxes:
-                parts.append(self._box_pairs(texts.table))
+                pairs.append(self._box_pairs(texts.table))
         if "imlm" in self.names:
-            # Masked texts follow the others and attend to their own image.
-            behind = sum(table.shape[0] for table in tables)
+            # Masked texts follow the unmasked ones and attend to the same images.
+            offset = sum(table.shape[0] for table in tables)
             layout = self.layout
-            parts.append(
+            pairs.append(
                 Pairs(
-                    starts=layout.starts + behind,
+                    starts=layout.starts + offset,
                     lengths=layout.lengths,
                     groups=torch.arange(self.texts, device=layout.lengths.device),
                     read_starts=layout.cu_targets[:-1].long() + 1,
@@ -406,53 +402,47 @@ class Step:
             tables.append(self._encode(self.batch.masked_input_ids, graph=not detach))
             positions = torch.cat([positions, self.layout.targets])
         # With several processes most texts of the table have no pair here.
-        each_once = self.layout.packing.repeated(len(tables)) if self.matched.size == 1 else None
+        layout = self.layout.packing.repeated(len(tables)) if self.matched.size == 1 else None
         encoder, table = self.model.fusion_encoder, torch.cat(tables)
-        read = fuse_pairs(encoder, table, Pairs.joined(parts), positions, memory, each_once)
-        pieces = iter(read.split([part.reads for part in parts]))
+        read = fuse_pairs(encoder, table, Pairs.joined(pairs), positions, memory, layout)
+        fused = iter(read.split([batch.reads for batch in pairs]))
         losses = {}
         if "itm" in self.names:
-            logits = self.model.match_logits(next(pieces)[:, None])
+            logits = self.model.match_logits(next(fused)[:, None])
             matches = torch.arange(logits.shape[0], device=logits.device) < self.texts
             if self.matched.size == 1:
                 losses["itm"] = matching_loss(logits, matches)
             else:
                 # 3B pairs per process on average; the number here depends on the drawn images.
-                losses["itm"] = F.cross_entropy(logits, matches.long(), reduction="sum") / (
-                    3 * self.texts
-                )
+                summed = F.cross_entropy(logits, matches.long(), reduction="sum")
+                losses["itm"] = summed / (3 * self.texts)
         if self.boxes:
             assert isinstance(self.batch, RegionBatch)
             assert self.batch.regions is not None
-            predicted, boxed = (
-                self.model.predict_boxes(next(pieces)[:, None]),
-                self.batch.regions.boxed,
-            )
-            arguments = (
-                predicted,
-                self.batch.boxes[boxed].to(predicted.dtype),
-                self.batch.is_image[boxed],
-            )
+            predicted = self.model.predict_boxes(next(fused)[:, None])
+            boxed = self.batch.regions.boxed
+            boxes = self.batch.boxes[boxed].to(predicted.dtype)
+            is_image = self.batch.is_image[boxed]
             for name, box_loss in (("bbox_l1", box_l1_loss), ("bbox_giou", box_giou_loss)):
                 if name in self.names:
-                    losses[name] = self.world.mean(box_loss(*arguments), self.counts["boxes"])
+                    loss = box_loss(predicted, boxes, is_image)
+                    losses[name] = self.world.mean(loss, self.counts["boxes"])
         if "imlm" in self.names:
-            hidden = encoder.lm_head.transform(next(pieces))
-            loss = masked_token_loss(
-                hidden, encoder.word_embeddings, encoder.lm_head.bias, self.layout.labels
-            )
+            hidden, head = encoder.lm_head.transform(next(fused)), encoder.lm_head
+            labels = self.layout.labels
+            loss = masked_token_loss(hidden, encoder.word_embeddings, head.bias, labels)
             losses["imlm"] = self.world.mean(loss, self.counts["targets"])
         return losses
 
     def _box_pairs(self, table: TextTable | None) -> Pairs:
-        """Region captions, paired with the whole image."""
+        """Pair region captions with the whole image."""
         layout, batch = self.layout, self.batch
         assert isinstance(batch, RegionBatch)
         assert batch.regions is not None
         boxed = batch.regions.boxed
-        starts, lengths = (
-            (layout.starts, layout.lengths) if table is None else table.own(self.texts)
-        )
+        starts, lengths = layout.starts, layout.lengths
+        if table is not None:
+            starts, lengths = table.local(self.texts)
         images = batch.image_index.long()[boxed] + self.texts
         longest, tokens = layout.packing.longest, batch.regions.boxed_tokens
         return Pairs.first_token(
@@ -461,65 +451,65 @@ class Step:
 
 
 def region_memory(
-    model: XFM, batch: RegionBatch, own: Tensor, images: Tensor, *, boxes: bool
+    model: XFM, batch: RegionBatch, regions: Tensor, images: Tensor, *, boxes: bool
 ) -> PackedMemory:
-    """A memory group of visible tokens for every region, then with `boxes` one of all tokens for every image.
+    """Build a memory group of visible tokens for every region, then with `boxes` one for every image.
 
-    `own` and `images` come from `encode_region_tokens`.
+    `regions` and `images` are the results of `encode_region_tokens`.
     """
     assert batch.regions is not None
     visible = batch.regions.visible
-    number, tokens = images.shape[:2]
+    count, tokens = images.shape[:2]
     cu_keys, longest = visible.cu_seqlens, visible.longest
-    behind = number * tokens
-    if own.shape[1] == 1:
+    image_rows = count * tokens
+    if regions.shape[1] == 1:
         region, token = visible.positions // tokens, visible.positions % tokens
         shared = batch.image_index.long()[region] * tokens + token
-        rows = torch.where(token == 0, region + behind, shared)
-        table = torch.cat([images.flatten(0, 1), own[:, 0]])
+        rows = torch.where(token == 0, region + image_rows, shared)
+        table = torch.cat([images.flatten(0, 1), regions[:, 0]])
     else:
-        seen = own.flatten(0, 1).index_select(0, visible.positions)
-        rows = torch.arange(behind, behind + seen.shape[0], device=seen.device)
-        table = torch.cat([images.flatten(0, 1), seen])
+        region_tokens = regions.flatten(0, 1).index_select(0, visible.positions)
+        rows = torch.arange(len(region_tokens), device=region_tokens.device) + image_rows
+        table = torch.cat([images.flatten(0, 1), region_tokens])
     if boxes:
-        rows = torch.cat([rows, torch.arange(behind, device=rows.device)])
-        ends = torch.arange(1, number + 1, device=rows.device, dtype=cu_keys.dtype) * tokens
+        rows = torch.cat([rows, torch.arange(image_rows, device=rows.device)])
+        ends = torch.arange(1, count + 1, device=rows.device, dtype=cu_keys.dtype) * tokens
         cu_keys = torch.cat([cu_keys, cu_keys[-1] + ends])
         longest = max(longest, tokens)
     return model.packed_memory(table, cu_keys, longest, rows)
 
 
-def losses_of(batch: Batch, losses: object) -> frozenset[str]:
-    """Names of the losses that apply to the batch, restricted to the given ones."""
+def select_losses(batch: Batch, losses: Any) -> frozenset[str]:
+    """Check the names of losses for a batch; by default select all that apply."""
     if type(batch) not in APPLICABLE:
-        kinds = ", ".join(kind.__name__ for kind in APPLICABLE)
-        raise InputError(f"batch is a {type(batch).__name__}; it must be one of {kinds}")
+        types = ", ".join(batch_type.__name__ for batch_type in APPLICABLE)
+        raise InputError(f"batch is a {type(batch).__name__}; it must be one of {types}")
     applicable = APPLICABLE[type(batch)]
     if losses is None:
         return frozenset(applicable)
     if isinstance(losses, str):
         raise InputError(f"losses={losses!r} is a string; give a collection, {{{losses!r}}}")
-    chosen = frozenset(losses)  # pyright: ignore[reportArgumentType]
-    for name in sorted(chosen, key=str):
+    names = frozenset(losses)
+    for name in sorted(names, key=str):
         if name not in applicable:
             raise InputError(
                 f"loss {name!r} does not apply to a {type(batch).__name__} (it has {', '.join(applicable)})"
             )
-    return chosen
+    return names
 
 
 def check_pairs(batch: PairBatch) -> None:
-    """As many images and image ids as texts."""
+    """Check that there are as many images and image ids as texts."""
     texts, _ = batch.check_texts()
     if batch.image.shape[0] != texts:
         raise InputError(
-            f"image holds {batch.image.shape[0]} images and input_ids {texts} texts; there must be one each"
+            f"image holds {batch.image.shape[0]} images and input_ids {texts} texts; give one each"
         )
     _check_rows("image_ids", batch.image_ids, texts)
 
 
 def check_regions(batch: RegionBatch) -> None:
-    """One of everything for every text; region_mask and the values of image_index are checked by the model."""
+    """Check sizes and boxes; the model checks region_mask and the values of image_index."""
     texts, _ = batch.check_texts()
     _check_rows("image_index", batch.image_index, texts)
     _check_rows("is_image", batch.is_image, texts)
@@ -533,35 +523,28 @@ def check_regions(batch: RegionBatch) -> None:
 
 
 def check_negatives(negatives: object, rows: int, pairs: int) -> HardNegatives:
-    """Two `[rows]` (or `[pairs]`) integer tensors below `pairs`."""
+    """Check two `[rows]` (or `[pairs]`) integer tensors below `pairs`."""
     if not isinstance(negatives, tuple | list) or len(negatives) != 2:
         raise InputError(
             f"hard_negatives is a {type(negatives).__name__}; give (image_negative_index, text_negative_index)"
         )
     for name, index in zip(("image_negative_index", "text_negative_index"), negatives, strict=True):
-        if (
-            not isinstance(index, Tensor)
-            or index.is_floating_point()
-            or index.shape not in ((rows,), (pairs,))
-        ):
-            found = (
-                f"{index.dtype} {[*index.shape]}"
-                if isinstance(index, Tensor)
-                else type(index).__name__
+        if not isinstance(index, Tensor):
+            raise InputError(
+                f"{name} is {type(index).__name__}; give one integer for each of the {rows} pairs"
             )
-            raise InputError(f"{name} is {found}; give one integer for each of the {rows} pairs")
-        if index.device.type == "cpu" and index.numel():
-            lowest, highest = host.integer(index.min()), host.integer(index.max())
-            if lowest < 0 or highest >= pairs:
-                wrong = lowest if lowest < 0 else highest
-                raise InputError(
-                    f"{name} contains {wrong}; give numbers from 0 below the {pairs} pairs"
-                )
+        if index.is_floating_point() or index.shape not in ((rows,), (pairs,)):
+            raise InputError(
+                f"{name} is {index.dtype} {[*index.shape]}; give one integer for each of the {rows} pairs"
+            )
+        wrong = model_inputs.out_of_range(index, pairs)
+        if wrong is not None:
+            raise InputError(
+                f"{name} contains {wrong}; give numbers from 0 below the {pairs} pairs"
+            )
     return HardNegatives(*negatives)
 
 
 def _check_rows(name: str, tensor: Tensor | None, rows: int) -> None:
     if tensor is not None and tensor.shape != (rows,):
-        raise InputError(
-            f"{name} is {[*tensor.shape]}; there must be one for each of the {rows} texts"
-        )
+        raise InputError(f"{name} is {[*tensor.shape]}; give one for each of the {rows} texts")

@@ -14,14 +14,14 @@ from xfm_fast.search.index import (
     open_index,
     open_model,
 )
-from xfm_fast.search.query import Found, Hit, match_images, search, write_sheet
+from xfm_fast.search.query import Hit, SearchResult, match_images, search, write_sheet
 
 __all__ = [
-    "Found",
     "Hit",
     "IndexReport",
     "SearchIndex",
     "SearchModel",
+    "SearchResult",
     "Source",
     "build_index",
     "index_folder",

@@ -1,9 +1,9 @@
 """The image index: features in a memory-mapped file, computed only for new and changed images, and their model.
 
-The processes of a build compute whole batches in turn, so that features do not depend on their number, and write parts,
-so that a killed run resumes. At the end the first one merges them with the valid rows of the old index, in the order of
-the collection, and replaces index.json. Images stay where they are: a search reads its few candidates
-again, since the embeddings of all patches would take 600 KB an image, features take 1 KB.
+The processes of a build compute whole batches in turn, so that features do not depend on the number of processes, and
+write shards, so that a killed run resumes. At the end the first process merges them with the valid rows of the old
+index, in the order of the collection, and replaces index.json. Images are not copied: a search reads its few candidates
+again, since the embeddings of all patches would take 600 KB per image, features take 1 KB.
 """
 
 from __future__ import annotations
@@ -56,17 +56,15 @@ from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training.distributed import Processes
 
 INDEX_FOLDER, INDEX_FILE = ".xfm-index", "index.json"
-# A killed run loses the features of at most this many images.
-_PART = 256
+# Images of a shard, the most that a killed run loses.
+_SHARD_IMAGES = 256
 # Threads that decode images, and batches that they decode while the model computes.
 _THREADS, _PREFETCH = 8, 3
-_OUR_FILES = re.compile(
-    r"(part-\d+(-[0-9a-f]{32})?|features|images|graph)-[0-9a-f]{12}\.(f32|jsonl|usearch)"
-)
+_DATA_FILE = re.compile(r"(part-\d+-[0-9a-f]{32}|features|images)-[0-9a-f]{12}\.(f32|jsonl)")
 # Counts changes of the image transform, which change features too.
 _TRANSFORM_VERSION = 2
 _FEATURE_WEIGHTS = ("vision_encoder.", "vision_proj.", "text_encoder.roberta.", "text_proj.")
-# What reading a damaged file raises.
+# Raised by reading a damaged file.
 _DAMAGE = (OSError, ValueError, RecursionError)
 
 Row = tuple[Entry, np.ndarray]
@@ -75,27 +73,24 @@ Row = tuple[Entry, np.ndarray]
 
 @dataclass(frozen=True)
 class SearchModel:
-    """A model in evaluation mode; `rank` is the rule that its run recorded, see `xfm_fast.tasks.reranking`."""
+    """A model in evaluation mode."""
 
-    # An `XFM`, or the `Session` of an export.
-    model: Any
+    model: Any  # an `XFM`, or the `Session` of an export
     source: Source
-    # Digest of everything that features depend on: weights, resolution and image transform.
-    fingerprint: str
-    rank: Rank = "match"
+    fingerprint: (
+        str  # digest of everything that features depend on: weights, resolution and image transform
+    )
+    rank: Rank = "match"  # rule of its run, see `xfm_fast.tasks.reranking`
 
     @property
     def tokenizer(self) -> CaptionTokenizer | None:
         """Tokenizer of the queries."""
-        return (
-            self.model.processor.tokenizer
-            if isinstance(self.model, Session)
-            else self.model.tokenizer
-        )
+        model = self.model
+        return model.processor.tokenizer if isinstance(model, Session) else model.tokenizer
 
 
 def open_model(source: str | Path | Source) -> SearchModel:
-    """Load a model with a contrastive head; features of another dtype are close enough to search the same index.
+    """Load a model with a contrastive head; an index is searched in any dtype.
 
     Args:
         source: a run, a folder, a Hub name, an official checkpoint file or an export, for the CPU; or the options of
@@ -129,15 +124,15 @@ class SearchIndex:
     features: np.ndarray
     model: Source
     fingerprint: str
-    # The collection; see `open_collection`.
-    path: Path
+    path: Path  # the collection, see `open_collection`
     images: Path | None
-    # Pictures are read below this folder; None for an index that may come from anybody, which shows none.
-    root: Path | None = None
+    root: Path | None = (
+        None  # pictures are read below this folder; None shows none, as of an index from anybody
+    )
 
     @cached_property
     def collection(self) -> Collection:
-        """The indexed collection; raises `DataError` where only the index names it."""
+        """The indexed collection; raises `DataError` if only the index names it."""
         if self.root is None:
             raise DataError(
                 f"{self.folder} is an index of {self.path}; name that, with the index as --index"
@@ -145,11 +140,11 @@ class SearchIndex:
         return open_collection(self.path, self.images)
 
     def load(self, entry: Entry) -> Image.Image:
-        """The picture of an entry; raises `DataError` where it is broken or lies outside `root`."""
-        place = os.path.abspath(self.collection.location(entry))
-        if entry.row is None and not Path(place).is_relative_to(os.path.abspath(self.root or "")):
+        """Read the picture of an entry; raises `DataError` if it is broken or lies outside `root`."""
+        path = os.path.abspath(self.collection.location(entry))
+        if entry.row is None and not Path(path).is_relative_to(os.path.abspath(self.root or "")):
             raise DataError(
-                f"{place} lies outside {self.root}; name the folder of the images as --images"
+                f"{path} lies outside {self.root}; name the folder of the images as --images"
             )
         return self.collection.load(entry)[0]
 
@@ -164,7 +159,7 @@ class SearchIndex:
 
 @dataclass(frozen=True)
 class IndexReport:
-    """Counts of an indexing run; `interrupted` by a signal, the same call resumes."""
+    """Counts of an indexing run; one that was `interrupted` is resumed by the same call."""
 
     folder: Path
     images: int = 0
@@ -175,7 +170,7 @@ class IndexReport:
 
 
 def index_folder(path: str | os.PathLike[str]) -> Path:
-    """The default folder of the index of a collection: inside its folder, or next to its file."""
+    """Return the default folder of the index of a collection: inside its folder, or next to its file."""
     path = Path(path).expanduser()
     return path / INDEX_FOLDER if path.is_dir() else path.with_name(f"{path.name}{INDEX_FOLDER}")
 
@@ -187,7 +182,7 @@ def open_index(
     *,
     images: str | os.PathLike[str] | None = None,
 ) -> SearchIndex:
-    """Read an index. Pictures are read only below `path` and `images`, whichever places the index names.
+    """Read an index. Pictures are read only below `path` and `images`, whatever paths the index names.
 
     Args:
         path: the indexed collection; or the folder of an index, which then shows no pictures.
@@ -197,37 +192,38 @@ def open_index(
     Raises:
         DataError: there is no index, or it is damaged or of another version.
     """
-    given = Path(path).expanduser()
-    pictures = None if images is None else Path(images).expanduser()
-    alone = folder is None and (given / INDEX_FILE).is_file()
-    place = given if alone else index_folder(given) if folder is None else Path(folder).expanduser()
-    if not (place / INDEX_FILE).is_file():
-        if not given.exists():
+    collection = Path(path).expanduser()
+    if folder is None and (collection / INDEX_FILE).is_file():
+        return _read_index(collection)
+    folder = index_folder(collection) if folder is None else Path(folder).expanduser()
+    if not (folder / INDEX_FILE).is_file():
+        if not collection.exists():
             raise DataError(
                 f"{path} does not exist; name an indexed collection, or the folder of an index"
             )
         raise DataError(f"{path} has no index; make one: xfm-fast index {path}")
-    index = _read_index(place)
-    if alone:
-        return index
-    root = pictures or (given if given.is_dir() else given.parent)
-    return replace(index, path=given, images=pictures or index.images, root=root)
+    index = _read_index(folder)
+    if images is not None:
+        root = images = Path(images).expanduser()
+    else:
+        root, images = collection if collection.is_dir() else collection.parent, index.images
+    return replace(index, path=collection, images=images, root=root)
 
 
-def _checked_text(text: str) -> str:
+def _check_text(text: str) -> str:
     if "\0" in text:
         raise ValueError("it holds a NUL")
     return text
 
 
-def _checked_name(name: str) -> str:
+def _check_name(name: str) -> str:
     if not is_plain_name(name):
-        raise ValueError("it is no file of this folder")
+        raise ValueError("it is not a file of this folder")
     return name
 
 
-Text = Annotated[str, AfterValidator(_checked_text)]
-FileName = Annotated[str, AfterValidator(_checked_name)]
+Text = Annotated[str, AfterValidator(_check_text)]
+FileName = Annotated[str, AfterValidator(_check_name)]
 
 
 class _Line(BaseModel, strict=True):
@@ -247,7 +243,7 @@ class _Weights(BaseModel, strict=True):
 
 
 class _Header(BaseModel, strict=True):
-    """`index.json`; sums are CRC-32 of the files, absent in older indexes."""
+    """`index.json`; sums are the CRC-32 of the files."""
 
     format: Literal[2]
     images: int
@@ -258,12 +254,13 @@ class _Header(BaseModel, strict=True):
     picture_folder: Text | None
     model: _Weights
     fingerprint: str
-    sums: dict[str, int] = {}
+    sums: dict[str, int]
 
 
 def _read_index(folder: Path) -> SearchIndex:
+    """Read an index without `root`, by the paths that it names."""
     try:
-        # Names of images may hold bytes that are no UTF-8, which `parse_json` refuses.
+        # Names of images may hold bytes that are not UTF-8, which `parse_json` refuses.
         header = _Header.model_validate(
             json.loads(read_bytes(folder / INDEX_FILE, MOST_JSON_BYTES))
         )
@@ -273,22 +270,24 @@ def _read_index(folder: Path) -> SearchIndex:
         if len(entries) != header.images:
             raise ValueError(f"{len(entries)} entries for {header.images} images")
     except _DAMAGE as error:
-        words = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         if isinstance(error, ValidationError):
-            reason = error.errors()[0]
-            words = f"{'.'.join(map(str, reason['loc']))}: {advice(reason)}"
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {advice(first)}"
         raise DataError(
-            f"the index {folder} is damaged ({words[:200]}); delete it and index again"
+            f"the index {folder} is damaged ({reason[:200]}); delete it and index again"
         ) from None
-    weights, tokenizer = header.model.weights, header.model.tokenizer
+    model = header.model
     source = Source(
-        weights,
-        None if weights else header.model.size,
-        tokenizer=Path(tokenizer) if tokenizer else None,
+        model.weights,
+        None if model.weights else model.size,
+        tokenizer=Path(model.tokenizer) if model.tokenizer else None,
     )
     path = Path(os.path.normpath(folder / header.path))
-    images = header.picture_folder and Path(os.path.normpath(folder / header.picture_folder))
-    return SearchIndex(folder, entries, features, source, header.fingerprint, path, images or None)
+    images = None
+    if header.picture_folder:
+        images = Path(os.path.normpath(folder / header.picture_folder))
+    return SearchIndex(folder, entries, features, source, header.fingerprint, path, images)
 
 
 @explain_types
@@ -322,74 +321,71 @@ def build_index(
     """
     processes = processes or Processes()
     target = index_folder(path) if folder is None else Path(folder).expanduser()
-    place, pictures = Path(path).expanduser(), None if images is None else Path(images).expanduser()
-    collection = processes.together(lambda: open_collection(place, pictures))
+    path = Path(path).expanduser()
+    pictures = None if images is None else Path(images).expanduser()
+    collection = processes.together(lambda: open_collection(path, pictures))
     # Of the first process only.
     entries, faults, old = list[Entry](), dict[str, str](), None
 
     with ExitStack() as stack:
 
         def begin() -> list[Entry]:
+            """Lock the index and list the images to compute."""
             nonlocal entries, faults, old
             stack.enter_context(hold(target / ".lock", f"the index {target} (--index)"))
             entries, faults = collection.listing()
             old = open_index(target) if (target / INDEX_FILE).exists() else None
             if old is not None:
                 old.check(model)
-                if old.path.resolve() != place.resolve():
+                if old.path.resolve() != path.resolve():
                     raise DataError(
-                        f"{target} is the index of {old.path}, this is {place}; name another --index"
+                        f"{target} is the index of {old.path}, this is {path}; name another --index"
                     )
             rows = _stored_rows(target, model, old)
             return [entry for entry in entries if entry.version not in rows]
 
         def work() -> dict[str, str]:
-            part, broken = list[Row](), dict[str, str]()
-
-            def write_part() -> None:
-                if part:
-                    name = f"part-{processes.rank}-{model.fingerprint}-{secrets.token_hex(6)}"
-                    _write_rows(target / f"{name}.jsonl", target / f"{name}.f32", part)
-                    part.clear()
-
-            share = [*batches(todo, batch_size)][processes.rank :: processes.world_size]
+            """Compute every n-th batch; returns the faults."""
+            batch_share = [*batches(todo, batch_size)][processes.rank :: processes.world_size]
+            shard, broken = list[Row](), dict[str, str]()
+            embedded = _embed(collection, batch_share, model.model)
             try:
-                for number, (entry, result) in enumerate(
-                    _embed(collection, share, model.model), start=1
-                ):
+                for count, (entry, result) in enumerate(embedded, start=1):
                     if isinstance(result, str):
                         broken[entry.name] = result
                     else:
-                        part.append((entry, result))
-                    if len(part) >= _PART:
-                        write_part()
-                    progress(min(number * processes.world_size, len(todo)), len(todo))
+                        shard.append((entry, result))
+                    if len(shard) >= _SHARD_IMAGES:
+                        _write_shard(target, model, processes.rank, shard)
+                        shard = []
+                    progress(min(count * processes.world_size, len(todo)), len(todo))
                     if stop is not None and stop.is_set():
                         break
             finally:
-                write_part()
+                if shard:
+                    _write_shard(target, model, processes.rank, shard)
             return broken
 
         def finish() -> IndexReport:
-            rows, good = _stored_rows(target, model, old), list[Row]()
+            """Merge all shards and the old index."""
+            rows, merged = _stored_rows(target, model, old), list[Row]()
             for entry in entries:
                 if entry.version in rows:
-                    known, feature = rows[entry.version]
-                    # Captions of rows in a file are known once the row is read.
-                    good.append((entry if entry.row is None else known, feature))
-            if not good:
+                    stored, feature = rows[entry.version]
+                    # The listing has no captions of embedded images.
+                    merged.append((entry if entry.row is None else stored, feature))
+            if not merged:
                 name, reason = next(iter(faults.items()))
                 raise DataError(
                     f"none of {len(entries)} images can be read, such as {name}: {reason}"
                 )
-            if old is None or old.entries != [entry for entry, _ in good]:
-                _write_index(target, model, good, place, pictures)
+            if old is None or old.entries != [entry for entry, _ in merged]:
+                _write_index(target, model, merged, path, pictures)
             _remove_old_files(target)
             names, new = {entry.name for entry in entries}, {entry.version for entry in todo}
+            added = sum(entry.version in new for entry, _ in merged)
             removed = 0 if old is None else sum(entry.name not in names for entry in old.entries)
-            return IndexReport(
-                target, len(good), sum(entry.version in new for entry, _ in good), removed, faults
-            )
+            return IndexReport(target, len(merged), added, removed, faults)
 
         todo = processes.from_first(begin)
         for broken in processes.gather(processes.together(work)):
@@ -402,7 +398,7 @@ def build_index(
 def _embed(
     collection: Collection, work: Sequence[Sequence[Entry]], model: XFM | Session
 ) -> Iterator[tuple[Entry, np.ndarray | str]]:
-    """Features of images, in order; threads decode ahead."""
+    """Compute the features of images, in order, or the fault of an image; threads decode ahead."""
     transform = evaluation_transform(model.config.image_size)
 
     def load(entry: Entry) -> tuple[Entry, Tensor | str]:
@@ -420,62 +416,73 @@ def _embed(
             if len(queue) <= _PREFETCH:
                 continue
             loaded = [future.result() for future in queue.popleft()]
-            pixels = [found for _, found in loaded if isinstance(found, Tensor)]
+            pixels = [result for _, result in loaded if isinstance(result, Tensor)]
             features: Iterator[np.ndarray] = iter(())
             if pixels:
                 with torch.no_grad():
                     embeds = model.encode_image(torch.stack(pixels).to(model.device))
                     features = iter(model.project_image(embeds).float().cpu().numpy())
-            yield from (
-                (entry, found if isinstance(found, str) else next(features))
-                for entry, found in loaded
-            )
+            for entry, result in loaded:
+                yield entry, result if isinstance(result, str) else next(features)
 
 
 def _stored_rows(folder: Path, model: SearchModel, old: SearchIndex | None) -> dict[Any, Row]:
-    """Rows by version of the old index and of the parts by this model; a damaged part is computed again."""
+    """Map versions to rows of the old index and of this model's shards; damaged shards are skipped."""
     rows: list[Row] = [] if old is None else [*zip(old.entries, old.features, strict=True)]
+    width = model.model.config.embed_dim
     for path in sorted(folder.glob(f"part-*-{model.fingerprint}-*.jsonl")):
         with suppress(*_DAMAGE):
-            rows += zip(
-                *_read_rows(path, path.with_suffix(".f32"), model.model.config.embed_dim),
-                strict=True,
-            )
+            rows += zip(*_read_rows(path, path.with_suffix(".f32"), width), strict=True)
     return {row[0].version: row for row in rows}
+
+
+def _write_shard(folder: Path, model: SearchModel, rank: int, rows: Sequence[Row]) -> None:
+    name = f"part-{rank}-{model.fingerprint}-{secrets.token_hex(6)}"
+    _write_rows(folder / f"{name}.jsonl", folder / f"{name}.f32", rows)
 
 
 def _write_index(
     folder: Path, model: SearchModel, rows: Sequence[Row], path: Path, images: Path | None
 ) -> None:
     token, source = secrets.token_hex(6), model.source
-    files = {"features": f"features-{token}.f32", "entries": f"images-{token}.jsonl"}
-    weights, tokenizer = (
-        str(local.resolve())
-        if name is not None and (local := Path(name).expanduser()).exists()
-        else name
-        for name in (source.model, source.tokenizer and str(source.tokenizer))
-    )
-    # Relative, so that a folder moves with its index.
-    places = [
-        place and os.path.relpath(place.resolve(), folder.resolve()) for place in (path, images)
-    ]
+    features, entries = f"features-{token}.f32", f"images-{token}.jsonl"
+
+    def absolute(name: str | Path | None) -> str | None:
+        """Resolve a local path; a name on the Hub stays."""
+        if name is None:
+            return None
+        local = Path(name).expanduser()
+        return str(local.resolve() if local.exists() else name)
+
+    def relative(target: Path) -> str:
+        """Return a path relative to the index, so that a folder moves with its index."""
+        return os.path.relpath(target.resolve(), folder.resolve())
+
     header = {
-        "format": 2, "images": len(rows), "width": model.model.config.embed_dim, **files,
-        "path": places[0], "picture_folder": places[1], "fingerprint": model.fingerprint,
-        "model": {"weights": weights, "tokenizer": tokenizer, "size": source.random or "tiny"},
-        "sums": _write_rows(folder / files["entries"], folder / files["features"], rows),
-    }  # fmt: skip
+        "format": 2,
+        "images": len(rows),
+        "width": model.model.config.embed_dim,
+        "features": features,
+        "entries": entries,
+        "path": relative(path),
+        "picture_folder": images and relative(images),
+        "fingerprint": model.fingerprint,
+        "model": {
+            "weights": absolute(source.model),
+            "tokenizer": absolute(source.tokenizer),
+            "size": source.random or "tiny",
+        },
+        "sums": _write_rows(folder / entries, folder / features, rows),
+    }
     write_bytes({folder / INDEX_FILE: (json.dumps(header, indent=1) + "\n").encode()})
 
 
 def _remove_old_files(folder: Path) -> None:
-    """Remove parts, the former index, and what a run left that was killed after its last rename."""
-    current = json.loads(read_bytes(folder / INDEX_FILE, MOST_JSON_BYTES))
+    """Remove shards, the former index, and the files of a run that was killed after its last rename."""
+    header = json.loads(read_bytes(folder / INDEX_FILE, MOST_JSON_BYTES))
     for path in folder.iterdir():
-        if _OUR_FILES.fullmatch(path.name) and path.name not in (
-            current["entries"],
-            current["features"],
-        ):
+        current = path.name in (header["entries"], header["features"])
+        if _DATA_FILE.fullmatch(path.name) and not current:
             with suppress(OSError):
                 path.unlink()
 
@@ -491,9 +498,9 @@ def _write_rows(entries_file: Path, features_file: Path, rows: Sequence[Row]) ->
             crc = zlib.crc32(content, crc)
             file.write(content)
 
-    # ASCII, since names need not be Unicode, and some characters of captions end a line.
+    # ASCII, since names may not be Unicode, and some characters of captions end a line.
     lines = "".join(json.dumps(asdict(entry)) + "\n" for entry, _ in rows).encode()
-    # In this order: where the entries are, the features are.
+    # Features first: where the entries exist, the features do.
     write_files({features_file: write_features, entries_file: lambda file: file.write(lines)})
     return {entries_file.name: zlib.crc32(lines), features_file.name: crc}
 
@@ -501,22 +508,22 @@ def _write_rows(entries_file: Path, features_file: Path, rows: Sequence[Row]) ->
 def _read_rows(
     entries_file: Path, features_file: Path, width: int, sums: Mapping[str, int] | None = None
 ) -> tuple[list[Entry], np.ndarray]:
-    """Entries and their features; the checksums are of the returned content."""
+    """Read entries and their features, and verify checksums."""
     content = read_bytes(entries_file, entries_file.stat().st_size)
-    lines = [_Line.model_validate(json.loads(text)) for text in content.decode().splitlines()]
-    entries = [
-        Entry(line.name, line.size, line.modified, line.row, tuple(line.captions)) for line in lines
-    ]
+    entries = []
+    for text in content.decode().splitlines():
+        line = _Line.model_validate(json.loads(text))
+        entry = Entry(line.name, line.size, line.modified, line.row, tuple(line.captions))
+        entries.append(entry)
     features: np.ndarray = np.empty((0, width), np.float32)
     with open_data(features_file) as file:
         if os.fstat(file.fileno()).st_size != 4 * len(entries) * width:
             raise ValueError(f"{features_file.name} is not of {len(entries)} images")
         if entries:
-            features = np.memmap(file, np.float32, "r", shape=(len(entries), width)).view(
-                np.ndarray
-            )
-    # Over the mapping that a search reads, so that the file is read once.
+            mapped = np.memmap(file, np.float32, "r", shape=(len(entries), width))
+            features = mapped.view(np.ndarray)
+    # Of the mapping that a search reads, so that the file is read once.
     for name, data in (entries_file.name, content), (features_file.name, features.data):
-        if sums and name in sums and zlib.crc32(data) != sums[name]:
+        if sums is not None and zlib.crc32(data) != sums.get(name):
             raise ValueError(f"{name} has another checksum")
     return entries, features

@@ -21,25 +21,24 @@ from xfm_fast.search.index import SearchIndex, SearchModel
 from xfm_fast.tasks.reranking import Rank, rank_score
 
 # Rows per GEMV: 64 MB of features of the base model.
-_BLOCK = 1 << 16
+_BLOCK_ROWS = 1 << 16
 # Pixels of a picture in a sheet.
-_SIDE = 320
+_THUMBNAIL = 320
 
 
 class Hit(NamedTuple):
-    """A result: cosine `similarity`, probability `match` and picture where the fusion encoder scored it."""
+    """An image; `match` and `image` are None unless the fusion encoder scored it."""
 
     location: str
-    similarity: float
-    match: float | None
+    similarity: float  # cosine
+    match: float | None  # probability
     entry: Entry
     image: Image.Image | None
-    # Hits are sorted by it.
-    score: float
+    score: float  # the order of hits
 
 
-class Found(NamedTuple):
-    """Hits, best first, and the reasons why indexed images can no longer be read."""
+class SearchResult(NamedTuple):
+    """Hits, best first, and the reasons why indexed images cannot be read any more."""
 
     hits: list[Hit]
     lost: dict[str, str]
@@ -55,7 +54,7 @@ def search(
     candidates: int = 64,
     batch_size: int = 16,
     rank: Rank | None = None,
-) -> Found:
+) -> SearchResult:
     """Find the images that a text describes, or that are similar to an image.
 
     The features of all images are compared. The fusion encoder then scores the nearest `candidates` together with the
@@ -91,9 +90,8 @@ def search(
         )
     with torch.no_grad():
         if isinstance(query, Path):
-            features = xfm.project_image(
-                xfm.encode_image(image_pixels([query], xfm.config, xfm.device))
-            )
+            pixels = image_pixels([query], xfm.config, xfm.device)
+            features = xfm.project_image(xfm.encode_image(pixels))
         else:
             input_ids, mask = text_tokens([query], model.tokenizer, xfm.config, xfm.device)
             features = xfm.project_text(xfm.encode_text(input_ids, mask))
@@ -103,13 +101,13 @@ def search(
         raise DataError(
             f"{index.folder} holds features that are not finite; delete it and index again"
         )
-    entries = [index.entries[row] for row in rows.tolist()]
-    hits = [
-        Hit(index.collection.location(entry), similarity, None, entry, None, similarity)
-        for entry, similarity in zip(entries, similarities.tolist(), strict=True)
-    ]
+    hits = []
+    for row, similarity in zip(rows.tolist(), similarities.tolist(), strict=True):
+        entry = index.entries[row]
+        location = index.collection.location(entry)
+        hits.append(Hit(location, similarity, None, entry, None, similarity))
     if text is None:
-        return Found(sorted(hits, key=_order), {})
+        return SearchResult(sorted(hits, key=_order), {})
     opened, lost = [], {}
     for hit in hits[:candidates]:
         try:
@@ -124,38 +122,35 @@ def search(
         hit._replace(match=match, score=score)
         for hit, match, score in zip(opened, matches.tolist(), scores.tolist(), strict=True)
     ]
-    # Images that were not scored come after the scored ones.
-    return Found((sorted(scored, key=_order) + sorted(hits[candidates:], key=_order))[:top], lost)
+    unscored = sorted(hits[candidates:], key=_order)
+    return SearchResult([*sorted(scored, key=_order), *unscored][:top], lost)
 
 
 def nearest(features: np.ndarray, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Indices and values of the `k` largest dot products of rows of `features` `[I, E]` with `query` `[E]`, sorted."""
+    """Return indices and values of the `k` largest dot products of `features` `[I, E]` with `query` `[E]`, sorted."""
     rows, best = torch.empty(0, dtype=torch.long), torch.empty(0)
-    for start in range(0, len(features), _BLOCK):
-        found = torch.from_numpy(features[start : start + _BLOCK] @ query.numpy())
-        values, places = found.topk(min(k, len(found)))
+    for start in range(0, len(features), _BLOCK_ROWS):
+        products = torch.from_numpy(features[start : start + _BLOCK_ROWS] @ query.numpy())
+        values, indices = products.topk(min(k, len(products)))
         values, order = torch.cat([best, values]).sort(descending=True, stable=True)
-        best, rows = values[:k], torch.cat([rows, places + start])[order][:k]
+        best, rows = values[:k], torch.cat([rows, indices + start])[order][:k]
     return rows, best
 
 
 def match_images(
     opened: SearchModel, images: Sequence[Image.Image], text: str, batch_size: int
 ) -> Tensor:
-    """Logits `[I, 2]` of the matching head for the text with each image; the text is encoded once."""
+    """Compute the matching head's logits `[I, 2]` of the text with each image; the text is encoded once."""
     model: Any = opened.model
     logits = [torch.empty(0, 2)]
     with torch.no_grad():
         input_ids, mask = text_tokens([text], opened.tokenizer, model.config, model.device)
         embeds = model.encode_text(input_ids, mask)
         for batch in batches(images, batch_size):
-            memory = model.image_memory(
-                model.encode_image(image_pixels(batch, model.config, model.device))
-            )
-            count = len(batch)
-            fused = model.fuse(
-                embeds.expand(count, -1, -1), mask.expand(count, -1), memory, first_token_only=True
-            )
+            pixels = image_pixels(batch, model.config, model.device)
+            memory = model.image_memory(model.encode_image(pixels))
+            texts, masks = embeds.expand(len(batch), -1, -1), mask.expand(len(batch), -1)
+            fused = model.fuse(texts, masks, memory, first_token_only=True)
             logits.append(model.match_logits(fused).float().cpu())
     return torch.cat(logits)
 
@@ -165,13 +160,15 @@ def _order(hit: Hit) -> tuple[float, float, str]:
 
 
 @explain_types
-def write_sheet(path: str | Path, query: str | Path, found: Found, index: SearchIndex) -> Path:
+def write_sheet(
+    path: str | Path, query: str | Path, result: SearchResult, index: SearchIndex
+) -> Path:
     """Write a contact sheet: a self-contained page of the hits with their pictures and scores.
 
     Args:
         path: of an `.html` file.
         query: of the search.
-        found: the result of `search`.
+        result: of `search`.
         index: that was searched.
 
     Raises:
@@ -180,31 +177,37 @@ def write_sheet(path: str | Path, query: str | Path, found: Found, index: Search
     """
     path = Path(path)
     if path.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"{path}: a contact sheet is a page; name it .html")
+        raise InputError(f"{path}: a contact sheet is an HTML page; name it .html")
     with needs("cli"):
         import jinja2
     loader = jinja2.PackageLoader(__package__ or "", "templates")
     templates = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    warning = None
+    if index.model.random:
+        warning = f"The weights are random ({index.model}), so this order means nothing."
     page = templates.get_template("sheet.html").render(
         title=query.name if isinstance(query, Path) else query,
-        cells=[{"hit": hit, "image": _thumbnail(hit, index)} for hit in found.hits],
-        warning=f"The weights are random ({index.model}), so this order means nothing." if index.model.random else None,
-        searched=len(index.entries), where=str(index.path), model=str(index.model), lost=found.lost,
-    )  # fmt: skip
+        cells=[{"hit": hit, "image": _thumbnail(hit, index)} for hit in result.hits],
+        warning=warning,
+        searched=len(index.entries),
+        where=str(index.path),
+        model=str(index.model),
+        lost=result.lost,
+    )
     make_folder(path.parent)
     write_bytes({path: page.encode("utf-8", "replace")})
     return path
 
 
 def _thumbnail(hit: Hit, index: SearchIndex) -> str | None:
-    """A data URL; None for an image that is gone since it was indexed."""
+    """Encode a picture as a data URL; None if it has disappeared since it was indexed."""
     try:
         image = (hit.image or index.load(hit.entry)).copy()
     except DataError:
         return None
-    image.thumbnail((_SIDE, _SIDE))
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=82)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

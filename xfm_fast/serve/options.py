@@ -18,8 +18,8 @@ class SourceOptions(Source):
     """The served model.
 
     Attributes:
-        runtime: Library that runs an export. AOTInductor packages run code when they load: aoti, for packages that you
-            trust.
+        runtime: Library that runs an export. Packages run code when they load: name their runtime, for packages that
+            you trust.
         rank: Score of a text with an image: match of the fusion encoder, similarity of features, or sum (match logit +
             similarity). [the run's own, else match]
         name: The model's name in requests and responses. [that of its folder]
@@ -72,12 +72,12 @@ class ServiceOptions:
 
     @property
     def loopback(self) -> bool:
-        """Whether only this machine reaches the service."""
+        """The service listens on this machine only."""
         return is_loopback(self.host)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine."""
+    """Return whether a host is this machine."""
     try:
         return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

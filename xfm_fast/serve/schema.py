@@ -20,14 +20,14 @@ _EXAMPLE_IMAGE: Any = {"image": "data:image/jpeg;base64,..."}
 class Item(BaseModel):
     """A text, or an image as a data URL, base64 or, with `--allow-urls`, a URL.
 
-    A message with one part is read, too: `{"content": [{"type": "image_url", "image_url": {"url": "..."}}]}`.
+    A message with one block is accepted, too: `{"content": [{"type": "image_url", "image_url": {"url": "..."}}]}`.
     """
 
     text: str | None = None
     image: str | None = Field(None, description="data:image/jpeg;base64,..., or base64")
 
     @model_validator(mode="after")
-    def _one(self) -> Item:
+    def _check_one(self) -> Item:
         if (self.text is None) == (self.image is None):
             raise ValueError(
                 'give either {"text": "..."} or {"image": "data:image/jpeg;base64,..."}'
@@ -52,17 +52,19 @@ def _as_list(value: Any) -> Any:
     return value
 
 
-def _few(value: Any) -> Any:
-    most = MAX_INPUTS.get()
-    if isinstance(value, list) and len(value) > most:
+def _check_length(value: Any) -> Any:
+    limit = MAX_INPUTS.get()
+    if isinstance(value, list) and len(value) > limit:
         raise ValueError(
-            f"has {len(value):,} items, over the limit of {most:,} (--max-inputs); send fewer"
+            f"has {len(value):,} items, over the limit of {limit:,} (--max-inputs); send fewer"
         )
     return value
 
 
 TextOrImage = Annotated[Item, BeforeValidator(_as_item, json_schema_input_type=str | Item)]
-Items = Annotated[list[TextOrImage], Field(min_length=1, fail_fast=True), BeforeValidator(_few)]
+Items = Annotated[
+    list[TextOrImage], Field(min_length=1, fail_fast=True), BeforeValidator(_check_length)
+]
 OneOrMore = Annotated[Items, BeforeValidator(_as_list, json_schema_input_type=TextOrImage | Items)]
 
 
@@ -75,7 +77,7 @@ class Body(BaseModel):
 
 
 class RerankRequest(Body):
-    """Documents, all texts or all images, to be ordered by their relevance to a query."""
+    """Documents, all texts or all images, to order by their relevance to a query."""
 
     query: TextOrImage = Field(examples=["a dog on a beach"])
     documents: Items = Field(examples=[[_EXAMPLE_IMAGE]])
@@ -84,7 +86,7 @@ class RerankRequest(Body):
 
 
 class EmbeddingsRequest(Body):
-    """Texts and images to be embedded."""
+    """Texts and images to embed."""
 
     input: OneOrMore = Field(examples=[["a dog", _EXAMPLE_IMAGE]])
     encoding_format: Literal["float", "base64"] = "float"
@@ -94,7 +96,7 @@ class EmbeddingsRequest(Body):
 
 
 class ScoreRequest(Body):
-    """Pairs to be scored: one with each of the others, or as many with as many."""
+    """Pairs to score: one item against many, or two lists of equal length elementwise."""
 
     text_1: OneOrMore = Field(
         validation_alias=AliasChoices("text_1", "data_1", "queries"), examples=["a dog"]
@@ -113,9 +115,9 @@ class Answer(BaseModel):
     object: Literal["list"] = "list"
     usage: dict[str, int] = Field(description="text tokens and image patches of the request")
     truncated: list[str] | None = Field(
-        None, description="texts of which the model reads only the first words; their number is in the header "
-        "x-truncated-inputs",
-    )  # fmt: skip
+        None,
+        description="texts that were truncated; the header x-truncated-inputs has their number",
+    )
     warning: str | None = Field(
         None, description="present where the weights are random and results mean nothing"
     )
@@ -188,9 +190,12 @@ class Problem(HTTPException):
     """An error response: status, and a detail that names the thing, its value and the remedy."""
 
     def response(self) -> JSONResponse:
-        """The response in the format of `ErrorAnswer`."""
-        kind = _ERROR_TYPES.get(self.status_code, "invalid_request_error")
-        error = {"message": self.detail, "type": kind, "param": None, "code": self.status_code}
-        return JSONResponse(
-            {"error": error, "message": self.detail}, self.status_code, self.headers
-        )
+        """Make the response in the format of `ErrorAnswer`."""
+        error = {
+            "message": self.detail,
+            "type": _ERROR_TYPES.get(self.status_code, "invalid_request_error"),
+            "param": None,
+            "code": self.status_code,
+        }
+        content = {"error": error, "message": self.detail}
+        return JSONResponse(content, self.status_code, self.headers)

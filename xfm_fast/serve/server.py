@@ -18,18 +18,20 @@ from xfm_fast.serve.app import Service
 from xfm_fast.serve.model import ServedModel, load
 from xfm_fast.serve.options import ServiceOptions, SourceOptions
 
-_MOST_CONNECTIONS = 512
-# Connections that wait to be accepted, and those that asyncio accepts before it reads from any of them: few beside
-# `_MOST_CONNECTIONS`, so that none is ended before what it has sent is read.
+_CONNECTION_LIMIT = 512
+# Connections that wait to be accepted, and those that asyncio accepts before it reads from any: far fewer than
+# `_CONNECTION_LIMIT`, so that no connection is ended before its first bytes are read.
 _BACKLOG, _ACCEPTED = 2048, 64
-_SYSTEM_BYTES = 1 << 18
-# Seconds for a head, from the connection or its first byte, and for the rest of a body that was refused.
+_SOCKET_BUFFER = 1 << 18
+# Seconds for a head, from the connection or its first byte, and for the rest of a refused body.
 _HEAD_SECONDS = 10.0
 
 
 def run(
-    source: SourceOptions, options: ServiceOptions, loaded: Callable[[ServedModel, socket.socket], None]
-) -> None:  # fmt: skip
+    source: SourceOptions,
+    options: ServiceOptions,
+    loaded: Callable[[ServedModel, socket.socket], None],
+) -> None:
     """Load a model and serve it until SIGTERM; `loaded` is called before the first request."""
     model = load(None, source, options.cache_mb << 20)
     model.warm_up()
@@ -41,7 +43,7 @@ def run(
 
 
 def listen(options: ServiceOptions) -> socket.socket:
-    """A listening socket; raises `UnavailableError` where the address is taken or unknown."""
+    """Open a listening socket; raises `UnavailableError` if the address is taken or unknown."""
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
         sock = socket.create_server((options.host, options.port), family=family, backlog=_BACKLOG)
@@ -50,13 +52,13 @@ def listen(options: ServiceOptions) -> socket.socket:
             f"cannot listen on --host {options.host} --port {options.port} ({error.strerror or error}); choose others"
         ) from None
     for direction in (socket.SO_RCVBUF, socket.SO_SNDBUF):
-        # Of each connection: the system would hold megabytes that no ledger counts.
-        sock.setsockopt(socket.SOL_SOCKET, direction, _SYSTEM_BYTES)
+        # For each connection; by default the system holds megabytes that the ledger does not count.
+        sock.setsockopt(socket.SOL_SOCKET, direction, _SOCKET_BUFFER)
     return sock
 
 
 def address(sock: socket.socket) -> str:
-    """The URL of a service for clients on this machine."""
+    """Return the URL of a service for clients on this machine."""
     name = sock.getsockname()
     host, port = str(name[0]), name[1]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
@@ -64,26 +66,36 @@ def address(sock: socket.socket) -> str:
 
 
 class Connection(H11Protocol):
-    """HTTP/1.1 of uvicorn with deadlines for heads and unread answers, and a bound that keeps nobody out.
+    """uvicorn's HTTP/1.1 with deadlines for heads and unread answers, and a limit of open connections.
 
-    The deadline of a body is the application's. Where `most` others are open, a new connection ends the one that has
+    The application sets the deadline of a body. Above `limit` open connections, a new one ends the connection that has
     waited the longest for its client: to send a request, or to read an answer.
     """
 
-    def __init__(self, *arguments: Any, seconds: float, most: int, **more: Any) -> None:
-        super().__init__(*arguments, **more)
+    def __init__(self, *args: Any, seconds: float, limit: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.since, self.waits_for = self.loop.time(), ""
-        self._most, self._timer = most, None
+        self._limit, self._timer = limit, None
         self._seconds = {"head": min(_HEAD_SECONDS, seconds), "reader": seconds}
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # The application waits, and counts what it holds, until all of an answer is with the system.
+        # An answer counts in the ledger until all of it has left the process.
         transport.set_write_buffer_limits(0)
-        opened: Any = [each for each in self.connections if not each.transport.is_closing()]
-        if len(opened) > self._most:
-            waiting = (each for each in opened if each.waits_for != "answer" and each is not self)
-            min(waiting, key=lambda each: each.since, default=self).transport.abort()
+        connections: list[Any] = [
+            connection for connection in self.connections if not connection.transport.is_closing()
+        ]
+        if len(connections) > self._limit:
+            oldest: Any = min(
+                (
+                    connection
+                    for connection in connections
+                    if connection.waits_for != "answer" and connection is not self
+                ),
+                key=lambda connection: connection.since,
+                default=self,
+            )
+            oldest.transport.abort()
         self._watch()
 
     def data_received(self, data: bytes) -> None:
@@ -108,7 +120,7 @@ class Connection(H11Protocol):
             self._timer.cancel()
 
     def _watch(self) -> None:
-        """Begin the deadline of what the connection waits for, where that has changed."""
+        """Start the deadline of what the connection waits for, if that has changed."""
         if self.flow.write_paused:
             waits_for = "reader"
         elif self.cycle is not None and not self.cycle.response_complete:
@@ -121,48 +133,54 @@ class Connection(H11Protocol):
         self.since, self.waits_for = self.loop.time(), waits_for
         if self._timer is not None:
             self._timer.cancel()
-        seconds = self._seconds.get(waits_for)
-        self._timer = (
-            None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
-        )
+        self._timer = None
+        if waits_for in self._seconds:
+            self._timer = self.loop.call_later(self._seconds[waits_for], self.transport.abort)
 
 
 class Server(uvicorn.Server):
-    """Serves until SIGTERM, SIGINT or SIGHUP, then finishes the requests in flight and returns."""
+    """A server that runs until SIGTERM, SIGINT or SIGHUP and then finishes the requests in flight."""
 
     def __init__(self, service: Service) -> None:
         seconds = service.options.timeout
-        # Those whose answer is computed are at most `max_queue`, so that one that waits is always there to end.
-        most = _MOST_CONNECTIONS + service.options.max_queue
-        protocol: Any = partial(Connection, seconds=seconds, most=most)
+        # At most `max_queue` connections wait for an answer, so that another one can always be ended.
+        limit = _CONNECTION_LIMIT + service.options.max_queue
+        protocol: Any = partial(Connection, seconds=seconds, limit=limit)
         super().__init__(
             uvicorn.Config(
-                service.app, http=protocol, ws="none", lifespan="off", log_config=None, log_level="warning",
-                access_log=False, proxy_headers=False, server_header=False, backlog=_ACCEPTED,
-                timeout_keep_alive=30, timeout_graceful_shutdown=int(seconds) + 1,
+                service.app,
+                http=protocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                backlog=_ACCEPTED,
+                timeout_keep_alive=30,
+                timeout_graceful_shutdown=int(seconds) + 1,
             )
-        )  # fmt: skip
+        )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for sock in sockets or ():
-            # asyncio has set both numbers to one.
+            # asyncio uses `backlog` for both.
             sock.listen(_BACKLOG)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Like uvicorn's, with SIGHUP, but a process that ended gracefully after a signal returns 0."""
-        main = threading.current_thread() is threading.main_thread()
-        signals = [
-            getattr(signal, name)
-            for name in ("SIGINT", "SIGTERM", "SIGHUP")
-            if hasattr(signal, name)
-        ]
-        # `nohup` ignores SIGHUP.
-        signals = [each for each in signals if main and signal.getsignal(each) != signal.SIG_IGN]
-        earlier = {each: signal.signal(each, self.handle_exit) for each in signals}
+        """Handle signals like uvicorn, SIGHUP too, but exit with 0 after a graceful end."""
+        earlier = {}
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                code = getattr(signal, name, None)
+                # `nohup` ignores SIGHUP.
+                if code is not None and signal.getsignal(code) != signal.SIG_IGN:
+                    earlier[code] = signal.signal(code, self.handle_exit)
         try:
             yield
         finally:
-            for each, handler in earlier.items():
-                signal.signal(each, handler)
+            for code, handler in earlier.items():
+                signal.signal(code, handler)

@@ -126,7 +126,7 @@ class CaptioningModel(CaptionsByDecoder, DecoderModel):
             mask,
             self.decoder_memory(pixels),
             groups,
-            given=prompt_length,
+            prompt_tokens=prompt_length,
             label_smoothing=label_smoothing,
         )
 

@@ -25,7 +25,6 @@ from xfm_fast.data.annotations import (
     ARRAY,
     Annotation,
     AnnotationRows,
-    Elements,
     Identity,
     Text,
     array_of,
@@ -182,7 +181,7 @@ def grounding_rows(paths: Paths) -> list[AnnotationRows[GroundingRecord]]:
         fields.pop("segmentation", None)
         return fields
 
-    arrays: list[Elements] = []
+    arrays: list[AnnotationRows[Any]] = []
     refs: list[Path] = []
     instances: list[tuple[Path, Any]] = []
     for path in find_files(paths):
@@ -193,7 +192,7 @@ def grounding_rows(paths: Paths) -> list[AnnotationRows[GroundingRecord]]:
         if isinstance(content, dict):
             instances.append((path, content))
         else:
-            arrays.append(Elements(str(path), array_of(path, content)))
+            arrays.append(AnnotationRows(str(path), array_of(path, content)))
     if len(refs) != len(instances) or len(refs) > 1:
         files = ", ".join(map(str, [*refs, *(path for path, _ in instances)]))
         raise DataError(
@@ -280,7 +279,7 @@ class Refer:
             "height": height,
         }
 
-    def elements(self) -> Elements:
+    def elements(self) -> AnnotationRows[Any]:
         """Every sentence of every reference."""
         texts = [
             (identity, *each)
@@ -291,15 +290,15 @@ class Refer:
             self.join(identity, {"text": text, "ref_id": identity}) for identity, _, text in texts
         ]
         labels = [f"ref_id {identity}, sentence {number}" for identity, number, _ in texts]
-        return Elements(str(self.files[0]), values, labels, others=self.files[1:])
+        return AnnotationRows(self.files[0], values, labels=labels, sources=self.files[1:])
 
-    def join_all(self, elements: Elements) -> Elements:
+    def join_all(self, elements: AnnotationRows[Any]) -> AnnotationRows[Any]:
         """Official elements, joined by their `ref_id`."""
         values = [
             self.join(each["ref_id"], each) if isinstance(each, dict) and "ref_id" in each else each
-            for each in elements.values
+            for each in elements.elements
         ]
-        return elements._replace(values=values, others=self.files)
+        return AnnotationRows(elements.name, values, labels=elements.labels, sources=self.files)
 
 
 class CaptionedRegions(RegionOptions):

@@ -20,7 +20,6 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import (
     Annotation,
     AnnotationRows,
-    Elements,
     Text,
     as_rows,
     read_array,
@@ -145,15 +144,16 @@ def nlvr2_rows(paths: Paths) -> list[AnnotationRows[NLVR2Record]]:
     `directory`; STEM is the identifier without its last number.
     """
 
-    def elements(path: Path) -> Elements:
+    def elements(path: Path) -> AnnotationRows[Any]:
         with open_file(path) as file:
             holds_lines = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
         if not holds_lines:
-            return Elements(str(path), read_array(path))
+            return AnnotationRows(path, read_array(path))
         found = read_lines(path)
-        return found._replace(
-            values=[_statement(each) if isinstance(each, dict) else each for each in found.values]
-        )
+        found.elements = [
+            _statement(each) if isinstance(each, dict) else each for each in found.elements
+        ]
+        return found
 
     return as_rows(map(elements, find_files(paths)), NLVR2Record)
 

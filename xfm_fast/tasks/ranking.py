@@ -2,7 +2,7 @@
 
 Images are decoded and encoded once across captions and requests, and cached. Pairs of concurrent requests run image by
 image within a token budget, without duplicates. The model is an `XFM` (`ModelRanks`) or an export
-(`xfm_fast.export.session.SessionRanks`).
+(`xfm_fast.export.session.tasks.SessionRanks`).
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from xfm_fast.checkpoint.files import model_folder
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import AnnotationRows, RetrievalRecord, RetrievalTestRecord
 from xfm_fast.data.collection import retrieval_rows, retrieval_test_rows
-from xfm_fast.data.texts import EncodedText
+from xfm_fast.data.masking import EncodedText
 from xfm_fast.errors import DataError, InputError, explain_types
 from xfm_fast.io import make_folder
 from xfm_fast.memory import create_mapped, open_mapped

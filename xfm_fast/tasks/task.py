@@ -302,7 +302,7 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
         if names not in self._held_out:
             mask = held_out(len(names), contents_of([*names], self.images), self.hold_out)
             self._held_out[names] = {*compress(names, mask)}
-        return [each.of_images(self._held_out[names], others=not held) for each in files]
+        return [each.about(self._held_out[names], inverted=not held) for each in files]
 
     def records(self, paths: Sequence[Path], split: str) -> list[RecordT]:
         """Evaluation records; a broken one or a missing image raises `DataError`."""

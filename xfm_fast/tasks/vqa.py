@@ -25,7 +25,6 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import (
     Annotation,
     AnnotationRows,
-    Elements,
     Identity,
     Text,
     Texts,
@@ -341,7 +340,7 @@ def vqa_rows(paths: Paths) -> list[AnnotationRows[VQARecord]]:
             documents.append((path, content))
         else:
             known = "an array of objects, or VQA v2's {questions} or {annotations}"
-            arrays.append(Elements(str(path), array_of(path, content, known)))
+            arrays.append(AnnotationRows(str(path), array_of(path, content, known)))
     rows = as_rows(arrays + (_vqa_elements(documents) if documents else []), VQARecord)
     for each in rows:
         # Empty answers are dropped (the official code trains on them).
@@ -364,8 +363,8 @@ def _empty_answers(element: Any) -> list[str]:
     return [text for text in texts if isinstance(text, str) and not text.strip()]
 
 
-def _vqa_elements(documents: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[Elements]:
-    """VQA v2 questions joined with their annotations, one `Elements` per question file."""
+def _vqa_elements(documents: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[AnnotationRows[Any]]:
+    """VQA v2 questions joined with their annotations, one for each question file."""
     annotations: dict[Any, Mapping[str, Any]] = {}
     annotated = {
         path: content.get("data_subtype") for path, content in documents if "annotations" in content
@@ -386,7 +385,7 @@ def _vqa_elements(documents: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[E
                 else each
                 for each in array_of(path, content["questions"])
             ]
-            found.append(Elements(str(path), values, others=tuple(annotated)))
+            found.append(AnnotationRows(path, values, sources=tuple(annotated)))
     if not found:
         raise DataError(f"{documents[0][0]} holds only annotations; give their questions file too")
     return found

@@ -5,10 +5,11 @@ A checkpoint is a folder `step-00001000`, written under a temporary name, flushe
 * `state.json`: step, position in every stream, loss scale, optimizer hyper-parameters, recipe;
 * `model/`: a `save_pretrained` folder;
 * `training.safetensors`: optimizer state, weight average, random state of every process;
-* `manifest.json`: size and SHA-256 of the other files.
+* `manifest.json`: size and SHA-256 of these files.
 
-The first process gathers FSDP shards, so DDP and FSDP write the same files. Loader workers have no state: a batch is a
-function of its index. Loading executes nothing from the folder. The manifest detects damage, not tampering.
+The first process gathers FSDP shards, so DDP and FSDP write the same files. Loader workers have no
+state: a batch is a function of its index. Loading executes nothing from the folder. The manifest
+detects damage, not tampering.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _PREFIX = "step-"
 
 @dataclass
 class Progress:
-    """Mutable state of a run except random states; `batches` counts micro-batches read per process and stream."""
+    """Mutable state of a run without random states; `batches` counts micro-batches per process and stream."""
 
     model: XFM
     optimizer: Optimizer
@@ -104,22 +105,19 @@ def save(
     final = folder / f"{_PREFIX}{progress.step:08d}"
     temporary = folder / f".{final.name}.tmp"
     random_states = processes.gather(random_state(processes.device))
-    kernels = processes.gather(_chosen_kernels())
+    kernels = processes.gather(_selected_kernels())
     groups = _group_names(progress.model, progress.optimizer)
     names = [name for group in groups for name in group]
-    # Optimizer state by the name of its parameter; what is no tensor goes into `state.json`.
+    # Optimizer state by the name of its parameter; numbers go into `state.json`.
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for index, entries in progress.optimizer.state_dict()["state"].items():
         for key, value in entries.items():
-            (tensors if isinstance(value, Tensor) else numbers)[
-                f"optimizer/{names[index]}/{key}"
-            ] = value
+            values = tensors if isinstance(value, Tensor) else numbers
+            values[f"optimizer/{names[index]}/{key}"] = value
     tensors |= {f"average/{name}": tensor for name, tensor in progress.average.items()}
-    tensors, whole = (
-        _gather_shards(tensors, processes),
-        _gather_shards(progress.model.state_dict(), processes),
-    )
+    tensors = _gather_shards(tensors, processes)
+    weights = _gather_shards(progress.model.state_dict(), processes)
     for rank, state in enumerate(random_states):
         tensors |= {f"random/{rank}/{name}": tensor for name, tensor in state.items()}
     state = {
@@ -138,13 +136,14 @@ def save(
         for stale in folder.glob(f".{_PREFIX}*"):
             shutil.rmtree(stale)
         temporary.mkdir()
+        content = json.dumps(state, indent=1).encode()
         write_files(
             {
                 temporary / TENSORS: lambda file: write_safetensors(file, tensors),
-                temporary / STATE: lambda file: file.write(json.dumps(state, indent=1).encode()),
+                temporary / STATE: lambda file: file.write(content),
             }
         )
-        save_pretrained(whole, progress.model.config, temporary / MODEL)
+        save_pretrained(weights, progress.model.config, temporary / MODEL)
         _seal(temporary)
         if final.exists():
             final.rename(folder / f".{final.name}.old")
@@ -159,11 +158,11 @@ def save(
         reason = getattr(error, "strerror", None) or str(error)
         raise StorageError(
             f"the checkpoint of step {progress.step} could not be written to {folder} ({reason}); earlier checkpoints "
-            "are as they were: free space or set checkpoint.folder, then start the run again"
+            "are unchanged: free space or set checkpoint.folder, then start the run again"
         ) from error
     if processes.first:
         for path in [*_steps(folder)][keep:]:
-            # A deletion that is interrupted must not look like a damaged checkpoint.
+            # An interrupted deletion must not look like a damaged checkpoint.
             with suppress(OSError):
                 path.rename(folder / f".{path.name}.old")
         for old in folder.glob(f".{_PREFIX}*.old"):
@@ -171,59 +170,59 @@ def save(
     return final
 
 
-def note_kernels(progress: Progress, folder: Path, processes: Processes) -> None:
-    """Record CPU kernels chosen by timing, so that a run killed early repeats exactly; collective."""
+def record_kernels(progress: Progress, folder: Path, processes: Processes) -> None:
+    """Record the CPU kernels chosen by timing, so that a run killed early repeats exactly; collective."""
     if progress.step != 1:
         return
-    kernels = processes.gather(_chosen_kernels())
+    kernels = processes.gather(_selected_kernels())
     if processes.first and any(kernels):
         write_bytes({folder / KERNELS: json.dumps(kernels).encode()})
 
 
-def settle_kernels(folder: Path, processes: Processes) -> None:
-    """Use the kernels recorded by `note_kernels`, if for as many processes."""
+def restore_kernels(folder: Path, processes: Processes) -> None:
+    """Select the kernels of `record_kernels`, if it recorded as many processes."""
     try:
-        noted = TypeAdapter(_Kernels).validate_python(read_json(folder / KERNELS))
+        kernels = TypeAdapter(_Kernels).validate_python(read_json(folder / KERNELS))
     except (OSError, ValueError):
         # Ignore damaged choices and time the kernels again.
         return
-    if len(noted) == processes.world_size:
-        _settle(noted[processes.rank])
+    if len(kernels) == processes.world_size:
+        _select_kernels(kernels[processes.rank])
 
 
-def _chosen_kernels() -> list[list[str]]:
+def _selected_kernels() -> list[list[str]]:
     return [
-        [each.operation, str(each.dtype).removeprefix("torch."), each.chosen]
-        for each in selections()
+        [selection.operation, str(selection.dtype).removeprefix("torch."), selection.chosen]
+        for selection in selections()
     ]
 
 
-def _settle(kernels: Iterable[Sequence[str]]) -> None:
-    for operation, dtype, chosen in kernels:
-        set_choice(operation, getattr(torch, dtype), chosen)
+def _select_kernels(kernels: Iterable[Sequence[str]]) -> None:
+    for operation, dtype, kernel in kernels:
+        set_choice(operation, getattr(torch, dtype), kernel)
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """Newest valid checkpoint; None if there are none, `CheckpointError` if all are damaged."""
+    """Return the newest valid checkpoint, or None; raises `CheckpointError` if all are damaged."""
     rejected: list[str] = []
     for path in _steps(folder):
         fault = _fault(path)
         if fault is None:
             try:
                 return Checkpoint(path, read_state(path), tuple(rejected))
-            except _Later:
+            except _OtherVersion:
                 raise
             except CheckpointError as error:
                 fault = str(error)
         rejected.append(f"{path} is damaged: {fault}")
     if rejected:
         raise CheckpointError(
-            f"no checkpoint in {folder} is whole ({'; '.join(rejected)}); delete the folder to start over"
+            f"every checkpoint in {folder} is damaged ({'; '.join(rejected)}); delete the folder to start over"
         )
     return None
 
 
-class _Later(CheckpointError):
+class _OtherVersion(CheckpointError):
     """Checkpoint of another version."""
 
 
@@ -231,17 +230,10 @@ def read_state(path: Path) -> dict[str, Any]:
     """Read and validate `state.json`."""
     try:
         state = read_json(path / STATE)
-        if (
-            isinstance(state, dict)
-            and isinstance(written := state.get("format"), int)
-            and written > FORMAT_VERSION
-        ):
-            raise _Later(
-                f"{path} has format {written}, this version of xfm-fast reads up to {FORMAT_VERSION}; upgrade xfm-fast"
-            )
-        if isinstance(state, dict) and state.get("sharded"):
-            raise _Later(
-                f"{path} holds shards of FSDP, which this version cannot read; set another checkpoint.folder"
+        version = state.get("format") if isinstance(state, dict) else None
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise _OtherVersion(
+                f"{path} has format {version}, this version of xfm-fast reads up to {FORMAT_VERSION}; upgrade xfm-fast"
             )
         _State.model_validate_json(json.dumps(state))
         if path.name.startswith(_PREFIX) and state["step"] != _step(path):
@@ -255,7 +247,7 @@ def read_state(path: Path) -> dict[str, Any]:
     except ValueError as error:
         reason = str(error)
     raise CheckpointError(
-        f"{path / STATE} is no state of a run ({reason}); take another checkpoint"
+        f"{path / STATE} is not the state of a run ({reason}); take another checkpoint"
     )
 
 
@@ -275,60 +267,57 @@ def reading(path: Path) -> Iterator[None]:
         ValueError,
     ) as error:
         raise CheckpointError(
-            f"the parts of {path} do not fit each other ({type(error).__name__}: {error}); delete it to go on from an "
+            f"the files of {path} do not fit each other ({type(error).__name__}: {error}); delete it to resume from an "
             "earlier one, or set checkpoint.folder to a new folder"
         ) from error
 
 
 def load(checkpoint: Checkpoint, progress: Progress) -> None:
     """Restore `progress`, sharded or not, for any number of processes; random states are restored separately."""
-    model, path = progress.model, checkpoint.path
-    own = dict(model.state_dict())
-    wanted = {f"model/{name}": tensor for name, tensor in own.items()}
-    wanted |= {f"average/{name}": tensor for name, tensor in progress.average.items()}
-    weights = read_state_dict(path / MODEL / MODEL_FILE)
-    read = read_state_dict(path / TENSORS) | {
-        f"model/{name}": tensor for name, tensor in weights.items()
-    }
-    if not any(name.startswith("average/") for name in read):
-        # An average that the run did not have before begins now.
-        read |= {
-            f"average/{name}": read[f"model/{name}"]
-            for name in progress.average
-            if f"model/{name}" in read
-        }
-    if missing := [
-        name for name in wanted if name not in read or read[name].shape != wanted[name].shape
-    ]:
+    path = checkpoint.path
+    saved = read_state_dict(path / TENSORS)
+    for name, tensor in read_state_dict(path / MODEL / MODEL_FILE).items():
+        saved[f"model/{name}"] = tensor
+    if not any(name.startswith("average/") for name in saved):
+        # An average that the run did not have before starts now.
+        for name in progress.average:
+            if f"model/{name}" in saved:
+                saved[f"average/{name}"] = saved[f"model/{name}"]
+    targets = {f"model/{name}": tensor for name, tensor in progress.model.state_dict().items()}
+    targets |= {f"average/{name}": tensor for name, tensor in progress.average.items()}
+    misfits = [
+        name
+        for name, tensor in targets.items()
+        if name not in saved or saved[name].shape != tensor.shape
+    ]
+    if misfits:
         raise CheckpointError(
-            f"{path} does not fit this run: {', '.join(sorted(missing)[:5])} is missing or has another shape; set "
+            f"{path} does not fit this run: {', '.join(sorted(misfits)[:5])} is missing or has another shape; set "
             "checkpoint.folder to a new folder"
         )
     with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(_like(read[name], tensor))
+        for name, tensor in targets.items():
+            tensor.copy_(_like(saved[name], tensor))
     with reading(path):
-        _load_optimizer(progress, checkpoint, read)
+        _load_optimizer(progress, checkpoint, saved)
         progress.scaler.load_state_dict(checkpoint.state["scaler"])
     progress.step = checkpoint.state["step"]
     progress.batches = dict(checkpoint.state["batches"])
 
 
 def random_states(checkpoint: Checkpoint, processes: Processes) -> dict[str, Tensor] | None:
-    """Random state of this process, with its CPU kernel choices; None if the number of processes changed."""
+    """Return the random state of this process and select its CPU kernels; None if their number changed."""
     if checkpoint.state["world_size"] != processes.world_size:
         return None
     prefix = f"random/{processes.rank}/"
-    read = read_state_dict(checkpoint.path / TENSORS)
-    state = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in read.items()
-        if name.startswith(prefix)
-    }
+    state = {}
+    for name, tensor in read_state_dict(checkpoint.path / TENSORS).items():
+        if name.startswith(prefix):
+            state[name.removeprefix(prefix)] = tensor
     with reading(checkpoint.path):
         # Validate here, where a bad state is distinguishable from an error of the run.
         set_random_state(state, processes.device)
-        _settle(checkpoint.state["cpu_kernels"][processes.rank])
+        _select_kernels(checkpoint.state["cpu_kernels"][processes.rank])
     return state
 
 
@@ -339,7 +328,9 @@ def _group_names(model: XFM, optimizer: Optimizer) -> list[list[str]]:
     ]
 
 
-def _load_optimizer(progress: Progress, checkpoint: Checkpoint, read: Mapping[str, Tensor]) -> None:
+def _load_optimizer(
+    progress: Progress, checkpoint: Checkpoint, tensors: Mapping[str, Tensor]
+) -> None:
     groups = _group_names(progress.model, progress.optimizer)
     if groups != checkpoint.state["optimizer"]["groups"]:
         raise CheckpointError(
@@ -347,32 +338,29 @@ def _load_optimizer(progress: Progress, checkpoint: Checkpoint, read: Mapping[st
         )
     names = [name for group in groups for name in group]
     parameters = dict(progress.model.named_parameters())
-    entries: dict[int, dict[str, Any]] = {}
-    for source in (read, checkpoint.state["optimizer"]["numbers"]):
-        for name, value in source.items():
-            kind, _, rest = name.partition("/")
-            if kind == "optimizer":
-                parameter, _, key = rest.rpartition("/")
-                if isinstance(value, Tensor) and value.shape == parameters[parameter].shape:
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in (*tensors.items(), *checkpoint.state["optimizer"]["numbers"].items()):
+        if name.startswith("optimizer/"):
+            parameter, _, key = name.removeprefix("optimizer/").rpartition("/")
+            if isinstance(value, Tensor):
+                if value.shape == parameters[parameter].shape:
                     value = _like(value, parameters[parameter])
-                # The tensors of a file are views of it, and the optimizer writes into its own.
-                entries.setdefault(names.index(parameter), {})[key] = (
-                    value.clone() if isinstance(value, Tensor) else value
-                )
+                # Tensors of a file are views of it, and the optimizer writes into its state.
+                value = value.clone()
+            state.setdefault(names.index(parameter), {})[key] = value
     # Learning rates and the like come from the recipe, which the user may have changed on purpose.
-    progress.optimizer.load_state_dict(
-        {"state": entries, "param_groups": progress.optimizer.state_dict()["param_groups"]}
-    )
+    groups = progress.optimizer.state_dict()["param_groups"]
+    progress.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _gather_shards(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
-    """Full tensors on the first process in host memory; collective."""
-    found = {}
+    """Gather full tensors on the first process, shards in host memory; collective."""
+    gathered = {}
     for name, tensor in tensors.items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if processes.first:
-            found[name] = whole.cpu() if isinstance(tensor, DTensor) else whole
-    return found
+            gathered[name] = full.cpu() if isinstance(tensor, DTensor) else full
+    return gathered
 
 
 def _like(value: Tensor, target: Tensor) -> Tensor:
@@ -401,19 +389,19 @@ def _seal(folder: Path) -> None:
 
 
 def _fault(path: Path) -> str | None:
-    """Describe the damage; None if valid."""
+    """Describe the damage of a checkpoint; None if it is valid."""
     try:
         files = read_json(path / MANIFEST)["files"]
-        if foreign := [name for name in files if not all(map(is_plain_name, name.split("/")))]:
-            return f"{MANIFEST} lists {foreign[0]!r}, which is no file of this folder"
-        held = {
-            each.relative_to(path).as_posix() for each in path.rglob("*") if not each.is_dir()
-        } - {MANIFEST}
-        # A file that nobody vouches for would be read unseen, were it one of ours.
-        if unlisted := sorted(held - set(files)):
-            return f"{MANIFEST} does not list {unlisted[0]}"
-        if absent := {STATE, TENSORS} - set(files):
-            return f"{MANIFEST} does not list {min(absent)}"
+        for name in files:
+            if not all(map(is_plain_name, name.split("/"))):
+                return f"{MANIFEST} lists {name!r}, which is not a file of this folder"
+        # Unlisted files would be read unchecked.
+        present = {
+            file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()
+        }
+        unlisted = ((present | {STATE, TENSORS}) - {MANIFEST}) - set(files)
+        if unlisted:
+            return f"{MANIFEST} does not list {min(unlisted)}"
         for name, entry in files.items():
             size = (path / name).stat().st_size
             if size != entry["bytes"]:
@@ -429,9 +417,9 @@ def _fault(path: Path) -> str | None:
 
 
 def _steps(folder: Path) -> Iterator[Path]:
-    """Checkpoint folders, newest first."""
-    found = [path for path in folder.glob(f"{_PREFIX}*") if _step(path) is not None]
-    yield from sorted(found, key=lambda path: -(_step(path) or 0))
+    """Yield checkpoint folders, newest first."""
+    paths = [path for path in folder.glob(f"{_PREFIX}*") if _step(path) is not None]
+    yield from sorted(paths, key=lambda path: -(_step(path) or 0))
 
 
 def _step(path: Path) -> int | None:
@@ -447,16 +435,16 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def seed_everything(seed: int, *parts: int) -> None:
-    """Seed all generators from `seed` and e.g. rank and step."""
-    words = np.random.SeedSequence([seed, *parts]).generate_state(3, np.uint64)
+def seed_everything(seed: int, *counters: int) -> None:
+    """Seed all generators from `seed` and counters such as rank and step."""
+    words = np.random.SeedSequence([seed, *counters]).generate_state(3, np.uint64)
     random.seed(int(words[0]))
     np.random.seed(int(words[1] >> np.uint64(32)))
     torch.manual_seed(int(words[2] >> np.uint64(1)))
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Random state of the CPU and `device`."""
+    """Return the random state of the CPU and `device`."""
     version, numbers, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
@@ -485,8 +473,8 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"].clone(), device)
 
 
-def whole_state(model: XFM, average: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Full weights or their average, FSDP shards gathered; collective."""
+def full_state(model: XFM, average: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return the weights or their average, FSDP shards gathered; collective."""
     state = model.state_dict() | dict(average or {})
     return {
         name: value.full_tensor() if isinstance(value, DTensor) else value
@@ -494,7 +482,7 @@ def whole_state(model: XFM, average: Mapping[str, Tensor] | None = None) -> dict
     }
 
 
-def save_whole(
+def save_model(
     model: XFM,
     folder: Path,
     processes: Processes,
@@ -502,6 +490,6 @@ def save_whole(
     average: Mapping[str, Tensor] | None = None,
     files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """`save_pretrained` of a training model by the first process; collective."""
-    state = whole_state(model, average)
+    """Save the weights of a training model, or their average, as `save_pretrained`; collective."""
+    state = full_state(model, average)
     processes.from_first(lambda: save_pretrained(state, model.config, folder, files=files))

@@ -37,8 +37,8 @@ Losses = Callable[..., dict[str, Tensor]]
 """`losses(model, batch, losses=names)`, e.g. `pretraining_losses`."""
 
 _GROUPS = count()
-# The model calls these instead of `forward`, so wrappers must wrap them.
-_ENTRANCES: dict[type[nn.Module], tuple[str, ...]] = {
+# Methods that the model calls in place of `forward`; wrappers must wrap them.
+_METHODS: dict[type[nn.Module], tuple[str, ...]] = {
     Block: ("forward",),
     TransformerLayer: ("self_attention", "cross_attention", "feed_forward"),
     AttentionProjections: ("project_query", "project_memory"),
@@ -47,7 +47,7 @@ _ENTRANCES: dict[type[nn.Module], tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Processes:
-    """Process group as seen by one rank; `control` is the CPU group for flags and small objects (None: default)."""
+    """Process group as seen by one rank; `control` is the CPU group for small objects (None: default)."""
 
     rank: int = 0
     world_size: int = 1
@@ -56,11 +56,11 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """True on rank 0."""
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """True if the flag is set on any rank; collective."""
+        """Return whether the flag is set on any rank; collective."""
         if self.world_size == 1:
             return flag
         flags = torch.tensor([flag], dtype=torch.uint8)
@@ -68,7 +68,7 @@ class Processes:
         return bool(flags)
 
     def gather(self, value: T) -> list[T]:
-        """Value of every rank, in rank order; collective."""
+        """Gather the value of every rank, in rank order; collective."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -86,21 +86,22 @@ class Processes:
             failure, value = error, None
         if self.any(failure is not None):
             message = None if failure is None else str(failure) or type(failure).__name__
-            rank, reason = next(
-                (r, reason) for r, reason in enumerate(self.gather(message)) if reason is not None
+            reasons = self.gather(message)
+            rank = next(rank for rank, reason in enumerate(reasons) if reason is not None)
+            raise failure or XFMError(
+                f"process {rank} of {self.world_size} has failed: {reasons[rank]}"
             )
-            raise failure or XFMError(f"process {rank} of {self.world_size} has failed: {reason}")
         return cast("T", value)
 
     def mean_(self, tensor: Tensor) -> Tensor:
-        """Mean over ranks, in place."""
+        """Average over ranks, in place; collective."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
             tensor /= self.world_size
         return tensor
 
     def from_first(self, action: Callable[[], T]) -> T:
-        """Result of `action` run on the first rank only; its exception is raised on every rank."""
+        """Run `action` on the first rank; its result is returned, or its error raised, on every rank."""
         outcome: Any = (None, None)
         if self.first:
             try:
@@ -117,21 +118,23 @@ class Processes:
 
 @contextmanager
 def join_processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes]:
-    """The processes of this run; a group initialised by the caller is reused and left open."""
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if not (place := os.environ.get("LOCAL_RANK", "0")).isdecimal():
+    """Join the processes of this run; a group initialised by the caller is reused and left open."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    if not local_rank.isdecimal():
         raise UnavailableError(
-            f"LOCAL_RANK={place!r} is no number; start processes with torchrun, or unset LOCAL_RANK"
+            f"LOCAL_RANK={local_rank!r} is not a number; start processes with torchrun, or unset LOCAL_RANK"
         )
-    local = int(place)
-    if kind == "cuda":
-        if local >= torch.cuda.device_count():
+    target = torch.device("cpu")
+    if device == "cuda":
+        if int(local_rank) >= torch.cuda.device_count():
             raise UnavailableError(
-                f"process {local} of this machine has no GPU of its own: PyTorch finds {torch.cuda.device_count()}; "
+                f"process {local_rank} of this machine has no GPU: PyTorch finds {torch.cuda.device_count()}; "
                 "start as many processes as there are GPUs, or choose device=cpu"
             )
-        torch.cuda.set_device(local)
-    target = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+        target = torch.device("cuda", int(local_rank))
+        torch.cuda.set_device(target)
     started = not dist.is_initialized() and os.environ.get("WORLD_SIZE", "1") != "1"
     if started:
         try:
@@ -141,13 +144,13 @@ def join_processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes
                 f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but this process cannot join the others ({error}); start them "
                 "with torchrun, or unset WORLD_SIZE"
             ) from None
-        # Under a prefix of its own, for a second group must not find the addresses of the first one.
+        # Under a prefix, since a second group must not read the addresses of the first one.
         dist.init_process_group(
-            "nccl" if kind == "cuda" else "gloo",
+            "nccl" if device == "cuda" else "gloo",
             store=dist.PrefixStore(f"group {next(_GROUPS)}", store),
             rank=rank,
             world_size=world_size,
-            device_id=target if kind == "cuda" else None,
+            device_id=target if device == "cuda" else None,
         )
     try:
         if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -163,15 +166,15 @@ def join_processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes
 
 @cache
 def _rendezvous() -> tuple[dist.Store, int, int]:
-    """Store, rank and world size of the launched processes."""
+    """Return store, rank and world size of the launched processes."""
     return next(iter(rendezvous("env://")))
 
 
 def end_groups() -> None:
     """Destroy all process groups, leaking gloo groups on purpose.
 
-    The destructor of a gloo group joins its threads while it holds the GIL, and can deadlock with a thread that
-    releases tensors (PyTorch 2.13). A leaked reference keeps the destructor from running.
+    The destructor of a gloo group joins its threads while it holds the GIL, and can deadlock with a
+    thread that releases tensors (PyTorch 2.13). A leaked reference keeps the destructor from running.
     """
     for group, (backend, _) in dist.distributed_c10d._world.pg_map.items():
         if "gloo" in str(backend):
@@ -182,24 +185,29 @@ def end_groups() -> None:
 def run_layers(
     model: XFM, *, activation_checkpointing: bool = False, compiled: bool = False
 ) -> None:
-    """Enable activation checkpointing and `torch.compile` on all encoder layers in place, with unchanged results."""
+    """Enable activation checkpointing and `torch.compile` on all encoder layers, in place."""
+    if not (activation_checkpointing or compiled):
+        return
     for module in model.modules():
-        if not isinstance(module, (Block, TransformerLayer)):
-            continue
-        for name in _ENTRANCES[type(module)]:
-            method = getattr(module, name, None)
-            if name == "cross_attention" and not hasattr(module, "crossattention"):
-                continue
-            if compiled:
-                method = torch.compile(method)
-            if activation_checkpointing:
-                method = partial(checkpoint, method, use_reentrant=False)
-            if compiled or activation_checkpointing:
+        if isinstance(module, (Block, TransformerLayer)):
+            for name in _methods(module):
+                method = getattr(module, name)
+                if compiled:
+                    method = torch.compile(method)
+                if activation_checkpointing:
+                    method = partial(checkpoint, method, use_reentrant=False)
                 setattr(module, name, method)
 
 
+def _methods(module: nn.Module) -> list[str]:
+    """Return the methods of a layer to wrap."""
+    names = next(names for layer, names in _METHODS.items() if isinstance(module, layer))
+    crosses = hasattr(module, "crossattention")
+    return [name for name in names if crosses or name != "cross_attention"]
+
+
 def sum_of_losses(losses: Mapping[str, Tensor]) -> Tensor:
-    """The scalar to backpropagate."""
+    """Sum the losses to the scalar to backpropagate."""
     return torch.stack([*losses.values()]).sum()
 
 
@@ -217,17 +225,18 @@ class _LossSum(nn.Module):
 
 
 class ParallelModel:
-    """A model under DDP, FSDP2 or a single process; `module(batch, names)` is the sum of losses, and each detached.
+    """A model under DDP, FSDP2 or a single process.
 
-    Gradients are averaged only in the last backward pass of an update. FSDP2 gathers vision blocks when they run; other
-    encoders' layers stay gathered until the backward pass.
+    `module(batch, names)` returns the sum of losses, and the detached losses. Gradients are averaged
+    only in the last backward pass of an update. FSDP2 gathers vision blocks when they run; layers of the
+    other encoders stay gathered until the backward pass.
     """
 
     def __init__(
-        self, model: XFM, losses: Losses, processes: Processes, kind: Literal["ddp", "fsdp"]
+        self, model: XFM, losses: Losses, processes: Processes, method: Literal["ddp", "fsdp"]
     ) -> None:
         self.model = model
-        self.sharded = kind == "fsdp" and processes.world_size > 1
+        self.sharded = method == "fsdp" and processes.world_size > 1
         self._processes = processes
         # FSDP cannot shard a 0-dim tensor like the temperature.
         self._scalars = [p for p in model.parameters() if self.sharded and p.ndim == 0]
@@ -235,17 +244,19 @@ class ParallelModel:
         if self.sharded:
             _shard(module, processes, set(self._scalars))
         elif processes.world_size > 1:
-            # A batch of text leaves two encoders out, so what is unused has to be found out in every update.
+            # A batch of text leaves two encoders out, so unused parameters differ between updates.
             module = DistributedDataParallel(module, find_unused_parameters=True)
         self.module: nn.Module = module
 
     @contextmanager
     def synchronised(self, last: bool) -> Iterator[None]:
-        """Context of one forward and backward pass; only the `last` one of an update averages gradients."""
+        """Run one forward and backward pass; only the `last` one of an update averages gradients."""
+        context = nullcontext()
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_gradient_sync(last)
-        quiet = isinstance(self.module, DistributedDataParallel) and not last
-        with self.module.no_sync() if quiet else nullcontext():  # type: ignore[operator]
+        elif isinstance(self.module, DistributedDataParallel) and not last:
+            context = self.module.no_sync()
+        with context:
             yield
         if last:
             for scalar in self._scalars:
@@ -253,53 +264,48 @@ class ParallelModel:
                     self._processes.mean_(scalar.grad)
 
     def stepped(self) -> None:
-        """Call after each optimizer step."""
+        """Clear the cache after an optimizer step, where it cannot notice the change."""
         if self.sharded:
-            # FSDP writes gathered parameters without moving their version, by which cached tensors notice a change.
+            # FSDP writes gathered parameters without advancing the versions that the cache watches.
             caching.clear()
 
 
 def _shard(module: _LossSum, processes: Processes, replicated: set[nn.Parameter]) -> None:
-    # It warns of writing into what a layer returns, which no layer here does.
+    # It warns of writes into the outputs of a layer, which no layer here makes.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(processes.device.type, (processes.world_size,))
-    layers = [part for part in module.modules() if isinstance(part, TransformerLayer)]
+    blocks = [layer for layer in module.modules() if isinstance(layer, Block)]
+    layers = [layer for layer in module.modules() if isinstance(layer, TransformerLayer)]
     # A fusion layer's keys and values are computed long before the layer runs.
     early = [layer.crossattention.self for layer in layers if hasattr(layer, "crossattention")]
-    for part in [*early, *layers, *(part for part in module.modules() if isinstance(part, Block))]:
-        fully_shard(part, mesh=mesh, reshard_after_forward=isinstance(part, Block))
-        kind = next(kind for kind in _ENTRANCES if isinstance(part, kind))
-        for name in _ENTRANCES[kind]:
-            if name != "forward" and (name != "cross_attention" or hasattr(part, "crossattention")):
-                register_fsdp_forward_method(part, name)
+    for layer in [*early, *layers, *blocks]:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=isinstance(layer, Block))
+        for name in _methods(layer):
+            if name != "forward":
+                register_fsdp_forward_method(layer, name)
     fully_shard(module, mesh=mesh, reshard_after_forward=False, ignored_params=replicated)
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """Event set by the first SIGTERM, SIGINT or SIGHUP; a second signal acts as usual."""
+    """Yield an event that the first SIGTERM, SIGINT or SIGHUP sets; a second signal acts as usual."""
     request = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    signals = [
-        signal.SIGTERM,
-        signal.SIGINT,
-        *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []),
-    ]
-    before = {number: signal.getsignal(number) for number in signals}
+    handlers = {code: signal.getsignal(code) for code in (signal.SIGTERM, signal.SIGINT)}
     hangup = getattr(signal, "SIGHUP", None)
-    if hangup is not None and before[hangup] == signal.SIG_IGN:
-        del before[hangup]
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+        handlers[hangup] = signal.getsignal(hangup)
 
-    def note(number: int, _: FrameType | None) -> None:
+    def stop(code: int, _: FrameType | None) -> None:
         request.set()
-        signal.signal(number, before[signal.Signals(number)])
+        signal.signal(code, handlers[signal.Signals(code)])
 
-    for number in before:
-        signal.signal(number, note)
+    for code in handlers:
+        signal.signal(code, stop)
     try:
         yield request
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for code, handler in handlers.items():
+            signal.signal(code, handler)

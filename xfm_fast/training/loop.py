@@ -1,4 +1,4 @@
-"""The training loop of every recipe, and its setup: initial weights, vocabulary and data streams."""
+"""The training loop of all recipes, and its setup: initial weights, vocabulary and data streams."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from xfm_fast.errors import ConfigError, DataError, InputError, XFMError
 from xfm_fast.io import hold, make_folder, write_bytes
 from xfm_fast.models.hub import PREPROCESSOR_FILE
 from xfm_fast.models.processor import preprocessor_json
-from xfm_fast.models.xfm import XFM
+from xfm_fast.models.xfm import PRECISIONS, XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 from xfm_fast.training import checkpoints
 from xfm_fast.training.checkpoints import (
     Progress,
     random_state,
-    save_whole,
+    save_model,
     seed_everything,
     set_random_state,
 )
@@ -57,7 +57,13 @@ _LARGEST_LOSS_SCALE = 1024.0
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Result of a run; `average` holds averaged weights, `metrics` the last log line, a signal sets `interrupted`."""
+    """Result of a run.
+
+    Attributes:
+        average: averaged weights.
+        metrics: values of the last line of the log.
+        interrupted: whether a signal ended the run.
+    """
 
     step: int
     model: XFM
@@ -80,11 +86,12 @@ def train(
 ) -> TrainResult:
     """Run a recipe on one process or on every process that `torchrun` started.
 
-    Writes to `recipe.checkpoint.folder`: `checkpoints/`, `log.jsonl`, and at the end `model/` and `average/` (if any),
-    which `XFM.from_pretrained` reads. Recipes other than pretraining pass `sources`, `model` and `objective`.
-    `explained_by` maps names of files saved with the weights to their contents. `on_start` runs on the first process
-    before it writes to the folder. `on_step` runs on every process after every step, and its result is logged; it may
-    change the random state if it does so deterministically. `show` receives the last losses, steps done and all steps.
+    Writes to `recipe.checkpoint.folder`: `checkpoints/`, `log.jsonl`, and at the end `model/` and
+    `average/` (if any), which `XFM.from_pretrained` reads. Recipes other than pretraining pass `sources`,
+    `model` and `objective`. `explained_by` maps names of files saved with the weights to their contents.
+    `on_start` runs on the first process before it writes to the folder. `on_step` runs on every process
+    after every step, and its result is logged; it may change the random state if it does so
+    deterministically. `show` receives the last losses, the step and the number of steps.
     """
     folder = Path(recipe.checkpoint.folder)
     with ExitStack() as stack:
@@ -99,23 +106,24 @@ def train(
         if isinstance(recipe, Recipe):
             if sources is None:
                 sources = open_sources(recipe, processes)
-                explained_by = explained_by or tokenizer_file(recipe)
+                if not explained_by:
+                    explained_by = {TOKENIZER_FILE: _tokenizer(recipe).to_json().encode()}
         elif sources is None or model is None or objective is None:
             raise InputError(
-                "a run that is not of pretraining needs sources, model and objective; pass all three"
+                "a run other than pretraining needs sources, model and objective; pass all three"
             )
-        if missing := [
-            name for update in recipe.active_updates for name in update if name not in sources
-        ]:
+        streams = [name for update in recipe.active_updates for name in update]
+        if missing := [name for name in streams if name not in sources]:
             raise InputError(
                 f"sources lack the stream {', '.join(missing)}; pass one for every stream of the recipe"
             )
 
-        # The same initial weights on every process, then dropout of its own on each.
+        # Initial weights are the same on every process, dropout differs.
         seed_everything(recipe.seed)
         if isinstance(recipe, Recipe):
             model = (build_model(recipe) if model is None else model).to(processes.device)
-            explained_by = preprocessor_file(model) | dict(explained_by or {})
+            preprocessor = {PREPROCESSOR_FILE: preprocessor_json(model.config)}
+            explained_by = preprocessor | dict(explained_by or {})
             method = recipe.method
             objective = objective or partial(
                 pretraining_losses,
@@ -152,23 +160,26 @@ def train(
             model, optimizer, scaler, {} if average is None else average.state_dict()
         )
         seed_everything(recipe.seed, processes.rank)
-        if not resume and (found := sorted((folder / "checkpoints").glob("step-*"))):
+        notes, randomness = [], None
+        if resume:
+            notes, randomness = _resume(recipe, progress, processes)
+        elif steps := sorted((folder / "checkpoints").glob("step-*")):
             raise ConfigError(
-                f"{folder} holds {found[-1].name} of an earlier run; resume it, set checkpoint.folder to another "
+                f"{folder} holds {steps[-1].name} of an earlier run; resume it, set checkpoint.folder to another "
                 "folder, or delete it"
             )
-        notes, saved = _resume(recipe, progress, processes) if resume else ([], None)
-        randomness = random_state(processes.device) if saved is None else saved
+        if randomness is None:
+            randomness = random_state(processes.device)
 
-        log = stack.enter_context(
-            RunLog(
-                folder, recipe.log, processes, steps=recipe.steps, start=progress.step, show=show
-            )
+        log = RunLog(
+            folder, recipe.log, processes, steps=recipe.steps, start=progress.step, show=show
         )
-        for note in notes if processes.first else []:
-            print(f"xfm-fast: {note}", file=sys.stderr)
+        stack.enter_context(log)
+        if processes.first:
+            for note in notes:
+                print(f"xfm-fast: {note}", file=sys.stderr)
         loaders: dict[str, Iterator[Batch]] = {}
-        for stream in (stream for update in recipe.active_updates for stream in update):
+        for stream in streams:
             start = progress.batches.setdefault(stream, 0)
             pin = processes.device.type == "cuda"
             loader = load_batches(
@@ -176,10 +187,10 @@ def train(
             )
             stack.callback(loader.close)  # type: ignore[attr-defined]
             if progress.step < recipe.steps:
-                # Data that cannot be read on one process are an error on all of them, before the first step.
+                # Unreadable data on one process are an error on all, before the first step.
                 first = processes.together(partial(next, loader))
                 loaders[stream] = chain([first], loader)
-        # Starting workers draws random numbers, which must not depend on how many there are.
+        # Starting workers draws random numbers, and results must not depend on their number.
         set_random_state(randomness, processes.device)
 
         norms, meter = ModelNorms(model), Meter()
@@ -189,71 +200,55 @@ def train(
             with precision:
                 return sum_of_losses(losses_of(model, batch, losses=recipe.losses_of(stream)))
 
-        # Where checking is free or happens every step anyway, bad gradients never reach the weights.
-        look = processes.device.type == "cpu" or recipe.log.every == 1
-        work, metrics, logged, clock = (
-            Work(processes.world_size),
-            {},
-            progress.step,
-            time.perf_counter(),
-        )
-        interrupted = False
+        # Where checks are free or made every step anyway, bad gradients never reach the weights.
+        checks = processes.device.type == "cpu" or recipe.log.every == 1
+        work, metrics, interrupted = Work(processes.world_size), {}, False
+        logged, clock = progress.step, time.perf_counter()
 
         opening.close()
         while progress.step < recipe.steps and not interrupted:
             step = progress.step + 1
-            log_now = (
-                step % recipe.log.every == 0
-                or step % recipe.checkpoint.every == 0
-                or step == recipe.steps
-            )
+            save_now = step % recipe.checkpoint.every == 0 or step == recipe.steps
+            log_now = save_now or step % recipe.log.every == 0
             before = norms.copy() if log_now else None
+            schedule_steps = recipe.schedule.steps or recipe.steps
             factor = schedule_factor(
-                recipe.schedule,
-                progress.step,
-                steps=recipe.schedule.steps or recipe.steps,
-                lr=options.lr,
+                recipe.schedule, progress.step, steps=schedule_steps, lr=options.lr
             )
             for group, lr in zip(optimizer.param_groups, peak_lr, strict=True):
                 group["lr"] = lr * factor
 
             for update in recipe.updates_in(step):
+                name = "+".join(update)
                 optimizer.zero_grad()
-                losses = [(stream, part) for part in range(recipe.accumulate) for stream in update]
+                micro_batches = update * recipe.accumulate
                 batches: dict[str, Batch] = {}
                 finite = True
-                for number, (stream, _) in enumerate(losses, start=1):
+                for count, stream in enumerate(micro_batches, start=1):
                     batch = processes.together(partial(next, loaders[stream]))
                     progress.batches[stream] += 1
                     work.count(batch)
                     batch = batches[stream] = batch.to(processes.device)
                     weight = recipe.weight_of(stream) / recipe.accumulate
-                    with parallel.synchronised(last=number == len(losses)):
+                    with parallel.synchronised(last=count == len(micro_batches)):
                         with precision:
                             loss, values = parallel.module(batch, recipe.losses_of(stream))
                         scaler.scale(loss * weight).backward()
-                    meter.add(
-                        step, {f"loss/{stream}/{name}": value for name, value in values.items()}
-                    )
-                    finite = finite and (not look or math.isfinite(loss.item()))
+                    meter.add(step, f"loss/{stream}/", values)
+                    finite = finite and (not checks or math.isfinite(loss.item()))
                 scaler.unscale_(optimizer)
-                having, each = norms.gradients()
-                total = torch.linalg.vector_norm(each)
-                meter.add(step, {f"grad_norm/{'+'.join(update)}": total})
+                indices, gradient_norms = norms.gradients()
+                total = torch.linalg.vector_norm(gradient_norms)
+                meter.add(step, "grad_norm/", {name: total})
                 if log_now:
-                    parts = norms.by_part(each, having)
-                    meter.add(
-                        step,
-                        {
-                            f"grad_norm/{'+'.join(update)}/{p}": n
-                            for p, n in parts.items()
-                            if p != "all"
-                        },
-                    )
-                guard.watch(step, "+".join(update), having, each)
-                finite = finite and (not look or scaler.is_enabled() or math.isfinite(total.item()))
-                if look and processes.any(not finite):
-                    guard.check(meter.read(processes), batches, rerun)
+                    encoders = norms.by_encoder(gradient_norms, indices)
+                    del encoders["all"]
+                    meter.add(step, f"grad_norm/{name}/", encoders)
+                guard.watch(name, indices, gradient_norms)
+                if checks:
+                    finite = finite and (scaler.is_enabled() or math.isfinite(total.item()))
+                    if processes.any(not finite):
+                        guard.check(meter.read(processes), batches, rerun)
                 if options.clip_norm is not None:
                     norms.clip_(total, options.clip_norm)
                 scaler.step(optimizer)
@@ -263,27 +258,19 @@ def train(
                         max=_LARGEST_LOSS_SCALE
                     )
                     scaler.update(scale)
-                    meter.add(step, {"loss_scale": scale})
+                    meter.add(step, "", {"loss_scale": scale})
                 parallel.stepped()
             if average is not None:
                 average.update()
             progress.step = step
-            checkpoints.note_kernels(progress, folder, processes)
+            checkpoints.record_kernels(progress, folder, processes)
             interrupted = processes.any(stop.is_set()) and step < recipe.steps
             log.advance(step)
 
             if log_now or interrupted:
                 if before is not None:
-                    meter.add(
-                        step, {f"param_norm/{part}": norm for part, norm in norms.values().items()}
-                    )
-                    meter.add(
-                        step,
-                        {
-                            f"update_norm/{part}": norm
-                            for part, norm in norms.updates(before).items()
-                        },
-                    )
+                    meter.add(step, "param_norm/", norms.values())
+                    meter.add(step, "update_norm/", norms.updates(before))
                 values = meter.read(processes)
                 guard.check(values, {})
                 seconds = time.perf_counter() - clock
@@ -293,71 +280,74 @@ def train(
                 logged, clock = step, time.perf_counter()
             if on_step is not None and (extra := on_step(step, model, average)):
                 log.write(step, extra)
-            if step % recipe.checkpoint.every == 0 or step == recipe.steps or interrupted:
+            if save_now or interrupted:
                 log.sync()
-                dump, place = recipe.model_dump(mode="json"), folder / "checkpoints"
-                checkpoints.save(progress, dump, place, processes, keep=recipe.checkpoint.keep)
+                checkpoints.save(
+                    progress,
+                    recipe.model_dump(mode="json"),
+                    folder / "checkpoints",
+                    processes,
+                    keep=recipe.checkpoint.keep,
+                )
 
         if not interrupted:
             seen = processes.from_first(lambda: fingerprint_of(folder, recipe.initial_folder))
             files = dict(explained_by or {}) | seen
-            save_whole(model, folder / "model", processes, files=files)
+            save_model(model, folder / "model", processes, files=files)
             if average is not None:
-                save_whole(
-                    model, folder / "average", processes, average=average.state_dict(), files=files
-                )
+                weights = average.state_dict()
+                save_model(model, folder / "average", processes, average=weights, files=files)
         return TrainResult(progress.step, model, average, metrics, interrupted)
 
 
 def _resume(
     recipe: Run, progress: Progress, processes: Processes
 ) -> tuple[list[str], dict[str, Tensor] | None]:
-    """Restore the newest valid checkpoint; returns messages for the user and the random state of this process."""
-    found = processes.from_first(
-        lambda: checkpoints.newest(Path(recipe.checkpoint.folder) / "checkpoints")
-    )
-    if found is None:
-        checkpoints.settle_kernels(Path(recipe.checkpoint.folder), processes)
+    """Restore the newest valid checkpoint; returns notes for the user and this process's random state."""
+    folder = Path(recipe.checkpoint.folder)
+    checkpoint = processes.from_first(lambda: checkpoints.newest(folder / "checkpoints"))
+    if checkpoint is None:
+        checkpoints.restore_kernels(folder, processes)
         return [], None
-    notes = [*found.rejected, f"going on from {found.path}"]
-    before, world = found.state["recipe"], found.state["world_size"]
-    with checkpoints.reading(found.path):
+    notes = [*checkpoint.rejected, f"resuming from {checkpoint.path}"]
+    before, world = checkpoint.state["recipe"], checkpoint.state["world_size"]
+    with checkpoints.reading(checkpoint.path):
         notes += changes(before, recipe, world, processes.world_size)
-        checkpoints.load(found, progress)
-        for stream in {name for update in recipe.active_updates for name in update} & set(
-            progress.batches
-        ):
-            progress.batches[stream] = position_after(
-                progress.batches[stream], stream, before, recipe, world, processes.world_size
-            )
-    saved = checkpoints.random_states(found, processes)
-    if saved is None:
+        checkpoints.load(checkpoint, progress)
+        for stream in {name for update in recipe.active_updates for name in update}:
+            if stream in progress.batches:
+                progress.batches[stream] = position_after(
+                    progress.batches[stream], stream, before, recipe, world, processes.world_size
+                )
+    randomness = checkpoints.random_states(checkpoint, processes)
+    if randomness is None:
         seed_everything(recipe.seed, processes.rank, progress.step)
-    return notes, saved
+    return notes, randomness
 
 
-# A vocabulary of a few thousand entries does not change with more.
-_TEXTS_TO_LEARN_FROM = 100_000
+# More texts do not change a vocabulary of a few thousand entries.
+_MAX_VOCABULARY_TEXTS = 100_000
 
 
 def autocast(recipe: Run, processes: Processes) -> torch.autocast:
-    """Reusable autocast context with the run's precision."""
-    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    """Return a reusable autocast context with the run's precision."""
     enabled = recipe.precision != "fp32"
-    return torch.autocast(processes.device.type, dtype=kinds[recipe.precision], enabled=enabled)
+    dtype = PRECISIONS[recipe.precision]
+    assert isinstance(dtype, torch.dtype)
+    return torch.autocast(processes.device.type, dtype=dtype, enabled=enabled)
 
 
 def build_model(recipe: Recipe) -> XFM:
     """Build the model, initialised from the sources in `init` and at random elsewhere."""
     init = recipe.init
     if init.checkpoint is not None:
-        place = model_folder(Path(init.checkpoint))
-        if place is None:
+        folder = model_folder(Path(init.checkpoint))
+        if folder is None:
             return XFM.from_official(init.checkpoint, recipe.model)
-        # Our names are the official ones. The sizes are the recipe's, by which data and masks are made, and so is what
-        # may differ: the resolution, dropout, the temperature's bounds.
-        heads = heads_in(load_pretrained_files(place).state)
-        return XFM.from_official(place / MODEL_FILE, recipe.model, heads=heads)
+        # Our names are the official ones. Sizes are those of the recipe, which also determine data and
+        # masks; resolution, dropout and temperature bounds may differ from the checkpoint.
+        heads = heads_in(load_pretrained_files(folder).state)
+        return XFM.from_official(folder / MODEL_FILE, recipe.model, heads=heads)
     model = XFM(recipe.model)
     if init.roberta or init.beit2:
         initialise(model, roberta=init.roberta, beit2=init.beit2)
@@ -365,29 +355,16 @@ def build_model(recipe: Recipe) -> XFM:
 
 
 def open_sources(recipe: Recipe, processes: Processes) -> dict[str, BatchSource[Any]]:
-    """Streams of this process; the first process generates the shapes dataset and trains the tokenizer if needed."""
+    """Open the streams of this process; the first writes the shapes dataset and trains the tokenizer."""
     processes.from_first(recipe.make_world)
     recipe.check_machine(world_size=processes.world_size)
     folder = Path(recipe.checkpoint.folder)
-    learnt = folder / TOKENIZER_FILE
-
-    def learn() -> None:
-        if not learnt.exists():
-            texts = list(islice(_texts(recipe), _TEXTS_TO_LEARN_FROM))
-            if not texts:
-                raise DataError(
-                    "tokenizer=train, but no stream holds text to learn a vocabulary from; name a tokenizer"
-                )
-            vocabulary = CaptionTokenizer.train_on_texts(texts, recipe.model.vocab_size)
-            make_folder(learnt.parent)
-            write_bytes({learnt: vocabulary.to_json().encode()})
-
     if recipe.tokenizer == "train":
-        processes.from_first(learn)
+        processes.from_first(lambda: _train_tokenizer(recipe, folder / TOKENIZER_FILE))
     tokenizer = _tokenizer(recipe)
     sources: dict[str, BatchSource[Any]] = {}
-    # Numbered by the recipe, so that a stream shows the same batches when an ablation leaves out another one.
-    for number, name in enumerate(recipe.streams):
+    # Numbered by the recipe, so that an ablation without a stream leaves the batches of the rest unchanged.
+    for index, name in enumerate(recipe.streams):
         if recipe.losses_of(name):
             options = recipe.options_of(name)
             quarantine = Quarantine(
@@ -404,7 +381,7 @@ def open_sources(recipe: Recipe, processes: Processes) -> dict[str, BatchSource[
                 seed=recipe.seed,
                 rank=processes.rank,
                 world_size=processes.world_size,
-                number=number,
+                index=index,
                 quarantine=quarantine,
                 observer=seen_images(folder, name, processes),
             )
@@ -412,28 +389,33 @@ def open_sources(recipe: Recipe, processes: Processes) -> dict[str, BatchSource[
 
 
 def seen_images(folder: Path, stream: str, processes: Processes) -> SeenImages:
-    """Return the record of the images of a stream that this process reads."""
+    """Return the record of the images that this process reads from a stream."""
     return SeenImages(folder / f"seen-{stream}-{processes.rank}.bin")
 
 
-def preprocessor_file(model: XFM) -> dict[str, bytes]:
-    """`preprocessor_config.json` contents by file name."""
-    return {PREPROCESSOR_FILE: preprocessor_json(model.config)}
-
-
-def tokenizer_file(recipe: Recipe) -> dict[str, bytes]:
-    """Vocabulary file contents by file name; call after `open_sources`."""
-    return {TOKENIZER_FILE: _tokenizer(recipe).to_json().encode()}
+def _train_tokenizer(recipe: Recipe, file: Path) -> None:
+    """Train a tokenizer on the streams, unless an earlier run did."""
+    if file.exists():
+        return
+    texts = list(islice(_texts(recipe), _MAX_VOCABULARY_TEXTS))
+    if not texts:
+        raise DataError(
+            "tokenizer=train, but no stream holds text to learn a vocabulary from; name a tokenizer"
+        )
+    vocabulary = CaptionTokenizer.train_on_texts(texts, recipe.model.vocab_size)
+    make_folder(file.parent)
+    write_bytes({file: vocabulary.to_json().encode()})
 
 
 def _tokenizer(recipe: Recipe) -> CaptionTokenizer:
-    learnt = Path(recipe.checkpoint.folder) / TOKENIZER_FILE
-    return CaptionTokenizer.from_files(learnt if recipe.tokenizer == "train" else recipe.tokenizer)
+    """Load the tokenizer of a run; call after `open_sources`, which may train it."""
+    trained = Path(recipe.checkpoint.folder) / TOKENIZER_FILE
+    return CaptionTokenizer.from_files(trained if recipe.tokenizer == "train" else recipe.tokenizer)
 
 
 @contextmanager
 def rollback_on_error(folder: Path) -> Iterator[None]:
-    """Delete files that the block created in `folder` if it raises an XFMError; the skipped-samples log stays."""
+    """Delete files that the block created in `folder` if it raises an XFMError; its folders stay."""
     before = set(folder.iterdir())
     try:
         yield
@@ -449,25 +431,21 @@ def _texts(recipe: Recipe) -> Iterator[str]:
     for name, options in recipe.streams.items():
         if isinstance(options, ImageStream):
             continue
+        is_text = isinstance(options, TextStream)
         key = "desc" if isinstance(options, RegionStream) else options.caption_key
         for rows in open_records(recipe.paths_of(name), **options.record_keys).files:
             for row in range(len(rows)):
                 try:
                     record = rows.read(row)
                 except DataError:
-                    # Whether so many broken rows are tolerable is decided where they are used.
+                    # The stream decides how many broken rows are tolerable.
                     continue
-                elements = record.get("elems") or []
-                for value in (
-                    record.get(key),
-                    record.get("caption"),
-                    *(each.get("caption") for each in elements),
-                ):
+                values = [record.get(key), record.get("caption")]
+                values += [element.get("caption") for element in record.get("elems") or []]
+                for value in values:
                     for text in value if isinstance(value, list) else [value]:
-                        if isinstance(text, str) and text.strip():
-                            text = text.replace(" ##", "") if options.tokenized else text
-                            yield (
-                                text.strip()
-                                if isinstance(options, TextStream)
-                                else pre_caption(text)
-                            )
+                        if not isinstance(text, str) or not text.strip():
+                            continue
+                        if options.tokenized:
+                            text = text.replace(" ##", "")
+                        yield text.strip() if is_text else pre_caption(text)

@@ -42,7 +42,7 @@ class Section(BaseModel):
 
 
 class Stream(StreamOptions):
-    """Keys of every stream, plus the options of its kind; relative paths refer to the recipe's `data` folder."""
+    """Keys of every stream, beside its options; relative paths refer to the recipe's `data` folder."""
 
     paths: Paths = Field(description="files, folders or glob patterns")
     batch_size: int = Field(
@@ -61,11 +61,11 @@ class Stream(StreamOptions):
 
     @model_validator(mode="after")
     def _losses_exist(self) -> Self:
-        kind = type(self).model_fields["kind"].default
-        possible = LOSSES_OF_KIND[kind]
-        if wrong := [loss for loss in self.losses if loss not in possible]:
+        stream = type(self).model_fields["kind"].default
+        applicable = LOSSES_OF_KIND[stream]
+        if wrong := [loss for loss in self.losses if loss not in applicable]:
             raise ValueError(
-                f"a stream of {kind} cannot give {', '.join(wrong)}; choose from {', '.join(possible)}"
+                f"a stream of {stream} cannot give {', '.join(wrong)}; choose from {', '.join(applicable)}"
             )
         if len(set(self.losses)) != len(self.losses):
             raise ValueError(f"losses {', '.join(self.losses)} name one twice; name each once")

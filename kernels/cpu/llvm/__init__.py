@@ -17,24 +17,26 @@ from typing import NamedTuple
 import torch
 
 ZERO_BYTE, GELU_ZERO_BYTE = 128, 32
-"""The bytes for 0 in GEMMs of unsigned with signed bytes: of any rows, and of a GELU, whose minimum is -0.17, so that
-most levels are for positive values."""
+"""The bytes that stand for 0 in GEMMs of unsigned with signed bytes: for any rows, and for GELU outputs, whose minimum
+of -0.17 leaves most levels to positive values."""
 NO_FRACTIONS = 1.5 * 2**23
-"""Added in fp32, it leaves no room for fractions: the sum is rounded, and its lowest byte is the level."""
+"""Added to a small fp32 number, it leaves no mantissa bits for fractions, so the lowest byte is the rounded level."""
+TOGETHER = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}
+"""Elements of a 32-bit unit, which one lane of a multiply-add takes at once."""
 
 
 class Level(NamedTuple):
-    """What a kernel may use of a processor."""
+    """An instruction-set level that kernels are compiled for."""
 
     name: str
     lanes: int
     """32-bit elements of a vector."""
     rows: int
-    """Rows of a tile of two vectors, which with its operands fills the registers."""
+    """Rows of a register tile of two vectors, which with its operands fills the registers."""
     processor: str
-    """One that has no more, in LLVM's names; kernels for the level of this processor are compiled for itself."""
+    """LLVM's name of a processor with this level; kernels of the best level are compiled for the host instead."""
     bf16: bool
-    """Products of pairs in bf16, summed in fp32, and of fours of bytes, which processors with the former have too."""
+    """Dot products of bf16 pairs, accumulated in fp32, and of groups of four bytes: processors have both or neither."""
 
 
 _AVX2 = Level("avx2", 8, 6, "x86-64-v3", False)
@@ -44,7 +46,7 @@ _AVX512_BF16 = Level("avx512_bf16", 16, 12, "cooperlake", True)
 
 @cache
 def levels() -> tuple[Level, ...]:
-    """The instruction-set levels that compile and run here, best first; empty where `why_not` has a reason."""
+    """Return the instruction-set levels that compile and run here, best first; none if `why_not` has a reason."""
     if why_not() is not None:
         return ()
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
@@ -55,7 +57,7 @@ def levels() -> tuple[Level, ...]:
 
 @cache
 def why_not(dtype: torch.dtype = torch.float32) -> str | None:
-    """The reason why no kernel of this dtype can be compiled here, or None."""
+    """Return the reason why no kernel of this dtype can be compiled here, or None."""
     if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
         return f"compiled kernels are written for Linux on x86-64, not {sys.platform} on {platform.machine()}"
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
@@ -73,26 +75,18 @@ def why_not(dtype: torch.dtype = torch.float32) -> str | None:
 
 @cache
 def _may_execute() -> bool:
-    # LLVM does not look whether the system refused it, and the first call of a kernel would end the process.
+    # LLVM ignores a refusal by the system, and the first call of a kernel would end the process.
     page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     address = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(page)))
-    return (
-        ctypes.CDLL(None).mprotect(
-            address, ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ | mmap.PROT_EXEC
-        )
-        == 0
-    )
-
-
-TOGETHER = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}
-"""Neighbours of a row that a product takes at once, 32 bits of them."""
+    size, protection = ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ | mmap.PROT_EXEC
+    return ctypes.CDLL(None).mprotect(address, size, protection) == 0
 
 
 def fills_vectors(width: int, dtype: torch.dtype) -> bool:
-    """Whether rows of so many factors are whole vectors, as kernels need them."""
+    """Return whether kernels take rows of `width` elements, which must fill whole vectors."""
     return why_not(dtype) is None and width % (levels()[0].lanes * TOGETHER[dtype]) == 0
 
 
 def fits(outputs: int, inputs: int, dtype: torch.dtype) -> bool:
-    """Whether there is a kernel for a linear layer of these sizes."""
+    """Return whether there is a kernel for a linear layer of these sizes."""
     return fills_vectors(inputs, dtype) and outputs % levels()[0].lanes == 0

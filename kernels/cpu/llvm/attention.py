@@ -1,8 +1,8 @@
-"""Attention of whole rows in registers and cache: GEMMs, position bias and softmax of a tile in one kernel.
+"""Fused attention on CPUs: GEMMs, position bias and softmax of a tile stay in registers and cache.
 
 A task is the queries of a head, or a chunk of them. It packs the keys once, so that a vector holds one channel of
-consecutive keys; then tiles of rows go through scores, softmax and weighted sum without leaving the first levels of
-cache. In bf16 the GEMMs take pairs of channels, or of keys, sum in fp32, and weights are rounded once.
+consecutive keys; then tiles of rows go through scores, softmax and weighted sum within the first levels of cache. In
+bf16 the GEMMs multiply pairs of channels, or of keys, and accumulate in fp32; weights are rounded once.
 """
 
 from __future__ import annotations
@@ -30,21 +30,24 @@ from .builder import (
     Builder,
     Values,
     coefficients,
-    divided,
     kernel,
     scratch_address,
+    split_rows,
     whole_pages,
 )
 
-# Maximum keys of a kernel, the stride of its rows of scores.
-_ROOMS = (1040, 4112)
-# Queries of a chunk, if heads are too few to keep all threads busy: enough that packing the keys costs little.
+Bounds = tuple[tuple[int, ...], tuple[int, ...]]
+"""S + 1 offsets of packed sequences: of queries, and of keys."""
+
+# Capacities, in keys, that kernels are compiled for: the stride of a row of scores.
+_CAPACITIES = (1040, 4112)
+# Queries of a chunk, if heads are too few to keep all threads busy: enough to amortise packing the keys.
 _CHUNK = 48
 _TASKS_PER_THREAD = 4
 _LOG2E = math.log2(math.e)
-# The smallest exponent of a normal fp32 number, and one safely below.
-_LEAST_EXPONENT, _NO_EXPONENT = -126.0, -200.0
-# Misses powers of two by 2 · 10⁻⁷ of themselves, as much as fp32 does.
+# The exponent of the smallest normal fp32 number, and one safely below.
+_MIN_EXPONENT, _UNDERFLOW = -126.0, -200.0
+# The polynomial's relative error of powers of two is 2 · 10⁻⁷, that of fp32.
 _DEGREE = 5
 
 _POINTERS = ("q", "k", "v", "out", "bias", "bounds_q", "bounds_k", "scratch")
@@ -55,20 +58,24 @@ _NUMBERS = (*_STRIDES, "heads", "queries", "keys", "period", "chunk", "chunks", 
 
 
 class Sequence(NamedTuple):
-    """One batch entry's rows of one head."""
+    """Rows of one head of a batch entry; the stride is in elements."""
 
     start: Any
-    """Address of the first."""
     rows: Any
     stride: Any
-    """Elements from row to row."""
 
 
-class Heads:
-    """Code shared by the attention kernels: in bf16 if `half`, of at most `room` keys, with an fp32 bias if `biased`.
+class AttentionEmitter:
+    """Code shared by the attention kernels.
 
-    The width D is a multiple of the lanes, in bf16 of twice as many; `layout` has offsets of a thread's scratch memory,
-    and its bytes; the scale is the last of the numbers.
+    Args:
+        half: Whether inputs are bf16 instead of fp32.
+        width: Head dimension, a multiple of the lanes, in bf16 of twice the lanes.
+        capacity: Maximum number of keys.
+        biased: Whether there is an fp32 bias.
+        level: Instruction set.
+        layout: Offsets of a thread's scratch buffers, and its total size.
+        pointers, numbers: Arguments of the function; the scale is the last number.
     """
 
     name: str
@@ -77,7 +84,7 @@ class Heads:
         self,
         half: bool,
         width: int,
-        room: int,
+        capacity: int,
         biased: bool,
         level: Level,
         layout: tuple[dict[str, int], int],
@@ -85,251 +92,258 @@ class Heads:
         numbers: tuple[str, ...],
     ) -> None:
         self.half, self.width, self.biased, self.level = half, width, biased, level
-        # Rows of keys are read as channels in fp32 or pairs of channels in bf16, 32 bits each.
-        self.unit, self.units, self.element = (
-            (INT32, width // 2, BF16) if half else (FP32, width, FP32)
-        )
-        self.row = room + level.lanes
-        self.places, self.bytes = layout
-        self.at: dict[str, Any] = {}
-        self.b = Builder(self.name, pointers, numbers, level)
-        self.given = self.b.given
-        self.given["scale"] = self.b.bitcast(self.b.trunc(self.given["scale"], INT32), FP32)
+        # A unit of 32 bits is a channel in fp32, a pair of channels in bf16.
+        self.element, self.unit, self.units = FP32, FP32, width
+        if half:
+            self.element, self.unit, self.units = BF16, INT32, width // 2
+        self.score_stride = capacity + level.lanes
+        self.offsets, self.scratch_bytes = layout
+        self.buffers: dict[str, Any] = {}
+        self.b = b = Builder(self.name, pointers, numbers, level)
+        self.args = b.args
+        self.args["scale"] = b.bitcast(b.trunc(self.args["scale"], INT32), FP32)
 
-    def of_thread(self, thread: Any) -> None:
-        """Find the scratch memory of a thread."""
+    def locate_scratch(self, thread: Any) -> None:
+        """Compute the addresses of a thread's scratch buffers."""
         b = self.b
-        base = b.at(self.given["scratch"], b.mul(thread, self.bytes), BYTE)
-        self.at = {name: b.at(base, place, BYTE) for name, place in self.places.items()}
+        base = b.at(self.args["scratch"], b.mul(thread, self.scratch_bytes), BYTE)
+        self.buffers = {name: b.at(base, offset, BYTE) for name, offset in self.offsets.items()}
 
-    def bias_of(self, entry: Any, head: Any) -> Any:
-        """The address of the bias of a head of a batch entry; None without a bias."""
-        b, given = self.b, self.given
+    def bias_address(self, entry: Any, head: Any) -> Any:
+        """Return the address of the bias of a batch entry's head; None without a bias."""
+        b, args = self.b, self.args
         if not self.biased:
             return None
-        of_entry = b.mul(b.srem(entry, given["period"]), given["bias_batch"])
-        return b.at(given["bias"], b.add(of_entry, b.mul(head, given["bias_head"])), FP32)
+        offset = b.mul(b.srem(entry, args["period"]), args["bias_batch"])
+        return b.at(args["bias"], b.add(offset, b.mul(head, args["bias_head"])), FP32)
 
     def sequence(self, name: str, entry: Any, head: Any, *, queries: bool) -> Sequence:
-        """Rows of a batch entry, from its bounds unless all sequences have one length."""
-        b, given = self.b, self.given
+        """Return a head's rows of a batch entry, or of a packed sequence if there are bounds."""
+        b, args = self.b, self.args
         bounds, rows = ("bounds_q", "queries") if queries else ("bounds_k", "keys")
-        packed = b.is_not_null(given[bounds])
+        packed = b.is_not_null(args[bounds])
         before = b.block
-        even = b.mul(entry, given[f"{name}_batch"])
+        dense_offset = b.mul(entry, args[f"{name}_batch"])
         with b.if_then(packed):
-            start, end = (
-                b.load(b.at(given[bounds], b.add(entry, i), INT64), typ=INT64) for i in (0, 1)
-            )
-            uneven, length = b.mul(start, given[f"{name}_row"]), b.sub(end, start)
+            start, end = (b.load_scalar(args[bounds], b.add(entry, i), INT64) for i in (0, 1))
+            packed_offset, length = b.mul(start, args[f"{name}_row"]), b.sub(end, start)
             inside = b.block
         offset, count = b.phi(INT64), b.phi(INT64)
-        for place, otherwise, found in ((offset, even, uneven), (count, given[rows], length)):
-            place.add_incoming(otherwise, before)
-            place.add_incoming(found, inside)
-        start = b.at(given[name], b.add(offset, b.mul(head, given[f"{name}_head"])), self.element)
-        return Sequence(start, count, given[f"{name}_row"])
+        offset.add_incoming(dense_offset, before)
+        offset.add_incoming(packed_offset, inside)
+        count.add_incoming(args[rows], before)
+        count.add_incoming(length, inside)
+        start = b.at(args[name], b.add(offset, b.mul(head, args[f"{name}_head"])), self.element)
+        return Sequence(start, count, args[f"{name}_row"])
 
-    def lay_out_panels(self, name: str, rows: Sequence) -> None:
-        """Pack rows into panels of two vectors, unit by unit; the last row pads the last panel."""
+    def row_address(self, rows: Sequence, index: Any, element: Any = None) -> Any:
+        """Return the address of a row."""
+        offset = self.b.mul(index, rows.stride)
+        return self.b.at(rows.start, offset, self.element if element is None else element)
+
+    def pack_panels(self, name: str, rows: Sequence) -> None:
+        """Pack rows into panels of two vectors per unit; the last row pads the last panel."""
         b, lanes = self.b, self.level.lanes
         stride = b.ashr(rows.stride, 1) if self.half else rows.stride
+        units = rows._replace(stride=stride)
         last = b.sub(rows.rows, 1)
 
-        def some_rows(j: Any) -> None:
-            place = b.at(self._panel(name, j), b.and_(j, lanes), self.unit)
-            some = [
-                b.at(rows.start, b.mul(b.minimum_int(b.add(j, i), last), stride), self.unit)
+        def pack_vector(j: Any) -> None:
+            panel = b.at(self._panel(name, j), b.and_(j, lanes), self.unit)
+            addresses = [
+                self.row_address(units, b.minimum_int(b.add(j, i), last), self.unit)
                 for i in range(lanes)
             ]
-            b.lay_out(some, self.units, self.unit, place)
+            b.pack(addresses, self.units, self.unit, panel)
 
-        b.loop(0, rows.rows, lanes, some_rows)
+        b.loop(0, rows.rows, lanes, pack_vector)
 
     def _panel(self, name: str, row: Any) -> Any:
-        """The address of the panel of a row."""
-        number = self.b.sdiv(row, 2 * self.level.lanes)
+        """Return the address of the panel of a row."""
+        index = self.b.sdiv(row, 2 * self.level.lanes)
         size = 2 * self.level.lanes * self.units
-        return self.b.at(self.at[name], self.b.mul(number, size), self.unit)
+        return self.b.at(self.buffers[name], self.b.mul(index, size), self.unit)
 
-    def lay_out_pairs(self, name: str, rows: Sequence) -> Sequence:
-        """Pack rows in pairs that interleave their channels; an odd last row pairs with itself."""
+    def interleave_rows(self, name: str, rows: Sequence) -> Sequence:
+        """Interleave the channels of pairs of rows; an odd last row pairs with itself."""
         b, lanes = self.b, self.level.lanes
         last = b.sub(rows.rows, 1)
 
-        def pair(j: Any) -> None:
-            both = [b.minimum_int(b.add(j, i), last) for i in (0, 1)]
-            places = [b.at(rows.start, b.mul(row, rows.stride), INT16) for row in both]
-            into = b.at(self.at[name], b.mul(b.ashr(j, 1), self.width), INT32)
+        def interleave_pair(j: Any) -> None:
+            pair = [b.minimum_int(b.add(j, i), last) for i in (0, 1)]
+            first, second = (self.row_address(rows, row, INT16) for row in pair)
+            out = b.at(self.buffers[name], b.mul(b.ashr(j, 1), self.width), INT32)
             for channel in range(0, self.width, lanes):
-                one, other = (b.read(b.at(place, channel, INT16), INT16) for place in places)
-                b.write(b.interleave(one, other), b.at(into, channel, INT32))
+                x, y = (b.read(address, INT16, channel) for address in (first, second))
+                b.write(b.interleave(x, y), b.at(out, channel, INT32))
 
-        b.loop(0, rows.rows, 2, pair)
+        b.loop(0, rows.rows, 2, interleave_pair)
         pairs = b.ashr(b.round_up(rows.rows, 2), 1)
-        return Sequence(self.at[name], pairs, self.width)
+        return Sequence(self.buffers[name], pairs, self.width)
 
-    def copy_rows(self, name: str, rows: Sequence, places: Values) -> None:
-        """Copy the rows of a tile to contiguous memory."""
+    def copy_rows(self, name: str, rows: Sequence, indices: Values) -> None:
+        """Copy the rows of a tile to a contiguous buffer."""
         b = self.b
-        for i, place in enumerate(places):
-            given = b.at(rows.start, b.mul(place, rows.stride), self.element)
+        for i, index in enumerate(indices):
+            source = self.row_address(rows, index)
             for unit in range(0, self.units, self.level.lanes):
-                into = b.at(self.at[name], i * self.units + unit, self.unit)
-                b.write(b.read(b.at(given, unit, self.unit), self.unit), into)
+                out = b.at(self.buffers[name], i * self.units + unit, self.unit)
+                b.write(b.read(source, self.unit, unit), out)
 
-    def products(self, height: int, name: str, panels: str, keys: Any, into: Any) -> None:
-        """Products of the rows of a tile with all keys, or values, that are laid out in panels."""
+    def multiply_panels(self, height: int, name: str, panels: str, keys: Any, out: Any) -> None:
+        """Multiply the rows of a tile with all packed keys, or values, into rows of scores at `out`."""
         b, lanes = self.b, self.level.lanes
-        whole = b.and_(keys, -2 * lanes)
+        full = b.and_(keys, -2 * lanes)
 
-        def panel(vectors: int, key: Any) -> None:
-            factors = (self._panel(panels, key), 2 * lanes)
-            sums = self.product(height, vectors, (self.at[name], self.units), factors, self.units)
+        def multiply(vectors: int, key: Any) -> None:
+            right = self._panel(panels, key), 2 * lanes
+            sums = self.gemm(height, vectors, (self.buffers[name], self.units), right, self.units)
             for i in range(height):
                 for n in range(vectors):
-                    place = b.add(key, i * self.row + n * lanes)
-                    b.write(sums[i * vectors + n], b.at(into, place, FP32))
+                    index = b.add(key, i * self.score_stride + n * lanes)
+                    b.write(sums[i * vectors + n], out, index)
 
-        b.loop(0, whole, 2 * lanes, lambda key: panel(2, key))
-        rest = b.sub(keys, whole)
-        short = b.icmp_signed("<=", rest, lanes)
-        with b.if_then(b.icmp_signed(">", rest, 0)), b.if_else(short) as (one, two):
-            with one:
-                panel(1, whole)
-            with two:
-                panel(2, whole)
+        b.loop(0, full, 2 * lanes, lambda key: multiply(2, key))
+        remaining = b.sub(keys, full)
+        one_vector = b.icmp_signed("<=", remaining, lanes)
+        with b.if_then(b.icmp_signed(">", remaining, 0)), b.if_else(one_vector) as (then, other):
+            with then:
+                multiply(1, full)
+            with other:
+                multiply(2, full)
 
-    def product(
+    def gemm(
         self, height: int, vectors: int, left: tuple[Any, int], right: tuple[Any, Any], terms: Any
     ) -> Values:
-        """Sums over units of rows and columns, `[height · vectors]` fp32 vectors in registers.
+        """Return a tile of sums over units, `[height · vectors]` fp32 vectors in registers.
 
-        `left` and `right` are the address of the rows or of the first vectors, and the units to the next.
+        `left` is the address of the first row and the units to the next one; `right` the address of the first vectors
+        and the units to the next ones.
         """
         b = self.b
         rows = [b.at(left[0], i * left[1], self.unit) for i in range(height)]
-        return b.tile(rows, vectors, *right, terms, self.unit, self.add, b.splat(0.0))
+        columns, stride = right
+        zero = b.splat(0.0)
+        return b.microkernel(
+            rows, columns, terms, self.unit, self.multiply_add, zero, vectors=vectors, stride=stride
+        )
 
     @property
-    def add(self) -> Callable[..., Any]:
-        """A product of units, added to a sum."""
+    def multiply_add(self) -> Callable[..., Any]:
+        """The operation that adds the product of two units to an accumulator."""
         return self.b.dot_bf16 if self.half else self.b.multiply_add
 
-    def scaled(self, scores: Any, of_query: Any, keys: Any) -> Any:
-        """Scale a row of scores to units where e has log2(e), with -inf past the last key, and return its maximum."""
-        b, lanes = self.b, self.level.lanes
-        factor = b.broadcast(b.fmul(self.given["scale"], ir.Constant(FP32, _LOG2E)))
-        whole, hidden, mask = b.and_(keys, -lanes), b.splat(-math.inf), self.tail_mask(keys)
+    def write_rounded(self, value: Any, base: Any, channel: Any) -> None:
+        """Store an fp32 vector in the dtype of the inputs."""
+        b = self.b
+        address = b.at(base, channel, self.element)
+        b.write(b.fp32_to_bf16(value) if self.half else value, address)
 
-        def some(j: Any, partly: bool) -> Any:
-            place = b.at(scores, j, FP32)
-            score = b.fmul(b.read(place, FP32), factor)
-            if of_query is not None:
-                address = b.at(of_query, j, FP32)
-                part = b.load_masked(address, mask) if partly else b.read(address, FP32)
-                score = b.multiply_add(part, b.splat(_LOG2E), score)
-            score = b.select(mask, score, hidden) if partly else score
-            b.write(score, place)
+    def scale_scores(self, scores: Any, bias: Any, keys: Any) -> Any:
+        """Scale a row of scores for powers of two, add its bias, mask past the last key; return the maximum."""
+        b, lanes = self.b, self.level.lanes
+        factor = b.broadcast(b.fmul(self.args["scale"], ir.Constant(FP32, _LOG2E)))
+        full, hidden, mask = b.and_(keys, -lanes), b.splat(-math.inf), self.tail_mask(keys)
+
+        def scale(j: Any, *, masked: bool) -> Any:
+            address = b.at(scores, j, FP32)
+            score = b.fmul(b.read(address, FP32), factor)
+            if bias is not None:
+                bias_j = b.at(bias, j, FP32)
+                added = b.load_masked(bias_j, mask) if masked else b.read(bias_j, FP32)
+                score = b.multiply_add(added, b.splat(_LOG2E), score)
+            if masked:
+                score = b.select(mask, score, hidden)
+            b.write(score, address)
             return score
 
-        (largest,) = b.loop(
-            0, whole, lanes, lambda j, most: [b.maximum(most, some(j, False))], hidden
+        (maximum,) = b.loop(
+            0, full, lanes, lambda j, top: [b.maximum(top, scale(j, masked=False))], hidden
         )
-        rest = b.icmp_signed("<", whole, keys)
-        return b.reduce_max(b.where(rest, lambda: b.maximum(largest, some(whole, True)), largest))
+        has_tail = b.icmp_signed("<", full, keys)
+        maximum = b.compute_if(
+            has_tail, lambda: b.maximum(maximum, scale(full, masked=True)), maximum
+        )
+        return b.reduce_max(maximum)
 
     def tail_mask(self, keys: Any) -> Any:
-        """Mask of the elements of a row's last, partial vector of keys."""
+        """Return the mask of the elements of a row's last, partial vector."""
         b, lanes = self.b, self.level.lanes
-        rest = b.sub(keys, b.and_(keys, -lanes))
-        return b.icmp_signed("<", ir.Constant(b.vector(INT64), [*range(lanes)]), b.broadcast(rest))
+        tail = b.sub(keys, b.and_(keys, -lanes))
+        lane = ir.Constant(b.vector(INT64), [*range(lanes)])
+        return b.icmp_signed("<", lane, b.broadcast(tail))
 
-    def power(self, x: Any) -> Any:
-        """`2^x` for x up to 0, by a polynomial in the distance to the nearest integer; NaN stays NaN."""
-        b, kind = self.b, self.b.vector(INT32)
-        bounded = b.maximum(x, b.splat(_NO_EXPONENT))
-        whole = b.intrinsic(f"llvm.roundeven.v{self.level.lanes}f32", x.type, bounded)
-        found = b.polynomial(b.fsub(bounded, whole), coefficients(np.exp2, _DEGREE, (-0.5, 0.5)))
+    def exp2(self, x: Any) -> Any:
+        """Return `2^x` for x ≤ 0, by a polynomial in the distance to the nearest integer; propagates NaN."""
+        b, integers = self.b, self.b.vector(INT32)
+        bounded = b.maximum(x, b.splat(_UNDERFLOW))
+        nearest = b.intrinsic(f"llvm.roundeven.v{self.level.lanes}f32", x.type, bounded)
+        fraction = b.fsub(bounded, nearest)
+        power = b.polynomial(fraction, coefficients(np.exp2, _DEGREE, (-0.5, 0.5)))
         if self.level.lanes == 16:
-            # AVX-512 has an instruction for it, and for what is too small.
-            return b.scale_by_powers(found, whole)
-        exponent = b.shl(b.fptosi(whole, kind), ir.Constant(kind, [23] * self.level.lanes))
-        shifted = b.bitcast(b.add(b.bitcast(found, kind), exponent), x.type)
-        known = b.select(b.fcmp_ordered("<", x, b.splat(_LEAST_EXPONENT)), b.splat(0.0), shifted)
-        return b.select(b.fcmp_unordered("uno", x, x), x, known)
+            # An instruction of AVX-512, which also handles underflow.
+            return b.scale_by_powers(power, nearest)
+        mantissa_bits = ir.Constant(integers, [23] * self.level.lanes)
+        exponent = b.shl(b.fptosi(nearest, integers), mantissa_bits)
+        scaled = b.bitcast(b.add(b.bitcast(power, integers), exponent), x.type)
+        underflow = b.fcmp_ordered("<", x, b.splat(_MIN_EXPONENT))
+        result = b.select(underflow, b.splat(0.0), scaled)
+        return b.select(b.fcmp_unordered("uno", x, x), x, result)
 
 
-class _Attention(Heads):
-    """Writes the kernel of a dtype, a width and a length."""
+class _Attention(AttentionEmitter):
+    """Emits the forward kernel."""
 
     name = "attention"
 
-    def __init__(self, half: bool, width: int, room: int, biased: bool, level: Level) -> None:
-        layout = _layout(half, width, room, level)
-        super().__init__(half, width, room, biased, level, layout, _POINTERS, _NUMBERS)
-        self.b.tasks(self._task)
+    def __init__(self, half: bool, width: int, capacity: int, biased: bool, level: Level) -> None:
+        layout = _layout(half, width, capacity, level)
+        super().__init__(half, width, capacity, biased, level, layout, _POINTERS, _NUMBERS)
+        self.b.task_loop(self._task)
 
     def _task(self, task: Any, thread: Any) -> None:
-        b, given = self.b, self.given
-        chunk, head, entry = self._place(task)
-        self.of_thread(thread)
+        b, args = self.b, self.args
+        chunk, head, entry = self._decompose(task)
+        self.locate_scratch(thread)
         queries, out = (self.sequence(name, entry, head, queries=True) for name in ("q", "out"))
         keys, values = (self.sequence(name, entry, head, queries=False) for name in ("k", "v"))
-        # What this thread is likely to take next is fetched meanwhile, row by row.
-        _, head_ahead, entry_ahead = self._place(
-            b.minimum_int(b.add(task, given["threads"]), b.sub(given["tasks"], 1))
-        )
+        # The rows of this thread's likely next task are prefetched meanwhile.
+        next_task = b.minimum_int(b.add(task, args["threads"]), b.sub(args["tasks"], 1))
+        _, next_head, next_entry = self._decompose(next_task)
         self.ahead = [
-            self.sequence(name, entry_ahead, head_ahead, queries=name == "q")
+            self.sequence(name, next_entry, next_head, queries=name == "q")
             for name in ("q", "k", "v")
         ]
-        bias = self.bias_of(entry, head)
-        first = b.mul(chunk, given["chunk"])
-        stop = b.minimum_int(b.add(first, given["chunk"]), queries.rows)
+        bias = self.bias_address(entry, head)
+        first = b.mul(chunk, args["chunk"])
+        stop = b.minimum_int(b.add(first, args["chunk"]), queries.rows)
         non_empty = b.and_(b.icmp_signed("<", first, stop), b.icmp_signed(">", keys.rows, 0))
         with b.if_then(non_empty):
-            self.lay_out_panels("keys", keys)
+            self.pack_panels("keys", keys)
             if self.half:
-                values = self.lay_out_pairs("values", values)
-            self._rows(first, stop, queries, keys.rows, values, out, bias)
+                values = self.interleave_rows("values", values)
 
-    def _place(self, task: Any) -> tuple[Any, Any, Any]:
-        """Chunk, head and batch entry of a task."""
-        b, given = self.b, self.given
-        chunk, rest = b.srem(task, given["chunks"]), b.sdiv(task, given["chunks"])
-        return chunk, b.srem(rest, given["heads"]), b.sdiv(rest, given["heads"])
+            def emit_tiles(height: int) -> None:
+                def tile(row: Any) -> None:
+                    self._tile(height, row, stop, queries, keys.rows, values, out, bias)
 
-    def _fetch(self, row: Any, out: Sequence) -> None:
-        """Have a row of what is next brought to the caches, and that of the result."""
+                b.loop(first, stop, height, tile)
+
+            b.choose_height(self.level.rows, b.sub(stop, first), emit_tiles)
+
+    def _decompose(self, task: Any) -> tuple[Any, Any, Any]:
+        """Return chunk, head and batch entry of a task."""
+        b, args = self.b, self.args
+        chunk, index = b.srem(task, args["chunks"]), b.sdiv(task, args["chunks"])
+        return chunk, b.srem(index, args["heads"]), b.sdiv(index, args["heads"])
+
+    def _prefetch_row(self, row: Any, out: Sequence) -> None:
+        """Prefetch a row of the next task's inputs, and of this task's output."""
         b, line = self.b, 64 // (2 if self.half else 4)
         for rows in (*self.ahead, out):
-            place = b.at(rows.start, b.mul(row, rows.stride), self.element)
+            address = self.row_address(rows, row)
             for channel in range(0, self.width, line):
-                b.prefetch(b.at(place, channel, self.element), write=rows is out)
-
-    def _rows(
-        self,
-        first: Any,
-        stop: Any,
-        queries: Sequence,
-        keys: Any,
-        values: Sequence,
-        out: Sequence,
-        bias: Any,
-    ) -> None:
-        """Tile after tile."""
-        b = self.b
-
-        def all_of(height: int) -> None:
-            b.loop(
-                first,
-                stop,
-                height,
-                lambda row: self._tile(height, row, stop, queries, keys, values, out, bias),
-            )
-
-        b.heights(self.level.rows, b.sub(stop, first), all_of)
+                b.prefetch(b.at(address, channel, self.element), write=rows is out)
 
     def _tile(
         self,
@@ -345,83 +359,82 @@ class _Attention(Heads):
         b, lanes = self.b, self.level.lanes
         last = b.sub(stop, 1)
         # Rows past the end repeat the last one, and are not written.
-        places = [b.minimum_int(b.add(row, i), last) for i in range(height)]
-        self.copy_rows("queries", queries, places)
-        self.products(height, "queries", "keys", keys, self.at["scores"])
+        indices = [b.minimum_int(b.add(row, i), last) for i in range(height)]
+        self.copy_rows("queries", queries, indices)
+        self.multiply_panels(height, "queries", "keys", keys, self.buffers["scores"])
 
         def softmax(i: Any) -> None:
-            place = b.minimum_int(b.add(row, i), last)
-            self._fetch(place, out)
+            query = b.minimum_int(b.add(row, i), last)
+            self._prefetch_row(query, out)
             if bias is not None:
-                # Behind the last row the next head's begin.
-                below = b.at(bias, b.mul(b.add(place, height), self.given["bias_row"]), FP32)
+                # Past the last row follows the bias of the next head.
+                below = b.at(bias, b.mul(b.add(query, height), self.args["bias_row"]), FP32)
                 b.loop(0, keys, 64 // 4, lambda j: b.prefetch(b.at(below, j, FP32)))
-            self._softmax(i, place, keys, bias)
+            self._softmax(i, query, keys, bias)
 
         b.loop(0, height, 1, softmax)
-        weights, step = (
-            (self.at["weights"], self.row // 2) if self.half else (self.at["scores"], self.row)
-        )
+        left = self.buffers["scores"], self.score_stride
+        if self.half:
+            left = self.buffers["weights"], self.score_stride // 2
         for channel in range(0, self.width, 2 * lanes):
             vectors = min(2, (self.width - channel) // lanes)
-            first = b.at(values.start, channel, self.unit)
-            sums = self.product(
-                height, vectors, (weights, step), (first, values.stride), values.rows
-            )
+            right = b.at(values.start, channel, self.unit), values.stride
+            sums = self.gemm(height, vectors, left, right, values.rows)
             for i in range(height):
                 with b.if_then(b.icmp_signed("<=", b.add(row, i), last)):
-                    inverse = b.broadcast(b.load(b.at(self.at["sums"], i, FP32), typ=FP32))
-                    into = b.at(out.start, b.mul(places[i], out.stride), self.element)
+                    inverse = b.broadcast(b.load_scalar(self.buffers["inverses"], i, FP32))
+                    out_row = self.row_address(out, indices[i])
                     for n in range(vectors):
                         attended = b.fmul(sums[i * vectors + n], inverse)
-                        place = b.at(into, channel + n * lanes, self.element)
-                        b.write(b.fp32_to_bf16(attended) if self.half else attended, place)
+                        self.write_rounded(attended, out_row, channel + n * lanes)
 
     def _softmax(self, i: Any, query: Any, keys: Any, bias: Any) -> None:
-        """Unnormalised powers of two of a row, with zeros past the last key, and the reciprocal of their sum."""
+        """Compute a row's unnormalised weights, zero past the last key, and the reciprocal of their sum."""
         b, lanes = self.b, self.level.lanes
-        scores = b.at(self.at["scores"], b.mul(i, self.row), FP32)
-        of_query = None if bias is None else b.at(bias, b.mul(query, self.given["bias_row"]), FP32)
-        top = b.broadcast(self.scaled(scores, of_query, keys))
-        weights = b.at(self.at["weights"], b.mul(i, self.row), BF16)
+        scores = b.at(self.buffers["scores"], b.mul(i, self.score_stride), FP32)
+        if bias is not None:
+            bias = b.at(bias, b.mul(query, self.args["bias_row"]), FP32)
+        maximum = b.broadcast(self.scale_scores(scores, bias, keys))
+        weights = b.at(self.buffers["weights"], b.mul(i, self.score_stride), BF16)
 
-        def power(j: Any, total: Any) -> Values:
-            found = self.power(b.fsub(b.read(b.at(scores, j, FP32), FP32), top))
+        def exponentiate(j: Any, total: Any) -> Values:
+            weight = self.exp2(b.fsub(b.read(scores, FP32, j), maximum))
             if self.half:
-                b.write(b.fp32_to_bf16(found), b.at(weights, j, BF16))
+                b.write(b.fp32_to_bf16(weight), weights, j)
             else:
-                b.write(found, b.at(scores, j, FP32))
-            return [b.fadd(total, found)]
+                b.write(weight, scores, j)
+            return [b.fadd(total, weight)]
 
-        (total,) = b.loop(0, b.round_up(keys, lanes), lanes, power, b.splat(0.0))
-        b.store(b.fdiv(ir.Constant(FP32, 1.0), b.reduce_add(total)), b.at(self.at["sums"], i, FP32))
+        (total,) = b.loop(0, b.round_up(keys, lanes), lanes, exponentiate, b.splat(0.0))
+        inverse = b.fdiv(ir.Constant(FP32, 1.0), b.reduce_add(total))
+        b.store(inverse, b.at(self.buffers["inverses"], i, FP32))
 
 
 @cache
-def _layout(half: bool, width: int, room: int, level: Level) -> tuple[dict[str, int], int]:
-    """Offsets of a thread's scratch memory, and its size."""
-    rows, keys = level.rows, -(-room // (2 * level.lanes)) * 2 * level.lanes
+def _layout(half: bool, width: int, capacity: int, level: Level) -> tuple[dict[str, int], int]:
+    """Return the offsets of a thread's scratch buffers, and their total size."""
+    rows, keys = level.rows, -(-capacity // (2 * level.lanes)) * 2 * level.lanes
     element = 2 if half else 4
     sizes = {
         "queries": rows * width * element,
-        "sums": rows * 4,
-        "scores": rows * (room + level.lanes) * 4,
-        "weights": rows * (room + level.lanes) * 2 if half else 0,
+        "inverses": rows * 4,
+        "scores": rows * (capacity + level.lanes) * 4,
+        "weights": rows * (capacity + level.lanes) * 2 if half else 0,
         "keys": keys * width * element,
         "values": keys * width * 2 if half else 0,
     }
-    return laid_out(sizes)
+    return consecutive(sizes)
 
 
-def laid_out(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
-    """Offsets of consecutive buffers of these sizes, and the total size."""
+def consecutive(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
+    """Return the offsets of consecutive buffers, aligned to cache lines, and their total size in whole pages."""
     ends = np.cumsum([-(-size // 64) * 64 for size in sizes.values()]).tolist()
     return dict(zip(sizes, [0, *ends], strict=False)), whole_pages(ends[-1])
 
 
 def takes(q: Tensor, keys: int) -> bool:
-    """Whether there is a kernel for queries `[..., D]`, and for so many keys."""
-    return keys <= _ROOMS[-1] and fills_vectors(q.shape[-1], q.dtype)
+    """Return whether there is a kernel for queries `[..., D]` and this number of keys."""
+    return keys <= _CAPACITIES[-1] and fills_vectors(q.shape[-1], q.dtype)
 
 
 def attention(
@@ -430,10 +443,10 @@ def attention(
     v: Tensor,
     scale: float,
     bias: Tensor | None = None,
-    bounds: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+    bounds: Bounds | None = None,
     level: Level | None = None,
 ) -> Tensor:
-    """Attention of q `[B, Nq, H, D]` and k, v `[B, Nk, H, D]`, or packed in one entry with S + 1 `bounds` each.
+    """Compute attention of q `[B, Nq, H, D]` and k, v `[B, Nk, H, D]`, or packed in one entry with `bounds`.
 
     The bias `[G, 1 or H, 1 or Nq, Nk]`, without `bounds` only, applies to batch entry b by entry b mod G (G divides B);
     -inf hides a key. The result is contiguous, with zeros for a sequence without keys.
@@ -442,46 +455,37 @@ def attention(
     half, threads = q.dtype == torch.bfloat16, torch.get_num_threads()
     q, k, v = (readable(t, half) for t in (q, k, v))
     (entries, queries, heads, width), keys = q.shape, k.shape[1]
-    some_without_keys = not keys if bounds is None else any(a == b for a, b in pairwise(bounds[1]))
-    out = (torch.zeros if some_without_keys else torch.empty)(q.shape, dtype=q.dtype)
-    entries, queries, keys, offsets = lengths_of(bounds, entries, queries, keys)
+    has_empty = not keys if bounds is None else any(a == b for a, b in pairwise(bounds[1]))
+    out = (torch.zeros if has_empty else torch.empty)(q.shape, dtype=q.dtype)
+    entries, queries, keys, offsets = batch_sizes(bounds, entries, queries, keys)
     if not entries or not queries or not keys:
         return out
-    chunk, chunks = divided(queries, -(-_TASKS_PER_THREAD * threads // (entries * heads)), _CHUNK)
-    room = next(n for n in _ROOMS if n >= keys)
-    place = scratch_address("compiled attention", _layout(half, width, room, level)[1] * threads)
+    chunks = -(-_TASKS_PER_THREAD * threads // (entries * heads))
+    chunk, chunks = split_rows(queries, chunks, _CHUNK)
+    capacity = next(n for n in _CAPACITIES if n >= keys)
+    scratch_bytes = _layout(half, width, capacity, level)[1] * threads
+    scratch = scratch_address("compiled attention", scratch_bytes)
     period = 1 if bias is None else bias.shape[0]
-    run = kernel(_Attention, half, width, room, bias is not None, level)
-    bias, bias_strides = bias_place(bias)
+    run = kernel(_Attention, half, width, capacity, bias is not None, level)
+    bias, bias_strides = readable_bias(bias)
     addresses = (0 if t is None else t.data_ptr() for t in (q, k, v, out, bias))
-    bounds_at = (0, 0) if offsets is None else (offsets[0].ctypes.data, offsets[1].ctypes.data)
     strides = (s for t in (q, k, v, out) for s in t.stride()[:3])
-    numbers = (
-        *strides,
-        *bias_strides,
-        heads,
-        queries,
-        keys,
-        period,
-        chunk,
-        chunks,
-        threads,
-        scale_bits(scale),
-    )
-    run((*addresses, *bounds_at, place, *numbers), entries * heads * chunks, threads)
+    sizes = (heads, queries, keys, period, chunk, chunks, threads, scale_bits(scale))
+    args = (*addresses, *row_addresses(offsets), scratch, *strides, *bias_strides, *sizes)
+    run(args, entries * heads * chunks, threads)
     return out
 
 
 def readable(x: Tensor, half: bool) -> Tensor:
-    """Rows with contiguous elements, in bf16 at even offsets, since kernels read pairs."""
+    """Copy x unless its rows are contiguous and, in bf16, begin at even offsets, since kernels read pairs."""
     even = not half or all(stride % 2 == 0 for stride in x.stride()[:3])
     return x if x.stride(-1) == 1 and even else x.contiguous()
 
 
-def lengths_of(
-    bounds: tuple[tuple[int, ...], tuple[int, ...]] | None, entries: int, queries: int, keys: int
+def batch_sizes(
+    bounds: Bounds | None, entries: int, queries: int, keys: int
 ) -> tuple[int, int, int, np.ndarray | None]:
-    """Batch entries, the most queries and keys of an entry, and the bounds as a kernel reads them."""
+    """Return the number of sequences, their maximum queries and keys, and the bounds as an array."""
     if bounds is None:
         return entries, queries, keys, None
     offsets = np.array(bounds, np.int64)
@@ -489,18 +493,21 @@ def lengths_of(
     return (lengths.shape[1], *lengths.max(1, initial=0).tolist(), offsets)
 
 
-def bias_place(bias: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int]]:
-    """A bias as a kernel reads it, and its elements from batch entry, row and head to the next one."""
+def row_addresses(offsets: np.ndarray | None) -> tuple[int, int]:
+    """Return the addresses of the bounds of queries and keys; null without bounds."""
+    return (0, 0) if offsets is None else (offsets[0].ctypes.data, offsets[1].ctypes.data)
+
+
+def readable_bias(bias: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int]]:
+    """Return a bias in fp32 with contiguous rows, and its strides by batch entry, row and head; 0 broadcasts."""
     if bias is None:
         return None, (0, 0, 0)
     bias = bias.to(torch.float32)
     bias = bias if bias.stride(-1) == 1 else bias.contiguous()
-    spread = [
-        0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True)
-    ]
-    return bias, (spread[0], spread[2], spread[1])
+    batch, head, row = (0 if bias.shape[axis] == 1 else bias.stride(axis) for axis in range(3))
+    return bias, (batch, row, head)
 
 
 def scale_bits(scale: float) -> int:
-    """An fp32 number as the integer of its bits."""
+    """Return the bits of an fp32 number as an integer."""
     return struct.unpack("i", struct.pack("f", scale))[0]

@@ -1,10 +1,10 @@
 """Gradients of attention, a head at a time: recomputed scores, softmax, and five GEMMs over blocks of rows in cache.
 
-A task is a head of the batch entries with one bias gradient, or of some of them: it sums their score gradients
-in order in its own buffer, so that no sum depends on the schedule of the threads. It packs keys and values once per
+A task is a head of the batch entries with one bias gradient, or of some of them: it accumulates their score gradients
+in order in a buffer of its own, so that no sum depends on the threads' schedule. It packs keys and values once per
 entry; then blocks of rows go through scores, softmax and their gradients, and add to the gradients of keys and values.
-The forward pass saves its inputs only. In bf16 the GEMMs take pairs of channels, keys or queries, sum in fp32,
-and weights and score gradients are rounded once.
+The forward pass saves its inputs only. In bf16 the GEMMs multiply pairs of channels, keys or queries and accumulate
+in fp32; weights and score gradients are rounded once.
 """
 
 from __future__ import annotations
@@ -20,127 +20,131 @@ from torch import Tensor
 
 from ...reference import HIDDEN
 from . import Level, fills_vectors, levels
-from .attention import Heads, Sequence, bias_place, laid_out, lengths_of, readable, scale_bits
-from .builder import BF16, FP32, INT16, INT32, divided, kernel, scratch_address
+from .attention import (
+    AttentionEmitter,
+    Bounds,
+    Sequence,
+    batch_sizes,
+    consecutive,
+    readable,
+    readable_bias,
+    row_addresses,
+    scale_bits,
+)
+from .builder import BF16, FP32, INT16, INT32, Values, kernel, scratch_address, split_rows
 
-# Maximum keys of a kernel, the stride of its rows of scores. With more, a head's data exceed the second level of
-# cache.
-_ROOMS = (208, 592, 1040)
+# Capacities, in keys, that kernels are compiled for. With more keys, a head's data exceed the second level of cache.
+_CAPACITIES = (208, 592, 1040)
 # Tiles of rows: their weights and score gradients stay in cache until the GEMMs for keys and values.
 _BLOCK_TILES = 4
 _TASKS_PER_THREAD = 3
 # The largest score of a query with hidden keys only, in base 2; rounding may raise it a little.
 _BLIND = 1.4 * HIDDEN
 
-_GIVEN, _MADE = ("dout", "q", "k", "v"), ("dq", "dk", "dv")
-_POINTERS = (*_GIVEN, *_MADE, "dbias", "bias", "bounds_q", "bounds_k", "scratch")
+_INPUTS, _GRADIENTS = ("dout", "q", "k", "v"), ("dq", "dk", "dv")
+_POINTERS = (*_INPUTS, *_GRADIENTS, "dbias", "bias", "bounds_q", "bounds_k", "scratch")
 _STRIDES = [
     f"{name}_{axis}"
-    for name in (*_GIVEN, *_MADE, "bias", "dbias")
+    for name in (*_INPUTS, *_GRADIENTS, "bias", "dbias")
     for axis in ("batch", "row", "head")
 ]
-_NUMBERS = (
-    *_STRIDES,
-    "heads",
-    "queries",
-    "keys",
-    "period",
-    "entries",
-    "apart",
-    "together",
-    "dbias_group",
-    "scale",
-)
+_SIZES = ("heads", "queries", "keys", "period", "entries", "biases", "group_entries")
+_NUMBERS = (*_STRIDES, *_SIZES, "dbias_group", "scale")
 
 
 class _Entry(NamedTuple):
-    """What belongs to a head of a batch entry."""
+    """Rows of one head of a batch entry, and the addresses of its bias and bias gradient."""
 
     dout: Sequence
     q: Sequence
     k: Sequence
     dq: Sequence
     right_keys: Sequence
-    """Keys as the right side of a product with score gradients."""
+    """Keys as the right operand of the GEMM with score gradients."""
     bias: Any
     dbias: Any
 
 
-class _Gradients(Heads):
-    """Writes the kernel of a dtype, a width and a length; `summed`: with the gradient of the bias."""
+class _SoftmaxRow(NamedTuple):
+    """A row of scores on its way to score gradients: addresses, and broadcast scalars."""
+
+    weights: Any
+    dweights: Any
+    inverse: Any
+    mean: Any
+    dbias: Any
+
+
+class _AttentionBackward(AttentionEmitter):
+    """Emits the backward kernel, with the gradient of the bias if `summed`."""
 
     name = "attention_backward"
 
     def __init__(
-        self, half: bool, width: int, room: int, biased: bool, summed: bool, level: Level
+        self, half: bool, width: int, capacity: int, biased: bool, summed: bool, level: Level
     ) -> None:
-        layout = _layout(half, width, room, level)
-        super().__init__(half, width, room, biased, level, layout, _POINTERS, _NUMBERS)
+        layout = _layout(half, width, capacity, level)
+        super().__init__(half, width, capacity, biased, level, layout, _POINTERS, _NUMBERS)
         self.summed = summed
-        self.b.tasks(self._task)
+        self.b.task_loop(self._task)
 
     def _task(self, task: Any, thread: Any) -> None:
-        b, given = self.b, self.given
-        head, rest = b.srem(task, given["heads"]), b.sdiv(task, given["heads"])
-        first, group = b.srem(rest, given["apart"]), b.sdiv(rest, given["apart"])
-        self.of_thread(thread)
+        b, args = self.b, self.args
+        head, index = b.srem(task, args["heads"]), b.sdiv(task, args["heads"])
+        first, group = b.srem(index, args["biases"]), b.sdiv(index, args["biases"])
+        self.locate_scratch(thread)
         dbias = None
         if self.summed:
-            offset = b.add(b.mul(group, given["dbias_group"]), b.mul(first, given["dbias_batch"]))
-            dbias = b.at(given["dbias"], b.add(offset, b.mul(head, given["dbias_head"])), FP32)
-        start = b.mul(group, given["together"])
-        stop = b.minimum_int(
-            b.add(start, given["together"]), b.sdiv(given["entries"], given["apart"])
-        )
+            offset = b.add(b.mul(group, args["dbias_group"]), b.mul(first, args["dbias_batch"]))
+            dbias = b.at(args["dbias"], b.add(offset, b.mul(head, args["dbias_head"])), FP32)
+        start = b.mul(group, args["group_entries"])
+        end = b.add(start, args["group_entries"])
+        stop = b.minimum_int(end, b.sdiv(args["entries"], args["biases"]))
 
         def entry(i: Any) -> None:
-            self._entry(b.add(first, b.mul(i, given["apart"])), head, dbias)
+            self._entry(b.add(first, b.mul(i, args["biases"])), head, dbias)
 
         b.loop(start, stop, 1, entry)
 
-    def _entry(self, number: Any, head: Any, dbias: Any) -> None:
+    def _entry(self, index: Any, head: Any, dbias: Any) -> None:
         b = self.b
-        names = (*_GIVEN, *_MADE)
-        found = {n: self.sequence(n, number, head, queries=n in ("dout", "q", "dq")) for n in names}
-        queries, keys = found["q"].rows, found["k"].rows
+        rows = {
+            name: self.sequence(name, index, head, queries=name in ("dout", "q", "dq"))
+            for name in (*_INPUTS, *_GRADIENTS)
+        }
+        queries, keys = rows["q"].rows, rows["k"].rows
         with b.if_then(b.and_(b.icmp_signed(">", queries, 0), b.icmp_signed(">", keys, 0))):
-            self.lay_out_panels("keys", found["k"])
-            self.lay_out_panels("values", found["v"])
-            right = self.lay_out_pairs("right_keys", found["k"]) if self.half else found["k"]
-            given = found["dout"], found["q"], found["k"], found["dq"]
-            entry = _Entry(*given, right, self.bias_of(number, head), dbias)
+            self.pack_panels("keys", rows["k"])
+            self.pack_panels("values", rows["v"])
+            right = self.interleave_rows("right_keys", rows["k"]) if self.half else rows["k"]
+            bias = self.bias_address(index, head)
+            entry = _Entry(rows["dout"], rows["q"], rows["k"], rows["dq"], right, bias, dbias)
             zero, size = b.splat(0.0), b.mul(keys, self.width)
-            for place in (self.at["dk"], self.at["dv"]):
-                b.loop(
-                    0,
-                    size,
-                    self.level.lanes,
-                    lambda i, place=place: b.write(zero, b.at(place, i, FP32)),
-                )
-            block = _BLOCK_TILES * self.level.rows
+            for name in ("dk", "dv"):
+                sums = self.buffers[name]
+                b.loop(0, size, self.level.lanes, lambda i, sums=sums: b.write(zero, sums, i))
+            block_rows = _BLOCK_TILES * self.level.rows
 
-            def rows(first: Any) -> None:
-                self._block(first, b.minimum_int(b.add(first, block), queries), entry)
+            def block(first: Any) -> None:
+                self._block(first, b.minimum_int(b.add(first, block_rows), queries), entry)
 
-            b.loop(0, queries, block, rows)
-            scale = b.broadcast(self.given["scale"])
-            for name, factor in (("dk", scale), ("dv", None)):
-                self._give(name, found[name], keys, factor)
+            b.loop(0, queries, block_rows, block)
+            scale = b.broadcast(self.args["scale"])
+            self._store_sums("dk", rows["dk"], keys, scale)
+            self._store_sums("dv", rows["dv"], keys, None)
 
-    def _give(self, name: str, into: Sequence, keys: Any, factor: Any) -> None:
-        """Write the gradient sums of keys or values in their final dtype and place."""
+    def _store_sums(self, name: str, out: Sequence, keys: Any, factor: Any) -> None:
+        """Store the accumulated gradient of keys or values in its dtype."""
         b = self.b
 
         def row(j: Any) -> None:
-            source = b.at(self.at[name], b.mul(j, self.width), FP32)
-            place = b.at(into.start, b.mul(j, into.stride), self.element)
+            sums = b.at(self.buffers[name], b.mul(j, self.width), FP32)
+            out_row = self.row_address(out, j)
             for channel in range(0, self.width, self.level.lanes):
-                found = b.read(b.at(source, channel, FP32), FP32)
-                found = found if factor is None else b.fmul(found, factor)
-                b.write(
-                    b.fp32_to_bf16(found) if self.half else found,
-                    b.at(place, channel, self.element),
-                )
+                value = b.read(sums, FP32, channel)
+                if factor is not None:
+                    value = b.fmul(value, factor)
+                self.write_rounded(value, out_row, channel)
 
         b.loop(0, keys, 1, row)
 
@@ -148,82 +152,81 @@ class _Gradients(Heads):
         b = self.b
         rows = b.sub(stop, first)
 
-        def all_of(height: int) -> None:
+        def emit_tiles(height: int) -> None:
             b.loop(first, stop, height, lambda row: self._tile(height, first, row, stop, entry))
 
-        b.heights(self.level.rows, rows, all_of)
+        b.choose_height(self.level.rows, rows, emit_tiles)
         terms, right = rows, []
-        for name, given in (("right_queries", entry.q), ("right_dout", entry.dout)):
-            some = Sequence(
-                b.at(given.start, b.mul(first, given.stride), self.element), rows, given.stride
-            )
-            right.append(self.lay_out_pairs(name, some) if self.half else some)
+        for name, operand in (("right_queries", entry.q), ("right_dout", entry.dout)):
+            block = Sequence(self.row_address(operand, first), rows, operand.stride)
+            right.append(self.interleave_rows(name, block) if self.half else block)
         if self.half:
             terms = right[0].rows
-        for name, left, factors in (("dk", "dscores", right[0]), ("dv", "weights", right[1])):
-            self._add_columns(name, left, factors, terms, entry.k.rows)
+        self._add_to_sums("dk", "dscores", right[0], terms, entry.k.rows)
+        self._add_to_sums("dv", "weights", right[1], terms, entry.k.rows)
 
-    def _add_columns(self, name: str, left: str, right: Sequence, terms: Any, keys: Any) -> None:
-        """Add the products of a block's columns (weights or score gradients) and rows to the sums of keys."""
-        b, lanes = self.b, self.level.lanes
-        for channel in range(0, self.width, _columns(self.level) * lanes):
-            vectors = min(_columns(self.level), (self.width - channel) // lanes)
+    def _add_to_sums(self, name: str, left: str, right: Sequence, terms: Any, keys: Any) -> None:
+        """Add `left^T right` of a block, weights or score gradients times rows, to a gradient of all keys."""
+        b, lanes, zero = self.b, self.level.lanes, self.b.splat
+        most_vectors = _vectors(self.level)
+        for channel in range(0, self.width, most_vectors * lanes):
+            vectors = min(most_vectors, (self.width - channel) // lanes)
             height = min(self.level.rows, 2 * self.level.rows // vectors)
 
-            def some(
+            def tile(
                 key: Any, channel: int = channel, vectors: int = vectors, height: int = height
             ) -> None:
-                rows = [b.at(self.at[left], b.add(key, i), self.unit) for i in range(height)]
-                columns = (b.at(right.start, channel, self.unit), right.stride)
-                sums = b.tile(
-                    rows,
-                    vectors,
-                    *columns,
+                sums = b.microkernel(
+                    [b.at(self.buffers[left], b.add(key, i), self.unit) for i in range(height)],
+                    b.at(right.start, channel, self.unit),
                     terms,
                     self.unit,
-                    self.add,
-                    b.splat(0.0),
-                    apart=self.row,
+                    self.multiply_add,
+                    zero(0.0),
+                    vectors=vectors,
+                    stride=right.stride,
+                    row_step=self.score_stride,
                 )
                 for i in range(height):
-                    place = b.add(b.mul(b.add(key, i), self.width), channel)
+                    offset = b.add(b.mul(b.add(key, i), self.width), channel)
                     for n in range(vectors):
-                        at = b.at(self.at[name], b.add(place, n * lanes), FP32)
-                        b.write(b.fadd(b.read(at, FP32), sums[i * vectors + n]), at)
+                        address = b.at(self.buffers[name], b.add(offset, n * lanes), FP32)
+                        b.write(b.fadd(b.read(address, FP32), sums[i * vectors + n]), address)
 
-            b.loop(0, keys, height, some)
+            b.loop(0, keys, height, tile)
 
     def _tile(self, height: int, first: Any, row: Any, stop: Any, entry: _Entry) -> None:
         b, lanes, keys = self.b, self.level.lanes, entry.k.rows
         last = b.sub(stop, 1)
-        places = [b.minimum_int(b.add(row, i), last) for i in range(height)]
-        self.copy_rows("queries", entry.q, places)
-        self.copy_rows("dout", entry.dout, places)
-        # In fp32 scores become weights, and the other products score gradients, where they are.
-        number = 0 if self.half else b.mul(b.sub(row, first), self.row)
-        scores, dscores = (b.at(self.at[name], number, FP32) for name in ("scores", "products"))
-        self.products(height, "queries", "keys", keys, scores)
-        self.products(height, "dout", "values", keys, dscores)
-        count, together = b.minimum_int(b.sub(stop, row), height), 2 if self.half else 1
-        b.loop(
-            0,
-            count,
-            together,
-            lambda i: self._softmax(i, first, row, last, keys, entry, scores, dscores),
+        indices = [b.minimum_int(b.add(row, i), last) for i in range(height)]
+        self.copy_rows("queries", entry.q, indices)
+        self.copy_rows("dout", entry.dout, indices)
+        # In fp32 scores become weights, and the gradients of weights those of scores, in place.
+        offset = 0 if self.half else b.mul(b.sub(row, first), self.score_stride)
+        scores, dweights = (
+            b.at(self.buffers[name], offset, FP32) for name in ("scores", "dweights")
         )
-        left, step = (self.at["rounded"], self.row // 2) if self.half else (dscores, self.row)
-        scale = b.broadcast(self.given["scale"])
+        self.multiply_panels(height, "queries", "keys", keys, scores)
+        self.multiply_panels(height, "dout", "values", keys, dweights)
+
+        def softmax(i: Any) -> None:
+            self._softmax(i, first, row, last, keys, entry, scores, dweights)
+
+        b.loop(0, b.minimum_int(b.sub(stop, row), height), 2 if self.half else 1, softmax)
+        left = dweights, self.score_stride
+        if self.half:
+            left = self.buffers["rounded"], self.score_stride // 2
+        scale = b.broadcast(self.args["scale"])
         for channel in range(0, self.width, 2 * lanes):
             vectors = min(2, (self.width - channel) // lanes)
             right = b.at(entry.right_keys.start, channel, self.unit), entry.right_keys.stride
-            sums = self.product(height, vectors, (left, step), right, entry.right_keys.rows)
+            sums = self.gemm(height, vectors, left, right, entry.right_keys.rows)
             for i in range(height):
                 with b.if_then(b.icmp_signed("<=", b.add(row, i), last)):
-                    into = b.at(entry.dq.start, b.mul(places[i], entry.dq.stride), self.element)
+                    dq_row = self.row_address(entry.dq, indices[i])
                     for n in range(vectors):
-                        found = b.fmul(sums[i * vectors + n], scale)
-                        place = b.at(into, channel + n * lanes, self.element)
-                        b.write(b.fp32_to_bf16(found) if self.half else found, place)
+                        value = b.fmul(sums[i * vectors + n], scale)
+                        self.write_rounded(value, dq_row, channel + n * lanes)
 
     def _softmax(
         self,
@@ -234,97 +237,112 @@ class _Gradients(Heads):
         keys: Any,
         entry: _Entry,
         scores: Any,
-        dscores: Any,
+        dweights: Any,
     ) -> None:
-        """Weights and score gradients of a row of a tile, in bf16 of two rows, of which the second may not be there."""
+        """Compute weights and score gradients of a tile's row; in bf16 of two rows, the second if it exists."""
         b, lanes = self.b, self.level.lanes
-        every = b.round_up(keys, lanes)
-        rows = []
-        for n in range(2 if self.half else 1):
-            number = b.add(i, n)
-            query = b.minimum_int(b.add(row, number), last)
-            p, dp = (b.at(x, b.mul(number, self.row), FP32) for x in (scores, dscores))
-            bias = (
-                None
-                if entry.bias is None
-                else b.at(entry.bias, b.mul(query, self.given["bias_row"]), FP32)
+        padded_keys = b.round_up(keys, lanes)
+        rows = [
+            self._softmax_row(
+                b.add(i, n), row, last, keys, padded_keys, entry, scores, dweights, optional=n > 0
             )
-            top = self.scaled(p, bias, keys)
-            blind = b.fcmp_ordered("<=", top, ir.Constant(FP32, _BLIND))
-            # Less infinity, all scores have the weight 0.
-            less = b.broadcast(b.select(blind, ir.Constant(FP32, math.inf), top))
-
-            def power(
-                j: Any, total: Any, delta: Any, p: Any = p, dp: Any = dp, less: Any = less
-            ) -> list[Any]:
-                place = b.at(p, j, FP32)
-                found = self.power(b.fsub(b.read(place, FP32), less))
-                b.write(found, place)
-                return [
-                    b.fadd(total, found),
-                    b.multiply_add(found, b.read(b.at(dp, j, FP32), FP32), delta),
-                ]
-
-            total, delta = b.loop(0, every, lanes, power, b.splat(0.0), b.splat(0.0))
-            nothing = ir.Constant(FP32, 0.0)
-            inverse = b.select(blind, nothing, b.fdiv(ir.Constant(FP32, 1.0), b.reduce_add(total)))
-            mean = b.broadcast(b.fmul(b.reduce_add(delta), inverse))
-            if n:
-                inverse = b.select(b.icmp_signed("<=", b.add(row, number), last), inverse, nothing)
-            dbias = None
-            if entry.dbias is not None:
-                dbias = b.at(entry.dbias, b.mul(query, self.given["dbias_row"]), FP32)
-            rows.append((p, dp, b.broadcast(inverse), mean, dbias))
+            for n in range(2 if self.half else 1)
+        ]
         # The unit of a block's row, or pair of rows, of weights and of score gradients.
-        unit = b.mul(b.add(b.sub(row, first), i), self.row // 2 if self.half else self.row)
+        stride = self.score_stride // 2 if self.half else self.score_stride
+        unit = b.mul(b.add(b.sub(row, first), i), stride)
         mask = self.tail_mask(keys)
 
-        def some(j: Any, partly: bool) -> None:
+        def vector(j: Any, *, masked: bool) -> None:
             weights, gradients = [], []
-            for p, dp, inverse, mean, dbias in rows:
-                weight = b.fmul(b.read(b.at(p, j, FP32), FP32), inverse)
-                gradient = b.fmul(weight, b.fsub(b.read(b.at(dp, j, FP32), FP32), mean))
-                if dbias is not None:
-                    place = b.at(dbias, j, FP32)
-                    if partly:
-                        b.store_masked(b.fadd(b.load_masked(place, mask), gradient), place, mask)
+            for r in rows:
+                weight = b.fmul(b.read(r.weights, FP32, j), r.inverse)
+                gradient = b.fmul(weight, b.fsub(b.read(r.dweights, FP32, j), r.mean))
+                if r.dbias is not None:
+                    dbias = b.at(r.dbias, j, FP32)
+                    if masked:
+                        b.store_masked(b.fadd(b.load_masked(dbias, mask), gradient), dbias, mask)
                     else:
-                        b.write(b.fadd(b.read(place, FP32), gradient), place)
+                        b.write(b.fadd(b.read(dbias, FP32), gradient), dbias)
                 weights.append(weight)
                 gradients.append(gradient)
-            for name, values in (("weights", weights), ("dscores", gradients)):
-                if self.half:
-                    rounded = [b.bitcast(b.fp32_to_bf16(x), b.vector(INT16)) for x in values]
-                    b.write(b.interleave(*rounded), b.at(self.at[name], b.add(unit, j), INT32))
-                    if name == "dscores":
-                        for n, x in enumerate(rounded):
-                            place = b.add(b.mul(b.add(i, n), self.row), j)
-                            b.write(x, b.at(self.at["rounded"], place, BF16))
-                else:
-                    b.write(values[0], b.at(self.at[name], b.add(unit, j), FP32))
+            self._write_block("weights", weights, unit, j)
+            rounded = self._write_block("dscores", gradients, unit, j)
+            for n, value in enumerate(rounded):
+                offset = b.add(b.mul(b.add(i, n), self.score_stride), j)
+                b.write(value, b.at(self.buffers["rounded"], offset, BF16))
 
         if self.summed:
             full = b.and_(keys, -lanes)
-            b.loop(0, full, lanes, lambda j: some(j, False))
+            b.loop(0, full, lanes, lambda j: vector(j, masked=False))
             with b.if_then(b.icmp_signed("<", full, keys)):
-                some(full, True)
+                vector(full, masked=True)
         else:
-            b.loop(0, every, lanes, lambda j: some(j, False))
+            b.loop(0, padded_keys, lanes, lambda j: vector(j, masked=False))
+
+    def _softmax_row(
+        self,
+        index: Any,
+        row: Any,
+        last: Any,
+        keys: Any,
+        padded_keys: Any,
+        entry: _Entry,
+        scores: Any,
+        dweights: Any,
+        *,
+        optional: bool,
+    ) -> _SoftmaxRow:
+        """Exponentiate a row's scores and reduce it; an `optional` row past the last one gets weight 0."""
+        b, lanes = self.b, self.level.lanes
+        query = b.minimum_int(b.add(row, index), last)
+        p, dp = (b.at(x, b.mul(index, self.score_stride), FP32) for x in (scores, dweights))
+        bias = dbias = None
+        if entry.bias is not None:
+            bias = b.at(entry.bias, b.mul(query, self.args["bias_row"]), FP32)
+        maximum = self.scale_scores(p, bias, keys)
+        blind = b.fcmp_ordered("<=", maximum, ir.Constant(FP32, _BLIND))
+        # Minus infinity, all scores have weight 0.
+        shift = b.broadcast(b.select(blind, ir.Constant(FP32, math.inf), maximum))
+
+        def exponentiate(j: Any, total: Any, delta: Any) -> Values:
+            address = b.at(p, j, FP32)
+            weight = self.exp2(b.fsub(b.read(address, FP32), shift))
+            b.write(weight, address)
+            return [b.fadd(total, weight), b.multiply_add(weight, b.read(dp, FP32, j), delta)]
+
+        zeros = b.splat(0.0), b.splat(0.0)
+        total, delta = b.loop(0, padded_keys, lanes, exponentiate, *zeros)
+        zero, one = ir.Constant(FP32, 0.0), ir.Constant(FP32, 1.0)
+        inverse = b.select(blind, zero, b.fdiv(one, b.reduce_add(total)))
+        mean = b.broadcast(b.fmul(b.reduce_add(delta), inverse))
+        if optional:
+            inverse = b.select(b.icmp_signed("<=", b.add(row, index), last), inverse, zero)
+        if entry.dbias is not None:
+            dbias = b.at(entry.dbias, b.mul(query, self.args["dbias_row"]), FP32)
+        return _SoftmaxRow(p, dp, b.broadcast(inverse), mean, dbias)
+
+    def _write_block(self, name: str, values: Values, unit: Any, j: Any) -> Values:
+        """Store a row of the block, or an interleaved pair of rows in bf16; return the rounded rows."""
+        b = self.b
+        if not self.half:
+            b.write(values[0], self.buffers[name], b.add(unit, j))
+            return []
+        rounded = [b.bitcast(b.fp32_to_bf16(value), b.vector(INT16)) for value in values]
+        b.write(b.interleave(*rounded), b.at(self.buffers[name], b.add(unit, j), INT32))
+        return rounded
 
 
-def _columns(level: Level) -> int:
-    """Vectors of a tile of columns; the fewer rows it then has, the fewer numbers are spread for it."""
+def _vectors(level: Level) -> int:
+    """Return the vectors of columns of a tile; wide tiles have fewer rows, and thus fewer broadcasts."""
     return 4 if level.lanes == 16 else 2
 
 
 @cache
-def _layout(half: bool, width: int, room: int, level: Level) -> tuple[dict[str, int], int]:
-    """Offsets of a thread's scratch memory, and its size."""
-    row, keys, block = (
-        room + level.lanes,
-        -(-room // (2 * level.lanes)) * 2 * level.lanes,
-        _BLOCK_TILES * level.rows,
-    )
+def _layout(half: bool, width: int, capacity: int, level: Level) -> tuple[dict[str, int], int]:
+    """Return the offsets of a thread's scratch buffers, and their total size."""
+    row, block = capacity + level.lanes, _BLOCK_TILES * level.rows
+    keys = -(-capacity // (2 * level.lanes)) * 2 * level.lanes
     element = 2 if half else 4
     # A tile of columns may begin at the last key.
     sums = (keys + level.rows) * width * 4
@@ -335,29 +353,28 @@ def _layout(half: bool, width: int, room: int, level: Level) -> tuple[dict[str, 
         "values": keys * width * element,
         "dk": sums,
         "dv": sums,
-        # Of a block, in bf16 in pairs of rows, and then of a tile in fp32 before.
+        # Of a block: in bf16 interleaved pairs of rows, beside the fp32 buffers of a tile below.
         "weights": block * row * element,
         "dscores": block * row * element,
     }
     if half:
-        more = {
+        sizes |= {
             "scores": level.rows * row * 4,
-            "products": level.rows * row * 4,
+            "dweights": level.rows * row * 4,
             "rounded": level.rows * row * 2,
-        }
-        more |= {
             "right_keys": keys * width * 2,
             "right_queries": block * width * 2,
             "right_dout": block * width * 2,
         }
-        return laid_out(sizes | more)
-    places, size = laid_out(sizes)
-    return places | {"scores": places["weights"], "products": places["dscores"]}, size
+    offsets, size = consecutive(sizes)
+    if not half:
+        offsets |= {"scores": offsets["weights"], "dweights": offsets["dscores"]}
+    return offsets, size
 
 
 def takes(q: Tensor, keys: int) -> bool:
-    """Whether there is a kernel for queries `[..., D]`, and for so many keys."""
-    return keys <= _ROOMS[-1] and fills_vectors(q.shape[-1], q.dtype)
+    """Return whether there is a kernel for queries `[..., D]` and this number of keys."""
+    return keys <= _CAPACITIES[-1] and fills_vectors(q.shape[-1], q.dtype)
 
 
 def attention_backward(
@@ -369,61 +386,60 @@ def attention_backward(
     bias: Tensor | None = None,
     *,
     bias_gradient: bool = False,
-    bounds: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+    bounds: Bounds | None = None,
     level: Level | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv of `attention`, contiguous, and dbias `[G, H, Nq, Nk]` in fp32 with `bias_gradient`.
+    """Compute dq, dk, dv of `attention`, contiguous, and with `bias_gradient` dbias `[G, H, Nq, Nk]` in fp32.
 
-    Zeros for queries that see no key and for keys without queries. The bias gradient is summed over the batch in an
-    order that depends on the number of threads.
+    Gradients are zero for queries that see no key and for keys without queries. The bias gradient is summed over the
+    batch in an order that depends on the number of threads.
     """
     level = level or levels()[0]
     half, threads = q.dtype == torch.bfloat16, torch.get_num_threads()
     dout, q, k, v = (readable(t, half) for t in (dout, q, k, v))
     (entries, queries, heads, width), keys = q.shape, k.shape[1]
-    entries, queries, keys, offsets = lengths_of(bounds, entries, queries, keys)
-    # Queries without keys and keys without queries.
-    empty, unread = (
-        any(a == b for a, b in pairwise(side)) for side in reversed(bounds or ((), ()))
-    )
-    kinds = ((empty, q), (unread, k), (unread, v))
-    made = [(torch.zeros if some else torch.empty)(t.shape, dtype=t.dtype) for some, t in kinds]
+    entries, queries, keys, offsets = batch_sizes(bounds, entries, queries, keys)
+    # The kernel skips sequences without queries or without keys.
+    no_queries, no_keys = (any(a == b for a, b in pairwise(x)) for x in bounds or ((), ()))
+    dq = (torch.zeros if no_keys else torch.empty)(q.shape, dtype=q.dtype)
+    dk, dv = ((torch.zeros if no_queries else torch.empty)(t.shape, dtype=t.dtype) for t in (k, v))
     period = 1 if bias is None else bias.shape[0]
     if not entries or not queries or not keys:
-        none = torch.zeros((period, heads, queries, keys)) if bias_gradient else None
-        return made[0].zero_(), made[1].zero_(), made[2].zero_(), none
-    apart = period if bias_gradient else entries
-    # Where heads are too few to keep all threads busy, several share the entries, and their sums are added at the end.
-    together, groups = divided(
-        entries // apart, -(-_TASKS_PER_THREAD * threads // (heads * apart)), 1
-    )
+        empty = torch.zeros((period, heads, queries, keys)) if bias_gradient else None
+        return dq.zero_(), dk.zero_(), dv.zero_(), empty
+    biases = period if bias_gradient else entries
+    # If heads are too few to keep all threads busy, several groups share the entries, and their sums are added.
+    groups = -(-_TASKS_PER_THREAD * threads // (heads * biases))
+    group_entries, groups = split_rows(entries // biases, groups, 1)
     dbias = torch.zeros((groups, period, heads, queries, keys)) if bias_gradient else None
-    room = next(n for n in _ROOMS if n >= keys)
-    place = scratch_address(
-        "compiled attention backward", _layout(half, width, room, level)[1] * threads
+    capacity = next(n for n in _CAPACITIES if n >= keys)
+    scratch_bytes = _layout(half, width, capacity, level)[1] * threads
+    scratch = scratch_address("compiled attention backward", scratch_bytes)
+    run = kernel(_AttentionBackward, half, width, capacity, bias is not None, bias_gradient, level)
+    bias, bias_strides = readable_bias(bias)
+    group_stride, *dbias_strides = (
+        (0,) * 4 if dbias is None else (dbias.stride(n) for n in (0, 1, 3, 2))
     )
-    run = kernel(_Gradients, half, width, room, bias is not None, bias_gradient, level)
-    bias, bias_strides = bias_place(bias)
-    addresses = (0 if t is None else t.data_ptr() for t in (dout, q, k, v, *made, dbias, bias))
-    strides = (s for t in (dout, q, k, v, *made) for s in t.stride()[:3])
-    of_dbias = (
-        (0, 0, 0, 0) if dbias is None else (*(dbias.stride(n) for n in (1, 3, 2)), dbias.stride(0))
+    gradients = dq, dk, dv
+    tensors = dout, q, k, v, *gradients
+    addresses = (0 if t is None else t.data_ptr() for t in (*tensors, dbias, bias))
+    strides = (s for t in tensors for s in t.stride()[:3])
+    sizes = (heads, queries, keys, period, entries, biases, group_entries)
+    run(
+        (
+            *addresses,
+            *row_addresses(offsets),
+            scratch,
+            *strides,
+            *bias_strides,
+            *dbias_strides,
+            *sizes,
+            group_stride,
+            scale_bits(scale),
+        ),
+        heads * biases * groups,
+        threads,
     )
-    numbers = (
-        *strides,
-        *bias_strides,
-        *of_dbias[:3],
-        heads,
-        queries,
-        keys,
-        period,
-        entries,
-        apart,
-        together,
-    )
-    bounds_at = (0, 0) if offsets is None else (offsets[0].ctypes.data, offsets[1].ctypes.data)
-    given = (*addresses, *bounds_at, place, *numbers, of_dbias[3], scale_bits(scale))
-    run(given, heads * apart * groups, threads)
-    if dbias is None:
-        return made[0], made[1], made[2], None
-    return made[0], made[1], made[2], dbias[0] if groups == 1 else dbias.sum(0)
+    if dbias is not None:
+        dbias = dbias[0] if groups == 1 else dbias.sum(0)
+    return dq, dk, dv, dbias

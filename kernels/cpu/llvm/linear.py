@@ -1,8 +1,9 @@
-"""Linear layers: each tile of the GEMM stays in registers until GELU, LayerScale and residual are applied.
+"""Linear layers with a fused epilogue: sums stay in registers until GELU, LayerScale and residual are applied.
 
-Two kernels in fp32 and bf16 read the weights in place: of many rows, a task packs the weights of some columns in panels
-of two vectors for all tiles of rows; of few rows, dot products of a few columns are reduced at their end. int8 weights
-are a copy in panels, and one kernel multiplies any number of rows, quantised by another or by every thread.
+Two kernels in fp32 and bf16 read the weights in place: for many rows, a task packs the weights of some columns in
+panels of two vectors for all tiles of rows; for few rows, dot products of a few columns are reduced at their end. int8
+weights are a copy in panels, and one kernel multiplies any number of rows, quantised by another kernel or by every
+thread.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..workspace import scratch
-from . import GELU_ZERO_BYTE, NO_FRACTIONS, ZERO_BYTE, Level, fits, levels
+from . import GELU_ZERO_BYTE, ZERO_BYTE, Level, fits, levels
 from .builder import (
     BF16,
     BYTE,
@@ -28,389 +28,353 @@ from .builder import (
     Builder,
     Values,
     coefficients,
-    divided,
     kernel,
     scratch_address,
+    split_rows,
     whole_pages,
 )
+from .quantise import Norm, Quantisation, int8_rows, quantise_row
 
-# Below these rows weights are not laid out, and every thread rounds all of them to bytes by itself.
+# Below these rows weights are not packed, and every thread quantises all rows by itself.
 _FEW = 64
-# Rows and columns of tiles of few rows, by lanes: their sums and operands fill the registers. If the rows fit into one
-# tile, what comes from memory is multiplied at once; of more rows, tiles leave room in the cache for each other.
+# Rows and columns of tiles of few rows, by lanes: their accumulators and operands fill the registers. Rows that fit in
+# one tile use each weight as it arrives from memory; with more, tiles leave room in the cache for each other.
 _ONE_TILE = {16: (14, 2), 8: (6, 2)}
 _FEW_TILES = {16: (7, 4), 8: (6, 2)}
 _FEW_COLUMNS = 64
-# 32-bit units of a row that are multiplied before the next columns are, so that all rows of a tile stay in the first
-# level of cache.
+# 32-bit units of a dot product that run before the next columns: a tile's rows stay in the first level of cache.
 _TERMS = 768
-# Bytes from what is read of a panel to what is fetched of it.
+# Prefetch distance in a panel of int8 weights, in bytes.
 _AHEAD = 4096
-# Bytes of laid out weights, which share the second level of cache with rows on their way through.
+# Bytes of packed weights, which share the second level of cache with rows on their way through.
 _PANELS_BYTES = 400 << 10
-_MOST_PANELS = 4
+_MAX_PANELS = 4
 # Rows of a chunk, where columns are too few to keep all threads busy.
 _CHUNK = 96
 _TASKS_PER_THREAD = 3
-# Beyond an edge the normal distribution is taken for 0 or 1; its polynomial up to there has a degree. GELU misses by 8
-# units of 10⁻⁷; where its result is rounded, to bf16 or from sums of bytes, by 2 of 10⁻⁶ may do.
+# Edge beyond which Φ is taken for 0 or 1, and degree of its polynomial. GELU's error is 8 · 10⁻⁷; where its result is
+# rounded, to bf16 or from sums of bytes, 2 · 10⁻⁶ is allowed.
 _EXACT, _ROUNDED = (5.5, 14), (5.0, 12)
-Kind = Literal["fp32", "bf16", "int8"]
-# By which power of two there are fewer units than channels.
-_SHIFT: dict[Kind, int] = {"fp32": 0, "bf16": 1, "int8": 2}
+Dtype = Literal["fp32", "bf16", "int8"]
+# log2 of the channels of a 32-bit unit.
+_SHIFT: dict[Dtype, int] = {"fp32": 0, "bf16": 1, "int8": 2}
 
-_POINTERS = (
-    "x",
-    "weight",
-    "bias",
-    "gamma",
-    "residual",
-    "out",
-    "scratch",
-    "steps",
-    "scales",
-    "weight_sums",
-)
-_NUMBERS = (
-    "x_row",
-    "weight_row",
-    "residual_row",
-    "out_row",
-    "rows",
-    "inputs",
-    "outputs",
-    "columns",
-    "chunk",
-)
-_NUMBERS += ("chunks", "room", "gelu", "zero")
+_OPERANDS = ("x", "weight", "bias", "gamma", "residual", "out")
+_POINTERS = (*_OPERANDS, "scratch", "steps", "scales", "weight_sums")
+_STRIDES = ("x_row", "weight_row", "residual_row", "out_row")
+_SIZES = ("rows", "inputs", "outputs", "columns", "chunk", "chunks", "scratch_bytes")
+_NUMBERS = (*_STRIDES, *_SIZES, "gelu", "zero")
 
 
 class _Linear:
-    """Writes a kernel of factors of a `kind`, fp32, bf16 or int8; result and addends are bf16 if `half`, else fp32.
+    """Emits the kernel for many rows, or for any number of int8 rows.
 
-    Of many rows, the weight may be `[K, M]` (`turned`, not in int8) or fp32 beside bf16 (`wide`); `rounded` is how
-    float rows are quantised, None for int8 rows.
+    Args:
+        dtype: Of the rows, and of the weight unless `wide`.
+        half: Whether residual, bias, gamma and result are bf16 instead of fp32.
+        transposed: Whether the weight is `[K, M]`; not for int8.
+        quantisation: How float rows become int8; None for quantised rows, and for other dtypes.
+        wide: Whether the weight of bf16 rows is fp32.
+        level: Instruction set.
     """
 
     name, few = "linear", False
 
     def __init__(
         self,
-        kind: Kind,
+        dtype: Dtype,
         half: bool,
-        turned: bool,
-        rounded: Rounded | None,
+        transposed: bool,
+        quantisation: Quantisation | None,
         wide: bool,
         level: Level,
     ) -> None:
-        self.kind, self.half, self.level, self.turned, self.rounded = (
-            kind,
-            half,
-            level,
-            turned,
-            rounded,
-        )
-        self.wide = wide
-        # Rows are read as channels in fp32, pairs of them in bf16 and fours of them in bytes, 32 bits each.
-        self.unit, self.element = FP32 if kind == "fp32" else INT32, BF16 if half else FP32
-        self.summed = INT32 if kind == "int8" else FP32
+        self.dtype, self.half, self.transposed = dtype, half, transposed
+        self.quantisation, self.wide, self.level = quantisation, wide, level
+        # A unit of 32 bits is a channel in fp32, a pair of channels in bf16, four of them in int8.
+        self.unit, self.element = FP32 if dtype == "fp32" else INT32, BF16 if half else FP32
+        self.accumulator = INT32 if dtype == "int8" else FP32
         self.b = b = Builder(self.name, _POINTERS, _NUMBERS, level)
-        self.given = given = b.given
-        self.height, self.columns = _height(kind, self.few, level), _columns(kind, self.few, level)
+        self.args = args = b.args
+        self.height = _tile_rows(dtype, self.few, level)
+        self.columns = _tile_columns(dtype, self.few, level)
         self.sums_bytes = 4 * self.height * self.columns
-        if rounded is None:
-            given["x_row"] = b.ashr(given["x_row"], _SHIFT[kind])
-        if not turned and not wide:
-            given["weight_row"] = b.ashr(given["weight_row"], _SHIFT[kind])
-        given["inputs"] = b.ashr(given["inputs"], _SHIFT[kind])
-        if kind == "int8":
-            b.tasks(self._bytes, self._round if rounded else None)
+        if quantisation is None:
+            args["x_row"] = b.ashr(args["x_row"], _SHIFT[dtype])
+        if not transposed and not wide:
+            args["weight_row"] = b.ashr(args["weight_row"], _SHIFT[dtype])
+        args["inputs"] = b.ashr(args["inputs"], _SHIFT[dtype])
+        if dtype == "int8":
+            b.task_loop(self._int8_task, self._quantise_rows if quantisation else None)
         else:
-            b.tasks(self._few if self.few else self._many)
+            b.task_loop(self._few_rows_task if self.few else self._packed_task)
 
     def _bounds(self, task: Any, thread: Any) -> tuple[Any, Any, Any, Any]:
-        """Columns and rows of a task, each from and to."""
-        b, given = self.b, self.given
-        self.base = b.at(given["scratch"], b.mul(thread, given["room"]), BYTE)
-        chunk, block = b.srem(task, given["chunks"]), b.sdiv(task, given["chunks"])
-        column, row = b.mul(block, given["columns"]), b.mul(chunk, given["chunk"])
-        stop = b.minimum_int(b.add(column, given["columns"]), given["outputs"])
-        return column, stop, row, b.minimum_int(b.add(row, given["chunk"]), given["rows"])
+        """Return first and last column, first and last row of a task; locate the thread's scratch memory."""
+        b, args = self.b, self.args
+        self.sums = b.at(args["scratch"], b.mul(thread, args["scratch_bytes"]), BYTE)
+        chunk, block = b.srem(task, args["chunks"]), b.sdiv(task, args["chunks"])
+        column, row = b.mul(block, args["columns"]), b.mul(chunk, args["chunk"])
+        stop = b.minimum_int(b.add(column, args["columns"]), args["outputs"])
+        return column, stop, row, b.minimum_int(b.add(row, args["chunk"]), args["rows"])
 
-    def _many(self, task: Any, thread: Any) -> None:
-        b, given, lanes = self.b, self.given, self.level.lanes
+    def _packed_task(self, task: Any, thread: Any) -> None:
+        b, args, lanes = self.b, self.args, self.level.lanes
         column, stop, row, end = self._bounds(task, thread)
-        panels = b.at(self.base, self.sums_bytes, BYTE)
-        size = b.mul(given["inputs"], 2 * lanes)
+        panels = b.at(self.sums, self.sums_bytes, BYTE)
+        size = b.mul(args["inputs"], 2 * lanes)
 
         def panel(at: Any) -> Any:
             return b.at(panels, b.mul(b.sdiv(b.sub(at, column), 2 * lanes), size), self.unit)
 
-        def lay_out(at: Any) -> None:
-            place = b.at(panel(at), b.and_(b.sub(at, column), lanes), self.unit)
-            if self.turned:
-                b.loop(0, given["inputs"], 1, lambda u: self._lay_out_turned(at, u, place))
+        def pack(at: Any) -> None:
+            out = b.at(panel(at), b.and_(b.sub(at, column), lanes), self.unit)
+            if self.transposed:
+                b.loop(0, args["inputs"], 1, lambda u: self._pack_transposed(at, u, out))
                 return
             rows = [self._row("weight", b.add(at, i)) for i in range(lanes)]
-            ahead = b.mul(given["weight_row"], lanes)
-            b.lay_out(rows, given["inputs"], self.unit, place, ahead, narrowing=self.wide)
+            ahead = b.mul(args["weight_row"], lanes)
+            b.pack(rows, args["inputs"], self.unit, out, ahead, narrowing=self.wide)
 
-        b.loop(column, stop, lanes, lay_out)
+        b.loop(column, stop, lanes, pack)
 
         def tile(first: Any) -> None:
-            rows = self._rows("x", first, end)
+            rows = self._tile_addresses(first, end, self.height)
 
-            def some_columns(at: Any) -> None:
-                with b.if_then(b.is_not_null(given["residual"])):
-                    self._fetch_residual(first, end, at)
-                self._panel(rows, panel(at), [self._nothing()] * 2)
-                self._finish(first, end, at, b.minimum_int(b.sub(stop, at), 2 * lanes))
+            def columns(at: Any) -> None:
+                with b.if_then(b.is_not_null(args["residual"])):
+                    self._prefetch_residual(first, end, at)
+                self._multiply_panel(rows, panel(at), [self._zero()] * 2)
+                count = b.minimum_int(b.sub(stop, at), 2 * lanes)
+                self._epilogue(first, end, at, count, self.height)
 
-            b.loop(column, stop, 2 * lanes, some_columns)
+            b.loop(column, stop, 2 * lanes, columns)
 
         b.loop(row, end, self.height, tile)
 
-    def _round(self, thread: Any) -> None:
-        """Quantise all rows to a thread's own memory, from which its tasks read."""
-        b, given = self.b, self.given
-        x, x_row, units = given["x"], given["x_row"], given["inputs"]
-        place = b.at(given["scratch"], b.add(b.mul(thread, given["room"]), self.sums_bytes), BYTE)
-        given["x"], given["x_row"] = place, units
-        given["steps"] = b.at(place, b.mul(given["rows"], units), INT32)
-        assert self.rounded is not None
-        how, channels = self.rounded, b.shl(units, _SHIFT["int8"])
-        element = BF16 if how.half else FP32
+    def _quantise_rows(self, thread: Any) -> None:
+        """Quantise all rows to the thread's own scratch memory, from which its tasks read."""
+        b, args, mode = self.b, self.args, self.quantisation
+        assert mode is not None
+        x, x_row, units = args["x"], args["x_row"], args["inputs"]
+        offset = b.add(b.mul(thread, args["scratch_bytes"]), self.sums_bytes)
+        out = b.at(args["scratch"], offset, BYTE)
+        args["x"], args["x_row"] = out, units
+        args["steps"] = b.at(out, b.mul(args["rows"], units), INT32)
+        channels, element = b.shl(units, _SHIFT["int8"]), BF16 if mode.half else FP32
 
         def row(i: Any) -> None:
-            of_row = b.at(x, b.mul(i, x_row), element)
-            step = _round_row(b, how, of_row, channels, b.at(place, b.mul(i, units), INT32))
-            b.store(step, b.at(given["steps"], i, FP32))
+            source = b.at(x, b.mul(i, x_row), element)
+            step = quantise_row(b, mode, source, channels, b.at(out, b.mul(i, units), INT32))
+            b.store(step, b.at(args["steps"], i, FP32))
 
-        b.loop(0, given["rows"], 1, row)
+        b.loop(0, args["rows"], 1, row)
 
-    def _bytes(self, task: Any, thread: Any) -> None:
-        b, given, lanes = self.b, self.given, self.level.lanes
+    def _int8_task(self, task: Any, thread: Any) -> None:
+        b, args, lanes = self.b, self.args, self.level.lanes
         column, stop, row, end = self._bounds(task, thread)
-        shifts = given["weight_sums"]
+        weight_sums = args["weight_sums"]
 
-        def all_of(height: int) -> None:
+        def emit_tiles(height: int) -> None:
             def tile(first: Any) -> None:
-                rows = self._rows("x", first, end, height)
+                rows = self._tile_addresses(first, end, height)
 
-                def some_columns(at: Any) -> None:
-                    panel = b.at(given["weight"], b.mul(at, given["inputs"]), self.unit)
-                    # Sums begin with what the byte that stands for 0 adds to them.
-                    starts = [
-                        b.read(b.at(shifts, b.add(at, n * lanes), INT32), INT32) for n in range(2)
-                    ]
-                    zero = b.broadcast(b.trunc(given["zero"], INT32))
-                    self._panel(
-                        rows, panel, [b.neg(b.mul(start, zero)) for start in starts], _AHEAD
-                    )
-                    self._finish(first, end, at, b.minimum_int(b.sub(stop, at), 2 * lanes), height)
+                def columns(at: Any) -> None:
+                    panel = b.at(args["weight"], b.mul(at, args["inputs"]), self.unit)
+                    # Start from minus the contribution of the zero byte: zero · the sums of the weights.
+                    sums = [b.read(weight_sums, INT32, b.add(at, n * lanes)) for n in range(2)]
+                    zero = b.broadcast(b.trunc(args["zero"], INT32))
+                    starts = [b.neg(b.mul(value, zero)) for value in sums]
+                    self._multiply_panel(rows, panel, starts, _AHEAD)
+                    count = b.minimum_int(b.sub(stop, at), 2 * lanes)
+                    self._epilogue(first, end, at, count, height)
 
-                b.loop(column, stop, 2 * lanes, some_columns)
+                b.loop(column, stop, 2 * lanes, columns)
 
             b.loop(row, end, height, tile)
 
-        b.heights(self.height, b.sub(end, row), all_of)
+        b.choose_height(self.height, b.sub(end, row), emit_tiles)
 
-    def _panel(self, rows: Values, panel: Any, starts: Values, ahead: int = 0) -> None:
-        """The sums of a tile of rows and the columns of a panel, of which two vectors are what they begin with."""
-        b, lanes, terms = self.b, self.level.lanes, self.given["inputs"]
-        sums = b.tile(rows, 2, panel, 2 * lanes, terms, self.unit, self._add, starts, ahead=ahead)
+    def _multiply_panel(self, rows: Values, panel: Any, starts: Values, ahead: int = 0) -> None:
+        """Store the sums of a tile of rows times a panel; `starts` has the first accumulator of each vector."""
+        b, lanes, terms = self.b, self.level.lanes, self.args["inputs"]
+        sums = b.microkernel(
+            rows, panel, terms, self.unit, self._multiply_add, starts, stride=2 * lanes, ahead=ahead
+        )
         for i, value in enumerate(sums):
-            b.write(value, b.at(self.base, i * lanes, self.summed))
+            b.write(value, b.at(self.sums, i * lanes, self.accumulator))
 
-    def _fetch_residual(self, first: Any, end: Any, column: Any) -> None:
+    def _prefetch_residual(self, first: Any, end: Any, column: Any) -> None:
         """Prefetch the residual of a tile during its GEMM."""
         b, last = self.b, self.b.sub(end, 1)
         for i in range(self.height):
-            row = b.mul(b.minimum_int(b.add(first, i), last), self.given["residual_row"])
-            place = b.at(self.given["residual"], b.add(row, column), self.element)
+            row = b.mul(b.minimum_int(b.add(first, i), last), self.args["residual_row"])
+            address = b.at(self.args["residual"], b.add(row, column), self.element)
             for channel in range(0, 2 * self.level.lanes, 64 // (2 if self.half else 4)):
-                b.prefetch(b.at(place, channel, self.element))
+                b.prefetch(b.at(address, channel, self.element))
 
-    def _lay_out_turned(self, column: Any, unit: Any, place: Any) -> None:
-        """A vector of columns, of one row of the weight in fp32, of two in turn in bf16; rows times their factors."""
-        b, lanes, given = self.b, self.level.lanes, self.given
-        into = b.at(place, b.mul(unit, 2 * lanes), self.unit)
-        element = FP32 if self.kind == "fp32" or self.wide else BF16
+    def _pack_transposed(self, column: Any, unit: Any, panel: Any) -> None:
+        """Pack one unit of a vector of columns of a `[K, M]` weight, whose rows are scaled by their factors."""
+        b, args = self.b, self.args
+        out = b.at(panel, b.mul(unit, 2 * self.level.lanes), self.unit)
+        element = FP32 if self.dtype == "fp32" or self.wide else BF16
 
         def scaled(row: Any) -> Any:
-            at = b.at(given["weight"], b.add(b.mul(row, given["weight_row"]), column), element)
-            factor = b.where(
-                b.is_not_null(given["scales"]),
-                lambda: b.load(b.at(given["scales"], row, FP32), typ=FP32),
+            address = b.at(args["weight"], b.add(b.mul(row, args["weight_row"]), column), element)
+            factor = b.compute_if(
+                b.is_not_null(args["scales"]),
+                lambda: b.load_scalar(args["scales"], row, FP32),
                 ir.Constant(FP32, 1.0),
             )
-            return b.fmul(b.load_fp32(at, element), b.broadcast(factor))
+            return b.fmul(b.read_fp32(address, element), b.broadcast(factor))
 
-        if self.kind == "fp32":
-            b.write(scaled(unit), into)
+        if self.dtype == "fp32":
+            b.write(scaled(unit), out)
             return
         first = b.shl(unit, 1)
-        rows = [
-            b.bitcast(b.fp32_to_bf16(scaled(b.add(first, n))), b.vector(INT16)) for n in range(2)
-        ]
-        b.write(b.interleave(*rows), into)
+        halves = [b.fp32_to_bf16(scaled(b.add(first, n))) for n in range(2)]
+        b.write(b.interleave(*(b.bitcast(half, b.vector(INT16)) for half in halves)), out)
 
-    def _few(self, task: Any, thread: Any) -> None:
-        b, lanes = self.b, self.level.lanes
+    def _few_rows_task(self, task: Any, thread: Any) -> None:
+        b, lanes, inputs = self.b, self.level.lanes, self.args["inputs"]
         column, stop, row, end = self._bounds(task, thread)
 
-        def all_of(height: int, width: int) -> None:
+        def emit_tiles(height: int, width: int) -> None:
             def tile(first: Any) -> None:
-                rows = self._rows("x", first, end, height)
+                rows = self._tile_addresses(first, end, height)
 
-                def some_terms(start: Any) -> None:
-                    terms = start, b.minimum_int(b.add(start, _TERMS), self.given["inputs"])
-                    b.loop(
-                        column,
-                        stop,
-                        width,
-                        lambda at: self._dots(rows, at, b.sub(at, column), terms, width),
-                    )
+                def terms(start: Any) -> None:
+                    terms_end = b.minimum_int(b.add(start, _TERMS), inputs)
 
-                b.loop(0, self.given["inputs"], _TERMS, some_terms)
-                self._finish(first, end, column, b.sub(stop, column), height)
+                    def columns(at: Any) -> None:
+                        self._dot(rows, at, b.sub(at, column), start, terms_end, width)
+
+                    b.loop(column, stop, width, columns)
+
+                b.loop(0, inputs, _TERMS, terms)
+                self._epilogue(first, end, column, b.sub(stop, column), height)
 
             b.loop(row, end, height, tile)
 
-        most, width = _ONE_TILE[lanes]
+        highest, width = _ONE_TILE[lanes]
         rows = b.sub(end, row)
-        with b.if_else(b.icmp_signed("<=", rows, most)) as (one, several):
-            with one:
-                b.heights(most, rows, lambda height: all_of(height, width))
-            with several:
-                all_of(*_FEW_TILES[lanes])
+        with b.if_else(b.icmp_signed("<=", rows, highest)) as (then, otherwise):
+            with then:
+                b.choose_height(highest, rows, lambda height: emit_tiles(height, width))
+            with otherwise:
+                emit_tiles(*_FEW_TILES[lanes])
 
-    def _dots(
-        self, rows: Values, column: Any, place: Any, terms: tuple[Any, Any], width: int
+    def _dot(
+        self, rows: Values, column: Any, out_column: Any, start: Any, end: Any, width: int
     ) -> None:
-        """Some terms of the dot products of rows with rows of the weight, with the next ones prefetched."""
-        b, lanes, given = self.b, self.level.lanes, self.given
+        """Add the terms from `start` to `end` of the dot products of a tile; prefetch the next columns."""
+        b, lanes, args = self.b, self.level.lanes, self.args
         weights = [self._row("weight", b.add(column, n)) for n in range(width)]
-        ahead = b.mul(given["weight_row"], width)
+        ahead = b.mul(args["weight_row"], width)
 
         def term(u: Any, *sums: Any) -> Values:
-            places = [b.at(weight, u, self.unit) for weight in weights]
-            for at in places:
-                b.prefetch(b.at(at, ahead, self.unit))
-            columns, found = [b.read(at, self.unit) for at in places], []
+            addresses = [b.at(weight, u, self.unit) for weight in weights]
+            for address in addresses:
+                b.prefetch(b.at(address, ahead, self.unit))
+            factors, results = [b.read(address, self.unit) for address in addresses], []
             for i, row in enumerate(rows):
-                x = b.read(b.at(row, u, self.unit), self.unit)
-                found += [self._add(x, columns[n], sums[width * i + n]) for n in range(width)]
-            return found
+                x = b.read(row, self.unit, u)
+                for n, factor in enumerate(factors):
+                    results.append(self._multiply_add(x, factor, sums[width * i + n]))
+            return results
 
-        sums = b.loop(*terms, lanes, term, *[self._nothing()] * (width * len(rows)))
-        sums += [self._nothing()] * (-len(sums) % lanes)
-        later = b.icmp_signed(">", terms[0], 0)
-        for start in range(0, len(sums), lanes):
-            whole = b.sums(sums[start : start + lanes])
-            for i in range(start // width, min((start + lanes) // width, len(rows))):
-                first = i * width - start
-                some = b.shuffle(whole, whole, range(first, first + width))
-                into = b.at(self.base, b.add(place, i * self.columns), self.summed)
-                b.write(
-                    b.where(
-                        later,
-                        lambda x=some, at=into: b.fadd(x, b.read(at, self.summed, width)),
-                        some,
-                    ),
-                    into,
-                )
+        sums = b.loop(start, end, lanes, term, *[self._zero()] * (width * len(rows)))
+        sums += [self._zero()] * (-len(sums) % lanes)
+        later = b.icmp_signed(">", start, 0)
+        for base in range(0, len(sums), lanes):
+            reduced = b.horizontal_sums(sums[base : base + lanes])
+            for i in range(base // width, min((base + lanes) // width, len(rows))):
+                first = i * width - base
+                value = b.shuffle(reduced, reduced, range(first, first + width))
+                out = b.at(self.sums, b.add(out_column, i * self.columns), self.accumulator)
 
-    def _add(self, x: Any, y: Any, z: Any) -> Any:
+                def add_earlier(value: Any = value, out: Any = out) -> Any:
+                    return b.fadd(value, b.read(out, self.accumulator, count=width))
+
+                b.write(b.compute_if(later, add_earlier, value), out)
+
+    def _multiply_add(self, x: Any, y: Any, z: Any) -> Any:
         b = self.b
-        return {"fp32": b.multiply_add, "bf16": b.dot_bf16, "int8": b.dot_int8}[self.kind](x, y, z)
+        operations = {"fp32": b.multiply_add, "bf16": b.dot_bf16, "int8": b.dot_int8}
+        return operations[self.dtype](x, y, z)
 
-    def _nothing(self) -> Any:
-        return self.b.splat(0, self.summed)
+    def _zero(self) -> Any:
+        return self.b.splat(0, self.accumulator)
 
-    def _row(self, name: str, number: Any) -> Any:
-        """The address of a row."""
+    def _row(self, name: str, index: Any) -> Any:
+        """Return the address of a row of x or of the weight."""
         b = self.b
-        return b.at(self.given[name], b.mul(number, self.given[f"{name}_row"]), self.unit)
+        return b.at(self.args[name], b.mul(index, self.args[f"{name}_row"]), self.unit)
 
-    def _rows(self, name: str, first: Any, end: Any, height: int = 0) -> Values:
-        """Addresses of the rows of a tile, of which the last is repeated where there are no more."""
+    def _tile_addresses(self, first: Any, end: Any, height: int) -> Values:
+        """Return the addresses of the rows of a tile; the last row is repeated past the end."""
         b, last = self.b, self.b.sub(end, 1)
-        return [
-            self._row(name, b.minimum_int(b.add(first, i), last))
-            for i in range(height or self.height)
-        ]
+        return [self._row("x", b.minimum_int(b.add(first, i), last)) for i in range(height)]
 
-    def _finish(self, first: Any, end: Any, column: Any, columns: Any, height: int = 0) -> None:
-        """Bias, GELU, LayerScale and residual for the sums of a tile, and the result to its place."""
-        b, given, lanes = self.b, self.given, self.level.lanes
-        rows = b.minimum_int(b.sub(end, first), height or self.height)
+    def _epilogue(self, first: Any, end: Any, column: Any, columns: Any, height: int) -> None:
+        """Apply bias, GELU, LayerScale and residual to the sums of a tile, and store the result."""
+        b, args = self.b, self.args
 
         def row(i: Any) -> None:
-            number = b.add(first, i)
-            sums = b.at(self.base, b.mul(i, self.columns), self.summed)
-            out = b.at(given["out"], b.add(b.mul(number, given["out_row"]), column), self.element)
-            residual = b.at(
-                given["residual"], b.add(b.mul(number, given["residual_row"]), column), self.element
-            )
-            # That of bytes is always in fp32.
-            bias = b.at(given["bias"], column, FP32 if self.kind == "int8" else self.element)
-            gamma = b.at(given["gamma"], column, self.element)
+            index = b.add(first, i)
+            sums = b.at(self.sums, b.mul(i, self.columns), self.accumulator)
+            out = b.at(args["out"], b.add(b.mul(index, args["out_row"]), column), self.element)
+            residual_index = b.add(b.mul(index, args["residual_row"]), column)
+            residual = b.at(args["residual"], residual_index, self.element)
+            # The bias of an int8 layer is always fp32.
+            bias = b.at(args["bias"], column, FP32 if self.dtype == "int8" else self.element)
+            gamma = b.at(args["gamma"], column, self.element)
+
+            def apply_if(
+                name: str, operation: Callable[..., Any], x: Any, base: Any, n: Any
+            ) -> Any:
+                return b.compute_if(
+                    b.is_not_null(args[name]),
+                    lambda: operation(x, b.read_fp32(base, self.element, n)),
+                    x,
+                )
 
             def vector(n: Any) -> None:
-                def read(base: Any, element: Any = self.element) -> Any:
-                    return b.load_fp32(b.at(base, n, element), element)
-
-                found = b.read(b.at(sums, n, self.summed), self.summed)
-                if self.kind == "int8":
-                    nothing = b.splat(0.0)
-                    added = b.where(
-                        b.is_not_null(given["bias"]),
-                        lambda: b.read(b.at(bias, n, FP32), FP32),
-                        nothing,
-                    )
-                    found = self._rescaled(found, number, b.add(column, n), added)
+                value = b.read(sums, self.accumulator, n)
+                if self.dtype == "int8":
+                    has_bias = b.is_not_null(args["bias"])
+                    added = b.compute_if(has_bias, lambda: b.read(bias, FP32, n), b.splat(0.0))
+                    value = self._dequantise(value, index, b.add(column, n), added)
                 else:
-                    found = b.where(
-                        b.is_not_null(given["bias"]), lambda x=found: b.fadd(x, read(bias)), found
-                    )
-                active = b.icmp_signed("!=", given["gelu"], 0)
-                found = b.where(active, lambda x=found: self._gelu(x), found)
-                found = b.where(
-                    b.is_not_null(given["gamma"]), lambda x=found: b.fmul(x, read(gamma)), found
-                )
-                found = b.where(
-                    b.is_not_null(given["residual"]),
-                    lambda x=found: b.fadd(x, read(residual)),
-                    found,
-                )
-                b.write(b.fp32_to_bf16(found) if self.half else found, b.at(out, n, self.element))
+                    value = apply_if("bias", b.fadd, value, bias, n)
+                has_gelu = b.icmp_signed("!=", args["gelu"], 0)
+                value = b.compute_if(has_gelu, lambda x=value: self._gelu(x), value)
+                value = apply_if("gamma", b.fmul, value, gamma, n)
+                value = apply_if("residual", b.fadd, value, residual, n)
+                b.write(b.fp32_to_bf16(value) if self.half else value, b.at(out, n, self.element))
 
-            b.loop(0, columns, lanes, vector)
+            b.loop(0, columns, self.level.lanes, vector)
 
-        b.loop(0, rows, 1, row)
+        b.loop(0, b.minimum_int(b.sub(end, first), height), 1, row)
 
-    def _rescaled(self, sums: Any, row: Any, column: Any, bias: Any) -> Any:
-        """Sums of int8 products in fp32, with the bias."""
-        b, given = self.b, self.given
-        step = b.broadcast(b.load(b.at(given["steps"], row, FP32), typ=FP32))
-        scaled = b.fmul(
-            b.sitofp(sums, b.vector(FP32)), b.read(b.at(given["scales"], column, FP32), FP32)
-        )
+    def _dequantise(self, sums: Any, row: Any, column: Any, bias: Any) -> Any:
+        """Return `sums · scale · step + bias` in fp32."""
+        b, args = self.b, self.args
+        step = b.broadcast(b.load_scalar(args["steps"], row, FP32))
+        scaled = b.fmul(b.sitofp(sums, b.vector(FP32)), b.read(args["scales"], FP32, column))
         return b.multiply_add(scaled, step, bias)
 
     def _gelu(self, x: Any) -> Any:
-        """`x Φ(x)`, of which `Φ(x) - 1/2` is `x` times a polynomial of `x²`."""
-        b = self.b
-        edge, degree = _ROUNDED if self.half or self.kind == "int8" else _EXACT
+        """Return `x Φ(x)`, where `Φ(x) - 1/2` is `x` times a polynomial of `x²`."""
+        b, zero = self.b, self.b.splat(0.0)
+        edge, degree = _ROUNDED if self.half or self.dtype == "int8" else _EXACT
         above = b.maximum(x, b.splat(-edge))
         inside = b.minimum(above, b.splat(edge))
         u = b.multiply_add(b.fmul(inside, inside), b.splat(2 / edge**2), b.splat(-1.0))
-        quotient = b.polynomial(u, coefficients(_quotient(edge), degree))
+        quotient = b.polynomial(u, coefficients(_cdf_quotient(edge), degree))
         product = b.fmul(above, b.multiply_add(inside, quotient, b.splat(0.5)))
-        # -inf · 0 is no number, here as in PyTorch; all else stays what it is.
-        nothing = b.splat(0.0)
-        return b.multiply_add(b.minimum(x, nothing), nothing, product)
+        # -inf · 0 is NaN, as in PyTorch; other values are unchanged.
+        return b.multiply_add(b.minimum(x, zero), zero, product)
 
 
 class _LinearOfFewRows(_Linear):
@@ -418,8 +382,8 @@ class _LinearOfFewRows(_Linear):
 
 
 @cache
-def _quotient(edge: float) -> Callable[[np.ndarray], np.ndarray]:
-    """`(Φ(x) - 1/2) / x`, of `2 x² / edge² - 1`."""
+def _cdf_quotient(edge: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Return `(Φ(x) - 1/2) / x` as a function of `2 x² / edge² - 1`."""
 
     def quotient(u: np.ndarray) -> np.ndarray:
         x = np.sqrt(np.maximum((u + 1) / 2, 1e-12)) * edge
@@ -428,161 +392,32 @@ def _quotient(edge: float) -> Callable[[np.ndarray], np.ndarray]:
     return quotient
 
 
-class Rounded(NamedTuple):
-    """Quantisation of rows, as in the reference's `as_int8`; `half`: rows and steps in bf16, `gelu`: GELU rows."""
-
-    half: bool
-    gelu: bool
+def _tile_rows(dtype: Dtype, few: bool, level: Level) -> int:
+    """Return the rows of the highest tile."""
+    return _ONE_TILE[level.lanes][0] if few or dtype == "int8" else level.rows
 
 
-def _round_row(
-    b: Builder, how: Rounded, x: Any, inputs: Any, out: Any, half_step: bool | None = None
-) -> Any:
-    """Quantise a row of this many channels to uint8, and return its step in fp32."""
-    half_step = how.half if half_step is None else half_step
-    lanes, element = b.lanes, BF16 if how.half else FP32
-    # Magnitudes compare like their bits, and NaN is the largest: then the step is NaN too.
-    magnitude = b.splat(0x7FFFFFFF, INT32)
-
-    def largest_of(most: Any, found: Any) -> Any:
-        return b.select(b.icmp_signed("<", most, found), found, most)
-
-    def larger(i: Any, most: Any) -> Any:
-        found = b.bitcast(b.load_fp32(b.at(x, i, element), element), b.vector(INT32))
-        return largest_of(most, b.and_(found, magnitude))
-
-    most = _by_fours(b, inputs, larger, largest_of, b.splat(0, INT32))
-    largest = b.intrinsic(f"llvm.vector.reduce.smax.v{lanes}i32", INT32, most)
-    step = _step(b, how.gelu, half_step, b.bitcast(b.broadcast(largest), b.vector(FP32)))
-    inverse = b.fdiv(b.splat(1.0), step)
-    shift = b.splat(NO_FRACTIONS + (GELU_ZERO_BYTE if how.gelu else ZERO_BYTE))
-
-    def levels(i: Any) -> None:
-        value = b.load_fp32(b.at(x, i, element), element)
-        rounded = b.bitcast(b.multiply_add(value, inverse, shift), b.vector(INT32))
-        b.write(b.trunc(rounded, b.vector(BYTE)), b.at(out, i, BYTE))
-
-    b.loop(0, inputs, lanes, levels)
-    return b.extract_element(step, ir.Constant(INT32, 0))
+def _tile_columns(dtype: Dtype, few: bool, level: Level) -> int:
+    """Return the columns whose sums are stored before an epilogue."""
+    return _FEW_COLUMNS if few and dtype != "int8" else 2 * level.lanes
 
 
-def _by_fours(
-    b: Builder,
-    inputs: Any,
-    of_vector: Callable[[Any, Any], Any],
-    of_two: Callable[[Any, Any], Any],
-    start: Any,
-) -> Any:
-    """A row folded into one vector, by four that do not wait for each other; as many channels as rows in bytes have."""
-
-    def fold(i: Any, *held: Any) -> Values:
-        return [of_vector(b.add(i, n * b.lanes), one) for n, one in enumerate(held)]
-
-    first, second, third, last = b.loop(0, inputs, 4 * b.lanes, fold, *[start] * 4)
-    return of_two(of_two(first, second), of_two(third, last))
-
-
-def _step(b: Builder, gelu: bool, half: bool, largest: Any) -> Any:
-    if gelu:
-        # A magnitude that is of a negative value is too small to count.
-        step = b.maximum(b.fdiv(largest, b.splat(223.0)), b.splat(float(np.float32(0.17 / 32))))
-    else:
-        step = b.fdiv(b.maximum(largest, b.splat(float(np.float32(1e-30)))), b.splat(127.0))
-    if not half:
-        return step
-    # Rounded down, it would leave the largest value without a level.
-    wide = b.fmul(step, b.splat(1 + torch.finfo(torch.bfloat16).eps / 2))
-    return b.bf16_to_fp32(b.bitcast(b.fp32_to_bf16(wide), b.vector(INT16)))
-
-
-Norm = tuple[Tensor, Tensor, float]
-"""Weight and bias of a LayerNorm, in the type of what it normalises, and its eps."""
-
-
-class _Bytes:
-    """Writes the kernel that quantises rows, or their LayerNorm, to uint8."""
-
-    name = "bytes"
-
-    def __init__(self, how: Rounded, normed: bool, level: Level) -> None:
-        self.how, self.normed, self.element = how, normed, BF16 if how.half else FP32
-        pointers = ("x", "out", "steps", "weight", "bias", "scratch")
-        self.b = Builder(
-            self.name, pointers, ("x_row", "rows", "inputs", "chunk", "eps", "room"), level
-        )
-        self.b.tasks(self._some_rows)
-
-    def _some_rows(self, task: Any, thread: Any) -> None:
-        b, given = self.b, self.b.given
-        first = b.mul(task, given["chunk"])
-
-        def row(i: Any) -> None:
-            how, x = self.how, b.at(given["x"], b.mul(i, given["x_row"]), self.element)
-            out = b.at(given["out"], b.mul(i, given["inputs"]), BYTE)
-            if self.normed:
-                place = b.at(given["scratch"], b.mul(thread, given["room"]), BYTE)
-                self._norm(x, place)
-                how, x = how._replace(half=False), place
-            step = _round_row(b, how, x, given["inputs"], out, half_step=self.how.half)
-            b.store(step, b.at(given["steps"], i, FP32))
-
-        b.loop(first, b.minimum_int(b.add(first, given["chunk"]), given["rows"]), 1, row)
-
-    def _norm(self, x: Any, place: Any) -> None:
-        """LayerNorm of a row, in fp32."""
-        b, given, lanes = self.b, self.b.given, self.b.lanes
-        count = b.uitofp(given["inputs"], FP32)
-
-        def read(base: Any, i: Any) -> Any:
-            return b.load_fp32(b.at(base, i, self.element), self.element)
-
-        def summed(of_vector: Callable[[Any, Any], Any]) -> Any:
-            return b.reduce_add(_by_fours(b, given["inputs"], of_vector, b.fadd, b.splat(0.0)))
-
-        mean = b.broadcast(b.fdiv(summed(lambda i, sums: b.fadd(sums, read(x, i))), count))
-
-        def squares(i: Any, sums: Any) -> Any:
-            off = b.fsub(read(x, i), mean)
-            return b.multiply_add(off, off, sums)
-
-        eps = b.bitcast(b.trunc(given["eps"], INT32), FP32)
-        deviation = b.intrinsic("llvm.sqrt.f32", FP32, b.fadd(b.fdiv(summed(squares), count), eps))
-        inverse = b.broadcast(b.fdiv(ir.Constant(FP32, 1.0), deviation))
-
-        def normalised(i: Any) -> None:
-            scaled = b.fmul(b.fsub(read(x, i), mean), inverse)
-            b.write(
-                b.multiply_add(scaled, read(given["weight"], i), read(given["bias"], i)),
-                b.at(place, i, FP32),
-            )
-
-        b.loop(0, given["inputs"], lanes, normalised)
-
-
-def _height(kind: Kind, few: bool, level: Level) -> int:
-    """Rows of the highest tile."""
-    return _ONE_TILE[level.lanes][0] if few or kind == "int8" else level.rows
-
-
-def _columns(kind: Kind, few: bool, level: Level) -> int:
-    """Columns per task: their sums stay in registers until the epilogue."""
-    return _FEW_COLUMNS if few and kind != "int8" else 2 * level.lanes
-
-
-def takes(x: Tensor, weight: Tensor, *others: Tensor | None, turned: bool = False) -> bool:
-    """Whether a kernel exists for x `[n, K]`, a weight `[M, K]` (`turned`: `[K, M]`) and the other operands."""
-    rows = [t for t in (x, weight, *others) if t is not None]
+def takes(x: Tensor, weight: Tensor, *addends: Tensor | None, turned: bool = False) -> bool:
+    """Return whether a kernel takes x `[n, K]`, a weight `[M, K]` (`turned`: `[K, M]`), bias, residual and gamma."""
+    tensors = [t for t in (x, weight, *addends) if t is not None]
     inputs, outputs = weight.shape if turned else weight.shape[::-1]
     wide = weight.dtype == torch.float32
-    return (
-        fits(outputs, inputs, x.dtype)
-        and all(t.dtype == x.dtype or (t is weight and wide) for t in rows)
-        and all(t.layout == torch.strided and t.stride(-1) == 1 for t in rows)
-        and (
-            x.dtype == torch.float32
-            or (x.stride(0) % 2 == 0 and (wide or weight.stride(0) % 2 == 0))
-        )
-    )
+    if not fits(outputs, inputs, x.dtype):
+        return False
+    for t in tensors:
+        if t.dtype != x.dtype and not (t is weight and wide):
+            return False
+        if t.layout != torch.strided or t.stride(-1) != 1:
+            return False
+    if x.dtype == torch.float32:
+        return True
+    # Kernels read pairs of bf16.
+    return x.stride(0) % 2 == 0 and (wide or weight.stride(0) % 2 == 0)
 
 
 def linear(
@@ -599,19 +434,29 @@ def linear(
     few: bool | None = None,
     level: Level | None = None,
 ) -> Tensor:
-    """`residual + gamma · (x W^T + b)` for x `[n, K]`, weight `[M, K]`, or its GELU, written to `out` `[n, M]`.
+    """Return `residual + gamma · (x W^T + b)` for x `[n, K]`, weight `[M, K]`, or its GELU, in `out` `[n, M]`.
 
     A `turned` weight is `[K, M]`, its rows times `factors` `[K]` in fp32. All operands have one dtype, as in `takes`; a
     weight may be fp32 with bf16 operands. `few` and `level` select a kernel instead of the fastest.
     """
     out = torch.empty(x.shape[0], weight.shape[turned], dtype=x.dtype) if out is None else out
-    kind: Kind = "bf16" if x.dtype == torch.bfloat16 else "fp32"
-    few = False if turned else x.shape[0] < _FEW if few is None else few
+    if turned:
+        few = False
+    elif few is None:
+        few = x.shape[0] < _FEW
     if few and weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
-    scales = (0, 0 if factors is None else factors.data_ptr(), 0, 0)
     return _run(
-        kind, x, weight, (bias, gamma, residual), out, few, level, scales, gelu=gelu, turned=turned
+        "bf16" if x.dtype == torch.bfloat16 else "fp32",
+        x,
+        weight,
+        (bias, gamma, residual),
+        out,
+        few=few,
+        level=level,
+        scales=_Scales(scales=0 if factors is None else factors.data_ptr()),
+        gelu=gelu,
+        transposed=turned,
     )
 
 
@@ -627,40 +472,12 @@ class Panels(NamedTuple):
 
 
 def in_panels(rows: Tensor, steps: Tensor) -> Panels:
-    """A weight of signed levels `[M, K]`, with the step between two of each row, `[M]`."""
-    fours, wide = rows.view(torch.int32), 2 * levels()[0].lanes
-    missing = -len(fours) % wide
-    panels = F.pad(fours, (0, 0, 0, missing)).view(-1, wide, fours.shape[1])
-    return Panels(
-        panels.transpose(1, 2).contiguous(),
-        steps,
-        F.pad(rows.sum(1, dtype=torch.int32), (0, missing)),
-    )
-
-
-def int8_rows(x: Tensor, *, gelu: bool = False, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
-    """Quantise rows `[n, K]` in fp32 or bf16, after `norm`: uint8 in scratch memory, and the step of each row."""
-    (rows, inputs), threads, level = x.shape, torch.get_num_threads(), levels()[0]
-    made, steps = scratch("compiled bytes", (rows, inputs), torch.uint8), torch.empty(rows)
-    chunk = max(1, -(-rows // (_TASKS_PER_THREAD * threads)))
-    run = kernel(_Bytes, Rounded(x.dtype == torch.bfloat16, gelu), norm is not None, level)
-    around, room = (0, 0, 0, 0), 0
-    if norm is not None:
-        weight, bias, eps = (
-            norm[0].contiguous(),
-            norm[1].contiguous(),
-            int(np.float32(norm[2]).view(np.int32)),
-        )
-        room = whole_pages(4 * inputs)
-        around = (
-            weight.data_ptr(),
-            bias.data_ptr(),
-            scratch_address("compiled norm", room * threads),
-            eps,
-        )
-    pointers = (x.data_ptr(), made.data_ptr(), steps.data_ptr(), *around[:3])
-    run((*pointers, x.stride(0), rows, inputs, chunk, around[3], room), -(-rows // chunk), threads)
-    return made, steps
+    """Pack a weight of signed levels `[M, K]`, with a step per row `[M]`."""
+    units, width = rows.view(torch.int32), 2 * levels()[0].lanes
+    missing = -len(units) % width
+    panels = F.pad(units, (0, 0, 0, missing)).view(-1, width, units.shape[1])
+    sums = F.pad(rows.sum(1, dtype=torch.int32), (0, missing))
+    return Panels(panels.transpose(1, 2).contiguous(), steps, sums)
 
 
 def int8_linear(
@@ -674,84 +491,92 @@ def int8_linear(
     of_gelu: bool = False,
     norm: Norm | None = None,
 ) -> Tensor:
-    """`residual + norm(x) W^T + b`, or its GELU, written to `out`; residual and out `[n, M]` both fp32 or both bf16.
+    """Write `residual + norm(x) W^T + b`, or its GELU, to `out`; residual and out `[n, M]` both fp32 or both bf16.
 
-    x is `[n, K]` in fp32 or bf16, K a multiple of the lanes times four, M one of the lanes; the bias `[M]` is fp32.
+    x is `[n, K]` in fp32 or bf16, K a multiple of the lanes times four, M one of the lanes; the bias `[M]` is fp32. Of
+    few rows without `norm`, every thread quantises all.
     """
     if not out.numel():
         return out
-    rows, rounded, steps, zero = x, None, 0, GELU_ZERO_BYTE if of_gelu else ZERO_BYTE
-    if norm is not None or len(x) >= _FEW:
-        rows, of_rows = int8_rows(x, gelu=of_gelu, norm=norm)
-        steps = of_rows.data_ptr()
+    few = norm is None and len(x) < _FEW
+    steps = quantisation = None
+    if few:
+        quantisation = Quantisation(x.dtype == torch.bfloat16, of_gelu)
     else:
-        rounded = Rounded(x.dtype == torch.bfloat16, of_gelu)
-    others, factors = (
-        (bias, None, residual),
-        (steps, weight.steps.data_ptr(), weight.sums.data_ptr(), zero),
+        x, steps = int8_rows(x, gelu=of_gelu, norm=norm)
+    scales = _Scales(
+        0 if steps is None else steps.data_ptr(),
+        weight.steps.data_ptr(),
+        weight.sums.data_ptr(),
+        GELU_ZERO_BYTE if of_gelu else ZERO_BYTE,
     )
     return _run(
         "int8",
-        rows,
+        x,
         weight.levels,
-        others,
+        (bias, None, residual),
         out,
-        rounded is not None,
-        None,
-        factors,
-        rounded,
+        few=few,
+        level=None,
+        scales=scales,
+        quantisation=quantisation,
         gelu=gelu,
     )
 
 
+class _Scales(NamedTuple):
+    """Addresses of the steps of rows, of the scales of the weight's columns and of its sums; the zero byte."""
+
+    steps: int = 0
+    scales: int = 0
+    weight_sums: int = 0
+    zero: int = 0
+
+
 def _run(
-    kind: Kind,
+    dtype: Dtype,
     x: Tensor,
     weight: Tensor,
-    others: tuple[Tensor | None, Tensor | None, Tensor | None],
+    addends: tuple[Tensor | None, Tensor | None, Tensor | None],
     out: Tensor,
-    few: bool | None,
-    level: Level | None,
-    factors: tuple[int, int, int, int] = (0, 0, 0, 0),
-    rounded: Rounded | None = None,
     *,
+    few: bool,
+    level: Level | None,
+    scales: _Scales,
+    quantisation: Quantisation | None = None,
     gelu: bool,
-    turned: bool = False,
+    transposed: bool = False,
 ) -> Tensor:
-    """The product of factors of a kind with bias, gamma and residual."""
-    level, half, threads = (
-        level or levels()[0],
-        out.dtype == torch.bfloat16,
-        torch.get_num_threads(),
-    )
-    (rows, inputs), outputs = x.shape, out.shape[1]
+    """Launch the kernel of a linear layer; `addends` are bias, gamma and residual."""
     if not out.numel():
         return out
-    few = rows < _FEW if few is None else few
-    wide = kind == "bf16" and weight.dtype == torch.float32
-    run = kernel(_LinearOfFewRows if few else _Linear, kind, half, turned, rounded, wide, level)
-    room, chunks, chunk = 4 * _height(kind, few, level) * _columns(kind, few, level), 1, rows
-    columns = 2 * level.lanes if kind == "int8" else _FEW_COLUMNS
-    if rounded is not None:
-        room += rows * (inputs + 4)
+    level, threads = level or levels()[0], torch.get_num_threads()
+    (rows, inputs), outputs, residual = x.shape, out.shape[1], addends[2]
+    half, wide = out.dtype == torch.bfloat16, dtype == "bf16" and weight.dtype == torch.float32
+    scratch_bytes = 4 * _tile_rows(dtype, few, level) * _tile_columns(dtype, few, level)
+    columns = 2 * level.lanes if dtype == "int8" else _FEW_COLUMNS
+    chunk, chunks = rows, 1
+    if quantisation is not None:
+        scratch_bytes += rows * (inputs + 4)
     if not few:
-        panel = 2 * level.lanes * inputs * x.element_size()
-        panels = max(1, min(_PANELS_BYTES // panel, _MOST_PANELS))
+        panel_bytes = 2 * level.lanes * inputs * x.element_size()
+        panels = max(1, min(_PANELS_BYTES // panel_bytes, _MAX_PANELS))
         columns = panels * 2 * level.lanes
-        room += 0 if kind == "int8" else panels * panel
-        chunk, chunks = divided(
-            rows, -(-_TASKS_PER_THREAD * threads // -(-outputs // columns)), _CHUNK
-        )
-    room = whole_pages(room)
-    place = scratch_address("compiled linear", room * threads)
-    addresses = (0 if t is None else t.data_ptr() for t in (x, weight, *others, out))
-    residual = others[2]
-    strides = (
-        x.stride(0),
-        weight.stride(0),
-        0 if residual is None else residual.stride(0),
-        out.stride(0),
+        if dtype != "int8":
+            scratch_bytes += panels * panel_bytes
+        blocks = -(-outputs // columns)
+        chunk, chunks = split_rows(rows, -(-_TASKS_PER_THREAD * threads // blocks), _CHUNK)
+    scratch_bytes = whole_pages(scratch_bytes)
+    scratch = scratch_address("compiled linear", scratch_bytes * threads)
+    pointers = (0 if t is None else t.data_ptr() for t in (x, weight, *addends, out))
+    strides = (0 if t is None else t.stride(0) for t in (x, weight, residual, out))
+    sizes = (rows, inputs, outputs, columns, chunk, chunks, scratch_bytes)
+    run = kernel(
+        _LinearOfFewRows if few else _Linear, dtype, half, transposed, quantisation, wide, level
     )
-    numbers = (*strides, rows, inputs, outputs, columns, chunk, chunks, room, int(gelu), factors[3])
-    run((*addresses, place, *factors[:3], *numbers), -(-outputs // columns) * chunks, threads)
+    run(
+        (*pointers, scratch, *scales[:3], *strides, *sizes, int(gelu), scales.zero),
+        -(-outputs // columns) * chunks,
+        threads,
+    )
     return out

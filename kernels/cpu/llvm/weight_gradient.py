@@ -1,8 +1,8 @@
-"""Gradients of weights: GEMMs that sum over the rows of two matrices, in fp32, with the bias gradients on the way.
+"""Weight gradients of linear layers, `dout^T x`, with the bias gradients on the way.
 
-A task is a block of the result. It goes through the summed rows a piece at a time: the block's part of a piece is
-packed once and stays in the second level of cache, its part of two vectors of columns is packed in the first, and every
-tile of sums stays in registers. The order of summation depends on the sizes only, so threads change no bit.
+A task is a block of the result. It walks the summed rows in pieces: the block's columns of dout are packed once per
+piece and stay in the second level of cache, two vectors of columns of x at a time are packed in the first, and the
+accumulators of a tile stay in registers. The order of summation depends on sizes only, so threads change no bit.
 """
 
 from __future__ import annotations
@@ -29,232 +29,222 @@ from .builder import (
 
 # 32-bit units of the longest piece: with them two vectors of columns fill two thirds of the first level of cache.
 _TERMS = 256
-# Rows of the highest block, of which a piece leaves room in the second level of cache for what is on its way.
+# Rows of the highest block: a piece of it leaves room in the second level of cache for data on its way.
 _HEIGHT = 384
 # Prefetch distance in units: rows of a block are too far from each other for the hardware prefetcher.
 _AHEAD = 16
 _POINTERS = ("dout", "x", "out", "sums", "scratch")
-_NUMBERS = (
-    "dout_row",
-    "x_row",
-    "rows",
-    "outputs",
-    "inputs",
-    "units",
-    "terms",
-    "height",
-    "width",
-    "across",
-    "room",
-)
+_ROWS = ("dout_row", "x_row", "rows", "outputs", "inputs")
+_BLOCKS = ("units", "terms", "block_rows", "block_columns", "blocks_across", "scratch_bytes")
 
 
 class _WeightGradient:
-    """Writes the kernel; `half`: bf16 factors, `wide`: an fp32 result for any factors."""
+    """Emits the kernel; `half`: dout and x are bf16, `wide`: the result is fp32 for either dtype."""
 
     name = "weight_gradient"
 
     def __init__(self, half: bool, wide: bool, level: Level) -> None:
-        # Rows are taken one by one in fp32 and in pairs in bf16, so that units of a column have 32 bits.
+        # A unit of 32 bits is an element of one row in fp32, of a pair of rows in bf16.
         self.half, self.unit, self.narrow = half, INT32 if half else FP32, half and not wide
-        self.high, self.lanes, self.columns = level.rows, level.lanes, 2 * level.lanes
-        self.b = b = Builder(self.name, _POINTERS, _NUMBERS, level)
-        self.given = b.given
-        b.tasks(self._block)
+        self.tile_rows, self.lanes, self.tile_columns = level.rows, level.lanes, 2 * level.lanes
+        self.b = b = Builder(self.name, _POINTERS, (*_ROWS, *_BLOCKS), level)
+        self.args = b.args
+        b.task_loop(self._block)
 
     def _block(self, task: Any, thread: Any) -> None:
-        b, given = self.b, self.given
-        self.row = row = b.mul(b.sdiv(task, given["across"]), given["height"])
-        self.column = column = b.mul(b.srem(task, given["across"]), given["width"])
-        self.end = end = b.minimum_int(b.add(row, given["height"]), given["outputs"])
-        stop = b.minimum_int(b.add(column, given["width"]), given["inputs"])
-        terms, columns = given["terms"], self.columns
-        # Some more than a tile has, so that tiles begin in different sets of the cache.
-        self.tile_units = b.add(b.mul(terms, self.high), self.lanes)
-        self.sums = b.at(given["scratch"], b.mul(thread, given["room"]), BYTE)
-        self.panel = b.at(self.sums, self.high * self.columns, FP32)
-        tiles = b.sdiv(given["height"], self.high)
-        # Sums of the block's rows of dout: of the piece, and of all pieces.
-        summed = b.mul(tiles, self.lanes)
-        self.piece_sums = b.at(self.panel, b.mul(terms, columns), self.unit)
-        self.row_sums = b.at(self.piece_sums, summed, FP32)
-        self.tiles = b.at(self.row_sums, summed, FP32)
-        self.before = b.at(self.tiles, b.mul(tiles, self.tile_units), self.unit)
-        # Of blocks that are divided, the first part sums for all.
-        self.sums_wanted = b.and_(b.is_not_null(given["sums"]), b.icmp_signed("==", column, 0))
-
-        def nothing_yet(n: Any) -> None:
-            b.write(b.splat(0.0), b.at(self.piece_sums, n, FP32))
-
-        # Those of all pieces too.
-        b.loop(0, b.shl(summed, 1), self.lanes, nothing_yet)
+        b, args = self.b, self.args
+        across = args["blocks_across"]
+        self.row = row = b.mul(b.sdiv(task, across), args["block_rows"])
+        self.column = column = b.mul(b.srem(task, across), args["block_columns"])
+        self.end = end = b.minimum_int(b.add(row, args["block_rows"]), args["outputs"])
+        stop = b.minimum_int(b.add(column, args["block_columns"]), args["inputs"])
+        sums = self._locate_scratch(thread)
+        # Of the blocks of a row, the first computes the bias gradient.
+        self.has_sums = b.and_(b.is_not_null(args["sums"]), b.icmp_signed("==", column, 0))
+        zero = b.splat(0.0)
+        b.loop(0, b.shl(sums, 1), self.lanes, lambda n: b.write(zero, self.piece_sums, n))
 
         def piece(first: Any) -> None:
-            count = b.minimum_int(b.sub(given["units"], first), terms)
-            b.loop(0, count, 1, lambda u: self._lay_out_rows(b.add(first, u), u))
-            with b.if_then(self.sums_wanted):
-                b.loop(row, end, self.high, self._add_piece_sums)
+            count = b.minimum_int(b.sub(args["units"], first), args["terms"])
+            b.loop(0, count, 1, lambda u: self._pack_rows(b.add(first, u), u))
+            with b.if_then(self.has_sums):
+                b.loop(row, end, self.tile_rows, self._add_piece_sums)
 
-            def some_columns(at: Any) -> None:
-                b.loop(0, count, 1, lambda u: self._lay_out_columns(b.add(first, u), u, at))
+            def columns(at: Any) -> None:
+                b.loop(0, count, 1, lambda u: self._pack_columns(b.add(first, u), u, at))
+                b.loop(row, end, self.tile_rows, lambda i: self._tile(i, first, at, count))
 
-                def tile(i: Any) -> None:
-                    rows = [b.at(self._tile(i), n, self.unit) for n in range(self.high)]
-                    add, zero = b.dot_bf16 if self.half else b.multiply_add, b.splat(0.0)
-                    sums = b.tile(
-                        rows,
-                        2,
-                        self.panel,
-                        self.columns,
-                        count,
-                        self.unit,
-                        add,
-                        zero,
-                        apart=self.high,
-                    )
-                    for n, value in enumerate(sums):
-                        b.write(value, b.at(self.sums, n * self.lanes, FP32))
-                    self._finish(first, i, at)
+            b.loop(column, stop, self.tile_columns, columns)
 
-                b.loop(row, end, self.high, tile)
+        b.loop(0, args["units"], args["terms"], piece)
+        with b.if_then(self.has_sums):
+            b.loop(row, end, self.tile_rows, self._store_sums)
 
-            b.loop(column, stop, self.columns, some_columns)
+    def _locate_scratch(self, thread: Any) -> Any:
+        """Compute the addresses of a thread's buffers; return the number of sums of dout's columns."""
+        b, args = self.b, self.args
+        terms = args["terms"]
+        # More than a tile has, so that tiles begin in different sets of the cache.
+        self.packed_tile = b.add(b.mul(terms, self.tile_rows), self.lanes)
+        self.accumulators = b.at(args["scratch"], b.mul(thread, args["scratch_bytes"]), BYTE)
+        self.panel = b.at(self.accumulators, self.tile_rows * self.tile_columns, FP32)
+        tiles = b.sdiv(args["block_rows"], self.tile_rows)
+        # Sums of the block's columns of dout, over the piece and over all pieces.
+        sums = b.mul(tiles, self.lanes)
+        self.piece_sums = b.at(self.panel, b.mul(terms, self.tile_columns), self.unit)
+        self.total_sums = b.at(self.piece_sums, sums, FP32)
+        self.tiles = b.at(self.total_sums, sums, FP32)
+        self.earlier = b.at(self.tiles, b.mul(tiles, self.packed_tile), self.unit)
+        return sums
 
-        b.loop(0, given["units"], terms, piece)
-        with b.if_then(self.sums_wanted):
-            b.loop(row, end, self.high, self._finish_sums)
+    def _tile(self, row: Any, first: Any, column: Any, terms: Any) -> None:
+        """Multiply a packed tile with the panel and add the result to `out`."""
+        b = self.b
+        multiply_add = b.dot_bf16 if self.half else b.multiply_add
+        accumulators = b.microkernel(
+            [b.at(self._packed(row), n, self.unit) for n in range(self.tile_rows)],
+            self.panel,
+            terms,
+            self.unit,
+            multiply_add,
+            b.splat(0.0),
+            stride=self.tile_columns,
+            row_step=self.tile_rows,
+        )
+        for n, value in enumerate(accumulators):
+            b.write(value, self.accumulators, n * self.lanes)
+        self._add_to_out(first, row, column)
 
     def _add_piece_sums(self, row: Any) -> None:
-        b, place = self.b, self._sums_place(row)
-        of_piece, of_all = (b.at(base, place, FP32) for base in (self.piece_sums, self.row_sums))
-        b.write(b.fadd(b.read(of_all, FP32), b.read(of_piece, FP32)), of_all)
-        b.write(b.splat(0.0), of_piece)
+        b, offset = self.b, self._sums_offset(row)
+        piece, total = (b.at(sums, offset, FP32) for sums in (self.piece_sums, self.total_sums))
+        b.write(b.fadd(b.read(total, FP32), b.read(piece, FP32)), total)
+        b.write(b.splat(0.0), piece)
 
-    def _finish_sums(self, row: Any) -> None:
+    def _store_sums(self, row: Any) -> None:
         b = self.b
-        mask = self._mask(b.minimum_int(b.sub(self.end, row), self.high))
-        b.store_masked(
-            b.read(b.at(self.row_sums, self._sums_place(row), FP32), FP32),
-            b.at(self.given["sums"], row, FP32),
-            mask,
-        )
+        mask = self._mask(b.minimum_int(b.sub(self.end, row), self.tile_rows))
+        sums = b.read(self.total_sums, FP32, self._sums_offset(row))
+        b.store_masked(sums, b.at(self.args["sums"], row, FP32), mask)
 
-    def _sums_place(self, row: Any) -> Any:
-        """A vector for every tile, of which as many elements count as it has rows."""
+    def _tile_index(self, row: Any) -> Any:
+        return self.b.sdiv(self.b.sub(row, self.row), self.tile_rows)
+
+    def _sums_offset(self, row: Any) -> Any:
+        """Return the offset of a tile's sums: each tile has a vector, whose first `tile_rows` elements are used."""
+        return self.b.mul(self._tile_index(row), self.lanes)
+
+    def _packed(self, row: Any) -> Any:
+        """Return the address of the packed tile of a row."""
         b = self.b
-        return b.mul(b.sdiv(b.sub(row, self.row), self.high), self.lanes)
+        return b.at(self.tiles, b.mul(self._tile_index(row), self.packed_tile), self.unit)
 
-    def _tile(self, row: Any) -> Any:
-        """Where the tile of a row is laid out."""
+    def _pack_rows(self, unit: Any, index: Any) -> None:
+        """Pack a unit of all tiles, and add it to the sums of dout."""
         b = self.b
-        number = b.sdiv(b.sub(row, self.row), self.high)
-        return b.at(self.tiles, b.mul(number, self.tile_units), self.unit)
+        ahead = b.mul(self.args["dout_row"], _AHEAD * (2 if self.half else 1))
 
-    def _lay_out_rows(self, unit: Any, place: Any) -> None:
-        b = self.b
-        ahead = b.mul(self.given["dout_row"], _AHEAD * (2 if self.half else 1))
-
-        def some(i: Any) -> None:
-            # A vector is longer than a tile is high: the next unit, or what lies between tiles, takes what is too much.
-            into = b.at(self._tile(i), b.mul(place, self.high), self.unit)
-            parts = self._parts("dout", unit, i, self.given["outputs"], ahead)
-            b.write(self._units(parts), into)
-            with b.if_then(self.sums_wanted):
-                sums = b.at(self.piece_sums, self._sums_place(i), FP32)
-                added = b.fadd(*(b.bf16_to_fp32(part) for part in parts)) if self.half else parts[0]
+        def tile(row: Any) -> None:
+            # A vector exceeds a tile: the next unit, or the gap between tiles, takes the surplus.
+            out = b.at(self._packed(row), b.mul(index, self.tile_rows), self.unit)
+            vectors = self._read_unit("dout", unit, row, self.args["outputs"], ahead)
+            b.write(self._join(vectors), out)
+            with b.if_then(self.has_sums):
+                sums = b.at(self.piece_sums, self._sums_offset(row), FP32)
+                added = vectors[0]
+                if self.half:
+                    added = b.fadd(*(b.bf16_to_fp32(vector) for vector in vectors))
                 b.write(b.fadd(b.read(sums, FP32), added), sums)
 
-        b.loop(self.row, self.end, self.high, some)
+        b.loop(self.row, self.end, self.tile_rows, tile)
 
-    def _lay_out_columns(self, unit: Any, place: Any, column: Any) -> None:
+    def _pack_columns(self, unit: Any, index: Any, column: Any) -> None:
+        """Pack a unit of two vectors of columns of x."""
         b = self.b
         for n in (0, self.lanes):
-            into = b.at(self.panel, b.add(b.mul(place, self.columns), n), self.unit)
+            out = b.at(self.panel, b.add(b.mul(index, self.tile_columns), n), self.unit)
             at = b.add(column, n)
-            b.write(
-                self._units(self._parts("x", unit, at, self.given["inputs"], self.columns)), into
-            )
+            vectors = self._read_unit("x", unit, at, self.args["inputs"], self.tile_columns)
+            b.write(self._join(vectors), out)
 
-    def _units(self, parts: Values) -> Any:
-        """A vector of them."""
-        return self.b.interleave(*parts) if self.half else parts[0]
+    def _join(self, vectors: Values) -> Any:
+        """Return a vector of units from vectors of the rows of a unit."""
+        return self.b.interleave(*vectors) if self.half else vectors[0]
 
-    def _parts(self, name: str, unit: Any, column: Any, columns: Any, ahead: Any) -> Values:
-        """Vectors of the rows of a unit, zeros past the last column and row; prefetches `ahead`."""
-        b = self.b
+    def _read_unit(self, name: str, unit: Any, column: Any, columns: Any, ahead: Any) -> Values:
+        """Load vectors of the rows of a unit, zero past the last column and row; prefetch `ahead`."""
+        b, args = self.b, self.args
 
-        def some(row: Any, limit: Any, element: Any) -> Any:
-            place = b.at(
-                self.given[name], b.add(b.mul(row, self.given[f"{name}_row"]), column), element
-            )
-            b.prefetch(b.at(place, ahead, element))
-            return b.load_masked(place, self._mask(b.sub(limit, column)), element)
+        def read(row: Any, limit: Any, element: Any) -> Any:
+            index = b.add(b.mul(row, args[f"{name}_row"]), column)
+            address = b.at(args[name], index, element)
+            b.prefetch(b.at(address, ahead, element))
+            return b.load_masked(address, self._mask(b.sub(limit, column)), element)
 
         if not self.half:
-            return [some(unit, columns, FP32)]
+            return [read(unit, columns, FP32)]
         first = b.shl(unit, 1)
         second = b.add(first, 1)
-        limit = b.select(b.icmp_signed("<", second, self.given["rows"]), columns, b.number(0))
-        return [some(first, columns, INT16), some(second, limit, INT16)]
+        limit = b.select(b.icmp_signed("<", second, args["rows"]), columns, b.int64(0))
+        return [read(first, columns, INT16), read(second, limit, INT16)]
 
     def _mask(self, count: Any) -> Any:
-        """Which elements of a vector are among so many."""
+        """Return the mask of a vector's first `count` elements."""
         b = self.b
-        places = ir.Constant(b.vector(INT32), list(range(self.lanes)))
-        return b.icmp_signed(
-            "<", places, b.broadcast(b.trunc(b.minimum_int(count, self.lanes), INT32))
-        )
+        lanes = ir.Constant(b.vector(INT32), list(range(self.lanes)))
+        limit = b.trunc(b.minimum_int(count, self.lanes), INT32)
+        return b.icmp_signed("<", lanes, b.broadcast(limit))
 
-    def _finish(self, first: Any, row: Any, column: Any) -> None:
-        """Write the sums of a tile, plus earlier pieces; for bf16 they accumulate in fp32 until the last piece."""
-        b, given = self.b, self.given
+    def _add_to_out(self, first: Any, row: Any, column: Any) -> None:
+        """Add a tile to earlier pieces in `out`; for a bf16 result they accumulate in fp32 until the last piece."""
+        b, args = self.b, self.args
         later = b.icmp_signed(">", first, 0)
-        last = b.icmp_signed(">=", b.add(first, given["terms"]), given["units"])
+        last = b.icmp_signed(">=", b.add(first, args["terms"]), args["units"])
 
-        def of_row(i: Any) -> None:
-            sums = b.at(self.sums, b.mul(i, self.columns), FP32)
-            number = b.add(row, i)
+        def add_row(i: Any) -> None:
+            accumulators = b.at(self.accumulators, b.mul(i, self.tile_columns), FP32)
+            index = b.add(row, i)
             element = BF16 if self.narrow else FP32
-            out = b.at(given["out"], b.add(b.mul(number, given["inputs"]), column), element)
-            place = b.add(
-                b.mul(b.sub(number, self.row), given["width"]), b.sub(column, self.column)
-            )
-            before = b.at(self.before, place, FP32)
+            out = b.at(args["out"], b.add(b.mul(index, args["inputs"]), column), element)
+            block_row = b.mul(b.sub(index, self.row), args["block_columns"])
+            offset = b.add(block_row, b.sub(column, self.column))
+            earlier = b.at(self.earlier, offset, FP32)
 
-            def vector(n: Any) -> None:
-                count = b.sub(given["inputs"], b.add(column, n))
-                found, into, wide = (
-                    b.read(b.at(sums, n, FP32), FP32),
-                    b.at(out, n, element),
-                    b.at(before, n, FP32),
-                )
+            def add_vector(n: Any) -> None:
+                count = b.sub(args["inputs"], b.add(column, n))
+                value, address = b.read(accumulators, FP32, n), b.at(out, n, element)
+                wide = b.at(earlier, n, FP32)
+
+                def add_earlier() -> Any:
+                    if self.narrow:
+                        return b.fadd(value, b.read(wide, FP32))
+                    return b.fadd(value, b.load_masked(address, self._mask(count)))
+
+                total = b.compute_if(later, add_earlier, value)
                 if not self.narrow:
-                    added = b.where(
-                        later, lambda: b.fadd(found, b.load_masked(into, self._mask(count))), found
-                    )
-                    self._write(added, into, count)
+                    self._write_columns(total, address, count)
                     return
-                added = b.where(later, lambda: b.fadd(found, b.read(wide, FP32)), found)
-                with b.if_else(last) as (whole, partly):
-                    with whole:
-                        self._write(b.bitcast(b.fp32_to_bf16(added), b.vector(INT16)), into, count)
-                    with partly:
-                        b.write(added, wide)
+                with b.if_else(last) as (then, otherwise):
+                    with then:
+                        rounded = b.bitcast(b.fp32_to_bf16(total), b.vector(INT16))
+                        self._write_columns(rounded, address, count)
+                    with otherwise:
+                        b.write(total, wide)
 
-            b.loop(
-                0, b.minimum_int(b.sub(given["inputs"], column), self.columns), self.lanes, vector
-            )
+            columns = b.minimum_int(b.sub(args["inputs"], column), self.tile_columns)
+            b.loop(0, columns, self.lanes, add_vector)
 
-        b.loop(0, b.minimum_int(b.sub(self.end, row), self.high), 1, of_row)
+        b.loop(0, b.minimum_int(b.sub(self.end, row), self.tile_rows), 1, add_row)
 
-    def _write(self, value: Any, place: Any, count: Any) -> None:
+    def _write_columns(self, value: Any, address: Any, count: Any) -> None:
+        """Store the first `count` elements of a vector."""
         b = self.b
-        with b.if_else(b.icmp_signed(">=", count, self.lanes)) as (whole, some):
-            with whole:
-                b.write(value, place)
-            with some:
-                # Only here, because AVX2 takes long for it.
-                b.store_masked(value, place, self._mask(count))
+        with b.if_else(b.icmp_signed(">=", count, self.lanes)) as (then, otherwise):
+            with then:
+                b.write(value, address)
+            with otherwise:
+                # Masked stores are slow on AVX2.
+                b.store_masked(value, address, self._mask(count))
 
 
 def weight_gradient(
@@ -265,7 +255,7 @@ def weight_gradient(
     sums: Tensor | None = None,
     level: Level | None = None,
 ) -> Tensor:
-    """`dout^T x`: `[n, M]`, `[n, K]` → `[M, K]`, of any sizes, in fp32 if `wide`.
+    """Return `dout^T x`: `[n, M]`, `[n, K]` → `[M, K]`, of any sizes, in fp32 if `wide`.
 
     dout and x are both fp32, or both bf16 where the level has it; a copy is made of strided columns. `sums` `[M]`, fp32
     and contiguous, receives the sum of dout over all rows.
@@ -278,24 +268,23 @@ def weight_gradient(
         if sums is not None:
             torch.sum(dout, 0, dtype=torch.float32, out=sums)
         return out.zero_()
-    columns, units = 2 * level.lanes, -(-rows // TOGETHER[x.dtype])
+    tile_columns, units = 2 * level.lanes, -(-rows // TOGETHER[x.dtype])
     terms = -(-units // -(-units // _TERMS))
     blocks = -(-outputs // _HEIGHT)
-    height = -(-outputs // (blocks * level.rows)) * level.rows
-    # Where blocks are fewer than threads they are divided; every part lays out the block's rows.
-    width = -(-inputs // (-(-threads // blocks) * columns)) * columns
-    blocks, across = -(-outputs // height), -(-inputs // width)
-    laid_out = terms * columns + height // level.rows * (terms * level.rows + 3 * level.lanes)
-    room = whole_pages(4 * (level.rows * columns + laid_out + (half and not wide) * height * width))
-    place = scratch_address("compiled weight gradient", room * threads)
-    addresses = (
-        dout.data_ptr(),
-        x.data_ptr(),
-        out.data_ptr(),
-        0 if sums is None else sums.data_ptr(),
-        place,
-    )
-    sizes = (rows, outputs, inputs, units, terms, height, width, across, room)
+    block_rows = -(-outputs // (blocks * level.rows)) * level.rows
+    # Fewer blocks than threads are divided by columns; each part packs the block's columns of dout.
+    block_columns = -(-inputs // (-(-threads // blocks) * tile_columns)) * tile_columns
+    blocks_down, blocks_across = -(-outputs // block_rows), -(-inputs // block_columns)
+    packed_tiles = block_rows // level.rows * (terms * level.rows + 3 * level.lanes)
+    words = level.rows * tile_columns + terms * tile_columns + packed_tiles
+    if half and not wide:
+        words += block_rows * block_columns
+    scratch_bytes = whole_pages(4 * words)
+    scratch = scratch_address("compiled weight gradient", scratch_bytes * threads)
+    sums_address = 0 if sums is None else sums.data_ptr()
+    pointers = (dout.data_ptr(), x.data_ptr(), out.data_ptr(), sums_address, scratch)
+    strides = dout.stride(0), x.stride(0)
+    blocks = units, terms, block_rows, block_columns, blocks_across, scratch_bytes
     run = kernel(_WeightGradient, half, wide, level)
-    run((*addresses, dout.stride(0), x.stride(0), *sizes), blocks * across, threads)
+    run((*pointers, *strides, rows, outputs, inputs, *blocks), blocks_down * blocks_across, threads)
     return out

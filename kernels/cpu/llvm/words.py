@@ -1,4 +1,4 @@
-"""Comparison of 32-bit words all over memory, whose loads overlap: a library would take an operation per tensor."""
+"""Change detection on scattered 32-bit words, by one kernel, where a library needs a call per tensor."""
 
 from __future__ import annotations
 
@@ -8,52 +8,50 @@ from typing import Any
 import numpy as np
 
 from . import Level, levels
-from .builder import INT32, INT64, POINTER, Builder, kernel
+from .builder import INT32, POINTER, Builder, kernel
 
 
 class _Gather:
-    """Writes a kernel that reads words by their addresses: to `values`, or to compare them with these."""
+    """Emits a kernel that gathers words by their addresses: into `values`, or to compare them with it."""
 
     name = "words"
 
-    def __init__(self, compares: bool, level: Level) -> None:
-        self.compares = compares
-        self.b = Builder(self.name, ("places", "values", "result"), ("count",), level)
-        self.b.tasks(self._all)
+    def __init__(self, compare: bool, level: Level) -> None:
+        self.compare = compare
+        self.b = Builder(self.name, ("addresses", "values", "result"), ("count",), level)
+        self.b.task_loop(self._gather)
 
-    def _all(self, task: Any, thread: Any) -> None:
-        b, given = self.b, self.b.given
+    def _gather(self, task: Any, thread: Any) -> None:
+        b, args = self.b, self.b.args
 
-        def word(i: Any, *others: Any) -> list[Any]:
-            place = b.load(b.at(given["places"], i, INT64), typ=POINTER)
-            found, kept = b.load(place, align=1, typ=INT32), b.at(given["values"], i, INT32)
-            if self.compares:
-                return [b.or_(other, b.xor(found, b.load(kept, typ=INT32))) for other in others]
-            b.store(found, kept)
-            return list(others)
+        def step(i: Any, difference: Any) -> list[Any]:
+            address = b.load_scalar(args["addresses"], i, POINTER)
+            word, value = b.load(address, align=1, typ=INT32), b.at(args["values"], i, INT32)
+            if self.compare:
+                return [b.or_(difference, b.xor(word, b.load(value, typ=INT32)))]
+            b.store(word, value)
+            return [difference]
 
-        (differing,) = b.loop(0, given["count"], 1, word, INT32(0))
-        b.store(differing, given["result"])
+        (difference,) = b.loop(0, args["count"], 1, step, INT32(0))
+        b.store(difference, args["result"])
 
 
 class Words:
-    """The words at some addresses, as they were when this was made."""
+    """Snapshot of the 32-bit words at some addresses."""
 
-    def __init__(self, places: np.ndarray) -> None:
-        self._places, self._values = (
-            np.ascontiguousarray(places, np.int64),
-            np.empty(len(places), np.int32),
-        )
-        self._given = (self._places.ctypes.data, self._values.ctypes.data)
+    def __init__(self, addresses: np.ndarray) -> None:
+        self._addresses = np.ascontiguousarray(addresses, np.int64)
+        self._values = np.empty(len(addresses), np.int32)
         self._compare = kernel(_Gather, True, levels()[0])
-        result = ctypes.c_int32()
-        kernel(_Gather, False, levels()[0])._run(
-            (*self._given, ctypes.addressof(result), len(places)), 1, 1
-        )
+        kernel(_Gather, False, levels()[0]).run(self._args(ctypes.c_int32()), 1, 1)
 
     def unchanged(self) -> bool:
-        """True if all are the same. The memory must be the one that it was made for."""
+        """Return whether all words equal the snapshot; their memory must still be allocated."""
         result = ctypes.c_int32()
-        # No operation of a model, which a profiler would count.
-        self._compare._run((*self._given, ctypes.addressof(result), len(self._places)), 1, 1)
+        # Without a profiler's record, as it is no operation of the model.
+        self._compare.run(self._args(result), 1, 1)
         return result.value == 0
+
+    def _args(self, result: ctypes.c_int32) -> tuple[int, ...]:
+        addresses = self._addresses.ctypes.data, self._values.ctypes.data
+        return *addresses, ctypes.addressof(result), len(self._addresses)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xfm_fast.benchmarks.backends.engine import Pairs, SearchIndex
-from xfm_fast.benchmarks.backends.official_code import OfficialCodeEngine
-from xfm_fast.benchmarks.backends.official_finetuning import OfficialEngine
-from xfm_fast.benchmarks.inputs import Subjects
+from xfm_fast.benchmarks.backends import Engine, Pairs, SearchIndex
+from xfm_fast.benchmarks.backends.official_code import official_code_engine
+from xfm_fast.benchmarks.backends.official_finetuning import official_engine
 from xfm_fast.loading import Source
 from xfm_fast.models.xfm import XFM
+from xfm_fast.testing import SharedWeights
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
@@ -19,7 +19,7 @@ import json, sys
 from pathlib import Path
 import torch
 from xfm_fast.benchmarks.backends.official_algorithm import OfficialTwin
-from xfm_fast.benchmarks.inputs import HEADS
+from xfm_fast.testing import HEADS
 from xfm_fast.config import XFMConfig
 from xfm_fast.models.xfm import XFM
 
@@ -47,11 +47,11 @@ class XFMForRetrieval(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def model() -> XFM:
-    return Subjects.open(Source(random="tiny"), {}).model(32, torch.float32)
+    return SharedWeights.open(Source(random="tiny"), {}).model(32, torch.float32)
 
 
 @pytest.fixture(scope="module")
-def engine(model: XFM, tmp_path_factory: pytest.TempPathFactory) -> OfficialCodeEngine:
+def engine(model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     clone = tmp_path_factory.mktemp("clone")
     (clone / "models").mkdir()
     for name in ("__init__", "xfm"):
@@ -59,11 +59,11 @@ def engine(model: XFM, tmp_path_factory: pytest.TempPathFactory) -> OfficialCode
     (clone / "models" / "beit2.py").write_text("class VisionTransformer: pass\n")
     (clone / "models" / "model_retrieval.py").write_text(CLONE)
     (clone / "models" / "sizes.json").write_text(model.config.model_dump_json())
-    return OfficialCodeEngine(model, clone)
+    return official_code_engine(model, clone)
 
 
-def test_answers_are_those_of_the_clone(engine: OfficialCodeEngine, model: XFM) -> None:
-    twin = OfficialEngine(model)
+def test_answers_are_those_of_the_clone(engine: Engine, model: XFM) -> None:
+    twin = official_engine(model)
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(2, 3, 32, 32, generator=generator)
     ids = torch.randint(3, 500, (3, 6), generator=generator)
@@ -77,6 +77,6 @@ def test_answers_are_those_of_the_clone(engine: OfficialCodeEngine, model: XFM) 
         pairs = Pairs(images, texts, mask, torch.tensor([0, 0, 1]))
         torch.testing.assert_close(engine.rerank(pairs), twin.rerank(pairs), rtol=0, atol=1e-5)
         index = SearchIndex(images, model.project_image(images))
-        ours, theirs = (part.search(ids, mask, index, 2) for part in (engine, twin))
+        ours, theirs = (backend.search(ids, mask, index, 2) for backend in (engine, twin))
         assert torch.equal(ours.indices, theirs.indices)
         torch.testing.assert_close(ours.scores, theirs.scores, rtol=0, atol=1e-5)

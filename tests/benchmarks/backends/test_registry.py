@@ -10,20 +10,21 @@ import pytest
 import torch
 
 from xfm_fast.benchmarks.backends.registry import BACKENDS, MODEL_WORK, ModelBackend, Setup
-from xfm_fast.benchmarks.inputs import Material, Subjects, bundled, make_tokenizer
 from xfm_fast.benchmarks.measure import MODEL_ROUNDING
 from xfm_fast.benchmarks.record import OFFICIAL, OFFICIAL_CODE
 from xfm_fast.benchmarks.tasks import BUILDERS
 from xfm_fast.benchmarks.timing import DTYPES, FP32_BAND, parity_band
 from xfm_fast.benchmarks.work.requests import (
-    EmbedImage,
-    EmbedText,
-    Rerank,
-    Retrieval,
-    Retrieve,
+    Material,
     Workload,
+    embed_image,
+    embed_text,
+    rerank,
+    retrieval,
+    retrieve,
 )
 from xfm_fast.loading import Source
+from xfm_fast.testing import SharedWeights, bundled, make_tokenizer
 
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
@@ -43,17 +44,20 @@ PAIRS = [
 @pytest.fixture(scope="module")
 def material() -> Material:
     collection = bundled()
-    subjects = Subjects.open(Source(random="tiny"), BUILDERS)
+    subjects = SharedWeights.open(Source(random="tiny"), BUILDERS)
     return Material(subjects, collection, make_tokenizer(subjects.config, None, collection))
 
 
 @pytest.fixture(scope="module")
 def workloads(material: Material) -> dict[str, Workload]:
-    made = [
-        EmbedImage(material, SIZE, 3), EmbedText(material, 5), Rerank(material, SIZE, 7, 3),
-        Retrieve(material, SIZE, 6, 3, 4), Retrieval(material, SIZE, 4, 2, 3, batch=2),
-    ]  # fmt: skip
-    return {workload.work: workload for workload in made}
+    workloads = [
+        embed_image(material, SIZE, 3),
+        embed_text(material, 5),
+        rerank(material, SIZE, 7, 3),
+        retrieve(material, SIZE, 6, 3, 4),
+        retrieval(material, SIZE, 4, 2, 3, batch=2),
+    ]
+    return {workload.work: workload for workload in workloads}
 
 
 def _answer_of(
@@ -63,7 +67,7 @@ def _answer_of(
     scratch: Path,
     dtype: str = "fp32",
 ) -> Callable[..., Any]:
-    engine, _ = backend.load(Setup(material.subjects, workload.work, SIZE, dtype, CPU, scratch))
+    engine, _ = backend.load(Setup(material.weights, workload.work, SIZE, dtype, CPU, scratch))
     answer = workload.prepare(engine, DTYPES[dtype])
 
     def run(numbers: list[int]) -> Any:

@@ -122,13 +122,13 @@ def test_a_backend_that_is_wrong_fails_or_is_missing_costs_its_own_rows() -> Non
             raise MadeUpTritonError("no gradient of the bias")
 
     case = small("add_layer_norm", bounds={})
-    case.others = {
+    case.baselines = {
         "wrong": lambda *a: case.ours(*a) * 1.001, "other shape": lambda *a: case.ours(*a)[:1], "failing": failing,
         "half": NoGradient.apply, "Liger": "not installed",
     }  # fmt: skip
     rows = rows_of(case)
     for direction in ("forward", "backward"):
-        status = {backend: rows[backend, direction].status for backend in case.others}
+        status = {backend: rows[backend, direction].status for backend in case.baselines}
         half = "measured" if direction == "forward" else "failed"
         assert status == {
             "wrong": "parity failed", "other shape": "parity failed", "failing": "failed", "half": half,

@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from xfm_fast.benchmarks.backends.official_finetuning import OfficialEngine
-from xfm_fast.benchmarks.backends.ours import OurEngine
-from xfm_fast.benchmarks.inputs import Inputs, Material, Subjects, Texts, bundled, make_tokenizer
+from xfm_fast.benchmarks.backends.official_finetuning import official_engine
+from xfm_fast.benchmarks.backends.ours import our_engine
+from xfm_fast.benchmarks.measure import BENCHMARKS
 from xfm_fast.benchmarks.options import ScenarioOptions
 from xfm_fast.benchmarks.record import OFFICIAL, OURS
 from xfm_fast.benchmarks.tasks import BUILDERS
-from xfm_fast.benchmarks.work import requests, scenario
+from xfm_fast.benchmarks.work import requests
 from xfm_fast.benchmarks.work.model import Scale
+from xfm_fast.benchmarks.work.requests import Material
 from xfm_fast.loading import Source
 from xfm_fast.tasks.vqa import AnswerRanking
+from xfm_fast.testing import Inputs, SharedWeights, Texts, bundled, make_tokenizer
 
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
@@ -32,15 +34,15 @@ TINY = ScenarioOptions(
 
 @pytest.fixture(scope="module", autouse=True)
 def _little_work() -> Any:
-    whole = Scale.of
+    resolve = Scale.of
 
-    def less(*given: Any) -> Scale:
-        return replace(whole(*given), requests=3, rounds=2, budget_s=0.0, texts=2, k=8)
+    def less(*args: Any) -> Scale:
+        return replace(resolve(*args), requests=3, rounds=2, budget_s=0.0, texts=2, k=8)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Scale, "of", less)
         patch.setattr(
-            Inputs, "answers", lambda self: Texts(*(part[:40] for part in ALL_ANSWERS(self)))
+            Inputs, "answers", lambda self: Texts(*(tensor[:40] for tensor in ALL_ANSWERS(self)))
         )
         yield
 
@@ -48,7 +50,7 @@ def _little_work() -> Any:
 @pytest.fixture(scope="module")
 def material() -> Material:
     collection = bundled()
-    subjects = Subjects.open(Source(random="tiny"), BUILDERS)
+    subjects = SharedWeights.open(Source(random="tiny"), BUILDERS)
     return Material(subjects, collection, make_tokenizer(subjects.config, None, collection))
 
 
@@ -61,7 +63,7 @@ def material() -> Material:
     ],
 )
 def test_a_task_is_a_scenario(work: str) -> None:
-    document = scenario.run(TINY, scenario=work)
+    document = BENCHMARKS[work](TINY)
     assert document.ok
     assert [row.backend for row in document.rows] == [OURS, OFFICIAL, "torch-eager"]
     for row in document.rows:
@@ -79,15 +81,15 @@ def test_a_task_is_a_scenario(work: str) -> None:
 def test_a_task_agrees_with_the_official_procedure(work: str, material: Material) -> None:
     """In fp64, where nothing but a fault is left; requests of several lengths, together."""
     workload = requests.task_workload(work, material, 48, 2, 8, 3)
-    model = material.subjects.model(48, torch.float64, work)
+    model = material.weights.model(48, torch.float64, work)
     with torch.inference_mode():
-        ours = workload.prepare(OurEngine(model), torch.float64)([0, 2])
-        official = workload.prepare(OfficialEngine(model), torch.float64)([0, 2])
-    found = workload.compare([0, 2], ours, official)
+        ours = workload.prepare(our_engine(model), torch.float64)([0, 2])
+        official = workload.prepare(official_engine(model), torch.float64)([0, 2])
+    difference = workload.compare([0, 2], ours, official)
     # Boxes are computed in fp32.
-    assert found.error < (1e-6 if work == "grounding" else 1e-9)
-    assert found.note == ""
-    others = workload.prepare(OurEngine(model), torch.float64)([1, 0])
+    assert difference.error < (1e-6 if work == "grounding" else 1e-9)
+    assert difference.note == ""
+    others = workload.prepare(our_engine(model), torch.float64)([1, 0])
     if isinstance(official, torch.Tensor) and official.is_floating_point():
         assert workload.compare([0, 2], others, official).error > 1e-3
 
@@ -112,5 +114,5 @@ def _ranking(*scores: float, first: int = 0) -> AnswerRanking:
 def test_agreement(
     ours: AnswerRanking, truth: AnswerRanking, whole_list: bool, wrong: float
 ) -> None:
-    error = requests.compared(ours, truth, whole_list=whole_list).error
+    error = requests.compare_rankings(ours, truth, whole_list=whole_list).error
     assert error == pytest.approx(wrong, abs=1e-6)

@@ -13,13 +13,14 @@ import torch
 
 from xfm_fast import flops
 from xfm_fast.benchmarks import record, report
-from xfm_fast.benchmarks.inputs import preset_config
+from xfm_fast.benchmarks.measure import BENCHMARKS
 from xfm_fast.benchmarks.options import ModelOptions, ScenarioOptions
 from xfm_fast.benchmarks.record import OFFICIAL, OURS, Document, Result, load
-from xfm_fast.benchmarks.work import coco, scenario
+from xfm_fast.benchmarks.work import coco
 from xfm_fast.benchmarks.work.coco import Passes, Sizes, receipt
 from xfm_fast.benchmarks.work.model import Scale
 from xfm_fast.benchmarks.work.scenario import RateSearch, Trial, poisson_arrivals, serve
+from xfm_fast.testing import preset_config
 
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
@@ -30,12 +31,11 @@ TINY = ScenarioOptions(**FEW, baselines=(OURS,))
 @pytest.fixture(autouse=True)
 def _little_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rounds of two requests, and trials of a tenth of a second."""
-    whole = Scale.of
+    resolve = Scale.of
 
     def less(work: str, options: ModelOptions, device: torch.device) -> Scale:
-        found = whole(work, options, device)
         return replace(
-            found,
+            resolve(work, options, device),
             requests=3,
             rounds=2,
             block=2,
@@ -54,10 +54,10 @@ def _by_backend(document: Document, mode: str) -> dict[str, Result]:
 
 
 def test_every_mode_fills_its_rows(tmp_path: Path) -> None:
-    document = scenario.run(replace(TINY, baselines=("torch-eager",)), scenario="rerank")
+    document = BENCHMARKS["rerank"](replace(TINY, baselines=("torch-eager",)))
     assert document.ok
     assert len(document.rows) == 9
-    reasons = {one.backend: one.reason for one in document.baselines}
+    reasons = {baseline.backend: baseline.reason for baseline in document.baselines}
     assert (reasons[OFFICIAL], reasons["timm"]) == (None, "has no rerank")
     for row in document.rows:
         assert (row.status, row.work, row.dtype) == ("measured", "rerank", "fp32")
@@ -81,10 +81,10 @@ def test_every_mode_fills_its_rows(tmp_path: Path) -> None:
     for row in server.values():
         held = [
             float(rate)
-            for rate, p99 in row.parts("trials").items()
+            for rate, p99 in row.numbers("trials").items()
             if p99 <= (row.number("bound_s") or 0)
         ]
-        assert 1 <= len(row.parts("trials")) <= 3
+        assert 1 <= len(row.numbers("trials")) <= 3
         assert row.number("max_qps") == pytest.approx(max(held, default=0), rel=1e-4)
         assert OFFICIAL in row.text("bound_origin")
     assert load(record.save(document, tmp_path, report.html(document))) == document
@@ -144,7 +144,7 @@ def test_waiting_requests_are_answered_together_and_an_overload_ends_early() -> 
 
 @pytest.mark.parametrize(("capacity", "start"), [(137.0, 1.0), (0.02, 5000.0)])
 def test_the_search_closes_in_on_the_capacity(capacity: float, start: float) -> None:
-    search = RateSearch(start, most=60)
+    search = RateSearch(start, max_trials=60)
     while not search.done:
         rate = search.next_rate()
         search.trials.append(Trial(rate, [0.1], rate <= capacity))
@@ -181,8 +181,8 @@ def test_the_evaluation_is_projected_from_its_parts(monkeypatch: pytest.MonkeyPa
     assert (official.backend, ours.backend) == (OFFICIAL, OURS)
     assert official.number("pairs") == ours.number("pairs") == 5000 * 256 + 25010 * 256
     for row in document.rows:
-        assert all(seconds > 0 for seconds in row.parts("stages").values())
-        assert row.median_s == pytest.approx(sum(row.parts("stages").values()), rel=0.7)
-    assert next(iter(ours.parts("receipt").values())) == official.number("flops")
+        assert all(seconds > 0 for seconds in row.numbers("stages").values())
+        assert row.median_s == pytest.approx(sum(row.numbers("stages").values()), rel=0.7)
+    assert next(iter(ours.numbers("receipt").values())) == official.number("flops")
     assert (official.number("flops") or 0) > (ours.number("flops") or 0)
     assert ours.against[0].ratio == pytest.approx((official.median_s or 0) / (ours.median_s or 1))

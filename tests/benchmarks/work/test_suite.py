@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from xfm_fast.benchmarks import record, report
-from xfm_fast.benchmarks.inputs import preset_config
 from xfm_fast.benchmarks.measure import Progress
 from xfm_fast.benchmarks.options import ModelOptions
 from xfm_fast.benchmarks.record import OFFICIAL, OURS, Document
 from xfm_fast.benchmarks.work.model import suite
 from xfm_fast.errors import UnavailableError
 from xfm_fast.models.xfm import XFM
+from xfm_fast.testing import preset_config
 
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
@@ -43,7 +43,7 @@ def test_every_row_is_measured(document: Document, tmp_path: Path) -> None:
         assert row.rate == pytest.approx(row.items / (row.median_s or 0))
         for name in ("mfu", "peak_bytes", "needed_flops"):
             assert row.number(name), name
-        assert bool(row.parts("recall")) == (row.work == "retrieval")
+        assert bool(row.numbers("recall")) == (row.work == "retrieval")
         if row.ours:
             official, against = document.reference_row(row), document.headline(row)
             assert official is not None

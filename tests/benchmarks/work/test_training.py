@@ -12,7 +12,6 @@ from torch import Tensor
 
 from xfm_fast.benchmarks import record, report
 from xfm_fast.benchmarks.backends.official_finetuning import OfficialFineTuningTwin
-from xfm_fast.benchmarks.inputs import Inputs, Texts, bundled, make_tokenizer, preset_config
 from xfm_fast.benchmarks.options import StepOptions
 from xfm_fast.benchmarks.record import OFFICIAL, OURS, Document, Extra
 from xfm_fast.benchmarks.tasks import OFFICIAL_TASKS, PRETRAINING
@@ -29,6 +28,7 @@ from xfm_fast.benchmarks.work.training import (
 )
 from xfm_fast.errors import UnavailableError
 from xfm_fast.tasks.task import TASKS
+from xfm_fast.testing import Inputs, Texts, bundled, make_tokenizer, preset_config
 
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")

@@ -86,8 +86,8 @@ def test_the_graphs_of_engines_are_compared_on_the_cpu(small_model: XFM, tmp_pat
     assert manifest.graphs_verification is not None
     assert [check.output for check in manifest.graphs_verification.checks] == ["memory"]
     # The kept graphs are those that the engines were built from, 8-bit GEMMs included.
-    kept = verify(tmp_path / engines.ONNX_FOLDER)
-    assert (kept.status, kept.options.get("arithmetic")) == ("verified", "int8")
+    size = verify(tmp_path / engines.ONNX_FOLDER)
+    assert (size.status, size.options.get("arithmetic")) == ("verified", "int8")
 
 
 def test_flags_of_every_build(rtx: BuilderForRTX) -> None:
@@ -103,7 +103,7 @@ def test_an_interrupted_build_leaves_nothing(
 ) -> None:
     """Ctrl-C in a phase of the builder, and a full disk while it writes."""
     profiles = Manifest.load(bf16_engines).graph("image_memory").profiles
-    given = (
+    arguments = (
         rtx,
         bf16_engines / "onnx" / "image_memory.onnx",
         tmp_path / "x.engine",
@@ -116,7 +116,7 @@ def test_an_interrupted_build_leaves_nothing(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_engine(*given, profiles, progress=interrupt)
+        build_engine(*arguments, profiles, progress=interrupt)
 
     def full(data: bytes) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -127,17 +127,17 @@ def test_an_interrupted_build_leaves_nothing(
 
     monkeypatch.setattr(engines, "write_files", write_files)
     with pytest.raises(OSError, match="No space left on device"):
-        build_engine(*given, profiles)
+        build_engine(*arguments, profiles)
     assert not list(tmp_path.iterdir())
 
 
 def test_damaged_and_foreign_engines_are_named(bf16_engines: Path, tmp_path: Path) -> None:
-    path, whole = tmp_path / "text.engine", (bf16_engines / "text.engine").read_bytes()
+    path, content = tmp_path / "text.engine", (bf16_engines / "text.engine").read_bytes()
     for kept in (0, 10, 3000):
-        path.write_bytes(whole[:kept])
+        path.write_bytes(content[:kept])
         with pytest.raises(ExportError, match=r"text\.engine"):
             check_engine_file(path, TensorRTForRTX)
-    path.write_bytes(whole)
+    path.write_bytes(content)
     check_engine_file(path, TensorRTForRTX)
     with pytest.raises(ExportError, match=r"text\.engine"):
         check_engine_file(path, TensorRT)
@@ -147,7 +147,7 @@ def test_damaged_and_foreign_engines_are_named(bf16_engines: Path, tmp_path: Pat
         with pytest.raises(ExportError, match=r"text\.engine"):
             check_engine_file(path, runtime, expected_bytes=size)
     shutil.copytree(bf16_engines, tmp_path / "copy")
-    (tmp_path / "copy" / "text.engine").write_bytes(whole[:3000])
+    (tmp_path / "copy" / "text.engine").write_bytes(content[:3000])
     with pytest.raises(ExportError, match=r"text\.engine is truncated"):
         Manifest.load(tmp_path / "copy")
 
@@ -177,9 +177,9 @@ def test_calls_of_a_build_with_tensorrt(tensorrt: Callable[..., Any], tmp_path: 
     )
     profiles = [
         ProfileRecord(
-            name=str(most), least={"x": [1, 3]}, best={"x": [1, 3]}, most={"x": [most, 3]}
+            name=str(limit), least={"x": [1, 3]}, best={"x": [1, 3]}, most={"x": [limit, 3]}
         )
-        for most in (1, 8)
+        for limit in (1, 8)
     ]
     request = TensorRTRequest(
         level=2,
@@ -199,7 +199,9 @@ def test_calls_of_a_build_with_tensorrt(tensorrt: Callable[..., Any], tmp_path: 
     assert config.hardware_compatibility_level is trt.HardwareCompatibilityLevel.AMPERE_PLUS
     config.create_timing_cache.assert_called_once_with(b"earlier")
     assert (tmp_path / "timings").read_bytes() == b"timed"
-    assert shapes.set_shape.mock_calls == [call("x", (1, 3), (1, 3), (most, 3)) for most in (1, 8)]
+    assert shapes.set_shape.mock_calls == [
+        call("x", (1, 3), (1, 3), (limit, 3)) for limit in (1, 8)
+    ]
     assert config.add_optimization_profile.mock_calls == [call(shapes)] * 2
     # A module over libraries of another version may succeed and write nothing.
     builder.build_serialized_network_to_stream.side_effect = lambda *_: True
@@ -211,7 +213,7 @@ def test_calls_of_a_build_with_tensorrt(tensorrt: Callable[..., Any], tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("version", "gpu", "sm", "named"),
+    ("version", "gpu", "sm", "reason"),
     [
         ("10.14", None, (), "no NVIDIA GPU"),
         ("10.14", 89, "80,89", "SM80, SM89"),
@@ -223,13 +225,13 @@ def test_calls_of_a_build_with_tensorrt(tensorrt: Callable[..., Any], tmp_path: 
     ],
 )
 def test_unavailable_targets_are_refused(
-    tensorrt: Callable[..., Any], version: str, gpu: int | None, sm: Any, named: str
+    tensorrt: Callable[..., Any], version: str, gpu: int | None, sm: Any, reason: str
 ) -> None:
-    """Of TensorRT in a version, and of TensorRT for RTX."""
+    """Cover versions of TensorRT, and TensorRT for RTX."""
     tensorrt(version or "10.14", gpu=gpu)
     if not version:
         pytest.importorskip("tensorrt_rtx")
-    with pytest.raises(UnavailableError, match=named):
+    with pytest.raises(UnavailableError, match=reason):
         find_builder("tensorrt" if version else "tensorrt-rtx").check(EngineRequest(sm=sm), "bf16")
 
 

@@ -73,16 +73,16 @@ def count_steps(engine: Path) -> list[Steps]:
 def assert_no_more(folder: Path, most: Most) -> None:
     """Hold the engines of a folder against what they may launch."""
     manifest = Manifest.load(folder, check_files=False)
-    found = {name: count_steps(folder / f"{name}.engine") for name in most}
-    for name, counts in found.items():
+    counts_by_graph = {name: count_steps(folder / f"{name}.engine") for name in most}
+    for name, counts in counts_by_graph.items():
         assert len(counts) == len(manifest.graph(name).profiles)
     grown = {
         name: (counts, most[name])
-        for name, counts in found.items()
+        for name, counts in counts_by_graph.items()
         if any(
             now > may
-            for made, known in zip(counts, most[name], strict=True)
-            for now, may in zip(made, known, strict=True)
+            for engines, known in zip(counts, most[name], strict=True)
+            for now, may in zip(engines, known, strict=True)
         )
     }
     assert not grown, f"kernels, products or copies that are more: {grown}"
@@ -104,10 +104,10 @@ def test_engines_launch_no_more_kernels_than_before(bf16_engines: Path) -> None:
 def test_the_default_export_becomes_engines(exported_fp32: Path, tmp_path: Path) -> None:
     exported = Manifest.load(exported_fp32)
     exported.graphs = [exported.graph("fusion")]
-    made = build_engines(
+    engines = build_engines(
         exported, exported_fp32, tmp_path, find_builder("tensorrt-rtx"), (80,), EngineRequest()
     )
-    assert [record.file for record in made.graphs] == ["fusion.engine"]
+    assert [record.file for record in engines.graphs] == ["fusion.engine"]
 
 
 @pytest.mark.slow
@@ -155,7 +155,7 @@ def test_engines_in_8_bits_launch_no_more(small_model: XFM, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "most"), [pytest.param(*case, id=case[0]) for case in _BASE])
 def test_engines_of_base_size_launch_no_more(kind: Kind, most: Most, tmp_path: Path) -> None:
-    """The words that a model knows are no matter of kernels, and few make it smaller."""
+    """Use a small vocabulary, which changes no kernel and makes the model smaller."""
     config = XFMConfig.preset("base").replace(vocab_size=300)
     model = (
         (NLVR2Model if kind == "nlvr2" else VQAModel if kind == "vqa" else XFM)(config)

@@ -64,8 +64,8 @@ _NUMPY = {
 
 
 def read_config(lines: Iterator[str]) -> dict[str, Any]:
-    """The message of a `config.pbtxt`; an unknown field, or a singular one that is given twice, is an error."""
-    made: dict[str, Any] = {}
+    """Parse a `config.pbtxt`; an unknown field, or a singular one that is given twice, is an error."""
+    message: dict[str, Any] = {}
     for line in lines:
         if line.strip() == "}":
             break
@@ -79,9 +79,9 @@ def read_config(lines: Iterator[str]) -> dict[str, Any]:
             if re.fullmatch(r"[A-Z]\w+", text)
             else json.loads(text)
         )
-        assert name in _REPEATED or (name in _SINGLE and name not in made), line
-        made[name] = [*made.get(name, []), value] if name in _REPEATED else value
-    return made
+        assert name in _REPEATED or (name in _SINGLE and name not in message), line
+        message[name] = [*message.get(name, []), value] if name in _REPEATED else value
+    return message
 
 
 class Tensor:
@@ -223,17 +223,17 @@ class FakeServer:
 
     def _check(self, name: str, side: str, tensors: list[Tensor]) -> None:
         config = self.configs[name]
-        most = config["max_batch_size"]
+        limit = config["max_batch_size"]
         expected = {tensor["name"]: tensor for tensor in config[side]}
         assert {tensor.name() for tensor in tensors} == set(expected)
         for tensor in tensors:
             spec, shape = expected[tensor.name()], tensor.as_numpy().shape
-            dims = shape[1:] if most else shape
+            dims = shape[1:] if limit else shape
             assert len(dims) == len(spec["dims"]), (name, tensor.name(), shape)
             assert all(size in (-1, dim) for size, dim in zip(spec["dims"], dims, strict=True)), (
                 tensor.name()
             )
-            assert not most or 1 <= shape[0] <= most
+            assert not limit or 1 <= shape[0] <= limit
             if spec["data_type"] in _NUMPY:
                 assert tensor.as_numpy().dtype == _NUMPY[spec["data_type"]], tensor.name()
 

@@ -79,12 +79,12 @@ def encoded(*captions: str) -> list[bytes]:
 
 def test_models_of_a_repository(repository: Path, exported_fp32: Path) -> None:
     paths = repository.glob("*/config.pbtxt")
-    found = {path.parent.name: read_config(iter(path.read_text().splitlines())) for path in paths}
-    assert set(found) == {
+    configs = {path.parent.name: read_config(iter(path.read_text().splitlines())) for path in paths}
+    assert set(configs) == {
         f"xfm_{name}" for name in ("vision", "text", "image_memory", "fusion", "rank")
     }
     size = Manifest.load(exported_fp32).xfm_config.image_size
-    vision = found["xfm_vision"]
+    vision = configs["xfm_vision"]
     assert vision["input"] == [
         {"name": "pixels", "data_type": "TYPE_FP32", "dims": [3, size, size]}
     ]
@@ -92,12 +92,12 @@ def test_models_of_a_repository(repository: Path, exported_fp32: Path) -> None:
         32,
         {"max_queue_delay_microseconds": 500},
     )
-    fusion = {tensor["name"]: tensor for tensor in found["xfm_fusion"]["input"]}
+    fusion = {tensor["name"]: tensor for tensor in configs["xfm_fusion"]["input"]}
     assert (fusion["attention_mask"]["dims"], fusion["attention_mask"]["data_type"]) == (
         [-1, -1],
         "TYPE_INT64",
     )
-    for name, config in found.items():
+    for name, config in configs.items():
         assert config["name"] == name
         assert config["instance_group"] == [{"count": 1, "kind": "KIND_CPU"}]
         if (graph := name.removeprefix("xfm_")) != "rank":
@@ -176,7 +176,7 @@ def test_an_edited_tokenizer_is_not_loaded(
 
 
 def _planned(exported: Path, profiles: Sequence[Slot], **options: Any) -> dict[str, dict[str, Any]]:
-    """The configurations of engines of an export with these profiles."""
+    """Plan the configurations of engines of an export with these profiles."""
     manifest = Manifest.load(exported)
     graphs = [
         graph.model_copy(
@@ -255,9 +255,9 @@ def test_unservable_exports_are_refused_first(
     dropped = changes.pop("drop", None)
     graphs = [graph for graph in manifest.graphs if graph.name != dropped]
     manifest = manifest.model_copy(update={**changes, "graphs": graphs})
-    given = options.pop("tokenizer", tokenizer)
+    words = options.pop("tokenizer", tokenizer)
     with pytest.raises(error, match=message):
-        plan_models(manifest, RepositoryOptions(**options), given)
+        plan_models(manifest, RepositoryOptions(**options), words)
 
 
 def test_a_repository_has_a_folder_of_its_own(

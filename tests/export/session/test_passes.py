@@ -16,9 +16,9 @@ LENGTHS = st.lists(st.integers(1, 40), max_size=60)
 
 
 def _slot(
-    batch: SizeRange, texts: SizeRange, length: SizeRange, name: str = "dynamic", number: int = 0
+    batch: SizeRange, texts: SizeRange, length: SizeRange, name: str = "dynamic", index: int = 0
 ) -> Slot:
-    return Slot(name, number, {"batch": batch, "texts": texts, "length": length})
+    return Slot(name, index, {"batch": batch, "texts": texts, "length": length})
 
 
 ANY = SizeRange(1, None)
@@ -29,7 +29,7 @@ DYNAMIC = [_slot(ANY, ANY, SizeRange(1, 512))]
 def test_every_text_is_in_one_pass_that_fits(
     lengths: list[int], budget: int, price: int, most: int | None
 ) -> None:
-    batches = token_batches(lengths, budget, pass_tokens=price, most=most)
+    batches = token_batches(lengths, budget, pass_tokens=price, limit=most)
     assert sorted(row for batch in batches for row in batch.rows) == list(range(len(lengths)))
     for batch in batches:
         assert batch.length == max(lengths[row] for row in batch.rows)
@@ -95,8 +95,8 @@ def test_passes_of_fusion_hold_every_pair_once(
         else ("batch", "rows", "texts", "length")
     )
     bounded = [
-        Slot(str(number), number, {axis: ranges[axis] for axis in axes})
-        for number, ranges in enumerate([LATENCY, BULK])
+        Slot(str(index), index, {axis: ranges[axis] for axis in axes})
+        for index, ranges in enumerate([LATENCY, BULK])
     ]
     for slots in (DYNAMIC if packed_width is None else ROWS_OF_ANY, bounded):
         limits = PassLimits(budget, pass_tokens=20, step=8 if len(slots) > 1 else 1)
@@ -140,7 +140,7 @@ def test_rows_follow_the_tokens() -> None:
     assert work.tokens < sum(len(batch.rows) * batch.length + 32 for batch in padded)
     # Beyond the budget, passes of about as many tokens each.
     several = plan_passes("text", None, lengths, ROWS_OF_ANY, PassLimits(200, 32), packed_width=768)
-    sizes = [sum(lengths[text] for row in each.rows[0] for text in row) for each in several]
+    sizes = [sum(lengths[text] for row in work_.rows[0] for text in row) for work_ in several]
     assert len(several) == ceil(sum(lengths) / 200)
     assert max(sizes) - min(sizes) <= 40
     with pytest.raises(InputError, match="length 513"):

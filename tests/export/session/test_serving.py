@@ -47,19 +47,19 @@ def test_an_export_is_served(
     )
     (tmp_path / "1.png").write_bytes(photo(1))
     with running(Service(served, ServiceOptions(port=0))) as service:
-        asked = {"query": image(1), "documents": CAPTIONS, "model": "small"}
-        answers = [service.post("/v1/rerank", asked).json() for _ in range(2)]
+        request_body = {"query": image(1), "documents": CAPTIONS, "model": "small"}
+        answers = [service.post("/v1/rerank", request_body).json() for _ in range(2)]
         embedded = service.post("/v1/embeddings", {"input": [*CAPTIONS, image(1)]}).json()
     model = XFM(small_model.config, heads=small_model.heads).eval()
     model.load_state_dict(small_model.state_dict())
     model.load_tokenizer(str(words), tmp_path)
     expected = model.match(tmp_path / "1.png", CAPTIONS).tolist()
     for answer in answers:
-        found = {each["index"]: each["relevance_score"] for each in answer["results"]}
+        scores_by_index = {item["index"]: item["relevance_score"] for item in answer["results"]}
         np.testing.assert_allclose(
-            [found[place] for place in range(3)], expected, rtol=0, atol=1e-4
+            [scores_by_index[index] for index in range(3)], expected, rtol=0, atol=1e-4
         )
-    rows = [each["embedding"] for each in embedded["data"]]
+    rows = [item["embedding"] for item in embedded["data"]]
     features = [*model.encode(CAPTIONS).tolist(), model.encode(tmp_path / "1.png").tolist()]
     np.testing.assert_allclose(rows, features, rtol=0, atol=1e-4)
 
@@ -96,10 +96,10 @@ def test_tokenizer_and_preprocessing_travel_with_an_export(
     served = load(tmp_path / "out", SourceOptions(device="cpu"), 0)
     assert served.tokenizer.sha256() == model.tokenizer.sha256()
     (tmp_path / "1.png").write_bytes(photo(1))
-    given = {"images": [tmp_path / "1.png"], "text": CAPTIONS}
-    expected = XFMProcessor(model.config, model.tokenizer)(**given)
-    found = Session(tmp_path / "out").processor(**given)
-    assert {name: value.tolist() for name, value in found.items()} == {
+    request_files = {"images": [tmp_path / "1.png"], "text": CAPTIONS}
+    expected = XFMProcessor(model.config, model.tokenizer)(**request_files)
+    scores_by_index = Session(tmp_path / "out").processor(**request_files)
+    assert {name: value.tolist() for name, value in scores_by_index.items()} == {
         name: value.tolist() for name, value in expected.items()
     }
     write_model_repository(tmp_path / "out", tmp_path / "models")

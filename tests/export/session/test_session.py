@@ -40,9 +40,9 @@ def either(request: pytest.FixtureRequest, session: Session) -> Session:
     return Session.load(request.getfixturevalue("exported_packed"), "onnxruntime", "cpu")
 
 
-def _close(found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() < 1e-4
+def _close(value: Tensor, expected: Tensor) -> None:
+    assert value.shape == expected.shape
+    assert (value - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(("texts", "width"), [(1, 1), (33, 40)])
@@ -51,15 +51,15 @@ def test_encoders_are_those_of_the_model(
 ) -> None:
     (ids, mask), pixels = texts_of(texts, width), pixels_of(small_model, texts % 7)
     with torch.inference_mode():
-        expected, found = small_model.encode_image(pixels), either.encode_image(pixels)
-        _close(found, expected)
-        _close(either.project_image(found), small_model.project_image(expected))
+        expected, value = small_model.encode_image(pixels), either.encode_image(pixels)
+        _close(value, expected)
+        _close(either.project_image(value), small_model.project_image(expected))
         expected = small_model.encode_text(ids, mask)
-        for given in (mask, mask.bool(), None):
-            found = either.encode_text(ids, given)
-            _close(found, expected)
-            assert not found[mask == 0].any()
-            _close(either.project_text(found), small_model.project_text(expected))
+        for form in (mask, mask.bool(), None):
+            value = either.encode_text(ids, form)
+            _close(value, expected)
+            assert not value[mask == 0].any()
+            _close(either.project_text(value), small_model.project_text(expected))
 
 
 @pytest.mark.parametrize("arrangement", ["one image", "pairs", "gaps in the mask"])
@@ -82,12 +82,12 @@ def test_fusion_is_that_of_the_model(
         # A token budget changes the passes, and no result.
         for budget in (2048, 40):
             monkeypatch.setattr(either, "limits", PassLimits(budget, pass_tokens=0))
-            found = either.fuse(
+            fused = either.fuse(
                 embeds, mask, either.image_memory(pixels), index, first_token_only=True
             )
-            _close(found, expected)
-            _close(either.match_logits(found), small_model.match_logits(expected))
-            _close(either.predict_boxes(found), small_model.predict_boxes(expected))
+            _close(fused, expected)
+            _close(either.match_logits(fused), small_model.match_logits(expected))
+            _close(either.predict_boxes(fused), small_model.predict_boxes(expected))
 
 
 def test_retrieval_runs_on_a_session_unchanged(
@@ -101,17 +101,17 @@ def test_retrieval_runs_on_a_session_unchanged(
         texts = retriever.embed_texts([(ids[:20], mask[:20]), (ids[20:], mask[20:])])
         results.append(retriever.rerank(images, texts, k=5))
         if model is either:
-            kept = retriever.rerank(images, texts, k=5, resume=tmp_path)
+            first = retriever.rerank(images, texts, k=5, resume=tmp_path)
             again = retriever.rerank(images, texts, k=5, resume=tmp_path)
             assert (
                 again.receipt.pairs_resumed
-                == kept.receipt.pairs_scored
+                == first.receipt.pairs_scored
                 == again.receipt.pairs_scored
             )
-            assert torch.equal(kept.scores, again.scores)
-    ours, theirs = results[1], results[0]
-    assert torch.equal(ours.score_i2t == UNSCORED, theirs.score_i2t == UNSCORED)
-    _close(ours.scores, theirs.scores)
+            assert torch.equal(first.scores, again.scores)
+    ours, reference = results[1], results[0]
+    assert torch.equal(ours.score_i2t == UNSCORED, reference.score_i2t == UNSCORED)
+    _close(ours.scores, reference.scores)
 
 
 def test_nothing_is_nothing(either: Session, small_model: XFM) -> None:
@@ -137,9 +137,9 @@ def test_a_fixed_batch_takes_any_number(small_model: XFM, tmp_path: Path) -> Non
 
 
 def test_heads_answer_for_the_very_tensor_only(session: Session, small_model: XFM) -> None:
-    found = session.encode_image(pixels_of(small_model, 2))
+    embeds = session.encode_image(pixels_of(small_model, 2))
     with pytest.raises(InputError, match="encode_image"):
-        session.project_image(found[:1])
+        session.project_image(embeds[:1])
     with pytest.raises(InputError, match="fuse"):
         session.match_logits(torch.zeros(1, 1, session.config.text_width))
 
@@ -147,20 +147,20 @@ def test_heads_answer_for_the_very_tensor_only(session: Session, small_model: XF
 def test_threads_share_a_session(session: Session, small_model: XFM) -> None:
     inputs = [texts_of(9, 8, seed=seed) for seed in range(6)]
     alone = [session.encode_text(*pair) for pair in inputs]
-    found: list[Tensor | None] = [None] * len(inputs)
+    results: list[Tensor | None] = [None] * len(inputs)
 
-    def work(number: int) -> None:
+    def work(index: int) -> None:
         for _ in range(3):
-            found[number] = session.encode_text(*inputs[number])
+            results[index] = session.encode_text(*inputs[index])
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(inputs))]
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(inputs))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for mine, expected in zip(found, alone, strict=True):
-        assert mine is not None
-        _close(mine, expected)
+    for result, expected in zip(results, alone, strict=True):
+        assert result is not None
+        _close(result, expected)
 
 
 def test_one_graph_pads_and_trims_by_itself(session: Session, small_model: XFM) -> None:
@@ -205,17 +205,19 @@ def test_all_tokens_come_where_they_were_exported(
         write_export(tmp_path, small_model, graphs=graphs, all_tokens=True, packed=packed)
         runtime = eager(small_model, graphs=graphs, all_tokens=True, packed=packed)
         assert verify_export(tmp_path, small_model, runtime=runtime).status == "verified"
-        whole = Session(tmp_path, runtime)
-        whole.warm_up()
+        exported = Session(tmp_path, runtime)
+        exported.warm_up()
         expected = small_model.fuse(embeds, mask, small_model.image_memory(images), index)
-        found = whole.fuse(embeds, mask, whole.image_memory(images), index)
-        _close(found, expected)
-        assert not found[mask == 0].any()
-        _close(whole.match_logits(found), small_model.match_logits(expected))
-        first = whole.fuse(embeds, mask, whole.image_memory(images), index, first_token_only=True)
+        fused = exported.fuse(embeds, mask, exported.image_memory(images), index)
+        _close(fused, expected)
+        assert not fused[mask == 0].any()
+        _close(exported.match_logits(fused), small_model.match_logits(expected))
+        first = exported.fuse(
+            embeds, mask, exported.image_memory(images), index, first_token_only=True
+        )
         _close(first, expected[:, :1])
     with pytest.raises(ExportError, match="graph 'vision'"):
-        whole.encode_image(pixels_of(small_model, 1))
+        exported.encode_image(pixels_of(small_model, 1))
 
 
 def test_runtimes_that_do_not_run_an_export(exported_fp32: Path) -> None:

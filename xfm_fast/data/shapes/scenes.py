@@ -52,18 +52,18 @@ HELD_OUT: dict[Split, frozenset[Pair]] = {
 }
 """Colour-shape pairs exclusive to a split."""
 _COMMON = tuple(sorted(PAIRS - HELD_OUT["val"] - HELD_OUT["test"]))
-_OWN = {split: tuple(sorted(HELD_OUT[split])) for split in SPLITS}
+_EXCLUSIVE = {split: tuple(sorted(HELD_OUT[split])) for split in SPLITS}
 
 _SIDES = {"small": (16, 18), "large": (23, 26)}
 _GAP = 2
 _GROUNDS = (165, 210)
 _COUNTS = (0.2, 0.75)  # one object below the first number, two below the second, else three
-_OWN_SHARE = 0.5
+_EXCLUSIVE_SHARE = 0.5
 _TWIN_SHARE = 0.15
-_WHOLE = 1 << 7  # times a level of 255, it still fits 16 bits
+_OPAQUE = 1 << 7  # weight of full coverage; times a level of 255, it still fits 16 bits
 _SAMPLES = 4  # per pixel and axis
 _GAP_SHARE = 0.75  # how much of the ground shows through the gaps of stripes and dots
-_LEAST = 16
+_MIN_RESOLUTION = 16
 
 
 @dataclass(frozen=True)
@@ -93,26 +93,28 @@ class Scene:
 
 
 def allowed_pairs(split: Split) -> frozenset[Pair]:
-    """Colour-shape pairs that may occur in a split."""
+    """Return the colour-shape pairs that may occur in a split."""
     return frozenset(_COMMON) | HELD_OUT[split]
 
 
 def scene(seed: int, index: int, split: Split = "train") -> Scene:
-    """Scene `index` of a split, identical on every machine."""
+    """Draw scene `index` of a split, identical on every machine."""
     if split not in SPLITS:
         raise DataError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
     if seed < 0 or index < 0:
         raise DataError(f"seed={seed} and index={index} must not be negative")
     key = np.random.SeedSequence([seed, SPLITS.index(split), index])
     draws = _Draws(np.random.Generator(np.random.Philox(key)))
-    drawn = draws.uniform()
-    number = 1 + sum(drawn >= bound for bound in _COUNTS)
-    looks = _looks(number, split, draws)
+    uniform = draws.uniform()
+    count = 1 + sum(uniform >= bound for bound in _COUNTS)
+    looks = _draw_looks(count, split, draws)
     sides = [draws.between(*_SIDES[size]) for size, _, _, _ in looks]
-    places = _places(sides, draws)
+    positions = _draw_positions(sides, draws)
     things = tuple(
         Thing(shape, colour, size, texture, x, y, side)
-        for (size, colour, texture, shape), side, (x, y) in zip(looks, sides, places, strict=True)
+        for (size, colour, texture, shape), side, (x, y) in zip(
+            looks, sides, positions, strict=True
+        )
     )
     return Scene(things, ground=draws.between(*_GROUNDS))
 
@@ -130,53 +132,54 @@ class _Draws:
         return self._block.pop()
 
     def between(self, low: int, high: int) -> int:
-        """Random integer, both ends included."""
+        """Draw an integer, both ends included."""
         return low + int(self.uniform() * (high - low + 1))
 
     def one_of(self, values: tuple[T, ...]) -> T:
         return values[int(self.uniform() * len(values))]
 
 
-def _looks(number: int, split: Split, draws: _Draws) -> list[tuple[str, str, str, str]]:
-    own = _OWN[split]
+def _draw_looks(count: int, split: Split, draws: _Draws) -> list[tuple[str, str, str, str]]:
+    """Draw size, colour, texture and shape of every object."""
+    exclusive = _EXCLUSIVE[split]
     looks: list[tuple[str, str, str, str]] = []
-    for place in range(number):
-        # The first object carries the split's own combination; twins give expressions something to disambiguate.
-        if place and draws.uniform() < _TWIN_SHARE:
+    for index in range(count):
+        # Twins give expressions something to disambiguate.
+        if index and draws.uniform() < _TWIN_SHARE:
             looks.append(looks[-1])
             continue
-        held = bool(own) and (place == 0 or draws.uniform() < _OWN_SHARE)
-        colour, shape = draws.one_of(own if held else _COMMON)
+        # The first object has a pair that is exclusive to the split.
+        is_exclusive = bool(exclusive) and (index == 0 or draws.uniform() < _EXCLUSIVE_SHARE)
+        colour, shape = draws.one_of(exclusive if is_exclusive else _COMMON)
         looks.append((draws.one_of(SIZES), colour, draws.one_of(TEXTURES), shape))
-    # Its position in the list must be uninformative.
-    for i in range(number - 1, 0, -1):
+    # Shuffle, so that the order does not reveal the exclusive pair.
+    for i in range(count - 1, 0, -1):
         j = draws.between(0, i)
         looks[i], looks[j] = looks[j], looks[i]
     return looks
 
 
-def _places(sides: list[int], draws: _Draws) -> list[tuple[int, int]]:
-    """Random non-overlapping positions with a clear relation between every two objects."""
+def _draw_positions(sides: list[int], draws: _Draws) -> list[tuple[int, int]]:
+    """Draw non-overlapping positions with a clear relation between every two objects."""
     while True:
-        places: list[tuple[int, int]] = []
+        boxes: list[tuple[int, int, int]] = []
         for side in sides:
-            place = draws.between(1, CANVAS - 1 - side), draws.between(1, CANVAS - 1 - side)
-            # Both axes of a pair overlap (with a gap): redraw the scene.
-            if any(
-                all(
-                    place[i] + side + _GAP > other[i] and other[i] + its_side + _GAP > place[i]
-                    for i in range(2)
-                )
-                for other, its_side in zip(places, sides, strict=False)
-            ):
+            box = draws.between(1, CANVAS - 1 - side), draws.between(1, CANVAS - 1 - side), side
+            if any(_overlap(box, neighbour) for neighbour in boxes):
+                # Redraw the scene.
                 break
-            places.append(place)
-        if len(places) == len(sides):
-            return places
+            boxes.append(box)
+        if len(boxes) == len(sides):
+            return [(x, y) for x, y, _ in boxes]
+
+
+def _overlap(a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
+    """Return whether two squares overlap along both axes, with a gap."""
+    return all(a[i] + a[2] + _GAP > b[i] and b[i] + b[2] + _GAP > a[i] for i in range(2))
 
 
 def pixel_box(thing: Thing, resolution: int = CANVAS) -> tuple[int, int, int, int]:
-    """(x, y, w, h) of an object in pixels."""
+    """Return (x, y, w, h) of an object in pixels."""
     left, top, right, bottom = (
         round(edge * resolution / CANVAS)
         for edge in (thing.x, thing.y, thing.x + thing.side, thing.y + thing.side)
@@ -185,28 +188,31 @@ def pixel_box(thing: Thing, resolution: int = CANVAS) -> tuple[int, int, int, in
 
 
 def render(scene: Scene, resolution: int = CANVAS) -> NDArray[np.uint8]:
-    """Image of a scene: uint8 RGB `[R, R, 3]`."""
-    if resolution < _LEAST:
-        raise DataError(f"resolution={resolution} shows no shapes; use at least {_LEAST} pixels")
+    """Draw a scene as uint8 RGB `[R, R, 3]`."""
+    if resolution < _MIN_RESOLUTION:
+        raise DataError(
+            f"resolution={resolution} shows no shapes; use at least {_MIN_RESOLUTION} pixels"
+        )
     light = _light(resolution)
     image = np.clip(np.int16(scene.ground) + light, 0, 255).astype(np.uint8)
     for thing in scene.things:
         x, y, width, height = pixel_box(thing, resolution)
         ink, paper = _mask(thing.shape, thing.texture, thing.colour, width, height)
         window = np.s_[y : y + height, x : x + width]
-        lit = ink + ((_WHOLE - paper) * light[window] >> 8) + (paper * image[window] >> 7)
+        lit = ink + ((_OPAQUE - paper) * light[window] >> 8) + (paper * image[window] >> 7)
         image[window] = np.clip(lit, 0, 255, out=lit)
     return image
 
 
 @cache
 def _light(resolution: int) -> NDArray[np.int16]:
-    """Background gradient `[R, R, 3]`, which encodes position by colour (BEiT has no absolute positions)."""
-    across = np.linspace(-LIGHT, LIGHT, resolution)
-    red, blue = (
-        np.broadcast_to(across, (resolution, resolution)),
-        np.broadcast_to(across[:, None], (resolution,) * 2),
-    )
+    """Compute the background gradient `[R, R, 3]`.
+
+    It encodes positions by colour, since BEiT has no absolute ones.
+    """
+    ramp = np.linspace(-LIGHT, LIGHT, resolution)
+    red = np.broadcast_to(ramp, (resolution, resolution))
+    blue = np.broadcast_to(ramp[:, None], (resolution, resolution))
     return np.rint(np.stack([red, -(red + blue) / 2, blue], axis=2)).astype(np.int16)
 
 
@@ -214,19 +220,19 @@ def _light(resolution: int) -> NDArray[np.int16]:
 def _mask(
     shape: str, texture: str, colour: str, width: int, height: int
 ) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
-    """Foreground `[h, w, 3]` and background weight `[h, w, 1]` in units of `_WHOLE`, antialiased."""
+    """Compute the antialiased foreground `[h, w, 3]` and background weight `[h, w, 1]`, in units of `_OPAQUE`."""
     rows, columns = (np.arange(n * _SAMPLES) + 0.5 for n in (height, width))
     v, u = 2 * rows / (height * _SAMPLES) - 1, 2 * columns / (width * _SAMPLES) - 1
     gap = _GAPS[texture](columns[None, :] / _SAMPLES, rows[:, None] / _SAMPLES)
     cover = _INSIDE[shape](u[None, :], v[:, None]) * (1 - _GAP_SHARE * gap)
     cover = cover.reshape(height, _SAMPLES, width, _SAMPLES).mean((1, 3))[:, :, None]
-    weight = np.rint(_WHOLE * (1 - cover))
-    ink = (_WHOLE - weight) * np.array(RGB[colour]) // _WHOLE
+    weight = np.rint(_OPAQUE * (1 - cover))
+    ink = (_OPAQUE - weight) * np.array(RGB[colour]) // _OPAQUE
     return ink.astype(np.int16), weight.astype(np.int16)
 
 
 def _in_star(u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """A five-pointed star, stretched to touch all four sides."""
+    """Return the points in a five-pointed star, stretched to touch all four sides."""
     angles = np.deg2rad(-90 + 36 * np.arange(10))
     radius = np.where(np.arange(10) % 2, 0.45, 1.0)
     x, y = radius * np.cos(angles), radius * np.sin(angles)

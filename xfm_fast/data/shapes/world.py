@@ -1,4 +1,4 @@
-"""Writes the shapes dataset in the official file formats: line JSON, JSON arrays, TSV and CSV."""
+"""Writer of the shapes dataset in the official file formats: line JSON, JSON arrays, TSV and CSV."""
 
 from __future__ import annotations
 
@@ -80,25 +80,25 @@ def write_world(
 
 
 def _existing(folder: Path, world: dict[str, Any]) -> dict[str, Any] | None:
-    """Metadata of an existing identical dataset."""
+    """Read the metadata of an existing identical dataset; None if there is none."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     try:
-        found = read_json(folder / WORLD_FILE)
+        existing = read_json(folder / WORLD_FILE)
     except (OSError, ValueError):
         raise DataError(
-            f"{folder} exists and is no shapes world; choose another folder or remove it"
+            f"{folder} exists and is not a shapes world; choose another folder or remove it"
         ) from None
     differing = [
-        f"{name} {found.get(name)}, not {value}"
+        f"{name} {existing.get(name)}, not {value}"
         for name, value in world.items()
-        if found.get(name) != value
+        if existing.get(name) != value
     ]
     if differing:
         raise DataError(
             f"{folder} holds another shapes world ({'; '.join(differing)}); choose another folder or remove it"
         )
-    return found
+    return existing
 
 
 def _write_split(
@@ -111,130 +111,120 @@ def _write_split(
         name: [] for name in ("vqa", "nlvr", "retrieval", "grounding", "captioning")
     }
     text, image = [("sentence1", "sentence2", "label")], [("image", "label")]
-    before = scene(seed, count - 1, split)
+    previous = scene(seed, count - 1, split)
     paths = [f"images/{split}/{index:06d}.png" for index in range(count)]
     described: set[str] = set()
     for index, path in enumerate(paths):
-        made = scene(seed, index, split)
-        png = _png(made, resolution)
+        current = scene(seed, index, split)
+        png = _png(current, resolution)
         (folder / path).write_bytes(png)
-        binary, texts = base64.b64encode(png).decode(), captions(made)
-        elements = region_elements(made, resolution)
+        binary, texts = base64.b64encode(png).decode(), captions(current)
+        elements = region_elements(current, resolution)
         lines["pairs"].append({"binary": binary, "desc": texts, "image_id": index})
         if elements:
             lines["regions"].append({"binary": binary, "caption": texts, "elems": elements})
-        other = _png(scene(seed, count + index, split), resolution)
-        lines["images"].append({"binary": base64.b64encode(other).decode()})
+        unpaired = _png(scene(seed, count + index, split), resolution)
+        lines["images"].append({"binary": base64.b64encode(unpaired).decode()})
         lines["texts"].append({"desc": captions(scene(seed, 2 * count + index, split))[index % 4]})
-        arrays["vqa"] += [
-            {
-                "image": path,
-                "question": question,
-                "answer": [answer],
-                "question_id": number,
-                "dataset": "vqa",
-            }
-            for number, (question, answer) in enumerate(questions(made, split), len(arrays["vqa"]))
-        ]
+        for question, answer in questions(current, split):
+            fields = {"image": path, "question": question, "answer": [answer]}
+            identity = {"question_id": len(arrays["vqa"]), "dataset": "vqa"}
+            arrays["vqa"].append(fields | identity)
         # True and false statements about two consecutive scenes alternate.
         truth = index % 2 == 0
-        sentences = [
-            sentence for sentence, true in statements(before, made, split) if true == truth
-        ]
-        # 7 shares no factor with the lengths that occur often, so all kinds of statement come up.
+        claims = statements(previous, current, split)
+        sentences = [claim for claim, true in claims if true == truth]
+        # 7 shares no factor with the frequent lengths, so that all statements occur.
         sentence = sentences[7 * index % len(sentences)]
-        arrays["nlvr"].append(
-            {"images": [paths[index - 1], path], "sentence": sentence, "label": str(truth)}
-        )
-        first = len(arrays["grounding"])
-        for number, element in enumerate(elements, first):
-            name = element["caption"]
-            name = (
-                f"{element['attributes']} {name}"
-                if "attributes" in element
-                else name[first % len(name)]
-            )
-            arrays["grounding"].append(
-                {"image": path, "text": name, "bbox": element["bb"], "ref_id": number}
-            )
+        images = [paths[index - 1], path]
+        arrays["nlvr"].append({"images": images, "sentence": sentence, "label": str(truth)})
+        arrays["grounding"] += _expressions(path, elements, len(arrays["grounding"]))
         if split == "train":
-            arrays["retrieval"] += [
-                {"image": path, "caption": each, "image_id": path} for each in texts
-            ]
+            for caption in texts:
+                arrays["retrieval"].append({"image": path, "caption": caption, "image_id": path})
         elif texts[0] not in described:
-            # Evaluation counts one right answer: a second image with the same description would be another.
+            # Evaluation counts one right answer, so that no two images may have the same description.
             described.add(texts[0])
             arrays["retrieval"].append({"image": path, "caption": texts[:1]})
-        arrays["captioning"] += [
-            {"image": path, "caption": each, "image_id": index}
-            for each in (texts if split == "train" else [texts])
+        for caption in texts if split == "train" else [texts]:
+            arrays["captioning"].append({"image": path, "caption": caption, "image_id": index})
+        for caption, claim, true in entailments(current, previous, index):
+            text.append((caption, claim, "yes" if true else "no"))
+        large = [
+            thing for thing in current.things if thing.size == "large" or len(current.things) == 1
         ]
-        text += [
-            (caption, claim, "yes" if true else "no")
-            for caption, claim, true in entailments(made, before, index)
-        ]
-        large = [thing for thing in made.things if thing.size == "large" or len(made.things) == 1]
         if len(large) == 1:
             image.append((path, large[0].shape))
-        before = made
+        previous = current
     if split != "train":
-        truths = [
-            (index, caption)
-            for index in range(count)
-            for caption in arrays["captioning"][index]["caption"]
-        ]
-        coco = {
-            "images": [{"id": index, "file_name": path} for index, path in enumerate(paths)],
-            "annotations": [
-                {"id": number, "image_id": index, "caption": each}
-                for number, (index, each) in enumerate(truths)
-            ],
-        }
+        coco = _coco_captions(paths, [element["caption"] for element in arrays["captioning"]])
         (folder / f"captioning_{split}_gt.json").write_text(json.dumps(coco) + "\n")
         # The first rows of every label, as many as the rarest label has.
         labels = [label for _, label in image[1:]]
-        least = min(Counter(labels).values(), default=0)
-        balanced = [row for at, row in enumerate(image[1:]) if labels[:at].count(row[1]) < least]
+        count = min(Counter(labels).values(), default=0)
+        balanced = [row for at, row in enumerate(image[1:]) if labels[:at].count(row[1]) < count]
         image = [image[0], *balanced]
-    rows = {f"{name}_{split}.jsonl": each for name, each in lines.items()}
-    for name, each in rows.items():
-        (folder / name).write_text(
-            "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in each)
-        )
-    for name, each in arrays.items():
-        rows[f"{name}_{split}.json"] = each
-        (folder / f"{name}_{split}.json").write_bytes(_json_array(each))
+    files: dict[str, list[Any]] = {}
+    for name, rows in lines.items():
+        files[name := f"{name}_{split}.jsonl"] = rows
+        encoded = [json.dumps(row, separators=(",", ":")) + "\n" for row in rows]
+        (folder / name).write_text("".join(encoded))
+    for name, rows in arrays.items():
+        files[name := f"{name}_{split}.json"] = rows
+        (folder / name).write_bytes(_json_array(rows))
     for name, table, separator in (
         (f"text_{split}.tsv", text, "\t"),
         (f"image_{split}.csv", image, ","),
     ):
-        rows[name] = table[1:]
+        files[name] = table[1:]
         with (folder / name).open("w", newline="") as file:
             csv.writer(file, delimiter=separator, lineterminator="\n").writerows(table)
-    return {name: len(each) for name, each in rows.items()}
+    return {name: len(rows) for name, rows in files.items()}
 
 
-def region_elements(made: Scene, resolution: int) -> list[dict[str, Any]]:
-    """Region annotations: `bb` (x, y, w, h in pixels) and `caption`, a shape with `attributes` or relations."""
+def _expressions(path: str, elements: list[dict[str, Any]], first: int) -> list[dict[str, Any]]:
+    """Make the grounding elements of an image, numbered from `first`."""
+    rows = []
+    for number, element in enumerate(elements, first):
+        text = element["caption"]
+        if "attributes" in element:
+            text = f"{element['attributes']} {text}"
+        else:
+            text = text[first % len(text)]
+        rows.append({"image": path, "text": text, "bbox": element["bb"], "ref_id": number})
+    return rows
+
+
+def _coco_captions(paths: list[str], captions: list[list[str]]) -> dict[str, Any]:
+    """Make the content of a COCO caption file."""
+    images = [{"id": index, "file_name": path} for index, path in enumerate(paths)]
+    annotations: list[dict[str, Any]] = []
+    for index, texts in enumerate(captions):
+        for text in texts:
+            annotations.append({"id": len(annotations), "image_id": index, "caption": text})
+    return {"images": images, "annotations": annotations}
+
+
+def region_elements(scene: Scene, resolution: int) -> list[dict[str, Any]]:
+    """Make region annotations: `bb` (x, y, w, h in pixels) and `caption`, a shape with `attributes` or relations."""
     elements: list[dict[str, Any]] = []
-    for index, thing in enumerate(made.things):
-        names = references(made, index)
+    for index, thing in enumerate(scene.things):
+        names = references(scene, index)
         box = list(pixel_box(thing, resolution))
-        whole = Reference(*thing.looks)
-        if whole in names:
-            elements.append({"bb": box, "attributes": whole.adjectives, "caption": thing.shape})
-        if relations := [str(ref) for ref in names if ref.other is not None]:
+        full = Reference(*thing.looks)
+        if full in names:
+            elements.append({"bb": box, "attributes": full.adjectives, "caption": thing.shape})
+        if relations := [str(ref) for ref in names if ref.anchor is not None]:
             elements.append({"bb": box, "caption": relations})
     return elements
 
 
-def _png(made: Scene, resolution: int) -> bytes:
+def _png(scene: Scene, resolution: int) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(render(made, resolution)).save(buffer, "PNG")
+    Image.fromarray(render(scene, resolution)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def _json_array(rows: Any) -> bytes:
-    return (
-        "[\n" + ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows) + "\n]\n"
-    ).encode()
+    encoded = [json.dumps(row, separators=(",", ":")) for row in rows]
+    return ("[\n" + ",\n".join(encoded) + "\n]\n").encode()

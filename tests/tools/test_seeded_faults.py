@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 
-from tests.reliability.seeded_faults import BY_HAND, COVERED_BY, RESULTS, ROOT, Fault, faults
+from tools.seeded_faults import BY_HAND, COVERED_BY, RESULTS, ROOT, Fault, faults
 
 FAULTS: dict[tuple[str, str, str], Fault] = {fault.key: fault for fault in faults()}
 

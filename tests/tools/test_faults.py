@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.reliability.injection import WORKS, Bench, Fault, Kind
+from tools.injection import WORKS, Bench, Fault, Kind
 
 
 @pytest.fixture(scope="module")

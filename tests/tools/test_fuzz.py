@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tests.reliability.fuzz import FORMATS, MOST_SECONDS, attack, changed, edited
+from tools.fuzz import FORMATS, MOST_SECONDS, attack, changed, edited
 
 JSON = [name for name, form in FORMATS.items() if form.values]
 

@@ -1,11 +1,11 @@
-"""Every attack is repelled by a sentence; `python -m tests.reliability.attacks` prints the table."""
+"""Every attack is repelled by a sentence; `python -m tools.attacks` prints the table."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from tests.reliability.attacks import attacks, end_of, public_calls
+from tools.attacks import attacks, end_of, public_calls
 
 ATTACKS = attacks()
 SURFACES = dict.fromkeys(attack.surface for attack in ATTACKS)

@@ -2,7 +2,7 @@
 
 An attack is a call with something that cannot be meant. It is repelled where an error of ours says so in a printable
 sentence and the folder that it worked in is as it was before. Otherwise it ends as a traceback, silently, as a hang, or
-half-written, and of these there may be none. `python -m tests.reliability.attacks` prints the table; files of every
+half-written, and of these there may be none. `python -m tools.attacks` prints the table; files of every
 format are attacked by `fuzz`, and running work by `injection`.
 """
 

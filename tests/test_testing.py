@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from xfm_fast.benchmarks.inputs import bundled, from_files
+from xfm_fast.testing import bundled, from_files
 from xfm_fast.tokenizer import CaptionTokenizer
 
 
@@ -53,4 +53,4 @@ def test_a_folder_of_photographs(folder: Path) -> None:
     ]
     assert collection.photo_of == [0, 0, 1, 1]
     assert collection.texts(3) == ["a noisy picture", "another one", "second caption of a"]
-    assert {skip.what for skip in collection.skipped} >= {"sub/b.png", "broken.jpg", "absent.png"}
+    assert {name for name, _ in collection.skipped} >= {"sub/b.png", "broken.jpg", "absent.png"}

@@ -1,0 +1,184 @@
+"""Quantisation of rows, or of their LayerNorm, to uint8 with a step per row, as in the reference's `as_int8`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import llvmlite.ir as ir
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..workspace import scratch
+from . import GELU_ZERO_BYTE, NO_FRACTIONS, ZERO_BYTE, Level, levels
+from .builder import (
+    BF16,
+    BYTE,
+    FP32,
+    INT16,
+    INT32,
+    Builder,
+    Values,
+    kernel,
+    scratch_address,
+    whole_pages,
+)
+
+_TASKS_PER_THREAD = 3
+
+Norm = tuple[Tensor, Tensor, float]
+"""Weight and bias of a LayerNorm, in the dtype of its input, and its eps."""
+
+
+class Quantisation(NamedTuple):
+    """Quantisation of rows: `half`: rows and steps are bf16, `gelu`: rows are GELU outputs."""
+
+    half: bool
+    gelu: bool
+
+
+def quantise_row(
+    b: Builder,
+    mode: Quantisation,
+    x: Any,
+    inputs: Any,
+    out: Any,
+    *,
+    half_step: bool | None = None,
+) -> Any:
+    """Emit the quantisation of a row of `inputs` channels to uint8, and return its step in fp32."""
+    half_step = mode.half if half_step is None else half_step
+    element = BF16 if mode.half else FP32
+    # Magnitudes compare like their bits, and NaN is the largest: then the step is NaN too.
+    magnitude = b.splat(0x7FFFFFFF, INT32)
+
+    def maximum(x: Any, y: Any) -> Any:
+        return b.select(b.icmp_signed("<", x, y), y, x)
+
+    def accumulate(i: Any, largest: Any) -> Any:
+        bits = b.bitcast(b.read_fp32(x, element, i), b.vector(INT32))
+        return maximum(largest, b.and_(bits, magnitude))
+
+    largest = _fold_row(b, inputs, accumulate, maximum, b.splat(0, INT32))
+    largest = b.intrinsic(f"llvm.vector.reduce.smax.v{b.lanes}i32", INT32, largest)
+    step = _step(b, mode.gelu, half_step, b.bitcast(b.broadcast(largest), b.vector(FP32)))
+    inverse = b.fdiv(b.splat(1.0), step)
+    shift = b.splat(NO_FRACTIONS + (GELU_ZERO_BYTE if mode.gelu else ZERO_BYTE))
+
+    def quantise(i: Any) -> None:
+        value = b.read_fp32(x, element, i)
+        level = b.bitcast(b.multiply_add(value, inverse, shift), b.vector(INT32))
+        b.write(b.trunc(level, b.vector(BYTE)), out, i)
+
+    b.loop(0, inputs, b.lanes, quantise)
+    return b.extract_element(step, ir.Constant(INT32, 0))
+
+
+def _fold_row(
+    b: Builder,
+    inputs: Any,
+    accumulate: Callable[[Any, Any], Any],
+    combine: Callable[[Any, Any], Any],
+    start: Any,
+) -> Any:
+    """Reduce a row to one vector by four independent accumulators; `inputs` is a multiple of four vectors."""
+
+    def fold(i: Any, *accumulators: Any) -> Values:
+        return [accumulate(b.add(i, n * b.lanes), value) for n, value in enumerate(accumulators)]
+
+    first, second, third, fourth = b.loop(0, inputs, 4 * b.lanes, fold, *[start] * 4)
+    return combine(combine(first, second), combine(third, fourth))
+
+
+def _step(b: Builder, gelu: bool, half: bool, largest: Any) -> Any:
+    """Return the step of a row with this largest magnitude."""
+    if gelu:
+        # Negative outputs of GELU are too small in magnitude to matter.
+        step = b.maximum(b.fdiv(largest, b.splat(223.0)), b.splat(float(np.float32(0.17 / 32))))
+    else:
+        step = b.fdiv(b.maximum(largest, b.splat(float(np.float32(1e-30)))), b.splat(127.0))
+    if not half:
+        return step
+    # Rounded down, it would leave the largest value without a level.
+    enlarged = b.fmul(step, b.splat(1 + torch.finfo(torch.bfloat16).eps / 2))
+    return b.bf16_to_fp32(b.bitcast(b.fp32_to_bf16(enlarged), b.vector(INT16)))
+
+
+class _QuantiseRows:
+    """Emits the kernel that quantises rows, or their LayerNorm if `normed`."""
+
+    name = "bytes"
+
+    def __init__(self, mode: Quantisation, normed: bool, level: Level) -> None:
+        self.mode, self.normed, self.element = mode, normed, BF16 if mode.half else FP32
+        pointers = ("x", "out", "steps", "weight", "bias", "scratch")
+        numbers = ("x_row", "rows", "inputs", "chunk", "eps", "scratch_bytes")
+        self.b = Builder(self.name, pointers, numbers, level)
+        self.b.task_loop(self._chunk)
+
+    def _chunk(self, task: Any, thread: Any) -> None:
+        b, args = self.b, self.b.args
+        first = b.mul(task, args["chunk"])
+
+        def row(i: Any) -> None:
+            mode, x = self.mode, b.at(args["x"], b.mul(i, args["x_row"]), self.element)
+            out = b.at(args["out"], b.mul(i, args["inputs"]), BYTE)
+            if self.normed:
+                normed = b.at(args["scratch"], b.mul(thread, args["scratch_bytes"]), BYTE)
+                self._layer_norm(x, normed)
+                mode, x = mode._replace(half=False), normed
+            step = quantise_row(b, mode, x, args["inputs"], out, half_step=self.mode.half)
+            b.store(step, b.at(args["steps"], i, FP32))
+
+        b.loop(first, b.minimum_int(b.add(first, args["chunk"]), args["rows"]), 1, row)
+
+    def _layer_norm(self, x: Any, out: Any) -> None:
+        """Normalise a row to fp32."""
+        b, args = self.b, self.b.args
+        count = b.uitofp(args["inputs"], FP32)
+
+        def read(base: Any, i: Any) -> Any:
+            return b.read_fp32(base, self.element, i)
+
+        def sum_row(accumulate: Callable[[Any, Any], Any]) -> Any:
+            return b.reduce_add(_fold_row(b, args["inputs"], accumulate, b.fadd, b.splat(0.0)))
+
+        mean = b.broadcast(b.fdiv(sum_row(lambda i, total: b.fadd(total, read(x, i))), count))
+
+        def add_square(i: Any, total: Any) -> Any:
+            deviation = b.fsub(read(x, i), mean)
+            return b.multiply_add(deviation, deviation, total)
+
+        eps = b.bitcast(b.trunc(args["eps"], INT32), FP32)
+        variance = b.fdiv(sum_row(add_square), count)
+        deviation = b.intrinsic("llvm.sqrt.f32", FP32, b.fadd(variance, eps))
+        rstd = b.broadcast(b.fdiv(ir.Constant(FP32, 1.0), deviation))
+
+        def normalise(i: Any) -> None:
+            scaled = b.fmul(b.fsub(read(x, i), mean), rstd)
+            value = b.multiply_add(scaled, read(args["weight"], i), read(args["bias"], i))
+            b.write(value, out, i)
+
+        b.loop(0, args["inputs"], b.lanes, normalise)
+
+
+def int8_rows(x: Tensor, *, gelu: bool = False, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
+    """Quantise rows `[n, K]` in fp32 or bf16, after `norm`: uint8 in scratch memory, and the step of each row."""
+    (rows, inputs), threads, level = x.shape, torch.get_num_threads(), levels()[0]
+    out, steps = scratch("compiled bytes", (rows, inputs), torch.uint8), torch.empty(rows)
+    chunk = max(1, -(-rows // (_TASKS_PER_THREAD * threads)))
+    weight = bias = None
+    norm_addresses, eps_bits, scratch_bytes = (0, 0, 0), 0, 0
+    if norm is not None:
+        weight, bias, eps = norm[0].contiguous(), norm[1].contiguous(), norm[2]
+        eps_bits = int(np.float32(eps).view(np.int32))
+        scratch_bytes = whole_pages(4 * inputs)
+        buffer = scratch_address("compiled norm", scratch_bytes * threads)
+        norm_addresses = weight.data_ptr(), bias.data_ptr(), buffer
+    pointers = (x.data_ptr(), out.data_ptr(), steps.data_ptr(), *norm_addresses)
+    numbers = (x.stride(0), rows, inputs, chunk, eps_bits, scratch_bytes)
+    mode = Quantisation(x.dtype == torch.bfloat16, gelu)
+    run = kernel(_QuantiseRows, mode, norm is not None, level)
+    run((*pointers, *numbers), -(-rows // chunk), threads)
+    return out, steps
