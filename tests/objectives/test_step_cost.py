@@ -25,7 +25,7 @@ from tests.objectives.steps import (
 )
 from xfm_fast import flops
 from xfm_fast.batches import IGNORED, Batch, TextBatch
-from xfm_fast.kernels import caching, ladder, ops, relpos_attention
+from xfm_fast.kernels import caching, ladder, ops, relpos_attention, varlen_attention
 from xfm_fast.models.fusion import FusionEncoder
 from xfm_fast.models.text import TextEncoder, TransformerLayer
 from xfm_fast.models.vision import VisionEncoder
@@ -139,7 +139,8 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> str:
     """A device without values, on which reading one is an error; kernels return shapes."""
     for module in (ladder, relpos_attention):
         monkeypatch.setattr(module, "resolve", lambda *_, **__: "triton")
-    monkeypatch.setattr(relpos_attention, "HEAD_DIMS", (16,))
+    for module in (relpos_attention, varlen_attention):
+        monkeypatch.setattr(module, "HEAD_DIMS", (16,))
     # Autocast does not know such a device.
     monkeypatch.setattr(XFM, "_cast", lambda _, pixels: pixels)
     return "meta"
