@@ -27,11 +27,11 @@ from xfm_fast.data.options import TextOptions
 from xfm_fast.data.texts import encode_pair_text
 from xfm_fast.models.xfm import ALL_HEADS, XFM
 from xfm_fast.tasks.captioning import CaptioningModel
-from xfm_fast.tasks.classification import ClassificationModel
 from xfm_fast.tasks.grounding import GroundingModel
+from xfm_fast.tasks.models import ClassificationModel, TaskModel
 from xfm_fast.tasks.nlvr2 import NLVR2Model
-from xfm_fast.tasks.task import TASKS, TaskModel
-from xfm_fast.tasks.vqa import VQAModel
+from xfm_fast.tasks.task import TASKS
+from xfm_fast.tasks.vqa_model import VQAModel
 from xfm_fast.testing import MAX_TOKENS, Inputs
 
 Batch = dict[str, Any]
@@ -264,7 +264,8 @@ def bench_task(name: str, inputs: Inputs, folder: Path) -> BenchTask:
         photos, rng = len(inputs.collection.images), np.random.default_rng(inputs.seed)
         items = []
         for index, caption in enumerate(inputs.collection.texts(count)):
-            record = task.example(Path(f"{index % photos}.png"), caption)
+            image = Path(f"{index % photos}.png")
+            (record,) = task.requests([image], [caption])
             items.append(task.item(record, rng))
         return {"batch": task.collate(items, rng)}
 

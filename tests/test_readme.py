@@ -65,7 +65,7 @@ def _shown(page: Path) -> list[list[str]]:
 def _like(output: str) -> list[str]:
     """The lines of an output without what differs by machine: numbers, and whether products were timed."""
     lines = [
-        re.sub(r"^(?:the verify batch ran|no speed is given).*", "speed", line)
+        re.sub(r"^(?:the verify batch ran|no speedup is reported).*", "speed", line)
         for line in output.splitlines()
     ]
     return [re.sub(r"-?[\d.,]*\d(?:e[+-]\d+)?[×%]?|─|\s", "", line) for line in lines]

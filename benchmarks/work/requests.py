@@ -27,9 +27,8 @@ from torch import Tensor
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
-from xfm_fast.tasks.answer_trie import AnswerTrie
 from xfm_fast.tasks.reranking import UNSCORED, recall
-from xfm_fast.tasks.vqa import AnswerRanking
+from xfm_fast.tasks.vqa_model import AnswerRanking, AnswerTrie
 from xfm_fast.testing import Collection, Inputs, SharedWeights, Texts
 from xfm_fast.tokenizer import CaptionTokenizer
 

@@ -14,7 +14,7 @@ from xfm_fast.batches import PairBatch, RegionBatch
 from xfm_fast.benchmarks.backends.official_algorithm import OfficialTrainingTwin, OfficialTwin
 from xfm_fast.benchmarks.backends.official_finetuning import OfficialFineTuningTwin
 from xfm_fast.models.xfm import XFM
-from xfm_fast.tasks.vqa import VQAModel
+from xfm_fast.tasks.vqa_model import VQAModel
 
 
 def _close(ours: Tensor, expected: Tensor) -> None:

@@ -17,7 +17,7 @@ from xfm_fast.benchmarks.work import registered, requests
 from xfm_fast.benchmarks.work.model import Scale
 from xfm_fast.benchmarks.work.requests import Material
 from xfm_fast.loading import Source
-from xfm_fast.tasks.vqa import AnswerRanking
+from xfm_fast.tasks.vqa_model import AnswerRanking
 from xfm_fast.testing import Inputs, SharedWeights, Texts, bundled, make_tokenizer
 
 pytest.importorskip("skimage")
