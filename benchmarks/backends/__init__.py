@@ -117,8 +117,9 @@ def search_images(
     `score` takes embedded texts, their mask, the index and the best images `[Q, k]`, and returns `[Q, k]`.
     """
     embeds, projection = embed_texts(input_ids, attention_mask), model.text_proj
-    features = F.normalize(F.linear(embeds[:, 0], projection.weight, projection.bias), dim=-1)
-    best = (features @ index.features.t()).topk(min(k, len(index.features)), dim=1).indices
+    projected = F.linear(embeds[:, 0], projection.weight, projection.bias)
+    similarity = F.normalize(projected, dim=-1) @ index.features.t()
+    best = similarity.topk(min(k, len(index.features)), dim=1).indices
     scores, order = score(embeds, attention_mask, index, best).sort(dim=1, descending=True)
     return SearchResult(best.gather(1, order), scores)
 

@@ -40,10 +40,10 @@ class ExportedCall:
         self.output: Any = None if isinstance(output, Tensor) else type(output)
         self.fields: list[str] = [] if self.output is None else [str(name) for name in output]
         # Batch and, of ids and masks, length are dynamic.
-        shapes = {
-            name: dict.fromkeys(range(min(x.ndim, 2 if x.ndim < 4 else 1)), torch.export.Dim.AUTO)
-            for name, x in inputs.items()
-        }
+        shapes = {}
+        for name, tensor in inputs.items():
+            dynamic = min(tensor.ndim, 2 if tensor.ndim < 4 else 1)
+            shapes[name] = dict.fromkeys(range(dynamic), torch.export.Dim.AUTO)
         quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
         with torch.no_grad(), warnings.catch_warnings(action="ignore"), quiet[0], quiet[1]:
             torch.onnx.export(
@@ -65,15 +65,11 @@ class ExportedCall:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             inputs = dict(zip(names, args, strict=False)) | kwargs
-            outputs = [
-                torch.from_numpy(x)
-                for x in infer({name: inputs[name].numpy() for name in self.names})
-            ]
-            return (
-                outputs[0]
-                if self.output is None
-                else self.output(**dict(zip(self.fields, outputs, strict=True)))
-            )
+            arrays = infer({name: inputs[name].numpy() for name in self.names})
+            outputs = [torch.from_numpy(array) for array in arrays]
+            if self.output is None:
+                return outputs[0]
+            return self.output(**dict(zip(self.fields, outputs, strict=True)))
 
         module.__dict__["forward"] = forward
         return bound
@@ -128,9 +124,8 @@ def _tensors_of_call(module: nn.Module, call: Callable[[], Any]) -> dict[str, Te
         arguments = dict(zip(names, args, strict=False)) | kwargs
         if not calls:
             # A batch of one would be a constant of the graph.
-            calls.append(
-                {name: torch.cat([x, x]) for name, x in arguments.items() if isinstance(x, Tensor)}
-            )
+            tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
+            calls.append({name: torch.cat([x, x]) for name, x in tensors.items()})
         return original(*args, **kwargs)
 
     # Hooks would miss callers of `forward` itself, as sentence-transformers is.

@@ -132,7 +132,8 @@ class OfficialTwin:
         """
         x = self._embed_tokens(decoder.roberta.embeddings, ids)
         order = torch.arange(ids.shape[1], device=ids.device)
-        seen = (order[None, :] <= order[:, None])[None].to(x.dtype) * mask[:, None, :].to(x.dtype)
+        lower = (order[None, :] <= order[:, None]).to(x.dtype)
+        seen = lower * mask[:, None, :].to(x.dtype)
         causal = (1.0 - seen[:, None]) * _MASKED
         visible = _additive(state_mask, x.dtype)
         for layer in decoder.roberta.encoder.layer:
@@ -182,11 +183,11 @@ class OfficialTwin:
 
     def project_image(self, image_embeds: Tensor) -> Tensor:
         """Compute the contrastive feature of the image token: `[B, 1 + N, vision_width]` → `[B, embed_dim]`."""
-        return _feature(self.model.vision_proj, image_embeds)
+        return F.normalize(linear(self.model.vision_proj, image_embeds[:, 0, :]), dim=-1)
 
     def project_text(self, text_embeds: Tensor) -> Tensor:
         """Compute the contrastive feature of text token 0: `[B, L, text_width]` → `[B, embed_dim]`."""
-        return _feature(self.model.text_proj, text_embeds)
+        return F.normalize(linear(self.model.text_proj, text_embeds[:, 0, :]), dim=-1)
 
     def rerank_image(
         self, image_embeds: Tensor, text_embeds: Tensor, attention_mask: Tensor
@@ -244,8 +245,8 @@ class OfficialTwin:
     def _vision_block(self, block: Block, x: Tensor, mask: Tensor | None = None) -> Tensor:
         attended = self._window_attention(block.attn, layer_norm(block.norm1, x), mask)
         x = x + _drop_path(block, block.gamma_1 * attended)
-        hidden = F.linear(layer_norm(block.norm2, x), block.mlp.fc1.weight, block.mlp.fc1.bias)
-        hidden = F.linear(F.gelu(hidden), block.mlp.fc2.weight, block.mlp.fc2.bias)
+        hidden = F.gelu(linear(block.mlp.fc1, layer_norm(block.norm2, x)))
+        hidden = linear(block.mlp.fc2, hidden)
         return x + _drop_path(block, block.gamma_2 * hidden)
 
     def _window_attention(
@@ -254,7 +255,8 @@ class OfficialTwin:
         batch, tokens, _ = x.shape
         bias = torch.cat((attention.q_bias, torch.zeros_like(attention.v_bias), attention.v_bias))
         qkv = F.linear(x, attention.qkv.weight, bias)
-        q, k, v = qkv.reshape(batch, tokens, 3, attention.heads, -1).permute(2, 0, 3, 1, 4)
+        heads = qkv.reshape(batch, tokens, 3, attention.heads, -1)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)
         q = q * q.shape[-1] ** -0.5
         scores = q @ k.transpose(-2, -1)
         position = attention.relative_position_bias_table[self._index].view(tokens, tokens, -1)
@@ -262,18 +264,14 @@ class OfficialTwin:
         if mask is not None:
             scores = scores + mask
         context = scores.softmax(dim=-1) @ v
-        return F.linear(
-            context.transpose(1, 2).reshape(batch, tokens, -1),
-            attention.proj.weight,
-            attention.proj.bias,
-        )
+        return linear(attention.proj, context.transpose(1, 2).reshape(batch, tokens, -1))
 
     def _self_attention(self, layer: TransformerLayer, x: Tensor, mask: Tensor) -> Tensor:
         return _attend(layer.attention, x, x, mask)
 
     def _feed_forward(self, layer: TransformerLayer, x: Tensor) -> Tensor:
-        dense = layer.intermediate.dense
-        return _residual_norm(layer.output, F.gelu(F.linear(x, dense.weight, dense.bias)), x)
+        hidden = F.gelu(linear(layer.intermediate.dense, x))
+        return _residual_norm(layer.output, hidden, x)
 
 
 class OfficialTrainingTwin(OfficialTwin):
@@ -426,8 +424,9 @@ class OfficialTrainingTwin(OfficialTwin):
         return loss + F.mse_loss(masked[:, 0, :], target[:, 0, :])
 
 
-def _feature(projection: nn.Linear, embeds: Tensor) -> Tensor:
-    return F.normalize(F.linear(embeds[:, 0, :], projection.weight, projection.bias), dim=-1)
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Multiply `[..., width]` by the parameters of a module."""
+    return F.linear(x, layer.weight, layer.bias)
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -439,7 +438,7 @@ def mlp_head(head: MLPHead | DeepMLPHead, x: Tensor) -> Tensor:
     """Map `[P, width]` → `[P, outputs]`, layer by layer."""
     for layer in head:
         if isinstance(layer, nn.Linear):
-            x = F.linear(x, layer.weight, layer.bias)
+            x = linear(layer, x)
         elif isinstance(layer, nn.LayerNorm):
             x = layer_norm(layer, x)
         else:
@@ -459,7 +458,8 @@ def box_losses(boxes: Tensor, target: Tensor, counted: Tensor) -> dict[str, Tens
         overlap = torch.zeros_like(counted)
     else:
         overlap = (1 - torch.diag(generalized_box_iou(*corners))) * counted
-    return {"bbox_l1": distance.sum() / counted.sum(), "bbox_giou": overlap.sum() / counted.sum()}
+    boxes_counted = counted.sum()
+    return {"bbox_l1": distance.sum() / boxes_counted, "bbox_giou": overlap.sum() / boxes_counted}
 
 
 def _drop_path(block: Block, branch: Tensor) -> Tensor:
@@ -477,8 +477,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _heads(projection: nn.Linear, heads: int, source: Tensor) -> Tensor:
-    projected = F.linear(source, projection.weight, projection.bias)
-    return projected.view(*projected.shape[:2], heads, -1).permute(0, 2, 1, 3)
+    return linear(projection, source).unflatten(-1, (heads, -1)).permute(0, 2, 1, 3)
 
 
 def _memory_heads(attention: Attention, memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -506,8 +505,7 @@ def _attend_to(attention: Attention, x: Tensor, key: Tensor, value: Tensor, mask
 
 
 def _residual_norm(module: ResidualNorm, x: Tensor, residual: Tensor) -> Tensor:
-    branch = F.linear(x, module.dense.weight, module.dense.bias)
-    branch = F.dropout(branch, module.dropout, module.training)
+    branch = F.dropout(linear(module.dense, x), module.dropout, module.training)
     return layer_norm(module.LayerNorm, branch + residual)
 
 
@@ -518,5 +516,5 @@ def _lm_loss(head: LMHead, word_embeddings: Tensor, embeds: Tensor, batch: TextB
 
 
 def _lm_logits(head: LMHead, word_embeddings: Tensor, embeds: Tensor) -> Tensor:
-    x = F.gelu(F.linear(embeds, head.dense.weight, head.dense.bias))
+    x = F.gelu(linear(head.dense, embeds))
     return F.linear(layer_norm(head.layer_norm, x), word_embeddings, head.bias)

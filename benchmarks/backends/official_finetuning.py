@@ -207,8 +207,8 @@ class OfficialFineTuningTwin(OfficialTrainingTwin):
         """Compute the cross-entropy of image classes, read from the image token beside the mean of the patches."""
         head = self.model.cls_head
         embeds = self.encode_image(pixels)
-        logits = mlp_head(head, torch.cat((embeds[:, 0, :], embeds[:, 1:].mean(1)), dim=-1))
-        return F.cross_entropy(logits, targets)
+        pooled = torch.cat((embeds[:, 0, :], embeds[:, 1:].mean(1)), dim=-1)
+        return F.cross_entropy(mlp_head(head, pooled), targets)
 
 
 def official_engine(

@@ -359,7 +359,8 @@ def _cross_encoder(layers: int) -> Subject:
 
 
 def _swin(layers: int) -> Subject:
-    return _images(_hf("Swin", depths=[2, 2, 6, 2] if layers >= 12 else [1, 1, 1, 1]))
+    depths = [2, 2, 6, 2] if layers >= 12 else [1, 1, 1, 1]
+    return _images(_hf("Swin", depths=depths))
 
 
 _SENTENCE_TRANSFORMERS = "sentence_transformers"
