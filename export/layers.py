@@ -167,11 +167,12 @@ class SelfAttention(nn.Module):
         """Attend with `mask` `[P, 1, Q or 1, L]`; `queries` `[P, Q, width]` default to token 0 where `first_only`."""
         if queries is None:
             queries = x[:, :1] if self.first_only else x
+        projected = F.linear(x, self.weight)
         if self.first is not None:
             q = self.first(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            k, v = split_heads(F.linear(x, self.weight), 2, self.heads)
+            k, v = split_heads(projected, 2, self.heads)
         else:
-            q, k, v = split_heads(F.linear(x, self.weight), 3, self.heads)
+            q, k, v = split_heads(projected, 3, self.heads)
             q = q + self.query_bias.view(self.heads, 1, -1)
         context = attention(q, k, v, mask, "primitives").transpose(1, 2).flatten(2)
         norm = self.output.LayerNorm
