@@ -12,7 +12,7 @@ from xfm_fast.replace import layer, unpadded
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "drop-in.md").read_text()
 ROWS = [
     line.split("|")[1:-1]
-    for line in PAGE.split("## What is recognised")[1].split("\n\n")[1].splitlines()[2:]
+    for line in PAGE.split("## Supported models")[1].split("\n\n")[1].splitlines()[2:]
 ]
 
 
