@@ -286,35 +286,13 @@ class Packed:
         return bounds_q, offsets_of(self.cu_seqlens_k, k, self.max_k, "k")
 
 
-@dataclass(slots=True)
-class Varlen:
+@dataclass(slots=True, kw_only=True)
+class Varlen(Packed):
     """All arguments of `varlen_attention`."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    cu_seqlens_q: Tensor = field(metadata=CONSTANT)
-    cu_seqlens_k: Tensor = field(metadata=CONSTANT)
-    max_q: int
-    max_k: int
-    scale: float
-    dropout_p: float = field(default=0.0, metadata=CHANCE)
-    seed: Tensor | None = field(default=None, metadata=CONSTANT)
-    key_mask: Tensor | None = field(default=None, metadata=CONSTANT)
-
-    @property
-    def packed(self) -> Packed:
-        """All but q, k and v."""
-        return Packed(
-            cu_seqlens_q=self.cu_seqlens_q,
-            cu_seqlens_k=self.cu_seqlens_k,
-            max_q=self.max_q,
-            max_k=self.max_k,
-            scale=self.scale,
-            dropout_p=self.dropout_p,
-            seed=self.seed,
-            key_mask=self.key_mask,
-        )
 
     def check(self) -> None:
         """Check all but the contents of the offsets, which the implementations read."""
