@@ -162,7 +162,7 @@ def _evaluated(folder: Path) -> Any:
 def _index(folder: Path, rank: int, world_size: int) -> None:
     from xfm_fast.search import index, open_model
 
-    index._PART = 2
+    index._SHARD_IMAGES = 2
     material = folder.parent / "material"
     index.build_index(
         material / "world/images/val",

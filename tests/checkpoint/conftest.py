@@ -34,15 +34,15 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 def meta(keys: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
     """Tensors with the listed shapes and dtypes and no memory; tied names are one object."""
-    made: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, entry in keys.items():
-        twin = next((made[tied] for tied in entry.get("tied_with", []) if tied in made), None)
-        made[name] = (
+        twin = next((tensors[tied] for tied in entry.get("tied_with", []) if tied in tensors), None)
+        tensors[name] = (
             twin
             if twin is not None
             else torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]), device="meta")
         )
-    return made
+    return tensors
 
 
 def assert_same_shapes(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:

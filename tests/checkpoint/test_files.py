@@ -38,9 +38,9 @@ def test_torch_files(tmp_path: Path, zipped: bool, nesting: tuple[str, ...]) -> 
     for name in nesting:
         content = {name: content, "epoch": 3, "args": argparse.Namespace(lr=1e-3)}
     torch.save(content, tmp_path / "x.bin", _use_new_zipfile_serialization=zipped)
-    found = read_state_dict(tmp_path / "x.bin")
-    assert_same(found, STATE | {"parameter": torch.ones(2)})
-    assert type(found["parameter"]) is Tensor
+    state = read_state_dict(tmp_path / "x.bin")
+    assert_same(state, STATE | {"parameter": torch.ones(2)})
+    assert type(state["parameter"]) is Tensor
 
 
 @pytest.mark.parametrize("prefix", ["module.", "module._orig_mod."])
@@ -61,7 +61,7 @@ def test_safetensors_files(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "part"),
+    ("name", "data", "message"),
     [
         ("x.th", b"", "empty"),
         ("x.safetensors", b"\x10\x00", "safetensors"),
@@ -73,8 +73,8 @@ def test_safetensors_files(tmp_path: Path, name: str) -> None:
         ("x.th", b"PK\x03\x04 and then nothing", "truncated"),
     ],
 )
-def test_foreign_and_empty_files(tmp_path: Path, name: str, data: bytes, part: str) -> None:
-    with pytest.raises(CheckpointError, match=part) as error:
+def test_foreign_and_empty_files(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as error:
         read_state_dict(written(tmp_path / name, data))
     assert name in str(error.value)
 
@@ -116,22 +116,22 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("make", "part"), HOSTILE.values(), ids=HOSTILE)
-def test_hostile_torch_files(tmp_path: Path, make: Callable[[Path], Any], part: str) -> None:
+@pytest.mark.parametrize(("make", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_hostile_torch_files(tmp_path: Path, make: Callable[[Path], Any], message: str) -> None:
     make(tmp_path / "x.th")
-    with pytest.raises(CheckpointError, match=part):
+    with pytest.raises(CheckpointError, match=message):
         read_state_dict(tmp_path / "x.th")
 
 
 @pytest.mark.parametrize("share", [0.7])
-@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-def test_truncated_files(tmp_path: Path, kind: str, share: float) -> None:
-    path = tmp_path / ("x.safetensors" if kind == "safetensors" else "x.th")
+@pytest.mark.parametrize("file_format", ["zip", "legacy", "safetensors"])
+def test_truncated_files(tmp_path: Path, file_format: str, share: float) -> None:
+    path = tmp_path / ("x.safetensors" if file_format == "safetensors" else "x.th")
     state = {f"layer.{i}.weight": torch.randn(40, 40) for i in range(4)}
-    if kind == "safetensors":
+    if file_format == "safetensors":
         save_file(state, path)
     else:
-        torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
+        torch.save(state, path, _use_new_zipfile_serialization=file_format == "zip")
     data = path.read_bytes()
     with pytest.raises(CheckpointError, match="truncated"):
         read_state_dict(written(path, data[: int(len(data) * share)]))
@@ -147,14 +147,14 @@ class Payload:
         return os.mkdir, (self.folder,)
 
 
-@pytest.mark.parametrize("kind", ["zip", "pickle"])
-def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("file_format", ["zip", "pickle"])
+def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, file_format: str) -> None:
     trap, path = tmp_path / "trap", tmp_path / "x.th"
     content = {"model": {"a": torch.zeros(1)}, "extra": Payload(trap)}
-    if kind == "pickle":
+    if file_format == "pickle":
         path.write_bytes(pickle.dumps(content["extra"], protocol=2))
     else:
-        torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
+        torch.save(content, path, _use_new_zipfile_serialization=file_format == "zip")
     with pytest.raises(CheckpointError, match=r"posix\.mkdir|nt\.mkdir"):
         read_state_dict(path)
     assert not trap.exists()
@@ -229,14 +229,14 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "part"),
+    ("changes", "message"),
     [({"text_layers": 20_000}, "text_layers=3"), ({"vocab_size": 10**6}, "vocab_size=512")],
 )
 def test_a_false_config_is_refused_before_memory_is_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], part: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
     XFM(XFMConfig.preset("tiny")).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(XFMConfig.preset("tiny", **changes).to_json())
     monkeypatch.setattr(nn.Module, "to_empty", lambda *_, **__: pytest.fail("memory was taken"))
-    with pytest.raises(CheckpointError, match=part):
+    with pytest.raises(CheckpointError, match=message):
         XFM.from_pretrained(tmp_path)

@@ -41,7 +41,7 @@ def test_everything_that_does_not_fit_is_in_one_error(
     with pytest.raises(CheckpointError) as error:
         load_into(model, broken, what="checkpoint broken.th")
     text = str(error.value)
-    for part in (
+    for line in (
         "checkpoint broken.th does not fit",
         "missing (1):\n    itm_head.0.weight",
         "unexpected (1):\n    cls_head.0.weight",
@@ -50,21 +50,19 @@ def test_everything_that_does_not_fit_is_in_one_error(
         "NaN or infinite (2):",
         "diverged",
     ):
-        assert part in text
+        assert line in text
     assert_same(dict(model.state_dict()), before)
 
 
 @pytest.mark.parametrize("head", ["contrastive"])
 def test_heads_that_one_side_lacks(tiny: tuple[XFMConfig, dict[str, Tensor]], head: Head) -> None:
     cfg, state = tiny
-    others: list[Head] = [name for name in ALL_HEADS if name != head]
+    heads: list[Head] = [name for name in ALL_HEADS if name != head]
     with pytest.raises(CheckpointError, match=f"no '{head}' head .*heads="):
-        load_into(XFM(cfg), select_heads(state, others), what="partial")
+        load_into(XFM(cfg), select_heads(state, heads), what="partial")
     with pytest.raises(CheckpointError, match=f"'{head}' head"):
-        load_into(XFM(cfg, heads=others), state, what="full")
-    assert (
-        load_into(XFM(cfg, heads=others), select_heads(state, others), what="partial").fresh == []
-    )
+        load_into(XFM(cfg, heads=heads), state, what="full")
+    assert load_into(XFM(cfg, heads=heads), select_heads(state, heads), what="partial").fresh == []
 
 
 def test_weights_of_a_file_are_mapped_and_never_written_to(tmp_path: Path) -> None:
@@ -72,30 +70,30 @@ def test_weights_of_a_file_are_mapped_and_never_written_to(tmp_path: Path) -> No
     XFM(cfg).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     before = file.read_bytes()
-    model, other = XFM.from_pretrained(tmp_path), XFM.from_pretrained(tmp_path)
+    model, second = XFM.from_pretrained(tmp_path), XFM.from_pretrained(tmp_path)
     assert all(p.requires_grad and not p.is_meta for p in model.parameters())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
     assert file.read_bytes() == before
     name, changed = next(iter(model.state_dict().items()))
-    assert torch.equal(changed, other.state_dict()[name] + 1)
+    assert torch.equal(changed, second.state_dict()[name] + 1)
     # A save into the same folder puts another file in its place.
     model.save_pretrained(tmp_path)
     assert torch.equal(
-        other.state_dict()[name] + 1, XFM.from_pretrained(tmp_path).state_dict()[name]
+        second.state_dict()[name] + 1, XFM.from_pretrained(tmp_path).state_dict()[name]
     )
 
 
 def test_state_dicts_of_the_caller_are_copied() -> None:
     cfg = config("tiny_b")
     state = to_official(XFM(cfg).state_dict(), cfg)
-    kept = {name: value.clone() for name, value in state.items()}
+    before = {name: value.clone() for name, value in state.items()}
     model = XFM.from_official(state, cfg)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert all(torch.equal(value, state[name]) for name, value in kept.items())
+    assert all(torch.equal(value, state[name]) for name, value in before.items())
 
 
 def test_values_of_a_file_are_looked_at(tmp_path: Path) -> None:

@@ -54,9 +54,9 @@ def test_there_and_back(case: str) -> None:
     assert not report.interpolated
     assert state.keys().isdisjoint(report.unused)
     assert set(report.duplicates) == {
-        f"{part}_encoder.{head}.decoder.{kind}"
-        for part in ("text", "fusion")
-        for head, kind in (("lm_head", "weight"), ("lm_head", "bias"), ("lm_cap_head", "bias"))
+        f"{module}_encoder.{head}.decoder.{parameter}"
+        for module in ("text", "fusion")
+        for head, parameter in (("lm_head", "weight"), ("lm_head", "bias"), ("lm_cap_head", "bias"))
     }
     assert ("fusion_proj.weight" in report.unused) == (cfg.vision_width != cfg.text_width)
     assert f"{report.unused_parameters:,} parameters" in str(report)
@@ -83,12 +83,12 @@ def test_text_decoder_there_and_back() -> None:
         for name, value in load_tensors("tiny_b/ft_extra_weights").items()
         if name.startswith("vqa/")
     }
-    part = "text_decoder"
-    extra[f"{part}.lm_head.decoder.weight"] = extra[
-        f"{part}.roberta.embeddings.word_embeddings.weight"
+    module = "text_decoder"
+    extra[f"{module}.lm_head.decoder.weight"] = extra[
+        f"{module}.roberta.embeddings.word_embeddings.weight"
     ]
-    extra[f"{part}.lm_head.decoder.bias"] = extra[f"{part}.lm_head.bias"]
-    extra[f"{part}.roberta.embeddings.position_ids"] = torch.arange(cfg.max_positions)[None]
+    extra[f"{module}.lm_head.decoder.bias"] = extra[f"{module}.lm_head.bias"]
+    extra[f"{module}.roberta.embeddings.position_ids"] = torch.arange(cfg.max_positions)[None]
     state, report = to_ours(extra, cfg)
     assert len(state) == len(extra) - 3
     assert not report.unused
@@ -109,7 +109,7 @@ def test_ours_is_what_the_model_has(case: str) -> None:
 
 
 def test_the_head_of_an_image_tokenizer() -> None:
-    """What the official `use_vision_tokenizer` adds: the head is loaded if asked for, the tokenizer never."""
+    """Load the head of the official `use_vision_tokenizer` if requested, its tokenizer never."""
     cfg = config("tiny_b").replace(codebook_size=7)
     head = {"lm_head.weight": torch.randn(7, cfg.vision_width), "lm_head.bias": torch.randn(7)}
     official = (
@@ -131,7 +131,7 @@ def test_without_dead_weights_the_rest_is_derived(caplog: pytest.LogCaptureFixtu
     lost = underivable(state, cfg)
     assert set(back) == set(official) - set(lost)
     assert set(lost) == set(report.unused) | {
-        f"{part}_encoder.lm_cap_head.decoder.bias" for part in ("text", "fusion")
+        f"{module}_encoder.lm_cap_head.decoder.bias" for module in ("text", "fusion")
     }
     assert f"{len(lost)} official weights" in caplog.text
     assert_same(back, {name: official[name] for name in back})
@@ -168,9 +168,9 @@ def test_fine_tuning_keys(model: str) -> None:
         to_official(state, cfg, unused=report.unused, naming=report.naming), official
     )
     with torch.device("meta"):
-        own = XFM(cfg, heads=heads_in(state)).state_dict()
+        target = XFM(cfg, heads=heads_in(state)).state_dict()
     added = {name for name in state if name.startswith(("cls_head.", "text_decoder."))}
-    assert set(state) - added == set(own)
+    assert set(state) - added == set(target)
 
 
 def test_tables_are_interpolated_to_the_configuration() -> None:
@@ -180,8 +180,8 @@ def test_tables_are_interpolated_to_the_configuration() -> None:
     assert set(report.interpolated.values()) == {(5, 7)}
     assert len(report.interpolated) == cfg.vision_depth
     assert "from 5x5 to 7x7" in str(report)
-    wanted = load_tensors("tiny_b/ft_outputs")["retrieval/interpolated_table_block0"]
-    torch.testing.assert_close(state[TABLE].double(), wanted, rtol=0, atol=1e-6)
+    expected = load_tensors("tiny_b/ft_outputs")["retrieval/interpolated_table_block0"]
+    torch.testing.assert_close(state[TABLE].double(), expected, rtol=0, atol=1e-6)
     load_into(XFM(cfg), state, what="interpolated")
     assert to_official(state, cfg)[
         "vision_encoder.blocks.1.attn.relative_position_index"
@@ -190,8 +190,8 @@ def test_tables_are_interpolated_to_the_configuration() -> None:
 
 def test_tied_names_that_disagree() -> None:
     official, cfg = load_tensors("tiny_b/weights"), config("tiny_b")
-    other = "fusion_encoder.lm_head.decoder.weight"
-    official[other] = official[other] + 1
+    second = "fusion_encoder.lm_head.decoder.weight"
+    official[second] = official[second] + 1
     with pytest.raises(CheckpointError, match=r"fusion_encoder\.lm_head\.decoder\.weight") as error:
         to_ours(official, cfg)
     assert "fusion_encoder.roberta.embeddings.word_embeddings.weight" in str(error.value)
@@ -200,8 +200,8 @@ def test_tied_names_that_disagree() -> None:
 def test_base_inputs_follow_the_rule() -> None:
     inputs = base_inputs()
     for name, value in load_tensors("base/inputs").items():
-        made = inputs[name.split("[")[0]]
-        assert torch.equal(made[:, :, :4, :4] if "[" in name else made, value), name
+        tensor = inputs[name.split("[")[0]]
+        assert torch.equal(tensor[:, :, :4, :4] if "[" in name else tensor, value), name
 
 
 def test_base_weights_follow_the_rule() -> None:

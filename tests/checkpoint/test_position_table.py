@@ -18,29 +18,29 @@ def vectors() -> dict[str, torch.Tensor]:
     return load_tensors("relpos/relpos")
 
 
-@pytest.mark.parametrize("kind", ["random", "smooth"])
+@pytest.mark.parametrize("dtype", ["random", "smooth"])
 @pytest.mark.parametrize("window", [24, 7])
-def test_official_interpolation(vectors: dict[str, torch.Tensor], kind: str, window: int) -> None:
-    table = vectors["table_14x14" if kind == "random" else "table_smooth_14x14"]
-    wanted = vectors[f"{kind}_14to{window}"]
+def test_official_interpolation(vectors: dict[str, torch.Tensor], dtype: str, window: int) -> None:
+    table = vectors["table_14x14" if dtype == "random" else "table_smooth_14x14"]
+    expected = vectors[f"{dtype}_14to{window}"]
     result = interpolate_table(table, (window, window))
     assert result.dtype == torch.float32
     # Two spline routines of scipy already differ by 5.7e-8 here.
-    torch.testing.assert_close(result, wanted, rtol=0, atol=1.2e-7)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1.2e-7)
     assert torch.equal(result[-3:], table[-3:])
 
 
 @pytest.mark.parametrize("window", [24, 30, 16, 7])
 def test_source_positions(window: int) -> None:
-    wanted = load_json("relpos/positions")[f"14to{window}"]
+    expected = load_json("relpos/positions")[f"14to{window}"]
     positions = source_positions(27, 2 * window - 1)
     torch.testing.assert_close(
         torch.tensor(positions),
-        torch.tensor(wanted["source_positions"]).double(),
+        torch.tensor(expected["source_positions"]).double(),
         rtol=1e-7,
         atol=0,
     )
-    assert wanted["target_positions"] == list(range(-window + 1, window))
+    assert expected["target_positions"] == list(range(-window + 1, window))
 
 
 @pytest.mark.parametrize("window", [2, 4, 14])

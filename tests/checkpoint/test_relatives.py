@@ -83,8 +83,8 @@ def vision(state: State) -> None:
     state["vision_encoder.patch_embed.proj.weight"] = state[
         "vision_encoder.patch_embed.proj.weight"
     ].view(VISION, 3, PATCH, PATCH)
-    for number in range(2):
-        block = f"vision_encoder.blocks.{number}"
+    for index in range(2):
+        block = f"vision_encoder.blocks.{index}"
         for gamma in ("gamma_1", "gamma_2"):
             state[f"{block}.{gamma}"] = torch.rand(VISION)
         norm(state, f"{block}.norm1", VISION)
@@ -112,13 +112,13 @@ def heads(state: State) -> None:
 
 
 def x2vlm(seed: int = 0) -> State:
-    """Of pretraining: one BERT, whose last layers see the image, inside its masked language model."""
+    """Make a pretraining checkpoint: one BERT with cross-attention in its last layers, in a masked language model."""
     torch.manual_seed(seed)
     state: State = {"absolute_frame_pos_embed": torch.randn(1, 3, 1, VISION)}
     vision(state)
     embeddings(state, "text_encoder.bert.embeddings", types=2, positions=20)
-    for number in range(LANGUAGE + FUSION):
-        text_layer(state, f"text_encoder.bert.encoder.layer.{number}", looks=number >= LANGUAGE)
+    for index in range(LANGUAGE + FUSION):
+        text_layer(state, f"text_encoder.bert.encoder.layer.{index}", looks=index >= LANGUAGE)
     vocabulary_head(state, "text_encoder.cls.predictions")
     state["text_encoder.cls.predictions.decoder.weight"] = state[
         "text_encoder.bert.embeddings.word_embeddings.weight"
@@ -128,7 +128,7 @@ def x2vlm(seed: int = 0) -> State:
 
 
 def x2vlm_retrieval() -> State:
-    """Of fine-tuning: the same BERT without its masked language model, and fewer heads."""
+    """Make a fine-tuning checkpoint: the same BERT without its masked language model, and fewer heads."""
     return {
         name.replace("text_encoder.bert.", "text_encoder."): value
         for name, value in x2vlm().items()
@@ -142,10 +142,10 @@ def cclm() -> State:
     state: State = {}
     vision(state)
     embeddings(state, "text_encoder.embeddings", types=1, positions=22)
-    for number in range(LANGUAGE):
-        text_layer(state, f"text_encoder.encoder.layer.{number}", looks=False)
-    for number in range(FUSION):
-        text_layer(state, f"cross_encoder.encoder.layer.{number}", looks=True)
+    for index in range(LANGUAGE):
+        text_layer(state, f"text_encoder.encoder.layer.{index}", looks=False)
+    for index in range(FUSION):
+        text_layer(state, f"cross_encoder.encoder.layer.{index}", looks=True)
     vocabulary_head(state, "mlm_head.predictions")
     heads(state)
     return state
@@ -179,8 +179,8 @@ class Twin:
         )  # fmt: skip
         x = projected.flatten(2).mT
         x = torch.cat([state["vision_encoder.cls_token"].expand(len(x), -1, -1), x], 1)
-        for number in range(2):
-            block = f"vision_encoder.blocks.{number}"
+        for index in range(2):
+            block = f"vision_encoder.blocks.{index}"
             bias = torch.cat(
                 [state[f"{block}.attn.q_bias"], torch.zeros(VISION), state[f"{block}.attn.v_bias"]]
             )
@@ -201,10 +201,10 @@ class Twin:
         self, name: str, x: Tensor, seen: Tensor, hidden: Tensor | None, eps: float
     ) -> Tensor:
         q, k, v = (
-            self._linear(f"{name}.self.{part}", source)
+            self._linear(f"{name}.self.{projection}", source)
             .unflatten(-1, (TEXT_HEADS, -1))
             .transpose(1, 2)
-            for part, source in (("query", x), ("key", seen), ("value", seen))
+            for projection, source in (("query", x), ("key", seen), ("value", seen))
         )
         scores = q @ k.mT / math.sqrt(TEXT // TEXT_HEADS)
         if hidden is not None:
@@ -235,14 +235,14 @@ class Twin:
             + self.state[f"{self.text}embeddings.token_type_embeddings.weight"][0]
         )
         x = self._norm(f"{self.text}embeddings.LayerNorm", embedded, self.eps)
-        for number in range(LANGUAGE):
-            x = self._layer(f"{self.text}encoder.layer.{number}", x, mask, None, self.eps)
+        for index in range(LANGUAGE):
+            x = self._layer(f"{self.text}encoder.layer.{index}", x, mask, None, self.eps)
         return x
 
     def fuse(self, texts: Tensor, mask: Tensor, images: Tensor) -> Tensor:
-        for number in range(FUSION):
+        for index in range(FUSION):
             texts = self._layer(
-                f"{self.fusion}encoder.layer.{number + self.first}", texts, mask, images, 1e-12
+                f"{self.fusion}encoder.layer.{index + self.first}", texts, mask, images, 1e-12
             )
         return texts
 
@@ -289,16 +289,16 @@ KINDS: dict[str, tuple[Callable[[], State], dict[str, object], str | None]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_function_is_the_same(kind: str) -> None:
-    make, form, words = KINDS[kind]
+@pytest.mark.parametrize("name", KINDS)
+def test_the_function_is_the_same(name: str) -> None:
+    make, form, words = KINDS[name]
     state = make()
     twin = Twin(state, **form)  # type: ignore[arg-type]
     model = XFM.from_x2vlm(state, text_heads=TEXT_HEADS, dtype=torch.float64)
     assert set(model.heads) == {"contrastive", "matching"} | (
         set() if words is None else {"imlm", "boxes"}
     )
-    assert model.config.mask_token_id == (103 if kind != "cclm" else VOCABULARY - 1)
+    assert model.config.mask_token_id == (103 if name != "cclm" else VOCABULARY - 1)
 
     pad = model.config.pad_token_id
     mask = torch.arange(9) < torch.tensor([[9], [4], [1]])
@@ -331,7 +331,7 @@ def test_the_function_is_the_same(kind: str) -> None:
 def test_word_pieces(tmp_path: Path) -> None:
     words = [
         "[PAD]",
-        *(f"[unused{number}]" for number in range(99)),
+        *(f"[unused{index}]" for index in range(99)),
         "[UNK]",
         "[CLS]",
         "[SEP]",
@@ -358,7 +358,7 @@ def test_word_pieces(tmp_path: Path) -> None:
 
 
 def x_vlm() -> State:
-    """The names of X-VLM: Swin for images, six and six layers of BERT."""
+    """List the names of X-VLM: Swin for images, six and six layers of BERT."""
     state: State = {
         "vision_encoder.patch_embed.proj.weight": torch.zeros(8, 3, 4, 4),
         "vision_encoder.layers.0.blocks.0.attn.relative_position_bias_table": torch.zeros(169, 4),
@@ -367,21 +367,21 @@ def x_vlm() -> State:
         "vision_proj.weight": torch.zeros(12, 8),
     }
     embeddings(state, "text_encoder.bert.embeddings", types=2, positions=20)
-    for number in range(12):
-        text_layer(state, f"text_encoder.bert.encoder.layer.{number}", looks=number >= 6)
+    for index in range(12):
+        text_layer(state, f"text_encoder.bert.encoder.layer.{index}", looks=index >= 6)
     return state
 
 
 def blip(first: int = 0) -> State:
-    """The names of BLIP, or with a later first layer that looks, of ALBEF."""
+    """List the names of BLIP, or of ALBEF with a later first layer of cross-attention."""
     state: State = {
         "visual_encoder.cls_token": torch.zeros(1, 1, VISION),
         "visual_encoder.pos_embed": torch.zeros(1, 17, VISION),
         "visual_encoder.blocks.0.attn.qkv.weight": torch.zeros(3 * VISION, VISION),
     }
     embeddings(state, "text_encoder.embeddings", types=2, positions=20)
-    for number in range(2):
-        text_layer(state, f"text_encoder.encoder.layer.{number}", looks=number >= first)
+    for index in range(2):
+        text_layer(state, f"text_encoder.encoder.layer.{index}", looks=index >= first)
     return state
 
 

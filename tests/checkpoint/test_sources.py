@@ -14,12 +14,12 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.models.xfm import XFM
 
 
-def hugging_face(cfg: XFMConfig, kind: str) -> nn.Module:
+def hugging_face(cfg: XFMConfig, architecture: str) -> nn.Module:
     transformers = pytest.importorskip(
         "transformers", reason="compares with the Hugging Face RoBERTa"
     )
     torch.manual_seed(3)
-    made = transformers.RobertaConfig(
+    config = transformers.RobertaConfig(
         vocab_size=cfg.vocab_size,
         hidden_size=cfg.text_width,
         num_hidden_layers=cfg.text_layers,
@@ -29,7 +29,7 @@ def hugging_face(cfg: XFMConfig, kind: str) -> nn.Module:
         type_vocab_size=cfg.type_vocab_size,
         layer_norm_eps=cfg.text_layer_norm_eps,
     )
-    return getattr(transformers, kind)(made).eval()
+    return getattr(transformers, architecture)(config).eval()
 
 
 def text_batch(cfg: XFMConfig) -> tuple[Tensor, Tensor]:
@@ -38,17 +38,17 @@ def text_batch(cfg: XFMConfig) -> tuple[Tensor, Tensor]:
     return ids.masked_fill(~mask, cfg.pad_token_id), mask.long()
 
 
-@pytest.mark.parametrize("kind", ["RobertaModel", "RobertaForMaskedLM"])
-def test_hugging_face_roberta(kind: str) -> None:
+@pytest.mark.parametrize("architecture", ["RobertaModel", "RobertaForMaskedLM"])
+def test_hugging_face_roberta(architecture: str) -> None:
     cfg = config("tiny_b")
-    theirs = hugging_face(cfg, kind)
+    roberta = hugging_face(cfg, architecture)
     model = XFM(cfg).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    report = initialise(model, roberta=theirs.state_dict())
+    report = initialise(model, roberta=roberta.state_dict())
     after = model.state_dict()
     head = {name for name in after if name.startswith("text_encoder.lm_head.")}
     fresh = {name for name in after if not name.startswith("text_encoder.")} | (
-        head if kind == "RobertaModel" else set()
+        head if architecture == "RobertaModel" else set()
     )
     assert set(report.fresh) == fresh
     assert set(report.loaded) == set(after) - fresh
@@ -58,7 +58,7 @@ def test_hugging_face_roberta(kind: str) -> None:
 
     ids, mask = text_batch(cfg)
     with torch.no_grad():
-        out = theirs(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[
+        out = roberta(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[
             -1
         ]
         ours = model.encode_text(ids, mask)
@@ -67,7 +67,7 @@ def test_hugging_face_roberta(kind: str) -> None:
 
 
 def beit2(cfg: XFMConfig, *, shared: bool, pretrained: bool) -> dict[str, Tensor]:
-    """A state dict with the names of BEiT-v2, with other values than tiny_b."""
+    """Make a state dict with the names of BEiT-v2, with other values than tiny_b."""
     ours = to_ours(load_tensors("tiny_b/weights"), cfg)[0]
     state = {
         name.removeprefix("vision_encoder."): value + 0.5
@@ -104,8 +104,8 @@ def test_beit2(nesting: str | None, shared: bool, pretrained: bool, size: int) -
     source = beit2(config("tiny_b"), shared=shared, pretrained=pretrained)
     state = beit2_state({nesting: source} if nesting else source, cfg)
     absent = {"fc_norm.weight", "fc_norm.bias"} if pretrained else {"mask_token"}
-    wanted = {name for name in XFM(cfg).state_dict() if name.startswith("vision_encoder.")}
-    assert set(state) == wanted - {f"vision_encoder.{name}" for name in absent}
+    names = {name for name in XFM(cfg).state_dict() if name.startswith("vision_encoder.")}
+    assert set(state) == names - {f"vision_encoder.{name}" for name in absent}
     for block in range(cfg.vision_depth):
         key = f"blocks.{block}.attn.relative_position_bias_table"
         table = source["rel_pos_bias.relative_position_bias_table" if shared else key]

@@ -18,33 +18,33 @@ from xfm_fast.tokenizer import CaptionTokenizer
 
 
 def picture(
-    number: int, size: tuple[int, int] = (40, 30), form: str = "JPEG", mode: str = "RGB"
+    seed: int, size: tuple[int, int] = (40, 30), form: str = "JPEG", mode: str = "RGB"
 ) -> bytes:
-    """An encoded image, different for every number."""
-    small = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    """Encode an image, different for every seed."""
+    small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(small).resize(size).convert(mode).save(buffer, form)
     return buffer.getvalue()
 
 
-def base64_picture(number: int, **options: Any) -> str:
-    return base64.b64encode(picture(number, **options)).decode()
+def base64_picture(seed: int, **options: Any) -> str:
+    return base64.b64encode(picture(seed, **options)).decode()
 
 
-def pair(number: int) -> dict[str, Any]:
-    return {"binary": base64_picture(number), "desc": f"picture number {number} of a cat"}
+def pair(index: int) -> dict[str, Any]:
+    return {"binary": base64_picture(index), "desc": f"picture number {index} of a cat"}
 
 
 def pairs(count: int) -> list[dict[str, Any]]:
-    return [pair(number) for number in range(count)]
+    return [pair(index) for index in range(count)]
 
 
-def region(number: int) -> dict[str, Any]:
+def region(index: int) -> dict[str, Any]:
     elements = [
-        {"bb": [2, 3, 10 + number % 5, 8], "caption": "a cat", "attributes": ["red"]},
+        {"bb": [2, 3, 10 + index % 5, 8], "caption": "a cat", "attributes": ["red"]},
         {"bb": [15, 10, 20, 15], "caption": ["the dog", "a dog"]},
     ]
-    return {"binary": base64_picture(number), "caption": f"whole {number}", "elems": elements}
+    return {"binary": base64_picture(index), "caption": f"whole {index}", "elems": elements}
 
 
 def write_lines(path: Path, rows: Iterable[Any], *, end: str = "\n") -> Path:

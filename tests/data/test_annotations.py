@@ -28,7 +28,7 @@ def _write(path: Path, content: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("content", "place"),
+    ("content", "message"),
     [
         ('[{"image": "a",}]', ":1:16: "),
         ('{"image": "a"}\n{"image": "b"}\n', ":2:1: "),
@@ -37,10 +37,10 @@ def _write(path: Path, content: Any) -> Path:
         (gzip.compress(b"[]", mtime=0), "compressed"),
     ],
 )
-def test_other_files_are_named(tmp_path: Path, content: Any, place: str) -> None:
+def test_other_files_are_named(tmp_path: Path, content: Any, message: str) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(content) if isinstance(content, bytes) else _write(path, content)
-    with pytest.raises(DataError, match=rf"a\.json.*{place}"):
+    with pytest.raises(DataError, match=rf"a\.json.*{message}"):
         read_array(path)
     path.write_bytes(json.dumps([PAIR]).encode("utf-8-sig"))
     assert read_array(path) == [PAIR]

@@ -49,8 +49,8 @@ def test_counts_of_good_pairs(tmp_path: Path) -> None:
     assert report.sizes == {(40, 30): 4, (60, 20): 1}
     assert report.formats == {"JPEG": 4, "PNG": 1}
     # Pixels in fp32, the patch mask, and three rows of 30 ids with what is masked.
-    least = 4 * 3 * 32 * 32 + 8 * 3 * 30
-    assert least < report.bytes_per_row < least + 1000
+    bytes_per_row = 4 * 3 * 32 * 32 + 8 * 3 * 30
+    assert bytes_per_row < report.bytes_per_row < bytes_per_row + 1000
     assert report.seconds_per_row is not None
     assert report.hours_per_epoch == pytest.approx(report.seconds_per_row * 5 / 3600)
 
@@ -101,9 +101,12 @@ def test_broken_rows_are_those_that_training_skips(tmp_path: Path, task: str) ->
     assert [problem.row for problem in report.problems] == list(range(1, len(rows)))
     assert not report.ok
     listed = Quarantine(tmp_path / "q.jsonl", tolerate_bad=1)
-    chosen: dict[str, Any] = {"text": {"max_tokens": 40}, "regions": {"max_images": 2 * len(rows)}}
+    overrides: dict[str, Any] = {
+        "text": {"max_tokens": 40},
+        "regions": {"max_images": 2 * len(rows)},
+    }
     stream = Stream(
-        data, STREAM_KINDS[task](**chosen.get(task, {})), config=tiny_config(), tokenizer=tiny_tokenizer(),
+        data, STREAM_KINDS[task](**overrides.get(task, {})), config=tiny_config(), tokenizer=tiny_tokenizer(),
         batch_size=2 * len(rows), seed=0, quarantine=listed,
     )  # fmt: skip
     stream.batch(0)
@@ -112,14 +115,14 @@ def test_broken_rows_are_those_that_training_skips(tmp_path: Path, task: str) ->
 
 
 def test_the_limit_is_that_of_training(tmp_path: Path) -> None:
-    rows: list[Any] = [{"desc": f"a cat {number}"} for number in range(100)]
+    rows: list[Any] = [{"desc": f"a cat {index}"} for index in range(100)]
     for broken, ok in ((1, True), (2, False)):
         report = _check(
             write_lines(tmp_path / "a.jsonl", [*rows[broken:], *["{"] * broken]), "text"
         )
         assert (report.broken, report.ok) == (broken, ok)
     assert _check(tmp_path / "a.jsonl", "text", tolerate_bad=0.05).ok
-    assert len(_check(tmp_path / "a.jsonl", "text", most_problems=1).problems) == 1
+    assert len(_check(tmp_path / "a.jsonl", "text", max_problems=1).problems) == 1
     assert not _check(write_lines(tmp_path / "b.jsonl", ["{"]), "text").ok
 
 

@@ -92,7 +92,7 @@ def test_a_list_of_paths(photos: Path, form: str) -> None:
 
 
 def written(folder: Path, form: str) -> Path:
-    """Two images, of which the second has two captions, in one of the four forms that are read everywhere."""
+    """Write two images, the second with two captions, in one of four formats."""
     names = ("a", "b")
     said = {"a": ["a red circle"], "b": ["a blue star", "a star"]}
     if form == "lines":
@@ -102,60 +102,61 @@ def written(folder: Path, form: str) -> Path:
         ]
         return write_lines(folder / "pairs.jsonl", rows)
     if form == "shard":
-        members = {f"{name}.jpg": picture(number) for number, name in enumerate(names)}
+        members = {f"{name}.jpg": picture(index) for index, name in enumerate(names)}
         members |= {f"{name}.json": json.dumps({"desc": said[name]}).encode() for name in names}
         return write_tar(folder / "0.tar", dict(sorted(members.items())))
-    for number, name in enumerate(names):
-        (folder / f"{name}.jpg").write_bytes(picture(number))
+    for index, name in enumerate(names):
+        (folder / f"{name}.jpg").write_bytes(picture(index))
     if form == "folder":
         for name in names:
             (folder / f"{name}.txt").write_text("\n".join(said[name]) + "\n")
         return folder
     table = folder / ("captions.csv" if form == "folder of a table" else "pairs.csv")
     table.write_text(
-        "image,caption\n" + "".join(f"{name}.jpg,{each}\n" for name in names for each in said[name])
+        "image,caption\n"
+        + "".join(f"{name}.jpg,{caption}\n" for name in names for caption in said[name])
     )
     return table if form == "table" else folder
 
 
 @pytest.mark.parametrize("form", ["lines", "shard", "folder", "table", "folder of a table"])
 def test_one_convention_everywhere(form: str, tmp_path: Path) -> None:
-    place = written(tmp_path, form)
-    pixels = [decode_pixels(picture(number)) for number in range(2)]
+    path = written(tmp_path, form)
+    pixels = [decode_pixels(picture(index)) for index in range(2)]
     # Search, benchmarks and exports.
-    collection = open_collection(place)
+    collection = open_collection(path)
     loaded = [collection.load(entry) for entry in collection.listing().entries]
     assert [captions for _, captions in loaded] == [("a red circle",), ("a blue star", "a star")]
     # Pretraining.
-    records = open_records(place, image_key="binary", caption_key="desc")
+    records = open_records(path, image_key="binary", caption_key="desc")
     assert len(records) == 2
     rng = np.random.default_rng(0)
-    for number in range(2):
-        rows, row = records.locate(number)
+    for index in range(2):
+        rows, row = records.locate(index)
         record = rows.read(row)
-        assert torch.equal(record_pixels(record, ImageOptions(), rng), pixels[number])
+        assert torch.equal(record_pixels(record, ImageOptions(), rng), pixels[index])
         said = record["desc"]
         assert (
             [said]
             if isinstance(said, str)
-            else said == [["a red circle"], ["a blue star", "a star"]][number]
+            else said == [["a red circle"], ["a blue star", "a star"]][index]
         )
-    report = check(place, "pairs", Options(XFMConfig.preset("tiny")))
+    report = check(path, "pairs", Options(XFMConfig.preset("tiny")))
     assert (report.rows, report.broken) == (2, 0)
     # Fine-tuning, and its evaluation.
-    tests = [record for rows in captioning_test_rows(place) for record in rows.records()]
+    tests = [record for rows in captioning_test_rows(path) for record in rows.records()]
     assert [record.caption for record in tests] == [("a red circle",), ("a blue star", "a star")]
     check_images(tests, tmp_path)
-    for number, record in enumerate(tests):
-        assert torch.equal(decode_pixels(image_at(tmp_path / record.image)), pixels[number])
+    for index, record in enumerate(tests):
+        assert torch.equal(decode_pixels(image_at(tmp_path / record.image)), pixels[index])
     texts = [
         text
-        for rows in retrieval_test_rows(place)
+        for rows in retrieval_test_rows(path)
         for record in rows.records()
         for text in record.caption
     ]
     assert texts == ["a red circle", "a blue star", "a star"]
-    trained = [record for rows in retrieval_rows(place) for record in rows.records()]
+    trained = [record for rows in retrieval_rows(path) for record in rows.records()]
     assert [record.caption for record in trained] == texts
     assert trained[1].image_id == trained[2].image_id != trained[0].image_id
 
@@ -163,8 +164,8 @@ def test_one_convention_everywhere(form: str, tmp_path: Path) -> None:
 def test_a_table_in_a_folder_names_images_of_the_folder_only(tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
-    for place in (folder / "a.jpg", tmp_path / "private.jpg"):
-        place.write_bytes(picture(0))
+    for path in (folder / "a.jpg", tmp_path / "private.jpg"):
+        path.write_bytes(picture(0))
     rows = [{"image": "./a.jpg", "caption": "a cat"}, {"image": "a.jpg", "caption": "one cat"}]
     rows += [
         {"image": name, "caption": "a secret"}
@@ -186,7 +187,7 @@ def test_a_table_in_a_folder_names_images_of_the_folder_only(tmp_path: Path) -> 
 
 
 def test_pipes_are_not_read(tmp_path: Path) -> None:
-    """A pipe beside an image, in place of a table or of an image would block the reader for ever."""
+    """Refuse a pipe beside an image, or in place of a table or an image: reading it would block for ever."""
     (tmp_path / "a.jpg").write_bytes(picture(0))
     os.mkfifo(tmp_path / "a.txt")
     entries, faults = open_collection(tmp_path).listing()

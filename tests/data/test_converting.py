@@ -44,8 +44,8 @@ def _there_and_back(
 
 def test_there_and_back_is_the_identity(tmp_path: Path) -> None:
     assert _there_and_back(RECORDS, tmp_path, samples_per_shard=4) == RECORDS
-    names = sorted(each.name for each in (tmp_path / "shards").iterdir() if each.suffix == ".tar")
-    assert names == [f"{number:06d}.tar" for number in range(3)]
+    names = sorted(path.name for path in (tmp_path / "shards").iterdir() if path.suffix == ".tar")
+    assert names == [f"{index:06d}.tar" for index in range(3)]
 
 
 def test_shards_are_deterministic_webdataset(tmp_path: Path) -> None:
@@ -64,9 +64,9 @@ def test_shards_are_deterministic_webdataset(tmp_path: Path) -> None:
     assert len(to_shards(lines, tmp_path / "small", bytes_per_shard=3000).files) > 1
     assert len(open_records(tmp_path / "small")) == 3
     webdataset = pytest.importorskip("webdataset")
-    found = list(webdataset.WebDataset([str(path) for path in done.files], shardshuffle=False))
-    assert [(sample["jpg"], sample["txt"].decode()) for sample in found] == [
-        (picture(number), pairs(3)[number]["desc"]) for number in range(3)
+    samples = list(webdataset.WebDataset([str(path) for path in done.files], shardshuffle=False))
+    assert [(sample["jpg"], sample["txt"].decode()) for sample in samples] == [
+        (picture(index), pairs(3)[index]["desc"]) for index in range(3)
     ]
 
 
@@ -106,15 +106,15 @@ def test_existing_files_stay_and_failures_leave_nothing(
         to_shards(lines, tmp_path / "shards")
     with pytest.raises(StorageError):
         to_lines(lines, lines / "b.jsonl")
-    assert {each.name for each in tmp_path.iterdir()} == {"a.jsonl", ".a.jsonl.index", "empty"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", ".a.jsonl.index", "empty"}
 
 
 @pytest.mark.parametrize("name", ["table.csv", "table.jsonl"])
 def test_tables_of_file_names_carry_their_images(tmp_path: Path, name: str) -> None:
     """Shards and lines hold the images that a table names, relative to its folder."""
-    for number in range(3):
-        (tmp_path / f"{number}.jpg").write_bytes(picture(number))
-    rows = [{"image": f"{number}.jpg", "caption": f"picture {number}"} for number in (0, 1, 2, 9)]
+    for index in range(3):
+        (tmp_path / f"{index}.jpg").write_bytes(picture(index))
+    rows = [{"image": f"{index}.jpg", "caption": f"picture {index}"} for index in (0, 1, 2, 9)]
     rows.append({"image": "0.jpg", "caption": "again"})
     if name.endswith(".csv"):
         (tmp_path / name).write_text(
@@ -128,13 +128,11 @@ def test_tables_of_file_names_carry_their_images(tmp_path: Path, name: str) -> N
         tmp_path / name, tmp_path / "lines.jsonl", quarantine=Quarantine(None, tolerate_bad=0.5)
     )
     assert (done.rows, done.skipped) == (3, 1)
-    expected = [
-        {"binary": base64_picture(number), "desc": f"picture {number}"} for number in range(3)
-    ]
+    expected = [{"binary": base64_picture(index), "desc": f"picture {index}"} for index in range(3)]
     expected[0]["desc"] = ["picture 0", "again"]  # type: ignore[assignment]
-    found = [
+    samples = [
         {key: row[key] for key in ("binary", "desc")} for row in _rows(tmp_path / "lines.jsonl")
     ]
-    assert found == expected
+    assert samples == expected
     to_lines(tmp_path / "shards", tmp_path / "back.jsonl")
     assert _rows(tmp_path / "back.jsonl") == expected

@@ -25,12 +25,12 @@ CONTENTS = [picture(number, size=(12, 8)) for number in range(COUNT)]
 
 
 def table(folder: Path, names: Callable[[int], str]) -> Path:
-    """A table of all images, and of the first once more under another name."""
+    """Write a table of all images, and of the first once more under another name."""
     rows = []
-    for number, content in enumerate([*CONTENTS, CONTENTS[0]]):
-        (folder / names(number)).parent.mkdir(parents=True, exist_ok=True)
-        (folder / names(number)).write_bytes(content)
-        rows.append(f"{names(number)},a cat number {number}\n")
+    for index, content in enumerate([*CONTENTS, CONTENTS[0]]):
+        (folder / names(index)).parent.mkdir(parents=True, exist_ok=True)
+        (folder / names(index)).write_bytes(content)
+        rows.append(f"{names(index)},a cat number {index}\n")
     (folder / "pairs.csv").write_text("image,caption\n" + "".join(rows))
     return folder / "pairs.csv"
 
@@ -38,7 +38,8 @@ def table(folder: Path, names: Callable[[int], str]) -> Path:
 def lines(folder: Path) -> Path:
     folder.mkdir()
     rows = (
-        {"binary": base64.b64encode(each).decode(), "desc": "a cat"} for each in reversed(CONTENTS)
+        {"binary": base64.b64encode(content).decode(), "desc": "a cat"}
+        for content in reversed(CONTENTS)
     )
     return write_lines(folder / "pairs.jsonl", rows)
 
@@ -46,8 +47,8 @@ def lines(folder: Path) -> Path:
 def shard(folder: Path) -> Path:
     folder.mkdir()
     members = {
-        f"{n:03}.{end}": [each, b"a cat"][end == "txt"]
-        for n, each in enumerate(CONTENTS)
+        f"{n:03}.{end}": [content, b"a cat"][end == "txt"]
+        for n, content in enumerate(CONTENTS)
         for end in ("jpg", "txt")
     }
     return write_tar(folder / "0.tar", members)
@@ -75,33 +76,33 @@ def opened(
 
 def test_the_bytes_decide_in_every_form_of_data(tmp_path: Path) -> None:
     """Renamed, copied, reordered, in lines and in shards: the same images are left out, and all others are read."""
-    mask = held_out(COUNT, lambda number: [CONTENTS[number]], SHARE)
+    mask = held_out(COUNT, lambda index: [CONTENTS[index]], SHARE)
     assert 0.1 * COUNT < mask.sum() < 0.3 * COUNT
     expected = {content for content, held in zip(CONTENTS, mask, strict=True) if not held}
-    places = [
-        table(tmp_path / "a", lambda number: f"{number}.jpg"),
-        table(tmp_path / "b", lambda number: f"deep/other-{number * 7}.jpeg"),
+    tables = [
+        table(tmp_path / "a", lambda index: f"{index}.jpg"),
+        table(tmp_path / "b", lambda index: f"deep/other-{index * 7}.jpeg"),
         lines(tmp_path / "c"),
         shard(tmp_path / "d"),
     ]
-    for place in places:
+    for path in tables:
         read: list[bytes] = []
-        stream = opened(place, observer=read.append, batch_size=1)
-        for number in range(len(stream)):
-            stream.batch(number)
-        assert {*read} == expected, place
-    assert len(opened(places[0], share=0).records) == COUNT + 1
+        stream = opened(path, observer=read.append, batch_size=1)
+        for index in range(len(stream)):
+            stream.batch(index)
+        assert {*read} == expected, path
+    assert len(opened(tables[0], share=0).records) == COUNT + 1
 
 
 def test_other_images_change_nothing_between_the_limits() -> None:
-    """What a table holds out, training on a part of it or on more leaves out too."""
+    """Hold out the same images of a table, of a part of it and of a larger one."""
 
     def left_out(images: range, share: float = SHARE) -> set[int]:
         mask = held_out(len(images), lambda row: [CONTENTS[images[row]]], share)
         return {image for image, held in zip(images, mask, strict=True) if held}
 
-    whole = left_out(range(COUNT))
-    assert left_out(range(COUNT // 2)) == whole & {*range(COUNT // 2)}
+    all_left_out = left_out(range(COUNT))
+    assert left_out(range(COUNT // 2)) == all_left_out & {*range(COUNT // 2)}
     assert len(left_out(range(12), 0.01)) == 3
     assert len(left_out(range(COUNT), 0.001)) == 10
 
@@ -111,7 +112,7 @@ def test_other_images_change_nothing_between_the_limits() -> None:
             raise DataError("broken")
         return [CONTENTS[row]]
 
-    assert {*np.flatnonzero(held_out(COUNT + 1, broken, SHARE)).tolist()} == whole
+    assert {*np.flatnonzero(held_out(COUNT + 1, broken, SHARE)).tolist()} == all_left_out
     with pytest.raises(DataError, match="hold_out=0"):
         held_out(3, lambda row: [CONTENTS[0]], SHARE)
 
@@ -135,11 +136,11 @@ def test_texts_have_nothing_to_hold_out(tmp_path: Path) -> None:
 def test_what_loaders_read_is_known_afterwards(workers: int, tmp_path: Path) -> None:
     """Also after a restart, which reads other images, and on top of what initial weights were trained on."""
     path, run, later = (
-        table(tmp_path / "a", lambda number: f"{number}.jpg"),
+        table(tmp_path / "a", lambda index: f"{index}.jpg"),
         tmp_path / "run",
         tmp_path / "later",
     )
-    names = [f"{number}.jpg" for number in range(COUNT)]
+    names = [f"{index}.jpg" for index in range(COUNT)]
     run.mkdir()
     later.mkdir()
 

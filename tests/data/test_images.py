@@ -48,12 +48,12 @@ def _png(
     interlaced: int = 0,
     chunks: tuple[tuple[bytes, bytes], ...] = (),
 ) -> bytes:
-    """A PNG whose header promises this size, followed by the given pixel data."""
+    """Make a PNG of this size in the header, followed by the given pixel data."""
     header = struct.pack(">IIBBBBB", width, height, bits, mode, 0, 0, interlaced)
-    parts = ((b"IHDR", header), *chunks, (b"IDAT", zlib.compress(pixels)), (b"IEND", b""))
+    chunk_list = ((b"IHDR", header), *chunks, (b"IDAT", zlib.compress(pixels)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in parts
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunk_list
     )
 
 
@@ -158,13 +158,13 @@ def test_rows_that_are_missing_are_not_black(mode: int) -> None:
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_what_is_cut_off_is_refused_or_was_nothing(form: str) -> None:
     data = _bytes(_picture(size=(23, 17)).convert("P" if form == "GIF" else "RGB"), form)
-    whole = decode_pixels(data)
-    for kept in {*range(0, len(data), 1 + len(data) // 60), *range(len(data) - 20, len(data))}:
+    complete = decode_pixels(data)
+    for length in {*range(0, len(data), 1 + len(data) // 60), *range(len(data) - 20, len(data))}:
         try:
-            found = decode_pixels(data[:kept])
+            truncated = decode_pixels(data[:length])
         except DataError:
             continue
-        assert torch.equal(found, whole), f"{kept} of {len(data)} bytes"
+        assert torch.equal(truncated, complete), f"{length} of {len(data)} bytes"
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])

@@ -19,20 +19,20 @@ PAD = 1
 def encoded(draw: st.DrawFn) -> EncodedText:
     ids = [0, *draw(st.lists(st.integers(3, 900), min_size=1, max_size=12)), 2]
     positions = sorted(draw(st.sets(st.integers(1, len(ids) - 1), min_size=1)))
-    masked = [999 if place in positions else number for place, number in enumerate(ids)]
-    return EncodedText(ids, masked, positions, [ids[place] for place in positions])
+    masked = [999 if position in positions else index for position, index in enumerate(ids)]
+    return EncodedText(ids, masked, positions, [ids[position] for position in positions])
 
 
 def _check(batch: TextBatch, texts: list[EncodedText]) -> None:
     """Row by row and entry by entry."""
     for row, text in enumerate(texts):
         length, count = len(text.ids), len(text.positions)
-        width, most = batch.input_ids.shape[1], batch.masked_positions.shape[1]
+        width, masked_count = batch.input_ids.shape[1], batch.masked_positions.shape[1]
         assert batch.input_ids[row].tolist() == text.ids + [PAD] * (width - length)
         assert batch.masked_input_ids[row].tolist() == text.masked_ids + [PAD] * (width - length)
         assert batch.attention_mask[row].tolist() == [1] * length + [0] * (width - length)
-        assert batch.masked_positions[row].tolist() == text.positions + [0] * (most - count)
-        assert batch.masked_labels[row].tolist() == text.labels + [-100] * (most - count)
+        assert batch.masked_positions[row].tolist() == text.positions + [0] * (masked_count - count)
+        assert batch.masked_labels[row].tolist() == text.labels + [-100] * (masked_count - count)
     for name in (
         "input_ids",
         "masked_input_ids",
@@ -46,21 +46,24 @@ def _check(batch: TextBatch, texts: list[EncodedText]) -> None:
 
 @given(texts=st.lists(encoded(), min_size=1, max_size=6), more=st.integers(0, 5))
 def test_texts_are_padded(texts: list[EncodedText], more: int) -> None:
-    width, most = max(len(text.ids) for text in texts), max(len(text.positions) for text in texts)
+    width, masked_count = (
+        max(len(text.ids) for text in texts),
+        max(len(text.positions) for text in texts),
+    )
     batch = collate_texts(texts, pad_token_id=PAD)
     assert batch.input_ids.shape[1] == width
-    assert batch.masked_positions.shape[1] == most
+    assert batch.masked_positions.shape[1] == masked_count
     _check(batch, texts)
     _check(batch.prepare(), texts)
-    wide = collate_texts(texts, pad_token_id=PAD, width=width + more, masked=most + more)
+    wide = collate_texts(texts, pad_token_id=PAD, width=width + more, masked=masked_count + more)
     assert wide.input_ids.shape[1] == width + more
     _check(wide, texts)
 
 
 def test_pairs_and_images() -> None:
     rng = np.random.default_rng(0)
-    images = [torch.full((3, 8, 8), float(number)) for number in range(3)]
-    texts = [EncodedText([0, number, 2], [0, 9, 2], [1], [number]) for number in (5, 6, 7)]
+    images = [torch.full((3, 8, 8), float(index)) for index in range(3)]
+    texts = [EncodedText([0, index, 2], [0, 9, 2], [1], [index]) for index in (5, 6, 7)]
     masks = [block_mask(4, 6, 2, rng) for _ in images]
     batch = collate_pairs(images, texts, pad_token_id=PAD, image_ids=[4, 4, 8], patch_masks=masks)
     _check(batch, texts)
@@ -89,7 +92,7 @@ def _samples(counts: list[int]) -> tuple[list[RegionSample], list[list[EncodedTe
         samples.append(
             RegionSample(
                 image=torch.full((3, 4, 4), float(image)),
-                texts=tuple(f"{image} {number}" for number in range(count)),
+                texts=tuple(f"{image} {index}" for index in range(count)),
                 boxes=torch.stack(
                     [torch.full((count,), image / 100), numbers / 10, numbers, numbers], 1
                 ).float(),

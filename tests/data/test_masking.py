@@ -30,25 +30,25 @@ def _mask(
 @given(
     length=st.integers(2, 140),
     probability=st.floats(0.01, 1),
-    most=st.integers(1, 40),
+    max_masked=st.integers(1, 40),
     skipgrams=st.floats(0, 1),
     size=st.integers(1, 6),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_exactly_that_many(
-    length: int, probability: float, most: int, skipgrams: float, size: int, seed: int
+    length: int, probability: float, max_masked: int, skipgrams: float, size: int, seed: int
 ) -> None:
-    options = MaskingOptions(probability, most, skipgrams, size)
+    options = MaskingOptions(probability, max_masked, skipgrams, size)
     masked = _mask(length, options, np.random.default_rng(seed))
-    assert len(masked.positions) == min(most, max(1, round(length * probability)), length - 1)
+    assert len(masked.positions) == min(max_masked, max(1, round(length * probability)), length - 1)
     assert masked.positions == sorted(set(masked.positions))
     assert masked.positions[0] >= 1
     assert masked.positions[-1] < length
-    assert masked.labels == [1000 + place for place in masked.positions]
-    kept = set(range(length)) - set(masked.positions)
-    assert all(masked.masked_ids[place] == 1000 + place for place in kept)
+    assert masked.labels == [1000 + position for position in masked.positions]
+    unmasked = set(range(length)) - set(masked.positions)
+    assert all(masked.masked_ids[position] == 1000 + position for position in unmasked)
     assert len(masked.masked_ids) == length
-    assert all(0 <= number < VOCABULARY for number in masked.masked_ids)
+    assert all(0 <= token < VOCABULARY for token in masked.masked_ids)
     assert masked == _mask(length, options, np.random.default_rng(seed))
 
 
@@ -63,9 +63,9 @@ def _statistics(
         _, ids, positions, labels = _mask(length, options, rng)
         counts.add(len(positions))
         total += len(positions)
-        for place, label in zip(positions, labels, strict=True):
-            fates[0 if ids[place] == MASK else 2 if ids[place] == label else 1] += 1
-            neighbours += place + 1 in positions
+        for position, label in zip(positions, labels, strict=True):
+            fates[0 if ids[position] == MASK else 2 if ids[position] == label else 1] += 1
+            neighbours += position + 1 in positions
         second += 1 in positions
         last += length - 1 in positions
     (count,) = counts
@@ -80,10 +80,10 @@ def _band(expected: np.ndarray, count: int, draws: int) -> np.ndarray:
     """4.5 standard errors of the difference, and the rounding of the official numbers to 3 digits."""
     variance = expected * (1 - expected)
     per_token = np.array([1, 1, 1, 1, 0, 0], dtype=bool)
-    ours, theirs = (np.where(per_token, n * count, n) for n in (draws, OFFICIAL_DRAWS))
+    ours, official_draws = (np.where(per_token, n * count, n) for n in (draws, OFFICIAL_DRAWS))
     # Neighbours of one text depend on each other: their variance is counted by texts.
-    ours[3], theirs[3] = draws, OFFICIAL_DRAWS
-    return 4.5 * np.sqrt(variance * (1 / ours + 1 / theirs)) + 0.0005
+    ours[3], official_draws[3] = draws, OFFICIAL_DRAWS
+    return 4.5 * np.sqrt(variance * (1 / ours + 1 / official_draws)) + 0.0005
 
 
 def test_statistics_are_the_official_ones() -> None:
@@ -112,36 +112,38 @@ def test_statistics_are_the_official_ones() -> None:
 @given(
     words=st.lists(st.integers(1, 5), min_size=1, max_size=20),
     probability=st.floats(0.05, 1),
-    most=st.integers(1, 30),
+    max_masked=st.integers(1, 30),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_whole_words_stay_whole(words: list[int], probability: float, most: int, seed: int) -> None:
-    starts = [True] + [place == 0 for word in words for place in range(word)]
-    options = MaskingOptions(probability, most, whole_word=True)
+def test_whole_words_stay_whole(
+    words: list[int], probability: float, max_masked: int, seed: int
+) -> None:
+    starts = [True] + [position == 0 for word in words for position in range(word)]
+    options = MaskingOptions(probability, max_masked, whole_word=True)
     masked = _mask(len(starts), options, np.random.default_rng(seed), starts)
-    begins = [place for place, start in enumerate(starts) if start and place]
+    begins = [position for position, start in enumerate(starts) if start and position]
     spans = [set(range(a, b)) for a, b in zip(begins, [*begins[1:], len(starts)], strict=True)]
     hidden = [span for span in spans if span & set(masked.positions)]
-    whole = [span for span in hidden if span <= set(masked.positions)]
-    wanted = options.count(len(starts))
+    complete = [span for span in hidden if span <= set(masked.positions)]
+    count = options.count(len(starts))
     assert masked.positions
-    assert len(masked.positions) <= most
-    if len(hidden) > 1 or len(hidden[0]) <= most:
-        assert whole == hidden
-    assert len(masked.positions) <= wanted or len(hidden) == 1
-    assert len(masked.positions) > wanted - max(words)
+    assert len(masked.positions) <= max_masked
+    if len(hidden) > 1 or len(hidden[0]) <= max_masked:
+        assert complete == hidden
+    assert len(masked.positions) <= count or len(hidden) == 1
+    assert len(masked.positions) > count - max(words)
 
 
 def plain_block_mask(
-    grid: int, count: int, least: int, rng: np.random.Generator
+    grid: int, count: int, min_area: int, rng: np.random.Generator
 ) -> NDArray[np.bool_]:
-    """The rule as it is told, on an array."""
+    """Draw by the documented rule, on an array."""
     mask = np.zeros((grid, grid), dtype=bool)
     while mask.sum() < count:
         remaining = count - int(mask.sum())
         accepted = False
         for area, aspect, top, left in rng.random((ATTEMPTS, 4)):
-            target = least + area * (remaining - least)
+            target = min_area + area * (remaining - min_area)
             ratio = math.exp(math.log(0.3) + aspect * (math.log(1 / 0.3) - math.log(0.3)))
             height, width = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
             if height >= grid or width >= grid:
@@ -165,16 +167,18 @@ def plain_block_mask(
 @given(
     grid=st.integers(1, 16),
     share=st.floats(0, 1),
-    least=st.integers(1, 40),
+    min_area=st.integers(1, 40),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_exactly_that_many_and_the_same_as_the_plain_generator(
-    grid: int, share: float, least: int, seed: int
+    grid: int, share: float, min_area: int, seed: int
 ) -> None:
     count = round(share * grid * grid)
-    mask = block_mask(grid, count, least, np.random.default_rng(seed))
+    mask = block_mask(grid, count, min_area, np.random.default_rng(seed))
     assert mask.sum() == count
-    assert np.array_equal(mask, plain_block_mask(grid, count, least, np.random.default_rng(seed)))
+    assert np.array_equal(
+        mask, plain_block_mask(grid, count, min_area, np.random.default_rng(seed))
+    )
 
 
 def _deviations(
@@ -182,34 +186,34 @@ def _deviations(
 ) -> tuple[NDArray[np.float64], float]:
     """In standard errors: of every position's frequency, and of the mean share of neighbours that are both hidden."""
     frequency = np.array(official["position_frequency"])
-    both = 1 / len(masks) + 1 / official["draws"]
+    inverse_draws = 1 / len(masks) + 1 / official["draws"]
     positions = (masks.reshape(len(masks), -1).mean(0) - frequency.flatten()) / np.sqrt(
-        (frequency * (1 - frequency)).flatten() * both
+        (frequency * (1 - frequency)).flatten() * inverse_draws
     )
     pairs = 2 * masks.shape[1] * (masks.shape[1] - 1)
     vertical, horizontal = masks[:, 1:] & masks[:, :-1], masks[:, :, 1:] & masks[:, :, :-1]
     adjacency = (vertical.sum((1, 2)) + horizontal.sum((1, 2))) / pairs
-    spread = official["both_neighbours_masked_std"] * math.sqrt(both)
+    spread = official["both_neighbours_masked_std"] * math.sqrt(inverse_draws)
     return positions, float((adjacency.mean() - official["both_neighbours_masked_mean"]) / spread)
 
 
 @pytest.mark.parametrize(
-    ("case", "grid", "count", "least"),
+    ("case", "grid", "count", "min_area"),
     [("grid14_masked75_min16", 14, 75, 16), ("grid4_masked6_min2", 4, 6, 2)],
 )
 def test_block_statistics_are_the_official_ones(
-    case: str, grid: int, count: int, least: int
+    case: str, grid: int, count: int, min_area: int
 ) -> None:
     official = load_json("masking/stats")[case]
     rng = np.random.default_rng(20)
-    masks = np.stack([block_mask(grid, count, least, rng) for _ in range(DRAWS)]).reshape(
+    masks = np.stack([block_mask(grid, count, min_area, rng) for _ in range(DRAWS)]).reshape(
         -1, grid, grid
     )
     positions, mean = _deviations(masks, official)
     assert np.abs(positions).max() < 4.5
     assert abs(mean) < 4
     smaller = np.stack(
-        [block_mask(grid, count, max(least // 2, 1), rng) for _ in range(4000)]
+        [block_mask(grid, count, max(min_area // 2, 1), rng) for _ in range(4000)]
     ).reshape(-1, grid, grid)
     assert abs(_deviations(smaller, official)[1]) > 4, (
         "the band does not tell blocks of another size"

@@ -36,19 +36,19 @@ def test_a_recipe_has_every_option_of_a_stream() -> None:
 def test_fields_and_folders_of_a_recipe_reach_the_reader(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     rows = []
-    for number in range(50):
-        (tmp_path / "images" / f"{number}.jpg").write_bytes(picture(number))
-        rows.append({"file": f"{number}.jpg", "said": pair(number)["desc"]})
+    for index in range(50):
+        (tmp_path / "images" / f"{index}.jpg").write_bytes(picture(index))
+        rows.append({"file": f"{index}.jpg", "said": pair(index)["desc"]})
     write_lines(tmp_path / "pairs_train.jsonl", rows)
     write_lines(tmp_path / "plain.jsonl", pairs(50))
     more = ["streams.regions=null", "streams.text=null"]
-    named = [
-        f"streams.pairs.{given}"
-        for given in ("image_key=file", "caption_key=said", "image_root=images")
+    settings = [
+        f"streams.pairs.{setting}"
+        for setting in ("image_key=file", "caption_key=said", "image_root=images")
     ]
-    with join_processes("cpu") as place:
-        by_path = open_sources(_recipe(tmp_path, *more, *named), place)["pairs"].batch(0)
+    with join_processes("cpu") as processes:
+        by_path = open_sources(_recipe(tmp_path, *more, *settings), processes)["pairs"].batch(0)
         plain = _recipe(tmp_path, *more, "streams.pairs.paths=plain.jsonl")
-        inside = open_sources(plain, place)["pairs"].batch(0)
+        inside = open_sources(plain, processes)["pairs"].batch(0)
     assert by_path.image.equal(inside.image)
     assert by_path.input_ids.equal(inside.input_ids)

@@ -18,16 +18,16 @@ from xfm_fast.data.streams import permuted, replacement, shuffled
 def test_an_epoch_visits_every_row_once(
     count: int, seed: int, epoch: int, window: int | None
 ) -> None:
-    assert sorted(shuffled(place, count, seed, epoch, window) for place in range(count)) == list(
-        range(count)
-    )
+    assert sorted(
+        shuffled(position, count, seed, epoch, window) for position in range(count)
+    ) == list(range(count))
 
 
 def test_orders_of_few_rows_are_about_equally_likely() -> None:
     seeds = 6000
     for count in (3, 4):
         seen = Counter(
-            tuple(shuffled(place, count, seed, 0) for place in range(count))
+            tuple(shuffled(position, count, seed, 0) for position in range(count))
             for seed in range(seeds)
         )
         expected = seeds / factorial(count)
@@ -38,21 +38,21 @@ def test_orders_of_few_rows_are_about_equally_likely() -> None:
 
 
 def test_large_numbers_of_rows() -> None:
-    places = [permuted(place, 10**12, 7) for place in range(1000)]
-    assert len(set(places)) == 1000
-    assert 0 <= min(places) < 10**11
-    assert 9 * 10**11 < max(places) < 10**12
+    positions = [permuted(position, 10**12, 7) for position in range(1000)]
+    assert len(set(positions)) == 1000
+    assert 0 <= min(positions) < 10**11
+    assert 9 * 10**11 < max(positions) < 10**12
 
 
 def test_a_window_reads_few_runs_at_a_time() -> None:
     count, window = 6400, 640
-    order = [shuffled(place, count, 1, 0, window) for place in range(count)]
+    order = [shuffled(position, count, 1, 0, window) for position in range(count)]
     run = window // 32
     for start in range(0, count, window):
-        part = order[start : start + window]
-        assert len({row // run for row in part}) == 32
+        block = order[start : start + window]
+        assert len({row // run for row in block}) == 32
         # Within the window rows are mixed: neighbours rarely stay together.
-        assert sum(abs(a - b) == 1 for a, b in zip(part, part[1:], strict=False)) < 30
+        assert sum(abs(a - b) == 1 for a, b in zip(block, block[1:], strict=False)) < 30
     # Runs themselves come from all over the file.
     assert max(order[:window]) - min(order[:window]) > count * 0.7
 

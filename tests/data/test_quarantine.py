@@ -21,7 +21,7 @@ def _entries(path: Path) -> list[dict[str, object]]:
 
 
 def _file(path: Path, rows: int = 1000) -> LineFile:
-    return LineFile(write_lines(path, ({"a": number} for number in range(rows))))
+    return LineFile(write_lines(path, ({"a": index} for index in range(rows))))
 
 
 def test_an_entry_says_what_and_where(tmp_path: Path) -> None:
@@ -98,8 +98,8 @@ def test_processes_write_together(tmp_path: Path) -> None:
     _file(tmp_path / "a.jsonl", 100)
     # Forked, since importing everything anew would take most of the time of this file.
     processes = [
-        get_context("fork").Process(target=_write_many, args=(number, tmp_path))
-        for number in range(3)
+        get_context("fork").Process(target=_write_many, args=(index, tmp_path))
+        for index in range(3)
     ]
     for process in processes:
         process.start()

@@ -29,12 +29,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 def _plain(path: Path) -> list[tuple[int, object]]:
-    """The twin: the whole file, line by line."""
+    """Read the whole file line by line: the slow twin."""
     text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     return [
-        (number, json.loads(line))
-        for number, line in enumerate(text.split(b"\n"), 1)
-        if line.strip()
+        (index, json.loads(line)) for index, line in enumerate(text.split(b"\n"), 1) if line.strip()
     ]
 
 
@@ -128,17 +126,17 @@ FOREIGN: dict[str, Callable[[np.ndarray], Any]] = {
 
 
 @pytest.mark.parametrize("change", FOREIGN.values(), ids=FOREIGN)
-@pytest.mark.parametrize("kind", ["lines", "shard"])
+@pytest.mark.parametrize("name", ["lines", "shard"])
 def test_foreign_indexes_are_made_again(
-    tmp_path: Path, kind: str, change: Callable[[np.ndarray], Any]
+    tmp_path: Path, name: str, change: Callable[[np.ndarray], Any]
 ) -> None:
-    if kind == "lines":
+    if name == "lines":
         path = write_lines(tmp_path / "a.jsonl", pairs(3))
     else:
         path = write_tar(
             tmp_path / "a.tar", {f"{n}.json": json.dumps({"n": n}).encode() for n in range(3)}
         )
-    opened = LineFile if kind == "lines" else ShardFile
+    opened = LineFile if name == "lines" else ShardFile
     expected = _all(opened(path))
     _indexed(path, change)
     assert _all(opened(path)) == expected
@@ -179,28 +177,28 @@ def test_paths(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     for name in ("part-1", "part-0", "_SUCCESS", ".part-0.index", "b/x.jsonl", "c,d.jsonl"):
         (tmp_path / name).write_text("{}")
-    parts = [tmp_path / "c,d.jsonl", tmp_path / "part-0", tmp_path / "part-1"]
-    assert find_files(tmp_path) == parts
+    paths = [tmp_path / "c,d.jsonl", tmp_path / "part-0", tmp_path / "part-1"]
+    assert find_files(tmp_path) == paths
     assert find_files(f"{tmp_path}/part-*, {tmp_path}/b") == [
-        *parts[1:],
+        *paths[1:],
         tmp_path / "b" / "x.jsonl",
     ]
-    assert find_files([tmp_path / "part-1", f"{tmp_path}/c,d.jsonl"]) == [parts[2], parts[0]]
+    assert find_files([tmp_path / "part-1", f"{tmp_path}/c,d.jsonl"]) == [paths[2], paths[0]]
     for wrong in (f"{tmp_path}/absent*", [tmp_path / "part-0", tmp_path], []):
         with pytest.raises(DataError):
             find_files(wrong)
 
 
-def _sample(number: int) -> dict[str, bytes]:
+def _sample(index: int) -> dict[str, bytes]:
     return {
-        f"{number:04d}.jpg": picture(number),
-        f"{number:04d}.txt": f"picture {number}".encode(),
-        f"{number:04d}.json": json.dumps({"id": number}).encode(),
+        f"{index:04d}.jpg": picture(index),
+        f"{index:04d}.txt": f"picture {index}".encode(),
+        f"{index:04d}.json": json.dumps({"id": index}).encode(),
     }
 
 
 def _members(count: int) -> dict[str, bytes]:
-    return {name: content for number in range(count) for name, content in _sample(number).items()}
+    return {name: content for index in range(count) for name, content in _sample(index).items()}
 
 
 def _samples(file: ShardFile) -> list[tuple[str, dict[str, bytes]]]:
@@ -208,31 +206,31 @@ def _samples(file: ShardFile) -> list[tuple[str, dict[str, bytes]]]:
 
 
 def _webdataset(path: Path) -> list[tuple[str, dict[str, bytes]]]:
-    """The twin: the archive read from front to back."""
+    """Read the archive from front to back: the slow twin."""
     out: list[tuple[str, dict[str, bytes]]] = []
     with tarfile.open(path) as archive:
         for member in archive:
-            parts = re.fullmatch(r"((?:.*/)?[^/.]+)\.([^/]+)", member.name, re.DOTALL)
-            if not member.isreg() or parts is None:
+            paths = re.fullmatch(r"((?:.*/)?[^/.]+)\.([^/]+)", member.name, re.DOTALL)
+            if not member.isreg() or paths is None:
                 continue
-            if not out or out[-1][0] != parts[1]:
-                out.append((parts[1], {}))
+            if not out or out[-1][0] != paths[1]:
+                out.append((paths[1], {}))
             file = archive.extractfile(member)
             assert file is not None
-            out[-1][1][parts[2].lower()] = file.read()
+            out[-1][1][paths[2].lower()] = file.read()
     return out
 
 
 def test_samples_become_records(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", _members(3))
     with tarfile.open(path, "a") as archive:
-        for name, kind in (
+        for name, file_format in (
             ("0003.jpg", tarfile.DIRTYPE),
             ("link.jpg", tarfile.SYMTYPE),
             ("README", tarfile.REGTYPE),
         ):
             info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "0000.jpg"
+            info.type, info.linkname = file_format, "0000.jpg"
             archive.addfile(info)
     file = ShardFile(path, image_key="img", caption_key="text")
     assert len(file) == 3
@@ -253,7 +251,7 @@ def test_any_shard_reads_as_from_front_to_back(
     tmp_path_factory: pytest.TempPathFactory, samples: dict[str, dict[str, bytes]]
 ) -> None:
     members = {
-        f"{key}.{suffix}": data for key, each in samples.items() for suffix, data in each.items()
+        f"{key}.{suffix}": data for key, files in samples.items() for suffix, data in files.items()
     }
     path = write_tar(tmp_path_factory.mktemp("shards") / "a.tar", members)
     assert _samples(ShardFile(path)) == _webdataset(path)
@@ -264,11 +262,11 @@ def test_any_shard_reads_as_from_front_to_back(
 def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", _members(4))
     with tarfile.open(path) as archive:
-        place = archive.getmember("0002.jpg").offset
-    whole = bytearray(path.read_bytes())
-    whole[place : place + 200] = b"\xaa" * 200
-    path.write_bytes(whole)
-    with pytest.raises(DataError, match=f"{place:,}"):
+        offset = archive.getmember("0002.jpg").offset
+    content = bytearray(path.read_bytes())
+    content[offset : offset + 200] = b"\xaa" * 200
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"{offset:,}"):
         len(ShardFile(path))
 
 

@@ -27,13 +27,13 @@ GRID = SIZE // PATCH
 
 @st.composite
 def records(draw: st.DrawFn) -> tuple[dict[str, Any], np.ndarray]:
-    """A record of valid boxes, and an image of its size."""
+    """Draw a record of valid boxes, and an image of its size."""
     width, height = draw(st.integers(2, 60)), draw(st.integers(2, 60))
     elements = []
-    for number in range(draw(st.integers(1, 7))):
+    for index in range(draw(st.integers(1, 7))):
         x, y = draw(st.integers(0, width - 1)), draw(st.integers(0, height - 1))
         w, h = draw(st.integers(1, width - x)), draw(st.integers(1, height - y))
-        elements.append({"bb": [x, y, w, h], "caption": f"thing {number}"})
+        elements.append({"bb": [x, y, w, h], "caption": f"thing {index}"})
     record: dict[str, Any] = {"elems": elements}
     if draw(st.booleans()):
         record["caption"] = "everything"
@@ -52,14 +52,14 @@ def test_invariants(made: tuple[dict[str, Any], np.ndarray], seed: int, most: in
     record, image = made
     sample = _sample(record, image, seed, max_regions=most)
     count = len(sample.texts)
-    whole = int("caption" in record)
-    assert whole <= count <= most
-    assert count >= min(most, whole + 1), "the element that was cropped around is seen whole"
+    captions = int("caption" in record)
+    assert captions <= count <= most
+    assert count >= min(most, captions + 1), "the element that was cropped around is seen whole"
     assert sample.image.shape == (3, SIZE, SIZE)
     assert sample.boxes.shape == (count, 4)
     assert sample.region_mask.shape == (count, 1 + GRID**2)
-    assert sample.is_image.tolist() == [True] * whole + [False] * (count - whole)
-    assert sample.texts[:whole] == ("everything",) * whole
+    assert sample.is_image.tolist() == [True] * captions + [False] * (count - captions)
+    assert sample.texts[:captions] == ("everything",) * captions
     assert len(set(sample.texts)) == count, "no element comes twice"
     assert not sample.skipped
     low, high = (
@@ -71,7 +71,7 @@ def test_invariants(made: tuple[dict[str, Any], np.ndarray], seed: int, most: in
     assert (sample.boxes[:, 2:] > 0).all()
     assert sample.region_mask[:, 0].all()
     assert sample.region_mask[:, 1:].any(1).all()
-    if whole:
+    if captions:
         assert sample.boxes[0].tolist() == [0.5, 0.5, 1, 1]
         assert sample.region_mask[0].all()
     again = _sample(record, image, seed, max_regions=most)
@@ -88,15 +88,18 @@ def test_patches_are_those_that_share_area_with_the_box(
     numbers: tuple[int, int, int, int], frame: tuple[int, int], grid: int
 ) -> None:
     x, y, w, h = numbers
-    box, whole = Rectangle(x, y, w, h), Rectangle(0, 0, x + w + frame[0] - 1, y + h + frame[1] - 1)
-    width, height = Fraction(int(whole.w), grid), Fraction(int(whole.h), grid)
+    box, captions = (
+        Rectangle(x, y, w, h),
+        Rectangle(0, 0, x + w + frame[0] - 1, y + h + frame[1] - 1),
+    )
+    width, height = Fraction(int(captions.w), grid), Fraction(int(captions.h), grid)
     expected = [
         min(x + w, (column + 1) * width) > max(x, column * width)
         and min(y + h, (row + 1) * height) > max(y, row * height)
         for row in range(grid)
         for column in range(grid)
     ]
-    mask = patch_mask(box, whole, grid)
+    mask = patch_mask(box, captions, grid)
     assert mask.tolist() == [True, *expected]
     assert mask[1:].any()
 

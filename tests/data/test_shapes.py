@@ -42,7 +42,7 @@ each_split = pytest.mark.parametrize("split", SPLITS)
 
 
 def _is(thing: Thing, noun: str) -> bool:
-    """Whether every word of "small red circle" is true of the object; "object" is true of all."""
+    """Return whether every word of "small red circle" is true of the object; "object" is true of all."""
     words = [word for word in noun.split() if word not in ("a", "an", "the", "object")]
     return all(word in (thing.size, thing.colour, thing.texture, thing.shape) for word in words)
 
@@ -53,13 +53,13 @@ def _stands(a: Thing, relation: str, b: Thing) -> bool:
     return distances[CANON.get(relation, relation)] >= 8
 
 
-def _meant(made: Scene, expression: str) -> list[Thing]:
-    noun, *rest = RELATION.split(expression, maxsplit=1)
-    things = [thing for thing in made.things if _is(thing, noun)]
-    if not rest:
+def _meant(current: Scene, expression: str) -> list[Thing]:
+    noun, *words = RELATION.split(expression, maxsplit=1)
+    things = [thing for thing in current.things if _is(thing, noun)]
+    if not words:
         return things
-    relation, anchor = rest
-    anchors = _meant(made, anchor)
+    relation, anchor = words
+    anchors = _meant(current, anchor)
     assert len(anchors) == 1, expression
     return [
         thing
@@ -69,7 +69,7 @@ def _meant(made: Scene, expression: str) -> list[Thing]:
 
 
 def test_a_scene_follows_from_seed_split_and_index() -> None:
-    """A change of the generator would silently change every dataset of a given seed."""
+    """Pin the generator, whose change would silently change every dataset of a seed."""
     assert scene(0, 0, "train") == Scene(
         things=(
             Thing("triangle", "yellow", "large", "plain", 36, 38, 25),
@@ -92,16 +92,16 @@ def test_a_scene_follows_from_seed_split_and_index() -> None:
 
 @each_split
 def test_objects_lie_apart_and_show_the_combinations_of_their_split(split: Split) -> None:
-    foreign = set().union(*(HELD_OUT[other] for other in SPLITS if other != split))
+    foreign = set().union(*(HELD_OUT[name] for name in SPLITS if name != split))
     seen: set[tuple[str, str]] = set()
     for index in range(300):
-        made = scene(3, index, split)
-        pairs = {(thing.colour, thing.shape) for thing in made.things}
+        current = scene(3, index, split)
+        pairs = {(thing.colour, thing.shape) for thing in current.things}
         assert not pairs & foreign
         assert not HELD_OUT[split] or pairs & HELD_OUT[split]
         seen |= pairs
         cover = np.zeros((CANVAS, CANVAS), int)
-        for thing in made.things:
+        for thing in current.things:
             assert min(thing.x, thing.y) >= 1
             assert max(thing.x, thing.y) + thing.side < CANVAS
             cover[
@@ -114,33 +114,36 @@ def test_objects_lie_apart_and_show_the_combinations_of_their_split(split: Split
 
 @each_split
 def test_references_and_answers_are_right(split: Split) -> None:
-    for made in SCENES[split]:
-        for index, thing in enumerate(made.things):
+    for current in SCENES[split]:
+        for index, thing in enumerate(current.things):
             assert all(
-                _meant(made, str(reference)) == [thing] for reference in references(made, index)
+                _meant(current, str(reference)) == [thing]
+                for reference in references(current, index)
             )
-        for question, answer in questions(made, split):
+        for question, answer in questions(current, split):
             assert answer in ANSWERS
-            assert answer == _answer(made, question), question
+            assert answer == _answer(current, question), question
 
 
-def _answer(made: Scene, question: str) -> str:
+def _answer(current: Scene, question: str) -> str:
     if question == "how many objects are there":
-        return NUMBERS[len(made.things)]
+        return NUMBERS[len(current.things)]
     if match := re.fullmatch("is there (?:a|an) (.*)", question):
-        return "yes" if _meant(made, match[1]) else "no"
+        return "yes" if _meant(current, match[1]) else "no"
     if match := re.fullmatch("what (color|size|shape) is the (.*)", question):
-        (thing,) = _meant(made, match[2])
+        (thing,) = _meant(current, match[2])
         return {"color": thing.colour, "size": thing.size, "shape": thing.shape}[match[1]]
     if match := re.fullmatch("what shape is (left of|right of|above|below) the (.*)", question):
-        (anchor,) = _meant(made, match[2])
+        (anchor,) = _meant(current, match[2])
         (thing,) = [
-            one for one in made.things if one is not anchor and _stands(one, match[1], anchor)
+            candidate
+            for candidate in current.things
+            if candidate is not anchor and _stands(candidate, match[1], anchor)
         ]
         return thing.shape
     match = re.fullmatch("is the (.*) (left of|right of|above|below) the (.*)", question)
     assert match, question
-    (a,), (b,) = _meant(made, match[1]), _meant(made, match[3])
+    (a,), (b,) = _meant(current, match[1]), _meant(current, match[3])
     return "yes" if _stands(a, match[2], b) else "no"
 
 
@@ -164,14 +167,14 @@ def _read(path: Path) -> Any:
 def test_files_of_a_split(world: Path, split: Split) -> None:
     scenes = [scene(4, index, split) for index in range(COUNTS[split])]
     pairs = _read(world / f"pairs_{split}.jsonl")
-    assert [row["desc"] for row in pairs] == [captions(made) for made in scenes]
+    assert [row["desc"] for row in pairs] == [captions(current) for current in scenes]
     boxes: dict[str, dict[str, list[int]]] = {}
-    for row, made in zip(pairs, scenes, strict=True):
+    for row, current in zip(pairs, scenes, strict=True):
         picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(row["binary"]))))
-        assert np.array_equal(picture, render(made))
-        places = enumerate(made.things)
+        assert np.array_equal(picture, render(current))
+        things = enumerate(current.things)
         boxes[row["binary"]] = {
-            str(ref): [*pixel_box(thing)] for i, thing in places for ref in references(made, i)
+            str(ref): [*pixel_box(thing)] for i, thing in things for ref in references(current, i)
         }
     assert not {row["binary"] for row in pairs} & {
         row["binary"] for row in _read(world / f"images_{split}.jsonl")

@@ -35,38 +35,42 @@ CONFIG, TOKENIZER = tiny_config(), tiny_tokenizer()
 SHORT: dict[str, Any] = {"max_tokens": 40, "masking": MaskingOptions(0.15, 5)}
 
 
-def _open(kind: str, data: Any, **given: Any) -> Stream[Any]:
-    given = {"tokenizer": TOKENIZER, "config": CONFIG, "batch_size": 4, "seed": 1, **given}
-    options = {name: given.pop(name) for name in STREAM_KINDS[kind].model_fields if name in given}
-    return Stream(data, STREAM_KINDS[kind](**options), **given)
+def _open(kind: str, data: Any, **arguments: Any) -> Stream[Any]:
+    arguments = {"tokenizer": TOKENIZER, "config": CONFIG, "batch_size": 4, "seed": 1, **arguments}
+    options = {
+        name: arguments.pop(name) for name in STREAM_KINDS[kind].model_fields if name in arguments
+    }
+    return Stream(data, STREAM_KINDS[kind](**options), **arguments)
 
 
-def _pairs(data: Any, **given: Any) -> Stream[PairBatch]:
-    return _open("pairs", data, **given)
+def _pairs(data: Any, **options: Any) -> Stream[PairBatch]:
+    return _open("pairs", data, **options)
 
 
-def _texts(data: Any, **given: Any) -> Stream[TextBatch]:
-    return _open("text", data, **SHORT | given)
+def _texts(data: Any, **options: Any) -> Stream[TextBatch]:
+    return _open("text", data, **SHORT | options)
 
 
 def _numbers(batch: TextBatch) -> list[int]:
-    """The numbers that the texts of these tests are written with."""
+    """Return the numbers in the texts of these tests."""
     return [int(TOKENIZER.decode(row).split()[-1]) for row in batch.input_ids.tolist()]
 
 
 def _numbered(count: int) -> list[dict[str, Any]]:
-    return [{"desc": f"a cat {number}"} for number in range(count)]
+    return [{"desc": f"a cat {index}"} for index in range(count)]
 
 
 def _same(first: Batch, second: Batch) -> bool:
-    pairs_of = [(getattr(first, each.name), getattr(second, each.name)) for each in fields(first)]
+    pairs_of = [
+        (getattr(first, batch.name), getattr(second, batch.name)) for batch in fields(first)
+    ]
     tensors = [(a, b) for a, b in pairs_of if isinstance(a, Tensor)]
     assert tensors
     return all(torch.equal(a, b) for a, b in tensors)
 
 
 def _sources(tmp_path: Path) -> dict[str, Stream[Any]]:
-    regions = write_lines(tmp_path / "regions.jsonl", (region(number) for number in range(12)))
+    regions = write_lines(tmp_path / "regions.jsonl", (region(index) for index in range(12)))
     pictures = write_lines(tmp_path / "pairs.jsonl", pairs(12))
     texts = write_lines(tmp_path / "texts.jsonl", _numbered(12))
     return {
@@ -79,18 +83,18 @@ def _sources(tmp_path: Path) -> dict[str, Stream[Any]]:
 
 def test_a_batch_depends_on_nothing_but_its_number(tmp_path: Path) -> None:
     for source in _sources(tmp_path).values():
-        expected = [source.batch(number) for number in range(5)]
+        expected = [source.batch(index) for index in range(5)]
         torch.manual_seed(123)
         assert _same(source.batch(3), expected[3])
         again = pickle.loads(pickle.dumps(source))
-        assert all(_same(again.batch(number), expected[number]) for number in (4, 0, 2))
+        assert all(_same(again.batch(index), expected[index]) for index in (4, 0, 2))
         # Epochs and places differ.
         assert not _same(source.batch(0), source.batch(len(source)))
 
 
 def test_epochs_visit_every_row_once(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", _numbered(10))
-    write_lines(tmp_path / "b.jsonl", [{"desc": f"a cat {number}"} for number in range(10, 16)])
+    write_lines(tmp_path / "b.jsonl", [{"desc": f"a cat {index}"} for index in range(10, 16)])
     for window in (None, 4):
         source = _texts([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], window=window)
         assert len(source) == 4
@@ -109,12 +113,12 @@ def test_epochs_visit_every_row_once(tmp_path: Path) -> None:
 
 def test_ranks_share_the_global_batch(tmp_path: Path) -> None:
     data = write_lines(tmp_path / "a.jsonl", pairs(16))
-    whole = _pairs(data, batch_size=8)
-    parts = [_pairs(data, batch_size=2, rank=rank, world_size=4) for rank in range(4)]
-    assert {len(part) for part in parts} == {len(whole)}
-    for number in range(3):
-        together = torch.cat([part.batch(number).image for part in parts])
-        assert torch.equal(together, whole.batch(number).image)
+    single = _pairs(data, batch_size=8)
+    ranks = [_pairs(data, batch_size=2, rank=rank, world_size=4) for rank in range(4)]
+    assert {len(shard) for shard in ranks} == {len(single)}
+    for index in range(3):
+        together = torch.cat([shard.batch(index).image for shard in ranks])
+        assert torch.equal(together, single.batch(index).image)
 
 
 def test_workers_give_the_same_batches(tmp_path: Path) -> None:
@@ -122,13 +126,13 @@ def test_workers_give_the_same_batches(tmp_path: Path) -> None:
         plain = load_batches(source, start=2)
         expected = [next(plain) for _ in range(5)]
         loaded = load_batches(source, start=2, workers=2)
-        assert all(_same(next(loaded), each) for each in expected)
+        assert all(_same(next(loaded), batch) for batch in expected)
         loaded.close()  # type: ignore[attr-defined]
     assert not [child for child in multiprocessing.active_children() if child.is_alive()]
 
 
 def test_a_signal_to_all_processes_leaves_the_workers(tmp_path: Path) -> None:
-    """The main process ends the run when its step is done, and for that needs batches."""
+    """Keep workers alive: the main process finishes its step, and needs batches for it."""
     source = _sources(tmp_path)["pairs"]
     plain, loaded = load_batches(source), load_batches(source, workers=2)
     assert _same(next(loaded), next(plain))
@@ -153,9 +157,9 @@ def test_broken_rows_are_replaced_and_listed(tmp_path: Path) -> None:
     data = write_lines(tmp_path / "a.jsonl", rows)
     list_file = tmp_path / "q.jsonl"
     source = _texts(data, batch_size=10, quarantine=list_file)
-    batches = [source.batch(number) for number in range(len(source))]
+    batches = [source.batch(index) for index in range(len(source))]
     assert all(len(set(_numbers(batch))) == 10 for batch in batches)
-    seen = [number for batch in batches for number in _numbers(batch)]
+    seen = [index for batch in batches for index in _numbers(batch)]
     assert set(seen) <= set(range(400)) - set(broken)
     # Those that stand in for broken rows come a second time in this epoch.
     assert len(seen) - len(set(seen)) == 4
@@ -163,7 +167,7 @@ def test_broken_rows_are_replaced_and_listed(tmp_path: Path) -> None:
     assert sorted(entry["row"] for entry in listed) == [row + 1 for row in broken]
     # Another process, which knows nothing of them, gives the same batches; nothing is listed twice.
     again = _texts(data, batch_size=10, quarantine=list_file)
-    assert all(_same(again.batch(number), batches[number]) for number in range(len(source)))
+    assert all(_same(again.batch(index), batches[index]) for index in range(len(source)))
     assert len(list_file.read_text().splitlines()) == 4
 
 
@@ -171,8 +175,8 @@ def test_ids_that_were_made_before_are_not_made_again() -> None:
     text = "picture number 3 of a cat"
     (ids,) = TOKENIZER.encode_ids([text], 40)
     plain = {"binary": base64_picture(0), "desc": text}
-    for given in (ids, ids[1:-1]):
-        tokenised = {"binary": base64_picture(0), "input_ids": given}
+    for options in (ids, ids[1:-1]):
+        tokenised = {"binary": base64_picture(0), "input_ids": options}
         assert _same(
             _pairs([tokenised], batch_size=1).batch(0), _pairs([plain], batch_size=1).batch(0)
         )

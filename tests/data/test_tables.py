@@ -144,12 +144,14 @@ def test_sets_that_datasets_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "datasets", library)
     _text(tmp_path / "dataset_dict.json", json.dumps({"splits": ["train"]}))
     (rows,) = text_rows(tmp_path, glue="mnli", split="val")
-    assert [(each.text, each.text2, each.label, each.index) for each in rows.records()] == [
+    assert [
+        (record.text, record.text2, record.label, record.index) for record in rows.records()
+    ] == [
         ("a", "c", "contradiction", 0),
         ("b", "d", None, 1),
     ]
-    (own,) = text_rows(tmp_path, split="validation_matched", columns={"text": "hypothesis"})
-    assert own.read(0).text == "c"
+    (renamed,) = text_rows(tmp_path, split="validation_matched", columns={"text": "hypothesis"})
+    assert renamed.read(0).text == "c"
     with pytest.raises(DataError, match=r"'train'.*validation_matched"):
         text_rows(tmp_path, split="train")
 
@@ -167,7 +169,7 @@ def test_class_folders(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture(0))
     (rows,) = image_rows(tmp_path)
-    assert [(Path(each.image).name, each.label) for each in rows.records()] == [
+    assert [(Path(record.image).name, record.label) for record in rows.records()] == [
         ("b.jpg", "10"),
         ("a.png", "10"),
         ("A.JPEG", "9"),

@@ -30,8 +30,8 @@ def _write(path: Path, content: Any) -> Path:
 
 
 def _karpathy(path: Path) -> Path:
-    def image(number: int, split: str, *captions: str) -> dict[str, Any]:
-        names = {"filepath": "val2014", "filename": f"{number}.jpg", "cocoid": number}
+    def image(index: int, split: str, *captions: str) -> dict[str, Any]:
+        names = {"filepath": "val2014", "filename": f"{index}.jpg", "cocoid": index}
         return {
             **names,
             "split": split,
@@ -59,13 +59,13 @@ def _folder(path: Path) -> Path:
 def test_karpathy_splits(tmp_path: Path) -> None:
     path = _karpathy(tmp_path)
     (train,) = retrieval_rows(path, split="train")
-    assert [(each.image, each.caption, each.image_id) for each in train.records()] == [
+    assert [(record.image, record.caption, record.image_id) for record in train.records()] == [
         ("val2014/1.jpg", "a cat", 1),
         ("val2014/1.jpg", "one cat", 1),
         ("val2014/2.jpg", "a dog", 2),
     ]
     (test,) = retrieval_test_rows(path, split="test")
-    assert [(each.image, each.caption) for each in test.records()] == [
+    assert [(record.image, record.caption) for record in test.records()] == [
         ("val2014/3.jpg", ("a cow", "cows"))
     ]
     with pytest.raises(DataError, match=r"'val'.*restval"):
@@ -77,13 +77,13 @@ def test_karpathy_splits(tmp_path: Path) -> None:
 def test_captions_beside_images(tmp_path: Path) -> None:
     folder = _folder(tmp_path)
     (train,) = retrieval_rows(folder)
-    captions = [(Path(each.image).name, each.caption) for each in train.records()]
+    captions = [(Path(record.image).name, record.caption) for record in train.records()]
     assert captions == [("a.jpg", "a cat"), ("a.jpg", "one cat"), ("b.jpg", "a dog")]
     assert train.label(1) == "a.txt:3"
     assert train.notes == (f"{folder}: 1 images without captions were left out (c.jpg)",)
     assert (tmp_path / "anywhere" / train.read(0).image).is_file()
     (test,) = retrieval_test_rows(folder)
-    assert [len(each.caption) for each in test.records()] == [2, 1]
+    assert [len(record.caption) for record in test.records()] == [2, 1]
 
 
 def test_coco_captions(tmp_path: Path) -> None:
@@ -97,12 +97,12 @@ def test_coco_captions(tmp_path: Path) -> None:
     (train,) = captioning_rows(path)
     assert (train.read(0).image, train.read(0).caption, train.read(0).identity) == ("8.jpg", "a", 8)
     (test,) = captioning_test_rows(path)
-    assert [(each.image, each.caption) for each in test.records()] == [
+    assert [(record.image, record.caption) for record in test.records()] == [
         ("8.jpg", ("a", "c")),
         ("7.jpg", ("b",)),
     ]
     (alone,) = captioning_test_rows(_write(tmp_path / "b.json", {"images": images}))
-    assert [each.identity for each in alone.records()] == [7, 8]
+    assert [record.identity for record in alone.records()] == [7, 8]
     stray = _write(
         tmp_path / "c.json", {"images": images, "annotations": [{"image_id": 9, "caption": "a"}]}
     )
@@ -117,9 +117,7 @@ def _vqa(
     people: tuple[str, ...] = ("yes",) * 7 + ("no", "", ""),
 ) -> Path:
     path.mkdir(exist_ok=True)
-    questions = [
-        {"image_id": 9, "question": "is it?", "question_id": number} for number in (90, 91)
-    ]
+    questions = [{"image_id": 9, "question": "is it?", "question_id": index} for index in (90, 91)]
     questions.append({"question": "where is it?", "question_id": 92})
     _write(path / "v2_questions.json", {"questions": questions, "data_subtype": subtype})
     answers = [
@@ -179,14 +177,14 @@ def test_lines_of_nlvr2(tmp_path: Path) -> None:
 
 
 def _refer(folder: Path) -> tuple[Path, Path]:
-    def ref(number: int, split: str, *sentences: str) -> dict[str, Any]:
+    def ref(index: int, split: str, *sentences: str) -> dict[str, Any]:
         said = [
-            {"tokens": each.split(), "raw": each.upper(), "sent": each, "sent_id": 0}
-            for each in sentences
+            {"tokens": record.split(), "raw": record.upper(), "sent": record, "sent_id": 0}
+            for record in sentences
         ]
         return {
-            "ref_id": number,
-            "ann_id": 10 + number,
+            "ref_id": index,
+            "ann_id": 10 + index,
             "image_id": 7,
             "split": split,
             "sentences": said,

@@ -69,9 +69,9 @@ def test_captions_are_cleaned_cut_and_masked(tokenizer: CaptionTokenizer) -> Non
     encoded = encode_text("A cat, on a mat!", tokenizer, options, _rng())
     assert encoded.ids == tokenizer.encode(["a cat on"], 6, pad_to_longest=True)[0][0].tolist()
     assert len(encoded.positions) == options.masking.count(len(encoded.ids))
-    assert [encoded.ids[place] for place in encoded.positions] == encoded.labels
-    kept = set(range(len(encoded.ids))) - set(encoded.positions)
-    assert all(encoded.ids[place] == encoded.masked_ids[place] for place in kept)
+    assert [encoded.ids[position] for position in encoded.positions] == encoded.labels
+    unmasked = set(range(len(encoded.ids))) - set(encoded.positions)
+    assert all(encoded.ids[position] == encoded.masked_ids[position] for position in unmasked)
 
 
 def test_text_alone_is_not_cleaned(tokenizer: CaptionTokenizer) -> None:

@@ -33,7 +33,7 @@ def test_cleaning_reproduces_the_official_examples(clean: Callable[[str], str]) 
 
 @pytest.fixture(scope="module")
 def roberta(tokenizer: CaptionTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The tokenizer of transformers with the same vocabulary."""
+    """Load the tokenizer of transformers with the same vocabulary."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("roberta")
     tokenizer.save(folder / "tokenizer.json")
@@ -66,8 +66,8 @@ def test_a_prompt_begins_its_text(tokenizer: CaptionTokenizer, prompt: str, capt
     except DataError:
         assume(False)
     prompt_ids = tokenizer.encode_prompt(prompt)
-    whole, _ = tokenizer.encode([f"{prompt.strip()} {caption}".strip()], 200)
-    assert whole[0, : len(prompt_ids)].tolist() == prompt_ids.tolist()
+    complete, _ = tokenizer.encode([f"{prompt.strip()} {caption}".strip()], 200)
+    assert complete[0, : len(prompt_ids)].tolist() == prompt_ids.tolist()
     assert tokenizer.decode(prompt_ids.tolist()) == prompt.rstrip()
 
 
@@ -92,10 +92,12 @@ def test_words_start_where_white_space_is(words: list[str]) -> None:
     (ids,) = tokenizer.encode_ids([" ".join(words)], 10_000)
     starts = tokenizer.word_starts(ids)
     assert len(starts) == len(ids)
-    places = [place for place, start in enumerate(starts) if start]
-    assert places[:2] == [0, 1]
-    assert places[-1] == len(ids) - 1
-    pieces = [tokenizer.decode(ids[a:b]) for a, b in zip(places[1:-1], places[2:], strict=True)]
+    positions = [position for position, start in enumerate(starts) if start]
+    assert positions[:2] == [0, 1]
+    assert positions[-1] == len(ids) - 1
+    pieces = [
+        tokenizer.decode(ids[a:b]) for a, b in zip(positions[1:-1], positions[2:], strict=True)
+    ]
     assert [piece.strip(" ") for piece in pieces] == words
 
 

@@ -132,9 +132,9 @@ def test_crops_are_distributed_as_those_of_torchvision() -> None:
     ours = np.array([random_crop_box(width, height, scale, rng) for _ in range(draws)], dtype=float)
     torch.manual_seed(0)
     crop, image = v2.RandomResizedCrop(32, scale=scale), torch.zeros(3, height, width)
-    made = [crop.make_params([image]) for _ in range(draws)]
-    theirs = np.array(
-        [[m["left"], m["top"], m["left"] + m["width"], m["top"] + m["height"]] for m in made]
+    parameters = [crop.make_params([image]) for _ in range(draws)]
+    official = np.array(
+        [[m["left"], m["top"], m["left"] + m["width"], m["top"] + m["height"]] for m in parameters]
     )
     for quantity in (
         lambda box: (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]),
@@ -142,11 +142,11 @@ def test_crops_are_distributed_as_those_of_torchvision() -> None:
         lambda box: box[:, 0],
         lambda box: box[:, 3],
     ):
-        assert _same_distribution(quantity(ours), quantity(theirs)) > 0.01
-    other = np.array(
+        assert _same_distribution(quantity(ours), quantity(official)) > 0.01
+    pixels = np.array(
         [random_crop_box(width, height, (0.25, 1.0), rng) for _ in range(draws)], dtype=float
     )
-    area = [(box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) for box in (other, theirs)]
+    area = [(box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) for box in (pixels, official)]
     assert _same_distribution(*area) < 1e-3, "the comparison would not notice another scale"
 
 

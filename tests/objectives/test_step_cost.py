@@ -136,7 +136,7 @@ def test_the_backward_pass_ends_with_texts(batch: Callable[[str], Batch]) -> Non
 
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A device without values, whose kernels are known by the shapes of their results: to ask for one is an error."""
+    """A device without values, on which reading one is an error; kernels return shapes."""
     for module in (ladder, relpos_attention):
         monkeypatch.setattr(module, "resolve", lambda *_, **__: "triton")
     for module in (relpos_attention, varlen_attention):

@@ -15,9 +15,9 @@ from xfm_fast.search import SearchModel, open_model
 from xfm_fast.tokenizer import CaptionTokenizer
 
 
-def write_picture(path: Path, number: int) -> Path:
+def write_picture(path: Path, index: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(render(scene(0, number, "train"), 64)).resize((80, 60)).save(path)
+    Image.fromarray(render(scene(0, index, "train"), 64)).resize((80, 60)).save(path)
     return path
 
 
@@ -33,7 +33,7 @@ def write_model(folder: Path, seed: int) -> Path:
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as `save_pretrained` writes it."""
+    """Save a model."""
     return write_model(tmp_path_factory.mktemp("weights"), seed=0)
 
 
@@ -44,8 +44,8 @@ def model(weights: Path) -> SearchModel:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder with 7 images, three of them in a folder of their own."""
+    """Write 7 images, three of them in a subfolder."""
     folder = tmp_path / "photos"
-    for number in range(7):
-        write_picture(folder / ("trip" if number % 2 else ".") / f"{number}.png", number)
+    for index in range(7):
+        write_picture(folder / ("trip" if index % 2 else ".") / f"{index}.png", index)
     return folder

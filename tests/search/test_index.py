@@ -30,7 +30,7 @@ from xfm_fast.training.distributed import join_processes
 
 
 def indexed(photos: Path, model: SearchModel, **options: Any) -> tuple[IndexReport, int]:
-    """The report of an indexing run, and the number of images that it read."""
+    """Index, and count the images that were read."""
     numbers = [0]
     report = build_index(photos, model, progress=lambda done, of: numbers.append(done), **options)
     return report, max(numbers)
@@ -38,10 +38,10 @@ def indexed(photos: Path, model: SearchModel, **options: Any) -> tuple[IndexRepo
 
 def check_features(photos: Path, model: SearchModel) -> list[str]:
     """Compare the features of an index with `encode`; returns the names of its images."""
-    found = open_index(photos)
-    names = [entry.name for entry in found.entries]
+    opened = open_index(photos)
+    names = [entry.name for entry in opened.entries]
     np.testing.assert_allclose(
-        found.features, model.model.encode([photos / name for name in names]), atol=1e-5
+        opened.features, model.model.encode([photos / name for name in names]), atol=1e-5
     )
     return names
 
@@ -104,15 +104,15 @@ def test_a_killed_run_resumes(
     assert not (index_folder(photos) / "index.json").exists()
     # Half a part is none; files of other names stay.
     ours = [f"part-0-{model.fingerprint}-0123456789ab.jsonl", "images-0123456789ab.jsonl"]
-    others = ["part-1.jpg", "images-2024.jsonl", "features-old.f32"]
-    for name in (*ours, *others):
+    foreign = ["part-1.jpg", "images-2024.jsonl", "features-old.f32"]
+    for name in (*ours, *foreign):
         (index_folder(photos) / name).write_text('{"name":')
     report, read = indexed(photos, model)
     assert (report.images, read) == (7, 3)
     check_features(photos, model)
     left = {path.name for path in index_folder(photos).iterdir()}
-    assert {*others} < left
-    assert len(left) == len(others) + 3
+    assert {*foreign} < left
+    assert len(left) == len(foreign) + 3
 
 
 def test_a_stopped_run_resumes_and_one_runs_at_a_time(photos: Path, model: SearchModel) -> None:
@@ -133,8 +133,8 @@ def test_another_model_or_collection_is_refused(
     photos: Path, model: SearchModel, tmp_path: Path
 ) -> None:
     build_index(photos, model)
-    other = open_model(write_model(tmp_path / "other", seed=1))
-    for call in (lambda: build_index(photos, other), lambda: open_index(photos).check(other)):
+    second = open_model(write_model(tmp_path / "other", seed=1))
+    for call in (lambda: build_index(photos, second), lambda: open_index(photos).check(second)):
         with pytest.raises(DataError, match="other"):
             call()
     # The number format is none of its identity.
@@ -145,11 +145,11 @@ def test_another_model_or_collection_is_refused(
 
 
 @pytest.fixture(scope="module")
-def whole(model: SearchModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an index."""
+def built(model: SearchModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build an index of two images."""
     folder = tmp_path_factory.mktemp("whole")
-    for number in range(2):
-        write_picture(folder / f"{number}.png", number)
+    for seed in range(2):
+        write_picture(folder / f"{seed}.png", seed)
     return build_index(folder, model).folder
 
 
@@ -169,9 +169,9 @@ def whole(model: SearchModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_damaged_index_is_refused(
-    whole: Path, tmp_path: Path, pattern: str, damage: Any, word: str
+    built: Path, tmp_path: Path, pattern: str, damage: Any, word: str
 ) -> None:
-    folder = shutil.copytree(whole, tmp_path / "index")
+    folder = shutil.copytree(built, tmp_path / "index")
     path = next(folder.glob(pattern))
     content = path.read_bytes()
     damaged = (
@@ -187,8 +187,8 @@ def test_a_damaged_index_is_refused(
 def test_an_index_moves_with_its_folder(photos: Path, model: SearchModel, tmp_path: Path) -> None:
     build_index(photos, model)
     moved = Path(shutil.move(photos, tmp_path / "moved"))
-    found = open_index(moved)
-    assert found.load(found.entries[0]).size == (80, 60)
+    opened = open_index(moved)
+    assert opened.load(opened.entries[0]).size == (80, 60)
     assert indexed(moved, model)[1] == 0
 
 
@@ -196,9 +196,9 @@ def test_rows_of_a_file(tmp_path: Path, model: SearchModel) -> None:
     path = write_lines(tmp_path / "pairs.jsonl", [*pairs(3), {"binary": "!", "desc": "broken"}])
     report = build_index(path, model)
     assert (report.images, [*report.faults]) == (3, ["pairs.jsonl#4"])
-    found = open_index(path)
-    assert found.entries[1].caption == "picture number 1 of a cat"
-    assert found.folder == tmp_path / "pairs.jsonl.xfm-index"
+    opened = open_index(path)
+    assert opened.entries[1].caption == "picture number 1 of a cat"
+    assert opened.folder == tmp_path / "pairs.jsonl.xfm-index"
 
 
 def test_what_cannot_be_indexed(photos: Path, model: SearchModel, tmp_path: Path) -> None:
@@ -215,11 +215,17 @@ def test_what_cannot_be_indexed(photos: Path, model: SearchModel, tmp_path: Path
 
 
 def _build(
-    rank: int, world_size: int, photos: Path, weights: Path, folder: Path, part: int, last: int
+    rank: int,
+    world_size: int,
+    photos: Path,
+    weights: Path,
+    folder: Path,
+    shard_images: int,
+    last: int,
 ) -> None:
     """Build an index as one of several processes, which is stopped after `last` images."""
     join_group(rank, world_size, folder.with_name(f"meet-{folder.name}-{world_size}-{last}"))
-    index._SHARD_IMAGES = part
+    index._SHARD_IMAGES = shard_images
     stop = Event()
 
     def count(done: int, of: int) -> None:
@@ -251,19 +257,19 @@ def test_processes_share_the_work_bit_by_bit(photos: Path, weights: Path, tmp_pa
     alone = open_index(tmp_path / "alone")
     assert len(alone.entries) == 7
     for name in runs:
-        found = open_index(tmp_path / name)
-        assert found.entries == alone.entries
-        np.testing.assert_array_equal(found.features, alone.features)
-        assert {path.name.split("-")[0] for path in found.folder.iterdir()} == {
+        opened = open_index(tmp_path / name)
+        assert opened.entries == alone.entries
+        np.testing.assert_array_equal(opened.features, alone.features)
+        assert {path.name.split("-")[0] for path in opened.folder.iterdir()} == {
             "features",
             "images",
             "index.json",
         }
 
 
-def test_a_pipe_in_an_index_is_refused_at_once(whole: Path, tmp_path: Path) -> None:
+def test_a_pipe_in_an_index_is_refused_at_once(built: Path, tmp_path: Path) -> None:
     for pattern in ("index.json", "features-*", "images-*"):
-        folder = shutil.copytree(whole, tmp_path / pattern.strip("-*"))
+        folder = shutil.copytree(built, tmp_path / pattern.strip("-*"))
         path = next(folder.glob(pattern))
         path.unlink()
         os.mkfifo(path)

@@ -37,32 +37,32 @@ TEXT = "a red circle"
 def test_nearest_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     features = np.random.default_rng(0).standard_normal((1000, 8)).astype(np.float32)
     query = torch.from_numpy(features[700])
-    whole = torch.from_numpy(features) @ query
+    products = torch.from_numpy(features) @ query
     monkeypatch.setattr(query_module, "_BLOCK_ROWS", 64)
     for k in (1, 100, 2000):
         rows, values = query_module.nearest(features, query, k)
-        assert rows.tolist() == whole.argsort(descending=True)[:k].tolist()
-        torch.testing.assert_close(values, whole[rows])
+        assert rows.tolist() == products.argsort(descending=True)[:k].tolist()
+        torch.testing.assert_close(values, products[rows])
 
 
 @pytest.fixture(scope="module")
 def indexed(model: SearchModel, tmp_path_factory: pytest.TempPathFactory) -> SearchIndex:
-    """An index that tests share."""
+    """Build an index that tests share."""
     folder = tmp_path_factory.mktemp("indexed")
-    for number in range(7):
-        write_picture(folder / ("trip" if number % 2 else ".") / f"{number}.png", number)
+    for index in range(7):
+        write_picture(folder / ("trip" if index % 2 else ".") / f"{index}.png", index)
     build_index(folder, model)
     return open_index(folder)
 
 
 def test_candidates_are_ordered_by_their_match(indexed: SearchIndex, model: SearchModel) -> None:
-    found = search(indexed, model, TEXT, candidates=4, top=20, batch_size=3)
-    paths = [Path(hit.location) for hit in found.hits]
+    result = search(indexed, model, TEXT, candidates=4, top=20, batch_size=3)
+    paths = [Path(hit.location) for hit in result.hits]
     similar = model.model.similarity(paths, TEXT)
-    np.testing.assert_allclose([hit.similarity for hit in found.hits], similar, atol=1e-5)
+    np.testing.assert_allclose([hit.similarity for hit in result.hits], similar, atol=1e-5)
     # The nearest four by features come first, by their match; the others follow by features.
-    assert {*paths[:4]} == {paths[place] for place in similar.argsort(descending=True)[:4]}
-    matches: list[Any] = [hit.match for hit in found.hits]
+    assert {*paths[:4]} == {paths[index] for index in similar.argsort(descending=True)[:4]}
+    matches: list[Any] = [hit.match for hit in result.hits]
     np.testing.assert_allclose(
         matches[:4], [model.model.match(path, TEXT) for path in paths[:4]], atol=1e-5
     )
@@ -75,18 +75,18 @@ def test_candidates_are_ordered_by_their_match(indexed: SearchIndex, model: Sear
 
 def test_the_ranking_rule_is_named_or_recorded(indexed: SearchIndex, model: SearchModel) -> None:
     """`sum` is the match logit + the cosine; what a run recorded is the default."""
-    found = search(indexed, model, TEXT, rank="sum", top=20)
-    paths = [Path(hit.location) for hit in found.hits]
+    result = search(indexed, model, TEXT, rank="sum", top=20)
+    paths = [Path(hit.location) for hit in result.hits]
     with torch.no_grad():
         logits = match_images(model, [Image.open(path).convert("RGB") for path in paths], TEXT, 7)[
             :, 1
         ]
     expected = logits + model.model.similarity(paths, TEXT)
-    np.testing.assert_allclose([hit.score for hit in found.hits], expected, atol=1e-5)
-    assert [hit.score for hit in found.hits] == sorted(
-        (hit.score for hit in found.hits), reverse=True
+    np.testing.assert_allclose([hit.score for hit in result.hits], expected, atol=1e-5)
+    assert [hit.score for hit in result.hits] == sorted(
+        (hit.score for hit in result.hits), reverse=True
     )
-    assert search(indexed, replace(model, rank="sum"), TEXT, top=20).hits == found.hits
+    assert search(indexed, replace(model, rank="sum"), TEXT, top=20).hits == result.hits
     by_features = search(indexed, model, TEXT, candidates=0, top=20)
     assert [hit.score for hit in by_features.hits] == sorted(
         (h.similarity for h in by_features.hits), reverse=True
@@ -134,12 +134,12 @@ def test_a_page(photos: Path, tmp_path: Path) -> None:
     build_index(photos, model)
     index = open_index(photos)
     (photos / "0.png").unlink()
-    found = search(index, model, TEXT, top=20)
-    assert [*found.lost] == [str(photos / "0.png")]
+    result = search(index, model, TEXT, top=20)
+    assert [*result.lost] == [str(photos / "0.png")]
     # An image that is gone after the search leaves its place empty.
-    Path(found.hits[0].location).unlink()
-    found.hits[0] = found.hits[0]._replace(image=None)
-    page = write_sheet(tmp_path / "out" / "sheet.html", "a <red> circle", found, index).read_text()
+    Path(result.hits[0].location).unlink()
+    result.hits[0] = result.hits[0]._replace(image=None)
+    page = write_sheet(tmp_path / "out" / "sheet.html", "a <red> circle", result, index).read_text()
     pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
     assert len(pictures) == 6
     assert Image.open(io.BytesIO(base64.b64decode(pictures[0]))).size == (80, 60)
@@ -149,4 +149,4 @@ def test_a_page(photos: Path, tmp_path: Path) -> None:
     assert "The weights are random" in page
     assert "http" not in page
     with pytest.raises(InputError, match=r"sheet\.gif"):
-        write_sheet(tmp_path / "sheet.gif", TEXT, found, index)
+        write_sheet(tmp_path / "sheet.gif", TEXT, result, index)

@@ -50,41 +50,41 @@ def until(condition: Callable[[], bool]) -> bool:
     return False
 
 
-def photo(seed: int, width: int = 48, height: int = 37, kind: str = "PNG") -> bytes:
+def photo(seed: int, width: int = 48, height: int = 37, file_format: str = "PNG") -> bytes:
     noise = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
     stream = io.BytesIO()
-    Image.fromarray(noise).save(stream, kind)
+    Image.fromarray(noise).save(stream, file_format)
     return stream.getvalue()
 
 
-def data_url(content: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+def data_url(content: bytes, media_type: str = "image/png") -> str:
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
 def image(seed: int) -> dict[str, str]:
     return {"image": data_url(photo(seed))}
 
 
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
 def png(width: int, height: int, packed: bytes, before: bytes = b"") -> bytes:
-    """A PNG of these compressed pixels, and chunks before them."""
+    """Make a PNG of these compressed pixels, and chunks before them."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + before + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
 
 
-def saved(side: int, mode: str, kind: str, **settings: Any) -> bytes:
+def saved(side: int, mode: str, file_format: str, **settings: Any) -> bytes:
     lines = np.zeros((side, side, 3), np.uint8)
     lines[::7] = 200
     stream = io.BytesIO()
-    Image.fromarray(lines).convert(mode).save(stream, kind, **settings)
+    Image.fromarray(lines).convert(mode).save(stream, file_format, **settings)
     return stream.getvalue()
 
 
 def inflating_png(more: int) -> bytes:
-    """A PNG whose data inflate to as many MB more than its pixels take."""
+    """Make a PNG whose data inflate to so many MB more than its pixels."""
     packer = zlib.compressobj()
     packed = packer.compress(bytes(8 * 25)) + packer.flush(zlib.Z_FULL_FLUSH)
     # From one flush to the next, a stream may be repeated.
@@ -94,14 +94,14 @@ def inflating_png(more: int) -> bytes:
 
 
 def scans(side: int, count: int) -> bytes:
-    """A progressive JPEG that passes over its pixels again and again."""
+    """Make a progressive JPEG with many scans."""
     content = saved(side, "RGB", "JPEG", progressive=True, quality=1)
     last = content.rindex(b"\xff\xda")
     return content[:last] + content[last:-2] * count + b"\xff\xd9"
 
 
 def raw(path: str, body: bytes, *headers: str) -> bytes:
-    """A POST as it goes over the wire."""
+    """Format a POST as bytes."""
     head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     return "\r\n".join([f"{head}content-length: {len(body)}", *headers, "\r\n"]).encode() + body
 
@@ -109,8 +109,8 @@ def raw(path: str, body: bytes, *headers: str) -> bytes:
 def scores(answer: Any) -> list[float]:
     """Relevance in the order of the documents."""
     return [
-        each["relevance_score"]
-        for each in sorted(answer["results"], key=lambda each: each["index"])
+        result["relevance_score"]
+        for result in sorted(answer["results"], key=lambda result: result["index"])
     ]
 
 
@@ -122,7 +122,7 @@ class Running:
     port: int
 
     def post(self, path: str, content: Any, headers: dict[str, str] | None = None) -> Any:
-        """The response to a body, or to values as JSON."""
+        """Post a body, or values as JSON."""
         return post(
             self.port,
             path,
@@ -169,7 +169,7 @@ def running(service: Service) -> Iterator[Running]:
 def process(
     *arguments: object, program: tuple[str, ...] = ("-m", "xfm_fast")
 ) -> Iterator[tuple[Any, int]]:
-    """A service in a process of its own, and its port."""
+    """Run a service in another process; yields it and its port."""
     command = [
         sys.executable,
         *program,
@@ -186,9 +186,9 @@ def process(
         try:
             assert begun.stdout is not None
             line = begun.stdout.readline()
-            found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
-            assert found, line + (begun.stderr.read() if begun.stderr and not line else "")
-            yield begun, int(found[1])
+            match = re.search(r"http://127\.0\.0\.1:(\d+)", line)
+            assert match, line + (begun.stderr.read() if begun.stderr and not line else "")
+            yield begun, int(match[1])
         finally:
             begun.kill()
 
@@ -205,7 +205,7 @@ def extra() -> None:
 
 @pytest.fixture(scope="session")
 def weights(extra: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as `save_pretrained` writes it; its weights are no zeros and ones, so that every term counts."""
+    """Save a model without zeros and ones among its weights, so that every term counts."""
     folder = write_model(tmp_path_factory.mktemp("served") / "tiny-xfm", seed=3)
     model = XFM.from_pretrained(folder)
     generator = torch.Generator().manual_seed(5)
@@ -219,7 +219,7 @@ def weights(extra: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(weights: Path) -> XFM:
-    """The model that is served, used offline."""
+    """Load the served model offline."""
     return XFM.from_pretrained(weights)
 
 
@@ -230,10 +230,13 @@ def start(weights: Path) -> Start:
     def begin(folder: Path = weights, rank: Any = None, **options: Any) -> Any:
         from xfm_fast.serve import Service, load
 
-        given = replace(ServiceOptions(port=0, timeout=20, cache_mb=64), **options)
+        service_options = replace(ServiceOptions(port=0, timeout=20, cache_mb=64), **options)
         return running(
             Service(
-                load(folder, SourceOptions(device="cpu", rank=rank), given.cache_mb << 20), given
+                load(
+                    folder, SourceOptions(device="cpu", rank=rank), service_options.cache_mb << 20
+                ),
+                service_options,
             )
         )
 
@@ -242,6 +245,6 @@ def start(weights: Path) -> Start:
 
 @pytest.fixture(scope="session")
 def served(start: Start) -> Iterator[Running]:
-    """A service that tests share."""
+    """Start a service that tests share."""
     with start() as service:
         yield service

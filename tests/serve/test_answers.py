@@ -44,24 +44,24 @@ def test_a_rerank_is_as_offline(served: Running, model: XFM, photos: list[Path])
     answer = served.post("/v1/rerank", {"query": image(1), "documents": CAPTIONS}).json()
     close(scores(answer), expected)
     assert np.std(expected) > 1e-3
-    assert [each["index"] for each in answer["results"]] == np.argsort(
+    assert [item["index"] for item in answer["results"]] == np.argsort(
         -np.array(expected), kind="stable"
     ).tolist()
     assert answer["scoring"] == "match"
     assert not {"document", "warning"} & {*answer, *answer["results"][0]}
     expected = [float(model.match(path, CAPTIONS[1])) for path in photos[1:4]]
-    asked = {
+    body = {
         "model": "tiny-xfm", "query": CAPTIONS[1], "documents": [image(1), image(2), image(3)], "top_n": 2,
         "return_documents": True,
     }  # fmt: skip
     for _ in range(2):
         # The second time the memories are those of the first.
-        answer = served.post("/v1/rerank", asked).json()
+        answer = served.post("/v1/rerank", body).json()
         best = np.argsort(-np.array(expected), kind="stable")[:2].tolist()
-        assert [each["index"] for each in answer["results"]] == best
+        assert [item["index"] for item in answer["results"]] == best
         close(
-            [each["relevance_score"] for each in answer["results"]],
-            [expected[place] for place in best],
+            [item["relevance_score"] for item in answer["results"]],
+            [expected[index] for index in best],
         )
         assert answer["results"][0]["document"] == image(best[0] + 1)
 
@@ -81,15 +81,15 @@ def test_the_ranking_rule_is_named_or_recorded(
     run = shutil.copytree(weights, tmp_path / "run")
     (run / TASK_FILE).write_text('{"format": 1, "task": {"kind": "retrieval", "rank": "sum"}}')
     documents = [image(seed) for seed in (1, 2, 3)]
-    for given, rank in ((None, "sum"), ("similarity", "similarity")):
-        with start(run, given) as service:
+    for rank_option, rank in ((None, "sum"), ("similarity", "similarity")):
+        with start(run, rank_option) as service:
             answer = service.post(
                 "/v1/rerank", {"query": CAPTIONS[1], "documents": documents}
             ).json()
             pairs = service.post("/v1/score", {"text_1": CAPTIONS[1], "text_2": documents}).json()
         assert answer["scoring"] == pairs["scoring"] == rank
         close(scores(answer), expected[rank])
-        close([each["score"] for each in pairs["data"]], expected[rank])
+        close([item["score"] for item in pairs["data"]], expected[rank])
 
 
 def test_two_of_a_kind_are_compared_by_features(
@@ -110,35 +110,37 @@ def test_embeddings_are_those_of_encode(served: Running, model: XFM, photos: lis
         "/v1/embeddings", {"input": [CAPTIONS[0], image(4), image(5), *CAPTIONS[1:]]}
     ).json()
     close(
-        [each["embedding"] for each in answer["data"]],
+        [item["embedding"] for item in answer["data"]],
         np.concatenate([texts[:1], images, texts[1:]]),
     )
-    assert [each["index"] for each in answer["data"]] == list(range(6))
-    asked = {
+    assert [item["index"] for item in answer["data"]] == list(range(6))
+    body = {
         "input": CAPTIONS[0],
         "encoding_format": "base64",
         "dimensions": model.config.embed_dim,
     }
-    encoded = served.post("/v1/embeddings", asked).json()["data"][0]["embedding"]
+    encoded = served.post("/v1/embeddings", body).json()["data"][0]["embedding"]
     close(np.frombuffer(base64.b64decode(encoded), "<f4"), texts[0])
 
 
 def test_pairs_are_scored_one_with_many_and_one_by_one(
     served: Running, model: XFM, photos: list[Path]
 ) -> None:
-    def found(path: str, asked: dict[str, Any]) -> list[float]:
-        return [each["score"] for each in served.post(path, asked).json()["data"]]
+    def scores_of(path: str, body: dict[str, Any]) -> list[float]:
+        return [item["score"] for item in served.post(path, body).json()["data"]]
 
     close(
-        found("/v1/score", {"text_1": image(1), "text_2": CAPTIONS}),
+        scores_of("/v1/score", {"text_1": image(1), "text_2": CAPTIONS}),
         model.match(photos[1], CAPTIONS),
     )
-    expected = [float(model.match(photos[number], CAPTIONS[number - 1])) for number in (1, 2)]
-    close(found("/score", {"queries": CAPTIONS[:2], "documents": [image(1), image(2)]}), expected)
-    one, other = model.encode(CAPTIONS[:2])
+    expected = [float(model.match(photos[index], CAPTIONS[index - 1])) for index in (1, 2)]
     close(
-        found("/v1/score", {"text_1": CAPTIONS[0], "text_2": CAPTIONS[1]}),
-        [float((1 + one @ other) / 2)],
+        scores_of("/score", {"queries": CAPTIONS[:2], "documents": [image(1), image(2)]}), expected
+    )
+    first, second = model.encode(CAPTIONS[:2])
+    close(
+        scores_of("/v1/score", {"text_1": CAPTIONS[0], "text_2": CAPTIONS[1]}),
+        [float((1 + first @ second) / 2)],
     )
 
 
@@ -156,7 +158,7 @@ def test_truncated_texts_are_named(served: Running, model: XFM) -> None:
     answer = reply.json()
     assert reply.headers["x-truncated-inputs"] == "2"
     assert answer["truncated"] == ["input[1]", "input[3]"]
-    rows = [each["embedding"] for each in answer["data"]]
+    rows = [item["embedding"] for item in answer["data"]]
     close(rows, model.encode([text.strip() for text in texts]))
     close(rows[0], rows[1])
     reply = served.post("/v1/rerank", {"query": "red " * 40, "documents": CAPTIONS})
@@ -181,23 +183,25 @@ def test_every_form_of_an_image(served: Running) -> None:
         "/v1/rerank", {"query": {"text": "a red circle"}, "documents": documents}
     ).json()
     assert len(set(scores(answer))) == 1
-    for kind in ("JPEG", "WEBP"):
-        asked = {
+    for file_format in ("JPEG", "WEBP"):
+        body = {
             "query": "a red circle",
-            "documents": [{"image": data_url(photo(1, kind=kind), f"image/{kind}")}],
+            "documents": [
+                {"image": data_url(photo(1, file_format=file_format), f"image/{file_format}")}
+            ],
         }
-        assert served.post("/v1/rerank", asked).status_code == 200
+        assert served.post("/v1/rerank", body).status_code == 200
 
 
 def test_concurrent_requests_get_the_same_responses(served: Running) -> None:
-    asked = [{"query": image(seed), "documents": CAPTIONS[seed % 3 :]} for seed in range(6)]
-    singly = [scores(served.post("/v1/rerank", content).json()) for content in asked]
+    body = [{"query": image(seed), "documents": CAPTIONS[seed % 3 :]} for seed in range(6)]
+    singly = [scores(served.post("/v1/rerank", content).json()) for content in body]
     with ThreadPoolExecutor(6) as threads:
         together = list(
-            threads.map(lambda content: scores(served.post("/v1/rerank", content).json()), asked)
+            threads.map(lambda content: scores(served.post("/v1/rerank", content).json()), body)
         )
-    for found, expected in zip(together, singly, strict=True):
-        close(found, expected)
+    for result, expected in zip(together, singly, strict=True):
+        close(result, expected)
 
 
 def test_probes_models_metrics_and_docs(served: Running) -> None:

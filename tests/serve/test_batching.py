@@ -58,11 +58,13 @@ def test_batches(
         await asyncio.to_thread(run.begun.wait, 60)
         tasks = [asyncio.create_task(batcher.submit(*work)) for work in works]
         await asyncio.sleep(0)
-        for place in given_up:
-            tasks[place].cancel()
+        for index in given_up:
+            tasks[index].cancel()
         run.go.set()
-        found = await asyncio.gather(first, *tasks, return_exceptions=True)
-        assert [type(each) if isinstance(each, BaseException) else each for each in found] == [
+        results = await asyncio.gather(first, *tasks, return_exceptions=True)
+        assert [
+            type(result) if isinstance(result, BaseException) else result for result in results
+        ] == [
             0,
             *expected,
         ]

@@ -64,8 +64,8 @@ def limited() -> Iterator[Limited]:
         service = Limited(begun.pid, port)
         for _ in range(5):
             assert service.post("/v1/embeddings", b'{"input": ["a"]}') == 200
-        most = (int(service.megabytes("VmSize")) << 20) + (1 << 30)
-        resource.prlimit(begun.pid, resource.RLIMIT_AS, (most, most))
+        limit = (int(service.megabytes("VmSize")) << 20) + (1 << 30)
+        resource.prlimit(begun.pid, resource.RLIMIT_AS, (limit, limit))
         yield service
         assert get(port, "/health").status_code == 200
 
@@ -81,7 +81,7 @@ def _list(token: str, count: int) -> str:
 def _pictures(content: bytes, count: int = 1) -> bytes:
     # Trailing bytes, which decoders pass over, make each an image of its own.
     pictures = [
-        base64.b64encode(content + number.to_bytes(3, "big")).decode() for number in range(count)
+        base64.b64encode(content + index.to_bytes(3, "big")).decode() for index in range(count)
     ]
     return _items(json.dumps([{"image": picture} for picture in pictures]))
 
@@ -152,5 +152,5 @@ def test_many_at_once_leave_the_service_alive(limited: Limited) -> None:
     """As many as may wait, each with as much as it may ask for; those beyond the memory get 429."""
     body = _pictures(saved(4000, "RGB", "JPEG", quality=1))
     with ThreadPoolExecutor(48) as threads:
-        statuses = [*threads.map(lambda number: limited.post("/v1/rerank", body), range(48))]
+        statuses = [*threads.map(lambda index: limited.post("/v1/rerank", body), range(48))]
     assert {*statuses} <= {200, 413, 429, 503, 504}

@@ -42,7 +42,7 @@ MEGABYTE = 1 << 20
 
 
 def connect(port: int, sent: bytes = b"", window: int = 4096) -> socket.socket:
-    """A connection with a small window, so that an answer stays with the service."""
+    """Connect with a small window, so that an answer stays in the service."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window)
     sock.settimeout(60)
@@ -52,7 +52,7 @@ def connect(port: int, sent: bytes = b"", window: int = 4096) -> socket.socket:
 
 
 def ended(sock: socket.socket) -> bool:
-    """Whether the service has closed a connection; what it sent is read."""
+    """Return whether the service has closed a connection, after reading its bytes."""
     sock.settimeout(0.001)
     with suppress(TimeoutError):
         try:
@@ -164,31 +164,31 @@ def test_slow_bodies_give_way_where_others_need_their_memory(start: Start) -> No
     assert not ledger.arriving
 
 
-def padded(other: str) -> bytes:
-    """A request with a field that is ignored."""
-    return f'{{"query": "a red circle", "documents": ["a blue square"], "other": {other}}}'.encode()
+def padded(field: str) -> bytes:
+    """Make a request with a field that is ignored."""
+    return f'{{"query": "a red circle", "documents": ["a blue square"], "other": {field}}}'.encode()
 
 
 # Bodies that hold many times more, once they are parsed.
 HEAVY: dict[str, Callable[[int], bytes]] = {
-    "objects": lambda number: padded("[" + ",".join(['{"a":0}'] * 15_000) + "]"),
-    "empty keys": lambda number: padded("[" + ",".join(['{"":{"":0}}'] * 10_000) + "]"),
-    "lists": lambda number: padded("[" + ",".join(["[0]"] * 30_000) + "]"),
-    "numbers": lambda number: padded("[" + ",".join(["0.1"] * 32_000) + "]"),
-    "keys": lambda number: padded("{" + ",".join(f'"{key:x}":0' for key in range(12_000)) + "}"),
-    "wide": lambda number: padded('"\U0001f600' + "a" * 500_000 + '"'),
-    "escaped": lambda number: padded('"\\ud83d\\ude00' + "a" * 500_000 + '"'),
-    "Chinese": lambda number: padded('"' + "\u6f22" * 170_000 + '"'),
-    "images": lambda number: json.dumps(
-        {"query": "a", "documents": [{"image": data_url(photo(100 * number + each, 90, 80))} for each in range(16)]}
+    "objects": lambda seed: padded("[" + ",".join(['{"a":0}'] * 15_000) + "]"),
+    "empty keys": lambda seed: padded("[" + ",".join(['{"":{"":0}}'] * 10_000) + "]"),
+    "lists": lambda seed: padded("[" + ",".join(["[0]"] * 30_000) + "]"),
+    "numbers": lambda seed: padded("[" + ",".join(["0.1"] * 32_000) + "]"),
+    "keys": lambda seed: padded("{" + ",".join(f'"{key:x}":0' for key in range(12_000)) + "}"),
+    "wide": lambda seed: padded('"\U0001f600' + "a" * 500_000 + '"'),
+    "escaped": lambda seed: padded('"\\ud83d\\ude00' + "a" * 500_000 + '"'),
+    "Chinese": lambda seed: padded('"' + "\u6f22" * 170_000 + '"'),
+    "images": lambda seed: json.dumps(
+        {"query": "a", "documents": [{"image": data_url(photo(100 * seed + offset, 90, 80))} for offset in range(16)]}
     ).encode(),
-    "texts": lambda number: json.dumps({"query": "a", "documents": ["a " * 16_000] * 16}).encode(),
+    "texts": lambda seed: json.dumps({"query": "a", "documents": ["a " * 16_000] * 16}).encode(),
 }  # fmt: skip
 
 
 @contextmanager
 def traced() -> Iterator[Callable[[], int]]:
-    """A function that returns how many bytes Python objects take more than before."""
+    """Return a function that measures the growth of Python objects in bytes."""
     tracemalloc.start()
     try:
         gc.collect()
@@ -201,7 +201,7 @@ def traced() -> Iterator[Callable[[], int]]:
 @pytest.mark.parametrize("name", HEAVY)
 def test_the_ledger_counts_what_requests_hold(start: Start, name: str) -> None:
     """In the model, in its queue, and once their clients have left."""
-    bodies = [raw("/v1/rerank", HEAVY[name](number)) for number in range(5)]
+    bodies = [raw("/v1/rerank", HEAVY[name](index)) for index in range(5)]
     with start(memory_mb=1024, timeout=60) as service, ExitStack() as stack:
         ledger, batcher = service.service.ledger, service.service.batcher
         # What is made once, is made before.
@@ -212,9 +212,9 @@ def test_the_ledger_counts_what_requests_hold(start: Start, name: str) -> None:
             socks = [connect(service.port, bodies[0])]
             stack.enter_context(socks[0])
             assert paused.begun.wait(60)
-            for number, body in enumerate(bodies[1:], 1):
+            for index, body in enumerate(bodies[1:], 1):
                 socks.append(stack.enter_context(connect(service.port, body)))
-                assert until(lambda number=number: len(batcher) == number)
+                assert until(lambda index=index: len(batcher) == index)
             assert until(lambda: all(account.submitted for account in service.service.active))
             assert held() <= ledger.used + MEGABYTE
             # Nor did they take more while they were read.
@@ -248,12 +248,12 @@ def test_nothing_names_a_request_after_its_answer(
     """Without a collection of cycles: until one, their bytes would be held and not counted."""
     from xfm_fast.serve import app
 
-    made: list[weakref.ref[Any]] = []
+    references: list[weakref.ref[Any]] = []
 
     class Account(app.Account):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
-            made.append(weakref.ref(self))
+            references.append(weakref.ref(self))
 
     monkeypatch.setattr(app, "Account", Account)
     with start(memory_mb=32, timeout=1) as service, httpx.Client() as client:
@@ -273,9 +273,9 @@ def test_nothing_names_a_request_after_its_answer(
             paused = Paused(service)
             if status == 200:
                 assert client.post(url, content=body, headers=headers).status_code == 504
-                assert len(made) >= 3
+                assert len(references) >= 3
                 paused.go.set()
-            assert until(lambda: not any(each() for each in made))
+            assert until(lambda: not any(reference() for reference in references))
         finally:
             gc.enable()
 
@@ -283,20 +283,20 @@ def test_nothing_names_a_request_after_its_answer(
 class Crowd:
     """Hostile clients of every kind in threads, until `stop`."""
 
-    def __init__(self, port: int, silent: int, others: int) -> None:
+    def __init__(self, port: int, silent: int, clients: int) -> None:
         self.port, self.stop = port, threading.Event()
         self._silent = silent
         shared = json.dumps(
             {"query": CAPTIONS[0], "documents": [image(seed) for seed in range(6)]}
         ).encode()
-        leaving = [HEAVY["images"](number) for number in range(others)]
+        leaving = [HEAVY["images"](index) for index in range(clients)]
         self._clients: list[Callable[[int], object]] = []
-        for number in range(others):
+        for index in range(clients):
             self._clients += [
                 lambda turn: self._wait(
                     connect(port, HEAD + b"content-length: 900000\r\n\r\n" + b" " * 800_000)
                 ),
-                lambda turn, number=number: self._leave(leaving[number], turn),
+                lambda turn, index=index: self._leave(leaving[index], turn),
                 lambda turn: self._leave(shared, turn),
                 lambda turn: self._wait(
                     connect(port, raw("/v1/rerank", json.dumps(UNREAD).encode()))
@@ -306,7 +306,7 @@ class Crowd:
 
     def __enter__(self) -> Crowd:
         self._idle = [
-            connect(self.port, b"POST /v1" * (number % 2)) for number in range(self._silent)
+            connect(self.port, b"POST /v1" * (index % 2)) for index in range(self._silent)
         ]
         self._threads = [
             threading.Thread(target=self._run, args=(client,)) for client in self._clients
@@ -345,9 +345,9 @@ class Crowd:
 
 
 def gauge(port: int, name: str) -> int:
-    found = re.search(rf"^{name} (\S+)$", get(port, "/metrics").text, re.MULTILINE)
-    assert found
-    return int(float(found[1]))
+    match = re.search(rf"^{name} (\S+)$", get(port, "/metrics").text, re.MULTILINE)
+    assert match
+    return int(float(match[1]))
 
 
 def descriptors(pid: int) -> int:
@@ -361,30 +361,30 @@ _MEMORY_MB = 256
     not Path("/proc/self/fd").exists(), reason="descriptors of another process are read from /proc"
 )
 @pytest.mark.parametrize(
-    ("silent", "others", "seconds"),
+    ("silent", "clients", "seconds"),
     [(40, 1, 3), pytest.param(900, 4, 60, marks=pytest.mark.slow)],
     ids=["few", "many"],
 )
 def test_good_clients_beside_hostile_ones(
-    weights: Path, model: XFM, tmp_path: Path, silent: int, others: int, seconds: int
+    weights: Path, model: XFM, tmp_path: Path, silent: int, clients: int, seconds: int
 ) -> None:
-    """Every good answer is that of the model, memory is what the ledger says, and all that was taken is given back."""
+    """Check that good clients get the right answers, memory follows the ledger, and everything is released."""
     good: list[tuple[bytes, Any]] = []
     for seed in range(6):
         path = tmp_path / f"{seed}.png"
         path.write_bytes(photo(seed))
-        asked = {"query": image(seed), "documents": CAPTIONS}
-        good.append((json.dumps(asked).encode(), model.match(path, CAPTIONS)))
+        request = {"query": image(seed), "documents": CAPTIONS}
+        good.append((json.dumps(request).encode(), model.match(path, CAPTIONS)))
     answers: list[tuple[int, Any]] = []
     samples: list[tuple[int, int]] = []
 
-    def be_good(number: int) -> None:
+    def be_good(index: int) -> None:
         for turn in range(10_000):
             if crowd.stop.is_set():
                 return
-            place = (number + turn) % len(good)
-            reply = post(port, "/v1/rerank", good[place][0])
-            answers.append((reply.status_code, (reply.json(), place)))
+            position = (index + turn) % len(good)
+            reply = post(port, "/v1/rerank", good[position][0])
+            answers.append((reply.status_code, (reply.json(), position)))
             if reply.status_code != 200:
                 time.sleep(0.2)
 
@@ -395,9 +395,9 @@ def test_good_clients_beside_hostile_ones(
         for body, _ in good:
             assert post(port, "/v1/rerank", body).status_code == 200
         opened, before = descriptors(begun.pid), gauge(port, "xfm_process_resident_bytes")
-        most = 0
-        with Crowd(port, silent, others) as crowd, ThreadPoolExecutor(2) as threads:
-            done = [threads.submit(be_good, number) for number in range(2)]
+        peak = 0
+        with Crowd(port, silent, clients) as crowd, ThreadPoolExecutor(2) as threads:
+            done = [threads.submit(be_good, index) for index in range(2)]
             end = time.monotonic() + seconds
             while time.monotonic() < end:
                 time.sleep(0.1)
@@ -408,10 +408,10 @@ def test_good_clients_beside_hostile_ones(
                         gauge(port, "xfm_process_resident_bytes") - before,
                     )
                 )
-                most = max(most, descriptors(begun.pid) - opened)
+                peak = max(peak, descriptors(begun.pid) - opened)
             crowd.leave()
-            for each in done:
-                each.result()
+            for future in done:
+                future.result()
             began = time.monotonic()
             assert until(lambda: gauge(port, "xfm_request_bytes") == 0)
             # While silent clients are still there.
@@ -419,15 +419,17 @@ def test_good_clients_beside_hostile_ones(
             recovered = time.monotonic() - began
         after = gauge(port, "xfm_process_resident_bytes") - before
     compared = 0
-    for status, (answer, place) in answers:
+    for status, (answer, position) in answers:
         # A machine that is busy may be late.
         assert status in (200, 429, 504), answer
         if status == 200:
-            np.testing.assert_allclose(scores(answer), good[place][1].tolist(), rtol=0, atol=1e-5)
+            np.testing.assert_allclose(
+                scores(answer), good[position][1].tolist(), rtol=0, atol=1e-5
+            )
             compared += 1
     ledger, grown = (max(column) for column in zip(*samples, strict=True))
     print(
-        f"{compared} of {len(answers)} good answers compared; up to {most} more descriptors, {ledger >> 20} MB in the "
+        f"{compared} of {len(answers)} good answers compared; up to {peak} more descriptors, {ledger >> 20} MB in the "
         f"ledger, {grown >> 20} MB more resident; {recovered:.1f} s later {after >> 20} MB more are resident"
     )
     assert compared >= 4

@@ -30,7 +30,7 @@ def with_image(value: str) -> dict[str, Any]:
 
 
 def huge_png(side: int) -> dict[str, Any]:
-    """A PNG whose header names more pixels than there are."""
+    """Make a PNG whose header states more pixels than there are."""
     return with_image(data_url(png(side, side, zlib.compress(bytes(100)))))
 
 
@@ -75,10 +75,10 @@ def test_bad_requests(served: Running, content: Any, status: int, message: str) 
 
 
 def test_limits_are_options(start: Start) -> None:
-    """A passage of 512 tokens and the largest batch of OpenAI's API pass; a service may take less, or more."""
+    """Accept a passage of 512 tokens and the largest batch of OpenAI's API; options change the limits."""
     with start() as service:
-        asked = {"input": ["a passage of many words " * 150] * 2048}
-        assert len(service.post("/v1/embeddings", asked).json()["data"]) == 2048
+        body = {"input": ["a passage of many words " * 150] * 2048}
+        assert len(service.post("/v1/embeddings", body).json()["data"]) == 2048
     with start(max_inputs=2, max_characters=5) as service:
         for texts, message in (
             (["a"] * 3, "--max-inputs"),
@@ -135,7 +135,7 @@ def test_the_api_key_is_required(start: Start) -> None:
 
 
 def test_bodies_are_bounded(start: Start) -> None:
-    """One body, with or without a declared length; and eight bodies have room at once, not nine."""
+    """Limit one body, with or without a declared length, and all bodies: eight fit at once, not nine."""
     with start(memory_mb=16) as service:
         reply = service.post("/v1/rerank", bytes(20 << 20))
         assert (reply.status_code, "1,048,576 bytes" in reply.json()["message"]) == (413, True)
@@ -192,7 +192,7 @@ def test_a_full_queue_is_429(start: Start) -> None:
         assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
         assert service.get("/health").status_code == 200
         paused.go.set()
-        assert [each.result().status_code for each in replies] == [200, 200]
+        assert [future.result().status_code for future in replies] == [200, 200]
         still_good(service)
 
 
@@ -246,15 +246,15 @@ def test_work_of_a_client_that_left_is_not_begun(start: Start) -> None:
 def test_a_damaged_image_fails_only_its_own_request(start: Start) -> None:
     damaged = bytearray(photo(1))
     damaged[len(damaged) // 2] ^= 255
-    asked = [with_image(data_url(content)) for content in (photo(2), bytes(damaged), photo(3))]
+    body = [with_image(data_url(content)) for content in (photo(2), bytes(damaged), photo(3))]
     with start(timeout=60) as service, ThreadPoolExecutor(4) as threads:
         paused = Paused(service)
         first = threads.submit(service.post, "/v1/rerank", GOOD)
         assert paused.begun.wait(60)
-        replies = [threads.submit(service.post, "/v1/rerank", content) for content in asked]
+        replies = [threads.submit(service.post, "/v1/rerank", content) for content in body]
         assert until(lambda: len(service.service.batcher) == 3)
         paused.go.set()
-        assert [each.result().status_code for each in (first, *replies)] == [200, 200, 422, 200]
+        assert [reply.result().status_code for reply in (first, *replies)] == [200, 200, 422, 200]
         # The three were computed together.
         assert len(paused.works) == 4
 

@@ -32,10 +32,10 @@ def test_random_weights_warn_and_sigterm_waits_for_requests_in_flight() -> None:
         body = json.dumps({"query": CAPTIONS[0], "documents": CAPTIONS}).encode()
         with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
             sock.sendall(raw("/v1/rerank", body)[:-1])
-            asked = json.dumps(
+            request = json.dumps(
                 {"query": "a red circle", "documents": [image(1), image(2)]}
             ).encode()
-            reply = post(port, "/v1/rerank", asked)
+            reply = post(port, "/v1/rerank", request)
             assert "RANDOM" in reply.json()["warning"]
             begun.send_signal(signal.SIGTERM)
             assert until(lambda: not listening(port)), "it still takes connections"
@@ -108,11 +108,11 @@ def test_models_without_a_tokenizer_or_of_other_tasks(tmp_path: Path, weights: P
         load(bare, SourceOptions(device="cpu"), 0)
     with pytest.raises(InputError, match="--random"):
         load(None, SourceOptions(), 0)
-    other = shutil.copytree(weights, tmp_path / "other")
+    second = shutil.copytree(weights, tmp_path / "other")
     options = {"kind": "text", "classes": ["no", "yes"]}
-    (other / "task.json").write_text(json.dumps({"format": 1, "task": options}))
+    (second / "task.json").write_text(json.dumps({"format": 1, "task": options}))
     with pytest.raises(XFMError, match="other"):
-        load(other, SourceOptions(device="cpu"), 0)
+        load(second, SourceOptions(device="cpu"), 0)
 
 
 def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,8 +158,8 @@ def test_a_service_that_allows_urls_refuses_private_ones(start: Any) -> None:
             ("http://169.254.169.254/latest", 422),
             ("data:image/png;base64,aGk=", 422),
         ):
-            asked = {"query": "a", "documents": [{"image": url}]}
-            assert service.post("/v1/rerank", asked).status_code == status
+            body = {"query": "a", "documents": [{"image": url}]}
+            assert service.post("/v1/rerank", body).status_code == status
 
 
 def test_an_error_of_one_image_ends_the_other_downloads(

@@ -23,6 +23,8 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, StorageError
 from xfm_fast.io import make_folder, require_file, write_files
 
+StateDict = Mapping[str, Tensor]
+
 FORMAT_VERSION = 1
 CONFIG_FILE, MODEL_FILE, UNUSED_FILE = "config.json", "model.safetensors", "unused.safetensors"
 TASK_FILE = "task.json"
@@ -242,11 +244,11 @@ class PretrainedFiles(NamedTuple):
 
 
 def save_pretrained(
-    module_state: Mapping[str, Tensor],
+    module_state: StateDict,
     config: XFMConfig,
     dir: str | os.PathLike[str],
     *,
-    unused: Mapping[str, Tensor] | None = None,
+    unused: StateDict | None = None,
     files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write `config.json`, `model.safetensors`, `unused.safetensors` (with `unused`) and other `files` to `dir`.
@@ -295,7 +297,7 @@ def load_pretrained_files(dir: str | os.PathLike[str]) -> PretrainedFiles:
     return PretrainedFiles(config, state, _read(unused) if unused.is_file() else None)
 
 
-def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
+def write_safetensors(file: BinaryIO, tensors: StateDict) -> None:
     """Stream `tensors` in the safetensors format.
 
     The library's own writer hides the errno of a full disk, does not flush, and needs all tensors contiguous on the

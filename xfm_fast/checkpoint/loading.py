@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from xfm_fast.checkpoint.files import read_state_dict
+from xfm_fast.checkpoint.files import StateDict, read_state_dict
 from xfm_fast.checkpoint.names import (
     HEAD_PREFIXES,
     TABLE,
@@ -76,7 +76,7 @@ def without_values() -> Iterator[None]:
         yield
 
 
-def random_tensors(templates: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
+def random_tensors(templates: StateDict, seed: int = 0) -> dict[str, Tensor]:
     """Draw weights by name, the same in every model. No weight is zero, so that comparisons cover every term."""
     state = {}
     for name, tensor in templates.items():
@@ -98,7 +98,7 @@ def random_tensors(templates: Mapping[str, Tensor], seed: int = 0) -> dict[str, 
 
 def load_into(
     module: nn.Module,
-    state: Mapping[str, Tensor],
+    state: StateDict,
     *,
     what: str,
     fresh: Collection[str] = (),
@@ -124,7 +124,7 @@ def load_into(
     return result
 
 
-def assign_into(module: nn.Module, state: Mapping[str, Tensor], *, what: str) -> None:
+def assign_into(module: nn.Module, state: StateDict, *, what: str) -> None:
     """Use the tensors of `state`, which nothing else may own, as the parameters of a module on the meta device.
 
     Memory-mapped tensors stay mapped: pages are read on first use. A different dtype is converted. Raises as
@@ -143,7 +143,7 @@ def assign_into(module: nn.Module, state: Mapping[str, Tensor], *, what: str) ->
 
 def compare(
     module: nn.Module,
-    state: Mapping[str, Tensor],
+    state: StateDict,
     *,
     what: str,
     fresh: Collection[str] = (),
@@ -191,7 +191,7 @@ def compare(
     return result
 
 
-def require_depth(config: XFMConfig, state: Mapping[str, Tensor], *, what: str) -> None:
+def require_depth(config: XFMConfig, state: StateDict, *, what: str) -> None:
     """Refuse a configuration with more layers than the checkpoint, before building any; raises `CheckpointError`."""
     sizes = {setting: _depth(state, prefix) for prefix, setting in _STACKS}
     if not any(0 < depth < getattr(config, setting) for setting, depth in sizes.items()):
@@ -254,9 +254,7 @@ _STACKS = (
 )
 
 
-def _remedies(
-    target: Mapping[str, Tensor], state: Mapping[str, Tensor], problems: Mapping[str, list[str]]
-) -> list[str]:
+def _remedies(target: StateDict, state: StateDict, problems: Mapping[str, list[str]]) -> list[str]:
     for name in problems["unexpected"]:
         if our_name(name) != name or name in TIED or is_dead(name):
             return [
@@ -286,7 +284,7 @@ def _remedies(
     return remedies or ["check that checkpoint and model have the same type and configuration"]
 
 
-def _settings(target: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+def _settings(target: StateDict, state: StateDict) -> list[str]:
     """List the fields of the configuration, `field=value`, in which the checkpoint's shapes differ from the model's."""
     values: dict[str, int] = {}
     for name, dimension, setting in _SIZES:
@@ -310,7 +308,7 @@ def _settings(target: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list
     return settings
 
 
-def _window(state: Mapping[str, Tensor]) -> int | None:
+def _window(state: StateDict) -> int | None:
     table = state.get(f"vision_encoder.blocks.0{TABLE}")
     try:
         return None if table is None else window_of(table)
@@ -318,13 +316,13 @@ def _window(state: Mapping[str, Tensor]) -> int | None:
         return None
 
 
-def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
+def _depth(state: StateDict, prefix: str) -> int:
     """Count the layers of a stack."""
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
     return max((int(match[1]) + 1 for match in map(pattern.match, state) if match), default=0)
 
 
-Source = str | os.PathLike[str] | Mapping[str, Tensor]
+Source = str | os.PathLike[str] | StateDict
 
 _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 # Heads and final norms of BEiT-v2; X-FM pools normalised patches with fc_norm.
@@ -350,7 +348,7 @@ class InitialisationReport:
         return f"{text} (in {', '.join(modules)})" if modules else text
 
 
-def roberta_state(hf_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def roberta_state(hf_state: StateDict) -> dict[str, Tensor]:
     """Convert a Hugging Face `RobertaForMaskedLM` or `RobertaModel` state dict to our `text_encoder.*` names.
 
     The `roberta.` prefix is optional; the pooler and `position_ids` are dropped, a language-model head is included.
@@ -443,7 +441,7 @@ def initialise(
     return InitialisationReport(loaded, result.fresh, result.surplus)
 
 
-def _open_state(source: Source) -> Mapping[str, Tensor]:
+def _open_state(source: Source) -> StateDict:
     return source if isinstance(source, Mapping) else read_state_dict(source)
 
 

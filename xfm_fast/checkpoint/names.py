@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xfm_fast.checkpoint.files import StateDict
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, InputError, needs
 from xfm_fast.kernels import reference
@@ -139,7 +140,7 @@ def heads_in(state: Iterable[str]) -> tuple[Head, ...]:
     return tuple(head for head in HEAD_PREFIXES if head in present)
 
 
-def select_heads(state: Mapping[str, Tensor], heads: Iterable[str]) -> dict[str, Tensor]:
+def select_heads(state: StateDict, heads: Iterable[str]) -> dict[str, Tensor]:
     """Drop the parameters of all heads but `heads`."""
     keep = {None, *heads}
     return {name: value for name, value in state.items() if head_of(name) in keep}
@@ -151,7 +152,7 @@ def our_name(name: str) -> str:
     return re.sub(r"^text_encoder\.(embeddings|encoder)\.", r"text_encoder.roberta.\1.", name)
 
 
-def to_ours(official: Mapping[str, Tensor], cfg: XFMConfig) -> tuple[dict[str, Tensor], LoadReport]:
+def to_ours(official: StateDict, cfg: XFMConfig) -> tuple[dict[str, Tensor], LoadReport]:
     """Convert the state dict of an official model to our names.
 
     Fine-tuning names become pretraining names; duplicates of tied tensors, integer buffers and dead weights are
@@ -181,7 +182,7 @@ def to_ours(official: Mapping[str, Tensor], cfg: XFMConfig) -> tuple[dict[str, T
         else:
             state[ours] = value
     report.duplicates = merge_tied(state)
-    report.duplicates |= _merge(report.unused, _TIED_DEAD, strict=False)
+    report.duplicates |= merge_tied(report.unused, _TIED_DEAD, strict=False)
     return state, report
 
 
@@ -198,9 +199,7 @@ def fit_table(
     return fitted
 
 
-def config_of(
-    state: Mapping[str, Tensor], sizes: XFMConfig, image_size: int | None = None
-) -> XFMConfig:
+def config_of(state: StateDict, sizes: XFMConfig, image_size: int | None = None) -> XFMConfig:
     """Resize a configuration to `image_size`, or to the resolution of a checkpoint's first position table."""
     table = next((value for name, value in state.items() if name.endswith(TABLE)), None)
     if image_size is None and table is not None:
@@ -211,15 +210,13 @@ def config_of(
     return sizes.resized(image_size)
 
 
-def merge_tied(state: dict[str, Tensor]) -> dict[str, str]:
+def merge_tied(
+    state: dict[str, Tensor], ties: Mapping[str, str] = TIED, *, strict: bool = True
+) -> dict[str, str]:
     """Keep one name of each tied tensor, in place; returns dropped name → remaining name.
 
-    Raises `CheckpointError` if the two names have different values.
+    Two names with different values raise `CheckpointError`; both stay if not `strict`.
     """
-    return _merge(state, TIED, strict=True)
-
-
-def _merge(state: dict[str, Tensor], ties: dict[str, str], *, strict: bool) -> dict[str, str]:
     merged = {}
     for second, first in ties.items():
         if second not in state:
@@ -253,10 +250,10 @@ def _describe(tensor: Tensor) -> str:
 
 
 def to_official(
-    state: Mapping[str, Tensor],
+    state: StateDict,
     cfg: XFMConfig,
     *,
-    unused: Mapping[str, Tensor] | None = None,
+    unused: StateDict | None = None,
     integer_buffers: bool = True,
     naming: Naming = "pretraining",
 ) -> dict[str, Tensor]:

@@ -9,12 +9,13 @@ from the output of the language layers, as X-FM does. X-VLM (arXiv 2111.08276), 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from xfm_fast.checkpoint.files import StateDict
 from xfm_fast.checkpoint.names import TABLE, LoadReport, fit_table, window_of
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, InputError
@@ -106,7 +107,7 @@ def _difference(names: set[str], name: str) -> str | None:
 
 
 def read_x2vlm(
-    state: Mapping[str, Tensor],
+    state: StateDict,
     *,
     what: str,
     image_size: int | None = None,
@@ -186,7 +187,7 @@ def _our_name(name: str, first_cross_layer: int) -> str | None:
 
 
 def _infer_config(
-    state: Mapping[str, Tensor],
+    state: StateDict,
     name: str,
     what: str,
     image_size: int | None,

@@ -111,14 +111,16 @@ class ImageLabelRecord(Annotation):
     label: Label | None = None
 
 
-Record = TypeVar("Record", bound=Annotation | Mapping[str, Any])
+Row = TypeVar("Row", bound=Annotation | Mapping[str, Any])
 RecordT = TypeVar("RecordT", bound=Annotation)
 
 
 def read_array(path: str | os.PathLike[str]) -> Sequence[Any]:
     """Read the elements of a JSON array file, unvalidated."""
     path = Path(path)
-    return array_of(path, read_json(path, ARRAY, lines=", not one object a line as in pretraining"))
+    return array_of(
+        path, read_json(path, ARRAY, lines=", not one object per line as in pretraining")
+    )
 
 
 def array_of(
@@ -159,7 +161,7 @@ def _explain(problem: Mapping[str, Any], element: Mapping[str, Any]) -> str:
     return f"{field} is {value} ({problem['msg'].lower()})"
 
 
-class AnnotationRows(Generic[Record]):
+class AnnotationRows(Generic[Row]):
     """Rows in memory, read from a file or given as a list.
 
     Attributes:
@@ -176,7 +178,7 @@ class AnnotationRows(Generic[Record]):
         self,
         path: str | os.PathLike[str],
         elements: Sequence[Any],
-        record_type: type[Record] | Callable[[Any], Record] | None = None,
+        record_type: type[Row] | Callable[[Any], Row] | None = None,
         *,
         labels: Sequence[int | str] | None = None,
         notes: tuple[str, ...] = (),
@@ -202,7 +204,7 @@ class AnnotationRows(Generic[Record]):
         text = json.dumps(self.elements[row], default=str, ensure_ascii=False)
         return text.encode("utf-8", "replace")
 
-    def about(self, images: Collection[str], *, inverted: bool = False) -> AnnotationRows[Record]:
+    def about(self, images: Collection[str], *, inverted: bool = False) -> AnnotationRows[Row]:
         """Select the rows about the given images; with `inverted` all but these."""
         rows = [
             row
@@ -211,14 +213,14 @@ class AnnotationRows(Generic[Record]):
         ]
         return self.select(rows)
 
-    def select(self, rows: Sequence[int]) -> AnnotationRows[Record]:
+    def select(self, rows: Sequence[int]) -> AnnotationRows[Row]:
         """Select rows, which keep their labels."""
         selection = copy(self)
         selection.elements = [self.elements[row] for row in rows]
         selection.labels = [self.label(row) for row in rows]
         return selection
 
-    def read(self, row: int) -> Record:
+    def read(self, row: int) -> Row:
         """Validate a row."""
         element: Any = self.elements[row]
         record_type: Any = self.record_type
@@ -229,9 +231,9 @@ class AnnotationRows(Generic[Record]):
         if not isinstance(element, Mapping):
             name = type(element).__name__
             raise DataError(f"the record is of type {name} instead of a mapping of fields")
-        return cast("Record", element)
+        return cast("Row", element)
 
-    def records(self) -> Iterator[Record]:
+    def records(self) -> Iterator[Row]:
         """Validate all rows in order; a broken element raises `DataError`."""
         for row in range(len(self)):
             try:

@@ -289,6 +289,7 @@ class IndexedFile:
         begins: Callable[[Path, int], bool],
     ) -> None:
         self.path = Path(path)
+        self.name = str(self.path)
         self._build, self._version, self._begins = build, version, begins
 
     def __getstate__(self) -> dict[str, Any]:
@@ -301,10 +302,6 @@ class IndexedFile:
 
     def __len__(self) -> int:
         return int(self.index[0])
-
-    @property
-    def name(self) -> str:
-        return str(self.path)
 
     @property
     def modified(self) -> int:

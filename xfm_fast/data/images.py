@@ -11,17 +11,18 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from xfm_fast.data.options import ImageOptions
+from xfm_fast.data.options import ImageOptions, Record
 from xfm_fast.errors import DataError, needs
 from xfm_fast.io import read_bytes
 
@@ -35,7 +36,6 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 Source = str | os.PathLike[str] | bytes
-Decoded = TypeVar("Decoded")
 
 # Functions of torchvision.io.
 _FAST = {"JPEG": "decode_jpeg", "PNG": "decode_png"}
@@ -70,7 +70,8 @@ def decode_image(source: Source, name: str | None = None, *, official: bool = Fa
     truncated, larger than `PIL.Image.MAX_IMAGE_PIXELS` or without a defined white level raises `DataError`.
     """
     name, data = read_image(source, name)
-    return _decode(data, name, lambda image: to_rgb(image, name, official=official))
+    with _opened(data, name) as image:
+        return to_rgb(image, name, official=official)
 
 
 def image_size(
@@ -78,14 +79,14 @@ def image_size(
 ) -> tuple[int, int]:
     """Return width and height of the decoded image, from the header."""
     name, data = read_image(source, name)
-    return _decode(data, name, lambda image: image.size if official else upright_size(image))
+    with _opened(data, name) as image:
+        return image.size if official else upright_size(image)
 
 
 def decode_pixels(source: Source, name: str | None = None, *, official: bool = False) -> Tensor:
     """Decode to 8-bit pixels `[3, H, W]`, bit-identical to `decode_image` and faster for JPEG and PNG."""
     name, data = read_image(source, name)
-
-    def pixels(image: Image.Image) -> Tensor:
+    with _opened(data, name) as image:
         if _is_plain(image, data, official=official):
             # What torchvision refuses, Pillow explains; a build without the image libraries raises too.
             with contextlib.suppress(RuntimeError, ModuleNotFoundError):
@@ -97,8 +98,6 @@ def decode_pixels(source: Source, name: str | None = None, *, official: bool = F
                 if decoded.dtype == torch.uint8:
                     return decoded
         return torch.from_numpy(np.array(to_rgb(image, name, official=official))).permute(2, 0, 1)
-
-    return _decode(data, name, pixels)
 
 
 def _is_plain(image: Image.Image, data: bytes, *, official: bool) -> bool:
@@ -122,9 +121,7 @@ def load_image(
     return evaluation_transform(image_size)(decode_image(source, name, official=official))
 
 
-def record_pixels(
-    record: Mapping[str, Any], options: ImageOptions, rng: np.random.Generator
-) -> Tensor:
+def record_pixels(record: Record, options: ImageOptions, rng: Generator) -> Tensor:
     """Decode a record's image, or a random one of its images, to 8-bit pixels `[3, H, W]`."""
     values = image_values(record, options)
     # A single image draws no random number.
@@ -133,7 +130,7 @@ def record_pixels(
     return decode_pixels(source, name, official=options.official_pictures)
 
 
-def image_values(record: Mapping[str, Any], options: ImageOptions) -> list[Any]:
+def image_values(record: Record, options: ImageOptions) -> list[Any]:
     """Return the image values of a record; an empty list raises `DataError`."""
     value = record.get(options.image_key)
     if value == []:
@@ -193,8 +190,9 @@ def read_image(source: Source, name: str | None = None) -> tuple[str, bytes]:
     return name, data
 
 
-def _decode(data: bytes, name: str, decode: Callable[[Image.Image], Decoded]) -> Decoded:
-    """Check an encoded image and call `decode` with it; everything that fails raises `DataError`."""
+@contextlib.contextmanager
+def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
+    """Check and open an encoded image; everything that fails, in the block too, raises `DataError`."""
     with warnings.catch_warnings():
         # Pillow only warns of bombs up to twice the limit, which the check below refuses.
         warnings.simplefilter("ignore")
@@ -215,7 +213,7 @@ def _decode(data: bytes, name: str, decode: Callable[[Image.Image], Decoded]) ->
                     check_png(data)
                 elif image.format in ("JPEG", "MPO"):
                     read_header(data)
-                return decode(image)
+                yield image
         except (DataError, MemoryError):
             raise
         except Image.DecompressionBombError as error:

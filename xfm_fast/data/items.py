@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypedDict, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypedDict, TypeVar
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xfm_fast.batches import IGNORED, Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
+from xfm_fast.batches import IGNORED, ImageBatch, PairBatch, RegionBatch, TensorBatch, TextBatch
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.images import record_pixels
 from xfm_fast.data.masking import EncodedText, block_mask
@@ -20,6 +20,7 @@ from xfm_fast.data.options import (
     ImageOptions,
     ImageStreamOptions,
     PairStreamOptions,
+    Record,
     RegionStreamOptions,
     TextStreamOptions,
 )
@@ -30,31 +31,29 @@ from xfm_fast.errors import DataError, InputError
 from xfm_fast.tokenizer import CaptionTokenizer
 
 Options = TypeVar("Options")
-Item = TypeVar("Item")
-BatchT = TypeVar("BatchT", bound=Batch, covariant=True)
+BatchT = TypeVar("BatchT", bound=TensorBatch, covariant=True)
+
+
+class ItemMaker(Protocol[BatchT]):
+    """Converts records to items and items to a batch."""
+
+    def item(self, record: Any, rng: Generator) -> Any:
+        """Convert a record to an item; a broken record raises `DataError`."""
+        ...
+
+    def collate(self, items: list[Any], rng: Generator) -> BatchT:
+        """Collate items to a batch, with the batch's generator."""
+        ...
 
 
 @dataclass(frozen=True)
-class Items(ABC, Generic[Options, Item, BatchT]):
-    """Converts records to items and items to batches of `batch_size` pairs, images or texts per rank."""
+class Items(ItemMaker[BatchT], Generic[Options, BatchT]):
+    """Makes batches of `batch_size` pairs, images or texts per rank."""
 
     options: Options
     config: XFMConfig
     tokenizer: CaptionTokenizer
     batch_size: int
-
-    @property
-    def rows(self) -> int:
-        """Records of a batch."""
-        return self.batch_size
-
-    @abstractmethod
-    def item(self, record: Mapping[str, Any], rng: np.random.Generator) -> Item:
-        """Convert a record to an item; a broken record raises `DataError`."""
-
-    @abstractmethod
-    def collate(self, items: list[Item], rng: np.random.Generator) -> BatchT:
-        """Collate items to a batch, with the batch's generator."""
 
 
 class Pair(NamedTuple):
@@ -79,21 +78,21 @@ class Regions(NamedTuple):
     texts: Sequence[EncodedText]
 
 
-class ImageItems(Items[ImageStreamOptions, Picture, ImageBatch]):
+class ImageItems(Items[ImageStreamOptions, ImageBatch]):
     """Images only; other fields are not read."""
 
-    def item(self, record: Mapping[str, Any], rng: np.random.Generator) -> Picture:
+    def item(self, record: Record, rng: Generator) -> Picture:
         return _masked_picture(record, self.options, self.config, rng)
 
-    def collate(self, items: list[Picture], rng: np.random.Generator) -> ImageBatch:
+    def collate(self, items: list[Picture], rng: Generator) -> ImageBatch:
         images, masks = zip(*items, strict=True)
         return collate_images(images, patch_masks=masks)
 
 
-class PairItems(Items[PairStreamOptions, Pair, PairBatch]):
+class PairItems(Items[PairStreamOptions, PairBatch]):
     """Image-caption records."""
 
-    def item(self, record: Mapping[str, Any], rng: np.random.Generator) -> Pair:
+    def item(self, record: Record, rng: Generator) -> Pair:
         # The text is cheap: a broken one saves decoding the image.
         text = text_of(record, self.options.caption_key, self.tokenizer)
         shared = isinstance(record.get(self.options.image_key), list)
@@ -101,7 +100,7 @@ class PairItems(Items[PairStreamOptions, Pair, PairBatch]):
         image, patch_mask = _masked_picture(record, self.options, self.config, rng)
         return Pair(image, encoded, patch_mask)
 
-    def collate(self, items: list[Pair], rng: np.random.Generator) -> PairBatch:
+    def collate(self, items: list[Pair], rng: Generator) -> PairBatch:
         images, texts, masks = zip(*items, strict=True)
         # Processes that share a global batch exchange texts, which then must be equally wide.
         width = self.options.max_tokens
@@ -110,25 +109,21 @@ class PairItems(Items[PairStreamOptions, Pair, PairBatch]):
         )
 
 
-class TextItems(Items[TextStreamOptions, EncodedText, TextBatch]):
+class TextItems(Items[TextStreamOptions, TextBatch]):
     """Text only."""
 
-    def item(self, record: Mapping[str, Any], rng: np.random.Generator) -> EncodedText:
+    def item(self, record: Record, rng: Generator) -> EncodedText:
         text = text_of(record, self.options.caption_key, self.tokenizer)
         return encode_pair_text(text, self.tokenizer, self.options, rng)
 
-    def collate(self, items: list[EncodedText], rng: np.random.Generator) -> TextBatch:
+    def collate(self, items: list[EncodedText], rng: Generator) -> TextBatch:
         return collate_texts(items, pad_token_id=self.tokenizer.pad_token_id)
 
 
-class RegionItems(Items[RegionStreamOptions, Regions, RegionBatch]):
+class RegionItems(Items[RegionStreamOptions, RegionBatch]):
     """Images with regions."""
 
-    @property
-    def rows(self) -> int:
-        return self.options.max_images
-
-    def item(self, record: Mapping[str, Any], rng: np.random.Generator) -> Regions:
+    def item(self, record: Record, rng: Generator) -> Regions:
         # A record without regions saves decoding the image.
         elements_of(record)
         pixels = record_pixels(record, self.options, rng)
@@ -144,13 +139,13 @@ class RegionItems(Items[RegionStreamOptions, Regions, RegionBatch]):
         ]
         return Regions(sample, texts)
 
-    def collate(self, items: list[Regions], rng: np.random.Generator) -> RegionBatch:
+    def collate(self, items: list[Regions], rng: Generator) -> RegionBatch:
         samples, texts = zip(*items, strict=True)
         pad, width = self.tokenizer.pad_token_id, self.options.max_tokens
         return collate_regions(samples, texts, self.batch_size, rng, pad_token_id=pad, width=width)
 
 
-ITEMS: dict[str, Callable[..., Items[Any, Any, Any]]] = {
+ITEMS: dict[str, Callable[..., Items[Any, Any]]] = {
     "pairs": PairItems,
     "regions": RegionItems,
     "images": ImageItems,
@@ -160,7 +155,7 @@ ITEMS: dict[str, Callable[..., Items[Any, Any, Any]]] = {
 
 
 def _masked_picture(
-    record: Mapping[str, Any], options: ImageOptions, config: XFMConfig, rng: np.random.Generator
+    record: Record, options: ImageOptions, config: XFMConfig, rng: Generator
 ) -> Picture:
     """Decode, transform and mask the image of a record."""
     pixels = record_pixels(record, options, rng)
@@ -222,11 +217,10 @@ def collate_regions(
     samples: Sequence[RegionSample],
     texts: Sequence[Sequence[EncodedText]],
     batch_size: int,
-    rng: np.random.Generator,
+    rng: Generator,
     *,
     pad_token_id: int,
     width: int | None = None,
-    masked: int | None = None,
 ) -> RegionBatch:
     """Collate exactly `batch_size` texts about regions, grouped by image.
 
@@ -250,7 +244,7 @@ def collate_regions(
     flat = [text for rows_of_image in texts for text in rows_of_image]
     index = torch.from_numpy(rows)
     return RegionBatch(
-        **_pad([flat[row] for row in rows], pad_token_id, width, masked),
+        **_pad([flat[row] for row in rows], pad_token_id, width),
         image=torch.stack([samples[image].image for image in used]),
         image_index=torch.from_numpy(image_index.astype(np.int64)),
         region_mask=torch.cat([sample.region_mask for sample in samples])[index],
@@ -280,7 +274,10 @@ class _Texts(TypedDict):
 
 
 def _pad(
-    texts: Sequence[EncodedText], pad_token_id: int, width: int | None, masked: int | None
+    texts: Sequence[EncodedText],
+    pad_token_id: int,
+    width: int | None = None,
+    masked: int | None = None,
 ) -> _Texts:
     if not texts:
         raise InputError("a batch of 0 texts is empty; give at least 1")

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import NDArray
 
 from xfm_fast.errors import InputError
@@ -70,7 +71,7 @@ class EncodedText(NamedTuple):
 def mask_tokens(
     ids: list[int],
     options: MaskingOptions,
-    rng: np.random.Generator,
+    rng: Generator,
     *,
     vocab_size: int,
     mask_token_id: int,
@@ -113,7 +114,7 @@ def mask_tokens(
 
 
 def _draw_positions(
-    units: list[tuple[int, int]], count: int, options: MaskingOptions, rng: np.random.Generator
+    units: list[tuple[int, int]], count: int, options: MaskingOptions, rng: Generator
 ) -> list[int]:
     """Draw runs of units until they have `count` tokens, and return the positions of these tokens."""
     order = rng.permutation(len(units)).tolist()
@@ -147,7 +148,7 @@ def _draw_positions(
     return positions[: options.most]
 
 
-def block_mask(grid: int, count: int, min_area: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+def block_mask(grid: int, count: int, min_area: int, rng: Generator) -> NDArray[np.bool_]:
     """Draw a BEiT block mask `[grid * grid]` with exactly `count` ones (arXiv 2106.08254).
 
     Rectangles: area uniform between `min_area` and the number of patches left, log aspect ratio uniform in ±log(0.3),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from xfm_fast.data.masking import MaskingOptions
+
+Record = Mapping[str, Any]
+"""The fields of a row of pretraining data."""
 
 
 class Options(BaseModel):

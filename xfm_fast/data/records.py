@@ -29,7 +29,7 @@ from xfm_fast.data.files import (
     row_of,
 )
 from xfm_fast.data.images import image_source, image_values
-from xfm_fast.data.options import ImageOptions
+from xfm_fast.data.options import ImageOptions, Record
 from xfm_fast.data.tables import (
     LINE_SUFFIXES,
     PAIR_COLUMNS,
@@ -45,7 +45,6 @@ from xfm_fast.data.tables import (
 from xfm_fast.errors import DataError, explain_types
 from xfm_fast.io import check_text
 
-Record = Mapping[str, Any]
 Data = Paths | Sequence[Record]
 
 # More than a loader should hold in memory; usually a file with broken line ends.
@@ -64,10 +63,7 @@ _SHORT_LINE = 8
 class Rows(Protocol):
     """Rows of one file."""
 
-    @property
-    def name(self) -> str:
-        """File name in error messages."""
-        ...
+    name: str  # in error messages
 
     @property
     def modified(self) -> int:
@@ -145,8 +141,8 @@ def _scan_lines(path: Path) -> np.ndarray:
         check_plain(path, start)
         if start.removeprefix(_BOM).lstrip().startswith(b"["):
             raise DataError(
-                f"{path} is a JSON array, as fine-tuning files are; pretraining reads one object a line: write every "
-                "element on a line of its own"
+                f"{path} is a JSON array, as fine-tuning files are; pretraining reads one object per line: write "
+                "every element on its own line"
             )
         while count := file.readinto(buffer):
             ends.append(np.flatnonzero(view[:count] == _NEWLINE) + size)

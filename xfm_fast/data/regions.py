@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from numpy.random import Generator
 from torch import Tensor
 
-from xfm_fast.data.options import RegionOptions
+from xfm_fast.data.options import Record, RegionOptions
 from xfm_fast.data.texts import choose_text, clean_text, every_text
 from xfm_fast.data.transforms import (
     Box,
@@ -50,9 +50,9 @@ class RegionSample:
 
 
 def sample_regions(
-    record: Mapping[str, Any],
+    record: Record,
     picture: Picture,
-    rng: np.random.Generator,
+    rng: Generator,
     *,
     size: int,
     patch_size: int,
@@ -111,7 +111,7 @@ def sample_regions(
     )
 
 
-def crop_around(box: Rectangle, width: int, height: int, rng: np.random.Generator) -> Box:
+def crop_around(box: Rectangle, width: int, height: int, rng: Generator) -> Box:
     """Draw a crop that contains the box: each border uniform between the box's and the image's."""
     left, top = int(rng.integers(math.floor(box.x) + 1)), int(rng.integers(math.floor(box.y) + 1))
     right = int(rng.integers(min(math.ceil(box.x + box.w), width), width + 1))
@@ -153,7 +153,7 @@ def sample_grounding(
     picture: Picture,
     box: Sequence[float],
     caption: str,
-    rng: np.random.Generator,
+    rng: Generator,
     *,
     size: int,
     careful_flip: bool = True,
@@ -173,7 +173,7 @@ def sample_grounding(
     return pixels, torch.tensor(target, dtype=torch.float32)
 
 
-def elements_of(record: Mapping[str, Any]) -> list[Any]:
+def elements_of(record: Record) -> list[Any]:
     """Return the regions of a record; none raises `DataError`."""
     elements = record.get("elems")
     if not isinstance(elements, list) or not elements:
@@ -184,7 +184,7 @@ def elements_of(record: Mapping[str, Any]) -> list[Any]:
 
 
 def every_region_text(
-    record: Mapping[str, Any], width: int, height: int, options: RegionOptions
+    record: Record, width: int, height: int, options: RegionOptions
 ) -> tuple[list[str], list[list[str]], list[str]]:
     """List captions of the image, texts of each visible element, and reasons for unusable ones, before cleaning."""
     elements, _, skipped = _usable_elements(record, width, height)
@@ -214,10 +214,10 @@ def every_region_text(
 
 
 def _usable_elements(
-    record: Mapping[str, Any], width: int, height: int
-) -> tuple[list[tuple[Rectangle, Mapping[str, Any]]], list[Rectangle], list[str]]:
+    record: Record, width: int, height: int
+) -> tuple[list[tuple[Rectangle, Record]], list[Rectangle], list[str]]:
     """Return elements with a visible box, boxes fully inside the image, and reasons for the other elements."""
-    elements: list[tuple[Rectangle, Mapping[str, Any]]] = []
+    elements: list[tuple[Rectangle, Record]] = []
     skipped: list[str] = []
     for index, element in enumerate(elements_of(record)):
         try:
@@ -241,7 +241,7 @@ def _usable_elements(
     return elements, inside, skipped
 
 
-def _text_fields(element: Mapping[str, Any]) -> list[Any]:
+def _text_fields(element: Record) -> list[Any]:
     return [element[name] for name in ("attributes", "caption") if name in element]
 
 
@@ -251,7 +251,7 @@ def _is_visible(visible: Rectangle, box: Rectangle, options: RegionOptions) -> b
     return visible.w * visible.h > options.least_visible * box.w * box.h
 
 
-def _all_texts(record: Mapping[str, Any]) -> Iterator[str]:
+def _all_texts(record: Record) -> Iterator[str]:
     """Yield all captions and attributes of a record."""
     values = [
         mapping.get(field)

@@ -24,21 +24,21 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
+from numpy.random import Generator, Philox, SeedSequence
 from torch.utils.data import DataLoader, Dataset
 
 from xfm_fast.batches import TensorBatch
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.fingerprints import held_out
 from xfm_fast.data.images import image_source, image_values, images_observed, read_image
-from xfm_fast.data.items import ITEMS, BatchT, Items
-from xfm_fast.data.options import AnyStreamOptions, ImageOptions, TextOptions
+from xfm_fast.data.items import ITEMS, BatchT, ItemMaker, Items
+from xfm_fast.data.options import AnyStreamOptions, ImageOptions, RegionOptions, TextOptions
 from xfm_fast.data.records import Data, RecordSet, Rows, open_records
 from xfm_fast.errors import ConfigError, DataError, StorageError, XFMError
 from xfm_fast.io import open_data, open_to_append, parse_json
 from xfm_fast.tokenizer import CaptionTokenizer
 
 B = TypeVar("B", bound=TensorBatch)
-B_co = TypeVar("B_co", bound=TensorBatch, covariant=True)
 
 # Added to the stream of an item's generator, so that collation draws other random numbers.
 _COLLATION = 1 << 16
@@ -49,27 +49,15 @@ _SIGNALS = [
 _mask = getattr(signal, "pthread_sigmask", None)
 
 
-class BatchSource(Protocol[B_co]):
+class BatchSource(Protocol[BatchT]):
     """Random access to batches."""
 
     def __len__(self) -> int:
         """Return the batches per epoch on this rank."""
         ...
 
-    def batch(self, index: int) -> B_co:
+    def batch(self, index: int) -> BatchT:
         """Make batch `index` >= 0, counted across epochs."""
-        ...
-
-
-class ItemMaker(Protocol[B_co]):
-    """Converts records to items and items to a batch."""
-
-    def item(self, record: Any, rng: np.random.Generator) -> Any:
-        """Convert a record to an item; a broken record raises `DataError`."""
-        ...
-
-    def collate(self, items: list[Any], rng: np.random.Generator) -> B_co:
-        """Collate items to a batch, with the batch's generator."""
         ...
 
 
@@ -78,7 +66,7 @@ def epoch_batches(rows: int, batch: int, *, drop_last: bool) -> int:
     return max(1, rows // batch if drop_last else -(-rows // batch))
 
 
-class ShuffledBatches(Generic[B_co]):
+class ShuffledBatches(Generic[BatchT]):
     """Shuffled batches of a record sequence, `rows` per rank.
 
     An epoch visits every row once, up to the last full global batch; fewer rows than a global batch are repeated to
@@ -91,7 +79,7 @@ class ShuffledBatches(Generic[B_co]):
     def __init__(
         self,
         records: RecordSet,
-        items: ItemMaker[B_co],
+        items: ItemMaker[BatchT],
         *,
         rows: int,
         seed: int,
@@ -119,7 +107,7 @@ class ShuffledBatches(Generic[B_co]):
     def __len__(self) -> int:
         return epoch_batches(len(self.records), self._stride, drop_last=self._drop_last)
 
-    def batch(self, index: int) -> B_co:
+    def batch(self, index: int) -> BatchT:
         """Make batch `index` of this rank; too many broken rows in a file raise `DataError`."""
         epoch, index = divmod(index, len(self))
         start, rows = index * self._stride, self._rows
@@ -159,8 +147,6 @@ class Stream(ShuffledBatches[BatchT]):
     images, repeated if there are too few.
     """
 
-    items: Items[Any, Any, BatchT]
-
     def __init__(
         self,
         data: Data,
@@ -187,7 +173,7 @@ class Stream(ShuffledBatches[BatchT]):
                     f"max_tokens={options.max_tokens} is more than the {config.max_text_length} positions of the "
                     "model; use fewer"
                 )
-        items: Items[Any, Any, BatchT] = ITEMS[options.kind](options, config, tokenizer, batch_size)
+        items: Items[Any, BatchT] = ITEMS[options.kind](options, config, tokenizer, batch_size)
         if not isinstance(quarantine, Quarantine):
             quarantine = Quarantine(quarantine, tolerate_bad=options.bad_share)
         records = open_records(data, **options.record_keys)
@@ -196,7 +182,7 @@ class Stream(ShuffledBatches[BatchT]):
         super().__init__(
             records,
             items,
-            rows=items.rows,
+            rows=options.max_images if isinstance(options, RegionOptions) else batch_size,
             seed=seed,
             rank=rank,
             stream=list(ITEMS).index(options.kind) + len(ITEMS) * index,
@@ -336,10 +322,10 @@ def replacement(position: int, attempt: int, count: int, stride: int) -> int:
     return (position + attempt * stride + attempt // cycle) % count
 
 
-def item_generator(seed: int, stream: int, epoch: int, position: int) -> np.random.Generator:
+def item_generator(seed: int, stream: int, epoch: int, position: int) -> Generator:
     """Make the random generator of one item, independent of workers and restarts."""
-    key = np.random.SeedSequence([seed, stream, epoch, position])
-    return np.random.Generator(np.random.Philox(key))
+    key = SeedSequence([seed, stream, epoch, position])
+    return Generator(Philox(key))
 
 
 @lru_cache(maxsize=1024)

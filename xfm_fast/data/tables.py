@@ -265,7 +265,9 @@ def read_lines(path: Path) -> AnnotationRows[Any]:
         try:
             elements.append(json.loads(line))
         except (ValueError, RecursionError) as error:
-            reason = f"the line is not JSON ({error}); expected one object a line, such as {{...}}"
+            reason = (
+                f"the line is not JSON ({error}); expected one object per line, such as {{...}}"
+            )
             elements.append(DataError(reason))
     if elements and all(isinstance(element, DataError) for element in elements):
         raise DataError(
@@ -434,7 +436,7 @@ def read_caption_folder(folder: Path, *, bare: bool = False) -> AnnotationRows[A
                 elements.append({"image": str(image), "caption": caption})
                 labels.append(f"{image.with_suffix('.txt').name}:{number}")
         else:
-            empty = DataError(f"{image.with_suffix('.txt')} holds no caption; write one a line")
+            empty = DataError(f"{image.with_suffix('.txt')} holds no caption; write one per line")
             elements.append({"image": str(image)} if captions is None else empty)
             labels.append(image.name)
     if not elements:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
+from numpy.random import Generator
 
 from xfm_fast.data.masking import EncodedText, mask_tokens
-from xfm_fast.data.options import TextOptions
+from xfm_fast.data.options import Record, TextOptions
 from xfm_fast.errors import DataError
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
@@ -19,7 +19,7 @@ IDS_KEY = "input_ids"
 """Record field with pre-tokenised text."""
 
 
-def text_of(record: Mapping[str, Any], key: str, tokenizer: CaptionTokenizer) -> Any:
+def text_of(record: Record, key: str, tokenizer: CaptionTokenizer) -> Any:
     """Return the token ids of a pre-tokenised record (without `<s>` and `</s>`), or its field `key`."""
     ids = record.get(IDS_KEY)
     if ids is None:
@@ -41,7 +41,7 @@ def text_of(record: Mapping[str, Any], key: str, tokenizer: CaptionTokenizer) ->
     return tuple(ids)
 
 
-def choose_text(value: Any, rng: np.random.Generator, *, language: str | None = None) -> str:
+def choose_text(value: Any, rng: Generator, *, language: str | None = None) -> str:
     """Draw the text of a caption field: a string, an element of a list, or a language of a mapping."""
     if isinstance(value, list) and value:
         # A single element draws no random number.
@@ -95,7 +95,7 @@ def encode_text(
     text: str | Sequence[int],
     tokenizer: CaptionTokenizer,
     options: TextOptions,
-    rng: np.random.Generator,
+    rng: Generator,
     *,
     cleaned: bool = False,
 ) -> EncodedText:
@@ -126,7 +126,7 @@ def encode_pair_text(
     caption: Any,
     tokenizer: CaptionTokenizer,
     options: TextOptions,
-    rng: np.random.Generator,
+    rng: Generator,
     *,
     one_of_many: bool = False,
 ) -> EncodedText:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 from PIL.Image import Resampling, Transform
@@ -96,7 +97,7 @@ class Operation:
     base: float = 0.0
     signed: bool = False
 
-    def __call__(self, image: Image.Image, level: float, rng: np.random.Generator) -> Image.Image:
+    def __call__(self, image: Image.Image, level: float, rng: Generator) -> Image.Image:
         magnitude = level / MAX_LEVEL * self.scale + self.base
         if self.signed and rng.random() >= 0.5:
             magnitude = -magnitude
@@ -198,7 +199,7 @@ class RandAugment:
                 f"level={self.level} of RandAugment is out of range; use 0 to {MAX_LEVEL:g}"
             )
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    def __call__(self, image: Image.Image, rng: Generator) -> Image.Image:
         """Return the image or an augmented copy."""
         operations = list(OPERATIONS[self.operations].values())
         for choice in rng.integers(len(operations), size=self.draws):
@@ -237,9 +238,7 @@ def picture_size(picture: Picture) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def random_crop_box(
-    width: int, height: int, scale: tuple[float, float], rng: np.random.Generator
-) -> Box:
+def random_crop_box(width: int, height: int, scale: tuple[float, float], rng: Generator) -> Box:
     """Draw a RandomResizedCrop box: area fraction in `scale`, log aspect ratio uniform between 3/4 and 4/3.
 
     After ten failed draws it is the largest central crop within the aspect limits.
@@ -303,7 +302,7 @@ def _affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Te
     return (-centre / spread).float(), (1 / (255 * spread)).float()
 
 
-def augmented(pixels: Tensor, augment: RandAugment, rng: np.random.Generator) -> Tensor:
+def augmented(pixels: Tensor, augment: RandAugment, rng: Generator) -> Tensor:
     """Apply RandAugment to 8-bit pixels `[3, H, W]`."""
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     out = augment(image, rng)
@@ -326,9 +325,7 @@ class TrainingTransform:
     mean: tuple[float, float, float] = MEAN
     std: tuple[float, float, float] = STD
 
-    def __call__(
-        self, picture: Picture, rng: np.random.Generator, *, may_flip: bool = True
-    ) -> Tensor:
+    def __call__(self, picture: Picture, rng: Generator, *, may_flip: bool = True) -> Tensor:
         width, height = picture_size(picture)
         box = (0, 0, width, height)
         if self.scale is not None:
@@ -372,7 +369,7 @@ class RegionTransform:
     size: int
     augment: RandAugment = _COLOURS
 
-    def __call__(self, picture: Picture, box: Box, flip: bool, rng: np.random.Generator) -> Tensor:
+    def __call__(self, picture: Picture, box: Box, flip: bool, rng: Generator) -> Tensor:
         return normalise(
             augmented(resize_crop(picture, box, self.size, flip=flip), self.augment, rng)
         )
@@ -398,7 +395,7 @@ class RandomErasing:
     )  # range of the rectangle's share of the image, uniform
     aspect: float = 0.3  # minimum aspect ratio, its inverse is the maximum; log-uniform
 
-    def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor:
+    def __call__(self, image: Tensor, rng: Generator) -> Tensor:
         """Return the image `[C, H, W]` or a modified copy."""
         if rng.random() >= self.probability:
             return image
@@ -423,7 +420,7 @@ class ImageNetTransform:
     view: TrainingTransform
     erase: RandomErasing = RandomErasing()
 
-    def __call__(self, picture: Picture, rng: np.random.Generator) -> Tensor:
+    def __call__(self, picture: Picture, rng: Generator) -> Tensor:
         return self.erase(self.view(picture, rng), rng)
 
 

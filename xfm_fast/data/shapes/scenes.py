@@ -12,6 +12,7 @@ from functools import cache, lru_cache
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
+from numpy.random import Generator, Philox, SeedSequence
 from numpy.typing import NDArray
 
 from xfm_fast.errors import DataError
@@ -103,8 +104,8 @@ def scene(seed: int, index: int, split: Split = "train") -> Scene:
         raise DataError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
     if seed < 0 or index < 0:
         raise DataError(f"seed={seed} and index={index} must not be negative")
-    key = np.random.SeedSequence([seed, SPLITS.index(split), index])
-    draws = _Draws(np.random.Generator(np.random.Philox(key)))
+    key = SeedSequence([seed, SPLITS.index(split), index])
+    draws = _Draws(Generator(Philox(key)))
     uniform = draws.uniform()
     count = 1 + sum(uniform >= bound for bound in _COUNTS)
     looks = _draw_looks(count, split, draws)
@@ -122,7 +123,7 @@ def scene(seed: int, index: int, split: Split = "train") -> Scene:
 class _Draws:
     """Uniform random numbers, drawn in blocks for speed."""
 
-    def __init__(self, generator: np.random.Generator) -> None:
+    def __init__(self, generator: Generator) -> None:
         self._generator = generator
         self._block: list[float] = []
 
