@@ -273,9 +273,9 @@ class Packed:
     max_q: int
     max_k: int
     scale: float
-    dropout_p: float = field(default=0.0, metadata=CHANCE)
-    seed: Tensor | None = field(default=None, metadata=CONSTANT)
-    key_mask: Tensor | None = field(default=None, metadata=CONSTANT)
+    dropout_p: float = field(metadata=CHANCE)
+    seed: Tensor | None = field(metadata=CONSTANT)
+    key_mask: Tensor | None = field(metadata=CONSTANT)
 
     def bounds(self, q: Tensor, k: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the offsets as integers; InputError unless they describe q and k."""
@@ -286,7 +286,7 @@ class Packed:
         return bounds_q, offsets_of(self.cu_seqlens_k, k, self.max_k, "k")
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class Varlen(Packed):
     """All arguments of `varlen_attention`."""
 

@@ -174,17 +174,17 @@ class _Differentiable(Generic[A]):
 
     def run_forward(self, *inputs: Any) -> Any:
         """Implement the operator."""
-        outputs = self.forward(self._arguments(inputs), inputs[-1])
+        outputs = self.forward(self.arguments(*inputs[:-1]), inputs[-1])
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def fake_forward(self, *inputs: Any) -> Any:
         """Make outputs without contents."""
-        outputs = self.fake(self._arguments(inputs), inputs[-1])
+        outputs = self.fake(self.arguments(*inputs[:-1]), inputs[-1])
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """Save arguments and outputs for the gradient."""
-        saved, ctx.backend = self._arguments(inputs), inputs[-1]
+        saved, ctx.backend = self.arguments(*inputs[:-1]), inputs[-1]
         outputs = (output,) if isinstance(output, Tensor) else output
         results = self.results(saved, ctx.backend) if callable(self.results) else self.results
         ctx.mark_non_differentiable(*outputs[results:])
@@ -222,7 +222,7 @@ class _Differentiable(Generic[A]):
                 elif isinstance(value, list) and value and value[0] is _SAVED:
                     value = [next(tensors) for _ in value]
                 values.append(value)
-            saved, outputs = self._arguments(values), values[len(self.names) :]
+            saved, outputs = self.arguments(*values[: len(self.names)]), values[len(self.names) :]
             if self.around is None:
                 gradients |= self.call_gradient(upstream, saved, outputs, needs, ctx.backend)
             else:
@@ -285,17 +285,13 @@ class _Differentiable(Generic[A]):
             tensors.append(gradient if need and gradient is not None else first.new_empty(0))
         return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
-    def _arguments(self, values: Sequence[Any]) -> A:
-        """Return the arguments that a list begins with."""
-        return self.arguments(**dict(zip(self.names, values, strict=False)))
-
     def _backward_inputs(
         self, inputs: tuple[Any, ...]
     ) -> tuple[tuple[Tensor | None, ...], A, tuple[Any, ...], dict[str, bool], str]:
         first, end = self.upstream, self.upstream + len(self.names)
         *_, needed, backend = inputs
         needs = dict(zip(self.wrt, needed, strict=True))
-        return inputs[:first], self._arguments(inputs[first:]), inputs[end:-2], needs, backend
+        return inputs[:first], self.arguments(*inputs[first:end]), inputs[end:-2], needs, backend
 
 
 def _schema_types(name: str, arguments: type[Any]) -> dict[str, str]:
