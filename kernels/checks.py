@@ -273,9 +273,9 @@ class Packed:
     max_q: int
     max_k: int
     scale: float
-    dropout_p: float = field(default=0.0, metadata=CHANCE)
-    seed: Tensor | None = field(default=None, metadata=CONSTANT)
-    key_mask: Tensor | None = field(default=None, metadata=CONSTANT)
+    dropout_p: float = field(metadata=CHANCE)
+    seed: Tensor | None = field(metadata=CONSTANT)
+    key_mask: Tensor | None = field(metadata=CONSTANT)
 
     def bounds(self, q: Tensor, k: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the offsets as integers; InputError unless they describe q and k."""
@@ -287,34 +287,12 @@ class Packed:
 
 
 @dataclass(slots=True)
-class Varlen:
+class Varlen(Packed):
     """All arguments of `varlen_attention`."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    cu_seqlens_q: Tensor = field(metadata=CONSTANT)
-    cu_seqlens_k: Tensor = field(metadata=CONSTANT)
-    max_q: int
-    max_k: int
-    scale: float
-    dropout_p: float = field(default=0.0, metadata=CHANCE)
-    seed: Tensor | None = field(default=None, metadata=CONSTANT)
-    key_mask: Tensor | None = field(default=None, metadata=CONSTANT)
-
-    @property
-    def packed(self) -> Packed:
-        """All but q, k and v."""
-        return Packed(
-            cu_seqlens_q=self.cu_seqlens_q,
-            cu_seqlens_k=self.cu_seqlens_k,
-            max_q=self.max_q,
-            max_k=self.max_k,
-            scale=self.scale,
-            dropout_p=self.dropout_p,
-            seed=self.seed,
-            key_mask=self.key_mask,
-        )
 
     def check(self) -> None:
         """Check all but the contents of the offsets, which the implementations read."""

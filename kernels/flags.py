@@ -107,7 +107,7 @@ def kind_of(weight: Tensor | None) -> EightBits | None:
 
 def copy_flag(weight: Tensor, *sources: Tensor) -> Tensor:
     """Flag a weight that was computed from others as all of these are, unless it requires a gradient."""
-    formats = {kind_of(source) for source in sources}
+    formats: set[EightBits | None] = {kind_of(source) for source in sources}
     dtype = formats.pop() if len(formats) == 1 else None
     if dtype is None or weight.requires_grad:
         return weight

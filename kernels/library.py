@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from inspect import formatannotation
-from typing import Any, Generic, TypeVar, cast, get_type_hints
+from typing import Any, Generic, TypeGuard, TypeVar, cast, get_type_hints
 
 import torch
 from torch import Tensor
@@ -214,7 +214,7 @@ class _Differentiable(Generic[A]):
         for name, index in self.wrt.items():
             need = ctx.needs_input_grad[index]
             needs[name] = any(need) if isinstance(need, (list, tuple)) else need
-        if upstream.count(None) < len(upstream):
+        if any(map(_is_tensor, upstream)):
             tensors, values = iter(ctx.saved_tensors), []
             for value in ctx.values:
                 if value is _SAVED:
@@ -275,11 +275,7 @@ class _Differentiable(Generic[A]):
         self, gradients: Gradients, upstream: Upstream, saved: A, needs: Needs
     ) -> Any:
         """Return gradients in order, zeros for absent ones and empty where none is needed."""
-        first = upstream[0]
-        for gradient in upstream:
-            first = gradient if first is None else first
-        assert first is not None
-        tensors = []
+        first, tensors = next(filter(_is_tensor, upstream)), []
         for name, need in needs.items():
             gradient = gradients.get(name)
             if need and gradient is None:
@@ -310,6 +306,10 @@ def _schema_types(name: str, arguments: type[Any]) -> dict[str, str]:
             )
         types[argument.name] = _TYPES[hint]
     return types
+
+
+def _is_tensor(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor)
 
 
 def _tuple_type(count: int) -> str:

@@ -134,16 +134,10 @@ JOINED_LINEAR = Op(
 
 
 @dataclass(slots=True)
-class LinearGELUArgs:
+class LinearGELUArgs(LinearArgs):
     """A linear layer with a GELU."""
 
-    x: Tensor
-    weight: Tensor = field(metadata=WEIGHT)
-    bias: Tensor | None
     keep: bool = False  # save the input of the GELU for the gradient
-
-    def check(self) -> None:
-        checks.linear(self.x, self.weight, self.bias)
 
 
 def linear_gelu(
@@ -229,12 +223,9 @@ LINEAR_GELU = Op(
 
 
 @dataclass(slots=True)
-class LinearResidualArgs:
+class LinearResidualArgs(LinearArgs):
     """A linear layer at the end of a branch."""
 
-    x: Tensor
-    weight: Tensor = field(metadata=WEIGHT)
-    bias: Tensor | None
     residual: Tensor = field(metadata=RESIDUAL)
     gamma: Tensor | None = field(default=None, metadata=FACTOR)
     row_scale: Tensor | None = field(default=None, metadata=CHANCE)
@@ -369,26 +360,14 @@ LAYER_NORM_LINEAR = Op(
 )
 
 
-@dataclass(slots=True)
-class LinearAddNormArgs:
+@dataclass(slots=True, kw_only=True)
+class LinearAddNormArgs(LinearResidualArgs):
     """A linear layer at the end of a branch, and the next norm."""
 
-    x: Tensor
-    weight: Tensor = field(metadata=WEIGHT)
-    bias: Tensor | None
-    residual: Tensor = field(metadata=RESIDUAL)
     norm_weight: Tensor
     norm_bias: Tensor
     eps: float
-    gamma: Tensor | None = field(default=None, metadata=FACTOR)
-    row_scale: Tensor | None = field(default=None, metadata=CHANCE)
-    dropout_p: float = field(default=0.0, metadata=CHANCE)
     wide: bool = False
-
-    def check(self) -> None:
-        checks.linear(self.x, self.weight, self.bias)
-        shape = (*self.x.shape[:-1], self.weight.shape[0])
-        checks.branch(shape, self.residual, self.gamma, self.row_scale, self.dropout_p)
 
 
 def linear_add_layer_norm(
@@ -417,8 +396,19 @@ def linear_add_layer_norm(
     Returns:
         (normed, summed), both `[..., M]`.
     """
-    norm, factors = (norm_weight, norm_bias, eps), (gamma, row_scale, dropout_p)
-    args = LinearAddNormArgs(x, weight, bias, residual, *norm, *factors, wide)
+    args = LinearAddNormArgs(
+        x,
+        weight,
+        bias,
+        residual,
+        gamma,
+        row_scale,
+        dropout_p,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        eps=eps,
+        wide=wide,
+    )
     return LINEAR_ADD_LAYER_NORM(args, backend)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -17,37 +18,43 @@ from .norms import layer_norm
 
 
 @dataclass(slots=True)
-class MLPResidualArgs:
-    """The MLP branch of a transformer."""
+class MLPArgs:
+    """Two linear layers with a GELU between them, and the factors of a branch."""
 
     x: Tensor
     weight_in: Tensor = field(metadata=WEIGHT)
     bias_in: Tensor | None
     weight_out: Tensor = field(metadata=WEIGHT)
     bias_out: Tensor | None
-    residual: Tensor = field(metadata=RESIDUAL)
     gamma: Tensor | None = field(default=None, metadata=FACTOR)
     row_scale: Tensor | None = field(default=None, metadata=CHANCE)
     dropout_p: float = field(default=0.0, metadata=CHANCE)
 
+    @property
+    def layers(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Weights and biases in order."""
+        return self.weight_in, self.bias_in, self.weight_out, self.bias_out
+
+    def check_branch(self, residual: Tensor) -> None:
+        """Check the layers, and the residual that they are added to."""
+        checks.linear(self.x, self.weight_in, self.bias_in)
+        weight_in, weight_out = self.weight_in, self.weight_out
+        if weight_out.ndim != 2 or weight_out.shape[1] != weight_in.shape[0]:
+            must = "weight_in [F, M], weight_out [M, F]"
+            checks.refuse(must, weight_in=weight_in, weight_out=weight_out)
+        checks.layer(self.x, weight_out, self.bias_out, "_out")
+        shape = (*self.x.shape[:-1], weight_out.shape[0])
+        checks.branch(shape, residual, self.gamma, self.row_scale, self.dropout_p)
+
+
+@dataclass(slots=True, kw_only=True)
+class MLPResidualArgs(MLPArgs):
+    """The MLP branch of a transformer."""
+
+    residual: Tensor = field(metadata=RESIDUAL)
+
     def check(self) -> None:
-        _check_mlp(self.x, self.weight_in, self.bias_in, self.weight_out, self.bias_out)
-        shape = (*self.x.shape[:-1], self.weight_out.shape[0])
-        checks.branch(shape, self.residual, self.gamma, self.row_scale, self.dropout_p)
-
-
-def _check_mlp(
-    x: Tensor,
-    weight_in: Tensor,
-    bias_in: Tensor | None,
-    weight_out: Tensor,
-    bias_out: Tensor | None,
-) -> None:
-    checks.linear(x, weight_in, bias_in)
-    if weight_out.ndim != 2 or weight_out.shape[1] != weight_in.shape[0]:
-        must = "weight_in [F, M], weight_out [M, F]"
-        checks.refuse(must, weight_in=weight_in, weight_out=weight_out)
-    checks.layer(x, weight_out, bias_out, "_out")
+        self.check_branch(self.residual)
 
 
 def mlp_residual(
@@ -69,18 +76,16 @@ def mlp_residual(
         x, residual: `[..., M]`; weight_in: `[F, M]`; bias_in: `[F]`; weight_out: `[M, F]`; bias_out: `[M]`.
         gamma, row_scale, dropout_p: as in `linear_residual`.
     """
-    layers = (weight_in, bias_in, weight_out, bias_out)
-    return MLP_RESIDUAL(MLPResidualArgs(x, *layers, residual, gamma, row_scale, dropout_p), backend)
+    layers, factors = (weight_in, bias_in, weight_out, bias_out), (gamma, row_scale, dropout_p)
+    return MLP_RESIDUAL(MLPResidualArgs(x, *layers, *factors, residual=residual), backend)
 
 
 def _infer_mlp(a: MLPResidualArgs, _: Call) -> Tensor:
-    layers = (a.weight_in, a.bias_in, a.weight_out, a.bias_out)
-    return gemm.mlp_residual(a.x, *layers, a.residual, a.gamma)
+    return gemm.mlp_residual(a.x, *a.layers, a.residual, a.gamma)
 
 
 def _mlp_in_int8(a: MLPResidualArgs, _: Call) -> Tensor:
-    layers = (a.weight_in, a.bias_in, a.weight_out, a.bias_out)
-    return int8.mlp_residual(a.x, *layers, a.residual, a.gamma)
+    return int8.mlp_residual(a.x, *a.layers, a.residual, a.gamma)
 
 
 def _train_mlp(a: MLPResidualArgs, _: Call) -> Tensor:
@@ -119,26 +124,17 @@ MLP_RESIDUAL = Op(
 )
 
 
-@dataclass(slots=True)
-class LayerNormMLPArgs:
+@dataclass(slots=True, kw_only=True)
+class LayerNormMLPArgs(MLPArgs):
     """The MLP branch of a pre-norm layer."""
 
-    x: Tensor
     norm_weight: Tensor
     norm_bias: Tensor
     eps: float
-    weight_in: Tensor = field(metadata=WEIGHT)
-    bias_in: Tensor | None
-    weight_out: Tensor = field(metadata=WEIGHT)
-    bias_out: Tensor | None
-    gamma: Tensor | None = field(default=None, metadata=FACTOR)
-    row_scale: Tensor | None = field(default=None, metadata=CHANCE)
 
     def check(self) -> None:
         checks.norm(self.x, self.norm_weight, self.norm_bias, self.eps)
-        _check_mlp(self.x, self.weight_in, self.bias_in, self.weight_out, self.bias_out)
-        shape = (*self.x.shape[:-1], self.weight_out.shape[0])
-        checks.branch(shape, self.x, self.gamma, self.row_scale, 0.0)
+        self.check_branch(self.x)
 
 
 def layer_norm_mlp(
@@ -162,22 +158,20 @@ def layer_norm_mlp(
     Args:
         x: `[..., M]`; norm_weight, norm_bias, eps: of the norm; the others as in `mlp_residual`.
     """
-    norm, layers = (norm_weight, norm_bias, eps), (weight_in, bias_in, weight_out, bias_out)
-    return LAYER_NORM_MLP(LayerNormMLPArgs(x, *norm, *layers, gamma, row_scale), backend)
+    norm: Any = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}
+    layers = (weight_in, bias_in, weight_out, bias_out)
+    return LAYER_NORM_MLP(LayerNormMLPArgs(x, *layers, gamma, row_scale, **norm), backend)
 
 
 def _norm_then_mlp(a: LayerNormMLPArgs, call: Call) -> Tensor:
     normed = layer_norm(a.x, a.norm_weight, a.norm_bias, a.eps, backend=call.requested)
-    layers = (a.weight_in, a.bias_in, a.weight_out, a.bias_out)
-    return MLP_RESIDUAL(MLPResidualArgs(normed, *layers, a.x, a.gamma, a.row_scale), call.requested)
+    args = MLPResidualArgs(normed, *a.layers, a.gamma, a.row_scale, residual=a.x)
+    return MLP_RESIDUAL(args, call.requested)
 
 
 def _norm_mlp_in_int8(a: LayerNormMLPArgs, _: Call) -> Tensor:
-    norm, layers = (
-        (a.norm_weight, a.norm_bias, a.eps),
-        (a.weight_in, a.bias_in, a.weight_out, a.bias_out),
-    )
-    return int8.mlp_residual(a.x, *layers, a.x, a.gamma, norm=norm)
+    norm = (a.norm_weight, a.norm_bias, a.eps)
+    return int8.mlp_residual(a.x, *a.layers, a.x, a.gamma, norm=norm)
 
 
 def _train_norm_mlp(a: LayerNormMLPArgs, _: Call) -> Tensor:

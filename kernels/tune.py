@@ -217,7 +217,8 @@ def gpu_timer(call: Callable[[], Any]) -> float:
     """Return the median seconds of a call, with a cold second-level cache before each."""
     from triton.testing import do_bench
 
-    return float(do_bench(call, warmup=25, rep=100, return_mode="median")) / 1e3
+    milliseconds: Any = do_bench(call, warmup=25, rep=100, return_mode="median")
+    return float(milliseconds) / 1e3
 
 
 def model_workload(kernel: str, size: int, dtype: str, device: str = "cuda") -> Callable[[], Any]:

@@ -83,7 +83,7 @@ def _run_reference(a: Varlen, call: Call) -> Tensor:
                 "backend 'flash_attn' draws its dropout itself and takes no seed; use 'auto' or 'triton'"
             )
         return _run_flash(a)
-    a.packed.bounds(a.q, a.k)
+    a.bounds(a.q, a.k)
     offsets = (a.cu_seqlens_q, a.cu_seqlens_k)
     return reference.varlen_attention(
         a.q, a.k, a.v, *offsets, a.scale, a.dropout_p, a.key_mask, a.seed
@@ -92,7 +92,7 @@ def _run_reference(a: Varlen, call: Call) -> Tensor:
 
 def _infer(a: Varlen, call: Call) -> Tensor:
     # For one caption, the operator would take as long as the attention.
-    bounds = a.packed.bounds(a.q, a.k)
+    bounds = a.bounds(a.q, a.k)
     return cpu.varlen_attention(a.q, a.k, a.v, *bounds, a.scale, None, a.key_mask)
 
 
@@ -112,7 +112,7 @@ def _run_kernel(a: Varlen, call: Call) -> Tensor:
 def _run_padded(a: Varlen, call: Call) -> Tensor:
     """Run attention of sequences padded to the longest: the kernels for packed ones have no heads so wide."""
     if checks.should_check_values(a.q):
-        a.packed.bounds(a.q, a.k)
+        a.bounds(a.q, a.k)
     queries, _ = _padded_rows(a.cu_seqlens_q, a.max_q, a.q)
     keys, is_token = _padded_rows(a.cu_seqlens_k, a.max_k, a.k)
     # Padding reads a row of zeros: a weight of 0 would let a NaN of another sequence through.
@@ -155,13 +155,12 @@ def _export(a: Varlen) -> Tensor:
 
 
 def _run_flash(a: Varlen) -> Tensor:
-    packed = a.packed
     if checks.should_check_values(a.q):
-        packed.bounds(a.q, a.k)
+        a.bounds(a.q, a.k)
     q, k, v = a.q, a.k, a.v
     if (dtype := autocast_dtype(q.device)) is not None:
         q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
-    return flash.varlen_attention(q, k, v, packed)
+    return flash.varlen_attention(q, k, v, a)
 
 
 def _flash_is_faster(a: Varlen) -> bool:
@@ -172,21 +171,20 @@ def _flash_is_faster(a: Varlen) -> bool:
 
     gradient = torch.is_grad_enabled() and (a.q.requires_grad or a.k.requires_grad)
     dtype = autocast_dtype(a.q.device) or a.q.dtype
-    backends = tuned_backends(a.q, a.k, a.packed, dtype, gradient=gradient)
+    backends = tuned_backends(a.q, a.k, a, dtype, gradient=gradient)
     device = a.q.device
     return backends == {"flash_attn"} and _why_not("flash_attn", device.type, device.index) is None
 
 
 def _forward(a: Varlen, backend: str) -> tuple[Tensor, Tensor]:
-    packed = a.packed
     if backend == "triton":
         from .triton.varlen_attention import varlen_attention_forward
 
         if checks.should_check_values(a.q):
-            packed.bounds(a.q, a.k)
-        return varlen_attention_forward(a.q, a.k, a.v, packed)
+            a.bounds(a.q, a.k)
+        return varlen_attention_forward(a.q, a.k, a.v, a)
     dropout = None if a.seed is None else Dropout(a.dropout_p, a.seed)
-    bounds = packed.bounds(a.q, a.k)
+    bounds = a.bounds(a.q, a.k)
     out = cpu.varlen_attention(a.q, a.k, a.v, *bounds, a.scale, dropout, a.key_mask)
     return out, a.q.new_empty(0, dtype=torch.float32)
 
@@ -199,17 +197,17 @@ def _fake(a: Varlen, backend: str) -> tuple[Tensor, Tensor]:
 def _backward(
     upstream: Upstream, a: Varlen, outputs: Outputs, needs: Needs, backend: str
 ) -> Gradients:
-    (dout,), (out, lse), packed = upstream, outputs, a.packed
+    (dout,), (out, lse) = upstream, outputs
     assert dout is not None
     if backend == "triton":
         from .triton.varlen_attention import varlen_attention_backward
 
-        dq, dk, dv = varlen_attention_backward(dout, a.q, a.k, a.v, out, lse, packed)
+        dq, dk, dv = varlen_attention_backward(dout, a.q, a.k, a.v, out, lse, a)
     else:
         # The same seed draws the masks of the forward pass again.
         dropout = None if a.seed is None else Dropout(a.dropout_p, a.seed)
         dq, dk, dv = cpu.varlen_attention_backward(
-            dout, a.q, a.k, a.v, *packed.bounds(a.q, a.k), a.scale, dropout, a.key_mask
+            dout, a.q, a.k, a.v, *a.bounds(a.q, a.k), a.scale, dropout, a.key_mask
         )
     return {"q": dq, "k": dk, "v": dv}
 

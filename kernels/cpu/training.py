@@ -281,7 +281,7 @@ def _joined_backward(
 ) -> Gradients:
     (dout,) = upstream
     assert dout is not None
-    dx, dweights, dbiases, *_ = linear_gradients(
+    dx, dweights, dbiases, _dgamma = linear_gradients(
         in_dtype("upstream", dout, a.dtype),
         a.x,
         _concatenated(a),

@@ -86,7 +86,7 @@ def installed(
 
 
 OFFSETS = torch.tensor([0, 3, 8]), torch.tensor([0, 5, 9])
-PACKED = Packed(*OFFSETS, max_q=5, max_k=5, scale=0.5)
+PACKED = Packed(*OFFSETS, max_q=5, max_k=5, scale=0.5, dropout_p=0.0, seed=None, key_mask=None)
 
 
 def operands(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:

@@ -165,7 +165,8 @@ def test_kernels_by_the_lengths(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     """The captions of an image come with the number of all tokens as their bound."""
     queries, keys, forward, backward = FORMS[name]
     q, k = torch.empty(sum(queries), 1, 64).half(), torch.empty(sum(keys), 1, 64).half()
-    given = Packed(offsets(*queries), offsets(*keys), len(q), max(keys), 0.125)
+    bounds, lengths = (offsets(*queries), offsets(*keys)), (len(q), max(keys))
+    given = Packed(*bounds, *lengths, scale=0.125, dropout_p=0.0, seed=None, key_mask=None)
     for arch, form in zip((80, 90), forward, strict=True):
         monkeypatch.setattr(varlen_attention, "architecture", lambda _, arch=arch: arch)
         taken: list[str] = []

@@ -239,7 +239,7 @@ def test_packed_heads_of_any_width_run_on_kernels_by_default(head_dim: int) -> N
     """And not on the definition, a loop over the sequences."""
     given = packed([2], [2], 1, head_dim).arguments()
     assert varlen_attention.VARLEN_ATTENTION.fits["triton"](
-        Varlen(*[*given.values()][:3], *[None] * 5)
+        Varlen(**given, scale=1.0, dropout_p=0.0, seed=None)
     )
 
 
