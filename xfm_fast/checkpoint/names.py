@@ -254,16 +254,15 @@ def to_official(
     cfg: XFMConfig,
     *,
     unused: StateDict | None = None,
-    integer_buffers: bool = True,
     naming: Naming = "pretraining",
 ) -> dict[str, Tensor]:
     """Convert one of our state dicts to that of the official model; the inverse of `to_ours`.
 
     `unused` are the dead weights from `LoadReport.unused`; without them the result lacks what `underivable` lists,
-    which is logged, and the official code loads it with `strict=False`. `integer_buffers` includes `position_ids` and
-    `relative_position_index`. `naming` is the official class: the text encoder is `text_encoder.roberta.*` in
-    pretraining and `text_encoder.*` in fine-tuning. Tied names and equal buffers share one tensor, which `torch.save`
-    preserves. Raises `CheckpointError` if `unused` holds a weight that is not dead.
+    which is logged, and the official code loads it with `strict=False`. `naming` is the official class: the text
+    encoder is `text_encoder.roberta.*` in pretraining and `text_encoder.*` in fine-tuning. Tied names and equal buffers
+    share one tensor, which `torch.save` preserves. Raises `CheckpointError` if `unused` holds a weight that is not
+    dead.
     """
     out = dict(state)
     for name, value in (unused or {}).items():
@@ -276,18 +275,17 @@ def to_official(
         head_bias = re.sub(r"\.decoder\.(weight|bias)$", ".bias", second)
         if head_bias in out and first in out:
             out.setdefault(second, out[first])
-    if integer_buffers:
-        positions = torch.arange(cfg.max_positions)[None]
-        for module in _LANGUAGE_MODELS:
-            if any(name.startswith(f"{module}.") for name in out):
-                out[f"{module}.roberta.embeddings.position_ids"] = positions
-        index: dict[int, Tensor] = {}
-        for name, value in list(out.items()):
-            if name.endswith(TABLE):
-                window = window_of(value)
-                if window not in index:
-                    index[window] = relative_position_index(window)
-                out[name.removesuffix(TABLE) + INDEX] = index[window]
+    positions = torch.arange(cfg.max_positions)[None]
+    for module in _LANGUAGE_MODELS:
+        if any(name.startswith(f"{module}.") for name in out):
+            out[f"{module}.roberta.embeddings.position_ids"] = positions
+    index: dict[int, Tensor] = {}
+    for name, value in list(out.items()):
+        if name.endswith(TABLE):
+            window = window_of(value)
+            if window not in index:
+                index[window] = relative_position_index(window)
+            out[name.removesuffix(TABLE) + INDEX] = index[window]
     missing = underivable(out, cfg)
     if missing:
         logger.warning(
