@@ -1,9 +1,11 @@
-"""The image index: features in a memory-mapped file, computed only for new and changed images, and their model.
+"""The image index: features in a memory-mapped file, computed only for new and changed images, and
+their model.
 
-The processes of a build compute whole batches in turn, so that features do not depend on the number of processes, and
-write shards, so that a killed run resumes. At the end the first process merges them with the valid rows of the old
-index, in the order of the collection, and replaces index.json. Images are not copied: a search reads its few candidates
-again, since the embeddings of all patches would take 600 KB per image, features take 1 KB.
+The processes of a build compute whole batches in turn, so that features do not depend on the number
+of processes, and write shards, so that a killed run resumes. At the end the first process merges
+them with the valid rows of the old index, in the order of the collection, and replaces index.json.
+Images are not copied: a search reads its few candidates again, since the embeddings of all patches
+would take 600 KB per image, features take 1 KB.
 """
 
 from __future__ import annotations
@@ -93,8 +95,8 @@ def open_model(source: str | Path | Source) -> SearchModel:
     """Load a model with a contrastive head; an index is searched in any dtype.
 
     Args:
-        source: a run, a folder, a Hub name, an official checkpoint file or an export, for the CPU; or the options of
-            the model.
+        source: a run, a folder, a Hub name, an official checkpoint file or an export, for the CPU;
+            or the options of the model.
     """
     if not isinstance(source, Source):
         source = Source(str(source), device="cpu")
@@ -182,7 +184,8 @@ def open_index(
     *,
     images: str | os.PathLike[str] | None = None,
 ) -> SearchIndex:
-    """Read an index. Pictures are read only below `path` and `images`, whatever paths the index names.
+    """Read an index. Pictures are read only below `path` and `images`, whatever paths the index
+    names.
 
     Args:
         path: the indexed collection; or the folder of an index, which then shows no pictures.
@@ -302,9 +305,11 @@ def build_index(
     progress: Callable[[int, int], None] = lambda done, of: None,
     stop: Event | None = None,
 ) -> IndexReport:
-    """Make or update the index of a collection; images of the same size and modification time are not read again.
+    """Make or update the index of a collection; images of the same size and modification time are
+    not read again.
 
-    Images that cannot be read are listed. Several processes share the work, and all must see the folder; collective.
+    Images that cannot be read are listed. Several processes share the work, and all must see the
+    folder; collective.
 
     Args:
         path, images: the collection; see `open_collection`.
@@ -316,7 +321,8 @@ def build_index(
         stop: once it is set, the call returns, and another call resumes.
 
     Raises:
-        DataError: there are no images, no image can be read, or the index is of another model or version.
+        DataError: there are no images, no image can be read, or the index is of another model or
+            version.
         StorageError: the index cannot be written, or another process is writing it.
     """
     processes = processes or Processes()

@@ -42,7 +42,8 @@ from xfm_fast.serve.work import Account, Batcher, Ledger
 from xfm_fast.tasks.ranking import Picture
 from xfm_fast.tasks.reranking import Rank
 
-# Bytes of a feature's number in the response, as a value and as text; and copies of documents that are returned.
+# Bytes of a feature's number in the response, as a value and as text; and copies of documents that
+# are returned.
 _NUMBER_BYTES, _ECHO_COPIES = 128, 3
 # Default tokens of a batch.
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
@@ -140,10 +141,11 @@ class Service:
     async def rerank(self, request: Request, body: RerankRequest) -> Response:
         """Order documents by their relevance to a query.
 
-        The fusion encoder compares a text with an image: `relevance_score` is the probability that the text describes
-        the image; with `--rank` it is the cosine similarity or match logit + cosine. Two texts, or two images, are
-        compared by their features: cosine similarity, mapped from [-1, 1] to [0, 1]. All documents are of one kind,
-        because the two scores are not comparable.
+        The fusion encoder compares a text with an image: `relevance_score` is the probability that
+        the text describes the image; with `--rank` it is the cosine similarity or match logit +
+        cosine. Two texts, or two images, are compared by their features: cosine similarity, mapped
+        from [-1, 1] to [0, 1]. All documents are of one kind, because the two scores are not
+        comparable.
         """
         items = {"query": [body.query], "documents": body.documents}
         pairs = [(0, index) for index in range(1, 1 + len(body.documents))]
@@ -307,7 +309,8 @@ async def _respond_to_error(request: Request, error: Exception) -> Response:
             problem = Problem(error.status_code, message, error.headers)
         case RequestValidationError():
             first = error.errors()[0]
-            # Break a reference cycle of FastAPI's frame, the error and its traceback, which would keep the body.
+            # Break a reference cycle of FastAPI's frame, the error and its traceback, which would
+            # keep the body.
             error.__traceback__ = error.__cause__ = error.__context__ = None
             path = ""
             for key in first["loc"][1:]:
@@ -371,7 +374,8 @@ class _Gate:
     def _check_head(self, headers: Headers, path: str) -> None:
         """Raise `Problem` 403 for a request of another site, and 401 for one without the key."""
         if self._options.loopback:
-            # DNS rebinding: a web page may resolve its own name to this machine and speak for the browser's user.
+            # DNS rebinding: a web page may resolve its own name to this machine and speak for the
+            # browser's user.
             host = headers.get("host", "localhost")
             match = _HOST.fullmatch(host)
             if match is None or not is_loopback(match[1] or match[2] or ""):
@@ -394,12 +398,14 @@ class _Gate:
         self._check_queue()
         content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type != "application/json":
-            # Browsers send JSON to other sites only where CORS permits it, and this service never does.
+            # Browsers send JSON to other sites only where CORS permits it, and this service never
+            # does.
             raise Problem(
                 415, f"content-type is {content_type[:60] or 'missing'!r}; send application/json"
             )
         account = Account(self._service.ledger, self._options)
-        # Arguments of the `Problem` once time is over. An exception would keep its frame, and so the body, alive.
+        # Arguments of the `Problem` once time is over. An exception would keep its frame, and so
+        # the body, alive.
         late = 408, f"the body did not arrive within {seconds:g} s; send it faster", _CLOSE
         tasks: list[asyncio.Future[Any]] = []
         try:
@@ -424,11 +430,13 @@ class _Gate:
                     if message["type"] == "http.response.start":
                         active.discard(account)
                         if not deadline.expired():
-                            # `Connection` drops a client that does not read; this is for servers that do not.
+                            # `Connection` drops a client that does not read; this is for servers
+                            # that do not.
                             deadline.reschedule(asyncio.get_running_loop().time() + seconds + 1)
                     elif not message.get("more_body"):
                         await send({**message, "more_body": True})
-                        # The server takes this message once the answer is sent, which is held until then.
+                        # The server takes this message once the answer is sent, which is held until
+                        # then.
                         message = {"type": "http.response.body"}
                     await send(message)
 
@@ -449,7 +457,8 @@ class _Gate:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            # Servers keep the scope of an idle connection, and a task's exception refers to the task.
+            # Servers keep the scope of an idle connection, and a task's exception refers to the
+            # task.
             scope.get("state", {}).pop("account", None)
             tasks.clear()
             account.close()

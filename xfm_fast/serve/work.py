@@ -25,13 +25,15 @@ _MIN_REQUEST_BYTES = 1 << 20
 # Limits of images per byte of the request: bytes to decode one of them, and pixels of all of them.
 _PEAK_PER_BYTE = 56
 _PIXELS_PER_BYTE = 16
-# Copies of a body while it arrives; then of its bytes, its text, its values, and the files of its images.
+# Copies of a body while it arrives; then of its bytes, its text, its values, and the files of its
+# images.
 _ARRIVING_COPIES, _COPIES = 2, 4
-# Upper bound of a JSON value's size, counted by the characters that begin or precede values, within strings too: a
-# dict of one key has 184 bytes, a key 64 and as many in the parser's table of keys.
+# Upper bound of a JSON value's size, counted by the characters that begin or precede values, within
+# strings too: a dict of one key has 184 bytes, a key 64 and as many in the parser's table of keys.
 _VALUE_MARKS, _VALUE_BYTES = (b",", b":", b"[", b"{"), 256
 _VALUE_LIMIT = 1 << 18
-# Starts of characters beyond the basic plane, in UTF-8 and escaped; their strings take 4 bytes per character.
+# Starts of characters beyond the basic plane, in UTF-8 and escaped; their strings take 4 bytes per
+# character.
 _ASTRAL = (b"\xf0", b"\xf1", b"\xf2", b"\xf3", b"\xf4", b"\\ud", b"\\uD")
 _SOON = {"retry-after": "1"}
 # Seconds that a body may pause before it may be dropped.
@@ -65,10 +67,11 @@ class Account:
         self._leases = 1
 
     async def read(self, chunks: AsyncIterator[bytes], expire: Callable[[], object]) -> bytes:
-        """Read the body, and hold the bytes that parsing it will take; raises `Problem` 400, 413, 422 and 429.
+        """Read the body, and hold the bytes that parsing it will take; raises `Problem` 400, 413,
+        422 and 429.
 
-        If other requests lack memory, a body that arrives too slowly is dropped and `expire` is called; `check` then
-        raises the reason.
+        If other requests lack memory, a body that arrives too slowly is dropped and `expire` is
+        called; `check` then raises the reason.
         """
         self._expire, self._due = expire, time.monotonic() + _GRACE
         # At this pace, the largest body arrives just in time.
@@ -177,7 +180,8 @@ class Account:
         result = asyncio.wrap_future(job)
         # Retrieve the exception, which a cancelled caller does not.
         result.add_done_callback(lambda future: future.cancelled() or future.exception())
-        # Unlike `await`, this does not cancel the job: a cancelled one would keep its arguments in the queue.
+        # Unlike `await`, this does not cancel the job: a cancelled one would keep its arguments in
+        # the queue.
         await asyncio.wait([result])
         return result.result()
 
@@ -197,11 +201,12 @@ class _Entry:
 
 
 class Batcher:
-    """Runs work in batches of at most `budget` cost, in order and in one thread; a single entry may cost more.
+    """Runs work in batches of at most `budget` cost, in order and in one thread; a single entry may
+    cost more.
 
-    `run` returns results in order; an exception among them is raised for its entry. If `run` itself raises, each entry
-    runs alone. The first entry of a batch waits `wait` seconds for others while `coming()` counts some; `observe` gets
-    the number of entries and the cost of a batch.
+    `run` returns results in order; an exception among them is raised for its entry. If `run` itself
+    raises, each entry runs alone. The first entry of a batch waits `wait` seconds for others while
+    `coming()` counts some; `observe` gets the number of entries and the cost of a batch.
     """
 
     def __init__(
@@ -229,7 +234,8 @@ class Batcher:
     ) -> Any:
         """Compute the result of work; cancelling this drops work that has not begun.
 
-        `release` is called once, when the batcher no longer refers to the work: after its batch, or when it is dropped.
+        `release` is called once, when the batcher no longer refers to the work: after its batch, or
+        when it is dropped.
         """
         result = asyncio.get_running_loop().create_future()
         entry = _Entry(work, cost, release, result, time.monotonic())
