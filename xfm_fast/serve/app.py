@@ -338,6 +338,7 @@ class _Gate:
 
     def __init__(self, service: Service, app: FastAPI, metrics: Metrics) -> None:
         self._service, self._options = service, service.options
+        self._loopback = self._options.loopback
         self._app, self._metrics = app, metrics
         self._paths = {getattr(route, "path", "") for route in app.routes}
 
@@ -359,7 +360,7 @@ class _Gate:
         try:
             self._check_head(headers, scope["path"])
             if scope["method"] == "POST":
-                await self._bounded(scope, headers, receive, count)
+                await self._answer_within_limits(scope, headers, receive, count)
             else:
                 await self._app(scope, receive, count)
         except (Problem, MemoryError) as error:
@@ -373,7 +374,7 @@ class _Gate:
 
     def _check_head(self, headers: Headers, path: str) -> None:
         """Raise `Problem` 403 for a request of another site, and 401 for one without the key."""
-        if self._options.loopback:
+        if self._loopback:
             # DNS rebinding: a web page may resolve its own name to this machine and speak for the
             # browser's user.
             host = headers.get("host", "localhost")
@@ -392,7 +393,9 @@ class _Gate:
             message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
             raise Problem(401, message, {"www-authenticate": "Bearer"})
 
-    async def _bounded(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
+    async def _answer_within_limits(
+        self, scope: Scope, headers: Headers, receive: Receive, send: Send
+    ) -> None:
         """Answer a request within its limits of memory and time; drop it once its client has left."""
         active, seconds = self._service.active, self._options.timeout
         self._check_queue()
@@ -403,7 +406,7 @@ class _Gate:
             raise Problem(
                 415, f"content-type is {content_type[:60] or 'missing'!r}; send application/json"
             )
-        account = Account(self._service.ledger, self._options)
+        account = Account(self._service.ledger, self._options.max_body_bytes, seconds)
         # Arguments of the `Problem` once time is over. An exception would keep its frame, and so
         # the body, alive.
         late = 408, f"the body did not arrive within {seconds:g} s; send it faster", _CLOSE
@@ -443,7 +446,7 @@ class _Gate:
                 scope.setdefault("state", {})["account"] = account
                 MAX_INPUTS.set(self._options.max_inputs)
                 tasks.append(asyncio.ensure_future(self._app(scope, replay, deliver)))
-                tasks.append(asyncio.ensure_future(_disconnect(receive)))
+                tasks.append(asyncio.ensure_future(_wait_for_disconnect(receive)))
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 if tasks[0].done():
                     await tasks[0]
@@ -469,7 +472,7 @@ class _Gate:
             raise Problem(429, f"{limit} requests in flight; ask again in a second", _SOON)
 
 
-async def _disconnect(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     """Return when the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass

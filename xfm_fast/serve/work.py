@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from xfm_fast.serve.options import ServiceOptions
 from xfm_fast.serve.schema import Problem
 
 T = TypeVar("T")
@@ -52,8 +51,10 @@ class Ledger:
 class Account:
     """The bytes that a request has received and holds; they count until `close` and the end of all leases."""
 
-    def __init__(self, ledger: Ledger, options: ServiceOptions) -> None:
-        self.options = options
+    def __init__(self, ledger: Ledger, limit: int, seconds: float) -> None:
+        # Bytes of the request, downloads included, and bytes per second: at this pace, the largest
+        # body arrives just in time.
+        self._limit, self._pace = limit, limit / seconds
         self.body = bytearray()
         # The work of the request is in the queue of the batcher, or done.
         self.submitted = False
@@ -74,14 +75,12 @@ class Account:
         called; `check` then raises the reason.
         """
         self._expire, self._due = expire, time.monotonic() + _GRACE
-        # At this pace, the largest body arrives just in time.
-        pace = self.options.max_body_bytes / self.options.timeout
         self._ledger.arriving[self] = None
         try:
             async for chunk in chunks:
                 self.receive(len(chunk), _ARRIVING_COPIES)
                 self.body += chunk
-                self._due = min(self._due + len(chunk) / pace, time.monotonic() + _GRACE)
+                self._due = min(self._due + len(chunk) / self._pace, time.monotonic() + _GRACE)
         finally:
             self._ledger.arriving.pop(self, None)
         if b"\0" in self.body:
@@ -103,11 +102,11 @@ class Account:
     def receive(self, count: int, copies: int) -> None:
         """Hold copies of bytes of the body or of a download; raises `Problem` 413 and 429."""
         self.received += count
-        limit = self.options.max_body_bytes
-        if self.received > limit:
-            raise Problem(
-                413, f"the request has more than {limit:,} bytes; shrink the images, or send fewer"
+        if self.received > self._limit:
+            message = (
+                f"the request has more than {self._limit:,} bytes; shrink the images, or send fewer"
             )
+            raise Problem(413, message)
         self.hold(copies * count)
 
     def hold(self, count: int) -> None:
