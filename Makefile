@@ -38,7 +38,7 @@ bench: $(VENV)/bench.stamp ## measure this machine: make bench ARGS="--help"
 	$(BIN)/xfm-fast bench $(ARGS)
 
 readme: $(VENV)/$(EXTRAS).stamp ## write the README's tables anew from benchmarks/results
-	$(BIN)/python -m xfm_fast.benchmarks.report.readme $(ARGS)
+	$(BIN)/python -m tools.readme $(ARGS)
 
 claims: $(VENV)/$(EXTRAS).stamp ## train tiny models with and without the paper's method, five seeds (about an hour of a core)
 	$(BIN)/xfm-fast reproduce claims $(ARGS)

@@ -31,7 +31,7 @@ from typing import IO, Any
 
 from xfm_fast.kernels.files import write_whole
 
-from .record import SCHEMA_VERSION, Document, Result, Status, parse, plain
+from .record import SCHEMA_VERSION, Document, Result, Status, format_seconds, parse, plain
 
 ROWS, LOG, TABLE, DOCUMENT = "rows.jsonl", "log.txt", "table.txt", "device.json"
 # Reserved for the table and the document, and for a process to end after SIGTERM.
@@ -391,6 +391,7 @@ def format_table(document: Document) -> str:
     ]
     for row in document.rows:
         share = row.number("mfu_data_sheet") or row.number("share_of_floor")
+        host_s = row.number("host_s")
         remarks = [
             "by events" if row.text("timed_by") == "events" else "",
             "" if row.status == "measured" else row.status,
@@ -400,8 +401,8 @@ def format_table(document: Document) -> str:
             row.name if row.mode == "offline" else f"{row.name}, {row.mode}",
             row.backend,
             row.dtype,
-            _format_duration(row.median_s),
-            _format_duration(row.number("host_s")),
+            "" if row.median_s is None else format_seconds(row.median_s),
+            "" if host_s is None else format_seconds(host_s),
             _format_rate(row),
             f"{share:.0%}" if share else "",
             ": ".join(filter(None, remarks)),
@@ -418,14 +419,6 @@ def _format_rate(row: Result) -> str:
     if traffic := row.per_second("bytes"):
         return f"{traffic / 1e9:,.4g} GB/s"
     return ""
-
-
-def _format_duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    if seconds >= 1:
-        return f"{seconds:.3g} s"
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -36,6 +36,7 @@ from .record import OURS, Document, plain
 from .timing import DTYPES, Clocked, one_line
 
 Call = Callable[[], object]
+Cases = Callable[[Run, float], Iterator[Case]]
 _CPU = torch.device("cpu")
 # Tokens of captions in COCO, 13 on average.
 _CAPTION_LENGTHS = (11, 12, 13, 14, 15)
@@ -121,10 +122,8 @@ def describe_machine(context: Context) -> None:
         context.add("machine", facts["gpus"][0]["name"], "PyTorch sees it", reason=reason)
 
 
-def measure_cases(
-    context: Context, name: str, title: str, reference: str, cases: Callable[..., Iterator[Case]]
-) -> None:
-    """Add the rows of `cases(run, deadline=...)`, each case as soon as it is measured."""
+def measure_cases(context: Context, benchmark: Benchmark) -> None:
+    """Add the rows of a benchmark with a `deadline`, each case as soon as it is measured."""
     written = 0
 
     def keep(document: Document) -> None:
@@ -134,16 +133,22 @@ def measure_cases(
         written = len(document.rows)
 
     options = SimpleNamespace(device=context.device_name, dtype=context.dtype, quick=context.small)
-    deadline = time.perf_counter() + context.left
-    Benchmark(name, title, reference, cases)(options, keep=keep, deadline=deadline)
+    benchmark(options, keep=keep, deadline=time.perf_counter() + context.left)
 
 
-def measure_ceilings(context: Context) -> None:
-    """Measure the rates of a large copy, and of a square GEMM in every dtype that the device multiplies."""
-    measure_cases(context, "ceilings", "Rates of a copy and of GEMMs", "torch", _ceilings)
+def cases(title: str, reference: str) -> Callable[[Cases], Callable[[Context], None]]:
+    """Make a stage of a generator of cases from a `Run` and a deadline."""
+
+    def decorate(generator: Cases) -> Callable[[Context], None]:
+        benchmark = Benchmark("device", title, reference, generator)
+        return partial(measure_cases, benchmark=benchmark)
+
+    return decorate
 
 
-def _ceilings(run: Run, deadline: float) -> Iterator[Case]:
+@cases("Rates of a copy, and of GEMMs in every dtype that the device multiplies", "torch")
+def measure_ceilings(run: Run, deadline: float) -> Iterator[Case]:
+    """Yield a large copy, and a square GEMM in every dtype."""
     device, small, gpu = run.device, run.options.quick, run.device.type == "cuda"
     case = partial(
         Case,
@@ -363,7 +368,7 @@ def measure_ops(context: Context) -> None:
     """Measure every case of `bench kernels`."""
     from .work import kernels
 
-    measure_cases(context, "kernels", kernels.run.title, kernels.EAGER, kernels.run.cases)
+    measure_cases(context, kernels.run)
 
 
 def _random_model(
@@ -382,12 +387,9 @@ def _random_model(
     return model.eval().requires_grad_(False)
 
 
-def measure_encoder(context: Context) -> None:
-    """Measure the vision encoder at several sizes: eager, CUDA graph, fp8, and compiled at two of them."""
-    measure_cases(context, "encoder", "The vision encoder", "eager", _encoder_cases)
-
-
-def _encoder_cases(run: Run, deadline: float) -> Iterator[Case]:
+@cases("The vision encoder", "eager")
+def measure_encoder(run: Run, deadline: float) -> Iterator[Case]:
+    """Yield the encoder at several sizes: eager, CUDA graph, fp8, and compiled at two of them."""
     from xfm_fast import flops
     from xfm_fast.graphs import Shapes, capture
     from xfm_fast.kernels import ops
@@ -449,12 +451,9 @@ def _caption_lengths(count: int) -> Tensor:
     return torch.tensor([*islice(cycle(_CAPTION_LENGTHS), count)])
 
 
-def measure_training_step(context: Context) -> None:
-    """Measure a training step, forward and backward."""
-    measure_cases(context, "step", "A training step", OURS, _step_cases)
-
-
-def _step_cases(run: Run, deadline: float) -> Iterator[Case]:
+@cases("A training step", OURS)
+def measure_training_step(run: Run, deadline: float) -> Iterator[Case]:
+    """Yield a training step, forward and backward."""
     from xfm_fast import flops
 
     dtype, small = run.dtypes[0], run.options.quick

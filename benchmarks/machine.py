@@ -43,13 +43,31 @@ _OPTIONAL: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "tensorrt": ("tensorrt", "tensorrt", ("tensorrt-cu13", "tensorrt-cu12")),
     "tensorrt-rtx": ("tensorrt_rtx", "tensorrt-rtx", ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12")),
     "onnxruntime": (
-        "onnxruntime", "export", ("onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
+        "onnxruntime",
+        "export",
+        ("onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml"),
     ),
     "openvino": ("openvino", "openvino", ()),
     "flash-attn": ("flash_attn", "flash-attn", ()),
     "transformers": ("transformers", "hf", ()),
     "timm": ("timm", "hf", ()),
-}  # fmt: skip
+}
+_REPORTED = (
+    "numpy",
+    "triton",
+    "tokenizers",
+    "safetensors",
+    "pillow",
+    "torchvision",
+    "scikit-image",
+    "scikit-learn",
+    "transformers",
+    "sentence-transformers",
+    "timm",
+    "onnxruntime",
+    "openvino",
+)
+"""Packages whose versions a document has."""
 # Instruction sets: the flag of Linux, and the function of torch.cpu that detects it on other systems.
 _FEATURES = {
     "AVX2": ("avx2", "_is_avx2_supported"),
@@ -78,37 +96,37 @@ _PROBE_S = 0.5
 
 @cache
 def _cpuinfo() -> dict[str, str]:
-    """Linux's facts of the first processor; empty elsewhere."""
+    """Read Linux's facts of the first processor; empty elsewhere."""
+    facts: dict[str, str] = {}
     with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-        return {
-            key.strip(): value.strip()
-            for key, _, value in (line.partition(":") for line in reversed(lines))
-        }
-    return {}
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
+    return facts
 
 
 def cpu_flags() -> frozenset[str]:
-    """Instruction-set flags of Linux; empty elsewhere."""
+    """Return the instruction-set flags of Linux; empty elsewhere."""
     return frozenset((_cpuinfo().get("flags") or _cpuinfo().get("Features", "")).split())
 
 
 @cache
 def cpu_features() -> dict[str, bool]:
-    """The instruction sets of this architecture that matter to GEMMs, present or not."""
+    """Return the instruction sets of this architecture that matter to GEMMs, present or not."""
     arm = platform.machine().lower() in ("arm64", "aarch64")
-    found = {}
+    features = {}
     for name, (flag, probe) in _FEATURES.items():
-        if arm == (name.startswith("ARM") or name in ("NEON", "SVE")):
-            found[name] = flag in cpu_flags()
-            if probe and not found[name]:
-                with suppress(Exception):  # private functions: absent from some versions of PyTorch
-                    found[name] = bool(getattr(torch.cpu, probe)())
-    return found
+        if arm != (name.startswith("ARM") or name in ("NEON", "SVE")):
+            continue
+        features[name] = flag in cpu_flags()
+        if probe and not features[name]:
+            with suppress(Exception):  # private functions: absent from some versions of PyTorch
+                features[name] = bool(getattr(torch.cpu, probe)())
+    return features
 
 
 def has_native_bf16() -> bool:
-    """True if the processor multiplies bf16 itself; otherwise bf16 is emulated and slower than fp32."""
+    """Return whether the processor multiplies bf16 itself; otherwise bf16 is emulated and slower than fp32."""
     return any(cpu_features().get(name, False) for name in _BF16_FEATURES)
 
 
@@ -116,7 +134,7 @@ def choose_dtypes(
     names: Sequence[str],
     device: torch.device = torch.device("cpu"),  # noqa: B008
 ) -> tuple[list[str], dict[str, str]]:
-    """The dtypes to measure on a device, and those that it does not offer with the reason.
+    """Return the dtypes to measure on a device, and those that it does not offer with the reason.
 
     No names and `auto` stand for what the processor multiplies itself. Raises `UnavailableError` for an unknown one.
     """
@@ -134,7 +152,7 @@ def choose_dtypes(
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device to measure, by default a GPU if there is one; raises `UnavailableError` if it is absent."""
+    """Return the device to measure, by default a GPU if there is one; raises `UnavailableError` if it is absent."""
     if name in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
@@ -143,7 +161,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def data_sheet(device: torch.device) -> roofline.GPU | None:
-    """The peak rates of a GPU that is known; None otherwise."""
+    """Return the peak rates of a GPU with a known data sheet, or None."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -151,22 +169,21 @@ def data_sheet(device: torch.device) -> roofline.GPU | None:
 
 
 def optional_packages() -> list[dict[str, str | None]]:
-    """Every optional package: `name`, `version` (None if absent), `remedy`, and execution providers as `detail`."""
+    """Return optional packages: `name`, `version` (None if absent), `remedy`, execution providers as `detail`."""
     packages = []
-    for name, (module, extra, others) in _OPTIONAL.items():
-        found, detail = None, ""
+    for name, (module, extra, aliases) in _OPTIONAL.items():
+        present, detail = None, ""
         if importlib.util.find_spec(module) is not None:
-            found = next((v for n in (name, *others) if (v := _version(n))), "unknown version")
-        if found and name == "onnxruntime":
+            versions = filter(None, map(_version, (name, *aliases)))
+            present = next(versions, "unknown version")
+        if present and name == "onnxruntime":
             try:
                 providers = importlib.import_module("onnxruntime").get_available_providers()
-                detail = ", ".join(
-                    provider.removesuffix("ExecutionProvider") for provider in providers
-                )
+                detail = ", ".join(name.removesuffix("ExecutionProvider") for name in providers)
             except Exception as error:  # a broken installation is worth a line, not a traceback
                 detail = f"does not import ({type(error).__name__}: {error})"
         remedy = extra if " " in extra else f'pip install ".[{extra}]"'
-        packages.append({"name": name, "version": found, "remedy": remedy, "detail": detail})
+        packages.append({"name": name, "version": present, "remedy": remedy, "detail": detail})
     return packages
 
 
@@ -178,7 +195,7 @@ def _version(name: str) -> str | None:
 
 
 def default_threads() -> int:
-    """Threads that PyTorch takes by itself, at most one per physical core that this process may use."""
+    """Return the threads that PyTorch takes by itself, at most one per physical core that this process may use."""
     physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     return max(1, min(torch.get_num_threads(), physical, _allowed_cores() or physical))
 
@@ -188,43 +205,30 @@ def _allowed_cores() -> int:
 
 
 def describe() -> dict[str, Any]:
-    """Everything a reader needs to place a measurement: hardware, system, versions, commit."""
-    names = (
-        "numpy",
-        "triton",
-        "tokenizers",
-        "safetensors",
-        "pillow",
-        "torchvision",
-        "scikit-image",
-        "scikit-learn",
-        "transformers",
-        "sentence-transformers",
-        "timm",
-        "onnxruntime",
-        "openvino",
-    )
-    cpu, gpus, ptxas, commit = (
-        _cpuinfo().get("model name") or _cpuinfo().get("Model"),
-        [],
-        None,
-        None,
-    )
+    """Return what a reader needs to place a measurement: hardware, system, versions, commit."""
+    cpu = _cpuinfo().get("model name") or _cpuinfo().get("Model")
     if not cpu and sys.platform == "darwin":
         cpu = _output("sysctl", "-n", "machdep.cpu.brand_string")
-    if torch.cuda.is_available():
-        for each in map(torch.cuda.get_device_properties, range(torch.cuda.device_count())):
-            capability = f"{each.major}.{each.minor}"
-            memory = round(each.total_memory / 1e9, 1)
-            gpus.append({"name": each.name, "compute_capability": capability, "memory_gb": memory})
-    with suppress(
-        Exception
-    ):  # without Triton, without its NVIDIA backend, of a version without this function
-        major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
-        ptxas = compiler_versions(10 * major + minor)[1]
+    gpus: list[dict[str, Any]] = []
+    arch, ptxas, commit = 90, None, None
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        gpu = torch.cuda.get_device_properties(index)
+        gpus.append(
+            {
+                "name": gpu.name,
+                "compute_capability": f"{gpu.major}.{gpu.minor}",
+                "memory_gb": round(gpu.total_memory / 1e9, 1),
+            }
+        )
+        if index == 0:
+            arch = 10 * gpu.major + gpu.minor
+    # Without Triton, without its NVIDIA backend, or of a version without this function.
+    with suppress(Exception):
+        ptxas = compiler_versions(arch)[1]
     folder = Path(__file__).resolve().parents[1]
     if (folder / ".git").exists():
         commit = _output("git", "-C", str(folder), "rev-parse", "HEAD")
+    dirty = bool(_output("git", "-C", str(folder), "status", "--porcelain")) if commit else None
     return {
         "cpu": cpu or platform.processor() or platform.machine(),
         "architecture": platform.machine(),
@@ -248,21 +252,19 @@ def describe() -> dict[str, Any]:
         "mkl": torch.backends.mkl.is_available(),
         "onednn": torch.backends.mkldnn.is_available(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "versions": {name: _version(name) for name in names} | {"ptxas": ptxas},
+        "versions": {name: _version(name) for name in _REPORTED} | {"ptxas": ptxas},
         "xfm_fast": xfm_fast.__version__,
         "commit": commit,
-        "dirty": bool(_output("git", "-C", str(folder), "status", "--porcelain"))
-        if commit
-        else None,
+        "dirty": dirty,
     }
 
 
 def _output(*command: str) -> str | None:
-    """The output of a command; None if it fails."""
+    """Return the output of a command, or None if it fails."""
     with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
+        return subprocess.check_output(
+            command, stderr=subprocess.DEVNULL, text=True, timeout=20
+        ).strip()
     return None
 
 
@@ -272,28 +274,32 @@ def choose_paths() -> list[dict[str, Any]]:
     Returns:
         Operation, dtype, the chosen implementation and why, FLOP/s of each that passed, and why others were left out.
     """
-    dtypes = [torch.float32, *([torch.bfloat16] if has_native_bf16() else [])]
-    return [
-        {
-            "operation": found.operation,
-            "dtype": {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(
-                found.dtype, str(found.dtype)
-            ),
-            "chosen": found.chosen,
-            "reason": found.reason,
-            "flops_per_s": {
-                name: race.flops / s for name, s in found.seconds.items() if 0 < s < float("inf")
-            },
-            "rejected": found.rejected,
-        }
-        for dtype in dtypes
-        for operation, race in races().items()
-        for found in [compare(operation, dtype)]
-    ]
+    paths = []
+    for name, dtype in DTYPES.items():
+        if name == "bf16" and not has_native_bf16():
+            continue
+        for operation, race in races().items():
+            selection = compare(operation, dtype)
+            rates = {
+                candidate: race.flops / seconds
+                for candidate, seconds in selection.seconds.items()
+                if 0 < seconds < math.inf
+            }
+            paths.append(
+                {
+                    "operation": selection.operation,
+                    "dtype": name,
+                    "chosen": selection.chosen,
+                    "reason": selection.reason,
+                    "flops_per_s": rates,
+                    "rejected": selection.rejected,
+                }
+            )
+    return paths
 
 
 def gpu_counters(device: torch.device) -> Callable[[], tuple[float, float]]:
-    """A function that reads the clock in MHz and the temperature in °C by NVML; raises any error of the library."""
+    """Return a function that reads clock in MHz and temperature in °C by NVML; raises any error of the library."""
     nvml: Any = importlib.import_module("pynvml")
     nvml.nvmlInit()
     # NVML numbers GPUs in another order than CUDA_VISIBLE_DEVICES.
@@ -311,14 +317,11 @@ def gpu_counters(device: torch.device) -> Callable[[], tuple[float, float]]:
 def _best_rate(
     amount: float, run: Callable[[], object], device: torch.device, repeats: int = 3
 ) -> float:
-    """`amount` per second in the fastest of a few runs."""
-    best, spent = math.inf, 0.0
-    for _ in range(repeats):
-        _, seconds = timed(run, device)
-        best, spent = min(best, seconds), spent + seconds
-        if spent > _PROBE_S:
-            break
-    return amount / best
+    """Return `amount` per second in the fastest of a few runs."""
+    times: list[float] = []
+    while len(times) < repeats and sum(times) <= _PROBE_S:
+        times.append(timed(run, device)[1])
+    return amount / min(times)
 
 
 class GemmProbe:
@@ -350,13 +353,13 @@ class GemmProbe:
         self._run = candidates[self.library]
 
     def __call__(self, repeats: int = 3) -> float:
-        """Best rate of a few GEMMs."""
+        """Return the best rate of a few GEMMs."""
         with torch.no_grad():
             return _best_rate(self.flops, self._run, self._device, repeats)
 
 
 def _onednn(x: Tensor, weight: Tensor) -> dict[str, Callable[[], object]]:
-    """OneDNN's GEMMs by name, if this build of PyTorch has them: the ops are private."""
+    """Return oneDNN's GEMMs by name, if this build of PyTorch has them: the ops are private."""
     try:
         linear = torch.ops.mkldnn._linear_pointwise
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
@@ -369,9 +372,9 @@ def _onednn(x: Tensor, weight: Tensor) -> dict[str, Callable[[], object]]:
 
 
 def moved(rates: Sequence[float]) -> bool:
-    """True if a probe left its median by more than `CONTENTION`."""
-    middle = statistics.median(rates)
-    return max(abs(rate / middle - 1) for rate in rates) > CONTENTION
+    """Return whether a probe left its median by more than `CONTENTION`."""
+    median = statistics.median(rates)
+    return max(abs(rate / median - 1) for rate in rates) > CONTENTION
 
 
 @dataclass
@@ -383,21 +386,21 @@ class Readings:
     gpu: list[tuple[float, float]] = field(default_factory=list)
 
     def contended(self, dtype: str) -> bool:
-        """True if the GEMM rate in a dtype moved."""
+        """Return whether the GEMM rate in a dtype moved."""
         return bool(self.gemm.get(dtype)) and moved(self.gemm[dtype])
 
     def note(self, dtype: str) -> str:
-        """What is remarkable about the machine meanwhile."""
-        remarks = (
-            [f"the GEMM rate moved by more than {CONTENTION:.0%}"] if self.contended(dtype) else []
-        )
+        """Return warnings about contention during the run."""
+        warnings = []
+        if self.contended(dtype):
+            warnings.append(f"the GEMM rate moved by more than {CONTENTION:.0%}")
         if self.gpu:
-            (clock, cold), (last, warm) = self.gpu[0], self.gpu[-1]
+            (first_mhz, cold), (last_mhz, warm) = self.gpu[0], self.gpu[-1]
             if moved([mhz for mhz, _ in self.gpu]):
-                remarks.append(f"the GPU's clock went from {clock:.0f} to {last:.0f} MHz")
+                warnings.append(f"the GPU's clock went from {first_mhz:.0f} to {last_mhz:.0f} MHz")
             if warm - cold > 10:
-                remarks.append(f"the GPU warmed from {cold:.0f} to {warm:.0f} °C")
-        return "; ".join(remarks)
+                warnings.append(f"the GPU warmed from {cold:.0f} to {warm:.0f} °C")
+        return "; ".join(warnings)
 
 
 class MachineProbes:
@@ -414,7 +417,7 @@ class MachineProbes:
         self._copy()
 
     def _copy(self) -> float:
-        """Bytes per second that a large copy reads and writes."""
+        """Return bytes per second that a large copy reads and writes."""
         return _best_rate(
             2 * self._source.nbytes, lambda: self._target.copy_(self._source), self._device
         )
@@ -428,12 +431,12 @@ class MachineProbes:
             into.gpu.append(self._gpu())
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """A reading for the head of a document: `record.Probe` by dtype, as plain values."""
-        return {
-            name: {
+        """Return a reading for the head of a document: the fields of `record.Probe` by dtype."""
+        rates = {}
+        for dtype, probe in self._gemm.items():
+            rates[dtype] = {
                 "library": probe.library,
                 "gemm_flops_per_s": probe(),
                 "copy_bytes_per_s": self._copy(),
             }
-            for name, probe in self._gemm.items()
-        }
+        return rates

@@ -245,7 +245,7 @@ class Comparator:
         if dtype == "int8" and isinstance(result, Tensor):
             pair = (value.double().flatten() for value in (result, self._reference("fp32")))
             cosine = finite(float(torch.cosine_similarity(*pair, dim=0)))
-        among_backends = any(other.name == case.judge for other in case.backends)
+        among_backends = any(backend.name == case.judge for backend in case.backends)
         return Parity(
             error=finite(error),
             band=band,
@@ -456,9 +456,9 @@ class Benchmark:
         """
         start, inputs = time.perf_counter(), {**self.inputs, **inputs}
         device = machine.choose_device(getattr(options, "device", "cpu"))
-        asked = getattr(options, "dtype", ())
-        if not isinstance(asked, tuple):
-            asked = (asked,) if asked in DTYPES else ()
+        dtype = getattr(options, "dtype", ())
+        if not isinstance(dtype, tuple):
+            dtype = (dtype,) if dtype in DTYPES else ()
         torch.set_num_threads(machine.default_threads())
         torch.manual_seed(0)
         words = {name: value for name, value in inputs.items() if isinstance(value, str)}
@@ -473,12 +473,13 @@ class Benchmark:
             device=device.type,
             machine=machine.describe(),
         )
-        dtypes, absent = machine.choose_dtypes(asked, device)
+        dtypes, absent = machine.choose_dtypes(dtype, device)
         with TemporaryDirectory(prefix="xfm-bench-", ignore_cleanup_errors=True) as scratch:
             progress = progress or Progress()
             run = Run(document, options, progress, dtypes, absent, Path(scratch), keep)
+            generator: Any = self.cases(run, **inputs)
             try:
-                with closing(self.cases(run, **inputs)) as cases:
+                with closing(generator) as cases:
                     for case in cases:
                         run.measure(case)
             except KeyboardInterrupt:
@@ -525,9 +526,9 @@ def _fill(
     row.seconds = seconds
     if row.ours:
         row.against = [
-            compared(other, row.dtype, samples.seconds(other), seconds)
-            for other in samples.rounds
-            if other != key and samples.seconds(other)
+            compared(baseline, row.dtype, samples.seconds(baseline), seconds)
+            for baseline in samples.rounds
+            if baseline != key and samples.seconds(baseline)
         ]
     readings = samples.readings
     row.contended = readings.contended(row.dtype)

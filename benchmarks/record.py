@@ -399,6 +399,13 @@ def _default(field_: Field[Any]) -> Any:
     return field_.default if field_.default_factory is MISSING else field_.default_factory()
 
 
+def format_seconds(seconds: float) -> str:
+    """Format a time in the unit that suits it."""
+    if seconds >= 1:
+        return f"{seconds:.3g} s"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+
+
 def groups(rows: Iterable[Result]) -> list[list[Result]]:
     """Return results of the same case together, in order of appearance."""
     cases: dict[tuple[str, ...], list[Result]] = {}

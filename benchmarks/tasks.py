@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,11 +27,11 @@ from xfm_fast.data.options import TextOptions
 from xfm_fast.data.texts import encode_pair_text
 from xfm_fast.models.xfm import ALL_HEADS, XFM
 from xfm_fast.tasks.captioning import CaptioningModel
-from xfm_fast.tasks.classification import ClassificationModel
 from xfm_fast.tasks.grounding import GroundingModel
+from xfm_fast.tasks.models import ClassificationModel, TaskModel
 from xfm_fast.tasks.nlvr2 import NLVR2Model
-from xfm_fast.tasks.task import TASKS, TaskModel
-from xfm_fast.tasks.vqa import VQAModel
+from xfm_fast.tasks.task import TASKS
+from xfm_fast.tasks.vqa_model import VQAModel
 from xfm_fast.testing import MAX_TOKENS, Inputs
 
 Batch = dict[str, Any]
@@ -49,12 +49,20 @@ def decoder_layers(config: XFMConfig) -> int:
     return min(_DECODER_LAYERS, config.fusion_layers)
 
 
+class Counts(NamedTuple):
+    """Items of a batch on a CPU, of a quick run on one, and on a GPU."""
+
+    cpu: int
+    quick: int
+    gpu: int
+
+
 @dataclass(frozen=True)
 class BenchTask:
     """A task and its training step.
 
     Attributes:
-        counts: items of a batch in `unit`s, on a CPU, of a quick run, and on a GPU.
+        counts: default size of a batch, in `unit`s.
         image_size: the official one, None without images.
         build: makes the model.
         batch: makes a batch of a number of items.
@@ -65,7 +73,7 @@ class BenchTask:
 
     title: str
     unit: str
-    counts: tuple[int, int, int]
+    counts: Counts
     image_size: int | None
     build: Callable[[XFMConfig], XFM]
     batch: Callable[[Inputs, int], Batch]
@@ -185,7 +193,7 @@ def _build_image(config: XFMConfig) -> XFM:
 PRETRAINING = BenchTask(
     "ITC + ITM + IMLM + MIM",
     "pairs",
-    (8, 2, 96),
+    Counts(8, 2, 96),
     224,
     lambda config: XFM(config, heads=ALL_HEADS),
     _pretraining,
@@ -195,7 +203,7 @@ OFFICIAL_TASKS: Mapping[str, BenchTask] = {
     "retrieval": BenchTask(
         "retrieval (ITC + ITM)",
         "pairs",
-        (4, 2, 32),
+        Counts(4, 2, 32),
         384,
         _build_retrieval,
         _retrieval,
@@ -205,20 +213,22 @@ OFFICIAL_TASKS: Mapping[str, BenchTask] = {
     "vqa": BenchTask(
         "VQA",
         "questions",
-        (4, 2, 24),
+        Counts(4, 2, 24),
         480,
         lambda config: VQAModel(config, decoder_layers=decoder_layers(config)),
         _vqa,
         "answers",
     ),
-    "nlvr2": BenchTask("NLVR2", "statements", (4, 2, 8), 384, NLVR2Model, _nlvr2, "statements"),
+    "nlvr2": BenchTask(
+        "NLVR2", "statements", Counts(4, 2, 8), 384, NLVR2Model, _nlvr2, "statements"
+    ),
     "grounding": BenchTask(
-        "grounding", "expressions", (4, 2, 20), 384, GroundingModel, _grounding, "grounding"
+        "grounding", "expressions", Counts(4, 2, 20), 384, GroundingModel, _grounding, "grounding"
     ),
     "captioning": BenchTask(
         "captioning",
         "captions",
-        (4, 2, 32),
+        Counts(4, 2, 32),
         384,
         lambda config: CaptioningModel(config, decoder_layers=decoder_layers(config)),
         _captioning,
@@ -227,14 +237,14 @@ OFFICIAL_TASKS: Mapping[str, BenchTask] = {
     "text": BenchTask(
         "text classification",
         "texts",
-        (8, 2, 32),
+        Counts(8, 2, 32),
         None,
         lambda config: ClassificationModel(config, _TEXT_CLASSES, modality="text"),
         _text,
         "texts",
     ),
     "image": BenchTask(
-        "image classification", "images", (8, 2, 128), 224, _build_image, _image, "images"
+        "image classification", "images", Counts(8, 2, 128), 224, _build_image, _image, "images"
     ),
 }
 """The tasks with an official procedure."""
@@ -254,14 +264,15 @@ def bench_task(name: str, inputs: Inputs, folder: Path) -> BenchTask:
         photos, rng = len(inputs.collection.images), np.random.default_rng(inputs.seed)
         items = []
         for index, caption in enumerate(inputs.collection.texts(count)):
-            record = task.example(Path(f"{index % photos}.png"), caption)
+            image = Path(f"{index % photos}.png")
+            (record,) = task.requests([image], [caption])
             items.append(task.item(record, rng))
         return {"batch": task.collate(items, rng)}
 
     return BenchTask(
         name,
         "items",
-        (4, 2, 32),
+        Counts(4, 2, 32),
         None,
         lambda config: task.build(),
         batch,

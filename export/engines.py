@@ -23,7 +23,7 @@ from xfm_fast.errors import ExportError, UnavailableError
 from xfm_fast.io import write_bytes, write_files
 from xfm_fast.models.xfm import XFM
 
-from .expected import LONGEST, Examples, Reference, generated_examples
+from .expected import LONGEST, Examples, Reference, generated_examples, keep_reference
 from .manifest import EngineTarget, GraphRecord, Manifest, ProfileRecord, record_files
 from .onnx import export_onnx, require_onnx
 from .pipeline import (
@@ -51,7 +51,7 @@ from .runtimes.tensorrt import (
     start,
 )
 from .slots import graph_profiles, parse_profiles
-from .verification import Comparison, compare_with_reference, keep_reference
+from .verification import Comparison, compare_with_reference
 
 ONNX_FOLDER = "onnx"
 """Folder of the graphs, in that of the engines, if the request keeps them."""
@@ -431,10 +431,7 @@ def build_engines(
         version_compatible=getattr(request, "version_compatible", False),
         hardware_compatibility=getattr(request, "hardware_compatible", None),
     )
-    options = {
-        "profiles": [str(profile) for profile in profiles],
-        "optimization_level": request.level,
-    }
+    options = {"profiles": [*map(str, profiles)], "optimization_level": request.level}
     content = exported.unverified(
         kind=library.name,
         consumer=library.name,

@@ -26,10 +26,11 @@ from xfm_fast.models.decoder import DecoderCache
 from xfm_fast.models.fusion import ImageMemory
 from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import ImageGroups, Packing
-from xfm_fast.tasks.task import TaskModel
+from xfm_fast.tasks.models import TaskModel
 
 from .graphs import DTYPES, in_dtype, memory_names
 from .layers import M
+from .manifest import Manifest, record_files
 from .request import DType, GraphName
 
 REFERENCE_FILE = "reference.safetensors"
@@ -183,6 +184,27 @@ def make_reference(
         for name, value in truth.items():
             rounding[name] = float((rounded[name] - value).abs().max())
     return Reference(tensors, rounding)
+
+
+def keep_results(
+    manifest: Manifest, folder: Path, model: XFM, examples: Examples | None = None
+) -> Reference:
+    """Write the reference of the model into the folder of an export."""
+    longest = manifest.fixed.get("length", LONGEST)
+    examples = generated_examples(model.config, longest=longest) if examples is None else examples
+    reference = make_reference(
+        model, examples, manifest.graph_names, manifest.dtype, all_tokens=manifest.all_tokens
+    )
+    manifest.examples = examples.origin
+    keep_reference(manifest, folder, reference)
+    return reference
+
+
+def keep_reference(manifest: Manifest, folder: Path, reference: Reference) -> None:
+    """Write the reference into the folder of an export and its list of files."""
+    reference.save(folder)
+    files = [record for record in manifest.files if record.name != REFERENCE_FILE]
+    manifest.files = files + record_files(folder, [REFERENCE_FILE])
 
 
 @torch.no_grad()

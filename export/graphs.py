@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -31,7 +32,7 @@ from xfm_fast.models.frozen import is_frozen
 from xfm_fast.models.text import LayerStack
 from xfm_fast.models.vision import Block
 from xfm_fast.models.xfm import XFM
-from xfm_fast.tasks.task import TaskModel
+from xfm_fast.tasks.models import TaskModel
 
 from .layers import (
     Heads,
@@ -536,3 +537,51 @@ def in_dtype(module: M, dtype: torch.dtype) -> M:
             value = nn.Parameter(value, requires_grad=tensor.requires_grad)
         converted[id(tensor)] = value
     return copy.deepcopy(module, converted).to(dtype)
+
+
+@dataclass(frozen=True)
+class SessionMemory:
+    """Keys and values `[B, H, M, D]` of the layers that read B images or decoder states, by the graph's input names.
+
+    Decoder states of different lengths have a mask `[B, M]`.
+    """
+
+    layers: Mapping[str, Tensor]
+    mask: Tensor | None = None
+
+    @property
+    def images(self) -> int:
+        """Number of the images or states."""
+        return next(iter(self.layers.values())).shape[0]
+
+    states = images
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers.values())
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """The inputs of the graph that reads it."""
+        return {**self.layers, **({} if self.mask is None else {"memory_mask": self.mask})}
+
+    def select(self, index: Tensor | slice) -> SessionMemory:
+        """Return the memory of some of the images or states; a slice shares storage."""
+
+        def select(value: Tensor) -> Tensor:
+            if isinstance(index, slice):
+                return value[index]
+            return value.index_select(0, index.to(value.device))
+
+        layers = {name: select(layer) for name, layer in self.layers.items()}
+        return SessionMemory(layers, None if self.mask is None else select(self.mask))
+
+    def part(self, start: int, stop: int) -> SessionMemory:
+        """Return the states from `start` to `stop`, without a copy."""
+        return self.select(slice(start, stop))
+
+    def rows(self, images: Sequence[int]) -> SessionMemory:
+        """Return the memory of some images; consecutive ones share storage."""
+        start, stop = images[0], images[0] + len(images)
+        consecutive = [*images] == [*range(start, stop)]
+        return self.select(slice(start, stop) if consecutive else torch.tensor(images))

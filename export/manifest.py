@@ -210,8 +210,6 @@ class GraphRecord(_Record):
     build_seconds: float
     profiles: list[ProfileRecord] = []
     quantisation: QuantisationRecord | None = None
-    # In older exports, which could store the weights of an engine separately.
-    weights: None = Field(default=None, exclude=True)
 
 
 class EngineTarget(_Record):
@@ -291,9 +289,7 @@ class Manifest(_Record):
     dtype: DType
     consumer: str = Field(description="the runtime that it was made for")
     opset: int | None
-    attention: AttentionForm | Literal["function"] = Field(
-        description="`function` is that of older exports"
-    )
+    attention: AttentionForm
     all_tokens: bool
     packed: bool = False
     fixed: dict[str, int]

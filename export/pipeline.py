@@ -25,7 +25,7 @@ from xfm_fast.memory import release_freed_memory
 from xfm_fast.models.processor import XFMProcessor
 from xfm_fast.models.xfm import XFM
 
-from .expected import DECODER_GRAPHS, Examples, reference_bytes
+from .expected import DECODER_GRAPHS, Examples, keep_results, reference_bytes
 from .graphs import DTYPES, Graph, build, default_graphs, in_dtype, needs_all_tokens
 from .manifest import (
     AXES,
@@ -41,7 +41,7 @@ from .manifest import (
 from .request import DType, ExportRequest, GraphName, Request
 from .runtimes import Spelling, check_dtype
 from .slots import TORCH_DTYPES, parse_profiles
-from .verification import compare_with_reference, keep_results
+from .verification import compare_with_reference
 
 README_FILE = "README.md"
 

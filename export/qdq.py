@@ -98,7 +98,7 @@ def find_sites(model: Any) -> list[Site]:
                 matrix = constants.get(node.input[1])
                 if matrix is not None and len(matrix.dims) == 2:
                     gemms.append(node)
-        layers = tuple(_layer_name(gemm, constants, readers) for gemm in gemms)
+        layers = tuple(map(_layer_name, gemms))
         producer = producers.get(tensor)
         operator = "" if producer is None else producer.op_type
         if not gemms or operator == "Concat" or any("heads." in name for name in layers):
@@ -113,16 +113,10 @@ def find_sites(model: Any) -> list[Site]:
     return sites
 
 
-def _layer_name(gemm: Any, constants: Mapping[str, Any], readers: Mapping[str, list[Any]]) -> str:
-    """Return the name of a GEMM's layer by that of its weight, or of its bias in older exports."""
-    names = [gemm.input[1]]
-    for node in readers.get(gemm.output[0], ()):
-        if node.op_type == "Add":
-            names += node.input
-    for name in names:
-        if name in constants and name.endswith((".weight", ".bias")):
-            return name.rpartition(".")[0]
-    return gemm.name
+def _layer_name(gemm: Any) -> str:
+    """Return the name of a GEMM's layer by that of its weight."""
+    layer, _, parameter = gemm.input[1].rpartition(".")
+    return layer if parameter == "weight" else gemm.name
 
 
 def find_tables(model: Any) -> dict[str, list[str]]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from xfm_fast.errors import ExportError, InputError, UnavailableError, XFMError
 from xfm_fast.io import storing
 
-from .expected import Reference
+from .expected import Reference, keep_reference
 from .manifest import GraphRecord, Manifest, QuantisationRecord, package_versions
 from .pipeline import Progress, fill_folder, prepare_folder, sidecar_files, silent
 from .qdq import Fitted, Scheme, Site, find_sites, find_tables, quantise_graph
@@ -40,7 +40,6 @@ from .verification import (
     Comparison,
     calibration_part,
     compare_with_reference,
-    keep_reference,
 )
 
 Feed = Mapping[str, np.ndarray]

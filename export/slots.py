@@ -73,10 +73,6 @@ class Slot:
     def __str__(self) -> str:
         return f"{self.name}:" + ",".join(f"{axis}={sizes}" for axis, sizes in self.ranges.items())
 
-    @property
-    def fixed(self) -> bool:
-        return all(sizes.single for sizes in self.ranges.values())
-
     def padded(self, sizes: Mapping[str, int]) -> dict[str, int] | None:
         """Return the sizes that a request is padded to; None if it is too large."""
         out = {}
@@ -194,8 +190,8 @@ def graph_slots(record: GraphRecord) -> list[Slot]:
                 ranges[axis] = SizeRange(dim, dim)
             elif axis is not None:
                 ranges[axis] = SizeRange(record.axes[axis].least, record.axes[axis].most)
-    slot = Slot("dynamic", 0, ranges)
-    return [Slot("fixed", 0, ranges) if slot.fixed else slot]
+    fixed = all(sizes.single for sizes in ranges.values())
+    return [Slot("fixed" if fixed else "dynamic", 0, ranges)]
 
 
 def choose_slot(
@@ -542,7 +538,9 @@ class Layout:
     results: Tensor  # [P] index of the results of each caption among all B T
 
     @classmethod
-    def of(cls, images: Sequence[Rows], lengths: Sequence[int], length: int) -> Layout:
+    def of(
+        cls, images: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int], length: int
+    ) -> Layout:
         """Lay out captions: `images` holds the rows of every image, the same number of rows each."""
         counts = [sum(map(len, rows)) for rows in images]
         rows, texts_per_image = len(images[0]), max(counts)

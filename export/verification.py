@@ -21,20 +21,12 @@ from torch import Tensor
 from xfm_fast.errors import UnavailableError
 from xfm_fast.models.xfm import XFM
 
-from .expected import (
-    LONGEST,
-    REFERENCE_FILE,
-    Examples,
-    Reference,
-    generated_examples,
-    make_reference,
-)
-from .graphs import DTYPES, is_memory, memory_names
-from .manifest import Check, GraphRecord, Manifest, RankCheck, VerificationRecord, record_files
+from .expected import Examples, Reference, keep_results
+from .graphs import DTYPES, SessionMemory, is_memory, memory_names
+from .manifest import Check, GraphRecord, Manifest, RankCheck, VerificationRecord
 from .request import BUDGET, DEFAULT_GRAPHS, PAIR_GRAPH, DType, GraphName
 from .runtimes import Runtime
 from .runtimes.onnx_runtime import OnnxRuntime
-from .session import SessionMemory
 from .session.tasks import TaskSession
 from .slots import Slot, empty_tensors, graph_slots, largest
 
@@ -60,27 +52,6 @@ def verify_export(
     finally:
         manifest.save(folder)
     return manifest
-
-
-def keep_results(
-    manifest: Manifest, folder: Path, model: XFM, examples: Examples | None = None
-) -> Reference:
-    """Write the reference of the model into the folder of an export."""
-    longest = manifest.fixed.get("length", LONGEST)
-    examples = generated_examples(model.config, longest=longest) if examples is None else examples
-    reference = make_reference(
-        model, examples, manifest.graph_names, manifest.dtype, all_tokens=manifest.all_tokens
-    )
-    manifest.examples = examples.origin
-    keep_reference(manifest, folder, reference)
-    return reference
-
-
-def keep_reference(manifest: Manifest, folder: Path, reference: Reference) -> None:
-    """Write the reference into the folder of an export and its list of files."""
-    reference.save(folder)
-    files = [record for record in manifest.files if record.name != REFERENCE_FILE]
-    manifest.files = files + record_files(folder, [REFERENCE_FILE])
 
 
 def verify(
@@ -114,7 +85,7 @@ def compare_with_reference(
         return
     half = "the other half of " if manifest.options.get("arithmetic") else ""
     record = VerificationRecord(
-        runtime=comparison.description,
+        runtime=comparison.recorder.description,
         examples=half + manifest.examples,
         seconds=round(time.perf_counter() - started, 3),
         checks=checks,
@@ -196,7 +167,6 @@ class Comparison:
         self.images, self.texts = torch.arange(reference.images), torch.arange(reference.texts)
         if manifest.options.get("arithmetic"):
             self.images, self.texts = calibration_part(reference, judging=True)
-        self.description = ""
         self._session: TaskSession | None = None
 
     def session(self, graph: str, idle: str = "") -> TaskSession:
@@ -217,7 +187,6 @@ class Comparison:
         session.warm_up()
         self.recorder.shapes.clear()
         self.recorder.inputs.clear()
-        self.description = session.description
         if manifest.kind != "onnx":
             self._session = session
         return session
@@ -256,10 +225,7 @@ class Comparison:
                             _replace_embeds(computed, case, outputs)
             del session  # before the next graph is loaded
             shapes = self.recorder.shapes[graph]
-            for output in findings.outputs:
-                checks.append(
-                    findings.check(output, shapes, threshold, reference, self.manifest.dtype)
-                )
+            checks += findings.checks(shapes, threshold, reference, self.manifest.dtype)
             ranks += _rank_check(graph, findings.scores, threshold, reference)
         if chained:
             findings = Findings("fusion")
@@ -534,31 +500,34 @@ class Findings:
             self.scores = torch.full((reference.images, reference.texts), torch.nan)
         self.scores[images, texts] = scores
 
-    def check(
+    def checks(
         self,
-        output: str,
         shapes: Sequence[Sequence[int]],
         threshold: Threshold,
         reference: Reference,
         dtype: DType,
-    ) -> Check:
-        """Judge the errors of an output over all cases."""
-        errors = self.outputs[output]
-        allowed = threshold.allowed(output, errors.extent, reference, dtype)
-        directed = output in DIRECTIONS
-        # Comparisons with NaN are false: NaN fails.
-        passed = errors.largest <= allowed and (not directed or errors.cosine >= threshold.cosine)
-        return Check(
-            graph=self.graph,
-            output=output,
-            shapes=[[*shape] for shape in shapes],
-            max_error=_finite(errors.largest),
-            mean_error=_finite(errors.total / max(errors.count, 1)),
-            allowed=allowed,
-            cosine=_finite(errors.cosine) if directed else None,
-            least_cosine=threshold.cosine if directed else None,
-            passed=passed,
-        )
+    ) -> list[Check]:
+        """Judge the errors of every output over all cases."""
+        checks = []
+        for output, errors in self.outputs.items():
+            allowed = threshold.allowed(output, errors.extent, reference, dtype)
+            directed = output in DIRECTIONS
+            # Comparisons with NaN are false: NaN fails.
+            aligned = not directed or errors.cosine >= threshold.cosine
+            checks.append(
+                Check(
+                    graph=self.graph,
+                    output=output,
+                    shapes=[[*shape] for shape in shapes],
+                    max_error=_finite(errors.largest),
+                    mean_error=_finite(errors.total / max(errors.count, 1)),
+                    allowed=allowed,
+                    cosine=_finite(errors.cosine) if directed else None,
+                    least_cosine=threshold.cosine if directed else None,
+                    passed=errors.largest <= allowed and aligned,
+                )
+            )
+        return checks
 
 
 def _finite(value: float) -> float | None:

@@ -107,7 +107,7 @@ def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = 
                 f"backend {name!r} knows neither torch.func nor forward mode; use 'auto' or 'reference'"
             )
         return "reference"
-    if not torch.compiler.is_compiling() and not readable(*tensors):
+    if not torch.compiler.is_compiling() and (traced() or not plain(*tensors)):
         if name not in ("auto", "reference"):
             classes = sorted({type(tensor).__name__ for tensor in tensors if tensor is not None})
             raise InputError(

@@ -84,24 +84,31 @@ class Op(Generic[A]):
         if inference and "frozen" in rungs and self._takes_frozen(arguments, backend):
             return rungs["frozen"](arguments, Call(backend, "cpu"))
         arguments.check()
-        tensors = self._tensors(arguments)
+        tensors, weights, operands = self._tensors(arguments)
         call = Call(backend, resolve(backend, *tensors, has_flash=self.attention))
-        if self.weights:
-            weights = self._tensors(arguments, ("weight",))
+        if weights:
             formats = [*map(kind_of, weights)]
             in_fp8, in_int8 = fp8.block.on or "fp8" in formats, {*formats} == {"int8"}
             if in_fp8 and "fp8" in rungs and fp8.takes(weights, tensors):
                 return rungs["fp8"](arguments, call)
             quantised = in_int8 and "int8" in rungs and not compiling
-            if quantised and self._takes_int8(arguments, call, weights):
+            if quantised and self._takes_int8(arguments, call, weights, operands):
                 return rungs["int8"](arguments, call)
             if any(formats) or (call.backend == "reference" and not named(backend)):
                 self._convert_weights(arguments)
-                tensors = self._tensors(arguments)
+                tensors, weights, operands = self._tensors(arguments)
+        frozen = any(map(is_frozen, weights))
         # CPU paths are opaque to a compiler, which has its own.
-        if "inference" in rungs and not compiling and self._infers(arguments, call, tensors):
-            return rungs["inference"](arguments, call)
-        if "training" in rungs and call.backend == "cpu" and self._trains(arguments):
+        if "inference" in rungs and not compiling and self._is_certain(arguments):
+            # Linear layers have no tensors of integers.
+            if infers(call, tensors if weights else [t for t in tensors if t.is_floating_point()]):
+                return rungs["inference"](arguments, call)
+            if frozen:
+                raise InputError(
+                    "a weight is frozen for CPU inference and supports no gradient, autocast, other dtype or backend: "
+                    "call unfreeze() on the model first"
+                )
+        if "training" in rungs and not frozen and trains(call, [*operands, *weights]):
             return rungs["training"](arguments, call)
         if "kernel" in rungs and call.backend in self.kernels:
             fits = self.fits.get(call.backend)
@@ -109,18 +116,21 @@ class Op(Generic[A]):
                 return rungs["kernel"](arguments, call)
         return rungs["reference"](arguments, call)
 
-    def _tensors(self, arguments: A, roles: Sequence[str] = ()) -> list[Tensor]:
-        """Return the tensors of fields with these roles, by default of all."""
-        tensors: list[Tensor] = []
+    def _tensors(self, arguments: A) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return all tensors, and the weights and operands of GEMMs among them."""
+        tensors, weights, operands = [], [], []
         for name, role in self.roles.items():
             value = getattr(arguments, name)
-            if roles and role not in roles:
-                continue
             if isinstance(value, Tensor):
-                tensors.append(value)
-            elif isinstance(value, list):
-                tensors += value
-        return tensors
+                value = [value]
+            elif not isinstance(value, list):
+                continue
+            tensors += value
+            if role == "weight":
+                weights += value
+            elif role == "operand":
+                operands += value
+        return tensors, weights, operands
 
     def _takes_frozen(self, arguments: A, backend: Backend | None) -> bool:
         """Return whether a frozen model runs in inference mode; checks would cost as much as a GEMM of few rows."""
@@ -136,51 +146,23 @@ class Op(Generic[A]):
             and not torch.is_autocast_enabled("cpu")
             and self._is_certain(arguments)
             and (residual is None or residual.shape == (*x.shape[:-1], last.shape[0]))
-            and readable(*self._tensors(arguments))
+            and readable(*self._tensors(arguments)[0])
         )
 
-    def _takes_int8(self, arguments: A, call: Call, weights: Sequence[Tensor]) -> bool:
+    def _takes_int8(
+        self, arguments: A, call: Call, weights: Sequence[Tensor], operands: Sequence[Tensor]
+    ) -> bool:
         """Return whether int8 is faster for these weights, which must have no gradient but may have any dtype."""
         for weight in weights:
             records = torch.is_grad_enabled() and weight.requires_grad
             if records or weight.is_inference() or weight.device != arguments.x.device:
                 return False
-        others = self._tensors(arguments, ("operand", "factor", "chance"))
+        gamma = getattr(arguments, "gamma", None)
         return (
             self._is_certain(arguments)
-            and infers(call, others)
+            and infers(call, operands if gamma is None else [*operands, gamma])
             and int8.is_faster(self.int8_race, arguments.x, weights[0])
         )
-
-    def _infers(self, arguments: A, call: Call, tensors: Sequence[Tensor]) -> bool:
-        """Return whether the CPU path for inference applies; InputError for frozen weights elsewhere."""
-        if not self._is_certain(arguments):
-            return False
-        # Linear layers have no tensors of integers.
-        if not self.weights:
-            tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
-        if infers(call, tensors):
-            return True
-        for name in self.weights:
-            if is_frozen(getattr(arguments, name)):
-                raise InputError(
-                    "a weight is frozen for CPU inference and supports no gradient, autocast, other dtype or backend: "
-                    "call unfreeze() on the model first"
-                )
-        return False
-
-    def _trains(self, arguments: A) -> bool:
-        """Return whether the operator for CPU training applies, which is opaque to compilers."""
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return False
-        tensors = self._tensors(arguments, ("operand", "weight"))
-        autocast, records = torch.is_autocast_enabled("cpu"), False
-        for tensor in tensors:
-            one_dtype = autocast or tensor.dtype == tensors[0].dtype
-            if tensor.dtype not in CPU_DTYPES or not one_dtype or is_frozen(tensor):
-                return False
-            records = records or tensor.requires_grad
-        return records and (not autocast or torch.get_autocast_dtype("cpu") in CPU_DTYPES)
 
     def _is_certain(self, arguments: A) -> bool:
         """Return whether the call has neither dropout nor stochastic depth."""
@@ -280,6 +262,19 @@ def infers(call: Call, tensors: Sequence[Tensor]) -> bool:
         if tensor.dtype != dtype or (grad and tensor.requires_grad):
             return False
     return dtype in CPU_DTYPES
+
+
+def trains(call: Call, tensors: Sequence[Tensor]) -> bool:
+    """Return whether an operator for CPU training applies, which is opaque to compilers."""
+    if call.backend != "cpu" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    autocast, records = torch.is_autocast_enabled("cpu"), False
+    for tensor in tensors:
+        one_dtype = autocast or tensor.dtype == tensors[0].dtype
+        if tensor.dtype not in CPU_DTYPES or not one_dtype:
+            return False
+        records = records or tensor.requires_grad
+    return records and (not autocast or torch.get_autocast_dtype("cpu") in CPU_DTYPES)
 
 
 def runs_cpu_inference(backend: Backend | None, *tensors: Tensor | None) -> bool:

@@ -36,9 +36,9 @@ def operator(
     """Register an operator and return it.
 
     The implementation runs on CPU and CUDA tensors, there on the device of its first tensor. `setup_context` and
-    `backward` are as in `torch.library.register_autograd`; second derivatives raise an error. `autocast` converts
-    floating-point tensor arguments to autocast's dtype: all, or those at these indices. An empty sequence leaves it to
-    the operator, which then saves no converted copy of a model's weights.
+    `backward` are as in `torch.library.register_autograd`. `autocast` converts floating-point tensor arguments to
+    autocast's dtype: all, or those at these indices. An empty sequence leaves it to the operator, which then saves no
+    converted copy of a model's weights.
     """
     name = schema.split("(")[0]
     qualified = f"{NAMESPACE}::{name}"
@@ -48,7 +48,7 @@ def operator(
     torch.library.register_fake(qualified, fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(
-            qualified, _once(name, backward), setup_context=setup_context, lib=_library
+            qualified, backward, setup_context=setup_context, lib=_library
         )
     registered = getattr(getattr(torch.ops, NAMESPACE), name).default
     if autocast is not False:
@@ -111,7 +111,7 @@ def differentiable(
     """
     types = _schema_types(name, arguments)
     operation = _Differentiable(
-        arguments, types, forward, fake, backward, results, keep, around, backward_fake
+        name, arguments, types, forward, fake, backward, results, keep, around, backward_fake
     )
     schema = ", ".join(f"{type} {field}" for field, type in types.items())
     # A callable counts outputs whose gradients are refused: `backward` receives two at most.
@@ -141,6 +141,7 @@ def differentiable(
 class _Differentiable(Generic[A]):
     """An operation and its gradient as operators: their implementations, and what autograd calls."""
 
+    name: str
     arguments: type[A]
     types: dict[str, str]
     forward: Callable[[A, str], Outputs]
@@ -165,7 +166,10 @@ class _Differentiable(Generic[A]):
 
     def call(self, arguments: A, backend: str) -> tuple[Tensor, ...]:
         """Run the operator."""
-        output = self.registered(*[getattr(arguments, name) for name in self.names], backend)
+        values = []
+        for name in self.names:
+            values.append(getattr(arguments, name))
+        output = self.registered(*values, backend)
         return (output,) if isinstance(output, Tensor) else output
 
     def run_forward(self, *inputs: Any) -> Any:
@@ -188,8 +192,10 @@ class _Differentiable(Generic[A]):
         ctx.set_materialize_grads(False)
         if self.keep is not None:
             saved, outputs = self.keep(saved, outputs, ctx.backend)
-        ctx.values, tensors = [], []
-        for value in (*[getattr(saved, name) for name in self.names], *outputs):
+        ctx.values, tensors, values = [], [], []
+        for name in self.names:
+            values.append(getattr(saved, name))
+        for value in (*values, *outputs):
             if isinstance(value, Tensor):
                 tensors.append(value)
                 value = _SAVED
@@ -201,6 +207,8 @@ class _Differentiable(Generic[A]):
 
     def differentiate(self, ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
         """Compute the gradients of all inputs, as autograd expects them."""
+        if torch.is_grad_enabled():
+            return self._refuse_second(ctx, *upstream)
         upstream = upstream[: self.upstream]
         needs, gradients = {}, dict[str, Any]()
         for name, index in self.wrt.items():
@@ -229,15 +237,27 @@ class _Differentiable(Generic[A]):
                 gradients.setdefault(name, [None] * len(need))
         return (*map(gradients.get, self.names), None)
 
+    def _refuse_second(self, ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+        """Compute first gradients under `create_graph=True`; their kernels record no graph for second ones."""
+        with torch.no_grad():
+            first = self.differentiate(ctx, *upstream)
+        sources = (*upstream, *ctx.saved_tensors)
+        return pytree.tree_map_only(Tensor, lambda g: _Once.apply(self.name, g, *sources), first)
+
     def call_gradient(
         self, upstream: Upstream, saved: A, outputs: Outputs, needs: Needs, backend: str
     ) -> Gradients:
         """Run the operator of the gradient."""
-        inputs = [*upstream, *(getattr(saved, name) for name in self.names), *outputs]
-        results = self.gradient(*inputs, [*needs.values()], backend)
+        inputs: list[Any] = [*upstream]
+        for name in self.names:
+            inputs.append(getattr(saved, name))
+        results = self.gradient(*inputs, *outputs, [*needs.values()], backend)
         results = (results,) if isinstance(results, Tensor) else results
-        pairs = zip(needs, results, strict=True)
-        return {name: gradient for name, gradient in pairs if needs[name]}
+        gradients = {}
+        for name, gradient in zip(needs, results, strict=True):
+            if needs[name]:
+                gradients[name] = gradient
+        return gradients
 
     def run_backward(self, *inputs: Any) -> Any:
         """Implement the operator of the gradient."""
@@ -255,7 +275,10 @@ class _Differentiable(Generic[A]):
         self, gradients: Gradients, upstream: Upstream, saved: A, needs: Needs
     ) -> Any:
         """Return gradients in order, zeros for absent ones and empty where none is needed."""
-        first = next(gradient for gradient in upstream if gradient is not None)
+        first = upstream[0]
+        for gradient in upstream:
+            first = gradient if first is None else first
+        assert first is not None
         tensors = []
         for name, need in needs.items():
             gradient = gradients.get(name)
@@ -316,21 +339,6 @@ class _Once(torch.autograd.Function):
         raise InputError(
             f"{ctx.name} has no second derivative; compute it within ops.use_backend('reference')"
         )
-
-
-def _once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a backward pass raise in second derivatives, since its kernels record no graph."""
-
-    def gradients(ctx: Any, *upstream: Tensor | None) -> Any:
-        if not torch.is_grad_enabled():
-            return backward(ctx, *upstream)
-        # Only with create_graph=True.
-        with torch.no_grad():
-            first = backward(ctx, *upstream)
-        sources = (*upstream, *ctx.saved_tensors)
-        return pytree.tree_map_only(Tensor, lambda g: _Once.apply(name, g, *sources), first)
-
-    return gradients
 
 
 def on_device_of_arguments(implementation: Callable[..., Any]) -> Callable[..., Any]:

@@ -157,7 +157,7 @@ def _gelu_in_fp8(a: LinearGELUArgs, call: Call) -> Tensor:
     wide = a.weight.shape[0] > LARGEST_WIDTH
     if wide or not fp8.makes_fp8_rows(call.backend, a.weight, a.x, a.bias):
         return F.gelu(fp8.linear(a.x, a.weight, a.bias, call.requested))
-    from .triton.layers import bias_gelu_quantise
+    from .triton.rows import bias_gelu_quantise
 
     product = fp8.linear(a.x, a.weight, None, call.requested)
     run = on_device_of_arguments(bias_gelu_quantise) if a.x.is_cuda else bias_gelu_quantise
@@ -173,7 +173,7 @@ def _gelu_kernel(a: LinearGELUArgs, call: Call) -> Tensor:
 
 def _gelu_forward(a: LinearGELUArgs, backend: str) -> tuple[Tensor, Tensor]:
     if backend == "triton":
-        from .triton.layers import linear_gelu_forward
+        from .triton.rows import linear_gelu_forward
 
         out, gelu_input = linear_gelu_forward(a.x, a.weight, a.bias, keep=a.keep)
     else:
@@ -195,7 +195,7 @@ def _gelu_backward(
     assert dout is not None
     needed = needs["x"], needs["weight"], needs["bias"]
     if backend == "triton":
-        from .triton.layers import linear_gelu_backward
+        from .triton.rows import linear_gelu_backward
 
         gradients = linear_gelu_backward(dout, a.x, a.weight, a.bias, gelu_input, needed)
     else:

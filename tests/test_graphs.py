@@ -7,6 +7,7 @@ outputs of the one before.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -245,10 +246,18 @@ def test_a_call_on_another_stream_waits_for_the_one_before(monkeypatch: pytest.M
 
     monkeypatch.setattr(nn.Parameter, "is_cuda", property(lambda _: True), raising=False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
-    fill = graphs._Calls.fill
-    monkeypatch.setattr(
-        graphs._Calls, "fill", lambda *given: happened.append("filled") or fill(*given)
-    )
+    build = graphs._module_program
+
+    def build_observed(*args: Any) -> Any:
+        program = build(*args)
+
+        def fill(*args: Any) -> None:
+            happened.append("filled")
+            program.fill(*args)
+
+        return replace(program, fill=fill)
+
+    monkeypatch.setattr(graphs, "_module_program", build_observed)
     module = Branching().eval()
     calls = CallGraphs(module, module, record)
     with torch.no_grad():

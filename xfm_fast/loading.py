@@ -126,7 +126,7 @@ class Opened:
     model: Any
     name: str
     origin: str
-    task: Task[Any, Any, Any, Any] | None = None
+    task: Task[Any] | None = None
     rank: Rank = "match"
 
 

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xfm_fast.tasks.answer_trie import AnswerTrie
-from xfm_fast.tasks.vqa import AnswerRanking
+from xfm_fast.tasks.vqa_model import AnswerRanking, AnswerTrie
 
 from ..record import Extra
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from xfm_fast.batches import PairBatch
 from xfm_fast.models.decoder import beam_search
 from xfm_fast.models.xfm import XFM
-from xfm_fast.tasks.vqa import AnswerRanking
+from xfm_fast.tasks.vqa_model import AnswerRanking
 
 from . import AnswerList, Engine, Pairs, ScoreMatrices, SearchIndex, search_images
 from .official_algorithm import OfficialTrainingTwin, box_losses, mlp_head

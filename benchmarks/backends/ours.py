@@ -22,7 +22,7 @@ from xfm_fast.export.session import Session
 from xfm_fast.kernels.backend import Backend, use_backend
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.retrieval import ImageIndex, Retriever
-from xfm_fast.tasks.vqa import AnswerRanking
+from xfm_fast.tasks.vqa_model import AnswerRanking
 
 from . import AnswerList, Engine, Pairs, ScoreMatrices, SearchIndex, SearchResult
 

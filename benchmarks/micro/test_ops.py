@@ -23,7 +23,7 @@ def test_op(
     backend: Literal["auto", "reference"],
     benchmark: BenchmarkFixture,
 ) -> None:
-    """One pass of our op or of its reference, with finite results."""
+    """Time one pass of our op or of its reference, which has finite results."""
     device = machine.choose_device(None)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.set_num_threads(machine.default_threads())

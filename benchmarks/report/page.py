@@ -72,8 +72,8 @@ def _certainty(row: Result, comparison: Comparison) -> tuple[bool, bool, float]:
 
 
 def _headline(document: Document, row: Result, comparison: Comparison) -> Headline:
-    other = document.at_same_case(row, comparison.backend, comparison.dtype)
-    other_title = other.title if other else f"{comparison.backend}, {comparison.dtype}"
+    baseline = document.at_same_case(row, comparison.backend, comparison.dtype)
+    title = baseline.title if baseline else f"{comparison.backend}, {comparison.dtype}"
     same = document.like_for_like(row)
     value, unit, _ = speed(row)
     interval, like_for_like = span(comparison), ""
@@ -82,7 +82,7 @@ def _headline(document: Document, row: Result, comparison: Comparison) -> Headli
     return Headline(
         marked(times(comparison.ratio), row),
         row.name.split(" (")[0] + ("" if row.mode == "offline" else f", {row.mode}"),
-        f"{number(value)} {unit} in {row.dtype}, against {other_title}",
+        f"{number(value)} {unit} in {row.dtype}, against {title}",
         f"95% interval {interval}" if interval else "without an interval",
         like_for_like,
     )

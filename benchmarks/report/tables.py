@@ -19,7 +19,16 @@ from rich.table import Table as Grid
 
 from xfm_fast.errors import DataError
 
-from ..record import ACCELERATED, OURS, UNTOUCHED, Comparison, Direction, Document, Result
+from ..record import (
+    ACCELERATED,
+    OURS,
+    UNTOUCHED,
+    Comparison,
+    Direction,
+    Document,
+    Result,
+    format_seconds,
+)
 from ..timing import percentile
 
 STYLES = {
@@ -104,13 +113,6 @@ def pivot(
     return build(title, lines.items(), columns, about, detail=True)
 
 
-def seconds(value: float) -> str:
-    """Format a time in the unit that suits it."""
-    if value >= 1:
-        return f"{value:.3g} s"
-    return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} µs"
-
-
 def number(value: float) -> str:
     """Format three digits, with separators instead of an exponent."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
@@ -184,7 +186,11 @@ def _quantile_ms(row: Result, share: float) -> float | None:
 
 def _cold_start(row: Result) -> str:
     values = [row.number(name) for name in ("build_s", "load_s", "first_call_s")]
-    return " / ".join(seconds(value) if value else "0" for value in values) if any(values) else ""
+    return (
+        " / ".join(format_seconds(value) if value else "0" for value in values)
+        if any(values)
+        else ""
+    )
 
 
 def _error(row: Result) -> str:
@@ -299,14 +305,14 @@ def _with_backends(document: Document) -> list[Column]:
 
     def comparison(row: Result, dtype: str) -> Comparison | None:
         ours = None if row.ours else document.at_same_case(row, OURS, dtype)
-        for other in ours.against if ours else ():
-            if (other.backend, other.dtype) == (row.backend, row.dtype):
-                return other
+        for candidate in ours.against if ours else ():
+            if (candidate.backend, candidate.dtype) == (row.backend, row.dtype):
+                return candidate
         return None
 
     def ratio(row: Result, dtype: str) -> str:
-        other = comparison(row, dtype)
-        return times(other.ratio) if other else ""
+        baseline = comparison(row, dtype)
+        return times(baseline.ratio) if baseline else ""
 
     def server_p50_ms(row: Result) -> float | None:
         # The speed of single requests is their p50.
@@ -348,7 +354,7 @@ def tables(document: Document) -> list[Table]:
     ]
     lines = [row for row in rows if row.ours or not paired]
     skipped = document.data.skipped if document.data else []
-    found = [
+    candidates = [
         build("All rows", lines, columns, about),
         _shares(rows, "stages", "by stage"),
         _shares(rows, "operations", "by kind of operation"),
@@ -365,7 +371,7 @@ def tables(document: Document) -> list[Table]:
             detail=True,
         ),
     ]
-    return [table for table in found if table.lines]
+    return [table for table in candidates if table.lines]
 
 
 def _shares(rows: Iterable[Result], name: str, title: str) -> Table:
@@ -448,9 +454,9 @@ def fp32_gains(document: Document, label: str = ACCELERATED) -> list[Gain]:
             continue
         ratios = {}
         for backend, title in {OURS: OURS, **_RUNTIMES}.items():
-            other = document.at_same_case(row, backend, "fp32")
-            if other is not None and other.measured and other.median_s:
-                ratios[title] = eager.median_s / other.median_s
+            result = document.at_same_case(row, backend, "fp32")
+            if result is not None and result.measured and result.median_s:
+                ratios[title] = eager.median_s / result.median_s
         gained.append(Gain(row.name, row.conditions, eager.median_s, ratios))
     return gained
 
@@ -460,7 +466,7 @@ def gains(document: Document, label: str = ACCELERATED) -> str:
     cells = []
     for gain in fp32_gains(document, label):
         line = gain.call, gain.inputs
-        cells.append((line, "eager", seconds(gain.eager_s)))
+        cells.append((line, "eager", format_seconds(gain.eager_s)))
         cells += [(line, title, times(ratio)) for title, ratio in gain.ratios.items()]
     return markdown_table(pivot(("call", "inputs"), cells)) + f"\n{machine_line(document)}\n"
 

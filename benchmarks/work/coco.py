@@ -84,10 +84,14 @@ def receipt(config: XFMConfig, sizes: Sizes) -> dict[str, float]:
     padded_text = flops.text_encoder(config, [MAX_TOKENS]).total * sizes.texts
     memory = flops.image_memory(config, 1).total
 
-    def pair(lengths: Sequence[int], **savings: bool) -> float:
+    def pair(
+        lengths: Sequence[int], *, first_token_only: bool = False, self_attended: bool = False
+    ) -> float:
         """Return the FLOPs of fusing and scoring one pair."""
-        fusion = flops.fusion(config, lengths, **savings).total / len(lengths)
-        return fusion + flops.matching_head(config, 1).total
+        fusion = flops.fusion(
+            config, lengths, first_token_only=first_token_only, self_attended=self_attended
+        )
+        return fusion.total / len(lengths) + flops.matching_head(config, 1).total
 
     first = flops.first_self_attention(config, sample).total * sizes.texts / len(sample)
     padded_pair = pair([MAX_TOKENS])
@@ -107,7 +111,7 @@ def receipt(config: XFMConfig, sizes: Sizes) -> dict[str, float]:
 class Stage(NamedTuple):
     """A stage of a procedure: how often it comes in the evaluation, and one pass of it."""
 
-    count: float
+    repeats: float
     run: Callable[[], object]
 
 
@@ -172,7 +176,7 @@ def _row(
     """Return the result of a procedure, by its backend and dtype."""
     backend, dtype = key.split(" ")
     seconds = {
-        name: [stage.count * second for second in samples.seconds(f"{name}: {key}")]
+        name: [stage.repeats * second for second in samples.seconds(f"{name}: {key}")]
         for name, stage in stages.items()
     }
     failures = [why for name, why in samples.failures.items() if name.endswith(f": {key}")]

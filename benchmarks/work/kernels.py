@@ -161,9 +161,9 @@ def directions(op: OpCase, dtype: str, run: Run, deadline: float = math.inf) -> 
     case.reference, case.backends = lambda _: exact, op.backends(dtype, first, band)
     yield case
     for direction in further:
-        other = replace(case, backends=op.backends(dtype, direction, band))
+        repeat = replace(case, backends=op.backends(dtype, direction, band))
         count = partial(_work, op.work[direction])
-        yield other.repeated(run.document.rows, mode=direction, count=count)
+        yield repeat.repeated(run.document.rows, mode=direction, count=count)
 
 
 def _work(work: roofline.Work | None, backend: Backend, result: object) -> Extra:

@@ -27,9 +27,8 @@ from torch import Tensor
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
-from xfm_fast.tasks.answer_trie import AnswerTrie
 from xfm_fast.tasks.reranking import UNSCORED, recall
-from xfm_fast.tasks.vqa import AnswerRanking
+from xfm_fast.tasks.vqa_model import AnswerRanking, AnswerTrie
 from xfm_fast.testing import Collection, Inputs, SharedWeights, Texts
 from xfm_fast.tokenizer import CaptionTokenizer
 
@@ -362,7 +361,7 @@ def expressions(
     material: Material, image_size: int, texts_per_image: int, requests: int
 ) -> Workload:
     """Find the boxes of expressions in their photograph."""
-    each = counted(texts_per_image, "expression")
+    per_image = counted(texts_per_image, "expression")
 
     def run(engine: Engine, batch: Batch, pixels: Tensor) -> Tensor:
         return engine.boxes(pixels[batch.indices], *batch.texts, batch.image_of)
@@ -370,7 +369,9 @@ def expressions(
     return Workload(
         work="grounding",
         unit="expressions",
-        title=lambda count: f"ground {each} each in {counted(count, 'image')} of {image_size} px",
+        title=lambda count: (
+            f"ground {per_image} each in {counted(count, 'image')} of {image_size} px"
+        ),
         material=material,
         image_size=image_size,
         requests=requests,

@@ -79,12 +79,9 @@ def run(run: Run) -> Iterator[Case]:
         caption_request(draw, captions, catalogue, 4),
         image_request(draw, captions, photos, 4),
     ]
-    expected = {}
-    for name, model in models.items():
-        scores = [score for request in checked for score in offline(model, request)]
-        expected[name] = torch.tensor(scores)
+    expected = {name: offline(model, checked) for name, model in models.items()}
     # The generator of the load keeps no model while it measures.
-    del material, models, model
+    del material, models
     workloads: list[tuple[str, str, Callable[[], Request]]] = [
         (
             "serve-known",
@@ -254,12 +251,17 @@ def service(folder: Path, *arguments: str) -> Iterator[tuple[int, psutil.Process
             process.kill()
 
 
-def offline(model: XFM, request: Request) -> list[float]:
-    """Score a request by `XFM.match` in this process."""
+def offline(model: XFM, requests: Sequence[Request]) -> torch.Tensor:
+    """Score requests by `XFM.match` in this process."""
 
     def decode(item: dict[str, str]) -> Image.Image:
         return Image.open(io.BytesIO(base64.b64decode(item["image"].partition(",")[2])))
 
-    if isinstance(request["query"], dict):
-        return model.match(decode(request["query"]), request["documents"]).tolist()
-    return [float(model.match(decode(item), request["query"])) for item in request["documents"]]
+    scores: list[float] = []
+    for request in requests:
+        query, documents = request["query"], request["documents"]
+        if isinstance(query, dict):
+            scores += model.match(decode(query), documents).tolist()
+        else:
+            scores += [float(model.match(decode(item), query)) for item in documents]
+    return torch.tensor(scores)

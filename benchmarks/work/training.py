@@ -203,7 +203,8 @@ def run(run: Run) -> Iterator[Case]:
         config, memory = preset, MemoryUse()
         inputs = Inputs(collection, tokenizer, config, options.seed)
         task = bench_task(name, inputs, run.scratch) if name else PRETRAINING
-        count = options.pairs or task.counts[2 if gpu else options.quick]
+        count = task.counts.quick if options.quick else task.counts.cpu
+        count = options.pairs or (task.counts.gpu if gpu else count)
         if count < 2:
             raise UnavailableError(
                 f"a step of {count} pair has no hard negatives; use --pairs 2 or more"
@@ -423,8 +424,9 @@ def _measure_memory(
 ) -> Extra:
     keep_freed_memory()
     torch.set_num_threads(threads)
-    batch = PairBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
-    step = make_step(PRETRAINING, config, seed, {"batch": batch}, torch.device("cpu"))
+    tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    batch = {"batch": PairBatch(**tensors)}
+    step = make_step(PRETRAINING, config, seed, batch, torch.device("cpu"))
     step.model.train(dropout)
     if checkpointed:
         # Imported here, since it brings modules that no other procedure needs in memory.

@@ -60,7 +60,7 @@ class AOTInductor(Runtime):
     title = "AOTInductor"
     package = "torch"
     request = PackageRequest
-    artefact = "packages of native code, which runs when it is loaded"
+    artefact = "packages of native code that runs when it is loaded"
     automatic = False
 
     def __init__(self, manifest: Manifest, device: torch.device | None = None) -> None:

@@ -45,9 +45,7 @@ class OpenVINO(Runtime):
         self.spelling(manifest.dtype)
         version: str = self.library.__version__
         release = tuple(map(int, version.split("-")[0].split(".")[:2]))
-        if manifest.attention == "function" or (
-            manifest.attention == "opset23" and release < _FIRST_WITH_ATTENTION
-        ):
+        if manifest.attention == "opset23" and release < _FIRST_WITH_ATTENTION:
             raise ExportError(
                 f"this export spells attention as {manifest.attention}, which OpenVINO {version} does not read; export "
                 "it with --for openvino"

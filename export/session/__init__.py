@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -26,7 +25,7 @@ from xfm_fast.models import inputs as checks
 from xfm_fast.models.processor import XFMProcessor, find_tokenizer
 from xfm_fast.packing import Packing, offsets
 
-from ..graphs import DTYPES, GraphName
+from ..graphs import DTYPES, GraphName, SessionMemory
 from ..manifest import MANIFEST_FILE, Manifest
 from ..request import Precision
 from ..runtimes import Runtime, choose_runtime, first_line, open_runtime
@@ -59,54 +58,6 @@ _LIMITS = {
 # Inputs that are filled up with the padding token.
 _PADDED = ("input_ids", "packed_ids")
 _IDS = (*_PADDED, "token_ids")
-
-
-@dataclass(frozen=True)
-class SessionMemory:
-    """Keys and values `[B, H, M, D]` of the layers that read B images or decoder states, by the graph's input names.
-
-    Decoder states of different lengths have a mask `[B, M]`.
-    """
-
-    layers: Mapping[str, Tensor]
-    mask: Tensor | None = None
-
-    @property
-    def images(self) -> int:
-        """Number of the images or states."""
-        return next(iter(self.layers.values())).shape[0]
-
-    states = images
-
-    @property
-    def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers.values())
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        """The inputs of the graph that reads it."""
-        return {**self.layers, **({} if self.mask is None else {"memory_mask": self.mask})}
-
-    def select(self, index: Tensor | slice) -> SessionMemory:
-        """Return the memory of some of the images or states; a slice shares storage."""
-
-        def select(value: Tensor) -> Tensor:
-            if isinstance(index, slice):
-                return value[index]
-            return value.index_select(0, index.to(value.device))
-
-        layers = {name: select(layer) for name, layer in self.layers.items()}
-        return SessionMemory(layers, None if self.mask is None else select(self.mask))
-
-    def part(self, start: int, stop: int) -> SessionMemory:
-        """Return the states from `start` to `stop`, without a copy."""
-        return self.select(slice(start, stop))
-
-    def rows(self, images: Sequence[int]) -> SessionMemory:
-        """Return the memory of some images; consecutive ones share storage."""
-        start, stop = images[0], images[0] + len(images)
-        consecutive = [*images] == [*range(start, stop)]
-        return self.select(slice(start, stop) if consecutive else torch.tensor(images))
 
 
 class Session:

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from xfm_fast.packing import ImageGroups, Packing, Sequences
-from xfm_fast.tasks.answer_trie import AnswerTrie, DecodedTree
 from xfm_fast.tasks.task import TASKS
+from xfm_fast.tasks.vqa_model import AnswerTrie, DecodedTree
 
+from ..graphs import SessionMemory
 from ..slots import largest
-from . import Session, SessionMemory
+from . import Session
 
 # Rows of vocabulary logits of a pass: 100 MB in fp32 at base size.
 _LOGIT_ROWS = 512
@@ -33,6 +34,7 @@ class SessionRanks:
         self.session = session
         self.config = session.config
         self.dtype_name: str = session.manifest.dtype
+        self.images = session.encode_image
 
     @property
     def token_budget(self) -> int:
@@ -42,9 +44,6 @@ class SessionRanks:
     def captions(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         embeds = self.session.encode_text(input_ids, attention_mask)
         return Packing.from_mask(attention_mask.to(embeds.device)).pack(embeds)
-
-    def images(self, pixels: Tensor) -> Tensor:
-        return self.session.encode_image(pixels)
 
     def memories(self, embeds: Tensor) -> list[SessionMemory]:
         memory = self.session.image_memory(embeds)

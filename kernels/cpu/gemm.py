@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,48 +22,48 @@ from .workspace import scratch
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 """Dtypes of the CPU paths."""
-Product = Callable[..., Tensor]
+Gemm = Callable[..., Tensor]
 """From x `[n, K]`, weight `[M, K]`, bias `[M]` or None, and further tensors of n rows: `[n, M]`."""
 
-# Shape of the products that decide: packed caption tokens through a layer of the base width, and a single caption.
+# Shapes of the timed GEMMs: packed caption tokens through a layer of the base width, and a single caption.
 _ROWS, _FEW_ROWS, _WIDTH, _WIDE = 224, 13, 768, 3072
 # Fewer rows are autotuned separately: MKL's fp32 GEMMs of 13 rows take up to 1.7 times as long as of 16.
 _FEW = 16
 _HIDDEN_BYTES = 6 << 20
 # Rows of a hidden layer between compiled GEMMs: enough that packing their weights costs little.
 _COMPILED_ROWS = 2048
-# Shapes of the products that decide: two images through a layer of a base-size encoder, and as many as a weight's
-# gradient sums over in one step of it.
+# Rows of the timed GEMMs of training: two images through a layer of a base-size encoder, and all tokens of a step, over
+# which the gradient of a weight sums.
 _TRAINED_ROWS, _SUMMED = 394, 1576
 # Rows that are transposed at once. The columns of wider blocks collide in cache.
 _BLOCK = 64
-# Rows of a slice for each thread: enough to keep it busy, and always divided well.
+# Rows of a slice for each thread: enough to keep it busy, and always well divided.
 _SLICE_ROWS = 208
 # Row counts this close share an answer; slices are cut to whole AMX tiles.
 _BUCKET, _AMX_TILE = 64, 16
 _ROUNDS = 4
 _SLICES_MARGIN = 0.85
-# A layout that costs no memory may take this much of PyTorch's time; of many rows, where few gain more than many lose.
+# oneDNN's layout may take this much of the time of plain weights; more where few rows gain more than many lose.
 _LAYOUT_MARGIN, _FEW_MARGIN = 1.02, 1.1
-_slices_win: dict[tuple[Product, torch.Size, torch.dtype, int, int], bool] = {}
+_slices_win: dict[tuple[Gemm, torch.Size, torch.dtype, int, int], bool] = {}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + b` for x `[..., K]`, weight `[M, K]`, as it is or `laid_out`."""
+    """Return `x W^T + b` for x `[..., K]`, weight `[M, K]`, plain or `laid_out`."""
     rows = x.reshape(-1, x.shape[-1])
     name = _choose("linear", weight, rows.shape[0])
     return multiply(_LINEAR[name], rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`gelu(x W^T + b)`, erf form."""
+    """Return `gelu(x W^T + b)`, erf form."""
     rows = x.reshape(-1, x.shape[-1])
-    product = _GELU[_choose("linear_gelu", weight, rows.shape[0])]
-    return multiply(product, rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+    name = _choose("linear_gelu", weight, rows.shape[0])
+    return multiply(_GELU[name], rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 class Frozen(nn.Parameter):
-    """The weight of a frozen model: in oneDNN's layout, or as it is where the compiled kernel is as fast.
+    """The weight of a frozen model: in oneDNN's layout, or plain where the compiled kernel is as fast.
 
     oneDNN's layout has no storage to copy or write: both operations go through its values.
     """
@@ -79,7 +79,7 @@ PLAIN.add(Frozen)
 
 
 def dense(weight: Tensor) -> Tensor:
-    """The values of a weight that may be frozen, as a constant of whatever is traced."""
+    """Return the dense values of a weight that may be frozen, as a constant of a trace."""
     if not weight.is_mkldnn:
         return weight
     with untraced():
@@ -91,20 +91,20 @@ def _unpickled(weight: Tensor, blocked: bool) -> Frozen:
 
 
 def is_frozen(weight: Tensor) -> bool:
-    """True for the weight of a frozen model, and for any packed weight."""
+    """Return whether a weight is of a frozen model, or packed."""
     return weight.is_mkldnn or type(weight) is Frozen
 
 
 class Chosen(NamedTuple):
-    """The selected implementation for a number of rows and similar weights, called without further checks."""
+    """The fastest GEMMs for a number of rows and weights of one shape, called without further checks."""
 
-    linear: Product
-    gelu: Product
-    residual: Product
+    linear: Gemm
+    gelu: Gemm
+    residual: Gemm
 
 
 def chosen(weight: Tensor, rows: int) -> Chosen:
-    """The selected implementation for a number of rows with all frozen weights of this shape."""
+    """Return the fastest GEMMs for a number of rows and frozen weights of this shape."""
     linear, gelu, residual = (_choose(operation, weight, rows) for operation in CANDIDATES)
     return Chosen(_LINEAR[linear], _GELU[gelu], _RESIDUAL[residual])
 
@@ -112,7 +112,7 @@ def chosen(weight: Tensor, rows: int) -> Chosen:
 def linear_residual(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor | None
 ) -> Tensor:
-    """`residual + gamma · (x W^T + b)`. LayerScale is folded into the weight where the addition is fused."""
+    """Return `residual + gamma · (x W^T + b)`. LayerScale is folded into the weight where the sum is fused."""
     rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, residual.shape[-1])
     name = _choose("linear_residual", weight, rows.shape[0])
     if gamma is None:
@@ -120,19 +120,15 @@ def linear_residual(
     elif name == "llvm":
         out = compiled(rows, weight, bias, sums, gamma)
     elif name == "aten" or weight.is_mkldnn:
-        # A weight that is laid out is there once, as it is.
-        product = multiply(F.linear if name == "aten" else onednn_linear, rows, weight, bias)
-        out = torch.addcmul(sums, product, gamma, out=product)
+        # A weight in oneDNN's layout has no second, scaled copy.
+        branch = multiply(F.linear if name == "aten" else onednn_linear, rows, weight, bias)
+        out = torch.addcmul(sums, branch, gamma, out=branch)
     else:
-        scaled_weight = cached(
-            "layer-scaled weight", (weight, gamma), lambda: weight * gamma[:, None]
-        )
-        scaled_bias = (
-            None
-            if bias is None
-            else cached("layer-scaled bias", (bias, gamma), lambda: bias * gamma)
-        )
-        out = multiply(_RESIDUAL[name], rows, scaled_weight, scaled_bias, sums)
+        scaled = cached("layer-scaled weight", (weight, gamma), lambda: weight * gamma[:, None])
+        if bias is not None:
+            unscaled = bias
+            bias = cached("layer-scaled bias", (bias, gamma), lambda: unscaled * gamma)
+        out = multiply(_RESIDUAL[name], rows, scaled, bias, sums)
     return out.view(residual.shape)
 
 
@@ -145,85 +141,77 @@ def mlp_residual(
     residual: Tensor,
     gamma: Tensor | None,
 ) -> Tensor:
-    """`residual + gamma · (gelu(x W1^T + b1) W2^T + b2)`, in slices of rows: their hidden layer stays in cache.
+    """Return `residual + gamma · (gelu(x W1^T + b1) W2^T + b2)`, in slices of rows whose hidden layer stays in cache.
 
     The whole hidden layer would be a buffer that the allocator returns to the system and faults in again in every
     layer. oneDNN's GEMMs cannot write to a given buffer, so they run on all rows.
     """
     rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, residual.shape[-1])
-    weights = {"linear_gelu": weight_in, "linear_residual": weight_out}
-    first, second = (
-        _choose(operation, weight, rows.shape[0]) for operation, weight in weights.items()
-    )
-    if first == second == "llvm":
-        hidden = scratch(
-            "hidden", (min(_COMPILED_ROWS, rows.shape[0]), weight_in.shape[0]), x.dtype
-        )
-        parts = [
-            slice(start, start + _COMPILED_ROWS)
-            for start in range(0, rows.shape[0], _COMPILED_ROWS)
-        ]
-        out = torch.empty_like(sums)
-        for part in parts:
-            middle = compiled(
-                rows[part], weight_in, bias_in, gelu=True, out=hidden[: rows[part].shape[0]]
-            )
-            compiled(middle, weight_out, bias_out, sums[part], gamma, out=out[part])
-        return out.view(residual.shape)
-    if first != "aten" or second != "aten" or bias_in is None or bias_out is None:
-        return linear_residual(
-            linear_gelu(rows, weight_in, bias_in), weight_out, bias_out, residual, gamma
-        )
-    step = max(1, _HIDDEN_BYTES // (weight_in.shape[0] * x.element_size()))
-    hidden = scratch("hidden", (min(step, rows.shape[0]), weight_in.shape[0]), x.dtype)
+    count, width = rows.shape[0], weight_in.shape[0]
+    first = _choose("linear_gelu", weight_in, count)
+    second = _choose("linear_residual", weight_out, count)
+    on_aten = first == second == "aten" and bias_in is not None and bias_out is not None
+    if not on_aten and not first == second == "llvm":
+        hidden = linear_gelu(rows, weight_in, bias_in)
+        return linear_residual(hidden, weight_out, bias_out, residual, gamma)
+    step = max(1, _HIDDEN_BYTES // (width * x.element_size())) if on_aten else _COMPILED_ROWS
+    memory = scratch("hidden", (min(step, count), width), x.dtype)
     out = torch.empty_like(sums)
-    for start in range(0, rows.shape[0], step):
-        part = slice(start, start + step)
-        middle = hidden[: rows[part].shape[0]]
-        torch.ops.aten.gelu_(torch.addmm(bias_in, rows[part], weight_in.t(), out=middle))
+    for start in range(0, count, step):
+        chunk = slice(start, start + step)
+        hidden = memory[: rows[chunk].shape[0]]
+        if not on_aten:
+            compiled(rows[chunk], weight_in, bias_in, gelu=True, out=hidden)
+            compiled(hidden, weight_out, bias_out, sums[chunk], gamma, out=out[chunk])
+            continue
+        assert bias_in is not None
+        assert bias_out is not None
+        torch.ops.aten.gelu_(torch.addmm(bias_in, rows[chunk], weight_in.t(), out=hidden))
         if gamma is None:
-            torch.add(sums[part], bias_out, out=out[part]).addmm_(middle, weight_out.t())
+            torch.add(sums[chunk], bias_out, out=out[chunk]).addmm_(hidden, weight_out.t())
         else:
-            product = torch.addmm(bias_out, middle, weight_out.t(), out=out[part])
-            torch.addcmul(sums[part], product, gamma, out=product)
+            branch = torch.addmm(bias_out, hidden, weight_out.t(), out=out[chunk])
+            torch.addcmul(sums[chunk], branch, gamma, out=branch)
     return out.view(residual.shape)
 
 
 def trained_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + b` for x `[..., K]`, weight `[M, K]`, in the dtype of x; no copy of the weight survives."""
+    """Return `x W^T + b` for x `[..., K]`, weight `[M, K]`, in the dtype of x; no copy of the weight is kept."""
     name = _select("trained linear", weight, x.dtype)
-    # Our kernel rounds a weight where it lays it out, others are given a copy.
+    # Our kernel rounds a weight where it packs it, others need a copy.
     weight = weight if name == "llvm" else weight.to(x.dtype)
-    return _TRAINED[name](x.reshape(-1, x.shape[-1]), weight, bias).view(
-        *x.shape[:-1], weight.shape[0]
-    )
+    out = _TRAINED[name](x.reshape(-1, x.shape[-1]), weight, bias)
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def input_gradient(
-    dout: Tensor, weight: Tensor, factors: Tensor | None = None, place: Tensor | None = None
+    dout: Tensor, weight: Tensor, factors: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """`dout (f · W)`: `[..., M]`, `[M, K]` → `[..., K]` in the dtype of dout, with factors `[M]`."""
+    """Return `dout (f · W)`: `[..., M]`, `[M, K]` → `[..., K]` in the dtype of dout, with factors `[M]`.
+
+    Some implementations write it to `out`.
+    """
     name = _select("input gradient", weight, dout.dtype, turned=True)
-    rows, found = dout.reshape(-1, dout.shape[-1]), None
+    rows, dx = dout.reshape(-1, dout.shape[-1]), None
     if name == "llvm":
-        # The kernel rounds and scales the weight where it lays it out.
+        # The kernel rounds and scales the weight where it packs it.
         scales = None if factors is None else factors.float().contiguous()
-        place = None if place is None else place.view(-1, weight.shape[1])
-        found = _compiled(rows, weight, None, turned=True, factors=scales, out=place)
-    if found is None:
+        out = None if out is None else out.view(-1, weight.shape[1])
+        dx = _compiled(rows, weight, None, turned=True, factors=scales, out=out)
+    if dx is None:
         weight = weight.to(dout.dtype)
-        found = _INPUT[name](
-            rows, weight if factors is None else weight * factors[:, None].to(weight.dtype)
-        )
-    return found.view(*dout.shape[:-1], weight.shape[1])
+        if factors is not None:
+            weight = weight * factors[:, None].to(weight.dtype)
+        dx = _INPUT[name](rows, weight)
+    return dx.view(*dout.shape[:-1], weight.shape[1])
 
 
 def weight_gradient(
     dout: Tensor, x: Tensor, dtype: torch.dtype | None = None, sums: Tensor | None = None
 ) -> Tensor:
-    """`dout^T x` over all rows: `[..., M]`, `[..., K]` → `[M, K]`; `sums` `[M]` in fp32 receives the bias gradient."""
+    """Return `dout^T x` over all rows: `[..., M]`, `[..., K]` → `[M, K]`, and the bias gradient in `sums` `[M]`."""
     dtype, dout, x = dtype or x.dtype, dout.reshape(-1, dout.shape[-1]), x.reshape(-1, x.shape[-1])
-    # Some libraries refuse a product over no rows.
+    # Some libraries refuse a sum over no rows.
     name = select("weight gradient", dout.dtype) if len(x) else "aten"
     if name == "llvm":
         # The GEMM sums in fp32: no second pass widens the result or reads dout again for the bias.
@@ -234,42 +222,42 @@ def weight_gradient(
 
 
 def bias_gradient(dout: Tensor) -> Tensor:
-    """`[..., M]` → `[M]`, in fp32 or wider."""
-    return dout.reshape(-1, dout.shape[-1]).sum(
-        0, dtype=torch.promote_types(dout.dtype, torch.float32)
-    )
+    """Return the sum over all rows: `[..., M]` → `[M]`, in fp32 or wider."""
+    wide = torch.promote_types(dout.dtype, torch.float32)
+    return dout.reshape(-1, dout.shape[-1]).sum(0, dtype=wide)
 
 
 def _choose(operation: str, weight: Tensor, rows: int) -> str:
-    if weight.is_mkldnn and operation != "linear_gelu":
-        return "onednn"
-    of_few_rows = f"{operation} of few rows"
-    if rows < _FEW and not weight.is_mkldnn and _HERE and _select(of_few_rows, weight) == "llvm":
-        # Whatever is best for many rows; before a first caption nobody waits for that comparison.
+    """Return the name of the implementation for a weight and a number of rows."""
+    if weight.is_mkldnn:
+        if operation != "linear_gelu":
+            return "onednn"
+        # Whether to fuse the GELU was measured with weights that are packed at every call; it is the same GELU.
+        return "onednn+gelu" if _select(operation, weight) == "onednn+gelu" else "onednn"
+    few_rows = f"{operation} of few rows"
+    if rows < _FEW and _HERE and _select(few_rows, weight) == "llvm":
+        # Without the comparison for many rows, which would delay a first caption.
         return "llvm"
     name = _select(operation, weight)
-    if weight.is_mkldnn:
-        # Whether the GELU is fused was found for weights that are packed at every call; it is the same GELU.
-        return "onednn+gelu" if name == "onednn+gelu" else "onednn"
     if "packed" in name and type(weight) is Frozen:
         # The same GEMM without a copy; a frozen weight has no storage to copy.
         name = "onednn"
-    return _select(of_few_rows, weight) if rows < _FEW and "packed" not in name else name
+    return _select(few_rows, weight) if rows < _FEW and "packed" not in name else name
 
 
 def _select(
     operation: str, weight: Tensor, dtype: torch.dtype | None = None, *, turned: bool = False
 ) -> str:
-    """The choice for a weight `[M, K]`, or `[K, M]` if `turned`, in a dtype, by default its own."""
+    """Return the choice for a weight `[M, K]`, or `[K, M]` if `turned`, in a dtype, by default that of the weight."""
     inputs, outputs = weight.shape if turned else weight.shape[::-1]
     dtype = dtype or weight.dtype
-    return select(operation, dtype, whole=llvm.fits(outputs, inputs, dtype))
+    return select(operation, dtype, fits=llvm.fits(outputs, inputs, dtype))
 
 
 def multiply(
-    product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor
+    gemm: Gemm, x: Tensor, weight: Tensor, bias: Tensor | None, *residual: Tensor
 ) -> Tensor:
-    """`product(x, weight, bias, *others)` on all rows or in slices, whichever is faster by measurement.
+    """Return `gemm(x, weight, bias, *residual)` on all rows or in slices, whichever is faster by measurement.
 
     With AMX, oneDNN divides a GEMM among the threads by a model of the caches, which at some sizes picks a single
     thread. This depends on all sizes and on the threads, so each combination is timed once by the wall clock, in
@@ -277,42 +265,42 @@ def multiply(
     once.
     """
     rows = x.shape[0]
-    if x.element_size() != 2 or rows <= _SLICE_ROWS or product in _UNDIVIDED:
-        return product(x, weight, bias, *others)
+    if x.element_size() != 2 or rows <= _SLICE_ROWS or gemm in _UNDIVIDED:
+        return gemm(x, weight, bias, *residual)
     threads = torch.get_num_threads()
-    most = _SLICE_ROWS * threads
-    if threads == 1 or rows <= most or torch.are_deterministic_algorithms_enabled():
-        return product(x, weight, bias, *others)
-    # Slices of one size, whole tiles each.
-    step = -(-rows // (-(-rows // most) * _AMX_TILE)) * _AMX_TILE
+    limit = _SLICE_ROWS * threads
+    if threads == 1 or rows <= limit or torch.are_deterministic_algorithms_enabled():
+        return gemm(x, weight, bias, *residual)
+    # Slices of one size, in complete tiles.
+    step = -(-rows // (-(-rows // limit) * _AMX_TILE)) * _AMX_TILE
 
-    def sliced(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor) -> Tensor:
+    def sliced(x: Tensor, weight: Tensor, bias: Tensor | None, *residual: Tensor) -> Tensor:
         out = x.new_empty(x.shape[0], weight.shape[0])
         for start in range(0, x.shape[0], step):
-            part = slice(start, start + step)
-            out[part] = product(x[part], weight, bias, *(other[part] for other in others))
+            chunk = slice(start, start + step)
+            out[chunk] = gemm(x[chunk], weight, bias, *(tensor[chunk] for tensor in residual))
         return out
 
-    key = (product, weight.shape, x.dtype, rows // _BUCKET, threads)
+    key = (gemm, weight.shape, x.dtype, rows // _BUCKET, threads)
     if key not in _slices_win:
-        whole_seconds, sliced_seconds = _best_seconds((product, sliced), (x, weight, bias, *others))
-        _slices_win[key] = sliced_seconds < _SLICES_MARGIN * whole_seconds
-    return (sliced if _slices_win[key] else product)(x, weight, bias, *others)
+        undivided, in_slices = _best_seconds((gemm, sliced), (x, weight, bias, *residual))
+        _slices_win[key] = in_slices < _SLICES_MARGIN * undivided
+    return (sliced if _slices_win[key] else gemm)(x, weight, bias, *residual)
 
 
-def _best_seconds(products: Sequence[Product], arguments: tuple[Any, ...]) -> list[float]:
-    """The best time of each, in interleaved rounds."""
-    best = [float("inf")] * len(products)
+def _best_seconds(gemms: Sequence[Gemm], arguments: tuple[Any, ...]) -> list[float]:
+    """Time each GEMM in interleaved rounds; return the best times."""
+    best = [float("inf")] * len(gemms)
     for _ in range(_ROUNDS):
-        for i, product in enumerate(products):
+        for index, gemm in enumerate(gemms):
             start = time.perf_counter()
-            product(*arguments)
-            best[i] = min(best[i], time.perf_counter() - start)
+            gemm(*arguments)
+            best[index] = min(best[index], time.perf_counter() - start)
     return best
 
 
 def _packed(weight: Tensor, rows: int) -> Tensor:
-    """A weight in the blocked layout that oneDNN multiplies without reordering it at every call."""
+    """Return a weight in oneDNN's blocked layout, cached: plain ones are reordered at every call."""
     if weight.is_inference():
         # Without a version it would be packed again and again.
         return weight
@@ -321,7 +309,7 @@ def _packed(weight: Tensor, rows: int) -> Tensor:
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
-    """`x W^T + b` by oneDNN, or its GELU: x `[n, K]`, weight `[M, K]`, any strides."""
+    """Return `x W^T + b` by oneDNN, or its GELU: x `[n, K]`, weight `[M, K]`, any strides."""
     after = ("gelu", [], "none") if gelu else ("none", [], "")
     # oneDNN ignores the stride of a bias.
     return torch.ops.mkldnn._linear_pointwise(
@@ -330,7 +318,7 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool 
 
 
 def onednn_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    """`residual + x W^T + b` by oneDNN: x `[n, K]`, weight `[M, K]`, residual `[n, M]`."""
+    """Return `residual + x W^T + b` by oneDNN: x `[n, K]`, weight `[M, K]`, residual `[n, M]`."""
     bias = None if bias is None else bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
 
@@ -345,19 +333,21 @@ def compiled(
     gelu: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`residual + gamma · (x W^T + b)`, or its GELU, by a kernel that LLVM compiles; written to `out`, if given.
+    """Return `residual + gamma · (x W^T + b)`, or its GELU, by a kernel that LLVM compiles; in `out`, if present.
 
     Sizes without a kernel run on PyTorch's operations.
     """
-    found = _compiled(x, weight, bias, residual, gamma, gelu=gelu, out=out)
-    if found is not None:
-        return found
-    found = F.linear(x, weight.to(x.dtype), bias)
+    result = _compiled(x, weight, bias, residual, gamma, gelu=gelu, out=out)
+    if result is not None:
+        return result
+    result = F.linear(x, weight.to(x.dtype), bias)
     if gelu:
-        torch.ops.aten.gelu_(found)
-    found = found if gamma is None else found.mul_(gamma)
-    found = found if residual is None else found + residual
-    return found if out is None else out.copy_(found)
+        torch.ops.aten.gelu_(result)
+    if gamma is not None:
+        result.mul_(gamma)
+    if residual is not None:
+        result = result + residual
+    return result if out is None else out.copy_(result)
 
 
 _compiled_gelu = partial(compiled, gelu=True)
@@ -367,43 +357,51 @@ def _compiled(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    *others: Tensor | None,
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+    *,
     turned: bool = False,
     **options: Any,
 ) -> Tensor | None:
-    """The result of the compiled kernel; None for unsupported sizes."""
+    """Run the compiled kernel; return None for unsupported sizes."""
     if (reason := llvm.why_not(x.dtype)) is not None:
         raise NotImplementedError(reason)
-    # Imported where it runs, because its compiler takes long to load.
-    from .llvm.linear import linear, takes
+    kernel = _linear_kernel()
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    gamma = None if gamma is None else gamma.contiguous()
+    if not kernel.takes(x, weight, bias, residual, gamma, turned=turned):
+        return None
+    return kernel.linear(x, weight, bias, residual, gamma, turned=turned, **options)
 
-    given = [None if t is None else t.contiguous() for t in (bias, *others)]
-    return (
-        linear(x, weight, *given, turned=turned, **options)
-        if takes(x, weight, *given, turned=turned)
-        else None
-    )
+
+@cache
+def _linear_kernel():
+    """Import the kernel where it first runs, because its compiler takes long to load."""
+    from .llvm import linear
+
+    return linear
 
 
 _UNDIVIDED = (compiled, _compiled_gelu)
 _HERE = llvm.why_not() is None
 # With the narrow vectors of AVX2 many rows gain no time over MKL, which sums as eager PyTorch does.
 _TRAINS = _HERE and llvm.levels()[0].lanes > 8
-# Which is faster differs from processor to processor, so these are compared where they run. The first is trusted.
-_LINEAR: dict[str, Product] = {
+# Processors differ in which is faster, so these are compared where they run. The first is the reference.
+_LINEAR: dict[str, Gemm] = {
     "aten": F.linear,
     "onednn": onednn_linear,
     "onednn-packed": lambda x, w, b: onednn_linear(x, _packed(w, x.shape[0]), b),
     **({"llvm": compiled} if _HERE else {}),
 }
-_GELU: dict[str, Product] = {
+_GELU: dict[str, Gemm] = {
     "aten": lambda x, w, b: torch.ops.aten.gelu_(F.linear(x, w, b)),
     "onednn+gelu": lambda x, w, b: torch.ops.aten.gelu_(onednn_linear(x, w, b)),
     "onednn": partial(onednn_linear, gelu=True),
     "onednn-packed": lambda x, w, b: onednn_linear(x, _packed(w, x.shape[0]), b, gelu=True),
     **({"llvm": _compiled_gelu} if _HERE else {}),
 }
-_RESIDUAL: dict[str, Product] = {
+_RESIDUAL: dict[str, Gemm] = {
     # The GEMM accumulates into the sum: one pass less than a linear layer followed by an addition.
     "aten": lambda x, w, b, residual: (residual.clone() if b is None else residual + b).addmm_(
         x, w.t()
@@ -419,11 +417,11 @@ _RESIDUAL: dict[str, Product] = {
 CANDIDATES = {"linear": _LINEAR, "linear_gelu": _GELU, "linear_residual": _RESIDUAL}
 
 
-def _transpose(x: Tensor, place: Tensor) -> Tensor:
-    """`[n, m]` into a contiguous `[m, n]`."""
+def _transpose(x: Tensor, out: Tensor) -> Tensor:
+    """Write the transpose of `[n, m]` to a contiguous `[m, n]`."""
     for start in range(0, x.shape[0], _BLOCK):
-        place[:, start : start + _BLOCK] = x[start : start + _BLOCK].t()
-    return place
+        out[:, start : start + _BLOCK] = x[start : start + _BLOCK].t()
+    return out
 
 
 def _onednn_input(dout: Tensor, weight: Tensor) -> Tensor:
@@ -431,27 +429,24 @@ def _onednn_input(dout: Tensor, weight: Tensor) -> Tensor:
 
 
 def _transposed_weight(
-    dout: Tensor, x: Tensor, product: Callable[[Tensor, Tensor], Tensor] = torch.mm
+    dout: Tensor, x: Tensor, gemm: Callable[[Tensor, Tensor], Tensor] = torch.mm
 ) -> Tensor:
     """Transpose the narrower factor first: libraries are slower at it inside a half-precision GEMM."""
     narrow, wide = (dout, x) if dout.shape[1] <= x.shape[1] else (x, dout)
-    found = product(
-        _transpose(narrow, scratch("transposed", (narrow.shape[1], narrow.shape[0]), x.dtype)), wide
-    )
-    return (
-        found
-        if narrow is dout
-        else _transpose(found, found.new_empty(found.shape[1], found.shape[0]))
-    )
+    memory = scratch("transposed", (narrow.shape[1], narrow.shape[0]), x.dtype)
+    dweight = gemm(_transpose(narrow, memory), wide)
+    if narrow is dout:
+        return dweight
+    return _transpose(dweight, dweight.new_empty(dweight.shape[1], dweight.shape[0]))
 
 
 def _compiled_input(dout: Tensor, weight: Tensor) -> Tensor:
-    found = _compiled(dout, weight, None, turned=True)
-    return torch.mm(dout, weight) if found is None else found
+    dx = _compiled(dout, weight, None, turned=True)
+    return torch.mm(dout, weight) if dx is None else dx
 
 
 def _compiled_weight(dout: Tensor, x: Tensor, **options: Any) -> Tensor:
-    """`dout^T x` of any sizes by the compiled kernel, with its options."""
+    """Return `dout^T x` of any sizes by the compiled kernel, with its options."""
     if (reason := llvm.why_not(x.dtype)) is not None:
         raise NotImplementedError(reason)
     from .llvm.weight_gradient import weight_gradient
@@ -459,17 +454,17 @@ def _compiled_weight(dout: Tensor, x: Tensor, **options: Any) -> Tensor:
     return weight_gradient(dout, x, **options)
 
 
-_TRAINED: dict[str, Product] = {
+_TRAINED: dict[str, Gemm] = {
     "aten": F.linear,
     "onednn": onednn_linear,
     **({"llvm": compiled} if _TRAINS else {}),
 }
-_INPUT: dict[str, Product] = {
+_INPUT: dict[str, Gemm] = {
     "aten": torch.mm,
     "onednn": _onednn_input,
     **({"llvm": _compiled_input} if _TRAINS else {}),
 }
-_WEIGHT: dict[str, Product] = {
+_WEIGHT: dict[str, Gemm] = {
     "aten": lambda dout, x: dout.t() @ x,
     "transposed": _transposed_weight,
     "onednn": lambda dout, x: _transposed_weight(dout, x, _onednn_input),
@@ -483,26 +478,26 @@ def _example(
     outputs: int = _WIDTH,
     names: tuple[str, ...] = ("x", "weight", "bias"),
 ) -> tuple[Tensor, ...]:
-    """Operands of a layer of the base width, by name."""
+    """Return operands of a layer of the base width, by name."""
     shapes = {
         "x": (rows, _WIDTH),
         "weight": (outputs, _WIDTH),
         "bias": (outputs,),
         "residual": (rows, outputs),
     }
-    found = dict(zip(shapes, operands(dtype, *shapes.values()), strict=True))
-    found["weight"] /= _WIDTH**0.5
-    # Read from memory in a timing, as in a model; of few rows it would take all candidates equally long.
+    tensors = dict(zip(shapes, operands(dtype, *shapes.values()), strict=True))
+    tensors["weight"] /= _WIDTH**0.5
+    # A parameter is read from memory in a timing, as in a model; with few rows that would take all candidates as long.
     if rows > _FEW_ROWS:
-        found["weight"] = nn.Parameter(found["weight"], requires_grad=False)
-    return tuple(found[name] for name in names)
+        tensors["weight"] = nn.Parameter(tensors["weight"], requires_grad=False)
+    return tuple(tensors[name] for name in names)
 
 
 def _register(
-    operation: str, candidates: dict[str, Product], rows: int, *names: str, outputs: int = _WIDTH
+    operation: str, candidates: dict[str, Gemm], rows: int, *names: str, outputs: int = _WIDTH
 ) -> None:
     example = partial(_example, rows=rows, outputs=outputs, names=names or ("x", "weight", "bias"))
-    # Our own kernel of weight gradients takes any sizes.
+    # The compiled kernel of weight gradients takes any sizes.
     any_size = operation in ("weight gradient", "layout for few rows")
     register(operation, Race(candidates, example, 2 * rows * _WIDTH * outputs), any_size=any_size)
 
@@ -510,70 +505,74 @@ def _register(
 for _name, _candidates in CANDIDATES.items():
     _names = ("x", "weight", "bias", "residual") if _name == "linear_residual" else ()
     _register(_name, _candidates, _ROWS, *_names)
-    # A second copy of all weights is too much for the little that it saves of few rows.
-    _light = {name: product for name, product in _candidates.items() if "packed" not in name}
-    _register(f"{_name} of few rows", _light, _FEW_ROWS, *_names)
+    # With few rows, a second copy of all weights saves too little.
+    _plain = {name: gemm for name, gemm in _candidates.items() if "packed" not in name}
+    _register(f"{_name} of few rows", _plain, _FEW_ROWS, *_names)
 _register("trained linear", _TRAINED, _TRAINED_ROWS)
 _register("input gradient", _INPUT, _TRAINED_ROWS, "residual", "weight")
 _register("weight gradient", _WEIGHT, _SUMMED, "residual", "x")
-# What a layout gains for few rows.
-_layouts = {name: product for name, product in _LINEAR.items() if name != "onednn"}
+_layouts = {name: gemm for name, gemm in _LINEAR.items() if name != "onednn"}
 _register("layout for few rows", _layouts, _FEW_ROWS, outputs=_WIDE)
 
 
 def seconds(dtype: torch.dtype) -> float:
-    """What the chosen products of many rows together take; NaN where they are not timed."""
+    """Return the time of the fastest GEMMs of many rows together; NaN where they are not timed."""
     if torch.are_deterministic_algorithms_enabled():
         return float("nan")
-    return sum(each.seconds.get(each.chosen, float("nan")) for each in _of_many_rows(dtype))
+    total = 0.0
+    for selection in _time_many_rows(dtype):
+        total += selection.seconds.get(selection.chosen, float("nan"))
+    return total
 
 
 def prefers_onednn(dtype: torch.dtype, *, few_rows: bool = False) -> bool:
-    """True where weights in oneDNN's layout are no slower than plain ones, or the operation needs the layout.
+    """Return whether weights in oneDNN's layout are no slower than plain ones, or the fastest GEMM needs the layout.
 
     The comparison is for many rows. With few rows the time goes into reading the weight, where oneDNN's layout is up to
     twice as fast; `few_rows` (few rows as often as many) weighs that gain against the loss for many.
     """
-    if dtype not in (torch.float32, torch.bfloat16) or torch.are_deterministic_algorithms_enabled():
+    if dtype not in CPU_DTYPES or torch.are_deterministic_algorithms_enabled():
         return False
-    found = _of_many_rows(dtype)
-    names = [each.chosen for each in found]
+    selections = _time_many_rows(dtype)
+    names = [selection.chosen for selection in selections]
     if any("packed" in name for name in names):
-        # Beside a weight as it is, that product would keep a copy.
+        # With a plain weight, that GEMM would cache a second copy.
         return True
-    many = _layout_share(*found)
+    many = _blocked_over_plain(selections)
     if many is None:
         return names[0] not in ("aten", "llvm")
-    # The compiled kernel is as quick of many rows as laid out weights are, and may be of few ones.
+    # The compiled kernel is as fast with many rows as blocked weights are, and may be so with few.
     compiled = all(name == "llvm" for name in names)
-    if not few_rows or (many < _LAYOUT_MARGIN and not compiled):
-        return many < _LAYOUT_MARGIN and not compiled
-    few = _layout_share(compare("layout for few rows", dtype))
+    if many < _LAYOUT_MARGIN and not compiled:
+        return True
+    few = _blocked_over_plain([compare("layout for few rows", dtype)]) if few_rows else None
     return few is not None and many < _FEW_MARGIN and few * many < 1
 
 
 def reads_as_quickly(dtype: torch.dtype, *, few_rows: bool = False) -> bool:
-    """True where the compiled kernel, which reads weights as they are, multiplies many rows, or few, as well as any."""
+    """Return whether our kernel on plain weights is the fastest for this dtype, with many rows or with few."""
     if few_rows:
         return all(select(f"{operation} of few rows", dtype) == "llvm" for operation in CANDIDATES)
-    return not torch.are_deterministic_algorithms_enabled() and all(
-        each.chosen == "llvm" for each in _of_many_rows(dtype)
-    )
+    if torch.are_deterministic_algorithms_enabled():
+        return False
+    return all(selection.chosen == "llvm" for selection in _time_many_rows(dtype))
 
 
-def _of_many_rows(dtype: torch.dtype) -> list[Selection]:
+def _time_many_rows(dtype: torch.dtype) -> list[Selection]:
     return [compare(operation, dtype) for operation in CANDIDATES]
 
 
-def _layout_share(*found: Selection) -> float | None:
-    """The time of weights in oneDNN's layout relative to plain ones, over several GEMMs, since one is too noisy."""
-    every = [each.seconds for each in found if "onednn-packed" in each.seconds]
-    as_they_are = [
-        min(time for name, time in seconds.items() if "packed" not in name) for seconds in every
-    ]
-    return sum(seconds["onednn-packed"] for seconds in every) / sum(as_they_are) if every else None
+def _blocked_over_plain(selections: Sequence[Selection]) -> float | None:
+    """Return time(blocked weights) / time(best plain weights) summed over GEMMs, or None if none was timed."""
+    blocked = plain = 0.0
+    for selection in selections:
+        if "onednn-packed" in selection.seconds:
+            times = selection.seconds.items()
+            blocked += selection.seconds["onednn-packed"]
+            plain += min(seconds for name, seconds in times if "packed" not in name)
+    return blocked / plain if plain else None
 
 
 def laid_out(weight: Tensor) -> Tensor:
-    """A weight `[M, K]` in oneDNN's blocked layout; `to_dense()` returns the same bits."""
+    """Return a weight `[M, K]` in oneDNN's blocked layout; `to_dense()` returns the same bits."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS)

@@ -1,11 +1,11 @@
 """Linear layers in int8 on CPU, for inference: weights rounded once per channel, activations per token.
 
-By oneDNN, or by a kernel compiled by LLVM that applies scales, bias, residual and GELU before it writes: the faster one
-by measurement.
+oneDNN runs them, or a kernel compiled by LLVM that applies scales, bias, residual and GELU before it writes, whichever
+measured faster.
 
 A flag on the weight (see `flags`) allows int8, and a measurement decides: quantising takes several passes over the
-activations, which costs more than int8 gains where 16-bit GEMMs are fast, as with AMX. Attention, norms and all else
-stay in the activations' dtype.
+activations, which costs more than int8 gains where 16-bit GEMMs are fast, as with AMX. Attention and norms keep the
+activations' dtype.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from ..caching import cached
 from . import gemm, llvm
 from .llvm import GELU_ZERO_BYTE, NO_FRACTIONS, ZERO_BYTE
 from .selection import Race, operands, register, select, thread_seconds
-from .workspace import scratch
+from .workspace import even_slices, in_dtype, scratch
 
 if TYPE_CHECKING:
     from .llvm.linear import Norm, Panels
 
-# Rows of a slice for each thread: what a wide hidden layer makes of them stays in cache.
+# Rows of a slice for each thread, and of all: a wide hidden layer of them stays in cache.
 _SLICE_ROWS, _MOST_ROWS = 400, 4096
-# Values, in fp32, that stay in a core's own cache while bytes are made of them.
+# fp32 values that stay in a core's own cache while they are quantised.
 _BLOCK = 1 << 18
-# A product of the model's own width: of a small one, most of the time is that of making bytes.
+# A GEMM of the model's width: in a small one, most of the time goes into quantising.
 _PROBE = (208, 768, 768)
 # Rows of the timed GEMMs, and the limit below which the timing of few rows decides.
 _MANY_ROWS, _FEW_ROWS, _FEW = 400, 16, 64
@@ -50,31 +50,31 @@ def require() -> None:
 
 @cache
 def why_not() -> str | None:
-    """The reason why int8 GEMMs are unavailable; None if they are exact and faster than fp32."""
+    """Return the reason why int8 GEMMs are unavailable; None if they are exact and faster than fp32."""
     n, k, m = _PROBE
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         x, weight = torch.randn(n, k, generator=generator), torch.randn(m, k, generator=generator)
-        # Sums of the largest bytes, which processors without the instructions for them cut off.
+        # Sums of the largest bytes, which saturate on processors without VNNI.
         x[0], weight[0] = 1, 1
         try:
-            found = _onednn_linear(x, weight, None)
+            result = _onednn_linear(x, weight, None)
         except (RuntimeError, AttributeError, TypeError, NotImplementedError) as failure:
-            return f"PyTorch {torch.__version__} has no such product on this processor ({str(failure).splitlines()[0]})"
-        wanted = reference.linear(reference.as_int8(x), reference.as_int8(weight), None)
-        if not host.number((found - wanted).abs().max()) <= 1e-4 * host.number(wanted.abs().max()):
-            return "sums of bytes are cut off by this processor, which lacks VNNI instructions"
-        seconds, _ = thread_seconds(
-            {"int8": _onednn_linear, "fp32": torch.nn.functional.linear}, (x, weight, None)
-        )
-    faster = seconds["int8"] < seconds["fp32"]
-    return (
-        None if faster else "products of bytes are slower than those of float32 on this processor"
-    )
+            reason = str(failure).splitlines()[0]
+            return f"PyTorch {torch.__version__} has no int8 GEMM on this processor ({reason})"
+        truth = reference.linear(reference.as_int8(x), reference.as_int8(weight), None)
+        error, largest = (host.number(t.abs().max()) for t in (result - truth, truth))
+        if not error <= 1e-4 * largest:
+            return "int8 sums saturate on this processor, which lacks VNNI instructions"
+        candidates = {"int8": _onednn_linear, "fp32": torch.nn.functional.linear}
+        seconds, _ = thread_seconds(candidates, (x, weight, None))
+    if seconds["int8"] < seconds["fp32"]:
+        return None
+    return "int8 GEMMs are slower than float32 on this processor"
 
 
 def is_faster(operation: str, x: Tensor, weight: Tensor) -> bool:
-    """True where int8 is faster for linear, linear_residual or mlp_residual: measured for few rows and for many."""
+    """Return whether int8 measured faster for linear, linear_residual or mlp_residual, with few rows or with many."""
     return _is_faster(operation, x.shape[:-1].numel(), x.dtype, weight)
 
 
@@ -82,18 +82,19 @@ def _is_faster(operation: str, rows: int, dtype: torch.dtype, weight: Tensor) ->
     if dtype != weight.dtype:
         # The floats would have to be converted at every call.
         return True
-    return select(f"{operation} in 8 bits{' of few rows' if rows < _FEW else ''}", dtype) == "int8"
+    suffix = " of few rows" if rows < _FEW else ""
+    return select(f"{operation} in 8 bits{suffix}", dtype) == "int8"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, norm: Norm | None = None) -> Tensor:
-    """`x W^T + b` for x `[..., K]`, or of its LayerNorm, weight `[M, K]`; the result in the dtype of x."""
+    """Return `x W^T + b` for x `[..., K]`, or its LayerNorm, weight `[M, K]`, in the dtype of x."""
     if _library(x.dtype, weight) == "llvm":
         return _compiled_linear(x, weight, bias, norm=norm)
     return _onednn_linear(x if norm is None else reference.layer_norm(x, *norm), weight, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`gelu(x W^T + b)`, erf form."""
+    """Return `gelu(x W^T + b)`, erf form."""
     if _library(x.dtype, weight) == "llvm":
         return _compiled_linear(x, weight, bias, gelu=True)
     return torch.ops.aten.gelu_(_onednn_linear(x, weight, bias))
@@ -102,14 +103,14 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def linear_residual(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor | None
 ) -> Tensor:
-    """`residual + gamma · (x W^T + b)`. LayerScale is a factor of the weight's scales."""
+    """Return `residual + gamma · (x W^T + b)`. LayerScale is a factor of the weight's scales."""
     rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, weight.shape[0])
     if _library(x.dtype, weight) == "llvm":
         return Prepared.of(weight, bias, gamma)(rows, sums).view(residual.shape)
-    packed, wide = _factors(weight, bias, gamma)
-    levels, steps = _quantised(rows, x.dtype)
+    packed, wide = _pack(weight, bias, gamma)
+    levels, steps = _quantise(rows, x.dtype)
     out = torch.empty_like(sums)
-    _add_branch(_product(levels, packed, ZERO_BYTE, torch.float32), steps, wide, sums, out)
+    _add_branch(_gemm(levels, packed, ZERO_BYTE, torch.float32), steps, wide, sums, out)
     return out.view(residual.shape)
 
 
@@ -124,27 +125,26 @@ def mlp_residual(
     *,
     norm: Norm | None = None,
 ) -> Tensor:
-    """`residual + gamma · (gelu(norm(x) W1^T + b1) W2^T + b2)`, a slice of rows at a time; the hidden layer is fp32."""
+    """Return `residual + gamma · (gelu(norm(x) W1^T + b1) W2^T + b2)`, by slices of rows; the hidden layer is fp32."""
     rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, weight_out.shape[0])
     if _library(x.dtype, weight_in) == _library(x.dtype, weight_out) == "llvm":
         first, second = Prepared.of(weight_in, bias_in), Prepared.of(weight_out, bias_out, gamma)
         return prepared_mlp(first, second, rows, sums, norm=norm).view(residual.shape)
     out = torch.empty_like(sums)
     rows = rows if norm is None else reference.layer_norm(rows, *norm)
-    (packed, wide), second = _factors(weight_in, bias_in), _factors(weight_out, bias_out, gamma)
-    most = min(_SLICE_ROWS * torch.get_num_threads(), _MOST_ROWS)
-    length = -(-len(rows) // max(1, -(-len(rows) // most)))
-    for start in range(0, len(rows), max(1, length)):
-        part = slice(start, start + length)
-        levels, steps = _quantised(rows[part], x.dtype)
-        hidden = _product(levels, packed, ZERO_BYTE, torch.float32)
+    packed_in, wide_in = _pack(weight_in, bias_in)
+    packed_out, wide_out = _pack(weight_out, bias_out, gamma)
+    limit = min(_SLICE_ROWS * torch.get_num_threads(), _MOST_ROWS)
+    for chunk in even_slices(len(rows), limit):
+        levels, steps = _quantise(rows[chunk], x.dtype)
+        hidden = _gemm(levels, packed_in, ZERO_BYTE, torch.float32)
 
         def activated(block: slice, hidden: Tensor = hidden, steps: Tensor = steps) -> Tensor:
-            return torch.ops.aten.gelu_(_rescaled(hidden[block], steps[block], wide))
+            return torch.ops.aten.gelu_(_rescale(hidden[block], steps[block], wide_in))
 
-        levels, steps = _quantised(hidden, torch.float32, activated)
-        product = _product(levels, second[0], GELU_ZERO_BYTE, torch.float32)
-        _add_branch(product, steps, second[1], sums[part], out[part])
+        levels, steps = _quantise(hidden, torch.float32, activated)
+        branch = _gemm(levels, packed_out, GELU_ZERO_BYTE, torch.float32)
+        _add_branch(branch, steps, wide_out, sums[chunk], out[chunk])
     return out.view(residual.shape)
 
 
@@ -156,10 +156,10 @@ class Prepared(NamedTuple):
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, gamma: Tensor | None = None) -> Prepared:
-        """`gamma · (x W^T + b)`."""
+        """Quantise `gamma · (x W^T + b)`."""
         from .llvm.linear import in_panels
 
-        panels = cached("int8 panels", (weight,), lambda: in_panels(*_levels(weight)))
+        panels = cached("int8 panels", (weight,), lambda: in_panels(*_quantise_weight(weight)))
         steps, wide = _times_gamma(panels.steps, weight, bias, gamma)
         return cls(panels._replace(steps=steps), wide)
 
@@ -174,7 +174,7 @@ class Prepared(NamedTuple):
         norm: Norm | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """`residual + norm(x) W^T + b`, or its GELU for x `[n, K]`, in the dtype of residual or x."""
+        """Return `residual + norm(x) W^T + b`, or its GELU, for x `[n, K]`, in the dtype of residual or x."""
         from .llvm.linear import int8_linear
 
         if out is None:
@@ -191,43 +191,41 @@ class Prepared(NamedTuple):
 def prepared_mlp(
     first: Prepared, second: Prepared, x: Tensor, residual: Tensor, *, norm: Norm | None = None
 ) -> Tensor:
-    """`residual + second(gelu(first(norm(x))))` for x `[n, K]`, residual `[n, M]`; the hidden layer is fp32."""
+    """Return `residual + second(gelu(first(norm(x))))` for x `[n, K]`, residual `[n, M]`; the hidden layer is fp32."""
     out = torch.empty_like(residual)
-    hidden = scratch(
-        "int8 hidden", (min(_MOST_ROWS, len(x)), first.panels.steps.shape[0]), torch.float32
-    )
+    shape = (min(_MOST_ROWS, len(x)), first.panels.steps.shape[0])
+    memory = scratch("int8 hidden", shape, torch.float32)
     for start in range(0, len(x), _MOST_ROWS):
-        part = slice(start, start + _MOST_ROWS)
-        middle = hidden[: len(x[part])]
-        first(x[part], gelu=True, norm=norm, out=middle)
-        second(middle, residual[part], of_gelu=True, out=out[part])
+        chunk = slice(start, start + _MOST_ROWS)
+        hidden = memory[: len(x[chunk])]
+        first(x[chunk], gelu=True, norm=norm, out=hidden)
+        second(hidden, residual[chunk], of_gelu=True, out=out[chunk])
     return out
 
 
 def prepared(
     weights: tuple[Tensor, ...], biases: tuple[Tensor, ...], joined: Callable[[], Tensor]
 ) -> Prepared:
-    """Joined quantised layers, cached until a weight or bias changes; `joined` concatenates the weights."""
+    """Return joined quantised layers, cached until a weight or bias changes; `joined` concatenates the weights."""
 
-    def made() -> Prepared:
-        return Prepared.of(
-            joined(), torch.cat([each.float() for each in biases]) if biases else None
-        )
+    def prepare() -> Prepared:
+        bias = torch.cat([bias.float() for bias in biases]) if biases else None
+        return Prepared.of(joined(), bias)
 
-    return cached("int8 layer", (*weights, *biases), made)
+    return cached("int8 layer", (*weights, *biases), prepare)
 
 
 def compiled(rows: int, dtype: torch.dtype, weights: Sequence[Tensor]) -> bool:
-    """True where the compiled kernel is the fastest for a number of rows, a dtype and all these weights."""
-    return all(_library(dtype, weight) == "llvm" for weight in weights) and all(
-        _is_faster(each, rows, dtype, weights[0]) for each in _LAYERS
-    )
+    """Return whether the compiled kernel is the fastest for a number of rows, a dtype and all these weights."""
+    if any(_library(dtype, weight) != "llvm" for weight in weights):
+        return False
+    return all(_is_faster(operation, rows, dtype, weights[0]) for operation in _LAYERS)
 
 
 def _library(dtype: torch.dtype, weight: Tensor) -> str:
-    """The int8 implementation for activations of this dtype and weights of this shape."""
+    """Return the int8 implementation for activations of this dtype and weights of this shape."""
     outputs, inputs = weight.shape
-    if dtype not in (torch.float32, torch.bfloat16) or not llvm.fits(outputs, inputs, torch.int8):
+    if dtype not in gemm.CPU_DTYPES or not llvm.fits(outputs, inputs, torch.int8):
         return "onednn"
     # One library for any number of rows: the result of a row does not depend on the batch, to the bit.
     return select("products of bytes", dtype)
@@ -235,18 +233,17 @@ def _library(dtype: torch.dtype, weight: Tensor) -> str:
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    packed, wide = _factors(weight, bias)
-    levels, steps = _quantised(rows, x.dtype)
-    return _rescaled(_product(levels, packed, ZERO_BYTE, x.dtype), steps, wide).view(
-        *x.shape[:-1], weight.shape[0]
-    )
+    packed, wide = _pack(weight, bias)
+    levels, steps = _quantise(rows, x.dtype)
+    out = _rescale(_gemm(levels, packed, ZERO_BYTE, x.dtype), steps, wide)
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def _compiled_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False, norm: Norm | None = None
 ) -> Tensor:
-    made = Prepared.of(weight, bias)(x.reshape(-1, x.shape[-1]), gelu=gelu, norm=norm)
-    return made.view(*x.shape[:-1], weight.shape[0])
+    out = Prepared.of(weight, bias)(x.reshape(-1, x.shape[-1]), gelu=gelu, norm=norm)
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 class _Packed(NamedTuple):
@@ -257,8 +254,8 @@ class _Packed(NamedTuple):
     zeros: Tensor
 
 
-def _levels(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """An int8 weight `[M, K]`, and the step of each row."""
+def _quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a weight `[M, K]` in int8, and the step of each row."""
     rows, width = weight.shape
     levels, scales = torch.empty(rows, width, dtype=torch.int8), torch.empty(rows)
     # In blocks of rows: their doubles stay in cache.
@@ -270,13 +267,13 @@ def _levels(weight: Tensor) -> tuple[Tensor, Tensor]:
     return levels, scales
 
 
-def _factors(
+def _pack(
     weight: Tensor, bias: Tensor | None, gamma: Tensor | None = None
 ) -> tuple[_Packed, Tensor | None]:
-    """An int8 weight and its fp32 bias, both times gamma."""
+    """Return an int8 weight and its fp32 bias, both times gamma."""
 
     def pack() -> _Packed:
-        levels, scales = _levels(weight)
+        levels, scales = _quantise_weight(weight)
         tensor = torch.ops.onednn.qlinear_prepack(levels, None)
         return _Packed(tensor, scales, torch.zeros(weight.shape[0], dtype=torch.int32))
 
@@ -288,7 +285,7 @@ def _factors(
 def _times_gamma(
     scales: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The scales of a weight, and a bias in fp32, both times gamma."""
+    """Return the scales of a weight, and a bias in fp32, both times gamma."""
     wide = None if bias is None else bias.float()
     if gamma is None:
         return scales, wide
@@ -296,43 +293,39 @@ def _times_gamma(
     return scaled, None if wide is None else wide * gamma.float()
 
 
-def _product(levels: Tensor, packed: _Packed, zero: int, dtype: torch.dtype) -> Tensor:
-    """The int8 GEMM of `[n, K]` with a weight, times the weight's scales."""
+def _gemm(levels: Tensor, packed: _Packed, zero: int, dtype: torch.dtype) -> Tensor:
+    """Multiply `[n, K]` in int8 with a weight and its scales."""
     after = (None, 1.0, 0, dtype, "none", [], "")
     return torch.ops.onednn.qlinear_pointwise(levels, 1.0, zero, *packed, *after)
 
 
-def _rescaled(product: Tensor, steps: Tensor, bias: Tensor | None) -> Tensor:
-    """`product · steps + bias`, in place."""
-    steps = steps.to(product.dtype)
-    return (
-        product.mul_(steps)
-        if bias is None
-        else torch.addcmul(bias.to(product.dtype), product, steps, out=product)
-    )
+def _rescale(result: Tensor, steps: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute `result · steps + bias`, in place."""
+    steps = steps.to(result.dtype)
+    if bias is None:
+        return result.mul_(steps)
+    return torch.addcmul(bias.to(result.dtype), result, steps, out=result)
 
 
 def _add_branch(
-    product: Tensor, steps: Tensor, bias: Tensor | None, sums: Tensor, out: Tensor
+    branch: Tensor, steps: Tensor, bias: Tensor | None, sums: Tensor, out: Tensor
 ) -> None:
-    """`sums + product · steps + bias`, rounded once; the product is overwritten."""
-    length = _block_length(product.shape[1])
+    """Compute `sums + branch · steps + bias`, rounded once; the branch is overwritten."""
+    length = _block_length(branch.shape[1])
     for start in range(0, len(sums), length):
         block = slice(start, start + length)
-        residual = sums[block]
-        if residual.dtype != product.dtype:
-            residual = scratch("int8 block", tuple(residual.shape), product.dtype).copy_(residual)
-        out[block] = _rescaled(product[block], steps[block], bias).add_(residual)
+        residual = in_dtype("int8 block", sums[block], branch.dtype)
+        out[block] = _rescale(branch[block], steps[block], bias).add_(residual)
 
 
 def _block_length(width: int) -> int:
     return max(1, _BLOCK * torch.get_num_threads() // width)
 
 
-def _quantised(
+def _quantise(
     rows: Tensor, dtype: torch.dtype, of_gelu: Callable[[slice], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rows `[n, K]` as uint8, and their steps `[n, 1]` in `dtype`; `of_gelu` computes a block of GELU rows in fp32.
+    """Return rows `[n, K]` as uint8, and their steps `[n, 1]` in `dtype`; `of_gelu` computes a block of GELU rows.
 
     A block of rows at a time, which stays in a core's cache from the first pass over it to the last.
     """
@@ -343,34 +336,32 @@ def _quantised(
     for start in range(0, n, length):
         block = slice(start, start + length)
         if of_gelu:
-            values = place = of_gelu(block)
+            values = out = of_gelu(block)
             largest = values.amax(1, keepdim=True)
         else:
             values = rows[block]
-            place = scratch("int8 block", (values.shape[0], width), torch.float32)
+            out = scratch("int8 block", (values.shape[0], width), torch.float32)
             if values.dtype != torch.float32:
-                # Operands of two types would be converted one by one.
-                values = place.copy_(values)
-            largest = torch.maximum(
-                values.amax(1, keepdim=True), values.amin(1, keepdim=True).neg_()
-            )
+                # Operands of two dtypes would be converted one by one.
+                values = out.copy_(values)
+            lowest = values.amin(1, keepdim=True)
+            largest = torch.maximum(values.amax(1, keepdim=True), lowest.neg_())
         step = reference.int8_steps(largest, dtype, gelu=of_gelu is not None)
-        torch.addcmul(shift, values, step.float().reciprocal(), out=place)
-        levels[block], steps[block] = place.view(torch.int32), step
+        torch.addcmul(shift, values, step.float().reciprocal(), out=out)
+        levels[block], steps[block] = out.view(torch.int32), step
     return levels, steps
 
 
 def _example(
     dtype: torch.dtype, rows: int, shapes: tuple[tuple[int, int], ...], residual: bool
 ) -> tuple[Tensor | None, ...]:
-    """Operands of a linear layer, or of an MLP."""
-    (x,) = operands(dtype, (rows, shapes[0][1]))
-    layers = [
-        part
-        for outputs, inputs in shapes
-        for part in operands(dtype, (outputs, inputs), (outputs,))
-    ]
-    return x, *layers, *([*operands(dtype, (rows, shapes[-1][0])), None] if residual else [])
+    """Return operands of a linear layer, or of an MLP."""
+    tensors: list[Tensor | None] = [*operands(dtype, (rows, shapes[0][1]))]
+    for outputs, inputs in shapes:
+        tensors += operands(dtype, (outputs, inputs), (outputs,))
+    if residual:
+        tensors += [*operands(dtype, (rows, shapes[-1][0])), None]  # without LayerScale
+    return tuple(tensors)
 
 
 _LIBRARIES: dict[str, Callable[..., Tensor]] = {"onednn": _onednn_linear}

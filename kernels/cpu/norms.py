@@ -1,7 +1,7 @@
-"""LayerNorm on CPU with its inputs: residual, LayerScale, DropPath and dropout, or the text embeddings.
+"""LayerNorm on CPU, with a residual, LayerScale, DropPath and dropout before it, or the text embeddings.
 
 PyTorch's LayerNorm does the work; added are fp32 statistics in every precision, a sum in one pass, and a backward that
-returns every gradient at once.
+returns all gradients at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .. import checks
 from ..checks import AddNorm, Embedding
 from .workspace import Dropout, even_slices, in_dtype
 
-# Elements of half precision that a thread widens at once.
+# Half-precision elements that a thread widens at once.
 _TILE = 1 << 18
 
 
@@ -40,10 +40,10 @@ class AddLayerNormGradients(NamedTuple):
 
 
 def add_layer_norm_forward(a: AddNorm) -> AddLayerNorm:
-    """`summed = residual + row_scale · gamma · dropout(x)` and its LayerNorm."""
+    """Compute `summed = residual + row_scale · gamma · dropout(x)` and its LayerNorm."""
     assert a.residual is not None
-    kept = _dropout_factor(a.x, a.x.dtype, a.dropout_p, a.seed)
-    summed = add_branch(a.x if kept is None else a.x * kept, a.residual, a.gamma, a.row_scale)
+    mask = _dropout_factors(a.x, a.x.dtype, a.dropout_p, a.seed)
+    summed = add_branch(a.x if mask is None else a.x * mask, a.residual, a.gamma, a.row_scale)
     normed, mean, rstd = layer_norm_forward(summed, a.weight, a.bias, a.eps)
     return AddLayerNorm(normed if a.wide else normed.to(a.x.dtype), summed, mean, rstd)
 
@@ -51,29 +51,32 @@ def add_layer_norm_forward(a: AddNorm) -> AddLayerNorm:
 def add_layer_norm_backward(
     dnormed: Tensor, dsummed: Tensor | None, summed: Tensor, mean: Tensor, rstd: Tensor, a: AddNorm
 ) -> AddLayerNormGradients:
-    """Gradients of every floating-point input; `dsummed` None means zero. Without gamma, x gives its dtype alone."""
+    """Compute the gradients of all floating-point inputs; `dsummed` None means zero. Without gamma, only x's dtype
+    is read.
+    """
     x, gamma, row_scale = a.x, a.gamma, a.row_scale
     ds, dweight, dbias = layer_norm_backward(dnormed, summed, a.weight, mean, rstd)
     if dsummed is not None:
         ds = ds + dsummed
-    kept, dgamma = _dropout_factor(summed, x.dtype, a.dropout_p, a.seed), None
+    mask, dgamma = _dropout_factors(summed, x.dtype, a.dropout_p, a.seed), None
     if gamma is not None:
-        products = ds.to(_wide(summed)) * (x if kept is None else x * kept)
+        products = ds.to(_wide(summed)) * (x if mask is None else x * mask)
         if row_scale is None:
-            dgamma = products.flatten(0, -2).sum(0).to(gamma.dtype)
+            dgamma = products.flatten(0, -2).sum(0)
         else:
-            rows = summed.numel() // max(1, row_scale.shape[0] * summed.shape[-1])
-            sums = products.view(row_scale.shape[0], rows, summed.shape[-1]).sum(1)
-            dgamma = (row_scale[:, None] * sums).sum(0).to(gamma.dtype)
+            entries, width = row_scale.shape[0], summed.shape[-1]
+            rows = summed.numel() // max(1, entries * width)
+            dgamma = (row_scale[:, None] * products.view(entries, rows, width).sum(1)).sum(0)
+        dgamma = dgamma.to(gamma.dtype)
     factor = _factor(gamma, row_scale, summed)
-    branch = ds if factor is None else ds * factor
-    if kept is not None:
-        branch = branch * kept
-    return AddLayerNormGradients(branch.to(x.dtype), ds, dweight, dbias, dgamma)
+    dbranch = ds if factor is None else ds * factor
+    if mask is not None:
+        dbranch = dbranch * mask
+    return AddLayerNormGradients(dbranch.to(x.dtype), ds, dweight, dbias, dgamma)
 
 
 def embedding_norm_forward(a: Embedding) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm `[..., M]` of `word[tokens] + position[positions] + type_row`, and mean and rstd `[rows]`.
+    """Return the LayerNorm `[..., M]` of `word[tokens] + position[positions] + type_row`, mean and rstd `[rows]`.
 
     IndexError for a token or position outside its table.
     """
@@ -83,18 +86,19 @@ def embedding_norm_forward(a: Embedding) -> tuple[Tensor, Tensor, Tensor]:
 def embedding_norm_backward(
     dnormed: Tensor, mean: Tensor, rstd: Tensor, a: Embedding
 ) -> tuple[Tensor, ...]:
-    """Gradients of the tables, the type row and the norm, from recomputed sums; row `padding_idx` receives none."""
+    """Compute the gradients of the tables, the type row and the norm; row `padding_idx` receives none."""
     embedded = _embed(a)
     ds, dweight, dbias = layer_norm_backward(dnormed, embedded, a.weight, mean, rstd)
-    skipped = -1 if a.padding_idx is None else a.padding_idx
+    padding = -1 if a.padding_idx is None else a.padding_idx
     rows = ds.reshape(-1, ds.shape[-1]).to(_wide(ds))
-    dword, dposition = (
-        torch.ops.aten.embedding_dense_backward(
-            rows, ids.reshape(-1), table.shape[0], skipped, False
-        ).to(table.dtype)
-        for ids, table in ((a.tokens, a.word), (a.positions, a.position))
-    )
-    return dword, dposition, rows.sum(0).to(a.type_row.dtype), dweight, dbias
+    tables = []
+    for ids, table in ((a.tokens, a.word), (a.positions, a.position)):
+        count = table.shape[0]
+        gradient = torch.ops.aten.embedding_dense_backward(
+            rows, ids.reshape(-1), count, padding, False
+        )
+        tables.append(gradient.to(table.dtype))
+    return *tables, rows.sum(0).to(a.type_row.dtype), dweight, dbias
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -102,22 +106,22 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def of_rows(row_scale: Tensor, x: Tensor) -> Tensor:
-    """Factors `[B]` of the entries of x as `[B, 1, ..., 1]`."""
+    """Return the factors `[B]` of the entries of x as `[B, 1, ..., 1]`."""
     return row_scale.view(-1, *[1] * (x.ndim - 1))
 
 
 def _factor(gamma: Tensor | None, row_scale: Tensor | None, x: Tensor) -> Tensor | None:
-    """The factor of a branch: `[M]`, `[B, 1, ..., M]` or `[B, 1, ..., 1]`."""
+    """Return the factor of a branch: `[M]`, `[B, 1, ..., M]` or `[B, 1, ..., 1]`."""
     if row_scale is None:
         return gamma
     rows = of_rows(row_scale, x)
     return rows if gamma is None else rows * gamma
 
 
-def _dropout_factor(
+def _dropout_factors(
     x: Tensor, dtype: torch.dtype, dropout_p: float, seed: Tensor | None
 ) -> Tensor | None:
-    """The dropout factor of every element of x, reproducible by the seed: 0 or 1/(1-p)."""
+    """Return the dropout factor of each element of x, reproducible by the seed: 0 or 1/(1-p)."""
     if not dropout_p:
         return None
     dropout = Dropout(dropout_p, checks.seed_of(dropout_p, seed))
@@ -132,26 +136,24 @@ def add_branch(
     *,
     in_place: bool = False,
 ) -> Tensor:
-    """`residual + row_scale · gamma · branch`, as wide as its two terms, in one pass over memory.
+    """Return `residual + row_scale · gamma · branch`, as wide as its two terms, in one pass over memory.
 
     `in_place`: overwrite `branch` if it is as wide as the sum, since a second tensor would fragment memory.
     """
-    dtype, factor = (
-        torch.promote_types(branch.dtype, residual.dtype),
-        _factor(gamma, row_scale, branch),
-    )
-    place = branch if in_place and branch.dtype == dtype else None
+    dtype = torch.promote_types(branch.dtype, residual.dtype)
+    factor = _factor(gamma, row_scale, branch)
+    out = branch if in_place and branch.dtype == dtype else None
     if factor is None:
-        return torch.add(residual, branch, out=place)
-    place = place if factor.dtype == branch.dtype else None
-    return torch.addcmul(residual, branch, factor, out=place).to(dtype)
+        return torch.add(residual, branch, out=out)
+    out = out if factor.dtype == branch.dtype else None
+    return torch.addcmul(residual, branch, factor, out=out).to(dtype)
 
 
 def layer_norm_forward(
     summed: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm of `[..., M]` in its dtype, and mean and rstd `[rows]`, at least fp32."""
-    # PyTorch keeps the statistics in the type of the parameters, so these are what has to be wide.
+    """Return the LayerNorm of `[..., M]` in its dtype, and mean and rstd `[rows]`, at least fp32."""
+    # PyTorch returns the statistics in the dtype of the parameters.
     wide = _wide(summed)
     bias = None if bias is None else bias.to(wide)
     normed, mean, rstd = torch.native_layer_norm(
@@ -163,7 +165,7 @@ def layer_norm_forward(
 def layer_norm_backward(
     dnormed: Tensor, summed: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the sum, in its dtype, and of weight and bias."""
+    """Compute the gradients of the sum, in its dtype, and of weight and bias."""
     rows, upstream = (t.reshape(-1, summed.shape[-1]) for t in (summed, dnormed))
     width, wide = rows.shape[1], _wide(summed)
     factors = weight.to(wide)
@@ -180,18 +182,17 @@ def layer_norm_backward(
         ds, dweight, dbias = gradients(rows, upstream, mean, rstd)
     else:
         # PyTorch adds rows in the dtype of the upstream gradient: half precision loses what they have in common.
-        ds, dweight, dbias = (
-            torch.empty(rows.shape, dtype=rows.dtype),
-            *torch.zeros(2, width, dtype=wide),
-        )
+        ds = torch.empty(rows.shape, dtype=rows.dtype)
+        dweight, dbias = torch.zeros(2, width, dtype=wide)
         for tile in even_slices(len(rows), max(1, torch.get_num_threads() * _TILE // width)):
-            operands = (
+            ds[tile], tile_dweight, tile_dbias = gradients(
                 in_dtype("summed", rows[tile], wide),
                 in_dtype("normed gradient", upstream[tile], wide),
+                mean[tile],
+                rstd[tile],
             )
-            ds[tile], of_weight, of_bias = gradients(*operands, mean[tile], rstd[tile])
-            dweight += of_weight
-            dbias += of_bias
+            dweight += tile_dweight
+            dbias += tile_dbias
     return ds.view(summed.shape), dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 

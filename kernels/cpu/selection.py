@@ -1,4 +1,4 @@
-"""Autotuning on CPU: the fastest of several equivalent implementations, verified and timed once per process.
+"""Autotuning on CPU: select the fastest of several equivalent implementations, verified and timed once per process.
 
 The candidates are timed in interleaved rounds on a GEMM of the model's width, with the weight in memory as in a model:
 a parameter argument is another copy at each call. A candidate that fails, is missing from this PyTorch, or is less
@@ -17,7 +17,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import cycle
 from pathlib import Path
@@ -42,23 +42,23 @@ _LEAST_NOISE = 0.01
 # Weights are read in turn from copies of so many bytes together, more than most caches hold.
 _COLD_BYTES = 32 << 20
 RULE = (
-    f"{_FAVOURED}, where it can be, is taken unless another measured faster by more than the noise of the comparison. "
-    "Otherwise the first, aten for most, is taken unless another measured faster by more than that. "
-    f"What needs a second copy of a weight ({_COPIES}) has to be {1 - 1 / _FAVOUR:.0%} faster than all that need none."
+    f"{_FAVOURED}, where available, is selected unless another measured faster by more than the noise of the "
+    "comparison. Otherwise the first, mostly aten, is selected unless another measured faster by more than that. "
+    f"Candidates with a second copy of a weight ({_COPIES}) have to be {1 - 1 / _FAVOUR:.0%} faster than all others."
 )
-"""How a choice follows from what was measured, for readers of choices."""
+"""How a choice follows from the measurements, for readers of choices."""
 _ODD = " of odd sizes"
 _ROUNDS = 7
 _SCHEMA = 1
-# What another order of summation may add to the error of a product, relative to its largest value.
+# Error that another order of summation may add to a GEMM, relative to its largest value.
 _SUMMATION = 4e-6
-# The most units in the last place of the largest value that a candidate may err, however the trusted one errs.
+# Units in the last place of the largest value that a candidate may err, whatever the error of the reference.
 _CEILING = 8
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The result of a comparison: the choice, and seconds of one thread per valid candidate, the trusted first.
+    """The result of a comparison: the choice, and seconds of one thread per valid candidate, the reference first.
 
     `noise` is the share of the seconds that chance explains.
     """
@@ -73,36 +73,31 @@ class Selection:
 
     @property
     def reason(self) -> str:
-        """Why this one, in a sentence."""
-        where = {
-            "measured": "",
-            "file": f" (from the file in {CHOICES})",
-            "settled": " (settled by the program)",
-        }
+        """The reason for the choice, in a sentence."""
+        if self.source == "file":
+            source = f" (from the file in {CHOICES})"
+        else:
+            source = " (settled by the program)" if self.source == "settled" else ""
         if len(self.seconds) < 2:
-            return (
-                f"{self.chosen} is the only one here" if self.seconds else "not compared"
-            ) + where[self.source]
-        other = min(
-            (name for name in self.seconds if name != self.chosen), key=self.seconds.__getitem__
-        )
-        fast, slow = sorted((self.seconds[other], self.seconds[self.chosen]))
-        gain = (
-            f"{slow / fast:.1f} times faster"
-            if slow >= 2 * fast
-            else f"{1 - fast / slow:.1%} faster"
-        )
-        if self.seconds[self.chosen] <= self.seconds[other]:
-            return f"{self.chosen} measured {gain} than {other}{where[self.source]}"
-        margin = 1 - 1 / (_FAVOUR if _COPIES in other else 1 + self.noise)
-        return f"{other} measured {gain} than {self.chosen}, below the {margin:.0%} that justify it{where[self.source]}"
+            reason = f"{self.chosen} is the only one here" if self.seconds else "not compared"
+            return reason + source
+        rivals = [name for name in self.seconds if name != self.chosen]
+        rival = min(rivals, key=self.seconds.__getitem__)
+        fast, slow = sorted((self.seconds[rival], self.seconds[self.chosen]))
+        gain = f"{1 - fast / slow:.1%} faster"
+        if slow >= 2 * fast:
+            gain = f"{slow / fast:.1f} times faster"
+        if self.seconds[self.chosen] <= self.seconds[rival]:
+            return f"{self.chosen} measured {gain} than {rival}{source}"
+        margin = 1 - 1 / (_FAVOUR if _COPIES in rival else 1 + self.noise)
+        return f"{rival} measured {gain} than {self.chosen}, below the {margin:.0%} that justify it{source}"
 
 
 class Race(NamedTuple):
-    """Implementations of an operation, of which the first is trusted, and the operands that they are timed on.
+    """Candidates of an operation and its benchmark inputs; the first candidate is the reference.
 
-    `alike=False`: all are trusted, and differ by more than the order of summation. `why_not`: a reason why this machine
-    lacks the operation.
+    `alike=False`: results are not compared, because they differ by more than the order of summation. `why_not`: returns
+    the reason why this machine lacks the operation.
     """
 
     candidates: dict[str, Callable[..., Tensor]]
@@ -117,15 +112,15 @@ RACES: dict[str, Race] = {}
 
 
 def register(operation: str, race: Race, *, any_size: bool = False) -> None:
-    """Add an operation; unless our kernel takes `any_size`, also the race of the others on sizes that it lacks."""
+    """Add an operation; unless our kernel takes `any_size`, also the race of libraries for sizes that it lacks."""
     RACES[operation] = race
-    others = {name: run for name, run in race.candidates.items() if name != _FAVOURED}
-    if not any_size and len(others) < len(race.candidates):
-        RACES[operation + _ODD] = race._replace(candidates=others)
+    libraries = {name: run for name, run in race.candidates.items() if name != _FAVOURED}
+    if not any_size and len(libraries) < len(race.candidates):
+        RACES[operation + _ODD] = race._replace(candidates=libraries)
 
 
 def races() -> dict[str, Race]:
-    """The operations of this machine by name, of the modules that are imported: `kernels.ops` imports all."""
+    """Return the operations of this machine by name, from the imported modules: `kernels.ops` imports all."""
     return {
         name: race
         for name, race in RACES.items()
@@ -134,7 +129,7 @@ def races() -> dict[str, Race]:
 
 
 def operands(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
-    """Normal random numbers for an example, always the same."""
+    """Return normal random numbers for an example, always the same."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
@@ -144,101 +139,96 @@ _selections: dict[tuple[str, torch.dtype], Selection] = {}
 _lock = threading.RLock()
 
 
-def select(operation: str, dtype: torch.dtype, *, whole: bool = True) -> str:
-    """The fastest candidate for an operation; `whole=False` for sizes that our kernel lacks.
+def select(operation: str, dtype: torch.dtype, *, fits: bool = True) -> str:
+    """Return the fastest candidate for an operation; `fits=False` for sizes that our kernel lacks.
 
     InputError for an unusable file in XFM_CPU_CHOICES.
     """
-    if not whole and operation + _ODD in RACES:
+    if not fits and operation + _ODD in RACES:
         operation += _ODD
     candidates = RACES[operation].candidates
     if len(candidates) == 1:
         return next(iter(candidates))
-    if torch.are_deterministic_algorithms_enabled() and (operation, dtype) not in _file_choices():
-        return next(iter(candidates))
+    if torch.are_deterministic_algorithms_enabled():
+        from_file = (operation, dtype) in _file_choices()
+        return compare(operation, dtype).chosen if from_file else next(iter(candidates))
+    selection = _selections.get((operation, dtype))
+    if selection is not None and selection.chosen in candidates:
+        return selection.chosen
     return compare(operation, dtype).chosen
 
 
 def compare(operation: str, dtype: torch.dtype) -> Selection:
-    """The comparison of `select`: from the file of choices, or measured once."""
+    """Return the comparison of an operation: from the file of choices, or measured once."""
     race, key = RACES[operation], (operation, dtype)
-    found = _selections.get(key)
-    if (
-        found is None
-        # What was settled may be of another version, or false.
-        or found.chosen not in race.candidates
-        or (torch.are_deterministic_algorithms_enabled() and found.source == "measured")
-    ):
-        with _lock:
-            given = _file_choices().get(key)
-            if given is not None and given.chosen not in race.candidates:
-                raise InputError(
-                    f"{os.environ[CHOICES]} chooses {given.chosen!r} for {operation} in {dtype}; known are "
-                    f"{', '.join(race.candidates)}; write it again: xfm-fast tune --cpu"
-                )
-            found = given or _selections.get(key)
-            if found is None or found.chosen not in race.candidates:
-                found = _among(operation, race, dtype) or _compare(operation, race, dtype)
-            _selections[key] = found
-    return found
+    selection = _selections.get(key)
+    # A settled choice may come from another version, or be wrong.
+    if selection is not None and selection.chosen in race.candidates:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        if not deterministic or selection.source != "measured":
+            return selection
+    with _lock:
+        stored = _file_choices().get(key)
+        if stored is not None and stored.chosen not in race.candidates:
+            raise InputError(
+                f"{os.environ[CHOICES]} chooses {stored.chosen!r} for {operation} in {dtype}; known are "
+                f"{', '.join(race.candidates)}; write it again: xfm-fast tune --cpu"
+            )
+        selection = stored or _selections.get(key)
+        if selection is None or selection.chosen not in race.candidates:
+            selection = _restrict(operation, race, dtype) or _compare(operation, race, dtype)
+        _selections[key] = selection
+    return selection
 
 
-def _among(operation: str, race: Race, dtype: torch.dtype) -> Selection | None:
-    """For odd sizes, the result of an earlier comparison restricted to these candidates."""
-    whole = (
-        _selections.get((operation.removesuffix(_ODD), dtype)) if operation.endswith(_ODD) else None
-    )
-    seconds = (
-        {}
-        if whole is None
-        else {name: time for name, time in whole.seconds.items() if name in race.candidates}
-    )
-    if whole is None or not seconds:
+def _restrict(operation: str, race: Race, dtype: torch.dtype) -> Selection | None:
+    """Return the comparison for sizes that our kernel has, restricted to these candidates; None without one."""
+    full = _selections.get((operation.removesuffix(_ODD), dtype))
+    if full is None or not operation.endswith(_ODD):
         return None
-    chosen = whole.chosen if whole.chosen in race.candidates else _fastest(seconds, whole.noise)
-    return Selection(operation, dtype, chosen, seconds, whole.rejected, whole.source, whole.noise)
+    seconds = {name: time for name, time in full.seconds.items() if name in race.candidates}
+    if not seconds:
+        return None
+    chosen = full.chosen if full.chosen in race.candidates else _fastest(seconds, full.noise)
+    return replace(full, operation=operation, chosen=chosen, seconds=seconds)
 
 
 def processor() -> str:
-    """The processor by the system's name for it, on Linux with family and model, since names are ambiguous."""
+    """Return the system's name of the processor, on Linux with family and model, since names are ambiguous."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     pairs = (line.partition(":") for line in reversed(lines))
     facts = {key.strip(): value.strip() for key, _, value in pairs}
-    parts = [facts.get("model name", platform.machine())]
-    parts += [
-        f"{key.removeprefix('cpu ')} {facts[key]}"
-        for key in ("cpu family", "model")
-        if key in facts
-    ]
-    return ", ".join(parts)
+    names = [facts.get("model name", platform.machine())]
+    for key in ("cpu family", "model"):
+        if key in facts:
+            names.append(f"{key.removeprefix('cpu ')} {facts[key]}")
+    return ", ".join(names)
 
 
 def choices() -> dict[str, Any]:
-    """Every comparison of this process as a document, for a file that XFM_CPU_CHOICES may name."""
-    found = [
-        {
-            "operation": s.operation,
-            "dtype": str(s.dtype).removeprefix("torch."),
-            "chosen": s.chosen,
-            "seconds": {name: value for name, value in s.seconds.items() if value == value},
-            "rejected": s.rejected,
-            "noise": s.noise,
-        }
-        for s in selections()
-    ]
-    return {
-        "schema": _SCHEMA,
-        "processor": processor(),
-        "torch": torch.__version__,
-        "choices": found,
-    }
+    """Return all comparisons of this process as a document, for a file that XFM_CPU_CHOICES may name."""
+    rows = []
+    for selection in selections():
+        times = selection.seconds.items()
+        rows.append(
+            {
+                "operation": selection.operation,
+                "dtype": str(selection.dtype).removeprefix("torch."),
+                "chosen": selection.chosen,
+                "seconds": {name: time for name, time in times if not math.isnan(time)},
+                "rejected": selection.rejected,
+                "noise": selection.noise,
+            }
+        )
+    identity = {"schema": _SCHEMA, "processor": processor(), "torch": torch.__version__}
+    return identity | {"choices": rows}
 
 
 def _file_choices() -> dict[tuple[str, torch.dtype], Selection]:
-    """The choices in the file of XFM_CPU_CHOICES; empty without one."""
+    """Return the choices in the file of XFM_CPU_CHOICES; none without one."""
     path = os.environ.get(CHOICES)
     return _read(path) if path else {}
 
@@ -252,22 +242,15 @@ def _read(path: str) -> dict[tuple[str, torch.dtype], Selection]:
             raise InputError(
                 f"{path} has schema {document['schema']}; this version reads {_SCHEMA}; {remedy}"
             )
-        for what, here in (("processor", processor()), ("torch", torch.__version__)):
-            if document[what] != here:
+        for key, here in (("processor", processor()), ("torch", torch.__version__)):
+            if document[key] != here:
                 raise InputError(
-                    f"{path} was written for {what} {document[what]!r} and this is {here!r}; {remedy}"
+                    f"{path} was written for {key} {document[key]!r} and this is {here!r}; {remedy}"
                 )
-        found = {}
-        for each in document["choices"]:
-            dtype, chosen = getattr(torch, each["dtype"]), str(each["chosen"])
-            seconds = {name: float(time) for name, time in each["seconds"].items()}
-            if seconds and (
-                chosen not in seconds or not all(0 < time < math.inf for time in seconds.values())
-            ):
-                raise ValueError(f"{each['operation']} chooses {chosen!r} of the times {seconds}")
-            parts = (each["operation"], dtype, chosen, seconds, dict(each["rejected"]))
-            noise = float(each.get("noise", 0.0))
-            found[each["operation"], dtype] = Selection(*parts, source="file", noise=noise)
+        selections = {}
+        for row in document["choices"]:
+            selection = _read_row(row)
+            selections[selection.operation, selection.dtype] = selection
     except OSError as error:
         raise InputError(
             f"{CHOICES} names {path}, which cannot be read: {error.strerror}; {remedy}"
@@ -278,42 +261,53 @@ def _read(path: str) -> dict[tuple[str, torch.dtype], Selection]:
         raise InputError(
             f"{path} is no file of choices ({type(error).__name__}: {error}); {remedy}"
         ) from error
-    return found
+    return selections
+
+
+def _read_row(row: dict[str, Any]) -> Selection:
+    name = str(row["chosen"])
+    seconds = {candidate: float(value) for candidate, value in row["seconds"].items()}
+    valid = all(0 < value < math.inf for value in seconds.values())
+    if seconds and (name not in seconds or not valid):
+        raise ValueError(f"{row['operation']} chooses {name!r} of the times {seconds}")
+    return Selection(
+        operation=row["operation"],
+        dtype=getattr(torch, row["dtype"]),
+        chosen=name,
+        seconds=seconds,
+        rejected=dict(row["rejected"]),
+        source="file",
+        noise=float(row.get("noise", 0.0)),
+    )
 
 
 def selections() -> list[Selection]:
-    """Every comparison of this process."""
+    """Return all comparisons of this process."""
     return list(_selections.values())
 
 
-def set_choice(operation: str, dtype: torch.dtype, chosen: str) -> None:
-    """Select a candidate for the whole process without timing: a resumed training run has to use its first choices."""
+def set_choice(operation: str, dtype: torch.dtype, candidate: str) -> None:
+    """Select a candidate for the process without timing: a resumed training run has to repeat its first choices."""
     with _lock:
-        _selections[operation, dtype] = Selection(operation, dtype, chosen, {}, {}, "settled")
+        _selections[operation, dtype] = Selection(operation, dtype, candidate, {}, {}, "settled")
 
 
 def _compare(operation: str, race: Race, dtype: torch.dtype) -> Selection:
-    trusted_name, trusted = next(iter(race.candidates.items()))
-    rejected: dict[str, str] = {}
+    (first, reference), *others = race.candidates.items()
+    usable, rejected = {first: reference}, dict[str, str]()
     # Weights created in inference mode would be packed at every call, unlike a model's.
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         arguments = race.example(dtype)
         truth, allowed = None, math.inf
         if race.alike:
-            wide = [
-                a.double() if isinstance(a, Tensor) and a.is_floating_point() else a
-                for a in arguments
-            ]
-            truth = trusted(*wide)
+            truth = reference(*map(_double, arguments))
             unit = torch.finfo(dtype).eps
-            allowed = (
-                min(2 * _error(trusted(*arguments), truth) + 2 * unit, _CEILING * unit) + _SUMMATION
-            )
-        usable = {trusted_name: trusted}
-        for name, candidate in list(race.candidates.items())[1:]:
+            error = 2 * _error(reference(*arguments), truth) + 2 * unit
+            allowed = min(error, _CEILING * unit) + _SUMMATION
+        for name, candidate in others:
             try:
                 value = candidate(*arguments)
-            # What a damaged installation of a library raises, too.
+            # Damaged installations of a library raise the last two.
             except (RuntimeError, AttributeError, TypeError, ImportError, OSError) as failure:
                 rejected[name] = (str(failure).splitlines() or [type(failure).__name__])[0]
                 continue
@@ -322,43 +316,42 @@ def _compare(operation: str, race: Race, dtype: torch.dtype) -> Selection:
                 usable[name] = candidate
             else:
                 rejected[name] = f"relative error {error:.1e} exceeds {allowed:.1e}"
-        seconds, noise = {trusted_name: float("nan")}, 0.0
+        seconds, noise = {first: float("nan")}, 0.0
         if len(usable) > 1:
             seconds, noise = thread_seconds(usable, arguments)
     return Selection(operation, dtype, _fastest(seconds, noise), seconds, rejected, noise=noise)
 
 
+def _double(argument: Any) -> Any:
+    floating = isinstance(argument, Tensor) and argument.is_floating_point()
+    return argument.double() if floating else argument
+
+
 def _fastest(seconds: dict[str, float], noise: float = 0.0) -> str:
-    """The selection by seconds; the first candidate is trusted."""
+    """Return the choice by seconds; the first candidate is the reference."""
     worth = {name: time * (_FAVOUR if _COPIES in name else 1.0) for name, time in seconds.items()}
-    trusted, first = next(iter(seconds)), min(worth, key=worth.__getitem__)
-    if seconds.get(_FAVOURED, math.inf) <= (1 + noise) * worth[first]:
+    reference, fastest = next(iter(seconds)), min(worth, key=worth.__getitem__)
+    if seconds.get(_FAVOURED, math.inf) <= (1 + noise) * worth[fastest]:
         return _FAVOURED
-    return first if (1 + noise) * worth[first] < seconds[trusted] else trusted
+    return fastest if (1 + noise) * worth[fastest] < seconds[reference] else reference
 
 
 def thread_seconds(
     candidates: dict[str, Callable[..., Tensor]], arguments: tuple[Any, ...]
 ) -> tuple[dict[str, float], float]:
-    """The best processor time of each candidate on one thread, and the spread of the two best rounds."""
+    """Return the best processor time of each candidate on one thread, and the spread of the two best rounds."""
     rounds: dict[str, list[float]] = {name: [] for name in candidates}
     weights = sum(a.numel() * a.element_size() for a in arguments if isinstance(a, Parameter))
     count = min(_ROUNDS * len(candidates), _COLD_BYTES // weights) if weights else 0
-    copies = [
-        tuple(
-            Parameter(a.detach().clone(), False) if isinstance(a, Parameter) else a
-            for a in arguments
-        )
-        for _ in range(count)
-    ] or [arguments]
+    copies = [tuple(map(_copy_parameter, arguments)) for _ in range(count)] or [arguments]
     calls = cycle(copies)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for name, candidate in candidates.items():
             # A model packs each weight once.
-            for each in copies if _COPIES in name else ():
-                candidate(*each)
+            for operands in copies if _COPIES in name else ():
+                candidate(*operands)
         for _ in range(_ROUNDS):
             for name, candidate in candidates.items():
                 operands = next(calls)
@@ -367,11 +360,18 @@ def thread_seconds(
                 rounds[name].append(time.thread_time() - start)
     finally:
         torch.set_num_threads(threads)
-    best = {name: sorted(times)[:2] for name, times in rounds.items()}
-    noise = median((second - first) / first if first else 0.0 for first, second in best.values())
-    return {name: first for name, (first, _) in best.items()}, min(
-        max(noise, _LEAST_NOISE), _FAVOUR - 1
-    )
+    best, spreads = {}, []
+    for name, times in rounds.items():
+        first, second = sorted(times)[:2]
+        best[name] = first
+        spreads.append((second - first) / first if first else 0.0)
+    return best, min(max(median(spreads), _LEAST_NOISE), _FAVOUR - 1)
+
+
+def _copy_parameter(argument: Any) -> Any:
+    if not isinstance(argument, Parameter):
+        return argument
+    return Parameter(argument.detach().clone(), requires_grad=False)
 
 
 def _error(value: Tensor, truth: Tensor) -> float:

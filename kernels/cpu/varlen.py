@@ -21,9 +21,9 @@ from .attention import (
 )
 from .workspace import Dropout
 
-# What a group costs before its first score, in scores of one head: a group of its own has to save more.
+# Overhead of a group, in scores of one head: another group has to save more.
 _GROUP_SCORES = 8 * 64 * 64
-# Padding may add this share of the scores that are there.
+# Padding may add this share to the scores.
 _PADDING = 0.25
 
 
@@ -37,31 +37,29 @@ def varlen_attention(
     dropout: Dropout | None = None,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention `[Tq, H, D]` of packed sequences with S + 1 offsets each; zeros for a sequence without keys.
+    """Return attention `[Tq, H, D]` of packed sequences with S + 1 offsets each; zeros for a sequence without keys.
 
     k, v `[Tk, H, D]`; strides are arbitrary; `key_mask` `[Tk]` is False for hidden keys.
     """
     if key_mask is not None:
         k, v, bounds_k = without_masked_keys(k, v, bounds_k, key_mask)
     if dropout is None and choice(1, 1, q) == "llvm":
-        # It reads every sequence where it lies. Imported where it runs, because its compiler takes long to load.
+        # It reads sequences in place. Imported where it runs, because its compiler takes long to load.
         from .llvm.attention import attention, takes
 
-        if takes(q, max((b - a for a, b in pairwise(bounds_k)), default=0)):
+        if takes(q, _longest(bounds_k)):
             return attention(q[None], k[None], v[None], scale, bounds=(bounds_q, bounds_k))[0]
     if len(bounds_q) == 2 and bounds_q[1] and bounds_k[1] and dropout is None:
         # One caption: a plan would take as long as its attention.
         return plain_attention(q[None], k[None], v[None], scale)[0]
     plan = plan_of(bounds_q, bounds_k)
-    if plan.whole and dropout is None:
+    if len(plan.groups) == 1 and not plan.empty and dropout is None:
+        # The group has all queries, in their order.
         group = plan.groups[0]
         padded = (group.queries.padded(q), group.keys.padded(k), group.keys.padded(v))
         attended = plain_attention(*padded, scale, group.mask).flatten(0, 1)
-        return (
-            attended
-            if group.queries.slots is None
-            else attended.index_select(0, group.queries.slots)
-        )
+        slots = group.queries.slots
+        return attended if slots is None else attended.index_select(0, slots)
     out = torch.zeros(q.shape, dtype=q.dtype) if plan.empty else torch.empty(q.shape, dtype=q.dtype)
     for group in plan.groups:
         padded = (group.queries.padded(q), group.keys.padded(k), group.keys.padded(v))
@@ -84,55 +82,60 @@ def varlen_attention_backward(
     dropout: Dropout | None = None,
     key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients dq, dk, dv of `varlen_attention`; `dropout` replays the masks of the forward pass."""
+    """Compute the gradients dq, dk, dv of `varlen_attention`; `dropout` replays the masks of the forward pass."""
     if key_mask is not None:
         dk, dv = (torch.zeros(t.shape, dtype=t.dtype) for t in (k, v))
         visible = host.true_places(key_mask)
         k, v, bounds_k = without_masked_keys(k, v, bounds_k, key_mask)
-        part = varlen_attention_backward(dout, q, k, v, bounds_q, bounds_k, scale, dropout)
-        return part[0], dk.index_copy_(0, visible, part[1]), dv.index_copy_(0, visible, part[2])
-    longest_q, longest_k = (
-        max((b - a for a, b in pairwise(bounds)), default=0) for bounds in (bounds_q, bounds_k)
-    )
-    if dropout is None and compiles_backward(q, longest_k, longest_q):
-        # It reads every sequence where it lies.
-        given = (dout[None], q[None], k[None], v[None], scale)
-        dq, dk, dv, _ = compiled_backward(*given, bounds=(bounds_q, bounds_k))
+        dq, visible_dk, visible_dv = varlen_attention_backward(
+            dout, q, k, v, bounds_q, bounds_k, scale, dropout
+        )
+        return dq, dk.index_copy_(0, visible, visible_dk), dv.index_copy_(0, visible, visible_dv)
+    if dropout is None and compiles_backward(q, _longest(bounds_k), _longest(bounds_q)):
+        # It reads sequences in place.
+        dq, dk, dv, _ = compiled_backward(
+            dout[None], q[None], k[None], v[None], scale, bounds=(bounds_q, bounds_k)
+        )
         return dq[0], dk[0], dv[0]
     plan = plan_of(bounds_q, bounds_k)
-    made = (plan.empty, plan.unread, plan.unread)
-    whole = [
-        (torch.zeros if z else torch.empty)(t.shape, dtype=t.dtype)
-        for t, z in zip((q, k, v), made, strict=True)
-    ]
+    make_dq = torch.zeros if plan.empty else torch.empty
+    make_dk = torch.zeros if plan.unread else torch.empty
+    dq, dk, dv = make_dq(q.shape, dtype=q.dtype), *(make_dk(t.shape, dtype=t.dtype) for t in (k, v))
     for group in plan.groups:
-        upstream = group.queries.padded(dout, repeated=False)
-        padded = (upstream, group.queries.padded(q), group.keys.padded(k), group.keys.padded(v))
-        into = (
-            group.queries.place(whole[0]),
-            group.keys.place(whole[1]),
-            group.keys.place(whole[2]),
+        queries, keys = group.queries, group.keys
+        into = (queries.memory(dq), keys.memory(dk), keys.memory(dv))
+        tiled_attention_backward(
+            queries.padded(dout, repeated=False),
+            queries.padded(q),
+            keys.padded(k),
+            keys.padded(v),
+            scale,
+            group.mask,
+            dropout,
+            into=into,
         )
-        tiled_attention_backward(*padded, scale, group.mask, dropout, into=into)
-        for side, gradient, part in zip(
-            (group.queries, group.keys, group.keys), into, whole, strict=True
-        ):
-            side.unpad(gradient, part)
-    return whole[0], whole[1], whole[2]
+        queries.unpad(into[0], dq)
+        keys.unpad(into[1], dk)
+        keys.unpad(into[2], dv)
+    return dq, dk, dv
+
+
+def _longest(bounds: tuple[int, ...]) -> int:
+    return max((end - start for start, end in pairwise(bounds)), default=0)
 
 
 def without_masked_keys(
     k: Tensor, v: Tensor, bounds_k: tuple[int, ...], key_mask: Tensor
 ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Keys, values and offsets without the hidden keys: one that no query sees need not be there."""
-    kept = host.true_places(key_mask)
-    before = F.pad(key_mask.long().cumsum(0), (1, 0))
-    bounds = tuple(host.integers(before[torch.tensor(bounds_k)]))
-    return k.index_select(0, kept), v.index_select(0, kept), bounds
+    """Return keys, values and offsets without the hidden keys."""
+    visible = host.true_places(key_mask)
+    counts = F.pad(key_mask.long().cumsum(0), (1, 0))
+    bounds = tuple(host.integers(counts[torch.tensor(bounds_k)]))
+    return k.index_select(0, visible), v.index_select(0, visible), bounds
 
 
 class Side(NamedTuple):
-    """The places of a group's tokens on one side, queries or keys."""
+    """Where the tokens of a group are on one side, queries or keys."""
 
     sequences: int
     longest: int
@@ -143,26 +146,23 @@ class Side(NamedTuple):
     """Padded slots that hold a token; None where all do."""
 
     def padded(self, packed: Tensor, *, repeated: bool = True) -> Tensor:
-        """`[T, H, D]` → `[n, longest, H, D]`, a view where possible. Empty slots repeat a token, or are 0."""
+        """Pad `[T, H, D]` to `[n, longest, H, D]`, a view where possible. Empty slots repeat a token, or are 0."""
         if isinstance(self.rows, slice):
             return packed[self.rows].unflatten(0, (self.sequences, self.longest))
-        found = packed.index_select(0, self.rows)
+        padded = packed.index_select(0, self.rows)
         if not repeated and self.slots is not None:
-            found *= (
-                torch.zeros(len(found), dtype=found.dtype)
-                .index_fill_(0, self.slots, 1)
-                .view(-1, 1, 1)
-            )
-        return found.view(self.sequences, self.longest, *packed.shape[1:])
+            is_token = torch.zeros(len(padded), 1, 1, dtype=padded.dtype)
+            padded *= is_token.index_fill_(0, self.slots, 1)
+        return padded.view(self.sequences, self.longest, *packed.shape[1:])
 
-    def place(self, packed: Tensor) -> Tensor:
-        """`[n, longest, H, D]` to write results to: a view of `[T, H, D]` where possible, which `unpad` completes."""
+    def memory(self, packed: Tensor) -> Tensor:
+        """Return memory for a padded result: a view of `[T, H, D]` where possible, which `unpad` completes."""
         if isinstance(self.rows, slice):
             return packed[self.rows].unflatten(0, (self.sequences, self.longest))
         return packed.new_empty(self.sequences, self.longest, *packed.shape[1:])
 
     def unpad(self, padded: Tensor, packed: Tensor) -> None:
-        """Write the tokens of `[n, longest, H, D]`, unless they are in their `place`, to their rows of `[T, H, D]`."""
+        """Write the tokens of `[n, longest, H, D]` to their rows of `[T, H, D]`, unless they are there."""
         if isinstance(self.rows, slice):
             rows = packed[self.rows]
             if rows.data_ptr() != padded.data_ptr():
@@ -170,9 +170,8 @@ class Side(NamedTuple):
         elif self.slots is None:
             packed.index_copy_(0, self.rows, padded.flatten(0, 1))
         else:
-            packed.index_copy_(
-                0, self.rows[self.slots], padded.flatten(0, 1).index_select(0, self.slots)
-            )
+            tokens = padded.flatten(0, 1).index_select(0, self.slots)
+            packed.index_copy_(0, self.rows[self.slots], tokens)
 
 
 class Group(NamedTuple):
@@ -193,35 +192,29 @@ class Plan(NamedTuple):
     unread: bool
     """Some sequence has keys but no queries."""
 
-    @property
-    def whole(self) -> bool:
-        """True if there is one group, which has all queries, in their order."""
-        return not self.empty and len(self.groups) == 1
-
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a plan made by inference serves training too
 def plan_of(bounds_q: tuple[int, ...], bounds_k: tuple[int, ...]) -> Plan:
-    """Groups of similar length from S + 1 offsets: padded until that costs more scores than another group."""
-    lengths = [
-        (bounds_q[i + 1] - bounds_q[i], bounds_k[i + 1] - bounds_k[i])
-        for i in range(len(bounds_q) - 1)
-    ]
-    # Lengths of keys ascend, so that the last member of a group has the most keys.
-    order = sorted(
-        (i for i, sizes in enumerate(lengths) if all(sizes)), key=lambda i: lengths[i][::-1]
+    """Group sequences of similar length, given S + 1 offsets: pad until that costs more scores than another group."""
+    lengths_q, lengths_k = (
+        [end - start for start, end in pairwise(bounds)] for bounds in (bounds_q, bounds_k)
     )
+    lengths = [*zip(lengths_q, lengths_k, strict=True)]
+    # Lengths of keys ascend, so that the last member of a group has the most keys.
+    attending = [index for index, (n, m) in enumerate(lengths) if n and m]
+    order = sorted(attending, key=lambda index: lengths[index][::-1])
     groups: list[Group] = []
     start = 0
     while start < len(order):
         stop, longest_q, work = start, 0, 0
         while stop < len(order):
             n, m = lengths[order[stop]]
-            longest, real = max(longest_q, n), work + n * m
-            excess = (stop + 1 - start) * longest * m - real
-            if excess > max(_PADDING * real, _GROUP_SCORES):
+            longest, scores = max(longest_q, n), work + n * m
+            padding = (stop + 1 - start) * longest * m - scores
+            if padding > max(_PADDING * scores, _GROUP_SCORES):
                 break
-            longest_q, work, stop = longest, real, stop + 1
+            longest_q, work, stop = longest, scores, stop + 1
         # In packed order, so that neighbours of one length are one slice.
         members = sorted(order[start:stop])
         queries, keys = _side(members, bounds_q), _side(members, bounds_k)
@@ -231,20 +224,23 @@ def plan_of(bounds_q: tuple[int, ...], bounds_k: tuple[int, ...]) -> Plan:
             mask.view(-1)[keys.slots] = 0
         groups.append(Group(queries, keys, mask))
         start = stop
-    return Plan(groups, any(n and not m for n, m in lengths), any(m and not n for n, m in lengths))
+    empty = any(n and not m for n, m in lengths)
+    unread = any(m and not n for n, m in lengths)
+    return Plan(groups, empty, unread)
 
 
 def _side(members: list[int], bounds: tuple[int, ...]) -> Side:
     starts, ends = [bounds[i] for i in members], [bounds[i + 1] for i in members]
     sizes = [end - start for start, end in zip(starts, ends, strict=True)]
     longest = max(sizes)
-    uniform = min(sizes) == longest
+    uniform, count = min(sizes) == longest, len(members)
     if uniform and starts[1:] == ends[:-1]:
-        return Side(len(members), longest, slice(starts[0], ends[-1]), None)
+        return Side(count, longest, rows=slice(starts[0], ends[-1]), slots=None)
     rows: list[int] = []
     slots: list[int] = []
     for start, end in zip(starts, ends, strict=True):
         slots += range(len(rows), len(rows) + end - start)
         rows += [*range(start, end), *[start] * (longest - end + start)]
-    # One tensor at the end: a plan is made for every batch of new lengths, and a tensor for each sequence shows there.
-    return Side(len(members), longest, torch.tensor(rows), None if uniform else torch.tensor(slots))
+    # One tensor at the end: a plan is made for every batch of new lengths, and a tensor per sequence would be slow.
+    slot_tensor = None if uniform else torch.tensor(slots)
+    return Side(count, longest, rows=torch.tensor(rows), slots=slot_tensor)

@@ -20,11 +20,11 @@ def wait_briefly(environment: MutableMapping[str, str]) -> None:
 
 
 def describe(environment: Mapping[str, str]) -> str:
-    """How threads wait, in words, and what to do where other processes compete."""
+    """Describe how threads wait, and what to do where other processes compete."""
     policy, spins = environment.get(POLICY, "").lower(), environment.get(SPINS, "").lower()
     if policy == "passive" or (spins.isdigit() and int(spins) <= int(_BRIEFLY)):
-        by = f"{SPINS}={spins}" if spins else f"{POLICY}={policy}"
-        return f"briefly ({by}); in programs of your own beside others, set it before PyTorch is imported"
+        setting = f"{SPINS}={spins}" if spins else f"{POLICY}={policy}"
+        return f"briefly ({setting}); in programs of your own beside others, set it before PyTorch is imported"
     return (
         f"spinning: best alone on the machine, several times slower beside other processes; for those set "
         f"{SPINS}={_BRIEFLY} before PyTorch is imported"

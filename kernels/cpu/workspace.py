@@ -34,9 +34,9 @@ def in_dtype(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else scratch(name, tuple(x.shape), dtype).copy_(x)
 
 
-def even_slices(length: int, most: int) -> list[slice]:
-    """Return slices of nearly one size, none longer than `most`, that cover a length."""
-    count = -(-length // most)
+def even_slices(length: int, limit: int) -> list[slice]:
+    """Return slices of nearly one size, none longer than `limit`, that cover a length."""
+    count = -(-length // limit)
     return [slice(length * i // count, length * (i + 1) // count) for i in range(count)]
 
 
@@ -49,20 +49,20 @@ class Dropout:
     def __init__(self, probability: float, seed: Tensor) -> None:
         dropped = min(round(probability * _STEPS), _STEPS - 1)
         self.kept = 1 - dropped / _STEPS
-        """Share of the elements that stays, and so what they are to be divided by."""
+        """Share of the elements that is kept; these are divided by it."""
         # Random bits are read as signed numbers.
-        self._least = dropped - _STEPS // 2
+        self._threshold = dropped - _STEPS // 2
         self._bits = np.random.SFC64(host.integer(seed) % 2**64)
 
     def mask(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Zeros where an element is dropped and ones elsewhere, in scratch memory."""
-        found = scratch("dropout", shape, dtype)
-        bits = torch.from_numpy(self._bits.random_raw(-(-found.numel() // 4)).view(np.int16))
-        torch.ge(bits[: found.numel()], self._least, out=found.view(-1))
-        return found
+        """Draw zeros where an element is dropped and ones elsewhere, in scratch memory."""
+        mask = scratch("dropout", shape, dtype)
+        bits = torch.from_numpy(self._bits.random_raw(-(-mask.numel() // 4)).view(np.int16))
+        torch.ge(bits[: mask.numel()], self._threshold, out=mask.view(-1))
+        return mask
 
 
-# The parameters' numbers in malloc.h, and the largest threshold that glibc accepts.
+# Parameter codes of malloc.h, and the largest threshold that glibc accepts.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _LARGEST_THRESHOLD = 32 << 20
 _PAD = 64 << 20
@@ -92,15 +92,15 @@ def keep_freed_memory() -> bool:
         (_M_TOP_PAD, _HEAP),
     )
     # Set every option, even if one fails.
-    understood = min(mallopt(option, value) for option, value in options) == 1
-    if understood:
+    accepted = min(mallopt(option, value) for option, value in options) == 1
+    if accepted:
         _ask_for_huge_pages(library)
-    _KEPT.append(mallopt(_M_TOP_PAD, _PAD) == 1 and understood)
+    _KEPT.append(mallopt(_M_TOP_PAD, _PAD) == 1 and accepted)
     return _KEPT[-1]
 
 
 def keeps_freed_memory() -> bool:
-    """Whether this process does, as results of benchmarks say."""
+    """Return whether this process caches freed memory, for records of benchmarks."""
     return any(_KEPT)
 
 

@@ -1,13 +1,13 @@
-"""What the kernels of attention share: steps over one tile (FlashAttention-2, arXiv 2307.08691), constants, statistics.
+"""Shared code of the attention kernels: steps over one tile (FlashAttention-2, arXiv 2307.08691), statistics.
 
-The families loop over these steps and differ in where a tile lies. Conventions:
+The families loop over these steps and differ in their addressing. Conventions:
 
 - A head dimension comes as two pieces `_a` and `_b` (see `split_head_dim`); without a second piece, D_B is 0 and the
   `_b` operands are dummies that the compiler removes.
-- Products accumulate in fp32. The softmax is computed in base 2. Scores stay unscaled and the scale is applied within
-  the exponent. A bias comes divided by the scale, so that it can be what the accumulator of the product starts from:
-  it then costs its load and its conversion to fp32, and no arithmetic.
-- MASKED says that the tile may extend beyond the last row; `inside` tells where it does.
+- GEMMs accumulate in fp32. The softmax is computed in base 2. Scores stay unscaled and the scale is applied within
+  the exponent. A bias comes divided by the scale, so that it can initialise the accumulator of the scores: it then
+  costs its load and its conversion to fp32, and no arithmetic.
+- MASKED: the tile may extend beyond the last row; `inside` masks the rows that exist.
 - THRESHOLD is the dropout probability times 2¹⁶ (0: none).
 """
 
@@ -31,6 +31,7 @@ from xfm_fast.errors import InputError
 from .. import checks
 from ..checks import HEAD_DIMS
 from .launch import KernelSpec, LaunchConfig, Variant, config_for, launch_options
+from .rows import load_fp32
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -41,7 +42,7 @@ _LARGEST_TILE = 256
 
 @triton.jit
 def load_rows(pointers, inside, MASKED: tl.constexpr):
-    """A tile of rows, with zeros for rows outside when `MASKED`."""
+    """Load a tile of rows; if MASKED, rows outside are zero."""
     if MASKED:
         tile = tl.load(pointers, mask=inside[:, None], other=0.0)
     else:
@@ -60,7 +61,7 @@ def load_pieces(
     MASKED: tl.constexpr,
     DIM: tl.constexpr = 0,
 ):
-    """Rows of a matrix with contiguous columns, in two pieces; the second may hold zeros beyond DIM columns."""
+    """Load rows with contiguous columns, in two pieces; the second is zero beyond DIM columns."""
     pointers = base + rows[:, None] * stride
     a = load_rows(pointers + tl.arange(0, D_A)[None, :], inside, MASKED)
     b = a
@@ -81,20 +82,27 @@ def load_pieces(
 def store_pieces(
     base, rows, stride, inside, a, b, D_A: tl.constexpr, D_B: tl.constexpr, DIM: tl.constexpr = 0
 ):
-    """The counterpart of `load_pieces`, converting to the type of the destination."""
+    """Store what `load_pieces` loads, converted to the dtype of the destination."""
     pointers = base + rows[:, None] * stride
     tl.store(
         pointers + tl.arange(0, D_A)[None, :], a.to(base.dtype.element_ty), mask=inside[:, None]
     )
     if D_B > 0:
         columns = tl.arange(0, D_B)[None, :]
-        kept = inside[:, None] if DIM == 0 else inside[:, None] & (columns < DIM - D_A)
-        tl.store(pointers + (D_A + columns), b.to(base.dtype.element_ty), mask=kept)
+        mask = inside[:, None] if DIM == 0 else inside[:, None] & (columns < DIM - D_A)
+        tl.store(pointers + (D_A + columns), b.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def head_rows(base, b, h, start, stride_b, stride_n, stride_h, MULTIPLE: tl.constexpr = 1):
+    """Return the address of row `start` of a head of a batch entry; `stride_h` is a multiple of MULTIPLE."""
+    head = base + b * stride_b + h * tl.multiple_of(stride_h, MULTIPLE)
+    return head + tl.cast(start, tl.int64) * stride_n
 
 
 @triton.jit
 def product(x_a, x_b, y_a, y_b, D_B: tl.constexpr, PRECISION: tl.constexpr, bias=None):
-    """Rows of x times rows of y, over the head dimension, plus a bias."""
+    """Multiply rows of x with rows of y, over the head dimension, and add a bias."""
     if bias is None:
         out = tl.dot(x_a, tl.trans(y_a), input_precision=PRECISION)
     else:
@@ -106,19 +114,19 @@ def product(x_a, x_b, y_a, y_b, D_B: tl.constexpr, PRECISION: tl.constexpr, bias
 
 @triton.jit
 def dropout_stream(head, sequence):
-    """The part of the counter that tells heads and sequences apart, `sequence` by a number below 2³² of its own."""
+    """Return the part of Philox's counter that identifies a head and a sequence, a number below 2³²."""
     return tl.cast(head, tl.int64) | (tl.cast(sequence, tl.int64) << 32)
 
 
 @triton.jit
 def dropout_keep(seed, stream, queries, keys, THRESHOLD: tl.constexpr):
-    """Which attention weights dropout keeps: a function of the seed, the stream and the element, whatever the tiles.
+    """Return the mask of attention weights that dropout keeps: a function of seed, stream and element, not of tiles.
 
     A call of Philox with 7 rounds (Salmon et al. 2011) decides eight weights by 16 bits each, of two queries and four
-    keys at distances of 8. That is how the tensor cores deal a tile out to threads: a thread needs all eight (of scores
-    held transposed, four), finds their counters equal and calls once. `queries` and `keys` count within their sequence
-    and are broadcast against each other, so the first rounds cost only rows and columns. The counter is (key without
-    its bits of 8 and 16, query without its bit of 8, stream); these bits choose one of the eight.
+    keys at distances of 8. That is the layout of the tensor cores' accumulators: a thread holds all eight (of
+    transposed scores, four), so that their counters coincide and one call suffices. `queries` and `keys` count within
+    their sequence and are broadcast against each other, so the first rounds cost only rows and columns. The counter is
+    (key without its bits of 8 and 16, query without its bit of 8, stream); these bits select one of the eight.
     """
     queries = queries.to(tl.uint32)
     keys = keys.to(tl.uint32)
@@ -144,12 +152,12 @@ def forward_tile(
     MASKED: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
     APART: tl.constexpr = False, loaded=None,
 ):  # fmt: skip
-    """The online softmax over one tile of keys: updated (acc_a, acc_b, row_max, row_sum).
+    """Update the online softmax (acc_a, acc_b, row_max, row_sum) by one tile of keys.
 
-    `inside` [BLOCK_N]: keys that exist, used when MASKED; `allowed` [BLOCK_N]: keys that may be attended to, used when
+    `inside` [BLOCK_N]: keys that exist, used if MASKED; `allowed` [BLOCK_N]: keys that may be attended to, used if
     HAS_MASK. With a bias neither is needed for the scores, since the bias of a missing key is -inf. APART: `row_sum`
-    is [rows, 8], sums of every eighth key, to be added after the loop: a thread has them to itself. `loaded`: the tile
-    of the bias and the pieces of keys and values, where they are there already.
+    is [rows, 8], sums of every eighth key, reduced after the loop: each stays within a thread. `loaded`: the tile of
+    the bias and the pieces of keys and values, if already loaded.
     """
     columns = tl.arange(0, BLOCK_N)
     if loaded is None:
@@ -192,11 +200,27 @@ def forward_tile(
 
 
 @triton.jit
-def softmax_weights(scores, row_lse, SCALE: tl.constexpr, PRECISION: tl.constexpr, bias=None):
-    """exp(SCALE · scores + bias - logsumexp), with what `statistics_kernel` made of the logsumexp, broadcast.
+def inverse_sums(row_sum, THRESHOLD: tl.constexpr = 0):
+    """Return the factors that normalise rows of accumulators; 0 for queries without a key."""
+    rescale: tl.constexpr = 65536.0 / (65536.0 - THRESHOLD)
+    attended = row_sum > 0
+    return tl.where(attended, rescale / tl.where(attended, row_sum, 1.0), 0.0)
 
-    Half precision takes the logsumexp in base 2 and spends one instruction before the exponential. In fp32 its rounding
-    would show in the result, so the difference is taken first.
+
+@triton.jit
+def logsumexp(row_max, row_sum, SCALE: tl.constexpr):
+    """Return the natural logsumexp of rows; -inf for queries without a key."""
+    attended = row_sum > 0
+    row_sum = tl.where(attended, row_sum, 1.0)
+    return tl.where(attended, row_max * SCALE + tl.log2(row_sum) / LOG2E, float("-inf"))
+
+
+@triton.jit
+def softmax_weights(scores, row_lse, SCALE: tl.constexpr, PRECISION: tl.constexpr, bias=None):
+    """Return exp(SCALE · scores + bias - logsumexp); `row_lse`, from `statistics_kernel`, broadcasts.
+
+    Half precision takes the logsumexp in base 2 and spends one instruction before the exponential. In fp32 that
+    rounding would dominate the error, so the difference is taken first.
     """
     if PRECISION == "ieee":
         scores = scores * SCALE
@@ -215,15 +239,15 @@ def dkdv_tile(
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
     MASKED: tl.constexpr, THRESHOLD: tl.constexpr, APART: tl.constexpr = False, ds_pointers=None, present=None,
 ):  # fmt: skip
-    """Gradients of a tile of keys and values from one tile of queries; the key gradient still lacks SCALE.
+    """Add one tile of queries to the gradients of a tile of keys and values; the key gradient lacks the factor SCALE.
 
-    Scores are held transposed, [keys, queries], so that they are a left operand without a change of layout. The bias
-    lies so too: only then can the tile be copied to shared memory ahead of its use. Queries outside need no mask on
-    scores: their lse is +inf, which makes their weights zero.
+    Scores are transposed, [keys, queries], so that they are a left operand without a change of layout. So is the bias:
+    only then can the tile be copied to shared memory ahead of its use. Queries outside need no mask on scores: their
+    lse is +inf, which makes their weights zero.
 
-    With a bias the gradients of the scores are left at `ds_pointers` [keys, queries], those of keys that are `present`.
-    APART, the last product has an accumulator of its own: in that of the sum it would be in flight when the next tile
-    begins, and Hopper's compiler may make every product wait for the one before.
+    With a bias, the score gradients of `present` keys are stored at `ds_pointers` [keys, queries]. APART: the last GEMM
+    has an accumulator of its own: in that of the sum it would be in flight when the next tile begins, and Hopper's
+    compiler may serialise all GEMMs.
     """
     rows = tl.arange(0, BLOCK_M)
     q_a, q_b = load_pieces(q_base, rows, stride_qn, inside, D_A, D_B, MASKED)
@@ -238,17 +262,17 @@ def dkdv_tile(
     weights = softmax_weights(scores, row_lse[None, :], SCALE, PRECISION)
     g_a, g_b = load_pieces(g_base, rows, stride_gn, inside, D_A, D_B, MASKED)
     dweights = product(v_a, v_b, g_a, g_b, D_B, PRECISION)
-    kept = weights
+    dropped = weights
     if THRESHOLD > 0:
         rescale: tl.constexpr = 65536.0 / (65536.0 - THRESHOLD)
         keep = dropout_keep(seed, stream, queries[None, :], keys[:, None], THRESHOLD)
-        kept = tl.where(keep, weights * rescale, 0.0)
+        dropped = tl.where(keep, weights * rescale, 0.0)
         dweights = tl.where(keep, dweights * rescale, 0.0)
     dscores = (weights * (dweights - delta[None, :])).to(q_a.dtype)
     if bias_pointers is not None:
         tl.store(ds_pointers, dscores, mask=present[:, None])  # pyright: ignore[reportOptionalSubscript]
-    kept = kept.to(q_a.dtype)
-    dv_a = tl.dot(kept, g_a, dv_a, input_precision=PRECISION)
+    dropped = dropped.to(q_a.dtype)
+    dv_a = tl.dot(dropped, g_a, dv_a, input_precision=PRECISION)
     if APART:
         dk_a = tl.fma(
             dk_a,
@@ -258,7 +282,7 @@ def dkdv_tile(
     else:
         dk_a = tl.dot(dscores, q_a, dk_a, input_precision=PRECISION)
     if D_B > 0:
-        dv_b = tl.dot(kept, g_b, dv_b, input_precision=PRECISION)
+        dv_b = tl.dot(dropped, g_b, dv_b, input_precision=PRECISION)
         dk_b = tl.dot(dscores, q_b, dk_b, input_precision=PRECISION)
     return dk_a, dk_b, dv_a, dv_b
 
@@ -270,7 +294,7 @@ def dq_tile(
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     MASKED: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of queries from one tile of keys; it still lacks SCALE."""
+    """Add one tile of keys to the gradient of a tile of queries, which lacks the factor SCALE."""
     columns = tl.arange(0, BLOCK_N)
     k_a, k_b = load_pieces(k_base, columns, stride_kn, inside, D_A, D_B, MASKED)
     scores = product(q_a, q_b, k_a, k_b, D_B, PRECISION)
@@ -299,10 +323,10 @@ def statistics_kernel(
     stride_ob, stride_on, stride_oh, stride_gb, stride_gn, stride_gh, heads, queries,
     DIM: tl.constexpr, WIDTH: tl.constexpr, HAS_DLSE: tl.constexpr, MULTIPLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Σ_d out·dout - dlse (delta), and the logsumexp as `softmax_weights` wants it; `[B, H, Nq]` fp32 both.
+    """Compute delta, Σ_d out·dout - dlse, and the logsumexp that `softmax_weights` takes; `[B, H, Nq]` in fp32.
 
-    A row that attended to nothing has lse = -inf; +inf makes exp(score - lse) zero in the backward kernels instead of
-    infinite, so that they need no test for it. Strides of heads are multiples of MULTIPLE.
+    A row that attended to no key has lse = -inf; +inf makes exp(score - lse) zero in the backward kernels, without a
+    test there. Strides of heads are multiples of MULTIPLE.
     """
     tiles = tl.cdiv(queries, BLOCK)
     start = tl.program_id(0) % tiles * BLOCK
@@ -324,12 +348,8 @@ def statistics_kernel(
         + tl.cast(start, tl.int64) * stride_gn
         + h * tl.multiple_of(stride_gh, MULTIPLE)
     )
-    out = tl.load(out_base + rows[:, None] * stride_on + columns, mask=present, other=0.0).to(
-        tl.float32
-    )
-    dout = tl.load(dout_base + rows[:, None] * stride_gn + columns, mask=present, other=0.0).to(
-        tl.float32
-    )
+    out = load_fp32(out_base + rows[:, None] * stride_on + columns, present)
+    dout = load_fp32(dout_base + rows[:, None] * stride_gn + columns, present)
     delta = tl.sum(out * dout, 1)
     statistics = (b * heads + h) * queries + start + rows
     if HAS_DLSE:
@@ -362,7 +382,7 @@ KERNELS = [STATISTICS]
 def backward_statistics(
     out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None = None, multiple: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """(delta, row_lse) of outputs and their gradients `[B, N, H, D]` and lse `[B, H, N]`; `[B, H, N]` fp32 each."""
+    """Return (delta, row_lse) `[B, H, N]` in fp32 of outputs and their gradients `[B, N, H, D]` and lse `[B, H, N]`."""
     batch, queries, heads, head_dim = out.shape
     delta, row_lse = torch.empty_like(lse), torch.empty_like(lse)
     if out.numel():
@@ -370,9 +390,17 @@ def backward_statistics(
             STATISTICS, out, head_dim=head_dim, dlse=dlse is not None, multiple=multiple
         )
         statistics_kernel[(triton.cdiv(queries, config.tiles["BLOCK"]) * heads * batch,)](
-            out, dout, lse, lse if dlse is None else dlse.float().contiguous(), delta, row_lse,
-            *strides_of(out, dout), heads, queries, **options,
-        )  # fmt: skip
+            out,
+            dout,
+            lse,
+            lse if dlse is None else dlse.float().contiguous(),
+            delta,
+            row_lse,
+            *strides_of(out, dout),
+            heads,
+            queries,
+            **options,
+        )
     return delta, row_lse
 
 
@@ -384,11 +412,12 @@ def attention_spec(
     head_dims: tuple[int, ...] = HEAD_DIMS,
     **options: Any,
 ) -> KernelSpec:
-    """A kernel of attention; `extras` are constants besides the common ones. It takes those that it has arguments for.
+    """Specify an attention kernel; of the common constants and `extras`, it takes those that it has parameters for.
 
-    A variant has `head_dim`, and may have `scale`, `dropout` (a probability), `mask` (of keys) and what `extras` reads.
+    A variant has `head_dim`, and may have `scale`, `dropout` (a probability), `mask` (of keys) and the keys that
+    `extras` reads.
     """
-    fields = {*kernel.arg_names}
+    parameters = {*kernel.arg_names}
 
     def constants(variant: Variant, dtype: str, config: LaunchConfig) -> dict[str, Any]:
         head_dim = variant["head_dim"]
@@ -398,7 +427,7 @@ def attention_spec(
             "DIM": head_dim,
             "D_A": d_a,
             "D_B": d_b,
-            # Exact products in fp32; half precision has one way, and AMD refuses a name for it.
+            # Exact products in fp32; half precision has one mode, which AMD does not accept by name.
             "PRECISION": "ieee" if dtype == "fp32" else None,
             "THRESHOLD": dropout_threshold(variant.get("dropout", 0.0)),
             "HAS_MASK": variant.get("mask", False),
@@ -406,27 +435,23 @@ def attention_spec(
             "APART": config.apart,
             "FENCED": config.fenced,
         }
-        return {
-            key: value
-            for key, value in (common | dict(extras(variant, config))).items()
-            if key in fields
-        }
+        values = common | dict(extras(variant, config))
+        return {key: value for key, value in values.items() if key in parameters}
 
     def config(variant: Variant, dtype: str, arch: int) -> LaunchConfig:
-        # Packed attention has kernels of their own names for dropout.
-        dropout = (
-            name.startswith("bias_attention") and dropout_threshold(variant.get("dropout", 0.0)) > 0
-        )
+        # Packed attention has separate kernel names for dropout.
+        dropout = name.startswith("bias_attention")
+        dropout = dropout and dropout_threshold(variant.get("dropout", 0.0)) > 0
         return config_for(name, variant["head_dim"], dtype, arch, dropout=dropout)
 
     return KernelSpec(name, kernel, tuple(variants), config, constants, **options)
 
 
 def split_head_dim(head_dim: int, head_dims: tuple[int, ...] = HEAD_DIMS) -> tuple[int, int]:
-    """A head dimension as two powers of two, the second possibly 0: 80 → (64, 16), 96 → (64, 32), 160 → (128, 32).
+    """Split a head dimension into two powers of two, the second possibly 0: 80 → (64, 16), 160 → (128, 32).
 
-    Triton's tiles are powers of two. Two products of exact size need no masks and, at 80, five eighths of the work of
-    one that is padded to 128. 72 and 112 fill their second piece, of 16 and 64 columns, in part.
+    Triton's tiles are powers of two. Two GEMMs of exact size need no masks and, at 80, five eighths of the work of one
+    that is padded to 128. 72 and 112 fill their second piece, of 16 and 64 columns, in part.
     """
     if head_dim not in head_dims:
         raise InputError(
@@ -434,17 +459,17 @@ def split_head_dim(head_dim: int, head_dims: tuple[int, ...] = HEAD_DIMS) -> tup
             " or use backend 'auto'"
         )
     first = 1 << (head_dim.bit_length() - 1)
-    rest = head_dim - first
-    return first, max(16, triton.next_power_of_2(rest)) if rest else 0
+    remainder = head_dim - first
+    return first, max(16, triton.next_power_of_2(remainder)) if remainder else 0
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """The probability in units of 2⁻¹⁶, as the kernels compare it with random bits."""
+    """Return the probability in units of 2⁻¹⁶, as the kernels compare it with random bits."""
     return min(round(dropout_p * 2**16), 2**16 - 1)
 
 
 def addressable(tensor: Tensor, multiple: int = 1) -> Tensor:
-    """`[..., N, H, D]` itself if D is contiguous, the strides are multiples and 32 bits address a tile; else a copy."""
+    """Copy `[..., N, H, D]` unless D is contiguous, strides are multiples and 32-bit offsets address a tile."""
     fits = tensor.stride(-1) == 1 and tensor.stride(-3) * _LARGEST_TILE < 2**31
     if fits and multiple > 1:
         fits = not any(stride % multiple for stride in strides_of(tensor))
@@ -452,7 +477,7 @@ def addressable(tensor: Tensor, multiple: int = 1) -> Tensor:
 
 
 def strides_of(*tensors: Tensor) -> tuple[int, ...]:
-    """Strides of all dimensions but the last; that of a dimension of one entry is arbitrary, and 0 here."""
+    """Return the strides of all dimensions but the last; 0 for dimensions of one entry, whose stride is arbitrary."""
     return tuple(
         stride if size > 1 else 0
         for tensor in tensors
@@ -463,6 +488,6 @@ def strides_of(*tensors: Tensor) -> tuple[int, ...]:
 def optional_arguments(
     q: Tensor, key_mask: Tensor | None, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """The mask as bytes and the seed, or for an absent one any tensor."""
+    """Return the mask as bytes and the seed; q stands in for absent ones."""
     seed = checks.seed_of(dropout_p, seed) if dropout_threshold(dropout_p) else q
     return q if key_mask is None else key_mask.contiguous().view(torch.uint8), seed

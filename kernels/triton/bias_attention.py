@@ -1,12 +1,12 @@
 """Attention with a general bias, in the manner of FlashAttention-2 (arXiv 2307.08691).
 
-The bias is read in its own type, as it lies in memory where that allows whole vectors, and prefetched with the keys. It
-may be shared by the batch, of an entry each, or of one for every entry of a period, as windows of an image share masks.
-Its gradient has one writer: where every batch entry has a bias of its own, the kernel of dq stores it on the way; else
-a kernel sums it over the entries that share it, in order.
+The bias is read in its own dtype and layout if that allows vector loads, and prefetched with the keys. It may be one
+for the whole batch, one per entry, or one per position in a period, as windows of an image share masks. Its gradient
+has one writer: if every batch entry has a bias of its own, the dq kernel stores it on the way; else a kernel sums it
+over the entries that share it, in order.
 
-A score is hidden by a bias of `reference.HIDDEN` or less. Queries of which all scores are hidden have a logsumexp of
--inf, of which the statistics of the backward pass make +inf: that makes their weights zero there.
+A bias of `reference.HIDDEN` or less hides a score. Queries with hidden scores only have a logsumexp of -inf, which the
+statistics of the backward pass turn into +inf: that makes their weights zero there.
 """
 
 
@@ -32,7 +32,10 @@ from .attention_tiles import (
     backward_statistics,
     dropout_keep,
     dropout_stream,
+    head_rows,
+    inverse_sums,
     load_pieces,
+    logsumexp,
     optional_arguments,
     product,
     softmax_weights,
@@ -48,9 +51,9 @@ _COUNTS = ["batch", "heads", "period", "queries", "keys"]
 
 @triton.jit
 def load_bias(base, rows, stride, columns, left, MASKED: tl.constexpr):
-    """A tile of the bias in fp32, -inf where there is no key: of a row, `left` entries are left.
+    """Load a tile of the bias in fp32, with -inf for missing keys; `left` entries remain of each row.
 
-    Rows are padded with -inf to a multiple of 16 entries, so that the mask leaves whole vectors.
+    Rows are padded with -inf to a multiple of 16 entries, so that the mask covers whole vectors.
     """
     pointers = base + (rows[:, None] * stride + columns[None, :])
     if MASKED:
@@ -63,7 +66,7 @@ def load_bias(base, rows, stride, columns, left, MASKED: tl.constexpr):
 
 @triton.jit
 def locate(tiles, batch, period):
-    """(tile, batch entry, head) of a program. Neighbours share keys, values and gradients, then the bias."""
+    """Return (tile, batch entry, head) of a program. Neighbours share keys, values and gradients, then the bias."""
     entry = tl.program_id(0) // tiles % batch
     sharing = batch // period
     b = entry % sharing * period + entry // sharing
@@ -76,10 +79,10 @@ def locate(tiles, batch, period):
 
 @triton.jit
 def add_product(acc, x, y, PRECISION: tl.constexpr, APART: tl.constexpr):
-    """A sum plus x y; APART, the product has an accumulator of its own, if the registers suffice for both.
+    """Add x y to a sum; APART: the GEMM has an accumulator of its own, if the registers suffice for both.
 
-    Were it the accumulator of the product, the product would still be in flight when the next tile begins, and Hopper's
-    compiler would make every product wait for the one before.
+    In the accumulator of the sum, the GEMM would still be in flight when the next tile begins, and Hopper's compiler
+    would serialise all GEMMs.
     """
     if APART:
         out = tl.fma(
@@ -98,7 +101,7 @@ def forward_step(
     SCALE: tl.constexpr, DIM: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over one tile of keys. Scores stay unscaled; the scale is applied within the exponent."""
+    """Update the online softmax by one tile of keys. The scale is applied within the exponent."""
     columns = tl.arange(0, BLOCK_N)
     k_a, k_b = load_pieces(k_base, columns, stride_kn, inside, D_A, D_B, MASKED, DIM)
     bias = load_bias(bias_base, bias_rows, stride_bm, columns, left, MASKED) * (1.0 / SCALE)
@@ -114,7 +117,7 @@ def forward_step(
         scores = tl.where((allowed != 0)[None, :], scores, float("-inf"))
     factor: tl.constexpr = SCALE * LOG2E
     new_max = tl.maximum(row_max, tl.max(scores, 1))
-    # As long as a row has hidden scores only, its weights are exp(-inf) or as good as that.
+    # While a row has hidden scores only, its weights are exp(-inf), or 0 in fp32.
     finite_max = tl.where(new_max <= _HIDDEN / SCALE, 0.0, new_max)
     shrink = tl.exp2((row_max - finite_max) * factor)
     weights = tl.exp2(scores * factor - (finite_max * factor)[:, None])
@@ -125,15 +128,15 @@ def forward_step(
         )
     v_a, v_b = load_pieces(v_base, columns, stride_vn, inside, D_A, D_B, MASKED, DIM)
     weights = weights.to(v_a.dtype)
-    # As in `add_product`, with the sum shrunk on the way.
+    # As in `add_product`, with the sum rescaled on the way.
     acc_a = tl.fma(
         acc_a,
         tl.broadcast_to(shrink[:, None], acc_a.shape),
         tl.dot(weights, v_a, input_precision=PRECISION),
     )
     if D_B > 0:
-        part = tl.dot(weights, v_b, input_precision=PRECISION)
-        acc_b = tl.fma(acc_b, tl.broadcast_to(shrink[:, None], acc_b.shape), part)
+        product_b = tl.dot(weights, v_b, input_precision=PRECISION)
+        acc_b = tl.fma(acc_b, tl.broadcast_to(shrink[:, None], acc_b.shape), product_b)
     return acc_a, acc_b, new_max, row_sum
 
 
@@ -146,20 +149,15 @@ def forward_kernel(
     HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of one head of one batch entry, against all keys."""
+    """Attend from BLOCK_M queries of one head of one batch entry to all keys."""
     tile, b, h = locate(tl.cdiv(queries, BLOCK_M), batch, period)
     start = tile * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
     inside = rows < queries - start
     # Rows beyond the last repeat it: they read valid memory and are not stored.
     clamped = tl.minimum(rows, queries - 1 - start)
-    # Head dimensions are multiples of 8, and so are strides: that is what loads of 128 bits need to know.
-    q_base = (
-        q_ptr
-        + b * stride_qb
-        + h * tl.multiple_of(stride_qh, 8)
-        + tl.cast(start, tl.int64) * stride_qn
-    )
+    # Head dimensions and strides are multiples of 8, which allows loads of 128 bits.
+    q_base = head_rows(q_ptr, b, h, start, stride_qb, stride_qn, stride_qh, 8)
     q_a, q_b = load_pieces(q_base, clamped, stride_qn, inside, D_A, D_B, False, DIM)
     k_base = k_ptr + b * stride_kb + h * tl.multiple_of(stride_kh, 8)
     v_base = v_ptr + b * stride_vb + h * tl.multiple_of(stride_vh, 8)
@@ -175,8 +173,7 @@ def forward_kernel(
     acc_a = tl.zeros([BLOCK_M, D_A], tl.float32)
     acc_b = tl.zeros([BLOCK_M, D_B if D_B > 0 else 16], tl.float32)
     full = keys // BLOCK_N * BLOCK_N
-    # The stages are named here because the compiler prefetches what is no operand of a product, such as the bias, only
-    # when asked.
+    # Explicit stages: the compiler prefetches the bias, which is no operand of a GEMM, only on request.
     for first in tl.range(0, full, BLOCK_N, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         acc_a, acc_b, row_max, row_sum = forward_step(
             q_a, q_b, acc_a, acc_b, row_max, row_sum,
@@ -195,18 +192,10 @@ def forward_kernel(
             keys - full, seed, stream, start + rows, full + last,
             SCALE, DIM, D_A, D_B, TAIL, PRECISION, True, HAS_MASK, THRESHOLD,
         )  # fmt: skip
-    rescale: tl.constexpr = 65536.0 / (65536.0 - THRESHOLD)
-    attended = row_sum > 0
-    row_sum = tl.where(attended, row_sum, 1.0)
-    inverse = tl.where(attended, rescale / row_sum, 0.0)[:, None]
-    out_base = (
-        out_ptr
-        + b * stride_ob
-        + h * tl.multiple_of(stride_oh, 8)
-        + tl.cast(start, tl.int64) * stride_on
-    )
+    inverse = inverse_sums(row_sum, THRESHOLD)[:, None]
+    out_base = head_rows(out_ptr, b, h, start, stride_ob, stride_on, stride_oh, 8)
     store_pieces(out_base, rows, stride_on, inside, acc_a * inverse, acc_b * inverse, D_A, D_B, DIM)
-    lse = tl.where(attended, row_max * SCALE + tl.log2(row_sum) / LOG2E, float("-inf"))
+    lse = logsumexp(row_max, row_sum, SCALE)
     tl.store(lse_ptr + (b * heads + h) * queries + start + rows, lse, mask=inside)
 
 
@@ -219,10 +208,10 @@ def dkdv_step(
     PRECISION: tl.constexpr, MASKED: tl.constexpr, THRESHOLD: tl.constexpr, APART: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of keys and values from one tile of queries; the key gradient still lacks SCALE.
+    """Add one tile of queries to the gradients of a tile of keys and values; the key gradient lacks the factor SCALE.
 
-    Scores are held transposed, [keys, queries], so that they are a left operand without a change of layout. Queries
-    outside need no mask on scores: their lse is +inf, which makes their weights zero.
+    Scores are transposed, [keys, queries], so that they are a left operand without a change of layout. Queries outside
+    need no mask on scores: their lse is +inf, which makes their weights zero.
     """
     rows = tl.arange(0, BLOCK_M)
     q_a, q_b = load_pieces(q_base, rows, stride_qn, inside, D_A, D_B, MASKED, DIM)
@@ -240,11 +229,11 @@ def dkdv_step(
     if THRESHOLD > 0:
         keep = dropout_keep(seed, stream, queries[None, :], keys[:, None], THRESHOLD)
     if DV:
-        kept = tl.where(keep, weights * rescale, 0.0) if THRESHOLD > 0 else weights  # pyright: ignore[reportPossiblyUnboundVariable]
-        kept = kept.to(q_a.dtype)
-        dv_a = add_product(dv_a, kept, g_a, PRECISION, APART)
+        dropped = tl.where(keep, weights * rescale, 0.0) if THRESHOLD > 0 else weights  # pyright: ignore[reportPossiblyUnboundVariable]
+        dropped = dropped.to(q_a.dtype)
+        dv_a = add_product(dv_a, dropped, g_a, PRECISION, APART)
         if D_B > 0:
-            dv_b = add_product(dv_b, kept, g_b, PRECISION, APART)
+            dv_b = add_product(dv_b, dropped, g_b, PRECISION, APART)
     if DK:
         dweights = product(v_a, v_b, g_a, g_b, D_B, PRECISION)
         if THRESHOLD > 0:
@@ -266,10 +255,10 @@ def dkdv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr, APART: tl.constexpr,
     FENCED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """The gradients dk and dv of BLOCK_N keys of one head of one batch entry, from all queries.
+    """Compute dk and dv of BLOCK_N keys of one head of one batch entry.
 
-    The bias comes transposed, `[G, H, Nk, Nq]`: a tile that had to be turned would not be prefetched. Wide heads, of
-    which a program cannot hold both sums, have a launch for DK and one for DV.
+    The bias is transposed, `[G, H, Nk, Nq]`: the compiler would not prefetch a tile that it had to transpose. Wide
+    heads, whose sums exceed the registers of a program, have a launch for DK and one for DV.
     """
     tile, b, h = locate(tl.cdiv(keys, BLOCK_N), batch, period)
     start = tile * BLOCK_N
@@ -277,18 +266,8 @@ def dkdv_kernel(
     inside = columns < keys - start
     # Keys beyond the last repeat it, and are not stored.
     clamped = tl.minimum(columns, keys - 1 - start)
-    k_base = (
-        k_ptr
-        + b * stride_kb
-        + h * tl.multiple_of(stride_kh, 8)
-        + tl.cast(start, tl.int64) * stride_kn
-    )
-    v_base = (
-        v_ptr
-        + b * stride_vb
-        + h * tl.multiple_of(stride_vh, 8)
-        + tl.cast(start, tl.int64) * stride_vn
-    )
+    k_base = head_rows(k_ptr, b, h, start, stride_kb, stride_kn, stride_kh, 8)
+    v_base = head_rows(v_ptr, b, h, start, stride_vb, stride_vn, stride_vh, 8)
     k_a, k_b = load_pieces(k_base, clamped, stride_kn, inside, D_A, D_B, False, DIM)
     v_a, v_b = load_pieces(v_base, clamped, stride_vn, inside, D_A, D_B, False, DIM)
     q_base = q_ptr + b * stride_qb + h * tl.multiple_of(stride_qh, 8)
@@ -328,7 +307,7 @@ def dkdv_kernel(
     stride_dn = heads * DIM
     gradient = (b * keys + start) * stride_dn + h * DIM
     if HAS_MASK:
-        # Rows of dk and dv are independent: hidden keys are struck out at the end, at no cost before.
+        # Rows of dk and dv are independent: those of hidden keys are zeroed at the end, not in the loop.
         allowed = tl.load(mask_ptr + b * keys + start + columns, mask=inside, other=0) != 0
         dk_a = tl.where(allowed[:, None], dk_a, 0.0)
         dk_b = tl.where(allowed[:, None], dk_b, 0.0)
@@ -351,7 +330,7 @@ def dq_step(
     PRECISION: tl.constexpr, MASKED: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
     STORE_BIAS: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of queries from one tile of keys; it still lacks SCALE. `present`: queries that exist."""
+    """Add one tile of keys to the gradient of a tile of queries, which lacks SCALE. `present`: queries that exist."""
     columns = tl.arange(0, BLOCK_N)
     k_a, k_b = load_pieces(k_base, columns, stride_kn, inside, D_A, D_B, MASKED, DIM)
     bias = load_bias(bias_base, bias_rows, stride_bm, columns, left, MASKED)
@@ -372,8 +351,8 @@ def dq_step(
         dweights = tl.where(keep, dweights * rescale, 0.0)
     wide = weights * (dweights - delta[:, None])
     if STORE_BIAS:
-        kept = present[:, None] & inside[None, :] if MASKED else present[:, None]
-        tl.store(dbias_pointers, wide.to(dbias_pointers.dtype.element_ty), mask=kept)
+        mask = present[:, None] & inside[None, :] if MASKED else present[:, None]
+        tl.store(dbias_pointers, wide.to(dbias_pointers.dtype.element_ty), mask=mask)
     dscores = wide.to(k_a.dtype)
     dq_a = add_product(dq_a, dscores, k_a, PRECISION, APART)
     if D_B > 0:
@@ -391,27 +370,17 @@ def dq_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr, APART: tl.constexpr,
     FENCED: tl.constexpr,
 ):  # fmt: skip
-    """The gradient dq of BLOCK_M queries of one head of one batch entry, from all keys.
+    """Compute dq of BLOCK_M queries of one head of one batch entry.
 
-    With STORE_BIAS, also the gradient of the entry's own bias: `[B, H, Nq, Nk]` contiguous.
+    With STORE_BIAS, also the gradient of the entry's own bias, `[B, H, Nq, Nk]` contiguous.
     """
     tile, b, h = locate(tl.cdiv(queries, BLOCK_M), batch, period)
     start = tile * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
     inside = rows < queries - start
     clamped = tl.minimum(rows, queries - 1 - start)
-    q_base = (
-        q_ptr
-        + b * stride_qb
-        + h * tl.multiple_of(stride_qh, 8)
-        + tl.cast(start, tl.int64) * stride_qn
-    )
-    g_base = (
-        dout_ptr
-        + b * stride_gb
-        + h * tl.multiple_of(stride_gh, 8)
-        + tl.cast(start, tl.int64) * stride_gn
-    )
+    q_base = head_rows(q_ptr, b, h, start, stride_qb, stride_qn, stride_qh, 8)
+    g_base = head_rows(dout_ptr, b, h, start, stride_gb, stride_gn, stride_gh, 8)
     q_a, q_b = load_pieces(q_base, clamped, stride_qn, inside, D_A, D_B, False, DIM)
     g_a, g_b = load_pieces(g_base, clamped, stride_gn, inside, D_A, D_B, False, DIM)
     statistics = (b * heads + h) * queries + start
@@ -465,8 +434,9 @@ def dbias_kernel(
     HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the gradient of one entry and head of the bias, summed in order over a part of the batch entries that
-    share it: `[parts, G, H, Nq, Nk]` contiguous.
+    """Compute a tile of the bias gradient of one entry and head, `[splits, G, H, Nq, Nk]` contiguous.
+
+    It is summed in order over a split of the batch entries that share the bias.
     """
     tiles_n = tl.cdiv(keys, BLOCK_N)
     tiles = tl.cdiv(queries, BLOCK_M) * tiles_n
@@ -474,13 +444,13 @@ def dbias_kernel(
     start_n = tl.program_id(0) % tiles_n * BLOCK_N
     g = tl.cast(tl.program_id(0) // tiles % period, tl.int64)
     h = tl.cast(tl.program_id(0) // tiles // period, tl.int64)
-    part = tl.program_id(1)
+    split = tl.program_id(1)
     sharing = batch // period
     share = tl.cdiv(sharing, tl.num_programs(1))
     rows = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
     present = columns < keys - start_n
-    # Rows that are read twice are not stored, and columns beyond the last have a bias of -inf.
+    # Repeated rows are not stored, and columns beyond the last have a bias of -inf.
     clamped_rows = tl.minimum(rows, queries - 1 - start_m)
     clamped_columns = tl.minimum(columns, keys - 1 - start_n)
     bias_base = (
@@ -490,33 +460,13 @@ def dbias_kernel(
     seed = tl.load(seed_ptr) if THRESHOLD > 0 else 0
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for entry in tl.range(
-        part * share, tl.minimum(part * share + share, sharing), num_stages=STAGES
+        split * share, tl.minimum(split * share + share, sharing), num_stages=STAGES
     ):  # pyright: ignore[reportGeneralTypeIssues]
         b = g + tl.cast(entry, tl.int64) * period
-        q_base = (
-            q_ptr
-            + b * stride_qb
-            + h * tl.multiple_of(stride_qh, 8)
-            + tl.cast(start_m, tl.int64) * stride_qn
-        )
-        g_base = (
-            dout_ptr
-            + b * stride_gb
-            + h * tl.multiple_of(stride_gh, 8)
-            + tl.cast(start_m, tl.int64) * stride_gn
-        )
-        k_base = (
-            k_ptr
-            + b * stride_kb
-            + h * tl.multiple_of(stride_kh, 8)
-            + tl.cast(start_n, tl.int64) * stride_kn
-        )
-        v_base = (
-            v_ptr
-            + b * stride_vb
-            + h * tl.multiple_of(stride_vh, 8)
-            + tl.cast(start_n, tl.int64) * stride_vn
-        )
+        q_base = head_rows(q_ptr, b, h, start_m, stride_qb, stride_qn, stride_qh, 8)
+        g_base = head_rows(dout_ptr, b, h, start_m, stride_gb, stride_gn, stride_gh, 8)
+        k_base = head_rows(k_ptr, b, h, start_n, stride_kb, stride_kn, stride_kh, 8)
+        v_base = head_rows(v_ptr, b, h, start_n, stride_vb, stride_vn, stride_vh, 8)
         q_a, q_b = load_pieces(q_base, clamped_rows, stride_qn, rows, D_A, D_B, False, DIM)
         k_a, k_b = load_pieces(k_base, clamped_columns, stride_kn, columns, D_A, D_B, False, DIM)
         statistics = (b * heads + h) * queries + start_m
@@ -532,14 +482,14 @@ def dbias_kernel(
         dweights = product(g_a, g_b, v_a, v_b, D_B, PRECISION)
         if THRESHOLD > 0:
             rescale: tl.constexpr = 65536.0 / (65536.0 - THRESHOLD)
-            places = (start_m + rows)[:, None], (start_n + columns)[None, :]
-            keep = dropout_keep(seed, dropout_stream(h, b), places[0], places[1], THRESHOLD)
+            query, key = (start_m + rows)[:, None], (start_n + columns)[None, :]
+            keep = dropout_keep(seed, dropout_stream(h, b), query, key, THRESHOLD)
             dweights = tl.where(keep, dweights * rescale, 0.0)
         acc += weights * (dweights - delta[:, None])
-    place = ((part * tl.cast(period, tl.int64) + g) * heads + h) * queries + start_m
-    dbias = dbias_ptr + place * stride_dm + start_n + (rows[:, None] * stride_dm + columns[None, :])
-    kept = (rows < queries - start_m)[:, None] & present[None, :]
-    tl.store(dbias, acc.to(dbias_ptr.dtype.element_ty), mask=kept)
+    row = ((split * tl.cast(period, tl.int64) + g) * heads + h) * queries + start_m
+    dbias = dbias_ptr + row * stride_dm + start_n + (rows[:, None] * stride_dm + columns[None, :])
+    mask = (rows < queries - start_m)[:, None] & present[None, :]
+    tl.store(dbias, acc.to(dbias_ptr.dtype.element_ty), mask=mask)
 
 
 def _spec(
@@ -554,10 +504,10 @@ def _spec(
         }
 
     # The model's head dimension, one whose second piece is filled in part, and the widest of two columns of the table
-    # of configurations: the others compile to less than one of these.
-    every = [{"head_dim": head_dim} for head_dim in (64, 72, 128, 256)]
-    chance = {"head_dim": 64, "mask": True, "dropout": 0.1}
-    return attention_spec(name, kernel, [*every, *more, chance], extras, BIAS_HEAD_DIMS, **options)
+    # of configurations: the others need fewer registers than one of these.
+    plain = [{"head_dim": head_dim} for head_dim in (64, 72, 128, 256)]
+    dropout = {"head_dim": 64, "mask": True, "dropout": 0.1}
+    return attention_spec(name, kernel, [*plain, *more, dropout], extras, BIAS_HEAD_DIMS, **options)
 
 
 FORWARD = _spec("bias_attention_forward", forward_kernel)
@@ -567,19 +517,19 @@ DBIAS = _spec(
     "bias_attention_dbias", dbias_kernel, types=lambda variant, dtype: {"dbias_ptr": "*fp32"}
 )
 KERNELS = [FORWARD, DKDV, DQ, DBIAS]
-# The widest head of which one launch of the dkdv kernel sums both gradients.
+# The widest head for which one launch of the dkdv kernel sums both gradients.
 _ONE_LAUNCH = 128
 # Four programs for each of some 130 multiprocessors.
 _PROGRAMS = 512
 
 
 def bias_partials(sharing: int, programs: int) -> int:
-    """Into how many parts the batch entries that share a bias are cut so that its gradient keeps a GPU busy."""
+    """Return the splits of the batch entries that share a bias, enough for its gradient to keep a GPU busy."""
     return max(1, min(sharing, 8, _PROGRAMS // programs))
 
 
 def bias_attention_forward(a: Biased) -> tuple[Tensor, Tensor]:
-    """softmax(scale · q kᵀ + bias) v `[B, Nq, H, D]`, contiguous, and the natural logsumexp `[B, H, Nq]` in fp32.
+    """Return softmax(scale · q kᵀ + bias) v `[B, Nq, H, D]`, contiguous, and the logsumexp `[B, H, Nq]` in fp32.
 
     q `[B, Nq, H, D]`, k and v `[B, Nk, H, D]` with D in `BIAS_HEAD_DIMS`, bias `[G, H, Nq, Nk]` in fp16, bf16 or fp32,
     G a divisor of B; copied where rows are not contiguous and aligned. Queries without keys give zeros and -inf.
@@ -594,9 +544,21 @@ def bias_attention_forward(a: Biased) -> tuple[Tensor, Tensor]:
     if q.numel():
         bias = _bias_rows(a.bias)
         forward_kernel[(triton.cdiv(queries, config.tiles["BLOCK_M"]) * batch * heads,)](
-            q, k, v, bias, *optional_arguments(q, a.key_mask, a.dropout_p, a.seed), out, lse,
-            *strides_of(q, k, v, out, bias), batch, heads, bias.shape[0], queries, keys, **options,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            bias,
+            *optional_arguments(q, a.key_mask, a.dropout_p, a.seed),
+            out,
+            lse,
+            *strides_of(q, k, v, out, bias),
+            batch,
+            heads,
+            bias.shape[0],
+            queries,
+            keys,
+            **options,
+        )
     return out, lse
 
 
@@ -609,11 +571,11 @@ def bias_attention_backward(
     *,
     bias_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Deterministic gradients of `bias_attention_forward`: dq, dk, dv, and dbias `[G, H, Nq, Nk]`, contiguous.
+    """Compute the gradients of `bias_attention_forward`: dq, dk, dv, and dbias `[G, H, Nq, Nk]`, contiguous.
 
-    Each kernel recomputes the scores and owns its sums: dk and dv (four GEMMs of 2·B·H·Nq·Nk·D operations), dq (three),
-    which also stores the gradient of an unshared bias, and else the gradient of the bias (two). `dlse` None means
-    zeros; without `bias_gradient` dbias is empty.
+    Deterministic: each kernel recomputes the scores and owns its sums: dk and dv (four GEMMs of 2·B·H·Nq·Nk·D
+    operations), dq (three), which also stores the gradient of an unshared bias, and otherwise dbias (two). `dlse` None
+    means zeros; without `bias_gradient` dbias is empty.
     """
     (batch, queries, heads, head_dim), keys, bias = a.q.shape, a.k.shape[1], a.bias
     q, k, v, dout, out = (addressable(t, 8) for t in (a.q, a.k, a.v, dout, out))
@@ -625,31 +587,19 @@ def bias_attention_backward(
     turned, bias = _bias_rows(bias.transpose(2, 3)), _bias_rows(bias)
     period = bias.shape[0]
     statistics = backward_statistics(out, dout, lse, dlse, 8)
-    rest = (*optional_arguments(q, a.key_mask, a.dropout_p, a.seed), *statistics[::-1])
+    optional = (*optional_arguments(q, a.key_mask, a.dropout_p, a.seed), *statistics[::-1])
     counts = (batch, heads, period, queries, keys)
     variant = _variant(a)
 
-    for dk_wanted, dv_wanted in (
-        ((True, True),) if head_dim <= _ONE_LAUNCH else ((True, False), (False, True))
-    ):
-        options, config = launch_options(
-            DKDV, q, looped=queries, dk=dk_wanted, dv=dv_wanted, **variant
-        )
+    inputs, strides = (q, k, v, dout, turned, *optional), strides_of(q, k, v, dout, turned)
+    launches = ((True, True),) if head_dim <= _ONE_LAUNCH else ((True, False), (False, True))
+    for with_dk, with_dv in launches:
+        options, config = launch_options(DKDV, q, looped=queries, dk=with_dk, dv=with_dv, **variant)
         dkdv_kernel[(triton.cdiv(keys, config.tiles["BLOCK_N"]) * batch * heads,)](
-            q,
-            k,
-            v,
-            dout,
-            turned,
-            *rest,
-            dk,
-            dv,
-            *strides_of(q, k, v, dout, turned),
-            *counts,
-            **options,
+            *inputs, dk, dv, *strides, *counts, **options
         )
 
-    inputs, strides = (q, k, v, dout, bias, *rest), strides_of(q, k, v, dout, bias)
+    inputs, strides = (q, k, v, dout, bias, *optional), strides_of(q, k, v, dout, bias)
     alone = bias_gradient and period == batch
     options, config = launch_options(DQ, q, looped=keys, own_bias=alone, **variant)
     dq_kernel[(triton.cdiv(queries, config.tiles["BLOCK_M"]) * batch * heads,)](
@@ -659,18 +609,14 @@ def bias_attention_backward(
         return dq, dk, dv, dbias
 
     options, config = launch_options(DBIAS, q, **variant)
-    tiles = triton.cdiv(queries, config.tiles["BLOCK_M"]) * triton.cdiv(
-        keys, config.tiles["BLOCK_N"]
-    )
-    programs = tiles * period * heads
-    parts = bias_partials(batch // period, programs)
-    partial = (
-        dbias
-        if parts == 1
-        else torch.empty((parts, *dbias.shape), dtype=torch.float32, device=q.device)
-    )
-    dbias_kernel[(programs, parts)](*inputs, partial, *strides, keys, *counts, **options)
-    return dq, dk, dv, dbias if parts == 1 else partial.sum(0).to(bias.dtype)
+    tiles_m = triton.cdiv(queries, config.tiles["BLOCK_M"])
+    tiles_n = triton.cdiv(keys, config.tiles["BLOCK_N"])
+    programs = tiles_m * tiles_n * period * heads
+    splits, partial = bias_partials(batch // period, programs), dbias
+    if splits > 1:
+        partial = torch.empty((splits, *dbias.shape), dtype=torch.float32, device=q.device)
+    dbias_kernel[(programs, splits)](*inputs, partial, *strides, keys, *counts, **options)
+    return dq, dk, dv, dbias if splits == 1 else partial.sum(0).to(bias.dtype)
 
 
 def _variant(a: Biased) -> dict[str, Any]:
@@ -679,17 +625,16 @@ def _variant(a: Biased) -> dict[str, Any]:
 
 
 def _bias_rows(bias: Tensor) -> Tensor:
-    """The bias itself if its rows are contiguous, of whole vectors and begin where one may, else a padded copy."""
+    """Return a padded copy of the bias unless its rows are contiguous, aligned, and whole vectors."""
     sizes, strides = bias.shape, bias.stride()
     aligned = all(
         stride % 16 == 0 for size, stride in zip(sizes[:3], strides[:3], strict=True) if size > 1
     )
     if aligned and strides[2] * 256 < 2**31 and strides[3] == 1 and sizes[3] % 16 == 0:
         return bias
-    # What is expanded, as the heads of a mask, is copied once.
-    once = tuple(slice(1) if stride == 0 else slice(None) for stride in strides[:3])
-    small = bias[once]
-    padded = triton.cdiv(sizes[3], 16) * 16
-    room = torch.full((*small.shape[:3], padded), -torch.inf, dtype=bias.dtype, device=bias.device)
-    room[..., : sizes[3]] = small
-    return room.expand(*sizes[:3], padded)
+    # Expanded dimensions, such as the heads of a mask, are copied once.
+    small = bias[tuple(slice(1) if stride == 0 else slice(None) for stride in strides[:3])]
+    width = triton.cdiv(sizes[3], 16) * 16
+    padded = torch.full((*small.shape[:3], width), -torch.inf, dtype=bias.dtype, device=bias.device)
+    padded[..., : sizes[3]] = small
+    return padded.expand(*sizes[:3], width)

@@ -1,10 +1,10 @@
-"""Launch configurations: from a tuned table if there is one, else a heuristic chosen with the compiler's report.
+"""Launch configurations: from a tuned table if there is one, else by a heuristic based on the audit's figures.
 
 A table is `kernels/tuning/sm_<arch>.json`:
 
     {"relpos_forward": {"bf16/64": {"tiles": {"BLOCK_M": 128, "BLOCK_N": 64}, "num_warps": 8, "num_stages": 3}}}
 
-The number is the head dimension. There is no run-time tuning.
+Keys are dtype and head dimension. There is no run-time tuning.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ TRITON_TYPE = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """The tiling and compile options of a kernel."""
+    """Tiling and compile options of a kernel."""
 
     tiles: Mapping[str, int]  # `{"BLOCK_M": 128, "BLOCK_N": 64}`
     num_warps: int = 4
     num_stages: int = 2  # of the software pipeline over a loop's loads
-    # GEMMs have separate accumulators, added to the sums later: Hopper's stay in flight, for registers.
+    # GEMMs have accumulators of their own, added to the sums later: on Hopper they stay in flight, at the cost of
+    # registers.
     apart: bool = False
     registers: int = 0  # maximum per thread, where the compiler needs one
     # The last tile follows a branch that is always taken; see `relpos_attention.forward_kernel`.
@@ -46,17 +47,19 @@ class LaunchConfig:
     @property
     def options(self) -> dict[str, int]:
         """Compile options of a launch. FMA fusion is explicit: Triton's default changes in 3.10."""
-        given = {
+        options = {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,
         }
-        return given | ({"maxnreg": self.registers} if self.registers else {})
+        if self.registers:
+            options["maxnreg"] = self.registers
+        return options
 
 
 @dataclass(frozen=True)
 class CompileRequest:
-    """The arguments of `ASTSource(r.kernel, r.signature, r.constexprs, r.attrs)` and its `options=r.options`."""
+    """Arguments of `triton.compile(ASTSource(kernel, signature, constexprs, attrs), options=options)`."""
 
     kernel: Any
     signature: dict[str, str]
@@ -65,8 +68,8 @@ class CompileRequest:
     options: dict[str, int]
 
 
-# Types of arguments by name, where a kernel does not differ: other pointers are to the dtype that it computes in, other
-# numbers are 32-bit integers.
+# Default types of arguments by name. Other pointers are to the dtype that a kernel computes in, other numbers are
+# 32-bit integers.
 _STATISTICS = (
     "mean rstd partials lse dlse row_lse delta scales maximum sum picked total loss log_sum "
     "coefficient entries largest"
@@ -105,21 +108,23 @@ class KernelSpec:
     def request(
         self, variant: Variant, dtype: str, arch: int, config: LaunchConfig | None = None
     ) -> CompileRequest:
-        """The compilation of one variant for one dtype and architecture, with its own or another configuration."""
+        """Return the compilation of a variant for a dtype and architecture, by default with its own configuration."""
         config = self.config(variant, dtype, arch) if config is None else config
         constants = {**self.constants(variant, dtype, config), **config.tiles}
         names: list[str] = self.kernel.arg_names
-        kinds = self.kernel.fn.__annotations__
-        needed = {name for name, kind in kinds.items() if kind in ("tl.constexpr", tl.constexpr)}
+        annotations = self.kernel.fn.__annotations__.items()
+        needed = {name for name, hint in annotations if hint in ("tl.constexpr", tl.constexpr)}
         if wrong := (needed - constants.keys()) | (constants.keys() - set(names)):
             raise ValueError(f"kernel {self.name}: constants missing or unknown: {sorted(wrong)}")
         types = _TYPES | dict(self.types(variant, dtype))
         signature: dict[str, str] = {}
         attrs: dict[tuple[int, ...], list[list[Any]]] = {}
         for i, name in enumerate(names):
-            kind = types.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
-            signature[name] = kind = "constexpr" if name in constants else kind
-            if kind.startswith("*") or (kind == "i32" and name.startswith("stride_")):
+            argument = types.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
+            if name in constants:
+                argument = "constexpr"
+            signature[name] = argument
+            if argument[0] == "*" or (argument == "i32" and name.startswith("stride_")):
                 attrs[(i,)] = [["tt.divisibility", 16]]
         ordered = {name: constants[name] for name in names if name in constants}
         return CompileRequest(self.kernel, signature, ordered, attrs, config.options)
@@ -128,7 +133,7 @@ class KernelSpec:
 def launch_options(
     spec: KernelSpec, like: Tensor, **variant: Any
 ) -> tuple[dict[str, Any], LaunchConfig]:
-    """Constants, tiles and compile options of a launch on tensors like this one, and its configuration."""
+    """Return constants, tiles and compile options of a launch on tensors like this one, and its configuration."""
     return cached_options(spec, dtype_name(like.dtype), architecture(like.device), **variant)
 
 
@@ -136,18 +141,17 @@ def launch_options(
 def cached_options(
     spec: KernelSpec, dtype: str, arch: int, **variant: Any
 ) -> tuple[dict[str, Any], LaunchConfig]:
-    """`launch_options` for a dtype and an architecture; to be forgotten when the table of configurations changes."""
+    """Return `launch_options` for a dtype and an architecture; clear the cache when the tuned tables change."""
     config = spec.config(variant, dtype, arch)
-    constants = {
-        k: v for k, v in spec.constants(variant, dtype, config).items() if not k.endswith("_ptr")
-    }
-    return {**constants, **config.tiles, **config.options}, config
+    constants = spec.constants(variant, dtype, config).items()
+    options = {name: value for name, value in constants if not name.endswith("_ptr")}
+    return {**options, **config.tiles, **config.options}, config
 
 
 def architecture(device: torch.device) -> int:
-    """90 for NVIDIA's compute capability 9.0; 0 for AMD, where the same numbers mean other hardware.
+    """Return 90 for NVIDIA's compute capability 9.0, and 0 for AMD, whose capabilities have other meanings.
 
-    On a CPU it is that of the emulation; the interpreter uses the configurations of the oldest architecture.
+    On a CPU it is the emulated architecture; the interpreter uses the configurations of the oldest one.
     """
     if device.type != "cuda":
         return emulated_architecture() or 80
@@ -158,16 +162,14 @@ def architecture(device: torch.device) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """The multiprocessors of a GPU; 1 for the interpreter."""
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 1
-    )
+    """Return the number of multiprocessors of a GPU; 1 for the interpreter."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Triton's name of a compute dtype: `bf16`; InputError for an unsupported one."""
+    """Return Triton's name of a compute dtype: `bf16`; InputError for an unsupported one."""
     name = str(dtype).removeprefix("torch.")
     if name not in TRITON_TYPE:
         raise InputError(f"the Triton kernels compute in {', '.join(TRITON_TYPE)}; got {name}")
@@ -181,32 +183,32 @@ def _tuned(arch: int) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def tuned_config(kernel: str, size: int, dtype: str, arch: int) -> LaunchConfig | None:
-    """The entry of the architecture's table for a kernel and its head dimension, if there is one."""
+    """Return the tuned configuration of a kernel for a head dimension, if the architecture's table has one."""
     row = _tuned(arch).get(kernel, {}).get(f"{dtype}/{size}")
     if row is None:
         return None
-    rest = {name: row[name] for name in ("apart", "registers", "fenced") if name in row}
-    return LaunchConfig(dict(row["tiles"]), row["num_warps"], row["num_stages"], **rest)
+    flags = {name: row[name] for name in ("apart", "registers", "fenced") if name in row}
+    return LaunchConfig(dict(row["tiles"]), row["num_warps"], row["num_stages"], **flags)
 
 
 def tuned_backend(kernel: str, size: int, dtype: str, arch: int) -> str:
-    """The fastest backend in the table for a kernel: `triton`, or `flash_attn`."""
+    """Return the fastest backend for a kernel by the architecture's table: `triton`, or `flash_attn`."""
     return _tuned(arch).get(kernel, {}).get(f"{dtype}/{size}", {}).get("backend", "triton")
 
 
 def config_for(
     kernel: str, head_dim: int, dtype: str, arch: int, *, dropout: bool = False
 ) -> LaunchConfig:
-    """The configuration of an attention kernel: tuned for this architecture, or heuristic.
+    """Return the configuration of an attention kernel: tuned for this architecture, or heuristic.
 
-    With `dropout` it is heuristic: random bits take registers, and the table has none for them under this name.
+    With `dropout` it is heuristic: random bits take registers, and tables have no entries for them.
     """
     tuned = None if dropout else tuned_config(kernel, head_dim, dtype, arch)
     return tuned or heuristic_config(kernel, head_dim, dtype, arch, dropout=dropout)
 
 
-# (rows of the tile that a program owns, rows of the tiles that it loops over, warps, stages) for head dimensions up to
-# `_COLUMNS`. Programs of the forward, dq and dbias kernels own queries, those of the dkdv kernels keys.
+# (rows of the output tile, rows of the tiles that the program loops over, warps, stages) for head dimensions up to
+# `_COLUMNS`. Output tiles of the forward, dq and dbias kernels are queries, those of the dkdv kernels keys.
 _Rows = tuple[tuple[int, int, int, int], ...]
 # The masks of the second piece of a head of 72 take registers.
 _COLUMNS = {3: (64, 96, 128), 6: (64, 72, 96, 128, 192, 256)}
@@ -248,144 +250,32 @@ _TILES: dict[str, dict[int, _Rows]] = {
         120: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2)),
     },
     "bias_attention_forward": {
-        80: (
-            (64, 64, 4, 2),
-            (64, 32, 4, 2),
-            (64, 32, 4, 2),
-            (64, 32, 4, 2),
-            (64, 32, 8, 2),
-            (64, 32, 8, 2),
-        ),
-        90: (
-            (64, 64, 4, 2),
-            (64, 64, 4, 2),
-            (64, 64, 4, 2),
-            (64, 64, 4, 2),
-            (64, 64, 8, 2),
-            (64, 32, 8, 2),
-        ),
-        100: (
-            (128, 64, 8, 2),
-            (128, 64, 8, 2),
-            (128, 64, 8, 2),
-            (128, 32, 8, 2),
-            (128, 32, 8, 2),
-            (128, 32, 8, 2),
-        ),
-        120: (
-            (64, 64, 4, 2),
-            (64, 32, 4, 2),
-            (64, 32, 4, 2),
-            (64, 32, 4, 2),
-            (64, 32, 8, 2),
-            (64, 32, 8, 2),
-        ),
+        80: ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+        90: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+        100: ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
+        120: ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
     },
     "bias_attention_dkdv": {
-        80: (
-            (64, 32, 4, 2),
-            (64, 32, 8, 2),
-            (64, 32, 8, 2),
-            (64, 32, 8, 2),
-            (64, 16, 8, 1),
-            (32, 16, 8, 1),
-        ),
-        90: (
-            (64, 64, 4, 2),
-            (64, 32, 8, 2),
-            (64, 32, 4, 2),
-            (64, 32, 4, 2),
-            (64, 32, 8, 2),
-            (64, 16, 4, 2),
-        ),
-        100: (
-            (128, 32, 8, 2),
-            (128, 32, 8, 2),
-            (128, 32, 8, 2),
-            (128, 32, 8, 2),
-            (128, 32, 8, 1),
-            (128, 16, 8, 1),
-        ),
-        120: (
-            (64, 16, 4, 2),
-            (64, 32, 8, 2),
-            (64, 32, 8, 2),
-            (64, 16, 8, 2),
-            (64, 16, 8, 1),
-            (32, 16, 8, 1),
-        ),
+        80: ((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 1), (32, 16, 8, 1)),
+        90: ((64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 4, 2)),
+        100: ((128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 1), (128, 16, 8, 1)),
+        120: ((64, 16, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2), (64, 16, 8, 1), (32, 16, 8, 1)),
     },
     "bias_attention_dq": {
-        80: (
-            (64, 32, 4, 2),
-            (64, 32, 4, 2),
-            (64, 32, 4, 2),
-            (64, 32, 8, 2),
-            (64, 32, 8, 1),
-            (64, 16, 8, 1),
-        ),
-        90: (
-            (64, 64, 4, 2),
-            (64, 64, 4, 2),
-            (64, 64, 4, 2),
-            (64, 32, 4, 2),
-            (64, 32, 8, 2),
-            (64, 32, 8, 2),
-        ),
-        100: (
-            (128, 64, 8, 2),
-            (128, 32, 8, 2),
-            (128, 32, 8, 2),
-            (128, 32, 8, 2),
-            (128, 32, 8, 1),
-            (128, 32, 8, 1),
-        ),
-        120: (
-            (64, 32, 4, 2),
-            (64, 32, 4, 2),
-            (64, 32, 4, 2),
-            (64, 32, 8, 2),
-            (64, 32, 8, 1),
-            (64, 16, 8, 1),
-        ),
+        80: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 8, 1)),
+        90: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+        100: ((128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 1), (128, 32, 8, 1)),
+        120: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 8, 1)),
     },
     "bias_attention_dbias": {
-        80: (
-            (64, 32, 4, 2),
-            (64, 32, 4, 2),
-            (64, 32, 4, 2),
-            (64, 32, 4, 2),
-            (64, 32, 8, 1),
-            (64, 32, 8, 1),
-        ),
-        90: (
-            (64, 64, 4, 2),
-            (64, 64, 8, 2),
-            (64, 64, 4, 2),
-            (64, 32, 4, 2),
-            (64, 32, 8, 1),
-            (64, 32, 8, 1),
-        ),
-        100: (
-            (64, 64, 4, 2),
-            (64, 64, 4, 2),
-            (64, 64, 4, 2),
-            (64, 32, 4, 2),
-            (64, 32, 8, 1),
-            (64, 32, 8, 1),
-        ),
-        120: (
-            (64, 32, 4, 2),
-            (64, 32, 4, 2),
-            (64, 32, 4, 2),
-            (64, 32, 4, 2),
-            (64, 32, 8, 1),
-            (64, 32, 8, 1),
-        ),
+        80: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
+        90: ((64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
+        100: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
+        120: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
     },
-}
-# By the end of a kernel's name: packed attention with dropout or a mask of keys, which take registers; sequences of at
-# most 32 tokens; several heads a program, over few keys and over many; tiles that more programs share.
+}  # fmt: skip
+# By the suffix of a kernel's name: packed attention with dropout or a mask of keys, which take registers; sequences of
+# at most 32 tokens; several heads a program, over few keys and over many; bias in fragments; smaller tiles.
 _SELECTIVE: _Rows = ((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2))
 _FORMS: dict[str, _Rows] = {
     "_dropout": _SELECTIVE,
@@ -396,43 +286,38 @@ _FORMS: dict[str, _Rows] = {
     "_fragments": ((128, 64, 8, 3),) * 3,
     "_narrow": ((64, 32, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2)),
 }
-# The widest head whose products have accumulators of their own: Triton 3.6 makes them wait for each other on Hopper
-# else. Wider heads have no registers for it; unfenced, 96 and 128 are serialised, and 256 spills.
+# The widest head whose GEMMs have accumulators of their own: else Triton 3.6 serialises them on Hopper. Wider heads
+# have no registers for it; without a fence, 96 and 128 are serialised, and 256 spills.
 _APART = {"relpos_dkdv": 64, "bias_attention_dkdv": 64, "bias_attention_dq": 192}
 
 
 def heuristic_config(
     kernel: str, head_dim: int, dtype: str, arch: int, *, dropout: bool = False
 ) -> LaunchConfig:
-    """A configuration without spills in half precision, for two programs per multiprocessor at head dimension 64.
+    """Return a configuration without spills in half precision, for two programs per multiprocessor at head dim 64.
 
     fp32 is for exactness, not speed: it does not use the tensor cores. Architectures between the table's entries (86,
     89, 103, 121) use the nearest one that fits in their shared memory.
     """
-    nearest = (
-        (80 if arch == 80 else 120)
-        if arch < 90
-        else 90
-        if arch < 100
-        else 100
-        if arch < 120
-        else 120
-    )
+    if arch < 90:
+        nearest = 80 if arch == 80 else 120
+    else:
+        nearest = max(entry for entry in (90, 100, 120) if entry <= arch)
     if dtype == "fp32":
-        own, other, warps, stages = (32, 32, 4, 1) if head_dim > 64 else (32, 64, 4, 1)
+        output, looped, warps, stages = (32, 32, 4, 1) if head_dim > 64 else (32, 64, 4, 1)
     else:
         form = next((end for end in _FORMS if kernel.endswith(end)), None)
         rows = _TILES[kernel][nearest] if form is None else _FORMS[form]
-        own, other, warps, stages = rows[bisect_left(_COLUMNS[len(rows)], head_dim)]
+        output, looped, warps, stages = rows[bisect_left(_COLUMNS[len(rows)], head_dim)]
         if rows is _SELECTIVE and nearest == 100:
             warps = 8
         if dropout:
-            other = min(other, 32)
-    block_m, block_n = (other, own) if "_dkdv" in kernel else (own, other)
-    # A warp for each head of a program that has several.
+            looped = min(looped, 32)
+    block_m, block_n = (looped, output) if "_dkdv" in kernel else (output, looped)
+    # One warp per head.
     heads = {"HEADS": warps} if "_heads" in kernel else {}
     widest = _APART.get(kernel, 0) if dtype != "fp32" and nearest == 90 else 0
-    # Two more than two programs a multiprocessor may have, else.
+    # The compiler's own count is two above the limit for two programs per multiprocessor.
     registers = 126 if kernel.endswith("_fragments") else 0
     tiles = {**heads, "BLOCK_M": block_m, "BLOCK_N": block_n}
     return LaunchConfig(
@@ -441,11 +326,11 @@ def heuristic_config(
 
 
 def tail_size(tokens: int, block: int, masked: int = 32) -> int:
-    """Rows of the last, partial tile: 0, or the smallest power of two from 16 up that holds the rest.
+    """Return the rows of the last, partial tile: 0, or the smallest power of two from 16 up that holds the remainder.
 
-    Tiles of up to `masked` rows have no tail of another size, which would save little.
+    Tiles of up to `masked` rows have tails of the same size, since smaller ones would save little.
     """
-    rest = tokens % block
-    if rest == 0 or block <= masked:
-        return block if rest else 0
-    return max(16, triton.next_power_of_2(rest))
+    remainder = tokens % block
+    if not remainder or block <= masked:
+        return block if remainder else 0
+    return max(16, triton.next_power_of_2(remainder))

@@ -1,9 +1,8 @@
 """Self-attention with BEiT's relative position bias (arXiv 2106.08254), in the manner of FlashAttention-2 (2307.08691).
 
-The bias is materialised once per layer, `[H, N, N_pad]`, less the largest of each query, divided by the scale and with
--inf in the columns beyond N, so that the loop over keys needs neither the table nor a mask, and no arithmetic for the
-bias. All batch entries read it from the second-level cache. The logsumexp that the backward pass reads is of these
-scores.
+The bias is materialised once per layer, `[H, N, N_pad]`, minus each query's maximum, divided by the scale and with -inf
+in the columns beyond N, so that the loop over keys needs neither the table nor a mask, and no arithmetic for the bias.
+All batch entries read it from the second-level cache. The saved logsumexp is of these scores.
 """
 
 
@@ -31,6 +30,7 @@ from .attention_tiles import (
     backward_statistics,
     dkdv_tile,
     forward_tile,
+    head_rows,
     load_pieces,
     store_pieces,
     strides_of,
@@ -44,13 +44,14 @@ from .relpos_table import (
     table_gradient,
     unfold_fragments,
 )
+from .rows import load_fp32
 
 __all__ = ["KERNELS", "materialise_bias", "relpos_attention_backward", "relpos_attention_forward"]
 
 
 @triton.jit
 def locate(tokens, batch, BLOCK: tl.constexpr):
-    """(first row, batch entry, head) of a program.
+    """Return (first row, batch entry, head) of a program.
 
     Neighbours share keys and values, then the bias of a head, so that both stay in the second-level cache.
     """
@@ -69,16 +70,16 @@ def forward_kernel(
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr = None,
 ):  # fmt: skip
-    """BLOCK_M queries of one head of one batch entry, against all keys.
+    """Attend from BLOCK_M queries of one head of one batch entry to all keys.
 
-    With STAGES, the loop's loads of the bias are copied ahead of their use too, not only those of keys and values.
+    With STAGES, the loop prefetches the bias too, not only keys and values.
     """
     start, b, h = locate(tokens, batch, BLOCK_M)
     rows = tl.arange(0, BLOCK_M)
     inside = rows < tokens - start
     # Rows beyond the last repeat it: they read valid memory and are not stored.
     clamped = tl.minimum(rows, tokens - 1 - start)
-    q_base = q_ptr + b * stride_qb + h * stride_qh + start.to(tl.int64) * stride_qn
+    q_base = head_rows(q_ptr, b, h, start, stride_qb, stride_qn, stride_qh)
     q_a, q_b = load_pieces(q_base, clamped, stride_qn, inside, D_A, D_B, False)
     k_base = k_ptr + b * stride_kb + h * stride_kh
     v_base = v_ptr + b * stride_vb + h * stride_vh
@@ -100,9 +101,9 @@ def forward_kernel(
         v_base += BLOCK_N * stride_vn
         bias_base += BLOCK_N
     if TAIL > 0:
-        # The class token makes N one more than a multiple of a tile at many sizes: the last tile has a size of its own.
-        # The branch is always taken: it is a fence, without which ptxas finds Hopper's products of the loop still under
-        # way where those of the last tile begin, and serialises every product of the kernel (C7515).
+        # With the class token, N is one more than a multiple of a tile at many sizes: the last tile has its own size.
+        # The branch is always taken: it is a fence, without which ptxas finds the loop's GEMMs still in flight on
+        # Hopper where those of the last tile begin, and serialises every GEMM of the kernel (C7515).
         if full < tokens:
             last = tl.arange(0, TAIL)
             acc_a, acc_b, row_max, row_sum = forward_tile(
@@ -110,7 +111,7 @@ def forward_kernel(
                 k_base, v_base, stride_kn, stride_vn, bias_base + (bias_rows + last[None, :]), last < tokens - full,
                 last, 0, 0, 0, 0, SCALE, D_A, D_B, TAIL, PRECISION, True, False, 0,
             )  # fmt: skip
-    out_base = out_ptr + b * stride_ob + h * stride_oh + start.to(tl.int64) * stride_on
+    out_base = head_rows(out_ptr, b, h, start, stride_ob, stride_on, stride_oh)
     lse_base = lse_ptr + (b * heads + h) * tokens + start
     _store(
         out_base, lse_base, acc_a, acc_b, row_max, row_sum, rows, inside, stride_on, SCALE, D_A, D_B
@@ -119,10 +120,20 @@ def forward_kernel(
 
 @triton.jit
 def _store(
-    out_base, lse_base, acc_a, acc_b, row_max, row_sum, rows, inside, stride_on,
-    SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr,
-):  # fmt: skip
-    """The results of a tile of queries, out of their sums."""
+    out_base,
+    lse_base,
+    acc_a,
+    acc_b,
+    row_max,
+    row_sum,
+    rows,
+    inside,
+    stride_on,
+    SCALE: tl.constexpr,
+    D_A: tl.constexpr,
+    D_B: tl.constexpr,
+):
+    """Store the normalised outputs of a tile of queries, and their logsumexp."""
     inverse = (1.0 / row_sum)[:, None]
     store_pieces(out_base, rows, stride_on, inside, acc_a * inverse, acc_b * inverse, D_A, D_B)
     tl.store(lse_base + rows, row_max * SCALE + tl.log2(row_sum) / LOG2E, mask=inside)
@@ -136,20 +147,20 @@ def fragments_kernel(
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """As `forward_kernel`, for heads of one piece on Hopper: no thread computes addresses of keys, values or bias.
+    """Attend as `forward_kernel`, for heads of one piece on Hopper; no thread computes addresses of keys or values.
 
-    Tiles of keys and values come by descriptors, `[B, N, H·D]`: one thread asks for each, and the products need no
-    fence against writes of threads to shared memory. The bias of the next turn is loaded straight into registers, in
-    the order of `fragment_rows`: shared memory, whose bandwidth the products need, is spared it.
+    TMA loads tiles of keys and values by descriptors, `[B, N, H·D]`: one thread issues each copy, and the GEMMs need no
+    fence against writes of threads to shared memory. The bias of the next iteration is loaded straight into registers,
+    in the layout of `fragment_rows`: that saves the bandwidth of shared memory for the GEMMs.
     """
-    # A grid of three dimensions: what one is divided by would delay the first loads.
+    # A grid of three dimensions, because divisions would delay the first loads.
     start, batch_entry, head = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2)
     b, h = batch_entry.to(tl.int64), head.to(tl.int64)
     rows = tl.arange(0, BLOCK_M)
     inside = rows < tokens - start
     # Rows beyond the last repeat it: they read valid memory and are not stored.
     clamped = tl.minimum(rows, tokens - 1 - start)
-    q_base = q_ptr + b * stride_qb + h * stride_qh + start.to(tl.int64) * stride_qn
+    q_base = head_rows(q_ptr, b, h, start, stride_qb, stride_qn, stride_qh)
     q, _ = load_pieces(q_base, clamped, stride_qn, inside, D_A, D_B, False)
     bias_base = (
         bias_ptr + (h * tl.num_programs(0) + tl.program_id(0)) * (BLOCK_M // 2) * stride_bias
@@ -157,7 +168,7 @@ def fragments_kernel(
     fragments = tl.arange(0, 2 * BLOCK_M)[:, None] * 16 + tl.arange(0, 16)[None, :]
     bias_ahead = unfold_fragments(tl.load(bias_base + fragments))
     full = tokens // BLOCK_N * BLOCK_N
-    if TAIL > 0:  # loaded ahead of the loop, behind which they would be waited for
+    if TAIL > 0:  # loaded before the loop, after which their latency would show
         last = tl.arange(0, TAIL)
         k_base = k_ptr + b * stride_kb + h * stride_kh + full * stride_kn
         v_base = v_ptr + b * stride_vb + h * stride_vh + full * stride_vn
@@ -166,29 +177,29 @@ def fragments_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D_A], tl.float32)
-    rest = tl.zeros([BLOCK_M, 16], tl.float32)  # of a second piece, which there is none of
+    unused = tl.zeros([BLOCK_M, 16], tl.float32)  # accumulator of an absent second piece
     for first in range(0, full, BLOCK_N):
         bias = bias_ahead
-        # The last turn fetches the tile behind the loop, if there is one.
+        # The last iteration fetches the tile after the loop, if there is one.
         bias_base += tl.where(first + BLOCK_N < stride_bias, BLOCK_M * BLOCK_N // 2, 0)
         bias_ahead = unfold_fragments(tl.load(bias_base + fragments))
         k = k_tiles.load([batch_entry, first, head * D_A]).reshape(BLOCK_N, D_A)
         v = v_tiles.load([batch_entry, first, head * D_A]).reshape(BLOCK_N, D_A)
-        acc, rest, row_max, row_sum = forward_tile(
-            q, q, acc, rest, row_max, row_sum, 0, 0, 0, 0, None, 0, 0, 0, 0, 0, 0,
+        acc, unused, row_max, row_sum = forward_tile(
+            q, q, acc, unused, row_max, row_sum, 0, 0, 0, 0, None, 0, 0, 0, 0, 0, 0,
             SCALE, D_A, D_B, BLOCK_N, PRECISION, False, False, 0, False, (bias, k, k, v, v),
         )  # fmt: skip
     if TAIL > 0:
         if full < tokens:  # a fence, see `forward_kernel`
             bias = first_columns(bias_ahead, TAIL)
-            acc, rest, row_max, row_sum = forward_tile(
-                q, q, acc, rest, row_max, row_sum, 0, 0, 0, 0, None, 0, 0, 0, 0, 0, 0,
+            acc, unused, row_max, row_sum = forward_tile(
+                q, q, acc, unused, row_max, row_sum, 0, 0, 0, 0, None, 0, 0, 0, 0, 0, 0,
                 SCALE, D_A, D_B, TAIL, PRECISION, True, False, 0, False, (bias, k_last, k_last, v_last, v_last),  # pyright: ignore[reportPossiblyUnboundVariable]
             )  # fmt: skip
-    out_base = out_ptr + b * stride_ob + h * stride_oh + start.to(tl.int64) * stride_on
+    out_base = head_rows(out_ptr, b, h, start, stride_ob, stride_on, stride_oh)
     lse_base = lse_ptr + (b * heads + h) * tokens + start
     _store(
-        out_base, lse_base, acc, rest, row_max, row_sum, rows, inside, stride_on, SCALE, D_A, D_B
+        out_base, lse_base, acc, unused, row_max, row_sum, rows, inside, stride_on, SCALE, D_A, D_B
     )
 
 
@@ -200,9 +211,9 @@ def dkdv_kernel(
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    """The gradients dk and dv of BLOCK_N keys of one head of one batch entry, and of the scores, from all queries.
+    """Compute dk and dv of BLOCK_N keys of one head of one batch entry, and store the score gradients.
 
-    The bias lies `[H, keys, queries]`, with -inf in the columns beyond the last query, and the gradients of the scores
+    The bias is `[H, keys, queries]`, with -inf in the columns beyond the last query, the score gradients are
     `[B, H, keys, queries]`, with zeros there.
     """
     start, b, h = locate(tokens, batch, BLOCK_N)
@@ -210,8 +221,8 @@ def dkdv_kernel(
     inside = columns < tokens - start
     # Keys beyond the last repeat it: they read valid memory and are not stored.
     clamped = tl.minimum(columns, tokens - 1 - start)
-    k_base = k_ptr + b * stride_kb + h * stride_kh + start.to(tl.int64) * stride_kn
-    v_base = v_ptr + b * stride_vb + h * stride_vh + start.to(tl.int64) * stride_vn
+    k_base = head_rows(k_ptr, b, h, start, stride_kb, stride_kn, stride_kh)
+    v_base = head_rows(v_ptr, b, h, start, stride_vb, stride_vn, stride_vh)
     k_a, k_b = load_pieces(k_base, clamped, stride_kn, inside, D_A, D_B, False)
     v_a, v_b = load_pieces(v_base, clamped, stride_vn, inside, D_A, D_B, False)
     q_base = q_ptr + b * stride_qb + h * stride_qh
@@ -256,18 +267,32 @@ def dkdv_kernel(
 
 @triton.jit(do_not_specialize=["batch", "heads", "tokens"])
 def dq_kernel(
-    k_ptr, ds_ptr, dq_ptr, stride_kb, stride_kn, stride_kh, stride_ds, batch, heads, tokens,
-    SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """The gradient dq of BLOCK_M queries of one head of one batch entry, from the gradients of their scores."""
+    k_ptr,
+    ds_ptr,
+    dq_ptr,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_ds,
+    batch,
+    heads,
+    tokens,
+    SCALE: tl.constexpr,
+    D_A: tl.constexpr,
+    D_B: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Compute dq of BLOCK_M queries of one head of one batch entry from the score gradients."""
     start, b, h = locate(tokens, batch, BLOCK_M)
     rows = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
     k_base = k_ptr + b * stride_kb + h * stride_kh
     ds_base = ds_ptr + (b * heads + h) * tokens * stride_ds + start
     ds_tile = columns[:, None] * stride_ds + rows[None, :]
-    # Rows are as long as a multiple of 16, which leaves vectors whole.
+    # Rows are padded to a multiple of 16: the mask covers whole vectors.
     present = rows < stride_ds - start
     dq_a = tl.zeros([BLOCK_M, D_A], tl.float32)
     dq_b = tl.zeros([BLOCK_M, D_B if D_B > 0 else 16], tl.float32)
@@ -299,45 +324,46 @@ def batch_sum_kernel(
     BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """BLOCK gradients of scores, summed over batch entries in order: into fp32, or onto it unless FIRST.
+    """Sum BLOCK score gradients over batch entries, in order, into fp32; add to the result unless FIRST.
 
-    ENTRIES are read at a time; their loads are under way together.
+    The loads of ENTRIES entries are in flight at a time.
     """
-    places = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < stride_ds
+    offsets = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < stride_ds
     acc = tl.zeros([BLOCK], tl.float32)
     if not FIRST:
-        acc += tl.load(dbias_ptr + places, mask=inside, other=0.0)
+        acc += tl.load(dbias_ptr + offsets, mask=inside, other=0.0)
     for first in range(0, batch, ENTRIES):
         for entry in tl.static_range(ENTRIES):  # pyright: ignore[reportGeneralTypeIssues]
-            there = inside & (tl.full(places.shape, first + entry, tl.int32) < batch)
-            acc += tl.load(ds_ptr + places, mask=there, other=0.0).to(tl.float32)
+            mask = inside & (tl.full(offsets.shape, first + entry, tl.int32) < batch)
+            acc += load_fp32(ds_ptr + offsets, mask)
             ds_ptr += stride_ds
-    tl.store(dbias_ptr + places, acc, mask=inside)
+    tl.store(dbias_ptr + offsets, acc, mask=inside)
 
 
 def _spec(
     name: str, kernel: Any, variant: Variant, head_dims: tuple[int, ...] = HEAD_DIMS, **options: Any
 ) -> KernelSpec:
-    """A kernel with this variant for every head dimension."""
+    """Specify a kernel with this variant for every head dimension."""
     looped, masked = ("BLOCK_M", MASKED_QUERIES) if name == "relpos_dkdv" else ("BLOCK_N", 32)
 
     def extras(variant: Variant, config: LaunchConfig) -> Mapping[str, Any]:
-        tail = tail_size(variant.get("tokens", 0), config.tiles[looped], masked)
-        return {"TAIL": tail}
+        return {"TAIL": tail_size(variant.get("tokens", 0), config.tiles[looped], masked)}
 
     def types(variant: Variant, dtype: str) -> Mapping[str, str]:
         tile = f"tensordesc<{dtype}[1, {FRAGMENT_TILE[1]}, {variant['head_dim']}]>"
-        bias = "*i32" if kernel is fragments_kernel else "*fp32" if dtype == "fp32" else "*fp16"
+        bias = "*fp32" if dtype == "fp32" else "*fp16"
+        if kernel is fragments_kernel:
+            bias = "*i32"
         return {"bias_ptr": bias, "k_tiles": tile, "v_tiles": tile}
 
-    every = [{"head_dim": head_dim, **variant} for head_dim in head_dims]
-    return attention_spec(name, kernel, every, extras, types=types, **options)
+    variants = [{"head_dim": head_dim, **variant} for head_dim in head_dims]
+    return attention_spec(name, kernel, variants, extras, types=types, **options)
 
 
-# Tiles of at most so many queries are masked in the loop of the dkdv kernel, instead of a last tile of their own.
+# Tiles of up to this many queries are masked in the loop of the dkdv kernel, instead of a separate last tile.
 MASKED_QUERIES = 16
-# 577 tokens stand for windows of 14², 24² and 30² patches, which all have the same kind of last tile.
+# 577 tokens represent windows of 14², 24² and 30² patches, whose last tiles have the same size.
 FORWARD = _spec("relpos_forward", forward_kernel, {"tokens": 577})
 FRAGMENTS = _spec(
     "relpos_forward_fragments", fragments_kernel, {"tokens": 577}, FRAGMENT_HEAD_DIMS, arches=(90,)
@@ -356,23 +382,22 @@ BATCH_SUM = KernelSpec(
     tensor_core=False,
 )
 KERNELS = [FORWARD, FRAGMENTS, DKDV, DQ, BATCH_SUM]
-# Programs of a launch in any dimension but the first.
+# Maximum programs of a launch in the second and third dimension.
 _LARGEST_GRID = 65535
-# The gradients of the scores of so many bytes at most are there at once, so that the second-level cache (an H100's has
-# 50 MB) holds them until they are summed.
+# Maximum bytes of score gradients at a time: the second-level cache (50 MB on an H100) holds them until the sum.
 _SCORES_BYTES = 36 << 20
 
 
 def entries_at_once(batch: int, entry_bytes: int) -> int:
-    """How many batch entries' gradients of scores are there at once: parts of nearly one size."""
-    most = max(1, _SCORES_BYTES // entry_bytes)
-    return triton.cdiv(batch, triton.cdiv(batch, most))
+    """Return the batch entries whose score gradients exist at a time: chunks of nearly one size."""
+    maximum = max(1, _SCORES_BYTES // entry_bytes)
+    return triton.cdiv(batch, triton.cdiv(batch, maximum))
 
 
 def relpos_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale · q kᵀ + bias) v `[B, N, H, D]`, contiguous, and the natural logsumexp `[B, H, N]` in fp32.
+    """Return softmax(scale · q kᵀ + bias) v `[B, N, H, D]`, contiguous, and the logsumexp `[B, H, N]` in fp32.
 
     q, k, v: `[B, N, H, D]`, D in `HEAD_DIMS`, of any strides; copied if the last dimension is not contiguous. The bias
     `[H, N, N_pad]`, contiguous, or in fragments, comes from `materialise_bias` with the same positive scale. InputError
@@ -382,10 +407,9 @@ def relpos_attention_forward(
     _check(q, bias)
     batch, tokens, heads, head_dim = q.shape
     if fragments and batch > _LARGEST_GRID:
-        parts = zip(*(t.split(_LARGEST_GRID) for t in (q, k, v)), strict=True)
-        outs, lses = zip(
-            *(relpos_attention_forward(*part, bias, scale) for part in parts), strict=True
-        )
+        chunks = zip(*(t.split(_LARGEST_GRID) for t in (q, k, v)), strict=True)
+        results = (relpos_attention_forward(*chunk, bias, scale) for chunk in chunks)
+        outs, lses = zip(*results, strict=True)
         return torch.cat(outs), torch.cat(lses)
     q, k, v = (addressable(t) for t in (q, k, v))
     out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device)
@@ -396,11 +420,23 @@ def relpos_attention_forward(
     if q.numel():
         tiles = triton.cdiv(tokens, config.tiles["BLOCK_M"])
         if fragments:
-            (k, k_tiles), (v, v_tiles) = (_described(t, config.tiles["BLOCK_N"]) for t in (k, v))
+            k, k_tiles = _describe(k, config.tiles["BLOCK_N"])
+            v, v_tiles = _describe(v, config.tiles["BLOCK_N"])
             fragments_kernel[(tiles, batch, heads)](
-                q, k, v, k_tiles, v_tiles, bias.view(torch.int32),  # words of two neighbours
-                out, lse, *strides_of(q, k, v, out), columns, heads, tokens, **options,
-            )  # fmt: skip
+                q,
+                k,
+                v,
+                k_tiles,
+                v_tiles,
+                bias.view(torch.int32),  # words of two neighbours
+                out,
+                lse,
+                *strides_of(q, k, v, out),
+                columns,
+                heads,
+                tokens,
+                **options,
+            )
         else:
             forward_kernel[(tiles * batch * heads,)](
                 q,
@@ -419,17 +455,17 @@ def relpos_attention_forward(
     return out, lse
 
 
-def _described(tensor: Tensor, rows: int) -> tuple[Tensor, TensorDescriptor]:
-    """`[B, N, H, D]`, or a copy that fits, and its descriptor as `[B, N, H·D]`, in tiles of one head.
+def _describe(tensor: Tensor, rows: int) -> tuple[Tensor, TensorDescriptor]:
+    """Return `[B, N, H, D]`, copied if necessary, and its descriptor as `[B, N, H·D]`, in tiles of one head.
 
     A descriptor needs adjacent heads, rows that begin at multiples of 16 bytes, and nested strides.
     """
     batch, tokens, heads, head_dim = tensor.shape
-    outer, row, of_head, _ = tensor.stride()
-    side_by_side = (of_head == head_dim or heads == 1) and row >= heads * head_dim
+    outer, row, head, _ = tensor.stride()
+    adjacent = (head == head_dim or heads == 1) and row >= heads * head_dim
     aligned = tensor.data_ptr() % 16 == 0 and row * tensor.element_size() % 16 == 0
     nested = batch == 1 or (outer > 0 and outer % row == 0)
-    if not (side_by_side and aligned and nested):
+    if not (adjacent and aligned and nested):
         tensor = tensor.clone(memory_format=torch.contiguous_format)
         outer, row = tensor.stride()[:2]
     strides = [outer if batch > 1 else tokens * row, row, 1]
@@ -441,12 +477,12 @@ def _described(tensor: Tensor, rows: int) -> tuple[Tensor, TensorDescriptor]:
 def relpos_attention_backward(
     dout: Tensor, a: RelPos, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Deterministic gradients of `relpos_attention_forward`: dq, dk, dv, and dtable `[entries, H]` in fp32.
+    """Compute the gradients of `relpos_attention_forward`: dq, dk, dv, and dtable `[entries, H]` in fp32.
 
     Five GEMMs of 2·B·H·N²·D operations, the minimum of a backward pass: one kernel runs four, for dk and dv, and stores
-    the gradients of the scores in the dtype of q; another makes dq from these, and a third sums them over the batch. So
-    each owns its sums and needs no atomics. Large batches are split, to bound that memory. Of the biases only
-    `a.turned` is read: `[H, keys, queries]`, from `materialise_bias` with `turned`.
+    the score gradients in the dtype of q; a second computes dq from them, and a third sums them over the batch. Each
+    owns its sums and needs no atomics, so results are deterministic. Large batches are split, to bound that memory. Of
+    the biases only `a.turned` is read: `[H, keys, queries]`, from `materialise_bias` with `turned`.
     """
     batch, tokens, heads, head_dim = a.q.shape
     q, k, v, dout, out = (addressable(t) for t in (a.q, a.k, a.v, dout, out))
@@ -457,33 +493,45 @@ def relpos_attention_backward(
     assert turned is not None
     delta, row_lse = backward_statistics(out, dout, lse)
     variant = {"head_dim": head_dim, "scale": a.scale}
-    of_keys, config = launch_options(DKDV, q, tokens=tokens, **variant)
-    block, block_of_keys = config.tiles["BLOCK_M"], config.tiles["BLOCK_N"]
-    of_queries, config = launch_options(DQ, q, **variant)
-    block_of_queries = config.tiles["BLOCK_M"]
+    dkdv_options, config = launch_options(DKDV, q, tokens=tokens, **variant)
+    block, key_tiles = config.tiles["BLOCK_M"], triton.cdiv(tokens, config.tiles["BLOCK_N"])
+    dq_options, config = launch_options(DQ, q, **variant)
+    query_tiles = triton.cdiv(tokens, config.tiles["BLOCK_M"])
     # Up to the end of the last tile of queries.
-    stride = tokens // block * block + of_keys["TAIL"]
+    stride = tokens // block * block + dkdv_options["TAIL"]
     step = entries_at_once(batch, heads * tokens * stride * q.element_size())
     scores = torch.empty((step, heads, tokens, stride), dtype=q.dtype, device=q.device)
     dbias = torch.empty((1, heads, tokens, stride), dtype=torch.float32, device=q.device)
     for first in range(0, batch, step):
         count = min(step, batch - first)
-        part = slice(first, first + count)
-        operands = (q[part], k[part], v[part], dout[part])
-        dkdv_kernel[(triton.cdiv(tokens, block_of_keys) * count * heads,)](
-            *operands, turned, row_lse[part], delta[part], dk[part], dv[part], scores,
-            *strides_of(*operands), turned.stride(1), stride, count, heads, tokens, **of_keys,
-        )  # fmt: skip
-        dq_kernel[(triton.cdiv(tokens, block_of_queries) * count * heads,)](
-            k[part],
+        chunk = slice(first, first + count)
+        operands = (q[chunk], k[chunk], v[chunk], dout[chunk])
+        dkdv_kernel[(key_tiles * count * heads,)](
+            *operands,
+            turned,
+            row_lse[chunk],
+            delta[chunk],
+            dk[chunk],
+            dv[chunk],
             scores,
-            dq[part],
-            *strides_of(k[part]),
+            *strides_of(*operands),
+            turned.stride(1),
             stride,
             count,
             heads,
             tokens,
-            **of_queries,
+            **dkdv_options,
+        )
+        dq_kernel[(query_tiles * count * heads,)](
+            k[chunk],
+            scores,
+            dq[chunk],
+            *strides_of(k[chunk]),
+            stride,
+            count,
+            heads,
+            tokens,
+            **dq_options,
         )
         options, config = launch_options(BATCH_SUM, q, first=first == 0)
         size = dbias.numel()
@@ -494,9 +542,9 @@ def relpos_attention_backward(
 
 
 def _check(q: Tensor, bias: Tensor) -> None:
-    """The layout of a bias that the caller made."""
-    storage, in_order = bias_dtype(q.dtype), bias.is_contiguous()
-    if bias.dtype != storage or not in_order or (bias.ndim == 5 and q.dtype == torch.float32):
+    """Check the dtype and layout of a caller's bias."""
+    storage, contiguous = bias_dtype(q.dtype), bias.is_contiguous()
+    if bias.dtype != storage or not contiguous or (bias.ndim == 5 and q.dtype == torch.float32):
         raise InputError(
             f"bias is {bias.dtype} {[*bias.shape]}; for {q.dtype} it must be contiguous {storage}, in fragments for "
             "half precision only, see relpos_bias"

@@ -1,4 +1,4 @@
-"""From BEiT's position table to the padded bias, and from the bias gradient back to the table."""
+"""BEiT's relative position bias: from the table to the padded bias, and from its gradient back to the table."""
 
 # Triton's stubs know neither launch options nor that a constant is passed as a plain number.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
@@ -17,7 +17,7 @@ from .launch import KernelSpec, LaunchConfig, Variant, architecture, launch_opti
 
 
 def bias_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp16 for both half precisions: 8 times more exact than bf16 here, and one instruction less per two scores."""
+    """Return fp16 for both half precisions: 8 times as precise as bf16, and one instruction less per two scores."""
     return torch.float32 if dtype == torch.float32 else torch.float16
 
 
@@ -26,24 +26,24 @@ FRAGMENT_HEAD_DIMS = (64,)
 
 @triton.jit
 def fragment_rows(quarter, lines):
-    """Rows of the lines `[64]` of a quarter of a tile of 128 x 64 scores that is kept in fragments.
+    """Return the rows of the lines `[64]` of a quarter of a tile of 128 x 64 scores in fragment layout.
 
-    Hopper's tensor cores leave a thread of eight warps rows 16·warp + lane / 4 and 8 more, and in each the columns
-    2 · (lane % 4) and 1 more of every eight. Tiles are kept as `[256, 32]`, in an order in which each thread finds its
-    32 elements in four times 16 bytes, and the threads of a warp find theirs side by side.
+    On Hopper, a thread of eight warps holds rows 16·warp + lane / 4 and 8 more of the accumulators, and in each the
+    columns 2 · (lane % 4) and 1 more of every eight. Tiles are stored as `[256, 32]`, so that a thread loads its 32
+    elements as four times 16 bytes, coalesced within the warp.
     """
     return lines // 8 * 16 + quarter // 2 * 8 + lines % 8
 
 
 @triton.jit
-def fragment_columns(quarter, places):
-    """Columns of the elements `[32]` of every line of a quarter; see `fragment_rows`."""
-    return quarter % 2 * 32 + places // 2 % 4 * 8 + places // 8 * 2 + places % 2
+def fragment_columns(quarter, elements):
+    """Return the columns of the elements `[32]` of every line of a quarter; see `fragment_rows`."""
+    return quarter % 2 * 32 + elements // 2 % 4 * 8 + elements // 8 * 2 + elements % 2
 
 
 @triton.jit
 def unfold_fragments(words):
-    """A tile in the order of `fragment_rows`, as `[256, 16]` words of two neighbours → `[128, 64]` fp16.
+    """Unpack a tile in fragment layout, `[256, 16]` words of two neighbours, to `[128, 64]` fp16.
 
     No element leaves its thread.
     """
@@ -59,7 +59,7 @@ def unfold_fragments(words):
 
 @triton.jit
 def first_columns(tile, COLUMNS: tl.constexpr):
-    """The first 16, 32 or all 64 columns of a tile `[128, 64]`."""
+    """Return the first 16, 32 or all 64 columns of a tile `[128, 64]`."""
     if COLUMNS < 64:
         tile, _ = tl.split(tile.reshape(128, 2, 32).permute(0, 2, 1))
     if COLUMNS < 32:
@@ -69,33 +69,43 @@ def first_columns(tile, COLUMNS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["heads", "height", "width"])
 def bias_kernel(
-    entries_ptr, largest_ptr, bias_ptr, stride_bias, heads, height, width, inverse,
-    LARGEST: tl.constexpr, TURNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    entries_ptr,
+    largest_ptr,
+    bias_ptr,
+    stride_bias,
+    heads,
+    height,
+    width,
+    inverse,
+    LARGEST: tl.constexpr,
+    TURNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
     FRAGMENTS: tl.constexpr = False,
-):  # fmt: skip
-    """ROWS queries (keys if TURNED) and BLOCK keys (queries) of one head's bias: `[H, entries]` fp32 over the scale.
+):
+    """Gather ROWS queries (keys if TURNED) and BLOCK keys (queries) of one head's bias, divided by the scale.
 
-    The largest of each query is subtracted, which changes no softmax and leaves the digits to differences: of a patch,
-    that of its window (`largest_ptr`, `[H, N - 1]`) or of its entry for the class token.
-    Rows of the table are as in `reference.relative_position_index`; columns beyond the last receive -inf.
+    Each query's maximum is subtracted, which changes no softmax and saves digits for differences: for a patch, that of
+    its window (`largest_ptr`, `[H, N - 1]`) or of its entry for the class token. Entries `[H, entries]` are fp32, in
+    the order of `reference.relative_position_index`; columns beyond the last receive -inf.
     """
     tokens = 1 + height * width
     h = tl.program_id(1).to(tl.int64)
-    lines, places = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    lines, elements = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     tile, quarter = tl.program_id(0) // 4, tl.program_id(0) % 4
     if FRAGMENTS:
         rows = tile * 128 + fragment_rows(quarter, lines)
-        columns = tl.program_id(2) * 64 + fragment_columns(quarter, places)
+        columns = tl.program_id(2) * 64 + fragment_columns(quarter, elements)
     else:
         rows = tl.program_id(0) * ROWS + lines
-        columns = tl.program_id(2) * BLOCK + places
-    # Rows beyond the last repeat it; what they hold has no effect.
+        columns = tl.program_id(2) * BLOCK + elements
+    # Rows beyond the last repeat it; their values have no effect.
     present = tl.minimum(rows, tokens - 1)
     row_y, row_x = (present - 1) // width, (present - 1) % width
     column_y, column_x = (columns - 1) // width, (columns - 1) % width
     span = 2 * width - 1
     patches = (2 * height - 1) * span
-    # The entry of two patches is a number of its row plus one of its column, and those of the class token have none.
+    # The entry of two patches is a sum of a term of the row and one of the column; the class token has its own entries.
     sign = -1 if TURNED else 1
     of_row = sign * (row_y * span + row_x) + (height - 1) * span + width - 1
     of_column = -sign * (column_y * span + column_x)
@@ -114,12 +124,12 @@ def bias_kernel(
     largest = tl.where(queries > 0, largest, of_class)
     value = tl.load(entries_ptr + entry, mask=inside, other=0.0)
     value = (value - (largest[None, :] if TURNED else largest[:, None])) * inverse
-    # Comparisons with NaN are false, so that it stays.
+    # Comparisons with NaN are false, so NaN is preserved.
     value = tl.where(inside, tl.where(value < -LARGEST, -LARGEST, value), float("-inf"))
     if FRAGMENTS:
         tiles = (h * tl.cdiv(tokens, 128) + tile) * (stride_bias // 64) + tl.program_id(2)
         base = bias_ptr + tiles * 8192 + quarter * (ROWS * BLOCK)
-        tl.store(base + (lines[:, None] * BLOCK + places[None, :]), value)
+        tl.store(base + (lines[:, None] * BLOCK + elements[None, :]), value)
     else:
         base = bias_ptr + h * tokens * stride_bias
         tl.store(
@@ -141,7 +151,7 @@ BIAS = KernelSpec(
     variants=({"turned": False}, {"turned": True}, {"turned": False, "fragments": True}),
     config=_bias_config,
     constants=lambda variant, dtype, config: {
-        # Quotients so far below the largest of their query are as good as infinite in a softmax, and stay finite.
+        # Quotients so far below their query's maximum have weight 0 in a softmax, and stay finite.
         "LARGEST": 1e30 if dtype == "fp32" else 60000.0,
         "TURNED": variant["turned"],
         "FRAGMENTS": variant.get("fragments", False),
@@ -160,51 +170,58 @@ def materialise_bias(
     turned: bool = False,
     fragments: bool = False,
 ) -> Tensor:
-    """The bias of every (query, key) pair over the scale, at most 0, with columns of -inf up to a multiple of 128.
+    """Return the bias of all (query, key) pairs over the scale, at most 0, with -inf columns up to a multiple of 128.
 
-    `[H, N, N_pad]` in `bias_dtype(dtype)`, `turned` with keys as rows; of fragments `[H, N_pad / 128, N_pad / 64, 256,
-    32]`, see `fragment_rows`. The largest of every query is 0. Quotients below -60000 in fp16 and -1e30 in fp32 are
-    clamped, -inf with them: a bias of 7500 less than another, at head dimension 64, is as good as infinitely less.
+    `[H, N, N_pad]` in `bias_dtype(dtype)`, `turned` with keys as rows; in fragments `[H, N_pad / 128, N_pad / 64, 256,
+    32]`, see `fragment_rows`. Each query's maximum is 0. Quotients below -60000 in fp16 and -1e30 in fp32 are clamped,
+    -inf with them: at head dimension 64, a bias of 7500 below another has weight 0.
     """
     table = table.detach()
     tokens, heads = 1 + window[0] * window[1], table.shape[1]
     storage = bias_dtype(dtype)
-    shape, padded = (
-        checks.bias_shape(tokens, heads, fragments=fragments),
-        triton.cdiv(tokens, BIAS_TILE) * BIAS_TILE,
-    )
-    # Entries of a head side by side, from which neighbours are gathered.
-    entries = torch.empty((heads, table.shape[0]), dtype=torch.float32, device=table.device).copy_(
-        table.t()
-    )
-    # The window of a query at (y, x) begins there in the table of distances.
+    shape = checks.bias_shape(tokens, heads, fragments=fragments)
+    padded = triton.cdiv(tokens, BIAS_TILE) * BIAS_TILE
+    # Contiguous entries of a head, for the gather.
+    entries = torch.empty((heads, table.shape[0]), dtype=torch.float32, device=table.device)
+    entries.copy_(table.t())
+    # The window of a query at (y, x) begins at (y, x) in the table of distances.
     distances = entries[:, :-3].reshape(heads, 2 * window[0] - 1, 2 * window[1] - 1)
     largest = F.max_pool2d(F.max_pool2d(distances, (window[0], 1), 1), (1, window[1]), 1)
     bias = torch.empty(shape, dtype=storage, device=table.device)
     options, config = launch_options(BIAS, bias, turned=turned, fragments=fragments)
-    grid = (4 * padded // 128, heads, padded // 64) if fragments else (
-        triton.cdiv(tokens, config.tiles["ROWS"]), heads, padded // config.tiles["BLOCK"]
-    )  # fmt: skip
+    if fragments:
+        grid = 4 * padded // 128, heads, padded // 64
+    else:
+        rows, columns = config.tiles["ROWS"], config.tiles["BLOCK"]
+        grid = triton.cdiv(tokens, rows), heads, padded // columns
     bias_kernel[grid](entries, largest, bias, padded, heads, *window, 1 / scale, **options)
     return bias
 
 
 def takes_fragments(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """True where the forward kernel reads its bias in fragments: in half precision on Hopper."""
+    """Return whether the forward kernel reads its bias in fragments: in half precision on Hopper."""
     half = dtype in (torch.float16, torch.bfloat16)
     return half and head_dim in FRAGMENT_HEAD_DIMS and 90 <= architecture(device) < 100
 
 
-@triton.jit(do_not_specialize=["parts", "heads", "height", "width"])
+@triton.jit(do_not_specialize=["splits", "heads", "height", "width"])
 def table_gradient_kernel(
-    dbias_ptr, dtable_ptr, stride_bias, parts, heads, height, width,
-    TURNED: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_DX: tl.constexpr,
-):  # fmt: skip
-    """The bias gradients of all pairs with one row of the table, summed in a fixed order.
+    dbias_ptr,
+    dtable_ptr,
+    stride_bias,
+    splits,
+    heads,
+    height,
+    width,
+    TURNED: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_DX: tl.constexpr,
+):
+    """Sum the bias gradients of all pairs with one entry of the table, in a fixed order.
 
-    A program owns one head, one vertical distance and BLOCK_DX horizontal ones; queries (y, x) with that distance to
-    their keys are visited row by row. The last program of a head owns the three rows of the class token. TURNED, keys
-    lie where queries do otherwise: distances are those of keys to queries.
+    A program owns one head, one vertical distance and BLOCK_DX horizontal ones; it visits queries (y, x) with that
+    distance to their keys row by row. The last program of a head owns the three entries of the class token. TURNED
+    exchanges queries and keys: distances are those of keys to queries.
     """
     tokens = 1 + height * width
     span = 2 * width - 1
@@ -212,22 +229,22 @@ def table_gradient_kernel(
     h = tl.program_id(1)
     program = tl.program_id(0)
     last = (2 * height - 1) * blocks
-    part_size = tl.cast(heads, tl.int64) * tokens * stride_bias
+    split_size = tl.cast(heads, tl.int64) * tokens * stride_bias
     head_base = dbias_ptr + h.to(tl.int64) * tokens * stride_bias
     if program < last:
         dy = program // blocks - (height - 1)
         columns = program % blocks * BLOCK_DX + tl.arange(0, BLOCK_DX)
         dx = columns - (width - 1)
-        # Summed over x at the end: a sum over a tile's rows takes longer than all else in the loop.
+        # Reduced over x at the end: a reduction over a tile's rows would dominate the loop.
         acc = tl.zeros([BLOCK_X, BLOCK_DX], tl.float32)
-        for part in range(parts):
+        for split in range(splits):
             for first in range(0, width, BLOCK_X):
                 x = first + tl.arange(0, BLOCK_X)
                 key_x = x[:, None] - dx[None, :]
                 inside = (x < width)[:, None] & (key_x >= 0) & (key_x < width)
                 y = tl.maximum(dy, 0)
                 pair = (1 + y * width + x[:, None]) * stride_bias + 1 + (y - dy) * width + key_x
-                pointers = head_base + part * part_size + pair
+                pointers = head_base + split * split_size + pair
                 for _ in range(y, tl.minimum(height, height + dy)):
                     acc += tl.load(pointers, mask=inside, other=0.0)
                     pointers += width * (stride_bias + 1)
@@ -239,8 +256,8 @@ def table_gradient_kernel(
         of_first_row = tl.zeros([BLOCK_DX], tl.float32)
         of_first_column = tl.zeros([BLOCK_DX], tl.float32)
         to_itself = 0.0
-        for part in range(parts):
-            base = head_base + part * part_size
+        for split in range(splits):
+            base = head_base + split * split_size
             to_itself += tl.load(base)
             for first in range(1, tokens, BLOCK_DX):
                 patch = first + tl.arange(0, BLOCK_DX)
@@ -277,17 +294,17 @@ KERNELS = [BIAS, TABLE_GRADIENT]
 
 
 def table_gradient(dbias: Tensor, window: tuple[int, int], *, turned: bool = False) -> Tensor:
-    """Sums of the bias gradients `[parts, H, N, N_pad]` fp32 per row of the table: `[(2wh-1)(2ww-1)+3, H]` fp32.
+    """Sum the bias gradients `[splits, H, N, N_pad]` in fp32 into the table's: `[(2wh-1)(2ww-1)+3, H]` in fp32.
 
-    Rows are queries and columns keys; the other way round if `turned`.
+    Rows are queries and columns keys, or vice versa if `turned`.
     """
     height, width = window
-    parts, heads = dbias.shape[:2]
+    splits, heads = dbias.shape[:2]
     rows = (2 * height - 1) * (2 * width - 1) + 3
     dtable = torch.empty((rows, heads), dtype=torch.float32, device=dbias.device)
     options, config = launch_options(TABLE_GRADIENT, dbias, width=width, turned=turned)
     programs = (2 * height - 1) * triton.cdiv(2 * width - 1, config.tiles["BLOCK_DX"]) + 1
     table_gradient_kernel[(programs, heads)](
-        dbias, dtable, dbias.stride(2), parts, heads, height, width, **options
+        dbias, dtable, dbias.stride(2), splits, heads, height, width, **options
     )
     return dtable

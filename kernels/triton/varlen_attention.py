@@ -1,10 +1,10 @@
 """Attention of packed sequences (FlashAttention-2, arXiv 2307.08691): self-attention without padding, cross-attention.
 
-A tensor holds the tokens of all sequences one after the other; `cu_seqlens` says where each begins. Queries and keys
-have lengths of their own. The host knows a bound of the lengths, but not the lengths. Where the bound is close, every
-sequence owns as many numbers of tiles as the longest one may need, so that a program finds its tile by a division. Else
-sequence s owns the numbers from `cu_seqlens[s] // tile + s` on, which leaves at most one number per sequence unused, be
-they few and long or many and short; then a program searches for its sequence.
+A tensor holds the concatenated tokens of all sequences; `cu_seqlens` has their offsets, of queries and of keys. The
+host knows an upper bound of the lengths, but not the lengths. If the bound is tight, every sequence owns as many tiles
+as the longest one may need, and a program finds its tile by a division. Else sequence s owns the tiles from
+`cu_seqlens[s] // tile + s` on, which leaves at most one tile per sequence unused, whatever the lengths; then a program
+searches for its sequence.
 """
 
 
@@ -31,7 +31,9 @@ from .attention_tiles import (
     dq_tile,
     dropout_stream,
     forward_tile,
+    inverse_sums,
     load_pieces,
+    logsumexp,
     optional_arguments,
     store_pieces,
     strides_of,
@@ -51,11 +53,11 @@ from .launch import (
 
 # Sequences of up to this many tokens have kernels with small tiles: captions average 13 tokens.
 SHORT = 32
-# So have sequences of up to this many on average, whatever the bound of their lengths: the captions of an image, as
-# queries of cross-attention, come with the number of all tokens as their bound.
+# So have sequences of up to this many tokens on average, whatever the bound: for captions of an image, as queries of
+# cross-attention, the bound is the number of all tokens.
 SHORT_ON_AVERAGE = 24
-# How many times more numbers of tiles are worth not to be searched, see `_tiles`.
-_WORTH = 1.5
+# Up to this factor, more tiles are cheaper than a search, see `_tiles`.
+_MORE_TILES = 1.5
 _SMALLEST = 16  # rows of a tile of the tensor cores
 
 
@@ -64,10 +66,10 @@ _CHUNK = tl.constexpr(256)
 
 @triton.jit
 def locate_tile(cu_ptr, sequences, tiles, tile, BLOCK: tl.constexpr, SEARCHED: tl.constexpr):
-    """The sequence that a tile number belongs to, and the tile's first row in it, possibly beyond the sequence's end.
+    """Return the sequence of a tile, and the tile's first row in it, possibly beyond the sequence's end.
 
-    SEARCHED: sequence s owns the numbers from cu[s] // BLOCK + s up to those of s + 1. The count of sequences that
-    begin at or before a number is found in one vectorised read per 256 sequences. Else each owns an equal share.
+    SEARCHED: sequence s owns the tiles from cu[s] // BLOCK + s up to those of s + 1. One vector load per 256 sequences
+    counts those that begin at or before the tile. Else each sequence owns an equal share.
     """
     if SEARCHED:
         count = 0
@@ -93,9 +95,9 @@ def forward_kernel(
     HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SEARCHED: tl.constexpr = True, TAIL: tl.constexpr = 0,
 ):  # fmt: skip
-    """BLOCK_M queries of one sequence and head, against the keys of the sequence.
+    """Attend from BLOCK_M queries of one sequence and head to the keys of the sequence.
 
-    TAIL: the most keys that lie behind the last whole tile; 0 where that may be all but one of a tile.
+    TAIL: maximum number of keys after the last whole tile; 0 if it may be any.
     """
     # Neighbours share keys and values.
     s, start = locate_tile(cu_q_ptr, sequences, tiles, tl.program_id(0) % tiles, BLOCK_M, SEARCHED)
@@ -120,7 +122,7 @@ def forward_kernel(
     # With small tiles, a mask on every tile costs fewer registers than a last tile of its own.
     MASKED: tl.constexpr = (TAIL == 0) & (BLOCK_N <= 32)
     LAST: tl.constexpr = TAIL if TAIL > 0 else BLOCK_N
-    # Where a turn has little to do, the exchange between threads for a sum would be much of it.
+    # In a short iteration the exchange between threads for a sum would dominate.
     APART: tl.constexpr = (TAIL > 0) & (BLOCK_N == 32)
     row_sum = tl.zeros([BLOCK_M, 8] if APART else [BLOCK_M], tl.float32)
     acc_a = tl.zeros([BLOCK_M, D_A], tl.float32)
@@ -151,15 +153,17 @@ def forward_kernel(
             )  # fmt: skip
     if APART:
         row_sum = tl.sum(row_sum, 1)
-    # Queries without a key receive zeros.
-    rescale: tl.constexpr = 65536.0 / (65536.0 - THRESHOLD)
-    attended = row_sum > 0
-    row_sum = tl.where(attended, row_sum, 1.0)
-    inverse = tl.where(attended, rescale / row_sum, 0.0)[:, None]
+    inverse = inverse_sums(row_sum, THRESHOLD)[:, None]
     out_base = out_ptr + token * stride_on + h * stride_oh
     store_pieces(out_base, rows, stride_on, inside, acc_a * inverse, acc_b * inverse, D_A, D_B)
-    lse = tl.where(attended, row_max * SCALE + tl.log2(row_sum) / LOG2E, float("-inf"))
+    lse = logsumexp(row_max, row_sum, SCALE)
     tl.store(lse_ptr + h * queries + token + rows, lse, mask=inside)
+
+
+@triton.jit
+def rows_of_heads(heads, rows, stride):
+    """Return pointers `[HEADS, rows, 1]` to rows of heads with these base addresses."""
+    return heads[:, None, None] + rows[None, :, None] * stride
 
 
 @triton.jit(do_not_specialize=["sequences", "tiles", "queries", "heads"])
@@ -170,9 +174,9 @@ def heads_forward_kernel(
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr, HAS_MASK: tl.constexpr,
     HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEARCHED: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of one sequence in HEADS heads, against the keys of the sequence: one warp does a head or more.
+    """Attend from BLOCK_M queries of one sequence in HEADS heads to the keys of the sequence; a warp runs whole heads.
 
-    For few queries. A tile of one head alone would need 64 rows, or 16 for each of four warps, to be worth its program.
+    For few queries: a tile of one head needs 64 rows, or 16 for each of four warps, to fill a program.
     """
     groups = tl.cdiv(heads, HEADS)
     # Neighbours read the same rows.
@@ -188,22 +192,16 @@ def heads_forward_kernel(
     token = first_q.to(tl.int64) + start
     h = tl.program_id(0) % groups * HEADS + tl.arange(0, HEADS)
     # Heads beyond the last repeat it: they read valid memory and are not stored.
-    own = h < heads
+    valid = h < heads
     h = tl.minimum(h, heads - 1).to(tl.int64)
     rows = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
     d_a = tl.arange(0, D_A)[None, None, :]
     d_b = D_A + tl.arange(0, D_B if D_B > 0 else 16)[None, None, :]
     inside = (rows < length_q - start)[None, :, None]
-    q_rows = (q_ptr + token * stride_qn + h * stride_qh)[:, None, None] + rows[
-        None, :, None
-    ] * stride_qn
-    k_rows = (k_ptr + first_k * stride_kn + h * stride_kh)[:, None, None] + columns[
-        None, :, None
-    ] * stride_kn
-    v_rows = (v_ptr + first_k * stride_vn + h * stride_vh)[:, None, None] + columns[
-        None, :, None
-    ] * stride_vn
+    q_rows = rows_of_heads(q_ptr + token * stride_qn + h * stride_qh, rows, stride_qn)
+    k_rows = rows_of_heads(k_ptr + first_k * stride_kn + h * stride_kh, columns, stride_kn)
+    v_rows = rows_of_heads(v_ptr + first_k * stride_vn + h * stride_vh, columns, stride_vn)
     q_a = tl.load(q_rows + d_a, mask=inside, other=0.0)
     q_b = tl.load(q_rows + d_b, mask=inside, other=0.0) if D_B > 0 else q_a
     row_max = tl.full([HEADS, BLOCK_M], float("-inf"), tl.float32)
@@ -239,20 +237,16 @@ def heads_forward_kernel(
             acc_b = tl.dot(weights, v_b, acc_b * shrink[:, :, None], input_precision=PRECISION)
         k_rows += BLOCK_N * stride_kn
         v_rows += BLOCK_N * stride_vn
-    # Queries without a key receive zeros.
-    attended = row_sum > 0
-    row_sum = tl.where(attended, row_sum, 1.0)
-    inverse = tl.where(attended, 1.0 / row_sum, 0.0)[:, :, None]
-    out_rows = (out_ptr + token * stride_on + h * stride_oh)[:, None, None] + rows[
-        None, :, None
-    ] * stride_on
-    kind = out_ptr.dtype.element_ty
-    tl.store(out_rows + d_a, (acc_a * inverse).to(kind), mask=own[:, None, None] & inside)
+    inverse = inverse_sums(row_sum)[:, :, None]
+    out_rows = rows_of_heads(out_ptr + token * stride_on + h * stride_oh, rows, stride_on)
+    dtype = out_ptr.dtype.element_ty
+    stored = valid[:, None, None] & inside
+    tl.store(out_rows + d_a, (acc_a * inverse).to(dtype), mask=stored)
     if D_B > 0:
-        tl.store(out_rows + d_b, (acc_b * inverse).to(kind), mask=own[:, None, None] & inside)
-    lse = tl.where(attended, row_max * SCALE + tl.log2(row_sum) / LOG2E, float("-inf"))
-    places = (lse_ptr + token + h * queries)[:, None] + rows[None, :]
-    tl.store(places, lse, mask=own[:, None] & (rows < length_q - start)[None, :])
+        tl.store(out_rows + d_b, (acc_b * inverse).to(dtype), mask=stored)
+    lse = logsumexp(row_max, row_sum, SCALE)
+    lse_rows = (lse_ptr + token + h * queries)[:, None] + rows[None, :]
+    tl.store(lse_rows, lse, mask=valid[:, None] & (rows < length_q - start)[None, :])
 
 
 @triton.jit(do_not_specialize=["sequences", "tiles", "queries", "heads"])
@@ -264,7 +258,7 @@ def dkdv_kernel(
     HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SEARCHED: tl.constexpr = True,
 ):  # fmt: skip
-    """The gradients dk and dv of BLOCK_N keys of one sequence and head, from the queries of the sequence."""
+    """Compute dk and dv of BLOCK_N keys of one sequence and head."""
     s, start = locate_tile(cu_k_ptr, sequences, tiles, tl.program_id(0) % tiles, BLOCK_N, SEARCHED)
     h = (tl.program_id(0) // tiles).to(tl.int64)
     first_k = tl.load(cu_k_ptr + s)
@@ -316,7 +310,7 @@ def dkdv_kernel(
     dk_a = dk_a * SCALE
     dk_b = dk_b * SCALE
     if HAS_MASK:
-        # Rows of dk and dv are independent: hidden keys are struck out at the end, at no cost before.
+        # Rows of dk and dv are independent: those of hidden keys are zeroed at the end, not in the loop.
         allowed = (tl.load(mask_ptr + token + columns, mask=inside, other=0) != 0)[:, None]
         dk_a = tl.where(allowed, dk_a, 0.0)
         dk_b = tl.where(allowed, dk_b, 0.0)
@@ -337,7 +331,7 @@ def dq_kernel(
     HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SEARCHED: tl.constexpr = True,
 ):  # fmt: skip
-    """The gradient dq of BLOCK_M queries of one sequence and head, from the keys of the sequence."""
+    """Compute dq of BLOCK_M queries of one sequence and head."""
     s, start = locate_tile(cu_q_ptr, sequences, tiles, tl.program_id(0) % tiles, BLOCK_M, SEARCHED)
     h = (tl.program_id(0) // tiles).to(tl.int64)
     first_q = tl.load(cu_q_ptr + s)
@@ -398,17 +392,17 @@ def dq_kernel(
 def _spec(name: str, kernel: Any, variants: Sequence[Variant]) -> KernelSpec:
     def extras(variant: Variant, config: LaunchConfig) -> Mapping[str, Any]:
         # Images have one size, and a class token or few tokens after whole tiles.
-        rest = variant.get("keys", 0) % config.tiles["BLOCK_N"]
+        tail = variant.get("keys", 0) % config.tiles["BLOCK_N"]
         return {
             "SEARCHED": variant.get("searched", False),
-            "TAIL": _SMALLEST if 0 < rest <= _SMALLEST else 0,
+            "TAIL": _SMALLEST if 0 < tail <= _SMALLEST else 0,
         }
 
     return attention_spec(name, kernel, variants, extras)
 
 
 _ALL = [{"head_dim": head_dim} for head_dim in HEAD_DIMS]
-# 577 stand for all images of a class token behind whole tiles of patches.
+# 577 keys represent all images of whole tiles of patches and a class token.
 _IMAGES = [{"head_dim": head_dim, "keys": 577} for head_dim in HEAD_DIMS]
 _DROPOUT, _MASK, _SEARCHED = (
     {"head_dim": 64, **form} for form in ({"dropout": 0.1}, {"mask": True}, {"searched": True})
@@ -440,7 +434,7 @@ _SPECS = {spec.name: spec for spec in KERNELS}
 def varlen_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, packed: Packed
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale · q kᵀ) v `[Tq, H, D]` of every sequence, contiguous, and the natural logsumexp `[H, Tq]` in fp32.
+    """Return softmax(scale · q kᵀ) v `[Tq, H, D]` of every sequence, contiguous, and the logsumexp `[H, Tq]` in fp32.
 
     D in `HEAD_DIMS`, any strides; copied if the last dimension is not contiguous. Queries without keys give zeros and
     -inf. The upper bounds of the lengths select small or large tiles. Dropout depends on the seed, the head, the start
@@ -454,38 +448,31 @@ def varlen_attention_forward(
     lse = torch.empty((heads, total), dtype=torch.float32, device=q.device)
     if q.numel():
         form = _forward_form(q, k, packed)
-        # Known to be all of one length: the last tile of keys has a size of its own.
-        known = (
-            k.shape[0] == sequences * packed.max_k
-            and packed.key_mask is None
-            and not packed.dropout_p
-        )
-        keys = packed.max_k if known else 0
-        options, config, tiles = _options(
-            form, q, packed, total, packed.max_q, "BLOCK_M", keys=keys
-        )
-        if form == "varlen_forward" and _narrower(tiles * heads, q):
-            options, config, tiles = _options(
-                f"{form}_narrow", q, packed, total, packed.max_q, "BLOCK_M", keys=keys
-            )
+        # If all sequences have one length, the last tile of keys is compiled for its size.
+        plain = packed.key_mask is None and not packed.dropout_p
+        keys = packed.max_k if plain and k.shape[0] == sequences * packed.max_k else 0
+        rows = total, packed.max_q, "BLOCK_M"
+        options, config, tiles = _options(form, q, packed, *rows, keys=keys)
+        if form == "varlen_forward" and _prefers_narrow_tiles(tiles * heads, q):
+            options, config, tiles = _options(f"{form}_narrow", q, packed, *rows, keys=keys)
         mask, seed = optional_arguments(q, packed.key_mask, packed.dropout_p, packed.seed)
         inputs = (q, k, v, packed.cu_seqlens_q.contiguous(), packed.cu_seqlens_k.contiguous(), mask)
-        rest = (*strides_of(q, k, v, out), sequences, tiles, total)
+        sizes = (*strides_of(q, k, v, out), sequences, tiles, total)
         if "HEADS" in config.tiles:
             programs = tiles * triton.cdiv(heads, config.tiles["HEADS"])
-            heads_forward_kernel[(programs,)](*inputs, out, lse, *rest, heads, **options)
+            heads_forward_kernel[(programs,)](*inputs, out, lse, *sizes, heads, **options)
         else:
-            forward_kernel[(tiles * heads,)](*inputs, seed, out, lse, *rest, **options)
+            forward_kernel[(tiles * heads,)](*inputs, seed, out, lse, *sizes, **options)
     return out, lse
 
 
 def varlen_attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, packed: Packed
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Deterministic gradients of `varlen_attention_forward`, without atomics: dq, dk, dv in the dtype of q.
+    """Compute the gradients of `varlen_attention_forward`: dq, dk, dv in the dtype of q.
 
-    Two kernels recompute the scores and own their sums: dk and dv (four GEMMs of 2·H·D·Σ len_q·len_k operations), and
-    dq (three).
+    Deterministic, without atomics: two kernels recompute the scores and own their sums: dk and dv (four GEMMs of
+    2·H·D·Σ len_q·len_k operations), and dq (three).
     """
     q, k, v, dout, out = (addressable(t) for t in (q, k, v, dout, out))
     heads, sequences = q.shape[1], packed.cu_seqlens_q.numel() - 1
@@ -493,10 +480,8 @@ def varlen_attention_backward(
     delta, row_lse = (t[0] for t in backward_statistics(out[None], dout[None], lse[None]))
     offsets = (packed.cu_seqlens_q.contiguous(), packed.cu_seqlens_k.contiguous())
     optional = optional_arguments(q, packed.key_mask, packed.dropout_p, packed.seed)
-    inputs, strides = (
-        (q, k, v, dout, *offsets, *optional, row_lse, delta),
-        strides_of(q, k, v, dout),
-    )
+    inputs = (q, k, v, dout, *offsets, *optional, row_lse, delta)
+    strides = strides_of(q, k, v, dout)
     if k.numel():
         form = _form("varlen_dkdv", k, packed.max_k, packed)
         options, _, tiles = _options(form, q, packed, k.shape[0], packed.max_k, "BLOCK_N")
@@ -515,7 +500,7 @@ def varlen_attention_backward(
 def tuned_backends(
     q: Tensor, k: Tensor, packed: Packed, dtype: torch.dtype, *, gradient: bool
 ) -> set[str]:
-    """What the architecture's table names as fastest for the forms that these sequences would take."""
+    """Return the fastest backends, by the architecture's table, for the kernel forms of these sequences."""
     forms = {_forward_form(q, k, packed)}
     if gradient:
         forms.add(_form("varlen_dkdv", k, packed.max_k, packed))
@@ -526,7 +511,7 @@ def tuned_backends(
 def _options(
     form: str, q: Tensor, packed: Packed, total: int, longest: int, block: str, **variant: Any
 ) -> tuple[dict[str, Any], LaunchConfig, int]:
-    """Options and configuration of a form's launch, and the tiles for `total` rows of sequences up to `longest`."""
+    """Return options and configuration of a form's launch, and its tiles for `total` rows of up to `longest` each."""
     variant |= {"head_dim": q.shape[-1], "scale": packed.scale}
     variant |= {"mask": packed.key_mask is not None, "dropout": packed.dropout_p}
     options, config = launch_options(_SPECS[form], q, **variant)
@@ -535,20 +520,20 @@ def _options(
 
 
 def _tiles(total: int, longest: int, sequences: int, block: int) -> tuple[int, bool]:
-    """(tiles for `total` rows, whether programs search for their sequence).
+    """Return (tiles for `total` rows, whether programs search for their sequence).
 
-    An equal share for every sequence wastes programs if lengths differ or the bound is loose. A wasted program ends at
-    once, and a search delays every program, so that somewhat more of them are worth it.
+    An equal share for every sequence wastes programs if lengths differ or the bound is loose. But a wasted program
+    ends at once, while a search delays every program, so that somewhat more programs are cheaper.
     """
     searched, shared = total // block + sequences, sequences * triton.cdiv(longest, block)
-    return (shared, False) if 0 < shared <= _WORTH * searched else (searched, True)
+    return (shared, False) if 0 < shared <= _MORE_TILES * searched else (searched, True)
 
 
-def _narrower(programs: int, q: Tensor) -> bool:
-    """True where tiles of half as many keys are faster: they fit one more program on a multiprocessor.
+def _prefers_narrow_tiles(programs: int, q: Tensor) -> bool:
+    """Return whether tiles of half as many keys are faster: they fit one more program on a multiprocessor.
 
-    On Hopper at head dimension 64, five instead of four. Together they take two fifths longer, so that they have to
-    save a wave of few; else the larger tile is better. A tuned configuration takes precedence.
+    On Hopper at head dimension 64, five instead of four. Such a wave takes two fifths longer, so that they have to
+    save one of few waves; else the larger tile is better. A tuned configuration takes precedence.
     """
     dtype, arch = dtype_name(q.dtype), architecture(q.device)
     if (
@@ -563,25 +548,25 @@ def _narrower(programs: int, q: Tensor) -> bool:
 
 
 def _forward_form(q: Tensor, k: Tensor, packed: Packed) -> str:
-    """The name of the forward kernel's form that fits these lengths."""
+    """Return the name of the forward kernel's form for these lengths."""
     form = _form("varlen_forward", q, packed.max_q, packed)
-    # fp32 is there to be exact: the backward pass is to find the scores that the forward pass found, to the last bit.
+    # fp32 is for exactness: the backward pass must recompute the scores of the forward pass to the last bit.
     if not form.endswith("_short") or packed.dropout_p or q.dtype == torch.float32:
         return form
     sequences = packed.cu_seqlens_q.numel() - 1
     if k.shape[0] <= SHORT * sequences:
         return "varlen_forward_heads"
-    # Over many keys the products count. Where the tensor cores take 64 rows at once, most of a tile may lie idle.
+    # With many keys the GEMMs dominate. Where the tensor cores take 64 rows at once, most of a tile may lie idle.
     if 90 <= architecture(q.device) < 120 and min(packed.max_q, q.shape[0] / sequences) > _SMALLEST:
         return "varlen_forward" if packed.key_mask is None else "varlen_forward_masked"
     return "varlen_forward_heads_many"
 
 
-def _form(kernel: str, owned: Tensor, longest: int, packed: Packed) -> str:
-    """The kernel form for programs that own rows of `owned`, of sequences up to `longest`."""
-    # The tile that a program owns is the one that short sequences would leave empty.
+def _form(kernel: str, output: Tensor, longest: int, packed: Packed) -> str:
+    """Return the kernel form for programs whose output tiles are rows of `output`, of sequences up to `longest`."""
+    # Short sequences would leave an output tile empty.
     sequences = packed.cu_seqlens_q.numel() - 1
-    if longest <= SHORT or owned.shape[0] <= SHORT_ON_AVERAGE * sequences:
+    if longest <= SHORT or output.shape[0] <= SHORT_ON_AVERAGE * sequences:
         return f"{kernel}_short"
     if packed.dropout_p:
         return f"{kernel}_dropout"

@@ -82,9 +82,13 @@ def test_a_stage_that_fails_hangs_or_lacks_something_is_a_row(
     made_up: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stages = (
-        stage("failing", 300), stage("hanging", 20), stage("fine", 300), stage("fine", gpu=True),
-        stage("fine", needs=("no_such_package",)), stage("fine", tool="no-such-program"),
-    )  # fmt: skip
+        stage("failing", 300),
+        stage("hanging", 20),
+        stage("fine", 300),
+        stage("fine", gpu=True),
+        stage("fine", needs=("no_such_package",)),
+        stage("fine", tool="no-such-program"),
+    )
     # The limit of the one that hangs is its share of what is left.
     assert run(plan(made_up, *stages, budget=90.0)) == 1
     rows = rows_of(made_up)
@@ -101,7 +105,7 @@ def test_a_stage_that_fails_hangs_or_lacks_something_is_a_row(
     assert has_ended(child)
     assert "Made-up GPU" in capsys.readouterr().out
     table = (made_up / "table.txt").read_text()
-    for part in (
+    for word in (
         "Made-up GPU, PyTorch 9.9",
         "1.5 ms",
         "5 µs",
@@ -109,14 +113,14 @@ def test_a_stage_that_fails_hangs_or_lacks_something_is_a_row(
         "no-such-program",
         "the GPU fell off",
     ):
-        assert part in table, table
+        assert word in table, table
 
 
 def test_what_cannot_run_is_absent_with_the_reason(made_up: Path) -> None:
     """Known from the first stage before it begins, or when a kernel is refused."""
     assert run(plan(made_up, stage("checking"), stage("fine"), stage("unprepared", 60))) == 0
-    found = {row["name"]: (row["status"], row.get("reason")) for row in rows_of(made_up)}
-    assert found == {
+    reasons = {row["name"]: (row["status"], row.get("reason")) for row in rows_of(made_up)}
+    assert reasons == {
         "stage checking": ("measured", None),
         "stage fine": ("absent", "the compilers have a fault"),
         "stage unprepared": ("absent", "dq_kernel is not among the prepared kernels"),
@@ -126,21 +130,21 @@ def test_what_cannot_run_is_absent_with_the_reason(made_up: Path) -> None:
 def test_kernels_of_another_folder_have_a_cache_of_their_own(
     made_up: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What Triton finds in its cache it does not replace."""
+    """Triton does not replace what it finds in its cache."""
     (made_up.parent / "made_up_stages.py").write_text(
         "import os\n\ndef fine(context):\n    context.append(cache=os.environ['TRITON_CACHE_DIR'])\n"
     )
-    found = []
+    caches = []
     for manifest in (None, "{}", "{ }"):
         if manifest is not None:
             (made_up / "manifest.json").write_text(manifest)
             monkeypatch.setenv("XFM_PREPARED_KERNELS", str(made_up))
         assert run(plan(made_up, stage("fine"))) == 0
-        found += [
+        caches += [
             entry["cache"] for entry in read_entries(made_up / "rows.jsonl") if "cache" in entry
         ]
-    assert len(set(found)) == 3
-    assert found[0] == str(made_up / "triton")
+    assert len(set(caches)) == 3
+    assert caches[0] == str(made_up / "triton")
 
 
 MACHINE = {"get_device_capability": (9, 0), "get_device_name": "Made-up H100", "is_available": True}
@@ -148,7 +152,7 @@ MACHINE = {"get_device_capability": (9, 0), "get_device_name": "Made-up H100", "
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], tuple[dict[str, str], str]]:
-    """A Hopper GPU with Triton 3.6, and what the check says of it: reasons by stage, and its row's."""
+    """Pretend to be a Hopper GPU with Triton 3.6; return a check: reasons by stage, and that of its row."""
     for name, value in MACHINE.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(backend, "compiler_versions", lambda arch=90: ("3.6.0", "12.8"))
@@ -194,28 +198,29 @@ def test_the_check_says_which_stages_can_run(
         device_stages, "_launch_one", lambda device: torch.testing.assert_close(1.0, 2.0)
     )
     absent, note = hopper(tmp_path)
-    assert absent.keys() == {one.name for one in STAGES if one.gpu or "triton" in one.needs}
+    assert absent.keys() == {stage.name for stage in STAGES if stage.gpu or "triton" in stage.needs}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     absent, note = hopper(tmp_path)
-    assert absent.keys() == {one.name for one in STAGES} - {"check"}
+    assert absent.keys() == {stage.name for stage in STAGES} - {"check"}
     assert "finds no device 'cuda'" in note
 
 
 def test_every_stage_has_its_program() -> None:
-    assert all(callable(getattr(device_stages, one.program)) for one in STAGES)
-    assert sum(one.seconds for one in STAGES) == 540
+    assert all(callable(getattr(device_stages, stage.program)) for stage in STAGES)
+    assert sum(stage.seconds for stage in STAGES) == 540
     # Stages of kernels need PyTorch and Triton alone.
     models = {"encoder", "step", "coco"}
-    assert {one.name for one in STAGES if "pydantic" in one.needs} == models
+    assert {stage.name for stage in STAGES if "pydantic" in stage.needs} == models
 
 
 def rehearse(out: Path, *arguments: str, path: Path | None = None) -> list[Result]:
-    """The rows of the program, run as a user would, without a GPU."""
+    """Run the program as a user would, without a GPU, and return its rows."""
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([*([str(path)] if path else []), str(ROOT)]), "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([*([str(path)] if path else []), str(ROOT)]),
+        "OMP_NUM_THREADS": "1",
         # As on a machine without make, git and a home of its own.
         "PATH": str(Path(sys.executable).parent),
-    }  # fmt: skip
+    }
     command = [
         sys.executable,
         "-m",
@@ -270,10 +275,10 @@ def test_kernel_stages_need_no_pydantic(tmp_path: Path) -> None:
 def test_the_whole_program_is_rehearsed(tmp_path: Path) -> None:
     rows = rehearse(tmp_path / "out", "--budget", "5400")
     stages = {row.name.removeprefix("stage "): row for row in rows if row.work == "stage"}
-    assert list(stages) == [one.name for one in STAGES]
-    for one in STAGES:
-        assert stages[one.name].status == ("absent" if one.gpu else "measured"), stages[
-            one.name
+    assert list(stages) == [stage.name for stage in STAGES]
+    for stage in STAGES:
+        assert stages[stage.name].status == ("absent" if stage.gpu else "measured"), stages[
+            stage.name
         ].reason
     done = {row.work for row in rows if row.status == "measured"}
     assert {"ceiling", "tests", "relpos_attention", "encoder", "train-step", "rerank"} <= done

@@ -73,16 +73,23 @@ def test_what_agrees_is_timed_and_what_differs_fails_or_lacks_something_is_a_row
     later = iter([X.sin()])
     document = _measure(
         _case(
-            _plain("xfm-fast"), _plain(), _plain("wrong", 1e-3), Backend("broken", "fp32", broken),
+            _plain("xfm-fast"),
+            _plain(),
+            _plain("wrong", 1e-3),
+            Backend("broken", "fp32", broken),
             Backend("later", "fp32", lambda: lambda: next(later)),
             Backend("absent", "fp32", broken, lacking=("absent", "is not installed")),
         )
-    )  # fmt: skip
+    )
     rows = {row.backend: row for row in document.rows}
     assert {name: row.status for name, row in rows.items()} == {
-        "xfm-fast": "measured", "plain": "measured", "wrong": "parity failed", "broken": "failed", "later": "failed",
+        "xfm-fast": "measured",
+        "plain": "measured",
+        "wrong": "parity failed",
+        "broken": "failed",
+        "later": "failed",
         "absent": "absent",
-    }  # fmt: skip
+    }
     assert rows["broken"].reason == "RuntimeError: out of luck"
     assert rows["wrong"].parity is not None
     assert not rows["wrong"].seconds
@@ -169,9 +176,13 @@ def test_intervals_hold_their_value_and_drift_cancels() -> None:
 
 
 def test_errors_and_what_rounding_allows() -> None:
-    one = torch.tensor([1.0, -4.0])
-    assert relative_error(one, one * 1.5) == pytest.approx(1 / 3)
-    assert relative_error(one * float("nan"), one) == relative_error(one[:1], one) == float("inf")
+    tensor = torch.tensor([1.0, -4.0])
+    assert relative_error(tensor, tensor * 1.5) == pytest.approx(1 / 3)
+    assert (
+        relative_error(tensor * float("nan"), tensor)
+        == relative_error(tensor[:1], tensor)
+        == float("inf")
+    )
     assert parity_band(torch.float32) == FP32_BAND == 1e-5
     assert parity_band(torch.float32, 1e-5) == pytest.approx(3e-5)
     assert parity_band(torch.bfloat16, 0.01) == pytest.approx(0.02 + 2**-7)
@@ -179,11 +190,13 @@ def test_errors_and_what_rounding_allows() -> None:
 
 def test_a_fallback_to_pytorch_has_no_time_under_our_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU whose compilers make attention wrong; other operations keep their rows, which say what ran them."""
-    own = ladder.resolve
+    resolve = ladder.resolve
 
     def faulty(name: Any, *tensors: Any, has_flash: bool = False) -> Any:
         return (
-            "reference" if has_flash and name is None else own(name, *tensors, has_flash=has_flash)
+            "reference"
+            if has_flash and name is None
+            else resolve(name, *tensors, has_flash=has_flash)
         )
 
     names = ("varlen_attention of captions", "bias_attention", "add_layer_norm", "layer_norm")

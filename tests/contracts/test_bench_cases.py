@@ -79,9 +79,9 @@ def test_it_is_listed_reported_and_compared_as_every_other(results: list[Path]) 
     assert "A toy&#39;s softmax" in report.html(document)
     row = report.markdown(document).splitlines()[2]
     assert row.startswith("| softmax of 16 rows, rows/s | fp32 | ")
-    shown = invoke(["bench", "report", results[0]])
-    assert "sigmoid, fp32" in shown.stdout
-    assert "nobody wrote it" in shown.stdout
+    printed = invoke(["bench", "report", results[0]])
+    assert "sigmoid, fp32" in printed.stdout
+    assert "nobody wrote it" in printed.stdout
     compared = invoke(["bench", "compare", *results])
     assert compared.exit_code in (0, 1)
     assert "softmax of 16 rows" in compared.stdout

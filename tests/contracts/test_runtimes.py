@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.cli.runner import invoke
-from xfm_fast import XFM
+from xfm_fast import XFM, XFMConfig
 from xfm_fast.benchmarks.backends.ours import export_engine
 from xfm_fast.benchmarks.backends.registry import export_backends
 from xfm_fast.errors import UnavailableError
@@ -51,9 +51,11 @@ def registered() -> Iterator[None]:
 
 
 def test_a_runtime_from_outside(tmp_path: Path) -> None:
+    model = XFM(XFMConfig.preset("tiny", vision_depth=1, text_layers=1, fusion_layers=1)).eval()
+    model.save_pretrained(tmp_path / "model")
     out = tmp_path / "exported"
-    options = ["--random", "tiny", "--graphs", "vision", "--out", str(out)]
-    done = invoke(["export", "--to", "toy", *options])
+    options = ["--graphs", "vision", "--out", str(out)]
+    done = invoke(["export", str(tmp_path / "model"), "--to", "toy", *options])
     assert done.exit_code == 0, done.output
     manifest = Manifest.load(out)
     assert (manifest.kind, manifest.status, manifest.consumer) == ("onnx", "verified", "toy")
@@ -66,14 +68,14 @@ def test_a_runtime_from_outside(tmp_path: Path) -> None:
     assert session.description == manifest.verification.runtime, (
         "auto takes the runtime that an export is made for"
     )
-    model = XFM(session.config).eval()
     pixels = torch.randn(2, 3, model.config.image_size, model.config.image_size)
+    with torch.no_grad():
+        expected = model.encode_image(pixels)
+    torch.testing.assert_close(session.encode_image(pixels), expected, rtol=0, atol=1e-5)
     # What a benchmark measures beside xfm-fast.
     (backend, *_) = export_backends(Toy)
     assert (backend.name, backend.why_absent(torch.device("cpu"))) == ("toy", None)
     engine = export_engine(model, "toy", "fp32", "embed-image", tmp_path, torch.device("cpu"))
-    with torch.no_grad():
-        expected = model.encode_image(pixels)
     torch.testing.assert_close(engine.embed_images(pixels), expected, rtol=0, atol=1e-5)
     with pytest.raises(UnavailableError, match="cuda"):
         open_runtime("toy", manifest, "cuda")
@@ -81,7 +83,7 @@ def test_a_runtime_from_outside(tmp_path: Path) -> None:
 
 def test_the_command_reads_the_registry() -> None:
     text = invoke(["export", "--help"]).output
-    assert "toy: ONNX graphs for the evaluator of onnx" in " ".join(text.replace("│", " ").split())
+    assert "toy: the evaluator of onnx, ONNX graphs" in " ".join(text.replace("│", " ").split())
     done = invoke(["export", "--to", "toys", "--random", "tiny", "--out", "unused"])
     assert done.exit_code == 2
     assert all(name in done.stderr for name in ("toys", *RUNTIMES))

@@ -1,4 +1,6 @@
-"""What every task promises, from files to answers; a task of one file, registered from outside the package, too."""
+"""What every task promises, from files to answers; a task of one file, registered from outside the
+package, too.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ from xfm_fast.benchmarks.work import training
 from xfm_fast.checkpoint import to_official
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ConfigError, InputError
-from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
-from xfm_fast.finetuning.run import evaluate, finetune, load_weights, open_task
+from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe, open_task
+from xfm_fast.finetuning.run import evaluate, finetune, load_weights
 from xfm_fast.tasks.checking import Options, check
 from xfm_fast.tasks.task import TASKS, Item, explanation
 from xfm_fast.training.recipe import FINETUNING, read_recipe, recipe_names
@@ -200,15 +202,15 @@ def test_a_batch_is_learnt(kind: str, made: Make) -> None:
 
 
 def test_a_task_from_outside(recipe: Make, world: Path, tmp_path: Path) -> None:
-    """One file of 80 lines is fine-tuned, resumed, evaluated, asked, checked and exported."""
+    """Check that a file of 80 lines is fine-tuned, resumed, evaluated, asked, checked and exported."""
     for split in ("train", "val", "test"):
         elements = json.loads((world / f"retrieval_{split}.json").read_text())
         captions = [
-            each["caption"] if isinstance(each["caption"], str) else each["caption"][0]
-            for each in elements
+            element["caption"] if isinstance(element["caption"], str) else element["caption"][0]
+            for element in elements
         ]
-        rows = [{"image": each["image"], "caption": text, "likeness": 0.9}
-                for each, text in zip(elements, captions, strict=True)]  # fmt: skip
+        rows = [{"image": element["image"], "caption": text, "likeness": 0.9}
+                for element, text in zip(elements, captions, strict=True)]  # fmt: skip
         (tmp_path / f"likeness_{split}.json").write_text(json.dumps(rows[:24]))
     files = str(tmp_path / "likeness_{}.json")
     data = {"root": str(world), "images": str(world), "train": files.format("train"),
@@ -245,7 +247,7 @@ def test_a_task_from_outside(recipe: Make, world: Path, tmp_path: Path) -> None:
 
 
 def test_a_task_from_outside_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own losses on the reference ops are the judge, for it has no official procedure."""
+    """Compare it with its losses on the reference ops, since it has no official procedure."""
     monkeypatch.setitem(machine.PROBE_SHAPE, "cpu", (128, 256, 256))
     monkeypatch.setitem(machine.COPY_BYTES, "cpu", 1 << 16)
     step = StepOptions(

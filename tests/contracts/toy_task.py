@@ -1,4 +1,6 @@
-"""A task from outside the package: how well does a caption fit an image, by the cosine of their features?"""
+"""A task from outside the package: how well does a caption fit an image, by the cosine of their
+features?
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +19,8 @@ from xfm_fast.data.annotations import (
 )
 from xfm_fast.data.files import Paths, find_files
 from xfm_fast.tasks.evaluation import Metrics, Row
-from xfm_fast.tasks.task import PairInput, Task, TaskModel, TaskOptions, register, require_inputs
+from xfm_fast.tasks.models import TaskModel
+from xfm_fast.tasks.task import Item, PairInput, Task, TaskOptions, register, require_inputs
 
 
 class LikenessRecord(Annotation):
@@ -36,20 +39,18 @@ class LikenessBatch(PairInput):
 
 
 def likeness_rows(paths: Paths) -> list[AnnotationRows[LikenessRecord]]:
-    return as_rows(
-        [AnnotationRows(path, read_array(path)) for path in find_files(paths)], LikenessRecord
-    )
+    files = [AnnotationRows(path, read_array(path)) for path in find_files(paths)]
+    return as_rows(files, LikenessRecord)
 
 
 def cosine(model: Any, image: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    return (
-        model.project_image(model.encode_image(image))
-        * model.project_text(model.encode_text(ids, mask))
-    ).sum(-1)
+    image_features = model.project_image(model.encode_image(image))
+    text_features = model.project_text(model.encode_text(ids, mask))
+    return (image_features * text_features).sum(-1)
 
 
 @register
-class LikenessTask(Task[LikenessOptions, LikenessRecord, Any, LikenessBatch]):
+class LikenessTask(Task[LikenessOptions]):
     Options = LikenessOptions
     metrics = ("closeness",)
     check_rows = staticmethod(likeness_rows)
@@ -57,33 +58,26 @@ class LikenessTask(Task[LikenessOptions, LikenessRecord, Any, LikenessBatch]):
     def build(self) -> TaskModel:
         return TaskModel(self.config, heads=("contrastive",))
 
-    def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[LikenessRecord]]:
+    def rows(
+        self, paths: Sequence[Path], split: str | None = None
+    ) -> list[AnnotationRows[LikenessRecord]]:
         return likeness_rows(paths)
 
-    def item(self, record: LikenessRecord, rng: Any) -> tuple[Tensor, list[int], float]:
-        return (
-            self.pixels(record.image),
-            self.caption_ids(record.caption, 30),
-            record.likeness or 0.0,
-        )
+    def item(self, record: LikenessRecord, rng: Any) -> Item:
+        ids = self.caption_ids(record.caption, 30)
+        return Item(self.pixels(record.image), ids, record.likeness or 0.0)
 
-    def collate(self, items: list[Any], rng: Any) -> LikenessBatch:
-        images, texts, targets = zip(*items, strict=True)
-        ids, mask = self.padded(texts)
-        return LikenessBatch(
-            image=torch.stack(images),
-            input_ids=ids,
-            attention_mask=mask,
-            targets=torch.tensor(targets),
-        )
+    def collate(self, items: list[Item], rng: Any) -> LikenessBatch:
+        targets = torch.tensor([item.target for item in items])
+        return LikenessBatch(**self.pair_inputs(items), targets=targets)
 
     def losses_of(self, model: Any, batch: LikenessBatch) -> dict[str, Tensor]:
-        found = cosine(model, batch.image, batch.input_ids, batch.attention_mask)
-        return {"loss": (found - batch.targets).square().mean()}
+        likeness = cosine(model, batch.image, batch.input_ids, batch.attention_mask)
+        return {"loss": (likeness - batch.targets).square().mean()}
 
     def predict(self, model: Any, records: Sequence[LikenessRecord]) -> list[Row]:
         ids, mask = self.padded([self.caption_ids(record.caption, 30) for record in records])
-        pixels = torch.stack([self.pixels(record.image) for record in records])
+        pixels = self.pixels_of([record.image for record in records], model)
         return [{"likeness": value} for value in cosine(model, pixels, ids, mask).tolist()]
 
     def score(self, rows: Sequence[Row], records: Sequence[LikenessRecord]) -> Metrics:

@@ -122,7 +122,7 @@ def test_the_limit_is_that_of_training(tmp_path: Path) -> None:
         )
         assert (report.broken, report.ok) == (broken, ok)
     assert _check(tmp_path / "a.jsonl", "text", tolerate_bad=0.05).ok
-    assert len(_check(tmp_path / "a.jsonl", "text", most_problems=1).problems) == 1
+    assert len(_check(tmp_path / "a.jsonl", "text", max_problems=1).problems) == 1
     assert not _check(write_lines(tmp_path / "b.jsonl", ["{"]), "text").ok
 
 

@@ -150,9 +150,11 @@ def small_model() -> XFM:
 def scenes_examples(model: XFM, first: int, images: int) -> Examples:
     """Held-out scenes of one thing, from a number on, and captions of those and others."""
     plain = [
-        made for made in (scene(0, first + n, "val") for n in range(200)) if len(made.things) == 1
+        drawn
+        for drawn in (scene(0, first + n, "val") for n in range(200))
+        if len(drawn.things) == 1
     ]
-    texts = sorted({captions(made)[0] for made in plain})[:24]
+    texts = sorted({captions(drawn)[0] for drawn in plain})[:24]
     assert model.tokenizer is not None
     rows = model.tokenizer.encode_ids(texts, 16)
     return Examples(
@@ -163,10 +165,10 @@ def scenes_examples(model: XFM, first: int, images: int) -> Examples:
 
 
 def _pixels(scenes: list[Scene], model: XFM) -> Tensor:
-    drawn = torch.stack(
-        [torch.from_numpy(render(each, model.config.image_size)) for each in scenes]
+    images = torch.stack(
+        [torch.from_numpy(render(drawn, model.config.image_size)) for drawn in scenes]
     )
-    return drawn.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
@@ -200,8 +202,9 @@ def _trained() -> XFM:
     torch.manual_seed(0)
     model = XFM(XFMConfig.preset("tiny", vocab_size=tokenizer.vocab_size, **_SIZES, **still))
     model.tokenizer = tokenizer
-    scenes = [made for made in (scene(0, index) for index in range(1500)) if len(made.things) == 1]
-    texts = [captions(made)[0] for made in scenes]
+    scenes = [scene(0, index) for index in range(1500)]
+    scenes = [drawn for drawn in scenes if len(drawn.things) == 1]
+    texts = [captions(drawn)[0] for drawn in scenes]
     pixels, (ids, mask) = _pixels(scenes, model), pad_texts(tokenizer.encode_ids(texts, 16), 1)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     for _ in range(_STEPS):

@@ -51,8 +51,8 @@ class FakeCuda:
 
         def replay() -> None:
             self.log.append("replay")
-            for each in work:
-                each()
+            for launch in work:
+                launch()
 
         return SimpleNamespace(work=work, replay=replay)
 
@@ -119,8 +119,8 @@ class FakeContext:
         need = engine.get_device_memory_size_for_profile_v2(self.profile)
         assert self.memories[-1][1] >= need, "activations do not fit"
         feeds = {
-            each.name: _memory(addresses[each.name], shapes[each.name], each.dtype)
-            for each in record.inputs
+            tensor.name: _memory(addresses[tensor.name], shapes[tensor.name], tensor.dtype)
+            for tensor in record.inputs
         }
         results: Any = engine.session.run([output.name for output in record.outputs], feeds)
         for output, result in zip(record.outputs, results, strict=True):

@@ -16,7 +16,7 @@ from tests.export.conftest import write_export
 from xfm_fast import XFM
 from xfm_fast.errors import ExportError, UnavailableError
 from xfm_fast.export import export_packages
-from xfm_fast.export.expected import generated_examples, make_reference
+from xfm_fast.export.expected import generated_examples, keep_reference, make_reference
 from xfm_fast.export.graphs import build
 from xfm_fast.export.manifest import Manifest, record_files
 from xfm_fast.export.pipeline import trace
@@ -24,7 +24,7 @@ from xfm_fast.export.request import GRAPHS, GraphName
 from xfm_fast.export.runtimes import open_runtime
 from xfm_fast.export.runtimes.aoti import local_target
 from xfm_fast.export.session import Session
-from xfm_fast.export.verification import keep_reference, verify, verify_export
+from xfm_fast.export.verification import verify, verify_export
 
 BARE = """
 import sys, torch

@@ -14,10 +14,9 @@ from tests.cli.runner import invoke
 from xfm_fast.cli import export as commands
 from xfm_fast.config import XFMConfig
 from xfm_fast.export import onnx
-from xfm_fast.export.expected import Reference
+from xfm_fast.export.expected import Reference, keep_reference
 from xfm_fast.export.graphs import DTYPES, is_memory
 from xfm_fast.export.manifest import Manifest, QuantisationRecord
-from xfm_fast.export.verification import keep_reference
 
 pytest.importorskip("onnx", reason="exports to ONNX need onnx")
 pytest.importorskip("onnxscript", reason="exports to ONNX need onnxscript")

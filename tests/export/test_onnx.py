@@ -79,10 +79,10 @@ def _assert_same(
     )
     with torch.no_grad():
         expected = graph(*values)
-    for spec, mine, truth in zip(graph.outputs, results, expected, strict=True):
-        assert mine.shape == spec.shape(sizes)
+    for spec, output, truth in zip(graph.outputs, results, expected, strict=True):
+        assert output.shape == spec.shape(sizes)
         torch.testing.assert_close(
-            mine.float(),
+            output.float(),
             truth,
             rtol=0,
             atol=TOLERANCE[dtype] * max(1.0, float(truth.abs().max())),
@@ -203,17 +203,17 @@ def test_one_file_for_every_reader(exported_fp32: Path) -> None:
     )
     expected = _run(path, values)
     feed = {key: value.numpy() for key, value in values.items()}
-    found = {"onnx": ReferenceEvaluator(str(path)).run(None, feed)}
+    results_by_reader = {"onnx": ReferenceEvaluator(str(path)).run(None, feed)}
     if importlib.util.find_spec("openvino"):
         import openvino
 
         compiled = openvino.Core().compile_model(
             str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
         )
-        found["openvino"] = [*compiled(feed).values()]
-    for results in found.values():
-        for mine, truth in zip(results, expected, strict=True):
-            torch.testing.assert_close(torch.from_numpy(np.array(mine)), truth, rtol=0, atol=1e-5)
+        results_by_reader["openvino"] = [*compiled(feed).values()]
+    for results in results_by_reader.values():
+        for output, truth in zip(results, expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(np.array(output)), truth, rtol=0, atol=1e-5)
 
 
 def test_weights_have_the_names_of_their_parameters(exported_fp32: Path) -> None:

@@ -52,11 +52,11 @@ def test_scales_clip_outliers_and_smooth_channels(monkeypatch: pytest.MonkeyPatc
         patch.setattr(quantise, "_WORTH_A_PASS", 0)
         plain = fitted(uneven, norm="")
     assert (plain.smoothing == 1).all()
-    # By a LayerNorm before it, or a product.
+    # By a LayerNorm before it, or a `Mul`.
     for smoothed in (fitted(uneven), fitted(uneven, norm="")):
         assert int(smoothed.smoothing.argmax()) == 3
         assert smoothed.error < plain.error / 2
-    # Even channels are not worth a product.
+    # Even channels are not worth a `Mul`.
     assert (fitted(rows, norm="").smoothing == 1).all()
     far = torch.randn(4096, 32, generator=generator)
     far[0, 0] = 8.0
@@ -67,40 +67,40 @@ def test_scales_clip_outliers_and_smooth_channels(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("scheme", "kind"),
+    ("scheme", "dtype"),
     [(UINT8, "fp32"), (INT8, "fp16"), (FP8, "fp32")],
     ids=["uint8", "int8", "fp8"],
 )
 def test_nodes_of_a_graph(
-    exported_fp32: Path, exported_fp16: Path, scheme: Scheme, kind: str, tmp_path: Path
+    exported_fp32: Path, exported_fp16: Path, scheme: Scheme, dtype: str, tmp_path: Path
 ) -> None:
     """Check that the nodes compute what the fit promises, in a graph of any dtype."""
-    folder = {"fp32": exported_fp32, "fp16": exported_fp16}[kind]
+    folder = {"fp32": exported_fp32, "fp16": exported_fp16}[dtype]
     widen(folder / "vision.onnx", tmp_path / "vision.onnx")
     wide, reference = onnx.load(tmp_path / "vision.onnx"), Reference.load(exported_fp32)
-    found_sites, feeds = find_sites(wide), [{"pixels": reference.tensors["pixels"][:2].numpy()}]
-    assert found_sites[1].layers == ("encoder.blocks.0.attn.proj",)
-    seen, truths = observe(wide, found_sites, feeds)
-    fitted = [fit(*each, scheme) for each in zip(found_sites, seen, strict=True)]
+    sites, feeds = find_sites(wide), [{"pixels": reference.tensors["pixels"][:2].numpy()}]
+    assert sites[1].layers == ("encoder.blocks.0.attn.proj",)
+    statistics, truths = observe(wide, sites, feeds)
+    fitted = [fit(*pair, scheme) for pair in zip(sites, statistics, strict=True)]
     model = quantise_graph(onnx.load(folder / "vision.onnx"), fitted, scheme)
     onnx.checker.check_model(model, full_check=True)
     count = Counter(node.op_type for node in model.graph.node)
     assert (count["QuantizeLinear"], count["DequantizeLinear"]) == (
-        len(found_sites),
-        2 * len(found_sites),
+        len(sites),
+        2 * len(sites),
     )
     # Two of the four tensors of a layer come from a LayerNorm, whose scale takes the smoothing.
-    assert sum(site.norm != "" for site in found_sites) == len(found_sites) // 2
+    assert sum(site.norm != "" for site in sites) == len(sites) // 2
     stored = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     types = onnx.TensorProto
-    assert stored[f"{found_sites[0].tensor}.{scheme.kind}.scale"] == (
-        types.FLOAT if kind == "fp32" else types.FLOAT16
+    assert stored[f"{sites[0].tensor}.{scheme.kind}.scale"] == (
+        types.FLOAT if dtype == "fp32" else types.FLOAT16
     )
-    assert stored[f"{found_sites[0].gemms[0]}.weight"] == (
+    assert stored[f"{sites[0].gemms[0]}.weight"] == (
         types.FLOAT8E4M3FN if scheme is FP8 else types.INT8
     )
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    pixels = feeds[0]["pixels"].astype(np.float32 if kind == "fp32" else np.float16)
+    pixels = feeds[0]["pixels"].astype(np.float32 if dtype == "fp32" else np.float16)
     (embeds,) = session.run(["image_embeds"], {"pixels": pixels})
     cosine = torch.cosine_similarity(
         torch.from_numpy(embeds).double(),
@@ -110,7 +110,7 @@ def test_nodes_of_a_graph(
     assert (0.98 if scheme is FP8 else 0.995) < cosine.min() < 0.9999999
 
 
-def test_post_norm_texts_are_smoothed_by_products(exported_fp32: Path) -> None:
+def test_post_norm_texts_are_smoothed_by_mul(exported_fp32: Path) -> None:
     """Smooth by `Mul`: the sum behind a LayerNorm reads its output too, so that the norm cannot take the smoothing."""
     wide, reference = onnx.load(exported_fp32 / "text.onnx"), Reference.load(exported_fp32)
     wide = _uneven(wide)
@@ -155,10 +155,10 @@ def test_embeddings_are_stored_by_row(exported_fp32: Path, monkeypatch: pytest.M
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     assert table not in stored
     rows = onnx.numpy_helper.to_array(
-        next(each for each in wide.graph.initializer if each.name == table)
+        next(tensor for tensor in wide.graph.initializer if tensor.name == table)
     )
     levels, steps = (
-        onnx.numpy_helper.to_array(stored[f"{table}.{part}"]) for part in ("int8", "steps")
+        onnx.numpy_helper.to_array(stored[f"{table}.{suffix}"]) for suffix in ("int8", "steps")
     )
     assert levels.dtype == np.int8
     assert (np.abs(levels * steps - rows).max(1) <= np.abs(rows).max(1) / 253).all()
@@ -338,7 +338,7 @@ def test_coarse_levels_leave_nothing(
     exported_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fine = Scheme.scale
-    monkeypatch.setattr(Scheme, "scale", lambda *given: (100 * fine(*given)[0], fine(*given)[1]))
+    monkeypatch.setattr(Scheme, "scale", lambda *args: (100 * fine(*args)[0], fine(*args)[1]))
     monkeypatch.setattr(quantise, "_RETREAT", 0.3)
     with pytest.raises(ExportError, match=r"no GEMM of fusion can be in int8 \(.*ranks by"):
         quantize_int8(
@@ -390,7 +390,7 @@ def test_int8_of_trained_post_norm_weights(tmp_path: Path) -> None:
     assert len(record.kept) <= 8, record
     assert record.smoothed > 12
     assert record.tables == ["encoder.embeddings.word_embeddings.weight"]
-    sizes = [(tmp_path / kind / "text.onnx").stat().st_size for kind in ("fp32", "int8")]
+    sizes = [(tmp_path / dtype / "text.onnx").stat().st_size for dtype in ("fp32", "int8")]
     assert sizes[1] < 0.4 * sizes[0]
 
 

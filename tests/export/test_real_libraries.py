@@ -101,7 +101,7 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.export.graphs import build
 from xfm_fast.export.pipeline import trace
 from xfm_fast.tasks.nlvr2 import NLVR2Model
-from xfm_fast.tasks.vqa import VQAModel
+from xfm_fast.tasks.vqa_model import VQAModel
 config, settings = XFMConfig.preset("tiny"), CompilationSettings(min_block_size=1)
 DYNAMO_CONVERTERS.set_compilation_settings(settings)
 vqa, nlvr2 = VQAModel(config, decoder_layers=2).eval(), NLVR2Model(config).eval()

@@ -33,9 +33,9 @@ from xfm_fast.finetuning.prediction import Predictor
 from xfm_fast.models.decoder import DecoderCache
 from xfm_fast.packing import ImageGroups, Packing
 from xfm_fast.tasks.captioning import CaptioningOptions
-from xfm_fast.tasks.classification import ClassificationModel
 from xfm_fast.tasks.grounding import GroundingOptions
 from xfm_fast.tasks.image import ImageTaskOptions
+from xfm_fast.tasks.models import ClassificationModel
 from xfm_fast.tasks.nlvr2 import NLVR2Options
 from xfm_fast.tasks.retrieval import RetrievalOptions
 from xfm_fast.tasks.task import TaskOptions, explanation, make_task

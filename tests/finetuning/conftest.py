@@ -27,7 +27,7 @@ Make = Callable[..., FinetuneRecipe]
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A shapes world of 40 training scenes."""
+    """Write a shapes world of 40 training scenes."""
     folder = tmp_path_factory.mktemp("shapes") / "world"
     write_world(folder, images={"train": 40, "val": 12, "test": 12}, resolution=32)
     return folder
@@ -35,12 +35,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pretrained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as pretraining leaves it."""
+    """Write a folder as pretraining does."""
     texts = [
         json.loads(line)["desc"] for line in (world / "texts_train.jsonl").read_text().splitlines()
     ]
     said = [
-        pre_caption(text) for each in texts for text in (each if isinstance(each, list) else [each])
+        pre_caption(text)
+        for caption in texts
+        for text in (caption if isinstance(caption, list) else [caption])
     ]
     tokenizer = CaptionTokenizer.train_on_texts(said, 1000)
     torch.manual_seed(0)

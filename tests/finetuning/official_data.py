@@ -1,4 +1,6 @@
-"""Made-up data where the published files look for theirs: a shapes world's annotations, GLUE's tables, image sets."""
+"""Made-up data where the published files look for theirs: a shapes world's annotations, GLUE's
+tables, image sets.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ def write(path: Path, content: Any) -> None:
 
 
 def write_annotations(data: Path, world: Path) -> None:
-    """The arrays of retrieval, VQA, NLVR2, RefCOCO+ with refer's files, and captioning."""
+    """Write the arrays of retrieval, VQA, NLVR2, RefCOCO+ with refer's files, and captioning."""
 
     def rows(name: str, split: str) -> list[Any]:
         return json.loads((world / f"{name}_{split}.json").read_text())
@@ -51,43 +53,42 @@ def write_annotations(data: Path, world: Path) -> None:
                 world / f"captioning_{split}_gt.json",
                 data / "coco_karpathy" / f"coco_karpathy_{split}_gt.json",
             )
-            captions = [{"image": each["image"]} for each in captions]
+            captions = [{"image": caption["image"]} for caption in captions]
         write(data / "coco_karpathy" / f"coco_karpathy_{split}.json", captions)
         expressions = rows("grounding", split)
         for element in expressions:
-            number = len(refs)
+            index = len(refs)
             image = sizes.setdefault(element["image"], len(sizes))
-            boxes.append({"id": number, "bbox": element.pop("bbox")})
-            said = [{"sent": element["text"], "tokens": [], "raw": "", "sent_id": number}]
-            name = ("testA", "testB")[number % 2] if split == "test" else split
+            boxes.append({"id": index, "bbox": element.pop("bbox")})
+            said = [{"sent": element["text"], "tokens": [], "raw": "", "sent_id": index}]
+            name = ("testA", "testB")[index % 2] if split == "test" else split
             refs.append(
                 {
-                    "ref_id": number,
-                    "ann_id": number,
+                    "ref_id": index,
+                    "ann_id": index,
                     "image_id": image,
                     "split": name,
                     "sentences": said,
                 }
             )
-            element["ref_id"] = number
+            element["ref_id"] = index
         write(data / f"refcoco+_{split}.json", expressions)
     (data / "refcoco+").mkdir()
     (data / "refcoco+" / "refs(unc).p").write_bytes(pickle.dumps(refs, 2))
-    known = [
-        {"id": number, "file_name": name, "width": 32, "height": 32}
-        for name, number in sizes.items()
+    answered = [
+        {"id": index, "file_name": name, "width": 32, "height": 32} for name, index in sizes.items()
     ]
-    write(data / "refcoco+" / "instances.json", {"images": known, "annotations": boxes})
+    write(data / "refcoco+" / "instances.json", {"images": answered, "annotations": boxes})
     genome = [
         each | {"dataset": "vg", "answer": each["answer"][0]} for each in rows("vqa", "train")
     ]
     write(data / "vg_qa.json", genome)
     answers = json.loads((world / "answers.json").read_text())
-    write(data / "answer_list.json", [*answers, *(f"answer {number}" for number in range(130))])
+    write(data / "answer_list.json", [*answers, *(f"answer {index}" for index in range(130))])
 
 
 def write_glue(folder: Path) -> None:
-    """Two texts of every class for each split, in the tables of the official zips."""
+    """Write two texts of every class for each split, in the tables of the official zips."""
     for name, form in GLUE.items():
         classes = form.classes or ("0.5", "4.5")
         columns = [column for column in (form.text, form.text2, form.label) if column]
@@ -101,9 +102,9 @@ def write_glue(folder: Path) -> None:
             "test_mismatched",
         ):
             lines = [
-                [f"text {number} of {label}"] * (len(columns) - 1) + [label]
+                [f"text {index} of {label}"] * (len(columns) - 1) + [label]
                 for label in classes
-                for number in range(2)
+                for index in range(2)
             ]
             if name == "cola" and not split.startswith("test"):
                 table = [["x", label, "", text] for text, label in lines]
@@ -121,9 +122,9 @@ def write_glue(folder: Path) -> None:
 def class_folders(
     root: Path, names: Sequence[str], file: str = "{}.jpg", each: int = 3
 ) -> list[Path]:
-    paths = [root / name / file.format(number) for name in names for number in range(1, each + 1)]
-    for number, path in enumerate(paths):
-        picture(path, 40 * number)
+    paths = [root / name / file.format(index) for name in names for index in range(1, each + 1)]
+    for index, path in enumerate(paths):
+        picture(path, 40 * index)
     return paths
 
 
@@ -133,12 +134,12 @@ def mat(path: Path, values: dict[str, Any]) -> None:
 
 
 def cifar(root: Path, folder: str, files: Sequence[str], label: str, meta: str, names: str) -> None:
-    place = root / folder
-    place.mkdir(parents=True)
+    batches = root / folder
+    batches.mkdir(parents=True)
     for file in files:
         pixels = np.arange(3 * 3072).reshape(3, 3072).astype(np.uint8)
-        (place / file).write_bytes(pickle.dumps({"data": pixels, label: [0, 1, 1]}))
-    (place / meta).write_bytes(pickle.dumps({names: ["ant", "bee"]}))
+        (batches / file).write_bytes(pickle.dumps({"data": pixels, label: [0, 1, 1]}))
+    (batches / meta).write_bytes(pickle.dumps({names: ["ant", "bee"]}))
 
 
 def cars(root: Path) -> None:
@@ -146,23 +147,21 @@ def cars(root: Path) -> None:
         root / "stanford_cars/devkit/cars_meta.mat",
         {"class_names": np.array(["ant", "bee"], dtype=object)},
     )
-    kinds = [("fname", object), ("class", int)]
-    for split, place in (
+    dtype = [("fname", object), ("class", int)]
+    for split, file in (
         ("train", "devkit/cars_train_annos.mat"),
         ("test", "cars_test_annos_withlabels.mat"),
     ):
         paths = class_folders(root / "stanford_cars", [f"cars_{split}"])
         rows = np.array(
-            [(path.name, 1 + number % 2) for number, path in enumerate(paths)], dtype=kinds
+            [(path.name, 1 + index % 2) for index, path in enumerate(paths)], dtype=dtype
         )
-        mat(root / "stanford_cars" / place, {"annotations": rows})
+        mat(root / "stanford_cars" / file, {"annotations": rows})
 
 
 def fer(root: Path) -> None:
     usages = ["Training"] * 4 + ["PublicTest"] * 3 + ["PrivateTest"] * 2
-    lines = [
-        f"{number % 7},{' '.join(['90'] * 2304)},{usage}" for number, usage in enumerate(usages)
-    ]
+    lines = [f"{index % 7},{' '.join(['90'] * 2304)},{usage}" for index, usage in enumerate(usages)]
     write(root / "fer2013/fer2013.csv", "\n".join(["emotion,pixels,Usage", *lines, ""]))
 
 
@@ -182,7 +181,7 @@ def food(root: Path) -> None:
 def gtsrb(root: Path) -> None:
     class_folders(root / "gtsrb/GTSRB/Training", ["00000", "00001"], "{}.ppm")
     paths = class_folders(root / "gtsrb/GTSRB", ["Final_Test/Images"], "{}.ppm")
-    lines = [f"{path.name};{number % 2}" for number, path in enumerate(paths)]
+    lines = [f"{path.name};{index % 2}" for index, path in enumerate(paths)]
     write(root / "gtsrb/GT-final_test.csv", "\n".join(["Filename;ClassId", *lines, ""]))
 
 
@@ -202,7 +201,7 @@ def mnist(root: Path) -> None:
 def pets(root: Path) -> None:
     paths = class_folders(root / "oxford-iiit-pet", ["images"], "Ant_{}.jpg", each=2)
     paths += class_folders(root / "oxford-iiit-pet", ["images"], "Bee_{}.jpg", each=2)
-    lines = [f"{path.stem} {1 + number // 2} 1 1\n" for number, path in enumerate(paths)]
+    lines = [f"{path.stem} {1 + index // 2} 1 1\n" for index, path in enumerate(paths)]
     for split in ("trainval", "test"):
         write(root / f"oxford-iiit-pet/annotations/{split}.txt", "".join(lines))
 
@@ -210,25 +209,25 @@ def pets(root: Path) -> None:
 def pcam(root: Path) -> None:
     """HDF5's place is taken by NumPy's archives; see `arrays_for_h5py`."""
     for split in ("train", "test"):
-        parts: dict[str, Any] = {
+        arrays: dict[str, Any] = {
             "x": np.zeros((3, 96, 96, 3), np.uint8),
             "y": np.array([0, 1, 1]).reshape(3, 1, 1, 1),
         }
-        for part, values in parts.items():
-            path = root / f"pcam/camelyonpatch_level_2_split_{split}_{part}.h5"
+        for name, values in arrays.items():
+            path = root / f"pcam/camelyonpatch_level_2_split_{split}_{name}.h5"
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as file:
-                np.savez(file, **{part: values})
+                np.savez(file, **{name: values})
 
 
 def stl(root: Path) -> None:
-    place = root / "stl10_binary"
-    place.mkdir(parents=True)
+    binary = root / "stl10_binary"
+    binary.mkdir(parents=True)
     for split in ("train", "test"):
-        (place / f"{split}_X.bin").write_bytes(bytes(3 * 3 * 96 * 96))
-        (place / f"{split}_y.bin").write_bytes(bytes([1, 2, 2]))
-    (place / "unlabeled_X.bin").touch()
-    write(place / "class_names.txt", "ant\nbee\n")
+        (binary / f"{split}_X.bin").write_bytes(bytes(3 * 3 * 96 * 96))
+        (binary / f"{split}_y.bin").write_bytes(bytes([1, 2, 2]))
+    (binary / "unlabeled_X.bin").touch()
+    write(binary / "class_names.txt", "ant\nbee\n")
 
 
 def aircraft(root: Path) -> None:
@@ -236,7 +235,7 @@ def aircraft(root: Path) -> None:
     paths = class_folders(data, ["images"], "{:07d}.jpg")
     write(data / "variants.txt", "ant\nbee\n")
     for split in ("train", "test"):
-        lines = [f"{path.stem} {('ant', 'bee')[number % 2]}\n" for number, path in enumerate(paths)]
+        lines = [f"{path.stem} {('ant', 'bee')[index % 2]}\n" for index, path in enumerate(paths)]
         write(data / f"images_variant_{split}.txt", "".join(lines))
 
 
@@ -275,7 +274,9 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 
 def write_image_set(values: dict[str, Any], cwd: Path) -> None:
-    """The set of images that a published file names, in the folders that the official code gives torchvision."""
+    """Write the set of images that a published file names, in the folders that the official code
+    gives torchvision.
+    """
     root, name = cwd / values["dataset"], values["task_name"]
     if name == "imagenet":
         for split in ("train", "val"):
@@ -296,11 +297,15 @@ class ArraysForH5py:
 
 
 def accept_made_up_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let torchvision read files whose checksums are not those of the published sets, and PCAM without h5py."""
+    """Let torchvision read files whose checksums are not those of the published sets, and PCAM
+    without h5py.
+    """
     monkeypatch.setitem(sys.modules, "h5py", ArraysForH5py)
     for module in ("cifar", "fer2013", "flowers102", "stl10"):
-        place = getattr(torchvision.datasets, module)
-        monkeypatch.setattr(place, "check_integrity", lambda path, md5=None: Path(path).exists())
+        dataset_module = getattr(torchvision.datasets, module)
+        monkeypatch.setattr(
+            dataset_module, "check_integrity", lambda path, md5=None: Path(path).exists()
+        )
 
 
 def write_official_world(folder: Path, world: Path, tokenizer: CaptionTokenizer) -> Path:
@@ -311,8 +316,8 @@ def write_official_world(folder: Path, world: Path, tokenizer: CaptionTokenizer)
     write_annotations(data, world)
     for name in ("regions_train.jsonl", "pairs_train.jsonl"):
         shutil.copy(world / name, data / name)
-    for place in ("coco", "", "nlvr2", "visualgenome"):
-        shutil.copytree(world / "images", folder / "images" / place / "images")
+    for images in ("coco", "", "nlvr2", "visualgenome"):
+        shutil.copytree(world / "images", folder / "images" / images / "images")
     write_glue(folder / "glue" / "glue_datasets")
     (folder / "data/roberta-base").mkdir()
     tokenizer.save(folder / "data/roberta-base/tokenizer.json")

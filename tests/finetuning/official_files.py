@@ -1,4 +1,6 @@
-"""The 37 published fine-tuning configurations as facts: by name what each of them holds, made of what they share."""
+"""The 37 published fine-tuning configurations as facts: by name what each of them holds, made of
+what they share.
+"""
 
 from __future__ import annotations
 

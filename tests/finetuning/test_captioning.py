@@ -17,7 +17,8 @@ from tests.cli.runner import invoke
 from tests.finetuning.conftest import Make
 from xfm_fast.data.images import load_image
 from xfm_fast.errors import DataError
-from xfm_fast.finetuning.run import finetune, open_task
+from xfm_fast.finetuning.recipe import open_task
+from xfm_fast.finetuning.run import finetune
 from xfm_fast.tasks.captioning import CaptioningTask
 
 FILES = "captioning", "captioning_{}.json"
@@ -37,46 +38,48 @@ def generator() -> np.random.Generator:
 
 
 def test_truth_in_a_file_of_its_own(task: Open, world: Path, tmp_path: Path) -> None:
-    """Official: images in one file, and COCO captions, which need not name their images, in another."""
-    made = task()
-    whole = made.records([world / "captioning_val.json"], "test")
+    """Official: images in one file, and COCO captions, which need not name their images, in
+    another.
+    """
+    opened = task()
+    expected = opened.records([world / "captioning_val.json"], "test")
     images = tmp_path / "val.json"
-    images.write_text(json.dumps([{"image": each.image} for each in whole]))
+    images.write_text(json.dumps([{"image": record.image} for record in expected]))
     truth = json.loads((world / "captioning_val_gt.json").read_text())
-    for each in truth["images"]:
-        del each["file_name"]
+    for record in truth["images"]:
+        del record["file_name"]
     path = tmp_path / "gt.json"
     path.write_text(json.dumps(truth))
-    found = made.records([images, path], "test")
-    assert [(each.identity, each.caption) for each in found] == [
-        (each.identity, each.caption) for each in whole
+    records = opened.records([images, path], "test")
+    assert [(record.identity, record.caption) for record in records] == [
+        (record.identity, record.caption) for record in expected
     ]
-    assert {each.caption for each in made.records([images], "test")} == {None}
-    alone = made.records([world / "captioning_val_gt.json"], "test")
-    assert [(each.image, each.caption) for each in alone] == [
-        (each.image, each.caption) for each in whole
+    assert {record.caption for record in opened.records([images], "test")} == {None}
+    alone = opened.records([world / "captioning_val_gt.json"], "test")
+    assert [(record.image, record.caption) for record in alone] == [
+        (record.image, record.caption) for record in expected
     ]
     path.write_text(json.dumps({"images": [], "annotations": [{"image_id": 1}]}))
     with pytest.raises(DataError, match=r"gt\.json.*annotation 0"):
-        made.records([images, path], "test")
+        opened.records([images, path], "test")
     for name in ("twice/a_1.png", "twice/b_1.png"):
         (tmp_path / "twice").mkdir(exist_ok=True)
         shutil.copy(world / "images/test/000000.png", tmp_path / name)
     with pytest.raises(DataError, match=r"a_1\.png.*b_1\.png.* 1"):
-        made.records([tmp_path / "twice"], "test")
+        opened.records([tmp_path / "twice"], "test")
 
 
 def test_pairs_of_pretraining(task: Open, world: Path, tmp_path: Path) -> None:
-    made = task(pairs={"augment": False})
-    (rows,) = made.rows([world / "pairs_train.jsonl"])
+    opened = task(pairs={"augment": False})
+    (rows,) = opened.rows([world / "pairs_train.jsonl"])
     record: Any = rows.read(0)
-    item = made.item(record, generator())
+    item = opened.item(record, generator())
     assert torch.allclose(item.image, load_image(world / "images/train/000000.png", 32), atol=1e-5)
-    assert made.tokenizer.decode(item.ids).removeprefix("a picture of ") in record["desc"]
-    assert made.item(record, generator()).ids == item.ids
+    assert opened.tokenizer.decode(item.ids).removeprefix("a picture of ") in record["desc"]
+    assert opened.item(record, generator()).ids == item.ids
     with pytest.raises(DataError, match="'desc'"):
-        made.item({"binary": record["binary"]}, generator())
-    named = task(
+        opened.item({"binary": record["binary"]}, generator())
+    by_path = task(
         pairs={
             "augment": False,
             "image_key": "image",
@@ -84,22 +87,20 @@ def test_pairs_of_pretraining(task: Open, world: Path, tmp_path: Path) -> None:
             "caption_key": "text",
         }
     )
-    again = named.item({"image": "train/000000.png", "text": "a star"}, generator())
+    again = by_path.item({"image": "train/000000.png", "text": "a star"}, generator())
     assert torch.equal(again.image, item.image)
 
 
 def test_captions_of_a_folder(recipe: Make, world: Path, tmp_path: Path) -> None:
     """And of one image."""
-    made = recipe(*FILES, task={"augment": False, **SHORT}, steps=2)
-    result = finetune(made)
+    opened = recipe(*FILES, task={"augment": False, **SHORT}, steps=2)
+    result = finetune(opened)
     assert {"BLEU-4", "CIDEr-D", "ROUGE-L"} <= set(result.metrics["test"])
     written = json.loads((tmp_path / "run/evaluation/test/captions.json").read_text())
-    assert [each["image_id"] for each in written] == [*range(12)]
+    assert [record["image_id"] for record in written] == [*range(12)]
     done = invoke(["predict", tmp_path / "run", world / "images/test"])
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [Path(row["image"]).name for row in rows] == [
-        f"{number:06d}.png" for number in range(12)
-    ]
-    assert [row["caption"] for row in rows] == [each["caption"] for each in written]
+    assert [Path(row["image"]).name for row in rows] == [f"{index:06d}.png" for index in range(12)]
+    assert [row["caption"] for row in rows] == [record["caption"] for record in written]
     (row,) = xfm_fast.load(tmp_path / "run").predict([world / "images/test/000003.png"])
     assert row["caption"] == written[3]["caption"]

@@ -14,7 +14,9 @@ from PIL import Image
 
 from tests.finetuning.conftest import Make
 from xfm_fast.errors import DataError
-from xfm_fast.finetuning.run import finetune, open_task
+from xfm_fast.finetuning.recipe import open_task
+from xfm_fast.finetuning.run import finetune
+from xfm_fast.tasks.evaluation import Evaluation
 from xfm_fast.tasks.grounding import GroundingRecord, GroundingTask
 
 FILES = "grounding", "grounding_{}.json"
@@ -39,7 +41,7 @@ def generator() -> np.random.Generator:
 
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
-    """An image of 60 x 40 pixels."""
+    """Write an image of 60 x 40 pixels."""
     pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
     return tmp_path / "photo.png"
@@ -47,33 +49,35 @@ def photo(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("augment", [False, True])
 def test_boxes_at_the_edge(task: Open, photo: Path, augment: bool) -> None:
-    made = task(augment=augment)
+    opened = task(augment=augment)
     rounded = record(image=str(photo), bbox=(-0.5, 10, 60.9, 30.25))
-    item: Any = made.item(rounded, generator())
+    item: Any = opened.item(rounded, generator())
     cx, cy, w, h = item.target.tolist()
     assert min(cx - w / 2, cy - h / 2) >= -1e-6
     assert max(cx + w / 2, cy + h / 2) <= 1 + 1e-6
     for box in ((10, 10, 55, 5), (0, 30, 5, 12)):
         with pytest.raises(DataError, match="60x40"):
-            made.item(record(image=str(photo), bbox=box), generator())
+            opened.item(record(image=str(photo), bbox=box), generator())
     with pytest.raises(DataError, match=r"expression 0.*refs"):
-        made.item(record(image=str(photo)), generator())
+        opened.item(record(image=str(photo)), generator())
 
 
 @torch.no_grad()
 def test_boxes_are_in_pixels_and_expressions_grouped_by_image(
-    task: Open, world: Path, photo: Path
+    task: Open, world: Path, photo: Path, tmp_path: Path
 ) -> None:
-    made = task()
-    records = [*made.records([world / "grounding_test.json"], "test")[:7], record(image=str(photo))]
-    *_, last = made.predict(made.build().eval(), records)
+    opened = task()
+    records = [
+        *opened.records([world / "grounding_test.json"], "test")[:7],
+        record(image=str(photo)),
+    ]
+    *_, last = opened.predict(opened.build().eval(), records)
     cx, cy, w, h = last["relative"]
     assert last["bbox"] == pytest.approx([60 * (cx - w / 2), 40 * (cy - h / 2), 60 * w, 40 * h])
-    groups = made.groups(records)
-    assert sorted(number for group in groups for number in group) == [*range(8)]
-    assert [len({records[number].image for number in group}) for group in groups] == [1] * len(
-        groups
-    )
+    assert opened.groups_by_image
+    batches = Evaluation(tmp_path, batch_size=1).batches(records, by_image=True)
+    assert sorted(index for batch in batches for index in batch) == [*range(8)]
+    assert all(len({records[index].image for index in batch}) == 1 for batch in batches)
 
 
 @pytest.mark.parametrize(
@@ -105,10 +109,10 @@ def test_training_takes_the_split_train_and_evaluation_the_others(
         for n, split in enumerate(splits)
     ]
     path.write_text(json.dumps(elements))
-    (rows,), (others,) = task().rows([path]), task().test_rows([path], "test")
+    (rows,), (evaluated,) = task().rows([path]), task().rows([path], "test")
     trained: list[Any] = [rows.read(row) for row in range(len(rows))]
-    assert [each.ref_id for each in trained] == [0, 2]
-    assert [(each.ref_id, others.label(n)) for n, each in enumerate(others.records())] == [
+    assert [element.ref_id for element in trained] == [0, 2]
+    assert [(element.ref_id, evaluated.label(n)) for n, element in enumerate(evaluated.records())] == [
         (1, "element 1"), (2, "element 2")
     ]  # fmt: skip
     path.write_text(json.dumps(elements[1:2]))
@@ -120,17 +124,17 @@ REGIONS = {"max_images": 4, "texts": 10, "max_tokens": 32}
 
 
 def test_captions_of_regions(task: Open, world: Path) -> None:
-    made = task(regions=REGIONS)
-    (rows,) = made.rows([world / "regions_train.jsonl"])
-    items = [made.item(rows.read(n), np.random.default_rng(n)) for n in range(4)]
-    batch, half = made.collate(items, generator()), made.collate(items[:2], generator())
+    opened = task(regions=REGIONS)
+    (rows,) = opened.rows([world / "regions_train.jsonl"])
+    items = [opened.item(rows.read(n), np.random.default_rng(n)) for n in range(4)]
+    batch, half = opened.collate(items, generator()), opened.collate(items[:2], generator())
     assert (len(batch.input_ids), len(half.input_ids)) == (10, 5)
     assert batch.image_index is not None
     assert batch.is_image is not None
     assert batch.is_image.any()
-    model = made.build().eval()
-    losses = made.losses_of(model, batch)
-    wanted = model(
+    model = opened.build().eval()
+    losses = opened.losses_of(model, batch)
+    expected = model(
         batch.image,
         batch.input_ids,
         batch.attention_mask,
@@ -138,7 +142,7 @@ def test_captions_of_regions(task: Open, world: Path) -> None:
         batch.image_index,
         batch.is_image,
     )
-    assert (losses["bbox_l1"], losses["bbox_giou"]) == (wanted.l1, wanted.giou)
+    assert (losses["bbox_l1"], losses["bbox_giou"]) == (expected.l1, expected.giou)
     # Captions of whole images have no box.
     boxed = ~batch.is_image
     only = model(

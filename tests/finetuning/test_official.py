@@ -58,7 +58,7 @@ def load(values: dict[str, Any], tmp_path: Path, *overrides: str) -> FinetuneRec
 def test_a_published_file_is_our_recipe(
     values: dict[str, Any], ours: str, same: set[str], tmp_path: Path
 ) -> None:
-    """The shipped recipes hold the official numbers, so that both say the same."""
+    """Check that the shipped recipes have the official numbers."""
     official, shipped = load(values, tmp_path), load_finetune_recipe(ours)
     for section in same:
         assert getattr(official, section) == getattr(shipped, section), section
@@ -67,37 +67,40 @@ def test_a_published_file_is_our_recipe(
 
 @pytest.mark.parametrize("name", FILES)
 def test_runs_are_as_the_official_code_makes_them(name: str, tmp_path: Path) -> None:
-    made = load(FILES[name], tmp_path, "data.train=mine")
-    task: Any = made.task
-    assert made.data.official_pictures
+    loaded = load(FILES[name], tmp_path, "data.train=mine")
+    task: Any = loaded.task
+    assert loaded.data.official_pictures
     # Only domain pretraining runs in mixed precision (Apex).
-    assert made.precision == ("bf16" if name.endswith("_O1") else "fp32")
+    assert loaded.precision == ("bf16" if name.endswith("_O1") else "fp32")
     # The scripts of image classification alone take PyTorch's optimizer.
-    assert made.optimizer.kind == ("torch" if task.kind == "image" else "transformers")
+    assert loaded.optimizer.kind == ("torch" if task.kind == "image" else "transformers")
     # `val_d` over val, testA and testB together; sets of images have no val.
-    chosen = {"Grounding_bbox": ("accuracy_val", "test")} | dict.fromkeys(SETS, ("top1", "test"))
-    if name in chosen:
-        assert made.choose is not None
-        assert (made.choose.by, made.choose.split) == chosen[name]
+    choices = {"Grounding_bbox": ("accuracy_val", "test")} | dict.fromkeys(SETS, ("top1", "test"))
+    if name in choices:
+        assert loaded.choose is not None
+        assert (loaded.choose.by, loaded.choose.split) == choices[name]
     if name in SETS:
         folder, data_set = FILES[name]["dataset"], FILES[name]["task_name"]
         # Split by the code itself, or read from a file.
-        whole = data_set in ("sun397", "caltech101", "fer2013")
-        assert made.data.splits == {"test": (folder if whole else f"{folder}/val",)}
+        unsplit = data_set in ("sun397", "caltech101", "fer2013")
+        assert loaded.data.splits == {"test": (folder if unsplit else f"{folder}/val",)}
         probe = load(FILES[name], tmp_path)
-        assert probe.data.train == (folder if whole else f"{folder}/train",)
+        assert probe.data.train == (folder if unsplit else f"{folder}/train",)
         assert probe.task.kind == "image"
         task = probe.task
         assert task.train_split == ("trainval" if data_set == "oxfordiiitpet" else "train")
         assert (task.dataset, task.frozen, task.mixup, task.view) == (data_set, True, 0, "probe")
         assert (probe.schedule.kind, probe.optimizer.weight_decay) == ("cosine", 0.01)
         assert probe.model == XFMConfig.preset("base", text_layers=0, fusion_layers=0)
-    if made.task.kind == "vqa":
+    if loaded.task.kind == "vqa":
         assert task.official_ranking
-        assert (made.image_folder, task.image_folders["vg"]) == (Path(), "../images/visualgenome/")
-    if isinstance(made.task, (NLVR2Options, GroundingOptions)):
+        assert (loaded.image_folder, task.image_folders["vg"]) == (
+            Path(),
+            "../images/visualgenome/",
+        )
+    if isinstance(loaded.task, (NLVR2Options, GroundingOptions)):
         # The official tokenizer does not truncate.
-        assert made.task.max_tokens is None
+        assert loaded.task.max_tokens is None
 
 
 # One for every script of the official code; the others differ from these in numbers and files.
@@ -123,7 +126,9 @@ DOMAIN_DATA = {
 
 @pytest.fixture(scope="module")
 def official_world(world: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that the official code runs in, with a small pretrained model that reads texts as long as RoBERTa."""
+    """Write the folder that the official code runs in, with a small pretrained model that reads
+    texts as long as RoBERTa.
+    """
     tokenizer = CaptionTokenizer.from_files(pretrained / "tokenizer.json")
     folder = write_official_world(tmp_path_factory.mktemp("official"), world, tokenizer)
     config = XFMConfig.preset("tiny", vocab_size=tokenizer.vocab_size, max_positions=514, **SMALL)
@@ -138,14 +143,17 @@ def official_world(world: Path, pretrained: Path, tmp_path_factory: pytest.TempP
 def test_a_published_file_trains_and_is_evaluated(
     name: str, official_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step and an evaluation of every file as it is, but for the sizes of the model and of batches."""
+    """Run a step and an evaluation of every file as it is, except for the sizes of the model and of
+    batches.
+    """
     values = FILES[name]
     monkeypatch.chdir(official_world)
     if "dataset" in values:
         accept_made_up_files(monkeypatch)
         write_image_set(values, official_world)
     layers = {
-        f"{part}_layers": min(2, values[f"{part}_num_hidden_layers"]) for part in ("text", "fusion")
+        f"{encoder}_layers": min(2, values[f"{encoder}_num_hidden_layers"])
+        for encoder in ("text", "fusion")
     }
     vocabulary = XFMConfig.load("pretrained/config.json").vocab_size
     overrides = [
@@ -175,7 +183,9 @@ def test_a_published_file_trains_and_is_evaluated(
 
 @pytest.mark.parametrize("kind", ["nlvr2", "grounding"])
 def test_texts_are_truncated_to_words_only(kind: str, official_world: Path) -> None:
-    """Thirty words are kept, however many tokens they have; the official code gives the tokenizer no length."""
+    """Thirty words are kept, however many tokens they have; the official code gives the tokenizer
+    no length.
+    """
     tokenizer = CaptionTokenizer.from_files(official_world / "../data/roberta-base/tokenizer.json")
     config = XFMConfig.load(official_world / "pretrained/config.json")
     task = make_task(TypeAdapter(AnyTask).validate_python({"kind": kind}), config, tokenizer)

@@ -23,11 +23,11 @@ SENTENCES = ("there is a red circle in the left image", "both images show a star
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, world: Path, pretrained: Path) -> Path:
-    made = make_recipe(world, pretrained, tmp_path_factory.mktemp("nlvr2"))(
+    opened = make_recipe(world, pretrained, tmp_path_factory.mktemp("nlvr2"))(
         "nlvr2", "nlvr_{}.json", steps=1
     )
-    finetune(made)
-    return Path(made.checkpoint.folder)
+    finetune(opened)
+    return Path(opened.checkpoint.folder)
 
 
 @pytest.fixture
@@ -64,12 +64,14 @@ def process(
 
 
 def test_files_of_requests(run: Path, requests: Path, tmp_path: Path) -> None:
-    """Two processes, and one that was killed in its third batch, answer as one does."""
+    """Compare the answers of two processes, and of one killed in its third batch, with those of
+    one.
+    """
     answers = []
-    for number, (processes, kill_at) in enumerate([(1, -1), (2, -1), (1, 2)]):
-        out = tmp_path / f"{number}" / "answers.jsonl"
+    for index, (processes, kill_at) in enumerate([(1, -1), (2, -1), (1, 2)]):
+        out = tmp_path / f"{index}" / "answers.jsonl"
         codes = in_processes(
-            process, processes, tmp_path / f"meet{number}", run, requests, out, kill_at
+            process, processes, tmp_path / f"meet{index}", run, requests, out, kill_at
         )
         if kill_at >= 0:
             assert codes == [-9]
@@ -94,7 +96,7 @@ def test_what_is_no_request(run: Path, tmp_path: Path) -> None:
     (tmp_path / "full").symlink_to("/dev/full")
     with (
         (tmp_path / "redirected").open("wb") as file,
-        pytest.raises(InputError, match="no regular file"),
+        pytest.raises(InputError, match="not a regular file"),
     ):
         answer_lines(predictor, path, Path(f"/dev/fd/{file.fileno()}"), work)
     with pytest.raises(InputError, match="full"):

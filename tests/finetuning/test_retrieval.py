@@ -1,4 +1,6 @@
-"""Retrieval as a task: evaluation on any number of processes, ranking rules, tables and folders of images."""
+"""Retrieval as a task: evaluation on any number of processes, ranking rules, tables and folders of
+images.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,9 @@ from xfm_fast.checkpoint import to_official
 from xfm_fast.data.annotations import RetrievalRecord, RetrievalTestRecord
 from xfm_fast.data.fingerprints import trained_on
 from xfm_fast.errors import ConfigError, InputError
-from xfm_fast.finetuning.prediction import load
-from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
-from xfm_fast.finetuning.run import evaluate, finetune, open_task, recipe_of
+from xfm_fast.finetuning.prediction import load, request_of
+from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe, open_task
+from xfm_fast.finetuning.run import evaluate, finetune, recipe_of
 from xfm_fast.memory import PeakMemory
 from xfm_fast.models.xfm import XFM
 from xfm_fast.search import build_index, open_index, open_model
@@ -36,8 +38,8 @@ from xfm_fast.serve.model import load as load_served
 from xfm_fast.serve.options import SourceOptions
 from xfm_fast.tasks import reranking, retrieval
 from xfm_fast.tasks.evaluation import Evaluation, Journal, fingerprint
+from xfm_fast.tasks.models import TaskModel
 from xfm_fast.tasks.retrieval import RetrievalOptions, RetrievalTask, Retriever
-from xfm_fast.tasks.task import TaskModel
 
 RESULTS = ("metrics.json", "receipt.json", "scores.safetensors")
 
@@ -82,10 +84,10 @@ def test_evaluation_re_ranks_all(
     captions = [caption for record in records for caption in record.caption]
     texts = retriever.embed_texts([task.padded([task.ids(caption) for caption in captions])])
     expected = retriever.rerank(images, texts, k=5)
-    found = load_file(tmp_path / "scores.safetensors")
-    assert torch.equal(found["text"].long(), expected.candidates.texts)
-    assert torch.equal(found["image"].long(), expected.candidates.images)
-    torch.testing.assert_close(found["score"], expected.scores, rtol=1e-5, atol=1e-5)
+    results = load_file(tmp_path / "scores.safetensors")
+    assert torch.equal(results["text"].long(), expected.candidates.texts)
+    assert torch.equal(results["image"].long(), expected.candidates.images)
+    torch.testing.assert_close(results["score"], expected.scores, rtol=1e-5, atol=1e-5)
     images_of_texts = torch.arange(len(records))
     similarity = images.features @ texts.features.t()
     unscored = expected.score_i2t == reranking.UNSCORED, expected.score_t2i == reranking.UNSCORED
@@ -109,12 +111,12 @@ def test_evaluation_re_ranks_all(
     )
     receipt = json.loads((tmp_path / "receipt.json").read_text())
     assert receipt["flops"] == expected.receipt.flops
-    assert receipt["pairs_scored"] == len(found["score"])
+    assert receipt["pairs_scored"] == len(results["score"])
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(RESULTS)
     # In half precision scores do not tie, and work of another precision does not resume.
-    whole = fingerprint(task, model, records, 4)
+    digest = fingerprint(task, model, records, 4)
     with torch.autocast("cpu", torch.bfloat16):
-        assert fingerprint(task, model, records, 4) != whole
+        assert fingerprint(task, model, records, 4) != digest
     half = Evaluation(
         tmp_path, batch_size=4, autocast=lambda: torch.autocast("cpu", torch.bfloat16)
     )
@@ -130,14 +132,16 @@ def test_ranking_by_an_untrained_matching_head(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Its evaluation warns; `auto` ranks by features, and the run records it for `search`, `predict` and `evaluate`."""
+    """Check that evaluation warns; `auto` ranks by features, and the run records it for `search`,
+    `predict` and `evaluate`.
+    """
     blank = TaskModel.from_pretrained(pretrained)
     with torch.no_grad():
         [*blank.get_submodule("itm_head").parameters()][-2].zero_()
     blank.save_pretrained(tmp_path / "blank")
     shutil.copy(pretrained / "tokenizer.json", tmp_path / "blank")
-    found = evaluate(small, tmp_path / "blank", "test", tmp_path / "match")
-    assert found["r_mean"] == found["match/r_mean"] < found["similarity/r_mean"]
+    results = evaluate(small, tmp_path / "blank", "test", tmp_path / "match")
+    assert results["r_mean"] == results["match/r_mean"] < results["similarity/r_mean"]
     assert "task.rank=similarity" in capsys.readouterr().err
 
     values = small.model_dump() | {
@@ -192,7 +196,7 @@ def test_same_on_any_number_of_processes_and_after_a_kill(
         )  # fmt: skip
 
     def results(name: str) -> list[bytes]:
-        return [(tmp_path / name / each).read_bytes() for each in RESULTS]
+        return [(tmp_path / name / element).read_bytes() for element in RESULTS]
 
     for world_size in (1, 2, 4):
         assert run(str(world_size), world_size) == [0] * world_size
@@ -231,21 +235,23 @@ def test_a_pretrained_model_is_evaluated_without_training_files(
     small: FinetuneRecipe, pretrained: Path, tmp_path: Path
 ) -> None:
     data = small.data.model_copy(update={"train": ("not_here.json",)})
-    found = evaluate(small.model_copy(update={"data": data}), pretrained, "test", tmp_path / "zero")
-    assert "r_mean" in found
+    results = evaluate(
+        small.model_copy(update={"data": data}), pretrained, "test", tmp_path / "zero"
+    )
+    assert "r_mean" in results
     # The same weights as an official file, which does not record its sizes.
     model = XFM.from_pretrained(pretrained)
     torch.save({"model": to_official(model.state_dict(), model.config)}, tmp_path / "xfm.th")
     recipe = small.model_copy(update={"tokenizer": str(pretrained / "tokenizer.json")})
-    assert evaluate(recipe, tmp_path / "xfm.th", "test", tmp_path / "official") == found
+    assert evaluate(recipe, tmp_path / "xfm.th", "test", tmp_path / "official") == results
 
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
-    """A table of 5 pictures with other column names and commas in its captions."""
-    for number in range(5):
-        write_picture(tmp_path / f"own/{number}.png", number)
-    rows = "".join(f'{number}.png,"a red circle, {number}"\n' for number in range(5))
+    """Write a table of 5 pictures with other column names and commas in its captions."""
+    for index in range(5):
+        write_picture(tmp_path / f"own/{index}.png", index)
+    rows = "".join(f'{index}.png,"a red circle, {index}"\n' for index in range(5))
     (tmp_path / "own/train.csv").write_text("File_Name,Text\n" + rows)
     return tmp_path / "own/train.csv"
 
@@ -283,18 +289,18 @@ def test_own_pictures_are_one_command_each(
     (rows,) = task.training_rows(recipe.paths_of("train"))
     trained = {rows.read(row).image for row in range(len(rows))}
     assert (len(held), len(trained), held & trained) == (1, 4, set())
-    found = json.loads(invoke(["evaluate", run, "--json"]).stdout)["val"]
-    assert found == json.loads((run / "evaluation/val/metrics.json").read_text())["metrics"]
+    results = json.loads(invoke(["evaluate", run, "--json"]).stdout)["val"]
+    assert results == json.loads((run / "evaluation/val/metrics.json").read_text())["metrics"]
 
 
 def test_pretraining_leaves_out_what_retrieval_holds_out(
     pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The documented pair of commands, and what both say where pretraining has seen the split."""
+    """Run the documented pair of commands, and check what both say if pretraining saw the split."""
     monkeypatch.chdir(tmp_path)
-    names = [f"{number}.png" for number in range(24)]
-    for number, name in enumerate(names):
-        write_picture(tmp_path / name, number)
+    names = [f"{index}.png" for index in range(24)]
+    for index, name in enumerate(names):
+        write_picture(tmp_path / name, index)
     Path("train.csv").write_text(
         "image,caption\n" + "".join(f"{name},a red circle\n" for name in names)
     )
@@ -339,7 +345,7 @@ def test_tables_folders_and_requests(
     with (tmp_path / "pairs.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerows(
-            [["file", "said"], *([each["image"], each["caption"]] for each in elements)]
+            [["file", "said"], *([element["image"], element["caption"]] for element in elements)]
         )
     options = RetrievalOptions(columns={"image": "file", "caption": "said"}, augment=False)
     made = RetrievalTask(options, small.model, task.tokenizer, images=world)
@@ -362,17 +368,15 @@ def test_tables_folders_and_requests(
     with pytest.raises(InputError, match="empty"):
         task.requests([Path("a.png")], ["..."])
     with pytest.raises(InputError, match="line"):
-        task.request({"images": ["a.png", "b.png"], "text": "a dog"})
-    assert task.request({"image": "a.png", "text": ["a dog", "a cat"]}).caption == (
-        "a dog",
-        "a cat",
-    )
+        request_of(task, {"images": ["a.png", "b.png"], "text": "a dog"})
+    request = request_of(task, {"image": "a.png", "text": ["a dog", "a cat"]})
+    assert request.caption == ("a dog", "a cat")
     with pytest.raises(ConfigError, match=r"task\.max_tokens=900"):
         RetrievalTask(RetrievalOptions(max_tokens=900), small.model, task.tokenizer)
 
 
 def test_every_entry_sees_the_same_picture(pretrained: Path, tmp_path: Path) -> None:
-    """A turned, transparent picture is seen upright and on white."""
+    """Check that a turned, transparent picture is seen upright and on white."""
     given, seen = tmp_path / "given/a.png", tmp_path / "seen.png"
     given.parent.mkdir()
     picture = Image.fromarray(
@@ -411,7 +415,7 @@ def test_every_entry_sees_the_same_picture(pretrained: Path, tmp_path: Path) -> 
         "predict": of_pixels(task().pixels(given)),
         "serve": answer[0],
     }
-    for name, found in ways.items():
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0, msg=name)
+    for name, results in ways.items():
+        torch.testing.assert_close(results, expected, atol=1e-6, rtol=0, msg=name)
     official = of_pixels(task(official_pictures=True).pixels(given))
     assert (official - expected).abs().max() > 1e-4

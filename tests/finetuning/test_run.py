@@ -34,14 +34,14 @@ Kill = dict[str, int]
 def process(
     rank: int, world_size: int, meeting_point: Path, recipe: FinetuneRecipe, kill: Kill
 ) -> None:
-    """One process of a run, which may kill itself after a step or within an evaluation."""
+    """Run one process of a run, which may kill itself after a step or within an evaluation."""
     join_group(rank, world_size, meeting_point)
     if "at_step" in kill:
         train = runs.train
 
         def killed_train(recipe: FinetuneRecipe, *, on_step: Any, **options: Any) -> Any:
-            def hook(step: int, *rest: Any) -> Any:
-                metrics = on_step(step, *rest)
+            def hook(step: int, *arguments: Any) -> Any:
+                metrics = on_step(step, *arguments)
                 if step == kill["at_step"]:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return metrics
@@ -75,11 +75,11 @@ def metrics(recipe: FinetuneRecipe) -> dict[str, str]:
 def whole(
     tmp_path_factory: pytest.TempPathFactory, world: Path, pretrained: Path
 ) -> FinetuneRecipe:
-    """An uninterrupted run in a process of its own."""
+    """Finish an uninterrupted run in its own process."""
     folder = tmp_path_factory.mktemp("whole")
-    made = make_recipe(world, pretrained, folder)(*NLVR2, choose=CHOICE)
-    assert in_processes(process, 1, folder / "meet", made, {}) == [0]
-    return made
+    run = make_recipe(world, pretrained, folder)(*NLVR2, choose=CHOICE)
+    assert in_processes(process, 1, folder / "meet", run, {}) == [0]
+    return run
 
 
 @pytest.mark.parametrize("kill", [{"at_step": 5}, {"at_batch": 1}])
@@ -105,16 +105,18 @@ def test_two_processes_find_what_one_finds(recipe: Make, tmp_path: Path) -> None
 
 def test_steps_of_epochs_are_kept_by_a_change_of_processes(recipe: Make) -> None:
     made = recipe(*NLVR2)
-    one = resumed_steps(made, 40, 1, None, 0)
-    assert (one.steps, one.schedule.steps) == (10, 10)
-    odd = resumed_steps(made, 43, 1, None, 0)
+    single = resumed_steps(made, 40, 1, None)
+    assert (single.steps, single.schedule.steps) == (10, 10)
+    odd = resumed_steps(made, 43, 1, None)
     assert (odd.steps, odd.schedule.steps) == (10, 12)
-    saved = {"world_size": 1, "step": 4, "recipe": one.model_dump(mode="json")}
-    two = resumed_steps(made, 40, 2, saved, 2)
+    saved: dict[str, Any] = {"world_size": 1, "step": 4, "batches": {"train": 4}}
+    saved["recipe"] = single.model_dump(mode="json")
+    two = resumed_steps(made, 40, 2, saved)
     assert two.steps == 4 + (2 * 2 - 2)
-    later = {"world_size": 2, "step": 5, "recipe": two.model_dump(mode="json")}
-    assert resumed_steps(made, 40, 2, later, 3).steps == two.steps
-    assert resumed_steps(recipe(*NLVR2, steps=3), 40, 1, None, 0).steps == 3
+    later: dict[str, Any] = {"world_size": 2, "step": 5, "batches": {"train": 3}}
+    later["recipe"] = two.model_dump(mode="json")
+    assert resumed_steps(made, 40, 2, later).steps == two.steps
+    assert resumed_steps(recipe(*NLVR2, steps=3), 40, 1, None).steps == 3
 
 
 class Numbers:
@@ -131,7 +133,9 @@ class Numbers:
 def test_the_last_batch_is_kept_like_the_official_loader_does(
     world_size: int, count: int, tmp_path: Path
 ) -> None:
-    """Rows are dealt as torch's DistributedSampler and DataLoader do: equally many a rank, and each is in a batch."""
+    """Rows are dealt as torch's DistributedSampler and DataLoader do: equally many a rank, and each
+    is in a batch.
+    """
     assert {kind for kind, task in TASKS.items() if not task.drop_last} == {"image", "text"}
     rows = RecordSet(
         [
@@ -154,7 +158,7 @@ def test_the_last_batch_is_kept_like_the_official_loader_does(
     assert {len(source) for source in ranks} == {len(official)}
     for epoch in range(2):
         numbers = range(epoch * len(official), (epoch + 1) * len(official))
-        dealt: list[Any] = [[source.batch(number) for number in numbers] for source in ranks]
+        dealt: list[Any] = [[source.batch(index) for index in numbers] for source in ranks]
         assert all(
             list(map(len, batches)) == [len(batch) for batch in official] for batches in dealt
         )
@@ -207,11 +211,11 @@ def test_what_is_refused_before_the_first_step(
         recipe(*NLVR2, choose={"by": "accuracy", "split": "dev"})
     with pytest.raises(DataError, match=r"data\.train.*absent\.json"):
         finetune(recipe("nlvr2", "absent.json"))
-    other = tmp_path / "other"
-    shutil.copytree(pretrained, other)
-    (other / "task.json").write_text('{"format": 1, "task": {"kind": "nlvr2", "surprise": 1}}')
+    copy = tmp_path / "other"
+    shutil.copytree(pretrained, copy)
+    (copy / "task.json").write_text('{"format": 1, "task": {"kind": "nlvr2", "surprise": 1}}')
     with pytest.raises(CheckpointError, match=r"task\.json"):
-        finetune(recipe(*NLVR2, init={"checkpoint": str(other)}))
+        finetune(recipe(*NLVR2, init={"checkpoint": str(copy)}))
     with pytest.raises(CheckpointError, match="cls_head"):
         evaluate(recipe(*NLVR2), pretrained, "test", tmp_path / "out")
     with pytest.raises(CheckpointError, match="task"):

@@ -14,7 +14,8 @@ from tests.finetuning.conftest import Make
 from tests.finetuning.official_data import write_glue
 from xfm_fast.data.tables import GLUE
 from xfm_fast.errors import DataError
-from xfm_fast.finetuning.run import finetune, initial_model, open_task
+from xfm_fast.finetuning.recipe import open_task
+from xfm_fast.finetuning.run import finetune, initial_model
 
 RNG = np.random.default_rng(0)
 WORLD = "text", "text_{}.tsv"
@@ -26,7 +27,7 @@ def test_a_pair_is_encoded_as_roberta_reads_it(recipe: Make) -> None:
     assert task.options.labels == ("no", "yes")
     assert task.options.pairs
     (rows,) = task.rows(recipe(*WORLD).paths_of("train"))
-    records = [rows.read(number) for number in range(4)]
+    records = [rows.read(index) for index in range(4)]
     model = task.build().train(False)
     loss = task.losses_of(model, task.collate([task.item(record, RNG) for record in records], RNG))[
         "loss"
@@ -60,18 +61,18 @@ def test_glue(name: str, recipe: Make, tmp_path: Path) -> None:
             "val": "dev_matched.tsv"
         }
     data = {"root": str(tmp_path / name), "train": "train.tsv", "splits": files}
-    made = recipe(
+    opened = recipe(
         "text", "", task={"glue": name, "max_tokens": 64}, data=data, steps=1, batch_size=2
     )
-    assert open_task(made).options.labels == (GLUE[name].classes or ())
-    result = finetune(made)
+    assert open_task(opened).options.labels == (GLUE[name].classes or ())
+    result = finetune(opened)
     known_metrics, stem = RESULTS[name]
     assert set(result.metrics["val"]) == known_metrics
     assert result.metrics["test"] == {}
-    folder = Path(made.checkpoint.folder) / "evaluation"
+    folder = Path(opened.checkpoint.folder) / "evaluation"
     head, *rows = (folder / "test" / f"{stem}.tsv").read_text().splitlines()
     assert head == "index\tprediction"
-    assert [row.split("\t")[0] for row in rows] == [str(number) for number in range(len(rows))]
+    assert [row.split("\t")[0] for row in rows] == [str(index) for index in range(len(rows))]
     assert len(rows) == 2 * len(GLUE[name].classes or "ab")
     answers = [row.split("\t")[1] for row in rows]
     if name == "stsb":
@@ -125,18 +126,18 @@ def test_a_test_file_without_labels_gets_predictions(recipe: Make, tmp_path: Pat
 
 
 def test_roberta_alone_is_a_start(recipe: Make, pretrained: Path, tmp_path: Path) -> None:
-    made = recipe(*WORLD, task=COLUMNS)
-    task = open_task(made)
-    theirs = {
+    opened = recipe(*WORLD, task=COLUMNS)
+    task = open_task(opened)
+    expected = {
         name.replace("text_encoder.roberta.", "roberta."): torch.full_like(value, 0.25)
         for name, value in task.build().state_dict().items()
         if name.startswith("text_encoder.roberta.")
     }
-    save_file(theirs, tmp_path / "roberta.safetensors")
+    save_file(expected, tmp_path / "roberta.safetensors")
     init = {"roberta": str(tmp_path / "roberta.safetensors")}
     tokenizer = str(pretrained / "tokenizer.json")
     again = recipe(
-        *WORLD, task=COLUMNS, init=init, model=made.model.model_dump(), tokenizer=tokenizer
+        *WORLD, task=COLUMNS, init=init, model=opened.model.model_dump(), tokenizer=tokenizer
     )
     model = initial_model(again, open_task(again))
     for name, value in model.state_dict().items():

@@ -12,7 +12,8 @@ import torch
 
 import xfm_fast
 from tests.finetuning.conftest import Make
-from xfm_fast.finetuning.run import evaluate, finetune, initial_model, open_task
+from xfm_fast.finetuning.recipe import open_task
+from xfm_fast.finetuning.run import evaluate, finetune, initial_model
 from xfm_fast.tasks.vqa import RESULT_FILE, VQAModel, VQARecord, VQATask
 
 FILES = "vqa", "vqa_{}.json"
@@ -25,26 +26,26 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture
 def task(recipe: Make) -> VQATask:
-    made = open_task(recipe(*FILES, task=TINY))
-    assert isinstance(made, VQATask)
-    return made
+    opened = open_task(recipe(*FILES, task=TINY))
+    assert isinstance(opened, VQATask)
+    return opened
 
 
 @pytest.fixture
 def model(recipe: Make, task: VQATask) -> VQAModel:
-    made = initial_model(recipe(*FILES, task=TINY), task)
-    assert isinstance(made, VQAModel)
-    return made.eval()
+    built = initial_model(recipe(*FILES, task=TINY), task)
+    assert isinstance(built, VQAModel)
+    return built.eval()
 
 
 def record(**fields: Any) -> VQARecord:
-    shown = {
+    defaults = {
         "image": "images/train/000000.png",
         "question": "what is it",
         "question_id": 0,
         "answer": ["dog"],
     }
-    return VQARecord(**shown | fields)
+    return VQARecord(**defaults | fields)
 
 
 def written(path: Path, content: Any) -> Path:
@@ -56,7 +57,7 @@ def test_answer_weights(task: VQATask) -> None:
     """Shares of the annotators; Visual Genome's only answer counts half, GQA's whole."""
     answers = {"vqa": ["dog", "cat", "dog", "dog"], "vg": "dog", "gqa": "dog"}
     items = [
-        task.item(record(dataset=name, answer=given), rng()) for name, given in answers.items()
+        task.item(record(dataset=name, answer=texts), rng()) for name, texts in answers.items()
     ]
     batch = task.collate(items, rng())
     assert batch.answer_weights.tolist() == [0.75, 0.25, 0.5, 1.0]
@@ -77,33 +78,41 @@ def test_questions_are_truncated_in_training_only(task: VQATask, model: VQAModel
 def test_probabilities_are_those_of_writing_the_answer(
     task: VQATask, model: VQAModel, world: Path
 ) -> None:
-    (asked, *_) = task.records([world / "vqa_val.json"], "val")
-    best = task.predict(model, [asked])[0]
-    answered = asked.model_copy(update={"answer": (best["answer"],)})
+    (question, *_) = task.records([world / "vqa_val.json"], "val")
+    best = task.predict(model, [question])[0]
+    answered = question.model_copy(update={"answer": (best["answer"],)})
     loss = task.losses_of(model, task.collate([task.item(answered, rng())], rng()))["loss"]
     assert float((-loss).exp()) == pytest.approx(best["probability"], rel=1e-3)
 
 
 def test_the_official_ranking(task: VQATask, model: VQAModel, world: Path) -> None:
-    """In file order, with its padding, the first token twice, and probabilities among the candidates."""
+    """In file order, with its padding, the first token twice, and probabilities among the
+    candidates.
+    """
     options = task.options.model_copy(update={"official_ranking": True, "k": 5})
     official = VQATask(options, task.config, task.tokenizer, images=world)
     records = task.records([world / "vqa_val.json"], "val")[:8]
-    assert official.groups(records) == [[number] for number in range(8)]
-    ids, mask = task.padded([task.tokenizer.encode_ids([each.question], 40)[0] for each in records])
+    assert not official.groups_by_image
+    ids, mask = task.padded(
+        [task.tokenizer.encode_ids([element.question], 40)[0] for element in records]
+    )
     answers, answer_mask = task.padded(task.tokenizer.encode_ids(options.answers or (), 40))
     with torch.no_grad():
         rows = official.predict(model, records)
-        pixels = torch.stack([task.pixels(each.image) for each in records])
+        pixels = torch.stack([task.pixels(element.image) for element in records])
         memory = model.encode_questions(pixels, ids, mask, attend_to_padding=True)
-        wanted = model.rank_answers(memory, answers, answer_mask, k=5, count_first_token_twice=True)
+        expected = model.rank_answers(
+            memory, answers, answer_mask, k=5, count_first_token_twice=True
+        )
     assert not mask.all()
-    for row, places, shares in zip(rows, wanted.indices, wanted.probabilities, strict=True):
-        found = [row, *row["runners_up"]]
-        assert [each["answer"] for each in found] == [
-            (options.answers or ())[place] for place in places
+    for row, indices, shares in zip(rows, expected.indices, expected.probabilities, strict=True):
+        ranked = [row, *row["runners_up"]]
+        assert [element["answer"] for element in ranked] == [
+            (options.answers or ())[index] for index in indices
         ]
-        assert [each["probability"] for each in found] == pytest.approx(shares.tolist(), rel=1e-4)
+        assert [element["probability"] for element in ranked] == pytest.approx(
+            shares.tolist(), rel=1e-4
+        )
 
 
 def test_from_files_to_results(
@@ -112,14 +121,17 @@ def test_from_files_to_results(
     """Two sets with image folders; an empty answer; ranked, then generated."""
     elements = json.loads((world / "vqa_train.json").read_text())[:20]
     folder = str(world / "images")
-    own = [each | {"image": each["image"].removeprefix("images/")} for each in elements]
-    other = [
-        each | {"dataset": "vg", "image": "000000.png", "answer": "unheard of"}
-        for each in elements[:4]
+    vqa = [element | {"image": element["image"].removeprefix("images/")} for element in elements]
+    genome = [
+        element | {"dataset": "vg", "image": "000000.png", "answer": "unheard of"}
+        for element in elements[:4]
     ]
     files = [
-        written(tmp_path / "vqa.json", [own[0] | {"answer": ["", "two"]}, *own[1:]]),
-        written(tmp_path / "vg.json", other),
+        written(
+            tmp_path / "vqa.json",
+            [vqa[0] | {"answer": ["", "two"]}, *vqa[1:]],
+        ),
+        written(tmp_path / "vg.json", genome),
     ]
     made = recipe(
         *FILES, epochs=1, steps=2,

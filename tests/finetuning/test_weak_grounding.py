@@ -1,4 +1,6 @@
-"""Grounding by heat over detections: from files to the metric, with weights of retrieval, and what is refused."""
+"""Grounding by heat over detections: from files to the metric, with weights of retrieval, and what
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +17,22 @@ from tests.finetuning.conftest import Make
 from xfm_fast import XFM
 from xfm_fast.errors import CheckpointError, DataError, InputError
 from xfm_fast.finetuning.prediction import load
-from xfm_fast.finetuning.recipe import FinetuneRecipe
-from xfm_fast.finetuning.run import evaluate, finetune, open_task
+from xfm_fast.finetuning.recipe import FinetuneRecipe, open_task
+from xfm_fast.finetuning.run import evaluate, finetune
 from xfm_fast.tasks.weak_grounding import best_box, boxes_of, cross_attention_heatmap
 
 
 @pytest.fixture
 def detections(world: Path, tmp_path: Path) -> dict[str, list[list[float]]]:
-    """Every box of the world's files, as a detector would list them."""
-    found: dict[str, list[list[float]]] = {}
+    """Write every box of the world's files, as a detector would list them."""
+    boxes_by_image: dict[str, list[list[float]]] = {}
     for split in ("val", "test"):
         for element in json.loads((world / f"grounding_{split}.json").read_text()):
-            boxes = found.setdefault(element["image"], [])
+            boxes = boxes_by_image.setdefault(element["image"], [])
             if element["bbox"] not in boxes:
                 boxes.append(element["bbox"])
-    (tmp_path / "dets.json").write_text(json.dumps(found))
-    return found
+    (tmp_path / "dets.json").write_text(json.dumps(boxes_by_image))
+    return boxes_by_image
 
 
 @pytest.fixture
@@ -58,15 +60,15 @@ def test_heat_chooses_a_detection(weak: FinetuneRecipe, world: Path, tmp_path: P
     heat = cross_attention_heatmap(
         predictor.model, task.pixels(record.image)[None], *ids, tokens=ids[1]
     )[0]
-    chosen = best_box(heat, torch.tensor(record.detected), (32, 32))
-    assert rows[0]["bbox"] == list(record.detected[chosen])
+    selected = best_box(heat, torch.tensor(record.detected), (32, 32))
+    assert rows[0]["bbox"] == list(record.detected[selected])
     with pytest.raises(InputError, match="--heatmap OUT"):
         predictor.predict(["a.png"], ["a circle"])
 
     boxes, drawn = tmp_path / "own.json", tmp_path / "heat.png"
     boxes.write_text(json.dumps({Path(record.image).name: record.detected}))
-    given = ["--heatmap", drawn, "--detections", boxes]
-    done = invoke(["predict", weak.checkpoint.folder, world / record.image, record.text, *given])
+    options = ["--heatmap", drawn, "--detections", boxes]
+    done = invoke(["predict", weak.checkpoint.folder, world / record.image, record.text, *options])
     assert json.loads(done.stdout)["bbox"] in [list(box) for box in record.detected]
     assert Image.open(drawn).size == (32, 32)
 

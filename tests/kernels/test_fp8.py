@@ -88,8 +88,8 @@ def test_a_norm_and_gelu_round_what_they_store() -> None:
     same_bits(room, made.normed)
     for bias in (vector, None):
         with poison():
-            out, *found = triton_layers.bias_gelu_quantise(x.clone(), bias)
-        assert torch.equal(out, triton_layers.bias_gelu_forward(x, bias))
+            out, *found = triton_rows.bias_gelu_quantise(x.clone(), bias)
+        assert torch.equal(out, triton_rows.bias_gelu_forward(x, bias))
         same_bits((found[0], found[1]), out)
 
 

@@ -215,14 +215,14 @@ def test_other_types_than_those_of_activations() -> None:
 
 
 @as_bytes
-def test_sums_that_are_cut_off_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = int8._product
+def test_sums_that_saturate_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = int8._gemm
     monkeypatch.setattr(
-        int8, "_product", lambda *given, **rest: exact(*given, **rest).clamp(max=200)
+        int8, "_gemm", lambda *args, **options: exact(*args, **options).clamp(max=200)
     )
     int8.why_not.cache_clear()
     try:
-        assert "cut off" in (int8.why_not() or "")
+        assert "saturate" in (int8.why_not() or "")
     finally:
         int8.why_not.cache_clear()
 

@@ -147,7 +147,7 @@ def test_a_folder_that_does_not_belong_here_is_refused(
         with pytest.raises(InputError, match=message):
             prepared.read(edited(folder, tmp_path / str(number), edit), 90)
     monkeypatch.setattr(prepared, "_sources", lambda: "of an edited file")
-    with pytest.raises(InputError, match="are not those that"):
+    with pytest.raises(InputError, match="differ from those that"):
         prepared.read(folder, 90)
 
 

@@ -192,14 +192,14 @@ def test_kernels_by_the_lengths(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_tiles_are_found(name: str, worth: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a search, or in equal shares; also with more sequences than one read of the offsets covers."""
-    monkeypatch.setattr(varlen_attention, "_WORTH", worth)
+    monkeypatch.setattr(varlen_attention, "_MORE_TILES", worth)
     monkeypatch.setattr(varlen_attention, "_CHUNK", 4)
     assert_triton_is_accurate(KERNELS[name], KERNELS[name].arguments(torch.float16, grad=True))
 
 
 def test_tiles_of_half_as_many_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where keys are known to fill whole tiles and a few more, sums are separate until the end."""
-    monkeypatch.setattr(varlen_attention, "_narrower", lambda *_: True)
+    monkeypatch.setattr(varlen_attention, "_prefers_narrow_tiles", lambda *_: True)
     case = packed([70, 40], [33, 33], 2, 64)
     assert_triton_is_accurate(case, case.arguments(torch.float32, grad=True))
 

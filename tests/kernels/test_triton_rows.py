@@ -121,7 +121,7 @@ def test_extreme_pre_activations() -> None:
         case, {"x": y.requires_grad_(), "weight": weight, "bias": torch.zeros(8).requires_grad_()}
     )
     assert torch.equal(
-        layers.bias_gelu_forward(y.detach(), None)[0, [0, 7]], torch.tensor([-0.0, 1e4])
+        rows.bias_gelu_forward(y.detach(), None)[0, [0, 7]], torch.tensor([-0.0, 1e4])
     )
 
 

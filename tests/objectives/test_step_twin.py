@@ -151,11 +151,9 @@ def test_regions(count: int, images: int, seed: int, local_attn_depth: int) -> N
 @given(st.integers(1, 5), st.integers(0, 10**6))
 def test_texts(count: int, seed: int) -> None:
     model = model_with()
-    assert_same(
-        model,
-        TextBatch(**texts(count, model.config, torch.Generator().manual_seed(seed))),
-        None,  # pyright: ignore[reportArgumentType]
-    )
+    generator = torch.Generator().manual_seed(seed)
+    batch = TextBatch(**texts(count, model.config, generator))  # pyright: ignore[reportArgumentType]
+    assert_same(model, batch, None)
 
 
 def test_one_fusion_layer_and_texts_that_keep_their_graph() -> None:

@@ -22,7 +22,7 @@ from xfm_fast.errors import InputError  # noqa: E402
 from xfm_fast.kernels.backend import resolve  # noqa: E402
 from xfm_fast.replace import LayerSpec, Mlp, cached_plan, layer, register  # noqa: E402
 from xfm_fast.replace.swap import forward_patched, original_class  # noqa: E402
-from xfm_fast.replace.transformers_rows import BERT, row  # noqa: E402
+from xfm_fast.replace.transformers_rows import BERT, build_spec  # noqa: E402
 
 SMALL: dict[str, Any] = {
     "hidden_size": 48,
@@ -250,8 +250,10 @@ def test_a_layer_with_an_argument_that_no_row_takes_is_not_replaced() -> None:
     """BROS passes boxes to every layer: with a row of BERT every call would run the original."""
     sizes = {"vocab_size": 40, "dim_bbox_sinusoid_emb_2d": 16, "dim_bbox_projection": 16}
     model = transformers.BrosModel(transformers.BrosConfig(**SMALL, **sizes)).eval()
-    register(row("bros.BrosLayer", BERT))
-    with pytest.raises(InputError, match="requires bbox_pos_emb, which its row does not take"):
+    register(build_spec("bros.BrosLayer", BERT))
+    with pytest.raises(
+        InputError, match="requires bbox_pos_emb, which its LayerSpec does not take"
+    ):
         accelerate(model)
 
 
@@ -277,6 +279,6 @@ def test_a_form_that_does_not_compute_its_example_is_not_used() -> None:
     model = replicas.TextModel(replicas.TextConfig()).eval()
     model.embeddings.word_embeddings.max_norm = 1.0
     (left,) = (entry for entry in accelerate(model).left if entry.path == "embeddings")
-    assert left.reason == "its fused form does not cover its parts"
+    assert left.reason == "its fused form does not cover its submodules"
     model.embeddings.word_embeddings.max_norm = None
     assert "embeddings" in [entry.path for entry in accelerate(model).replaced]

@@ -1,4 +1,6 @@
-"""Metrics of captions: against numbers of the COCO caption evaluation, and against it where it is installed."""
+"""Metrics of captions: against numbers of the COCO caption evaluation, and against it where it is
+installed.
+"""
 
 from __future__ import annotations
 

@@ -25,10 +25,10 @@ def model() -> CaptioningModel:
 
 @pytest.fixture(scope="module")
 def x() -> dict[str, Tensor]:
-    given = inputs_of("tiny_b/ft_inputs", torch.float64)
+    vectors = inputs_of("tiny_b/ft_inputs", torch.float64)
     return {
         name.partition("/")[2]: value
-        for name, value in given.items()
+        for name, value in vectors.items()
         if name.startswith("captioning/")
     }
 
@@ -83,7 +83,9 @@ def plain_beam_search(
 
 
 class Chain:
-    """A `Writer` whose next token depends on the last one alone: a language model that is searched in microseconds."""
+    """A `Writer` whose next token depends on the last one alone: a language model that is searched
+    in microseconds.
+    """
 
     def __init__(self, words: int) -> None:
         self.table = 2 * torch.randn(words, words, dtype=torch.float64)
@@ -93,11 +95,11 @@ class Chain:
         self, prompt_ids: Tensor, memory: object, capacity: int
     ) -> tuple[Tensor, DecoderCache]:
         past = DecoderCache(capacity)
-        past.advance(prompt_ids.shape[1])
+        past.length += prompt_ids.shape[1]
         return prompt_ids[:, -1:].double(), past
 
     def step(self, input_ids: Tensor, memory: object, past: DecoderCache) -> Tensor:
-        past.advance(1)
+        past.length += 1
         return input_ids[:, None].double()
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -108,7 +110,9 @@ class Chain:
     ("beams", "penalty", "early"), [(2, 0.0, True), (5, 2.0, False), (5, 0.0, True)]
 )
 def test_beam_search_of_chains(beams: int, penalty: float, early: bool) -> None:
-    """Many small language models, in which ends come early, late, low among the candidates, or not at all."""
+    """Many small language models, in which ends come early, late, low among the candidates, or not
+    at all.
+    """
     prompts = torch.tensor([[0, 3], [4, 5], [3, 6], [5, 4], [0, 0]])
     memory = DecoderMemory((), torch.arange(len(prompts) + 1), 1)
     for seed in range(12):
@@ -118,9 +122,9 @@ def test_beam_search_of_chains(beams: int, penalty: float, early: bool) -> None:
             chain, memory, prompts, max_length=8, min_length=shortest, num_beams=beams, length_penalty=penalty,
             early_stopping=early,
         ).tolist()  # fmt: skip
-        found = [row[: row.index(EOS) + 1] if EOS in row else row for row in rows]
+        captions = [row[: row.index(EOS) + 1] if EOS in row else row for row in rows]
         log_probs = chain.table.log_softmax(-1)
-        for prompt, ids in zip(prompts.tolist(), found, strict=True):
+        for prompt, ids in zip(prompts.tolist(), captions, strict=True):
             assert ids == plain_beam_search(
                 lambda text, p=log_probs: p[text[-1]], prompt, beams, 8, shortest, early, penalty
             )
@@ -134,8 +138,8 @@ def test_loss_is_the_mean_over_predicted_tokens(
         smooth = model(x["image"], x["text_ids"], prompt_length=3)
     labels = tensors("tiny_b/ft_outputs")["captioning/labels"]
     logits = tensors("tiny_b/ft_outputs")["captioning/logits"][:, :-1].flatten(0, 1)
-    for found, smoothing in ((plain, 0.0), (smooth, 0.1)):
+    for losses, smoothing in ((plain, 0.0), (smooth, 0.1)):
         expected = torch.nn.functional.cross_entropy(
             logits, labels[:, 1:].flatten(), label_smoothing=smoothing
         )
-        assert float(found) == pytest.approx(float(expected), rel=1e-10)
+        assert float(losses) == pytest.approx(float(expected), rel=1e-10)

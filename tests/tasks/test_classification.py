@@ -7,7 +7,8 @@ import torch
 from scipy import stats
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.tasks.classification import ClassificationModel, correlations, f1_score
+from xfm_fast.tasks.models import ClassificationModel
+from xfm_fast.tasks.text import correlations, f1_score
 
 CONFIG = XFMConfig.preset("tiny")
 

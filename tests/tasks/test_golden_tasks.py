@@ -1,4 +1,5 @@
-"""Every fine-tuning model against the official one: losses, scores, generated ids and gradient norms.
+"""Every fine-tuning model against the official one: losses, scores, generated ids and gradient
+norms.
 
 `tiny_a`'s vectors are in a complete set only, so its tests need XFM_GOLDEN.
 """
@@ -25,9 +26,9 @@ from xfm_fast.objectives import contrastive_loss, hard_negative_weights, matchin
 from xfm_fast.objectives.losses import HardNegatives
 from xfm_fast.packing import ImageGroups, Packing, offsets
 from xfm_fast.tasks.captioning import CaptioningModel
-from xfm_fast.tasks.classification import ClassificationModel
 from xfm_fast.tasks.grounding import GroundingBatch, GroundingModel
 from xfm_fast.tasks.image import LabelledImages
+from xfm_fast.tasks.models import ClassificationModel
 from xfm_fast.tasks.nlvr2 import (
     RESULT_FILE,
     NLVR2Batch,
@@ -146,10 +147,10 @@ def retrieval(model: XFM, x: dict[str, Tensor]) -> dict[str, Tensor]:
     image, mask = model.encode_image(x["image"]), x["text_atts"]
     text = model.encode_text(x["text_ids"], mask)
     features = model.project_image(image), model.project_text(text)
-    own = torch.arange(len(text))
+    index = torch.arange(len(text))
     texts, images = (
-        torch.cat([own, own, x["itm_text_neg_idx"]]),
-        torch.cat([own, x["itm_image_neg_idx"], own]),
+        torch.cat([index, index, x["itm_text_neg_idx"]]),
+        torch.cat([index, x["itm_image_neg_idx"], index]),
     )
     logits = model.match_logits(
         model.fuse(
@@ -165,7 +166,7 @@ def retrieval(model: XFM, x: dict[str, Tensor]) -> dict[str, Tensor]:
         "hard_neg_weights_t2i": weights[0],
         "hard_neg_weights_i2t": weights[1],
         "loss_itc": contrastive_loss(*features, model.temp, x["idx"]),
-        "loss_itm": matching_loss(logits, torch.arange(len(logits)) < len(own)),
+        "loss_itm": matching_loss(logits, torch.arange(len(logits)) < len(index)),
     }
 
 
@@ -173,13 +174,14 @@ def retrieval(model: XFM, x: dict[str, Tensor]) -> dict[str, Tensor]:
 def computed(task: str, case: str, dtype: torch.dtype, backend: ops.Backend) -> dict[str, Tensor]:
     x = inputs_of(f"{case}/ft_inputs", dtype)
     if task == "grounding_pretrain":
-        # Several expressions share an image; texts and targets are those of the other grounding test.
-        other, text = of(x, task), of(x, "grounding")
+        # Several expressions share an image; texts and targets are those of the other grounding
+        # test.
+        inputs, text = of(x, task), of(x, "grounding")
         model = model_of("grounding", case, dtype)
         with torch.inference_mode(), ops.use_backend(backend):
             l1, giou = model(
-                other["image"], text["text_ids"], text["text_atts"], text["target_bbox"],
-                other["idx_to_group_img"], other["is_image"],
+                inputs["image"], text["text_ids"], text["text_atts"], text["target_bbox"],
+                inputs["idx_to_group_img"], inputs["is_image"],
             )  # fmt: skip
         return {"loss_bbox": l1, "loss_giou": giou}
     model = model_of(task, case, dtype)
@@ -188,9 +190,13 @@ def computed(task: str, case: str, dtype: torch.dtype, backend: ops.Backend) -> 
             given, values = CLASSIFIERS[task][1], of(x, "cls")
             arguments = [None if name is None else values[name] for name in given]
             targets = values["targets_regression" if model.labels == 1 else "targets"]
-            found = {"loss": model(*arguments, targets=targets)}
+            outputs = {"loss": model(*arguments, targets=targets)}
             # The official probe returns its loss alone.
-            return found if task == "cls_image_lp" else found | {"logits": model.logits(*arguments)}
+            return (
+                outputs
+                if task == "cls_image_lp"
+                else outputs | {"logits": model.logits(*arguments)}
+            )
         run: dict[str, Callable[..., dict[str, Tensor]]] = {
             "vqa": vqa,
             "nlvr": nlvr,
@@ -203,7 +209,7 @@ def computed(task: str, case: str, dtype: torch.dtype, backend: ops.Backend) -> 
 
 @cache
 def drawn(task: str, case: str) -> list[dict[str, Tensor]]:
-    """What plain PyTorch makes of it in fp32, in several orders of summation."""
+    """Compute the outputs by plain PyTorch in fp32, in several orders of summation."""
     return draws(lambda: computed.__wrapped__(task, case, torch.float32, "reference"))
 
 
@@ -221,16 +227,16 @@ def test_outputs(case: str, task: str, dtype: torch.dtype, backend: ops.Backend)
         of(tensors(f"{case}/ft_outputs"), task),
         of(tensors(f"{case}/ft_outputs_fp32"), task),
     )
-    found = computed(task, case, dtype, backend)
-    assert set(found) == set(truth)
+    outputs = computed(task, case, dtype, backend)
+    assert set(outputs) == set(truth)
     for name, value in truth.items():
         if value.is_floating_point():
             plain = [official[name]] + (
-                [one[name] for one in drawn(task, case)] if dtype == torch.float32 else []
+                [drawing[name] for drawing in drawn(task, case)] if dtype == torch.float32 else []
             )
-            assert_agrees(f"{task}/{name}", found[name], value, plain, dtype)
+            assert_agrees(f"{task}/{name}", outputs[name], value, plain, dtype)
         else:
-            assert torch.equal(found[name], value), f"{task}/{name}: {found[name].tolist()}"
+            assert torch.equal(outputs[name], value), f"{task}/{name}: {outputs[name].tolist()}"
 
 
 def test_metric_and_file_of_nlvr2() -> None:
@@ -286,13 +292,13 @@ def test_gradient_norms(case: str, task: str) -> None:
     expected = {
         name.replace("text_encoder.", "text_encoder.roberta."): norm for name, norm in norms.items()
     }
-    found = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert_gradient_norms(found, expected, task, zero_is_none=True)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert_gradient_norms(gradients, expected, task, zero_is_none=True)
     model.zero_grad(set_to_none=True)
 
 
 def batch_of_recipe(name: str, x: dict[str, Tensor]) -> Any:
-    """The golden inputs as the batch of a task."""
+    """Return the golden inputs as the batch of a task."""
     image: dict[str, Any] = {"image": x["image"]}
     if name == "vqa":
         return VQABatch(
@@ -359,7 +365,7 @@ def test_losses_of_a_recipe(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if "labels" in options:
         options = options | {"labels": tuple(options["labels"])}
     task = TASK_TYPES[kind](TASK_TYPES[kind].Options(**options), config("tiny_b"), tokenizer)
-    found = task.losses_of(model_of(name, "tiny_b", torch.float64), batch_of_recipe(name, values))
-    assert found.keys() == losses.keys() == set(task.losses)
+    outputs = task.losses_of(model_of(name, "tiny_b", torch.float64), batch_of_recipe(name, values))
+    assert outputs.keys() == losses.keys() == set(task.losses)
     for loss, official in losses.items():
-        assert float(found[loss].detach()) == pytest.approx(float(truth[official]), rel=1e-10)
+        assert float(outputs[loss].detach()) == pytest.approx(float(truth[official]), rel=1e-10)

@@ -30,13 +30,13 @@ BUILDERS: dict[str, Callable[[], XFM]] = {
 @pytest.fixture(scope="module", params=list(BUILDERS))
 def model(request: pytest.FixtureRequest) -> XFM:
     torch.manual_seed(3)
-    made = BUILDERS[request.param]().double().eval()
+    model = BUILDERS[request.param]().double().eval()
     with torch.no_grad():
         # As initialised, all patches would be attended to alike.
-        for name, parameter in made.named_parameters():
+        for name, parameter in model.named_parameters():
             if "crossattention.self" in name or "itm_head" in name or "bbox_head" in name:
                 parameter.normal_(0, 0.3)
-    return made
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +54,14 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 def _attention(block: Any, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities `[H, t, M]` of a layer's attention, and the values `[H, M, D]` that they weigh."""
-    own = block.self
+    attention = block.self
     q, k, v = (
-        linear(states).unflatten(-1, (own.heads, -1)).transpose(0, 1)
-        for linear, states in ((own.query, x), (own.key, memory), (own.value, memory))
+        linear(states).unflatten(-1, (attention.heads, -1)).transpose(0, 1)
+        for linear, states in (
+            (attention.query, x),
+            (attention.key, memory),
+            (attention.value, memory),
+        )
     )
     return (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1), v
 
@@ -75,26 +79,29 @@ def _add_norm(end: Any, branch: Tensor, x: Tensor) -> Tensor:
 def _plain_heat(
     model: XFM, pixels: Tensor, ids: Tensor, mask: Tensor, layer: int, counted: Tensor
 ) -> Tensor:
-    """One text over one image, without padding: `[grid, grid]`."""
+    """Compute the heat map `[grid, grid]` of one text over one image, without padding."""
     with torch.no_grad():
         memory = model.encode_image(pixels[None])[0]
         x = model.encode_text(ids[None], mask[None])[0][mask.bool()]
-    kept = torch.empty(0)
-    for number, block in enumerate(model.fusion_encoder.roberta.encoder):
+    recorded = torch.empty(0)
+    for index, block in enumerate(model.fusion_encoder.roberta.encoder):
         for attention in (block.attention, block.crossattention):
             crossing = attention is block.crossattention
             probabilities, values = _attention(attention, x, memory if crossing else x)
-            if number == layer and crossing:
-                kept = probabilities
+            if index == layer and crossing:
+                recorded = probabilities
             x = _add_norm(attention.output, (probabilities @ values).transpose(0, 1).flatten(1), x)
         x = _add_norm(block.output, F.gelu(block.intermediate.dense(x)), x)
     if "matching" in model.heads:
-        (gradient,) = torch.autograd.grad(model.itm_head(x[:1])[0, 1], kept)
+        (gradient,) = torch.autograd.grad(model.itm_head(x[:1])[0, 1], recorded)
         weight = gradient.clamp(min=0)
     else:
         box = model.bbox_head(x[:1]).sigmoid()[0]
-        weight = sum(torch.autograd.grad(each, kept, retain_graph=True)[0].abs() for each in box)
-    heat = (weight * kept).mean(0)[counted[mask.bool()].bool()].mean(0)[1:]
+        weight = sum(
+            torch.autograd.grad(coordinate, recorded, retain_graph=True)[0].abs()
+            for coordinate in box
+        )
+    heat = (weight * recorded).mean(0)[counted[mask.bool()].bool()].mean(0)[1:]
     return heat.detach().view(CONFIG.grid, CONFIG.grid)
 
 
@@ -102,8 +109,8 @@ def _inner(mask: Tensor) -> Tensor:
     """Tokens between the first and the last real one."""
     counted = mask.clone()
     for row in counted:
-        places = row.nonzero().flatten()
-        row[places[0]] = row[places[-1]] = 0
+        positions = row.nonzero().flatten()
+        row[positions[0]] = row[positions[-1]] = 0
     return counted
 
 
@@ -124,8 +131,8 @@ def test_equals_plain_grad_cam(
     assert heat.shape == (len(ids), CONFIG.grid, CONFIG.grid)
     assert not heat.requires_grad
     assert float(truth.flatten(1).amax(1).min()) > 0
-    for found, wanted in zip(heat, truth, strict=True):
-        assert relative_error(found, wanted) < 1e-10
+    for actual, expected in zip(heat, truth, strict=True):
+        assert relative_error(actual, expected) < 1e-10
 
 
 def test_chosen_tokens_and_masks_with_holes(
@@ -137,35 +144,37 @@ def test_chosen_tokens_and_masks_with_holes(
     tokens = torch.zeros_like(mask)
     tokens[:, 0] = tokens[:, 1] = 1
     for layer, counted in ((1, None), (1, tokens), (3, tokens | mask)):
-        given = (mask if counted is None else counted).clone()
+        selected = (mask if counted is None else counted).clone()
         if layer == 3:
-            given[4, 1] = 1
+            selected[4, 1] = 1
         heat = cross_attention_heatmap(
-            model, pixels, ids, mask, layer=layer, tokens=None if counted is None else given
+            model, pixels, ids, mask, layer=layer, tokens=None if counted is None else selected
         )
-        for p, found in enumerate(heat):
-            wanted = _inner(mask)[p] if counted is None else given[p] * mask[p]
+        for p, actual in enumerate(heat):
+            expected = _inner(mask)[p] if counted is None else selected[p] * mask[p]
             assert (
-                relative_error(found, _plain_heat(model, pixels[p], ids[p], mask[p], layer, wanted))
+                relative_error(
+                    actual, _plain_heat(model, pixels[p], ids[p], mask[p], layer, expected)
+                )
                 < 1e-10
             )
 
 
 def test_the_model_is_left_as_it_was(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     pixels, ids, mask = batch
-    made = XFM(XFMConfig.preset("tiny"), heads=("matching",)).double().train()
-    made.vision_encoder.eval()
-    before = [module.training for module in made.modules()]
-    block = made.fusion_encoder.roberta.encoder[0]
+    model = XFM(XFMConfig.preset("tiny"), heads=("matching",)).double().train()
+    model.vision_encoder.eval()
+    before = [module.training for module in model.modules()]
+    block = model.fusion_encoder.roberta.encoder[0]
     assert isinstance(block, nn.Module)
     attributes = set(vars(block))
     with torch.inference_mode():
-        first = cross_attention_heatmap(made, pixels.clone(), ids.clone(), mask.clone())
+        first = cross_attention_heatmap(model, pixels.clone(), ids.clone(), mask.clone())
     # Dropout was off, or two calls would differ.
-    torch.testing.assert_close(first, cross_attention_heatmap(made, pixels, ids, mask))
-    assert [module.training for module in made.modules()] == before
+    torch.testing.assert_close(first, cross_attention_heatmap(model, pixels, ids, mask))
+    assert [module.training for module in model.modules()] == before
     assert set(vars(block)) == attributes
-    assert all(parameter.grad is None for parameter in made.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_best_box_is_the_published_rule() -> None:
@@ -196,15 +205,15 @@ def test_both_forms_of_detections(tmp_path: Path) -> None:
     ]
     for content in (listed, {"7": [[1, 2, 3, 4, 0.9], [1.5, 2, 3, 4]], "a.png": [[0, 0, 5, 5]]}):
         (tmp_path / "dets.json").write_text(json.dumps(content))
-        found = {
+        actual = {
             image: boxes.tolist()
             for image, boxes in read_detections(tmp_path / "dets.json").items()
         }
-        assert found == {"7": [[1, 2, 3, 4], [1.5, 2, 3, 4]], "a.png": [[0, 0, 5, 5]]}
+        assert actual == {"7": [[1, 2, 3, 4], [1.5, 2, 3, 4]], "a.png": [[0, 0, 5, 5]]}
 
 
 @pytest.mark.parametrize(
-    ("content", "place"),
+    ("content", "location"),
     [
         ("{", "dets"),
         ("[[1, 2, 3, 4]]", "element 0"),
@@ -215,7 +224,7 @@ def test_both_forms_of_detections(tmp_path: Path) -> None:
         ('{"1": [[1, 2, 3, NaN]]}', "image 1, box 0"),
     ],
 )
-def test_bad_detections(tmp_path: Path, content: str, place: str) -> None:
+def test_bad_detections(tmp_path: Path, content: str, location: str) -> None:
     (tmp_path / "dets.json").write_text(content)
-    with pytest.raises(DataError, match=place):
+    with pytest.raises(DataError, match=location):
         read_detections(tmp_path / "dets.json")

@@ -1,4 +1,6 @@
-"""Where the weights of a fine-tuning model come from: official pretraining, official fine-tuning, our own folders."""
+"""Where the weights of a fine-tuning model come from: official pretraining, official fine-tuning,
+our own folders.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,10 @@ from tests.conftest import config, official_keys
 from xfm_fast.config import XFMConfig
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.captioning import CaptioningModel
-from xfm_fast.tasks.classification import ClassificationModel
 from xfm_fast.tasks.grounding import GroundingModel
+from xfm_fast.tasks.models import ClassificationModel, TaskModel
 from xfm_fast.tasks.nlvr2 import NLVR2Model
-from xfm_fast.tasks.task import TaskModel
-from xfm_fast.tasks.vqa import VQAModel
+from xfm_fast.tasks.vqa_model import VQAModel
 
 MODELS: dict[str, tuple[type[TaskModel], dict[str, Any], str]] = {
     "vqa": (VQAModel, {"decoder_layers": 2}, "text_decoder."),
@@ -35,12 +36,12 @@ each_model = pytest.mark.parametrize("name", MODELS)
 
 @each_model
 def test_from_official_pretraining(name: str) -> None:
-    cls, options, own = MODELS[name]
+    cls, options, new = MODELS[name]
     state = tensors("tiny_b/weights")
     model = cls.from_official(state, config("tiny_b", image_size=56), **options)
     result = model.load_official(state)
-    assert all(own and entry.startswith(own) for entry in result.fresh)
-    assert bool(result.fresh) == bool(own)
+    assert all(new and entry.startswith(new) for entry in result.fresh)
+    assert bool(result.fresh) == bool(new)
     assert not model.training
     for entry, value in model.state_dict().items():
         if entry in state and value.shape == state[entry].shape:
@@ -64,13 +65,13 @@ def test_base_size_names_and_shapes(official: str) -> None:
     """Our parameters are the official ones of the same name; nothing travels that no task reads."""
     with torch.device("meta"):
         model = BASE[official](config("base", image_size=SIZES.get(official, 224)))
-    known = official_keys(official)
+    official_names = official_keys(official)
     for name, value in model.state_dict().items():
-        theirs = name.replace("text_encoder.roberta.", "text_encoder.")
-        assert [*value.shape] == known[theirs]["shape"], name
+        official_name = name.replace("text_encoder.roberta.", "text_encoder.")
+        assert [*value.shape] == official_names[official_name]["shape"], name
     ours: dict[str, Tensor] = dict(model.named_parameters())
     assert sum(p.numel() for p in ours.values()) < sum(
         torch.Size(entry["shape"]).numel()
-        for entry in known.values()
+        for entry in official_names.values()
         if entry["dtype"] == "float32"
     )

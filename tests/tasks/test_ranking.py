@@ -28,17 +28,17 @@ def picture(seed: int) -> Picture:
 @pytest.fixture(scope="module")
 def model() -> XFM:
     sizes = {"vision_depth": 1, "text_layers": 1, "fusion_layers": 2}
-    made = XFM(XFMConfig.preset("tiny", **sizes), heads=("contrastive", "matching")).eval()
+    model = XFM(XFMConfig.preset("tiny", **sizes), heads=("contrastive", "matching")).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return made.requires_grad_(False)
+    return model.requires_grad_(False)
 
 
 def expected(model: XFM, query: Query) -> torch.Tensor:
-    """Both logits of every pair, each alone: `[I, C, 2]`."""
-    found = torch.empty(len(query.pictures), len(query.captions), 2)
+    """Compute both logits `[I, C, 2]` of every pair, one pair at a time."""
+    logits = torch.empty(len(query.pictures), len(query.captions), 2)
     for row, each in enumerate(query.pictures):
         memory = model.image_memory(
             model.encode_image(load_image(each.content, model.config.image_size)[None])
@@ -46,8 +46,8 @@ def expected(model: XFM, query: Query) -> torch.Tensor:
         for column, ids in enumerate(query.captions):
             tokens = torch.tensor([ids])
             fused = model.fuse(model.encode_text(tokens), torch.ones_like(tokens), memory)
-            found[row, column] = model.match_logits(fused)[0]
-    return found
+            logits[row, column] = model.match_logits(fused)[0]
+    return logits
 
 
 FIRST = Query((picture(1),), CAPTIONS)
@@ -66,10 +66,10 @@ def test_passes_and_cache_change_nothing(
     ranks = ModelRanks(model)
     ranks.token_budget = budget
     ranker = Ranker(ranks, 0)
-    one = model.image_memory(
+    memory = model.image_memory(
         model.encode_image(torch.zeros(1, 3, *[model.config.image_size] * 2))
     ).nbytes
-    ranker.cache = MemoryCache(memories * one)
+    ranker.cache = MemoryCache(memories * memory)
     for turn, queries in enumerate(([FIRST], [FIRST, SECOND], [SECOND, FIRST])):
         for query, ranking in zip(queries, ranker.rank(queries), strict=True):
             assert isinstance(ranking, Ranking)
@@ -78,10 +78,10 @@ def test_passes_and_cache_change_nothing(
                 ranking.matches, logits[query].softmax(-1)[..., 1], rtol=0, atol=1e-6
             )
             if memories != 1:
-                known = memories > 0 and (turn == 2 or (turn == 1 and query is FIRST))
-                assert ranking.reused.all() == known
+                cached = memories > 0 and (turn == 2 or (turn == 1 and query is FIRST))
+                assert ranking.reused.all() == cached
     assert len(ranker.cache) == min(memories, 3)
-    assert ranker.cache.nbytes == len(ranker.cache) * one
+    assert ranker.cache.nbytes == len(ranker.cache) * memory
 
 
 def test_features_are_those_of_the_model_and_are_kept(
@@ -124,8 +124,8 @@ def test_a_broken_image_or_an_ended_request_fails_one_query(model: XFM) -> None:
     assert isinstance(wrong, DataError)
     assert "image 1 of the request" in str(wrong)
     assert isinstance(right, Ranking)
-    whole, failed = ranker.embed_images([picture(1), broken])
-    assert isinstance(whole, torch.Tensor)
+    features, failed = ranker.embed_images([picture(1), broken])
+    assert isinstance(features, torch.Tensor)
     assert isinstance(failed, DataError)
     assert "image 1 of the request" in str(failed)
     # Each request is told of the image by the name that it has there.

@@ -34,7 +34,7 @@ def _official(case: str, dtype: torch.dtype) -> tuple[XFM, Tensor, Tensor, Tenso
 
 @pytest.fixture(scope="module")
 def small() -> tuple[XFM, Tensor, Tensor, Tensor]:
-    """A tiny model with 7 images and 23 texts whose embeddings are random."""
+    """Build a tiny model with 7 images and 23 texts whose embeddings are random."""
     torch.manual_seed(7)
     model = XFM(XFMConfig.preset("tiny")).eval()
     mask = torch.arange(9)[None] < torch.randint(1, 10, (23, 1))
@@ -104,7 +104,7 @@ def test_candidates_are_the_union_of_both_directions(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     image, text = torch.randn(i, 4, generator=generator), torch.randn(t, 4, generator=generator)
-    found = top_candidates(image, text, per_image, per_text)
+    candidates = top_candidates(image, text, per_image, per_text)
     similarity = image @ text.t()
     wanted_i2t = {
         (a, int(b)) for a in range(i) for b in similarity[a].topk(min(per_image, t)).indices
@@ -112,17 +112,17 @@ def test_candidates_are_the_union_of_both_directions(
     wanted_t2i = {
         (int(a), b) for b in range(t) for a in similarity[:, b].topk(min(per_text, i)).indices
     }
-    pairs = list(zip(found.images.tolist(), found.texts.tolist(), strict=True))
+    pairs = list(zip(candidates.images.tolist(), candidates.texts.tolist(), strict=True))
     assert pairs == sorted(wanted_i2t | wanted_t2i)
-    assert {p for p, f in zip(pairs, found.for_image.tolist(), strict=True) if f} == wanted_i2t
-    assert {p for p, f in zip(pairs, found.for_text.tolist(), strict=True) if f} == wanted_t2i
+    assert {p for p, f in zip(pairs, candidates.for_image.tolist(), strict=True) if f} == wanted_i2t
+    assert {p for p, f in zip(pairs, candidates.for_text.tolist(), strict=True) if f} == wanted_t2i
 
 
-@pytest.mark.parametrize("kind", ["retrieval", "retrieval_topk"])
-def test_recall_equals_the_official_metric(kind: str) -> None:
+@pytest.mark.parametrize("case", ["retrieval", "retrieval_topk"])
+def test_recall_equals_the_official_metric(case: str) -> None:
     scores = np.load(golden("metrics/retrieval_scores.npz"))
-    expected = load_json("metrics/metrics")[kind]["result"]
-    names = ("i2t", "t2i") if kind == "retrieval" else ("i2t_topk30", "t2i_topk12")
+    expected = load_json("metrics/metrics")[case]["result"]
+    names = ("i2t", "t2i") if case == "retrieval" else ("i2t_topk30", "t2i_topk12")
     i2t, t2i = (torch.from_numpy(scores[name]) for name in names)
     result = recall(i2t, t2i, torch.arange(100) // 5)
     assert result == pytest.approx(expected)
@@ -131,7 +131,9 @@ def test_recall_equals_the_official_metric(kind: str) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(12, 20), st.integers(1, 60), st.integers(0, 999))
 def test_recall_of_candidates_is_that_of_the_matrices(images: int, k: int, seed: int) -> None:
-    """With more than ten wrong answers to every query, an unscored true one is no hit in the matrices either."""
+    """With more than ten wrong answers to every query, an unscored true one is no hit in the
+    matrices either.
+    """
     generator = torch.Generator().manual_seed(seed)
     image_of_text = torch.cat(
         [torch.arange(images), torch.randint(images, (images,), generator=generator)]
@@ -141,9 +143,9 @@ def test_recall_of_candidates_is_that_of_the_matrices(images: int, k: int, seed:
     # Few values, so that there are ties.
     scores = torch.randint(5, (candidates.pairs,), generator=generator).float()
     matrices = []
-    for chosen in (candidates.for_image, candidates.for_text):
+    for direction in (candidates.for_image, candidates.for_text):
         matrix = torch.full((images, len(image_of_text)), UNSCORED)
-        matrix[candidates.images[chosen], candidates.texts[chosen]] = scores[chosen]
+        matrix[candidates.images[direction], candidates.texts[direction]] = scores[direction]
         matrices.append(matrix)
     expected = recall(matrices[0], matrices[1].t(), image_of_text)
     assert candidate_recall(candidates, scores, image_of_text) == expected
@@ -165,8 +167,8 @@ def test_stopped_work_resumes(small: tuple[XFM, Tensor, Tensor, Tensor], tmp_pat
         file.write(b"00000000 [3, [1.0")  # torn by a kill
     again = rerank(images, texts, mask, **options)
     assert 0 < again.receipt.pairs_resumed <= calls[-1]
-    whole = rerank(images, texts, mask, **{**options, "resume": None})
-    torch.testing.assert_close(again.scores, whole.scores, rtol=1e-5, atol=1e-5)
+    uninterrupted = rerank(images, texts, mask, **{**options, "resume": None})
+    torch.testing.assert_close(again.scores, uninterrupted.scores, rtol=1e-5, atol=1e-5)
     done = rerank(images, texts, mask, **options).receipt
     assert done.pairs_resumed == done.pairs_scored
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from tests.agreement import inputs_of, with_weights
 from tests.conftest import config, load_json
 from xfm_fast.packing import ImageGroups, Packing
-from xfm_fast.tasks import answer_trie
-from xfm_fast.tasks.answer_trie import AnswerTrie
-from xfm_fast.tasks.vqa import VQAModel, exact_match, normalise_answer, vqa_accuracy
+from xfm_fast.tasks import vqa_model
+from xfm_fast.tasks.vqa import exact_match, normalise_answer, vqa_accuracy
+from xfm_fast.tasks.vqa_model import AnswerTrie, VQAModel
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def question(x: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def whole_answer_log_likelihoods(model: VQAModel, x: dict[str, Tensor], q: int) -> Tensor:
-    """The definition: every answer decoded alone, without cache, prefix sharing or padding."""
+    """Decode every answer alone, without cache, prefix sharing or padding: the definition."""
     length = int(x["question_atts"][q].sum())
     memory = model.encode_questions(x["image"][q : q + 1], x["question_ids"][q : q + 1, :length])
     out = []
@@ -67,7 +67,9 @@ FAMILY = [
     [0, 5, 2], [0, 5, 6, 2], [0, 5, 6, 7, 2], [0, 5, 6, 8, 2], [0, 9, 6, 7, 2], [0, 9, 2], [0, 9, 2], [0, 10, 11],
     [0, 10, 11, 12, 13, 2], [0, 14, 2],
 ]  # fmt: skip
-"""Answers that begin alike, that are the beginning of another one, that come twice, and that end without `</s>`."""
+"""Answers that begin alike, that are the beginning of another one, that come twice, and that end
+without `</s>`.
+"""
 
 
 def family() -> Tensor:
@@ -92,14 +94,14 @@ def decoded_rows(model: VQAModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_answers_that_begin_alike_are_decoded_once(
     model: VQAModel, x: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, nodes_of_a_pass: int
 ) -> None:
-    monkeypatch.setattr(answer_trie, "_NODES", nodes_of_a_pass)
-    given = x | {"answer_ids": family(), "answer_atts": family().ne(1)}
+    monkeypatch.setattr(vqa_model, "_NODES", nodes_of_a_pass)
+    inputs = x | {"answer_ids": family(), "answer_atts": family().ne(1)}
     memory, trie = model.encode_questions(*question(x)), AnswerTrie.of(family(), None, model.config)
     rows = decoded_rows(model, monkeypatch)
     ranking = model.rank_answers(memory, trie, k=10)
     assert sum(rows) == 3 * trie.nodes
     for q in range(3):
-        expected = whole_answer_log_likelihoods(model, given, q)
+        expected = whole_answer_log_likelihoods(model, inputs, q)
         assert torch.allclose(
             ranking.scores[q], expected.sort(descending=True).values, rtol=1e-12, atol=0
         )
@@ -117,16 +119,16 @@ def test_the_best_are_exact_without_decoding_all(
     best: int,
     twice: bool,
 ) -> None:
-    monkeypatch.setattr(answer_trie, "_SEEDS", 1)
+    monkeypatch.setattr(vqa_model, "_SEEDS", 1)
     memory, trie = (
         model.encode_questions(*question(x)),
         AnswerTrie.of(x["answer_ids"], None, model.config),
     )
     every = model.rank_answers(memory, trie, k=k, count_first_token_twice=twice)
     rows = decoded_rows(model, monkeypatch)
-    found = model.rank_answers(memory, trie, k=k, best=best, count_first_token_twice=twice)
-    assert torch.equal(found.indices, every.indices[:, :best])
-    assert torch.allclose(found.scores, every.scores[:, :best], rtol=1e-12, atol=0)
+    ranking = model.rank_answers(memory, trie, k=k, best=best, count_first_token_twice=twice)
+    assert torch.equal(ranking.indices, every.indices[:, :best])
+    assert torch.allclose(ranking.scores, every.scores[:, :best], rtol=1e-12, atol=0)
     assert sum(rows) < 3 * trie.nodes
 
 
@@ -148,17 +150,19 @@ def test_questions_of_any_length_are_answered_freely_in_one_batch(
 
 
 @pytest.mark.parametrize(
-    ("kind", "golden"),
+    ("field", "golden"),
     [("answer_type", "perAnswerType"), ("question_type", "perQuestionType"), ("question_id", "")],
 )
-def test_official_accuracy(kind: str, golden: str) -> None:
-    official, given = load_json("metrics/metrics")["vqa"], load_json("metrics/vqa_inputs")
-    predicted = {each["question_id"]: each["answer"] for each in given["predictions"]}
-    people = [[answer["answer"] for answer in each["answers"]] for each in given["annotations"]]
-    predictions = [predicted[each["question_id"]] for each in given["annotations"]]
-    found = vqa_accuracy(predictions, people, [str(each[kind]) for each in given["annotations"]])
-    assert found.pop("overall") == official["accuracy"]["overall"]
-    assert found == (official["accuracy"][golden] if golden else official["per_question"])
+def test_official_accuracy(field: str, golden: str) -> None:
+    official, inputs = load_json("metrics/metrics")["vqa"], load_json("metrics/vqa_inputs")
+    predicted = {entry["question_id"]: entry["answer"] for entry in inputs["predictions"]}
+    people = [[answer["answer"] for answer in entry["answers"]] for entry in inputs["annotations"]]
+    predictions = [predicted[entry["question_id"]] for entry in inputs["annotations"]]
+    accuracies = vqa_accuracy(
+        predictions, people, [str(entry[field]) for entry in inputs["annotations"]]
+    )
+    assert accuracies.pop("overall") == official["accuracy"]["overall"]
+    assert accuracies == (official["accuracy"][golden] if golden else official["per_question"])
 
 
 def test_official_normalisation() -> None:
@@ -167,6 +171,5 @@ def test_official_normalisation() -> None:
 
 
 def test_exact_match() -> None:
-    assert exact_match(
-        {1: " red ", 2: "Blue", 3: "one"}, {1: "red", 2: "blue", 3: "two"}
-    ) == pytest.approx(1 / 3)
+    share = exact_match([" red ", "Blue", "one"], ["red", "blue", "two"])
+    assert share == pytest.approx(1 / 3)

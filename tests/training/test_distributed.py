@@ -30,10 +30,10 @@ from tests.training.small_runs import (
     small_recipe,
     without_dropout,
 )
-from xfm_fast.errors import CheckpointError, DataError, XFMError
+from xfm_fast.errors import DataError, XFMError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
-from xfm_fast.training.checkpoints import newest, read_state
+from xfm_fast.training.checkpoints import newest
 from xfm_fast.training.distributed import ParallelModel, join_processes, run_layers
 from xfm_fast.training.loop import train
 from xfm_fast.training.metrics import ModelNorms

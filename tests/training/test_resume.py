@@ -28,8 +28,8 @@ from xfm_fast.kernels.cpu import selection
 from xfm_fast.models.xfm import XFM
 from xfm_fast.training import checkpoints
 from xfm_fast.training.checkpoints import newest
+from xfm_fast.training.loop import position_after, recipe_changes
 from xfm_fast.training.metrics import read_log
-from xfm_fast.training.recipe import changes, position_after
 
 STEPS = 12
 
@@ -309,7 +309,7 @@ def test_starting_over_does_not_mix_runs(tmp_path: Path, two_checkpoints: Path) 
 def test_another_number_of_processes_is_said(tmp_path: Path, two_checkpoints: Path) -> None:
     folder = copy_of(two_checkpoints, tmp_path)
     recipe = small_recipe(folder, steps=10)
-    (told,) = changes(small_recipe(folder, steps=10).model_dump(mode="json"), recipe, 1, 2)
+    (told,) = recipe_changes(small_recipe(folder, steps=10).model_dump(mode="json"), recipe, 1, 2)
     assert "2 instead of 1 times" in told
     assert in_processes(process_of_a_run, 2, tmp_path / "meet", recipe, {}) == [0, 0]
     # 8 batches of one process are 4 global batches of two; then 2 more steps.

@@ -1,9 +1,10 @@
 """The command tree, and the entry point that maps a command line to a call, a message and an exit code.
 
-cyclopts derives the parser from the configs of the library functions: frozen dataclasses or pydantic models, with
-annotations as types and choices and the docstring as help. It imports a command only when it is used, so `--help` runs
-without PyTorch (tyro imports the functions of all commands), completes in four shells, groups the help, and suggests
-the nearest name for a typo. `read_values` adds what it lacks.
+cyclopts derives the parser from the configs of the library functions: frozen dataclasses or
+pydantic models, with annotations as types and choices and the docstring as help. It imports a
+command only when it is used, so `--help` runs without PyTorch (tyro imports the functions of all
+commands), completes in four shells, groups the help, and suggests the nearest name for a typo.
+`read_values` adds what it lacks.
 """
 
 from __future__ import annotations
@@ -52,12 +53,14 @@ def read_values(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
 
     for argument in arguments:
         if options.mentions(argument.hint, tuple):
-            argument.tokens[:] = [
-                token.evolve(value=part.strip()) if token.keyword else token
-                for token in argument.tokens
-                for part in (token.value.split(",") if token.keyword else [token.value])
-                if part.strip()
-            ]
+            tokens = []
+            for token in argument.tokens:
+                if token.keyword:
+                    items = filter(None, map(str.strip, token.value.split(",")))
+                    tokens += [token.evolve(value=item) for item in items]
+                elif token.value.strip():
+                    tokens.append(token)
+            argument.tokens[:] = tokens
         if options.mentions(argument.hint, int) and not options.mentions(argument.hint, float):
             for token in argument.tokens:
                 # cyclopts would read 2.5 as 2.
@@ -132,25 +135,21 @@ def install_completion(
         raise StorageError(
             f"completion cannot be installed: {error}; name a file with --output"
         ) from error
-    print(
-        f"saved: {script}; it is in force in a new shell" if output is None else f"saved: {script}"
-    )
+    print(f"saved: {script}" + ("; new shells use it" if output is None else ""))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line, by default the process's, and exit with its code."""
     if arguments is None:
         arguments = sys.argv[1:]
-        if arguments[:1] not in (["pretrain"], ["finetune"]) and arguments[:2] != [
-            "bench",
-            "train-step",
-        ]:
-            # PyTorch reads this at its first allocation and puts large tensors in huge pages, if Linux leaves that to
-            # programs: GEMMs larger than the cache take 10% less time. Training commands put the whole heap in huge
-            # pages, which takes less memory.
+        trains = arguments[:1] in (["pretrain"], ["finetune"])
+        if not trains and arguments[:2] != ["bench", "train-step"]:
+            # PyTorch reads this at its first allocation and puts large tensors in huge pages, if
+            # Linux leaves that to programs: GEMMs larger than the cache take 10% less time.
+            # Training commands put the whole heap in huge pages, which takes less memory.
             os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         if arguments[:1] not in (["bench"], ["try"]):
-            # Benchmarks measure PyTorch with its own waiting.
+            # Benchmarks measure PyTorch as it waits by default.
             wait_briefly(os.environ)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, it stays for the rest of the process
@@ -160,8 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(run(arguments))
-    # Threads of one of several processes may deadlock at interpreter shutdown, so exit at once after the exit handlers
-    # and a flush.
+    # With several processes, threads may deadlock at interpreter shutdown: exit right after the
+    # exit handlers and a flush.
     code = 1
     try:
         code = run(arguments)
@@ -177,8 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run a command line and return its exit code.
 
-    User errors print one message on standard error and return 2; a bug prints one and returns 70, or with `XFM_DEBUG=1`
-    in the environment raises with its traceback.
+    User errors print one message on standard error and return 2; a bug prints one and returns 70,
+    or with `XFM_DEBUG=1` in the environment raises with its traceback.
     """
     try:
         if sys.stdout is None:
@@ -239,7 +238,7 @@ def _report_exception(error: Exception) -> int:
         # The wording of Python up to 3.12.
         error = OSError(errno.ELOOP, os.strerror(errno.ELOOP), reason.partition("'")[2].rstrip("'"))
     if isinstance(error, OSError):
-        # Our writers raise our own errors, so this came from printing.
+        # Our writers raise XFMError, so this came from printing.
         if error.filename is None and error.errno in (
             errno.ENOSPC,
             errno.EDQUOT,
@@ -252,19 +251,14 @@ def _report_exception(error: Exception) -> int:
                 f"standard output cannot be written ({error.strerror}); results were lost: free space"
             )
             return USAGE_ERROR
-        name = (
-            f"{error.filename} cannot be used"
-            if error.filename is not None
-            else "the system refused"
-        )
+        name = "the system refused"
+        if error.filename is not None:
+            name = f"{error.filename} cannot be used"
         remedy = _REMEDIES.get(error.errno or 0, "XFM_DEBUG=1 shows where")
         console.note(f"{name} ({error.strerror or reason}); {remedy}")
         return USAGE_ERROR
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in reason
-    ):
+    on_gpu = type(error).__name__ == "OutOfMemoryError"
+    if on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in reason:
         console.note(
             f"out of memory ({reason or 'MemoryError'}); use smaller sizes or a larger machine"
         )
@@ -287,12 +281,13 @@ def _usage(error: CycloptsError) -> str:
     error.verbose = False
     text = str(error)
     if isinstance(error, UnknownCommandError):
-        # The message ends with the list of commands.
+        # This message lists the commands at its end.
         return " ".join(text.split())
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         word = error.unused_tokens[0]
-        near = get_close_matches(word, [*error.app] if error.app else [], n=1)
-        text = f'Unexpected "{word}".' + (f' Did you mean "{near[0]}"?' if near else "")
+        text = f'Unexpected "{word}".'
+        if near := get_close_matches(word, [*error.app] if error.app else [], n=1):
+            text += f' Did you mean "{near[0]}"?'
     elif isinstance(error.__cause__, ValidationError):
         # The argument is an option, or `*`, a whole model; then the field is the option.
         wrong, option = error.__cause__.errors()[0], error.argument.name if error.argument else "*"

@@ -17,24 +17,30 @@ _REDRAW_S = 0.1
 
 
 def first_process() -> bool:
-    """True in a single process, and on rank 0 of torchrun."""
+    """Return whether this is a single process, or rank 0 of torchrun."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def stdout(width: int = 140) -> Console:
-    """Console on standard output, for results. Pipes and log files have no width, and tables need one."""
+    """Return a console on standard output; pipes and log files get `width`."""
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=width)
 
 
 def table(title: str, *heads: str, right: tuple[str, ...] = ()) -> Table:
-    """An empty table in the common style, with a plain-text title and the columns `right` aligned to the right."""
+    """Create an empty table in the common style.
+
+    Args:
+        title: Plain text.
+        heads: Column headings.
+        right: Headings of right-aligned columns.
+    """
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
-    made = Table(
+    grid = Table(
         title=escape(title),
         title_justify="left",
         title_style="bold",
@@ -42,20 +48,20 @@ def table(title: str, *heads: str, right: tuple[str, ...] = ()) -> Table:
         pad_edge=False,
     )
     for head in heads:
-        made.add_column(head, overflow="fold", justify="right" if head in right else "left")
-    return made
+        grid.add_column(head, overflow="fold", justify="right" if head in right else "left")
+    return grid
 
 
 @contextmanager
 def progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error, if it is a terminal; call it with (done, total)."""
+    """Show a progress bar on a terminal's standard error; yields a function of (done, total)."""
     with named_progress() as show:
         yield lambda done, of: show(description, done, of)
 
 
 @contextmanager
 def named_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """`progress` of changing work; call it with (description, done, total)."""
+    """Show progress of changing work; yields a function of (description, done, total)."""
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import Progress
@@ -81,9 +87,8 @@ def note(message: str) -> None:
     Line feeds and escape codes in names are escaped.
     """
     if "\n-> " not in message:
-        message = "".join(
-            each if each.isprintable() else repr(each)[1:-1] for each in message.strip()
-        )
+        characters = (c if c.isprintable() else repr(c)[1:-1] for c in message.strip())
+        message = "".join(characters)
     print(f"xfm-fast: {message}", file=sys.stderr)
 
 

@@ -78,17 +78,18 @@ def check(
     from xfm_fast.tasks import checking
     from xfm_fast.tokenizer import CaptionTokenizer
 
+    tokenizer = None
+    if options.tokenizer is not None:
+        tokenizer = CaptionTokenizer.from_files(options.tokenizer)
     settings = checking.Options(
         config=XFMConfig.preset("base"),
-        tokenizer=None
-        if options.tokenizer is None
-        else CaptionTokenizer.from_files(options.tokenizer),
+        tokenizer=tokenizer,
         image_key=rows.image_key,
         caption_key=rows.caption_key,
         image_root=rows.image_root,
         tokenized=options.tokenized,
         tolerate_bad=rows.tolerate_bad,
-        most_problems=sys.maxsize if as_json else 20,
+        max_problems=sys.maxsize if as_json else 20,
     )
     with progress("checking") as advance:
         report = checking.check(paths, options.task, settings, progress=advance)
@@ -149,8 +150,8 @@ def shapes(
     Args:
         out: Folder of the world; must not contain anything else.
         seed: Random seed of the world.
-        train: Training scenes; validation and test have a twentieth as many, with combinations of colour and shape
-            that training lacks.
+        train: Training scenes; validation and test have a twentieth as many, with combinations of
+            colour and shape that training lacks.
     """
     from xfm_fast.data.shapes import write_world
 
@@ -163,14 +164,12 @@ def _print_report(report: Report, console: Console) -> None:
     from rich.markup import escape
 
     files = table(f"files for {report.task}", "file", "rows", "broken", "")
-    over = {each.file for each in report.over_limit}
-    for each in report.files:
-        share = (
-            f"[red]{each.broken / each.rows:.1%}, over {report.tolerate_bad:.1%}[/]"
-            if each.file in over
-            else ""
-        )
-        files.add_row(escape(each.file), f"{each.rows:,}", f"{each.broken:,}", share)
+    over = {file.file for file in report.over_limit}
+    for file in report.files:
+        share = ""
+        if file.file in over:
+            share = f"[red]{file.broken / file.rows:.1%}, over {report.tolerate_bad:.1%}[/]"
+        files.add_row(escape(file.file), f"{file.rows:,}", f"{file.broken:,}", share)
     console.print(files)
 
     facts = table("content", "", "")
@@ -187,12 +186,12 @@ def _print_report(report: Report, console: Console) -> None:
             f"{report.cut:,} of {max(report.texts, report.tokens.total()):,}",
         )
     if report.images:
-        found = report.as_dict()["images"]
+        sizes = report.as_dict()["images"]
         sides = [
-            f"{name} {found[name]['least']:.0f} to {found[name]['most']:.0f}"
+            f"{name} {sizes[name]['least']:.0f} to {sizes[name]['most']:.0f}"
             for name in ("width", "height")
         ]
-        medians = "×".join(f"{found[name]['median']:.0f}" for name in ("width", "height"))
+        medians = "×".join(f"{sizes[name]['median']:.0f}" for name in ("width", "height"))
         formats = ", ".join(f"{times:,} {name}" for name, times in report.formats.most_common())
         facts.add_row("images", f"{formats}; {', '.join(sides)} pixels, median {medians}")
         if report.turned or report.transparent:
@@ -218,22 +217,20 @@ def _print_report(report: Report, console: Console) -> None:
         for problem in report.problems:
             broken.add_row(escape(problem.file), escape(str(problem.row)), escape(problem.reason))
         console.print(broken)
-    word = (
-        "[green]good[/]"
-        if report.ok
-        else "[red]not usable[/]: mend the files or raise --tolerate-bad"
-    )
-    console.print(f"{report.task}: {word}")
+    verdict = "[green]good[/]"
+    if not report.ok:
+        verdict = "[red]not usable[/]: mend the files or raise --tolerate-bad"
+    console.print(f"{report.task}: {verdict}")
 
 
 def _histogram(counts: Counter[int]) -> str:
-    """Median, range, and the middle nine tenths of a histogram."""
-    total, below, marks = counts.total(), 0, []
+    """Format the range, the median, and the middle 90% of a histogram."""
+    total, below, quantiles = counts.total(), 0, []
     for value, times in sorted(counts.items()):
-        while len(marks) < 3 and below + times > (0.05, 0.5, 0.95)[len(marks)] * total:
-            marks.append(value)
+        while len(quantiles) < 3 and below + times > (0.05, 0.5, 0.95)[len(quantiles)] * total:
+            quantiles.append(value)
         below += times
-    if not marks:
+    if not quantiles:
         return "none"
-    low, middle, high = marks
+    low, middle, high = quantiles
     return f"{min(counts)} to {max(counts)}, median {middle}, nine of ten from {low} to {high}"

@@ -45,7 +45,7 @@ def _targets() -> dict[str, str]:
     """Return the choices of `--to` with their help: `onnx`, whose consumer is `--for`, and every runtime."""
     targets = {"onnx": "ONNX graphs for --for"}
     for name, runtime in RUNTIMES.items():
-        targets[name] = f"{runtime.artefact} for {runtime.title}"
+        targets[name] = f"{runtime.title}, {runtime.artefact}"
     return targets
 
 

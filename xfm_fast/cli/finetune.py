@@ -20,8 +20,7 @@ from xfm_fast.export.request import RuntimeChoice
 if TYPE_CHECKING:
     from xfm_fast.finetuning.prediction import Predictor
 
-# Requests that are answered together.
-_BATCH = 32
+_BATCH = 32  # requests per batch
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,17 @@ class PredictOptions:
     """Where requests come from, and how they are answered.
 
     Attributes:
-        lines: JSON lines to answer, each with "image" and "text", or lists of them. A FILE after it receives the
-            answers, one per line, and an interrupted command resumes. [answers go to standard output]
-        heatmap: PNG of where a FILE shows what a TEXT describes: gradient times attention of the fusion encoder.
+        lines: JSON lines to answer, each with "image" and "text", or lists of them. A FILE after it
+            receives the answers, one per line, and an interrupted command resumes. [answers go to
+            standard output]
+        heatmap: PNG of where a FILE shows what a TEXT describes: gradient times attention of the
+            fusion encoder.
         detections: JSON of boxes by image; with --heatmap, the box with most heat is the answer.
         device: Device to run on. [a GPU if there is one; for an export that of its runtime]
-        dtype: Dtype of the weights; or int8 (CPU) or fp8 (GPU) for the linear layers. [fp32, or that of the export]
-        runtime: Library that runs the graphs of an export. Packages are code that runs when it is loaded: name their
-            runtime, for packages that you trust.
+        dtype: Dtype of the weights; or int8 (CPU) or fp8 (GPU) for the linear layers. [fp32, or
+            that of the export]
+        runtime: Library that runs the graphs of an export. Packages are code that runs when it is
+            loaded: name their runtime, for packages that you trust.
     """
 
     lines: Path | None = None
@@ -65,8 +67,8 @@ class PredictOptions:
 def finetune(recipe: str, /, *overrides: str) -> int:
     """Fine-tune a model for a task from a recipe, and evaluate it; an interrupted run resumes.
 
-    On several GPUs: torchrun --nproc-per-node=8 -m xfm_fast.cli finetune RECIPE. SIGTERM or Ctrl-C ends the run after
-    the current step, with a checkpoint and exit code 75.
+    On several GPUs: torchrun --nproc-per-node=8 -m xfm_fast.cli finetune RECIPE. SIGTERM or Ctrl-C
+    ends the run after the current step, with a checkpoint and exit code 75.
 
     Args:
         recipe: Name of a packaged recipe, path of a YAML file, or an official configuration.
@@ -98,24 +100,26 @@ def evaluate(
 ) -> int:
     """Evaluate a run, or a checkpoint with a recipe, and write the benchmark's own result file.
 
-    Works under torchrun too, with the same result on any number of processes. An interrupted evaluation resumes.
+    Works under torchrun too, with the same result on any number of processes. An interrupted
+    evaluation resumes.
 
     Args:
-        model: A run, a folder of weights, a name on the Hugging Face Hub, or an official checkpoint.
+        model: A run, a folder of weights, a name on the Hugging Face Hub, or an official
+            checkpoint.
         overrides: key=value for the recipe, such as data.root=/data.
     """
     from xfm_fast.finetuning.recipe import load_finetune_recipe
     from xfm_fast.finetuning.run import evaluate as run
     from xfm_fast.finetuning.run import recipe_of
 
-    # The weights exist already, so the validation split is optional.
-    unchosen = "choose=null"
+    # No checkpoint is selected, so the validation split is optional.
+    settings = [*overrides, "choose=null"]
     if options.recipe is None:
-        recipe = recipe_of(Path(model), [*overrides, unchosen])
+        recipe = recipe_of(Path(model), settings)
         out = options.out or Path(model) / "evaluation"
     else:
-        given = [*overrides, unchosen, f"init.checkpoint={json.dumps(model)}"]
-        recipe = load_finetune_recipe(options.recipe, given)
+        settings.append(f"init.checkpoint={json.dumps(model)}")
+        recipe = load_finetune_recipe(options.recipe, settings)
         out = options.out or Path("runs") / f"evaluate_{Path(options.recipe).stem}"
     splits = [*recipe.data.splits] if options.split is None else [options.split]
     if not splits:
@@ -141,8 +145,10 @@ def predict(
     Under torchrun the processes share the requests of --lines.
 
     Args:
-        model: A run, a folder of its weights or its name on the Hugging Face Hub, or an export of either.
-        items: Image files, folders of images, and texts: an argument that is neither a file nor a folder is a text.
+        model: A run, a folder of its weights or its name on the Hugging Face Hub, or an export of
+            either.
+        items: Image files, folders of images, and texts: an argument that is neither a file nor a
+            folder is a text.
     """
     from xfm_fast.export.manifest import MANIFEST_FILE
     from xfm_fast.finetuning.prediction import answer_lines, load, requests_in
@@ -160,9 +166,9 @@ def predict(
     if is_export and options.dtype is not None:
         raise InputError(f"{model} is an export, of one dtype; leave out --dtype {options.dtype}")
     with join_processes(options.device) as processes:
-        place = None if is_export and options.device == "auto" else processes.device
+        device = None if is_export and options.device == "auto" else processes.device
         dtype = PRECISIONS[options.dtype or "fp32"]
-        predictor = load(model, device=place, dtype=dtype, runtime=options.runtime)
+        predictor = load(model, device=device, dtype=dtype, runtime=options.runtime)
         if options.lines is None:
             # Too few requests to share.
             return _predict(predictor, items, options) if processes.first else 0
@@ -172,9 +178,8 @@ def predict(
             return 0
         out = Path(items[0])
         with progress("answering") as advance:
-            work = Evaluation(
-                out.with_name(f".{out.name}.parts"), processes, _BATCH, progress=advance
-            )
+            shards = out.with_name(f".{out.name}.parts")
+            work = Evaluation(shards, processes, _BATCH, progress=advance)
             answer_lines(predictor, options.lines, out, work)
     _say(f"saved: {out}")
     return 0
@@ -187,9 +192,8 @@ def _predict(predictor: Predictor, items: Sequence[str], options: PredictOptions
     paths = [image for file in files for image in (find_images(file) if file.is_dir() else [file])]
     texts = [item for item in items if not Path(item).exists()]
     if options.heatmap is not None:
-        return _heatmap(
-            predictor, list(map(str, paths)), texts, options.heatmap, options.detections
-        )
+        images = list(map(str, paths))
+        return _heatmap(predictor, images, texts, options.heatmap, options.detections)
     _print_answers(predictor, predictor.task.requests(paths, texts))
     return 0
 
@@ -238,13 +242,12 @@ def _print(metrics: Mapping[str, Mapping[str, float]]) -> None:
     if not names:
         # No data to evaluate on, or no ground truth in it.
         return
-    made = table("", "metric", *columns, right=tuple(columns))
+    grid = table("", "metric", *columns, right=tuple(columns))
     for name in names:
-        made.add_row(
-            name, *(f"{values[name]:.2f}" if name in values else "" for values in columns.values())
-        )
+        cells = (f"{column[name]:.2f}" if name in column else "" for column in columns.values())
+        grid.add_row(name, *cells)
     if first_process():
-        stdout().print(made)
+        stdout().print(grid)
 
 
 def _say(message: str) -> None:

@@ -1,4 +1,4 @@
-"""`xfm-fast info`, `audit` and `tune`: this machine, the kernels' machine code, and their launch configurations."""
+"""`xfm-fast info`, `audit` and `tune`: the machine, machine code, and launch configurations."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ class AuditOptions(KernelOptions):
         all: Every form of every kernel, not a quarter of them.
         changed: Only forms whose source, compiler or audit changed since the baseline.
         accept: Update the baseline with these figures.
-        execute: Run the compiled kernels in emulation instead, and check results, gradients and every access.
+        execute: Run the compiled kernels in emulation instead, and check results, gradients and
+            every access.
     """
 
     arch: tuple[int, ...] = ()
@@ -98,34 +99,28 @@ def info(*, as_json: Json = False) -> None:
         hardware.add_row("ptxas", escape(f"not for attention on Hopper: {fault}"))
     optional = table("optional packages", "package", "version", "")
     for package in packages:
-        version, remark = (
-            package["version"],
-            package["detail" if package["version"] else "remedy"] or "",
-        )
-        optional.add_row(
-            package["name"],
-            escape(version or "absent"),
-            escape(remark),
-            style=None if version else "dim",
-        )
+        version = package["version"]
+        remark = escape((package["detail"] if version else package["remedy"]) or "")
+        style = None if version else "dim"
+        optional.add_row(package["name"], escape(version or "absent"), remark, style=style)
     operations: dict[tuple[str, str], list[str]] = {}
     for path in paths:
         operations.setdefault((path["chosen"], path["dtype"]), []).append(path["operation"])
     fastest = table("fastest on this CPU", "path", "dtype", "operations")
     for (path, dtype), names in sorted(operations.items()):
         fastest.add_row(escape(path), dtype, ", ".join(names))
-    for each in (hardware, optional, fastest):
-        # A name that is cut or in two lines is none; remarks wrap between words.
-        for column in each.columns[:-1]:
+    for grid in (hardware, optional, fastest):
+        # Names stay on one line; remarks wrap between words.
+        for column in grid.columns[:-1]:
             column.no_wrap = True
-        console.print(each)
+        console.print(grid)
     console.print(
         f"{RULE} Settled for all processes: xfm-fast tune --cpu; every time: xfm-fast info --json",
         soft_wrap=True,
     )
-    for word, why in (("llvm", llvm.why_not()), ("int8", int8.why_not())):
-        if why is not None:
-            console.print(f"{word} is left out here: {escape(why)}", soft_wrap=True)
+    for path, reason in (("llvm", llvm.why_not()), ("int8", int8.why_not())):
+        if reason is not None:
+            console.print(f"{path} is left out here: {escape(reason)}", soft_wrap=True)
     if not facts["native_bf16"]:
         console.print("bf16 is not native to this CPU and slower than fp32")
 
@@ -133,8 +128,8 @@ def info(*, as_json: Json = False) -> None:
 def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
     """Compile the Triton kernels without a GPU and measure their machine code: registers, spills, occupancy, hazards.
 
-    Exit code 1: a figure is worse than the baseline in kernels/audit_baseline.json. Kernels that changed since the last
-    audit are compiled, the rest comes from the cache.
+    Exit code 1: a figure is worse than the baseline in kernels/audit_baseline.json. Kernels that
+    changed since the last audit are compiled, the rest comes from the cache.
     """
     specs = _kernels(options.kernel)
     from xfm_fast.io import write_bytes
@@ -143,9 +138,9 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
     from xfm_fast.kernels.audit.machine_code import ARCHITECTURES, LIMITS
 
     if unknown := set(options.arch) - set(LIMITS):
-        known = ", ".join(map(str, LIMITS))
+        supported = ", ".join(map(str, LIMITS))
         raise InputError(
-            f"unknown architecture: {', '.join(map(str, sorted(unknown)))}; known: {known}"
+            f"unknown architecture: {', '.join(map(str, sorted(unknown)))}; known: {supported}"
         )
     arches = options.arch or ARCHITECTURES
     if options.execute:
@@ -155,15 +150,15 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
             )
         return _execute(arches)
     begun = time.perf_counter()
-    forms = library.shipped_forms(specs, arches)
-    chosen = forms if options.all else library.representative(forms)
-    path, shipped = baseline.BASELINE, {form.key for form in forms}
+    shipped_forms = library.shipped_forms(specs, arches)
+    forms = shipped_forms if options.all else library.representative(shipped_forms)
+    path, shipped = baseline.BASELINE, {form.key for form in shipped_forms}
     try:
         accepted = baseline.read(path, kernels=options.kernel, arches=arches)
     except ValueError as error:
         raise InputError(str(error)) from error
     if options.changed:
-        chosen = library.changed(chosen, accepted.rows)
+        forms = library.changed(forms, accepted.rows)
     compiled = 0
 
     def progress(done: int, of: int) -> None:
@@ -172,17 +167,16 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
         if done % 20 == 0 or done == of:
             print(f"compiled {done} of {of}", file=sys.stderr)
 
-    rows = library.compile_rows(chosen, progress=progress)
+    rows = library.compile_rows(forms, progress=progress)
     seconds = time.perf_counter() - begun
     if options.json is not None:
-        write_bytes(
-            {options.json: (json.dumps([row.as_dict() for row in rows], indent=1) + "\n").encode()}
-        )
-    shown = stdout(220)
+        content = json.dumps([row.as_dict() for row in rows], indent=1) + "\n"
+        write_bytes({options.json: content.encode()})
+    console = stdout(220)
     if rows:
-        _print_rows(rows, shown)
-    shown.print(
-        f"{len(rows)} of {len(forms)} shipped forms in {seconds:.0f} s ({compiled} compiled, the rest cached),"
+        _print_rows(rows, console)
+    console.print(
+        f"{len(rows)} of {len(shipped_forms)} shipped forms in {seconds:.0f} s ({compiled} compiled, the rest cached),"
         f" {library.compiler()}"
     )
     try:
@@ -190,24 +184,24 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
             baseline.accept(
                 rows, compiler=library.compiler(), forget=set(accepted.rows) - shipped, path=path
             )
-            shown.print(f"accepted {len(rows)} rows in {path}", soft_wrap=True)
+            console.print(f"accepted {len(rows)} rows in {path}", soft_wrap=True)
             return 0
     except ValueError as error:
         raise InputError(str(error)) from error
     comparison = baseline.compare(rows, accepted, compiler=library.compiler(), shipped=shipped)
     if comparison.note:
-        shown.print(f"note: {comparison.note}", soft_wrap=True)
+        console.print(f"note: {comparison.note}", soft_wrap=True)
     better = "better than accepted; xfm-fast audit --accept keeps it so"
     for title, lines in ((better, comparison.better), ("worse than accepted", comparison.worse)):
         if lines:
-            shown.print(title, style="bold")
+            console.print(title, style="bold")
         for line in lines[:_MOST_LINES]:
-            shown.print(f"  {line}", soft_wrap=True, markup=False, highlight=False)
+            console.print(f"  {line}", soft_wrap=True, markup=False, highlight=False)
         if len(lines) > _MOST_LINES:
-            shown.print(f"  … and {len(lines) - _MOST_LINES} more")
+            console.print(f"  … and {len(lines) - _MOST_LINES} more")
     if comparison.worse:
-        command = "xfm-fast audit --accept" + " --all" * options.all
-        shown.print(
+        command = "xfm-fast audit --accept" + (" --all" if options.all else "")
+        console.print(
             f"{len(comparison.worse)} figures are worse, new or missing. If that is meant: {command}"
         )
         return 1
@@ -215,7 +209,7 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
 
 
 def _execute(arches: Sequence[int]) -> int:
-    """Print a line a kernel and architecture; 1 if a result is wrong or a hazard was found."""
+    """Run the kernels in emulation; returns 1 for a wrong result or a hazard."""
     from xfm_fast.benchmarks.work.kernels import execute
     from xfm_fast.kernels.emulation import LATE_WAIT
 
@@ -231,25 +225,28 @@ def _execute(arches: Sequence[int]) -> int:
             for launch in case.launches:
                 kernels.setdefault(launch.kernel, []).append(launch)
         for name, launches in sorted(kernels.items()):
-            places = {(each.kind, each.place) for launch in launches for each in launch.hazards}
+            hazards: dict[str, set[str]] = {}
+            for launch in launches:
+                for hazard in launch.hazards:
+                    hazards.setdefault(hazard.kind, set()).add(hazard.place)
             seconds = sum(launch.seconds for launch in launches)
-            counts = f"{checks[name]} checks, {len(launches)} launches, {len(places)} hazards"
+            count = sum(map(len, hazards.values()))
+            counts = f"{checks[name]} checks, {len(launches)} launches, {count} hazards"
             print(f"sm_{arch} {name}: {counts}, {seconds:.1f} s", flush=True)
-            for kind in sorted({kind for kind, _ in places}):
-                print(
-                    f"  {kind}: {', '.join(sorted(place for other, place in places if other == kind))}"
-                )
-                failed = failed or kind != LATE_WAIT
+            for hazard, lines in sorted(hazards.items()):
+                print(f"  {hazard}: {', '.join(sorted(lines))}")
+                failed = failed or hazard != LATE_WAIT
     return int(failed)
 
 
 def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
     """Tune the attention kernels' launch configurations for bf16 on this machine's GPU, in kernels/tuning.
 
-    Configurations that spill are rejected by the audit before any is timed. Every result is saved immediately.
+    Configurations that spill are rejected by the audit before any is timed. Every result is saved
+    immediately.
 
-    With --cpu the choices for this processor are written to a file: processes with its name in the environment variable
-    XFM_CPU_CHOICES use the same implementations, without timing.
+    With --cpu the fastest implementations on this processor are written to a file; processes that
+    find its name in the environment variable XFM_CPU_CHOICES use them without timing.
     """
     import torch
 
@@ -266,24 +263,25 @@ def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
     from xfm_fast.kernels.audit.compiling import describe
     from xfm_fast.kernels.triton.launch import architecture
 
-    number = architecture(torch.device("cuda"))
+    arch = architecture(torch.device("cuda"))
     name = torch.cuda.get_device_name()
-    if number < 80:
+    if arch < 80:
         raise UnavailableError(
-            f"{name} has compute capability {number / 10}; the kernels need 8.0 or newer"
+            f"{name} has compute capability {arch / 10}; the kernels need 8.0 or newer"
         )
     path, folder = None, options.out or library.TUNING
     for spec in specs:
-        for size in library.sizes(spec, options.head_dim, number):
+        for size in library.sizes(spec, options.head_dim, arch):
             try:
-                choice = library.search(spec, size, "bf16", number)
+                choice = library.search(spec, size, "bf16", arch)
             except ValueError as error:
                 print(f"not tuned: {error}", file=sys.stderr)
                 continue
             with storing(folder, "name another folder with --out"):
-                path = library.write([choice], number, name, folder)
+                path = library.write([choice], arch, name, folder)
             times = f"{choice.before * 1e6:.1f} → {choice.seconds * 1e6:.1f} µs with {describe(choice.config)}"
-            times += "" if choice.flash is None else f" (flash-attn {choice.flash * 1e6:.1f} µs)"
+            if choice.flash is not None:
+                times += f" (flash-attn {choice.flash * 1e6:.1f} µs)"
             print(f"{spec.name} {size}: {times}; {choice.timed} timed, {choice.rejected} rejected")
     if path is None:
         raise InputError(
@@ -305,15 +303,15 @@ def _tune_cpu(options: TuneOptions) -> None:
     # Fail before a minute of comparisons.
     if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
         raise StorageError(f"{path} cannot be written; name another file with --out")
-    for found in choose_paths():
-        print(f"{found['operation']} {found['dtype']}: {found['reason']}")
+    for choice in choose_paths():
+        print(f"{choice['operation']} {choice['dtype']}: {choice['reason']}")
     write_bytes({path: (json.dumps(choices(), indent=1) + "\n").encode()})
     print(RULE)
     print(f"saved: {path}; export {CHOICES}={path.resolve()}")
 
 
 def _kernels(names: tuple[str, ...]) -> list[KernelSpec]:
-    """The shipped kernels, or the named ones, compiled even if the environment asks for the interpreter."""
+    """Return the shipped kernels, or the named ones, with Triton's interpreter off."""
     os.environ.pop("TRITON_INTERPRET", None)
     from importlib.util import find_spec
 
@@ -322,11 +320,11 @@ def _kernels(names: tuple[str, ...]) -> list[KernelSpec]:
     from xfm_fast.kernels.audit.compiling import shipped_kernels
 
     specs = shipped_kernels()
-    known = [spec.name for spec in specs]
-    if unknown := sorted(set(names) - set(known)):
-        near = get_close_matches(unknown[0], known, n=1)
-        meant = f" (did you mean {near[0]}?)" if near else ""
-        raise InputError(f"unknown kernel: {', '.join(unknown)}{meant}; known: {', '.join(known)}")
+    shipped = [spec.name for spec in specs]
+    if unknown := sorted(set(names) - set(shipped)):
+        near = get_close_matches(unknown[0], shipped, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise InputError(f"unknown kernel: {', '.join(unknown)}{hint}; known: {', '.join(shipped)}")
     return [spec for spec in specs if not names or spec.name in names]
 
 
@@ -340,11 +338,11 @@ def _print_rows(rows: list[Row], console: Console) -> None:
         "stack": lambda row: f"[red]{row.stack_bytes}[/]" if row.stack_bytes else "0",
         "shared": lambda row: f"{row.shared_bytes / 1024:.1f}/{row.shared_limit // 1024} K",
         "blocks": lambda row: str(row.occupancy),
-        "tensor core": lambda row: " ".join(f"{n} {name}" for name, n in (row.tensor_core or {}).items()) or "–",
+        "tensor core": _tensor_core,
         "loop": lambda row: str(row.loop_instructions or "–"),
         "waits": _waits,
-        "per t.c.": lambda row: f"{row.instructions_per_tensor_core:.1f}" if row.loop_tensor_core else "–",
-    }  # fmt: skip
+        "per t.c.": _per_tensor_core,
+    }
     for name, group in groupby(rows, key=lambda row: row.kernel):
         figures = table(name, *heads, "dtype")
         merged: dict[tuple[str, ...], list[str]] = {}
@@ -358,13 +356,17 @@ def _print_rows(rows: list[Row], console: Console) -> None:
         console.print(figures)
 
 
+def _tensor_core(row: Row) -> str:
+    return " ".join(f"{n} {name}" for name, n in (row.tensor_core or {}).items()) or "–"
+
+
+def _per_tensor_core(row: Row) -> str:
+    return f"{row.instructions_per_tensor_core:.1f}" if row.loop_tensor_core else "–"
+
+
 def _waits(row: Row) -> str:
-    """Waits per HGMMA, and the assembler's warnings about them."""
+    """Format the waits per HGMMA, and the assembler's warnings about them."""
     waits, warnings = row.waits_per_tensor_core, " ".join(row.warnings or ())
-    return (
-        "–"
-        if waits is None
-        else f"[yellow]{waits:.2f} {warnings}[/]"
-        if warnings
-        else f"{waits:.2f}"
-    )
+    if waits is None:
+        return "–"
+    return f"[yellow]{waits:.2f} {warnings}[/]" if warnings else f"{waits:.2f}"

@@ -31,7 +31,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP: /v1/rerank, /v1/embeddings and /v1/score, for clients of Cohere and OpenAI.
 
-    It listens on this machine only unless --host is given, and shuts down cleanly on SIGTERM. /docs describes the API.
+    It listens on this machine only unless --host is given, and shuts down cleanly on SIGTERM. /docs
+    describes the API.
     """
     key = options.api_key if options.api_key is not None else os.environ.get("XFM_API_KEY")
     if key is not None and (not key.isascii() or not key.strip() or key != key.strip()):
@@ -86,7 +87,8 @@ def convert(
     """Convert a checkpoint between the official format and ours, without loss.
 
     Args:
-        model: Official checkpoint file, one of X²-VLM, a folder written by xfm-fast, or a name on the Hub.
+        model: Official checkpoint file, one of X²-VLM, a folder written by xfm-fast, or a name on
+            the Hub.
         destination: Folder for our format, or .safetensors/.th/.pth file for the official one.
     """
     from xfm_fast.loading import official_sizes
@@ -94,11 +96,11 @@ def convert(
     from xfm_fast.models.hub import resolve
 
     named(model, source)
-    place, sizes = resolve(model), official_sizes(source.config)
+    path, sizes = resolve(model), official_sizes(source.config)
     settings: Any = {"image_size": source.image_size, "keep_unused": keep_unused}
     if destination.suffix in SUFFIXES and not destination.is_dir():
-        report = to_official_file(place, destination, **settings)
+        report = to_official_file(path, destination, **settings)
     else:
-        report = to_xfm_folder(place, destination, sizes, tokenizer=source.tokenizer, **settings)
+        report = to_xfm_folder(path, destination, sizes, tokenizer=source.tokenizer, **settings)
     for line in report:
         print(line)

@@ -37,12 +37,12 @@ OPTIONS = Group("Options")
 
 
 def command_group(name: str, **settings: Any) -> App:
-    """A group of commands, with the common help style."""
+    """Create a group of commands, with the common help style."""
     return App(name=name, group_parameters=OPTIONS, version_flags=(), **settings)
 
 
 def named(model: str | None, source: S) -> S:
-    """The source with the positional MODEL; raises `InputError` unless there is one model."""
+    """Set the positional MODEL as the source's model; InputError unless one model is given."""
     if model is not None and source.model is not None:
         raise InputError(f"{model} and --model {source.model} name two models; give one")
     source = source if model is None else replace(source, model=model)
@@ -50,17 +50,15 @@ def named(model: str | None, source: S) -> S:
     return source
 
 
-def mentions(hint: Any, kind: type) -> bool:
-    """True if a type hint is or contains `kind`: `tuple[int, ...] | None` mentions int."""
-    return (
-        hint is kind
-        or get_origin(hint) is kind
-        or any(mentions(part, kind) for part in get_args(hint))
-    )
+def mentions(hint: Any, sought: type) -> bool:
+    """Return whether a type hint is or contains a type: `tuple[int, ...] | None` mentions int."""
+    if hint is sought or get_origin(hint) is sought:
+        return True
+    return any(mentions(argument, sought) for argument in get_args(hint))
 
 
 def shown(default: Any) -> str | None:
-    """Format a default for the help; uninformative ones are omitted."""
+    """Format a default for the help, or omit it by None if it says nothing."""
     if isinstance(default, bool) or default in (None, "", (), []):
         return None
     return ",".join(map(str, default)) if isinstance(default, list | tuple) else str(default)

@@ -29,7 +29,8 @@ from xfm_fast.loading import Source
 _SHOWN = 5
 # Match probabilities that differ by less, away from 0 and 1, indicate an untrained head.
 _ALIKE = 0.01
-# Processes that lost another one end by themselves within these seconds, unless they wait for it to start.
+# After one process failed, the others end by themselves within these seconds, unless they wait for
+# it to start.
 _PATIENCE_S, _POLL_S = 10.0, 0.05
 _EXPECTED = (None, 0, UNFINISHED)
 
@@ -65,8 +66,8 @@ class SearchOptions(IndexOptions):
     Attributes:
         top: Images to show.
         candidates: Nearest images that the fusion encoder re-ranks; 0 ranks by features only.
-        rank: Order of the candidates: match of the fusion encoder, similarity of features, or sum (match logit +
-            similarity). [as recorded by the model's run, else match]
+        rank: Order of the candidates: match of the fusion encoder, similarity of features, or sum
+            (match logit + similarity). [as recorded by the model's run, else match]
         sheet: Contact sheet to write, a page .html.
     """
 
@@ -86,27 +87,29 @@ def index(
 ) -> int:
     """Index images for search, or update the index: only new and changed images are read.
 
-    An interrupted command resumes. Unreadable images are listed and skipped. Several processes share the images, with
-    the same result: --workers, or torchrun --nproc-per-node=8 -m xfm_fast.cli index FOLDER.
+    An interrupted command resumes. Unreadable images are listed and skipped. Several processes
+    share the images, with the same result: --workers, or torchrun --nproc-per-node=8 -m
+    xfm_fast.cli index FOLDER.
 
     Args:
-        collection: Folder of images, with captions next to them or in captions.csv; CSV, JSON or JSON lines with image
-            and optional caption; JSON lines with binary and desc; WebDataset shard.
+        collection: Folder of images, with captions next to them or in captions.csv; CSV, JSON or
+            JSON lines with image and optional caption; JSON lines with binary and desc; WebDataset
+            shard.
     """
     from xfm_fast.search import build_index, index_folder, open_index, open_model
     from xfm_fast.search.index import INDEX_FILE
     from xfm_fast.training.distributed import join_processes, stop_on_signal
 
     target = options.index or index_folder(collection)
-    known = open_index(target).model if (target / INDEX_FILE).is_file() else None
-    source = _choose_model(source, known)
+    recorded = open_index(target).model if (target / INDEX_FILE).is_file() else None
+    source = _choose_model(source, recorded)
     settings = vars(source) | vars(options) | {"workers": None}
     if options.workers > 1 and os.environ.get("WORLD_SIZE", "1") == "1":
-        given = [
+        arguments = [
             f"--{dashes(name)}={value}" for name, value in settings.items() if value is not None
         ]
         return _run_processes(
-            options.workers, ["index", *given, *["--json"] * as_json, "--", str(collection)]
+            options.workers, ["index", *arguments, *["--json"] * as_json, "--", str(collection)]
         )
     with (
         join_processes(source.device) as processes,
@@ -141,15 +144,15 @@ def index(
         )
         return 0
     _note_skipped(report.faults, "")
-    left = f", {len(report.faults):,} left out" if report.faults else ""
+    skipped = f", {len(report.faults):,} left out" if report.faults else ""
     print(
-        f"indexed: {report.images:,} images, {report.added:,} of them read now, {report.removed:,} gone{left}"
+        f"indexed: {report.images:,} images, {report.added:,} of them read now, {report.removed:,} gone{skipped}"
     )
-    names = ("model", "config", "image_size", "tokenizer", "index", "images")
-    repeated = "".join(
-        f" --{dashes(name)} {settings[name]}" for name in names if settings[name] is not None
-    )
-    print(f"saved: {report.folder}; try it: xfm-fast search {collection} ...{repeated}")
+    command = f"xfm-fast search {collection} ..."
+    for name in ("model", "config", "image_size", "tokenizer", "index", "images"):
+        if settings[name] is not None:
+            command += f" --{dashes(name)} {settings[name]}"
+    print(f"saved: {report.folder}; try it: {command}")
     return 0
 
 
@@ -179,32 +182,32 @@ def search(
     source = _choose_model(source, opened.model)
     target = Path(query) if os.path.isfile(query) else query
     settings = {"top": options.top, "candidates": options.candidates, "rank": options.rank}
-    found = find(opened, open_model(source), target, **settings)
-    matches = [hit.match for hit in found.hits if hit.match is not None]
+    result = find(opened, open_model(source), target, **settings)
+    matches = [hit.match for hit in result.hits if hit.match is not None]
     if len(matches) > 1 and 0.1 < min(matches) <= max(matches) < min(0.9, min(matches) + _ALIKE):
         note("match scores hardly differ, as from an untrained head; try --rank similarity")
-    _note_skipped(found.lost, "; index again")
+    _note_skipped(result.lost, "; index again")
     if as_json:
         rows = [
             {"rank": rank, "path": hit.location, "caption": hit.entry.caption}
             | {name: getattr(hit, name) for name in ("match", "similarity", "score")}
-            for rank, hit in enumerate(found.hits, start=1)
+            for rank, hit in enumerate(result.hits, start=1)
         ]
         print(json.dumps({"query": query, "random": source.random is not None, "hits": rows}))
     else:
         rows = table("", "", "match", "similarity", "image", right=("", "match", "similarity"))
-        for rank, hit in enumerate(found.hits, start=1):
+        for rank, hit in enumerate(result.hits, start=1):
             match = "" if hit.match is None else f"{hit.match:.1%}"
             rows.add_row(str(rank), match, f"{hit.similarity:.3f}", escape(hit.location))
         stdout().print(rows)
     if options.sheet is not None:
-        written = write_sheet(options.sheet, target, found, opened)
+        written = write_sheet(options.sheet, target, result, opened)
         note(f"saved: {written}") if as_json else print(f"saved: {written}")
     return 0
 
 
 def _run_processes(count: int, arguments: Sequence[str]) -> int:
-    """Run a command in `count` processes of this machine, joined as torchrun joins them; returns its exit code."""
+    """Run a command in several processes, as torchrun does; returns the exit code."""
     from xfm_fast.training.distributed import stop_on_signal
 
     with socket.socket() as free:
@@ -216,7 +219,7 @@ def _run_processes(count: int, arguments: Sequence[str]) -> int:
     common = {"OMP_NUM_THREADS": str(max(1, cores // count))} | os.environ
     common |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with ExitStack() as stack:
-        # The first one prints, and tells what fails in any that it has met.
+        # Rank 0 prints, also the failures of processes that it is connected to.
         errors = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(1, count)]
         stop = stack.enter_context(stop_on_signal())
         children: list[subprocess.Popen[bytes]] = []
@@ -226,27 +229,20 @@ def _run_processes(count: int, arguments: Sequence[str]) -> int:
                 command = [sys.executable, "-m", "xfm_fast.cli", *arguments]
                 environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 output = None if rank == 0 else subprocess.DEVNULL
-                # In sessions of their own, which a key that interrupts this one does not reach twice.
-                children.append(
-                    subprocess.Popen(
-                        command, env=environment, stdout=output, stderr=file, start_new_session=True
-                    )
+                # Ctrl-C reaches this session only, so that children get one signal.
+                child = subprocess.Popen(
+                    command, env=environment, stdout=output, stderr=file, start_new_session=True
                 )
-            told, deadline = False, math.inf
+                children.append(child)
+            signalled, deadline = False, math.inf
             while None in [child.poll() for child in children] and time.monotonic() < deadline:
-                if stop.wait(_POLL_S) and not told:
-                    told = True
+                if stop.wait(_POLL_S) and not signalled:
+                    signalled = True
                     for child in children:
                         child.send_signal(signal.SIGTERM)
-                if failed is None:
-                    ended = [
-                        rank
-                        for rank, child in enumerate(children)
-                        if child.returncode not in _EXPECTED
-                    ]
-                    failed, deadline = (
-                        (ended[0], time.monotonic() + _PATIENCE_S) if ended else (None, math.inf)
-                    )
+                for rank, child in enumerate(children):
+                    if failed is None and child.returncode not in _EXPECTED:
+                        failed, deadline = rank, time.monotonic() + _PATIENCE_S
         finally:
             for child in children:
                 child.kill()
@@ -259,29 +255,26 @@ def _run_processes(count: int, arguments: Sequence[str]) -> int:
             )
         if failed and children[0].returncode < 0:
             errors[failed - 1].seek(0)
-            reason = errors[failed - 1].read().decode(errors="replace").strip().splitlines() or [
-                f"exit code {code}"
-            ]
-            raise XFMError(
-                f"process {failed} of {count} could not start: {reason[-1].removeprefix('xfm-fast: ')}"
-            )
+            lines = errors[failed - 1].read().decode(errors="replace").strip().splitlines()
+            reason = lines[-1].removeprefix("xfm-fast: ") if lines else f"exit code {code}"
+            raise XFMError(f"process {failed} of {count} could not start: {reason}")
         return code or children[0].returncode
 
 
-def _choose_model(source: Source, known: Source | None) -> Source:
-    """The model of the options, or the random one of the index; another model of an index needs a matching option."""
+def _choose_model(source: Source, recorded: Source | None) -> Source:
+    """Return the model of the options, or the random one of the index."""
     if source.model is None and source.random is None:
-        if known is None:
+        if recorded is None:
             raise InputError(
                 "give the model as --model: a run, a folder of weights, a Hub name or an export"
             )
-        if known.random is None:
-            raise InputError(f"the index uses {known}; if you trust it, add --model {known}")
-        if known.tokenizer is not None and source.tokenizer is None:
+        if recorded.random is None:
+            raise InputError(f"the index uses {recorded}; if you trust it, add --model {recorded}")
+        if recorded.tokenizer is not None and source.tokenizer is None:
             raise InputError(
-                f"the index uses a tokenizer; if you trust it, add --tokenizer {known.tokenizer}"
+                f"the index uses a tokenizer; if you trust it, add --tokenizer {recorded.tokenizer}"
             )
-        source = replace(source, random=known.random)
+        source = replace(source, random=recorded.random)
     source.check()
     if source.random and first_process():
         note(

@@ -16,8 +16,8 @@ from xfm_fast.cli.options import UNFINISHED
 def pretrain(recipe: str, /, *overrides: str) -> int:
     """Train a model from a recipe; an interrupted run resumes from its newest complete checkpoint.
 
-    On several GPUs: torchrun --nproc-per-node=8 -m xfm_fast.cli pretrain RECIPE. SIGTERM or Ctrl-C ends the run after
-    the current step, with a checkpoint and exit code 75.
+    On several GPUs: torchrun --nproc-per-node=8 -m xfm_fast.cli pretrain RECIPE. SIGTERM or Ctrl-C
+    ends the run after the current step, with a checkpoint and exit code 75.
 
     Args:
         recipe: Name of a packaged recipe, or path of a YAML file.
@@ -36,19 +36,18 @@ def pretrain(recipe: str, /, *overrides: str) -> int:
         note(f"stopped after step {result.step}; the same command resumes")
         return UNFINISHED
     if first_process():
-        losses = {name: value for name, value in result.metrics.items() if name.startswith("loss/")}
+        losses = [
+            f"{name.removeprefix('loss/')} {value:.4g}"
+            for name, value in result.metrics.items()
+            if name.startswith("loss/")
+        ]
         if losses:
-            shown = (f"{name.removeprefix('loss/')} {value:.4g}" for name, value in losses.items())
-            print(f"step {result.step}", *shown, sep="  ")
-        folder = shlex.quote(loaded.checkpoint.folder)
-        own = (
-            f"retrieval_csv data.train={shlex.quote(loaded.data)}"
-            if Path(loaded.data).is_file()
-            else "RECIPE"
-        )
-        print(
-            f"saved: {folder}/model; fine-tune it: xfm-fast finetune {own} init.checkpoint={folder}"
-        )
+            print(f"step {result.step}", *losses, sep="  ")
+        folder, recipe = shlex.quote(loaded.checkpoint.folder), "RECIPE"
+        if Path(loaded.data).is_file():
+            recipe = f"retrieval_csv data.train={shlex.quote(loaded.data)}"
+        command = f"xfm-fast finetune {recipe} init.checkpoint={folder}"
+        print(f"saved: {folder}/model; fine-tune it: {command}")
     return 0
 
 
@@ -64,10 +63,11 @@ def reproduce(
     An interrupted study resumes, and finished runs are not repeated.
 
     Args:
-        study: downstream fine-tunes a tiny model for every task; claims trains with and without stop-gradient and
-            MIM guidance, and measures what the language encoder forgets and what image features contain.
+        study: downstream fine-tunes a tiny model for every task; claims trains with and without
+            stop-gradient and MIM guidance, and measures what the language encoder forgets and what
+            image features contain.
         overrides: key=value for the pretraining recipe.
-        seeds: Runs of each part. [downstream 1, claims 5]
+        seeds: Runs of each experiment. [downstream 1, claims 5]
         out: Folder of the study; finished runs in it are reused. [runs/STUDY]
     """
     from xfm_fast.io import write_bytes

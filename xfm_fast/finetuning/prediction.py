@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,17 +33,21 @@ from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
 @dataclass(frozen=True)
 class Predictor:
-    """A task model in evaluation mode, or the session of an export, that predicts from files and strings."""
+    """A task model or the session of an export, which predicts from files and strings."""
 
     model: XFM | Session
-    task: Task[Any, Any, Any, Any]
+    task: Task[Any]
 
     def predict(self, images: Sequence[str | Path] = (), texts: Sequence[str] = ()) -> list[Row]:
         """Predict from image files and texts, paired by the task: `predict(["a.jpg"], ["a dog"])`."""
-        return self.answer(self.task.requests([Path(image) for image in images], list(texts)))
+        records = self.task.requests([Path(image) for image in images], list(texts))
+        return self.answer(records)
 
     def heatmap(self, image: str | Path, text: str) -> Tensor:
-        """Relevance `[grid, grid]` of an image's patches to a text; see `xfm_fast.tasks.weak_grounding`."""
+        """Compute the relevance `[grid, grid]` of an image's patches to a text.
+
+        See `xfm_fast.tasks.weak_grounding`.
+        """
         if isinstance(self.model, Session):
             raise InputError(
                 "a heat map needs gradients, which no export computes; name the run that was exported"
@@ -57,7 +61,7 @@ class Predictor:
 
     @torch.no_grad()
     def answer(self, records: Sequence[Any]) -> list[Row]:
-        """Result rows of task records."""
+        """Predict result rows of task records."""
         return self.task.predict(self.model, records)
 
 
@@ -87,72 +91,72 @@ def load(
             raise InputError(
                 f"the session of {folder.folder} is open; leave out its device and runtime"
             )
-        return _load_export(folder.folder, dtype, lambda kind: folder)
+        return _use_session(folder, dtype)
     if Path(folder, MANIFEST_FILE).is_file():
-        return _load_export(Path(folder), dtype, lambda kind: kind.load(folder, runtime, device))
+        return _use_session(Session.load(folder, runtime, device), dtype)
     if runtime != "auto":
         raise InputError(
             f"{folder} is a model of PyTorch and no export; leave out the runtime {runtime!r}"
         )
-    place = resolve(folder)
-    if not (place / CONFIG_FILE).is_file():
+    path = resolve(folder)
+    if not (path / CONFIG_FILE).is_file():
         raise CheckpointError(
             f"{folder} is neither a run nor a folder of weights: there is no {CONFIG_FILE} in it, in best/ or in model/"
         )
-    options = task_of(place)
+    options = task_of(path)
     if options is None:
         raise CheckpointError(
-            f"{place} holds a pretrained model, which has no task yet; read it by XFM.from_pretrained, or fine-tune it"
+            f"{path} holds a pretrained model, which has no task yet; read it by XFM.from_pretrained, or fine-tune it"
         )
-    task = make_task(options, XFMConfig.load(place / CONFIG_FILE), _tokenizer_of(place))
+    task = make_task(options, XFMConfig.load(path / CONFIG_FILE), _read_tokenizer(path))
     model = task.build()
-    load_weights(model, task, place)
+    load_weights(model, task, path)
     model.tokenizer = task.tokenizer if task.reads_text else None
     return Predictor(model.to(device or "cpu").cast(dtype).eval(), task)
 
 
-def _tokenizer_of(folder: Path) -> CaptionTokenizer | None:
+def _read_tokenizer(folder: Path) -> CaptionTokenizer | None:
     vocabulary = folder / TOKENIZER_FILE
     return CaptionTokenizer.from_files(vocabulary) if vocabulary.is_file() else None
 
 
-def _load_export(
-    folder: Path, dtype: Precision, session_of: Callable[[type[Session]], Session]
-) -> Predictor:
+def _use_session(session: Session, dtype: Precision) -> Predictor:
+    """Predict by the open session of an export."""
+    folder = session.folder
     options = task_of(folder)
     if options is None:
         raise ExportError(
             f"{folder} is an export of a model without a task; open it by xfm_fast.export.Session.load for "
             "embeddings and scores, or export a run of xfm-fast finetune"
         )
-    kind = task_session(options.kind)
-    if kind is None:
+    session_type = task_session(options.kind)
+    if session_type is None:
         raise ExportError(
             f"exports do not answer for the task {options.kind}; name the run that {folder} was made of"
         )
-    session = session_of(kind)
-    if not isinstance(session, kind):
+    if not isinstance(session, session_type):
         raise InputError(
-            f"the session of {folder} is none of the task {options.kind}; use Session.load"
+            f"the session of {folder} does not answer for the task {options.kind}; use Session.load"
         )
     if dtype not in (torch.float32, session.dtype):
         raise InputError(
             f"{folder} computes in {session.manifest.dtype}; leave the type out, or export in another one"
         )
     if session.task is None:
-        session.task = make_task(options, session.config, _tokenizer_of(folder))
+        session.task = make_task(options, session.config, _read_tokenizer(folder))
     return Predictor(session, session.task)
 
 
 def answer_lines(predictor: Predictor, lines: Path, out: Path, work: Evaluation) -> int:
     """Answer a JSON-lines file of requests in order; collective, returns the number of answers.
 
-    `out` is written when all answers are complete. The folder of `work` stores progress, so that a killed command
-    resumes, and is removed at the end. All lines are validated before the first prediction.
+    `out` is written when all answers are complete. The folder of `work` stores progress, so that a
+    killed command resumes, and is removed at the end. All lines are validated before the first
+    prediction.
     """
     if is_stream(out):
         raise InputError(
-            f"{out} is no regular file; name one, or leave it out to print the answers"
+            f"{out} is not a regular file; name one, or leave it out to print the answers"
         )
     records = work.processes.from_first(lambda: requests_in(predictor.task, lines))
     with torch.no_grad():
@@ -169,28 +173,45 @@ def answer_lines(predictor: Predictor, lines: Path, out: Path, work: Evaluation)
     return len(records)
 
 
-def requests_in(task: Task[Any, Any, Any, Any], path: Path) -> list[Any]:
-    """Records of a JSON-lines request file."""
+def requests_in(task: Task[Any], path: Path) -> list[Any]:
+    """Read the records of a JSON-lines request file."""
     try:
-        # Not splitlines, which also ends lines within a JSON string.
-        texts = read_file(path).decode("utf-8-sig").split("\n")
+        # splitlines would also split at separators within a JSON string.
+        lines = read_file(path).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 (byte {error.start}); give a file of JSON lines"
         ) from None
     records = []
-    for number, text in enumerate(texts, start=1):
-        if not text.strip():
+    for line_number, line in enumerate(lines, start=1):
+        if not line.strip():
             continue
         try:
-            line = parse_json(text)
-            if not isinstance(line, Mapping):
-                raise InputError(
-                    'a request is an object such as {"image": "photo.jpg", "text": "a dog"}'
-                )
-            records.append(task.request(line))
+            records.append(request_of(task, parse_json(line)))
         except ValueError as error:
-            raise DataError(f"{path}:{number}: {error}") from None
+            raise DataError(f"{path}:{line_number}: {error}") from None
     if not records:
         raise DataError(f"{path} holds no requests; write one a line")
     return records
+
+
+def request_of(task: Task[Any], line: Any) -> Any:
+    """Make the record of a request: `image` (or `images`) and `text`, each a string or a list."""
+    if not isinstance(line, Mapping):
+        raise InputError('a request is an object such as {"image": "photo.jpg", "text": "a dog"}')
+    images = _as_list(line.get("images", line.get("image")))
+    texts = _as_list(line.get("text"))
+    if not all(isinstance(value, str) for value in [*images, *texts]):
+        raise InputError('"image" and "text" of a request are strings, or lists of strings')
+    records = task.requests([Path(image) for image in images], texts)
+    if len(records) != 1:
+        raise InputError(
+            f"a request is answered by one result and this one needs {len(records)}; give a line each"
+        )
+    return records[0]
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]

@@ -1,8 +1,10 @@
-"""Fine-tuning recipes: a task, its data and the run fields; configurations of the official code are converted to them.
+"""Fine-tuning recipes: a task, its data and the run fields; configurations of the official code are
+converted to them.
 
-Values of a configuration override our recipe of the same task. Every published key maps to a recipe key, a model field,
-a required value, or is ignored because it has no effect; other keys are errors. Paths stay relative to the working
-directory, and weights are set by `init.checkpoint`.
+Values of a configuration override our recipe of the same task. `official.yaml` maps every published
+key to a recipe key, a model field or a required value, or lists it as ignored because it has no
+effect; other keys are errors. Paths stay relative to the working directory, and weights are set by
+`init.checkpoint`.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,10 +22,18 @@ from pydantic import Field, field_validator, model_validator
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.streams import epoch_batches
 from xfm_fast.errors import ConfigError
-from xfm_fast.io import is_plain_name
-from xfm_fast.tasks.task import HELD_OUT, TASKS, AnyTask, make_task
+from xfm_fast.io import is_plain_name, parse_yaml
+from xfm_fast.tasks.task import HELD_OUT, TASKS, AnyTask, Task, TaskOptions, make_task
 from xfm_fast.tokenizer import CaptionTokenizer
-from xfm_fast.training.recipe import FINETUNING, Run, fit_auto, override, read_recipe, vocabulary_of
+from xfm_fast.training.recipe import (
+    FINETUNING,
+    Run,
+    fit_auto,
+    override,
+    position_after,
+    read_recipe,
+    vocabulary_of,
+)
 from xfm_fast.training.recipe_fields import MOST_ITEMS, Paths, Section
 
 STREAM = "train"
@@ -29,7 +41,7 @@ STREAM = "train"
 
 
 class DataSection(Section):
-    """Data files of a task. Relative paths refer to `root`; glob patterns such as `*.json` are expanded."""
+    """Data files of a task, relative to `root`; glob patterns such as `*.json` are expanded."""
 
     root: str = Field(default=".", description="folder of all relative paths")
     images: str | None = Field(
@@ -61,7 +73,7 @@ class DataSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _with_held_out(cls, values: Any) -> Any:
-        """Add the split `val` created by `hold_out`, or set it to 0 if another `val` is given."""
+        """Add the split `val` of `hold_out`, or set `hold_out` to 0 for another `val`."""
         if not (isinstance(values, Mapping) and values.get("hold_out") and "train" in values):
             return values
         splits = values.get("splits") or {}
@@ -69,15 +81,13 @@ class DataSection(Section):
             return values
         if HELD_OUT not in splits:
             return {**values, "splits": {HELD_OUT: values["train"], **splits}}
-        return (
-            values
-            if _listed(splits[HELD_OUT]) == _listed(values["train"])
-            else {**values, "hold_out": 0}
-        )
+        if _as_list(splits[HELD_OUT]) == _as_list(values["train"]):
+            return values
+        return {**values, "hold_out": 0}
 
     @field_validator("splits")
     @classmethod
-    def _splits_name_folders(cls, splits: dict[str, Paths]) -> dict[str, Paths]:
+    def _check_split_names(cls, splits: dict[str, Paths]) -> dict[str, Paths]:
         if wrong := [name for name in splits if not is_plain_name(name)]:
             raise ValueError(
                 f"the split {wrong[0]!r} gives its results a folder; name it without slashes or dots"
@@ -120,21 +130,23 @@ class FinetuneRecipe(Run):
     )
 
     @model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _check_sections(self) -> Self:
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size={self.batch_size} does not split into accumulate={self.accumulate} equal micro-batches"
             )
-        if self.choose is not None and self.choose.by not in (
-            known := TASKS[self.task.kind].metrics
-        ):
+        if self.choose is None:
+            return self
+        metrics, splits = TASKS[self.task.kind].metrics, self.data.splits
+        if self.choose.by not in metrics:
             raise ValueError(
-                f"choose.by={self.choose.by} is no metric of the task {self.task.kind}; it has {', '.join(known)}"
+                f"choose.by={self.choose.by} is not a metric of the task {self.task.kind}; it has {', '.join(metrics)}"
             )
-        if self.choose is not None and self.choose.split not in self.data.splits:
-            known = ", ".join(self.data.splits) or "none"
+        if self.choose.split not in splits:
+            names = ", ".join(splits) or "none"
             raise ValueError(
-                f"choose.split={self.choose.split} is no split of data.splits ({known}); name one, or set choose=null"
+                f"choose.split={self.choose.split} is not a split of data.splits ({names}); name one, or set "
+                "choose=null"
             )
         return self
 
@@ -169,22 +181,22 @@ class FinetuneRecipe(Run):
         return first if first.is_dir() else first.parent
 
     def paths_of(self, split: str) -> list[Path]:
-        """Files and folders of `train` or a split."""
+        """Expand the files and folders of `train` or a split."""
+        splits = self.data.splits
         if split == STREAM:
-            return self.expand(self.data.train, "data.train", "or set data.root=<folder>")
-        if split not in self.data.splits:
+            patterns, key = self.data.train, "data.train"
+        elif split in splits:
+            patterns, key = splits[split], f"data.splits.{split}"
+        else:
             raise ConfigError(
-                f"there is no split {split}; data.splits has {', '.join(self.data.splits) or 'none'}"
+                f"there is no split {split}; data.splits has {', '.join(splits) or 'none'}"
             )
-        return self.expand(
-            self.data.splits[split], f"data.splits.{split}", "or set data.root=<folder>"
-        )
+        return self.expand(patterns, key, "or set data.root=<folder>")
 
-    def tokenizer_path(self) -> Path | None:
-        """Vocabulary in the recipe, or next to the initial weights, if any."""
-        return (
-            vocabulary_of(self.init.checkpoint) if self.tokenizer is None else Path(self.tokenizer)
-        )
+    def open_tokenizer(self) -> CaptionTokenizer | None:
+        """Read the vocabulary of the recipe, or that next to the initial weights, if any."""
+        path = self.tokenizer or vocabulary_of(self.init.checkpoint)
+        return None if path is None else CaptionTokenizer.from_files(path)
 
     def check_machine(self) -> None:
         """Validate data paths and device before the run starts, without reading data."""
@@ -195,14 +207,14 @@ class FinetuneRecipe(Run):
 
 
 def load_finetune_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> FinetuneRecipe:
-    """Load a fine-tuning recipe by name, YAML path or official configuration, with `key=value` overrides."""
+    """Load a recipe by name, YAML path or official configuration, with `key=value` overrides."""
     values = read_recipe(name_or_path, FINETUNING)
     if is_official(values):
         values = from_official(values, str(name_or_path))
     values = override(values, overrides)
     if "task" not in values:
         raise ConfigError(
-            f"recipe {name_or_path} has no task, so it is none of fine-tuning; add task.kind=..., one of "
+            f"recipe {name_or_path} has no task, so it is not for fine-tuning; add task.kind=..., one of "
             f"{', '.join(TASKS)}, or run xfm-fast pretrain {name_or_path}"
         )
     keys = {
@@ -211,284 +223,208 @@ def load_finetune_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()
         "every": "choose.every",
         "lr": "optimizer.lr",
     }
-    return fit_auto(FinetuneRecipe, values, keys, _training_rows)
+    return fit_auto(FinetuneRecipe, values, keys, _count_rows)
 
 
-def _training_rows(recipe: FinetuneRecipe) -> int:
-    path = recipe.tokenizer_path()
-    tokenizer = None if path is None else CaptionTokenizer.from_files(path)
-    task = make_task(
-        recipe.task, recipe.model, tokenizer, recipe.image_folder, hold_out=recipe.data.hold_out
+def _count_rows(recipe: FinetuneRecipe) -> int:
+    files = open_task(recipe, complete=False).training_rows(recipe.paths_of(STREAM))
+    return sum(map(len, files))
+
+
+def open_task(recipe: FinetuneRecipe, *, complete: bool = True) -> Task[Any]:
+    """Create the task of a recipe; `complete` reads missing options from the training files."""
+    options = recipe.task
+    if complete:
+        # Tasks without options from training files are evaluated without them.
+        learns = options.learns and type(options).completed is not TaskOptions.completed
+        train = recipe.paths_of(STREAM) if learns else []
+        options = options.completed(train, Path(recipe.data.root))
+    return make_task(
+        options,
+        recipe.model,
+        recipe.open_tokenizer(),
+        recipe.image_folder,
+        official_pictures=recipe.data.official_pictures,
+        hold_out=recipe.data.hold_out,
     )
-    return sum(map(len, task.training_rows(recipe.paths_of(STREAM))))
-
-
-def _listed(value: Any) -> list[Any]:
-    return [*value] if isinstance(value, (list, tuple)) else [value]
 
 
 def resumed_steps(
-    recipe: FinetuneRecipe,
-    rows: int,
-    world_size: int,
-    saved: Mapping[str, Any] | None,
-    batches_done: int,
+    recipe: FinetuneRecipe, rows: int, world_size: int, saved: Mapping[str, Any] | None
 ) -> FinetuneRecipe:
     """Set the number of steps from the epochs.
 
-    The schedule counts the last partial batch of an epoch even if it is dropped, as in the official code. A run resumed
-    with another number of processes keeps its completed steps and adds the ones of its remaining epochs. `saved` is the
-    checkpoint's `state.json`, `batches_done` its micro-batches in this world size.
+    The schedule counts the last partial batch of an epoch even if it is dropped, as in the official
+    code. A run resumed with another number of processes keeps its completed steps and adds the ones
+    of its remaining epochs. `saved` is the `state.json` of its checkpoint.
     """
     if recipe.steps:
         return recipe
+    drop_last = TASKS[recipe.task.kind].drop_last
     batch = recipe.batch_size * world_size
-    steps, schedule = (
-        recipe.epochs * epoch_batches(rows, batch, drop_last=drop)
-        for drop in (TASKS[recipe.task.kind].drop_last, False)
-    )
-    if saved is not None and saved["world_size"] != world_size:
-        ahead = saved["step"] - batches_done // recipe.accumulate
-        steps, schedule = steps + ahead, schedule + ahead
-    elif saved is not None and all(
-        saved["recipe"].get(key) == getattr(recipe, key) for key in ("epochs", "batch_size")
-    ):
-        # What an earlier change of the number of processes made of them.
-        steps, schedule = saved["recipe"]["steps"], saved["recipe"]["schedule"]["steps"]
-    timetable = recipe.schedule
-    if timetable.steps is None:
-        timetable = timetable.model_copy(update={"steps": schedule})
-    return recipe.model_copy(update={"steps": steps, "schedule": timetable})
+    steps = recipe.epochs * epoch_batches(rows, batch, drop_last=drop_last)
+    scheduled = recipe.epochs * epoch_batches(rows, batch, drop_last=False)
+    if saved is not None:
+        previous, batches = saved["recipe"], saved["batches"].get(STREAM, 0)
+        if saved["world_size"] != world_size:
+            done = position_after(
+                batches, STREAM, previous, recipe, saved["world_size"], world_size
+            )
+            ahead = saved["step"] - done // recipe.accumulate
+            steps, scheduled = steps + ahead, scheduled + ahead
+        elif all(previous.get(key) == getattr(recipe, key) for key in ("epochs", "batch_size")):
+            # Includes an earlier change of the number of processes.
+            steps, scheduled = previous["steps"], previous["schedule"]["steps"]
+    schedule = recipe.schedule
+    if schedule.steps is None:
+        schedule = schedule.model_copy(update={"steps": scheduled})
+    return recipe.model_copy(update={"steps": steps, "schedule": schedule})
 
 
-_SECTIONS = {"schedular", "train_file", "train_file_regions", "glue_datasets"}
-
-# Official keys that are options of the task.
-_SAME = (
-    "max_tokens", "max_words", "max_length", "min_length", "num_beams", "prompt", "label_smoothing", "mixup", "cutmix",
-)  # fmt: skip
-# Official keys (`section.key` in a section), and the recipe key that takes their value.
-_KEYS = {name: f"task.{name}" for name in _SAME} | {
-    "batch_size": "batch_size",
-    "batch_size_train": "batch_size",
-    "per_device_train_batch_size": "batch_size",
-    "batch_size_test": "eval_batch_size",
-    "per_device_eval_batch_size": "eval_batch_size",
-    "smoothing": "task.label_smoothing",
-    "is_lp": "task.frozen",
-    "k_test": "task.k",
-    "num_dec_layers": "task.decoder_layers",
-    "answer_list": "task.answers",
-    "careful_hflip": "task.careful_flip",
-    "num_readers": "workers",
-    "learning_rate": "optimizer.lr",
-    "weight_decay": "optimizer.weight_decay",
-    "num_train_epochs": "epochs",
-    "seed": "seed",
-    "optimizer.lr": "optimizer.lr",
-    "optimizer.lr_mult": "optimizer.lr_mult",
-    "optimizer.weight_decay": "optimizer.weight_decay",
-    "schedular.epochs": "epochs",
-    "schedular.num_warmup_steps": "schedule.warmup",
-    "schedular.min_lr": "schedule.min_lr",
-    "accelerator.CLIP_GRAD_NORM": "optimizer.clip_norm",
-    "accelerator.GRAD_ACCUMULATE_STEPS": "accumulate",
-    "images.image_key": "task.pairs.image_key",
-    "images.caption_key": "task.pairs.caption_key",
-    "images.language_chosen": "task.pairs.language",
-    "images.batch_size": "batch_size",
-    "images.num_workers": "workers",
-    "regions.image_key": "task.regions.image_key",
-    "regions.language_chosen": "task.regions.language",
-    "regions.tokenized": "task.regions.tokenized",
-    "regions.careful_hflip": "task.regions.careful_flip",
-    "regions.batch_size": "task.regions.texts",
-    "regions.max_images": "task.regions.max_images",
-    "regions.max_regions": "task.regions.max_regions",
-    "regions.min_perc_in_image": "task.regions.least_visible",
-    "regions.num_workers": "workers",
-}
-# YAML 1.1 reads 3e-5 as text.
-_NUMBERS = {"lr", "lr_mult", "weight_decay", "min_lr"}
-# Read by XFMConfig.from_official.
-_MODEL = {
-    "use_beit_v2", "vision_config", "image_res", "patch_size", "local_attn_depth", "text_encoder",
-    "text_num_hidden_layers", "text_fusion_start_at", "fusion_num_hidden_layers", "fusion_fusion_start_at", "embed_dim",
-    "temp",
-}  # fmt: skip
-# What the official code does with other values is not offered.
-_ONLY: dict[str, Any] = {
-    "decoder_fusion_start_at": 0, "mixup_prob": 1.0, "mixup_switch_prob": 0.5, "mixup_mode": "batch", "reprob": 0.25,
-    "remode": "pixel", "recount": 1, "aa": "rand-m9-mstd0.5-inc1", "use_huggingface_models": False,
-    "pad_to_max_length": False, "lr_scheduler_type": "linear", "num_warmup_steps": 0, "gradient_accumulation_steps": 1,
-    "use_xbrain": True, "calc_image_bbox_loss": False, "optimizer.opt": "adamW", "schedular.sched": "linear",
-    "accelerator.FP16_OPT_LEVEL": "O1", "images.is_image_rpath": False, "images.tokenized": False,
-    "regions.is_image_rpath": False, "regions.caption_key": "caption", "regions.iter_perc": 1.0,
-}  # fmt: skip
-# Without effect on a result: how the official code evaluates, what its programs read from elsewhere or not at all.
-_IDLE = {
-    "accumulation_steps", "batch_size_test_text", "start_eval", "train_dataset_size", "num_labels", "cutmix_minmax",
-    "color_jitter", "max_train_steps", "use_slow_tokenizer", "output_dir", "checkpoint", "ckpt_frequent",
-    "model_name_or_path", "mask_whole_word", "mask_prob", "max_masks", "skipgram_prb", "skipgram_size",
-    "optimizer.momentum", "schedular.lr", "accelerator.ACCELERATOR", "accelerator.AUTO_CAST", "accelerator.SYNCBN",
-    "accelerator.FP16_LOSS_SCALE", "accelerator.RNG_SEED",
-}  # fmt: skip
-# Keys that are read together below.
-_READ = {
-    "train_file", "val_file", "test_file", "validation_file", "val_gt_file", "test_gt_file", "train_file_regions",
-    "image_root", "vqa_root", "vg_root", "refcoco_data", "det_file", "coco_file", "dataset", "task_name",
-    "glue_datasets", "schedular.warmup_epochs",
-}  # fmt: skip
-_TORCHVISION = {
-    "food101", "cifar10", "cifar100", "stanfordcars", "fgvcaircraft", "dtd", "oxfordiiitpet", "flowers102", "mnist",
-    "stl10", "sun397", "caltech101", "caltech256", "gtsrb", "country211", "fer2013", "pcam", "kitti", "renderedsst2",
-}  # fmt: skip
-# Sets without folders `train` and `val`: split by the official code, or read from one file.
-_WHOLE = {"sun397", "caltech101", "caltech256", "fer2013"}
+@cache
+def _official() -> dict[str, Any]:
+    """Read the tables of the official keys."""
+    return parse_yaml(files("xfm_fast.finetuning").joinpath("official.yaml").read_bytes())
 
 
 def is_official(values: Mapping[str, Any]) -> bool:
-    """True for a mapping with the sections of official files."""
-    return "task" not in values and bool(_SECTIONS & values.keys())
+    """Return whether a mapping has the sections of official files."""
+    sections = {"schedular", "train_file", "train_file_regions", "glue_datasets"}
+    return "task" not in values and not sections.isdisjoint(values)
 
 
 def from_official(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Recipe values from an official configuration; `name` is used in messages and as the run folder."""
-    known = [*_KEYS, *_MODEL, *_ONLY, *_IDLE, *_READ]
-    # Values of sections as `section.key`.
+    """Convert an official configuration to recipe values; `name` is for messages and the run folder."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= (
-            {f"{key}.{name}": each for name, each in value.items()}
-            if isinstance(value, Mapping)
-            else {key: value}
-        )
-    if unknown := [key for key in flat if key not in known]:
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        raise ConfigError(
-            f"{name}: {', '.join(unknown)} is no key of the official fine-tuning files"
-            f"{f' (did you mean {near[0]}?)' if near else ''}; take it out, or write a recipe of your own"
-        )
-    if other := [key for key, value in _ONLY.items() if flat.get(key, value) not in (value, None)]:
-        raise ConfigError(
-            f"{name}: {other[0]}={flat[other[0]]!r} is not offered; only {_ONLY[other[0]]!r} is"
-        )
-    base = _base(values, name)
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{inner}": setting for inner, setting in value.items()}
+        else:
+            flat[key] = value
+    _check_keys(flat, name)
+    base = _base_recipe(values, name)
     recipe = read_recipe(base, FINETUNING)
-    kind = recipe["task"]["kind"]
-    for key, ours in _KEYS.items():
-        value = flat.get(key)
-        if base.startswith("glue_") and key == "max_length":
-            ours = "task.max_tokens"
-        elif base == "refcoco_domain" and key in ("max_words", "max_tokens"):
-            ours = f"task.regions.{key}"
-        elif key == "optimizer.weight_decay" and kind == "image":
-            # The image scripts ignore the file and use torch's default weight decay.
-            continue
-        elif key == "max_tokens" and base == "refcoco_plus":
-            # The official tokenizer gets this length without `truncation`: it does not cut.
-            continue
-        if value is not None:
-            *sections, last = ours.split(".")
-            section = recipe
-            for name_of_section in sections:
-                section = section[name_of_section]
-            section[last] = float(value) if last in _NUMBERS else value
-    if kind == "vqa":
-        # The official list of parameters to multiply it for is empty; here it means the decoder.
+    _set_values(recipe, flat, base)
+
+    task, data_set = recipe["task"], values.get("task_name")
+    # VQA has a root for each data set instead; both are relative to the working directory.
+    image_root = {"root": ".", "images": values.get("image_root", ""), "official_pictures": True}
+    recipe["data"] = _data(values, recipe["data"], base) | image_root
+    if not recipe["data"]["train"]:
+        # The published files of domain pretraining list no data; the error about a missing key says
+        # how to give it.
+        del recipe["data"]["train"]
+    if base == "vqa2":
+        # The official list of parameters with a larger rate is empty; here it has the decoder.
         recipe["optimizer"]["lr_mult"] = 1.0
-    if values.get("is_lp"):
-        recipe["task"] |= {"mixup": 0.0, "cutmix": 0.0}
+        task["image_folders"] = {"vqa": values["vqa_root"], "vg": values["vg_root"]}
+        task["official_ranking"] = True
+    elif base == "refcoco_domain":
+        # Official batches and epochs count texts, ours images; the published run has 8 GPUs.
+        recipe["batch_size"] = task["regions"]["max_images"]
+        if "train_dataset_size" in values:
+            epoch = math.ceil(values["train_dataset_size"] / (8 * task["regions"]["texts"]))
+            recipe["steps"] = recipe["epochs"] * epoch
+    elif base.startswith("imagenet"):
+        if values.get("is_lp"):
+            task |= {"mixup": 0.0, "cutmix": 0.0}
+        if data_set in _official()["torchvision"]:
+            split = "trainval" if data_set == "oxfordiiitpet" else "train"
+            task |= {"dataset": data_set, "view": "probe", "train_split": split}
     if "schedular.warmup_epochs" in flat:
         recipe["schedule"]["warmup"] = flat["schedular.warmup_epochs"] / recipe["epochs"]
-    if base == "refcoco_domain":
-        # Their batches and epochs count texts, ours images; the published run has 8 GPUs.
-        regions = recipe["task"]["regions"]
-        recipe["batch_size"] = regions["max_images"]
-        if "train_dataset_size" in values:
-            recipe["steps"] = recipe["epochs"] * math.ceil(
-                values["train_dataset_size"] / (8 * regions["texts"])
-            )
     if "accelerator" not in values:
         # Only domain pretraining runs in mixed precision.
         recipe["precision"] = "fp32"
     recipe["model"] = XFMConfig.from_official(dict(values)).model_dump()
     recipe["tokenizer"] = values["text_encoder"]
     recipe["init"] = {}
-    # VQA has a root for each data set in its place, relative to where the command runs as all of them are.
-    places: dict[str, Any] = {
-        "root": ".",
-        "images": values.get("image_root", ""),
-        "official_pictures": True,
-    }
-    recipe["data"] = _data(values, recipe["data"], base) | places
-    if not recipe["data"]["train"]:
-        # As the published files of domain pretraining have it; the message about a missing key says how to give it.
-        del recipe["data"]["train"]
-    if kind == "vqa":
-        folders = {"vqa": values["vqa_root"], "vg": values["vg_root"]}
-        recipe["task"] |= {"image_folders": folders, "official_ranking": True}
-    if kind == "image" and (data_set := values["task_name"]) in _TORCHVISION:
-        split = "trainval" if data_set == "oxfordiiitpet" else "train"
-        recipe["task"] |= {"dataset": data_set, "view": "probe", "train_split": split}
-    recipe["checkpoint"] = recipe["checkpoint"] | {"folder": f"runs/{Path(name).stem}"}
+    recipe["checkpoint"]["folder"] = f"runs/{Path(name).stem}"
     choice, splits = recipe.get("choose"), recipe["data"].get("splits", {})
     if choice is not None and choice["split"] not in splits:
-        # The only split is `test`: it includes the val of RefCOCO+ (`val_d`), and image sets choose by it.
-        by = "accuracy_val" if base == "refcoco_plus" else choice["by"]
-        recipe["choose"] = {"by": by, "split": "test"} if "test" in splits else None
+        # The only split is `test`: it includes the val of RefCOCO+ (`val_d`), and image sets choose
+        # by it.
+        metric = "accuracy_val" if base == "refcoco_plus" else choice["by"]
+        recipe["choose"] = {"by": metric, "split": "test"} if "test" in splits else None
     return recipe
 
 
-def _base(values: Mapping[str, Any], name: str) -> str:
-    """Our recipe of the same task."""
-    task = values.get("task_name")
+def _check_keys(flat: Mapping[str, Any], name: str) -> None:
+    """Raise `ConfigError` for an unknown key, or a value that is not supported."""
+    tables = _official()
+    keys = [
+        key for table in ("keys", "model", "only", "ignored", "combined") for key in tables[table]
+    ]
+    if unknown := [key for key in flat if key not in keys]:
+        near = difflib.get_close_matches(unknown[0], keys, n=1)
+        raise ConfigError(
+            f"{name}: {', '.join(unknown)} is not a key of the official fine-tuning files"
+            f"{f' (did you mean {near[0]}?)' if near else ''}; take it out, or write a recipe of your own"
+        )
+    for key, value in tables["only"].items():
+        if flat.get(key) not in (None, value):
+            raise ConfigError(f"{name}: {key}={flat[key]!r} is not offered; only {value!r} is")
+
+
+def _set_values(recipe: dict[str, Any], flat: Mapping[str, Any], base: str) -> None:
+    """Set the recipe keys that correspond to official ones."""
+    tables = _official()
+    keys: dict[str, str | None] = dict(tables["keys"])
+    for prefix, exceptions in tables["exceptions"].items():
+        if base.startswith(prefix):
+            keys |= exceptions
+    for key, path in keys.items():
+        value = flat.get(key)
+        if value is None or path is None:
+            continue
+        section = recipe
+        *sections, last = path.split(".")
+        for inner in sections:
+            section = section[inner]
+        section[last] = float(value) if path in tables["numbers"] else value
+
+
+def _base_recipe(values: Mapping[str, Any], name: str) -> str:
+    """Return the name of our recipe of the same task."""
     if "glue_datasets" in values:
-        return f"glue_{task}"
+        return f"glue_{values.get('task_name')}"
     if "dataset" in values:
         return "imagenet_linear" if values.get("is_lp") else "imagenet_ft"
-    for key, base in (
-        ("train_file_regions", "refcoco_domain"), ("refcoco_data", "refcoco_plus"), ("answer_list", "vqa2"),
-        ("prompt", "coco_captioning"), ("images", "captioning_domain"), ("k_test", "retrieval_coco"),
-    ):  # fmt: skip
+    for key, base in _official()["recipes"].items():
         if key in values:
             return base
-    if "train_file" in values and "val_file" in values:
-        return "nlvr2"
     raise ConfigError(
         f"{name}: its keys do not tell which task of the official code it is for; write a recipe"
     )
 
 
 def _data(values: Mapping[str, Any], data: Mapping[str, Any], base: str) -> dict[str, Any]:
-    """The section `data`: official files merged into the recipe's own."""
+    """Merge official files into the section `data` of our recipe."""
     if base.startswith("glue_"):
         folder = f"{values['glue_datasets']}/{values['task_name']}"
         return {**data, "train": folder, "splits": dict.fromkeys(data["splits"], folder)}
     if base.startswith("imagenet"):
-        folder, name = values["dataset"], values["task_name"]
-        train, test = (folder, folder) if name in _WHOLE else (f"{folder}/train", f"{folder}/val")
-        return {**data, "train": train, "splits": {"test" if name in _TORCHVISION else "val": test}}
+        train = test = values["dataset"]
+        if values["task_name"] not in _official()["unsplit"]:
+            train, test = f"{train}/train", f"{test}/val"
+        split = "test" if values["task_name"] in _official()["torchvision"] else "val"
+        return {**data, "train": train, "splits": {split: test}}
     if base == "refcoco_domain":
         return {**data, "train": values["train_file_regions"]}
-    found = {
-        split: values[key]
-        for split, key in (("val", "val_file"), ("test", "test_file"))
-        if values.get(key)
-    }
-    beside: list[str] = []
+    references: list[str] = []
     if base == "refcoco_plus":
-        # The refer toolkit finds these below its folder; `det_file` and `coco_file` are only for detections.
-        beside = [
-            str(Path(values["refcoco_data"]) / "refcoco+" / name)
-            for name in ("refs(unc).p", "instances.json")
-        ]
-    truth = {split: values.get(f"{split}_gt_file") for split in ("val", "test")}
-    splits = {
-        split: [*_list(paths), *beside, *_list(truth[split])] for split, paths in found.items()
-    }
-    return {**data, "train": [*_list(values["train_file"]), *beside], "splits": splits}
+        # The refer toolkit finds these below its folder; `det_file` and `coco_file` are only for
+        # detections.
+        folder = Path(values["refcoco_data"]) / "refcoco+"
+        references = [str(folder / name) for name in ("refs(unc).p", "instances.json")]
+    splits = {}
+    for split in ("val", "test"):
+        if paths := _as_list(values.get(f"{split}_file")):
+            splits[split] = [*paths, *references, *_as_list(values.get(f"{split}_gt_file"))]
+    return {**data, "train": [*_as_list(values.get("train_file")), *references], "splits": splits}
 
 
-def _list(value: Any) -> list[str]:
-    return [] if value is None else value if isinstance(value, list) else [value]
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return [*value] if isinstance(value, (list, tuple)) else [value]

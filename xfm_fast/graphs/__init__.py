@@ -1,20 +1,20 @@
 """Inference with CUDA graphs: each size is captured once, then replayed without launch overhead.
 
-At batch 1 a GPU computes X-FM faster than Python launches it. `capture` records the model at a few sizes, and a call
-uses the smallest that it fits. The rest is filled with padding images, texts and tokens, which real tokens do not
-attend to and whose results are cut off, so results equal the model's. `CallGraphs` captures any module, by shape.
+At batch 1 a GPU computes X-FM faster than Python launches it. `capture` records the model at a few
+sizes, and a call replays the smallest that it fits, filled up with padding images, texts and
+tokens. Real tokens do not attend to padding and its results are cut off, so results equal the
+model's. `CallGraphs` captures any module, by input shape.
 
     >>> graphs = capture(model, Shapes(images=(1, 8), texts=((1, 40, 40), (32, 40, 512))))
     >>> embeds = graphs.encode_image(pixels)  # 5 images: those of 8, cut to 5
 
-Offsets and positions of packed texts are values and may change between replays; the numbers of texts and tokens are
-sizes and may not.
+Offsets and positions of packed texts are values and may change between replays; the numbers of
+texts and tokens are sizes and may not.
 """
 
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import ImageGroups, Packing, Sequences
 
 Size = tuple[int, ...]
+Buffers = dict[str, Tensor]
 Call = TypeVar("Call")
 _WARM_UPS = 3
 MOST_CALLS = 16
@@ -41,7 +42,7 @@ MOST_CALLS = 16
 
 
 class Recording(NamedTuple):
-    """Recorded work, and the memory that each replay writes its results to."""
+    """Recorded work, and the memory that a replay writes its results to."""
 
     replay: Callable[[], None]
     outputs: Any
@@ -52,11 +53,17 @@ Recorder = Callable[[Callable[[], Any]], Recording]
 
 
 def record(run: Callable[[], Any], pool: Any = None) -> Recording:
-    """Record work as a CUDA graph after warm-up runs; graphs of one `pool` share their temporary memory.
+    """Record work as a CUDA graph, after warm-up runs.
 
-    Raises `InputError` with the reason if CUDA cannot record the work.
+    Args:
+        run: The work; reads and writes fixed memory.
+        pool: Memory pool; graphs of one pool share their temporary memory.
+
+    Raises:
+        InputError: CUDA cannot record the work.
     """
-    # Work on the default stream cannot be recorded, and the warm-up has to be over before recording begins.
+    # Work on the default stream cannot be recorded, and the warm-up must end before recording
+    # begins.
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -77,42 +84,51 @@ def record(run: Callable[[], Any], pool: Any = None) -> Recording:
 
 
 class NoHostReads(TorchDispatchMode):
-    """Context in which operations that a graph cannot contain raise an error with their name.
+    """Context that refuses operations which a graph cannot contain, by name.
 
-    These are operations whose result the host reads (`item`, `equal`, a truth value) or whose size depends on values
-    (`nonzero`, indexing by a mask), and copies between devices. Our own operators count as one operation each.
+    These are operations whose result the host reads (`item`, `equal`, a truth value) or whose size
+    depends on values (`nonzero`, indexing by a mask), and copies between devices. Our operators
+    count as one operation each.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, aten, why = kwargs or {}, torch.ops.aten, None
-        # Cached weights are compared with their source on a CPU only, without a synchronisation.
-        on_host = func is aten.equal.default and args[0].device.type == "cpu"
-        # Indexing has the size of its indices, unless they are masks.
-        sized = func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is not None
-        if func is aten.index.Tensor:
-            sized = all(i is None or i.dtype not in (torch.bool, torch.uint8) for i in args[1])
-        if torch.Tag.data_dependent_output in func.tags and not on_host:
-            why = "lets the host read a tensor"
-        elif torch.Tag.dynamic_output_shape in func.tags and not sized:
-            why = "has a size that depends on values"
-        elif func in (aten._to_copy.default, aten.copy_.default):
-            other = (
-                args[1].device
-                if func is aten.copy_.default
-                else kwargs.get("device") or args[0].device
-            )
-            why = None if other == args[0].device else "copies to another device"
-        if why is not None:
+        kwargs = kwargs or {}
+        reason = _why_not_recorded(func, args, kwargs)
+        if reason is not None:
+            name = func.__name__.partition(".")[0]
             raise InputError(
-                f"{func.__name__.partition('.')[0]} {why}, which a graph cannot contain; run the model without graphs"
+                f"{name} {reason}, which a graph cannot contain; run the model without graphs"
             )
         return func(*args, **kwargs)
 
 
+def _why_not_recorded(func: Any, args: Any, kwargs: dict[str, Any]) -> str | None:
+    aten = torch.ops.aten
+    if torch.Tag.data_dependent_output in func.tags:
+        # On a CPU, cached weights are compared with their source.
+        on_host = func is aten.equal.default and args[0].device.type == "cpu"
+        return None if on_host else "lets the host read a tensor"
+    if torch.Tag.dynamic_output_shape in func.tags:
+        if func is aten.repeat_interleave.Tensor:
+            fixed = kwargs.get("output_size") is not None
+        else:
+            # Indexing has the size of its indices, unless they are masks.
+            fixed = func is aten.index.Tensor and all(
+                index is None or index.dtype not in (torch.bool, torch.uint8) for index in args[1]
+            )
+        return None if fixed else "has a size that depends on values"
+    if func is aten.copy_.default and args[1].device != args[0].device:
+        return "copies to another device"
+    if func is aten._to_copy.default:
+        device = kwargs.get("device") or args[0].device
+        return None if device == args[0].device else "copies to another device"
+    return None
+
+
 def why_not_captured(module: nn.Module) -> str | None:
-    """Why a module cannot be captured on any device, with the remedy; None if it can."""
-    for path, part in module.named_modules():
-        if part.training:
+    """Return why a module cannot be captured on any device, with the remedy, or None."""
+    for path, submodule in module.named_modules():
+        if submodule.training:
             return f"{path or 'the model'} is in training mode, which a graph cannot draw for; call model.eval() first"
     for name, parameter in module.named_parameters():
         if parameter.is_inference():
@@ -130,41 +146,27 @@ def require_gpu(module: nn.Module) -> None:
         )
 
 
-class Program(ABC, Generic[Call]):
-    """Work of one kind, at several sizes; a call is the caller's input after validation."""
+@dataclass(frozen=True)
+class Program(Generic[Call]):
+    """Work to capture at several sizes; a call is the caller's input after validation."""
 
     name: str
-
-    @abstractmethod
-    def needs(self, call: Call) -> Size:
-        """The size of a call."""
-
-    @abstractmethod
-    def buffers(self, size: Size) -> dict[str, Tensor]:
-        """The memory that the graph of a size reads, initialised with valid values."""
-
-    @abstractmethod
-    def run(self, size: Size, buffers: dict[str, Tensor]) -> Any:
-        """Compute on the content of the buffers."""
-
-    @abstractmethod
-    def fill(self, call: Call, size: Size, buffers: dict[str, Tensor]) -> None:
-        """Copy a call into the buffers, and padding into the rest."""
-
-    @abstractmethod
-    def result(self, call: Call, outputs: Any) -> Any:
-        """Copy the call's part of the outputs."""
+    size: Callable[[Call], Size]  # size of a call
+    buffers: Callable[[Size], Buffers]  # memory that the graph of a size reads, with valid values
+    run: Callable[[Size, Buffers], Any]
+    fill: Callable[[Call, Size, Buffers], None]  # copies a call, and padding behind it
+    result: Callable[[Call, Any], Any]  # copies the outputs of a call
 
 
 class _Graph(NamedTuple):
-    buffers: dict[str, Tensor]
+    buffers: Buffers
     recording: Recording
     stamp: tuple[int, int]
     graphs_read_cache: list[Any]
 
 
 class Sizes(Generic[Call]):
-    """The graphs of one program, by size."""
+    """Graphs of one program, by size."""
 
     def __init__(
         self, program: Program[Call], model: nn.Module, sizes: Iterable[Size], recorder: Recorder
@@ -194,18 +196,19 @@ class Sizes(Generic[Call]):
             recording = self.recorder(lambda: self.program.run(size, buffers))
         return _Graph(buffers, recording, self._stamp(), cached_tensors(self._parameters))
 
+    def _smallest(self, needed: Size) -> Size:
+        """Return the smallest captured size that a call fits."""
+        for size in self.sizes:
+            if all(count <= limit for count, limit in zip(needed, size, strict=True)):
+                return size
+        raise InputError(
+            f"{self.program.name} needs size {needed}, captured are "
+            f"{', '.join(map(str, self.sizes)) or 'no sizes'}; capture it too"
+        )
+
     @torch.no_grad()
     def __call__(self, call: Call) -> Any:
-        needed = self.program.needs(call)
-        size = next(
-            (s for s in self.sizes if all(n <= most for n, most in zip(needed, s, strict=True))),
-            None,
-        )
-        if size is None:
-            raise InputError(
-                f"{self.program.name} needs size {needed}, captured are "
-                f"{', '.join(map(str, self.sizes)) or 'no sizes'}; capture it too"
-            )
+        size = self._smallest(self.program.size(call))
         with self._lock:
             # The lock orders hosts. On another stream, the last call may still read the buffers.
             if self._done is not None:
@@ -222,7 +225,7 @@ class Sizes(Generic[Call]):
 
 
 class CallGraphs:
-    """Any module, captured at its first call for each input shape; arguments other than tensors are constants.
+    """Captures any module at its first call for each input shape; arguments other than tensors are constants.
 
     Calls with gradients or in training mode run the module itself.
     """
@@ -235,65 +238,63 @@ class CallGraphs:
         self._graphs: OrderedDict[Any, Sizes[list[Any]]] = OrderedDict()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters()):
-            return self.run(*args, **kwargs)
-        if why_not_captured(self.module) is not None:
-            return self.run(*args, **kwargs)
-        leaves, form = pytree.tree_flatten((args, kwargs))
-        key = (
-            str(form),
-            tuple((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in leaves),
+        takes_gradients = torch.is_grad_enabled() and any(
+            p.requires_grad for p in self.module.parameters()
         )
+        if takes_gradients or why_not_captured(self.module) is not None:
+            return self.run(*args, **kwargs)
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        key: list[Any] = [str(structure)]
+        for leaf in leaves:
+            is_tensor = isinstance(leaf, Tensor)
+            key.append((leaf.shape, leaf.dtype, leaf.device) if is_tensor else leaf)
         try:
-            hash(key)
+            shapes = tuple(key)
+            hash(shapes)
         except TypeError:
             raise InputError(
                 "an argument is neither a tensor nor hashable; call accelerate with cuda_graphs=False"
             ) from None
         with self._lock:
-            if key not in self._graphs:
-                program = _Calls(self.run, leaves, form)
-                self._graphs[key] = Sizes(program, self.module, [()], self._recorder)
+            if shapes not in self._graphs:
+                program = _module_program(self.run, leaves, structure)
+                self._graphs[shapes] = Sizes(program, self.module, [()], self._recorder)
                 if len(self._graphs) > MOST_CALLS:
                     self._graphs.popitem(last=False)
-            self._graphs.move_to_end(key)
-            return self._graphs[key](leaves)
+            self._graphs.move_to_end(shapes)
+            return self._graphs[shapes](leaves)
 
 
-class _Calls(Program[list[Any]]):
-    name = "the module"
+def _module_program(
+    run: Callable[..., Any], leaves: Sequence[Any], structure: pytree.TreeSpec
+) -> Program[list[Any]]:
+    """Build the program of a module for arguments of one shape, flattened to leaves."""
+    names = {str(i): i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
 
-    def __init__(
-        self, run: Callable[..., Any], leaves: Sequence[Any], form: pytree.TreeSpec
-    ) -> None:
-        self.call, self.leaves, self.form = run, list(leaves), form
+    def run_on(size: Size, buffers: Buffers) -> Any:
+        inputs = list(leaves)
+        for name, i in names.items():
+            inputs[i] = buffers[name]
+        args, kwargs = pytree.tree_unflatten(inputs, structure)
+        return run(*args, **kwargs)
 
-    def needs(self, call: list[Any]) -> Size:
-        return ()
+    def fill(call: list[Any], size: Size, buffers: Buffers) -> None:
+        for name, i in names.items():
+            buffers[name].copy_(call[i], non_blocking=True)
 
-    def buffers(self, size: Size) -> dict[str, Tensor]:
-        return {
-            str(i): leaf.clone() for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)
-        }
-
-    def run(self, size: Size, buffers: dict[str, Tensor]) -> Any:
-        leaves = [buffers.get(str(i), leaf) for i, leaf in enumerate(self.leaves)]
-        args, kwargs = pytree.tree_unflatten(leaves, self.form)
-        return self.call(*args, **kwargs)
-
-    def fill(self, call: list[Any], size: Size, buffers: dict[str, Tensor]) -> None:
-        for name, buffer in buffers.items():
-            buffer.copy_(call[int(name)], non_blocking=True)
-
-    def result(self, call: list[Any], outputs: Any) -> Any:
-        return pytree.tree_map(
-            lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, outputs
-        )
+    return Program(
+        name="the module",
+        size=lambda call: (),
+        buffers=lambda size: {name: leaves[i].clone() for name, i in names.items()},
+        run=run_on,
+        fill=fill,
+        result=lambda call, outputs: pytree.tree_map_only(Tensor, Tensor.clone, outputs),
+    )
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """The sizes to capture an X-FM at: up to `texts` texts of up to `length` tokens, and `tokens` without padding.
+    """Sizes to capture an X-FM at: up to `texts` texts of up to `length` tokens, of which `tokens` are not padding.
 
     32 captions padded to 40 have about 512 tokens.
     """
@@ -304,11 +305,11 @@ class Shapes:
 
     def __post_init__(self) -> None:
         for name, count in (("images", 1), ("texts", 3), ("matches", 4)):
-            for given in getattr(self, name):
-                size = given if isinstance(given, tuple) else (given,)
+            for entry in getattr(self, name):
+                size = entry if isinstance(entry, tuple) else (entry,)
                 if len(size) != count or not all(isinstance(n, int) and n > 0 for n in size):
                     raise InputError(
-                        f"{name} contains {given!r}; a size is {count} positive integers"
+                        f"{name} contains {entry!r}; a size is {count} positive integers"
                     )
         for *_, texts, length, tokens in (*self.texts, *self.matches):
             if tokens > texts * length:
@@ -317,65 +318,46 @@ class Shapes:
                 )
 
 
-class _Images(Program[Tensor]):
-    """A call with one row per image, `[B, *shape]`; `encode` returns a tensor or a tuple of them."""
+def _image_program(
+    name: str, model: XFM, shape: tuple[int, ...], encode: Callable[[Tensor], Any]
+) -> Program[Tensor]:
+    """Build the program of a call on images `[B, *shape]`; `encode` returns tensors with B rows."""
+    like: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
 
-    def __init__(
-        self, name: str, model: XFM, shape: tuple[int, ...], encode: Callable[[Tensor], Any]
-    ) -> None:
-        self.name, self.model, self.shape, self.encode = name, model, shape, encode
+    def fill(images: Tensor, size: Size, buffers: Buffers) -> None:
+        buffers["x"][: images.shape[0]].copy_(images, non_blocking=True)
 
-    def needs(self, call: Tensor) -> Size:
-        return (call.shape[0],)
+    def result(images: Tensor, outputs: Any) -> Any:
+        return pytree.tree_map(lambda rows: rows[: images.shape[0]].clone(), outputs)
 
-    def buffers(self, size: Size) -> dict[str, Tensor]:
-        return {
-            "x": torch.zeros(*size, *self.shape, dtype=self.model.dtype, device=self.model.device)
-        }
-
-    def run(self, size: Size, buffers: dict[str, Tensor]) -> Any:
-        return self.encode(buffers["x"])
-
-    def fill(self, call: Tensor, size: Size, buffers: dict[str, Tensor]) -> None:
-        buffers["x"][: call.shape[0]].copy_(call, non_blocking=True)
-
-    def result(self, call: Tensor, outputs: Any) -> Any:
-        return pytree.tree_map(lambda rows: rows[: call.shape[0]].clone(), outputs)
+    return Program(
+        name=name,
+        size=lambda images: (images.shape[0],),
+        buffers=lambda size: {"x": torch.zeros(*size, *shape, **like)},
+        run=lambda size, buffers: encode(buffers["x"]),
+        fill=fill,
+        result=result,
+    )
 
 
-@dataclass(frozen=True)
-class _PackedRows:
+class _PackedLayout:
     """Layout of packed texts in buffers for `texts` texts of at most `length`, and at most `tokens` in total.
 
-    Real tokens are followed by at least one padding token, in texts of at most `length`. Empty padding texts come
-    first: a read of token 0 of any text must find a token.
+    Real tokens are followed by at least one padding token, in padding texts of at most `length`.
+    Empty texts come first, because a read of token 0 of any text must find a token.
     """
 
-    texts: int
-    length: int
-    tokens: int
-
-    @property
-    def rows(self) -> int:
-        return self.tokens + 1
-
-    @property
-    def spare(self) -> int:
-        """Number of padding texts."""
-        return -(-self.rows // self.length)
-
-    @property
-    def sequences(self) -> int:
-        return self.texts + self.spare
+    def __init__(self, texts: int, length: int, tokens: int) -> None:
+        self.texts, self.length, self.rows = texts, length, tokens + 1
+        self.padding_texts = -(-self.rows // length)
+        self.sequences = texts + self.padding_texts
 
     def offsets(self, cu_seqlens: Tensor, used: int) -> Tensor:
-        """`[sequences + 1]` int32, from the offsets of the real texts, which have `used` tokens."""
-        device = cu_seqlens.device
-        unused = torch.full(
-            (self.texts + 1 - cu_seqlens.shape[0],), used, dtype=torch.int32, device=device
-        )
-        left = self.length * torch.arange(self.spare - 1, -1, -1, dtype=torch.int32, device=device)
-        return torch.cat([cu_seqlens.int(), unused, (self.rows - left).clamp(min=used)])
+        """Extend the offsets of the real texts, which have `used` tokens, to `[sequences + 1]`."""
+        int32: dict[str, Any] = {"dtype": torch.int32, "device": cu_seqlens.device}
+        unused = torch.full((self.texts + 1 - cu_seqlens.shape[0],), used, **int32)
+        following = self.length * torch.arange(self.padding_texts - 1, -1, -1, **int32)
+        return torch.cat([cu_seqlens.int(), unused, (self.rows - following).clamp(min=used)])
 
 
 class _TextCall(NamedTuple):
@@ -383,50 +365,50 @@ class _TextCall(NamedTuple):
     packing: Packing
 
 
-class _Texts(Program[_TextCall]):
-    name = "encode_text"
+def _text_program(model: XFM) -> Program[_TextCall]:
+    """Build the program of `encode_text`; a size is (texts, length, tokens)."""
+    device = model.device
 
-    def __init__(self, model: XFM) -> None:
-        self.model = model
-
-    def needs(self, call: _TextCall) -> Size:
-        return (*call.ids.shape, call.packing.positions.shape[0])
-
-    def buffers(self, size: Size) -> dict[str, Tensor]:
-        layout, device = _PackedRows(*size), self.model.device
-        positions = torch.arange(layout.rows, device=device)
+    def buffers(size: Size) -> Buffers:
+        layout = _PackedLayout(*size)
         first = torch.zeros(1, dtype=torch.int32, device=device)
         return {
             # Token 0 (<s>) is a real token, so padding texts have positions.
             "ids": torch.zeros(layout.sequences, layout.length, dtype=torch.int64, device=device),
-            "positions": layout.texts * layout.length + positions,
+            "positions": layout.texts * layout.length + torch.arange(layout.rows, device=device),
             "cu_seqlens": layout.offsets(first, 0),
         }
 
-    def run(self, size: Size, buffers: dict[str, Tensor]) -> Tensor:
-        layout = _PackedRows(*size)
+    def run(size: Size, buffers: Buffers) -> Tensor:
+        layout = _PackedLayout(*size)
         packing = Packing(
-            cu_seqlens=buffers["cu_seqlens"], max_seqlen=layout.length, positions=buffers["positions"],
+            cu_seqlens=buffers["cu_seqlens"],
+            max_seqlen=layout.length,
+            positions=buffers["positions"],
             shape=(layout.sequences, layout.length),
-        )  # fmt: skip
-        return packing.unpad(self.model.text_encoder(buffers["ids"], packing))
-
-    def fill(self, call: _TextCall, size: Size, buffers: dict[str, Tensor]) -> None:
-        layout, packing = _PackedRows(*size), call.packing
-        texts, length = call.ids.shape
-        used = packing.positions.shape[0]
-        buffers["ids"][:texts, :length].copy_(call.ids, non_blocking=True)
-        places = packing.positions
-        buffers["positions"][:used].copy_(
-            places // length * layout.length + places % length, non_blocking=True
         )
-        nothing = torch.arange(layout.rows - used, device=self.model.device)
-        buffers["positions"][used:].copy_(layout.texts * layout.length + nothing)
-        buffers["cu_seqlens"].copy_(layout.offsets(packing.cu_seqlens, used), non_blocking=True)
+        return packing.unpad(model.text_encoder(buffers["ids"], packing))
 
-    def result(self, call: _TextCall, outputs: Tensor) -> Tensor:
+    def fill(call: _TextCall, size: Size, buffers: Buffers) -> None:
+        layout, positions = _PackedLayout(*size), call.packing.positions
+        texts, length = call.ids.shape
+        used = positions.shape[0]
+        buffers["ids"][:texts, :length].copy_(call.ids, non_blocking=True)
+        padded_positions = positions // length * layout.length + positions % length
+        buffers["positions"][:used].copy_(padded_positions, non_blocking=True)
+        padding = torch.arange(layout.rows - used, device=device)
+        buffers["positions"][used:].copy_(layout.texts * layout.length + padding)
+        offsets = layout.offsets(call.packing.cu_seqlens, used)
+        buffers["cu_seqlens"].copy_(offsets, non_blocking=True)
+
+    def result(call: _TextCall, outputs: Tensor) -> Tensor:
         texts, length = call.ids.shape
         return outputs[:texts, :length].clone()
+
+    def size(call: _TextCall) -> Size:
+        return (*call.ids.shape, call.packing.positions.shape[0])
+
+    return Program("encode_text", size, buffers, run, fill, result)
 
 
 class _PairCall(NamedTuple):
@@ -436,61 +418,61 @@ class _PairCall(NamedTuple):
     memory: ImageMemory
 
 
-class _Pairs(Program[_PairCall]):
-    name = "fuse"
+def _pair_program(model: XFM) -> Program[_PairCall]:
+    """Build the program of `fuse`; a size is (images, texts, length, tokens)."""
+    config = model.config
+    like: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
+    memories = [f"memory {layer}" for layer in range(config.fusion_layers)]
 
-    def __init__(self, model: XFM) -> None:
-        self.model = model
-
-    def needs(self, call: _PairCall) -> Size:
-        return (call.memory.images, *call.packing.shape, call.tokens.shape[0])
-
-    def buffers(self, size: Size) -> dict[str, Tensor]:
-        images, layout, config = size[0], _PackedRows(*size[1:]), self.model.config
-        like = {"dtype": self.model.dtype, "device": self.model.device}
+    def buffers(size: Size) -> Buffers:
+        images, layout = size[0], _PackedLayout(*size[1:])
         heads = (config.text_heads, config.text_width // config.text_heads)
-        layers = {
-            f"memory {number}": torch.zeros(images, config.num_image_tokens, 2, *heads, **like)
-            for number in range(config.fusion_layers)
-        }
-        nothing = torch.zeros(images, dtype=torch.int32, device=self.model.device)
-        return {
+        offsets = torch.zeros(images, dtype=torch.int32, device=model.device)
+        buffers = {
             "tokens": torch.zeros(layout.rows, config.text_width, **like),
-            "cu_seqlens": layout.offsets(nothing[:1], 0),
+            "cu_seqlens": layout.offsets(offsets[:1], 0),
             # Padding texts attend to the last image.
-            "cu_texts": torch.cat([nothing, nothing.new_full((1,), layout.sequences)]),
-            **layers,
+            "cu_texts": torch.cat([offsets, offsets.new_full((1,), layout.sequences)]),
         }
+        for name in memories:
+            buffers[name] = torch.zeros(images, config.num_image_tokens, 2, *heads, **like)
+        return buffers
 
-    def run(self, size: Size, buffers: dict[str, Tensor]) -> Tensor:
-        layers = tuple(
-            buffers[f"memory {number}"] for number in range(self.model.config.fusion_layers)
+    def run(size: Size, buffers: Buffers) -> Tensor:
+        return model.fusion_encoder(
+            buffers["tokens"],
+            Sequences(cu_seqlens=buffers["cu_seqlens"], max_seqlen=size[2]),
+            ImageMemory(tuple(buffers[name] for name in memories)),
+            ImageGroups(buffers["cu_texts"]),
+            first_token_only=True,
         )
-        return self.model.fusion_encoder(
-            buffers["tokens"], Sequences(cu_seqlens=buffers["cu_seqlens"], max_seqlen=size[2]), ImageMemory(layers),
-            ImageGroups(buffers["cu_texts"]), first_token_only=True,
-        )  # fmt: skip
 
-    def fill(self, call: _PairCall, size: Size, buffers: dict[str, Tensor]) -> None:
-        layout, used, images = _PackedRows(*size[1:]), call.tokens.shape[0], call.memory.images
+    def fill(call: _PairCall, size: Size, buffers: Buffers) -> None:
+        layout, used, images = _PackedLayout(*size[1:]), call.tokens.shape[0], call.memory.images
         buffers["tokens"][:used].copy_(call.tokens)
         buffers["cu_seqlens"].copy_(layout.offsets(call.packing.cu_seqlens, used))
         cu_texts = buffers["cu_texts"]
         # The order of the texts determines their image; empty slots come before the padding texts.
         cu_texts[:images].copy_(call.groups.cu_texts[:-1])
         cu_texts[images:-1].fill_(call.packing.shape[0])
-        for number, layer in enumerate(call.memory.layers):
-            buffers[f"memory {number}"][:images].copy_(layer)
+        for name, layer in zip(memories, call.memory.layers, strict=True):
+            buffers[name][:images].copy_(layer)
 
-    def result(self, call: _PairCall, outputs: Tensor) -> Tensor:
+    def result(call: _PairCall, outputs: Tensor) -> Tensor:
         return call.packing.restore(outputs[: call.packing.shape[0]])[:, None].clone()
+
+    def size(call: _PairCall) -> Size:
+        return (call.memory.images, *call.packing.shape, call.tokens.shape[0])
+
+    return Program("fuse", size, buffers, run, fill, result)
 
 
 @dataclass
 class XFMGraphs:
     """The captured encoders of an X-FM, with the methods and arguments of the model.
 
-    Thread-safe: results are copied out before the next replay.
+    Thread-safe: results are copied out before the next replay. Methods raise `InputError` for calls
+    that exceed the captured sizes.
     """
 
     model: XFM
@@ -500,12 +482,12 @@ class XFMGraphs:
     _pairs: Sizes[_PairCall]
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """`[B, 3, R, R]` → `[B, 1 + N, vision_width]`; raises `InputError` for more images than captured."""
+        """Encode images `[B, 3, R, R]` to `[B, 1 + N, vision_width]`."""
         inputs.check_pixels(pixels, self.model.config)
         return self._images(pixels)
 
     def image_memory(self, image_embeds: Tensor) -> ImageMemory:
-        """Keys and values of every fusion layer, of `[B, 1 + N, vision_width]`."""
+        """Project images `[B, 1 + N, vision_width]` to keys and values of every fusion layer."""
         config = self.model.config
         if image_embeds.shape[1:] != (config.num_image_tokens, config.vision_width):
             raise InputError(
@@ -515,7 +497,7 @@ class XFMGraphs:
         return ImageMemory(self._memories(image_embeds))
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """`[P, L]` → `[P, L, text_width]`, zeros at padded positions. A mask on the CPU avoids a synchronisation."""
+        """Encode ids `[P, L]` to `[P, L, text_width]`; a mask on the CPU avoids a synchronisation."""
         mask = inputs.check_tokens(input_ids, attention_mask, self.model.config)
         return self._texts(_TextCall(input_ids, Packing.from_mask(mask).to(self.model.device)))
 
@@ -528,10 +510,18 @@ class XFMGraphs:
         *,
         first_token_only: bool = True,
     ) -> Tensor:
-        """Token 0 of the fused texts `[P, L, text_width]`: `[P, 1, text_width]`, as `XFM.fuse(first_token_only=True)`.
+        """Fuse texts `[P, L, text_width]` with images: `[P, 1, text_width]`, token 0 of each, as `XFM.fuse` does.
 
-        Raises `InputError` for more pairs than captured, masked image tokens, texts that do not match the images, and
-        `first_token_only=False`, which `XFM.fuse` takes.
+        Args:
+            text_embeds: `[P, L, text_width]`.
+            attention_mask: `[P, L]`, non-zero for real tokens.
+            memory: Images; masked image tokens are not supported.
+            image_index: `[P]`, the image of each text.
+            first_token_only: Must be True; `XFM.fuse` computes all tokens.
+
+        Raises:
+            InputError: There are more pairs than captured, masked image tokens, or texts that do
+                not match the images.
         """
         if not first_token_only:
             raise InputError(
@@ -547,43 +537,46 @@ class XFMGraphs:
 
 
 def capture(model: XFM, shapes: Shapes, *, recorder: Recorder | None = None) -> XFMGraphs:
-    """Capture the encoders of an X-FM on a GPU at some sizes, for inference; each takes memory for its buffers.
+    """Capture the encoders of an X-FM for inference on a GPU; every size takes memory for its buffers.
 
-    Weights may be changed in place later: the next call captures again. Raises `InputError` if the model cannot be
-    captured, with the reason, and `UnavailableError` if it is not on a GPU (unless a `recorder` records the work).
+    Weights may be changed in place later: the next call captures again.
+
+    Args:
+        model: Model in evaluation mode.
+        shapes: Sizes to capture.
+        recorder: Records the work in place of CUDA, on any device.
+
+    Raises:
+        InputError: The model cannot be captured, or has no encoder for a size.
+        UnavailableError: The model is not on a GPU.
     """
     if not isinstance(model, XFM):
         raise InputError(
             f"capture() takes an XFM, not {type(model).__name__}; use accelerate(model, cuda_graphs=True)"
         )
-    why_not = why_not_captured(model)
-    if why_not is not None:
-        raise InputError(why_not)
+    reason = why_not_captured(model)
+    if reason is not None:
+        raise InputError(reason)
     if recorder is None:
         require_gpu(model)
         recorder = partial(record, pool=torch.cuda.graph_pool_handle())
-    fused = model.config.fusion_layers > 0 and "fusion" in model.encoders
-    present = {
-        "images": "vision" in model.encoders,
-        "texts": "text" in model.encoders,
-        "matches": fused,
-    }
-    for name, there in present.items():
-        if getattr(shapes, name) and not there:
+    config, encoders = model.config, model.encoders
+    fuses = config.fusion_layers > 0 and "fusion" in encoders
+    has_encoder = {"images": "vision" in encoders, "texts": "text" in encoders, "matches": fuses}
+    for name, present in has_encoder.items():
+        if getattr(shapes, name) and not present:
             raise InputError(f"the model has no encoder for {name}; leave {name} out")
-    images, config = [(size,) for size in shapes.images], model.config
-    pixels, tokens = (
-        (3, config.image_size, config.image_size),
-        (config.num_image_tokens, config.vision_width),
-    )
-    encode = _Images("encode_image", model, pixels, model.encode_image)
-    project = _Images(
+    pixels = (3, config.image_size, config.image_size)
+    tokens = (config.num_image_tokens, config.vision_width)
+    encode = _image_program("encode_image", model, pixels, model.encode_image)
+    project = _image_program(
         "image_memory", model, tokens, lambda embeds: model.image_memory(embeds).layers
     )
+    sizes = [(images,) for images in shapes.images]
     return XFMGraphs(
         model,
-        Sizes(encode, model, images, recorder),
-        Sizes(project, model, images if fused else [], recorder),
-        Sizes(_Texts(model), model, shapes.texts, recorder),
-        Sizes(_Pairs(model), model, shapes.matches, recorder),
+        Sizes(encode, model, sizes, recorder),
+        Sizes(project, model, sizes if fuses else [], recorder),
+        Sizes(_text_program(model), model, shapes.texts, recorder),
+        Sizes(_pair_program(model), model, shapes.matches, recorder),
     )

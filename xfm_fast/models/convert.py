@@ -163,10 +163,10 @@ def _read_official(source: Path, config: XFMConfig, image_size: int | None) -> _
 def _check(loaded: _Checkpoint, source: Path) -> None:
     """Check that the state is a complete X-FM model; a task head is allowed."""
     names = list(loaded.state)
-    encoders = [
+    encoders: list[Encoder] = [
         encoder
-        for encoder, prefix in _ENCODERS.items()
-        if any(name.startswith(prefix) for name in names)
+        for encoder in ALL_ENCODERS
+        if any(name.startswith(_ENCODERS[encoder]) for name in names)
     ]
     if not encoders:
         raise CheckpointError(

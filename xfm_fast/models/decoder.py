@@ -34,11 +34,6 @@ class DecoderMemory:
     def states(self) -> int:
         return self.cu_seqlens.shape[0] - 1
 
-    @property
-    def even(self) -> bool:
-        """Whether all encoder outputs have the same length."""
-        return self.layers[0].shape[0] == self.states * self.longest
-
     def part(self, start: int, stop: int) -> DecoderMemory:
         """Return the memory of outputs `start` to `stop`, without a copy."""
         if (start, stop) == (0, self.states):
@@ -74,7 +69,8 @@ class Writer(Protocol):
 class DecoderCache:
     """Keys and values of the previous tokens of A texts of equal length, for every layer.
 
-    Memory for `capacity` tokens is allocated once per layer.
+    Memory for `capacity` tokens is allocated once per layer. After the last layer, the caller adds the
+    new tokens to `length`.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -93,10 +89,6 @@ class DecoderCache:
         buffer[:, self.length : stop, 1] = values
         keys, values = buffer[:, :stop].unbind(2)
         return keys, values
-
-    def advance(self, tokens: int) -> None:
-        """Count the new tokens, after the last layer."""
-        self.length += tokens
 
     def known(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values `[A', length, H, D]` of the texts `rows` `[A']`."""
@@ -190,7 +182,7 @@ class TextDecoder(nn.Module):
             )
             x = layer.feed_forward(x)
         if past is not None:
-            past.advance(input_ids.shape[1])
+            past.length += input_ids.shape[1]
         return x
 
     def step(self, input_ids: Tensor, memory: DecoderMemory, past: DecoderCache) -> Tensor:
@@ -203,6 +195,7 @@ class TextDecoder(nn.Module):
         x = self.roberta.embeddings(input_ids, positions)
         states_of = torch.arange(states + 1, dtype=torch.int32, device=x.device)
         cu_queries = states_of * (texts // states)
+        equally_long = memory.layers[0].shape[0] == states * memory.longest
         for index, layer in enumerate(self.roberta.encoder):
             attention = layer.attention
             q, k, v = attention.self.project_all(x)
@@ -210,7 +203,7 @@ class TextDecoder(nn.Module):
             context = _attention(q[:, None], k, v, attention.self.dropout_p)
             x = attention.output(context[:, 0], x)
             # The texts of a state are the queries of one attention over its keys, without copies.
-            if memory.even:
+            if equally_long:
                 attention = layer.crossattention
                 q = attention.self.project_query(x).unflatten(0, (states, -1))
                 k, v = memory.layers[index].unflatten(0, (states, -1)).unbind(2)
@@ -221,7 +214,7 @@ class TextDecoder(nn.Module):
                     x, memory.layers[index], cu_queries, memory.cu_seqlens, memory.longest
                 )
             x = layer.feed_forward(x)
-        past.advance(1)
+        past.length += 1
         return x
 
     def _positions(self, input_ids: Tensor, previous: int) -> Tensor:

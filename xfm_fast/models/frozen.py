@@ -33,7 +33,7 @@ class Slot(NamedTuple):
 
     packed: gemm.Frozen  # `[ΣM, K]`, of one or more layers on the same input
     sizes: tuple[int, ...]  # M of each layer
-    index: int  # of the layer
+    position: int  # of the layer
     parameter: nn.Parameter
 
 
@@ -68,7 +68,7 @@ def slot_of(layer: nn.Module) -> Slot:
 def dense_weight(layer: nn.Module) -> Tensor:
     """Return the weight `[M, K]` of a packed layer, without the storage of its neighbours."""
     slot = slot_of(layer)
-    weight = slot.packed.data.to_dense().split(slot.sizes)[slot.index]
+    weight = slot.packed.data.to_dense().split(slot.sizes)[slot.position]
     return weight if len(slot.sizes) == 1 else weight.clone()
 
 
@@ -85,7 +85,7 @@ def pack_of(layers: Sequence[nn.Module]) -> gemm.Frozen | None:
         return None
     for index, layer in enumerate(layers):
         slot = layer.__dict__.get(_SLOT)
-        if slot is None or slot.packed is not first.packed or slot.index != index:
+        if slot is None or slot.packed is not first.packed or slot.position != index:
             return None
     return first.packed
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.models.shares import Texts
+from xfm_fast.models.shares import Texts, run_chunked
 from xfm_fast.models.text import LayerStack, LMHead, TransformerLayer, initialise_text
 from xfm_fast.packing import ImageGroups, Reads, Sequences
 
@@ -27,22 +27,18 @@ class ImageMemory:
         return self.layers[0].shape[0]
 
     @property
-    def tokens(self) -> int:
-        return self.layers[0].shape[1]
-
-    @property
     def nbytes(self) -> int:
         return sum(layer.numel() * layer.element_size() for layer in self.layers)
 
     @property
     def longest(self) -> int:
-        return self.tokens
+        return self.layers[0].shape[1]
 
     @property
     def cu_keys(self) -> Tensor:
         """`[B + 1]` offsets of the images in the keys."""
         images = torch.arange(self.images + 1, dtype=torch.int32, device=self.layers[0].device)
-        return images * self.tokens
+        return images * self.longest
 
     @property
     def key_mask(self) -> Tensor | None:
@@ -147,9 +143,12 @@ class FusionEncoder(nn.Module):
         run = partial(self._fuse, memory=memory, reads=reads, **options)
         # Key masks span all texts or images and cannot be chunked.
         masked = memory.key_mask is not None or sequences.key_mask is not None
-        if reads is not None or masked or not isinstance(memory, ImageMemory):
-            return run(texts)
-        return self.roberta.encoder.run_chunked(run, texts, (memory.longest, *options.values()))
+        stack = self.roberta.encoder
+        chunkable = reads is None and not masked and isinstance(memory, ImageMemory)
+        if chunkable and stack.can_chunk(len(tokens)):
+            kind = (memory.longest, *options.values(), *stack.kind(texts))
+            return run_chunked(run, texts, kind)
+        return run(texts)
 
     def _fuse(
         self,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Self, Unpack
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from xfm_fast import checkpoint
 from xfm_fast.checkpoint import Head
 from xfm_fast.config import XFMConfig
-from xfm_fast.errors import explain_types
+from xfm_fast.errors import StorageError, UnavailableError, explain_types
 from xfm_fast.models import hub
 from xfm_fast.models.precision import Precision, PrecisionMixin, float_type
 from xfm_fast.models.processor import XFMProcessor, find_tokenizer, read_tokenizer
@@ -20,6 +21,22 @@ from xfm_fast.tokenizer import CaptionTokenizer
 
 ALL_HEADS: tuple[Head, ...] = ("mlm", "imlm", "contrastive", "matching", "boxes")
 """The heads of the paper's model."""
+
+_CARD_FILE = "README.md"
+_CARD = """---
+library_name: xfm-fast
+tags: [x-fm, image-text-retrieval, vision-language]
+---
+
+An X-FM ([arXiv 2301.05065](https://arxiv.org/abs/2301.05065)) of {parameters:,} parameters at {size} pixels.
+
+```python
+from xfm_fast import XFM
+
+model = XFM.from_pretrained("{name}")
+print(model.match("photo.jpg", ["a dog on a beach", "a red bicycle"]))
+```
+"""
 
 # Inference tensors have no version counter, so tensors computed from such parameters could not be cached.
 _outside_inference = torch.inference_mode(False)
@@ -220,15 +237,33 @@ class PretrainedMixin(PrecisionMixin):
             UnavailableError: `huggingface_hub` is not installed.
             StorageError: the Hub cannot be reached, or refuses.
         """
-        return hub.push(
-            self,
-            name,
-            private=private,
-            commit_message=commit_message,
-            token=token,
-            branch=branch,
-            create_pr=create_pr,
-        )
+        try:
+            import huggingface_hub
+        except ImportError:
+            raise UnavailableError(
+                "pushing a model needs huggingface_hub; install it (pip install huggingface_hub)"
+            ) from None
+        api: Any = huggingface_hub.HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            try:
+                api.create_repo(name, private=private, exist_ok=True)
+                if not api.file_exists(name, _CARD_FILE):
+                    count = sum(parameter.numel() for parameter in self.parameters())
+                    card = _CARD.format(parameters=count, size=self.config.image_size, name=name)
+                    Path(folder, _CARD_FILE).write_text(card, encoding="utf-8")
+                commit = api.upload_folder(
+                    repo_id=name,
+                    folder_path=folder,
+                    commit_message=commit_message,
+                    revision=branch,
+                    create_pr=create_pr,
+                )
+            except (OSError, ValueError) as error:
+                raise StorageError(
+                    f"{name} cannot be uploaded to the Hub ({hub.first_line(error)}); check the name and hf auth login"
+                ) from error
+        return str(getattr(commit, "commit_url", commit))
 
 
 def _read_source(source: str | Path | Mapping[str, Tensor]) -> tuple[str, Mapping[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
@@ -381,21 +381,21 @@ class LayerStack(nn.Module):
         assert isinstance(layer, TransformerLayer)
         return layer
 
-    def can_chunk(self) -> bool:
-        """Return whether the layers are frozen or int8, in inference on a CPU, and without hooks."""
-        if not len(self.layer) or not can_chunk(self[0].intermediate.dense.weight):
-            return False
-        return without_hooks(self.layer, "self_attention", "cross_attention", "feed_forward")
-
-    def run_chunked(
-        self, run: Callable[[Texts], Tensor], texts: Texts, kind: tuple[Hashable, ...] = ()
-    ) -> Tensor:
-        """Run `run(texts)`, in one chunk per thread where that pays; `kind` as in `shares.run_chunked`."""
+    def can_chunk(self, tokens: int) -> bool:
+        """Return whether texts may run in one chunk per thread, and have enough tokens for it to pay."""
         # With few rows, each thread would read all weights for itself.
-        if len(texts.tokens) < LEAST_TOKENS * torch.get_num_threads() or not self.can_chunk():
-            return run(texts)
-        dtype = kind_of(self[0].intermediate.dense.weight)
-        return run_chunked(run, texts, (*kind, dtype, len(self.layer), texts.kind))
+        return tokens >= LEAST_TOKENS * torch.get_num_threads() and self.is_plain_inference()
+
+    def is_plain_inference(self) -> bool:
+        """Return whether the layers are frozen or int8, in inference on a CPU, and without hooks."""
+        layers = self.layer
+        if not layers or not can_chunk(self[0].intermediate.dense.weight):
+            return False
+        return without_hooks(layers, "self_attention", "cross_attention", "feed_forward")
+
+    def kind(self, texts: Texts) -> tuple[Hashable, ...]:
+        """Return the key of `shares.run_chunked` for texts."""
+        return kind_of(self[0].intermediate.dense.weight), len(self.layer), texts.kind
 
     def forward_short(self, x: Tensor, count: int) -> Tensor | None:
         """Run the first `count` layers on one text `[T, width]`; None unless all are frozen or all are int8."""
@@ -479,14 +479,14 @@ class TextEncoder(nn.Module):
 
         With `first_token_only`, compute token 0 of every text: `[P, width]` in packed order.
         """
-        embeddings = self.roberta.embeddings
+        embeddings, stack = self.roberta.embeddings, self.roberta.encoder
         positions = packing.pack(embeddings.position_ids(input_ids))
-        texts = Texts(embeddings(packing.pack(input_ids).long(), positions), packing)
-        if reads is not None or packing.key_mask is not None:
-            return self._encode(texts, reads, first_token_only)
-        run = partial(self._encode, first_token_only=first_token_only)
-        kind = ("first token",) if first_token_only else ()
-        return self.roberta.encoder.run_chunked(run, texts, kind)
+        x = embeddings(packing.pack(input_ids).long(), positions)
+        texts = Texts(x, packing)
+        if reads is None and packing.key_mask is None and stack.can_chunk(len(x)):
+            run = partial(self._encode, first_token_only=first_token_only)
+            return run_chunked(run, texts, (first_token_only, *stack.kind(texts)))
+        return self._encode(texts, reads, first_token_only)
 
     def _encode(
         self, texts: Texts, reads: Reads | None = None, first_token_only: bool = False
@@ -498,7 +498,7 @@ class TextEncoder(nn.Module):
         layers = [*stack]
         full_layers = len(layers) - (reads is not None)
         if len(x) <= _SHORT and len(packing.cu_seqlens) == 2 and packing.key_mask is None:
-            short = stack.forward_short(x, full_layers) if stack.can_chunk() else None
+            short = stack.forward_short(x, full_layers) if stack.is_plain_inference() else None
             if short is not None:
                 x, layers = short, layers[full_layers:]
         for index, layer in enumerate(layers, start=1):

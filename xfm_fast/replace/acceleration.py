@@ -1,9 +1,9 @@
-"""`accelerate(model)`: swap fused modules into a live model, verify the outputs, return a report that can revert."""
+"""`accelerate(model)`: fused modules swapped into a live model, verified, with a report to revert."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -30,7 +30,7 @@ from xfm_fast.replace.official import (
     OfficialVocabularyHead,
 )
 from xfm_fast.replace.report import (
-    ROW,
+    REGISTER,
     Entry,
     Report,
     Unknown,
@@ -72,25 +72,29 @@ from xfm_fast.replace.verification import (
 
 # In order of precedence.
 FORMS: tuple[type[Fused], ...] = (
-    *(
-        FusedEmbeddings,
-        FusedMaskedLM,
-        VocabularyHead,
-        UnpaddedEncoder,
-        CutTextModel,
-        CutOpenClip,
-        CutOpenClipText,
-    ),
-    *(FusedLayer, OfficialTextEncoder, OfficialTextLayer, OfficialVisionBlock, OfficialEmbeddings),
-    *(OfficialVocabularyHead, UnpaddedTransformerEncoder, FusedMultiheadAttention, FusedLayerNorm),
+    FusedEmbeddings,
+    FusedMaskedLM,
+    VocabularyHead,
+    UnpaddedEncoder,
+    CutTextModel,
+    CutOpenClip,
+    CutOpenClipText,
+    FusedLayer,
+    OfficialTextEncoder,
+    OfficialTextLayer,
+    OfficialVisionBlock,
+    OfficialEmbeddings,
+    OfficialVocabularyHead,
+    UnpaddedTransformerEncoder,
+    FusedMultiheadAttention,
+    FusedLayerNorm,
 )
-# Forms of parts: what is around them in a layer is not replaced with them.
-_PARTS = (FusedMultiheadAttention.__name__, FusedLayerNorm.__name__)
-# These register their rows at import.
-_ROWS = (transformers_rows, timm_vision)
+# Forms that replace less than a layer.
+_SUBLAYERS = (FusedMultiheadAttention.__name__, FusedLayerNorm.__name__)
+# These modules register their specs at import.
+_SPECS = (transformers_rows, timm_vision)
 Selection = str | type[nn.Module] | Sequence[str | type[nn.Module]]
-# Below this it is noise.
-_SLOWER = 1.05
+_SLOWER = 1.05  # smaller ratios of times are noise
 
 
 @explain_types
@@ -109,45 +113,52 @@ def accelerate(
 ) -> Report:
     """Replace the modules of a live model with fused forms, in place and on this instance only.
 
-    Supported are the transformers of Hugging Face and timm, the official X-FM and X²-VLM code, and PyTorch's layers.
-    Modules stay the same objects with the same parameters, so state-dict keys, optimizers, hooks and wrappers are
-    unaffected. Calls that the fused form does not cover (attention weights as output, caches, adapters inside) run
-    the original code.
+    Supported are the transformers of Hugging Face and timm, the official X-FM and X²-VLM code, and
+    PyTorch's layers. Modules stay the same objects with the same parameters, so state-dict keys,
+    optimizers, hooks and wrappers are unaffected. Calls that the fused form does not cover
+    (attention weights as output, caches, adapters inside) run the original code.
 
-    The swap changes classes and is not atomic over a model: no other thread may call, train or copy the model
-    while `accelerate` or `revert` runs. Before and after, the model is as thread-safe as the original.
+    The swap changes classes and is not atomic over a model: no other thread may call, train or copy
+    the model while `accelerate` or `revert` runs. Before and after, the model is as thread-safe as
+    the original.
 
     Args:
-        model: any module.
-        kernels: backend of the ops; an explicit backend never falls back.
-        dtype: compute dtype; parameters keep their storage dtype. None follows the inputs. "int8", on a CPU, rounds
-            the linear layers of blocks, weights per output channel and activations per token, where no gradient is
-            needed. "fp8" does the same on a GPU of compute capability 8.9 or newer and refuses gradients; a CPU
-            emulates it, slowly, to show the loss of accuracy. The rest runs in bfloat16 where that is fast. With
-            `verify`, the blocks with the largest error stay in floating point until the cosine of every output is at
-            least 0.99.
-        include: only modules under these: qualified names or class names (with * and ?), or classes.
-        exclude: skip these modules and their submodules.
-        unpad: run whole encoders without padding. Outputs of real tokens are unchanged; padding gets zeros, where the
-            original leaves arbitrary values.
-        skip_logits: masked-language heads in training mode return `logits=None` when labels are passed, so that only
-            labelled positions reach the vocabulary. By default logits are returned.
-        freeze: for inference on a CPU: store the weights of layers in the layout of the library that is fastest here,
-            replacing the parameters. No parameter takes gradients then, state dicts are unchanged, and `revert`
-            restores the weights bit for bit.
-        cuda_graphs: replay calls without gradients, in evaluation mode, as CUDA graphs; each shape is captured at its
-            first call. For models whose sizes do not depend on values; other models raise at their first call.
-        verify: a batch (keyword arguments as a mapping, positional ones as a tuple, or one tensor; for a model of
-            sentence-transformers a list of texts, or of pairs). The model runs on it before and after, in evaluation
-            mode; on a CPU several times in turn, to measure the speedup. The report says which fused modules ran.
+        model: Any module.
+        kernels: Backend of the ops; an explicit backend never falls back.
+        dtype: Compute dtype; parameters keep their storage dtype. None follows the inputs. "int8",
+            on a CPU, rounds the linear layers of blocks, weights per output channel and activations
+            per token, where no gradient is needed. "fp8" does the same on a GPU of compute
+            capability 8.9 or newer and refuses gradients; a CPU emulates it, slowly, to show the
+            loss of accuracy. All other layers run in bfloat16 where that is fast. With `verify`,
+            the blocks with the largest error stay in floating point until the cosine of every
+            output is at least 0.99.
+        include: Replace only modules under these: qualified names or class names (with * and ?), or
+            classes.
+        exclude: Skip these modules and their submodules.
+        unpad: Run whole encoders without padding. Outputs of real tokens are unchanged; padding
+            gets zeros, where the original leaves arbitrary values.
+        skip_logits: Masked-language heads in training mode return `logits=None` when labels are
+            passed, so that only labelled positions reach the vocabulary. By default logits are
+            returned.
+        freeze: For inference on a CPU: pack the weights of layers in the layout of the library that
+            is fastest here, in place of the parameters. The model stops taking gradients; state
+            dicts are unchanged, and `revert` restores the weights bit for bit.
+        cuda_graphs: Replay calls without gradients, in evaluation mode, as CUDA graphs; each shape
+            is captured at its first call. For models whose sizes do not depend on values; other
+            models raise at their first call.
+        verify: A batch: keyword arguments as a mapping, positional ones as a tuple, or one tensor;
+            for a model of sentence-transformers a list of texts, or of pairs. The model runs on it
+            before and after, in evaluation mode; on a CPU several times in turn, to measure the
+            speedup. The report says which fused modules ran.
 
     Returns:
         A report that prints as a table and can `revert()`.
 
     Raises:
-        InputError: nothing to replace, a selection that matches nothing, parameters without values, or a `verify`
-            batch with different outputs or without a fused product. The model is unchanged then.
-        UnavailableError: the dtype or backend cannot run on the model's device.
+        InputError: Nothing can be replaced, a selection matches nothing, parameters have no values,
+            the outputs on the `verify` batch differ, or no fused linear layer ran on it. The model
+            is unchanged.
+        UnavailableError: The dtype or backend cannot run on the model's device.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"accelerate takes a torch.nn.Module, not {type(model).__name__}")
@@ -156,74 +167,97 @@ def accelerate(
         raise InputError(
             f"parameters have no values yet ({meta} is on the meta device); load the weights first"
         )
-    kind, compute = (dtype, None) if isinstance(dtype, str) else (None, dtype)
-    if kind is not None:
-        devices = {p.device for p in model.parameters()} or {torch.device("cpu")}
-        types = {floating_dtype(kind, device) for device in devices}
-        compute = types.pop() if len(types) == 1 else None
-        if freeze:
-            raise InputError(
-                f"freeze=True cannot be combined with dtype={kind!r}; leave one of them out"
-            )
-    settings = Settings(kernels, compute, unpad, skip_logits, kind, freeze)
+    if cuda_graphs and unpad:
+        raise InputError(
+            "unpad=True packs a variable number of tokens, and cuda_graphs=True needs fixed sizes; leave one out"
+        )
+    settings = _settings(model, kernels, dtype, unpad, skip_logits, freeze)
     _check_machine(model, settings)
     if cuda_graphs:
-        if unpad:
-            raise InputError(
-                "unpad=True packs a variable number of tokens, and cuda_graphs=True needs fixed sizes; leave one out"
-            )
         require_gpu(model)
-    chosen = dict(model.named_modules())
-    excluded = {} if exclude is None else _under(chosen, exclude, "exclude")
-    if include is not None:
-        chosen = _under(chosen, include, "include")
-    chosen = {path: module for path, module in chosen.items() if path not in excluded}
+    selected = _select(dict(model.named_modules()), include, exclude)
     with _without_former(model):
         batch = None if verify is None else arguments_of(model, verify)
-        before, mask = {} if batch is None else model_outputs(model, batch), mask_of(batch)
-        report, forms = _plan(model, chosen, settings)
+        before = {} if batch is None else model_outputs(model, batch)
+        report, forms = _plan(model, selected, settings)
         report._frozen, report._rounded = _install(model, forms, settings)
         if freeze and not report._frozen:
             raise InputError(
                 "freeze=True finds no weight to pack: it supports BERT-like layers and registered families in float32 "
                 "or bfloat16, without hooks or adapters; leave freeze out"
             )
-        if kind is not None and not report._rounded:
-            of_size = " with sizes that are multiples of 16" if kind == "fp8" else ""
+        if settings.eight_bits is not None and not report._rounded:
+            sizes = " with sizes that are multiples of 16" if settings.eight_bits == "fp8" else ""
             raise InputError(
-                f"dtype={kind!r} finds no linear layer to round: it supports blocks{of_size} in float32 or bfloat16, "
-                "without hooks or adapters; choose another dtype"
+                f"dtype={settings.eight_bits!r} finds no linear layer to round: it supports blocks{sizes} in float32 "
+                "or bfloat16, without hooks or adapters; choose another dtype"
             )
         if batch is not None:
-            if kind is not None:
-
-                def cosine() -> float:
-                    return least_cosine(before, model_outputs(model, batch), mask)
-
-                report._exempt = keep_within(cosine, report._rounded, kind, LEAST_COSINE)
-            with counted() as runs:
-                after = model_outputs(model, batch)
-            report.runs = {
-                entry.path: runs[module]
-                for entry, module in zip(report.replaced, report._modules, strict=False)
-            }
-            _check_coverage(report, runs)
-            report.differences, report.rounding = compare_outputs(
-                before, after, mask, compute, kind
-            )
-            if all(p.is_cpu for p in model.parameters()):
-                report.speedups, report.untimed = speedups(
-                    model, batch, partial(_original_forward, report)
-                )
+            _verify(model, batch, before, report, settings)
         if cuda_graphs:
             model.__dict__["forward"] = CallGraphs(model.forward, model)
             report._model = model
     return report
 
 
+def _settings(
+    model: nn.Module,
+    kernels: Backend,
+    dtype: torch.dtype | EightBits | None,
+    unpad: bool,
+    skip_logits: bool,
+    freeze: bool,
+) -> Settings:
+    """Resolve the compute dtype of 8-bit modes."""
+    if not isinstance(dtype, str):
+        return Settings(kernels, dtype, unpad, skip_logits, None, freeze)
+    if freeze:
+        raise InputError(
+            f"freeze=True cannot be combined with dtype={dtype!r}; leave one of them out"
+        )
+    devices = {p.device for p in model.parameters()} or {torch.device("cpu")}
+    dtypes = {floating_dtype(dtype, device) for device in devices}
+    compute = dtypes.pop() if len(dtypes) == 1 else None
+    return Settings(kernels, compute, unpad, skip_logits, dtype)
+
+
+def _verify(
+    model: nn.Module, batch: Any, before: dict[str, Tensor], report: Report, settings: Settings
+) -> None:
+    """Run the verify batch on the fused model, compare its outputs, and time it on a CPU."""
+    mask, eight_bits = mask_of(batch), settings.eight_bits
+    if eight_bits is not None:
+
+        def cosine() -> float:
+            return least_cosine(before, model_outputs(model, batch), mask)
+
+        report._exempt = keep_within(cosine, report._rounded, eight_bits, LEAST_COSINE)
+    with counted() as runs:
+        after = model_outputs(model, batch)
+    for entry, module in zip(report.replaced, report._modules, strict=False):
+        report.runs[entry.path] = runs[module]
+    # The outputs prove only the forms that computed them.
+    computing = [module for module in report._modules if linear_weights(module)] or report._modules
+    if not any(runs[module] for module in computing):
+        raise InputError(
+            f"verify compared the original with itself: {report.coverage()}. The model was reverted; give a batch that "
+            "fused forms compute (without attention weights or caches as outputs), or leave verify out"
+        )
+    differences, cosines = compare_outputs(before, after, mask, settings.dtype, eight_bits)
+    report.differences, report.rounding = differences, cosines
+    if all(p.is_cpu for p in model.parameters()):
+        original = partial(_original_forward, report)
+        report.speedups, report.untimed = speedups(model, batch, original)
+
+
 @contextmanager
 def accelerated(model: nn.Module, **options: Any) -> Iterator[Report]:
-    """Context manager: `accelerate(model, **options)` on entry, `revert()` on exit."""
+    """Run `accelerate(model, **options)` on entry and `revert()` on exit of a `with` block.
+
+    Args:
+        model: Any module.
+        options: Arguments of `accelerate`.
+    """
     report = accelerate(model, **options)
     try:
         yield report
@@ -251,8 +285,8 @@ def _without_former(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             if is_fused(module):
                 restore(module)
-        for settings, alike in forms.items():
-            _install(model, alike, settings)
+        for settings, modules in forms.items():
+            _install(model, modules, settings)
         if graphs is not None:
             model.__dict__["forward"] = graphs
         raise
@@ -261,29 +295,21 @@ def _without_former(model: nn.Module) -> Iterator[None]:
 def _install(
     model: nn.Module, forms: Forms, settings: Settings
 ) -> tuple[list[FrozenLinear], list[list[nn.Parameter]]]:
-    """Swap modules to their fused forms; returns the layers with packed weights and the flagged weights by module."""
+    """Swap modules to fused forms; returns the packed layers, and the flagged weights by module."""
     for module, form in forms:
         swap(module, form, settings)
     fused = [module for module, _ in forms if isinstance(module, Fused)]
-    frozen = freeze_weights(model, fused, settings) if settings.freeze else []
-    return frozen, [] if settings.eight_bits is None else quantise(
-        model, fused, settings.eight_bits
-    )
-
-
-def _check_coverage(report: Report, runs: Mapping[nn.Module, int]) -> None:
-    """Check that fused products ran on the verify batch: its outputs prove only the forms that computed them."""
-    computing = [module for module in report._modules if linear_weights(module)] or report._modules
-    if not any(runs[module] for module in computing):
-        raise InputError(
-            f"verify compared the original with itself: {report.coverage()}. The model was reverted; give a batch that "
-            "fused forms compute (without attention weights or caches as outputs), or leave verify out"
-        )
+    frozen, flagged = [], []
+    if settings.freeze:
+        frozen = freeze_weights(model, fused, settings)
+    if settings.eight_bits is not None:
+        flagged = quantise(model, fused, settings.eight_bits)
+    return frozen, flagged
 
 
 @contextmanager
 def _original_forward(report: Report) -> Iterator[None]:
-    """Run the original forward inside, without giving up what fused forms have prepared."""
+    """Run the original forward inside, and keep the prepared weights of the fused forms."""
     fused: list[nn.Module] = [*report._modules, *report._frozen]
     classes = [type(module) for module in fused]
     weights = {layer: nn.Parameter(layer.weight, requires_grad=False) for layer in report._frozen}
@@ -296,12 +322,12 @@ def _original_forward(report: Report) -> Iterator[None]:
     finally:
         for layer in weights:
             del layer._parameters["weight"]
-        for module, kind in zip(fused, classes, strict=True):
-            object.__setattr__(module, "__class__", kind)
+        for module, fused_class in zip(fused, classes, strict=True):
+            object.__setattr__(module, "__class__", fused_class)
 
 
-class _InOneType(Fused):
-    """Fused form of the root model under an explicit dtype: unfused parts run in autocast."""
+class _Autocast(Fused):
+    """Fused form of the root model under an explicit dtype: unfused modules run in autocast."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
@@ -310,62 +336,66 @@ class _InOneType(Fused):
 
 
 def _plan(
-    model: nn.Module, chosen: dict[str, nn.Module], settings: Settings
+    model: nn.Module, selected: dict[str, nn.Module], settings: Settings
 ) -> tuple[Report, Forms]:
-    """Decide on every module: the report, and the modules with their fused forms."""
+    """Decide on every module; returns the report, and the modules with their fused forms."""
     entries: list[Entry] = []
     forms: Forms = []
     total = size_of(linear_weights(model)) or 1
     reported: set[nn.Module] = set()
     layers: list[str] = []
-    inside: set[nn.Module] = set()
-    for path, module in chosen.items():
-        entry, form = (None, None) if module in inside else _decide(path, module, settings)
+    never_called: set[nn.Module] = set()
+    for path, module in selected.items():
+        if module in never_called:
+            continue
+        entry, form = _decide(path, module, settings)
         if entry is None:
             continue
         weights = linear_weights(module)
         entries.append(replace(entry, share=size_of(weights) / total))
-        if entry.fused not in _PARTS:
+        if entry.fused not in _SUBLAYERS:
             layers.append(path)
-        if form is None:
-            # Norms inside unrecognised layers are recognised too.
-            reported.update(module.modules() if weights else ())
-        else:
+        if form is not None:
             forms.append((module, form))
-            # PyTorch's norms and attentions inside a fused module are read, never called.
-            parts = _bypassed(module, form).values()
-            inside |= {
-                part for part in parts if original_class(part).__module__.startswith("torch.nn.")
-            }
+            # Fused modules read the norms and attentions of PyTorch inside them.
+            for submodule in _bypassed(module, form).values():
+                if original_class(submodule).__module__.startswith("torch.nn."):
+                    never_called.add(submodule)
+        elif weights:
+            # Norms inside unrecognised layers are recognised too.
+            reported.update(module.modules())
     modules = [module for module, _ in forms]
     computing = {module for module in modules if linear_weights(module)}
-    for module, fused in forms:
+    for module, form in forms:
+        reported.add(module)
         within = [*module.modules()][1:]
-        # The linear layers of an unpadded encoder are in its layers, some of which may be unknown.
-        reported.update(
-            within if computing.isdisjoint(within) else _bypassed(module, fused).values(), [module]
-        )
-    unknown = unknown_layers(model, chosen, reported, layers)
+        if computing.isdisjoint(within):
+            reported.update(within)
+        else:
+            # The linear layers of an unpadded encoder are in its layers, some of which may be
+            # unknown.
+            reported.update(_bypassed(module, form).values())
+    unknown = unknown_layers(model, selected, reported, layers)
     if not forms:
-        raise InputError(_nothing(model, entries, unknown))
+        raise InputError(_why_nothing_fits(model, entries, unknown))
     if settings.dtype is not None and model not in modules:
-        forms.append((model, _InOneType))
+        forms.append((model, _Autocast))
     share = size_of(linear_weights(*modules)) / total
     modules = [module for module, _ in forms]
     return Report(entries, unknown, share, _modules=modules, _eight_bits=settings.eight_bits), forms
 
 
 def _bypassed(module: nn.Module, fused: type[Fused]) -> dict[str, nn.Module]:
-    """The submodules that the fused form reads without calling, by name."""
+    """Return the submodules that a fused form reads without calling, by name."""
     names = fused.adapted(original_class(module)).get("bypassed", fused.bypassed)
-    return {name: part for name in names if (part := find(module, name)) is not None}
+    return {name: submodule for name in names if (submodule := find(module, name)) is not None}
 
 
 def _decide(
     path: str, module: nn.Module, settings: Settings
 ) -> tuple[Entry | None, type[Fused] | None]:
-    """The first form that accepts a module; otherwise the entry with the first refusal."""
-    left = None
+    """Return the first form that accepts a module with its entry; else the first refusal's entry."""
+    refused = None
     for form in FORMS:
         if not form.recognises(module):
             continue
@@ -376,98 +406,100 @@ def _decide(
         entry = Entry(path, original_class(module).__name__, form.__name__, form.benefit, reason)
         if reason is None:
             return entry, form
-        left = left or entry
-    return left, None
+        refused = refused or entry
+    return refused, None
 
 
 def _why_patched(module: nn.Module, fused: type[Fused]) -> str | None:
-    """Return which class that the fused form skips got its forward from other code, or None."""
-    for name, part in {"": module, **_bypassed(module, fused)}.items():
-        kind = original_class(part)
-        if forward_patched(kind):
-            return f"{kind.__name__}.forward{f' of {name}' if name else ''} was replaced or wrapped by other code"
+    """Return which class that the fused form bypasses has a forward from other code, or None."""
+    for name, submodule in {"": module, **_bypassed(module, fused)}.items():
+        original = original_class(submodule)
+        if forward_patched(original):
+            owner = f" of {name}" if name else ""
+            return f"{original.__name__}.forward{owner} was replaced or wrapped by other code"
     return None
 
 
 def _why_not_values(module: nn.Module, fused: type[Fused], settings: Settings) -> str | None:
-    """Why the ops cannot read the weights of a module (quantised, sharded, mixed dtypes); None if they can."""
-    types: dict[torch.dtype, str] = {}
-    for name, part in _bypassed(module, fused).items():
-        for parameter in () if adapters.is_adapted(part) else part._parameters.values():
+    """Return why the ops cannot read a module's weights (quantised, sharded, mixed dtypes), or None."""
+    dtypes: dict[torch.dtype, str] = {}
+    for name, submodule in _bypassed(module, fused).items():
+        if adapters.is_adapted(submodule):
+            continue
+        for parameter in submodule._parameters.values():
             if parameter is None:
                 continue
-            if type(parameter.data) is not Tensor or not parameter.is_floating_point():
-                kind = (
-                    type(parameter.data).__name__
-                    if type(parameter.data) is not Tensor
-                    else parameter.dtype
+            if type(parameter.data) is not Tensor:
+                return (
+                    f"{name} has a weight of {type(parameter.data).__name__} (quantised or sharded)"
                 )
-                return f"{name} has a weight of {kind} (quantised or sharded)"
-            types.setdefault(parameter.dtype, name)
-    if len(types) > 1 and settings.dtype is None:
-        (first, one), (second, other) = list(types.items())[:2]
-        return f"{one} is {first} and {other} {second}; model.to({first}) or dtype=… makes them one type"
+            if not parameter.is_floating_point():
+                return f"{name} has a weight of {parameter.dtype} (quantised or sharded)"
+            dtypes.setdefault(parameter.dtype, name)
+    if len(dtypes) > 1 and settings.dtype is None:
+        (first_dtype, first), (second_dtype, second), *_ = dtypes.items()
+        return (
+            f"{first} is {first_dtype} and {second} {second_dtype}; model.to({first_dtype}) or dtype=… makes them one "
+            "type"
+        )
     return None
+
+
+def _select(
+    modules: dict[str, nn.Module], include: Selection | None, exclude: Selection | None
+) -> dict[str, nn.Module]:
+    excluded = {} if exclude is None else _under(modules, exclude, "exclude")
+    if include is not None:
+        modules = _under(modules, include, "include")
+    return {path: module for path, module in modules.items() if path not in excluded}
 
 
 def _under(
     modules: dict[str, nn.Module], selection: Selection, argument: str
 ) -> dict[str, nn.Module]:
-    """Modules that match a selection, and their submodules."""
-    found: dict[str, nn.Module] = {}
-    for one in [selection] if isinstance(selection, (str, type)) else selection:
-        if isinstance(one, type):
-            roots = [path for path, module in modules.items() if isinstance(module, one)]
-        else:
-            named = {
-                path: (path, original_class(module).__name__) for path, module in modules.items()
-            }
-            roots = [
-                path
-                for path, names in named.items()
-                if any(fnmatchcase(name, one) for name in names)
-            ]
+    """Return the modules that match a selection, and their submodules."""
+    selected: set[str] = set()
+    for pattern in [selection] if isinstance(selection, (str, type)) else selection:
+        roots = [path for path, module in modules.items() if _matches(path, module, pattern)]
         if not roots:
-            name = one if isinstance(one, str) else one.__name__
+            name = pattern if isinstance(pattern, str) else pattern.__name__
             raise InputError(
                 f"{argument}={name!r} matches no module of the model, by name or class"
             )
         for root in roots:
-            inside = f"{root}." if root else ""
-            found |= {
-                path: module
-                for path, module in modules.items()
-                if path == root or path.startswith(inside)
-            }
-    return {path: module for path, module in modules.items() if path in found}
+            prefix = f"{root}." if root else ""
+            selected.update(path for path in modules if path == root or path.startswith(prefix))
+    return {path: module for path, module in modules.items() if path in selected}
+
+
+def _matches(path: str, module: nn.Module, pattern: str | type[nn.Module]) -> bool:
+    if isinstance(pattern, type):
+        return isinstance(module, pattern)
+    return fnmatchcase(path, pattern) or fnmatchcase(original_class(module).__name__, pattern)
 
 
 def _check_machine(model: nn.Module, settings: Settings) -> None:
+    """Check that the model's devices run its dtypes; raises UnavailableError or InputError."""
     devices = {p.device for p in model.parameters()}
-    types = {p.dtype for p in model.parameters() if p.is_floating_point()} | {settings.dtype} - {
-        None
-    }
-    narrow = (
-        torch.bfloat16 in (types if settings.dtype is None else {settings.dtype})
-        and settings.eight_bits is None
-    )
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    compute_dtypes = dtypes if settings.dtype is None else {settings.dtype}
+    bfloat16 = torch.bfloat16 in dtypes | compute_dtypes
+    may_be_slow = torch.bfloat16 in compute_dtypes and settings.eight_bits is None
     for device in devices:
         try:
             resolve(settings.backend, torch.empty(0, device=device))
         except ValueError as error:
             raise UnavailableError(str(error)) from None
-        if (
-            device.type == "cpu"
-            and torch.bfloat16 in types
-            and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        ):
+        if device.type != "cpu":
+            continue
+        if bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             raise UnavailableError(
                 "bfloat16 on this CPU is emulated and slower than float32 (it lacks AVX-512 or AMX instructions); use "
                 "dtype=None with model.float()"
             )
-        if device.type == "cpu" and narrow and settings.backend in (None, "cpu"):
+        if may_be_slow and settings.backend in (None, "cpu"):
             warn_of_slow_bfloat16()
-        if device.type == "cpu" and settings.dtype is torch.float16:
+        if settings.dtype is torch.float16:
             raise UnavailableError("float16 is for GPUs; on a CPU use dtype=torch.bfloat16 or None")
     if settings.dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise InputError(
@@ -478,22 +510,29 @@ def _check_machine(model: nn.Module, settings: Settings) -> None:
 @cache
 def warn_of_slow_bfloat16() -> None:
     """Warn once if bfloat16 GEMMs are slower than float32 on this processor."""
-    share = gemm.seconds(torch.bfloat16) / gemm.seconds(torch.float32)
-    if share > _SLOWER:
+    ratio = gemm.seconds(torch.bfloat16) / gemm.seconds(torch.float32)
+    if ratio > _SLOWER:
         warnings.warn(
-            f"bfloat16 takes {share:.1f} times as long as float32 on this CPU; use dtype=None with model.float()",
+            f"bfloat16 takes {ratio:.1f} times as long as float32 on this CPU; use dtype=None with model.float()",
             stacklevel=5,
         )
 
 
-def _nothing(model: nn.Module, entries: Sequence[Entry], unknown: Sequence[Unknown]) -> str:
+def _why_nothing_fits(
+    model: nn.Module, entries: Sequence[Entry], unknown: Sequence[Unknown]
+) -> str:
     name = original_class(model).__name__
     if original_class(model).__module__.startswith("xfm_fast."):
         return f"{name} already uses these kernels; freeze() and quantise() make it faster on a CPU"
-    reasons = {entry.reason: f"{entry.path or name}: {entry.reason}" for entry in reversed(entries)}
-    why = "; ".join([*reversed(reasons.values())][:5])
-    foreign = f". Unknown: {'; '.join(map(str, unknown[:5]))}; {ROW}" if unknown else ""
+    reasons: dict[str | None, str] = {}
+    for entry in entries:
+        reasons.setdefault(entry.reason, f"{entry.path or name}: {entry.reason}")
+    message = f"no module of {name} can be replaced"
+    if reasons:
+        message += f" ({'; '.join([*reasons.values()][:5])})"
+    if unknown:
+        message += f". Unknown: {'; '.join(map(str, unknown[:5]))}; {REGISTER}"
     return (
-        f"no module of {name} can be replaced{f' ({why})' if why else ''}{foreign}. docs/drop-in.md lists supported "
-        "layers; xfm_fast.replace.register adds your own, and xfm_fast.kernels.ops has operations to build with"
+        f"{message}. docs/drop-in.md lists supported layers; xfm_fast.replace.register adds your own, and "
+        "xfm_fast.kernels.ops has operations to build with"
     )

@@ -1,4 +1,4 @@
-"""Attention of a layer's queries, keys and values: padded, packed, masked, biased, causal, in bands or windows.
+"""Attention of projected queries, keys and values: padded or packed, masked, biased, causal, or in windows.
 
 `register_attention` offers it to any model of transformers as `attn_implementation="xfm_fast"`.
 """
@@ -24,25 +24,25 @@ from xfm_fast.kernels.cpu.attention import biased_attention
 from xfm_fast.packing import Packing
 from xfm_fast.replace.swap import Settings, observed
 
-# Attention of q, k, v `[..., H, D]` with a dropout probability: `[..., H·D]`. An attribute `memory` is what
-# cross-attention attends to, `windows` splits an image before the attention and merges it after.
+# Attention of q, k, v `[..., H, D]` with a dropout probability: `[..., H·D]`. The optional
+# attribute `memory` holds the keys and values of cross-attention, `windows` splits an image before
+# the attention and merges it after.
 Attend = Callable[[Tensor, Tensor, Tensor, float, Settings], Tensor]
+NAME = "xfm_fast"  # of our attention in transformers
 FEW = 64  # tokens up to which attention is bound by call overhead
 
 
 class PositionTable(NamedTuple):
-    """A relative position bias table (BEiT, arXiv 2106.08254), `[(2wh-1)(2ww-1)+3, H]`, and its window (wh, ww)."""
+    """BEiT's relative position bias (arXiv 2106.08254): `[(2h-1)(2w-1)+3, H]`, and its window (h, w)."""
 
     table: Tensor
     window: tuple[int, int]
 
     def fits(self, tokens: int) -> bool:
-        """True if a sequence is one class token and this window of patches."""
+        """Return whether sequences are one class token and this window of patches."""
         height, width = self.window
-        return (
-            tokens == 1 + height * width
-            and self.table.shape[0] == (2 * height - 1) * (2 * width - 1) + 3
-        )
+        distances = (2 * height - 1) * (2 * width - 1)
+        return tokens == 1 + height * width and self.table.shape[0] == distances + 3
 
 
 Bias = PositionTable | Tensor | None
@@ -59,18 +59,19 @@ def attention(
     dropout_p: float = 0.0,
     causal: bool = False,
 ) -> Tensor:
-    """Attention of `[B, N, H, D]` → `[B, N, H·D]`.
+    """Compute attention of `[B, N, H, D]`: `[B, N, H·D]`.
 
-    The bias is a position table, an additive tensor that broadcasts to `[B, H, N, N]`, a boolean one (False hides),
-    or None. `causal` hides later tokens, without a bias only.
+    Args:
+        bias: Position table, additive tensor that broadcasts to `[B, H, N, N]`, boolean one (False
+            hides), or None.
+        causal: Hide later tokens; only without a bias.
     """
     backend = settings.backend
     if isinstance(bias, PositionTable):
         if not dropout_p:
-            table = settings.parameter(bias.table)
-            return ops.relpos_attention(
-                q, k, v, table, bias.window, scale=scale, backend=backend
-            ).flatten(2)
+            table, window = settings.parameter(bias.table), bias.window
+            out = ops.relpos_attention(q, k, v, table, window, scale=scale, backend=backend)
+            return out.flatten(2)
         bias = reference.position_bias(bias.table, bias.window)
     if bias is None and not causal and (q.device.type == "cpu" or backend is not None):
         # The varlen op chooses the fastest of several implementations, also for equal lengths.
@@ -82,7 +83,7 @@ def attention(
             q, k, v, *layout, dropout_p=dropout_p, scale=scale, backend=backend
         )
         return out.view(batch, tokens, -1)
-    if isinstance(bias, Tensor) and not dropout_p and _shared_on_cpu(q, k, v, bias):
+    if isinstance(bias, Tensor) and not dropout_p and _fits_cpu_kernel(q, k, v, bias):
         _, tokens, heads, _ = q.shape
         shared = bias.to(q.dtype).expand(1, heads, tokens, tokens)
         return biased_attention(q, k, v, scale, shared).flatten(2)
@@ -100,17 +101,14 @@ def sdpa(
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """PyTorch's attention of `[B, N, H, D]` → `[B, N, H·D]`."""
+    """Compute PyTorch's attention of `[B, N, H, D]`: `[B, N, H·D]`."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return (
-        F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=scale)
-        .transpose(1, 2)
-        .flatten(2)
-    )
+    out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=scale)
+    return out.transpose(1, 2).flatten(2)
 
 
-def _shared_on_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> bool:
-    """True if the CPU kernel for a bias shared by the batch applies; it has no gradient."""
+def _fits_cpu_kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> bool:
+    """Return whether the CPU kernel for a bias shared by the batch applies; it has no gradient."""
     if q.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     if not readable(q, k, v, bias):
@@ -122,21 +120,19 @@ def _shared_on_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> bool:
 
 @dataclass
 class Memory:
-    """What cross-attention attends to."""
+    """Encoder states that cross-attention attends to."""
 
     states: Tensor  # `[..., width]`, or keys and values `[..., 2, H, D]` if projected
     attend: Attend
     shared: bool = False  # one memory for the whole padded batch, whose queries form one sequence
-    projected: bool = False  # states are the keys and values of the layer that runs
+    projected: bool = False  # `states` are keys and values
 
 
 @dataclass
 class Padded:
-    """Attention of a padded batch, `[B, L, H, D]`."""
+    """Attention of a padded batch `[B, L, H, D]` with a mask."""
 
-    mask: Tensor | None = (
-        None  # as for `scaled_dot_product_attention`, or a key padding mask `[B, L]`
-    )
+    mask: Tensor | None = None  # as for `scaled_dot_product_attention`, or key padding `[B, L]`
     causal: bool = False  # only without a mask
     memory: Memory | None = None
 
@@ -145,7 +141,7 @@ class Padded:
     ) -> Tensor:
         mask = self.mask
         if mask is not None and mask.ndim == 2:
-            return attend_to_real_keys(q, k, v, mask, dropout_p, settings=settings).flatten(-2)
+            return attention_to_real_keys(q, k, v, mask, dropout_p, settings=settings).flatten(-2)
         if mask is not None and mask.is_floating_point() and mask.dtype != q.dtype:
             # The lowest value of a wide dtype would overflow to -inf in a narrow one.
             mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
@@ -159,7 +155,7 @@ class Padded:
 
 @dataclass
 class Packed:
-    """Attention of packed sequences `[T, H, D]` over own keys or other ones; fields as in `ops.varlen_attention`."""
+    """Attention of packed sequences `[T, H, D]`; fields as in `ops.varlen_attention`."""
 
     cu_q: Tensor
     cu_k: Tensor
@@ -170,7 +166,7 @@ class Packed:
 
     @classmethod
     def within(cls, packing: Packing, memory: Memory | None = None) -> Packed:
-        """Self-attention of packed texts."""
+        """Attend within each packed text."""
         cu, longest = packing.cu_seqlens, packing.longest
         return cls(cu, cu, longest, longest, packing.key_mask, memory)
 
@@ -184,34 +180,17 @@ class Packed:
         return out.flatten(-2)
 
 
-@dataclass
-class EqualLengths:
-    """Attention of a few packed sequences of equal length `[T, H, D]`, run as a padded batch."""
-
-    texts: int
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings
-    ) -> Tensor:
-        shape = (self.texts, -1)
-        return sdpa(
-            q.unflatten(0, shape), k.unflatten(0, shape), v.unflatten(0, shape), None, dropout_p
-        ).flatten(0, 1)
-
-
 def is_small(packing: Packing, settings: Settings) -> bool:
-    """True if there is no padding and so few tokens that attention is bound by call overhead."""
+    """Return whether call overhead bounds the attention of a batch: few tokens, no padding."""
     return packing.whole and packing.positions.shape[0] <= FEW and settings.backend is None
 
 
-def to_own_tokens(packing: Packing, settings: Settings) -> Attend:
-    """Self-attention of packed texts."""
-    if is_small(packing, settings):
-        return EqualLengths(packing.shape[0])
-    return Packed.within(packing)
+def attention_within_texts(packing: Packing, settings: Settings) -> Attend:
+    """Return the self-attention of packed texts."""
+    return Unpacked(packing) if is_small(packing, settings) else Packed.within(packing)
 
 
-def attend_to_real_keys(
+def attention_to_real_keys(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -220,11 +199,10 @@ def attend_to_real_keys(
     scale: float | None = None,
     settings: Settings | None = None,
 ) -> Tensor:
-    """Attention of padded queries `[B, L, H, D]` over the keys `[B, N, H, D]` whose `mask` `[B, N]` is non-zero."""
+    """Attend from padded queries `[B, L, H, D]` to keys `[B, N, H, D]` with non-zero `mask` `[B, N]`."""
     if torch.compiler.is_exporting() or traced():
-        return sdpa(q, k, v, mask.bool()[:, None, None, :], dropout_p, scale=scale).unflatten(
-            -1, v.shape[-2:]
-        )
+        out = sdpa(q, k, v, mask.bool()[:, None, None, :], dropout_p, scale=scale)
+        return out.unflatten(-1, v.shape[-2:])
     # All layers of a model get the same mask.
     keys = cached("packed keys", (mask,), lambda: Packing.from_mask(mask))
     texts, length = q.shape[:2]
@@ -244,51 +222,26 @@ def attend_to_real_keys(
 
 
 @dataclass
-class Causal:
-    """Causal attention of packed texts `[T, H, D]` on the padded batch: padding comes last, so no token sees it."""
-
-    packing: Packing
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings
-    ) -> Tensor:
-        q, k, v = self.packing.unpad(torch.stack((q, k, v), 1)).unbind(2)
-        return self.packing.pack(sdpa(q, k, v, None, dropout_p, causal=True))
-
-
-@dataclass
 class Dense:
-    """Attention of `[B, N, H, D]`."""
+    """Attention of `[B, N, H, D]` with a mask, a bias, or both."""
 
-    mask: Tensor | None = (
-        None  # additive, boolean (False hides) `[B, 1 or H, 1 or N, N]`, or key padding `[B, N]`
-    )
-    bias: Bias = (
-        None  # added to the scaled scores, `[1 or B, H, N, N]`; or a position table, without a mask
-    )
+    # additive, boolean (False hides) `[B, 1 or H, 1 or N, N]`, or key padding `[B, N]`
+    mask: Tensor | None = None
+    # added to the scaled scores, `[1 or B, H, N, N]`; or a position table, without a mask
+    bias: Bias = None
     causal: bool = False  # only without mask and bias
     scale: float | None = None
 
     @classmethod
     def of(cls, mask: Any, bias: Any, implementation: str | None) -> Dense | None:
-        """The attention of a call in transformers; None for masks that the original must interpret."""
+        """Return the attention of a call in transformers; None if only the original computes it."""
         if bias is not None and not (isinstance(bias, Tensor) and bias.ndim == 4):
             return None
-        if mask is None:
-            return cls(None, bias)
-        if not isinstance(mask, Tensor):
+        if not covers_mask(implementation, mask):
             return None
-        if mask.ndim == 2:
-            if implementation != "xfm_fast":
-                return None
-            return cls(mask[:, None, None].bool(), bias) if bias is not None else cls(mask)
-        # Eager attention adds a boolean mask as ones and zeros.
-        boolean = not mask.is_floating_point()
-        return (
-            None
-            if mask.ndim != 4 or (boolean and implementation in ("eager", None))
-            else cls(mask, bias)
-        )
+        if mask is not None and mask.ndim == 2 and bias is not None:
+            mask = mask[:, None, None].bool()
+        return cls(mask, bias)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings
@@ -300,51 +253,76 @@ class Dense:
             if bias.requires_grad and torch.is_grad_enabled():
                 bias = add_mask(bias, mask, dtype)
             else:
-                # All layers of a model get the same two.
-                bias = cached(
-                    f"with mask {dtype}", (bias, mask), partial(add_mask, bias, mask, dtype)
-                )
+                # All layers of a model get the same bias and mask.
+                summed = partial(add_mask, bias, mask, dtype)
+                bias = cached(f"with mask {dtype}", (bias, mask), summed)
         scale = self.scale or q.shape[-1] ** -0.5
         return attention(q, k, v, scale, bias, settings, dropout_p=dropout_p, causal=self.causal)
 
 
 @dataclass
-class Spread:
-    """Attention of packed tokens `[T, H, D]` on the padded batch, for biases and windows that depend on positions."""
+class Unpacked:
+    """Attention of packed tokens `[T, H, D]`, computed on the padded batch.
+
+    For biases and windows, which depend on positions; for causal attention, in which no token sees
+    the padding behind it; and for batches without padding.
+    """
 
     packing: Packing
-    mask: Tensor  # `[P, L]`, True for real tokens
+    mask: Tensor | None = None  # `[P, L]`, True for real tokens; required by bias and window
     bias: Tensor | None = None  # `[1 or P, H, L, L]`, added to the scaled scores
     window: int | None = None  # maximum distance
+    causal: bool = False
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings
     ) -> Tensor:
-        if self.packing.whole:
-            q, k, v = map(self.packing.unpad, (q, k, v))
+        packing = self.packing
+        if packing.whole:
+            q, k, v = packing.unpad(q), packing.unpad(k), packing.unpad(v)
         else:
-            q, k, v = self.packing.unpad(torch.stack((q, k, v), 1)).unbind(2)
-        if self.window is not None and q.shape[1] > 3 * self.window:
-            out = window_attention(q, k, v, self.window, self.mask, dropout_p)
-        elif self.window is None and self.bias is not None and not is_small(self.packing, settings):
+            q, k, v = packing.unpad(torch.stack((q, k, v), 1)).unbind(2)
+        if self.mask is None:
+            out = sdpa(q, k, v, None, dropout_p, self.causal)
+        else:
+            out = self._masked(q, k, v, self.mask, dropout_p, settings)
+        return packing.pack(out)
+
+    def _masked(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout_p: float, settings: Settings
+    ) -> Tensor:
+        window, bias = self.window, self.bias
+        if window is not None and q.shape[1] > 3 * window:
+            return window_attention(q, k, v, window, mask, dropout_p)
+        if window is None and bias is not None and not is_small(self.packing, settings):
             # Without a mask the op can choose a kernel that hides no keys.
-            keys, backend = None if self.packing.whole else self.mask, settings.backend
-            out = ops.bias_attention(
-                q, k, v, self.bias.to(q.dtype), keys, dropout_p, backend=backend
-            )
-        else:
-            seen = None if self.packing.whole else self.mask[:, None, None]
-            if self.window is not None:
-                places = torch.arange(self.mask.shape[1], device=q.device)
-                distance = (places[:, None] - places).abs()
-                # Every query sees itself, so that no row is empty.
-                seen = (self.mask[:, None, None] & (distance <= self.window)) | (distance == 0)
-            out = Dense(seen, self.bias)(q, k, v, dropout_p, settings).unflatten(-1, q.shape[-2:])
-        return self.packing.pack(out).flatten(-2)
+            keys, bias = None if self.packing.whole else mask, bias.to(q.dtype)
+            out = ops.bias_attention(q, k, v, bias, keys, dropout_p, backend=settings.backend)
+            return out.flatten(-2)
+        visible = None if self.packing.whole else mask[:, None, None]
+        if window is not None:
+            positions = torch.arange(mask.shape[1], device=q.device)
+            distance = (positions[:, None] - positions).abs()
+            # Every query sees itself, so that no row is empty.
+            visible = (mask[:, None, None] & (distance <= window)) | (distance == 0)
+        return Dense(visible, bias)(q, k, v, dropout_p, settings)
+
+
+def covers_mask(implementation: str | None, mask: Any) -> bool:
+    """Return whether we interpret a mask as this attention implementation of transformers does."""
+    if mask is None:
+        return True
+    if not isinstance(mask, Tensor):
+        return False
+    if mask.ndim == 2:
+        return implementation == NAME
+    # Eager attention adds a boolean mask as ones and zeros; only the original does that.
+    adds_boolean = not mask.is_floating_point() and implementation in ("eager", None)
+    return mask.ndim == 4 and not adds_boolean
 
 
 def add_mask(bias: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bias with the mask added."""
+    """Add a mask to a bias."""
     bias, lowest = bias.to(dtype), torch.finfo(dtype).min
     if mask.is_floating_point():
         return bias + mask.clamp(min=lowest).to(dtype)
@@ -354,28 +332,27 @@ def add_mask(bias: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor, dropout_p: float = 0.0
 ) -> Tensor:
-    """Attention `[B, N, H, D]` within a window, linear in N: blocks of `window` queries see three blocks of keys."""
+    """Compute attention `[B, N, H, D]` within a window, linear in N: `[B, N, H·D]`.
+
+    Each block of `window` queries sees three blocks of keys. `mask` `[B, N]` is True for real keys.
+    """
     batch, tokens, heads, width = q.shape
     blocks = -(-tokens // window)
-    rest = blocks * window - tokens
-    q = F.pad(q, (0, 0, 0, 0, 0, rest)).view(batch * blocks, window, heads, width)
-    k, v = (
-        F.pad(t, (0, 0, 0, 0, window, rest + window)).unfold(1, 3 * window, window) for t in (k, v)
-    )
-    k, v = (
-        t.permute(0, 1, 4, 2, 3).reshape(batch * blocks, 3 * window, heads, width) for t in (k, v)
-    )
-    keys = (
-        F.pad(mask, (window, rest + window))
-        .unfold(1, 3 * window, window)
-        .reshape(batch * blocks, 1, 3 * window)
-    )
-    places = torch.arange(3 * window, device=q.device) - window
-    distance = (places[:window, None] + window - places).abs()
-    seen = (keys & (distance <= window)) | (distance == 0)
-    return sdpa(q, k, v, seen[:, None], dropout_p).reshape(batch, blocks * window, heads, width)[
-        :, :tokens
-    ]
+    span, missing = 3 * window, blocks * window - tokens
+
+    def blocks_of_keys(t: Tensor) -> Tensor:
+        t = F.pad(t, (0, 0, 0, 0, window, missing + window)).unfold(1, span, window)
+        return t.permute(0, 1, 4, 2, 3).reshape(batch * blocks, span, heads, width)
+
+    q = F.pad(q, (0, 0, 0, 0, 0, missing)).view(batch * blocks, window, heads, width)
+    real = F.pad(mask, (window, missing + window)).unfold(1, span, window)
+    positions = torch.arange(span, device=q.device) - window
+    distance = (positions[:window, None] + window - positions).abs()
+    visible = real.reshape(batch * blocks, 1, span) & (distance <= window)
+    # Every query sees itself, so that no row is empty.
+    visible = (visible | (distance == 0))[:, None]
+    out = sdpa(q, blocks_of_keys(k), blocks_of_keys(v), visible, dropout_p)
+    return out.reshape(batch, blocks * window, heads * width)[:, :tokens]
 
 
 @dataclass(frozen=True)
@@ -389,12 +366,12 @@ class Windows:
     filled: bool  # windows exceed the image
 
     def split(self, x: Tensor) -> Tensor:
-        """`[B, patches, width]` → `[B · windows, area, width]`; padding is zero."""
+        """Gather windows, zeros at padding: `[B, patches, width]` → `[B · windows, area, width]`."""
         x = F.pad(x, (0, 0, 0, 1)) if self.filled else x
         return x.index_select(1, self.index).view(-1, self.area, x.shape[-1])
 
     def merge(self, x: Tensor) -> Tensor:
-        """The inverse of `split`."""
+        """Invert `split`."""
         return x.view(-1, self.count * self.area, x.shape[-1]).index_select(1, self.inverse)
 
 
@@ -406,7 +383,15 @@ def windows_of(
     *,
     fill_first: bool,
 ) -> Windows:
-    """Cached windows of an image; `fill_first` pads before the shift (transformers) or after it (timm)."""
+    """Return the windows of an image, cached.
+
+    Args:
+        size: Height and width in patches.
+        window: Height and width of a window.
+        shift: Shift of the windows.
+        x: Tensor on the device of the indices.
+        fill_first: Pad before the shift (transformers), not after it (timm).
+    """
     if torch.compiler.is_compiling() or not readable(x):
         # Tensors made during a trace belong to its graph.
         return _build_windows(size, window, shift, fill_first, x.device)
@@ -422,17 +407,16 @@ def _build_windows(
     device: torch.device,
 ) -> Windows:
     height, width = size
-    places = torch.arange(height * width, device=device).view(height, width)
+    patches = torch.arange(height * width, device=device).view(height, width)
     filling = (0, -width % window[1], 0, -height % window[0])
     if fill_first:
-        places = F.pad(places, filling, value=height * width)
+        patches = F.pad(patches, filling, value=height * width)
     if any(shift):
-        places = places.roll((-shift[0], -shift[1]), (0, 1))
+        patches = patches.roll((-shift[0], -shift[1]), (0, 1))
     if not fill_first:
-        places = F.pad(places, filling, value=height * width)
-    index = (
-        places.unflatten(1, (-1, window[1])).unflatten(0, (-1, window[0])).transpose(1, 2).flatten()
-    )
+        patches = F.pad(patches, filling, value=height * width)
+    tiles = patches.unflatten(1, (-1, window[1])).unflatten(0, (-1, window[0]))
+    index = tiles.transpose(1, 2).flatten()
     inverse = index.argsort()[: height * width]
     area = window[0] * window[1]
     return Windows(index, inverse, index.shape[0] // area, area, index.shape[0] > height * width)
@@ -443,7 +427,7 @@ _cached_windows = lru_cache(maxsize=64)(_build_windows)
 
 @dataclass(frozen=True)
 class WindowAttention:
-    """Attention of shifted windows `[B · windows, area, H, D]` with a position bias (Swin, arXiv 2103.14030)."""
+    """Swin's attention (arXiv 2103.14030): windows `[B · windows, area, H, D]` with a position bias."""
 
     windows: Windows
     bias: Callable[[], Tensor]  # `[1 or windows, H, area, area]`
@@ -457,11 +441,12 @@ class WindowAttention:
             factor = self.logit_scale.clamp(max=math.log(1 / 0.01)).exp().view(-1, 1)
             q, k, scale = F.normalize(q, dim=-1) * factor, F.normalize(k, dim=-1), 1.0
             q, k = q.to(v.dtype), k.to(v.dtype)
-        added = self.bias().to(torch.promote_types(q.dtype, torch.float32))
         # Batch entry b uses the bias of window b mod windows.
-        out = ops.bias_attention(
-            q, k, v, added, None, dropout_p, scale=scale, backend=settings.backend
+        bias, backend = (
+            self.bias().to(torch.promote_types(q.dtype, torch.float32)),
+            settings.backend,
         )
+        out = ops.bias_attention(q, k, v, bias, None, dropout_p, scale=scale, backend=backend)
         return out.flatten(2)
 
 
@@ -472,26 +457,31 @@ def cached_bias(
     make_bias: Callable[[], Tensor],
     mask: Callable[[], Tensor | None],
 ) -> Tensor:
-    """Position bias `[1, H, N, N]` plus the mask of shifted windows `[windows, N, N]`; cached without gradients.
+    """Compute a position bias `[1, H, N, N]` plus the mask of shifted windows; cached without gradients.
 
-    `name` identifies the geometry, `sources` are the parameters of the bias; a hooked `module` is called every time.
+    Args:
+        name: Cache key of the geometry.
+        module: Module that computes the bias; with hooks, it is called every time.
+        sources: Parameters of the bias.
+        make_bias: Computes the bias.
+        mask: Computes the mask `[windows, N, N]`.
     """
 
-    def made() -> Tensor:
-        bias, hidden = make_bias(), mask()
-        return bias if hidden is None else bias + hidden.to(bias.dtype)[:, None]
+    def masked_bias() -> Tensor:
+        bias, window_mask = make_bias(), mask()
+        return bias if window_mask is None else bias + window_mask.to(bias.dtype)[:, None]
 
     sources = tuple(sources)
-    wanted = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
-    if wanted or not sources or any(observed(part) for part in module.modules()):
-        return made()
-    return cached(f"window bias {name}", sources, made)
+    takes_gradients = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
+    if takes_gradients or not sources or any(map(observed, module.modules())):
+        return masked_bias()
+    return cached(f"window bias {name}", sources, masked_bias)
 
 
 def continuous_bias(
     name: str, attn: Any, mlp: nn.Module, mask: Callable[[], Tensor | None]
 ) -> Callable[[], Tensor]:
-    """The position bias of Swin V2, `[1, H, N, N]`: an MLP of the distance, scaled to 0…16."""
+    """Return a function for Swin V2's position bias `[1, H, N, N]`: an MLP of distance, from 0 to 16."""
 
     def make() -> Tensor:
         index = attn.relative_position_index
@@ -502,8 +492,8 @@ def continuous_bias(
     return partial(cached_bias, name, mlp, mlp.parameters(), make, mask)
 
 
-NAME = "xfm_fast"
-# Vision models of transformers 4 that select an attention class by implementation name: it stays that of PyTorch.
+# Vision models of transformers 4 select an attention class by implementation name; ours is that of
+# PyTorch.
 _TABLES = {
     "transformers.models.beit.modeling_beit": "BEIT_SELF_ATTENTION_CLASSES",
     "transformers.models.data2vec.modeling_data2vec_vision": "DATA2VEC_VISION_SELF_ATTENTION_CLASSES",
@@ -511,11 +501,20 @@ _TABLES = {
 
 
 def register_attention(name: str = NAME) -> str:
-    """Register our attention with transformers and return its name for `attn_implementation`. Idempotent.
+    """Register our attention with transformers. Idempotent.
 
-    Padding masks stay `[B, N]` and padded keys are skipped; position biases and float masks are added to the scores
-    by a kernel with a gradient; causal masks, grouped heads and the rest run as in `"sdpa"`. A query without visible
-    keys gets zeros. Raises UnavailableError without transformers ≥ 4.53.
+    Padding masks stay `[B, N]` and padded keys are skipped; a kernel with a gradient adds position
+    biases and float masks to the scores; all other calls, such as causal masks and grouped heads,
+    run as in `"sdpa"`. A query without visible keys gets zeros.
+
+    Args:
+        name: Name to register.
+
+    Returns:
+        The name, for `attn_implementation`.
+
+    Raises:
+        UnavailableError: transformers is missing or older than 4.53.
     """
     try:
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -537,19 +536,18 @@ def register_attention(name: str = NAME) -> str:
 
 
 def padding_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """Mask callback of transformers: `[B, N]` for plain padding, otherwise the mask of `"sdpa"` or eager attention."""
+    """Keep a plain padding mask as `[B, N]`; otherwise make that of sdpa or eager attention."""
     from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
 
     config = kwargs.get("config")
-    if any(getattr(config, f"use_{kind}relative_position_bias", False) for kind in ("", "shared_")):
+    biases = ("use_relative_position_bias", "use_shared_relative_position_bias")
+    if any(getattr(config, name, False) for name in biases):
         return eager_mask(*args, **kwargs)
     mask = kwargs.get("attention_mask")
-    plain = kwargs.get("mask_function") is bidirectional_mask_function and not kwargs.get(
-        "kv_offset"
-    )
-    if plain and mask is not None and mask.ndim == 2 and mask.shape[1] == kwargs.get("kv_length"):
-        return mask
-    return sdpa_mask(*args, **kwargs)
+    bidirectional = kwargs.get("mask_function") is bidirectional_mask_function
+    if mask is None or mask.ndim != 2 or not bidirectional or kwargs.get("kv_offset"):
+        return sdpa_mask(*args, **kwargs)
+    return mask if mask.shape[1] == kwargs.get("kv_length") else sdpa_mask(*args, **kwargs)
 
 
 def attention_forward(
@@ -562,20 +560,16 @@ def attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention `[B, H, L, D]` → `[B, L, H, D]`, with the signature of transformers."""
+    """Compute attention `[B, H, L, D]` → `[B, L, H, D]`, with the signature of transformers."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     padding = attention_mask is not None and attention_mask.ndim == 2
-    special = (
-        query.shape[1] != key.shape[1]
-        or value.shape != key.shape
-        or kwargs.get("softcap") is not None
-    )
-    if not special:
+    equal_heads = query.shape[1] == key.shape[1] and value.shape == key.shape
+    if equal_heads and kwargs.get("softcap") is None:
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
         position = kwargs.get("position_bias")
         if attention_mask is not None and padding and position is None:
-            return attend_to_real_keys(q, k, v, attention_mask, dropout, scaling), None
+            return attention_to_real_keys(q, k, v, attention_mask, dropout, scaling), None
         bias, causal = position, kwargs.get("is_causal")
         if attention_mask is None:
             causal = getattr(module, "is_causal", True) if causal is None else causal

@@ -1,4 +1,4 @@
-"""Embeddings, vocabulary heads and masked-language models of BERT and its relatives in fused ops."""
+"""Embeddings, vocabulary heads and masked-language models of BERT's relatives in fused ops."""
 
 from __future__ import annotations
 
@@ -31,18 +31,16 @@ class FusedEmbeddings(CalledByName):
 
     benefit: ClassVar[str] = "three tables and LayerNorm in one pass"
     replaces: ClassVar[Any] = (
-        *(
-            "albert.AlbertEmbeddings",
-            "bert.BertEmbeddings",
-            "blip.BlipTextEmbeddings",
-            "camembert.CamembertEmbeddings",
-        ),
-        *(
-            "data2vec.Data2VecTextEmbeddings",
-            "data2vec.Data2VecTextForTextEmbeddings",
-            "distilbert.Embeddings",
-        ),
-        *("electra.ElectraEmbeddings", "mpnet.MPNetEmbeddings", "roberta.RobertaEmbeddings"),
+        "albert.AlbertEmbeddings",
+        "bert.BertEmbeddings",
+        "blip.BlipTextEmbeddings",
+        "camembert.CamembertEmbeddings",
+        "data2vec.Data2VecTextEmbeddings",
+        "data2vec.Data2VecTextForTextEmbeddings",
+        "distilbert.Embeddings",
+        "electra.ElectraEmbeddings",
+        "mpnet.MPNetEmbeddings",
+        "roberta.RobertaEmbeddings",
         "xlm_roberta.XLMRobertaEmbeddings",
     )
     bypassed: ClassVar[Any] = {
@@ -55,39 +53,34 @@ class FusedEmbeddings(CalledByName):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
-        tokens, past = (
-            call.get("input_ids"),
-            call.get("cache_length", call.get("past_key_values_length", 0)),
-        )
-        types = call.get("token_type_ids")
-        # The fused op covers token type 0 only; on an accelerator the check would sync, so only None qualifies.
-        first_type = types is None or (on_host(types) and not host.any_true(types.ne(0)))
-        plain = call.get("inputs_embeds") is None and first_type
-        if (
-            tokens is None
-            or not plain
-            or not isinstance(past, int)
-            or past
-            or not self.intact()
-            or not self._exact()
-        ):
+        tokens = call.get("input_ids")
+        if tokens is None or not self._covers(call) or not self.intact():
             return super().forward(*args, **kwargs)
         positions = call.get("position_ids")
         if positions is None:
             positions = default_positions(self, tokens)
-        with self.settings.own_types(tokens.device):
+        with self.settings.without_autocast(tokens.device):
             return self.embed(tokens, positions.expand(tokens.shape))
 
-    def _exact(self) -> bool:
-        """False where the op's gradient differs from `nn.Embedding`: max_norm, sparse, different padding_idx."""
-        module: Any = self
-        tables = (module.word_embeddings, module.position_embeddings)
-        if any(
-            table.max_norm is not None or table.scale_grad_by_freq or table.sparse
-            for table in tables
-        ):
+    def _covers(self, call: dict[str, Any]) -> bool:
+        """Return whether the fused op computes a call: ids of token type 0, without a cache."""
+        past = call.get("cache_length", call.get("past_key_values_length", 0))
+        if call.get("inputs_embeds") is not None or not isinstance(past, int) or past:
             return False
-        return not torch.is_grad_enabled() or tables[0].padding_idx == tables[1].padding_idx
+        types = call.get("token_type_ids")
+        # On an accelerator the check would sync.
+        if types is not None and (not on_host(types) or host.any_true(types.ne(0))):
+            return False
+        return self._has_exact_gradient()
+
+    def _has_exact_gradient(self) -> bool:
+        """Return whether the op's gradient is `nn.Embedding`'s: no max_norm, sparse, or two padding_idx."""
+        module: Any = self
+        words, positions = module.word_embeddings, module.position_embeddings
+        for table in (words, positions):
+            if table.max_norm is not None or table.scale_grad_by_freq or table.sparse:
+                return False
+        return not torch.is_grad_enabled() or words.padding_idx == positions.padding_idx
 
     def embed(
         self,
@@ -96,29 +89,21 @@ class FusedEmbeddings(CalledByName):
         types: Tensor | None = None,
         embeds: Tensor | None = None,
     ) -> Tensor:
-        """Token ids or word embeddings → embeddings after LayerNorm and dropout."""
+        """Embed token ids, or word embeddings: `[..., width]` after LayerNorm and dropout."""
         self.count()
         module: Any = self
         table, norm = getattr(module, "token_type_embeddings", None), module.LayerNorm
         word, position = module.word_embeddings, module.position_embeddings
-        if embeds is None and types is None and self._exact():
+        if embeds is None and types is None and self._has_exact_gradient():
             assert tokens is not None
-            row = torch.zeros_like(norm.weight) if table is None else table.weight[0]
-            given = (
-                tokens,
-                positions,
-                word.weight,
-                position.weight,
-                row,
-                norm.weight,
-                norm.bias,
-                norm.eps,
-            )
+            type_0 = torch.zeros_like(norm.weight) if table is None else table.weight[0]
+            tables = (word.weight, position.weight, type_0)
+            args = (tokens, positions, *tables, norm.weight, norm.bias, norm.eps)
             if infers(word.weight, self.settings) and word.weight.dtype == norm.weight.dtype:
-                normed = embedding_norm_forward(Embedding(*given))[0]
+                normed = embedding_norm_forward(Embedding(*args))[0]
             else:
                 backend = self.settings.backend
-                normed = ops.embed_layer_norm(*given, padding_idx=word.padding_idx, backend=backend)
+                normed = ops.embed_layer_norm(*args, padding_idx=word.padding_idx, backend=backend)
         else:
             summed = word(tokens) if embeds is None else embeds
             if table is not None:
@@ -129,7 +114,7 @@ class FusedEmbeddings(CalledByName):
 
 
 def default_positions(embeddings: Any, tokens: Tensor) -> Tensor:
-    """Position ids `[P, L]` or `[1, L]`: BERT counts all tokens, RoBERTa skips padding."""
+    """Return position ids `[P, L]` or `[1, L]`: BERT counts all tokens, RoBERTa skips padding."""
     pad = getattr(embeddings, "padding_idx", None)
     if pad is None:
         return embeddings.position_ids[:, : tokens.shape[1]]
@@ -140,19 +125,15 @@ def default_positions(embeddings: Any, tokens: Tensor) -> Tensor:
 class VocabularyHead(CalledByName):
     """Masked-language head: dense, GELU, LayerNorm and vocabulary projection."""
 
-    benefit: ClassVar[str] = "GELU fused; faster product with the vocabulary"
+    benefit: ClassVar[str] = "GELU fused; faster vocabulary projection"
     replaces: ClassVar[Any] = (
-        *(
-            "bert.BertLMPredictionHead",
-            "blip.BlipTextLMPredictionHead",
-            "camembert.CamembertLMHead",
-        ),
-        *(
-            "data2vec.Data2VecTextLMHead",
-            "mpnet.MPNetLMHead",
-            "roberta.RobertaLMHead",
-            "xlm_roberta.XLMRobertaLMHead",
-        ),
+        "bert.BertLMPredictionHead",
+        "blip.BlipTextLMPredictionHead",
+        "camembert.CamembertLMHead",
+        "data2vec.Data2VecTextLMHead",
+        "mpnet.MPNetLMHead",
+        "roberta.RobertaLMHead",
+        "xlm_roberta.XLMRobertaLMHead",
     )
     multiplies_in_eight_bits: ClassVar[bool] = False
     bypassed: ClassVar[Any] = {
@@ -167,7 +148,7 @@ class VocabularyHead(CalledByName):
         features = self.arguments(args, kwargs).get(self.names[0])
         if features is None or not self.intact():
             return super().forward(*args, **kwargs)
-        with self.settings.own_types(features.device):
+        with self.settings.without_autocast(features.device):
             return self.logits(self.transformed(features))
 
     @classmethod
@@ -179,44 +160,42 @@ class VocabularyHead(CalledByName):
         return super().intact() and (transform is None or not observed(transform))
 
     def transformed(self, features: Tensor) -> Tensor:
-        """`[..., width]` → input of the vocabulary projection."""
+        """Compute the input of the vocabulary projection from `[..., width]`."""
         self.count()
         module, settings = cast(Any, self), self.settings
         if "transform" in self._modules:
-            dense, norm, activation = (
-                getattr(module.transform, n) for n in ("dense", "LayerNorm", "transform_act_fn")
-            )
+            transform = module.transform
+            dense, norm = transform.dense, transform.LayerNorm
+            activation = transform.transform_act_fn
         else:
             # RoBERTa's head calls F.gelu, BERT's has a module.
             dense, norm, activation = module.dense, module.layer_norm, F.gelu
         x = settings.activated(features, dense, activation)
         scale, shift = settings.affine(norm.weight, norm.bias)
-        return ops.layer_norm(
-            x, scale.to(x.dtype), shift.to(x.dtype), norm.eps, backend=settings.backend
-        )
+        scale, shift = scale.to(x.dtype), shift.to(x.dtype)
+        return ops.layer_norm(x, scale, shift, norm.eps, backend=settings.backend)
 
     def vocabulary(self) -> tuple[Tensor, Tensor | None]:
-        """Weight `[V, width]` and bias `[V]` in the compute dtype."""
+        """Return weight `[V, width]` and bias `[V]` in the compute dtype."""
         module: Any = self
         return self.settings.affine(module.decoder.weight, module.decoder.bias)
 
     def logits(self, transformed: Tensor) -> Tensor:
-        """`[..., width]` → `[..., V]`."""
+        """Project `[..., width]` to the vocabulary: `[..., V]`."""
         weight, bias = self.vocabulary()
         return ops.linear(transformed, weight, bias, backend=self.settings.backend)
 
 
 class FusedMaskedLM(CalledByName):
-    """Encoder and masked-language head: only labelled positions reach the loss, and no padding the vocabulary."""
+    """Encoder and masked-language head: only labelled positions reach the loss."""
 
     benefit: ClassVar[str] = "loss over labelled positions only, without their logits in full"
     replaces: ClassVar[Any] = (
-        *(
-            "bert.BertForMaskedLM",
-            "camembert.CamembertForMaskedLM",
-            "data2vec.Data2VecTextForMaskedLM",
-        ),
-        *("roberta.RobertaForMaskedLM", "xlm_roberta.XLMRobertaForMaskedLM"),
+        "bert.BertForMaskedLM",
+        "camembert.CamembertForMaskedLM",
+        "data2vec.Data2VecTextForMaskedLM",
+        "roberta.RobertaForMaskedLM",
+        "xlm_roberta.XLMRobertaForMaskedLM",
     )
 
     @classmethod
@@ -225,22 +204,22 @@ class FusedMaskedLM(CalledByName):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
-        made = self._outputs(call) if self._covered(call) else None
-        return super().forward(*args, **kwargs) if made is None else made
+        outputs = self._outputs(call) if self._covered(call) else None
+        return super().forward(*args, **kwargs) if outputs is None else outputs
 
     def _covered(self, call: dict[str, Any]) -> bool:
-        """True if the labels can be read and the head has no hooks."""
-        module: Any = self
+        """Return whether the labels can be read and the head has no hooks."""
         head = _head_of(self)
-        watched = [head, *([module.cls] if hasattr(module, "cls") else [])]
-        if any(observed(part) for part in watched) or not is_fused(head) or not head.intact():
+        if observed(head) or not is_fused(head) or not head.intact():
+            return False
+        if hasattr(self, "cls") and observed(cast(Any, self).cls):
             return False
         labels = call.get("labels")
         if labels is None:
             return self.settings.unpad
-        tokens = (
-            call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
-        )
+        tokens = call.get("inputs_embeds")
+        if tokens is None:
+            tokens = call.get("input_ids")
         if tokens is None or not isinstance(labels, Tensor) or labels.shape != tokens.shape[:2]:
             return False
         # Without any label the mean is undefined: run the original.
@@ -249,11 +228,11 @@ class FusedMaskedLM(CalledByName):
     def _outputs(self, call: dict[str, Any]) -> Any:
         from transformers.modeling_outputs import MaskedLMOutput
 
-        labels, head = call.get("labels"), _head_of(self)
-        inputs = {
-            name: value for name, value in call.items() if name not in ("labels", "return_dict")
-        }
         module: Any = self
+        labels, head = call.get("labels"), _head_of(self)
+        inputs = dict(call)
+        inputs.pop("labels", None)
+        inputs.pop("return_dict", None)
         base = getattr(module, module.base_model_prefix)
         states, packing, recorded = None, None, {}
         run = base
@@ -273,40 +252,38 @@ class FusedMaskedLM(CalledByName):
         labelled = None
         if labels is not None:
             flat = labels.flatten() if packing is None else packing.pack(labels)
-            counted = flat.ne(_IGNORED)
-            rows = host.true_places(counted) if on_host(counted) else counted.nonzero().flatten()
+            mask = flat.ne(_IGNORED)
+            rows = host.true_places(mask) if on_host(mask) else mask.nonzero().flatten()
             labelled = rows, flat.index_select(0, rows)
-        with self.settings.own_types(states.device):
+        with self.settings.without_autocast(states.device):
             loss, logits = self._loss_and_logits(head, states, labelled)
         if logits is not None:
-            padded: Any = logits
-            shape = None if labels is None else labels.shape
-            logits = packing.unpad(padded) if packing is not None else padded.unflatten(0, shape)
+            if packing is not None:
+                logits = packing.unpad(logits)
+            elif labels is not None:
+                logits = logits.unflatten(0, labels.shape)
         out = MaskedLMOutput(loss=loss, logits=logits, **recorded)
         return out if returns_dict(self, call) else out.to_tuple()
 
     def _loss_and_logits(
         self, head: Any, states: Tensor, labelled: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Loss and logits of states `[T, width]`; `labelled` holds rows and labels."""
+        """Compute loss and logits of states `[T, width]`; `labelled` holds rows and labels."""
         self.count()
-        skip = self.settings.skip_logits and self.training and labelled is not None
-        transformed = None if skip else head.transformed(states)
-        logits = None if transformed is None else head.logits(transformed)
         if labelled is None:
-            return None, logits
+            return None, head.logits(head.transformed(states))
         rows, targets = labelled
-        chosen = (
-            states.index_select(0, rows)
-            if transformed is None
-            else transformed.index_select(0, rows)
-        )
-        chosen = head.transformed(chosen) if transformed is None else chosen
+        logits = None
+        if self.settings.skip_logits and self.training:
+            transformed = head.transformed(states.index_select(0, rows))
+        else:
+            transformed = head.transformed(states)
+            logits = head.logits(transformed)
+            transformed = transformed.index_select(0, rows)
+        backend = self.settings.backend
         weight, bias = head.vocabulary()
-        loss = ops.linear_cross_entropy(
-            chosen, weight, bias, targets, backend=self.settings.backend
-        )
-        return loss.to(states.dtype if states.dtype == torch.float64 else loss.dtype), logits
+        loss = ops.linear_cross_entropy(transformed, weight, bias, targets, backend=backend)
+        return loss.to(states.dtype) if states.dtype == torch.float64 else loss, logits
 
 
 def _head_of(model: Any) -> Any:

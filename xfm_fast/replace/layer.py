@@ -1,6 +1,6 @@
-"""Transformer layers of any library: a `LayerSpec` names the parts of a layer, and one fused form runs them all.
+"""Transformer layers of any library: a `LayerSpec` names the modules of a layer, and `FusedLayer` runs it.
 
-A new family is a row (`transformers_rows`, `timm_vision`) or a call of `register`.
+A new family is a spec in `transformers_rows` or `timm_vision`, or a call of `register`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial, reduce
+from functools import cache, partial
 from importlib import import_module
 from operator import attrgetter
 from typing import Any, ClassVar, Literal, NamedTuple, cast, get_args
@@ -24,13 +24,13 @@ from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.attention import Attend, Dense, Memory
 from xfm_fast.replace.cached_plan import cached_plan, forget
 from xfm_fast.replace.structure import (
-    Cross,
-    Parts,
-    branch_types,
+    CrossAttention,
+    LayerCall,
+    LayerModules,
     norm_behind,
     post_norm,
     pre_norm,
-    rotate,
+    pre_norm_settings,
 )
 from xfm_fast.replace.swap import (
     CalledByName,
@@ -45,16 +45,11 @@ from xfm_fast.replace.swap import (
 )
 
 Order = Literal["before", "behind sums", "behind branches"]
-# Arguments that do not affect a layer's numbers; requests for attention weights are handled elsewhere.
-WITHOUT_EFFECT = (
-    "position_ids",
-    "use_cache",
-    "return_dict",
-    "cache_position",
-    "num_items_in_batch",
-    "output_hidden_states",
-)
-# Attention implementations of transformers that compute the plain function, and those that do without a mask.
+# Arguments that change neither a layer's output nor its class.
+WITHOUT_EFFECT = ("use_cache", "return_dict", "cache_position", "num_items_in_batch")
+_UNREAD = (*WITHOUT_EFFECT, "position_ids", "output_hidden_states")
+# Attention implementations of transformers that equal plain attention, and those that do so without
+# a mask.
 PLAIN_ATTENTION = ("eager", "sdpa", "xfm_fast", None)
 KERNELS = ("flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -62,49 +57,41 @@ KERNELS = ("flash_attention_2", "flash_attention_3", "flex_attention")
 class Mlp(NamedTuple):
     """One form of a layer's MLP."""
 
-    inner: tuple[
-        str, ...
-    ]  # linear layer into the hidden layer; two for a gate, `activation(first) · second`
-    activation: (
-        str  # module or function; empty for erf GELU in a layer without an activation module
-    )
+    # linear layer into the hidden layer; two for a gate, `activation(first) · second`
+    inner: tuple[str, ...]
+    # module or function; empty for erf GELU in a layer without an activation module
+    activation: str
     outer: str  # linear layer out of the hidden layer
-    halved: bool = (
-        False  # one linear layer computes both factors of the gate, the activated one first
-    )
+    # one linear layer computes both factors of the gate, the activated one first
+    halved: bool = False
     dropout: str = ""  # dropout of the hidden layer
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """Where the layers of a family keep their parts: dotted names relative to the layer.
+    """The modules of a family of layers, as dotted names relative to the layer.
 
-    `layer` is the layer's class, its full name, or `package.Class` for one of `transformers.models.package`. With
-    several rows for one layer (library versions), the row whose first own class exists in the library applies.
+    Of several specs for one layer (library versions), the one whose first own class exists in the
+    library applies.
     """
 
+    # the layer's class, its full name, or `package.Class` for one of `transformers.models.package`
     layer: str | type[nn.Module] = ""
     # norms before the branches, after the sums, or after the branches and before the sums
     order: Order | Callable[[Any], Order]
     attention: str  # the attention module, whose config selects the implementation
-    own: (
-        str | tuple[type[nn.Module], ...]
-    )  # bypassed classes, or their names in the layer's file (full ones elsewhere)
-    qkv: tuple[
-        str, ...
-    ] = ()  # projections to queries, keys and values, or one to all three; of forms, the existing
+    # bypassed classes, or their names: short in the layer's file, full elsewhere
+    own: str | tuple[type[nn.Module], ...]
+    # projections to queries, keys and values, or one to all three; a layer has one or three of them
+    qkv: tuple[str, ...] = ()
     proj: str  # projection after the attention
     norms: tuple[str, str]  # of the attention and of the MLP
     mlps: tuple[Mlp, ...]  # possible forms of the MLP; the first that a layer has is used
     head_size: str = ""  # width of an attention head
     heads: str = ""  # number of heads, in place of head_size
-    weights_p: str = (
-        ""  # dropout of the attention weights: a module, or a number that applies in training
-    )
-    branch_p: tuple[str, str] = (
-        "",
-        "",
-    )  # dropout modules at the end of the branches; empty for none
+    # dropout of the attention weights: a module, or a number that applies in training
+    weights_p: str = ""
+    branch_p: tuple[str, str] = ("", "")  # dropout modules at the end of the branches
     scales: tuple[str, str] = ("", "")  # LayerScale of each branch
     drop_paths: tuple[str, str] = ("", "")  # stochastic depth of each branch
     inner_norms: tuple[str, str] = ("", "")  # norms before proj and before the layer out of the MLP
@@ -112,19 +99,15 @@ class LayerSpec:
     rotary: str = ""  # argument with cos and sin of rotary positions
     chunks: str = ""  # attribute that runs the feed-forward in chunks
     joins: bool = True  # compute queries, keys and values in one GEMM
-    cross: str = (
-        ""  # module of the cross-attention, whose parts have the names of those in `attention`
-    )
+    cross: str = ""  # cross-attention, whose modules are named as those of `attention`
     # builds a custom attention from the layer and the call; None falls back to the original
     scores: Callable[[Any, Mapping[str, Any]], Attend | None] | None = None
-    also_takes: tuple[str, ...] = ()  # further arguments that scores handles
-    adjust: Callable[[Any, Parts], Parts] | None = (
-        None  # corrects the parts that were found by name, for a layer
-    )
+    also_takes: tuple[str, ...] = ()  # arguments that only `scores` reads
+    # corrects the modules of a layer after their look-up by name
+    adjust: Callable[[Any, LayerModules], LayerModules] | None = None
     refuses: Callable[[Any], str | None] | None = None  # why a layer must not be replaced, or None
-    result: Callable[[Tensor, Tensor], Any] | None = (
-        None  # what the layer returns, from its output and its input
-    )
+    # makes the layer's return value from its output and its input
+    result: Callable[[Tensor, Tensor], Any] | None = None
     adaptable: bool = True  # its linear layers may carry adapters or packed weights
     ndim: int = 3  # dimensions of the input, `[B, N, width]` or `[B, height, width, channels]`
 
@@ -133,192 +116,173 @@ class LayerSpec:
         """Lookup key of the layer class."""
         return self.layer if isinstance(self.layer, str) else _full_name(self.layer)
 
-    def own_classes(self, kind: type[nn.Module]) -> tuple[type[nn.Module], ...]:
-        """The bypassed classes that exist in the library of a layer class."""
+    def own_classes(self, layer_class: type[nn.Module]) -> tuple[type[nn.Module], ...]:
+        """Return the bypassed classes that exist in the library of a layer class."""
         if not isinstance(self.own, str):
             return self.own
-        found = []
+        classes = []
         for name in self.own.split():
-            holder, _, last = name.rpartition(".")
+            package, _, class_name = name.rpartition(".")
             try:
-                library = import_module(holder) if holder else sys.modules[kind.__module__]
+                library = import_module(package or layer_class.__module__)
             except ImportError:
                 continue
-            found.append(getattr(library, last, None))
-        return tuple(each for each in found if each is not None)
+            if hasattr(library, class_name):
+                classes.append(getattr(library, class_name))
+        return tuple(classes)
 
-    def fits(self, kind: type[nn.Module]) -> bool:
-        """False if the row is for another version of the library."""
-        return not isinstance(self.own, str) or hasattr(
-            sys.modules[kind.__module__], self.own.split()[0]
-        )
+    def fits(self, layer_class: type[nn.Module]) -> bool:
+        """Return whether the spec is for this version of the layer's library."""
+        if not isinstance(self.own, str):
+            return True
+        return hasattr(sys.modules[layer_class.__module__], self.own.split()[0])
 
-    def crossed(self, name: str) -> str:
-        """The name of a part of the cross-attention, from that in the self-attention."""
+    def cross_name(self, name: str) -> str:
+        """Map the name of a module in the self-attention to that in the cross-attention."""
         return self.cross + name.removeprefix(self.attention.partition(".")[0]) if name else ""
 
-    def _with_crossed(self, *names: str) -> tuple[str, ...]:
-        """The names that are set, and those in the cross-attention."""
+    def _with_cross(self, *names: str) -> tuple[str, ...]:
+        """Return the names that are set, and those in the cross-attention."""
         names = tuple(name for name in names if name)
-        return (*names, *map(self.crossed, names)) if self.cross else names
+        return (*names, *map(self.cross_name, names)) if self.cross else names
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Every linear layer in any form of the family."""
-        around = self._with_crossed(*self.qkv, self.proj)
-        return *around, *(name for mlp in self.mlps for name in (*mlp.inner, mlp.outer))
+        """Names of the linear layers in all forms of the family."""
+        of_mlps = (name for mlp in self.mlps for name in (*mlp.inner, mlp.outer))
+        return *self._with_cross(*self.qkv, self.proj), *of_mlps
 
     @property
     def joint(self) -> tuple[tuple[str, ...], ...]:
-        """Linear layers on one input, computed by one GEMM."""
+        """Names of linear layers on one input, computed by one GEMM."""
         if not self.joins or len(self.qkv) < 2:
             return ()
-        return (self.qkv, tuple(map(self.crossed, self.qkv[1:]))) if self.cross else (self.qkv,)
+        if not self.cross:
+            return (self.qkv,)
+        return self.qkv, tuple(map(self.cross_name, self.qkv[1:]))
 
-    def bypassed(self, kind: type[nn.Module]) -> dict[str, Any]:
-        """The parts that are read and not called, with their possible classes."""
-        own = self.own_classes(kind)
-        dropouts = self._with_crossed(self.weights_p, self.branch_p[0])
-        dropouts += tuple(
-            name for name in (self.branch_p[1], *(mlp.dropout for mlp in self.mlps)) if name
-        )
-        norms, drops = self._with_crossed(self.norms[0]), self._with_crossed(self.drop_paths[0])
-        norms, drops = (*norms, self.norms[1]), (*drops, *filter(None, self.drop_paths[1:]))
-        read = (*self.scales, *self.inner_norms, self.head_size, self.heads)
-        names = (*self.linears, *norms, *dropouts, *drops, *read)
-        holders = sorted(
-            {name[:end] for name in names for end, letter in enumerate(name) if letter == "."}
-        )
-        kinds: dict[str, Any] = dict.fromkeys(holders, own or _Absent)
-        linear = (
-            nn.Linear,
-            NonDynamicallyQuantizableLinear,
-            *((Adaptable,) if self.adaptable else ()),
-        )
-        kinds |= dict.fromkeys(self.linears, linear)
-        own_norms = (each for each in own if issubclass(each, nn.LayerNorm))
-        kinds |= dict.fromkeys(norms, (nn.LayerNorm, nn.Identity, *own_norms))
-        kinds |= dict.fromkeys(dropouts, (nn.Dropout, nn.Identity))
-        return kinds | dict.fromkeys(drops, (nn.Identity, *own))
+    def bypassed(self, layer_class: type[nn.Module]) -> dict[str, Any]:
+        """Return the modules that are read and not called, with their possible classes."""
+        own = self.own_classes(layer_class)
+        of_mlps = (mlp.dropout for mlp in self.mlps)
+        dropouts = self._with_cross(self.weights_p, self.branch_p[0])
+        dropouts += tuple(filter(None, (self.branch_p[1], *of_mlps)))
+        norms = (*self._with_cross(self.norms[0]), self.norms[1])
+        drop_paths = self._with_cross(self.drop_paths[0])
+        drop_paths += tuple(filter(None, self.drop_paths[1:]))
+        values = (*self.scales, *self.inner_norms, self.head_size, self.heads)
+        names = (*self.linears, *norms, *dropouts, *drop_paths, *values)
+        parents = {name[:end] for name in names for end in range(len(name)) if name[end] == "."}
+        linear = (nn.Linear, NonDynamicallyQuantizableLinear)
+        if self.adaptable:
+            linear += (Adaptable,)
+        own_norms = (norm for norm in own if issubclass(norm, nn.LayerNorm))
+        classes: dict[str, Any] = dict.fromkeys(sorted(parents), own or _Absent)
+        classes |= dict.fromkeys(self.linears, linear)
+        classes |= dict.fromkeys(norms, (nn.LayerNorm, nn.Identity, *own_norms))
+        classes |= dict.fromkeys(dropouts, (nn.Dropout, nn.Identity))
+        return classes | dict.fromkeys(drop_paths, (nn.Identity, *own))
 
     def missing(self, layer: nn.Module) -> str | None:
-        """The first part that a layer lacks."""
+        """Return the name of the first module or value that a layer lacks, or None."""
         absent = [name for name in self.qkv if find(layer, name) is None]
         if len(self.qkv) > 3 and len(self.qkv) - len(absent) in (1, 3):
             absent = []
-        needed = (*absent, self.proj, *self.norms, self.attention)
-        found = next((name for name in needed if find(layer, name) is None), None)
+        for name in (*absent, self.proj, *self.norms, self.attention):
+            if find(layer, name) is None:
+                return name
         mlp = self.mlp(layer)
-        if found is None and mlp is None:
+        if mlp is None:
             return " or ".join(mlp.inner[0] for mlp in self.mlps)
-        if found is None and mlp is not None:
-            read = (
-                self.head_size,
-                self.heads,
-                self.weights_p,
-                *self.branch_p,
-                self.chunks,
-                mlp.activation,
-                mlp.dropout,
-            )
-            return next(
-                (name for name in read if name and reduce(_part, name.split("."), layer) is None),
-                None,
-            )
-        return found
+        dropouts = (self.weights_p, *self.branch_p, mlp.dropout)
+        for name in (self.head_size, self.heads, *dropouts, self.chunks, mlp.activation):
+            value: Any = layer
+            for step in name.split(".") if name else ():
+                value = getattr(value, step, None)
+            if value is None:
+                return name
+        return None
 
     def unread(self, layer: nn.Module) -> str | None:
-        """The first parameter or module that no part covers: the row would not be the layer's whole forward."""
+        """Return the first parameter or module that no name covers: the spec misses some computation."""
         if self.scores is not None or self.adjust is not None:
             return None
-        named = (
-            *self.scales,
-            *self.inner_norms,
-            *self.drop_paths,
-            *(mlp.activation for mlp in self.mlps),
-        )
-        parts = (*self.linears, *self.norms, *filter(None, named))
-        read = (*parts, *(f"{part}." for part in parts), "crossattention.")
-        # Layers hold dropouts that they do not call.
-        leaves = [
-            name
-            for name, part in layer.named_modules()
-            if not part._modules and not isinstance(part, (nn.Identity, nn.Dropout))
-        ]
-        names = (*(name for name, _ in layer.named_parameters()), *leaves)
-        holders = (name for name in names if not name.startswith(read))
-        return next(
-            (name for name in holders if not any(part.startswith(f"{name}.") for part in parts)),
-            None,
-        )
+        activations = (mlp.activation for mlp in self.mlps)
+        optional = (*self.scales, *self.inner_norms, *self.drop_paths, *activations)
+        covered = (*self.linears, *self.norms, *filter(None, optional))
+        prefixes = (*covered, *(f"{name}." for name in covered), "crossattention.")
+        names = [name for name, _ in layer.named_parameters()]
+        for name, module in layer.named_modules():
+            # Layers hold dropouts that they do not call.
+            if not module._modules and not isinstance(module, (nn.Identity, nn.Dropout)):
+                names.append(name)
+        for name in names:
+            is_parent = any(inner.startswith(f"{name}.") for inner in covered)
+            if not is_parent and not name.startswith(prefixes):
+                return name
+        return None
 
     def mlp(self, layer: nn.Module) -> Mlp | None:
-        """The MLP form of a layer."""
-        forms = self.mlps
-        return next(
-            (
-                mlp
-                for mlp in forms
-                if all(find(layer, n) is not None for n in (*mlp.inner, mlp.outer))
-            ),
-            None,
-        )
+        """Return the MLP form of a layer, or None."""
+        for mlp in self.mlps:
+            if all(find(layer, name) is not None for name in (*mlp.inner, mlp.outer)):
+                return mlp
+        return None
 
-    def parts(self, layer: nn.Module, rotary: Any = None) -> Parts:
-        """The parts of a layer, for this call."""
+    def modules(self, layer: nn.Module) -> LayerModules:
+        """Look up the modules of a layer, and their values in its current mode."""
         mlp, proj = self.mlp(layer), cast(Any, find(layer, self.proj))
         assert mlp is not None
+        inner: Any = tuple(find(layer, name) for name in mlp.inner)
         activation = attrgetter(mlp.activation)(layer) if mlp.activation else F.gelu
-        inner: Any = [find(layer, name) for name in mlp.inner]
-        gelu = is_erf_gelu(activation) and not (
-            isinstance(activation, nn.Module) and observed(activation)
-        )
-        plain = len(inner) == 1 and not mlp.halved and gelu
-        norms: Any = tuple(find(layer, name) for name in self.norms)
-        drops = tuple(
-            partial(_row_scale, find(layer, name) if name else None) for name in self.drop_paths
-        )
-        turn = partial(_rotate, *rotary or ())
-        made = Parts(
-            norms=norms,
-            projections=tuple(part for name in self.qkv if (part := find(layer, name)) is not None),
+        has_hooks = isinstance(activation, nn.Module) and observed(activation)
+        hidden = None
+        if len(inner) > 1 or mlp.halved or has_hooks or not is_erf_gelu(activation):
+            hidden = partial(_hidden, inner, activation, mlp.halved)
+        first, second = self.norms
+        row_scales = ()
+        if any(self.drop_paths):
+            row_scales = tuple(partial(_row_scale, _find(layer, name)) for name in self.drop_paths)
+        modules = LayerModules(
+            norms=(cast(Any, find(layer, first)), cast(Any, find(layer, second))),
+            projections=tuple(
+                module for name in self.qkv if (module := find(layer, name)) is not None
+            ),
             joins=self.joins,
             heads=self._heads(layer, proj),
             proj=proj,
-            inner=tuple(inner),
+            inner=inner,
             activation=attrgetter(mlp.activation) if mlp.activation else None,
             fc2=cast(nn.Module, find(layer, mlp.outer)),
-            hidden=None if plain else partial(_hidden, inner, activation, mlp.halved),
+            hidden=hidden,
             gammas=(_scale(layer, self.scales[0]), _scale(layer, self.scales[1])),
-            row_scales=drops if any(self.drop_paths) else (),
+            row_scales=row_scales,
             attention_p=_dropout_p(layer, self.weights_p),
             hidden_p=_dropout_p(layer, mlp.dropout),
             branch_p=(_dropout_p(layer, self.branch_p[0]), _dropout_p(layer, self.branch_p[1])),
-            adapt=None if rotary is None else lambda q, k: (turn(q), turn(k)),
             inner_norms=(
                 _inner_norm(layer, self.inner_norms[0]),
                 _inner_norm(layer, self.inner_norms[1]),
             ),
         )
-        return made if self.adjust is None else self.adjust(layer, made)
+        return modules if self.adjust is None else self.adjust(layer, modules)
 
-    def cross_parts(self, layer: nn.Module) -> Cross:
-        """The parts of a layer's cross-attention."""
-        qkv: Any = tuple(find(layer, self.crossed(name)) for name in self.qkv)
-        proj, norm = (
-            cast(Any, find(layer, self.crossed(name))) for name in (self.proj, self.norms[0])
+    def cross_attention(self, layer: nn.Module) -> CrossAttention:
+        """Look up the modules of a layer's cross-attention."""
+        proj: Any = find(layer, self.cross_name(self.proj))
+        return CrossAttention(
+            projections=cast(Any, tuple(find(layer, self.cross_name(name)) for name in self.qkv)),
+            heads=self._heads(layer, proj),
+            proj=proj,
+            norm=cast(nn.Module, find(layer, self.cross_name(self.norms[0]))),
+            attention_p=_dropout_p(layer, self.cross_name(self.weights_p)),
+            branch_p=_dropout_p(layer, self.cross_name(self.branch_p[0])),
         )
-        weights_p, branch_p = (
-            _dropout_p(layer, self.crossed(name)) for name in (self.weights_p, self.branch_p[0])
-        )
-        return Cross(qkv, self._heads(layer, proj), proj, norm, weights_p, branch_p)
 
     def _heads(self, layer: nn.Module, proj: Any) -> int:
-        return (
-            attrgetter(self.heads)(layer)
-            if self.heads
-            else proj.in_features // attrgetter(self.head_size)(layer)
-        )
+        if self.heads:
+            return attrgetter(self.heads)(layer)
+        return proj.in_features // attrgetter(self.head_size)(layer)
 
 
 _specs: dict[str, tuple[LayerSpec, ...]] = {}
@@ -327,8 +291,11 @@ _specs: dict[str, tuple[LayerSpec, ...]] = {}
 def register(*specs: LayerSpec) -> None:
     """Register families of layers with `accelerate`.
 
+    Args:
+        specs: The families; a spec replaces an earlier one of the same layer and own classes.
+
     Raises:
-        InputError: a family without a layer name or without an MLP, or of an unknown order.
+        InputError: A family has no layer name, no MLP, or an unknown order.
     """
     for spec in specs:
         if "." not in spec.name or not spec.mlps:
@@ -340,29 +307,32 @@ def register(*specs: LayerSpec) -> None:
             raise InputError(
                 f"the order of {spec.name} is {spec.order!r}; choose one of {', '.join(get_args(Order))}"
             )
-        others = (other for other in _specs.get(spec.name, ()) if other.own != spec.own)
-        _specs[spec.name] = (spec, *others)
+        versions = (version for version in _specs.get(spec.name, ()) if version.own != spec.own)
+        _specs[spec.name] = (spec, *versions)
     spec_of.cache_clear()
 
 
 def registered() -> tuple[LayerSpec, ...]:
-    """All families, in order of registration."""
-    return tuple(row for rows in _specs.values() for row in rows)
+    """Return all families, in order of registration."""
+    return tuple(spec for versions in _specs.values() for spec in versions)
 
 
 @cache
-def spec_of(kind: type[nn.Module]) -> LayerSpec | None:
-    """The row of a layer class, or None."""
-    rows = _specs.get(_full_name(kind)) or _specs.get(short_name(kind), ())
-    return next((row for row in rows if row.fits(kind)), rows[-1] if rows else None)
+def spec_of(layer_class: type[nn.Module]) -> LayerSpec | None:
+    """Return the spec of a layer class, or None."""
+    specs = _specs.get(_full_name(layer_class)) or _specs.get(short_name(layer_class), ())
+    for spec in specs:
+        if spec.fits(layer_class):
+            return spec
+    return specs[-1] if specs else None
 
 
-def _full_name(kind: type[nn.Module]) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+def _full_name(layer_class: type[nn.Module]) -> str:
+    return f"{layer_class.__module__}.{layer_class.__qualname__}"
 
 
 class FusedLayer(CalledByName):
-    """The fused form of every layer with a spec: linear layers, activation, residual and norm fused."""
+    """Fused form of every layer with a spec: linear layers, activation, residual and norm fused."""
 
     benefit: ClassVar[str] = "linear layers fused with activation, residual and norm"
     layer_spec: ClassVar[LayerSpec]
@@ -372,8 +342,8 @@ class FusedLayer(CalledByName):
 
     @classmethod
     def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
-        named = super().adapted(original)
-        names = named["names"]
+        attributes = super().adapted(original)
+        names = attributes["names"]
         spec = cls.__dict__.get("layer_spec") or spec_of(original)
         assert spec is not None
         parameters = [*inspect.signature(original.forward).parameters.values()][1:]
@@ -382,24 +352,18 @@ class FusedLayer(CalledByName):
             for p in parameters
             if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         }
-        understood = {
-            *names[:1],
-            "attention_mask",
-            spec.bias,
-            spec.rotary,
-            *spec.also_takes,
-            *WITHOUT_EFFECT,
-        }
-        return {
-            **named,
-            **({"layer_order": spec.order} if isinstance(spec.order, str) else {}),
+        read = {*names[:1], "attention_mask", spec.bias, spec.rotary, *spec.also_takes}
+        attributes |= {
             "layer_spec": spec,
             "bypassed": spec.bypassed(original),
             "joint": spec.joint,
-            "layer_arguments": frozenset(understood),
+            "layer_arguments": frozenset(read.union(_UNREAD)),
             "required": frozenset(required),
             "returns_tuple": "output_attentions" in names,
         }
+        if isinstance(spec.order, str):
+            attributes["layer_order"] = spec.order
+        return attributes
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
@@ -412,24 +376,22 @@ class FusedLayer(CalledByName):
         missing = spec.missing(module)
         if missing is not None:
             return (
-                f"it has no {missing}, which its row names (its library's version may name it otherwise); register a "
+                f"it has no {missing}, which its LayerSpec names (another version of the library?); register a "
                 "LayerSpec with its names"
             )
-        absent = next(
-            (name for name in (spec.rotary, spec.bias) if name and name not in adapted["names"]),
-            None,
-        )
-        if absent is not None:
-            return f"its forward takes no {absent}, as this version of the library makes it inside of the layer"
+        for name in (spec.rotary, spec.bias):
+            if name and name not in adapted["names"]:
+                return f"its forward takes no {name}: this version of the library makes it in the layer"
         if needed := adapted["required"] - adapted["layer_arguments"]:
-            return f"its forward requires {', '.join(sorted(needed))}, which its row does not take"
+            return f"its forward requires {', '.join(sorted(needed))}, which its LayerSpec does not take"
         if (unread := spec.unread(module)) is not None:
-            return f"the row does not cover its {unread}"
-        if spec.chunks and attrgetter(spec.chunks)(module):
-            return f"its feed-forward runs in chunks of {attrgetter(spec.chunks)(module)}; chunk_size 0 is fused"
-        norms: list[Any] = [find(module, name) for name in spec.norms]
-        if any(isinstance(norm, nn.LayerNorm) and norm.weight is None for norm in norms):
-            return f"{spec.norms[0]} has no weight"
+            return f"its LayerSpec does not cover {unread}"
+        if spec.chunks and (size := attrgetter(spec.chunks)(module)):
+            return f"its feed-forward runs in chunks of {size}; chunk_size 0 is fused"
+        for name in spec.norms:
+            norm = find(module, name)
+            if isinstance(norm, nn.LayerNorm) and norm.weight is None:
+                return f"{name} has no weight"
         reason = why_not_bypassed(module, adapted["bypassed"])
         return reason if reason or spec.refuses is None else spec.refuses(module)
 
@@ -437,13 +399,12 @@ class FusedLayer(CalledByName):
         call = self.arguments(args, kwargs)
         spec, x, attend = self.layer_spec, cast(Any, call.get(self.names[0])), None
         covered = isinstance(x, Tensor) and x.ndim == spec.ndim and x.numel() > 0
+        rotary: Any = call.get(spec.rotary) if spec.rotary else None
+        if covered and spec.rotary:
+            covered = isinstance(rotary, tuple) and len(rotary) == 2
+            covered = covered and all(isinstance(t, Tensor) for t in rotary)
         if covered and not has_other_arguments(call, self.layer_arguments) and self.intact():
             attend = self._attention(call)
-        rotary = call.get(spec.rotary) if spec.rotary else None
-        if spec.rotary and not (
-            isinstance(rotary, tuple) and [isinstance(t, Tensor) for t in rotary] == [True, True]
-        ):
-            attend = None
         if attend is None:
             return super().forward(*args, **kwargs)
         with self.context(x.device) as settings:
@@ -459,15 +420,14 @@ class FusedLayer(CalledByName):
 
     @property
     def layer_order(self) -> Order:
-        """The order of a spec with a function; others store theirs on the class."""
+        """Order of this layer, where the spec decides by layer; other classes store it."""
         return cast(Callable[[Any], Order], self.layer_spec.order)(self)
 
     def context(self, device: torch.device) -> Any:
-        """Context manager for `run`; yields the settings."""
-        behind_sums = self.layer_order == "behind sums"
-        return (
-            self.settings.own_types(device) if behind_sums else branch_types(self.settings, device)
-        )
+        """Return a context manager for `run`, which yields the settings."""
+        if self.layer_order == "behind sums":
+            return self.settings.without_autocast(device)
+        return pre_norm_settings(self.settings, device)
 
     def run(
         self,
@@ -477,63 +437,50 @@ class FusedLayer(CalledByName):
         rotary: Any = None,
         memory: Memory | None = None,
     ) -> Tensor:
-        """The layer on `[B, N, width]` or packed `[T, width]`, matching `attend` and the rotary positions."""
+        """Compute the layer on `[B, N, width]` or packed `[T, width]`, as `attend` expects."""
         self.count()
         spec, order = self.layer_spec, self.layer_order
+        wide = order == "behind sums"
         if memory is None and order != "behind branches" and not hasattr(attend, "windows"):
-            plan = cached_plan(
-                self, partial(spec.parts, self), x, settings, wide=order == "behind sums"
-            )
+            plan = cached_plan(self, partial(spec.modules, self), x, settings, wide=wide)
             if plan is not None:
-                return plan.run(
-                    x, attend, settings, None if rotary is None else partial(_rotate, *rotary)
-                )
-        parts = spec.parts(self, rotary)
-        if order == "behind sums":
-            return post_norm(
-                parts,
-                x,
-                attend,
-                settings,
-                memory,
-                None if memory is None else spec.cross_parts(self),
-            )
-        return (pre_norm if order == "before" else norm_behind)(parts, x, attend, settings)
+                return plan.run(x, attend, settings, rotary)
+        call = LayerCall(spec.modules(self), attend, settings, wide, rotary)
+        if order == "before":
+            return pre_norm(call, x)
+        if order == "behind branches":
+            return norm_behind(call, x)
+        if memory is None:
+            return post_norm(call, x)
+        return post_norm(call, x, partial(call.cross_attention, spec.cross_attention(self), memory))
 
     def _attention(self, call: Mapping[str, Any]) -> Attend | None:
-        """The attention of a call; None to run the original."""
+        """Return the attention of a call; None to run the original."""
         spec, mask = self.layer_spec, call.get("attention_mask")
         if spec.scores is not None:
             return spec.scores(self, call)
         implementation = implementation_of(self)
-        if implementation not in PLAIN_ATTENTION and not (
-            implementation in KERNELS and mask is None
-        ):
+        unmasked_kernel = implementation in KERNELS and mask is None
+        if implementation not in PLAIN_ATTENTION and not unmasked_kernel:
             return None
         attention = find(self, spec.attention)
-        if mask is None and getattr(
-            attention, "is_causal", getattr(attention, "is_decoder", False)
-        ):
+        causal = getattr(attention, "is_causal", getattr(attention, "is_decoder", False))
+        if mask is None and causal:
             return None
         return Dense.of(mask, call.get(spec.bias) if spec.bias else None, implementation)
 
 
-def _part(owner: Any, name: str) -> Any:
-    return getattr(owner, name, None)
-
-
 def implementation_of(layer: Any) -> str | None:
-    """Name of the attention implementation in a layer of transformers."""
+    """Return the name of the attention implementation in a layer of transformers."""
     config = getattr(find(layer, layer.layer_spec.attention), "config", None)
     return getattr(config, "_attn_implementation", None)
 
 
 def can_run_packed(layers: list[Any]) -> bool:
-    """True if all layers can run on packed tokens now, and none has hooks."""
-    ready = all(
+    """Return whether there are layers, all can run on packed tokens now, and none has hooks."""
+    return bool(layers) and all(
         isinstance(layer, FusedLayer) and layer.intact() and not observed(layer) for layer in layers
     )
-    return ready and bool(layers)
 
 
 def run_packed(layers: Sequence[Any], x: Tensor, attend: Attend) -> Tensor:
@@ -544,29 +491,32 @@ def run_packed(layers: Sequence[Any], x: Tensor, attend: Attend) -> Tensor:
     return x
 
 
+def _find(layer: nn.Module, name: str) -> nn.Module | None:
+    return find(layer, name) if name else None
+
+
 def _dropout_p(layer: nn.Module, name: str) -> float:
-    """Probability of a dropout module, or of a number attribute, in the current mode."""
+    """Return the probability of a dropout module, or of a number attribute, in the current mode."""
     if not name:
         return 0.0
-    holder, _, last = name.rpartition(".")
-    owner: Any = find(layer, holder) if holder else layer
-    found = getattr(owner, last)
-    if isinstance(found, nn.Module):
-        return found.p if isinstance(found, nn.Dropout) and found.training else 0.0
-    return found if owner.training else 0.0
+    path, _, attribute = name.rpartition(".")
+    owner: Any = find(layer, path) if path else layer
+    dropout = getattr(owner, attribute)
+    if isinstance(dropout, nn.Module):
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    return dropout if owner.training else 0.0
 
 
 def _scale(layer: Any, name: str) -> Tensor | None:
-    """A LayerScale; None where a library stores 1, None or an Identity."""
-    holder, _, last = name.rpartition(".")
-    owner = (find(layer, holder) if holder else layer) if name else None
-    found = getattr(owner, last, None)
-    return found if isinstance(found, Tensor) else None
+    """Return a LayerScale; None if the library stores 1, None or an Identity in its place."""
+    path, _, attribute = name.rpartition(".")
+    gamma = getattr(find(layer, path) if path else layer, attribute, None) if name else None
+    return gamma if isinstance(gamma, Tensor) else None
 
 
 def _inner_norm(layer: nn.Module, name: str) -> nn.Module | None:
-    found = find(layer, name) if name else None
-    return None if isinstance(found, nn.Identity) else found
+    norm = _find(layer, name)
+    return None if isinstance(norm, nn.Identity) else norm
 
 
 class _Absent(nn.Module):
@@ -574,13 +524,13 @@ class _Absent(nn.Module):
 
 
 def _hidden(
-    inner: list[Any],
+    inner: tuple[Any, ...],
     activation: Any,
     halved: bool,
     x: Tensor,
     linear: Callable[[Any, Tensor], Tensor],
 ) -> Tensor:
-    """The hidden layer: `activation(a(x))`, or `activation(a(x)) · b(x)`."""
+    """Compute the hidden layer: `activation(a(x))`, or `activation(a(x)) · b(x)`."""
     first = linear(inner[0], x)
     if halved:
         first, second = first.chunk(2, -1)
@@ -588,32 +538,15 @@ def _hidden(
     return activation(first) if len(inner) == 1 else activation(first) * linear(inner[1], x)
 
 
-def _rotate(cos: Tensor, sin: Tensor, x: Tensor, both: bool = False) -> Tensor:
-    """Apply rotary positions to q or k `[..., N, H, D]`, or to both stacked as `[..., N, 2, H, D]`.
-
-    Prefix tokens without a position are unchanged.
-    """
-    place = x.ndim - (4 if both else 3)
-    prefix = x.shape[place] - cos.shape[-2]
-    if both:
-        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    if not prefix:
-        return rotate(x, cos, sin)
-    first, rest = x.split((prefix, x.shape[place] - prefix), place)
-    return torch.cat((first, rotate(rest, cos, sin)), place)
-
-
 def _row_scale(drop_path: nn.Module | None, x: Tensor) -> Tensor | None:
-    """Stochastic depth as one factor per entry, `[B]`, with the library's random draws; None if inactive."""
-    dropped: Any = getattr(drop_path, "drop_prob", None)
-    if drop_path is None or not drop_path.training or not dropped:
+    """Draw stochastic depth as the library does: a factor per batch entry, or None if inactive."""
+    drop_p: Any = getattr(drop_path, "drop_prob", None)
+    if drop_path is None or not drop_path.training or not drop_p:
         return None
     if type(drop_path).__module__.startswith("transformers."):
         draws = torch.rand(x.shape[0], dtype=x.dtype, device=x.device)
-        return torch.floor(draws + (1 - dropped)) / (1 - dropped)
-    factors = x.new_empty(x.shape[0]).bernoulli_(1 - dropped)
-    return (
-        factors.div_(1 - dropped)
-        if dropped < 1 and getattr(drop_path, "scale_by_keep", True)
-        else factors
-    )
+        return torch.floor(draws + (1 - drop_p)) / (1 - drop_p)
+    factors = x.new_empty(x.shape[0]).bernoulli_(1 - drop_p)
+    if drop_p < 1 and getattr(drop_path, "scale_by_keep", True):
+        factors.div_(1 - drop_p)
+    return factors

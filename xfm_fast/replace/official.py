@@ -1,14 +1,14 @@
 """Modules of the official X-FM and X²-VLM code, and of ALBEF, X-VLM and BLIP.
 
-They come from no package, so they are matched by the names of submodules and forward arguments. Where names are not
-enough (activation of a head, position counting), the fused form is compared with the original on an example.
+They come from no package, so they are matched by the names of submodules and forward arguments.
+Where names are not enough (activation of a head, position counting), the fused form is compared
+with the original on an example.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
@@ -21,7 +21,7 @@ from xfm_fast.replace.adapters import is_adapted
 from xfm_fast.replace.attention import Bias, Dense, Packed, Padded, PositionTable
 from xfm_fast.replace.heads import FusedEmbeddings, VocabularyHead
 from xfm_fast.replace.layer import FusedLayer, LayerSpec, Mlp, can_run_packed
-from xfm_fast.replace.structure import Parts
+from xfm_fast.replace.structure import LayerModules
 from xfm_fast.replace.swap import (
     BANDS,
     CalledByName,
@@ -32,12 +32,11 @@ from xfm_fast.replace.swap import (
     has_other_arguments,
     observed,
     original_class,
-    probability,
     restore,
     swap,
     why_not_bypassed,
 )
-from xfm_fast.replace.transformers_rows import BERT, row
+from xfm_fast.replace.transformers_rows import BERT, build_spec
 from xfm_fast.replace.unpadded import packed_memory, padded_memory, plan
 from xfm_fast.replace.verification import model_outputs, relative_error
 
@@ -56,8 +55,7 @@ _ENCODER_ARGUMENTS = _LAYER_ARGUMENTS - {"past_key_value"} | {
     "output_hidden_states",
 }
 _TENSORS = {"hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask"}
-# Modes in which a layer uses its cross-attention.
-_LOOKING = ("multi_modal", "multimodal", "fusion")
+_CROSS_ATTENTION_MODES = ("multi_modal", "multimodal", "fusion")
 # The code masks by -10000, newer libraries by the dtype's minimum: exp underflows to 0 for both.
 _HIDDEN = -1000.0
 _BLOCK_ARGUMENTS = ("x", "rel_pos_bias", "return_attention", "return_qkv", "image_atts")
@@ -76,59 +74,55 @@ _TRANSFORM = {"dense", "LayerNorm"}
 _TRIED_TOKENS = 5
 
 
-def _foreign(module: nn.Module) -> bool:
-    """True unless the module's library has its own rules."""
-    return original_class(module).__module__.partition(".")[0] not in (
-        "transformers",
-        "timm",
-        "xfm_fast",
-    )
+def _is_unpackaged(module: nn.Module) -> bool:
+    """Return whether a module is from none of the packages that have specs of their own."""
+    package = original_class(module).__module__.partition(".")[0]
+    return package not in ("transformers", "timm", "xfm_fast")
 
 
 # BERT's layer, in the code of ALBEF, X-VLM, X²-VLM, BLIP and X-FM.
-TEXT_LAYER = row(
+TEXT_LAYER = build_spec(
     "",
     BERT,
     own=(nn.Module,),
     head_size="",
     heads="attention.self.num_attention_heads",
-    # An addition of X²-VLM, which draws it per position across all texts.
+    # X²-VLM adds stochastic depth, and draws it per position across all texts.
     drop_paths=("attention.output.drop_path", "output.drop_path"),
     chunks="",
     cross="crossattention",
-    refuses=lambda layer: why_not_plain(layer),
+    refuses=lambda layer: why_unsupported(layer),
 )
 
 
 def is_layer(module: nn.Module) -> bool:
-    """True if a module has the submodules of a BERT layer, with or without cross-attention."""
+    """Return whether a module has the submodules of a BERT layer."""
     spec = TEXT_LAYER
-    crossed = map(
-        spec.crossed, (*spec.qkv, spec.proj, spec.norms[0], spec.weights_p, spec.branch_p[0])
-    )
     if spec.missing(module) is not None:
         return False
+    names = (*spec.qkv, spec.proj, spec.norms[0], spec.weights_p, spec.branch_p[0])
     return not has_cross_attention(module) or all(
-        find(module, name) is not None for name in crossed
+        find(module, spec.cross_name(name)) is not None for name in names
     )
 
 
 def has_cross_attention(layer: nn.Module) -> bool:
-    """True if a layer has cross-attention."""
+    """Return whether a layer has cross-attention."""
     return find(layer, TEXT_LAYER.cross) is not None
 
 
 def drops_paths(layer: nn.Module) -> bool:
-    """True if stochastic depth is active."""
+    """Return whether stochastic depth is active."""
     first, last = TEXT_LAYER.drop_paths
-    parts = (find(layer, name) for name in (first, TEXT_LAYER.crossed(first), last))
+    modules = (find(layer, name) for name in (first, TEXT_LAYER.cross_name(first), last))
     return any(
-        part is not None and part.training and getattr(part, "drop_prob", None) for part in parts
+        module is not None and module.training and getattr(module, "drop_prob", None)
+        for module in modules
     )
 
 
-def why_not_plain(layer: nn.Module) -> str | None:
-    """Why the attention of a layer differs from BERT's; None if it does not."""
+def why_unsupported(layer: nn.Module) -> str | None:
+    """Return how the attention of a layer differs from BERT's, or None."""
     for name in ("attention.self", "crossattention.self"):
         positions = getattr(find(layer, name), "position_embedding_type", None)
         if positions not in ("absolute", None):
@@ -138,28 +132,15 @@ def why_not_plain(layer: nn.Module) -> str | None:
     return None
 
 
-@dataclass
-class _RecordKeysValues(Padded):
-    """Attention that records keys and values, which a layer returns for generation."""
-
-    kept: tuple[Tensor, Tensor] | None = None
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings
-    ) -> Tensor:
-        self.kept = (k.transpose(1, 2), v.transpose(1, 2))
-        return super().__call__(q, k, v, dropout_p, settings)
-
-
 class OfficialTextLayer(FusedLayer):
-    """A layer of the text or fusion encoder, which returns its keys and values too."""
+    """Layer of the text or fusion encoder; it returns its keys and values too, for generation."""
 
     layer_spec = TEXT_LAYER
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
         # Layers of transformers have `is_decoder` and return keys and values only as decoders.
-        if not _foreign(module) or hasattr(module, "is_decoder") or not is_layer(module):
+        if not _is_unpackaged(module) or hasattr(module, "is_decoder") or not is_layer(module):
             return False
         return set(_argument_names(module)) >= _LAYER_ARGUMENTS
 
@@ -167,56 +148,59 @@ class OfficialTextLayer(FusedLayer):
         call = self.arguments(args, kwargs)
         x, attend = call["hidden_states"], call.get("attention_mask")
         if isinstance(attend, Packed):
-            memory = attend.memory if self._looks(call) else None
+            memory = attend.memory if self._uses_memory(call) else None
             return self.run(x[0], attend, self.settings, memory=memory)[None], None
-        attend = self._attend(call) if self.intact() else None
-        if attend is None:
+        padded = self._attend(call) if self.intact() else None
+        if padded is None:
             return super(FusedLayer, self).forward(*args, **kwargs)
-        with self.settings.own_types(x.device) as settings:
-            return self.run(x, attend, settings, memory=attend.memory), attend.kept
+        keys_values: list[tuple[Tensor, Tensor]] = []
 
-    def _looks(self, call: dict[str, Any]) -> bool:
+        def record(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+            keys_values.append((k.transpose(1, 2), v.transpose(1, 2)))
+            return padded(q, k, v, dropout_p, settings)
+
+        with self.settings.without_autocast(x.device) as settings:
+            out = self.run(x, record, settings, memory=padded.memory)
+        return out, keys_values[0]
+
+    def _uses_memory(self, call: dict[str, Any]) -> bool:
         return has_cross_attention(self) and call.get("encoder_hidden_states") is not None
 
-    def _attend(self, call: dict[str, Any]) -> _RecordKeysValues | None:
+    def _attend(self, call: dict[str, Any]) -> Padded | None:
+        """Return the attention of a call; None to run the original."""
         if has_other_arguments(call, _TENSORS | {"mode"}) or drops_paths(self):
             return None
         states, masks = call.get("encoder_hidden_states"), (call.get("attention_mask"),)
         if has_cross_attention(self):
             # Without an image the original raises or skips the layer.
-            if not isinstance(states, Tensor) or (
-                "mode" in self.names and call.get("mode") not in _LOOKING
-            ):
+            if not isinstance(states, Tensor):
+                return None
+            if "mode" in self.names and call.get("mode") not in _CROSS_ATTENTION_MODES:
                 return None
             if getattr(find(self, "crossattention.self"), "save_attention", False):
                 return None
             masks = (*masks, call.get("encoder_attention_mask"))
-        if not all(
-            m is None or (isinstance(m, Tensor) and m.ndim == 4 and m.is_floating_point())
-            for m in masks
-        ):
-            return None
-        memory = (
-            padded_memory(states, masks[-1])
-            if isinstance(states, Tensor) and self._looks(call)
-            else None
-        )
-        return _RecordKeysValues(masks[0], memory=memory)
+        for mask in masks:
+            additive = isinstance(mask, Tensor) and mask.ndim == 4 and mask.is_floating_point()
+            if mask is not None and not additive:
+                return None
+        memory = None
+        if isinstance(states, Tensor) and self._uses_memory(call):
+            memory = padded_memory(states, masks[-1])
+        return Padded(masks[0], memory=memory)
 
 
 class OfficialTextEncoder(CalledByName):
-    """The layers of a text or fusion encoder on packed tokens."""
+    """Layers of a text or fusion encoder on packed tokens."""
 
     benefit: ClassVar[str] = "padding left out of all layers"
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
         layers = find(module, "layer")
-        if (
-            not isinstance(layers, nn.ModuleList)
-            or not len(layers)
-            or not all(OfficialTextLayer.recognises(layer) for layer in layers)
-        ):
+        if not isinstance(layers, nn.ModuleList) or not len(layers):
+            return False
+        if not all(OfficialTextLayer.recognises(layer) for layer in layers):
             return False
         return set(_argument_names(module)) >= _ENCODER_ARGUMENTS
 
@@ -231,33 +215,30 @@ class OfficialTextEncoder(CalledByName):
             return super().forward(*args, **kwargs)
         self.count()
         (packing, attend), x = packed, call["hidden_states"]
-        with self.settings.own_types(x.device):
-            out = super().forward(
-                **(call | {"hidden_states": packing.pack(x)[None], "attention_mask": attend})
-            )
+        # The layers take the attention in place of the mask.
+        call |= {"hidden_states": packing.pack(x)[None], "attention_mask": attend}
+        with self.settings.without_autocast(x.device):
+            out = super().forward(**call)
         if isinstance(out, tuple):
             return packing.unpad(out[0][0]), *out[1:]
         out.last_hidden_state = packing.unpad(out.last_hidden_state[0])
         return out
 
     def _packed(self, call: dict[str, Any]) -> tuple[Packing, Packed] | None:
-        """The packing of a call and its attention, which replaces the mask; None for calls that keep padding."""
+        """Return the packing of a call and its attention; None for calls that keep padding."""
         # A list of head masks may contain only None.
         head_masks = any(mask is not None for mask in call.get("head_mask") or ())
-        others = has_other_arguments(call, _TENSORS | {"mode", "return_dict", "head_mask"})
+        unknown = has_other_arguments(call, _TENSORS | {"mode", "return_dict", "head_mask"})
         states, seen = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
-        if (
-            torch.compiler.is_compiling()
-            or head_masks
-            or others
-            or not isinstance(states, Tensor | None)
-        ):
+        if torch.compiler.is_compiling() or head_masks or unknown:
+            return None
+        if not isinstance(states, Tensor | None):
             return None
         layers: list[Any] = list(cast(Any, self).layer)
-        saving = any(
-            getattr(find(layer, "crossattention.self"), "save_attention", False) for layer in layers
-        )
-        if saving or any(map(drops_paths, layers)) or not can_run_packed(layers):
+        for layer in layers:
+            if getattr(find(layer, "crossattention.self"), "save_attention", False):
+                return None
+        if any(map(drops_paths, layers)) or not can_run_packed(layers):
             return None
         visible = _visible(call.get("attention_mask"))
         if visible is None or visible.shape != call["hidden_states"].shape[:2]:
@@ -269,10 +250,10 @@ class OfficialTextEncoder(CalledByName):
         planned = plan(visible, None if states is None else seen, keep_first=True)
         if planned is None:
             return None
-        packing, all_seen = planned
-        memory = (
-            None if states is None else packed_memory(states, None if all_seen else seen, packing)
-        )
+        packing, memory_visible = planned
+        memory = None
+        if states is not None:
+            memory = packed_memory(states, None if memory_visible else seen, packing)
         return packing, Packed.within(packing, memory)
 
 
@@ -281,13 +262,10 @@ def _argument_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def _visible(mask: Any) -> Tensor | None:
-    """An additive key mask `[P, 1, 1, L]` as booleans `[P, L]`; None for other masks."""
-    if (
-        not isinstance(mask, Tensor)
-        or mask.ndim != 4
-        or mask.shape[1:3] != (1, 1)
-        or not mask.is_floating_point()
-    ):
+    """Convert an additive key mask `[P, 1, 1, L]` to booleans `[P, L]`; None for other masks."""
+    if not isinstance(mask, Tensor) or not mask.is_floating_point():
+        return None
+    if mask.ndim != 4 or mask.shape[1:3] != (1, 1):
         return None
     flat = mask[:, 0, 0]
     visible = flat == 0
@@ -296,40 +274,42 @@ def _visible(mask: Any) -> Tensor | None:
 
 
 def _vision_attention(block: Any, call: Mapping[str, Any]) -> Dense | None:
-    """BEiT's attention: a position table, added biases, or both."""
+    """Return BEiT's attention: a position table, added biases, or both."""
     attention, x = block.attn, call["x"]
     table = attention.relative_position_bias_table
     bias: Bias = None if table is None else PositionTable(table, tuple(attention.window_size))
     # Dropout placement in the MLP depends on the code version.
-    if probability(block.mlp.drop) or (
-        isinstance(bias, PositionTable) and not bias.fits(x.shape[1])
-    ):
+    dropout = block.mlp.drop
+    if dropout.training and dropout.p:
         return None
-    added = [
-        given for given in (call.get("rel_pos_bias"), call.get("image_atts")) if given is not None
-    ]
-    if added:
+    if isinstance(bias, PositionTable) and not bias.fits(x.shape[1]):
+        return None
+    for added in (call.get("rel_pos_bias"), call.get("image_atts")):
+        if added is None:
+            continue
         if isinstance(bias, PositionTable):
             bias = reference.position_bias(bias.table, bias.window)
-        bias = cast(Tensor, sum(added, start=0 if bias is None else bias))
+        bias = added if bias is None else cast(Tensor, bias) + added
     return Dense(bias=bias, scale=attention.scale)
 
 
-def _vision_biases(block: Any, parts: Parts) -> Parts:
+def _vision_biases(block: Any, modules: LayerModules) -> LayerModules:
     attention = block.attn
     bias = None if attention.q_bias is None else qkv_bias(attention.q_bias, attention.v_bias)
     if is_adapted(attention.qkv):
-        # The official code reads the weight and does not call the layer, so adapters have no effect.
-        return parts._replace(projections=(), qkv=((attention.qkv.weight, bias),))
-    return parts._replace(qkv_bias=bias)
+        # The official code reads the weight and does not call the layer, so adapters have no
+        # effect.
+        return modules._replace(projections=(), qkv=((attention.qkv.weight, bias),))
+    return modules._replace(qkv_bias=bias)
 
 
 def _vision_refusal(block: Any) -> str | None:
     if block.attn.relative_position_bias_table is None:
         return None
     index = reference.relative_position_index(tuple(block.attn.window_size))
-    alike = torch.equal(block.attn.relative_position_index.cpu(), index)
-    return None if alike else "its relative positions are not numbered like BEiT's"
+    if torch.equal(block.attn.relative_position_index.cpu(), index):
+        return None
+    return "its relative positions are not numbered like BEiT's"
 
 
 VISION_BLOCK = LayerSpec(
@@ -353,22 +333,20 @@ VISION_BLOCK = LayerSpec(
 
 
 class OfficialVisionBlock(FusedLayer):
-    """Pre-norm block with query and value biases, position table, LayerScale and stochastic depth."""
+    """Pre-norm block with position table, LayerScale and stochastic depth."""
 
     layer_spec = VISION_BLOCK
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
         spec, attention, drop_path = VISION_BLOCK, find(module, "attn"), find(module, "drop_path")
-        if (
-            not _foreign(module)
-            or spec.missing(module) is not None
-            or not hasattr(module, "gamma_1")
-        ):
+        if not _is_unpackaged(module) or spec.missing(module) is not None:
             return False
-        named = all(hasattr(attention, name) for name in _BLOCK_ATTENTION)
-        known = isinstance(drop_path, nn.Identity) or hasattr(drop_path, "drop_prob")
-        return named and known and _argument_names(module) == _BLOCK_ARGUMENTS
+        if not isinstance(drop_path, nn.Identity) and not hasattr(drop_path, "drop_prob"):
+            return False
+        if not all(hasattr(attention, name) for name in _BLOCK_ATTENTION):
+            return False
+        return hasattr(module, "gamma_1") and _argument_names(module) == _BLOCK_ARGUMENTS
 
 
 class OfficialEmbeddings(FusedEmbeddings):
@@ -376,20 +354,20 @@ class OfficialEmbeddings(FusedEmbeddings):
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
-        parts = set(module._modules) - {"token_type_embeddings"}
+        names = set(module._modules) - {"token_type_embeddings"}
         counts = hasattr(module, "padding_idx") or "position_ids" in module._buffers
-        return _foreign(module) and parts == _EMBEDDINGS and counts
+        return _is_unpackaged(module) and names == _EMBEDDINGS and counts
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
         reason = why_not_bypassed(module, cls.bypassed)
         if reason is not None:
             return reason
-        words, places = find(module, "word_embeddings"), find(module, "position_embeddings")
+        words, positions = find(module, "word_embeddings"), find(module, "position_embeddings")
         assert isinstance(words, nn.Embedding)
-        assert isinstance(places, nn.Embedding)
+        assert isinstance(positions, nn.Embedding)
         # Include padding ids: RoBERTa's positions skip them.
-        count = min(_TRIED_TOKENS, words.num_embeddings, places.num_embeddings // 2)
+        count = min(_TRIED_TOKENS, words.num_embeddings, positions.num_embeddings // 2)
         ids = torch.arange(count, device=words.weight.device)[None].flip(1)
         return _why_not_equal(module, cls, settings, words.weight, ids)
 
@@ -399,12 +377,12 @@ class OfficialVocabularyHead(VocabularyHead):
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
-        parts = set(module._modules)
+        names = set(module._modules)
         transform = find(module, "transform")
-        named = parts == _ROBERTA_HEAD or (
-            parts == _BERT_HEAD and transform is not None and set(transform._modules) >= _TRANSFORM
+        matches = names == _ROBERTA_HEAD or (
+            names == _BERT_HEAD and transform is not None and set(transform._modules) >= _TRANSFORM
         )
-        return _foreign(module) and named
+        return _is_unpackaged(module) and matches
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
@@ -419,15 +397,14 @@ class OfficialVocabularyHead(VocabularyHead):
         generator = torch.Generator().manual_seed(0)
         # Wide enough to expose another activation or GELU variant.
         features = 3 * torch.randn(2, dense.in_features, generator=generator)
-        return _why_not_equal(
-            module, cls, settings, weight, features.to(weight.device, weight.dtype)
-        )
+        features = features.to(weight.device, weight.dtype)
+        return _why_not_equal(module, cls, settings, weight, features)
 
 
 def _why_not_equal(
     module: nn.Module, fused: type[Fused], settings: Settings, weight: Tensor, example: Tensor
 ) -> str | None:
-    """Why a fused form cannot replace a module: its output on an example differs. None if it matches."""
+    """Compare a fused form with its module on an example; returns why it is unfit, or None."""
     if weight.device.type == "meta":
         return "its parameters have no values yet, so it cannot be tested"
     try:
@@ -439,11 +416,13 @@ def _why_not_equal(
         finally:
             restore(module)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-        return f"it failed on an example ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        message = str(error).partition("\n")[0]
+        return f"it failed on an example ({type(error).__name__}: {message})"
     if not runs[module]:
-        return "its fused form does not cover its parts"
+        return "its fused form does not cover its submodules"
     if before is None or after is None or before.shape != after.shape:
-        return "its output shape does not match its parts"
+        return "its output on an example has another shape than its submodules compute"
     error = relative_error(before, after)
-    band = BANDS.get(before.dtype, BANDS[torch.float32])
-    return None if error <= band else f"its output does not match its parts (by {error:.0e})"
+    if error <= BANDS.get(before.dtype, BANDS[torch.float32]):
+        return None
+    return f"its output on an example differs from what its submodules compute (by {error:.0e})"

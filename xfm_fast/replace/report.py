@@ -1,4 +1,4 @@
-"""The report of `accelerate`: replaced modules, reasons against the others, verified outputs and their time."""
+"""The report of `accelerate`: replaced modules, reasons against others, outputs and speedups."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from xfm_fast.replace import adapters
 from xfm_fast.replace.stored import FrozenLinear
 from xfm_fast.replace.swap import Fused, is_fused, restore
 
-ROW = "register a LayerSpec to support it (xfm_fast.replace.register)"
-# Least share of the linear weights that is reported.
-_LEAST_SHARE = 0.05
+REGISTER = "register a LayerSpec to support it (xfm_fast.replace.register)"
+_MIN_SHARE = 0.05  # of the linear weights in unknown layers, to be reported
 _LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)
 
@@ -31,13 +30,13 @@ class Entry:
     path: str  # qualified name; empty for the model itself
     class_name: str
     fused: str  # name of the fused form
-    gain: str  # what the fused form saves
+    gain: str  # benefit of the fused form
     reason: str | None = None  # why the module was not replaced; None if it was
     share: float = 0.0  # share of the model's linear weights in this module
 
 
 class Unknown(NamedTuple):
-    """Unrecognised layers of one class, with their paths and share of the model's linear weights."""
+    """Unrecognised layers of one class, and their share of the model's linear weights."""
 
     class_name: str
     paths: list[str]
@@ -53,8 +52,8 @@ class Unknown(NamedTuple):
 class Report:
     """Recognised modules: which were replaced, which were not, and why. Printing it gives a table.
 
-    The table shows the current state: a replaced module whose parts were exchanged or hooked since (by adapters,
-    quantisation, hooks) is listed with the reason why its original runs.
+    The table shows the current state: a replaced module whose parts were exchanged or hooked since
+    (by adapters, quantisation, hooks) is listed with the reason why its original runs.
     """
 
     entries: list[Entry]
@@ -63,30 +62,25 @@ class Report:
     share: float = 0.0  # share of the model's linear weights in replaced modules
     # largest difference of each verified output, relative to its largest value
     differences: dict[str, float] = field(default_factory=dict)
-    rounding: dict[str, float] = field(
-        default_factory=dict
-    )  # smallest cosine of each verified output in 8 bits
-    runs: dict[str, int] = field(
-        default_factory=dict
-    )  # calls on the `verify` batch that each fused form computed
-    speedups: list[float] = field(
-        default_factory=list
-    )  # of every timed round of the `verify` batch, in order of size
+    # smallest cosine of each verified output in 8 bits
+    rounding: dict[str, float] = field(default_factory=dict)
+    # calls on the `verify` batch that each fused form computed
+    runs: dict[str, int] = field(default_factory=dict)
+    # of every timed round of the `verify` batch, sorted
+    speedups: list[float] = field(default_factory=list)
     untimed: str = ""  # why the `verify` batch was not timed
     _modules: list[nn.Module] = field(default_factory=list, repr=False)
     _frozen: list[FrozenLinear] = field(default_factory=list, repr=False)
     _eight_bits: EightBits | None = None
-    _rounded: list[list[nn.Parameter]] = field(
-        default_factory=list, repr=False
-    )  # flagged weights of every module
+    # flagged weights of every module
+    _rounded: list[list[nn.Parameter]] = field(default_factory=list, repr=False)
     _exempt: int = 0  # modules that stay in floating point for accuracy
-    _model: nn.Module | None = field(
-        default=None, repr=False
-    )  # the model, if its calls are replayed as graphs
+    # the model, if its calls are replayed as graphs
+    _model: nn.Module | None = field(default=None, repr=False)
 
     @property
     def speedup(self) -> float | None:
-        """The median of `speedups`; None without any, as on GPUs."""
+        """Median of `speedups`; None if nothing was timed, as on GPUs."""
         return median(self.speedups) if self.speedups else None
 
     @property
@@ -101,15 +95,15 @@ class Report:
     @property
     def declining(self) -> dict[str, str]:
         """Replaced modules that currently run their original forward: path → reason."""
-        found = {}
+        reasons = {}
         for entry, module in zip(self.replaced, self._modules, strict=False):
             reason = module.declines() if isinstance(module, Fused) else "it was reverted"
             if reason is not None:
-                found[entry.path] = reason
-        return found
+                reasons[entry.path] = reason
+        return reasons
 
     def revert(self) -> None:
-        """Restore the original forward of every module. Idempotent; no other thread may use the model meanwhile."""
+        """Restore all original forwards. Idempotent; no other thread may use the model meanwhile."""
         if self._model is not None and in_graphs(self._model):
             del self._model.__dict__["forward"]
         for module in (*self._modules, *self._frozen):
@@ -128,80 +122,81 @@ class Report:
         return sum(packed.numel() * packed.element_size() for packed in packs.values())
 
     def coverage(self) -> str:
-        """Say how many fused forms computed on the `verify` batch, and name those that ran their original."""
+        """Count the fused forms that computed on the `verify` batch, and name the others."""
         idle: dict[str, list[str]] = {}
         for entry in self.replaced:
             if not self.runs.get(entry.path):
                 idle.setdefault(entry.class_name, []).append(entry.path)
         count = len(self.replaced) - sum(map(len, idle.values()))
-        names = ", ".join(
-            f"{_and_more(paths)} ({class_name})" for class_name, paths in idle.items()
-        )
-        rest = f"; the original ran in {names}" if names else ""
-        return f"{count} of {len(self.replaced)} fused modules ran{rest}"
+        line = f"{count} of {len(self.replaced)} fused modules ran"
+        if idle:
+            names = (f"{_and_more(paths)} ({class_name})" for class_name, paths in idle.items())
+            line += f"; the original ran in {', '.join(names)}"
+        return line
 
     def __str__(self) -> str:
-        rows = [("module", "class", "replaced by", "products", "why, or what it saves")]
-        groups: dict[tuple[str, str, str], list[Entry]] = {}
-        declining = self.declining
-        for entry in self.entries:
-            fate, why = entry.fused, entry.gain
-            if entry.reason is not None:
-                fate, why = "not replaced", entry.reason
-            elif entry.path in declining:
-                fate, why = "runs its original", declining[entry.path]
-            groups.setdefault((entry.class_name, fate, why), []).append(entry)
-        for (class_name, fate, why), entries in groups.items():
-            place, share = (
-                _and_more([entry.path for entry in entries]),
-                sum(entry.share for entry in entries),
-            )
-            rows.append((place, class_name, fate, f"{share:.0%}" if share >= 0.005 else "", why))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        lines.insert(1, "  ".join("─" * width for width in widths))
+        lines = self._table()
         lines.append(f"{len(self.replaced)} modules replaced, {len(self.left)} not replaced")
-        if declining:
+        if declining := self.declining:
             lines[-1] += f"; {len(declining)} of them currently run their original"
-        lines += [f"unknown: {layers}; {ROW}" for layers in self.unknown]
+        lines += [f"unknown: {layers}; {REGISTER}" for layers in self.unknown]
         if frozen := self.frozen_bytes:
             lines.append(
                 f"frozen for inference: {frozen / 2**20:,.1f} MB of weights packed in place"
             )
-            lines.append(
-                "until revert() they are no parameters: a loop over parameters() passes them by"
-            )
+            lines.append("until revert() they are not parameters: parameters() does not list them")
         lines += unwatched(self._modules, self._eight_bits)
         if rounded := self.rounded_weights:
-            exempt = (
-                f"; {self._exempt} modules stay in floating point for accuracy"
-                if self._exempt
-                else ""
-            )
-            lines.append(f"{rounded} weights run in {self._eight_bits}{exempt}")
+            lines.append(f"{rounded} weights run in {self._eight_bits}")
+            if self._exempt:
+                lines[-1] += f"; {self._exempt} modules stay in floating point for accuracy"
         lines.append(f"{self.share:.0%} of the linear weights are in replaced modules")
-        lines += [line for line in [adapters.summary(self._modules)] if line is not None]
-        if self.runs:
-            lines.append(f"verified: {self.coverage()}")
-        costs = {
-            name: f"has a cosine of at least {value:.4f}" for name, value in self.rounding.items()
-        }
-        costs = costs or {
-            name: f"differs by {value:.1e}" for name, value in self.differences.items()
-        }
-        lines += [f"verified: {name or 'output'} {cost}" for name, cost in costs.items()]
+        if (adapted := adapters.summary(self._modules)) is not None:
+            lines.append(adapted)
+        return "\n".join(lines + self._verification())
+
+    def _table(self) -> list[str]:
+        """Format one row for modules of the same class, form and reason."""
+        rows: list[tuple[str, ...]]
+        rows = [("module", "class", "replaced by", "GEMM share", "benefit, or reason")]
+        groups: dict[tuple[str, str, str], list[Entry]] = {}
+        declining = self.declining
+        for entry in self.entries:
+            form, remark = entry.fused, entry.gain
+            if entry.reason is not None:
+                form, remark = "not replaced", entry.reason
+            elif entry.path in declining:
+                form, remark = "runs its original", declining[entry.path]
+            groups.setdefault((entry.class_name, form, remark), []).append(entry)
+        for (class_name, form, remark), entries in groups.items():
+            paths = _and_more([entry.path for entry in entries])
+            share = sum(entry.share for entry in entries)
+            rows.append((paths, class_name, form, f"{share:.0%}" if share >= 0.005 else "", remark))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        rows.insert(1, tuple("─" * width for width in widths))
+        return [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+
+    def _verification(self) -> list[str]:
+        lines = [f"verified: {self.coverage()}"] if self.runs else []
+        if self.rounding:
+            for name, cosine in self.rounding.items():
+                lines.append(f"verified: {name or 'output'} has a cosine of at least {cosine:.4f}")
+        else:
+            for name, difference in self.differences.items():
+                lines.append(f"verified: {name or 'output'} differs by {difference:.1e}")
         if self.speedups:
-            # Without the extremes, which any other program on the machine makes.
+            # Without the extremes, which other programs on the machine cause.
             inner = self.speedups[1:-1] if len(self.speedups) > 4 else self.speedups
             low, high = f"{inner[0]:.1f}", f"{inner[-1]:.1f}"
             speed = low if low == high else f"{low}–{high}"
             rounds = f"{len(self.speedups)} rounds, before and after in turn"
             lines.append(f"the verify batch ran {speed}× as fast ({rounds})")
-        lines += [self.untimed] if self.untimed else []
-        return "\n".join(lines)
+        if self.untimed:
+            lines.append(self.untimed)
+        return lines
 
 
 def _and_more(paths: Sequence[str]) -> str:
@@ -210,30 +205,32 @@ def _and_more(paths: Sequence[str]) -> str:
 
 
 def in_graphs(model: nn.Module) -> bool:
-    """True if the model's calls are replayed as CUDA graphs."""
+    """Return whether the model's calls are replayed as CUDA graphs."""
     return isinstance(model.__dict__.get("forward"), CallGraphs)
 
 
 def linear_weights(*modules: nn.Module) -> set[nn.Parameter]:
-    """The weights of linear, convolution and attention layers in modules."""
-    layers = (part for module in modules for part in module.modules() if isinstance(part, _LINEAR))
-    return {p for part in layers for p in part.parameters(recurse=False) if p.ndim > 1}
+    """Return the weights of the linear, convolution and attention layers in modules."""
+    layers = (
+        layer for module in modules for layer in module.modules() if isinstance(layer, _LINEAR)
+    )
+    return {p for layer in layers for p in layer.parameters(recurse=False) if p.ndim > 1}
 
 
-def unwatched(modules: Collection[nn.Module], kind: EightBits | None) -> list[str]:
-    """Report lines about changes of parameters that copies of them do not follow."""
+def unwatched(modules: Collection[nn.Module], eight_bits: EightBits | None) -> list[str]:
+    """Return report lines about changes of parameters that their copies do not follow."""
     parameters = {p for module in modules for p in module.parameters()}
     lines = []
     if count := sum(p.is_inference() for p in parameters):
         lines.append(
-            f"{count} parameters are inference tensors, which carry no version: nothing computed from them is kept; "
+            f"{count} parameters are inference tensors, which carry no version: nothing computed from them is cached; "
             "load or copy the model outside torch.inference_mode()"
         )
     if any(p.is_cuda for p in parameters):
         lines.append(
             "a GPU does not see writes through .data: call xfm_fast.kernels.caching.clear() after them"
         )
-    elif kind is not None:
+    elif eight_bits is not None:
         lines.append(
             "not seen: single elements of a large weight that are written through .data or NumPy"
         )
@@ -241,19 +238,23 @@ def unwatched(modules: Collection[nn.Module], kind: EightBits | None) -> list[st
 
 
 def size_of(weights: Collection[nn.Parameter]) -> int:
-    """Number of entries."""
+    """Return the number of elements."""
     return sum(p.numel() for p in weights)
 
 
 def unknown_layers(
     model: nn.Module,
-    chosen: dict[str, nn.Module],
-    known: Collection[nn.Module],
+    selected: dict[str, nn.Module],
+    reported: Collection[nn.Module],
     layers: Sequence[str],
 ) -> list[Unknown]:
-    """Return unrecognised repeated layers with a relevant share of the weights, largest first; no embeddings or heads.
+    """Return unrecognised repeated layers with a relevant share of the weights, largest first.
 
-    `layers` are the paths of recognised layers and encoders: a module that holds one is no layer.
+    Args:
+        model: The model.
+        selected: Modules to look at, by path.
+        reported: Modules that the report lists already.
+        layers: Paths of recognised layers and encoders; a module that holds one is not a layer.
     """
     tables = (nn.Embedding, nn.EmbeddingBag)
     matrices = {
@@ -262,34 +263,29 @@ def unknown_layers(
         if not isinstance(module, tables)
     }
     total = size_of(set().union(*matrices.values())) or 1
-    left = {
-        p for module in chosen.values() if module not in known for p in matrices.get(module, ())
-    }
+    remaining: set[nn.Parameter] = set()
+    for module in selected.values():
+        if module not in reported:
+            remaining |= matrices.get(module, set())
     siblings = Counter(
-        (path.rpartition(".")[0], type(module)) for path, module in chosen.items() if path
+        (path.rpartition(".")[0], type(module)) for path, module in selected.items() if path
     )
-    found: dict[str, Unknown] = {}
-    # The innermost elements of lists come first: stages contain lists of layers. A bare linear layer does not count.
-    for path, module in reversed(chosen.items()):
-        holder = path.rpartition(".")[0]
-        listed = (
-            path
-            and siblings[holder, type(module)] > 1
-            and isinstance(model.get_submodule(holder), _LISTS)
-        )
-        if (
-            not listed
-            or matrices.get(module)
-            or any(inner.startswith(f"{path}.") for inner in layers)
-        ):
+    unknown: dict[str, Unknown] = {}
+    # The innermost elements of lists come first: stages contain lists of layers. A bare linear
+    # layer does not count.
+    for path, module in reversed(selected.items()):
+        parent = path.rpartition(".")[0]
+        if not path or siblings[parent, type(module)] == 1 or matrices.get(module):
             continue
-        own = left.intersection(module.parameters())
-        left -= own
-        if own:
+        if not isinstance(model.get_submodule(parent), _LISTS):
+            continue
+        if any(layer.startswith(f"{path}.") for layer in layers):
+            continue
+        weights = remaining.intersection(module.parameters())
+        remaining -= weights
+        if weights:
             name = type(module).__name__
-            _, paths, share = found.get(name, Unknown(name, [], 0.0))
-            found[name] = Unknown(name, [path, *paths], share + size_of(own) / total)
-    return sorted(
-        (each for each in found.values() if each.share >= _LEAST_SHARE),
-        key=lambda each: -each.share,
-    )
+            _, paths, share = unknown.get(name, Unknown(name, [], 0.0))
+            unknown[name] = Unknown(name, [path, *paths], share + size_of(weights) / total)
+    relevant = [entry for entry in unknown.values() if entry.share >= _MIN_SHARE]
+    return sorted(relevant, key=lambda entry: -entry.share)

@@ -1,13 +1,15 @@
 """Image-memory re-ranking for third-party cross-encoders: ALBEF, X-VLM, X²-VLM, BLIP, BERT with cross-attention.
 
-Scored pair by pair, the same image tokens are projected to keys and values for every text and layer, which is most of
-the work. `Reranker` projects an image once, packs the texts without padding, treats all texts of an image as one query
-sequence in cross-attention, and computes only token 0 of each text in the last layer.
+Scored pair by pair, the same image tokens are projected to keys and values for every text and
+layer, which is most of the work. `Reranker` projects an image once, packs the texts without
+padding, treats all texts of an image as one query sequence in cross-attention, and computes only
+token 0 of each text in the last layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,20 +33,29 @@ from xfm_fast.replace.official import (
     drops_paths,
     has_cross_attention,
     is_layer,
-    why_not_plain,
+    why_unsupported,
 )
-from xfm_fast.replace.structure import post_norm
-from xfm_fast.replace.swap import Settings, find, observed, original_class, why_not_bypassed
+from xfm_fast.replace.structure import LayerCall, post_norm
+from xfm_fast.replace.swap import Settings, observed, original_class, why_not_bypassed
 
 
 class Reranker:
     """Scores many texts against few images with a third-party cross-encoder; equal to scoring each pair separately.
 
-    The text encoder is any module with one stack of BERT-shaped layers, of which the last ones or all have a
-    `crossattention`: BertModel and RobertaModel of transformers built with `add_cross_attention`, its BlipTextModel,
-    the text and fusion encoders of ALBEF, BLIP, X-VLM, X²-VLM and X-FM. It is not modified, and its parameters may
-    continue to train. Self-attention is bidirectional, as in matching. `head` maps token 0 `[P, width]` to logits;
-    `scores` requires it. `kernels` and `dtype` as in `accelerate`. Raises InputError for any other encoder.
+    The encoder is not modified, and its parameters may continue to train. Self-attention is
+    bidirectional, as in matching.
+
+    Args:
+        text_encoder: Module with one stack of BERT-shaped layers, of which the last ones or all
+            have a `crossattention`: BertModel and RobertaModel of transformers built with
+            `add_cross_attention`, its BlipTextModel, the text and fusion encoders of ALBEF, BLIP,
+            X-VLM, X²-VLM and X-FM.
+        head: Maps token 0 `[P, width]` to logits; required by `scores`.
+        kernels: Backend of the ops, as in `accelerate`.
+        dtype: Compute dtype, as in `accelerate`.
+
+    Raises:
+        InputError: The encoder has no such stack, or no cross-attention.
 
     Example:
         >>> reranker = Reranker(model.text_encoder, head=model.itm_head)
@@ -70,45 +81,47 @@ class Reranker:
                 "with images; build the model with cross-attention (add_cross_attention=True in transformers)"
             )
         first = crossing.index(True)
-        self._alone, self._fusing = self._layers[:first], self._layers[first:]
+        self._text_only, self._fusing = self._layers[:first], self._layers[first:]
         self._crossing = [layer for layer in self._fusing if has_cross_attention(layer)]
         self._width = self._layers[0].attention.self.query.in_features
         self._image_width = self._crossing[0].crossattention.self.key.in_features
 
     def image_memory(self, image_embeds: Tensor, token_mask: Tensor | None = None) -> ImageMemory:
-        """Project images `[B, M, image width]` for every cross-attention layer: `[B, M, 2, H, D]` each.
+        """Project images to keys and values for every cross-attention layer: `[B, M, 2, H, D]` each.
 
-        `token_mask` `[B, M]` is non-zero for visible tokens; all by default.
+        Args:
+            image_embeds: `[B, M, image width]`.
+            token_mask: `[B, M]`, non-zero for visible tokens; all by default.
         """
         check_embeddings(image_embeds, self._image_width, "image_embeds")
         if token_mask is not None:
             images, tokens = image_embeds.shape[:2]
             token_mask = check_token_mask(token_mask, (images, tokens), "token_mask")
         settings = self._settings
-        with settings.own_types(image_embeds.device):
+        with settings.without_autocast(image_embeds.device):
             layers = []
             for layer in self._crossing:
-                projections = layer.crossattention.self
-                key, value, heads = (
-                    projections.key,
-                    projections.value,
-                    projections.num_attention_heads,
-                )
+                attention = layer.crossattention.self
+                key, value, heads = attention.key, attention.value, attention.num_attention_heads
                 if is_adapted(key) or is_adapted(value):
-                    both = torch.stack(
-                        settings.products("kv", image_embeds, key, value), -2
-                    ).unflatten(-1, (heads, -1))
+                    projected = settings.linears("kv", image_embeds, key, value)
+                    layers.append(torch.stack([*projected], -2).unflatten(-1, (heads, -1)))
                 else:
                     weight = concatenated("kv weight", key.weight, value.weight)
                     bias = concatenated("kv bias", key.bias, value.bias)
-                    both = settings.linear(image_embeds, weight, bias).unflatten(-1, (2, heads, -1))
-                layers.append(both)
+                    out = settings.linear(image_embeds, weight, bias)
+                    layers.append(out.unflatten(-1, (2, heads, -1)))
         return ImageMemory(tuple(layers), token_mask)
 
     def text_embeds(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Text states `[P, L, width]` before the first image layer, reusable for all images; zeros at padding."""
+        """Compute the layers before cross-attention, whose output `[P, L, width]` serves all images; zeros at padding.
+
+        Args:
+            input_ids: `[P, L]`.
+            attention_mask: `[P, L]`, non-zero for real tokens; all by default.
+        """
         packing = Packing.from_mask(_text_mask(attention_mask, input_ids))
-        with self._settings.own_types(input_ids.device):
+        with self._settings.without_autocast(input_ids.device):
             return packing.unpad(self._embedded(input_ids, packing))
 
     def fused(
@@ -120,10 +133,17 @@ class Reranker:
         *,
         text_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Token 0 of every text after the last layer, `[P, width]`.
+        """Compute token 0 of every text after the last layer: `[P, width]`.
 
-        Texts are `input_ids` `[P, L]` or `text_embeds` `[P, L, width]`. `attention_mask` `[P, L]` is non-zero for real
-        tokens, token 0 included; all by default. `image_index` `[P]` is the image of each text, optional with one.
+        Args:
+            memory: Images from `image_memory`.
+            input_ids: Texts `[P, L]`.
+            attention_mask: `[P, L]`, non-zero for real tokens, token 0 included; all by default.
+            image_index: `[P]`, the image of each text; optional with one image.
+            text_embeds: `[P, L, width]` from `text_embeds`, in place of `input_ids`.
+
+        Raises:
+            InputError: Both or none of the texts are given, or shapes or indices do not fit.
         """
         if (input_ids is None) == (text_embeds is None):
             raise InputError("texts are given as input_ids or as text_embeds: give one of them")
@@ -145,7 +165,7 @@ class Reranker:
         groups = ImageGroups.from_index(index, memory.images)
         packing = Packing.from_mask(mask, order=groups.order)
         settings = self._settings
-        with settings.own_types(texts.device):
+        with settings.without_autocast(texts.device):
             if text_embeds is None:
                 assert input_ids is not None
                 tokens = self._embedded(input_ids, packing)
@@ -162,15 +182,15 @@ class Reranker:
         *,
         text_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Matching scores `[P]`: the last logit of the head. Arguments as for `fused`."""
+        """Compute matching scores `[P]`, the last logit of the head. Arguments as for `fused`."""
         if self.head is None:
             raise InputError(
                 "scores come from a matching head; give Reranker(text_encoder, head=model.itm_head)"
             )
         fused = self.fused(memory, input_ids, attention_mask, image_index, text_embeds=text_embeds)
-        own = next(self.head.parameters(), None) if isinstance(self.head, nn.Module) else None
+        parameter = next(self.head.parameters(), None) if isinstance(self.head, nn.Module) else None
         # The dtype of the head's parameters, unless autocast decides.
-        logits = self.head(fused if own is None else fused.to(own.dtype))
+        logits = self.head(fused if parameter is None else fused.to(parameter.dtype))
         if logits.ndim != 2 or logits.shape[1] not in (1, 2):
             raise InputError(
                 f"the head gave {[*logits.shape]}; a matching head gives [P, 2] or [P, 1]"
@@ -184,45 +204,50 @@ class Reranker:
             )
 
     def _embedded(self, input_ids: Tensor, packing: Packing) -> Tensor:
-        """Packed tokens `[T, width]` after the layers without cross-attention."""
+        """Run the layers without cross-attention on packed tokens: `[T, width]`."""
         if self._embeddings is None:
             raise InputError("this text encoder has no embeddings; give the texts as text_embeds")
         x = packing.pack(self._embeddings(input_ids=input_ids))
         self._check_mode()
         attend = Packed.within(packing)
-        for layer in self._alone:
-            x = post_norm(TEXT_LAYER.parts(layer), x, attend, self._settings)
+        for layer in self._text_only:
+            call = LayerCall(TEXT_LAYER.modules(layer), attend, self._settings, wide=True)
+            x = post_norm(call, x)
         return x
 
     def _fuse(
         self, x: Tensor, packing: Packing, memory: ImageMemory, groups: ImageGroups
     ) -> Tensor:
-        """Packed tokens `[T, width]` → token 0 of each text `[P, width]`, in packed order."""
+        """Map packed tokens `[T, width]` to token 0 of each text `[P, width]`, in packed order."""
         self._check_mode()
         cu_keys, key_mask = memory.cu_keys, memory.key_mask
         projected = 0
         for layer in self._fusing:
             queries: Sequences = packing
-            reads = None
+            rows = None
             if layer is self._fusing[-1]:
                 queries = Reads.first_tokens(packing)
-                reads = queries.rows
-            seen = cross = None
+                rows = queries.rows
+            cu_queries = queries.cu_seqlens
+            within = Packed(cu_queries, packing.cu_seqlens, queries.longest, packing.longest)
+            modules = TEXT_LAYER.modules(layer)
+            call = LayerCall(modules, within, self._settings, wide=True, rows=rows)
+            cross_attention = None
             if has_cross_attention(layer):
-                # All texts of an image are one query sequence: cross-attention has no mask between queries.
-                cu_queries = groups.token_offsets(queries.cu_seqlens)
+                # All texts of an image are one query sequence: cross-attention has no mask between
+                # queries.
+                cu_queries = groups.token_offsets(cu_queries)
                 across = Packed(cu_queries, cu_keys, x.shape[0], memory.longest, key_mask)
-                seen = Memory(memory.keys_values(projected), across, projected=True)
-                projected, cross = projected + 1, TEXT_LAYER.cross_parts(layer)
-            within = Packed(
-                queries.cu_seqlens, packing.cu_seqlens, queries.longest, packing.longest
-            )
-            x = post_norm(TEXT_LAYER.parts(layer), x, within, self._settings, seen, cross, reads)
+                image = Memory(memory.keys_values(projected), across, projected=True)
+                cross = TEXT_LAYER.cross_attention(layer)
+                cross_attention = partial(call.cross_attention, cross, image)
+                projected += 1
+            x = post_norm(call, x, cross_attention, rows)
         return x
 
 
 def _text_mask(mask: Tensor | None, texts: Tensor) -> Tensor:
-    """The mask `[P, L]` of texts `[P, L]` or `[P, L, width]`; all tokens are real by default."""
+    """Return the mask `[P, L]` of texts; all tokens are real by default."""
     if texts.ndim != 2 and not texts.is_floating_point():
         raise InputError(f"input_ids are {[*texts.shape]}; texts must be [P, L]")
     if mask is None:
@@ -231,31 +256,28 @@ def _text_mask(mask: Tensor | None, texts: Tensor) -> Tensor:
 
 
 def _stack(encoder: nn.Module) -> tuple[list[Any], nn.Module | None]:
-    """The layers of a text encoder, and its embeddings if there are any."""
+    """Return the layers of a text encoder, and its embeddings or None."""
     name = original_class(encoder).__name__
-    holders = [
-        (path, part)
-        for path, part in encoder.named_modules()
-        if isinstance(part, nn.ModuleList) and len(part) and all(is_layer(layer) for layer in part)
-    ]
-    if len(holders) != 1:
-        found = ", ".join(path for path, _ in holders) or "none"
+    stacks = {
+        path: module
+        for path, module in encoder.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(map(is_layer, module))
+    }
+    if len(stacks) != 1:
         raise InputError(
             f"{name} must hold one stack of BERT-shaped layers (attention, crossattention, intermediate, output), and "
-            f"{found} was found; give the text encoder itself"
+            f"{', '.join(stacks) or 'none'} was found; give the text encoder itself"
         )
-    path, layers = holders[0]
-    for number, layer in enumerate(layers):
-        reason = why_not_plain(layer) or why_not_bypassed(
-            layer, TEXT_LAYER.bypassed(original_class(layer))
-        )
+    ((path, layers),) = stacks.items()
+    for index, layer in enumerate(layers):
+        bypassed = TEXT_LAYER.bypassed(original_class(layer))
+        reason = why_unsupported(layer) or why_not_bypassed(layer, bypassed)
         if reason is None and observed(layer):
             reason = "it has hooks"
         if reason is not None:
-            raise InputError(f"layer {path}.{number} cannot be re-ranked with: {reason}")
-    # Layers are at `encoder.layer`; the embeddings are a sibling of `encoder`.
-    *outer, _, _ = ["", *path.split(".")] if "." not in path else path.split(".")
-    parent = find(encoder, ".".join(outer)) if outer else encoder
-    return list(layers), None if parent is None or "." not in path else parent._modules.get(
-        "embeddings"
-    )
+            raise InputError(f"layer {path}.{index} cannot be re-ranked with: {reason}")
+    # Embeddings are next to the module that holds the layers, such as `embeddings` and
+    # `encoder.layer`.
+    *outer, _, _ = ["", "", *path.split(".")]
+    parent = encoder.get_submodule(".".join(filter(None, outer)))
+    return list(layers), parent._modules.get("embeddings") if "." in path else None

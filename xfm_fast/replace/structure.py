@@ -1,14 +1,16 @@
-"""The parts of a transformer layer and the three orders in which layers compute with them.
+"""The orders in which transformer layers compute: pre-norm, post-norm, and norms on the branches.
 
-`pre_norm`, `post_norm` and `norm_behind` run on padded `[B, N, width]` or packed `[T, width]`.
+An order composes the operations of an executor. `LayerCall` executes them through `kernels.ops`,
+with gradients and on every device; `cached_plan` through CPU kernels whose operands are prepared
+once. Tokens are padded `[B, N, width]` or packed `[T, width]`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,42 +21,39 @@ from xfm_fast.kernels.caching import cached
 from xfm_fast.replace.attention import Attend, Memory
 from xfm_fast.replace.swap import Settings
 
+ATTENTION, MLP = 0, 1  # branches of a layer
+Rotary = tuple[Tensor, Tensor]
+"""Cosine and sine of rotary positions, `[..., N, D]` or `[T, D]`, with equal halves of D."""
 
-class Parts(NamedTuple):
-    """The parts of a layer at the time of a call."""
+
+class LayerModules(NamedTuple):
+    """The modules of a layer, and the values that they have at the time of a call."""
 
     norms: tuple[nn.Module, nn.Module]  # of the attention and of the MLP
     heads: int
     proj: nn.Module  # linear layer after the attention
     inner: tuple[nn.Module, ...]  # linear layers into the hidden layer of the MLP
     fc2: nn.Module  # linear layer out of it
-    projections: tuple[
-        nn.Module, ...
-    ] = ()  # linear layers to queries, keys and values, or one to all three
+    # linear layers to queries, keys and values, or one to all three
+    projections: tuple[nn.Module, ...] = ()
     qkv: tuple[tuple[Tensor, Tensor | None], ...] = ()  # weights and biases in place of projections
     qkv_bias: Tensor | None = None  # bias of a single projection, stored outside the layer
     joins: bool = True  # one GEMM for all projections
     activation: Callable[[nn.Module], Any] | None = None  # looks up the activation in a layer
-    # the hidden layer of (x, apply_linear), unless it is `gelu(inner(x))`
+    # hidden layer of (x, apply_linear), unless it is `gelu(inner(x))`
     hidden: Callable[[Tensor, Callable[[Any, Tensor], Tensor]], Tensor] | None = None
     gammas: tuple[Tensor | None, Tensor | None] = (None, None)  # LayerScale of each branch
-    row_scales: tuple[
-        Callable[[Tensor], Tensor | None], ...
-    ] = ()  # stochastic depth of each branch: `[B]`, or None
+    # stochastic depth of each branch: `[B]`, or None
+    row_scales: tuple[Callable[[Tensor], Tensor | None], ...] = ()
     attention_p: float = 0.0  # dropout of the attention weights
     hidden_p: float = 0.0  # dropout of the hidden layer
     branch_p: tuple[float, float] = (0.0, 0.0)  # dropout at the end of each branch
-    adapt: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = (
-        None  # rotation of q and k `[..., H, D]`
-    )
-    inner_norms: tuple[nn.Module | None, nn.Module | None] = (
-        None,
-        None,
-    )  # before proj and before fc2
+    # norms before proj and before fc2
+    inner_norms: tuple[nn.Module | None, nn.Module | None] = (None, None)
 
 
-class Cross(NamedTuple):
-    """The parts of a layer's cross-attention."""
+class CrossAttention(NamedTuple):
+    """The modules of a layer's cross-attention."""
 
     projections: tuple[nn.Module, nn.Module, nn.Module]
     heads: int
@@ -64,151 +63,222 @@ class Cross(NamedTuple):
     branch_p: float = 0.0
 
 
-def pre_norm(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Tensor:
-    """`x += s₁·γ₁·Attn(N₁(x)); x += s₂·γ₂·MLP(N₂(x))`: residual, LayerScale, stochastic depth and norm in one pass."""
-    first, second = parts.norms
-    x = settings.operand(x)
-    context = self_attention(parts, apply_norm(first, x, settings), attend, settings)
-    normed, x = proj_residual_norm(
-        context,
-        parts.proj,
-        x,
-        second,
-        settings,
-        gamma=settings.parameter(parts.gammas[0]),
-        row_scale=parts.row_scales[0](x) if parts.row_scales else None,
-        dropout_p=parts.branch_p[0],
-    )
-    branch: dict[str, Any] = {
-        "gamma": settings.parameter(parts.gammas[1]),
-        "row_scale": parts.row_scales[1](x) if parts.row_scales else None,
-        "dropout_p": parts.branch_p[1],
-        "backend": settings.backend,
-    }
-    if parts.hidden is None and not parts.hidden_p and parts.inner_norms[1] is None:
-        fc1, fc2 = (
-            settings.affine_of(parts.inner[0], normed, x),
-            settings.affine_of(parts.fc2, normed, x),
-        )
-        if fc1 is not None and fc2 is not None:
-            return ops.mlp_residual(normed, *fc1, *fc2, x, **branch)
-    return linear_residual(hidden_layer(parts, normed, settings), parts.fc2, x, settings, **branch)
+class Executor(Protocol):
+    """The operations of one layer call."""
+
+    def operand(self, x: Tensor) -> Tensor:
+        """Convert x to the compute dtype."""
+        ...
+
+    def norm(self, branch: int, x: Tensor) -> Tensor:
+        """Apply the norm of a branch."""
+        ...
+
+    def attention(self, x: Tensor) -> Tensor:
+        """Compute the attention's context, the input of `proj`."""
+        ...
+
+    def add_attention(self, context: Tensor, residual: Tensor, norm: int) -> tuple[Tensor, Tensor]:
+        """Compute `summed = residual + proj(context)`; returns the norm of the sum, and the sum."""
+        ...
+
+    def add_mlp(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Compute `residual + MLP(x)`."""
+        ...
+
+    def add_mlp_norm(self, x: Tensor) -> Tensor:
+        """Compute the norm of `x + MLP(x)`."""
+        ...
+
+
+def pre_norm(layer: Executor, x: Tensor) -> Tensor:
+    """Compute `x += Attn(N₁(x)); x += MLP(N₂(x))`."""
+    x = layer.operand(x)
+    context = layer.attention(layer.norm(ATTENTION, x))
+    normed, x = layer.add_attention(context, x, MLP)
+    return layer.add_mlp(normed, x)
 
 
 def post_norm(
-    parts: Parts,
+    layer: Executor,
     x: Tensor,
-    attend: Attend,
-    settings: Settings,
-    memory: Memory | None = None,
-    cross: Cross | None = None,
-    reads: Tensor | None = None,
+    cross_attention: Callable[[Tensor], Tensor] | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """`x = N₁(x + Attn(x)); x = N₂(x + MLP(x))`, and cross-attention to a memory between.
+    """Compute `x = N₁(x + Attn(x)); x = N₂(x + MLP(x))`, with cross-attention between.
 
-    The residual keeps its dtype. With `reads` `[Q]`, only these packed rows are queries: returns `[Q, width]`.
+    The residual keeps its dtype. `rows` `[Q]` are the packed rows of the attention's queries, if
+    these are not all; then the result is `[Q, width]`.
     """
-    if reads is None:
-        context = self_attention(parts, x, attend, settings)
-    else:
-        query, *rest = parts.projections
-        k, v = project("kv", rest, x, parts.heads, settings)
-        x = x.index_select(0, reads)
-        (q,) = project("query", [query], x, parts.heads, settings)
-        context = attend(q, k, v, parts.attention_p, settings)
-    x = proj_residual_norm(
-        context, parts.proj, x, parts.norms[0], settings, dropout_p=parts.branch_p[0], wide=True
-    )[0]
-    if memory is not None and cross is not None:
-        x = _cross_attention(cross, x, memory, settings)
-    second = parts.norms[1]
-    plain = (
-        parts.hidden is None
-        and not parts.hidden_p
-        and parts.inner_norms[1] is None
-        and not parts.branch_p[1]
-    )
-    if plain and _is_layer_norm(second):
-        rounded = settings.rounded_mlp(x, parts.inner[0], parts.fc2, second)
-        if rounded is not None:
-            return rounded
-    hidden = hidden_layer(parts, x, settings)
-    return proj_residual_norm(
-        hidden, parts.fc2, x, second, settings, dropout_p=parts.branch_p[1], wide=True
-    )[0]
+    context = layer.attention(x)
+    residual = x if rows is None else x.index_select(0, rows)
+    x, _ = layer.add_attention(context, residual, ATTENTION)
+    if cross_attention is not None:
+        x = cross_attention(x)
+    return layer.add_mlp_norm(x)
 
 
-def _cross_attention(cross: Cross, x: Tensor, memory: Memory, settings: Settings) -> Tensor:
-    query, *rest = cross.projections
-    states = memory.states
-    k, v = (
-        states.unbind(-3)
-        if memory.projected
-        else project("kv", rest, states, cross.heads, settings)
-    )
-    (q,) = project("query", [query], x, cross.heads, settings)
-    # One memory for the whole padded batch: all queries form one sequence.
-    queries = q.flatten(0, 1)[None] if memory.shared else q
-    context = memory.attend(queries, k, v, cross.attention_p, settings).view(*q.shape[:-2], -1)
-    return proj_residual_norm(
-        context, cross.proj, x, cross.norm, settings, dropout_p=cross.branch_p, wide=True
-    )[0]
+def norm_behind(layer: LayerCall, x: Tensor) -> Tensor:
+    """Compute `x += N₁(Attn(x)); x += N₂(MLP(x))`: a norm precedes every sum (Swin V2)."""
+    x = layer.operand(x)
+    x = layer.add_normed(ATTENTION, layer.attention(x), x)
+    return layer.add_normed(MLP, layer.hidden(x), x)
 
 
-def norm_behind(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Tensor:
-    """`x += s₁·N₁(Attn(x)); x += s₂·N₂(MLP(x))`: each branch is normalised before the sum (Swin V2)."""
-    x = settings.operand(x)
-    for number, end in enumerate((parts.proj, parts.fc2)):
-        out = (
-            hidden_layer(parts, x, settings)
-            if number
-            else self_attention(parts, x, attend, settings)
+@dataclass(slots=True)
+class LayerCall:
+    """Executor of the general path: any device, gradients, dropout, adapters and autocast."""
+
+    modules: LayerModules
+    attend: Attend
+    settings: Settings
+    wide: bool = False  # keep the dtype of a wider residual (post-norm)
+    rotary: Rotary | None = None
+    rows: Tensor | None = None  # packed rows `[Q]` that are queries; None for all
+
+    def operand(self, x: Tensor) -> Tensor:
+        return self.settings.operand(x)
+
+    def norm(self, branch: int, x: Tensor) -> Tensor:
+        return apply_norm(self.modules.norms[branch], x, self.settings)
+
+    def attention(self, x: Tensor) -> Tensor:
+        modules = self.modules
+        windows = getattr(self.attend, "windows", None)
+        if windows is not None:
+            x = windows.split(x)
+        q, k, v = self._queries_keys_values(x)
+        if self.rotary is not None:
+            q, k = (apply_rotary(t, self.rotary).to(v.dtype) for t in (q, k))
+        context = self.attend(q, k, v, modules.attention_p, self.settings)
+        if windows is not None:
+            # Merge windows before proj, which skips the padding and fuses the residual.
+            context = windows.merge(context)
+        norm = modules.inner_norms[ATTENTION]
+        return context if norm is None else run_module(norm, context)
+
+    def _queries_keys_values(self, x: Tensor) -> Sequence[Tensor]:
+        """Project x to q, k and v `[..., H, D]`; with `rows`, only these have queries."""
+        modules, settings, heads = self.modules, self.settings, self.modules.heads
+        if self.rows is not None:
+            query, *key_value = modules.projections
+            k, v = project("kv", key_value, x, heads, settings)
+            (q,) = project("query", [query], x.index_select(0, self.rows), heads, settings)
+            return q, k, v
+        if not modules.projections:
+            outputs = [settings.linear(x, weight, bias) for weight, bias in modules.qkv]
+        elif modules.joins or len(modules.projections) == 1:
+            outputs = settings.linears("qkv", x, *modules.projections, bias=modules.qkv_bias)
+        else:
+            outputs = [apply_linear(layer, x, settings) for layer in modules.projections]
+        if len(outputs) == 1:
+            return outputs[0].unflatten(-1, (3, heads, -1)).unbind(-3)
+        return [output.unflatten(-1, (heads, -1)) for output in outputs]
+
+    def add_attention(self, context: Tensor, residual: Tensor, norm: int) -> tuple[Tensor, Tensor]:
+        return linear_add_norm(
+            context,
+            self.modules.proj,
+            residual,
+            self.modules.norms[norm],
+            self.settings,
+            wide=self.wide,
+            **self._branch(ATTENTION, residual),
         )
-        out = _dropout(apply_linear(end, out, settings), parts.branch_p[number])
-        rows = parts.row_scales[number](x) if parts.row_scales else None
-        x = _add_branch(
-            x, apply_norm(parts.norms[number], out, settings), parts.gammas[number], rows
+
+    def add_mlp(self, x: Tensor, residual: Tensor) -> Tensor:
+        modules, settings = self.modules, self.settings
+        branch = self._branch(MLP, residual)
+        branch["backend"] = settings.backend
+        if self._has_plain_mlp():
+            fc1 = settings.affine_of(modules.inner[0], x, residual)
+            fc2 = settings.affine_of(modules.fc2, x, residual)
+            if fc1 is not None and fc2 is not None:
+                return ops.mlp_residual(x, *fc1, *fc2, residual, **branch)
+        return linear_residual(self.hidden(x), modules.fc2, residual, settings, **branch)
+
+    def add_mlp_norm(self, x: Tensor) -> Tensor:
+        modules, settings, norm = self.modules, self.settings, self.modules.norms[MLP]
+        if self._has_plain_mlp() and not modules.branch_p[MLP] and _is_layer_norm(norm):
+            normed = settings.int8_mlp_norm(x, modules.inner[0], modules.fc2, norm)
+            if normed is not None:
+                return normed
+        branch = self._branch(MLP, x)
+        normed, _ = linear_add_norm(
+            self.hidden(x), modules.fc2, x, norm, settings, wide=self.wide, **branch
         )
-    return x
+        return normed
 
+    def add_normed(self, branch: int, x: Tensor, residual: Tensor) -> Tensor:
+        """Compute `residual + norm(linear(x))` with the last linear layer of a branch."""
+        modules = self.modules
+        linear = modules.fc2 if branch == MLP else modules.proj
+        out = _dropout(apply_linear(linear, x, self.settings), modules.branch_p[branch])
+        row_scale = modules.row_scales[branch](residual) if modules.row_scales else None
+        return _add_branch(residual, self.norm(branch, out), modules.gammas[branch], row_scale)
 
-def self_attention(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Tensor:
-    """Projections and attention of `[..., width]`, before proj."""
-    windows = getattr(attend, "windows", None)
-    x = x if windows is None else windows.split(x)
-    if not parts.projections:
-        made = [settings.linear(x, weight, bias) for weight, bias in parts.qkv]
-    elif parts.joins or len(parts.projections) == 1:
-        made = settings.products("qkv", x, *parts.projections, bias=parts.qkv_bias)
-    else:
-        made = [apply_linear(layer, x, settings) for layer in parts.projections]
-    if len(made) == 1:
-        q, k, v = made[0].unflatten(-1, (3, parts.heads, -1)).unbind(-3)
-    else:
-        q, k, v = (each.unflatten(-1, (parts.heads, -1)) for each in made)
-    if parts.adapt is not None:
-        q, k = (t.to(v.dtype) for t in parts.adapt(q, k))
-    context = attend(q, k, v, parts.attention_p, settings)
-    # Merge windows before proj, which skips the padding and fuses the residual.
-    context = context if windows is None else windows.merge(context)
-    return context if parts.inner_norms[0] is None else run_module(parts.inner_norms[0], context)
+    def hidden(self, x: Tensor) -> Tensor:
+        """Compute the hidden layer of the MLP, the input of `fc2`."""
+        modules, settings = self.modules, self.settings
+        if modules.hidden is not None:
+            hidden = modules.hidden(x, lambda layer, value: apply_linear(layer, value, settings))
+        else:
+            hidden = settings.activated(x, modules.inner[0], F.gelu)
+        hidden = _dropout(hidden, modules.hidden_p)
+        norm = modules.inner_norms[MLP]
+        return hidden if norm is None else run_module(norm, hidden)
+
+    def cross_attention(self, cross: CrossAttention, memory: Memory, x: Tensor) -> Tensor:
+        """Compute `norm(x + cross-attention of x to a memory)`."""
+        settings, (query, *key_value) = self.settings, cross.projections
+        if memory.projected:
+            k, v = memory.states.unbind(-3)
+        else:
+            k, v = project("kv", key_value, memory.states, cross.heads, settings)
+        (q,) = project("query", [query], x, cross.heads, settings)
+        # One memory for the whole padded batch: all queries form one sequence.
+        queries = q.flatten(0, 1)[None] if memory.shared else q
+        context = memory.attend(queries, k, v, cross.attention_p, settings).view(*q.shape[:-2], -1)
+        normed, _ = linear_add_norm(
+            context, cross.proj, x, cross.norm, settings, wide=True, dropout_p=cross.branch_p
+        )
+        return normed
+
+    def _has_plain_mlp(self) -> bool:
+        modules = self.modules
+        return modules.hidden is None and not modules.hidden_p and modules.inner_norms[MLP] is None
+
+    def _branch(self, branch: int, x: Tensor) -> dict[str, Any]:
+        """Return the LayerScale, stochastic depth and dropout at the end of a branch."""
+        modules = self.modules
+        return {
+            "gamma": self.settings.parameter(modules.gammas[branch]),
+            "row_scale": modules.row_scales[branch](x) if modules.row_scales else None,
+            "dropout_p": modules.branch_p[branch],
+        }
 
 
 def project(
     name: str, layers: Sequence[nn.Module], x: Tensor, heads: int, settings: Settings
-) -> tuple[Tensor, ...]:
-    """Outputs `[..., H, D]` of linear layers on one input, with one GEMM; `name` is the cache key of their weights."""
-    return tuple(made.unflatten(-1, (heads, -1)) for made in settings.products(name, x, *layers))
+) -> list[Tensor]:
+    """Apply linear layers to one input: `[..., H, D]` each; `name` is the weights' cache key."""
+    return [output.unflatten(-1, (heads, -1)) for output in settings.linears(name, x, *layers)]
 
 
-def hidden_layer(parts: Parts, x: Tensor, settings: Settings) -> Tensor:
-    """The hidden layer of the MLP, as input of fc2."""
-    if parts.hidden is not None:
-        hidden = parts.hidden(x, lambda layer, value: apply_linear(layer, value, settings))
-    else:
-        hidden = settings.activated(x, parts.inner[0], F.gelu)
-    hidden = _dropout(hidden, parts.hidden_p)
-    return hidden if parts.inner_norms[1] is None else run_module(parts.inner_norms[1], hidden)
+def apply_rotary(x: Tensor, rotary: Rotary, *, stacked: bool = False) -> Tensor:
+    """Apply rotary positions to q or k `[..., N, H, D]`, or to both stacked as `[..., N, 2, H, D]`.
+
+    Prefix tokens without a position are unchanged.
+    """
+    cos, sin = rotary
+    axis = x.ndim - (4 if stacked else 3)
+    prefix = x.shape[axis] - cos.shape[-2]
+    if stacked:
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    if not prefix:
+        return rotate(x, cos, sin)
+    first, positioned = x.split((prefix, x.shape[axis] - prefix), axis)
+    return torch.cat((first, rotate(positioned, cos, sin)), axis)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -224,7 +294,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def apply_norm(norm: nn.Module, x: Tensor, settings: Settings) -> Tensor:
-    """A norm, fused if it is a LayerNorm, otherwise called."""
+    """Apply a norm by our kernel if it is a LayerNorm; call it otherwise."""
     if isinstance(norm, nn.Identity):
         return x
     if not _is_layer_norm(norm):
@@ -233,69 +303,77 @@ def apply_norm(norm: nn.Module, x: Tensor, settings: Settings) -> Tensor:
 
 
 def apply_linear(layer: Any, x: Tensor, settings: Settings) -> Tensor:
-    """A linear layer with its adapters, in the compute dtype."""
-    return settings.products("", x, layer)[0]
+    """Apply a linear layer with its adapters, in the compute dtype."""
+    return settings.linears("", x, layer)[0]
 
 
 def run_module(layer: nn.Module, x: Tensor) -> Tensor:
-    """Call a module in its own dtype."""
+    """Call a module in the dtype of its parameters."""
     dtype = next((p.dtype for p in layer.parameters()), x.dtype)
     return layer(x.to(dtype)).to(x.dtype)
 
 
 @contextmanager
-def branch_types(settings: Settings, device: torch.device) -> Iterator[Settings]:
-    """Settings inside a pre-norm block: in training autocast converts, so that residual and gradients stay wide."""
+def pre_norm_settings(settings: Settings, device: torch.device) -> Iterator[Settings]:
+    """Yield the settings of a pre-norm block: in training, autocast keeps the residual wide."""
     if settings.dtype not in (torch.bfloat16, torch.float16) or not torch.is_grad_enabled():
-        with settings.own_types(device):
+        with settings.without_autocast(device):
             yield settings
     else:
         with torch.autocast(device.type, settings.dtype):
             yield replace(settings, dtype=None)
 
 
-def proj_residual_norm(
+def linear_add_norm(
     x: Tensor,
     layer: nn.Module,
     residual: Tensor,
     norm: nn.Module,
     settings: Settings,
     *,
-    wide: bool = False,
-    **rest: Any,
+    wide: bool,
+    **branch: Any,
 ) -> tuple[Tensor, Tensor]:
-    """End of a branch and the next norm: (normed, summed). `wide` (post-norm) keeps a wider residual's dtype."""
+    """Compute `summed = residual + layer(x)`; returns (norm of the sum, sum).
+
+    Args:
+        wide: Keep the dtype of a wider residual (post-norm).
+        branch: `gamma`, `row_scale` and `dropout_p` of the branch.
+    """
     x = settings.operand(x)
     affine = settings.affine_of(layer, x, residual)
-    rest["backend"] = settings.backend
+    branch["backend"] = settings.backend
     if not _is_layer_norm(norm):
-        summed = linear_residual(x, layer, residual, settings, **rest)
+        summed = linear_residual(x, layer, residual, settings, **branch)
         return run_module(norm, summed), summed
-    wide_norm = wide and residual.dtype != x.dtype
-    scale: Any = (
-        (norm.weight, _shift(norm), norm.eps) if wide_norm else _scale_and_shift(norm, settings)
-    )
+    scale: Any = _scale_and_shift(norm, settings)
+    if wide and residual.dtype != x.dtype:
+        scale = (norm.weight, _shift(norm), norm.eps)
     if affine is None:
-        return ops.add_layer_norm(
-            apply_linear(layer, x, settings), residual, *scale, wide=wide, **rest
-        )
-    return ops.linear_add_layer_norm(x, *affine, residual, *scale, wide=wide, **rest)
+        out = apply_linear(layer, x, settings)
+        return ops.add_layer_norm(out, residual, *scale, wide=wide, **branch)
+    return ops.linear_add_layer_norm(x, *affine, residual, *scale, wide=wide, **branch)
 
 
 def linear_residual(
-    x: Tensor, layer: Any, residual: Tensor, settings: Settings, **rest: Any
+    x: Tensor, layer: Any, residual: Tensor, settings: Settings, **branch: Any
 ) -> Tensor:
-    """`residual + row_scale · gamma · dropout(layer(x))`."""
+    """Compute `residual + row_scale · gamma · dropout(layer(x))`."""
     affine = settings.affine_of(layer, x, residual)
     if affine is not None:
-        return ops.linear_residual(x, *affine, residual, **rest)
-    out = _dropout(apply_linear(layer, x, settings), rest.get("dropout_p", 0.0))
-    return _add_branch(residual, out, rest.get("gamma"), rest.get("row_scale"))
+        return ops.linear_residual(x, *affine, residual, **branch)
+    out = _dropout(apply_linear(layer, x, settings), branch.get("dropout_p", 0.0))
+    return _add_branch(residual, out, branch.get("gamma"), branch.get("row_scale"))
 
 
-def _add_branch(x: Tensor, branch: Tensor, gamma: Tensor | None, rows: Tensor | None) -> Tensor:
-    branch = branch if gamma is None else branch * gamma
-    return x + (branch if rows is None else branch * rows.view(-1, *[1] * (x.ndim - 1)))
+def _add_branch(
+    x: Tensor, branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None
+) -> Tensor:
+    if gamma is not None:
+        branch = branch * gamma
+    if row_scale is not None:
+        branch = branch * row_scale.view(-1, *[1] * (x.ndim - 1))
+    return x + branch
 
 
 def _dropout(x: Tensor, probability: float) -> Tensor:
@@ -311,6 +389,6 @@ def _scale_and_shift(norm: Any, settings: Settings) -> tuple[Any, Any, float]:
 
 
 def _shift(norm: Any) -> Tensor:
-    """The bias of a LayerNorm, or zeros."""
+    """Return the bias of a LayerNorm, or zeros."""
     weight, bias = norm.weight, norm.bias
     return cached("zeros", (weight,), lambda: torch.zeros_like(weight)) if bias is None else bias

@@ -1,8 +1,8 @@
 """Swap the class of a live module for a fused one; the object stays the same.
 
-Parameters, buffers, hooks, optimizers, wrappers and state-dict keys are unaffected. The new class derives from the
-fused one and the original, so `super().forward` handles every call that the fused form does not cover. (PyTorch's
-`fully_shard` swaps classes in the same way.)
+Parameters, buffers, hooks, optimizers, wrappers and state-dict keys are unaffected. The new class
+derives from the fused one and the original, so `super().forward` handles every call that the fused
+form does not cover. (PyTorch's `fully_shard` swaps classes in the same way.)
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import inspect
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, reduce, wraps
+from functools import cache, wraps
 from types import FunctionType
 from typing import Any, ClassVar, overload
 
@@ -29,8 +29,9 @@ from xfm_fast.kernels.caching import cached
 from xfm_fast.models.frozen import packed_weight
 from xfm_fast.replace import adapters
 
-Kinds = type[nn.Module] | tuple[type[nn.Module], ...]
-# Relative to the largest value of an output: summation order changes rounding.
+ModuleClasses = type[nn.Module] | tuple[type[nn.Module], ...]
+# Accepted differences by dtype, relative to the largest value of an output: summation order changes
+# rounding.
 BANDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8}
 _SETTINGS = "_xfm_fast"
 _CAPTURING = "transformers.utils.output_capturing"
@@ -56,25 +57,25 @@ class Settings:
 
     @property
     def backend(self) -> Backend | None:
-        """The backend for the ops; None leaves the choice to the device and `use_backend`."""
+        """Backend of the ops; None leaves the choice to the device and `use_backend`."""
         return None if self.kernels == "auto" else self.kernels
 
     def operand(self, value: Tensor) -> Tensor:
-        """An activation in the compute dtype."""
-        return (
-            value if self.dtype is None or not value.is_floating_point() else value.to(self.dtype)
-        )
+        """Convert an activation to the compute dtype."""
+        if self.dtype is None or not value.is_floating_point():
+            return value
+        return value.to(self.dtype)
 
     @overload
     def parameter(self, value: Tensor) -> Tensor: ...
     @overload
     def parameter(self, value: Tensor | None) -> Tensor | None: ...
     def parameter(self, value: Tensor | None) -> Tensor | None:
-        """A parameter in the compute dtype; the conversion is cached without gradients."""
+        """Convert a parameter to the compute dtype; without gradients, the result is cached."""
         if value is None or self.dtype is None or value.dtype == self.dtype:
             return value
         if value.ndim > 1 and flags.kind_of(value) is not None:
-            return value  # rounded as it is stored
+            return value  # the ops round it from its storage dtype
         if torch.is_grad_enabled() and value.requires_grad:
             return value.to(self.dtype)
         dtype = self.dtype
@@ -83,92 +84,93 @@ class Settings:
         )
 
     def affine(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Any]:
-        """Weight and bias in the compute dtype."""
+        """Convert weight and bias to the compute dtype."""
         return self.parameter(weight), self.parameter(bias)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`x Wᵀ + b` in the compute dtype."""
+        """Compute `x Wᵀ + b` in the compute dtype."""
         return ops.linear(self.operand(x), *self.affine(weight, bias), backend=self.backend)
 
-    def products(
+    def linears(
         self, name: str, x: Tensor, *layers: Any, bias: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        """Outputs `[..., M]` of linear layers on one input x `[..., K]`, adapters included.
+    ) -> Sequence[Tensor]:
+        """Apply linear layers and their adapters to one input x `[..., K]`: `[..., M]` each.
 
-        With one GEMM, unless a CPU would need a copy of the weights for that alone. `name` is the cache key of the
-        concatenated weights. `bias` is that of a single layer, stored outside it.
+        They run as one GEMM, unless a CPU would need a copy of the weights for that alone.
+
+        Args:
+            name: Cache key of the concatenated weights.
+            bias: Bias of a single layer, stored outside it.
         """
         x = self.operand(x)
         packed = packed_weight(layers, self.backend, x)
         if packed is not None:
             widths = [layer.out_features for layer in layers]
-            shift = side_by_side([layer.bias if bias is None else bias for layer in layers], widths)
+            biases = [layer.bias if bias is None else bias for layer in layers]
+            shift = concatenate_biases(biases, widths)
             return ops.linear(x, packed, shift, backend=self.backend).split(widths, -1)
-        bases = [adapters.base_layer(layer) for layer in layers]
-        weights = [base.weight for base in bases]
-        biases = [base.bias if bias is None else bias for base in bases]
-        later: list[list[adapters.Addition]] = []
-        for place, layer in enumerate(layers):
-            found = adapters.additions(layer) if layer is not bases[place] else []
-            merged = adapters.added(weights[place], biases[place], found) if found else None
-            if merged is not None:
-                (weights[place], biases[place]), found = merged, []
-            later.append(found)
+        weights, biases = [], []
+        unmerged: list[tuple[int, adapters.Addition]] = []
+        for index, layer in enumerate(layers):
+            base = adapters.base_layer(layer)
+            affine = base.weight, base.bias if bias is None else bias
+            additions = adapters.additions(layer) if layer is not base else []
+            if additions:
+                merged = adapters.merge(*affine, additions)
+                if merged is None:
+                    unmerged += ((index, addition) for addition in additions)
+                affine = merged or affine
+            weights.append(affine[0])
+            biases.append(affine[1])
         if len(layers) == 1 or self._reads_in_place(x, weights):
-            pairs = zip(weights, biases, strict=True)
-            made: tuple[Tensor, ...] = tuple(
-                self.linear(x, weight, shift) for weight, shift in pairs
-            )
+            outputs = [self.linear(x, *affine) for affine in zip(weights, biases, strict=True)]
         else:
             widths = [weight.shape[0] for weight in weights]
-            made = self.linear(x, *_side_by_side(name, weights, biases)).split(widths, -1)
-        if not any(later):
-            return made
-        return tuple(
-            reduce(lambda y, one: one(x, y), found, y) for y, found in zip(made, later, strict=True)
-        )
+            outputs = self.linear(x, *_concatenate(name, weights, biases)).split(widths, -1)
+        if unmerged:
+            outputs = [*outputs]
+            for index, addition in unmerged:
+                outputs[index] = addition(x, outputs[index])
+        return outputs
 
     def _reads_in_place(self, x: Tensor, weights: list[Tensor]) -> bool:
-        """True if a CPU multiplies with these weights as they are, without gradients and conversion."""
+        """Return whether a CPU reads these weights in place, without gradients and conversion."""
         if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return False
-        records = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-        return not records and all(
-            flags.kind_of(weight) is None and weight.dtype == x.dtype for weight in weights
-        )
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+            return False
+        return all(flags.kind_of(weight) is None and weight.dtype == x.dtype for weight in weights)
 
     def affine_of(self, layer: Any, *operands: Tensor) -> tuple[Tensor, Any] | None:
-        """Weight and bias of a layer with merged adapters; None where adapters run separately."""
+        """Return weight and bias with merged adapters; None if adapters run separately."""
         packed = packed_weight((layer,), self.backend, *operands)
         if packed is not None:
             return packed, layer.bias
         base = adapters.base_layer(layer)
-        weight, bias = base.weight, base.bias
-        if base is not layer and (found := adapters.additions(layer)):
-            merged = adapters.added(weight, bias, found)
-            if merged is None:
-                return None
-            weight, bias = merged
-        return self.affine(weight, bias)
+        affine = base.weight, base.bias
+        if base is not layer and (additions := adapters.additions(layer)):
+            affine = adapters.merge(*affine, additions)
+        return None if affine is None else self.affine(*affine)
 
     def activated(self, x: Tensor, dense: Any, activation: Any) -> Tensor:
-        """`activation(dense(x))`, in one pass for erf GELU; adapters included."""
+        """Compute `activation(dense(x))`, in one pass for erf GELU; adapters included."""
         x = self.operand(x)
         affine = self.affine_of(dense, x) if is_erf_gelu(activation) else None
         if affine is not None:
             return ops.linear_gelu(x, *affine, backend=self.backend)
-        return activation(self.products("", x, dense)[0])
+        return activation(self.linears("", x, dense)[0])
 
-    def rounded_mlp(self, x: Tensor, first: Any, second: Any, norm: Any) -> Tensor | None:
-        """`norm(x + second(gelu(first(x))))` as one int8 op, which rounds the hidden layer finer; None if not int8."""
-        layers = (first, second)
+    def int8_mlp_norm(self, x: Tensor, fc1: Any, fc2: Any, norm: Any) -> Tensor | None:
+        """Compute `norm(x + fc2(gelu(fc1(x))))` by the int8 op that rounds the hidden layer more finely.
+
+        None if the layers do not run in int8, or take gradients or adapters.
+        """
+        layers = (fc1, fc2)
         if norm.bias is None or any(adapters.base_layer(layer) is not layer for layer in layers):
             return None
         # The property `weight` of a frozen layer would unpack it.
-        weights, biases = (
-            [layer._parameters.get("weight") for layer in layers],
-            [layer.bias for layer in layers],
-        )
+        weights = [layer._parameters.get("weight") for layer in layers]
+        biases = [layer.bias for layer in layers]
         if any(flags.kind_of(weight) != "int8" for weight in weights):
             return None
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
@@ -179,12 +181,12 @@ class Settings:
         summed = ops.mlp_residual(
             rows, weights[0], biases[0], weights[1], biases[1], x, backend=self.backend
         )
-        scale, shift = (t.to(summed.dtype) for t in (norm.weight, norm.bias))
+        scale, shift = norm.weight.to(summed.dtype), norm.bias.to(summed.dtype)
         return ops.layer_norm(summed, scale, shift, norm.eps, backend=self.backend)
 
     @contextmanager
-    def own_types(self, device: torch.device) -> Iterator[Settings]:
-        """Disable autocast where fused modules convert themselves, which is faster without gradients."""
+    def without_autocast(self, device: torch.device) -> Iterator[Settings]:
+        """Disable autocast where fused modules convert faster themselves: without gradients."""
         if self.dtype is None or torch.is_grad_enabled():
             yield self
             return
@@ -192,29 +194,31 @@ class Settings:
             yield self
 
 
-def _side_by_side(
+def _concatenate(
     name: str, weights: list[Tensor], biases: list[Tensor | None]
 ) -> tuple[Tensor, Tensor | None]:
-    """Concatenated weights and biases of several layers; cached under the name without gradients."""
+    """Concatenate the weights and biases of layers; cached under a name without gradients."""
 
-    def joined() -> tuple[Tensor, Tensor | None]:
-        return flags.concatenate(weights), side_by_side(
-            biases, [weight.shape[0] for weight in weights]
-        )
+    def concatenate() -> tuple[Tensor, Tensor | None]:
+        widths = [weight.shape[0] for weight in weights]
+        return flags.concatenate(weights), concatenate_biases(biases, widths)
 
     sources = (*weights, *(bias for bias in biases if bias is not None))
     if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
-        return joined()
-    return cached(name, sources, joined)
+        return concatenate()
+    return cached(name, sources, concatenate)
 
 
-def side_by_side(biases: list[Tensor | None], widths: list[int]) -> Tensor | None:
-    """Concatenated biases, zeros for a layer without one; None if no layer has one."""
-    given = [bias for bias in biases if bias is not None]
-    if len(biases) == 1 or not given:
+def concatenate_biases(biases: list[Tensor | None], widths: list[int]) -> Tensor | None:
+    """Concatenate biases, with zeros for a layer without one; None if no layer has one."""
+    first = next((bias for bias in biases if bias is not None), None)
+    if len(biases) == 1 or first is None:
         return biases[0]
     return torch.cat(
-        [given[0].new_zeros(m) if b is None else b for b, m in zip(biases, widths, strict=True)]
+        [
+            first.new_zeros(width) if bias is None else bias
+            for bias, width in zip(biases, widths, strict=True)
+        ]
     )
 
 
@@ -223,43 +227,42 @@ _counters: list[Counter[nn.Module]] = []
 
 @contextmanager
 def counted() -> Iterator[Counter[nn.Module]]:
-    """Context manager: the calls inside that each fused module computes itself, by module."""
+    """Count the calls inside that each fused module computes itself."""
     counter: Counter[nn.Module] = Counter()
     _counters.append(counter)
     try:
         yield counter
     finally:
-        _counters[:] = [other for other in _counters if other is not counter]
+        # By identity: equal counters compare equal.
+        _counters[:] = [active for active in _counters if active is not counter]
 
 
 class Fused(nn.Module):
-    """Base of fused forms. Subclasses define `forward`; they `count` a call, or decline it by `super().forward`."""
+    """Base of fused forms, whose `forward` must `count` a call or return `super().forward`."""
 
-    benefit: ClassVar[str] = ""  # what the form saves, in a few words
+    benefit: ClassVar[str] = ""  # for the report: what the form saves
     replaces: ClassVar[tuple[str | type[nn.Module], ...]] = ()  # classes, or their `short_name`
     # submodules that are read without being called: dotted name → expected class
-    bypassed: ClassVar[Mapping[str, Kinds]] = {}
-    joint: ClassVar[
-        tuple[tuple[str, ...], ...]
-    ] = ()  # names of linear layers on one input, computed by one GEMM
-    multiplies_in_eight_bits: ClassVar[bool] = (
-        True  # dtype="int8" and "fp8" apply to its linear layers
-    )
+    bypassed: ClassVar[Mapping[str, ModuleClasses]] = {}
+    # names of linear layers on one input, computed by one GEMM
+    joint: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    # dtype="int8" and "fp8" apply to its linear layers
+    multiplies_in_eight_bits: ClassVar[bool] = True
 
     @classmethod
     def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
-        """Class attributes that depend on the original class, computed once per class."""
+        """Return the class attributes that depend on the original class; called once per class."""
         return {}
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
-        """True if the form is for a module."""
-        kind = original_class(module)
-        return kind in cls.replaces or short_name(kind) in cls.replaces
+        """Return whether the form is for a module."""
+        original = original_class(module)
+        return original in cls.replaces or short_name(original) in cls.replaces
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
-        """Why a recognised module must not be replaced; None if it may."""
+        """Return why a recognised module must not be replaced, or None."""
         return None
 
     @property
@@ -267,12 +270,13 @@ class Fused(nn.Module):
         return self.__dict__[_SETTINGS]
 
     def intact(self) -> bool:
-        """True if no bypassed submodule was exchanged, hooked, adapted, quantised or parametrised since the swap.
+        """Return whether all bypassed submodules are as at the swap: not exchanged, hooked, quantised or parametrised.
 
         False within a trace, which records the original.
         """
         if torch.compiler.is_compiling():
-            # A compiler cannot trace weak references, and consumers of exported graphs recognise the original.
+            # A compiler cannot trace weak references, and consumers of exported graphs recognise
+            # the original.
             return (
                 not torch.compiler.is_exporting()
                 and why_not_bypassed(self, type(self).bypassed) is None
@@ -287,7 +291,7 @@ class Fused(nn.Module):
             counter[self] += 1
 
     def declines(self) -> str | None:
-        """Why calls run the original now, regardless of arguments; None if they do not."""
+        """Return why all calls run the original now, whatever their arguments, or None."""
         return why_not_bypassed(self, type(self).bypassed)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
@@ -297,17 +301,17 @@ class Fused(nn.Module):
     def release(self) -> None:
         """Release derived state just before the original class is restored."""
         for name in type(self).bypassed:
-            part = find(self, name)
-            if part is not None:
-                flags.unmark(part._parameters.values())
+            submodule = find(self, name)
+            if submodule is not None:
+                flags.unmark(submodule._parameters.values())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is created at runtime and cannot be pickled by name.
-        return _restored, (fused_form(self), original_class(self)), self.__dict__
+        return _unpickle, (fused_form(self), original_class(self)), self.__dict__
 
 
 class CalledByName(Fused):
-    """A fused form that reads call arguments by name, positional ones included."""
+    """Fused form that reads call arguments by name, positional ones included."""
 
     names: ClassVar[tuple[str, ...]] = ()  # positional arguments of the original forward
 
@@ -318,13 +322,13 @@ class CalledByName(Fused):
         return {"names": tuple(p.name for p in parameters if p.kind in by_position)}
 
     def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a `forward` call by name."""
+        """Return the arguments of a `forward` call by name."""
         return {**dict(zip(self.names, args, strict=False)), **kwargs}
 
 
 def swap(module: nn.Module, fused: type[Fused], settings: Settings) -> None:
     """Switch a module to its fused class."""
-    if _own_forward_left_behind(module):
+    if _stores_class_forward(module):
         del module.__dict__["forward"]
     module.__class__ = _combined(fused, type(module))
     module.__dict__[_SETTINGS] = settings
@@ -332,7 +336,7 @@ def swap(module: nn.Module, fused: type[Fused], settings: Settings) -> None:
 
 def restore(module: nn.Module) -> None:
     """Switch a module back to its original class."""
-    if _own_forward_left_behind(module):
+    if _stores_class_forward(module):
         del module.__dict__["forward"]
     original = original_class(module)
     if isinstance(module, Fused):
@@ -343,98 +347,100 @@ def restore(module: nn.Module) -> None:
 
 @cache
 def _combined(fused: type[Fused], original: type[nn.Module]) -> type[nn.Module]:
+    """Create the class of a swapped module, which derives from both."""
     # Error messages and reprs show the original name.
-    named = {
+    attributes = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
     forward = fused.forward
     if isinstance(forward, FunctionType) and forward is not nn.Module.forward:
-        # Trainers read column names from the signature of forward, so every class needs its own function.
-        own = FunctionType(
+        # Trainers read column names from the signature of forward, so every class needs its own
+        # function.
+        copy = FunctionType(
             forward.__code__,
             forward.__globals__,
             forward.__name__,
             forward.__defaults__,
             forward.__closure__,
         )
-        own.__kwdefaults__ = forward.__kwdefaults__
-        named["forward"] = wraps(original.forward)(own)
-    return type(original.__name__, (fused, original), named | fused.adapted(original))
+        copy.__kwdefaults__ = forward.__kwdefaults__
+        attributes["forward"] = wraps(original.forward)(copy)
+    return type(original.__name__, (fused, original), attributes | fused.adapted(original))
 
 
-def _restored(fused: type[Fused], original: type[nn.Module]) -> nn.Module:
-    made = _combined(fused, original)
-    return made.__new__(made)
+def _unpickle(fused: type[Fused], original: type[nn.Module]) -> nn.Module:
+    combined = _combined(fused, original)
+    return combined.__new__(combined)
 
 
-def why_not_bypassed(module: nn.Module, expected: Mapping[str, Kinds]) -> str | None:
-    """Why submodules must be called instead of read; None if they may be read."""
+def why_not_bypassed(module: nn.Module, expected: Mapping[str, ModuleClasses]) -> str | None:
+    """Return why submodules must be called instead of read, or None."""
     if any(getattr(module_internals, hooks) for hooks in _GLOBAL_HOOKS):
         return "global module hooks are installed"
-    for name, kinds in expected.items():
-        part = find(module, name)
-        if part is None:
+    for name, classes in expected.items():
+        submodule = find(module, name)
+        if submodule is None:
             continue
-        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-        if nn.Module not in kinds and original_class(part) not in kinds:
-            if adapters.Adaptable not in kinds or not adapters.is_adapted(part):
-                own = original_class(part)
-                same_name = any(own.__name__ == kind.__name__ for kind in kinds)
-                return f"{name} is a {f'{own.__module__}.' if same_name else ''}{own.__name__}"
-            reason = adapters.why_not(part)
-            if reason is None and any(observed(called) for called in adapters.parts_called(part)):
+        classes = classes if isinstance(classes, tuple) else (classes,)
+        original = original_class(submodule)
+        if nn.Module not in classes and original not in classes:
+            if adapters.Adaptable not in classes or not adapters.is_adapted(submodule):
+                is_namesake = any(original.__name__ == expected.__name__ for expected in classes)
+                package = f"{original.__module__}." if is_namesake else ""
+                return f"{name} is a {package}{original.__name__}"
+            reason = adapters.why_not(submodule)
+            if reason is None and any(map(observed, adapters.called_modules(submodule))):
                 reason = "has hooks inside"
             if reason is not None:
                 return f"{name} {reason}"
-        if observed(part):
+        if observed(submodule):
             return f"{name} has hooks"
     return None
 
 
-# Snapshot of the parts of each intact fused module: (parent's _modules, name, part, class, part's __dict__).
-# Comparing it is much cheaper than looking up every part by name, which matters for short texts.
-_seen: weakref.WeakKeyDictionary[
-    nn.Module, list[tuple[dict[str, Any], str, Any, Any, dict[str, Any]]]
-]
-_seen = weakref.WeakKeyDictionary()
+# Snapshots of the submodules of intact fused modules: (parent's _modules, name, submodule, class,
+# submodule's __dict__). Comparing one is much cheaper than looking up every submodule by name,
+# which matters for short texts.
+_Links = list[tuple[dict[str, Any], str, Any, Any, dict[str, Any]]]
+_links: weakref.WeakKeyDictionary[nn.Module, _Links] = weakref.WeakKeyDictionary()
 
 
 def _unchanged(module: Fused) -> bool:
-    """True if a module was intact before and no part was exchanged or hooked since."""
-    links = _seen.get(module)
+    """Return whether a module was intact before, and no submodule was exchanged or hooked since."""
+    links = _links.get(module)
     if links is None:
         return _remember(module)
     if any(getattr(module_internals, hooks) for hooks in _GLOBAL_HOOKS):
         return False
-    for parent, name, part, kind, own in links:
-        if parent.get(name) is not part:
+    for siblings, name, submodule, expected, state in links:
+        if siblings.get(name) is not submodule:
             break
-        if part is None:
+        if submodule is None:
             continue
-        if type(part) is not kind or "forward" in own:
+        if type(submodule) is not expected or "forward" in state:
             break
         if (
-            own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
+            state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
         ):
             break
     else:
         return True
-    del _seen[module]
+    del _links[module]
     return False
 
 
 def links(module: nn.Module) -> Any:
-    """Identity token of an intact module's parts: a new object after any part changes; None if unknown."""
-    return _seen.get(module)
+    """Return an identity token of an intact module's submodules, new after any change, or None."""
+    return _links.get(module)
 
 
 def _remember(module: Fused) -> bool:
-    """Cache the parts of an intact module, unless adapters or hooks need a look at each call."""
+    """Return whether a module is intact; store its submodules unless they may change their hooks."""
     expected = type(module).bypassed
     if why_not_bypassed(module, expected) is not None:
         return False
@@ -442,47 +448,42 @@ def _remember(module: Fused) -> bool:
     for name in expected:
         parent: Any = module
         for step in name.split("."):
-            part = parent._modules.get(step)
-            links[id(parent), step] = (
-                parent._modules,
-                step,
-                part,
-                type(part),
-                {} if part is None else part.__dict__,
-            )
-            if part is None:
+            child = parent._modules.get(step)
+            state = {} if child is None else child.__dict__
+            links[id(parent), step] = parent._modules, step, child, type(child), state
+            if child is None:
                 break
-            parent = part
-    parts = [part for _, _, part, _, _ in links.values() if part is not None]
-    if not any(
-        adapters.is_adapted(p) or observed(p) or any(getattr(p, name) for name in _HOOKS)
-        for p in parts
-    ):
-        _seen[module] = list(links.values())
+            if adapters.is_adapted(child) or observed(child):
+                return True
+            if any(getattr(child, hooks) for hooks in _HOOKS):
+                return True
+            parent = child
+    _links[module] = list(links.values())
     return True
 
 
 def observed(module: nn.Module) -> bool:
-    """True if a module must be called: it has hooks or a `forward` on the instance."""
+    """Return whether a module must be called: it has hooks, or a `forward` on the instance."""
     if forward_replaced(module):
         return True
-    return any(not _idle(hook) for name in _HOOKS for hook in getattr(module, name).values())
+    return any(not _is_idle(hook) for name in _HOOKS for hook in getattr(module, name).values())
 
 
 def forward_replaced(module: nn.Module) -> bool:
-    """True if a `forward` on the instance hides that of its class."""
-    return "forward" in module.__dict__ and not _own_forward_left_behind(module)
+    """Return whether a `forward` on the instance hides that of its class."""
+    return "forward" in module.__dict__ and not _stores_class_forward(module)
 
 
-def forward_patched(kind: type[nn.Module]) -> bool:
-    """Return whether the forward of a class comes from elsewhere: assigned to the class, or wrapped around its own."""
-    function: Any = kind.forward
+def forward_patched(original: type[nn.Module]) -> bool:
+    """Return whether other code replaced or wrapped the forward of a class."""
+    function: Any = original.forward
     if function is nn.Module.forward:
         return False
-    bases = [base for base in kind.__mro__ if base not in (nn.Module, object)]
+    bases = [base for base in original.__mro__ if base not in (nn.Module, object)]
     libraries = {base.__module__.partition(".")[0] for base in bases}
     while True:
-        # `functools.wraps` copies names, but not the globals; a library may decorate with functions of its own.
+        # `functools.wraps` copies names, but not the globals; a library may decorate with functions
+        # of its own.
         module = getattr(function, "__globals__", {}).get("__name__", "builtins")
         if module.partition(".")[0] not in libraries:
             return True
@@ -492,75 +493,74 @@ def forward_patched(kind: type[nn.Module]) -> bool:
         function = function.__wrapped__
 
 
-def _own_forward_left_behind(module: nn.Module) -> bool:
-    """True if the instance stores its class's own forward, a leftover of output recording in transformers 4."""
+def _stores_class_forward(module: nn.Module) -> bool:
+    """Return whether an instance stores its class's forward, as transformers 4 leaves it."""
     return getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward
 
 
-def _idle(hook: Any) -> bool:
-    """True for hooks that transformers leaves after a call with `output_attentions`."""
+def _is_idle(hook: Any) -> bool:
+    """Return whether transformers left a hook after a call with `output_attentions`."""
     if getattr(hook, "__module__", None) != _CAPTURING:
         return False
     collected = sys.modules[_CAPTURING]._active_collector.get()
-    kept = dict(zip(hook.__code__.co_freevars, hook.__closure__, strict=True))
-    return collected is None or kept["key"].cell_contents not in collected
+    closure = dict(zip(hook.__code__.co_freevars, hook.__closure__, strict=True))
+    return collected is None or closure["key"].cell_contents not in collected
 
 
 def find(module: nn.Module, name: str) -> nn.Module | None:
-    """The submodule of a dotted name, or None."""
-    found: Any = module
+    """Return the submodule of a dotted name, or None."""
+    submodule: Any = module
     for step in name.split("."):
-        found = found._modules.get(step) if isinstance(found, nn.Module) else None
-    return found
-
-
-def probability(dropout: nn.Module) -> float:
-    """The probability of a dropout module in its current mode."""
-    return dropout.p if dropout.training else 0.0  # pyright: ignore[reportReturnType]
+        if not isinstance(submodule, nn.Module):
+            return None
+        submodule = submodule._modules.get(step)
+    return submodule
 
 
 def is_fused(module: nn.Module) -> bool:
-    """True if a module has its fused class."""
+    """Return whether a module has its fused class."""
     return isinstance(module, Fused)
 
 
 def has_other_arguments(call: Mapping[str, Any], understood: Collection[str]) -> bool:
-    """True if a call sets an argument that is not in `understood`."""
-    given = [name for name, value in call.items() if value is not None and value is not False]
-    return not set(given).issubset(understood)
+    """Return whether a call sets an argument that is not in `understood`."""
+    return any(
+        value is not None and value is not False and name not in understood
+        for name, value in call.items()
+    )
 
 
 def returns_dict(model: Any, call: dict[str, Any]) -> bool:
-    """True if a call returns a named output instead of a tuple."""
-    asked = call.get("return_dict")
-    return getattr(model.config, "return_dict", True) if asked is None else asked
+    """Return whether a call returns a named output instead of a tuple."""
+    argument = call.get("return_dict")
+    return getattr(model.config, "return_dict", True) if argument is None else argument
 
 
 def is_erf_gelu(activation: Any) -> bool:
-    """True for erf GELU: PyTorch's function or module, or the wrapper of transformers."""
+    """Return whether an activation is the erf GELU of PyTorch, transformers or timm."""
     if isinstance(activation, nn.GELU):
         return activation.approximate == "none"
-    kind = type(activation)
-    if kind.__module__.startswith("timm.layers."):
-        return kind.__name__ == "GELU"
+    name = type(activation).__name__
+    if type(activation).__module__.startswith("timm.layers."):
+        return name == "GELU"
     # GELUActivation stores the function that it calls.
-    return activation is F.gelu or (kind.__name__ == "GELUActivation" and activation.act is F.gelu)
+    return activation is F.gelu or (name == "GELUActivation" and activation.act is F.gelu)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module before it was fused."""
+    """Return the class of a module before it was fused."""
     return type(module).__bases__[1] if is_fused(module) else type(module)
 
 
-def short_name(kind: type[nn.Module]) -> str:
-    """`package.Class` of a class of `transformers.models.package` or open_clip; empty for others."""
-    package = kind.__module__.split(".")
+def short_name(module_class: type[nn.Module]) -> str:
+    """Return `package.Class` for a class of transformers or open_clip, "" for others."""
+    name, package = module_class.__name__, module_class.__module__.split(".")
     if package[:2] == ["transformers", "models"] and len(package) > 2:
-        return f"{package[2]}.{kind.__name__}"
-    return f"open_clip.{kind.__name__}" if package[0] == "open_clip" else ""
+        return f"{package[2]}.{name}"
+    return f"open_clip.{name}" if package[0] == "open_clip" else ""
 
 
 def fused_form(module: nn.Module) -> type[Fused]:
-    """The fused class of a fused module."""
+    """Return the fused class of a fused module."""
     assert isinstance(module, Fused)
     return type(module).__bases__[0]

@@ -1,10 +1,10 @@
-"""Blocks of timm and open_clip as rows: ViT, DeiT, relative positions, BEiT and BEiT-v2, EVA, Swin, CLIP's towers."""
+"""Specs of blocks of timm (ViT, DeiT, BEiT, EVA, Swin, relative positions) and open_clip."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +22,19 @@ from xfm_fast.replace.attention import (
     windows_of,
 )
 from xfm_fast.replace.layer import LayerSpec, Mlp, register
-from xfm_fast.replace.structure import Parts, run_module
+from xfm_fast.replace.structure import LayerModules, run_module
 from xfm_fast.replace.swap import Settings, find
 
 _OWN = "Mlp GluMlp SwiGLU DropPath LayerScale LayerNorm"
 
 
 def _block(layer: str, attention: str, **more: Any) -> LayerSpec:
-    """A block with the names of timm's ViT; `attention` names its classes."""
-    own = " ".join(f"timm.layers.{name}" for name in _OWN.split())
-    row: dict[str, Any] = {
+    """Build a spec with the names of timm's ViT; `attention` names classes, `more` overrides fields."""
+    own_classes = " ".join(f"timm.layers.{name}" for name in _OWN.split())
+    fields: dict[str, Any] = {
         "order": "before",
         "attention": "attn",
-        "own": f"{attention} {own} torch.nn.Identity",
+        "own": f"{attention} {own_classes} torch.nn.Identity",
         "qkv": ("attn.qkv",),
         "proj": "attn.proj",
         "norms": ("norm1", "norm2"),
@@ -52,7 +52,7 @@ def _block(layer: str, attention: str, **more: Any) -> LayerSpec:
         "adjust": _adjust,
         "refuses": _refusal,
     }
-    return LayerSpec(layer=f"timm.models.{layer}", **row | more)
+    return LayerSpec(layer=f"timm.models.{layer}", **fields | more)
 
 
 def _refusal(block: Any) -> str | None:
@@ -63,8 +63,8 @@ def _refusal(block: Any) -> str | None:
     return None
 
 
-def _adjust(block: Any, parts: Parts) -> Parts:
-    """Biases next to the weights of `attn.qkv`, and halved hidden layers."""
+def _adjust(block: Any, modules: LayerModules) -> LayerModules:
+    """Add biases stored outside `attn.qkv`, and gates whose factors one linear layer computes."""
     attn, mlp = block.attn, block.mlp
     if hasattr(mlp, "gate_last"):
 
@@ -72,32 +72,29 @@ def _adjust(block: Any, parts: Parts) -> Parts:
             first, second = linear(mlp.fc1, x).chunk(2, dim=mlp.chunk_dim)
             return first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
 
-        parts = parts._replace(hidden=gated)
-    if len(parts.projections) == 3:
-        return parts
+        modules = modules._replace(hidden=gated)
+    if len(modules.projections) == 3:
+        return modules
     bias = None
     if getattr(attn, "q_bias", None) is not None:
         bias = concatenated("qkv bias", attn.q_bias, attn.k_bias, attn.v_bias)
         if is_adapted(attn.qkv) and not attn.qkv_bias_separate:
             # timm reads the weight here and does not call the layer, so adapters have no effect.
-            return parts._replace(projections=(), qkv=((attn.qkv.weight, bias),))
-    return parts._replace(qkv_bias=bias)
+            return modules._replace(projections=(), qkv=((attn.qkv.weight, bias),))
+    return modules._replace(qkv_bias=bias)
 
 
 def _normalised(block: Any, call: Mapping[str, Any], bias: Bias = None) -> Attend:
-    """Attention after the norms and the rotation of queries and keys, if any."""
+    """Return attention with the norms and the rotation of queries and keys, if any."""
     attn, rope, dense = block.attn, call.get("rope"), Dense(bias=bias)
-    norms = [
-        norm
-        for norm in (find(attn, "q_norm"), find(attn, "k_norm"))
-        if not isinstance(norm, nn.Identity | None)
-    ]
-    if not norms and rope is None:
+    q_norm, k_norm = (cast(Any, find(attn, name)) for name in ("q_norm", "k_norm"))
+    has_norms = not isinstance(q_norm, nn.Identity | None)
+    if not has_norms and rope is None:
         return dense
 
     def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
-        if norms:
-            q, k = run_module(norms[0], q), run_module(norms[1], k)
+        if has_norms:
+            q, k = run_module(q_norm, q), run_module(k_norm, k)
         if rope is not None:
             q, k = _rotated(attn, q, rope), _rotated(attn, k, rope)
         return dense(q.to(v.dtype), k.to(v.dtype), v, dropout_p, settings)
@@ -114,46 +111,43 @@ def _rotated(attn: Any, x: Tensor, rope: Tensor) -> Tensor:
 
 
 def _beit_attention(block: Any, call: Mapping[str, Any]) -> Attend | None:
-    """The position bias is the layer's own, shared, or both."""
+    """Return BEiT's attention, whose position bias is the layer's own, shared, or both."""
     attn, shared = block.attn, call.get("shared_rel_pos_bias")
     if attn.relative_position_bias_table is None:
         return Dense(bias=shared)
-    own = PositionTable(attn.relative_position_bias_table, tuple(attn.window_size))
-    if not own.fits(call["x"].shape[1]):
+    table = PositionTable(attn.relative_position_bias_table, tuple(attn.window_size))
+    if not table.fits(call["x"].shape[1]):
         return None
-    return Dense(bias=own if shared is None else attn._get_rel_pos_bias() + shared)
+    return Dense(bias=table if shared is None else attn._get_rel_pos_bias() + shared)
 
 
 def _relative_attention(block: Any, call: Mapping[str, Any]) -> Attend:
     positions, bias = block.attn.rel_pos, call.get("shared_rel_pos")
     if positions is not None:
-        bias = cached_bias(
-            "relative", positions, positions.parameters(), positions.get_bias, lambda: None
-        )
+        sources, get_bias = positions.parameters(), positions.get_bias
+        bias = cached_bias("relative", positions, sources, get_bias, lambda: None)
     return _normalised(block, call, bias)
 
 
 def _swin_attention(block: Any, call: Mapping[str, Any]) -> WindowAttention:
-    """Attention of `SwinTransformerBlock` and `SwinTransformerV2Block` of timm."""
+    """Return the attention of `SwinTransformerBlock` and `SwinTransformerV2Block` of timm."""
     attn, x = block.attn, call["x"]
     size, window, shift = tuple(x.shape[1:3]), tuple(block.window_size), tuple(block.shift_size)
-    whole = tuple(-(-side // part) * part for side, part in zip(size, window, strict=True))
-    name, windows = (
-        f"{whole} {window} {shift}",
-        windows_of(size, window, shift, x, fill_first=False),
-    )
+    padded = tuple(side + -side % step for side, step in zip(size, window, strict=True))
+    name = f"{padded} {window} {shift}"
+    windows = windows_of(size, window, shift, x, fill_first=False)
 
     def mask() -> Tensor | None:
-        moving = getattr(block, "dynamic_mask", False)
-        return block.get_attn_mask(x.new_empty(1, *whole, 1)) if moving else block.attn_mask
+        if getattr(block, "dynamic_mask", False):
+            return block.get_attn_mask(x.new_empty(1, *padded, 1))
+        return block.attn_mask
 
     if hasattr(attn, "cpb_mlp"):
-        return WindowAttention(
-            windows, continuous_bias(name, attn, attn.cpb_mlp, mask), attn.logit_scale
-        )
-    sources = (attn.relative_position_bias_table,)
+        bias = continuous_bias(name, attn, attn.cpb_mlp, mask)
+        return WindowAttention(windows, bias, attn.logit_scale)
+    sources, get_bias = (attn.relative_position_bias_table,), attn._get_rel_pos_bias
     return WindowAttention(
-        windows, partial(cached_bias, name, nn.Identity(), sources, attn._get_rel_pos_bias, mask)
+        windows, partial(cached_bias, name, nn.Identity(), sources, get_bias, mask)
     )
 
 
@@ -167,7 +161,7 @@ def _clip_refusal(block: Any) -> str | None:
 
 
 def _additive(block: Any, call: Mapping[str, Any]) -> Attend | None:
-    """open_clip's attention, without a mask or with an additive one."""
+    """Return open_clip's attention, without a mask or with an additive one."""
     mask = call.get("attn_mask")
     if mask is None:
         return Dense()
@@ -228,7 +222,7 @@ register(
         scales=("ls_1.gamma", "ls_2.gamma"),
         scores=_additive,
         also_takes=("attn_mask",),
-        adjust=lambda block, parts: parts._replace(
+        adjust=lambda block, modules: modules._replace(
             qkv=((block.attn.in_proj_weight, block.attn.in_proj_bias),)
         ),
         refuses=_clip_refusal,

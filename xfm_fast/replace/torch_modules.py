@@ -14,23 +14,20 @@ from xfm_fast.kernels.backend import resolve
 from xfm_fast.replace.attention import Attend, Packed, sdpa
 from xfm_fast.replace.layer import LayerSpec, Mlp, can_run_packed, register, run_packed
 from xfm_fast.replace.structure import apply_norm
-from xfm_fast.replace.swap import Fused, Kinds, Settings, observed, why_not_bypassed
+from xfm_fast.replace.swap import Fused, ModuleClasses, Settings, observed, why_not_bypassed
 from xfm_fast.replace.unpadded import plan
-
-_ATTENTION_PARTS: dict[str, Kinds] = {"out_proj": NonDynamicallyQuantizableLinear}
 
 
 class FusedMultiheadAttention(Fused):
     """`torch.nn.MultiheadAttention` without attention weights, or with them for inference in another dtype.
 
-    (The original would run in autocast there, which copies the weights for every position of a sequence-first batch.)
+    (The original would run in autocast, which copies the weights for every position of a
+    sequence-first batch.)
     """
 
-    benefit: ClassVar[str] = (
-        "one product for inputs that are the same (calls with need_weights=False)"
-    )
+    benefit: ClassVar[str] = "one GEMM for equal inputs (calls with need_weights=False)"
     replaces: ClassVar[Any] = (nn.MultiheadAttention,)
-    bypassed: ClassVar[Mapping[str, Kinds]] = _ATTENTION_PARTS
+    bypassed: ClassVar[Mapping[str, ModuleClasses]] = {"out_proj": NonDynamicallyQuantizableLinear}
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
@@ -39,7 +36,7 @@ class FusedMultiheadAttention(Fused):
             return "add_bias_kv appends a key and a value"
         if attention.add_zero_attn:
             return "add_zero_attn appends a key and a value"
-        return why_not_bypassed(module, _ATTENTION_PARTS)
+        return why_not_bypassed(module, cls.bypassed)
 
     def forward(
         self,
@@ -52,31 +49,30 @@ class FusedMultiheadAttention(Fused):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> Any:
-        rest = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-        given = [t for t in (query, key, value) if t.ndim == 3 and not t.is_nested]
         module, settings = cast(Any, self), self.settings
-        original = need_weights and (settings.dtype is None or torch.is_grad_enabled())
-        if original or len(given) < 3 or (is_causal and attn_mask is None) or not self.intact():
-            return super().forward(query, key, value, *rest)
+        covered = all(t.ndim == 3 and not t.is_nested for t in (query, key, value))
+        if need_weights and (settings.dtype is None or torch.is_grad_enabled()):
+            covered = False
+        if not covered or (is_causal and attn_mask is None) or not self.intact():
+            options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return super().forward(query, key, value, *options)
         self.count()
-        with settings.own_types(query.device):
+        with settings.without_autocast(query.device):
             # Self-attention is detected by identity, which the transpose below would destroy.
-            same = (key is query, value is key)
+            key_is_query, value_is_key = key is query, value is key
             if not module.batch_first:
                 query = query.transpose(0, 1)
-                key = query if same[0] else key.transpose(0, 1)
-                value = key if same[1] else value.transpose(0, 1)
+                key = query if key_is_query else key.transpose(0, 1)
+                value = key if value_is_key else value.transpose(0, 1)
             q, k, v = _project(module, query, key, value, settings)
             mask = _merged(key_padding_mask, attn_mask, q, k.shape[1])
             dropout_p, weights = module.dropout if self.training else 0.0, None
             if need_weights:
                 q, k, v = (t.transpose(1, 2) for t in (q, k, v))
                 scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
-                weights = F.dropout(
-                    (scores if mask is None else scores + mask).softmax(-1),
-                    dropout_p,
-                    dropout_p > 0,
-                )
+                if mask is not None:
+                    scores = scores + mask
+                weights = F.dropout(scores.softmax(-1), dropout_p, dropout_p > 0)
                 context = (weights @ v).transpose(1, 2).flatten(2)
                 weights = weights.mean(1) if average_attn_weights else weights
             else:
@@ -120,7 +116,7 @@ register(
         branch_p=("dropout1", "dropout2"),
         scores=_layer_attention,
         also_takes=("src_mask", "src_key_padding_mask", "is_causal"),
-        adjust=lambda layer, parts: parts._replace(
+        adjust=lambda layer, modules: modules._replace(
             qkv=((layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias),)
         ),
         refuses=_layer_refusal,
@@ -138,11 +134,9 @@ class UnpaddedTransformerEncoder(Fused):
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
-        return (
-            None
-            if settings.unpad
-            else "PyTorch handles its padding; unpad=True skips it in training too"
-        )
+        if settings.unpad:
+            return None
+        return "PyTorch handles its padding; unpad=True skips it in training too"
 
     def forward(
         self,
@@ -151,15 +145,20 @@ class UnpaddedTransformerEncoder(Fused):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
     ) -> Tensor:
-        module, hidden = cast(Any, self), src_key_padding_mask
+        module, padding = cast(Any, self), src_key_padding_mask
         layers, padded, planned = list(module.layers), src, None
-        called = torch.compiler.is_compiling() or (
-            module.norm is not None and observed(module.norm)
-        )
-        covered = mask is None and src.ndim == 3 and not called and can_run_packed(layers)
-        if covered and hidden is not None and hidden.dtype == torch.bool:
+        covered = mask is None and src.ndim == 3 and not torch.compiler.is_compiling()
+        if module.norm is not None and observed(module.norm):
+            covered = False
+        if (
+            covered
+            and padding is not None
+            and padding.dtype == torch.bool
+            and can_run_packed(layers)
+        ):
             padded = src if layers[0].self_attn.batch_first else src.transpose(0, 1)
-            planned = plan(~hidden, keep_first=False) if hidden.shape == padded.shape[:2] else None
+            if padding.shape == padded.shape[:2]:
+                planned = plan(~padding, keep_first=False)
         if planned is None:
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         self.count()
@@ -171,7 +170,7 @@ class UnpaddedTransformerEncoder(Fused):
 
 
 class FusedLayerNorm(Fused):
-    """`torch.nn.LayerNorm` over one dimension, by a kernel."""
+    """`torch.nn.LayerNorm` over one dimension, by our kernel."""
 
     benefit: ClassVar[str] = "one pass over memory"
     replaces: ClassVar[Any] = (nn.LayerNorm,)
@@ -183,52 +182,49 @@ class FusedLayerNorm(Fused):
             return "it has no weight or no bias"
         if len(norm.normalized_shape) != 1:
             return f"it normalises {len(norm.normalized_shape)} dimensions"
-        chosen = resolve(settings.backend, norm.weight)
-        return (
-            None
-            if chosen == "triton"
-            else "PyTorch's is as fast here; a kernel replaces it on NVIDIA GPUs"
-        )
+        if resolve(settings.backend, norm.weight) == "triton":
+            return None
+        return "PyTorch's is as fast here; a kernel replaces it on NVIDIA GPUs"
 
     def forward(self, input: Tensor) -> Tensor:
         self.count()
         norm, settings = cast(Any, self), self.settings
-        with settings.own_types(input.device):
+        with settings.without_autocast(input.device):
             return apply_norm(norm, settings.operand(input), settings)
 
 
 def _project(
     attention: Any, query: Tensor, key: Tensor, value: Tensor, settings: Settings
 ) -> tuple[Tensor, ...]:
-    """q, k, v `[..., H, D]` of a MultiheadAttention, with one GEMM for neighbours with the same input."""
-    width, weight, bias = attention.embed_dim, attention.in_proj_weight, attention.in_proj_bias
-    own = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
-    inputs, results, start = (query, key, value), [], 0
+    """Project to q, k, v `[..., H, D]`, with one GEMM for adjacent projections of one input."""
+    width, joined, bias = attention.embed_dim, attention.in_proj_weight, attention.in_proj_bias
+    separate = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+    inputs, outputs, start = (query, key, value), [], 0
     for end in (1, 2, 3):
-        if end < 3 and weight is not None and inputs[end] is inputs[start]:
+        if end < 3 and joined is not None and inputs[end] is inputs[start]:
             continue
         rows = slice(start * width, end * width)
-        part, shift = (
-            own[start] if weight is None else weight[rows],
-            None if bias is None else bias[rows],
-        )
-        if weight is not None and end - start == 3:
-            # A slice of the whole is another tensor each time, and its converted or packed form would not be kept.
-            part, shift = weight, bias
-        results += settings.linear(inputs[start], part, shift).chunk(end - start, -1)
+        # A slice is another tensor each time, whose converted or packed form would not be cached.
+        entire = joined is not None and end - start == 3
+        if joined is None:
+            weight = separate[start]
+        else:
+            weight = joined if entire else joined[rows]
+        shift = bias if bias is None or entire else bias[rows]
+        outputs += settings.linear(inputs[start], weight, shift).chunk(end - start, -1)
         start = end
-    return tuple(result.unflatten(-1, (attention.num_heads, -1)) for result in results)
+    return tuple(output.unflatten(-1, (attention.num_heads, -1)) for output in outputs)
 
 
 def _merged(padding: Tensor | None, mask: Tensor | None, q: Tensor, keys: int) -> Tensor | None:
-    """Both masks (True hides) as one additive mask that broadcasts to `[B, H, L, S]`."""
-    added = None if mask is None else _additive(mask, q.dtype)
-    if added is not None and added.ndim == 3:
-        added = added.unflatten(0, (q.shape[0], -1))
-    if padding is not None:
-        hidden = _additive(padding, q.dtype).view(-1, 1, 1, keys)
-        added = hidden if added is None else added + hidden
-    return added
+    """Merge both masks (True hides) into one additive mask that broadcasts to `[B, H, L, S]`."""
+    merged = None if mask is None else _additive(mask, q.dtype)
+    if merged is not None and merged.ndim == 3:
+        merged = merged.unflatten(0, (q.shape[0], -1))
+    if padding is None:
+        return merged
+    key_mask = _additive(padding, q.dtype).view(-1, 1, 1, keys)
+    return key_mask if merged is None else merged + key_mask
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

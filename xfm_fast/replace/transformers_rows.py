@@ -1,11 +1,11 @@
-"""Layers and encoders of transformers (Hugging Face) as rows, and the attention of families with one of their own."""
+"""Specs of layers and encoders of transformers (Hugging Face), and custom attention."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
 from functools import partial, reduce
-from operator import add, or_
+from operator import add
 from typing import Any, cast
 
 import torch
@@ -23,6 +23,7 @@ from xfm_fast.replace.attention import (
     attention,
     cached_bias,
     continuous_bias,
+    covers_mask,
     windows_of,
 )
 from xfm_fast.replace.layer import (
@@ -38,22 +39,27 @@ from xfm_fast.replace.swap import Settings, find, observed, original_class
 from xfm_fast.replace.unpadded import IGNORE_MEMORY_MASK, Encoder, padded_memory, register_encoder
 
 Template = dict[str, Any]
-# Any other implementation of a vision model's attention is a registered function that must be called.
+# Any other implementation of a vision model's attention is a registered function that must be
+# called.
 _ATTENTION = ("eager", "sdpa", None, *KERNELS)
 
 
-def row(layer: str, *templates: Template, **more: Any) -> LayerSpec:
-    """A layer from templates, of which the last decides.
+def build_spec(layer: str, *templates: Template, **more: Any) -> LayerSpec:
+    """Build a LayerSpec; later templates override earlier ones.
 
-    In a template, `own` has suffixes of the layer's prefix, `others` whole class names, `qkv` names in the attention.
+    In a template, `own` has suffixes of the layer's class prefix, `own_names` whole class names,
+    `qkv` names in the attention module.
     """
-    merged: Template = reduce(or_, templates, {}) | more
-    others = merged.pop("others", "")
-    if isinstance(merged["own"], str):
+    fields: Template = {}
+    for template in (*templates, more):
+        fields |= template
+    class_names = fields.pop("own_names", "")
+    if isinstance(fields["own"], str):
         prefix = layer.rpartition(".")[2].removesuffix("Layer").removesuffix("Encoder")
-        merged["own"] = " ".join((*(prefix + suffix for suffix in merged["own"].split()), others))
-    merged["qkv"] = tuple(f"{merged['attention']}.{name}" for name in merged["qkv"].split())
-    return LayerSpec(layer=layer, **merged)
+        prefixed = (prefix + suffix for suffix in fields["own"].split())
+        fields["own"] = " ".join((*prefixed, class_names))
+    fields["qkv"] = tuple(f"{fields['attention']}.{name}" for name in fields["qkv"].split())
+    return LayerSpec(layer=layer, **fields)
 
 
 def _bert_refusal(layer: Any) -> str | None:
@@ -71,10 +77,11 @@ def _bert_refusal(layer: Any) -> str | None:
 
 
 def _bert_attention(layer: Any, call: Mapping[str, Any]) -> Padded | None:
-    """BERT's attention, causal or not, with cross-attention to a memory."""
+    """Return BERT's attention, causal or not, with cross-attention to a memory."""
     mask, states = call.get("attention_mask"), call.get("encoder_hidden_states")
-    seen, implementation = cast(Any, call.get("encoder_attention_mask")), implementation_of(layer)
-    if implementation not in PLAIN_ATTENTION or not _covers_mask(implementation, mask):
+    memory_mask: Any = call.get("encoder_attention_mask")
+    implementation = implementation_of(layer)
+    if implementation not in PLAIN_ATTENTION or not covers_mask(implementation, mask):
         return None
     causal = False
     if mask is None and call["hidden_states"].shape[1] > 1:
@@ -85,127 +92,113 @@ def _bert_attention(layer: Any, call: Mapping[str, Any]) -> Padded | None:
             causal = bool(module.is_decoder)
     if states is None or not getattr(layer, "is_decoder", True):
         return Padded(mask, causal)
-    unmasked = original_class(layer).__name__ in IGNORE_MEMORY_MASK
-    if (
-        unmasked
-        and isinstance(seen, Tensor)
-        and seen.is_floating_point()
-        and not torch.compiler.is_compiling()
-    ):
-        # transformers 4 passes a mask of zeros to BLIP by default. All layers get the same one, and reading it syncs
-        # an accelerator.
-        seen = (
-            None if cached("hides nothing", (seen,), lambda zeros=seen: not zeros.any()) else seen
-        )
-    covered = hasattr(layer, "crossattention") and _covers_mask(implementation, seen)
-    if not covered or (unmasked and seen is not None):
+    ignores_mask = original_class(layer).__name__ in IGNORE_MEMORY_MASK
+    if ignores_mask and _hides_nothing(memory_mask):
+        memory_mask = None
+    covered = hasattr(layer, "crossattention") and covers_mask(implementation, memory_mask)
+    if not covered or (ignores_mask and memory_mask is not None):
         return None
-    return Padded(mask, causal, padded_memory(states, seen))
+    return Padded(mask, causal, padded_memory(states, memory_mask))
 
 
-def _covers_mask(implementation: str | None, mask: Any) -> bool:
-    """True if the fused form interprets a mask as the attention implementation does."""
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        return implementation == "xfm_fast"
-    # Eager attention adds a boolean mask as ones and zeros; leave that to the original.
-    boolean = implementation not in ("eager", None)
-    return mask is None or (
-        isinstance(mask, Tensor) and mask.ndim == 4 and (mask.is_floating_point() or boolean)
-    )
+def _hides_nothing(mask: Any) -> bool:
+    """Return whether an additive mask is all zeros, as transformers 4 passes to BLIP by default."""
+    if not isinstance(mask, Tensor) or not mask.is_floating_point():
+        return False
+    if torch.compiler.is_compiling():
+        return False
+    # All layers get the same mask, and reading it syncs an accelerator.
+    return cached("hides nothing", (mask,), lambda: not mask.any())
 
 
 def _interleaved(layer: Any, call: Mapping[str, Any]) -> Attend | None:
-    """RoFormer's attention: adjacent dimensions are rotated in pairs, optionally in values too."""
+    """Return RoFormer's attention, which rotates pairs of adjacent dimensions."""
     table: Any = call.get("sinusoidal_pos")
     dense = Dense.of(call.get("attention_mask"), None, None)
     if dense is None or not isinstance(table, Tensor) or table.shape[:2] != (1, 1):
         return None
     sin, cos = (half[0, 0, :, None].repeat_interleave(2, -1) for half in table.chunk(2, -1))
 
-    def turned(x: Tensor) -> Tensor:
-        return (x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin).to(
-            x.dtype
-        )
+    def rotate_pairs(x: Tensor) -> Tensor:
+        turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+        return (x * cos + turned * sin).to(x.dtype)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
-        v = turned(v) if layer.attention.self.rotary_value else v
-        return dense(turned(q), turned(k), v, dropout_p, settings)
+        if layer.attention.self.rotary_value:
+            v = rotate_pairs(v)
+        return dense(rotate_pairs(q), rotate_pairs(k), v, dropout_p, settings)
 
     return attend
 
 
 def _disentangled(layer: Any, call: Mapping[str, Any]) -> Attend | None:
-    """Attention of a DeBERTa-v2/v3 layer call; None without relative positions.
+    """Return the attention of a DeBERTa-v2/v3 layer; None without relative positions.
 
     Scores are `(q kᵀ + q k_posᵀ[i - j] + (k q_posᵀ)[j - i]) / √(D · terms)`.
     """
     module = layer.attention.self
-    mask, places, table = (
-        cast(Any, call.get(name)) for name in ("attention_mask", "relative_pos", "rel_embeddings")
-    )
-    if (
-        not isinstance(mask, Tensor)
-        or mask.ndim != 4
-        or not set(module.pos_att_type) <= {"c2p", "p2c"}
-    ):
+    mask: Any = call.get("attention_mask")
+    relative: Any = call.get("relative_pos")
+    table: Any = call.get("rel_embeddings")
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
         return None
-    if module.relative_attention and not (
-        isinstance(places, Tensor) and places.ndim <= 4 and isinstance(table, Tensor)
-    ):
+    if not set(module.pos_att_type) <= {"c2p", "p2c"}:
+        return None
+    has_positions = isinstance(relative, Tensor) and relative.ndim <= 4
+    if module.relative_attention and not (has_positions and isinstance(table, Tensor)):
         return None
 
     def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
-        kinds = [kind for kind in ("c2p", "p2c") if kind in module.pos_att_type]
-        scale = (q.shape[-1] * (1 + len(kinds))) ** -0.5
+        scale = (q.shape[-1] * (1 + len(set(module.pos_att_type)))) ** -0.5
         bias = q.new_zeros((1, 1, 1, 1))
         if module.relative_attention:
-            positions = module.pos_dropout(table)[: 2 * module.pos_ebd_size]
-            for kind in kinds:
-                bias = bias + scale * _toward(kind, module, positions, places, q, k, settings)
+            span, shared = module.pos_ebd_size, module.share_att_key
+            positions = module.pos_dropout(table)[: 2 * span]
+            distance = relative.reshape(-1, 1, *relative.shape[-2:])
+            if "c2p" in module.pos_att_type:
+                projection = module.key_proj if shared else module.pos_key_proj
+                index = (span + distance).clamp(0, 2 * span - 1)
+                bias = bias + scale * _position_scores(q, projection, positions, index, settings)
+            if "p2c" in module.pos_att_type:
+                projection = module.query_proj if shared else module.pos_query_proj
+                index = (span - distance).clamp(0, 2 * span - 1)
+                scores = _position_scores(k, projection, positions, index, settings)
+                bias = bias + scale * scores.transpose(-1, -2)
         if torch.is_grad_enabled():
-            # A query without visible keys (padding) has uniform weights and must not pass gradients to keys.
+            # A query without visible keys (padding) has uniform weights and must not pass gradients
+            # to keys.
             scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * scale + bias
             weights = scores.masked_fill(~mask.bool(), torch.finfo(q.dtype).min).softmax(-1)
-            return torch.einsum(
-                "bhnm,bmhd->bnhd", F.dropout(weights, dropout_p), v.to(weights.dtype)
-            ).flatten(2)
-        shape = (*bias.shape[:2], *mask.shape[-2:]) if bias.shape[-1] == 1 else bias.shape
-        added = add_mask(bias.expand(shape), mask.bool(), q.dtype)
-        return attention(q, k, v, scale, added, settings, dropout_p=dropout_p)
+            weights = F.dropout(weights, dropout_p)
+            return torch.einsum("bhnm,bmhd->bnhd", weights, v.to(weights.dtype)).flatten(2)
+        if bias.shape[-1] == 1:
+            bias = bias.expand(*bias.shape[:2], *mask.shape[-2:])
+        bias = add_mask(bias, mask.bool(), q.dtype)
+        return attention(q, k, v, scale, bias, settings, dropout_p=dropout_p)
 
     return attend
 
 
-def _toward(
-    kind: str, module: Any, positions: Tensor, places: Any, q: Tensor, k: Tensor, settings: Settings
+def _position_scores(
+    content: Tensor, layer: Any, positions: Tensor, index: Tensor, settings: Settings
 ) -> Tensor:
-    """Scores `[B, H, N, N]` of content and position: "c2p" queries to positions, "p2c" positions to keys."""
-    span = module.pos_ebd_size
-    if module.share_att_key:
-        layer = module.key_proj if kind == "c2p" else module.query_proj
-    else:
-        layer = module.pos_key_proj if kind == "c2p" else module.pos_query_proj
-    made = apply_linear(layer, positions, settings).unflatten(-1, (q.shape[2], -1))
-    content = q if kind == "c2p" else k
-    scores = torch.einsum("bnhd,phd->bhnp", content, made.to(content.dtype))
-    places = places.reshape(-1, 1, *places.shape[-2:])
-    index = (places if kind == "c2p" else -places) + span
-    index = index.clamp(0, 2 * span - 1).expand(*scores.shape[:3], places.shape[-1])
-    found = scores.gather(-1, index)
-    return found if kind == "c2p" else found.transpose(-1, -2)
+    """Compute scores `[B, H, N, M]` of content `[B, N, H, D]` and positions at index `[…, 1, N, M]`."""
+    projected = apply_linear(layer, positions, settings).unflatten(-1, (content.shape[2], -1))
+    scores = torch.einsum("bnhd,phd->bhnp", content, projected.to(content.dtype))
+    return scores.gather(-1, index.expand(*scores.shape[:3], index.shape[-1]))
 
 
 def _mask_of(*masks: Any) -> tuple[bool, Tensor | None]:
-    """Whether all masks are dense, and their sum."""
-    given = [mask for mask in masks if mask is not None]
-    dense = all(isinstance(mask, Tensor) and mask.ndim == 4 for mask in given)
-    if not dense or (len(given) > 1 and any(mask.dtype == torch.bool for mask in given)):
+    """Return whether all masks are dense, and their sum."""
+    present = [mask for mask in masks if mask is not None]
+    dense = all(isinstance(mask, Tensor) and mask.ndim == 4 for mask in present)
+    if not dense or (len(present) > 1 and any(mask.dtype == torch.bool for mask in present)):
         return False, None
-    return True, reduce(add, given) if given else None
+    return True, reduce(add, present) if present else None
 
 
 def _causal_or_masked(layer: Any, call: Mapping[str, Any]) -> Attend | None:
-    """CLIP's attention: transformers 4 passes the causal mask separately, 5 may pass only `is_causal`."""
+    """Return CLIP's attention: causal by a separate mask (transformers 4) or by `is_causal` (5)."""
     implementation = implementation_of(layer)
     dense, mask = _mask_of(call.get("attention_mask"), call.get("causal_attention_mask"))
     if not dense or implementation not in _ATTENTION:
@@ -216,13 +209,13 @@ def _causal_or_masked(layer: Any, call: Mapping[str, Any]) -> Attend | None:
 
 
 def _unmasked(layer: Any, call: Mapping[str, Any]) -> Attend | None:
-    """BLIP's attention, whose mask argument is a head mask."""
-    known = implementation_of(layer) in _ATTENTION
-    return Dense() if known and call.get("attention_mask") is None else None
+    """Return BLIP's attention, whose mask argument is a head mask."""
+    supported = implementation_of(layer) in _ATTENTION
+    return Dense() if supported and call.get("attention_mask") is None else None
 
 
 def _positioned(layer: Any, call: Mapping[str, Any]) -> Attend | None:
-    """BEiT's attention with its own position bias, a shared one passed as a mask, or both."""
+    """Return BEiT's attention with the layer's position bias, a shared one, or both."""
     module: Any = find(layer, layer.layer_spec.attention)
     positions: Any = find(layer, "relative_position_bias") or find(module, "relative_position_bias")
     dense, shared = _mask_of(call.get("attention_mask"), call.get("relative_position_bias"))
@@ -243,7 +236,7 @@ def _positioned(layer: Any, call: Mapping[str, Any]) -> Attend | None:
 
 
 def _swin_attention(layer: Any, call: Mapping[str, Any]) -> WindowAttention | None:
-    """Attention of `SwinLayer` and `Swinv2Layer` of transformers."""
+    """Return the attention of `SwinLayer` and `Swinv2Layer` of transformers."""
     if implementation_of(layer) not in ("eager", "sdpa", None):
         return None
     x, size = call["hidden_states"], tuple(map(int, call["input_dimensions"]))
@@ -251,39 +244,31 @@ def _swin_attention(layer: Any, call: Mapping[str, Any]) -> WindowAttention | No
         layer.set_shift_and_window_size(size)
     window, shift = (int(layer.window_size),) * 2, (int(layer.shift_size),) * 2
     windows = windows_of(size, window, shift, x, fill_first=True)
-    whole = tuple(-(-side // window[0]) * window[0] for side in size)
-    name, mask = (
-        f"{whole} {window} {shift}",
-        partial(layer.get_attn_mask, *whole, dtype=x.dtype, device=x.device),
-    )
-    tables = getattr(layer.attention, "relative_position_bias", None)
-    if tables is not None:
-        return WindowAttention(
-            windows,
-            partial(
-                cached_bias, name, tables, (tables.relative_position_bias_table,), tables, mask
-            ),
-        )
-    own = layer.attention.self
+    padded = tuple(side + -side % window[0] for side in size)
+    name = f"{padded} {window} {shift}"
+    mask = partial(layer.get_attn_mask, *padded, dtype=x.dtype, device=x.device)
+    positions = getattr(layer.attention, "relative_position_bias", None)
+    if positions is not None:
+        sources = (positions.relative_position_bias_table,)
+        bias = partial(cached_bias, name, positions, sources, positions, mask)
+        return WindowAttention(windows, bias)
+    module = layer.attention.self
 
-    def doubled() -> Tensor | None:
+    def doubled_mask() -> Tensor | None:
         # transformers adds this mask twice.
-        hidden = mask()
-        return None if hidden is None else 2 * hidden
+        window_mask = mask()
+        return None if window_mask is None else 2 * window_mask
 
-    return WindowAttention(
-        windows,
-        continuous_bias(name, own, own.continuous_position_bias_mlp, doubled),
-        own.logit_scale,
-    )
+    bias = continuous_bias(name, module, module.continuous_position_bias_mlp, doubled_mask)
+    return WindowAttention(windows, bias, module.logit_scale)
 
 
 def _swin_refusal(layer: Any) -> str | None:
     if not hasattr(layer, "get_attn_mask"):
         return "this version of the library makes the mask of shifted windows elsewhere"
-    return (
-        "its feed-forward runs in chunks" if getattr(layer, "chunk_size_feed_forward", 0) else None
-    )
+    if getattr(layer, "chunk_size_feed_forward", 0):
+        return "its feed-forward runs in chunks"
+    return None
 
 
 BERT: Template = {
@@ -356,17 +341,15 @@ _BLIP: Template = _CLIP | {
     "scores": _unmasked,
 }
 _DROPS: Template = {"drop_paths": ("drop_path", "drop_path")}
-_DINO: Template = (
-    _VIT
-    | _DROPS
-    | {
-        "own": "MLP Attention LayerScale SwiGLUFFN GatedMLP DropPath",
-        "norms": ("norm1", "norm2"),
-        "mlps": (_FC, _GATED),
-        "branch_p": ("", ""),
-        "scales": ("layer_scale1.lambda1", "layer_scale2.lambda1"),
-    }
-)
+_DINO: Template = {
+    **_VIT,
+    **_DROPS,
+    "own": "MLP Attention LayerScale SwiGLUFFN GatedMLP DropPath",
+    "norms": ("norm1", "norm2"),
+    "mlps": (_FC, _GATED),
+    "branch_p": ("", ""),
+    "scales": ("layer_scale1.lambda1", "layer_scale2.lambda1"),
+}
 _BEIT: Template = _DROPS | {
     "scales": ("lambda_1", "lambda_2"),
     "scores": _positioned,
@@ -382,43 +365,33 @@ _SWIN: Template = {
     "refuses": _swin_refusal,
     "result": lambda out, x: (out, None),
 }
-_BLIP_P: Template = {"weights_p": "self_attn.attention_dropout"}
 # Classes with BERT's layer forward.
 _BERT_LAYERS = (
-    *(
-        "align.AlignTextLayer",
-        "altclip.AltRobertaLayer",
-        "bert.BertLayer",
-        "bert_generation.BertGenerationLayer",
-    ),
-    *(
-        "blip.BlipTextLayer",
-        "camembert.CamembertLayer",
-        "chinese_clip.ChineseCLIPTextLayer",
-        "clap.ClapTextLayer",
-    ),
-    *(
-        "data2vec.Data2VecTextLayer",
-        "electra.ElectraLayer",
-        "ernie.ErnieLayer",
-        "layoutlm.LayoutLMLayer",
-    ),
-    *(
-        "rembert.RemBertLayer",
-        "roberta.RobertaLayer",
-        "roc_bert.RoCBertLayer",
-        "xlm_roberta.XLMRobertaLayer",
-    ),
+    "align.AlignTextLayer",
+    "altclip.AltRobertaLayer",
+    "bert.BertLayer",
+    "bert_generation.BertGenerationLayer",
+    "blip.BlipTextLayer",
+    "camembert.CamembertLayer",
+    "chinese_clip.ChineseCLIPTextLayer",
+    "clap.ClapTextLayer",
+    "data2vec.Data2VecTextLayer",
+    "electra.ElectraLayer",
+    "ernie.ErnieLayer",
+    "layoutlm.LayoutLMLayer",
+    "rembert.RemBertLayer",
+    "roberta.RobertaLayer",
+    "roc_bert.RoCBertLayer",
+    "xlm_roberta.XLMRobertaLayer",
 )
 _VIT_LAYERS = (
-    *(
-        "vit.ViTLayer",
-        "deit.DeiTLayer",
-        "vit_msn.ViTMSNLayer",
-        "ijepa.IJepaLayer",
-        "vit_mae.ViTMAELayer",
-    ),
-    *("audio_spectrogram_transformer.ASTLayer", "vivit.VivitLayer"),
+    "vit.ViTLayer",
+    "deit.DeiTLayer",
+    "vit_msn.ViTMSNLayer",
+    "ijepa.IJepaLayer",
+    "vit_mae.ViTMAELayer",
+    "audio_spectrogram_transformer.ASTLayer",
+    "vivit.VivitLayer",
 )
 _BERT_FORWARD: Template = BERT | {
     "cross": "crossattention",
@@ -427,21 +400,21 @@ _BERT_FORWARD: Template = BERT | {
     "also_takes": ("encoder_hidden_states", "encoder_attention_mask"),
 }
 register(
-    *(row(layer, _BERT_FORWARD) for layer in _BERT_LAYERS),
-    row("layoutlmv3.LayoutLMv3Layer", BERT, bias="position_bias"),
-    row("roformer.RoFormerLayer", BERT, scores=_interleaved, also_takes=("sinusoidal_pos",)),
-    row(
+    *(build_spec(layer, _BERT_FORWARD) for layer in _BERT_LAYERS),
+    build_spec("layoutlmv3.LayoutLMv3Layer", BERT, bias="position_bias"),
+    build_spec("roformer.RoFormerLayer", BERT, scores=_interleaved, also_takes=("sinusoidal_pos",)),
+    build_spec(
         "deberta_v2.DebertaV2Layer",
         BERT,
         own="Attention SelfOutput Intermediate Output",
-        others="DisentangledSelfAttention",
+        own_names="DisentangledSelfAttention",
         qkv="query_proj key_proj value_proj",
         chunks="",
         scores=_disentangled,
         also_takes=("relative_pos", "rel_embeddings"),
         result=lambda out, x: (out, None),
     ),
-    row(
+    build_spec(
         "mpnet.MPNetLayer",
         BERT,
         attention="attention.attn",
@@ -455,7 +428,7 @@ register(
         bias="position_bias",
         chunks="",
     ),
-    row(
+    build_spec(
         "albert.AlbertLayer",
         BERT,
         attention="attention",
@@ -467,12 +440,12 @@ register(
         weights_p="attention.attention_dropout",
         branch_p=("attention.output_dropout", ""),
     ),
-    row(
+    build_spec(
         "distilbert.TransformerBlock",
         BERT,
         attention="attention",
         own="",
-        others="DistilBertSelfAttention MultiHeadSelfAttention DistilBertSdpaAttention FFN",
+        own_names="DistilBertSelfAttention MultiHeadSelfAttention DistilBertSdpaAttention FFN",
         qkv="q_lin k_lin v_lin",
         proj="attention.out_lin",
         norms=("sa_layer_norm", "output_layer_norm"),
@@ -482,9 +455,9 @@ register(
         branch_p=("", "ffn.dropout"),
         chunks="ffn.chunk_size_feed_forward",
     ),
-    row("nomic_bert.NomicBertLayer", _ROTARY, mlps=(_GATED,)),
-    row("jina_embeddings_v3.JinaEmbeddingsV3Layer", _ROTARY, mlps=(_FC,)),
-    row(
+    build_spec("nomic_bert.NomicBertLayer", _ROTARY, mlps=(_GATED,)),
+    build_spec("jina_embeddings_v3.JinaEmbeddingsV3Layer", _ROTARY, mlps=(_FC,)),
+    build_spec(
         "modernbert.ModernBertEncoderLayer",
         order="before",
         attention="attn",
@@ -498,21 +471,23 @@ register(
         branch_p=("attn.out_drop", ""),
         rotary="position_embeddings",
     ),
-    row("megatron_bert.MegatronBertLayer", BERT, order="before", norms=("attention.ln", "ln")),
-    row(
+    build_spec(
+        "megatron_bert.MegatronBertLayer", BERT, order="before", norms=("attention.ln", "ln")
+    ),
+    build_spec(
         "roberta_prelayernorm.RobertaPreLayerNormLayer",
         BERT,
         order="before",
         norms=("attention.LayerNorm", "intermediate.LayerNorm"),
     ),
-    row(
+    build_spec(
         "xlm_roberta_xl.XLMRobertaXLLayer",
         BERT,
         order="before",
         norms=("attention.self_attn_layer_norm", "LayerNorm"),
         branch_p=("attention.output.dropout", ""),
     ),
-    row(
+    build_spec(
         "esm.EsmLayer",
         BERT,
         order="before",
@@ -521,36 +496,38 @@ register(
         rotary="position_embeddings",
         chunks="",
     ),
-    *(row(layer, _VIT) for layer in _VIT_LAYERS),
+    *(build_spec(layer, _VIT) for layer in _VIT_LAYERS),
     *(
-        row(layer, _BERT_VIT)
+        build_spec(layer, _BERT_VIT)
         for layer in (*_VIT_LAYERS, "videomae.VideoMAELayer", "yolos.YolosLayer")
     ),
-    row("dpt.DPTViTLayer", _BERT_VIT, others="DPTSelfAttention"),
-    row("vilt.ViltLayer", _BERT_VIT, _MODULE_P),
-    row("pixio.PixioLayer", _VIT, _DROPS),
-    row("beit.BeitLayer", _VIT, _BEIT),
-    row("beit.BeitLayer", _BERT_VIT, _BEIT, _MODULE_P),
-    row("data2vec.Data2VecVisionLayer", _BERT_VIT, _BEIT, _MODULE_P),
-    row("clip.CLIPEncoderLayer", _CLIP, _CAUSAL),
-    row("owlvit.OwlViTEncoderLayer", _CLIP, _CAUSAL),
-    row("owlv2.Owlv2EncoderLayer", _CLIP, _CAUSAL),
-    row("siglip.SiglipEncoderLayer", _CLIP),
-    row("siglip2.Siglip2EncoderLayer", _CLIP),
-    row("blip.BlipEncoderLayer", _BLIP),
-    row("blip_2.Blip2EncoderLayer", _BLIP, _BLIP_P),
-    row("instructblip.InstructBlipEncoderLayer", _BLIP, _BLIP_P),
-    row("dinov2.Dinov2Layer", _DINO),
-    row("dinov2_with_registers.Dinov2WithRegistersLayer", _DINO),
-    row(
+    build_spec("dpt.DPTViTLayer", _BERT_VIT, own_names="DPTSelfAttention"),
+    build_spec("vilt.ViltLayer", _BERT_VIT, _MODULE_P),
+    build_spec("pixio.PixioLayer", _VIT, _DROPS),
+    build_spec("beit.BeitLayer", _VIT, _BEIT),
+    build_spec("beit.BeitLayer", _BERT_VIT, _BEIT, _MODULE_P),
+    build_spec("data2vec.Data2VecVisionLayer", _BERT_VIT, _BEIT, _MODULE_P),
+    build_spec("clip.CLIPEncoderLayer", _CLIP, _CAUSAL),
+    build_spec("owlvit.OwlViTEncoderLayer", _CLIP, _CAUSAL),
+    build_spec("owlv2.Owlv2EncoderLayer", _CLIP, _CAUSAL),
+    build_spec("siglip.SiglipEncoderLayer", _CLIP),
+    build_spec("siglip2.Siglip2EncoderLayer", _CLIP),
+    build_spec("blip.BlipEncoderLayer", _BLIP),
+    build_spec("blip_2.Blip2EncoderLayer", _BLIP, weights_p="self_attn.attention_dropout"),
+    build_spec(
+        "instructblip.InstructBlipEncoderLayer", _BLIP, weights_p="self_attn.attention_dropout"
+    ),
+    build_spec("dinov2.Dinov2Layer", _DINO),
+    build_spec("dinov2_with_registers.Dinov2WithRegistersLayer", _DINO),
+    build_spec(
         "dinov3_vit.DINOv3ViTLayer",
         _DINO,
         mlps=(_GATED, Mlp(("mlp.up_proj",), "mlp.act_fn", "mlp.down_proj")),
         weights_p="attention.dropout",
         rotary="position_embeddings",
     ),
-    row("swin.SwinLayer", _VIT, _SWIN, drop_paths=("drop_path", "")),
-    row(
+    build_spec("swin.SwinLayer", _VIT, _SWIN, drop_paths=("drop_path", "")),
+    build_spec(
         "swinv2.Swinv2Layer",
         _BERT_VIT,
         _DROPS,
@@ -565,22 +542,21 @@ register(
 
 
 def _shared_layers(model: Any, path: str) -> Iterator[nn.Module]:
-    """ALBERT's layers in execution order: each group serves several layers."""
+    """Yield ALBERT's layers in execution order: each group serves several layers."""
     groups = model.get_submodule(path)
     count = model.config.num_hidden_layers
-    for number in range(count):
-        yield from groups[int(number / (count / len(groups)))].albert_layers
+    for index in range(count):
+        yield from groups[int(index / (count / len(groups)))].albert_layers
 
 
 # Models with the encoder forward of BERT or RoBERTa.
 _BERT_MODELS = (
-    *(
-        "bert.BertModel",
-        "blip.BlipTextModel",
-        "camembert.CamembertModel",
-        "data2vec.Data2VecTextModel",
-    ),
-    *("roberta.RobertaModel", "xlm_roberta.XLMRobertaModel"),
+    "bert.BertModel",
+    "blip.BlipTextModel",
+    "camembert.CamembertModel",
+    "data2vec.Data2VecTextModel",
+    "roberta.RobertaModel",
+    "xlm_roberta.XLMRobertaModel",
 )
 _IDS = ("input_ids", "inputs_embeds")
 _PLACED = (*_IDS, "position_ids")
@@ -608,7 +584,7 @@ register_encoder(
         layers="layers",
         norm="final_norm",
         rotary="rotary_emb",
-        kind="attention_type",
+        layer_type="attention_type",
         **_PLAIN,
     ),
     *(

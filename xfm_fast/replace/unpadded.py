@@ -1,4 +1,4 @@
-"""Text encoders without padding: on packed tokens, or cut at the end-of-text (CLIP)."""
+"""Text encoders that skip padding: on packed tokens, or cut at the end-of-text (CLIP)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,16 @@ from torch import Tensor, nn
 from xfm_fast.kernels import host
 from xfm_fast.kernels.backend import traced
 from xfm_fast.packing import Packing, offsets, on_host
-from xfm_fast.replace.attention import Attend, Causal, Memory, Packed, Padded, Spread, to_own_tokens
+from xfm_fast.replace.attention import (
+    Attend,
+    Memory,
+    Packed,
+    Padded,
+    Unpacked,
+    attention_within_texts,
+)
 from xfm_fast.replace.heads import FusedEmbeddings, default_positions
-from xfm_fast.replace.layer import PLAIN_ATTENTION, can_run_packed, run_packed
+from xfm_fast.replace.layer import PLAIN_ATTENTION, WITHOUT_EFFECT, can_run_packed, run_packed
 from xfm_fast.replace.swap import (
     CalledByName,
     Fused,
@@ -31,37 +38,34 @@ from xfm_fast.replace.swap import (
     short_name,
 )
 
-_WITHOUT_EFFECT = ("use_cache", "return_dict", "cache_position", "num_items_in_batch")
 _RECORDED = ("output_attentions", "output_hidden_states")
 _MEMORY = ("encoder_hidden_states", "encoder_attention_mask")
 # transformers drops BLIP's image mask; calls with one run the original.
 IGNORE_MEMORY_MASK = ("BlipTextLayer", "BlipTextModel")
-_FULL_LENGTH = (
-    "it computes texts at full length; unpad=True cuts them after the longest end-of-text"
-)
-# Share of tokens left after the cut above which packing does not pay off.
-_FULL = 0.95
+_FULL_LENGTH = "it computes texts at full length; unpad=True cuts them at the longest end-of-text"
+# Share of real tokens in the cut batch above which packing does not pay off.
+_MAX_DENSITY = 0.95
 # CLIP configs that predate transformers' eos_token_id contain 2, and pool at the highest id.
 _LEGACY_END = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """Where a model keeps the modules around its layers: dotted names relative to the model."""
+    """The modules of a model around its layers, as dotted names relative to the model."""
 
     model: str  # class name, in the form of `LayerSpec.layer`
     takes: tuple[str, ...]  # arguments of the embeddings with one entry per token
     layers: str = "encoder.layer"
-    embeddings: str = "embeddings"  # ids or given embeddings → states
+    embeddings: str = "embeddings"  # ids or word embeddings → states
     project: str = ""  # linear layer after the embeddings
     norm: str = ""  # after the last layer
     pooler: str = "pooler"  # pools the states `[P, L, width]`, or token 0 if pooled_by is set
     pooled_by: str = ""  # function after the pooler
     bias: str = ""  # method that returns the position bias for states `[P, L, width]`
-    rotary: str = ""  # module that returns cos and sin for states, positions and, if kind is set, the kind of layer
-    kind: str = (
-        ""  # layer attribute; "sliding_attention" limits attention to the config's sliding_window
-    )
+    # module that returns cos and sin for states, positions and, if layer_type is set, its value
+    rotary: str = ""
+    # layer attribute; "sliding_attention" limits attention to the config's sliding_window
+    layer_type: str = ""
     # layers in execution order, for models that run a layer several times
     sequence: Callable[[Any, str], Iterable[nn.Module]] = nn.Module.get_submodule  # pyright: ignore[reportAssignmentType]
     output: str = "BaseModelOutputWithPooling"  # class of the output in transformers
@@ -78,18 +82,17 @@ def register_encoder(*encoders: Encoder) -> None:
 
 
 @cache
-def encoder_of(kind: type[nn.Module]) -> Encoder | None:
-    """The row of a model class, or None."""
-    return _encoders.get(f"{kind.__module__}.{kind.__qualname__}") or _encoders.get(
-        short_name(kind)
-    )
+def encoder_of(model_class: type[nn.Module]) -> Encoder | None:
+    """Return the registered encoder of a model class, or None."""
+    full_name = f"{model_class.__module__}.{model_class.__qualname__}"
+    return _encoders.get(full_name) or _encoders.get(short_name(model_class))
 
 
 class UnpaddedEncoder(CalledByName):
     """A whole encoder on packed tokens; states at padding are zero."""
 
     benefit: ClassVar[str] = "padding left out of all layers"
-    encoder_row: ClassVar[Encoder]
+    encoder_spec: ClassVar[Encoder]
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
@@ -97,26 +100,25 @@ class UnpaddedEncoder(CalledByName):
 
     @classmethod
     def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
-        return {**super().adapted(original), "encoder_row": encoder_of(original)}
+        return {**super().adapted(original), "encoder_spec": encoder_of(original)}
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
         if not settings.unpad:
             return "it computes padding; unpad=True skips it"
-        if (
-            getattr(module.config, "is_decoder", False)
-            and original_class(module).__name__ != "BlipTextModel"
-        ):
+        is_blip = original_class(module).__name__ == "BlipTextModel"
+        if getattr(module.config, "is_decoder", False) and not is_blip:
             return "a causal decoder keeps its padding"
         return None
 
     def declines(self) -> str | None:
-        layers = [layer for layer in self._layers() if isinstance(layer, Fused)]
-        reasons = [reason for layer in layers if (reason := layer.declines()) is not None]
-        return f"it computes padding: in a layer, {reasons[0]}" if reasons else None
+        for layer in self._layers():
+            if isinstance(layer, Fused) and (reason := layer.declines()) is not None:
+                return f"it computes padding: in a layer, {reason}"
+        return None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call, row = self.arguments(args, kwargs), self.encoder_row
+        call, spec = self.arguments(args, kwargs), self.encoder_spec
         packed = self.packed(call)
         if packed is None:
             return self.padded(*args, **kwargs)
@@ -125,98 +127,91 @@ class UnpaddedEncoder(CalledByName):
         x, packing = packed
         states: Any = packing.unpad(x)
         outputs = {"last_hidden_state": states}
-        if row.output != "BaseModelOutput":
+        if spec.output != "BaseModelOutput":
             pooler: Any = self._pooler()
-            if pooler is not None:
-                pooled = pooler(states[:, 0]) if row.pooled_by else pooler(states)
-                outputs["pooler_output"] = (
-                    attrgetter(row.pooled_by)(self)(pooled) if row.pooled_by else pooled
-                )
-        out = getattr(modeling_outputs, row.output)(**outputs)
+            if pooler is not None and spec.pooled_by:
+                outputs["pooler_output"] = attrgetter(spec.pooled_by)(self)(pooler(states[:, 0]))
+            elif pooler is not None:
+                outputs["pooler_output"] = pooler(states)
+        out = getattr(modeling_outputs, spec.output)(**outputs)
         return out if returns_dict(self, call) else out.to_tuple()
 
     def padded(self, *args: Any, **kwargs: Any) -> Any:
-        """The original forward, with padding."""
+        """Run the original forward, with padding."""
         return super().forward(*args, **kwargs)
 
     def packed(self, call: dict[str, Any]) -> tuple[Tensor, Packing] | None:
-        """Final states `[T, width]` and their packing; None for calls that keep padding."""
-        row, mask, memory_mask = (
-            self.encoder_row,
-            call.get("attention_mask"),
-            call.get("encoder_attention_mask"),
-        )
-        given = [
-            call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None
-        ]
-        understood = (
-            *row.takes,
-            "attention_mask",
-            "position_ids",
-            *_WITHOUT_EFFECT,
-            *(_MEMORY if row.memory else ()),
-        )
+        """Compute final states `[T, width]` and their packing; None for calls that keep padding."""
+        spec, mask = self.encoder_spec, call.get("attention_mask")
+        memory_mask = call.get("encoder_attention_mask")
+        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+        understood = (*spec.takes, "attention_mask", "position_ids", *WITHOUT_EFFECT)
+        if spec.memory:
+            understood += _MEMORY
+        if has_other_arguments(call, understood) or (ids is None) == (embeds is None):
+            return None
         layers = self._layers()
-        if (
-            has_other_arguments(call, understood)
-            or len(given) != 1
-            or not self._ready(call, layers)
-        ):
+        if not self._ready(call, layers):
             return None
-        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape != given[0].shape[:2]:
+        tokens = cast(Tensor, embeds if ids is None else ids)
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape != tokens.shape[:2]:
             return None
-        if memory_mask is not None and (
-            not isinstance(memory_mask, Tensor) or memory_mask.ndim != 2
-        ):
+        if not isinstance(memory_mask, Tensor | None):
+            return None
+        if memory_mask is not None and memory_mask.ndim != 2:
             return None
         planned = plan(mask, memory_mask, keep_first=self._pooler() is not None)
         if planned is None:
             return None
-        packing, whole_memory = planned
-        if not whole_memory:
-            # BLIP ignores the memory mask, and in transformers 4 so does every model that is no decoder.
+        packing, memory_visible = planned
+        if not memory_visible:
+            # BLIP ignores the memory mask, and in transformers 4 so do all models but decoders.
             version = int(sys.modules["transformers"].__version__.split(".")[0])
             if version < 5 or original_class(self).__name__ in IGNORE_MEMORY_MASK:
                 return None
         states, memory = call.get("encoder_hidden_states"), None
         if states is not None and hasattr(layers[0], "crossattention"):
-            memory = packed_memory(states, None if whole_memory else memory_mask, packing)
+            memory = packed_memory(states, None if memory_visible else memory_mask, packing)
         self.count()
-        with self.settings.own_types(mask.device):
+        with self.settings.without_autocast(mask.device):
             return self._run(call, layers, packing, mask.bool(), memory), packing
 
     def _layers(self) -> list[Any]:
-        return list(self.encoder_row.sequence(self, self.encoder_row.layers))
+        return list(self.encoder_spec.sequence(self, self.encoder_spec.layers))
 
     def _pooler(self) -> nn.Module | None:
-        return find(self, self.encoder_row.pooler) if self.encoder_row.pooler else None
+        return find(self, self.encoder_spec.pooler) if self.encoder_spec.pooler else None
 
     def _ready(self, call: dict[str, Any], layers: list[Any]) -> bool:
-        """True if no bypassed part has hooks and every layer can run on packed tokens."""
-        row, config = self.encoder_row, self.config
-        recorded: Any = any(getattr(config, name, False) for name in _RECORDED)
-        if recorded or getattr(config, "_attn_implementation", None) not in PLAIN_ATTENTION:
+        """Return whether no bypassed module has hooks and every layer can run on packed tokens."""
+        spec, config = self.encoder_spec, self.config
+        if any(getattr(config, name, False) for name in _RECORDED):
             return False
-        # A layer that is no decoder ignores the memory.
-        accepts = call.get("encoder_hidden_states") is None or hasattr(layers[0], "crossattention")
-        if not accepts and getattr(layers[0], "is_decoder", True):
+        if getattr(config, "_attn_implementation", None) not in PLAIN_ATTENTION:
             return False
-        parts = [find(self, name) for name in {self._holder, row.embeddings, row.project} - {""}]
-        if any(part is not None and observed(part) for part in parts):
+        # Only a decoder's layer reads the memory.
+        reads_memory = getattr(layers[0], "is_decoder", True)
+        has_memory = call.get("encoder_hidden_states") is not None
+        if has_memory and reads_memory and not hasattr(layers[0], "crossattention"):
             return False
-        embeddings: Any = find(self, row.embeddings)
+        for name in (self._holder, spec.embeddings, spec.project):
+            module = find(self, name) if name else None
+            if module is not None and observed(module):
+                return False
+        embeddings: Any = find(self, spec.embeddings)
         if isinstance(embeddings, FusedEmbeddings):
             if not embeddings.intact():
                 return False
-        elif row.memory:
-            # BERT's original cuts its buffer of token types, which may be shorter than the packed texts.
+        elif spec.memory:
+            # BERT's original cuts its buffer of token types, which may be shorter than the packed
+            # texts.
             return False
         return can_run_packed(layers)
 
     @property
     def _holder(self) -> str:
         """Name of the module around the layers."""
-        return self.encoder_row.layers.rpartition(".")[0]
+        return self.encoder_spec.layers.rpartition(".")[0]
 
     def _run(
         self,
@@ -226,107 +221,118 @@ class UnpaddedEncoder(CalledByName):
         mask: Tensor,
         memory: Memory | None,
     ) -> Tensor:
-        row, module = self.encoder_row, self
-        x, positions = self._embedded(call, packing)
-        own = to_own_tokens(packing, self.settings)
+        spec = self.encoder_spec
+        x, positions = self._embed(call, packing)
         bias = None
-        if row.bias:
+        if spec.bias:
             # The method reads only the shape of its argument.
-            bias = attrgetter(row.bias)(module)(x.new_empty(1, packing.shape[1], 1))
-        attends: dict[str, tuple[Attend, Any]] = {}
+            bias = attrgetter(spec.bias)(self)(x.new_empty(1, packing.shape[1], 1))
+        attention: dict[str, tuple[Attend, Any]] = {}
         with layers[0].context(x.device) as settings:
             for layer in layers:
-                kind = getattr(layer, row.kind) if row.kind else ""
-                if kind not in attends:
-                    window = (
-                        getattr(module.config, "sliding_window", None)
-                        if kind == "sliding_attention"
-                        else None
-                    )
-                    # Texts no longer than the window attend to all of their tokens.
-                    local = window is not None and packing.shape[1] > window + 1
-                    attend = own
-                    if bias is not None or local:
-                        attend = Spread(packing, mask, bias, window if local else None)
+                layer_type = getattr(layer, spec.layer_type) if spec.layer_type else ""
+                if layer_type not in attention:
+                    attend = self._attend(layer_type, packing, mask, bias)
                     rotary = None
-                    if row.rotary:
-                        named = (kind,) if row.kind else ()
-                        cos, sin = attrgetter(row.rotary)(module)(x, positions[None], *named)
+                    if spec.rotary:
+                        types = (layer_type,) if spec.layer_type else ()
+                        cos, sin = attrgetter(spec.rotary)(self)(x, positions[None], *types)
                         rotary = cos[0], sin[0]
-                    attends[kind] = attend, rotary
-                attend, rotary = attends[kind]
+                    attention[layer_type] = attend, rotary
+                attend, rotary = attention[layer_type]
                 run = partial(
                     layer.run, attend=attend, settings=settings, rotary=rotary, memory=memory
                 )
-                # transformers 5 checkpoints layer by layer, transformers 4 in the encoder.
-                owners: list[Any] = (
-                    [layer, find(self, self._holder)] if torch.is_grad_enabled() else []
-                )
-                for owner in owners:
-                    if getattr(owner, "gradient_checkpointing", False) and owner.training:
-                        run = partial(owner._gradient_checkpointing_func, run)
-                        break
+                if torch.is_grad_enabled():
+                    run = self._checkpointed(run, layer)
                 x = run(x)
-        norm = find(module, row.norm) if row.norm else None
+        norm = find(self, spec.norm) if spec.norm else None
         return x if norm is None else norm(x)
 
-    def _embedded(self, call: dict[str, Any], packing: Packing) -> tuple[Tensor, Tensor]:
-        """Embeddings `[T, width]` and position ids `[T]`; a module that is not fused sees one long text."""
-        row, positions, tokens = self.encoder_row, call.get("position_ids"), call.get("input_ids")
-        embeddings: Any = attrgetter(row.embeddings)(self)
-        if positions is None and (
-            hasattr(embeddings, "padding_idx") or hasattr(embeddings, "position_ids")
-        ):
-            # Without ids, RoBERTa treats every token as real.
-            tokens = (
-                call["attention_mask"].new_full(packing.shape, -1) if tokens is None else tokens
-            )
-            positions = default_positions(embeddings, tokens)
-        elif positions is None:
-            positions = torch.arange(packing.shape[1], device=packing.positions.device)[None]
+    def _attend(
+        self, layer_type: str, packing: Packing, mask: Tensor, bias: Tensor | None
+    ) -> Attend:
+        """Return the attention of the layers of one type."""
+        window = None
+        if layer_type == "sliding_attention":
+            window = getattr(self.config, "sliding_window", None)
+        # Texts no longer than the window attend to all of their tokens.
+        if window is not None and packing.shape[1] <= window + 1:
+            window = None
+        if bias is None and window is None:
+            return attention_within_texts(packing, self.settings)
+        return Unpacked(packing, mask, bias, window)
+
+    def _checkpointed(
+        self, run: Callable[[Tensor], Tensor], layer: Any
+    ) -> Callable[[Tensor], Tensor]:
+        """Return the call of a layer under gradient checkpointing, if it is on."""
+        # transformers 5 checkpoints layer by layer, transformers 4 in the encoder.
+        holder: Any = find(self, self._holder)
+        for owner in (layer, holder):
+            if getattr(owner, "gradient_checkpointing", False) and owner.training:
+                return partial(owner._gradient_checkpointing_func, run)
+        return run
+
+    def _embed(self, call: dict[str, Any], packing: Packing) -> tuple[Tensor, Tensor]:
+        """Compute embeddings `[T, width]` and position ids; unfused embeddings see one long text."""
+        spec, positions, tokens = self.encoder_spec, call.get("position_ids"), call.get("input_ids")
+        embeddings: Any = attrgetter(spec.embeddings)(self)
+        if positions is None:
+            if hasattr(embeddings, "padding_idx") or hasattr(embeddings, "position_ids"):
+                if tokens is None:
+                    # Without ids, RoBERTa treats every token as real.
+                    tokens = call["attention_mask"].new_full(packing.shape, -1)
+                positions = default_positions(embeddings, tokens)
+            else:
+                positions = torch.arange(packing.shape[1], device=packing.positions.device)[None]
         positions = packing.pack(positions.expand(packing.shape))
-        names = (
-            name for name in row.takes if name != "position_ids" and call.get(name) is not None
-        )
-        inputs: dict[str, Any] = {name: packing.pack(call[name]) for name in names}
+        inputs: dict[str, Any] = {"input_ids": None}
+        for name in spec.takes:
+            if name != "position_ids" and call.get(name) is not None:
+                inputs[name] = packing.pack(call[name])
         if isinstance(embeddings, FusedEmbeddings):
-            ids, types, embeds = (
-                inputs.get(name) for name in ("input_ids", "token_type_ids", "inputs_embeds")
-            )
-            x = embeddings.embed(ids, positions, types, embeds)
+            types, embeds = inputs.get("token_type_ids"), inputs.get("inputs_embeds")
+            x = embeddings.embed(inputs["input_ids"], positions, types, embeds)
         else:
-            if "position_ids" in row.takes:
+            if "position_ids" in spec.takes:
                 inputs["position_ids"] = positions
-            x = embeddings(
-                **{"input_ids": None, **{name: value[None] for name, value in inputs.items()}}
-            )[0]
-        project: Any = find(self, row.project) if row.project else None
+            for name, value in inputs.items():
+                inputs[name] = None if value is None else value[None]
+            x = embeddings(**inputs)[0]
+        project: Any = find(self, spec.project) if spec.project else None
         return x if project is None else project(x), positions
 
 
 def is_expanded(states: Tensor) -> bool:
-    """True if `[B, N, width]` states were expanded from one memory, so that projecting it once suffices."""
+    """Return whether states `[B, N, width]` are one memory, expanded over the batch."""
     return states.shape[0] > 1 and states.stride(0) == 0
 
 
 def plan(
     mask: Tensor, memory_mask: Tensor | None = None, *, keep_first: bool
 ) -> tuple[Packing, bool] | None:
-    """Packing of a mask `[P, L]`, with one device sync, and whether `memory_mask` `[P, N]` hides nothing.
+    """Plan the packing of a batch, with one device sync.
 
-    With `keep_first`, token 0 of every text stays a query even if it is padding, because poolers read it. None if a
-    text has no token at all.
+    Args:
+        mask: `[P, L]`, non-zero for real tokens.
+        memory_mask: `[P, N]`, non-zero for visible tokens of the memory.
+        keep_first: Keep token 0 of every text as a query even if it is padding, because poolers
+            read it.
+
+    Returns:
+        The packing, and whether `memory_mask` hides nothing; None if a text has no token at all.
     """
     mask = mask.bool()
     if torch.compiler.is_compiling():
         # Without control flow on values: padding at token 0 attends to real tokens.
-        kept = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], 1) if keep_first else mask
-        places = kept.flatten().nonzero().flatten()
+        queries = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], 1) if keep_first else mask
+        positions = queries.flatten().nonzero().flatten()
         packing = Packing(
-            positions=places,
-            cu_seqlens=offsets(kept.sum(1)),
+            positions=positions,
+            cu_seqlens=offsets(queries.sum(1)),
             shape=(mask.shape[0], mask.shape[1]),
-            key_mask=mask.flatten().index_select(0, places) if keep_first else None,
+            key_mask=mask.flatten().index_select(0, positions) if keep_first else None,
             max_seqlen=mask.shape[1],
         )
         return packing, memory_mask is None
@@ -334,56 +340,53 @@ def plan(
         return None
     if on_host(mask) and host.all_true(mask):
         texts, length = mask.shape
-        places, ends = (
-            torch.arange(texts * length),
-            torch.arange(0, texts * length + 1, length, dtype=torch.int32),
-        )
-        whole = memory_mask is None or host.all_true(memory_mask.bool())
         packing = Packing(
-            positions=places, cu_seqlens=ends, shape=(texts, length), max_seqlen=length, whole=True
+            positions=torch.arange(texts * length),
+            cu_seqlens=torch.arange(0, texts * length + 1, length, dtype=torch.int32),
+            shape=(texts, length),
+            max_seqlen=length,
+            whole=True,
         )
-        return packing, whole
-    kept = mask.clone() if keep_first else mask
+        return packing, memory_mask is None or host.all_true(memory_mask.bool())
+    queries = mask.clone() if keep_first else mask
     if keep_first:
-        kept[:, 0] = True
-    lengths = kept.sum(1)
-    whole = mask.new_ones(()) if memory_mask is None else memory_mask.bool().all()
-    truths = (mask.any(1).all(), mask[:, 0].all(), whole)
+        queries[:, 0] = True
+    lengths = queries.sum(1)
+    visible = mask.new_ones(()) if memory_mask is None else memory_mask.bool().all()
+    truths = (mask.any(1).all(), mask[:, 0].all(), visible)
     facts = torch.stack([lengths.max(), lengths.sum(), *(truth.long() for truth in truths)])
-    longest, total, none_empty, first_real, whole_memory = (
-        host.integers(facts) if on_host(facts) else facts.tolist()
-    )
+    values = host.integers(facts) if on_host(facts) else facts.tolist()
+    longest, total, none_empty, first_real, memory_visible = values
     if not none_empty:
         return None
-    flat = kept.flatten()
-    # A stable sort moves real tokens to the front, in order, without the device sync of `nonzero`.
-    order = (
-        host.true_places(flat)
-        if on_host(flat)
-        else flat.logical_not().to(torch.uint8).argsort(stable=True)
-    )
-    places = order[:total]
-    key_mask = None if first_real or not keep_first else mask.flatten()[places]
+    flat = queries.flatten()
+    if on_host(flat):
+        order = host.true_places(flat)
+    else:
+        # A stable sort moves real tokens to the front, in order, without the device sync of
+        # `nonzero`.
+        order = flat.logical_not().to(torch.uint8).argsort(stable=True)
+    positions = order[:total]
+    key_mask = None if first_real or not keep_first else mask.flatten()[positions]
     shape = (mask.shape[0], mask.shape[1])
     packing = Packing(
-        positions=places,
+        positions=positions,
         cu_seqlens=offsets(lengths),
         shape=shape,
         key_mask=key_mask,
         max_seqlen=int(longest),
     )
-    return packing, bool(whole_memory)
+    return packing, bool(memory_visible)
 
 
 def packed_memory(states: Tensor, mask: Tensor | None, packing: Packing) -> Memory:
-    """The memory `[P, N, width]` of packed texts; `mask` `[P, N]` is non-zero for visible tokens."""
+    """Return the memory of packed texts from states `[P, N, width]` and their mask `[P, N]`."""
     texts, length = states.shape[:2]
     cu, device = packing.cu_seqlens, states.device
     if mask is None and is_expanded(states):
         tokens = packing.positions.shape[0]
-        queries, keys = (
-            torch.tensor([0, n], dtype=torch.int32, device=device) for n in (tokens, length)
-        )
+        queries = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+        keys = torch.tensor([0, length], dtype=torch.int32, device=device)
         return Memory(states[0], Packed(queries, keys, tokens, length))
     keys = torch.arange(0, texts * length + 1, length, dtype=torch.int32, device=device)
     key_mask = None if mask is None else mask.bool().flatten()
@@ -391,26 +394,26 @@ def packed_memory(states: Tensor, mask: Tensor | None, packing: Packing) -> Memo
 
 
 def padded_memory(states: Tensor, mask: Tensor | None) -> Memory:
-    """The memory `[B, N, width]` of a padded batch."""
+    """Return the memory `[B, N, width]` of a padded batch."""
     if mask is None and is_expanded(states):
         return Memory(states[:1], Padded(), shared=True)
     return Memory(states, Padded(mask))
 
 
 def _ends(ids: Tensor, end: int | None) -> Tensor:
-    """`[B, L]` ids → `[B]` position of the first `end`, -1 if absent; of the highest id if `end` is None."""
+    """Find the first `end` in ids `[B, L]`, -1 if absent; without `end`, the highest id."""
     if end is None:
         return ids.argmax(-1)
-    found = ids == end
-    return torch.where(found.any(-1), found.int().argmax(-1), -1)
+    matches = ids == end
+    return torch.where(matches.any(-1), matches.int().argmax(-1), -1)
 
 
 def _lengths(ids: Tensor, end: int | None, mask: Tensor | None) -> list[int] | None:
-    """Length of each text `[B, L]` up to its end or last unmasked token; None if a text has no end or fills L."""
+    """Return lengths of texts `[B, L]`, end included; None if one has no end or fills L."""
     last, length = _ends(ids, end), ids.shape[1]
     if mask is not None:
-        places = torch.arange(length, device=ids.device)
-        last = torch.where(last < 0, last, torch.maximum(last, (places * mask.bool()).amax(1)))
+        positions = torch.arange(length, device=ids.device)
+        last = torch.where(last < 0, last, torch.maximum(last, (positions * mask.bool()).amax(1)))
     lengths = [end + 1 for end in (host.integers(last) if on_host(last) else last.tolist())]
     return lengths if min(lengths) > 0 and max(lengths) < length else None
 
@@ -418,23 +421,22 @@ def _lengths(ids: Tensor, end: int | None, mask: Tensor | None) -> list[int] | N
 def _cut_packing(
     lengths: list[int], holder: Any, layers: Any, device: torch.device
 ) -> Packing | None:
-    """Packing of the cut batch; None if it would save too little or a layer or its holder must be called."""
+    """Pack the cut batch; None if it saves too little, or a module must be called."""
     longest = max(lengths)
-    if (
-        observed(holder)
-        or not can_run_packed([*layers])
-        or sum(lengths) > _FULL * longest * len(lengths)
-    ):
+    if sum(lengths) > _MAX_DENSITY * longest * len(lengths):
         return None
-    kept = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
-    return Packing.from_mask(kept, lengths=lengths)
+    if observed(holder) or not can_run_packed([*layers]):
+        return None
+    visible = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
+    return Packing.from_mask(visible, lengths=lengths)
 
 
 class CutTextModel(CalledByName):
     """CLIP text tower of transformers (arXiv 2103.00020), cut at the end-of-text; states after the cut are zero.
 
-    The tower is causal and its feature is read at the end-of-text, so later tokens cannot change it. The batch is cut
-    after its longest text; if the texts differ in length and all layers are fused, they are packed.
+    The tower is causal and its feature is read at the end-of-text, so later tokens cannot change
+    it. The batch is cut after its longest text; if the texts differ in length and all layers are
+    fused, they are packed.
     """
 
     benefit: ClassVar[str] = "stops at the end-of-text"
@@ -444,11 +446,8 @@ class CutTextModel(CalledByName):
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
-        return (
-            super().recognises(module)
-            and find(module, "encoder") is not None
-            and hasattr(module, "eos_token_id")
-        )
+        is_tower = find(module, "encoder") is not None and hasattr(module, "eos_token_id")
+        return super().recognises(module) and is_tower
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
@@ -461,36 +460,34 @@ class CutTextModel(CalledByName):
         if lengths is None:
             return super().forward(*args, **kwargs)
         self.count()
-        ids, longest = call["input_ids"], max(lengths)
-        names = [
-            name
-            for name in ("input_ids", "attention_mask", "position_ids")
-            if call.get(name) is not None
-        ]
-        cut = call | {name: call[name][:, :longest] for name in names}
-        rest = (0, 0, 0, ids.shape[1] - longest)
+        ids, longest, cut = call["input_ids"], max(lengths), dict(call)
+        for name in ("input_ids", "attention_mask", "position_ids"):
+            if call.get(name) is not None:
+                cut[name] = call[name][:, :longest]
+        padding = (0, 0, 0, ids.shape[1] - longest)
         packing = self._packing(cut, lengths)
         if packing is None:
             out = super().forward(**cut)
             if isinstance(out, tuple):
-                return (F.pad(out[0], rest), *out[1:])
-            out["last_hidden_state"] = F.pad(out["last_hidden_state"], rest)
+                return (F.pad(out[0], padding), *out[1:])
+            out["last_hidden_state"] = F.pad(out["last_hidden_state"], padding)
             return out
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         # Embed the padded texts: a packed text may be longer than the position table.
-        x = packing.pack(
-            tower.embeddings(input_ids=cut["input_ids"], position_ids=cut.get("position_ids"))
+        embeds = tower.embeddings(input_ids=cut["input_ids"], position_ids=cut.get("position_ids"))
+        x = packing.pack(embeds)
+        x = tower.final_layer_norm(
+            run_packed([*tower.encoder.layers], x, Unpacked(packing, causal=True))
         )
-        x = tower.final_layer_norm(run_packed([*tower.encoder.layers], x, Causal(packing)))
         pooled = x.index_select(0, packing.cu_seqlens[:-1] + _ends(ids, end))
         out = BaseModelOutputWithPooling(
-            last_hidden_state=F.pad(packing.unpad(x), rest), pooler_output=pooled
+            last_hidden_state=F.pad(packing.unpad(x), padding), pooler_output=pooled
         )
         return out if returns_dict(self, call) else out.to_tuple()
 
     def _lengths(self, call: dict[str, Any], end: int | None) -> list[int] | None:
-        """Lengths of the texts of a call; None if it must not be cut."""
+        """Return the lengths of the texts of a call; None if it must not be cut."""
         ids, mask, config = (
             call.get("input_ids"),
             call.get("attention_mask"),
@@ -507,10 +504,10 @@ class CutTextModel(CalledByName):
         return _lengths(ids, end, mask)
 
     def _packing(self, cut: dict[str, Any], lengths: list[int]) -> Packing | None:
-        """The packing of a cut call, if no gradient checkpoint and no masked token needs the padded batch."""
+        """Pack a cut call; None if checkpointing or a masked token needs the padded batch."""
         tower, mask = cast(Any, self), cut.get("attention_mask")
-        parts = (tower, tower.encoder, *tower.encoder.layers) if torch.is_grad_enabled() else ()
-        checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in parts)
+        modules = (tower, tower.encoder, *tower.encoder.layers) if torch.is_grad_enabled() else ()
+        checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in modules)
         if checkpointed or tower.config._attn_implementation not in ("eager", "sdpa", None):
             return None
         packing = _cut_packing(
@@ -518,12 +515,13 @@ class CutTextModel(CalledByName):
         )
         if packing is None or mask is None:
             return packing
-        seen = packing.pack(mask.bool())
-        return packing if (host.all_true(seen) if on_host(seen) else bool(seen.all())) else None
+        real = packing.pack(mask.bool())
+        all_real = host.all_true(real) if on_host(real) else bool(real.all())
+        return packing if all_real else None
 
 
 class _CutOpenClip(Fused):
-    """A text tower of open_clip, cut at the end-of-text."""
+    """Text tower of open_clip, cut at the end-of-text."""
 
     benefit: ClassVar[str] = CutTextModel.benefit
 
@@ -541,7 +539,7 @@ class _CutOpenClip(Fused):
         return None if settings.unpad else _FULL_LENGTH
 
     def feature(self, text: Tensor, pool: str, end: int | None) -> Tensor | None:
-        """`[B, L]` ids → `[B, E]` without computing past the end-of-text; None if a text has no end."""
+        """Encode ids `[B, L]` to `[B, E]` up to the end-of-text; None if a text has no end."""
         if torch.compiler.is_compiling() or traced() or text.ndim != 2 or not text.numel():
             return None
         end = end if pool == "eos" else None
@@ -561,11 +559,9 @@ class _CutOpenClip(Fused):
             x = tower.ln_final(transformer(x, attn_mask=tower.attn_mask[:longest, :longest]))
             x = x[torch.arange(x.shape[0], device=x.device), read]
         else:
-            places = packing.positions % longest
-            x = tower.token_embedding(packing.pack(text)).to(dtype) + positions.index_select(
-                0, places
-            ).to(dtype)
-            x = run_packed([*transformer.resblocks], x, Causal(packing)).to(dtype)
+            positions = positions.index_select(0, packing.positions % longest)
+            x = tower.token_embedding(packing.pack(text)).to(dtype) + positions.to(dtype)
+            x = run_packed([*transformer.resblocks], x, Unpacked(packing, causal=True)).to(dtype)
             x = tower.ln_final(x.index_select(0, packing.cu_seqlens[:-1] + read))
         projection = tower.text_projection
         if projection is None:
@@ -579,7 +575,7 @@ class CutOpenClip(_CutOpenClip):
     replaces: ClassVar[Any] = ("open_clip.CLIP",)
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """`[B, L]` ids → `[B, E]`."""
+        """Encode ids `[B, L]` to `[B, E]`."""
         x = self.feature(text, cast(Any, self).text_pool_type, getattr(self, "text_eos_id", None))
         if x is None:
             return super().encode_text(text, normalize)  # pyright: ignore[reportAttributeAccessIssue]

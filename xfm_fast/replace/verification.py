@@ -1,4 +1,4 @@
-"""`verify` of `accelerate`: the outputs before and after, and the time of both in turn."""
+"""`verify` of `accelerate`: compares outputs before and after, and times both in turn."""
 
 from __future__ import annotations
 
@@ -19,51 +19,45 @@ from xfm_fast.kernels.flags import EightBits
 from xfm_fast.replace.swap import BANDS
 
 LEAST_COSINE = 0.99
-"""Least cosine between every output before and after, entry by entry of a batch, for 8 bits."""
-_ROUNDS, _FEWEST_ROUNDS, _SECONDS = 9, 3, 2.0  # after a first round that warms up
-# In a shorter call chance decides, as does what else the machine does.
-_SHORTEST = 5e-3
+"""Smallest accepted cosine between an output before and after, per batch entry, in 8 bits."""
+_MAX_ROUNDS, _MIN_ROUNDS, _SECONDS = 9, 3, 2.0  # after a warm-up round
+_MIN_CALL_S = 5e-3  # noise of the machine dominates shorter calls
 
 
 def arguments_of(model: nn.Module, batch: Any) -> Any:
-    """Return a batch as the model's arguments: texts, or pairs of texts, as its own tokenizer prepares them."""
+    """Return a batch as the model's arguments; its tokenizer encodes texts and pairs of texts."""
     texts: Any = [batch] if isinstance(batch, str) else batch
     if not isinstance(texts, (tuple, list)) or not texts or not all(map(_is_text, texts)):
         return batch
-    # The first name is of sentence-transformers 5.4 and newer; its cross-encoders had the last alone.
-    tools = [
-        getattr(model, name)
-        for name in ("preprocess", "tokenize", "tokenizer")
-        if hasattr(model, name)
-    ]
-    if not tools and isinstance(texts[0], str):
+    # sentence-transformers has `preprocess` since 5.4; older cross-encoders have only `tokenizer`.
+    for name in ("preprocess", "tokenize", "tokenizer"):
+        if hasattr(model, name):
+            break
+    else:
+        if not isinstance(texts[0], str):
+            return batch
         raise InputError(
             f"{type(model).__name__} holds no tokenizer, so verify cannot be texts; give what its tokenizer returns: "
             'verify=tokenizer(texts, padding=True, return_tensors="pt")'
         )
-    if not tools:
-        return batch
-    alone = tools[0] is getattr(model, "tokenizer", None)
-    options = {"padding": True, "truncation": True, "return_tensors": "pt"} if alone else {}
+    is_tokenizer, options = name == "tokenizer", {}
+    if is_tokenizer:
+        options = {"padding": True, "truncation": True, "return_tensors": "pt"}
     device = next((p.device for p in model.parameters()), None)
-    inputs = pytree.tree_map_only(
-        Tensor, lambda tensor: tensor.to(device), dict(tools[0]([*texts], **options))
-    )
-    return inputs if alone else (inputs,)
+    inputs = dict(getattr(model, name)([*texts], **options))
+    inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
+    return inputs if is_tokenizer else (inputs,)
 
 
 def _is_text(value: Any) -> bool:
     """Return whether a value is a text or a pair of texts."""
-    pair = (
-        isinstance(value, (tuple, list))
-        and len(value) == 2
-        and all(isinstance(part, str) for part in value)
-    )
-    return pair or isinstance(value, str)
+    if isinstance(value, (tuple, list)):
+        return len(value) == 2 and all(isinstance(text, str) for text in value)
+    return isinstance(value, str)
 
 
 def model_outputs(model: nn.Module, batch: Any, *, hooks: bool = True) -> dict[str, Tensor]:
-    """Return the floating-point outputs of a model by name, in evaluation mode, without gradients."""
+    """Return a model's floating-point outputs by name, in evaluation mode, without gradients."""
     with inference(model):
         result = _call(model if hooks else model.forward, _fresh(batch))
     # The next run may write into the same memory.
@@ -72,7 +66,7 @@ def model_outputs(model: nn.Module, batch: Any, *, hooks: bool = True) -> dict[s
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Context manager: evaluation mode without gradients, with a fixed seed; every module returns to its mode."""
+    """Run in evaluation mode, without gradients, with a fixed seed; then restore all modes."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -87,7 +81,7 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 def _fresh(batch: Any) -> Any:
-    """Return a copy of a batch: models write into their arguments, as sentence-transformers does."""
+    """Copy a batch: models write into their arguments, as sentence-transformers does."""
     shared: dict[int, Any] = {
         id(leaf): leaf
         for leaf in pytree.tree_leaves(batch)
@@ -103,17 +97,17 @@ def _call(model: Callable[..., Any], batch: Any) -> Any:
 
 
 def _leaves(result: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in nested mappings, sequences and pytrees, by dotted name."""
+    """Yield the tensors of nested mappings, sequences and pytrees, with dotted names."""
     if isinstance(result, Tensor):
         yield name, result
         return
     if isinstance(result, Mapping):
-        parts = result.items()
+        items = result.items()
+    elif isinstance(result, (tuple, list)):
+        items = enumerate(result)
     else:
-        parts = enumerate(
-            result if isinstance(result, (tuple, list)) else pytree.tree_leaves(result)
-        )
-    for key, value in parts:
+        items = enumerate(pytree.tree_leaves(result))
+    for key, value in items:
         if value is not result:
             yield from _leaves(value, f"{name}.{key}" if name else str(key))
 
@@ -121,31 +115,37 @@ def _leaves(result: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 def speedups(
     model: nn.Module, batch: Any, original: Callable[[], AbstractContextManager[None]]
 ) -> tuple[list[float], str]:
-    """Return the sorted speedups of rounds, or why there are no numbers; a round runs the original, then fused forms.
+    """Time rounds of one call of the original and one of the fused forms.
 
-    Inside `original()` the model runs its original forward.
+    Args:
+        model: The accelerated model.
+        batch: Its arguments.
+        original: Context in which the model runs its original forward.
+
+    Returns:
+        The sorted speedups, or none and the reason.
     """
     before: list[float] = []
     after: list[float] = []
     until = time.perf_counter() + _SECONDS
     with inference(model):
-        while len(after) <= _ROUNDS and (
-            len(after) <= _FEWEST_ROUNDS or time.perf_counter() < until
-        ):
+        while len(after) <= _MAX_ROUNDS:
+            if len(after) > _MIN_ROUNDS and time.perf_counter() >= until:
+                break
             with original():
-                before.append(_seconds(model, batch))
-            after.append(_seconds(model, batch))
+                before.append(_time_call(model, batch))
+            after.append(_time_call(model, batch))
     before, after = before[1:], after[1:]
-    shortest = min(median(before), median(after))
-    if shortest < _SHORTEST:
+    call_s = min(median(before), median(after))
+    if call_s < _MIN_CALL_S:
         return [], (
-            f"no speed is given: a call takes {shortest * 1e3:.1f} ms, and below {_SHORTEST * 1e3:.0f} ms chance "
-            "decides; give verify a larger batch"
+            f"no speedup is reported: a call takes {call_s * 1e3:.1f} ms, and noise dominates below "
+            f"{_MIN_CALL_S * 1e3:.0f} ms; give verify a larger batch"
         )
     return sorted(old / new for old, new in zip(before, after, strict=True)), ""
 
 
-def _seconds(model: nn.Module, batch: Any) -> float:
+def _time_call(model: nn.Module, batch: Any) -> float:
     batch = _fresh(batch)
     start = time.perf_counter()
     _call(model, batch)
@@ -154,17 +154,14 @@ def _seconds(model: nn.Module, batch: Any) -> float:
 
 def mask_of(batch: Any) -> Any:
     """Return the attention mask of a batch, or None."""
-    parts = batch if isinstance(batch, (tuple, list)) else [batch]
-    masks = (
-        part["attention_mask"]
-        for part in parts
-        if isinstance(part, Mapping) and "attention_mask" in part
-    )
-    return next(masks, None)
+    for arguments in batch if isinstance(batch, (tuple, list)) else [batch]:
+        if isinstance(arguments, Mapping) and "attention_mask" in arguments:
+            return arguments["attention_mask"]
+    return None
 
 
 def relative_error(before: Tensor, after: Tensor) -> float:
-    """Largest difference, relative to the largest value before."""
+    """Return the largest difference, relative to the largest value before."""
     if not before.numel():
         return 0.0
     scale, error = float(before.abs().max()), float((after.double() - before.double()).abs().max())
@@ -176,25 +173,39 @@ def compare_outputs(
     after: dict[str, Tensor],
     mask: Any,
     dtype: torch.dtype | None,
-    kind: EightBits | None,
+    eight_bits: EightBits | None,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The difference of every output, and its smallest cosine in 8 bits; InputError if one exceeds rounding."""
+    """Compare every output before and after.
+
+    Args:
+        before: Outputs of the original, by name.
+        after: Outputs of the fused forms.
+        mask: Attention mask of the batch; outputs at padding are not compared.
+        dtype: Compute dtype, which decides the tolerance; None for that of each output.
+        eight_bits: int8 or fp8, for which cosines are compared.
+
+    Returns:
+        The largest relative difference of every output, and in 8 bits its smallest cosine.
+
+    Raises:
+        InputError: An output has another shape, or differs by more than rounding.
+    """
     differences, cosines = {}, {}
     for name, old in before.items():
         new, label = after.get(name), f"output {name!r}" if name else "the output"
         if new is None or new.shape != old.shape:
+            shape = None if new is None else tuple(new.shape)
             raise InputError(
-                f"{label} was {tuple(old.shape)} and is {None if new is None else tuple(new.shape)} after "
-                "acceleration; the model was reverted"
+                f"{label} was {tuple(old.shape)} and is {shape} after acceleration; the model was reverted"
             )
         old, new = without_padding(old, new, mask)
         differences[name] = relative_error(old, new)
-        if kind is not None:
+        if eight_bits is not None:
             cosines[name] = _cosine(old, new)
             if not cosines[name] >= LEAST_COSINE:
                 raise InputError(
                     f"{label} has a cosine of {cosines[name]:.3f} to the original, below {LEAST_COSINE} for "
-                    f"{kind}; the model was reverted. Use exclude=… or dtype=torch.bfloat16"
+                    f"{eight_bits}; the model was reverted. Use exclude=… or dtype=torch.bfloat16"
                 )
             continue
         band = BANDS.get(dtype or old.dtype, BANDS[torch.float32])
@@ -207,7 +218,7 @@ def compare_outputs(
 
 
 def least_cosine(before: dict[str, Tensor], after: dict[str, Tensor], mask: Any) -> float:
-    """Smallest cosine over all outputs; missing or misshapen outputs are skipped."""
+    """Return the smallest cosine over all outputs; missing or misshapen ones are skipped."""
     pairs = [
         (old, after[name])
         for name, old in before.items()
@@ -217,17 +228,17 @@ def least_cosine(before: dict[str, Tensor], after: dict[str, Tensor], mask: Any)
 
 
 def without_padding(before: Tensor, after: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
-    """Both outputs, at the real tokens of mask `[B, L]` only if they have an entry per token."""
+    """Select the real tokens of mask `[B, L]` in outputs that have an entry per token."""
     by_token = isinstance(mask, Tensor) and mask.ndim == 2 and before.shape[:2] == mask.shape
     return (before[mask.bool()], after[mask.bool()]) if by_token else (before, after)
 
 
 def _cosine(before: Tensor, after: Tensor) -> float:
-    """Smallest cosine over batch entries (or tokens); 1 if empty."""
+    """Return the smallest cosine over batch entries (or tokens); 1 if empty."""
     if not before.numel():
         return 1.0
-    # One vector of scalar scores.
-    rows, others = (
-        t.double().flatten(1) if t.ndim > 1 else t.double().view(1, -1) for t in (before, after)
-    )
-    return float(F.cosine_similarity(rows, others, dim=1).min())
+    before, after = before.double(), after.double()
+    if before.ndim == 1:
+        # Scalar scores of the entries form one vector.
+        before, after = before[None], after[None]
+    return float(F.cosine_similarity(before.flatten(1), after.flatten(1), dim=1).min())

@@ -28,12 +28,12 @@ def check_same_study(out: Path, overrides: tuple[str, ...]) -> None:
 
 
 def page(title: str, text: str, *tables: Iterable[Sequence[str]]) -> str:
-    """A Markdown page; the first row of a table is its head."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cells) + " |"
-
+    """Write a Markdown page; the first row of a table is its head."""
     lines = [f"# {title}", "", text, ""]
-    for head, *rows in tables:
-        lines += [line(head), "|---" * len(head) + "|", *map(line, rows), ""]
+    for table in tables:
+        for index, cells in enumerate(table):
+            lines.append("| " + " | ".join(cells) + " |")
+            if index == 0:
+                lines.append("|---" * len(cells) + "|")
+        lines.append("")
     return "\n".join(lines)

@@ -1,9 +1,10 @@
 """The paper's two claims on tiny models: stop-gradient preserves language, MIM guidance improves vision.
 
-Language: an encoder learns English until it beats a bigram table, then trains on pairs with more or less text, a strong
-or weak contrastive loss, and the gradients of the fusion losses stopped or not. Vision: an encoder learns codes of
-images without captions; MIM then goes on with them, to one target or another, beside pairs of other images, and linear
-probes read what only captions of the others name.
+Language: an encoder learns English until it beats a bigram table, then trains on pairs with more or
+less text, a strong or weak contrastive loss, and the gradients of the fusion losses stopped or not.
+Vision: an encoder learns codes of images without captions; MIM then continues on these images, with
+different targets, beside pairs of captioned images, and linear probes read attributes that only the
+captions name.
 """
 
 from __future__ import annotations
@@ -60,12 +61,12 @@ RECIPE = "pretrain_tiny_shapes"
 # No recipe was chosen on the scenes of this seed.
 _SEED = 7
 _VOCABULARY, _TOKENS, _CODES = 2000, 48, 64
-# Sentences and scenes to measure losses on, to fit probes on and to test them on; no run trains on them.
+# Sentences and scenes to measure losses, to fit probes and to test them; no run trains on them.
 _MEASURED, _FITTED, _TESTED, _UNSEEN = 1200, 1200, 600, 10_000_000
 _PACKAGE_LISTS, _LIST_READER = Path("/var/lib/apt/lists"), "/usr/lib/apt/apt-helper"
 
 SHARES = {"0": 0, "1/8": 7, "1/2": 1}
-"""Share of updates on text -> updates on pairs to one on text."""
+"""Share of updates on text -> updates on pairs per update on text."""
 WEIGHTS = (0.0, 0.1, 1.0)
 """Factors of the contrastive loss."""
 _LANGUAGE = (
@@ -92,30 +93,26 @@ class Part(NamedTuple):
     """A training run of the study."""
 
     start: str | None
-    """Part whose encoder it starts from; everything else is random."""
+    """Part whose encoder it starts from; the remaining weights are random."""
     overrides: tuple[str, ...]
     itc: float = 1.0
     """Factor of the contrastive loss."""
     target: Literal["codes", "guided", "frozen"] = "guided"
-    """What MIM predicts."""
+    """Target of MIM."""
 
 
 def dose(share: str, itc: float, *, stop: bool) -> str:
-    """Name of a part of the language study."""
+    """Return the name of a part of the language study."""
     return f"text {share}, ITC × {itc:g}, {'with' if stop else 'without'} stop-gradient"
 
 
 def _dose(share: str, itc: float, stop: bool) -> Part:
-    text: tuple[str, ...] = ("streams.text=null",)
+    text = ["streams.text=null"]
     if every := SHARES[share]:
-        text = (
-            f"streams.text.every={every}",
-            "streams.text.batch_size=16",
-            "updates=[[text],[pairs]]",
-        )
-    return Part(
-        "language", (*_LANGUAGE, *text, *_PAIRS, f"method.stop_gradient={str(stop).lower()}"), itc
-    )
+        text = [f"streams.text.every={every}", "streams.text.batch_size=16"]
+        text.append("updates=[[text],[pairs]]")
+    gradient = f"method.stop_gradient={str(stop).lower()}"
+    return Part("language", (*_LANGUAGE, *text, *_PAIRS, gradient), itc)
 
 
 _IMAGES_TOO = (*_VISION, *_PAIRS, "updates=[[images],[pairs]]")
@@ -151,7 +148,9 @@ COMPARED = (
         (dose(share, itc, stop=False), dose(share, itc, stop=True))
         for share, itc in product(SHARES, WEIGHTS)
     ),
-    *(("guided", other) for other in ("no MIM", "codes", "frozen")),
+    ("guided", "no MIM"),
+    ("guided", "codes"),
+    ("guided", "frozen"),
     ("codes", "no MIM"),
 )
 """Part, and the part to subtract, paired by seed."""
@@ -166,8 +165,8 @@ def run_claims(
 ) -> dict[str, Any]:
     """Train and measure every part with every seed, one after the other; returns the results.
 
-    The first stages are trained once. Finished parts are reused and killed ones resume; a signal ends the study with
-    parts in `missing`.
+    The first stages are trained once. Finished parts are reused and killed ones resume; a signal ends the
+    study with parts in `missing`.
     """
     out = out.absolute()
     check_same_study(out, tuple(overrides))
@@ -188,34 +187,34 @@ def _plan(seeds: int) -> Iterator[tuple[int, str]]:
 
 
 def documents() -> Iterator[tuple[str, str, str]]:
-    """Source, name and text of an eighth of the package descriptions that apt has, and of Python's documentation."""
+    """Yield source, name and text of every eighth package description of apt, and of Python's documentation."""
+    # Packages of one source have text in common and, mostly, the beginning of the name.
+    pattern = re.compile(
+        r"Package: (?:lib|python3?-)?(\w{1,5}).*?Description-en: (.*)", flags=re.DOTALL
+    )
     for path in sorted(_PACKAGE_LISTS.glob("*_Translation-en*")):
-        shown = subprocess.run(
-            [_LIST_READER, "cat-file", path], stdout=subprocess.PIPE, check=True
-        ).stdout.decode()
-        for entry in shown.split("\n\n")[::8]:
-            # Packages of one source have text in common and, mostly, the beginning of the name.
-            if match := re.match(
-                r"Package: (?:lib|python3?-)?(\w{1,5}).*?Description-en: (.*)", entry, re.DOTALL
-            ):
+        command = [_LIST_READER, "cat-file", path]
+        listing = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.decode()
+        for entry in listing.split("\n\n")[::8]:
+            if match := pattern.match(entry):
                 yield "Debian's package descriptions", match[1], match[2].replace("\n", "\n\n", 1)
     for name, text in topics.items():
         yield "Python's documentation", name, text
     for path in sorted(Path(os.__file__).parent.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_bytes())):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (
-                text := ast.get_docstring(node)
-            ):
-                yield "Python's documentation", path.stem, text
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                text = ast.get_docstring(node)
+                if text:
+                    yield "Python's documentation", path.stem, text
 
 
 def is_held_out(name: str) -> bool:
-    """True for a sixteenth of all documents."""
+    """Return whether a document is held out, as a sixteenth of them is."""
     return zlib.crc32(name.encode()) % 16 == 0
 
 
 def _write_text(out: Path) -> None:
-    """Write the sentences to learn and the held-out ones, the tokenizer, and `text.json`, which describes them."""
+    """Write the training and held-out sentences, the tokenizer, and `text.json`, which describes them."""
     sentences: dict[str, tuple[str, str]] = {}
     for source, name, text in documents():
         for passage in re.split(r"(?<=[.:;])\s+|\n\s*\n", text.replace("\n .\n", "\n\n")):
@@ -227,16 +226,15 @@ def _write_text(out: Path) -> None:
     described = (text for index in range(2000) for text in captions(scene(_SEED, index)))
     tokenizer = CaptionTokenizer.train_on_texts([*learnt, *described], _VOCABULARY)
     tokenizer.save(out / "tokenizer.json")
-    learnt_ids, ids = (
-        tokenizer.encode_ids(texts, _TOKENS) for texts in (learnt, held_out[:_MEASURED])
-    )
+    learnt_ids = tokenizer.encode_ids(learnt, _TOKENS)
+    held_out_ids = tokenizer.encode_ids(held_out[:_MEASURED], _TOKENS)
     content = "\n".join(sentences).encode()
     description = {
         "sentences": Counter(source for source, _ in sentences.values()),
         "held_out": len(held_out),
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
-        "bigram": bigram_cost(learnt_ids, ids, _VOCABULARY),
+        "bigram": bigram_cost(learnt_ids, held_out_ids, _VOCABULARY),
     }
     for name, texts in {"learnt": learnt, "held_out": held_out}.items():
         lines = [json.dumps({"desc": text}) + "\n" for text in texts]
@@ -247,19 +245,22 @@ def _write_text(out: Path) -> None:
 def bigram_cost(
     learnt: Iterable[Sequence[int]], held_out: Iterable[Sequence[int]], size: int
 ) -> float:
-    """Nats per token, the first of a text excepted, of a table of bigrams, interpolated with frequencies.
+    """Compute the nats per token of a table of bigrams, interpolated with frequencies.
 
-    The weights are those of Witten and Bell (1991); every token counts once more than it occurs.
+    The first token of a text is excepted. The weights are those of Witten and Bell (1991); every token
+    counts once more than it occurs.
     """
-    (before, after), (given, expected) = (
-        torch.tensor([bigram for row in rows for bigram in pairwise(row)]).t()
-        for rows in (learnt, held_out)
-    )
-    counts = torch.bincount(before * size + after, minlength=size * size).view(size, size).double()
+    first, second = _bigrams(learnt)
+    counts = torch.bincount(first * size + second, minlength=size * size).view(size, size).double()
     frequencies = (counts.sum(0) + 1) / (counts.sum() + size)
-    kinds = (counts > 0).sum(1, keepdim=True).clamp_min(1)
-    table = (counts + kinds * frequencies) / (counts.sum(1, keepdim=True) + kinds)
-    return -table[given, expected].log().mean().item()
+    types = (counts > 0).sum(1, keepdim=True).clamp_min(1)
+    table = (counts + types * frequencies) / (counts.sum(1, keepdim=True) + types)
+    first, second = _bigrams(held_out)
+    return -table[first, second].log().mean().item()
+
+
+def _bigrams(rows: Iterable[Sequence[int]]) -> Tensor:
+    return torch.tensor([bigram for row in rows for bigram in pairwise(row)]).t()
 
 
 def _result(out: Path, seed: int, name: str) -> Path:
@@ -267,10 +268,10 @@ def _result(out: Path, seed: int, name: str) -> Path:
 
 
 def _run(out: Path, seed: int, name: str, overrides: Sequence[str]) -> bool:
-    """Train and measure a part; False if a signal stopped it."""
+    """Train and measure a part; returns False if a signal stopped it."""
     part, path = PARTS[name], _result(out, seed, name)
     folder = path.with_suffix("")
-    own = (
+    settings = (
         "device=cpu",
         "streams.regions=null",
         f"streams.text.paths={out / 'learnt.jsonl'}",
@@ -281,17 +282,17 @@ def _run(out: Path, seed: int, name: str, overrides: Sequence[str]) -> bool:
         f"tokenizer={out / 'tokenizer.json'}",
         f"model.vocab_size={_VOCABULARY}",
     )
-    recipe = load_recipe(RECIPE, (*own, *part.overrides, *overrides))
+    recipe = load_recipe(RECIPE, (*settings, *part.overrides, *overrides))
     torch.manual_seed(seed)
     model = XFM(recipe.model, heads=(*ALL_HEADS, "codes"))
     if part.start is not None:
-        start = XFM.from_pretrained(
-            _result(out, 0, part.start).with_suffix("") / "model"
-        ).state_dict()
-        kept = ("text_encoder.",) if part.start == "language" else ("vision_encoder.", "lm_head.")
-        model.load_state_dict(
-            {key: value for key, value in start.items() if key.startswith(kept)}, strict=False
-        )
+        start = XFM.from_pretrained(_result(out, 0, part.start).with_suffix("") / "model")
+        prefixes = ("vision_encoder.", "lm_head.")
+        if part.start == "language":
+            prefixes = ("text_encoder.",)
+        weights = start.state_dict().items()
+        copied = {name: weight for name, weight in weights if name.startswith(prefixes)}
+        model.load_state_dict(copied, strict=False)
     result = train(recipe, model=model, objective=losses_for(part, recipe, model))
     if result.interrupted:
         return False
@@ -305,36 +306,41 @@ def _run(out: Path, seed: int, name: str, overrides: Sequence[str]) -> bool:
 
 
 def losses_for(part: Part, recipe: Recipe, start: XFM) -> Losses:
-    """The losses of a part, whose training starts with the weights of `start`."""
+    """Return the losses of a part, whose training starts with the weights of `start`."""
     mim_target = None
     if part.target == "codes":
-        mim_target = partial(
-            nearest_codes, codebook(recipe.model.image_size, recipe.model.patch_size)
-        )
+        centres = codebook(recipe.model.image_size, recipe.model.patch_size)
+        mim_target = partial(nearest_codes, centres)
     elif part.target == "frozen":
         mim_target = copy.deepcopy(start).eval().encode_image
 
     def losses_of(model: XFM, batch: Batch, *, losses: Iterable[str]) -> dict[str, Tensor]:
-        names = [name for name in losses if name != "itc" or part.itc]
-        stop = recipe.method.stop_gradient
         values = pretraining_losses(
-            model, batch, losses=names, stop_gradient=stop, mim_target=mim_target
+            model,
+            batch,
+            losses=[name for name in losses if name != "itc" or part.itc],
+            stop_gradient=recipe.method.stop_gradient,
+            mim_target=mim_target,
         )
-        return {name: part.itc * loss if name == "itc" else loss for name, loss in values.items()}
+        if "itc" in values:
+            values["itc"] = part.itc * values["itc"]
+        return values
 
     return losses_of
 
 
 @cache
 def codebook(image_size: int, patch_size: int) -> Tensor:
-    """`[V, 3 P²]` centres of the patches of images without captions."""
+    """Cluster the patches of images without captions: centres `[V, 3 P²]`."""
     patches = _patches(_images(range(500), image_size), patch_size).flatten(0, 1).unique(dim=0)
-    drawn = torch.randperm(len(patches), generator=torch.Generator().manual_seed(_SEED))[:_CODES]
-    return torch.from_numpy(kmeans2(patches.numpy(), patches[drawn].numpy(), minit="matrix")[0])
+    generator = torch.Generator().manual_seed(_SEED)
+    initial = patches[torch.randperm(len(patches), generator=generator)[:_CODES]]
+    centres, _ = kmeans2(patches.numpy(), initial.numpy(), minit="matrix")
+    return torch.from_numpy(centres)
 
 
 def nearest_codes(centres: Tensor, pixels: Tensor) -> Tensor:
-    """Codes `[B, N]` of the patches of images `[B, 3, R, R]`: the nearest centres."""
+    """Return the nearest centres of the patches of images `[B, 3, R, R]`: codes `[B, N]`."""
     patches = _patches(pixels, math.isqrt(centres.shape[1] // 3))
     return torch.cdist(patches, centres).argmin(-1)
 
@@ -345,40 +351,34 @@ def _patches(pixels: Tensor, size: int) -> Tensor:
 
 def _images(indices: Iterable[int], size: int) -> Tensor:
     transform = evaluation_transform(size)
-    return torch.stack(
-        [transform(Image.fromarray(render(scene(_SEED, index, "test"), 32))) for index in indices]
-    )
+    scenes = (scene(_SEED, index, "test") for index in indices)
+    return torch.stack([transform(Image.fromarray(render(drawn, 32))) for drawn in scenes])
 
 
 def language_metrics(model: XFM, out: Path) -> dict[str, float]:
-    """Nats per hidden token of held-out English and of new captions, and a probe for the order of words."""
+    """Measure nats per hidden token of held-out English and of new captions, and probe the order of words."""
     tokenizer = CaptionTokenizer.from_files(out / "tokenizer.json")
-    sentences = [
-        json.loads(line)["desc"] for line in (out / "held_out.jsonl").read_text().splitlines()
-    ]
-    measured = [{"desc": sentence} for sentence in sentences[:_MEASURED]]
+    mask_token = tokenizer.mask_token_id
+    lines = (out / "held_out.jsonl").read_text().splitlines()
+    sentences = [json.loads(line)["desc"] for line in lines]
     text = TextStreamOptions(shuffle=False, max_tokens=_TOKENS, masking=MaskingOptions(0.15, 7))
     pairs = PairStreamOptions(shuffle=False, augment=False, max_tokens=32)
     stream = partial(Stream, config=model.config, tokenizer=tokenizer, batch_size=50, seed=0)
+    texts = stream([{"desc": sentence} for sentence in sentences[:_MEASURED]], text)
+    captioned = stream(out / "world" / "pairs_known.jsonl", pairs)
+    probed = sentences[_MEASURED : _MEASURED + _FITTED + _TESTED]
     return {
-        "nats": hidden_token_loss(model, stream(measured, text), "mlm", tokenizer.mask_token_id),
-        "captions": hidden_token_loss(
-            model,
-            stream(out / "world" / "pairs_known.jsonl", pairs),
-            "imlm",
-            tokenizer.mask_token_id,
-        ),
-        "order": order_probe(
-            model, tokenizer, sentences[_MEASURED : _MEASURED + _FITTED + _TESTED]
-        ),
+        "nats": hidden_token_loss(model, texts, "mlm", mask_token),
+        "captions": hidden_token_loss(model, captioned, "imlm", mask_token),
+        "order": order_probe(model, tokenizer, probed),
     }
 
 
 def hidden_token_loss(model: XFM, stream: Stream[Any], name: str, mask_token: int) -> float:
-    """Mean loss of an epoch, in which the mask token hides every token to predict."""
+    """Average the loss of an epoch, in which the mask token hides every token to predict."""
     losses = []
-    for number in range(len(stream)):
-        batch = stream.batch(number)
+    for index in range(len(stream)):
+        batch = stream.batch(index)
         ids, positions = batch.masked_input_ids, batch.masked_positions
         tokens = torch.where(batch.masked_labels == IGNORED, ids.gather(1, positions), mask_token)
         batch = replace(batch, masked_input_ids=ids.scatter(1, positions, tokens), layout=None)
@@ -387,7 +387,7 @@ def hidden_token_loss(model: XFM, stream: Stream[Any], name: str, mask_token: in
 
 
 def order_probe(model: XFM, tokenizer: CaptionTokenizer, sentences: Sequence[str]) -> float:
-    """Probe of the mean of text features for two words in the middle of every second sentence that changed places."""
+    """Probe mean text features for swapped words in the middle of every second sentence."""
     rows = [sentence.split() for sentence in sentences]
     for words in rows[1::2]:
         middle = len(words) // 2
@@ -398,95 +398,89 @@ def order_probe(model: XFM, tokenizer: CaptionTokenizer, sentences: Sequence[str
 
 
 def object_probes(model: XFM, out: Path) -> dict[str, float]:
-    """Probes of the mean of image features for attributes of objects in images without captions."""
+    """Probe mean image features for attributes of objects in images without captions."""
     indices = range(_UNSEEN, _UNSEEN + _FITTED + _TESTED)
     features = model.encode_image(_images(indices, model.config.image_size)).mean(1)
     scenes = [scene(_SEED, index, "test").things for index in indices]
-    return {
-        name: probe(
-            features,
-            torch.tensor(
-                [[any(getattr(o, name) == v for o in things) for v in words] for things in scenes]
-            ),
-        )
-        for name, words in {"colour": COLOURS, "shape": SHAPES, "texture": TEXTURES}.items()
-    }
+    metrics = {}
+    for name, words in {"colour": COLOURS, "shape": SHAPES, "texture": TEXTURES}.items():
+        values = [{getattr(thing, name) for thing in things} for things in scenes]
+        targets = torch.tensor([[word in present for word in words] for present in values])
+        metrics[name] = probe(features, targets)
+    return metrics
 
 
 def probe(features: Tensor, targets: Tensor) -> float:
-    """Mean area under the ROC curve in percent of linear probes of features `[N, D]` for binary targets `[N, K]`.
+    """Fit linear probes of features `[N, D]` for binary targets `[N, K]`; returns their mean AUC in percent.
 
-    They are fitted by least squares to the first rows, and tested on the others.
+    They are fitted by least squares to the first rows, and tested on the last.
     """
     x = F.pad(features.double(), (0, 1), value=1.0)
-    scores = x[_FITTED:] @ torch.linalg.lstsq(x[:_FITTED], targets[:_FITTED].double()).solution
-    columns = zip(scores.unbind(1), targets[_FITTED:].unbind(1), strict=True)
-    return 50 + 50 * statistics.fmean(
-        (s[truth][:, None] - s[~truth]).sign().mean().item() for s, truth in columns
-    )
+    weights = torch.linalg.lstsq(x[:_FITTED], targets[:_FITTED].double()).solution
+    scores = x[_FITTED:] @ weights
+    ranks = []
+    for column, truth in zip(scores.unbind(1), targets[_FITTED:].unbind(1), strict=True):
+        ranks.append((column[truth][:, None] - column[~truth]).sign().mean().item())
+    return 50 + 50 * statistics.fmean(ranks)
 
 
 def read_results(out: Path, seeds: int) -> dict[str, Any]:
-    """Metrics of all finished parts by seed, differences with 95% intervals, the text, and missing parts."""
-    parts: dict[str, dict[int, dict[str, float]]] = {name: {} for name in PARTS}
+    """Read the metrics of all parts by seed, differences with 95% intervals, the text, and missing parts."""
+    results: dict[str, dict[int, dict[str, float]]] = {name: {} for name in PARTS}
+    missing = []
     for seed, name in _plan(seeds):
-        if (path := _result(out, seed, name)).is_file():
-            parts[name][seed] = read_json(path)
+        path = _result(out, seed, name)
+        if path.is_file():
+            results[name][seed] = read_json(path)
+        else:
+            missing.append([name, seed])
     differences = []
-    for name, other in COMPARED:
-        if both := sorted(parts[name].keys() & parts[other].keys()):
-            values = {
-                metric: mean_interval(
-                    [parts[name][seed][metric] - parts[other][seed][metric] for seed in both]
-                )
-                for metric in parts[name][both[0]]
-            }
-            differences.append(
-                {"part": name, "minus": other, "seeds": len(both), "metrics": values}
+    for name, baseline in COMPARED:
+        compared = sorted(results[name].keys() & results[baseline].keys())
+        if not compared:
+            continue
+        metrics = {}
+        for metric in results[name][compared[0]]:
+            metrics[metric] = mean_interval(
+                [results[name][seed][metric] - results[baseline][seed][metric] for seed in compared]
             )
+        differences.append(
+            {"part": name, "minus": baseline, "seeds": len(compared), "metrics": metrics}
+        )
     return {
         "python": platform.python_version(),
         "text": read_json(out / "text.json"),
-        "parts": parts,
+        "parts": results,
         "differences": differences,
-        "missing": [[name, seed] for seed, name in _plan(seeds) if seed not in parts[name]],
+        "missing": missing,
     }
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and half of its 95% interval (Student's t); None for a single value."""
+    """Return the mean and half of its 95% interval (Student's t); None for a single value."""
     count, mean = len(values), statistics.fmean(values)
     if count == 1:
         return mean, None
-    return mean, float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
+    quantile = float(stats.t.ppf(0.975, count - 1))
+    return mean, quantile * statistics.stdev(values) / math.sqrt(count)
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The results as a Markdown page."""
+    """Write the results as a Markdown page."""
     text, rows = results["text"], []
     for name, by_seed in results["parts"].items():
-        metrics = {key for each in by_seed.values() for key in each}
-        rows.append(
-            (
-                name,
-                len(by_seed),
-                {m: mean_interval([each[m] for each in by_seed.values()]) for m in metrics},
-            )
-        )
-    rows += [
-        (f"{row['part']} − {row['minus']}", row["seeds"], row["metrics"])
-        for row in results["differences"]
-    ]
+        runs = list(by_seed.values())
+        metrics = runs[0] if runs else {}
+        intervals = {metric: mean_interval([run[metric] for run in runs]) for metric in metrics}
+        rows.append((name, len(runs), intervals))
+    for row in results["differences"]:
+        rows.append((f"{row['part']} − {row['minus']}", row["seeds"], row["metrics"]))
     tables = []
     for metrics in (("nats", "captions", "order"), ("colour", "shape", "texture")):
         table = [["part", "seeds", *metrics]]
-        for name, count, values in rows:
-            if metrics[0] in values:
-                pairs = (values[metric] for metric in metrics)
-                cells = (
-                    f"{mean:.2f}" + ("" if half is None else f" ± {half:.2f}")
-                    for mean, half in pairs
-                )
+        for name, count, intervals in rows:
+            if metrics[0] in intervals:
+                cells = [_format_interval(*intervals[metric]) for metric in metrics]
                 table.append([name, str(count), *cells])
         tables.append(table)
     sources = " and ".join(
@@ -502,3 +496,7 @@ def markdown(results: dict[str, Any]) -> str:
         "differences are paired by seed."
     )
     return page("The two claims of the paper in miniature", explanation, *tables)
+
+
+def _format_interval(mean: float, half: float | None) -> str:
+    return f"{mean:.2f}" if half is None else f"{mean:.2f} ± {half:.2f}"

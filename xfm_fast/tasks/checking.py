@@ -1,4 +1,4 @@
-"""Validates data files with the readers of training, and reports statistics and what training on them costs."""
+"""Validation of data files by the readers of training: broken rows, statistics and cost."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from itertools import chain
@@ -46,10 +46,10 @@ from xfm_fast.tasks.task import TASKS
 from xfm_fast.tokenizer import CaptionTokenizer
 
 _FINETUNING = TextOptions(max_tokens=40)
-# A row is judged by the same rules in a batch of any size.
+# Validation does not depend on the batch size.
 _BATCH = 96
 # Rows that are timed as a training worker reads them.
-_TIMED = 64
+_TIMED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,19 @@ class Options:
     image_root: Path | None = None  # for fine-tuning files by default the folder of the file
     tokenized: bool = False
     tolerate_bad: float = 0.01  # maximum share of broken rows per file
-    most_problems: int = 20
+    max_problems: int = 20
 
-    def stream(self, kind: str) -> AnyStreamOptions:
-        """Recipe stream options for these files."""
-        made, names = STREAM_KINDS[kind], ("image_key", "caption_key", "image_root", "tokenized")
-        return made(**{name: getattr(self, name) for name in names if name in made.model_fields})
+    def stream(self, task: str) -> AnyStreamOptions:
+        """Return the recipe's stream options for these files."""
+        stream = STREAM_KINDS[task]
+        names = ("image_key", "caption_key", "image_root", "tokenized")
+        return stream(
+            **{name: getattr(self, name) for name in names if name in stream.model_fields}
+        )
 
 
 def checkable_tasks() -> list[str]:
-    """Stream kinds of pretraining, and tasks with a file format to check."""
+    """Return the stream kinds of pretraining, and tasks with a file format to check."""
     return [*STREAM_KINDS, *(kind for kind, task in TASKS.items() if task.check_rows is not None)]
 
 
@@ -81,11 +84,11 @@ def check(
     task: str,
     options: Options,
     *,
-    progress: Callable[[int, int], None] = lambda done, of: None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Read and count every row as `task` would, decoding every image; `progress` receives (rows done, total)."""
-    if task not in (known := checkable_tasks()):
-        raise DataError(f"task {task!r} is unknown; choose one of {', '.join(known)}")
+    """Read every row and decode every image as `task` does; `progress` receives (rows done, total)."""
+    if task not in (tasks := checkable_tasks()):
+        raise DataError(f"task {task!r} is unknown; choose one of {', '.join(tasks)}")
     report = Report(task, tolerate_bad=options.tolerate_bad)
     if task in STREAM_KINDS:
         records = open_records(data, **options.stream(task).record_keys)
@@ -101,16 +104,15 @@ def check(
         report.files.append(counts)
         for row in range(len(rows)):
             try:
-                digests.append(
-                    int.from_bytes(blake2b(rows.raw(row), digest_size=8).digest(), "little")
-                )
+                digest = blake2b(rows.raw(row), digest_size=8).digest()
+                digests.append(int.from_bytes(digest, "little"))
                 reader.inspect(reader.record(rows, row), Path(rows.name))
             except DataError as error:
                 counts.broken += 1
-                if len(report.problems) < options.most_problems:
+                if len(report.problems) < options.max_problems:
                     report.problems.append(Problem(rows.name, rows.label(row), str(error)))
             done += 1
-            if done % 100 == 0 or done == len(records):
+            if progress is not None and (done % 100 == 0 or done == len(records)):
                 progress(done, len(records))
     report.duplicates = len(digests) - len(np.unique(np.frombuffer(digests, np.uint64)))
     _measure_cost(records, reader, report)
@@ -118,10 +120,12 @@ def check(
 
 
 def _measure_cost(records: RecordSet, reader: _Reader, report: Report) -> None:
-    """Time rows spread over all files as a worker prepares them, the first one apart, which sets things up."""
-    seconds, sizes = list[float](), list[int]()
-    for number in np.linspace(0, len(records) - 1, min(_TIMED, len(records))).astype(int):
-        rows, row = records.locate(int(number))
+    """Time some rows as a worker prepares them, without the first one, which includes set-up."""
+    seconds: list[float] = []
+    sizes: list[int] = []
+    count = min(_TIMED_ROWS, len(records))
+    for index in np.linspace(0, len(records) - 1, count).astype(int).tolist():
+        rows, row = records.locate(index)
         started = time.perf_counter()
         try:
             sizes.append(reader.prepare(reader.record(rows, row), Path(rows.name)))
@@ -149,15 +153,16 @@ class _Reader:
         raise NotImplementedError
 
     def prepare(self, record: Any, file: Path) -> int:
-        """Prepare a record as a training worker does, and return the bytes that it takes in a batch."""
+        """Prepare a record as a training worker does; return its bytes in a batch."""
         raise NotImplementedError
 
     def count_text(self, text: str, options: TextOptions) -> None:
         """Count a text before truncation; an empty one raises `DataError`."""
         limit = options.max_words
-        cleaned = clean_text(
-            text, options.model_copy(update={"max_words": None if limit is None else len(text) + 1})
-        )
+        if limit is not None:
+            # Every text has fewer words than characters.
+            options = options.model_copy(update={"max_words": len(text) + 1})
+        cleaned = clean_text(text, options)
         words = len(cleaned.split())
         self.report.texts += 1
         self.report.words[words] += 1
@@ -176,9 +181,8 @@ class _Reader:
         """Count an image, once per file; an undecodable one raises `DataError`."""
         if isinstance(source, Path) and source in self._sizes:
             return self._sizes[source]
-        name, data = read_image(
-            source, None if isinstance(source, Path) else f"in {self.options.image_key!r}"
-        )
+        name = None if isinstance(source, Path) else f"in {self.options.image_key!r}"
+        name, data = read_image(source, name)
         if decode:
             decode_pixels(data, name)
         with Image.open(io.BytesIO(data)) as opened:
@@ -198,38 +202,34 @@ class _StreamReader(_Reader):
 
     def __init__(self, report: Report, options: Options) -> None:
         super().__init__(report, options)
-        kind, config = report.task, options.config
-        self.stream = stream = options.stream(kind)
+        make_items, config = ITEMS[report.task], options.config
+        self.stream = stream = options.stream(report.task)
         # Any vocabulary detects broken rows.
         self._tokenizer = options.tokenizer or CaptionTokenizer.train_on_texts(
             ["a picture of a thing"], 300
         )
-        # Augmentation is slow and rejects no row.
-        plain = (
-            stream.model_copy(update={"augment": False})
-            if isinstance(stream, ImageOptions)
-            else stream
-        )
-        self._items = ITEMS[kind](plain, config, self._tokenizer, _BATCH)
-        self._trained = ITEMS[kind](stream, config, self._tokenizer, 1)
+        self._trained = make_items(stream, config, self._tokenizer, 1)
+        if isinstance(stream, ImageOptions):
+            # Augmentation is slow and rejects no row.
+            stream = stream.model_copy(update={"augment": False})
+        self._items = make_items(stream, config, self._tokenizer, _BATCH)
         self._generator = item_generator(0, 0, 0, 0)
 
     def prepare(self, record: Mapping[str, Any], file: Path) -> int:
-        batch = self._trained.collate(
-            [self._trained.item(record, self._generator)], self._generator
-        )
-        values = [getattr(batch, each.name) for each in fields(batch)]
+        item = self._trained.item(record, self._generator)
+        batch = self._trained.collate([item], self._generator)
+        values = [getattr(batch, field.name) for field in fields(batch)]
         return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
     def inspect(self, record: Mapping[str, Any], file: Path) -> None:
         stream, text = self.stream, None
         if isinstance(stream, TextOptions) and not isinstance(stream, RegionOptions):
             if record.get(IDS_KEY) is not None and self.options.tokenizer is None:
-                # Ids can only be judged by their vocabulary.
+                # Only their own vocabulary can validate ids.
                 record = {**record, IDS_KEY: [self._tokenizer.pad_token_id]}
             text = text_of(record, stream.caption_key, self._tokenizer)
         self._items.item(record, self._generator)
-        # One draw was good; so must be what other draws could find.
+        # One draw was good; check what other draws could find.
         size = (0, 0)
         if isinstance(stream, ImageOptions):
             values = image_values(record, stream)
@@ -237,14 +237,14 @@ class _StreamReader(_Reader):
                 size = self.count_image(image_source(value, stream), decode=len(values) > 1)
         if isinstance(stream, RegionOptions):
             captions, elements, skipped = every_region_text(record, *size, stream)
-            for each in chain(captions, *elements):
-                self.count_text(each, stream)
+            for caption in chain(captions, *elements):
+                self.count_text(caption, stream)
             self.report.unusable_regions += len(skipped)
             self.report.regions[len(elements)] += 1
         elif isinstance(stream, TextOptions):
             if not isinstance(text, tuple):
-                for each in every_text(text, language=stream.language):
-                    self.count_text(each, stream)
+                for caption in every_text(text, language=stream.language):
+                    self.count_text(caption, stream)
             elif self.options.tokenizer is not None:
                 self.count_tokens(len(text) + 2, stream)
 
@@ -257,37 +257,35 @@ class _AnnotationReader(_Reader):
         self._transform = finetuning_transform(options.config.image_size)
         self._generator = item_generator(0, 0, 0, 0)
 
+    def _images(self, record: Any, file: Path) -> list[Path | bytes]:
+        folder = self.options.image_root or file.parent
+        return [image_at(folder / image) for image in image_names([record])]
+
     def prepare(self, record: Any, file: Path) -> int:
-        pixels = [
-            self._transform(
-                decode_pixels(image_at((self.options.image_root or file.parent) / image)),
-                self._generator,
-            )
-            for image in image_names([record])
-        ]
-        # Ids and mask of the text too.
-        return sum(each.nbytes for each in pixels) + 2 * 8 * _FINETUNING.max_tokens
+        # Ids and mask of the text.
+        size = 2 * 8 * _FINETUNING.max_tokens
+        for image in self._images(record, file):
+            size += self._transform(decode_pixels(image), self._generator).nbytes
+        return size
 
     def record(self, rows: Rows, row: int) -> Any:
         assert isinstance(rows, AnnotationRows)
         element = rows.elements[row]
+        test_record = TASKS[self.report.task].test_record
+        captions = element.get("caption") if isinstance(element, dict) else None
         # Evaluation files list all captions of an image.
-        several = isinstance(element, dict) and isinstance(element.get("caption"), list)
-        kind = TASKS[self.report.task].test_record
-        return parse_annotation(element, kind) if several and kind is not None else rows.read(row)
+        if test_record is not None and isinstance(captions, list):
+            return parse_annotation(element, test_record)
+        return rows.read(row)
 
     def inspect(self, record: Any, file: Path) -> None:
-        images = [*image_names([record])]
-        sizes = [
-            self.count_image(image_at((self.options.image_root or file.parent) / image))
-            for image in images
-        ]
+        sizes = [self.count_image(image) for image in self._images(record, file)]
         element = record.model_dump()
         if {"width", "height"} <= element.keys():
-            parse_annotation({**element, "width": sizes[0][0], "height": sizes[0][1]}, type(record))
-        texts = next(
-            element[name] for name in ("caption", "question", "sentence", "text") if name in element
-        )
+            width, height = sizes[0]
+            parse_annotation({**element, "width": width, "height": height}, type(record))
+        names = ("caption", "question", "sentence", "text")
+        texts = next(element[name] for name in names if name in element)
         for text in (texts,) if isinstance(texts, str) else texts or ():
             self.count_text(text, _FINETUNING)
 
@@ -319,10 +317,8 @@ class Report:
     problems: list[Problem] = field(default_factory=list)
     duplicates: int = 0  # rows identical to an earlier one
     texts: int = 0
-    words: Counter[int] = field(
-        default_factory=Counter
-    )  # histogram of words after cleaning, before truncation
-    # histogram of token counts with `<s>` and `</s>`, before truncation; needs a tokenizer
+    # Histograms before truncation: of words after cleaning, and of tokens with `<s>` and `</s>`.
+    words: Counter[int] = field(default_factory=Counter)
     tokens: Counter[int] = field(default_factory=Counter)
     cut: int = 0
     images: int = 0
@@ -338,16 +334,16 @@ class Report:
 
     @property
     def rows(self) -> int:
-        return sum(each.rows for each in self.files)
+        return sum(file.rows for file in self.files)
 
     @property
     def broken(self) -> int:
-        return sum(each.broken for each in self.files)
+        return sum(file.broken for file in self.files)
 
     @property
     def over_limit(self) -> list[FileCount]:
-        """Files with too many broken rows for a run; one broken row is always tolerated, as in `Quarantine`."""
-        return [each for each in self.files if each.broken > max(1, self.tolerate_bad * each.rows)]
+        """Files with too many broken rows for a run; one is always tolerated, as in `Quarantine`."""
+        return [file for file in self.files if file.broken > max(1, self.tolerate_bad * file.rows)]
 
     @property
     def ok(self) -> bool:
@@ -357,16 +353,13 @@ class Report:
     @property
     def hours_per_epoch(self) -> float | None:
         """Hours in which one worker reads all good rows."""
-        return (
-            None
-            if self.seconds_per_row is None
-            else self.seconds_per_row * (self.rows - self.broken) / 3600
-        )
+        if self.seconds_per_row is None:
+            return None
+        return self.seconds_per_row * (self.rows - self.broken) / 3600
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON values."""
-        widths = [width for (width, _), times in self.sizes.items() for _ in range(times)]
-        heights = [height for (_, height), times in self.sizes.items() for _ in range(times)]
+        """Return the report as JSON values."""
+        widths, heights = zip(*self.sizes.elements(), strict=True) if self.sizes else ((), ())
         return {
             "task": self.task,
             "ok": self.ok,
@@ -374,8 +367,8 @@ class Report:
             "broken": self.broken,
             "duplicates": self.duplicates,
             "tolerate_bad": self.tolerate_bad,
-            "files": [vars(each) for each in self.files],
-            "problems": [vars(each) for each in self.problems],
+            "files": [vars(file) for file in self.files],
+            "problems": [vars(problem) for problem in self.problems],
             "texts": {
                 "count": self.texts,
                 "cut": self.cut,
@@ -402,7 +395,7 @@ class Report:
         }
 
 
-def _spread(values: list[int]) -> dict[str, float] | None:
+def _spread(values: Sequence[int]) -> dict[str, float] | None:
     if not values:
         return None
     low, middle, high = np.percentile(values, [0, 50, 100]).tolist()

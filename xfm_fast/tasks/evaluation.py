@@ -1,8 +1,8 @@
 """Distributed, resumable evaluation of a split.
 
-Records are split into batches independently of the number of processes; each process computes some of them and appends
-the results to its own journal. So rows and metrics are the same for any number of processes, and a killed evaluation
-resumes. All processes need access to the journal folder.
+Records are split into batches independently of the number of processes; each process computes some
+of them and appends the results to its own journal. So rows and metrics are the same for any number
+of processes, and a killed evaluation resumes. All processes need access to the journal folder.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -48,19 +48,15 @@ class Evaluation:
 
     folder: Path  # output folder, which also holds the journals
     processes: Processes = field(default_factory=Processes)  # process group that shares the work
-    batch_size: int = 64  # minimum records per batch; batches contain whole groups
-    # autocast context of predictions
-    autocast: Callable[[], AbstractContextManager[Any]] = lambda: torch.autocast(
-        "cpu", enabled=False
-    )
-    progress: Callable[[int, int], None] = lambda done, of: (
-        None
-    )  # called with (records done by this process, total)
+    batch_size: int = 64  # minimum records per batch; a batch holds all records of its images
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext  # context of predictions
+    progress: Callable[[int, int], None] | None = None  # receives (records done, total)
 
     def run(self, task: Any, model: XFM, records: Sequence[Any]) -> Metrics:
-        """Evaluate a split of a `Task`, write metrics and its files to the folder, return the metrics on every process.
+        """Evaluate a split of a `Task`; write metrics and files to the folder.
 
-        The model runs in evaluation mode, and its mode is restored.
+        Every process returns the metrics. The model runs in evaluation mode, and its mode is
+        restored.
         """
         if not records:
             raise DataError("the split holds no records; a metric needs at least one")
@@ -80,35 +76,45 @@ class Evaluation:
         return self.processes.from_first(save)
 
     def rows(self, task: Any, model: Any, records: Sequence[Any]) -> list[Row]:
-        """Rows of all records on the first process, empty on the others."""
+        """Predict all records; the first process returns the rows, the others an empty list."""
+        batches = self.batches(records, by_image=task.groups_by_image)
+
+        def predict(batch: int) -> list[Row]:
+            return task.predict(model, [records[index] for index in batches[batch]])
+
+        identity = fingerprint(task, model, records, self.batch_size)
+        results = self.compute(identity, [len(batch) for batch in batches], predict)
+        rows: list[Row] = [{} for _ in records] if results else []
+        for batch, batch_rows in results.items():
+            for index, row in zip(batches[batch], batch_rows, strict=True):
+                rows[index] = row
+        return rows
+
+    def batches(self, records: Sequence[Any], *, by_image: bool) -> list[list[int]]:
+        """Divide record indices into batches; `by_image` keeps all records of an image together."""
+        groups: dict[str | int, list[int]] = {}
+        for index, record in enumerate(records):
+            groups.setdefault(record.image if by_image else index, []).append(index)
         batches: list[list[int]] = []
-        for group in task.groups(records):
+        for group in groups.values():
             if not batches or len(batches[-1]) >= self.batch_size:
                 batches.append([])
             batches[-1] += group
-
-        def predict(batch: int) -> list[Row]:
-            return task.predict(model, [records[place] for place in batches[batch]])
-
-        identity = fingerprint(task, model, records, self.batch_size)
-        found = self.compute(identity, [len(batch) for batch in batches], predict)
-        rows: list[Row] = [{} for _ in records] if found else []
-        for number, of_batch in found.items():
-            for place, row in zip(batches[number], of_batch, strict=True):
-                rows[place] = row
-        return rows
+        return batches
 
     def compute(
         self, identity: str, sizes: Sequence[int], results_of: Callable[[int], list[Any]]
     ) -> dict[int, list[Any]]:
-        """Results of every batch as JSON values, on the first process; `sizes` are records per batch. Collective.
+        """Compute the results of every batch as JSON values; `sizes` are records per batch.
+        Collective.
 
-        Batches in journals with the same `identity` are not computed again.
+        The first process returns them by batch. Batches in journals with the same `identity` are
+        not computed again.
         """
         with ExitStack() as stack:
 
             def begin() -> set[int]:
-                """Batches in journals with the same identity; other journals are deleted."""
+                """Return the batches in journals of this identity; delete other journals."""
                 make_folder(self.folder)
                 stack.enter_context(hold(self.folder / ".lock", f"the evaluation in {self.folder}"))
                 for path in self.folder.glob("rows-*.jsonl"):
@@ -118,27 +124,27 @@ class Evaluation:
 
             done = self.processes.from_first(begin)
             path = self.folder / f"rows-{self.processes.rank:05d}.jsonl"
-            todo = [number for number in range(len(sizes)) if number not in done]
+            todo = [batch for batch in range(len(sizes)) if batch not in done]
 
             def work() -> None:
                 finished = 0
                 with Journal(path, identity) as journal:
-                    for number in todo[self.processes.rank :: self.processes.world_size]:
-                        journal.append([number, results_of(number)])
-                        finished += sizes[number]
-                        self.progress(finished * self.processes.world_size, sum(sizes))
+                    for batch in todo[self.processes.rank :: self.processes.world_size]:
+                        journal.append([batch, results_of(batch)])
+                        finished += sizes[batch]
+                        if self.progress is not None:
+                            self.progress(finished * self.processes.world_size, sum(sizes))
 
             self.processes.together(work)
             return self._read(identity) if self.processes.first else {}
 
     def _read(self, identity: str) -> dict[int, list[Any]]:
-        journals = [read_journal(path) for path in sorted(self.folder.glob("rows-*.jsonl"))]
-        return {
-            batch: rows
-            for found, entries in journals
-            if found == identity
-            for batch, rows in entries
-        }
+        results: dict[int, list[Any]] = {}
+        for path in sorted(self.folder.glob("rows-*.jsonl")):
+            found_identity, entries = read_journal(path)
+            if found_identity == identity:
+                results.update(entries)
+        return results
 
 
 def delete(path: Path) -> None:
@@ -148,9 +154,11 @@ def delete(path: Path) -> None:
 
 
 def fingerprint(task: Any, model: Any, records: Sequence[Any], batch_size: int) -> str:
-    """Digest of everything that determines the rows; `model` is an `XFM` or a `Session`."""
-    kind = model.device.type
-    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    """Digest everything that determines the rows; `model` is an `XFM` or a `Session`."""
+    device = model.device.type
+    precision = model.dtype
+    if torch.is_autocast_enabled(device):
+        precision = torch.get_autocast_dtype(device)
     pictures = "official" if task.official_pictures else "upright"
     key = f"{task.options.model_dump_json()} {batch_size} {model.dtype} {precision} {pictures}"
     digest = hashlib.sha256(key.encode())
@@ -165,13 +173,13 @@ def fingerprint(task: Any, model: Any, records: Sequence[Any], batch_size: int) 
 
 
 def checksum(tensor: Tensor, start: int = 0) -> int:
-    """CRC-32 of a tensor's bytes, continuing from `start`."""
+    """Compute the CRC-32 of a tensor's bytes, continuing from `start`."""
     data = tensor.detach().cpu().contiguous().flatten()
     return zlib.crc32(data.view(torch.uint8).numpy().data, start) if data.numel() else start
 
 
 def read_journal(path: Path) -> tuple[str | None, list[Any]]:
-    """Identity and entries up to the first damaged one; the identity of a missing or empty journal is None."""
+    """Read the identity (None if there is no journal) and the entries up to a damaged one."""
     try:
         file = open_data(path)
     except FileNotFoundError:
@@ -190,16 +198,17 @@ def read_journal(path: Path) -> tuple[str | None, list[Any]]:
 
 
 class Journal:
-    """JSON values, one a line after its CRC-32; the first line is an `identity` of what determines them.
+    """JSON values, one a line after its CRC-32; the first line is an `identity` of what determines
+    them.
 
-    Opening it keeps the complete `entries` of the same identity, and drops all others.
+    Opening keeps the complete `entries` of the same identity, and drops those of another one.
     """
 
     def __init__(self, path: Path, identity: str) -> None:
         self.path = path
         with self._storing():
-            found, entries = read_journal(path)
-            self.entries = entries if found == identity else []
+            previous, entries = read_journal(path)
+            self.entries = entries if previous == identity else []
             path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes({path: b"".join(map(_line, [identity, *self.entries]))})
             self._file: BinaryIO = open_to_append(path)

@@ -1,7 +1,7 @@
 """Visual grounding: predict the box of a referring expression.
 
-Official recipe (RefCOCO+): 384 pixels, 20 expressions per GPU, lr 2e-5, 15 epochs, optionally after two epochs on
-region captions at 224 pixels.
+Official recipe (RefCOCO+): 384 pixels, 20 expressions per GPU, lr 2e-5, 15 epochs, optionally after
+two epochs on region captions at 224 pixels.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -33,19 +32,20 @@ from xfm_fast.data.annotations import (
 from xfm_fast.data.files import Paths, find_files, read_json, read_plain_pickle, unreadable
 from xfm_fast.data.images import decode_image, decode_pixels, evaluation_transform, image_size
 from xfm_fast.data.options import RegionOptions, RegionStreamOptions
-from xfm_fast.data.records import Rows, open_records
+from xfm_fast.data.records import open_records
 from xfm_fast.errors import DataError, InputError
 from xfm_fast.models import inputs
 from xfm_fast.models.processor import pixel_boxes
 from xfm_fast.objectives import box_giou_loss, box_l1_loss
 from xfm_fast.tasks.evaluation import Metrics, Row
+from xfm_fast.tasks.models import TaskModel
 from xfm_fast.tasks.task import (
     Item,
+    Losses,
     PairInput,
+    Rng,
     Task,
-    TaskModel,
     TaskOptions,
-    group_by_image,
     json_file,
     register,
     require_inputs,
@@ -58,11 +58,11 @@ if TYPE_CHECKING:
 # Boxes of COCO reach past the edge by rounding, in pixels.
 _EDGE = 1.0
 # Ten times the largest file of referring expressions.
-_MOST_PICKLE = 512 << 20
+_MAX_PICKLE_BYTES = 512 << 20
 
 
 class BoxesOfTexts:
-    """Boxes of expressions, by a model or a session."""
+    """Prediction of boxes by a model or a session."""
 
     def boxes(
         self: Any,
@@ -71,7 +71,7 @@ class BoxesOfTexts:
         attention_mask: Tensor | None = None,
         image_index: Tensor | None = None,
     ) -> Tensor:
-        """Predict boxes `[P, 4]` (cx, cy, w, h) of expressions `[P, L]`; `image_index` `[P]` maps them to images."""
+        """Predict boxes `[P, 4]` (cx, cy, w, h) of expressions `[P, L]` on images `image_index` `[P]`."""
         mask = inputs.check_tokens(input_ids, attention_mask, self.config)
         memory = self.image_memory(self.encode_image(pixels))
         text = self.encode_text(input_ids, mask)
@@ -103,7 +103,7 @@ class GroundingModel(BoxesOfTexts, TaskModel):
         image_index: Tensor | None = None,
         is_image: Tensor | None = None,
     ) -> GroundingLosses:
-        """Losses against `target` `[P, 4]`; whole-image captions (`is_image` `[P]`) are excluded."""
+        """Compute losses against `target` `[P, 4]`, except for captions of whole images (`is_image`)."""
         predicted = self.boxes(pixels, input_ids, attention_mask, image_index)
         return GroundingLosses(
             box_l1_loss(predicted, target, is_image), box_giou_loss(predicted, target, is_image)
@@ -111,25 +111,24 @@ class GroundingModel(BoxesOfTexts, TaskModel):
 
 
 def pixel_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU `[P]` of (x, y, w, h) boxes in the pixel convention of the RefCOCO evaluation.
+    """Compute the IoU `[P]` of (x, y, w, h) boxes as the RefCOCO evaluation does.
 
-    Right and bottom edges are inclusive (x + w - 1), so boxes that share one row or column do not overlap, and one-
-    pixel boxes have IoU 0. Boxes without area have IoU 0 (the official code divides by zero).
+    Right and bottom edges are inclusive (x + w - 1), so boxes that share one row or column do not
+    overlap, and one- pixel boxes have IoU 0. Boxes without area have IoU 0 (the official code
+    divides by zero).
     """
     low = torch.maximum(a[:, :2], b[:, :2])
     high = torch.minimum(a[:, :2] + a[:, 2:], b[:, :2] + b[:, 2:]) - 1
     overlapping = (low < high).all(1)
     shared = (high - low + 1).prod(1) * overlapping
     union = a[:, 2:].prod(1) + b[:, 2:].prod(1) - shared
-    return torch.where(
-        union > 0, shared / union.where(union > 0, torch.ones_like(union)), torch.zeros_like(union)
-    )
+    return torch.where(union > 0, shared / union, torch.zeros_like(union))
 
 
 def box_accuracy(
     boxes: Tensor, reference: Tensor, splits: Sequence[str] | None = None, *, threshold: float = 0.5
 ) -> dict[str, float]:
-    """Share of (x, y, w, h) boxes with IoU of at least `threshold`: `all`, or by split."""
+    """Return the share of (x, y, w, h) boxes with IoU of at least `threshold`: `all`, or by split."""
     count = boxes.shape[0]
     names = ["all"] * count if splits is None else list(splits)
     if not count or reference.shape != (count, 4) or len(names) != count:
@@ -137,10 +136,10 @@ def box_accuracy(
             f"{count} boxes, reference boxes {[*reference.shape]} and {len(names)} splits do not belong together; "
             "there must be one of each per expression"
         )
-    grouped: dict[str, list[bool]] = {}
+    hits: dict[str, list[bool]] = {}
     for name, hit in zip(names, (pixel_iou(boxes, reference) >= threshold).tolist(), strict=True):
-        grouped.setdefault(name, []).append(hit)
-    return {name: sum(hits) / len(hits) for name, hits in grouped.items()}
+        hits.setdefault(name, []).append(hit)
+    return {name: sum(values) / len(values) for name, values in hits.items()}
 
 
 class GroundingRecord(Annotation):
@@ -157,27 +156,27 @@ class GroundingRecord(Annotation):
     height: int | None = Field(default=None, gt=0, description="of the image, in pixels")
 
     @model_validator(mode="after")
-    def _box_is_inside(self) -> GroundingRecord:
+    def _check_box(self) -> GroundingRecord:
         if self.bbox is not None:
             x, y, w, h = self.bbox
             if not all(map(math.isfinite, self.bbox)) or w <= 0 or h <= 0:
                 raise PydanticCustomError("box", "has no area; expected x, y, w, h in pixels")
-            right, below = self.width or math.inf, self.height or math.inf
-            if min(x, y) < -_EDGE or x + w > right + _EDGE or y + h > below + _EDGE:
+            right, bottom = self.width or math.inf, self.height or math.inf
+            if min(x, y) < -_EDGE or x + w > right + _EDGE or y + h > bottom + _EDGE:
                 size = f" {self.width}x{self.height}" if self.width and self.height else ""
                 raise PydanticCustomError("box", "is not inside the{size} image", {"size": size})
         return self
 
 
 def grounding_rows(paths: Paths) -> list[AnnotationRows[GroundingRecord]]:
-    """Referring expressions with boxes.
+    """Open referring expressions with boxes.
 
     Formats: JSON arrays with `image`, `text`, `ref_id` and optionally `bbox`; refer's `refs(*).p` with
     `instances.json`, which add boxes to arrays or are read as data.
     """
 
     def drop_segmentation(fields: dict[str, Any]) -> dict[str, Any]:
-        """`object_hook` for what is most of the file."""
+        """Drop most of the file; an `object_hook`."""
         fields.pop("segmentation", None)
         return fields
 
@@ -192,7 +191,7 @@ def grounding_rows(paths: Paths) -> list[AnnotationRows[GroundingRecord]]:
         if isinstance(content, dict):
             instances.append((path, content))
         else:
-            arrays.append(AnnotationRows(str(path), array_of(path, content)))
+            arrays.append(AnnotationRows(path, array_of(path, content)))
     if len(refs) != len(instances) or len(refs) > 1:
         files = ", ".join(map(str, [*refs, *(path for path, _ in instances)]))
         raise DataError(
@@ -201,7 +200,7 @@ def grounding_rows(paths: Paths) -> list[AnnotationRows[GroundingRecord]]:
         )
     if refs:
         refer = Refer(refs[0], *instances[0])
-        arrays = [refer.join_all(each) for each in arrays] or [refer.elements()]
+        arrays = [refer.join_all(rows) for rows in arrays] or [refer.elements()]
     return as_rows(arrays, GroundingRecord)
 
 
@@ -217,24 +216,24 @@ class Reference(NamedTuple):
 # The files of train, val and test are read one after another, and refer to the same references.
 @lru_cache(maxsize=1)
 def _references(path: Path, modified: int, size: int) -> dict[Any, Reference]:
-    """References by `ref_id` of a `refs(*).p`, a pickle of containers, strings and numbers."""
-    if size > _MOST_PICKLE:
+    """Read the references of a `refs(*).p`, a pickle of plain values, by `ref_id`."""
+    if size > _MAX_PICKLE_BYTES:
         raise DataError(
-            f"{path} has {size:,} bytes, over the limit of {_MOST_PICKLE:,} for references; check the file"
+            f"{path} has {size:,} bytes, over the limit of {_MAX_PICKLE_BYTES:,} for references; check the file"
         )
     content = read_plain_pickle(path)
+    references = {}
     try:
-        found = {}
         for ref in content:
-            sentences = [str(each.get("sent", each.get("raw"))) for each in ref["sentences"]]
-            found[ref["ref_id"]] = Reference(
+            sentences = [str(text.get("sent", text.get("raw"))) for text in ref["sentences"]]
+            references[ref["ref_id"]] = Reference(
                 ref["image_id"], ref["ann_id"], str(ref["split"]), sentences
             )
-        return found
     except (TypeError, KeyError, AttributeError) as error:
         raise DataError(
-            f"{path} is no list of references ({error!r}); expected ref_id, ann_id, image_id, split and sentences"
+            f"{path} is not a list of references ({error!r}); expected ref_id, ann_id, image_id, split and sentences"
         ) from None
+    return references
 
 
 class Refer:
@@ -245,23 +244,21 @@ class Refer:
             status = os.stat(refs)
         except OSError as error:
             raise unreadable(refs, error) from None
-        self.files, self.references = (
-            (refs, instances),
-            _references(refs, status.st_mtime_ns, status.st_size),
-        )
+        self.files = (refs, instances)
+        self.references = _references(refs, status.st_mtime_ns, status.st_size)
         try:
-            self.boxes = {each["id"]: each["bbox"] for each in content["annotations"]}
+            self.boxes = {box["id"]: box["bbox"] for box in content["annotations"]}
             self.images = {
-                each["id"]: (each["file_name"], each.get("width"), each.get("height"))
-                for each in content["images"]
+                image["id"]: (image["file_name"], image.get("width"), image.get("height"))
+                for image in content["images"]
             }
         except (TypeError, KeyError, AttributeError) as error:
             raise DataError(
-                f"{instances} is no file of COCO instances ({error!r}); expected images and annotations"
+                f"{instances} is not a file of COCO instances ({error!r}); expected images and annotations"
             ) from None
 
     def join(self, identity: Any, element: dict[str, Any]) -> dict[str, Any] | DataError:
-        """An element with image, box, split and image size of a reference; its own image stays."""
+        """Add box, split, image size and a missing image of a reference to an element."""
         try:
             ref = self.references[identity]
             (image, width, height), box = self.images[ref.image], self.boxes[ref.annotation]
@@ -270,41 +267,34 @@ class Refer:
                 f"ref_id {identity!r}: there is no reference, image or annotation {error} in "
                 f"{' and '.join(map(str, self.files))}; check that all are of one data set"
             )
-        return {
-            "image": image,
-            **element,
-            "bbox": box,
-            "split": ref.split,
-            "width": width,
-            "height": height,
-        }
+        size = {"width": width, "height": height}
+        return {"image": image, **element, "bbox": box, "split": ref.split, **size}
 
     def elements(self) -> AnnotationRows[Any]:
-        """Every sentence of every reference."""
-        texts = [
-            (identity, *each)
-            for identity, ref in self.references.items()
-            for each in enumerate(ref.sentences)
-        ]
-        values = [
-            self.join(identity, {"text": text, "ref_id": identity}) for identity, _, text in texts
-        ]
-        labels = [f"ref_id {identity}, sentence {number}" for identity, number, _ in texts]
+        """Return every sentence of every reference."""
+        values, labels = [], []
+        for identity, ref in self.references.items():
+            for index, text in enumerate(ref.sentences):
+                values.append(self.join(identity, {"text": text, "ref_id": identity}))
+                labels.append(f"ref_id {identity}, sentence {index}")
         return AnnotationRows(self.files[0], values, labels=labels, sources=self.files[1:])
 
-    def join_all(self, elements: AnnotationRows[Any]) -> AnnotationRows[Any]:
-        """Official elements, joined by their `ref_id`."""
+    def join_all(self, rows: AnnotationRows[Any]) -> AnnotationRows[Any]:
+        """Join official elements by their `ref_id`."""
         values = [
-            self.join(each["ref_id"], each) if isinstance(each, dict) and "ref_id" in each else each
-            for each in elements.elements
+            self.join(value["ref_id"], value)
+            if isinstance(value, dict) and "ref_id" in value
+            else value
+            for value in rows.elements
         ]
-        return AnnotationRows(elements.name, values, labels=elements.labels, sources=self.files)
+        return AnnotationRows(rows.name, values, labels=rows.labels, sources=self.files)
 
 
 class CaptionedRegions(RegionOptions):
     """Image regions in pretraining's line JSON, instead of expressions.
 
-    A row is an image, so the recipe's `batch_size` counts images; a random subset of their texts makes the batch.
+    A row is an image, so the recipe's `batch_size` counts images; a random subset of their texts
+    makes the batch.
     """
 
     careful_flip: bool = Field(
@@ -351,16 +341,18 @@ class GroundingBatch(PairInput):
 
 
 @register
-class GroundingTask(Task[GroundingOptions, GroundingRecord, Any, GroundingBatch]):
-    """Grounding of expressions (items `Item`), or of region captions (items `xfm_fast.data.items.Regions`).
+class GroundingTask(Task[GroundingOptions]):
+    """Grounding of expressions, or of region captions (items `xfm_fast.data.items.Regions`).
 
-    Splits list arrays of expressions with boxes, or arrays without boxes plus refer's `refs(*).p` and `instances.json`,
-    which can also be read without arrays. Expressions marked with a split are used for training only if it is `train`.
+    Splits list arrays of expressions with boxes, or arrays without boxes plus refer's `refs(*).p`
+    and `instances.json`, which can also be read without arrays. Expressions marked with a split are
+    used for training only if it is `train`.
     """
 
     Options, Session = GroundingOptions, BoxesOfTexts
     check_rows = staticmethod(grounding_rows)
     truth = "bbox"
+    groups_by_image = True
     metrics = ("accuracy", "accuracy_val", "accuracy_testA", "accuracy_testB")
     losses = ("bbox_l1", "bbox_giou")
 
@@ -379,20 +371,18 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Any, GroundingBatch]
     def build(self) -> GroundingModel:
         return GroundingModel(self.config)
 
-    def rows(self, paths: Sequence[Path]) -> Sequence[Rows]:
-        if (regions := self.options.regions) is not None:
+    def rows(self, paths: Sequence[Path], split: str | None = None) -> Sequence[Any]:
+        regions = self.options.regions
+        if split is None and regions is not None:
             return open_records(paths, image_key=regions.image_key).files
-        return [expressions_of(rows, training=True) for rows in grounding_rows(paths)]
-
-    def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[GroundingRecord]]:
-        return [expressions_of(rows, training=False) for rows in grounding_rows(paths)]
+        return [expressions_of(rows, training=split is None) for rows in grounding_rows(paths)]
 
     def records(self, paths: Sequence[Path], split: str) -> list[GroundingRecord]:
         records = super().records(paths, split)
         check_boxes(records, self.images, official=self.official_pictures)
         return records
 
-    def item(self, record: GroundingRecord | Mapping[str, Any], rng: np.random.Generator) -> Any:
+    def item(self, record: GroundingRecord | Mapping[str, Any], rng: Rng) -> Any:
         from xfm_fast.data.regions import Rectangle, relative_box, sample_grounding
         from xfm_fast.data.transforms import picture_size
 
@@ -410,24 +400,26 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Any, GroundingBatch]
             return Item(image, ids, torch.tensor(relative_box(box, Rectangle(0, 0, width, height))))
         picture = decode_pixels(self.images / record.image, official=self.official_pictures)
         image, target = sample_grounding(
-            picture, _clip_rounding(record.bbox, *picture_size(picture)), record.text, rng,
-            size=self.config.image_size, careful_flip=self.options.careful_flip,
-        )  # fmt: skip
+            picture,
+            _clip_rounding(record.bbox, *picture_size(picture)),
+            record.text,
+            rng,
+            size=self.config.image_size,
+            careful_flip=self.options.careful_flip,
+        )
         return Item(image, ids, target)
 
-    def collate(self, items: list[Any], rng: np.random.Generator) -> GroundingBatch:
-        if (regions := self.options.regions) is not None:
-            texts = -(-regions.texts * len(items) // regions.max_images)
-            batch = replace(self._regions, batch_size=texts).collate(items, rng)
-            return GroundingBatch(
-                image=batch.image, input_ids=batch.input_ids, attention_mask=batch.attention_mask, boxes=batch.boxes,
-                image_index=batch.image_index, is_image=batch.is_image,
-            )  # fmt: skip
-        return GroundingBatch(
-            **self.pair_inputs(items), boxes=torch.stack([item.target for item in items])
-        )
+    def collate(self, items: list[Any], rng: Rng) -> GroundingBatch:
+        regions = self.options.regions
+        if regions is None:
+            boxes = torch.stack([item.target for item in items])
+            return GroundingBatch(**self.pair_inputs(items), boxes=boxes)
+        texts = -(-regions.texts * len(items) // regions.max_images)
+        batch = replace(self._regions, batch_size=texts).collate(items, rng)
+        names = [field.name for field in fields(GroundingBatch)]
+        return GroundingBatch(**{name: getattr(batch, name) for name in names})
 
-    def losses_of(self, model: GroundingModel, batch: GroundingBatch) -> dict[str, Tensor]:
+    def losses_of(self, model: GroundingModel, batch: GroundingBatch) -> Losses:
         losses = model(
             batch.image,
             batch.input_ids,
@@ -438,84 +430,74 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Any, GroundingBatch]
         )
         return {"bbox_l1": losses.l1, "bbox_giou": losses.giou}
 
-    def groups(self, records: Sequence[GroundingRecord]) -> list[list[int]]:
-        return group_by_image(records)
-
     def predict(self, model: GroundingModel, records: Sequence[GroundingRecord]) -> list[Row]:
-        """Rows of `bbox` (x, y, w, h in pixels) and `relative` (cx, cy, w, h)."""
-        images, places = unique_images(records)
+        """Predict rows of `bbox` (x, y, w, h in pixels) and `relative` (cx, cy, w, h)."""
+        images, indices = unique_images(records)
         pixels, sizes = zip(*map(self._view, images), strict=True)
-        index, texts = (
-            torch.tensor(places),
-            [self.caption_ids(each.text, self.options.max_words) for each in records],
-        )
         views = torch.stack(pixels).to(model.device, model.dtype)
-        boxes = model.boxes(views, *self.padded(texts, model.device), index.to(model.device))
+        texts = [self.caption_ids(record.text, self.options.max_words) for record in records]
+        ids, mask = self.padded(texts, model.device)
+        image_index = torch.tensor(indices)
+        boxes = model.boxes(views, ids, mask, image_index.to(model.device))
         relative = boxes.double().cpu()
-        inside = pixel_boxes(relative, torch.tensor(sizes, dtype=torch.float64)[index])
+        absolute = pixel_boxes(relative, torch.tensor(sizes, dtype=torch.float64)[image_index])
         return [
             {"bbox": box, "relative": shares}
-            for box, shares in zip(inside.tolist(), relative.tolist(), strict=True)
+            for box, shares in zip(absolute.tolist(), relative.tolist(), strict=True)
         ]
 
     def metrics_of(self, records: Sequence[GroundingRecord]) -> Collection[str]:
-        """`accuracy`, and `accuracy_<split>` if records have splits."""
-        splits = [record.split for record in records] if self.has_truth(records) else []
-        names = [f"accuracy_{split}" for split in dict.fromkeys(splits) if all(splits)]
-        return ["accuracy", *names] if splits else []
+        """Return `accuracy`, and `accuracy_<split>` if all records have a split."""
+        if not records or not self.has_truth(records):
+            return []
+        splits = dict.fromkeys(record.split for record in records)
+        return ["accuracy", *(f"accuracy_{split}" for split in splits if all(splits))]
 
     def score(self, rows: Sequence[Row], records: Sequence[GroundingRecord]) -> Metrics:
-        """Share of boxes with IoU of at least 0.5, by `metrics_of`."""
+        """Compute the share of boxes with IoU of at least 0.5, as named by `metrics_of`."""
         boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float64)
         reference = torch.tensor([record.bbox for record in records], dtype=torch.float64)
         metrics = {"accuracy": 100 * box_accuracy(boxes, reference)["all"]}
-        if all(splits := [record.split for record in records]):
-            shares = box_accuracy(boxes, reference, [str(split) for split in splits])
-            metrics |= {f"accuracy_{split}": 100 * share for split, share in shares.items()}
+        splits = [record.split or "" for record in records]
+        if all(splits):
+            for split, share in box_accuracy(boxes, reference, splits).items():
+                metrics[f"accuracy_{split}"] = 100 * share
         return metrics
 
     def files(self, rows: Sequence[Row], records: Sequence[GroundingRecord]) -> dict[str, bytes]:
-        """`boxes.json` for the official evaluation; `pred` is the relative box."""
-        pairs = zip(rows, records, strict=True)
-        found = [
+        """Return `boxes.json` for the official evaluation; `pred` is the relative box."""
+        entries = [
             {"ref_id": record.ref_id, "pred": row["relative"], "bbox": row["bbox"]}
-            for row, record in pairs
+            for row, record in zip(rows, records, strict=True)
         ]
-        return json_file("boxes.json", found)
+        return json_file("boxes.json", entries)
 
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[GroundingRecord]:
-        require_inputs(
-            images,
-            texts,
-            "an image and one expression or several",
-            ok=len(images) == 1 and len(texts) > 0,
-        )
+        valid = len(images) == 1 and len(texts) > 0
+        require_inputs(images, texts, "an image and one expression or several", ok=valid)
+        image = str(images[0])
         return [
-            GroundingRecord(image=str(images[0]), text=text, ref_id=n)
-            for n, text in enumerate(texts)
+            GroundingRecord(image=image, text=text, ref_id=index)
+            for index, text in enumerate(texts)
         ]
 
     def _view(self, image: str) -> tuple[Tensor, tuple[int, int]]:
-        """Whole image `[3, R, R]` as in evaluation, and its (width, height) in pixels."""
+        """Read a whole image `[3, R, R]` as in evaluation, and its (width, height) in pixels."""
         decoded = decode_image(self.images / image, official=self.official_pictures)
         return evaluation_transform(self.config.image_size)(decoded), decoded.size
 
 
 def check_boxes(records: Sequence[GroundingRecord], images: Path, *, official: bool) -> None:
     """Raise `DataError` for reference boxes outside their image."""
-    # Records with an image size, e.g. those of refer's files, were validated when read.
-    unsure = [
-        (record, record.bbox)
-        for record in records
-        if record.width is None and record.bbox is not None
-    ]
-    sizes = {
-        image: image_size(images / image, official=official)
-        for image in {record.image for record, _ in unsure}
-    }
-    for record, box in unsure:
+    sizes: dict[str, tuple[int, int]] = {}
+    for record in records:
+        # Records with an image size, e.g. those of refer's files, were validated when read.
+        if record.width is not None or record.bbox is None:
+            continue
+        if record.image not in sizes:
+            sizes[record.image] = image_size(images / record.image, official=official)
         try:
-            _box_inside(box, *sizes[record.image])
+            _box_inside(record.bbox, *sizes[record.image])
         except DataError as error:
             raise DataError(f"expression {record.ref_id} of {record.image}: {error}") from None
 
@@ -523,17 +505,16 @@ def check_boxes(records: Sequence[GroundingRecord], images: Path, *, official: b
 def expressions_of(
     rows: AnnotationRows[GroundingRecord], *, training: bool
 ) -> AnnotationRows[GroundingRecord]:
-    """Rows without expressions marked with another split."""
-    splits = [
-        element.get("split") if isinstance(element, dict) else None for element in rows.elements
-    ]
-    chosen = [
-        row for row, split in enumerate(splits) if split is None or (split == "train") == training
-    ]
-    if not chosen:
-        wanted = "the split train" if training else "a split other than train"
-        raise DataError(f"{rows.name} has no element of {wanted}; give the file of another split")
-    return rows.select(chosen)
+    """Drop expressions marked with another split than that of training, or of evaluation."""
+    selected = []
+    for row, element in enumerate(rows.elements):
+        split = element.get("split") if isinstance(element, dict) else None
+        if split is None or (split == "train") == training:
+            selected.append(row)
+    if not selected:
+        expected = "the split train" if training else "a split other than train"
+        raise DataError(f"{rows.name} has no element of {expected}; give the file of another split")
+    return rows.select(selected)
 
 
 def _box_inside(box: Sequence[float], width: int, height: int) -> Rectangle:
@@ -545,13 +526,11 @@ def _box_inside(box: Sequence[float], width: int, height: int) -> Rectangle:
 def _clip_rounding(
     box: Sequence[float], width: int, height: int
 ) -> tuple[float, float, float, float]:
-    """Clip a box that exceeds the image by a rounding error; others are unchanged."""
+    """Clip a box that exceeds the image by a rounding error; return any other one unchanged."""
     x, y, w, h = box
-    left, top, right, below = (
-        max(x, 0.0),
-        max(y, 0.0),
-        min(x + w, float(width)),
-        min(y + h, float(height)),
-    )
-    past = max(left - x, top - y, x + w - right, y + h - below)
-    return (left, top, right - left, below - top) if 0 < past <= _EDGE else (x, y, w, h)
+    left, top = max(x, 0.0), max(y, 0.0)
+    right, bottom = min(x + w, float(width)), min(y + h, float(height))
+    excess = max(left - x, top - y, x + w - right, y + h - bottom)
+    if 0 < excess <= _EDGE:
+        return left, top, right - left, bottom - top
+    return x, y, w, h

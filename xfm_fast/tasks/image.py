@@ -29,23 +29,16 @@ from xfm_fast.data.transforms import (
     probe_training_transform,
 )
 from xfm_fast.errors import ConfigError, DataError, needs
-from xfm_fast.tasks.classification import (
-    ClassificationModel,
-    HeadKind,
-    LabelOptions,
-    LabelTask,
-    class_names,
-    class_number,
-    class_rows,
-)
 from xfm_fast.tasks.evaluation import Metrics, Row
-from xfm_fast.tasks.task import Item, json_file, register, require_inputs
+from xfm_fast.tasks.models import ClassificationModel, HeadKind
+from xfm_fast.tasks.task import Item, Losses, Rng, json_file, register, require_inputs
+from xfm_fast.tasks.text import LabelOptions, LabelTask, class_index, class_names, class_rows
 
 with needs("vision"):
     from torchvision import datasets
     from torchvision.transforms import v2
 
-_TRAINED_SHARE = 0.8
+_TRAINING_SHARE = 0.8
 
 
 class ImageTaskOptions(LabelOptions):
@@ -83,12 +76,13 @@ class ImageTaskOptions(LabelOptions):
     )
 
     def completed(self, train: Sequence[Path], root: Path) -> Self:
-        """Options with class names."""
-        if self.dataset is not None:
-            found = open_torchvision(self.dataset, train[0], self.train_split)
-            return self.model_copy(update={"labels": class_names(self.labels or found.classes, ())})
-        rows = image_rows(train, columns=self.columns)
-        return self.model_copy(update={"labels": class_names(self.labels, rows)})
+        """Fill in class names."""
+        if self.dataset is None:
+            labels = class_names(self.labels, image_rows(train, columns=self.columns))
+        else:
+            classes = open_torchvision(self.dataset, train[0], self.train_split).classes
+            labels = class_names(self.labels or classes, ())
+        return self.model_copy(update={"labels": labels})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,29 +102,31 @@ class TorchvisionRecord(ImageLabelRecord):
 
 
 @register
-class ImageTask(LabelTask[ImageTaskOptions, LabelledImages]):
-    """Image classification; see `xfm_fast.tasks.classification`."""
+class ImageTask(LabelTask[ImageTaskOptions]):
+    """Image classification."""
 
     Options = ImageTaskOptions
     metrics = ("top1", "top5")
     reads_text = False
 
     def prepare(self) -> None:
-        options, size, count = self.options, self.config.image_size, len(self.options.labels)
-        name, self.image_files = (options.dataset or "").lower(), options.dataset is None
-        self._train_view: Callable[[Picture, np.random.Generator], Tensor] | None = None
-        self._test_view: Callable[[Image.Image], Tensor] = evaluation_transform(size)
+        options, size = self.options, self.config.image_size
+        dataset = (options.dataset or "").lower()
+        self.image_files = options.dataset is None
+        self._train_transform: Callable[[Picture, np.random.Generator], Tensor] | None = None
+        self._test_transform: Callable[[Image.Image], Tensor] = evaluation_transform(size)
         if options.view == "imagenet":
-            self._train_view, self._test_view = (
-                imagenet_training_transform(size),
-                imagenet_evaluation_transform(size),
-            )
+            self._train_transform = imagenet_training_transform(size)
+            self._test_transform = imagenet_evaluation_transform(size)
         elif options.view == "probe":
-            self._train_view = probe_training_transform(size, name)
-            self._test_view = probe_evaluation_transform(size, name)
-        mixes = ((v2.MixUp, options.mixup), (v2.CutMix, options.cutmix))
-        chosen = [mix(alpha=alpha, num_classes=count) for mix, alpha in mixes if alpha]
-        self._mix = v2.RandomChoice(chosen) if chosen else None
+            self._train_transform = probe_training_transform(size, dataset)
+            self._test_transform = probe_evaluation_transform(size, dataset)
+        mixes: list[Any] = []
+        if options.mixup:
+            mixes.append(v2.MixUp(alpha=options.mixup, num_classes=len(options.labels)))
+        if options.cutmix:
+            mixes.append(v2.CutMix(alpha=options.cutmix, num_classes=len(options.labels)))
+        self._mix = v2.RandomChoice(mixes) if mixes else None
         self._sets: dict[tuple[str, str], TorchvisionSet] = {}
 
     def build(self) -> ClassificationModel:
@@ -143,43 +139,46 @@ class ImageTask(LabelTask[ImageTaskOptions, LabelledImages]):
             frozen=options.frozen,
         )
 
+    def rows(self, paths: Sequence[Path], split: str | None = None) -> list[AnnotationRows[Any]]:
+        if split is None:
+            return self.read(paths, self.options.train_split, self.options.columns)
+        return super().rows(paths, split)
+
     def read(
         self, paths: Sequence[Path], split: str, columns: Mapping[str, str]
     ) -> list[AnnotationRows[Any]]:
         if self.options.dataset is None:
             return [*image_rows(paths, columns=columns)]
-        rows: list[AnnotationRows[Any]] = []
+        files: list[AnnotationRows[Any]] = []
         for path in paths:
-            found = self._sets[str(path), split] = open_torchvision(
-                self.options.dataset, path, split
-            )
-            count = len(found.numbers)
-            columns_of_set = {
-                "image": [f"{split}/{number}" for number in found.numbers],
-                "label": [found.classes[target] for target in found.targets],
+            images = open_torchvision(self.options.dataset, path, split)
+            self._sets[str(path), split] = images
+            count = len(images.indices)
+            fields = {
+                "image": [f"{split}/{index}" for index in images.indices],
+                "label": [images.classes[target] for target in images.targets],
                 "folder": [str(path)] * count,
                 "split": [split] * count,
-                "number": found.numbers,
+                "number": images.indices,
             }
-            rows.append(AnnotationRows(path, Columns(columns_of_set), TorchvisionRecord))
-        return rows
+            files.append(AnnotationRows(path, Columns(fields), TorchvisionRecord))
+        return files
 
-    def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[Any]]:
-        return self.read(paths, self.options.train_split, self.options.columns)
+    def item(self, record: ImageLabelRecord, rng: Rng) -> Item:
+        target = class_index(record.label, self.options.labels)
+        if self._train_transform is None:
+            view = self.view(record)
+        elif self.options.grey or isinstance(record, TorchvisionRecord):
+            view = self._train_transform(self._picture(record), rng)
+        else:
+            # Decoding to a tensor takes two thirds of the time.
+            path = self.images / record.image
+            view = self._train_transform(decode_pixels(path, official=self.official_pictures), rng)
+        return Item(view, target=target)
 
-    def item(self, record: ImageLabelRecord, rng: np.random.Generator) -> Item:
-        target = class_number(record.label, self.options.labels)
-        if self._train_view is None:
-            return Item(self.pixels_of_record(record), target=target)
-        if self.options.grey or isinstance(record, TorchvisionRecord):
-            return Item(self._train_view(self._picture(record), rng), target=target)
-        # In two thirds of the time.
-        pixels = decode_pixels(self.images / record.image, official=self.official_pictures)
-        return Item(self._train_view(pixels, rng), target=target)
-
-    def pixels_of_record(self, record: ImageLabelRecord) -> Tensor:
-        """View `[3, R, R]` of evaluation."""
-        return self._test_view(self._picture(record))
+    def view(self, record: ImageLabelRecord) -> Tensor:
+        """Read the view `[3, R, R]` of evaluation."""
+        return self._test_transform(self._picture(record))
 
     def _picture(self, record: ImageLabelRecord) -> Image.Image:
         if isinstance(record, TorchvisionRecord):
@@ -188,30 +187,32 @@ class ImageTask(LabelTask[ImageTaskOptions, LabelledImages]):
             picture = decode_image(self.images / record.image, official=self.official_pictures)
         return picture.convert("L").convert("RGB") if self.options.grey else picture
 
-    def collate(self, items: list[Item], rng: np.random.Generator) -> LabelledImages:
+    def collate(self, items: list[Item], rng: Rng) -> LabelledImages:
         image = torch.stack([item.image for item in items])
         targets = torch.tensor([item.target for item in items])
         if self._mix is not None:
-            # torchvision draws from the CPU's global state, which here is the batch's for so long. (torch.manual_seed
-            # would seed the GPU's too, and repeat the same dropout in every batch.)
+            # torchvision draws from the CPU's global generator, which is seeded here for the batch
+            # alone. (torch.manual_seed would seed the GPU's too, and repeat the same dropout in
+            # every batch.)
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(int(rng.integers(1 << 63)))
                 image, targets = self._mix(image, targets)
         return LabelledImages(image=image, targets=targets)
 
-    def losses_of(self, model: ClassificationModel, batch: LabelledImages) -> dict[str, Tensor]:
+    def losses_of(self, model: ClassificationModel, batch: LabelledImages) -> Losses:
         smoothing = self.options.label_smoothing
         return {"loss": model(batch.image, targets=batch.targets, label_smoothing=smoothing)}
 
     def predict(self, model: ClassificationModel, records: Sequence[ImageLabelRecord]) -> list[Row]:
-        pixels = torch.stack([self.pixels_of_record(record) for record in records])
+        pixels = torch.stack([self.view(record) for record in records])
         return class_rows(model.logits(pixels.to(model.device)), self.options.labels)
 
     def score(self, rows: Sequence[Row], records: Sequence[ImageLabelRecord]) -> Metrics:
-        pairs = [*zip(rows, records, strict=True)]
-        first = sum(row["answer"] == record.label for row, record in pairs)
-        among = sum(record.label in row["probabilities"] for row, record in pairs)
-        return {"top1": 100 * first / len(pairs), "top5": 100 * among / len(pairs)}
+        first = top = 0
+        for row, record in zip(rows, records, strict=True):
+            first += row["answer"] == record.label
+            top += record.label in row["probabilities"]
+        return {"top1": 100 * first / len(records), "top5": 100 * top / len(records)}
 
     def files(self, rows: Sequence[Row], records: Sequence[ImageLabelRecord]) -> dict[str, bytes]:
         entries = [
@@ -226,101 +227,98 @@ class ImageTask(LabelTask[ImageTaskOptions, LabelledImages]):
 
 @dataclass(frozen=True)
 class TorchvisionSet:
-    """A split of a torchvision dataset: `numbers` are image indices, `targets` their classes."""
+    """A split of a torchvision dataset: image `indices`, and their classes `targets`."""
 
     data: Any
     classes: Sequence[str]
-    numbers: Sequence[int]
+    indices: Sequence[int]
     targets: Sequence[int]
 
-    def picture(self, number: int) -> Image.Image:
+    def picture(self, index: int) -> Image.Image:
         try:
-            return self.data[number][0].convert("RGB")
+            return self.data[index][0].convert("RGB")
         except (OSError, ValueError) as error:
             raise DataError(
-                f"image {number} of {type(self.data).__name__} cannot be read ({error})"
+                f"image {index} of {type(self.data).__name__} cannot be read ({error})"
             ) from None
 
 
 def open_torchvision(name: str, folder: Path, split: str) -> TorchvisionSet:
-    """Open a split of a torchvision dataset (class `name`, case-insensitive) in `folder`, without download.
+    """Open a split of the torchvision dataset `name` (in any case) in `folder`, without download.
 
-    Datasets without splits, e.g. Caltech101, get a fixed random 80/20 `train` and `test` split (the official code
-    redraws it in every run). The test split of FER2013 is `PrivateTest`.
+    Datasets without splits, e.g. Caltech101, get a fixed random 80/20 `train` and `test` split (the
+    official code redraws it in every run). The test split of FER2013 is `PrivateTest`.
     """
-    kinds: dict[str, type[Any]] = {
-        kind.lower(): value
-        for kind, value in vars(datasets).items()
+    classes_of = {
+        key.lower(): value
+        for key, value in vars(datasets).items()
         if isinstance(value, type) and "root" in inspect.signature(value).parameters
     }
-    if name.lower() not in kinds:
+    if name.lower() not in classes_of:
         raise ConfigError(
-            f"task.dataset={name} is no data set of torchvision; choose one, such as CIFAR10 or Food101"
+            f"task.dataset={name} is not a torchvision dataset; choose one, such as CIFAR10 or Food101"
         )
-    kind = kinds[name.lower()]
-    known = inspect.signature(kind.__init__).parameters
-    options: dict[str, Any] = {"download": False} if "download" in known else {}
-    if "split" in known:
+    dataset: Any = classes_of[name.lower()]
+    parameters = inspect.signature(dataset.__init__).parameters
+    options: dict[str, Any] = {"download": False} if "download" in parameters else {}
+    if "split" in parameters:
         options["split"] = split
     elif split not in ("train", "test"):
-        raise DataError(f"{kind.__name__} has no split {split!r}; choose train or test")
-    elif "train" in known:
+        raise DataError(f"{dataset.__name__} has no split {split!r}; choose train or test")
+    elif "train" in parameters:
         options["train"] = split == "train"
     try:
-        data = kind(folder, **options)
+        data = dataset(folder, **options)
     except (RuntimeError, OSError, ValueError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise DataError(
-            f"{kind.__name__}, split {split!r}, cannot be read from {folder} ({reason}); put the files there as "
+            f"{dataset.__name__}, split {split!r}, cannot be read from {folder} ({reason}); put the files there as "
             "torchvision lays them out: nothing is downloaded here"
         ) from None
     targets = _targets(data)
-    numbers = range(len(targets))
-    if kind is datasets.FER2013 and split == "test":
-        numbers = _private_test(folder)
+    indices = range(len(targets))
+    if dataset is datasets.FER2013 and split == "test":
+        indices = _private_test(folder)
     elif not options.keys() & {"split", "train"}:
-        drawn = np.random.default_rng(0).permutation(len(targets)).tolist()
-        trained = int(_TRAINED_SHARE * len(drawn))
-        numbers = drawn[:trained] if split == "train" else drawn[trained:]
+        shuffled = np.random.default_rng(0).permutation(len(targets)).tolist()
+        boundary = int(_TRAINING_SHARE * len(shuffled))
+        indices = shuffled[:boundary] if split == "train" else shuffled[boundary:]
     classes = list(getattr(data, "classes", None) or getattr(data, "categories", None) or ())
     if len(classes) <= max(targets):
-        classes = [str(number) for number in range(max(targets) + 1)]
+        classes = range(max(targets) + 1)
     return TorchvisionSet(
-        data, [*map(str, classes)], numbers, [targets[number] for number in numbers]
+        data, [*map(str, classes)], indices, [targets[index] for index in indices]
     )
 
 
 def _private_test(folder: Path) -> list[int]:
-    """Rows of `PrivateTest` in torchvision's FER2013 test split."""
-    named = (folder / "fer2013" / name for name in ("fer2013.csv", "icml_face_data.csv"))
-    with io.TextIOWrapper(
-        open_file(next(path for path in named if path.exists())), "utf-8", newline=""
-    ) as file:
+    """Return the rows of `PrivateTest` in torchvision's FER2013 test split."""
+    paths = [folder / "fer2013" / name for name in ("fer2013.csv", "icml_face_data.csv")]
+    path = next(path for path in paths if path.exists())
+    with io.TextIOWrapper(open_file(path), "utf-8", newline="") as file:
         header, *rows = csv.reader(file)
-    place = [column.strip() for column in header].index("Usage")
-    usages = [row[place] for row in rows if row[place] in ("PublicTest", "PrivateTest")]
-    return [number for number, usage in enumerate(usages) if usage == "PrivateTest"]
+    column = [name.strip() for name in header].index("Usage")
+    usages = [row[column] for row in rows if row[column] in ("PublicTest", "PrivateTest")]
+    return [index for index, usage in enumerate(usages) if usage == "PrivateTest"]
 
 
 def _targets(data: Any) -> list[int]:
-    """Classes of all images; datasets store them under different names."""
-    held = next(
-        (
-            value
-            for name in ("targets", "_labels", "labels", "y")
-            if (value := getattr(data, name, None)) is not None
-        ),
-        None,
-    )
-    if held is None:
-        pairs = getattr(data, "_samples", None) or getattr(data, "samples", None)
-        held = [pair[1] for pair in (pairs or (data[number] for number in range(len(data))))]
+    """Return the classes of all images; datasets store them under different names."""
+    classes: Any = None
+    for name in ("targets", "_labels", "labels", "y"):
+        if classes is None:
+            classes = getattr(data, name, None)
+    if classes is None:
+        samples = getattr(data, "_samples", None) or getattr(data, "samples", None)
+        if not samples:
+            samples = (data[index] for index in range(len(data)))
+        classes = [sample[1] for sample in samples]
     try:
-        targets = [int(target) for target in held]
+        targets = [int(target) for target in classes]
     except (TypeError, ValueError):
         targets = []
     if len(targets) != len(data) or not targets or min(targets) < 0:
         raise ConfigError(
-            f"{type(data).__name__} is no set of images with a class each; choose another task.dataset"
+            f"{type(data).__name__} does not have one class per image; choose another task.dataset"
         )
     return targets

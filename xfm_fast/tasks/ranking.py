@@ -1,8 +1,8 @@
 """Batched image-caption scoring for servers.
 
-Images are decoded and encoded once across captions and requests, and cached. Pairs of concurrent requests run image by
-image within a token budget, without duplicates. The model is an `XFM` (`ModelRanks`) or an export
-(`xfm_fast.export.session.tasks.SessionRanks`).
+Images are decoded and encoded once across captions and requests, and cached. Pairs of concurrent
+requests run image by image within a token budget, without duplicates. The model is an `XFM`
+(`ModelRanks`) or an export (`xfm_fast.export.session.tasks.SessionRanks`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
@@ -29,22 +29,23 @@ from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import ImageGroups, Packing, Sequences, offsets, ragged_rows
 from xfm_fast.tasks.reranking import TOKEN_BUDGET, passes, slices
 
-# Pillow reads formats that run other programs; from strangers only these are taken.
-_TAKEN = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP", re.DOTALL)
+# Pillow reads formats that run other programs; from clients only these are accepted.
+_ACCEPTED = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP", re.DOTALL)
 _DECODING_THREADS = min(8, os.cpu_count() or 1)
-# Bytes to decode, beyond which an image is large.
-_LARGE = 2 << 20
-# Memories that lie side by side in a pass; more of them gain little and take much room.
+# An image is large if it needs more bytes to decode.
+_LARGE_BYTES = 2 << 20
+# Image memories of a pass; more of them gain little and take much room.
 _IMAGES_PER_TILE = 16
-# Images that are encoded together.
-_IMAGES = {"cpu": 8, "cuda": 64}
-# Features are small compared with memories: this share holds features of many more images.
-_FEATURES_PART = 16
+# Images of an encoder batch.
+_ENCODER_BATCH = {"cpu": 8, "cuda": 64}
+# Features are small compared with memories: their cache has a 16th of the bytes, for many more
+# images.
+_FEATURES_SHARE = 16
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Picture(NamedTuple):
-    """An encoded image: content hash `key`, bytes `peak` to decode it; `needed` is false once its request ended."""
+    """An encoded image: content hash, bytes to decode it (`peak`), whether its request goes on."""
 
     key: bytes
     content: bytes
@@ -70,17 +71,17 @@ class Ranking:
 
     @property
     def caption_order(self) -> Tensor:
-        """`[I, C]` caption indices per image, best first."""
+        """Caption indices `[I, C]` per image, best first."""
         return self.scores.argsort(dim=1, descending=True, stable=True)
 
     @property
     def image_order(self) -> Tensor:
-        """`[C, I]` image indices per caption, best first."""
+        """Image indices `[C, I]` per caption, best first."""
         return self.scores.t().argsort(dim=1, descending=True, stable=True)
 
 
 class RankModel(Protocol):
-    """Model interface of `Ranker`, as `ModelRanks` implements it; the memory of an image has `nbytes`."""
+    """Model interface of `Ranker`, as `ModelRanks` implements it; memories have `nbytes`."""
 
     @property
     def config(self) -> XFMConfig: ...
@@ -105,26 +106,25 @@ class ModelRanks:
         self.model = model
         self.config = model.config
         self.dtype_name = _DTYPES[model.dtype]
-        kind = "cpu" if model.device.type == "cpu" else "cuda"
-        self.token_budget, self._images = TOKEN_BUDGET[kind], _IMAGES[kind]
+        device = "cpu" if model.device.type == "cpu" else "cuda"
+        self.token_budget, self._batch = TOKEN_BUDGET[device], _ENCODER_BATCH[device]
 
     def captions(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Packed embeddings of captions `[T, L]`: `[sum(lengths), width]`."""
-        parts = []
-        for ids, mask in self._captions(input_ids, attention_mask):
+        """Embed captions `[T, L]`, packed: `[sum(lengths), width]`."""
+        embeds = []
+        for ids, mask in self._slices(input_ids, attention_mask):
             packing = Packing.from_mask(mask)
             tokens = packing.pack(self.model.encode_text(ids, mask))
             # The first self-attention of fusion does not depend on the image.
-            parts.append(self.model.fusion_encoder.first_self_attention(tokens, packing))
-        return torch.cat(parts)
+            embeds.append(self.model.fusion_encoder.first_self_attention(tokens, packing))
+        return torch.cat(embeds)
 
     def images(self, pixels: Tensor) -> Tensor:
-        """Image embeddings: `[B, 3, R, R]` → `[B, 1 + N, width]`."""
-        parts = pixels.split(self._images)
-        return torch.cat([self.model.encode_image(part.to(self.model.device)) for part in parts])
+        """Embed images `[B, 3, R, R]` → `[B, 1 + N, width]`."""
+        return torch.cat([*self._encode_images(pixels)])
 
     def memories(self, embeds: Tensor) -> list[ImageMemory]:
-        """Memories of B images, each with its own storage."""
+        """Compute the memories of B images, each with its own storage."""
         layers = self.model.image_memory(embeds).layers
         return [
             ImageMemory(tuple(layer[row : row + 1].clone() for layer in layers))
@@ -138,106 +138,109 @@ class ModelRanks:
         memories: Sequence[ImageMemory],
         counts: Sequence[int],
     ) -> Tensor:
-        """Match logits `[P, 2]` of P packed captions, `counts[b]` of them with image b."""
+        """Compute match logits `[P, 2]` of P packed captions, `counts[b]` of them with image b."""
         memory = memories[0]
         if len(memories) > 1:
-            memory = ImageMemory(
-                tuple(map(torch.cat, zip(*(each.layers for each in memories), strict=True)))
-            )
+            layers = zip(*(image.layers for image in memories), strict=True)
+            memory = ImageMemory(tuple(map(torch.cat, layers)))
         device = tokens.device
         fused = self.model.fusion_encoder(
-            tokens, Sequences.from_lengths(lengths.to(device)), memory,
-            ImageGroups(offsets(torch.tensor(counts, device=device))), first_token_only=True, self_attended=True,
-        )  # fmt: skip
+            tokens,
+            Sequences.from_lengths(lengths.to(device)),
+            memory,
+            ImageGroups(offsets(torch.tensor(counts, device=device))),
+            first_token_only=True,
+            self_attended=True,
+        )
         return self.model.match_logits(fused[:, None])
 
     def caption_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        parts = self._captions(input_ids, attention_mask)
-        return torch.cat(
-            [self.model.project_text(self.model.encode_text(ids, mask)) for ids, mask in parts]
-        )
+        features = []
+        for ids, mask in self._slices(input_ids, attention_mask):
+            features.append(self.model.project_text(self.model.encode_text(ids, mask)))
+        return torch.cat(features)
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        parts = [
-            self.model.encode_image(part.to(self.model.device))
-            for part in pixels.split(self._images)
-        ]
-        return torch.cat([self.model.project_image(part) for part in parts])
+        return torch.cat([*map(self.model.project_image, self._encode_images(pixels))])
 
-    def _captions(
-        self, input_ids: Tensor, attention_mask: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        for first, last in slices(attention_mask.sum(1).tolist(), self.token_budget):
-            ids, mask = input_ids[first:last], attention_mask[first:last]
+    def _encode_images(self, pixels: Tensor) -> Iterator[Tensor]:
+        for batch in pixels.split(self._batch):
+            yield self.model.encode_image(batch.to(self.model.device))
+
+    def _slices(self, input_ids: Tensor, attention_mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Divide captions into slices within the token budget."""
+        for start, stop in slices(attention_mask.sum(1).tolist(), self.token_budget):
+            ids, mask = input_ids[start:stop], attention_mask[start:stop]
             yield ids.to(self.model.device), mask.to(self.model.device)
 
 
-def _failure(picture: Picture, number: int, failures: dict[bytes, XFMError]) -> XFMError:
-    """Error of a failed image, with its name."""
+def _failure(picture: Picture, index: int, failures: dict[bytes, XFMError]) -> XFMError:
+    """Return the error of a failed image, with its name."""
     error = failures[picture.key]
-    return type(error)(f"{picture.name or f'image {number} of the request'}: {error}")
+    return type(error)(f"{picture.name or f'image {index} of the request'}: {error}")
 
 
 class MemoryCache:
-    """LRU cache of values with `nbytes`, limited to `most_bytes`; larger values are not cached, 0 disables it."""
+    """LRU cache of values with `nbytes`, of at most `max_bytes`; 0 disables it."""
 
-    def __init__(self, most_bytes: int) -> None:
-        self.most_bytes = most_bytes
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
         self.nbytes = 0
-        self._kept: OrderedDict[bytes, Any] = OrderedDict()
+        self._values: OrderedDict[bytes, Any] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._values)
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._kept
+        return key in self._values
 
     def get(self, key: bytes) -> Any:
-        """Value of a key, marked as most recently used."""
-        found = self._kept.get(key)
-        if found is not None:
-            self._kept.move_to_end(key)
-        return found
+        """Return the value of a key or None; mark it as most recently used."""
+        value = self._values.get(key)
+        if value is not None:
+            self._values.move_to_end(key)
+        return value
 
     def put(self, key: bytes, value: Any) -> None:
         """Cache a value, which should own its storage."""
-        earlier = self._kept.pop(key, None)
-        if earlier is not None:
-            self.nbytes -= earlier.nbytes
-        if value.nbytes > self.most_bytes:
+        replaced = self._values.pop(key, None)
+        if replaced is not None:
+            self.nbytes -= replaced.nbytes
+        if value.nbytes > self.max_bytes:
             return
-        self._kept[key] = value
+        self._values[key] = value
         self.nbytes += value.nbytes
-        while self.nbytes > self.most_bytes:
-            _, dropped = self._kept.popitem(last=False)
+        while self.nbytes > self.max_bytes:
+            _, dropped = self._values.popitem(last=False)
             self.nbytes -= dropped.nbytes
 
 
 class Ranker:
-    """Answers batches of queries; `picture` is thread-safe, other methods need one thread at a time.
+    """Answers batches of queries; `picture` is thread-safe, other methods need one thread at a
+    time.
 
     `cache_bytes` limits cached image memories; a sixteenth of it is added for features.
     """
 
     def __init__(self, model: RankModel, cache_bytes: int) -> None:
         self.model = model
-        self.cache: MemoryCache = MemoryCache(cache_bytes)
-        self.features: MemoryCache = MemoryCache(cache_bytes // _FEATURES_PART)
+        self.cache = MemoryCache(cache_bytes)
+        self.features = MemoryCache(cache_bytes // _FEATURES_SHARE)
         self._threads = ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="decode")
-        # One at a time, in one thread, since every thread keeps memory that it had for its largest image.
+        # One thread, since every thread retains the memory of its largest image.
         self._large = ThreadPoolExecutor(1, thread_name_prefix="decode-large")
 
     @staticmethod
     def picture(content: bytes, name: str) -> Picture:
-        """Hash an image file without decoding it; a format that is not accepted from clients raises `DataError`."""
-        if not _TAKEN.match(content):
+        """Hash an image file without decoding it; an unaccepted format raises `DataError`."""
+        if not _ACCEPTED.match(content):
             raise DataError(
-                f"{name} ({len(content)} bytes, beginning with {content[:8]!r}) is no JPEG, PNG or WebP"
+                f"{name} ({len(content)} bytes, beginning with {content[:8]!r}) is not a JPEG, PNG or WebP"
             )
         return Picture(hashlib.sha256(content).digest(), content)
 
     def _decode(self, owners: Sequence[Picture]) -> Tensor | XFMError:
-        """Pixels of an image, or its error; the requests that it belongs to may all have ended by now."""
+        """Decode an image, or return its error; all requests of its `owners` may have ended."""
         content = owners[0].content
         try:
             if not any(owner.needed() for owner in owners):
@@ -246,87 +249,90 @@ class Ranker:
         except DataError as error:
             return error
         except MemoryError:
-            size = len(content)
             return DataError(
-                f"image {size} bytes needs more memory to decode than there is; shrink it"
+                f"an image of {len(content)} bytes needs more memory to decode than there is; shrink it"
             )
 
     @torch.inference_mode()
     def rank(self, queries: Sequence[Query]) -> list[Ranking | XFMError]:
-        """Answer queries together; a query with a broken image gets an error, and the others a ranking."""
-        known = {
-            picture.key
-            for query in queries
-            for picture in query.pictures
-            if picture.key in self.cache
-        }
-        logits, rows, failures = self._scores(queries, known)
+        """Answer queries together; a query with a broken image gets an error instead of a ranking."""
+        pictures = [picture for query in queries for picture in query.pictures]
+        cached = {picture.key for picture in pictures if picture.key in self.cache}
+        failures: dict[bytes, XFMError] = {}
+        captions = _numbered(ids for query in queries for ids in query.captions)
+        logits = self._logits(queries, captions, cached, failures) if captions else {}
         answers: list[Ranking | XFMError] = []
         for query in queries:
-            failed = (
-                number for number, picture in enumerate(query.pictures) if picture.key in failures
-            )
-            if (first := next(failed, None)) is not None:
-                answers.append(_failure(query.pictures[first], first, failures))
+            failed = [
+                index for index, picture in enumerate(query.pictures) if picture.key in failures
+            ]
+            if failed:
+                answers.append(_failure(query.pictures[failed[0]], failed[0], failures))
                 continue
-            both = torch.tensor(
-                [[logits[p.key][rows[ids]] for ids in query.captions] for p in query.pictures]
+            rows = [captions[ids] for ids in query.captions]
+            scores = torch.tensor(
+                [[logits[picture.key][row] for row in rows] for picture in query.pictures]
             )
-            reused = torch.tensor([picture.key in known for picture in query.pictures])
-            answers.append(Ranking(both[..., 1], both.softmax(-1)[..., 1], reused))
-            if not both.isfinite().all():
-                answers[-1] = NonFiniteError(
-                    f"the scores are not finite; {self.model.dtype_name} may be too narrow for these weights: "
-                    "use fp32 or bf16"
+            if scores.isfinite().all():
+                reused = torch.tensor([picture.key in cached for picture in query.pictures])
+                answers.append(Ranking(scores[..., 1], scores.softmax(-1)[..., 1], reused))
+            else:
+                answers.append(
+                    NonFiniteError(
+                        f"the scores are not finite; {self.model.dtype_name} may be too narrow for these weights: "
+                        "use fp32 or bf16"
+                    )
                 )
         return answers
 
     @torch.inference_mode()
     def embed_captions(self, captions: Sequence[tuple[int, ...]]) -> Tensor:
-        """Contrastive features `[C, embed_dim]` fp32 of token-id captions, duplicates computed once."""
-        rows = {ids: row for row, ids in enumerate(dict.fromkeys(captions))}
-        found = self.model.caption_features(*self._padded(rows)).float().cpu()
-        return found[[rows[ids] for ids in captions]]
+        """Compute contrastive features `[C, embed_dim]` fp32 of token-id captions, duplicates once."""
+        rows = _numbered(captions)
+        features = self.model.caption_features(*self._padded(rows)).float().cpu()
+        return features[[rows[ids] for ids in captions]]
 
     @torch.inference_mode()
     def embed_images(self, pictures: Sequence[Picture]) -> list[Tensor | XFMError]:
-        """Contrastive features `[embed_dim]` fp32 of images from cache or model, or errors."""
-        found = {
-            picture.key: kept
-            for picture in pictures
-            if (kept := self.features.get(picture.key)) is not None
-        }
-        new = list(dict.fromkeys(picture.key for picture in pictures if picture.key not in found))
-        tiles = [
-            new[first : first + _IMAGES_PER_TILE] for first in range(0, len(new), _IMAGES_PER_TILE)
-        ]
+        """Get contrastive features `[embed_dim]` fp32 of images from cache or model, or errors."""
+        features: dict[bytes, Tensor] = {}
+        new: dict[bytes, None] = {}
+        for picture in pictures:
+            cached = self.features.get(picture.key)
+            if cached is None:
+                new[picture.key] = None
+            else:
+                features[picture.key] = cached
         failures: dict[bytes, XFMError] = {}
-        for pixels in self._decoded(tiles, pictures, failures):
-            if not pixels:
-                continue
-            computed = self.model.image_features(torch.stack([*pixels.values()])).float().cpu()
-            for key, row in zip(pixels, computed, strict=True):
-                found[key] = row.clone()
-                self.features.put(key, found[key])
+        keys = [*new]
+        tiles = [
+            keys[start : start + _IMAGES_PER_TILE]
+            for start in range(0, len(keys), _IMAGES_PER_TILE)
+        ]
+        for pixels in self._decode_tiles(tiles, pictures, failures):
+            if pixels:
+                computed = self.model.image_features(torch.stack([*pixels.values()])).float().cpu()
+                for key, row in zip(pixels, computed, strict=True):
+                    features[key] = row.clone()
+                    self.features.put(key, features[key])
         return [
-            _failure(picture, number, failures) if picture.key in failures else found[picture.key]
-            for number, picture in enumerate(pictures)
+            _failure(picture, index, failures) if picture.key in failures else features[picture.key]
+            for index, picture in enumerate(pictures)
         ]
 
-    def _padded(self, rows: dict[tuple[int, ...], int]) -> tuple[Tensor, Tensor]:
-        ids = pad_sequence(
-            [torch.tensor(row) for row in rows], True, self.model.config.pad_token_id
-        )
+    def _padded(self, captions: Iterable[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        rows = [torch.tensor(ids) for ids in captions]
+        ids = pad_sequence(rows, True, self.model.config.pad_token_id)
         lengths = torch.tensor([len(row) for row in rows])
         return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
 
-    def _decoded(
+    def _decode_tiles(
         self,
         tiles: Sequence[Sequence[bytes]],
         pictures: Sequence[Picture],
         failures: dict[bytes, XFMError],
     ) -> Iterator[dict[bytes, Tensor]]:
-        """Pixels `[3, R, R]` per tile, prefetching one tile; errors go to `failures`."""
+        """Decode pixels `[3, R, R]` tile by tile, one tile ahead; errors go to `failures`."""
         owners: dict[bytes, list[Picture]] = {}
         for picture in pictures:
             owners.setdefault(picture.key, []).append(picture)
@@ -334,100 +340,92 @@ class Ranker:
         def begin(tile: Sequence[bytes]) -> dict[bytes, Future[Tensor | XFMError]]:
             futures = {}
             for key in tile:
-                large = max(owner.peak for owner in owners[key]) > _LARGE
-                futures[key] = (self._large if large else self._threads).submit(
-                    self._decode, owners[key]
-                )
+                large = max(owner.peak for owner in owners[key]) > _LARGE_BYTES
+                threads = self._large if large else self._threads
+                futures[key] = threads.submit(self._decode, owners[key])
             return futures
 
         ahead = begin(tiles[0]) if tiles else {}
-        for number in range(len(tiles)):
-            current, ahead = ahead, begin(tiles[number + 1]) if number + 1 < len(tiles) else {}
+        for index in range(len(tiles)):
+            futures = ahead
+            if index + 1 < len(tiles):
+                ahead = begin(tiles[index + 1])
             pixels = {}
-            for key, future in current.items():
-                made = future.result()
-                if isinstance(made, XFMError):
-                    failures[key] = made
+            for key, future in futures.items():
+                result = future.result()
+                if isinstance(result, XFMError):
+                    failures[key] = result
                 else:
-                    pixels[key] = made
+                    pixels[key] = result
             yield pixels
 
-    def _scores(
-        self, queries: Sequence[Query], known: set[bytes]
-    ) -> tuple[
-        dict[bytes, dict[int, list[float]]], dict[tuple[int, ...], int], dict[bytes, XFMError]
-    ]:
-        """Logits by image and caption row, caption rows, and failed images."""
-        failures: dict[bytes, XFMError] = {}
-        logits: dict[bytes, dict[int, list[float]]] = {}
-        rows = {
-            ids: row
-            for row, ids in enumerate(
-                dict.fromkeys(ids for query in queries for ids in query.captions)
-            )
-        }
-        if not rows:
-            return logits, rows, failures
-        ids, mask = self._padded(rows)
-        # One after the other, without padding; their lengths stay on the host.
+    def _logits(
+        self,
+        queries: Sequence[Query],
+        captions: dict[tuple[int, ...], int],
+        cached: set[bytes],
+        failures: dict[bytes, XFMError],
+    ) -> dict[bytes, dict[int, list[float]]]:
+        """Compute logits by image and caption row, each pair once; failed images go to `failures`."""
+        ids, mask = self._padded(captions)
+        # Packed, without padding; lengths stay on the host.
         tokens, lengths = self.model.captions(ids, mask), mask.sum(1)
-        wanted: dict[bytes, dict[int, None]] = {}
+        # Caption rows of each image, without repetitions.
+        rows_of: dict[bytes, dict[int, None]] = {}
         for query in queries:
+            rows = dict.fromkeys(captions[ids] for ids in query.captions)
             for picture in query.pictures:
-                wanted.setdefault(picture.key, {}).update(
-                    dict.fromkeys(rows[ids] for ids in query.captions)
-                )
-        pairs = {key: list(texts) for key, texts in wanted.items()}
-        # Known memories come first, while none of them has made room for a new one.
-        keys = sorted(pairs, key=lambda key: key not in known)
-        texts = torch.tensor([text for key in keys for text in pairs[key]])
-        starts, cu_pairs = (
-            lengths.cumsum(0) - lengths,
-            [0, *accumulate(len(pairs[key]) for key in keys)],
-        )
+                rows_of.setdefault(picture.key, {}).update(rows)
+        # Cached memories come first, before new ones evict any of them.
+        keys = sorted(rows_of, key=lambda key: key not in cached)
+        texts = torch.tensor([row for key in keys for row in rows_of[key]])
+        cu_pairs = [0, *accumulate(len(rows_of[key]) for key in keys)]
         tiles = [*passes(cu_pairs, lengths[texts], self.model.token_budget, _IMAGES_PER_TILE)]
         # An image is decoded for the first of its passes.
-        new = [
-            [
-                keys[image]
-                for image, first, _ in tile
-                if first == cu_pairs[image] and keys[image] not in known
-            ]
-            for tile in tiles
-        ]
+        new: list[list[bytes]] = []
+        for tile in tiles:
+            first_here = [keys[image] for image, start, _ in tile if start == cu_pairs[image]]
+            new.append([key for key in first_here if key not in cached])
         pictures = [picture for query in queries for picture in query.pictures]
+        starts = lengths.cumsum(0) - lengths
+        logits: dict[bytes, dict[int, list[float]]] = {}
         memories: dict[bytes, Any] = {}
-        for tile, pixels in zip(tiles, self._decoded(new, pictures, failures), strict=True):
-            made: dict[bytes, Any] = {}
+        for tile, pixels in zip(tiles, self._decode_tiles(new, pictures, failures), strict=True):
+            computed: dict[bytes, Any] = {}
             if pixels:
                 embeds = self.model.images(torch.stack([*pixels.values()]))
-                made = dict(zip(pixels, self.model.memories(embeds), strict=True))
+                computed = dict(zip(pixels, self.model.memories(embeds), strict=True))
             pieces = [
-                (keys[image], first, last)
-                for image, first, last in tile
+                (keys[image], start, stop)
+                for image, start, stop in tile
                 if keys[image] not in failures
             ]
             if not pieces:
                 continue
-            known_here = memories | made
+            # A memory of the previous pass may have been evicted from the cache.
+            memories |= computed
             memories = {
-                key: known_here[key] if key in known_here else self.cache.get(key)
+                key: memories[key] if key in memories else self.cache.get(key)
                 for key, _, _ in pieces
             }
-            for key, memory in made.items():
+            for key, memory in computed.items():
                 self.cache.put(key, memory)
-            chosen = torch.cat([texts[first:last] for _, first, last in pieces])
-            packed = tokens.index_select(
-                0, ragged_rows(starts[chosen], lengths[chosen]).to(tokens.device)
+            selected = torch.cat([texts[start:stop] for _, start, stop in pieces])
+            rows = ragged_rows(starts[selected], lengths[selected]).to(tokens.device)
+            scores = self.model.logits(
+                tokens.index_select(0, rows),
+                lengths[selected],
+                [*memories.values()],
+                [stop - start for _, start, stop in pieces],
             )
-            counts = [last - first for _, first, last in pieces]
-            found = iter(
-                self.model.logits(packed, lengths[chosen], [*memories.values()], counts)
-                .float()
-                .tolist()
-            )
-            for key, first, last in pieces:
-                logits.setdefault(key, {}).update(
-                    (text, next(found)) for text in texts[first:last].tolist()
-                )
-        return logits, rows, failures
+            values = iter(scores.float().tolist())
+            for key, start, stop in pieces:
+                row_logits = logits.setdefault(key, {})
+                for row in texts[start:stop].tolist():
+                    row_logits[row] = next(values)
+        return logits
+
+
+def _numbered(captions: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
+    """Number distinct captions in order."""
+    return {ids: row for row, ids in enumerate(dict.fromkeys(captions))}

@@ -1,7 +1,7 @@
 """Re-ranking of candidate pairs, the R@k metric and a score journal for resuming.
 
-Pairs are the union of both directions' candidates. All captions of an image are one packed query sequence over one
-memory; passes are limited by a caption token budget.
+Pairs are the union of both directions' candidates. All captions of an image are one packed query
+sequence over one memory; passes are limited by a caption token budget.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ from xfm_fast.tasks.evaluation import Journal, checksum, read_journal
 # Score of a pair that was no candidate, as in the official evaluation.
 UNSCORED = -100.0
 
-# Query tokens of one pass through the fusion encoder: enough to fill the matrix units, few enough to stay in cache.
+# Query tokens of one pass through the fusion encoder: enough to fill the matrix units, few enough
+# to stay in cache.
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 32768}
 # Image memories held at a time; a 384-pixel image of the base model takes 42 MB in fp32.
 _MEMORY_BYTES = 1 << 30
-# Similarities are ranked in slices of this many values, so that a large collection needs no full matrix.
+# Similarities are ranked in slices of this many values, so that a large collection needs no full
+# matrix.
 _SLICE_VALUES = 1 << 26
 # Pairs whose features are gathered at a time: 128 MB at 256 features.
 _SLICE_PAIRS = 1 << 16
@@ -66,17 +68,17 @@ class ModelScorer:
         self.config = model.config
 
     def prepare(self, tokens: Tensor, sequences: Sequences) -> Tensor:
-        """Image-independent part of fusion, once per text: `[T, width]` → `[T, width]`."""
+        """Compute the image-independent part of fusion, once per text: `[T, width]` → `[T, width]`."""
         return self.model.fusion_encoder.first_self_attention(tokens, sequences)
 
     def memory(self, image_embeds: Tensor) -> ImageMemory:
-        """Memory of images `[B, 1 + N, width]`, shared by their texts."""
+        """Compute the memory of images `[B, 1 + N, width]`, shared by their texts."""
         return self.model.image_memory(image_embeds)
 
     def scores(
         self, tokens: Tensor, sequences: Sequences, memory: ImageMemory, groups: ImageGroups
     ) -> Tensor:
-        """Match score `[P]` of every prepared text with its image."""
+        """Compute the match score `[P]` of every prepared text with its image."""
         fused = self.model.fusion_encoder(
             tokens, sequences, memory, groups, first_token_only=True, self_attended=True
         )
@@ -85,7 +87,7 @@ class ModelScorer:
             return self.model.match_logits(fused[:, None].to(self.model.dtype))[:, 1]
 
     def fingerprint(self) -> str:
-        """Digest of the weights that determine scores."""
+        """Digest the weights that determine scores."""
         crc = 0
         for name, tensor in self.model.state_dict().items():
             if name.startswith(("fusion_encoder.roberta.encoder", "itm_head")):
@@ -95,10 +97,10 @@ class ModelScorer:
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """Embedded images: `embeds` `[I, 1 + N, vision_width]` (may be memory-mapped), `features` `[I, embed_dim]`."""
+    """Embedded images; `embeds` may be memory-mapped."""
 
-    embeds: Tensor
-    features: Tensor
+    embeds: Tensor  # `[I, 1 + N, vision_width]`
+    features: Tensor  # `[I, embed_dim]`
 
     def __len__(self) -> int:
         return self.features.shape[0]
@@ -106,11 +108,11 @@ class ImageIndex:
 
 @dataclass(frozen=True)
 class TextIndex:
-    """Embedded texts, unpadded: `tokens` `[sum(lengths), text_width]`, `lengths` `[T]`, `features` `[T, embed_dim]`."""
+    """Embedded texts without padding."""
 
-    tokens: Tensor
-    lengths: Tensor
-    features: Tensor
+    tokens: Tensor  # `[sum(lengths), text_width]`
+    lengths: Tensor  # `[T]`
+    features: Tensor  # `[T, embed_dim]`
 
     def __len__(self) -> int:
         return self.features.shape[0]
@@ -124,10 +126,8 @@ class Receipt(NamedTuple):
     pairs_official: int  # pairs scored officially, both directions separately
     pairs_scored: int
     pairs_resumed: int  # scores read from a journal
-    tokens: (
-        int  # text tokens over all scored pairs; `padded_tokens` those of the official procedure
-    )
-    padded_tokens: int
+    tokens: int  # text tokens over all scored pairs
+    padded_tokens: int  # text tokens in the official procedure
     flops: float
     flops_official: float
 
@@ -151,15 +151,14 @@ class Receipt(NamedTuple):
         *,
         resumed: int = 0,
     ) -> Receipt:
-        """Receipt of scoring candidates with `lengths` `[T]`, with one memory per image."""
-        of_pairs, images = lengths[candidates.texts], candidates.cu_pairs.shape[0] - 1
-        padded = int(lengths.max()) if len(lengths) else 0
+        """Count the cost of scoring candidates with `lengths` `[T]`, with one memory per image."""
+        pair_lengths, images = lengths[candidates.texts], candidates.cu_pairs.shape[0] - 1
+        longest = int(lengths.max()) if len(lengths) else 0
         official = int(candidates.for_image.sum()) + int(candidates.for_text.sum())
-        spent = flops.first_self_attention(config, lengths) + flops.image_memory(
-            config, images, image_tokens
-        )
+        spent = flops.first_self_attention(config, lengths)
+        spent += flops.image_memory(config, images, image_tokens)
         spent += flops.fusion(
-            config, of_pairs, image_tokens, first_token_only=True, self_attended=True
+            config, pair_lengths, image_tokens, first_token_only=True, self_attended=True
         )
         return cls(
             images=images,
@@ -167,10 +166,10 @@ class Receipt(NamedTuple):
             pairs_official=official,
             pairs_scored=candidates.pairs,
             pairs_resumed=resumed,
-            tokens=int(of_pairs.sum()),
-            padded_tokens=official * padded,
+            tokens=int(pair_lengths.sum()),
+            padded_tokens=official * longest,
             flops=spent.total,
-            flops_official=flops.official_fusion(config, official, padded, image_tokens).total,
+            flops_official=flops.official_fusion(config, official, longest, image_tokens).total,
         )
 
 
@@ -182,9 +181,10 @@ class RerankResult:
     scores: Tensor
     receipt: Receipt
 
-    def _matrix(self, chosen: Tensor) -> Tensor:
+    def _matrix(self, mask: Tensor) -> Tensor:
+        """Return scores `[I, T]` of the candidates in the mask `[Q]`."""
         matrix = self.scores.new_full((self.receipt.images, self.receipt.texts), UNSCORED)
-        matrix[self.candidates.images[chosen], self.candidates.texts[chosen]] = self.scores[chosen]
+        matrix[self.candidates.images[mask], self.candidates.texts[mask]] = self.scores[mask]
         return matrix
 
     @cached_property
@@ -198,37 +198,44 @@ class RerankResult:
         return self._matrix(self.candidates.for_text).t().contiguous()
 
     def recall(self, image_of_text: Tensor) -> dict[str, float]:
-        """R@1/5/10 in both directions, given the image `[T]` of each text."""
+        """Compute R@1/5/10 in both directions; `image_of_text` `[T]` is the image of each text."""
         return recall(self.score_i2t, self.score_t2i, image_of_text)
 
 
 def slices(lengths: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
-    """Ranges of consecutive texts within the token budget; a single text may exceed it."""
+    """Divide texts into ranges within the token budget; a single text may exceed it."""
     first = room = 0
-    for place, length in enumerate(lengths):
+    for index, length in enumerate(lengths):
         if length > room:
-            if place:
-                yield first, place
-            first, room = place, max(budget, length)
+            if index:
+                yield first, index
+            first, room = index, max(budget, length)
         room -= length
     if lengths:
         yield first, len(lengths)
 
 
 def passes(
-    cu_pairs: Sequence[int], lengths: Tensor, budget: int, most: int, skip: Collection[int] = ()
+    cu_pairs: Sequence[int],
+    lengths: Tensor,
+    budget: int,
+    max_images: int,
+    skip: Collection[int] = (),
 ) -> Iterator[list[tuple[int, int, int]]]:
-    """Split the pairs of images into passes of at most `budget` text tokens and `most` images.
+    """Split the pairs of images into passes of at most `budget` text tokens and `max_images`
+    images.
 
-    Image i has the pairs `cu_pairs[i]` to `cu_pairs[i + 1]`, whose texts have `lengths` tokens. A pass is a list of
-    (image, first pair, last pair + 1); an image with many pairs spans several passes.
+    Image i has the pairs `cu_pairs[i]` to `cu_pairs[i + 1]`, whose texts have `lengths` tokens. A
+    pass is a list of (image, first pair, last pair + 1); an image with many pairs spans several
+    passes.
     """
     cu_tokens = offsets(lengths).tolist()
     pieces: list[tuple[int, int, int]] = []
     room = budget
     for image, (start, end) in enumerate(pairwise(cu_pairs)):
         while start < end and image not in skip:
-            if pieces and (len(pieces) == most or cu_tokens[end] - cu_tokens[start] > room):
+            full = len(pieces) == max_images or cu_tokens[end] - cu_tokens[start] > room
+            if pieces and full:
                 yield pieces
                 pieces, room = [], budget
             stop = start + 1
@@ -247,20 +254,27 @@ def score_candidates(
     images: ImageIndex,
     texts: TextIndex,
     candidates: Candidates,
-    token_budget: int | None,
-    resume: str | Path | None,
-    progress: Progress | None,
+    token_budget: int | None = None,
+    resume: str | Path | None = None,
+    progress: Progress | None = None,
     *,
     prepared: bool = False,
 ) -> RerankResult:
     """Score every candidate pair once (see `rerank`); `prepared` texts come from `prepare_texts`."""
+    device, config = texts.tokens.device, scorer.config
+    image_tokens = images.embeds.shape[1]
+    budget = token_budget or TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"])
+    bytes_per_image = flops.image_memory_values(config, image_tokens) * texts.tokens.element_size()
+    max_images = max(1, _MEMORY_BYTES // bytes_per_image)
+    # fp32 for half-precision models, since scores are compared.
+    dtype = torch.promote_types(texts.tokens.dtype, torch.float32)
+    scores = torch.full((candidates.pairs,), UNSCORED, dtype=dtype)
     with ExitStack() as stack:
         journal = None
+        finished: set[int] = set()
         if resume is not None:
-            path, identity = (
-                Path(resume) / "scores.jsonl",
-                _fingerprint(scorer, images, texts, candidates),
-            )
+            path = Path(resume) / "scores.jsonl"
+            identity = _fingerprint(scorer, images, texts, candidates)
             stack.enter_context(hold(path.with_name(f".{path.name}.lock"), f"the journal {path}"))
             if read_journal(path)[0] not in (None, identity):
                 raise DataError(
@@ -269,59 +283,37 @@ def score_candidates(
                     "last bit: torch.use_deterministic_algorithms(True) in both runs prevents it"
                 )
             journal = stack.enter_context(Journal(path, identity))
-        device = texts.tokens.device
-        budget = (
-            TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"])
-            if token_budget is None
-            else token_budget
-        )
-        per_image = (
-            flops.image_memory_values(scorer.config, images.embeds.shape[1])
-            * texts.tokens.element_size()
-        )
-        most = max(1, _MEMORY_BYTES // per_image)
-        # fp32 for half-precision models, since scores are compared.
-        dtype = torch.promote_types(texts.tokens.dtype, torch.float32)
-        scores = torch.full((candidates.pairs,), UNSCORED, dtype=dtype)
-        finished: set[int] = set()
-        try:
-            for image, values in [] if journal is None else journal.entries:
-                start, stop = candidates.cu_pairs[image], candidates.cu_pairs[image + 1]
-                if len(values) != stop - start:
-                    raise ValueError(f"{len(values)} scores for image {image}")
-                scores[start:stop] = torch.tensor(values, dtype=scores.dtype)
-                finished.add(image)
-        except (TypeError, ValueError, IndexError, RuntimeError) as error:
-            raise DataError(f"{resume} holds scores that do not fit ({error}); delete it") from None
-        resumed = int(candidates.cu_pairs.diff()[sorted(finished)].sum()) if finished else 0
-        done = resumed
-        starts = offsets(texts.lengths)[:-1].long()
-        memory, memory_of = None, None
-        tokens_of_texts = texts.tokens
+            finished = _restore(journal, scores, candidates)
+        done = resumed = int(candidates.cu_pairs.diff()[sorted(finished)].sum()) if finished else 0
+        tokens = texts.tokens
         if done < candidates.pairs and not prepared:
-            tokens_of_texts = prepare_texts(scorer, texts, budget)
-        # What the host decides by, it knows: a pass is prepared while the one before it runs.
-        known = texts.lengths.cpu()
-        of_pairs = known[candidates.texts]
-        for pieces in passes(candidates.cu_pairs.tolist(), of_pairs, budget, most, finished):
-            chosen = [image for image, _, _ in pieces]
-            if chosen != memory_of:
-                # A slice of mapped embeddings is read as it lies, while an index copies rows one by one.
-                adjoining = chosen[-1] - chosen[0] == len(chosen) - 1
-                rows = slice(chosen[0], chosen[-1] + 1) if adjoining else torch.tensor(chosen)
-                memory = scorer.memory(images.embeds[rows].to(device))
-                memory_of = chosen
+            tokens = prepare_texts(scorer, texts, budget)
+        # The host schedules by lengths of its own: a pass is prepared while the one before it runs.
+        host_lengths = texts.lengths.cpu()
+        pair_lengths = host_lengths[candidates.texts]
+        starts = offsets(texts.lengths)[:-1].long()
+        memory, memory_images = None, None
+        for pieces in passes(
+            candidates.cu_pairs.tolist(), pair_lengths, budget, max_images, finished
+        ):
+            pass_images = [image for image, _, _ in pieces]
+            if pass_images != memory_images:
+                memory = scorer.memory(_select_images(images.embeds, pass_images).to(device))
+                memory_images = pass_images
             pairs = torch.cat([torch.arange(start, stop) for _, start, stop in pieces])
             selected = candidates.texts[pairs].to(device)
-            lengths, counts = texts.lengths[selected], of_pairs[pairs]
-            places = ragged_rows(starts[selected], lengths, int(counts.sum()))
-            tokens = tokens_of_texts.index_select(0, places)
-            groups = ImageGroups(
-                offsets(torch.tensor([stop - start for _, start, stop in pieces], device=device))
+            lengths, counts = texts.lengths[selected], pair_lengths[pairs]
+            rows = ragged_rows(starts[selected], lengths, int(counts.sum()))
+            pairs_of_image = torch.tensor(
+                [stop - start for _, start, stop in pieces], device=device
             )
-            sequences = Sequences.from_lengths(lengths, int(counts.max()))
-            scored = scorer.scores(tokens, sequences, memory, groups)
-            scores[pairs] = scored.to("cpu", scores.dtype)
+            pass_scores = scorer.scores(
+                tokens.index_select(0, rows),
+                Sequences.from_lengths(lengths, int(counts.max())),
+                memory,
+                ImageGroups(offsets(pairs_of_image)),
+            )
+            scores[pairs] = pass_scores.to("cpu", scores.dtype)
             done += len(pairs)
             if journal is not None:
                 for image, _, stop in pieces:
@@ -331,35 +323,59 @@ def score_candidates(
                         journal.append([image, scores[first:last].tolist()])
             if progress is not None:
                 progress(done, candidates.pairs)
-        receipt = Receipt.of(
-            scorer.config, candidates, known, images.embeds.shape[1], resumed=resumed
-        )
+        receipt = Receipt.of(config, candidates, host_lengths, image_tokens, resumed=resumed)
         return RerankResult(candidates, scores, receipt)
 
 
+def _restore(journal: Journal, scores: Tensor, candidates: Candidates) -> set[int]:
+    """Copy the scores of a journal; return the images that it has."""
+    finished: set[int] = set()
+    try:
+        for image, values in journal.entries:
+            start, stop = candidates.cu_pairs[image], candidates.cu_pairs[image + 1]
+            if len(values) != stop - start:
+                raise ValueError(f"{len(values)} scores for image {image}")
+            scores[start:stop] = torch.tensor(values, dtype=scores.dtype)
+            finished.add(image)
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise DataError(
+            f"{journal.path.parent} holds scores that do not fit ({error}); delete it"
+        ) from None
+    return finished
+
+
+def _select_images(embeds: Tensor, images: list[int]) -> Tensor:
+    """Select ascending images by a slice if possible, which reads mapped embeddings in place."""
+    if images[-1] - images[0] == len(images) - 1:
+        return embeds[images[0] : images[-1] + 1]
+    return embeds[torch.tensor(images)]
+
+
 def prepare_texts(scorer: PairScorer, texts: TextIndex, budget: int) -> Tensor:
-    """Image-independent part of fusion `[sum(lengths), width]`, in slices of about `budget` tokens.
+    """Compute the image-independent part of fusion `[sum(lengths), width]`, in slices of about
+    `budget` tokens.
 
     The slicing can change the last bit.
     """
-    known = texts.lengths.cpu()
-    bounds, parts = offsets(known).tolist(), []
-    for start, stop in slices(known.tolist(), budget):
-        sequences = Sequences.from_lengths(texts.lengths[start:stop], int(known[start:stop].max()))
-        parts.append(scorer.prepare(texts.tokens[bounds[start] : bounds[stop]], sequences))
-    return torch.cat(parts)
+    host_lengths = texts.lengths.cpu()
+    bounds, prepared = offsets(host_lengths).tolist(), []
+    for start, stop in slices(host_lengths.tolist(), budget):
+        longest = int(host_lengths[start:stop].max())
+        sequences = Sequences.from_lengths(texts.lengths[start:stop], longest)
+        prepared.append(scorer.prepare(texts.tokens[bounds[start] : bounds[stop]], sequences))
+    return torch.cat(prepared)
 
 
 def _fingerprint(
     scorer: PairScorer, images: ImageIndex, texts: TextIndex, candidates: Candidates
 ) -> str:
-    """Digest of everything that determines the scores, including patch embeddings."""
+    """Digest everything that determines the scores, including patch embeddings."""
     digest = hashlib.sha256(scorer.fingerprint().encode())
     digest.update(f"{[*images.embeds.shape]} {images.embeds.dtype} {texts.tokens.dtype}".encode())
     embeds = 0
     # Slice by slice, because they may lie in a file that is larger than memory.
-    for part in images.embeds.split(64):
-        embeds = checksum(part, embeds)
+    for chunk in images.embeds.split(64):
+        embeds = checksum(chunk, embeds)
     digest.update(f"{embeds:08x}".encode())
     for tensor in (
         images.features,
@@ -392,7 +408,7 @@ class Candidates:
         return torch.arange(self.cu_pairs.shape[0] - 1).repeat_interleave(self.cu_pairs.diff())
 
     def of_images(self, start: int, stop: int) -> Candidates:
-        """Pairs of images `start:stop`, renumbered from 0."""
+        """Select the pairs of images `start:stop`, renumbered from 0."""
         cu_pairs = self.cu_pairs[start : stop + 1]
         pairs = slice(int(cu_pairs[0]), int(cu_pairs[-1]))
         return Candidates(
@@ -404,7 +420,7 @@ class Candidates:
 def top_candidates(
     image_features: Tensor, text_features: Tensor, per_image: int, per_text: int
 ) -> Candidates:
-    """Most similar texts per image and images per text, from L2-normalised features `[I, E]` and `[T, E]`."""
+    """Find the most similar texts per image and images per text by L2-normalised features."""
     images, texts = image_features.shape[0], text_features.shape[0]
     texts_of_image = _top(image_features, text_features, min(per_image, texts))
     images_of_text = _top(text_features, image_features, min(per_text, images))
@@ -419,30 +435,29 @@ def top_candidates(
 
 
 def _top(queries: Tensor, collection: Tensor, k: int) -> Tensor:
-    """`[Q, k]` indices of the most similar rows of the collection."""
+    """Return the indices `[Q, k]` of the most similar rows of the collection."""
     rows = max(1, _SLICE_VALUES // max(1, collection.shape[0]))
-    slices = [(part @ collection.t()).topk(k, dim=1).indices for part in queries.split(rows)]
-    return torch.cat(slices).cpu() if slices else torch.empty(0, k, dtype=torch.long)
+    indices = [(chunk @ collection.t()).topk(k, dim=1).indices for chunk in queries.split(rows)]
+    return torch.cat(indices).cpu() if indices else torch.empty(0, k, dtype=torch.long)
 
 
 def pair_similarity(
     candidates: Candidates, image_features: Tensor, text_features: Tensor
 ) -> Tensor:
-    """Cosine `[Q]` of the features of every candidate pair."""
-    slices = zip(
-        candidates.images.split(_SLICE_PAIRS), candidates.texts.split(_SLICE_PAIRS), strict=True
-    )
-    parts = [
-        (image_features[images].double() * text_features[texts].double()).sum(-1)
-        for images, texts in slices
+    """Compute the cosine `[Q]` of the features of every candidate pair."""
+    images, texts = candidates.images.split(_SLICE_PAIRS), candidates.texts.split(_SLICE_PAIRS)
+    cosines = [
+        (image_features[image].double() * text_features[text].double()).sum(-1)
+        for image, text in zip(images, texts, strict=True)
     ]
-    return torch.cat(parts).to(torch.promote_types(image_features.dtype, torch.float32))
+    return torch.cat(cosines).to(torch.promote_types(image_features.dtype, torch.float32))
 
 
 def rank_score(rank: Rank, match: Tensor, similarity: Tensor) -> Tensor:
-    """Score that orders pairs (higher is better).
+    """Combine the scores by which pairs are ranked (higher is better).
 
-    `match`: match logit, the official X-FM rule; `similarity`: feature cosine; `sum`: both added, as in BLIP and LAVIS.
+    `match`: match logit, the official X-FM rule; `similarity`: feature cosine; `sum`: both added,
+    as in BLIP and LAVIS.
     """
     if rank == "sum":
         return match + similarity
@@ -450,22 +465,24 @@ def rank_score(rank: Rank, match: Tensor, similarity: Tensor) -> Tensor:
 
 
 def best_rank(metrics: Mapping[str, float]) -> Rank:
-    """The rule with the highest `RULE/r_mean`; ties go to the first of `RANKS`."""
+    """Return the rule with the highest `RULE/r_mean`; ties go to the first of `RANKS`."""
     return max(RANKS, key=lambda rank: metrics[f"{rank}/r_mean"])
 
 
 def _contained(values: Tensor, ordered: Tensor) -> Tensor:
+    """Return which values occur in the `ordered` ones."""
     if not ordered.numel():
         return torch.zeros_like(values, dtype=torch.bool)
-    place = torch.searchsorted(ordered, values).clamp_(max=ordered.numel() - 1)
-    return ordered[place] == values
+    index = torch.searchsorted(ordered, values).clamp_(max=ordered.numel() - 1)
+    return ordered[index] == values
 
 
 def recall(score_i2t: Tensor, score_t2i: Tensor, image_of_text: Tensor) -> dict[str, float]:
-    """The official retrieval metric in percent, with ties counted against the true answer.
+    """Compute the official retrieval metric in percent, with ties counted against the true answer.
 
-    From `score_i2t` `[I, T]`, `score_t2i` `[T, I]` and `image_of_text` `[T]`: `txt_r1/5/10` (image to text, best rank
-    of an image's texts), `img_r1/5/10` (text to image), `txt_r_mean`, `img_r_mean` and `r_mean`.
+    From `score_i2t` `[I, T]`, `score_t2i` `[T, I]` and `image_of_text` `[T]`: `txt_r1/5/10` (image
+    to text, best rank of an image's texts), `img_r1/5/10` (text to image), `txt_r_mean`,
+    `img_r_mean` and `r_mean`.
     """
     images, texts = score_i2t.shape
     if score_t2i.shape != (texts, images) or image_of_text.shape != (texts,):
@@ -493,28 +510,30 @@ def recall(score_i2t: Tensor, score_t2i: Tensor, image_of_text: Tensor) -> dict[
 def candidate_recall(
     candidates: Candidates, scores: Tensor, image_of_text: Tensor
 ) -> dict[str, float]:
-    """`recall` from candidate scores `[Q]`, without the full matrices."""
-    images, true = candidates.images, image_of_text[candidates.texts] == candidates.images
-    ranks = []
-    for queries, chosen, number in (
-        (images, candidates.for_image, candidates.cu_pairs.shape[0] - 1),
-        (candidates.texts, candidates.for_text, image_of_text.shape[0]),
-    ):
-        right, wrong = chosen & true, chosen & ~true
-        best = scores.new_zeros(number).scatter_reduce(
-            0, queries[right], scores[right], "amax", include_self=False
+    """Compute `recall` from candidate scores `[Q]`, without the full matrices."""
+    texts, images = candidates.texts, candidates.images
+    true = image_of_text[texts] == images
+
+    def ranks(queries: Tensor, mask: Tensor, count: int) -> Tensor:
+        """Count per query the wrong candidates that are not below the best true one."""
+        hits, misses = mask & true, mask & ~true
+        best = scores.new_zeros(count).scatter_reduce(
+            0, queries[hits], scores[hits], "amax", include_self=False
         )
-        ahead = torch.bincount(
-            queries[wrong][scores[wrong] >= best[queries[wrong]]], minlength=number
-        )
+        missed = queries[misses]
+        ahead = torch.bincount(missed[scores[misses] >= best[missed]], minlength=count)
         # A true answer that was no candidate is never a hit.
-        found = torch.zeros(number, dtype=torch.bool).index_fill(0, queries[right], True)
-        ranks.append(torch.where(found, ahead, torch.iinfo(torch.long).max))
-    return _shares(*ranks)
+        has_true = torch.zeros(count, dtype=torch.bool).index_fill(0, queries[hits], True)
+        return torch.where(has_true, ahead, torch.iinfo(torch.long).max)
+
+    return _shares(
+        ranks(images, candidates.for_image, candidates.cu_pairs.shape[0] - 1),
+        ranks(texts, candidates.for_text, image_of_text.shape[0]),
+    )
 
 
 def _shares(text_rank: Tensor, image_rank: Tensor) -> dict[str, float]:
-    """Recalls from the number of wrong items ranked before the first true one."""
+    """Compute recalls from the number of wrong items ranked before the first true one."""
     result: dict[str, float] = {}
     for name, ranks in (("txt", text_rank), ("img", image_rank)):
         for depth in (1, 5, 10):

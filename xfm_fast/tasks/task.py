@@ -1,180 +1,47 @@
 """Tasks: the interface of training, evaluation and prediction, and the registry `TASKS`.
 
-A task is one file: options, records, items, batches, losses, metrics, predictions and requests, and how an export
-answers. Training: files → rows → items → batches → losses. Evaluation: records → groups → result rows → metrics.
-Prediction: requests → records → result rows.
+A task is one file: options, records, batches, losses, predictions, metrics, requests, and how an export answers.
+Training: files → rows → items → batches → losses. Evaluation: files → records → result rows → metrics. Prediction:
+requests → records → result rows.
 """
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import compress
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    ClassVar,
-    Generic,
-    Literal,
-    NamedTuple,
-    Self,
-    TypeVar,
-    cast,
-)
+from typing import Annotated, Any, ClassVar, Generic, NamedTuple, Self, TypeVar, cast
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, SerializeAsAny, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, SerializeAsAny, TypeAdapter, ValidationError
 from torch import Tensor
 
-from xfm_fast import checkpoint
 from xfm_fast.batches import TensorBatch
 from xfm_fast.checkpoint.files import TASK_FILE, TOKENIZER_FILE
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import Annotation, AnnotationRows, check_images, image_names
 from xfm_fast.data.fingerprints import contents_of, held_out
 from xfm_fast.data.images import decode_pixels, load_image
-from xfm_fast.data.records import Rows, image_at
+from xfm_fast.data.records import image_at
 from xfm_fast.errors import CheckpointError, ConfigError, DataError, InputError
 from xfm_fast.io import read_json
-from xfm_fast.models.decoder import DecoderMemory, TextDecoder
-from xfm_fast.models.hub import Download, local_folder
-from xfm_fast.models.processor import read_tokenizer
-from xfm_fast.models.xfm import ALL_ENCODERS, XFM, Head, Precision
 from xfm_fast.tasks.evaluation import Evaluation, Metrics, Row
+from xfm_fast.tasks.models import TaskModel
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 from xfm_fast.training.recipe_fields import Section
 
-
-class TaskModel(XFM):
-    """X-FM with the encoders and heads of a task, and new task-specific parts."""
-
-    if TYPE_CHECKING:
-        # A task takes what it needs, and returns its loss.
-        forward: Callable[..., Any]
-
-    own_parts: ClassVar[tuple[str, ...]] = ()
-    """Prefixes of parameters missing in pretraining checkpoints."""
-    own_graphs: ClassVar[tuple[str, ...]] = ()
-    """Graphs of an export that no other model has."""
-    decoder_reads: ClassVar[Literal["image", "fusion"] | None] = None
-    """States that `text_decoder` reads: image tokens, or the tokens of the fusion encoder."""
-
-    def graph_results(
-        self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor
-    ) -> dict[str, Tensor]:
-        """Outputs of `own_graphs` for I images and T texts, which an export is compared with."""
-        return {}
-
-    def load_official(self, source: str | Path | Mapping[str, Tensor]) -> checkpoint.LoadResult:
-        """Load an official pretraining or task checkpoint in place, atomically.
-
-        Unused weights are dropped, position tables are interpolated, and new parts are initialised as in the official
-        code. The result lists `fresh` parameters and `surplus` entries.
-        """
-        what = "state dict" if isinstance(source, Mapping) else f"checkpoint {source}"
-        official = source if isinstance(source, Mapping) else checkpoint.read_state_dict(source)
-        state, self.load_report = checkpoint.to_ours(official, self.config)
-        result = self._load(state, what)
-        if result.fresh:
-            result.fresh = self._start_own_parts(state | self.load_report.unused, result.fresh)
-        return result
-
-    def _load(self, state: Mapping[str, Tensor], what: str) -> checkpoint.LoadResult:
-        surplus = [
-            f"{encoder}_encoder."
-            for encoder in ALL_ENCODERS
-            if not hasattr(self, f"{encoder}_encoder")
-        ]
-        for head, prefixes in checkpoint.HEAD_PREFIXES.items():
-            if head not in self.heads:
-                surplus += prefixes
-        # A checkpoint that has the task's own part must have it whole.
-        fine_tuned = any(name.startswith(self.own_parts) for name in state)
-        return checkpoint.load_into(
-            self, state, what=what, fresh=() if fine_tuned else self.own_parts, surplus=surplus
-        )
-
-    def _start_own_parts(self, pretrained: Mapping[str, Tensor], fresh: list[str]) -> list[str]:
-        """Initialise new parts; returns the names of parameters that stay random."""
-        return fresh
-
-    @classmethod
-    def from_official(
-        cls,
-        source: str | Path | Mapping[str, Tensor],
-        config: XFMConfig,
-        *,
-        heads: Iterable[Head] = (),
-        dtype: Precision = torch.float32,
-        tokenizer: CaptionTokenizer | str | Path | None = None,
-        **options: Any,
-    ) -> Self:
-        """Build the model and `load_official`; `options` go to the constructor, `heads` is ignored."""
-        model = cls(config, **options)
-        model.tokenizer = None if tokenizer is None else read_tokenizer(tokenizer, config)
-        model.load_official(source)
-        return model.cast(dtype).eval()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        *,
-        heads: Iterable[Head] | None = None,
-        dtype: Precision = torch.float32,
-        tokenizer: CaptionTokenizer | str | Path | None = None,
-        **options: Any,
-    ) -> Self:
-        """Load a `save_pretrained` folder of this task or a pretraining model.
-
-        `options` are Hub options of `XFM.from_pretrained` and the constructor arguments of the saved model; `heads` is
-        ignored.
-        """
-        download = {name: options.pop(name) for name in Download.__annotations__ if name in options}
-        place = local_folder(folder, **download)
-        files = checkpoint.load_pretrained_files(place)
-        model = cls(files.config, **options)
-        result = model._load(files.state, f"model {folder}")
-        if result.fresh:
-            model._start_own_parts(files.state | (files.unused or {}), result.fresh)
-        model.load_tokenizer(tokenizer, place)
-        return model.cast(dtype).eval()
-
-
-class DecoderModel(TaskModel):
-    """A task model with a text decoder, which starts from an encoder of pretraining."""
-
-    own_parts = ("text_decoder.",)
-    text_decoder: TextDecoder
-
-    @property
-    def writer(self) -> TextDecoder:
-        return self.text_decoder
-
-    def states(self, states: Tensor, mask: Tensor | None = None) -> DecoderMemory:
-        """Keys and values of states `[B, M, width]`, projected once for all steps and beams."""
-        return self.text_decoder.memory(states, mask)
-
-    def _start_own_parts(self, pretrained: Mapping[str, Tensor], fresh: list[str]) -> list[str]:
-        return [f"text_decoder.{name}" for name in self.text_decoder.initialise_from(pretrained)]
-
-
-RecordT = TypeVar("RecordT", bound=Annotation)
-OptionsT = TypeVar("OptionsT", bound="TaskOptions")
-BatchT = TypeVar("BatchT", bound=TensorBatch)
-ItemT = TypeVar("ItemT")
+Rng = np.random.Generator
+Losses = dict[str, Tensor]
+"""Losses by name, to be summed."""
 
 FORMAT_VERSION = 1
-
-
-class PlainSession:
-    """Adds no method to `xfm_fast.export.Session`: the task predicts by what models and sessions share."""
+HELD_OUT = "val"
+"""Split of the images that `hold_out` takes from the training files."""
 
 
 class TaskOptions(Section):
@@ -191,29 +58,99 @@ class TaskOptions(Section):
 
     @classmethod
     def of_kind(cls, kind: object) -> type[TaskOptions] | None:
-        """Options of a registered task, for messages about a recipe."""
-        return (
-            TASKS[kind].Options
-            if cls is TaskOptions and isinstance(kind, str) and kind in TASKS
-            else None
-        )
+        """Return the options of a registered task, for messages about a recipe."""
+        if cls is not TaskOptions or not isinstance(kind, str) or kind not in TASKS:
+            return None
+        return TASKS[kind].Options
 
     def completed(self, train: Sequence[Path], root: Path) -> Self:
-        """Options completed from the training files; `root` is the folder of relative paths in options."""
+        """Fill in options from the training files; relative paths in options refer to `root`."""
         return self
 
 
-class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
-    """A task: model, data, losses and metrics. Subclasses enter the registry by `register`.
+class AugmentedOptions(TaskOptions):
+    """Options of tasks that draw training views by `Preprocessing.augmented`."""
 
-    `images` is the folder of relative image paths. `official_pictures` ignores EXIF orientation and transparency.
-    """
+    augment: bool = Field(
+        default=True, description="random crop, flip and RandAugment; false only resizes"
+    )
+
+
+OptionsT = TypeVar("OptionsT", bound=TaskOptions)
+
+
+class Preprocessing(Generic[OptionsT]):
+    """Conversion of a task's images and texts to tensors."""
+
+    options: OptionsT
+    config: XFMConfig
+    tokenizer: CaptionTokenizer  # None if the task reads no text
+    images: Path  # folder of relative image paths
+    official_pictures: bool  # ignore EXIF orientation and transparency
+    crop: ClassVar[tuple[float, float] | None] = (0.5, 1.0)
+    """Range of the random crop's area fraction; None: whole image."""
+
+    def check_length(self, max_tokens: int) -> None:
+        """Raise `ConfigError` if the model has fewer positions than `max_tokens`."""
+        config = self.config
+        if max_tokens > config.max_text_length:
+            raise ConfigError(
+                f"task.max_tokens={max_tokens} exceeds the {config.max_text_length} tokens that "
+                f"model.max_positions={config.max_positions} can number; lower it"
+            )
+
+    def pixels(self, image: str | Path) -> Tensor:
+        """Read a whole image `[3, R, R]` as in evaluation."""
+        path = self.images / image
+        size = self.config.image_size
+        return load_image(image_at(path), size, str(path), official=self.official_pictures)
+
+    def pixels_of(self, images: Sequence[str], model: Any) -> Tensor:
+        """Read whole images `[I, 3, R, R]` as inputs of a model or session."""
+        return torch.stack([self.pixels(image) for image in images]).to(model.device, model.dtype)
+
+    def augmented(self, image: str | Path, rng: Rng, *, may_flip: bool = True) -> Tensor:
+        """Draw a training view `[3, R, R]` of an image; without augmentation read the whole image."""
+        from xfm_fast.data.transforms import finetuning_transform
+
+        if not getattr(self.options, "augment", True):
+            return self.pixels(image)
+        path = self.images / image
+        decoded = decode_pixels(image_at(path), str(path), official=self.official_pictures)
+        transform = finetuning_transform(self.config.image_size, self.crop)
+        return transform(decoded, rng, may_flip=may_flip)
+
+    def caption_ids(self, text: str, max_words: int, max_tokens: int | None = None) -> list[int]:
+        """Clean a caption, truncate it to `max_words` and `max_tokens`, and return its ids."""
+        cleaned = pre_caption(text, max_words)
+        return self.tokenizer.encode_ids([cleaned], max_tokens or self.config.max_text_length)[0]
+
+    def padded(
+        self, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
+        """Pad ids to `[B, L]`; return them and their mask."""
+        ids, mask = self.tokenizer.pad(rows)
+        return ids.to(device), mask.to(device)
+
+    def pair_inputs(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        """Stack the images and pad the texts of items, as the fields of `PairInput`."""
+        ids, mask = self.padded([item.ids for item in items])
+        image = torch.stack([item.image for item in items])
+        return {"image": image, "input_ids": ids, "attention_mask": mask}
+
+
+class PlainSession:
+    """A plain `xfm_fast.export.Session`: `predict` needs only what models have too."""
+
+
+class Task(Preprocessing[OptionsT], ABC):
+    """A task: model, data, losses and metrics. Subclasses enter the registry by `register`."""
 
     Options: ClassVar[type[TaskOptions]]
     """Section `task` of a recipe."""
-    Session: ClassVar[type | None] = PlainSession
-    """Methods that an export adds to `xfm_fast.export.Session` to answer; None if no export can."""
     reads_text: ClassVar[bool] = True
+    Session: ClassVar[type | None] = PlainSession
+    """Methods that `predict` needs of an export's session; None if no export can answer."""
     metrics: ClassVar[tuple[str, ...]] = ()
     """Metrics that `score` may return and `choose.by` may name."""
     losses: ClassVar[tuple[str, ...]] = ("loss",)
@@ -223,17 +160,17 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
     large_lr: ClassVar[tuple[str, ...]] = ()
     """Name prefixes of parameters with the learning rate `lr * optimizer.lr_mult`."""
     drop_last: ClassVar[bool] = True
-    """Drop the last partial batch; the official loaders of image classification and GLUE keep it."""
-    crop: ClassVar[tuple[float, float] | None] = (0.5, 1.0)
-    """Range of the random crop's area fraction; None: whole image."""
+    """Drop the last partial batch; the official loaders of images and GLUE keep it."""
     check_rows: ClassVar[Callable[[Any], Sequence[AnnotationRows[Any]]] | None] = None
-    """Reader of all rows of files, for `xfm-fast data check`; None if there is no format to check."""
+    """Reader of all rows of files for `xfm-fast data check`, if there is a format to check."""
     test_record: ClassVar[type[Annotation] | None] = None
-    """Record of an element with a list of captions, if that is another one than in training."""
-    image_files: bool = True
-    """Records name image files, which must exist."""
+    """Record of an element with a list of captions, if it differs from that of training."""
     truth: ClassVar[str | None] = None
     """Field of a record that holds the ground truth, if records without it can be predicted."""
+    image_files: bool = True
+    """Records name image files, which must exist."""
+    groups_by_image: bool = False
+    """Predict all records of an image together, so that it is encoded once."""
 
     def __init__(
         self,
@@ -252,90 +189,59 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
                 )
             tokenizer.check(config)
         self.options, self.config, self.images = options, config, images
+        self.tokenizer = cast("CaptionTokenizer", tokenizer)
         self.official_pictures, self.hold_out = official_pictures, hold_out
-        self._tokenizer = tokenizer
         self._held_out: dict[tuple[str, ...], set[str]] = {}
         self.prepare()
 
     def prepare(self) -> None:
         """Validate options and precompute shared state; called at the end of the constructor."""
 
-    def check_length(self, max_tokens: int) -> None:
-        """Raise `ConfigError` if the model has fewer positions than `max_tokens`."""
-        config = self.config
-        if max_tokens > config.max_text_length:
-            raise ConfigError(
-                f"task.max_tokens={max_tokens} exceeds the {config.max_text_length} tokens that "
-                f"model.max_positions={config.max_positions} can number; lower it"
-            )
-
-    @property
-    def tokenizer(self) -> CaptionTokenizer:
-        """Tokenizer of a text task."""
-        assert self._tokenizer is not None
-        return self._tokenizer
-
     @abstractmethod
     def build(self) -> TaskModel:
-        """Model of the task with random weights."""
+        """Build the model with random weights."""
 
     @abstractmethod
-    def rows(self, paths: Sequence[Path]) -> Sequence[Rows]:
-        """Training rows; reading a broken one raises `DataError`."""
+    def rows(self, paths: Sequence[Path], split: str | None = None) -> Sequence[Any]:
+        """Open files as `Rows` to train on, or as `AnnotationRows` of an evaluation split.
 
-    def test_rows(self, paths: Sequence[Path], split: str) -> Sequence[AnnotationRows[Any]]:
-        """Evaluation rows, if their format differs; `split` is the name in the recipe."""
-        return cast("Sequence[AnnotationRows[Any]]", self.rows(paths))
-
-    def training_rows(self, paths: Sequence[Path]) -> Sequence[Rows]:
-        """`rows` without the images that `hold_out` takes for the split `val`."""
-        return self._split(self.rows(paths), held=False) if self.hold_out else self.rows(paths)
-
-    def _split(self, files: Sequence[Any], *, held: bool) -> Sequence[AnnotationRows[Any]]:
-        """Rows of the images that are held out, or those of all others."""
-        if not self.image_files or not all(isinstance(each, AnnotationRows) for each in files):
-            raise ConfigError(
-                f"data.hold_out={self.hold_out} of the task {self.options.kind} needs files that name images; set "
-                "data.hold_out=0 and name data.splits.val"
-            )
-        names = tuple(dict.fromkeys(image_names(files)))
-        if names not in self._held_out:
-            mask = held_out(len(names), contents_of([*names], self.images), self.hold_out)
-            self._held_out[names] = {*compress(names, mask)}
-        return [each.about(self._held_out[names], inverted=not held) for each in files]
-
-    def records(self, paths: Sequence[Path], split: str) -> list[RecordT]:
-        """Evaluation records; a broken one or a missing image raises `DataError`."""
-        files = self.test_rows(paths, split)
-        if self.hold_out and split == HELD_OUT:
-            files = self._split(files, held=True)
-        records = [record for rows in files for record in rows.records()]
-        if self.image_files:
-            check_images(records, self.images)
-        return records
+        Reading a broken row raises `DataError`.
+        """
 
     @abstractmethod
-    def item(self, record: RecordT, rng: np.random.Generator) -> ItemT:
-        """Training item of a record; a broken record raises `DataError`."""
+    def item(self, record: Any, rng: Rng) -> Any:
+        """Make a training item of a record; a broken record raises `DataError`."""
 
     @abstractmethod
-    def collate(self, items: list[ItemT], rng: np.random.Generator) -> BatchT:
-        """Collate items to a batch."""
+    def collate(self, items: list[Any], rng: Rng) -> Any:
+        """Collate items to a `TensorBatch`."""
 
     @abstractmethod
-    def losses_of(self, model: Any, batch: BatchT) -> dict[str, Tensor]:
-        """Losses listed in `losses`, to be summed."""
-
-    def groups(self, records: Sequence[RecordT]) -> list[list[int]]:
-        """Indices of records to predict together, e.g. all questions about an image."""
-        return [[number] for number in range(len(records))]
+    def losses_of(self, model: Any, batch: Any) -> Losses:
+        """Compute the losses listed in `losses`, to be summed."""
 
     @abstractmethod
-    def predict(self, model: Any, records: Sequence[RecordT]) -> list[Row]:
-        """One result row per record, in order."""
+    def predict(self, model: Any, records: Sequence[Any]) -> list[Row]:
+        """Return one result row per record, in order."""
 
-    def has_truth(self, records: Sequence[RecordT]) -> bool:
-        """True if all records have ground truth, false if none has; a mix raises `DataError`."""
+    @abstractmethod
+    def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[Any]:
+        """Make records of a user's images and texts; invalid ones raise `InputError`."""
+
+    def score(self, rows: Sequence[Row], records: Sequence[Any]) -> Metrics:
+        """Compute the metrics of a split with ground truth, in percent."""
+        return {}
+
+    def files(self, rows: Sequence[Row], records: Sequence[Any]) -> dict[str, bytes]:
+        """Return result files for the benchmark's evaluation, by name."""
+        return {}
+
+    def metrics_of(self, records: Sequence[Any]) -> Collection[str]:
+        """Return the names of the metrics that `score` gives for these records."""
+        return self.metrics if self.has_truth(records) else ()
+
+    def has_truth(self, records: Sequence[Any]) -> bool:
+        """Return whether the records have ground truth; if only some have it, raise `DataError`."""
         if self.truth is None:
             return True
         absent = sum(getattr(record, self.truth) is None for record in records)
@@ -346,103 +252,47 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
             )
         return not absent
 
-    def metrics_of(self, records: Sequence[RecordT]) -> Collection[str]:
-        """Names of the metrics that `score` returns for these records."""
-        return self.metrics if self.has_truth(records) else ()
-
-    def score(self, rows: Sequence[Row], records: Sequence[RecordT]) -> Metrics:
-        """Metrics of a split with ground truth, in percent."""
-        return {}
-
-    def settled(self, metrics: Metrics) -> OptionsT:
-        """Options updated by validation metrics."""
-        return self.options
-
-    def files(self, rows: Sequence[Row], records: Sequence[RecordT]) -> dict[str, bytes]:
-        """Result files for the benchmark's evaluation, by name."""
-        return {}
-
     def evaluate(
-        self, model: Any, records: Sequence[RecordT], work: Evaluation
+        self, model: Any, records: Sequence[Any], work: Evaluation
     ) -> tuple[Metrics, dict[str, bytes]]:
-        """Metrics and files of a split, on the first process; collective."""
+        """Compute metrics and files of a split; collective, other processes than the first return none."""
         scored = bool(self.metrics_of(records))
         rows = work.rows(self, model, records)
         if not work.processes.first:
             return {}, {}
         return self.score(rows, records) if scored else {}, self.files(rows, records)
 
-    @abstractmethod
-    def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[RecordT]:
-        """Records of a user's images and texts; invalid ones raise `InputError`."""
+    def settled(self, metrics: Metrics) -> OptionsT:
+        """Return the options after a validation with these metrics."""
+        return self.options
 
-    def request(self, line: Mapping[str, Any]) -> RecordT:
-        """Record of a request line with `image` (or `images`) and `text`, each a string or a list."""
-        images, texts = ([] if value is None else value if isinstance(value, list) else [value] for value in (
-            line.get("images", line.get("image")), line.get("text")
-        ))  # fmt: skip
-        if not all(isinstance(value, str) for value in [*images, *texts]):
-            raise InputError('"image" and "text" of a request are strings, or lists of strings')
-        records = self.requests([Path(image) for image in images], texts)
-        if len(records) != 1:
-            raise InputError(
-                f"a request is answered by one result and this one needs {len(records)}; give a line each"
+    def training_rows(self, paths: Sequence[Path]) -> Sequence[Any]:
+        """Open training files without the images that `hold_out` takes for the split `val`."""
+        rows = self.rows(paths)
+        return self._select_images(rows, held=False) if self.hold_out else rows
+
+    def records(self, paths: Sequence[Path], split: str) -> list[Any]:
+        """Read evaluation records; a broken one or a missing image raises `DataError`."""
+        files = self.rows(paths, split)
+        if self.hold_out and split == HELD_OUT:
+            files = self._select_images(files, held=True)
+        records = [record for rows in files for record in rows.records()]
+        if self.image_files:
+            check_images(records, self.images)
+        return records
+
+    def _select_images(self, files: Sequence[Any], *, held: bool) -> list[AnnotationRows[Any]]:
+        """Select the rows of held-out images, or all except them."""
+        if not self.image_files or not all(isinstance(rows, AnnotationRows) for rows in files):
+            raise ConfigError(
+                f"data.hold_out={self.hold_out} of the task {self.options.kind} needs files that name images; set "
+                "data.hold_out=0 and name data.splits.val"
             )
-        return records[0]
-
-    def example(self, image: Path, caption: str) -> RecordT:
-        """Record of a captioned photograph, for a benchmark of the training step; by default that of a request."""
-        return self.requests([image], [caption])[0]
-
-    def pixels(self, image: str | Path) -> Tensor:
-        """Whole image `[3, R, R]` as in evaluation."""
-        place = self.images / image
-        return load_image(
-            image_at(place), self.config.image_size, str(place), official=self.official_pictures
-        )
-
-    def augmented(
-        self, image: str | Path, rng: np.random.Generator, *, may_flip: bool = True
-    ) -> Tensor:
-        """Training view `[3, R, R]` of an image, or the whole image without augmentation."""
-        from xfm_fast.data.transforms import finetuning_transform
-
-        if not getattr(self.options, "augment", True):
-            return self.pixels(image)
-        place = self.images / image
-        decoded = decode_pixels(image_at(place), str(place), official=self.official_pictures)
-        return finetuning_transform(self.config.image_size, self.crop)(
-            decoded, rng, may_flip=may_flip
-        )
-
-    def caption_ids(self, text: str, max_words: int, max_tokens: int | None = None) -> list[int]:
-        """Ids of a caption, cleaned and truncated to `max_words` and `max_tokens`."""
-        cleaned = pre_caption(text, max_words)
-        return self.tokenizer.encode_ids([cleaned], max_tokens or self.config.max_text_length)[0]
-
-    def padded(
-        self, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu"
-    ) -> tuple[Tensor, Tensor]:
-        """Ids padded to `[B, L]`, and their mask."""
-        ids, mask = self.tokenizer.pad(rows)
-        return ids.to(device), mask.to(device)
-
-    def pixels_of(self, images: Sequence[str], model: Any) -> Tensor:
-        """Whole images `[I, 3, R, R]` as inputs of a model or session."""
-        return torch.stack([self.pixels(image) for image in images]).to(model.device, model.dtype)
-
-    def pair_inputs(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        """Images and padded texts of items, as the fields of `PairInput`."""
-        ids, mask = self.padded([item.ids for item in items])
-        return {
-            "image": torch.stack([item.image for item in items]),
-            "input_ids": ids,
-            "attention_mask": mask,
-        }
-
-
-HELD_OUT = "val"
-"""Split of the images that `hold_out` takes from the training files."""
+        names = tuple(dict.fromkeys(image_names(files)))
+        if names not in self._held_out:
+            mask = held_out(len(names), contents_of([*names], self.images), self.hold_out)
+            self._held_out[names] = {*compress(names, mask)}
+        return [rows.about(self._held_out[names], inverted=not held) for rows in files]
 
 
 class Item(NamedTuple):
@@ -463,25 +313,15 @@ class PairInput(TensorBatch):
 
 
 def json_file(name: str, content: Any) -> dict[str, bytes]:
-    """A result file of JSON."""
+    """Return a JSON result file by its name."""
     return {name: (json.dumps(content, ensure_ascii=False) + "\n").encode()}
 
 
-def group_by_image(records: Sequence[Any]) -> list[list[int]]:
-    """Record indices grouped by image, so that each image is encoded once."""
-    of_image: dict[str, list[int]] = {}
-    for number, record in enumerate(records):
-        of_image.setdefault(record.image, []).append(number)
-    return [*of_image.values()]
-
-
 def unique_images(records: Sequence[Any]) -> tuple[list[str], list[int]]:
-    """Distinct images of records in order, and the index of each record's image."""
-    places = {
-        image: place
-        for place, image in enumerate(dict.fromkeys(record.image for record in records))
-    }
-    return [*places], [places[record.image] for record in records]
+    """Return the distinct images of records in order, and the index of each record's image."""
+    images = [*dict.fromkeys(record.image for record in records)]
+    index = {image: position for position, image in enumerate(images)}
+    return images, [index[record.image] for record in records]
 
 
 def require_inputs(images: Sequence[Path], texts: Sequence[str], what: str, *, ok: bool) -> None:
@@ -490,21 +330,21 @@ def require_inputs(images: Sequence[Path], texts: Sequence[str], what: str, *, o
         raise InputError(
             f"{len(images)} images and {len(texts)} texts were given; this model needs {what}"
         )
-    if blank := [number for number, text in enumerate(texts) if not text.strip()]:
-        raise InputError(f"text {blank[0]} of {len(texts)} is blank; this model needs {what}")
+    for index, text in enumerate(texts):
+        if not text.strip():
+            raise InputError(f"text {index} of {len(texts)} is blank; this model needs {what}")
 
 
-AnyTaskType = type[Task[Any, Any, Any, Any]]
-T = TypeVar("T", bound=AnyTaskType)
+TaskType = TypeVar("TaskType", bound=type[Task[Any]])
 
 
-class Registry(Mapping[str, AnyTaskType]):
+class Registry(Mapping[str, type[Task[Any]]]):
     """Tasks by kind; built-in ones are imported on first use."""
 
     def __init__(self, *kinds: str) -> None:
-        self._tasks: dict[str, AnyTaskType | None] = dict.fromkeys(kinds)
+        self._tasks: dict[str, type[Task[Any]] | None] = dict.fromkeys(kinds)
 
-    def __getitem__(self, kind: str) -> AnyTaskType:
+    def __getitem__(self, kind: str) -> type[Task[Any]]:
         if self._tasks[kind] is None:
             import_module(f"xfm_fast.tasks.{kind}")
         task = self._tasks[kind]
@@ -517,8 +357,8 @@ class Registry(Mapping[str, AnyTaskType]):
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def add(self, task: T) -> T:
-        """Class decorator that enters a task under the `kind` of its options."""
+    def add(self, task: TaskType) -> TaskType:
+        """Enter a task under the `kind` of its options; a class decorator."""
         self._tasks[task.Options.model_fields["kind"].default] = task
         return task
 
@@ -535,13 +375,13 @@ def _parse_options(value: Any) -> TaskOptions:
     kind = value.get("kind") if isinstance(value, Mapping) else None
     options = TaskOptions.of_kind(kind)
     if options is None:
-        raise ValueError(f"kind={kind!r} is no task; choose one of {', '.join(TASKS)}")
+        raise ValueError(f"kind={kind!r} is not a task; choose one of {', '.join(TASKS)}")
     try:
         return options.model_validate(value)
     except ValidationError as error:
-        # As for a tagged union, the place of a fault begins with the kind.
-        faults: Any = [
-            {**each, "loc": (kind, *each["loc"])} for each in error.errors(include_url=False)
+        # As for a tagged union, the location of a fault begins with the kind.
+        faults: list[Any] = [
+            {**fault, "loc": (kind, *fault["loc"])} for fault in error.errors(include_url=False)
         ]
         raise ValidationError.from_exception_data("task", faults) from None
 
@@ -550,17 +390,17 @@ AnyTask = Annotated[SerializeAsAny[TaskOptions], BeforeValidator(_parse_options)
 """The section `task` of a recipe, discriminated by `kind`."""
 
 
-def explanation(
-    task: Task[Any, Any, Any, Any], options: TaskOptions | None = None
-) -> dict[str, bytes]:
-    """Metadata files to save with the weights, optionally with other options."""
+def explanation(task: Task[Any], options: TaskOptions | None = None) -> dict[str, bytes]:
+    """Return the metadata files to save with the weights, optionally with other options."""
     document = {"format": FORMAT_VERSION, "task": (options or task.options).model_dump(mode="json")}
     files = {TASK_FILE: (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()}
-    return files | ({TOKENIZER_FILE: task.tokenizer.to_json().encode()} if task.reads_text else {})
+    if task.reads_text:
+        files[TOKENIZER_FILE] = task.tokenizer.to_json().encode()
+    return files
 
 
 def task_of(folder: Path) -> TaskOptions | None:
-    """Task of a folder of weights; None for a pretrained model."""
+    """Read the task options of a folder of weights; None for a pretrained model."""
     path = folder / TASK_FILE
     try:
         content = read_json(path)
@@ -584,17 +424,7 @@ def make_task(
     config: XFMConfig,
     tokenizer: CaptionTokenizer | None,
     images: Path = Path(),
-    *,
-    official_pictures: bool = False,
-    hold_out: float = 0,
-) -> Task[Any, Any, Any, Any]:
-    """Create the task of completed options."""
-    kind = TASKS[options.kind]
-    return kind(
-        options,
-        config,
-        tokenizer,
-        images=images,
-        official_pictures=official_pictures,
-        hold_out=hold_out,
-    )
+    **settings: Any,
+) -> Task[Any]:
+    """Create the task of completed options; `settings` are the constructor's."""
+    return TASKS[options.kind](options, config, tokenizer, images=images, **settings)

@@ -1,14 +1,14 @@
 """Weakly supervised grounding: heat maps of a retrieval model select among detector boxes.
 
-Training is that of retrieval on images and expressions. A heat map is gradient times attention (Grad-CAM, arXiv
-1610.02391; on cross-attention in ALBEF, arXiv 2107.07651) of one fusion layer.
+Training is that of retrieval on images and expressions. A heat map is gradient times attention
+(Grad-CAM, arXiv 1610.02391; on cross-attention in ALBEF, arXiv 2107.07651) of one fusion layer.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -37,8 +37,9 @@ from xfm_fast.tasks.grounding import (
     expressions_of,
     grounding_rows,
 )
+from xfm_fast.tasks.models import TaskModel
 from xfm_fast.tasks.retrieval import PairOptions, PairTask
-from xfm_fast.tasks.task import Item, TaskModel, group_by_image, register, unique_images
+from xfm_fast.tasks.task import Item, Rng, register, unique_images
 
 
 class WeakGroundingOptions(PairOptions):
@@ -63,8 +64,8 @@ class DetectedRecord(GroundingRecord):
 class WeakGroundingTask(PairTask[WeakGroundingOptions]):
     """Splits list expression files as in grounding, plus a JSON file of detections.
 
-    Detections name an image by path, file name or COCO id. Training images are whole, because a crop may remove the
-    referred object.
+    Detections name an image by path, file name or COCO id. Training images are whole, because a
+    crop may remove the referred object.
     """
 
     Options, Session = WeakGroundingOptions, None
@@ -73,63 +74,65 @@ class WeakGroundingTask(PairTask[WeakGroundingOptions]):
     metrics_of: Any = GroundingTask.metrics_of
     score: Any = GroundingTask.score
     takes_weights_of = ("retrieval",)
+    groups_by_image = True
     crop = None
 
-    def rows(self, paths: Sequence[Path]) -> Sequence[AnnotationRows[Any]]:
-        return [expressions_of(rows, training=True) for rows in grounding_rows(paths)]
+    def rows(
+        self, paths: Sequence[Path], split: str | None = None
+    ) -> Sequence[AnnotationRows[Any]]:
+        return [expressions_of(rows, training=split is None) for rows in grounding_rows(paths)]
 
     def records(self, paths: Sequence[Path], split: str) -> list[DetectedRecord]:
-        detections: dict[Path, dict[str, Tensor]] = {}
+        detections: dict[str, Tensor] = {}
+        files = []
         for path in paths:
-            with suppress(DataError):
-                detections |= {path: read_detections(path)} if path.suffix == ".json" else {}
-        if not detections:
+            boxes = _try_detections(path)
+            if boxes is None:
+                files.append(path)
+            else:
+                detections |= boxes
+        if len(files) == len(paths):
             raise DataError(
                 f"data.splits.{split} lists no detections; add the JSON of boxes by image, such as MAttNet's dets.json"
             )
-        expressions = grounding_rows([path for path in paths if path not in detections])
-        found = {image: boxes for each in detections.values() for image, boxes in each.items()}
-        records = [
-            record
-            for rows in expressions
-            for record in expressions_of(rows, training=False).records()
-        ]
-        check_images(records, self.images)
-        check_boxes(records, self.images, official=self.official_pictures)
-        return [
-            DetectedRecord.model_validate(
-                {**record.model_dump(), "detected": boxes_of(record.image, found).tolist()}
+        expressions = [record for rows in self.rows(files, split) for record in rows.records()]
+        check_images(expressions, self.images)
+        check_boxes(expressions, self.images, official=self.official_pictures)
+        records = []
+        for record in expressions:
+            boxes = boxes_of(record.image, detections).tolist()
+            records.append(
+                DetectedRecord.model_validate({**record.model_dump(), "detected": boxes})
             )
-            for record in records
-        ]
+        return records
 
-    def item(self, record: GroundingRecord, rng: np.random.Generator) -> Item:
-        # Expressions of one image describe it all, and are no negatives of each other.
-        return super().item(
-            RetrievalRecord(image=record.image, caption=record.text, image_id=record.image), rng
-        )
-
-    def groups(self, records: Sequence[DetectedRecord]) -> list[list[int]]:
-        return group_by_image(records)
+    def item(self, record: GroundingRecord, rng: Rng) -> Item:
+        # Expressions of one image describe the same image, and must not be negatives of each other.
+        pair = RetrievalRecord(image=record.image, caption=record.text, image_id=record.image)
+        return super().item(pair, rng)
 
     def predict(self, model: TaskModel, records: Sequence[DetectedRecord]) -> list[Row]:
-        """Rows of `bbox`: the selected detection, (x, y, w, h) in pixels."""
-        images, places = unique_images(records)
+        """Predict rows of `bbox`: the selected detection, (x, y, w, h) in pixels."""
+        images, indices = unique_images(records)
         texts = [self.caption_ids(record.text, self.options.max_words) for record in records]
         ids, mask = self.padded(texts, model.device)
-        # All tokens, `<s>` and `</s>` among them, as in the official code.
-        heat = cross_attention_heatmap(
-            model, self.pixels_of(images, model), ids, mask, layer=self.options.layer, tokens=mask,
-            image_index=torch.tensor(places, device=model.device),
-        ).cpu()  # fmt: skip
-        sizes = {
-            image: image_size(self.images / image, official=self.official_pictures)
-            for image in images
-        }
-        return [
-            {"bbox": list(record.detected[best_box(of_text, record.detected, sizes[record.image])])}
-            for of_text, record in zip(heat, records, strict=True)
-        ]
+        heatmaps = cross_attention_heatmap(
+            model,
+            self.pixels_of(images, model),
+            ids,
+            mask,
+            layer=self.options.layer,
+            # With `<s>` and `</s>`, as in the official code.
+            tokens=mask,
+            image_index=torch.tensor(indices, device=model.device),
+        ).cpu()
+        official = self.official_pictures
+        sizes = [image_size(self.images / image, official=official) for image in images]
+        rows: list[Row] = []
+        for heatmap, record, image in zip(heatmaps, records, indices, strict=True):
+            selected = best_box(heatmap, record.detected, sizes[image])
+            rows.append({"bbox": list(record.detected[selected])})
+        return rows
 
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[DetectedRecord]:
         raise InputError(
@@ -137,8 +140,18 @@ class WeakGroundingTask(PairTask[WeakGroundingOptions]):
         )
 
 
+def _try_detections(path: Path) -> dict[str, Tensor] | None:
+    """Read a file of detections; return None for any other file."""
+    if path.suffix != ".json":
+        return None
+    try:
+        return read_detections(path)
+    except DataError:
+        return None
+
+
 def boxes_of(image: str, detections: Mapping[str, Tensor]) -> Tensor:
-    """Detections of an image, `[N, 4]`; none raise `DataError` with the names tried."""
+    """Look up the detections `[N, 4]` of an image; none raise `DataError` with the names tried."""
     path = Path(image)
     names = (image, path.name, path.stem.rpartition("_")[2].lstrip("0") or "0")
     boxes = next((detections[name] for name in names if name in detections), None)
@@ -159,12 +172,13 @@ def cross_attention_heatmap(
     tokens: Tensor | None = None,
     image_index: Tensor | None = None,
 ) -> Tensor:
-    """Heat maps `[P, grid, grid]` of P texts: non-negative, detached.
+    """Compute heat maps `[P, grid, grid]` of P texts: non-negative, detached.
 
-    With the matching head: positive gradient of the match logit times attention probability, averaged over heads and
-    text tokens. A `GroundingModel` uses the gradient magnitude summed over the four box coordinates instead. `layer`
-    defaults to the last of the first half (as in ALBEF); `tokens` `[P, L]` defaults to all but the first and last
-    token; `image_index` `[P]` maps texts to images. Dropout is disabled; the model and its gradients are unchanged.
+    With the matching head: positive gradient of the match logit times attention probability,
+    averaged over heads and text tokens. A `GroundingModel` uses the gradient magnitude summed over
+    the four box coordinates instead. `layer` defaults to the last of the first half (as in ALBEF);
+    `tokens` `[P, L]` defaults to all but the first and last token; `image_index` `[P]` maps texts
+    to images. Dropout is disabled; the model and its gradients are unchanged.
     """
     config = model.config
     if "boxes" not in model.heads:
@@ -174,45 +188,41 @@ def cross_attention_heatmap(
         mask = inputs.check_tokens(input_ids, attention_mask, config)
         memory = model.image_memory(model.encode_image(pixels))
         text = model.encode_text(input_ids, mask)
-        number = max(0, config.fusion_layers // 2 - 1) if layer is None else layer
-        chosen = _chosen(mask, tokens, number, config.fusion_layers)
-        with torch.enable_grad(), _explicit_cross_attention(model, number) as recorded:
+        if layer is None:
+            layer = max(0, config.fusion_layers // 2 - 1)
+        selected = _select_tokens(mask, tokens, layer, config.fusion_layers)
+        with torch.enable_grad(), _explicit_cross_attention(model, layer) as recorded:
             fused = model.fuse(text, mask, memory, image_index)
-            # Not `first_token_only`: if the last layer is chosen, all its tokens are needed.
-            fused = fused[
-                torch.arange(len(fused), device=fused.device), mask.long().argmax(1), None
-            ]
+            # Not `first_token_only`: if `layer` is the last one, all its tokens are needed.
+            rows = torch.arange(len(fused), device=fused.device)
+            fused = fused[rows, mask.long().argmax(1), None]
             (probabilities,) = recorded
             if "matching" in model.heads:
-                (gradient,) = torch.autograd.grad(
-                    model.match_logits(fused)[:, 1].sum(), probabilities
-                )
+                logit = model.match_logits(fused)[:, 1].sum()
+                (gradient,) = torch.autograd.grad(logit, probabilities)
                 weight = gradient.clamp_min(0)
             else:
-                sums = model.predict_boxes(fused).sum(0)
-                # A magnitude for every coordinate takes a pass for every coordinate.
-                gradients = [
-                    torch.autograd.grad(each, probabilities, retain_graph=True)[0] for each in sums
-                ]
+                # The magnitude of every coordinate needs a backward pass of its own.
+                gradients = []
+                for coordinate in model.predict_boxes(fused).sum(0):
+                    gradients += torch.autograd.grad(coordinate, probabilities, retain_graph=True)
                 weight = torch.stack([gradient.abs() for gradient in gradients]).sum(0)
         heat = (weight * probabilities.detach()).mean(0)
         # The fusion encoder has the texts in the order of their images.
-        order = (
-            None
-            if image_index is None
-            else ImageGroups.from_index(image_index, memory.images).order
-        )
+        order = None
+        if image_index is not None:
+            order = ImageGroups.from_index(image_index, memory.images).order
         per_token = Packing.from_mask(mask, order=order).unpad(heat)
-        mean = (per_token * chosen[..., None]).sum(1) / chosen.sum(1, keepdim=True)
+        mean = (per_token * selected[..., None]).sum(1) / selected.sum(1, keepdim=True)
         return mean[:, 1:].unflatten(1, (config.grid, config.grid))
 
 
 @contextmanager
 def _explicit_cross_attention(model: XFM, layer: int) -> Iterator[list[Tensor]]:
-    """Run one fusion layer's cross-attention unfused, and yield a list that records its probabilities.
+    """Run a fusion layer's cross-attention unfused; yield a list that records its probabilities.
 
-    Each pass appends `[H, T, M]`: heads, packed text tokens in image order, image tokens. The probabilities are leaves
-    of the graph.
+    Each pass appends `[H, T, M]`: heads, packed text tokens in image order, image tokens. The
+    probabilities are leaves of the graph.
     """
     layers = model.config.fusion_layers
     if not 0 <= layer < layers:
@@ -228,120 +238,105 @@ def _explicit_cross_attention(model: XFM, layer: int) -> Iterator[list[Tensor]]:
         longest: int,
         key_mask: None = None,
     ) -> Tensor:
-        """`TransformerLayer.cross_attention`, image by image."""
+        """Replace `TransformerLayer.cross_attention`, image by image."""
         x, attention = x.detach(), block.crossattention
         q = attention.self.project_query(x)
         k, v = keys_values.detach().unbind(-3)
         spans = list(zip(pairwise(cu_queries.tolist()), pairwise(cu_keys.tolist()), strict=True))
-        scores = [
-            torch.einsum("qhd,khd->hqk", q[a:b], k[c:d]) * q.shape[-1] ** -0.5
-            for (a, b), (c, d) in spans
-        ]
-        probabilities = (
-            torch.cat([each.softmax(-1) for each in scores], dim=1).detach().requires_grad_()
-        )
+        softmaxed = []
+        for (a, b), (c, d) in spans:
+            scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:d]) * q.shape[-1] ** -0.5
+            softmaxed.append(scores.softmax(-1))
+        probabilities = torch.cat(softmaxed, dim=1).detach().requires_grad_()
         recorded.append(probabilities)
         context = [
             torch.einsum("hqk,khd->qhd", probabilities[:, a:b], v[c:d]) for (a, b), (c, d) in spans
         ]
         return attention.output(torch.cat(context).flatten(-2), x)
 
-    own = vars(block)
-    former = own.get("cross_attention")
-    own["cross_attention"] = cross_attention
+    attributes = vars(block)
+    previous = attributes.get("cross_attention")
+    attributes["cross_attention"] = cross_attention
     try:
         yield recorded
     finally:
-        if former is None:
-            del own["cross_attention"]
+        if previous is None:
+            del attributes["cross_attention"]
         else:
-            own["cross_attention"] = former
+            attributes["cross_attention"] = previous
 
 
-def _chosen(mask: Tensor, tokens: Tensor | None, layer: int, layers: int) -> Tensor:
-    """Text tokens that count, `[P, L]` boolean."""
+def _select_tokens(mask: Tensor, tokens: Tensor | None, layer: int, layers: int) -> Tensor:
+    """Return the mask `[P, L]` of the text tokens to average over."""
     length = mask.shape[1]
     first = mask.long().argmax(1)
     if tokens is None:
         last = length - 1 - mask.flip(1).long().argmax(1)
-        places = torch.arange(length, device=mask.device)
-        chosen = mask & (places != first[:, None]) & (places != last[:, None])
+        positions = torch.arange(length, device=mask.device)
+        selected = mask & (positions != first[:, None]) & (positions != last[:, None])
+        reason = "is nothing but <s> and </s>"
     elif tokens.shape != mask.shape:
         raise InputError(f"tokens is {[*tokens.shape]}; the texts are {[*mask.shape]}")
     else:
-        chosen = mask & tokens.bool()
-    empty = ~chosen.any(1)
+        selected = mask & tokens.bool()
+        reason = "has no token among those of `tokens`"
+    empty = ~selected.any(1)
     if bool(empty.any()):
-        where = (
-            "is nothing but <s> and </s>"
-            if tokens is None
-            else "has no token among those of `tokens`"
-        )
         raise InputError(
-            f"text {int(empty.long().argmax())} {where}; choose at least one real token of it"
+            f"text {int(empty.long().argmax())} {reason}; choose at least one real token of it"
         )
-    if layer == layers - 1 and not bool(chosen.gather(1, first[:, None]).all()):
+    if layer == layers - 1 and not bool(selected.gather(1, first[:, None]).all()):
         raise InputError(
             f"layer={layer} is the last, where the heads read only token 0; "
             "choose an earlier layer, or tokens that include the first of every text"
         )
-    return chosen
+    return selected
 
 
 def overlay(picture: Image.Image, heatmap: Tensor) -> Image.Image:
     """Blend a heat map `[h, w]` over its picture at full size; black is cold, white is hot."""
     width, height = picture.size
-    smooth = F.interpolate(heatmap.float()[None, None], size=(height, width), mode="bilinear")[
-        0, 0
-    ].clamp_min(0)
-    levels = (
-        (255 * smooth / smooth.max().clamp_min(torch.finfo(smooth.dtype).tiny))
-        .round()
-        .to(torch.uint8)
-    )
-    colours = ImageOps.colorize(
-        Image.fromarray(levels.numpy()), black="black", mid="darkorange", white="white"
-    )
+    heat = heatmap.float()[None, None]
+    heat = F.interpolate(heat, size=(height, width), mode="bilinear")[0, 0].clamp_min(0)
+    heat = 255 * heat / heat.max().clamp_min(torch.finfo(heat.dtype).tiny)
+    levels = Image.fromarray(heat.round().to(torch.uint8).numpy())
+    colours = ImageOps.colorize(levels, black="black", mid="darkorange", white="white")
     return Image.blend(picture.convert("RGB"), colours, 0.5)
 
 
 def best_box(
     heatmap: Tensor, boxes: Tensor | Sequence[Sequence[float]], size: tuple[int, int]
 ) -> int:
-    """Index of the (x, y, w, h) box with the largest heat sum over the square root of its area.
+    """Return the index of the (x, y, w, h) box with the most heat per square root of its area.
 
-    As in ALBEF's RefCOCO+ evaluation: the map is upsampled bicubically to `size` (width, height); box corners are
-    floored.
+    As in ALBEF's RefCOCO+ evaluation: the map is upsampled bicubically to `size` (width, height);
+    box corners are floored.
     """
-    found = torch.as_tensor(boxes, dtype=torch.float64).cpu()
+    candidates = torch.as_tensor(boxes, dtype=torch.float64).cpu()
     width, height = size
     if heatmap.ndim != 2 or min(width, height) < 1:
         raise InputError(
             f"heatmap is {[*heatmap.shape]} and size {size}; they must be [h, w], and (width, height) in pixels"
         )
-    if (
-        found.ndim != 2
-        or not found.shape[0]
-        or found.shape[1] != 4
-        or not bool((found[:, 2:] > 0).all())
-    ):
+    valid = candidates.ndim == 2 and len(candidates) > 0 and candidates.shape[1] == 4
+    if not valid or not bool((candidates[:, 2:] > 0).all()):
         raise InputError(
-            f"boxes are {[*found.shape]}; they must be [N, 4], at least one, (x, y, w, h) with w and h > 0"
+            f"boxes are {[*candidates.shape]}; they must be [N, 4], at least one, (x, y, w, h) with w and h > 0"
         )
     heat = heatmap.detach().double().cpu()[None, None]
     dense = F.interpolate(heat, size=(height, width), mode="bicubic")[0, 0]
-    # Sums of all rectangles that begin in the corner: four of them give the sum of any box.
+    # Integral image: four of its values give the sum of any box.
     corner = F.pad(dense.cumsum(0).cumsum(1), (1, 0, 1, 0))
     bound = torch.tensor([width, height])
-    low = found[:, :2].trunc().long().clamp_min(0).minimum(bound)
-    high = (found[:, :2] + found[:, 2:]).trunc().long().clamp_min(0).minimum(bound)
+    low = candidates[:, :2].trunc().long().clamp_min(0).minimum(bound)
+    high = (candidates[:, :2] + candidates[:, 2:]).trunc().long().clamp_min(0).minimum(bound)
     (x0, y0), (x1, y1) = low.t(), high.t()
     inside = corner[y1, x1] - corner[y0, x1] - corner[y1, x0] + corner[y0, x0]
-    return int((inside / found[:, 2:].prod(1).sqrt()).argmax())
+    return int((inside / candidates[:, 2:].prod(1).sqrt()).argmax())
 
 
 def read_detections(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Detector boxes `[N, 4]` float64 (x, y, w, h in pixels) by image id or path.
+    """Read detector boxes `[N, 4]` float64 (x, y, w, h in pixels) by image id or path.
 
     Formats: MAttNet's list of `{"image_id" or "image": …, "box": [x, y, w, h]}`, or ALBEF's object `{image: [[x, y, w,
     h], …]}`; further numbers are ignored.
@@ -352,43 +347,36 @@ def read_detections(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except OSError as error:
         raise unreadable(path, error) from None
     except ValueError as error:
-        raise DataError(f"{path} is no JSON ({error}); write it again") from None
+        raise DataError(f"{path} is not JSON ({error}); write it again") from None
+    # (description for messages, image, box) of each detection.
+    detections: list[tuple[str, Any, Any]] = []
     if isinstance(content, list):
-        named = [each if isinstance(each, dict) else {} for each in content]
-        boxes = [
-            (
-                f"element {number} counting from 0",
-                each.get("image_id", each.get("image")),
-                each.get("box"),
-            )
-            for number, each in enumerate(named)
-        ]
-    else:
-        lists = content.items() if isinstance(content, dict) else ()
-        boxes = [
-            (f"image {image}, box {number}", image, box)
-            for image, of_image in lists
-            for number, box in enumerate(of_image if isinstance(of_image, list) else [of_image])
-        ]
-    if not boxes:
+        for index, element in enumerate(content):
+            fields = element if isinstance(element, dict) else {}
+            image = fields.get("image_id", fields.get("image"))
+            detections.append((f"element {index} counting from 0", image, fields.get("box")))
+    elif isinstance(content, dict):
+        for image, boxes in content.items():
+            for index, box in enumerate(boxes if isinstance(boxes, list) else [boxes]):
+                detections.append((f"image {image}, box {index}", image, box))
+    if not detections:
         raise DataError(
             f"{path} holds no detections; expected a list of them, or an object of lists by image"
         )
-    found: dict[str, list[list[float]]] = {}
-    for where, image, box in boxes:
-        first = box[:4] if isinstance(box, list) else []
-        numbers = [
-            float(each)
-            for each in first
-            if isinstance(each, int | float) and not isinstance(each, bool)
-        ]
+    boxes_by_image: dict[str, list[list[float]]] = {}
+    for where, image, box in detections:
+        values = box[:4] if isinstance(box, list) else []
+        # JSON's true is an int in Python.
+        numbers = [float(value) for value in values if type(value) in (int, float)]
         if len(numbers) < 4 or not np.isfinite(numbers).all() or min(numbers[2:]) <= 0:
             raise DataError(
-                f"{path}, {where}: box {box!r} is none; expected [x, y, w, h] in pixels, w and h above 0"
+                f"{path}, {where}: box {box!r} is invalid; expected [x, y, w, h] in pixels, w and h above 0"
             )
         if not isinstance(image, str | int):
             raise DataError(
                 f"{path}, {where} has image_id={image!r}; expected the image's id or path"
             )
-        found.setdefault(str(image), []).append(numbers)
-    return {image: torch.tensor(of_image, dtype=torch.float64) for image, of_image in found.items()}
+        boxes_by_image.setdefault(str(image), []).append(numbers)
+    return {
+        image: torch.tensor(boxes, dtype=torch.float64) for image, boxes in boxes_by_image.items()
+    }

@@ -48,7 +48,7 @@ from xfm_fast.training.distributed import (
 )
 from xfm_fast.training.metrics import Guard, Meter, ModelNorms, RunLog, Show, Work, mean_by_name
 from xfm_fast.training.optimizer import AdamW, WeightAverage, optimizer_groups, schedule_factor
-from xfm_fast.training.recipe import Recipe, Run, changes, position_after
+from xfm_fast.training.recipe import Recipe, Run, flatten
 from xfm_fast.training.recipe_fields import ImageStream, RegionStream, TextStream
 
 # The official loss scale starts high and is capped at this.
@@ -312,7 +312,7 @@ def _resume(
     notes = [*checkpoint.rejected, f"resuming from {checkpoint.path}"]
     before, world = checkpoint.state["recipe"], checkpoint.state["world_size"]
     with checkpoints.reading(checkpoint.path):
-        notes += changes(before, recipe, world, processes.world_size)
+        notes += recipe_changes(before, recipe, world, processes.world_size)
         checkpoints.load(checkpoint, progress)
         for stream in {name for update in recipe.active_updates for name in update}:
             if stream in progress.batches:
@@ -323,6 +323,57 @@ def _resume(
     if randomness is None:
         seed_everything(recipe.seed, processes.rank, progress.step)
     return notes, randomness
+
+
+# Changing these would invalidate the weights or the state of the optimizer.
+_FIXED = ("model.", "optimizer.zero_grad")
+# These change the execution of a run, not its results.
+_HARMLESS = ("checkpoint.", "log.", "workers", "data")
+
+
+def recipe_changes(
+    before: Mapping[str, Any], recipe: Run, world_before: int, world_now: int
+) -> list[str]:
+    """Describe how `recipe` differs from the checkpoint's; raises `ConfigError` for a different model."""
+    old, new = dict(flatten(before)), dict(flatten(recipe.model_dump(mode="json")))
+    fixed, changed = [], []
+    for key in dict.fromkeys([*old, *new]):
+        if old.get(key) != new.get(key):
+            change = f"{key}: {old.get(key)} → {new.get(key)}"
+            if key.startswith(_FIXED):
+                fixed.append(change)
+            elif not key.startswith(_HARMLESS):
+                changed.append(change)
+    if fixed:
+        raise ConfigError(
+            f"the checkpoint in checkpoint.folder={recipe.checkpoint.folder} is of another run ({'; '.join(fixed)}); "
+            "reset these, or set checkpoint.folder to a new folder"
+        )
+    notes = []
+    if changed:
+        notes.append(f"the recipe has changed since the checkpoint: {'; '.join(changed)}")
+    if world_before != world_now:
+        notes.append(
+            f"the checkpoint is of {world_before} processes and this run has {world_now}: an update now reads "
+            f"{world_now} instead of {world_before} times streams.*.batch_size, every stream continues after the items "
+            "already read (to within a batch) in the same order, and dropout and negatives are drawn anew from seed, "
+            "rank and step"
+        )
+    return notes
+
+
+def position_after(
+    batches: int,
+    stream: str,
+    before: Mapping[str, Any],
+    recipe: Run,
+    world_before: int,
+    world_now: int,
+) -> int:
+    """Return the batch index to resume a stream at; it repeats no item and skips less than one batch."""
+    batch = before["streams"][stream] if "streams" in before else before
+    size = batch["batch_size"] // before["accumulate"] * world_before
+    return -(-batches * size // (recipe.micro_batch_size(stream) * world_now))
 
 
 # More texts do not change a vocabulary of a few thousand entries.

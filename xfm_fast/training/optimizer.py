@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple, overload
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -99,17 +99,9 @@ class AdamW(Optimizer):
                 if state and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update all parameters that have a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             batches: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
@@ -117,7 +109,6 @@ class AdamW(Optimizer):
                     batches[parameter.device, parameter.dtype].append(parameter)
             for parameters in batches.values():
                 self._update(parameters, group)
-        return loss
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:

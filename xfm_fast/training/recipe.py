@@ -72,7 +72,7 @@ class Run(Section):
     log: LogRecipe = LogRecipe()
 
     def __init__(self, **values: Any) -> None:
-        for key, value in _flatten(values):
+        for key, value in flatten(values):
             for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, str) and "\0" in item:
                     raise ConfigError(
@@ -163,18 +163,9 @@ class Run(Section):
         return None if self.init.checkpoint is None else model_folder(Path(self.init.checkpoint))
 
     def make_world(self) -> None:
-        """Write the shapes dataset into `data` if the recipe defines one and it is missing; run on one process."""
-        if self.shapes is None:
-            return
-        from xfm_fast.data.shapes import Split, write_world
-
-        world = self.shapes
-        images: dict[Split, int] = {"train": world.train, "val": world.val, "test": world.test}
-        if world.known:
-            images["known"] = world.known
-        write_world(
-            self.folder_of_data, seed=world.seed, images=images, resolution=world.resolution
-        )
+        """Write the shapes dataset of the recipe into `data` if it is missing; run on one process."""
+        if self.shapes is not None:
+            self.shapes.write(self.folder_of_data)
 
     def expand(self, paths: Iterable[str], key: str, remedy: str) -> list[Path]:
         """Return data files and folders of a key, glob patterns expanded in sorted order."""
@@ -307,19 +298,13 @@ class Recipe(Run):
     def micro_batch_size(self, stream: str) -> int:
         return self.streams[stream].batch_size // self.accumulate
 
-    def micro_batch_images(self, stream: str) -> int:
-        """Return the maximum images per micro-batch of a regions stream."""
-        source = self.streams[stream]
-        assert isinstance(source, RegionStream)
-        return -(-source.max_images // self.accumulate)
-
     def options_of(self, stream: str) -> AnyStreamOptions:
         """Return the options of a stream, for one micro-batch on one rank."""
         options, changes = self.streams[stream], {}
         if isinstance(options, ImageOptions) and options.image_root is not None:
             changes["image_root"] = Path(self.data) / options.image_root
         if isinstance(options, RegionStream):
-            changes["max_images"] = self.micro_batch_images(stream)
+            changes["max_images"] = -(-options.max_images // self.accumulate)
         return options.model_copy(update=changes)
 
     def paths_of(self, stream: str) -> list[Path]:
@@ -344,7 +329,7 @@ class Recipe(Run):
 def _select_streams(
     updates: Iterable[Iterable[str]], is_active: Callable[[str], object]
 ) -> tuple[tuple[str, ...], ...]:
-    """Drop streams that are not active, and updates without streams."""
+    """Drop inactive streams, and updates without streams."""
     selected = (tuple(name for name in update if is_active(name)) for update in updates)
     return tuple(update for update in selected if update)
 
@@ -368,13 +353,11 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
     if "streams" not in values:
         raise ConfigError(
             f"recipe {name_or_path} has no streams, so it is not for pretraining; add streams.NAME.kind=... and "
-            "updates=[[NAME]]. The settings of official pretraining files are in pretrain_base_4m and "
-            "pretrain_base_web: xfm-fast pretrain pretrain_base_4m data=<folder>; official fine-tuning files are read "
-            "by xfm-fast finetune"
+            "updates=[[NAME]]. Official pretraining files are the recipes pretrain_base_4m and pretrain_base_web: "
+            "xfm-fast pretrain pretrain_base_4m data=<folder>; xfm-fast finetune reads official fine-tuning files"
         )
-    streams, updates, init = values.get("streams"), values.get("updates"), values.get("init")
-    if not isinstance(init, dict):
-        init = {}
+    streams, updates = values.get("streams"), values.get("updates")
+    init = values["init"] if isinstance(values.get("init"), dict) else {}
     if isinstance(streams, dict):
         for stream in streams.values():
             if isinstance(stream, dict) and stream.get("losses") == "auto":
@@ -428,7 +411,7 @@ def fit_auto(
     steps take. Learning rate: 2e-5, or 5e-5 from random weights, at 768 channels and batch 64, scaled by
     channels^-1.5 and sqrt(batch).
     """
-    flat = dict(_flatten(values))
+    flat = dict(flatten(values))
     auto = {name: key for name, key in keys.items() if flat.get(key) == "auto"}
     recipe = recipe_type(**override(values, (f"{key}={_UNKNOWN}" for key in auto.values())))
     if not auto:
@@ -455,12 +438,9 @@ def fit_auto(
 
 def _recipe_files(package: str) -> dict[str, Any]:
     """Return the recipes in `package` by name."""
-    folder = files(package).joinpath("recipes")
-    return {
-        file.name.removesuffix(".yaml"): file
-        for file in folder.iterdir()
-        if file.name.endswith(".yaml")
-    }
+    entries = files(package).joinpath("recipes").iterdir()
+    recipes = [entry for entry in entries if entry.name.endswith(".yaml")]
+    return {entry.name.removesuffix(".yaml"): entry for entry in recipes}
 
 
 def read_recipe(name_or_path: str | Path, package: str) -> dict[str, Any]:
@@ -472,7 +452,7 @@ def read_recipe(name_or_path: str | Path, package: str) -> dict[str, Any]:
             if name in _recipe_files(folder):
                 raise ConfigError(f"{name} is a recipe of {command}: xfm-fast {command} {name}")
         raise ConfigError(
-            f"there is no recipe {name!r}{_suggestion(name, recipes)}; "
+            f"there is no recipe {name!r}{_suggest(name, recipes)}; "
             f"choose one of {', '.join(sorted(recipes))}, or give the path of a YAML file"
         )
     try:
@@ -534,17 +514,14 @@ def _yaml_problem(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _suggestion(name: str, names: Iterable[str]) -> str:
+def _suggest(name: str, names: Iterable[str]) -> str:
     matches = difflib.get_close_matches(name, list(names), n=1)
     return f" (did you mean {matches[0]}?)" if matches else ""
 
 
 def _describe_unknown(key: str, names: Iterable[str], noun: str = "key") -> str:
-    name = key.rpartition("." if noun == "key" else " ")[2]
-    return (
-        f"{key} is not a {noun} of a recipe{_suggestion(name, names)}; known here: "
-        f"{', '.join(sorted(names))}"
-    )
+    hint = _suggest(key.rpartition("." if noun == "key" else " ")[2], names)
+    return f"{key} is not a {noun} of a recipe{hint}; known here: {', '.join(sorted(names))}"
 
 
 def _step_into(hint: Any, component: int | str) -> tuple[Any, bool]:
@@ -553,8 +530,8 @@ def _step_into(hint: Any, component: int | str) -> tuple[Any, bool]:
     members = [hint, *get_args(hint)]
     models = [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
     for model in models:
-        section = model.of_kind(component) if hasattr(model, "of_kind") else None
-        if section is not None:
+        find_section = getattr(model, "of_kind", None)
+        if find_section is not None and (section := find_section(component)) is not None:
             return section, False
         tag = model.model_fields.get("kind")
         if tag is not None and tag.default == component:
@@ -612,59 +589,10 @@ def _field_names(section: Any) -> list[str]:
     raise TypeError(f"{section} has no fields")
 
 
-# Changing these would invalidate the weights or the state of the optimizer.
-_FIXED = ("model.", "optimizer.zero_grad")
-# These change the execution of a run, not its results.
-_HARMLESS = ("checkpoint.", "log.", "workers", "data")
-
-
-def changes(before: Mapping[str, Any], recipe: Run, world_before: int, world_now: int) -> list[str]:
-    """Describe how `recipe` differs from the checkpoint's; raises `ConfigError` for a different model."""
-    old, new = dict(_flatten(before)), dict(_flatten(recipe.model_dump(mode="json")))
-    fixed, changed = [], []
-    for key in dict.fromkeys([*old, *new]):
-        if old.get(key) != new.get(key):
-            change = f"{key}: {old.get(key)} → {new.get(key)}"
-            if key.startswith(_FIXED):
-                fixed.append(change)
-            elif not key.startswith(_HARMLESS):
-                changed.append(change)
-    if fixed:
-        raise ConfigError(
-            f"the checkpoint in checkpoint.folder={recipe.checkpoint.folder} is of another run ({'; '.join(fixed)}); "
-            "reset these, or set checkpoint.folder to a new folder"
-        )
-    notes = []
-    if changed:
-        notes.append(f"the recipe has changed since the checkpoint: {'; '.join(changed)}")
-    if world_before != world_now:
-        notes.append(
-            f"the checkpoint is of {world_before} processes and this run has {world_now}: an update now reads "
-            f"{world_now} instead of {world_before} times streams.*.batch_size, every stream continues after the items "
-            "already read (to within a batch) in the same order, and dropout and negatives are drawn anew from seed, "
-            "rank and step"
-        )
-    return notes
-
-
-def position_after(
-    batches: int,
-    stream: str,
-    before: Mapping[str, Any],
-    recipe: Run,
-    world_before: int,
-    world_now: int,
-) -> int:
-    """Return the batch index to resume a stream at; it repeats no item and skips less than one batch."""
-    batch = before["streams"][stream] if "streams" in before else before
-    size = batch["batch_size"] // before["accumulate"] * world_before
-    return -(-batches * size // (recipe.micro_batch_size(stream) * world_now))
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the values of nested sections by dotted key."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

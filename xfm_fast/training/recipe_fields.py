@@ -229,3 +229,12 @@ class ShapesWorldRecipe(Section):
         description="scenes of the extra split with training combinations",
     )
     resolution: int = Field(default=64, gt=0, le=16384, description="image side in pixels")
+
+    def write(self, folder: str) -> None:
+        """Write the dataset into a folder if it is missing."""
+        from xfm_fast.data.shapes import Split, write_world
+
+        images: dict[Split, int] = {"train": self.train, "val": self.val, "test": self.test}
+        if self.known:
+            images["known"] = self.known
+        write_world(folder, seed=self.seed, images=images, resolution=self.resolution)

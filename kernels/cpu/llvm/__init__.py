@@ -82,11 +82,13 @@ def _may_execute() -> bool:
     return ctypes.CDLL(None).mprotect(address, size, protection) == 0
 
 
+@cache
 def fills_vectors(width: int, dtype: torch.dtype) -> bool:
     """Return whether kernels take rows of `width` elements, which must fill whole vectors."""
     return why_not(dtype) is None and width % (levels()[0].lanes * TOGETHER[dtype]) == 0
 
 
+@cache
 def fits(outputs: int, inputs: int, dtype: torch.dtype) -> bool:
     """Return whether there is a kernel for a linear layer of these sizes."""
     return fills_vectors(inputs, dtype) and outputs % levels()[0].lanes == 0

@@ -14,12 +14,12 @@ from xfm_fast.batches import PairBatch, RegionBatch
 from xfm_fast.benchmarks.backends.official_algorithm import OfficialTrainingTwin, OfficialTwin
 from xfm_fast.benchmarks.backends.official_finetuning import OfficialFineTuningTwin
 from xfm_fast.models.xfm import XFM
-from xfm_fast.tasks.vqa import VQAModel
+from xfm_fast.tasks.vqa_model import VQAModel
 
 
-def _close(ours: Tensor, theirs: Tensor) -> None:
+def _close(ours: Tensor, expected: Tensor) -> None:
     eps = torch.finfo(ours.dtype).eps
-    error = (ours - theirs).abs().max() / theirs.abs().max()
+    error = (ours - expected).abs().max() / expected.abs().max()
     assert error < 1000 * eps, f"relative error {error:.1e}"
 
 
@@ -54,8 +54,8 @@ def test_reproduces_the_official_retrieval() -> None:
     _close(t2i, expected["retrieval_eval/score_t2i"])
 
 
-def losses(case: str, kind: str, **changes: Any) -> tuple[XFM, dict[str, Tensor]]:
-    model, batch = model_of(case, **changes), BATCHES[kind](case)
+def losses(case: str, batch_name: str, **changes: Any) -> tuple[XFM, dict[str, Tensor]]:
+    model, batch = model_of(case, **changes), BATCHES[batch_name](case)
     negatives = negatives_of(case, batch) if isinstance(batch, PairBatch | RegionBatch) else None
     return model, OfficialTrainingTwin(model).losses(batch, hard_negatives=negatives)
 
@@ -80,18 +80,18 @@ GOLDEN: dict[str, tuple[str, tuple[str, ...], dict[str, bool]]] = {
 @pytest.mark.parametrize("name", GOLDEN)
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_are_official(case: str, name: str) -> None:
-    kind, parts, changes = GOLDEN[name]
-    model, found = losses(case, kind, **changes)
+    batch_name, terms, changes = GOLDEN[name]
+    model, values = losses(case, batch_name, **changes)
     assert_official(
-        model, total({part: found[part] for part in parts}), load_json(f"{case}/grads")[name], name
+        model, total({term: values[term] for term in terms}), load_json(f"{case}/grads")[name], name
     )
 
 
 @pytest.mark.parametrize(("case", "depth"), [("tiny_a", 1), ("tiny_b", 1), ("tiny_b", 2)])
 def test_local_attention_of_regions_is_official(case: str, depth: int) -> None:
-    model, found = losses(case, "regions", local_attn_depth=depth)
+    model, values = losses(case, "regions", local_attn_depth=depth)
     golden = load_json(f"local_attn/{case}_depth{depth}_grads")["total_region"]
-    assert_official(model, total(found), golden, "total_region")
+    assert_official(model, total(values), golden, "total_region")
 
 
 def test_one_degenerate_box_silences_the_official_overlap_loss() -> None:
@@ -99,11 +99,11 @@ def test_one_degenerate_box_silences_the_official_overlap_loss() -> None:
     boxes = batch.boxes.clone()
     boxes[0, 2] = -0.1
     negatives = negatives_of("tiny_a", batch)
-    found = OfficialTrainingTwin(model_of("tiny_a")).losses(
+    losses = OfficialTrainingTwin(model_of("tiny_a")).losses(
         replace(batch, boxes=boxes), hard_negatives=negatives
     )
-    assert found["bbox_giou"].item() == 0
-    assert found["bbox_l1"].item() > 0
+    assert losses["bbox_giou"].item() == 0
+    assert losses["bbox_l1"].item() > 0
 
 
 @torch.inference_mode()
@@ -130,6 +130,6 @@ def test_answers_are_ranked_as_officially() -> None:
             x["question_ids"][q : q + 1, :length],
             x["question_atts"][q : q + 1, :length],
         )
-        theirs = twin.rank_answers(*alone, x["answer_ids"], x["answer_atts"], k=6)
-        assert torch.equal(ours.indices[q], theirs.indices[0])
-        assert torch.allclose(ours.scores[q], theirs.scores[0], rtol=1e-10, atol=0)
+        official = twin.rank_answers(*alone, x["answer_ids"], x["answer_atts"], k=6)
+        assert torch.equal(ours.indices[q], official.indices[0])
+        assert torch.allclose(ours.scores[q], official.scores[0], rtol=1e-10, atol=0)

@@ -94,9 +94,9 @@ def test_results_are_the_official_ones(
         for numbers in ([0],) if work == "retrieval" else ([1], [2, 0]):
             expected, band = expected_of(numbers), FP32_BAND
             if dtype == "bf16":
-                own = workload.compare(numbers, official(numbers), expected).error
+                error = workload.compare(numbers, official(numbers), expected).error
                 band = parity_band(
-                    torch.bfloat16, max(own, MODEL_ROUNDING * torch.finfo(torch.bfloat16).eps)
+                    torch.bfloat16, max(error, MODEL_ROUNDING * torch.finfo(torch.bfloat16).eps)
                 )
             compared = workload.compare(numbers, answer(numbers), expected)
             assert compared.error <= (backend.band or band)

@@ -118,5 +118,5 @@ def test_the_stored_results_can_all_be_shown() -> None:
         written = report.markdown(document)
         assert written.startswith("| work")
         for row in document.measured:
-            for found in filter(None, [document.headline(row)] if row.ours else []):
-                assert times(found.ratio) in written, file
+            for comparison in filter(None, [document.headline(row)] if row.ours else []):
+                assert times(comparison.ratio) in written, file

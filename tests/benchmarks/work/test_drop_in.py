@@ -50,13 +50,13 @@ def growing(layers: int) -> drop_in.Subject:
 
 def case(key: str, make: Any, package: str = "torch") -> drop_in.PublicModel:
     return drop_in.PublicModel(
-        key, f"the model {key}", "3 texts", "texts", make, unpad=False, package=package
+        key, f"the model {key}", "3 texts", make, unpad=False, package=package
     )
 
 
 @pytest.fixture(autouse=True)
 def cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = (
+    models = (
         case("good", layer_norms),
         case("step", lambda layers: replace(layer_norms(layers), trains=True)),
         case("absent", layer_norms, "no_such_package"),
@@ -64,7 +64,7 @@ def cases(monkeypatch: pytest.MonkeyPatch) -> None:
         case("different", growing),
         case("unknown", lambda layers: drop_in.Subject(nn.ReLU(), lambda m: m(torch.ones(2)), 1)),
     )
-    monkeypatch.setattr(drop_in, "MODELS", made)
+    monkeypatch.setattr(drop_in, "MODELS", models)
     # Exporting takes longer than all else here.
     monkeypatch.setattr(drop_in, "_other_runtimes", lambda *_: [])
 
@@ -73,9 +73,13 @@ def test_every_row_has_its_status() -> None:
     document = drop_in.run(QUICK)
     rows = {row.work: row for row in document.rows if row.ours and row.dtype == "fp32"}
     assert {key: row.status for key, row in rows.items()} == {
-        "good": "measured", "step": "measured", "absent": "absent", "bad": "failed", "different": "parity failed",
+        "good": "measured",
+        "step": "measured",
+        "absent": "absent",
+        "bad": "failed",
+        "different": "parity failed",
         "unknown": "failed",
-    }  # fmt: skip
+    }
     good = rows["good"]
     untouched, against = document.reference_row(good), document.headline(good)
     assert untouched is not None
@@ -162,17 +166,17 @@ def test_quality_counts_texts_whose_nearest_text_stays() -> None:
     )
     rounded = exact.clone()
     rounded[3] = torch.tensor([0, 0.2, 0, 1.0])
-    found = drop_in.quality(exact, rounded)
-    assert found["nearest_kept"] == 0.75
+    result = drop_in.quality(exact, rounded)
+    assert result["nearest_kept"] == 0.75
     least = torch.cosine_similarity(exact[3], rounded[3], dim=0)
-    assert found["cosine_least"] == pytest.approx(float(least))
-    assert found["cosine_mean"] == pytest.approx((3 + float(least)) / 4)
+    assert result["cosine_least"] == pytest.approx(float(least))
+    assert result["cosine_mean"] == pytest.approx((3 + float(least)) / 4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("made", MODELS, ids=lambda made: made.key)
-def test_the_models_are_equal(made: drop_in.PublicModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip(made.package)
+@pytest.mark.parametrize("public", MODELS, ids=lambda public: public.key)
+def test_the_models_are_equal(public: drop_in.PublicModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(public.package)
     monkeypatch.setattr(drop_in, "MODELS", MODELS)
-    row = drop_in.run(replace(QUICK, only=(made.key,))).rows[0]
+    row = drop_in.run(replace(QUICK, only=(public.key,))).rows[0]
     assert row.status == "measured"

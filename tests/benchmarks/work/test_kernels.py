@@ -52,16 +52,16 @@ OTHERS = [name for name in CASES if name not in (INT8, *SOME)]
     "names", [SOME, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["some", "others"]
 )
 def test_every_backend_is_right_and_timed(names: list[str]) -> None:
-    made = {name: small(name) for name in names}
-    rows = measured(**made).rows
-    for case in made.values():
-        own = [row for row in rows if row.name == case.name]
-        assert {row.mode for row in own} == set(case.work)
+    cases = {name: small(name) for name in names}
+    rows = measured(**cases).rows
+    for case in cases.values():
+        results = [row for row in rows if row.name == case.name]
+        assert {row.mode for row in results} == set(case.work)
         if case.name.startswith("layer_norm "):
             # On a CPU it is PyTorch's own, which has no time under our name.
-            assert {row.status for row in own} == {"absent"}
+            assert {row.status for row in results} == {"absent"}
             continue
-        for row in own:
+        for row in results:
             if row.backend in case.bounds:
                 assert row.extra["bounds"]
                 assert row.parity is None
@@ -71,13 +71,13 @@ def test_every_backend_is_right_and_timed(names: list[str]) -> None:
             assert row.parity.error is not None
             assert row.parity.error < 1e-5
             assert (case.work[row.mode] is None) == ("needed_flops" not in row.extra)  # type: ignore[index]
-        assert any(row.against for row in own)
+        assert any(row.against for row in results)
 
 
 def test_every_op_has_a_case() -> None:
     # A bias that is made once and has no gradient is a part of relpos_attention.
-    others = {"Backend", "check_contents", "relpos_bias", "use_backend", "use_fp8"}
-    assert {name.split()[0] for name in CASES} - {"linear"} == set(ops.__all__) - others - {
+    helpers = {"Backend", "check_contents", "relpos_bias", "use_backend", "use_fp8"}
+    assert {name.split()[0] for name in CASES} - {"linear"} == set(ops.__all__) - helpers - {
         "linear"
     }
     assert ("linear in int8" in case_names(CPU, torch.float32)) == (int8.why_not() is None)
@@ -92,11 +92,11 @@ def test_flex_attention_is_right_and_has_no_gradient(
 ) -> None:
     # As large cases do.
     monkeypatch.setattr(kernels, "_compiled", lambda device, small, runs: runs)
-    found = [
+    results = [
         row for row in rows_of(small(name)).values() if row.backend.startswith("FlexAttention")
     ]
-    assert found
-    for row in found:
+    assert results
+    for row in results:
         assert row.parity is not None
         assert row.parity.passed
         assert bool(row.seconds) == (row.mode == "forward"), row.reason
@@ -123,17 +123,23 @@ def test_a_backend_that_is_wrong_fails_or_is_missing_costs_its_own_rows() -> Non
 
     case = small("add_layer_norm", bounds={})
     case.baselines = {
-        "wrong": lambda *a: case.ours(*a) * 1.001, "other shape": lambda *a: case.ours(*a)[:1], "failing": failing,
-        "half": NoGradient.apply, "Liger": "not installed",
-    }  # fmt: skip
+        "wrong": lambda *a: case.ours(*a) * 1.001,
+        "other shape": lambda *a: case.ours(*a)[:1],
+        "failing": failing,
+        "half": NoGradient.apply,
+        "Liger": "not installed",
+    }
     rows = rows_of(case)
     for direction in ("forward", "backward"):
         status = {backend: rows[backend, direction].status for backend in case.baselines}
         half = "measured" if direction == "forward" else "failed"
         assert status == {
-            "wrong": "parity failed", "other shape": "parity failed", "failing": "failed", "half": half,
+            "wrong": "parity failed",
+            "other shape": "parity failed",
+            "failing": "failed",
+            "half": half,
             "Liger": "absent",
-        }  # fmt: skip
+        }
         assert (
             rows["failing", direction].reason == "MadeUpTritonError: out of resource: shared memory"
         )

@@ -10,15 +10,14 @@ import torch
 
 from xfm_fast.benchmarks.backends.official_finetuning import official_engine
 from xfm_fast.benchmarks.backends.ours import our_engine
-from xfm_fast.benchmarks.measure import BENCHMARKS
 from xfm_fast.benchmarks.options import ScenarioOptions
 from xfm_fast.benchmarks.record import OFFICIAL, OURS
 from xfm_fast.benchmarks.tasks import BUILDERS
-from xfm_fast.benchmarks.work import requests
+from xfm_fast.benchmarks.work import registered, requests
 from xfm_fast.benchmarks.work.model import Scale
 from xfm_fast.benchmarks.work.requests import Material
 from xfm_fast.loading import Source
-from xfm_fast.tasks.vqa import AnswerRanking
+from xfm_fast.tasks.vqa_model import AnswerRanking
 from xfm_fast.testing import Inputs, SharedWeights, Texts, bundled, make_tokenizer
 
 pytest.importorskip("skimage")
@@ -27,9 +26,15 @@ ALL_ANSWERS = Inputs.answers
 
 
 TINY = ScenarioOptions(
-    random="tiny", quick=True, device="cpu", dtype=("fp32",), mode=("offline",), baselines=("torch-eager",),
-    image_size=48, batch=2,
-)  # fmt: skip
+    random="tiny",
+    quick=True,
+    device="cpu",
+    dtype=("fp32",),
+    mode=("offline",),
+    baselines=("torch-eager",),
+    image_size=48,
+    batch=2,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,7 +68,7 @@ def material() -> Material:
     ],
 )
 def test_a_task_is_a_scenario(work: str) -> None:
-    document = BENCHMARKS[work](TINY)
+    document = registered()[work](TINY)
     assert document.ok
     assert [row.backend for row in document.rows] == [OURS, OFFICIAL, "torch-eager"]
     for row in document.rows:
@@ -89,9 +94,9 @@ def test_a_task_agrees_with_the_official_procedure(work: str, material: Material
     # Boxes are computed in fp32.
     assert difference.error < (1e-6 if work == "grounding" else 1e-9)
     assert difference.note == ""
-    others = workload.prepare(our_engine(model), torch.float64)([1, 0])
+    swapped = workload.prepare(our_engine(model), torch.float64)([1, 0])
     if isinstance(official, torch.Tensor) and official.is_floating_point():
-        assert workload.compare([0, 2], others, official).error > 1e-3
+        assert workload.compare([0, 2], swapped, official).error > 1e-3
 
 
 def _ranking(*scores: float, first: int = 0) -> AnswerRanking:

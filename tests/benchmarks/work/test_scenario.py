@@ -13,10 +13,9 @@ import torch
 
 from xfm_fast import flops
 from xfm_fast.benchmarks import record, report
-from xfm_fast.benchmarks.measure import BENCHMARKS
 from xfm_fast.benchmarks.options import ModelOptions, ScenarioOptions
 from xfm_fast.benchmarks.record import OFFICIAL, OURS, Document, Result, load
-from xfm_fast.benchmarks.work import coco
+from xfm_fast.benchmarks.work import coco, registered
 from xfm_fast.benchmarks.work.coco import Passes, Sizes, receipt
 from xfm_fast.benchmarks.work.model import Scale
 from xfm_fast.benchmarks.work.scenario import RateSearch, Trial, poisson_arrivals, serve
@@ -30,7 +29,7 @@ TINY = ScenarioOptions(**FEW, baselines=(OURS,))
 
 @pytest.fixture(autouse=True)
 def _little_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rounds of two requests, and trials of a tenth of a second."""
+    """Take two rounds of two requests, and trials of a tenth of a second."""
     resolve = Scale.of
 
     def less(work: str, options: ModelOptions, device: torch.device) -> Scale:
@@ -54,7 +53,7 @@ def _by_backend(document: Document, mode: str) -> dict[str, Result]:
 
 
 def test_every_mode_fills_its_rows(tmp_path: Path) -> None:
-    document = BENCHMARKS["rerank"](replace(TINY, baselines=("torch-eager",)))
+    document = registered()["rerank"](replace(TINY, baselines=("torch-eager",)))
     assert document.ok
     assert len(document.rows) == 9
     reasons = {baseline.backend: baseline.reason for baseline in document.baselines}
@@ -106,9 +105,15 @@ class _Machine:
 
     def serve(self, rate: float, requests: int, largest: int = 1, bound_s: float = 1e9) -> Trial:
         return serve(
-            self.answer, rate, requests, largest_batch=largest, bound_s=bound_s, seed=3, clock=lambda: self.now,
+            self.answer,
+            rate,
+            requests,
+            largest_batch=largest,
+            bound_s=bound_s,
+            seed=3,
+            clock=lambda: self.now,
             sleep=self.sleep,
-        )  # fmt: skip
+        )
 
 
 def test_latency_is_that_of_a_queue_with_one_server_and_poisson_arrivals() -> None:
@@ -124,7 +129,7 @@ def test_latency_is_that_of_a_queue_with_one_server_and_poisson_arrivals() -> No
         free = max(free, arrival) + 0.01
         expected.append(free - arrival)
     assert served.latencies == pytest.approx(expected, abs=1e-4)
-    assert [number for batch in machine.batches for number in batch] == list(range(500))
+    assert [request for batch in machine.batches for request in batch] == list(range(500))
     assert served.held
 
 

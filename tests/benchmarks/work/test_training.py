@@ -39,8 +39,8 @@ CONFIG = preset_config("tiny")
 @pytest.fixture(scope="module", autouse=True)
 def _few_answers() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        whole = Inputs.answers
-        patch.setattr(Inputs, "answers", lambda self: Texts(*(part[:40] for part in whole(self))))
+        answers = Inputs.answers
+        patch.setattr(Inputs, "answers", lambda self: Texts(*(part[:40] for part in answers(self))))
         yield
 
 
@@ -105,16 +105,16 @@ def test_both_procedures_leave_the_same_gradients(name: str, inputs: Inputs) -> 
     assert all(parameter.grad is None for parameter in step.model.parameters())
     # A twin that forgot a part would agree with a model that forgot it too.
     reached = {
-        part.split(".")[0] for part, gradient in truth.gradients.items() if gradient is not None
+        module.split(".")[0] for module, gradient in truth.gradients.items() if gradient is not None
     }
     assert reached >= READ.get(
         name, {"vision_encoder", "text_encoder", "fusion_encoder", "itm_head"}
     )
-    found = difference(step.outcome(OURS), truth)
-    assert found.error < FP32_GRADIENT_BAND, found
-    own = difference(step.outcome(OFFICIAL, AUTOCAST["bf16"]), truth)
+    fp32 = difference(step.outcome(OURS), truth)
+    assert fp32.error < FP32_GRADIENT_BAND, fp32
+    official = difference(step.outcome(OFFICIAL, AUTOCAST["bf16"]), truth)
     half = difference(step.outcome(OURS, AUTOCAST["bf16"]), truth)
-    assert half.error < parity_band(torch.bfloat16, own.error), half
+    assert half.error < parity_band(torch.bfloat16, official.error), half
 
 
 def test_a_batch_is_padded_and_masked_as_the_official_loader_does(inputs: Inputs) -> None:
@@ -138,11 +138,11 @@ def _outcome(loss: float, **gradients: Tensor | None) -> Outcome:
 
 def test_difference_of_outcomes() -> None:
     truth = _outcome(2.0, big=torch.tensor([3.0, 4.0]), small=torch.tensor([0.1]), none=None)
-    found = difference(
+    result = difference(
         _outcome(2.2, big=torch.tensor([3.0, 4.5]), small=torch.tensor([0.2]), none=None), truth
     )
-    assert found.error == pytest.approx(1)
-    assert found.note == "losses 1.0e-01, gradients 1.0e-01, worst: small"
+    assert result.error == pytest.approx(1)
+    assert result.note == "losses 1.0e-01, gradients 1.0e-01, worst: small"
     # A gradient that is zero but for rounding.
     truth = _outcome(1.0, big=torch.tensor([1.0]), tiny=torch.tensor([1e-12]))
     assert (
@@ -152,14 +152,16 @@ def test_difference_of_outcomes() -> None:
 
 
 def test_missing_surplus_and_undefined_gradients_are_infinitely_wrong() -> None:
-    one, nan = torch.ones(1), float("nan")
-    truth = _outcome(1.0, big=one, none=None)
+    ones, nan = torch.ones(1), float("nan")
+    truth = _outcome(1.0, big=ones, none=None)
     for wrong in (
-        _outcome(1.0, big=None, none=None), _outcome(1.0, big=one, none=one),
-        _outcome(1.0, big=torch.tensor([nan]), none=None), _outcome(nan, big=one, none=None),
-    ):  # fmt: skip
+        _outcome(1.0, big=None, none=None),
+        _outcome(1.0, big=ones, none=ones),
+        _outcome(1.0, big=torch.tensor([nan]), none=None),
+        _outcome(nan, big=ones, none=None),
+    ):
         assert difference(wrong, truth).error == float("inf")
-    assert difference(_outcome(1.0, big=one, none=torch.zeros(1)), truth).error == 0
+    assert difference(_outcome(1.0, big=ones, none=torch.zeros(1)), truth).error == 0
 
 
 def test_rows_of_pretraining(tmp_path: Path) -> None:
@@ -212,10 +214,10 @@ def test_no_speed_without_parity(monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = Step.outcome
 
     def wrong_in_bf16(step: Step, procedure: str, autocast: torch.dtype | None = None) -> Outcome:
-        found = outcome(step, procedure, autocast)
+        result = outcome(step, procedure, autocast)
         if procedure == OURS and autocast is not None:
-            found.losses["itc"] *= 2
-        return found
+            result.losses["itc"] *= 2
+        return result
 
     monkeypatch.setattr(Step, "outcome", wrong_in_bf16)
     document = _run(dtype=("fp32", "bf16"), pairs=2)

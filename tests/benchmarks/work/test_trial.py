@@ -38,7 +38,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def bert(tmp_path: Path) -> Path:
-    """A folder as save_pretrained writes it, with a tokenizer."""
+    """Write a folder as save_pretrained does, with a tokenizer."""
     folder = tmp_path / "bert"
     config = transformers.BertConfig(vocab_size=len(WORDS), max_position_embeddings=64, **SMALL)
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
@@ -52,9 +52,9 @@ def test_texts_of_a_folder(bert: Path, tmp_path: Path) -> None:
     texts.write_text("a dog\n\na dog runs home a dog runs\n  home \n", encoding="utf-8")
     done = invoke(["try", bert, *QUICK, "--inputs", texts, "--json"])
     assert done.exit_code == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert all(line["code"].endswith(")") for line in found["lines"])
-    rows = found["document"]["rows"]
+    printed = json.loads(done.stdout)
+    assert all(line["code"].endswith(")") for line in printed["lines"])
+    rows = printed["document"]["rows"]
     ours = [row for row in rows if row["backend"].startswith("accelerate(")]
     assert {row["backend"] for row in ours} >= {
         "accelerate(model)",
@@ -63,7 +63,7 @@ def test_texts_of_a_folder(bert: Path, tmp_path: Path) -> None:
     assert all(row["status"] == "measured" and row["parity"]["passed"] for row in ours)
     assert {row["name"] for row in ours} == {"3 texts of 3 to 9 tokens", "one text of 3 tokens"}
     assert all(UNTOUCHED in [other["backend"] for other in row["against"]] for row in ours)
-    assert any("of the tokens of the batch are padding" in one for one in found["notes"])
+    assert any("of the tokens of the batch are padding" in note for note in printed["notes"])
 
 
 def test_a_form_that_differs_is_not_timed(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,20 +116,20 @@ def test_advice_parts_the_same_outputs_from_rounded_ones(
     rows = [
         Result(
             backend=backend,
-            dtype=each,
+            dtype=dtype,
             seconds=[1 / rate],
-            parity=Parity(error=errors[each], band=0.1, passed=True, against=f"{UNTOUCHED} fp32"),
+            parity=Parity(error=errors[dtype], band=0.1, passed=True, against=f"{UNTOUCHED} fp32"),
             **common,
         )
-        for each, pair in rates.items()
+        for dtype, pair in rates.items()
         for backend, rate in zip((UNTOUCHED, "accelerate(model)"), pair, strict=True)
         if rate is not None
     ]
     document = replace(load(RESULTS / "cpu-avx512-2threads.json"), rows=rows)
-    found, notes = trial.advice(document, "a batch", [])
-    assert [(line.outputs, pytest.approx(line.speedup)) for line in found] == lines
-    assert bool(found) != any("leave the model as it is" in note for note in notes)
-    for line in found:
+    advised, notes = trial.advice(document, "a batch", [])
+    assert [(line.outputs, pytest.approx(line.speedup)) for line in advised] == lines
+    assert bool(advised) != any("leave the model as it is" in note for note in notes)
+    for line in advised:
         assert ("bfloat16" in line.code) == (line.outputs == "within 1%" or "fp32" not in rates)
         # Pasted into a program that has imported no package.
         model = transformers.BertModel(transformers.BertConfig(vocab_size=len(WORDS), **SMALL))
@@ -159,18 +159,19 @@ def test_images_and_both(tmp_path: Path) -> None:
     transformers.ViTModel(
         transformers.ViTConfig(image_size=32, patch_size=16, **SMALL)
     ).save_pretrained(vit)
-    found = trial.run(str(vit), TryOptions(quick=True, dtype=("fp32",), inputs=photos))
-    assert {row.backend for row in found.document.rows} == {"accelerate(model)", UNTOUCHED}
-    assert all(row.status == "measured" for row in found.document.rows)
-    assert found.document.rows[0].name == "2 images at 32 px"
+    result = trial.run(str(vit), TryOptions(quick=True, dtype=("fp32",), inputs=photos))
+    assert {row.backend for row in result.document.rows} == {"accelerate(model)", UNTOUCHED}
+    assert all(row.status == "measured" for row in result.document.rows)
+    assert result.document.rows[0].name == "2 images at 32 px"
     with pytest.raises(InputError, match="takes no texts"):
         trial.run(str(vit), TryOptions(inputs=photos / "note.txt"))
     clip = tmp_path / "clip"
     tower = SMALL | {"projection_dim": 12}
     config = transformers.CLIPConfig(
         text_config={"vocab_size": 99, "max_position_embeddings": 20, "eos_token_id": 98, **tower},
-        vision_config={"image_size": 32, "patch_size": 16, **tower}, projection_dim=12,
-    )  # fmt: skip
+        vision_config={"image_size": 32, "patch_size": 16, **tower},
+        projection_dim=12,
+    )
     transformers.CLIPModel(config).save_pretrained(clip)
     opened = trial.open_model(str(clip))
     batch = trial.text_batch(opened, ["a b", "a b c d"])
@@ -182,25 +183,25 @@ def test_images_and_both(tmp_path: Path) -> None:
 def test_a_model_of_timm_is_tried(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     Image.new("RGB", (30, 20), "red").save(tmp_path / "one.png")
-    found = trial.run("timm:test_vit", TryOptions(quick=True, dtype=("fp32",), inputs=tmp_path))
-    assert all(row.status == "measured" for row in found.document.rows)
+    result = trial.run("timm:test_vit", TryOptions(quick=True, dtype=("fp32",), inputs=tmp_path))
+    assert all(row.status == "measured" for row in result.document.rows)
     for words in ("modules replaced", "random"):
-        assert any(words in note for note in found.notes)
+        assert any(words in note for note in result.notes)
     with pytest.raises(InputError, match=r"'vit_tiny_patch17_224'; near .*vit_tiny_patch16_224"):
         trial.open_model("timm:vit_tiny_patch17_224")
 
 
 def test_a_name_on_the_hub(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, Any]] = []
+    requests: list[tuple[str, Any]] = []
 
     def snapshot(name: str, *, allow_patterns: list[str]) -> str:
-        asked.append((name, allow_patterns))
+        requests.append((name, allow_patterns))
         return str(bert)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     opened = trial.open_model("someone/bert")
     assert (opened.name, opened.folder) == ("someone/bert", bert)
-    ((name, patterns),) = asked
+    ((name, patterns),) = requests
     assert name == "someone/bert"
     assert not {"*.py", "*.bin", "*"} & set(patterns)
 

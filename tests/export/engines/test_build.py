@@ -133,8 +133,8 @@ def test_an_interrupted_build_leaves_nothing(
 
 def test_damaged_and_foreign_engines_are_named(bf16_engines: Path, tmp_path: Path) -> None:
     path, content = tmp_path / "text.engine", (bf16_engines / "text.engine").read_bytes()
-    for kept in (0, 10, 3000):
-        path.write_bytes(content[:kept])
+    for size in (0, 10, 3000):
+        path.write_bytes(content[:size])
         with pytest.raises(ExportError, match=r"text\.engine"):
             check_engine_file(path, TensorRTForRTX)
     path.write_bytes(content)

@@ -18,10 +18,10 @@ from xfm_fast.export.manifest import Manifest
 from xfm_fast.export.runtimes.tensorrt import EngineRequest
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.nlvr2 import NLVR2Model
-from xfm_fast.tasks.vqa import VQAModel
+from xfm_fast.tasks.vqa_model import VQAModel
 
 Steps = tuple[int, int, int, int]
-"""Steps that compute; those without a product; those that are a product alone; those that only move or cast."""
+"""Counts of steps that compute: all, without a GEMM, only a GEMM, only moves or casts."""
 
 Most = Mapping[str, tuple[Steps, Steps]]
 """The steps that graphs may have: of the profile for batches of one, and of the one for many."""
@@ -60,32 +60,26 @@ def count_steps(engine: Path) -> list[Steps]:
     """Count what each profile of an engine launches."""
     counts = []
     for steps in schedules(engine):
-        kernels, products = (
-            sum(kind == wanted for kind, _ in steps) for wanted in ("function", "fully_connected")
-        )
+        types = [step_type for step_type, _ in steps]
+        kernels, gemms = types.count("function"), types.count("fully_connected")
         # Names are made of what a kernel does: reshape, transpose, slice, move, replicate, concatenate, cast.
         moves = re.compile(r"__myl_(?:Resh|Tran|Slic|Move|Repl|Conc|Cast)+$")
-        moving = sum(kind == "copy" or bool(moves.match(name)) for kind, name in steps)
-        counts.append((len(steps), kernels, products, moving))
+        moving = sum(step_type == "copy" or bool(moves.match(name)) for step_type, name in steps)
+        counts.append((len(steps), kernels, gemms, moving))
     return counts
 
 
-def assert_no_more(folder: Path, most: Most) -> None:
-    """Hold the engines of a folder against what they may launch."""
+def assert_no_more(folder: Path, limits: Most) -> None:
+    """Compare the launches of the engines of a folder with their limits."""
     manifest = Manifest.load(folder, check_files=False)
-    counts_by_graph = {name: count_steps(folder / f"{name}.engine") for name in most}
-    for name, counts in counts_by_graph.items():
+    grown = {}
+    for name, profiles in limits.items():
+        counts = count_steps(folder / f"{name}.engine")
         assert len(counts) == len(manifest.graph(name).profiles)
-    grown = {
-        name: (counts, most[name])
-        for name, counts in counts_by_graph.items()
-        if any(
-            now > may
-            for engines, known in zip(counts, most[name], strict=True)
-            for now, may in zip(engines, known, strict=True)
-        )
-    }
-    assert not grown, f"kernels, products or copies that are more: {grown}"
+        for count, limit in zip(counts, profiles, strict=True):
+            if any(now > maximum for now, maximum in zip(count, limit, strict=True)):
+                grown[name] = (counts, profiles)
+    assert not grown, f"more kernels, GEMMs or copies: {grown}"
 
 
 @pytest.fixture(autouse=True)
@@ -153,12 +147,12 @@ def test_engines_in_8_bits_launch_no_more(small_model: XFM, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "most"), [pytest.param(*case, id=case[0]) for case in _BASE])
-def test_engines_of_base_size_launch_no_more(kind: Kind, most: Most, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("form", "limits"), [pytest.param(*case, id=case[0]) for case in _BASE])
+def test_engines_of_base_size_launch_no_more(form: Kind, limits: Most, tmp_path: Path) -> None:
     """Use a small vocabulary, which changes no kernel and makes the model smaller."""
     config = XFMConfig.preset("base").replace(vocab_size=300)
     model = (
-        (NLVR2Model if kind == "nlvr2" else VQAModel if kind == "vqa" else XFM)(config)
+        (NLVR2Model if form == "nlvr2" else VQAModel if form == "vqa" else XFM)(config)
         .requires_grad_(False)
         .eval()
     )
@@ -168,7 +162,7 @@ def test_engines_of_base_size_launch_no_more(kind: Kind, most: Most, tmp_path: P
         "tensorrt-rtx",
         dtype="bf16",
         sm="89",
-        graphs=tuple(most),
-        packed=kind == "packed",
+        graphs=tuple(limits),
+        packed=form == "packed",
     )
-    assert_no_more(tmp_path, most)
+    assert_no_more(tmp_path, limits)

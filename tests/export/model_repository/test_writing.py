@@ -269,7 +269,7 @@ def test_a_repository_has_a_folder_of_its_own(
     """Nothing is replaced, and a failure leaves nothing."""
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "file").write_bytes(b"mine")
-    with pytest.raises(StorageError, match=r"^[^(]*theirs exists already"):
+    with pytest.raises(StorageError, match=r"^[^(]*theirs exists;"):
         write_model_repository(exported_fp32, tmp_path / "theirs", tokenizer=tokenizer)
     assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["file"]
     with pytest.raises(InputError, match="models"):

@@ -27,14 +27,14 @@ DYNAMIC = [_slot(ANY, ANY, SizeRange(1, 512))]
 
 @given(LENGTHS, st.integers(1, 300), st.integers(0, 50), st.none() | st.integers(1, 9))
 def test_every_text_is_in_one_pass_that_fits(
-    lengths: list[int], budget: int, price: int, most: int | None
+    lengths: list[int], budget: int, price: int, limit: int | None
 ) -> None:
-    batches = token_batches(lengths, budget, pass_tokens=price, limit=most)
+    batches = token_batches(lengths, budget, pass_tokens=price, limit=limit)
     assert sorted(row for batch in batches for row in batch.rows) == list(range(len(lengths)))
     for batch in batches:
         assert batch.length == max(lengths[row] for row in batch.rows)
         assert len(batch.rows) * batch.length <= budget or len(batch.rows) == 1
-        assert most is None or len(batch.rows) <= most
+        assert limit is None or len(batch.rows) <= limit
 
 
 @given(

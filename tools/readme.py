@@ -1,7 +1,7 @@
 """The tables of measurements in README and docs, written from the stored results that they name.
 
-    python -m xfm_fast.benchmarks.report.readme           # rewrite them: make readme
-    python -m xfm_fast.benchmarks.report.readme --check   # exit code 1 where one is stale
+    python -m tools.readme           # rewrite them: make readme
+    python -m tools.readme --check   # exit code 1 if one is stale
 
 A table stands between `<!-- bench:begin FILE -->` and `<!-- bench:end -->`; FILE is a results document, relative to the
 page, and a word behind it a form of `FORMS`: `<!-- bench:begin FILE gains -->`.
@@ -19,11 +19,18 @@ from pathlib import Path
 
 from PIL import Image
 
+from xfm_fast.benchmarks.record import OURS, RERANKER, load
+from xfm_fast.benchmarks.report.tables import (
+    by_backend,
+    fp32_gains,
+    gains,
+    int8_gains,
+    machine_line,
+    markdown,
+    times,
+)
 from xfm_fast.errors import DataError
 from xfm_fast.io import write_bytes
-
-from ..record import OURS, RERANKER, load
-from .tables import by_backend, fp32_gains, gains, int8_gains, machine_line, markdown, times
 
 REGION = re.compile(
     r"(?P<begin><!-- bench:begin (?P<file>\S+\.json)(?: (?P<form>\w+))? -->\n)"
@@ -38,7 +45,7 @@ FORMS: dict[str | None, Callable[..., str]] = {
     "reranker": partial(gains, label=RERANKER),
 }
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs/accelerate.png"
 INK, SOFT, DARK, GREY = "#1a1e22", "#5c6570", "#0b5d52", "#8a929b"
 # The results in the README's picture.
@@ -46,12 +53,12 @@ PICTURED = ROOT / "benchmarks/results/drop-in-cpu-avx512-zen4-2threads.json"
 
 
 def pages() -> list[Path]:
-    """The README and the docs of this checkout."""
+    """Return the README and the docs of this checkout."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def picture_is_stale() -> bool:
-    """True unless the metadata of the picture name the stored results."""
+    """Return whether the picture is not of the stored results, which its metadata name."""
     try:
         with Image.open(PICTURE) as picture:
             return picture.info.get("Source") != _digest()
@@ -64,21 +71,18 @@ def _digest() -> str:
 
 
 def regenerated(page: Path) -> str:
-    """The text of a page with every table as its results have it; raises `DataError` for markers without a pair."""
+    """Return the text of a page with fresh tables; raises `DataError` for markers without a pair."""
     text = page.read_text(encoding="utf-8")
-    begun, ended = text.count("<!-- bench:begin"), text.count("<!-- bench:end -->")
-    if not begun == ended == len(REGION.findall(text)):
+    begins, ends = text.count("<!-- bench:begin"), text.count("<!-- bench:end -->")
+    if not begins == ends == len(REGION.findall(text)):
         raise DataError(
-            f"{page} has {begun} begin and {ended} end markers that do not pair up; write "
+            f"{page} has {begins} begin and {ends} end markers that do not pair up; write "
             "<!-- bench:begin FILE --> and <!-- bench:end --> around every table"
         )
 
     def table(region: re.Match[str]) -> str:
-        return (
-            region["begin"]
-            + FORMS[region["form"]](load(page.parent / region["file"]))
-            + region["end"]
-        )
+        document = load(page.parent / region["file"])
+        return region["begin"] + FORMS[region["form"]](document) + region["end"]
 
     return REGION.sub(table, text)
 
@@ -98,11 +102,11 @@ def draw_picture() -> None:
     figure.text(0.03, 0.93, machine_line(document).strip("*"), fontsize=10, color=SOFT)
     height = 0.8 / len(colors)
     for index, (runtime, color) in enumerate(colors.items()):
-        rows = [row for row, call in enumerate(calls) if runtime in call.ratios]
-        positions, values = (
-            [row + index * height for row in rows],
-            [calls[row].ratios[runtime] for row in rows],
-        )
+        positions, values = [], []
+        for row, call in enumerate(calls):
+            if runtime in call.ratios:
+                positions.append(row + index * height)
+                values.append(call.ratios[runtime])
         axes.barh(positions, values, height * 0.9, color=color, label=runtime)
         for position, value in zip(positions, values, strict=True):
             axes.text(value, position, f" {times(value)}", va="center", fontsize=9, color=INK)
