@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -81,10 +82,12 @@ def test_an_index_names_no_model_and_no_pictures(folder: Path, tmp_path: Path) -
     assert str(folder) in done.stderr
     # A stranger's entries: one outside the folder, one inside it.
     write_picture(tmp_path / "private.png", 9)
-    header = folder / ".xfm-index/index.json"
-    header.write_text(json.dumps({**json.loads(header.read_text()), "sums": {}}))
     entries = next((folder / ".xfm-index").glob("images-*.jsonl"))
     entries.write_text(entries.read_text().replace('"0.png"', '"../private.png"', 1))
+    header = folder / ".xfm-index/index.json"
+    content = json.loads(header.read_text())
+    content["sums"][entries.name] = zlib.crc32(entries.read_bytes())
+    header.write_text(json.dumps(content))
     sheet = tmp_path / "sheet.html"
     done = invoke(["search", folder, "a dog", "--model", weights, "--sheet", sheet])
     assert done.exit_code == 0
