@@ -556,6 +556,6 @@ def _read_rows(
             features = mapped.view(np.ndarray)
     # Of the mapping that a search reads, so that the file is read once.
     for name, data in (entries_file.name, content), (features_file.name, features.data):
-        if sums is not None and zlib.crc32(data) != sums.get(name):
+        if sums is not None and name in sums and zlib.crc32(data) != sums[name]:
             raise ValueError(f"{name} has another checksum")
     return entries, features
