@@ -202,3 +202,13 @@ def test_pipes_are_not_read(tmp_path: Path) -> None:
     for entry in collection.listing().entries:
         with pytest.raises(DataError, match="image"):
             collection.load(entry)
+
+
+def test_images_of_one_name_in_two_folders_stay_apart(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_picture(tmp_path / name / "1.jpg", 0)
+    (tmp_path / "captions.csv").write_text("image,caption\na/1.jpg,one\nb/1.jpg,two\n")
+    for path in (tmp_path, tmp_path / "captions.csv"):
+        (rows,) = retrieval_rows([path])
+        assert len({record.image_id for record in rows.records()}) == 2

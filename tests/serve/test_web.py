@@ -15,7 +15,6 @@ import httpx
 from tests.serve.conftest import until
 from xfm_fast.serve import app
 from xfm_fast.serve.images import fetch, is_public, web_client
-from xfm_fast.serve.options import ServiceOptions
 from xfm_fast.serve.schema import Problem
 from xfm_fast.serve.work import Account, Ledger
 
@@ -74,7 +73,7 @@ def resolve(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[str]:
 
 def download(url: str, site: Site | None = None, budget: Account | None = None) -> bytes:
     async def scenario() -> bytes:
-        budgeted = budget or Account(Ledger(1 << 30), ServiceOptions(memory_mb=16))
+        budgeted = budget or Account(Ledger(1 << 30), limit=1 << 20, seconds=60)
         async with web_client(httpx.MockTransport(site or Site())) as client:
             return await fetch(client, url, budgeted, seconds=0.3)
 
@@ -144,7 +143,7 @@ def test_a_download_after_the_end_of_its_request_takes_no_memory(
 ) -> None:
     resolve(monkeypatch, "93.184.215.14")
     memory = Ledger(1 << 20)
-    budget = Account(memory, ServiceOptions())
+    budget = Account(memory, limit=1 << 20, seconds=60)
     budget.receive(100, 1)
     budget.close()
     with pytest.raises(Problem):

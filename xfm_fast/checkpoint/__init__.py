@@ -1,14 +1,12 @@
 """Checkpoints: load official files and third-party encoders, save ours, and convert back."""
 
 from xfm_fast.checkpoint.files import (
-    PretrainedFiles,
     load_pretrained_files,
     read_state_dict,
     save_pretrained,
     write_safetensors,
 )
 from xfm_fast.checkpoint.loading import (
-    InitialisationReport,
     LoadResult,
     assign_into,
     beit2_state,
@@ -17,7 +15,6 @@ from xfm_fast.checkpoint.loading import (
     load_into,
     random_tensors,
     require_depth,
-    roberta_state,
     without_values,
 )
 from xfm_fast.checkpoint.names import (
@@ -38,10 +35,8 @@ from xfm_fast.checkpoint.relatives import Relative, read_x2vlm, refuse_relative,
 __all__ = [
     "HEAD_PREFIXES",
     "Head",
-    "InitialisationReport",
     "LoadReport",
     "LoadResult",
-    "PretrainedFiles",
     "Relative",
     "assign_into",
     "beit2_state",
@@ -59,7 +54,6 @@ __all__ = [
     "relative_of",
     "relative_position_index",
     "require_depth",
-    "roberta_state",
     "save_pretrained",
     "select_heads",
     "to_official",

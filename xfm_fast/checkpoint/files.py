@@ -70,12 +70,13 @@ def model_folder(path: Path) -> Path | None:
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read a safetensors file or a PyTorch checkpoint (`.th`, `.pth`, `.pt`, `.bin`) as name → CPU tensor.
+    """Read a safetensors file or a PyTorch checkpoint (`.th`, `.pth`, `.pt`, `.bin`) as name → CPU
+    tensor.
 
-    The content decides the format, not the name. PyTorch checkpoints are read with `weights_only=True`, which refuses
-    code. `{"model": ...}`, `{"module": ...}` and `{"state_dict": ...}` are unwrapped, and a `module.` prefix is
-    removed. Tensors are memory-mapped where the format allows it: keep the file in place while they live. Raises
-    `CheckpointError`.
+    The content decides the format, not the name. PyTorch checkpoints are read with
+    `weights_only=True`, which refuses code. `{"model": ...}`, `{"module": ...}` and `{"state_dict":
+    ...}` are unwrapped, and a `module.` prefix is removed. Tensors are memory-mapped where the
+    format allows it: keep the file in place while they live. Raises `CheckpointError`.
     """
     path = Path(path)
     file_format = _detect_format(path)
@@ -120,7 +121,8 @@ def _detect_format(path: Path) -> Literal["safetensors", "zip", "pickle"]:
                 f"{path} ({path.stat().st_size} bytes) is a truncated PyTorch checkpoint; {_REMEDY}"
             )
         return "zip"
-    # A safetensors file begins with the length of its JSON header; eight bytes of text would be a huge length.
+    # A safetensors file begins with the length of its JSON header; eight bytes of text would be a
+    # huge length.
     header = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32
     if header or (path.suffix == ".safetensors" and (len(head) < 9 or head[8:9] == b"{")):
         return "safetensors"
@@ -172,7 +174,8 @@ def _check_zip(path: Path) -> None:
 
 def _load_torch(path: Path, *, mmap: bool) -> Any:
     try:
-        # Training programs store their command line next to the weights; a Namespace only gets attributes.
+        # Training programs store their command line next to the weights; a Namespace only gets
+        # attributes.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except MemoryError:
@@ -251,12 +254,13 @@ def save_pretrained(
     unused: StateDict | None = None,
     files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write `config.json`, `model.safetensors`, `unused.safetensors` (with `unused`) and other `files` to `dir`.
+    """Write `config.json`, `model.safetensors`, `unused.safetensors` (with `unused`) and other
+    `files` to `dir`.
 
-    All files are complete on disk under temporary names before the first rename, so that a full disk or a killed
-    process leaves an earlier save intact. `unused.safetensors` of an earlier save is removed, since it belongs to other
-    weights. Tensors are streamed without a second copy of the model. Raises `StorageError`, or `CheckpointError` for a
-    dtype that safetensors cannot hold.
+    All files are complete on disk under temporary names before the first rename, so that a full
+    disk or a killed process leaves an earlier save intact. `unused.safetensors` of an earlier save
+    is removed, since it belongs to other weights. Tensors are streamed without a second copy of the
+    model. Raises `StorageError`, or `CheckpointError` for a dtype that safetensors cannot hold.
     """
     folder = Path(dir)
     make_folder(folder)
@@ -279,9 +283,11 @@ def save_pretrained(
 
 
 def load_pretrained_files(dir: str | os.PathLike[str]) -> PretrainedFiles:
-    """Read a folder written by `save_pretrained`: configuration, memory-mapped state dict, and dead weights or None.
+    """Read a folder written by `save_pretrained`: configuration, memory-mapped state dict, and dead
+    weights or None.
 
-    Raises `CheckpointError` for a missing, damaged or newer file, `ConfigError` for an invalid `config.json`.
+    Raises `CheckpointError` for a missing, damaged or newer file, `ConfigError` for an invalid
+    `config.json`.
     """
     folder = Path(dir)
     if not folder.is_dir():
@@ -300,8 +306,8 @@ def load_pretrained_files(dir: str | os.PathLike[str]) -> PretrainedFiles:
 def write_safetensors(file: BinaryIO, tensors: StateDict) -> None:
     """Stream `tensors` in the safetensors format.
 
-    The library's own writer hides the errno of a full disk, does not flush, and needs all tensors contiguous on the
-    CPU.
+    The library's own writer hides the errno of a full disk, does not flush, and needs all tensors
+    contiguous on the CPU.
     """
     # Wide dtypes first, so that every tensor is aligned to its element size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))

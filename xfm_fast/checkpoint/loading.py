@@ -104,11 +104,13 @@ def load_into(
     fresh: Collection[str] = (),
     surplus: Collection[str] = (),
 ) -> LoadResult:
-    """Copy `state` into `module`, or write nothing and raise one `CheckpointError` that lists every mismatch.
+    """Copy `state` into `module`, or write nothing and raise one `CheckpointError` that lists every
+    mismatch.
 
-    Values are converted to the dtype and device of the module. Missing, unexpected, mis-shaped, non-floating, NaN and
-    infinite entries are refused. `what` names the source in the error; `fresh` are prefixes of parameters that `state`
-    may lack (`("",)` for all), `surplus` of entries that `module` may lack.
+    Values are converted to the dtype and device of the module. Missing, unexpected, mis-shaped,
+    non-floating, NaN and infinite entries are refused. `what` names the source in the error;
+    `fresh` are prefixes of parameters that `state` may lack (`("",)` for all), `surplus` of entries
+    that `module` may lack.
     """
     target = module.state_dict()
     on_meta = [name for name, tensor in target.items() if tensor.is_meta]
@@ -125,10 +127,11 @@ def load_into(
 
 
 def assign_into(module: nn.Module, state: StateDict, *, what: str) -> None:
-    """Use the tensors of `state`, which nothing else may own, as the parameters of a module on the meta device.
+    """Use the tensors of `state`, which nothing else may own, as the parameters of a module on the
+    meta device.
 
-    Memory-mapped tensors stay mapped: pages are read on first use. A different dtype is converted. Raises as
-    `load_into`.
+    Memory-mapped tensors stay mapped: pages are read on first use. A different dtype is converted.
+    Raises as `load_into`.
     """
     compare(module, state, what=what, finite=True)
     values: dict[str, Tensor] = {}
@@ -219,7 +222,8 @@ def _convertible(value: Tensor, target: Tensor) -> bool:
 def _finite(value: Tensor) -> bool:
     if value.numel() == 0 or not value.is_floating_point():
         return True
-    # One pass without a temporary as large as the tensor, which isfinite would need; NaN survives min and max.
+    # One pass without a temporary as large as the tensor, which isfinite would need; NaN survives
+    # min and max.
     low, high = torch.aminmax(value)
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
@@ -349,10 +353,12 @@ class InitialisationReport:
 
 
 def roberta_state(hf_state: StateDict) -> dict[str, Tensor]:
-    """Convert a Hugging Face `RobertaForMaskedLM` or `RobertaModel` state dict to our `text_encoder.*` names.
+    """Convert a Hugging Face `RobertaForMaskedLM` or `RobertaModel` state dict to our
+    `text_encoder.*` names.
 
-    The `roberta.` prefix is optional; the pooler and `position_ids` are dropped, a language-model head is included.
-    Raises `CheckpointError` for an entry that RoBERTa does not have, or untied input and output embeddings.
+    The `roberta.` prefix is optional; the pooler and `position_ids` are dropped, a language-model
+    head is included. Raises `CheckpointError` for an entry that RoBERTa does not have, or untied
+    input and output embeddings.
     """
     state: dict[str, Tensor] = {}
     foreign = []
@@ -375,13 +381,14 @@ def roberta_state(hf_state: StateDict) -> dict[str, Tensor]:
 
 
 def beit2_state(state: Mapping[str, Any], cfg: XFMConfig) -> dict[str, Tensor]:
-    """Convert a BEiT-v2 state dict, also inside `{"model": ...}` or `{"module": ...}`, to our `vision_encoder.*` names.
+    """Convert a BEiT-v2 state dict, also inside `{"model": ...}` or `{"module": ...}`, to our
+    `vision_encoder.*` names.
 
-    A shared table is copied to each block, tables are interpolated to the window of `cfg`, index buffers, heads and a
-    final `norm` are dropped, as in the official loader: X-FM normalises pooled patches with `fc_norm`, which fine-tuned
-    BEiT-v2 checkpoints have and pretrained ones lack, so `fc_norm` then stays at its initialisation. Raises
-    `CheckpointError` for an entry that BEiT-v2 does not have, such as absolute positions, or a table that fits no
-    window.
+    A shared table is copied to each block, tables are interpolated to the window of `cfg`, index
+    buffers, heads and a final `norm` are dropped, as in the official loader: X-FM normalises pooled
+    patches with `fc_norm`, which fine-tuned BEiT-v2 checkpoints have and pretrained ones lack, so
+    `fc_norm` then stays at its initialisation. Raises `CheckpointError` for an entry that BEiT-v2
+    does not have, such as absolute positions, or a table that fits no window.
     """
     return _beit2(state, depth=cfg.vision_depth, grid=cfg.grid)
 
@@ -419,8 +426,9 @@ def initialise(
 ) -> InitialisationReport:
     """Load pretrained encoders into an `XFM`, in place, and report which parameters were filled.
 
-    `roberta` and `beit2` are files or state dicts for `roberta_state` and `beit2_state`. Raises `CheckpointError` for a
-    source that cannot be read or does not fit; the module is then unchanged.
+    `roberta` and `beit2` are files or state dicts for `roberta_state` and `beit2_state`. Raises
+    `CheckpointError` for a source that cannot be read or does not fit; the module is then
+    unchanged.
     """
     target = module.state_dict()
     state: dict[str, Tensor] = {}

@@ -1,10 +1,13 @@
-"""The mapping between official parameter names and ours: tied tensors, dead weights, and the conversion both ways.
+"""The mapping between official parameter names and ours: tied tensors, dead weights, and the
+conversion both ways.
 
-Our names are the official pretraining names. Everything else in an official checkpoint is a second name of a tied
-tensor, an integer buffer that the configuration determines, or a weight that no output depends on.
+Our names are the official pretraining names. Everything else in an official checkpoint is a second
+name of a tied tensor, an integer buffer that the configuration determines, or a weight that no
+output depends on.
 
-A relative-position table of the vision encoder has `(2w - 1)^2 + 3` rows for a window of `w` x `w` patches: one row per
-offset, row-major, then class query, class key, and class to class. It is interpolated to another window.
+A relative-position table of the vision encoder has `(2w - 1)^2 + 3` rows for a window of `w` x `w`
+patches: one row per offset, row-major, then class query, class key, and class to class. It is
+interpolated to another window.
 """
 
 from __future__ import annotations
@@ -155,10 +158,10 @@ def our_name(name: str) -> str:
 def to_ours(official: StateDict, cfg: XFMConfig) -> tuple[dict[str, Tensor], LoadReport]:
     """Convert the state dict of an official model to our names.
 
-    Fine-tuning names become pretraining names; duplicates of tied tensors, integer buffers and dead weights are
-    dropped; relative-position tables are interpolated to the window of `cfg`. Other names, such as a task head, pass
-    through. Only interpolated tables are copied. Raises `CheckpointError` if two names of one tensor disagree or a
-    table fits no window.
+    Fine-tuning names become pretraining names; duplicates of tied tensors, integer buffers and dead
+    weights are dropped; relative-position tables are interpolated to the window of `cfg`. Other
+    names, such as a task head, pass through. Only interpolated tables are copied. Raises
+    `CheckpointError` if two names of one tensor disagree or a table fits no window.
     """
     state: dict[str, Tensor] = {}
     report = LoadReport()
@@ -254,16 +257,15 @@ def to_official(
     cfg: XFMConfig,
     *,
     unused: StateDict | None = None,
-    integer_buffers: bool = True,
     naming: Naming = "pretraining",
 ) -> dict[str, Tensor]:
     """Convert one of our state dicts to that of the official model; the inverse of `to_ours`.
 
-    `unused` are the dead weights from `LoadReport.unused`; without them the result lacks what `underivable` lists,
-    which is logged, and the official code loads it with `strict=False`. `integer_buffers` includes `position_ids` and
-    `relative_position_index`. `naming` is the official class: the text encoder is `text_encoder.roberta.*` in
-    pretraining and `text_encoder.*` in fine-tuning. Tied names and equal buffers share one tensor, which `torch.save`
-    preserves. Raises `CheckpointError` if `unused` holds a weight that is not dead.
+    `unused` are the dead weights from `LoadReport.unused`; without them the result lacks what
+    `underivable` lists, which is logged, and the official code loads it with `strict=False`.
+    `naming` is the official class: the text encoder is `text_encoder.roberta.*` in pretraining and
+    `text_encoder.*` in fine-tuning. Tied names and equal buffers share one tensor, which
+    `torch.save` preserves. Raises `CheckpointError` if `unused` holds a weight that is not dead.
     """
     out = dict(state)
     for name, value in (unused or {}).items():
@@ -276,18 +278,17 @@ def to_official(
         head_bias = re.sub(r"\.decoder\.(weight|bias)$", ".bias", second)
         if head_bias in out and first in out:
             out.setdefault(second, out[first])
-    if integer_buffers:
-        positions = torch.arange(cfg.max_positions)[None]
-        for module in _LANGUAGE_MODELS:
-            if any(name.startswith(f"{module}.") for name in out):
-                out[f"{module}.roberta.embeddings.position_ids"] = positions
-        index: dict[int, Tensor] = {}
-        for name, value in list(out.items()):
-            if name.endswith(TABLE):
-                window = window_of(value)
-                if window not in index:
-                    index[window] = relative_position_index(window)
-                out[name.removesuffix(TABLE) + INDEX] = index[window]
+    positions = torch.arange(cfg.max_positions)[None]
+    for module in _LANGUAGE_MODELS:
+        if any(name.startswith(f"{module}.") for name in out):
+            out[f"{module}.roberta.embeddings.position_ids"] = positions
+    index: dict[int, Tensor] = {}
+    for name, value in list(out.items()):
+        if name.endswith(TABLE):
+            window = window_of(value)
+            if window not in index:
+                index[window] = relative_position_index(window)
+            out[name.removesuffix(TABLE) + INDEX] = index[window]
     missing = underivable(out, cfg)
     if missing:
         logger.warning(
@@ -353,13 +354,14 @@ def relative_position_index(window: int) -> Tensor:
 
 
 def interpolate_table(table: Tensor, target_window: tuple[int, int]) -> Tensor:
-    """Resample a relative-position table to a square window `(rows, columns)`, as the official loaders do.
+    """Resample a relative-position table to a square window `(rows, columns)`, as the official
+    loaders do.
 
-    The source offsets lie on a grid whose spacing grows geometrically from the centre, so that the outermost source
-    offset meets the outermost target offset; a bicubic spline through them is evaluated at the integers. The three
-    class rows are copied. Returns `table` itself if the window is the same, otherwise a new float32 table (float64 for
-    float64) on the same device, computed in float64. Raises `InputError` for a table or window that is not square, or
-    cannot be reached.
+    The source offsets lie on a grid whose spacing grows geometrically from the centre, so that the
+    outermost source offset meets the outermost target offset; a bicubic spline through them is
+    evaluated at the integers. The three class rows are copied. Returns `table` itself if the window
+    is the same, otherwise a new float32 table (float64 for float64) on the same device, computed in
+    float64. Raises `InputError` for a table or window that is not square, or cannot be reached.
     """
     rows, columns = target_window
     if rows != columns:
@@ -386,7 +388,8 @@ def interpolate_table(table: Tensor, target_window: tuple[int, int]) -> Tensor:
     side_from, side_to = 2 * source - 1, 2 * rows - 1
     matrix = torch.from_numpy(_spline_matrix(side_from, side_to))
     offsets = table[:-CLASS_ROWS].detach().to("cpu", torch.float64).view(side_from, side_from, -1)
-    # A bicubic tensor-product spline is the same linear map along either axis, for all heads at once.
+    # A bicubic tensor-product spline is the same linear map along either axis, for all heads at
+    # once.
     resampled = torch.einsum("yu,xv,uvh->yxh", matrix, matrix, offsets).reshape(side_to**2, -1)
     return torch.cat([resampled.to(table.device, dtype), table[-CLASS_ROWS:].detach().to(dtype)])
 
@@ -414,6 +417,7 @@ def _spline_matrix(side_from: int, side_to: int) -> np.ndarray:
         from scipy.interpolate import make_interp_spline
 
     x = source_positions(side_from, side_to)
-    # The bisection stops short of the outermost target by up to 1e-4; the official spline then repeats its border.
+    # The bisection stops short of the outermost target by up to 1e-4; the official spline then
+    # repeats its border.
     targets = np.clip(np.arange(side_to) - float(side_to // 2), x[0], x[-1])
     return np.ascontiguousarray(make_interp_spline(x, np.eye(side_from), k=3)(targets))

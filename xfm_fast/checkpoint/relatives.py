@@ -1,9 +1,10 @@
 """Checkpoints of related models: compatible ones are renamed, others are refused with a reason.
 
-X²-VLM (arXiv 2211.12402) has X-FM's vision encoder, with language and fusion in one stack of BERT layers of which the
-last ones attend to the image; CCLM-X²-VLM (arXiv 2206.00621) has two stacks, with XLM-R for language. Both start fusion
-from the output of the language layers, as X-FM does. X-VLM (arXiv 2111.08276), ALBEF (arXiv 2107.07651) and BLIP (arXiv
-2201.12086) have other vision encoders or fusion inputs.
+X²-VLM (arXiv 2211.12402) has X-FM's vision encoder, with language and fusion in one stack of BERT
+layers of which the last ones attend to the image; CCLM-X²-VLM (arXiv 2206.00621) has two stacks,
+with XLM-R for language. Both start fusion from the output of the language layers, as X-FM does.
+X-VLM (arXiv 2111.08276), ALBEF (arXiv 2107.07651) and BLIP (arXiv 2201.12086) have other vision
+encoders or fusion inputs.
 """
 
 from __future__ import annotations
@@ -115,10 +116,11 @@ def read_x2vlm(
 ) -> Relative:
     """Convert a pretraining, retrieval or grounding checkpoint of X²-VLM or CCLM-X²-VLM to X-FM.
 
-    Sizes are inferred from the weights, except `text_heads` (default: one per 64 columns) and, if given, `image_size`,
-    to which position tables are interpolated. BERT's positions move up by one row, since row `pad_token_id` is padding
-    here. A vocabulary head belongs to fusion: X²-VLM's language layers have no such head. The mask token, which X²-VLM
-    lacks, is zero; video frame positions are dropped. `what` names the checkpoint in errors. Raises `CheckpointError`.
+    Sizes are inferred from the weights, except `text_heads` (default: one per 64 columns) and, if
+    given, `image_size`, to which position tables are interpolated. BERT's positions move up by one
+    row, since row `pad_token_id` is padding here. A vocabulary head belongs to fusion: X²-VLM's
+    language layers have no such head. The mask token, which X²-VLM lacks, is zero; video frame
+    positions are dropped. `what` names the checkpoint in errors. Raises `CheckpointError`.
     """
     name = relative_of(state)
     if name is None:
@@ -128,7 +130,8 @@ def read_x2vlm(
         )
     if _difference(set(state), name) is not None:
         refuse_relative(state, what)
-    # Fusion begins with the first layer of a single stack that has cross-attention, or has a stack of its own.
+    # Fusion begins with the first layer of a single stack that has cross-attention, or has a stack
+    # of its own.
     first_cross_layer = 1 << 30
     if name == "X²-VLM":
         for match in map(_LAYER.fullmatch, state):

@@ -167,11 +167,12 @@ class AnnotationRows(Generic[Row]):
     Attributes:
         name: Path of the file, or a name in messages.
         elements: Mappings of fields, or a `DataError` for a broken element.
-        record_type: Validates an element when it is read: a record class, or a function that parses an element.
-            Without one, elements are mappings of fields.
+        record_type: Validates an element when it is read: a record class, or a function that parses
+            an element. Without one, elements are mappings of fields.
         labels: Names of elements in messages; None counts them from 0.
         notes: Messages of the reader, such as what it dropped.
-        modified: Modification time in nanoseconds; by default that of the file and of further `sources`.
+        modified: Modification time in nanoseconds; by default that of the file and of further
+            `sources`.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """Images with captions: collections of images, and the rows of retrieval and captioning.
 
-Formats are folders, lists of paths (CSV, JSON, line JSON), files with embedded images, official arrays, Karpathy splits
-and COCO. Any mix of them is one reader. Elements are validated when read, so that broken ones can be skipped.
+Formats are folders, lists of paths (CSV, JSON, line JSON), files with embedded images, official
+arrays, Karpathy splits and COCO. Any mix of them is one reader. Elements are validated when read,
+so that broken ones can be skipped.
 """
 
 from __future__ import annotations
@@ -89,9 +90,10 @@ def open_collection(
     """Open a folder tree of images, or a file that lists or embeds images.
 
     Args:
-        path: a folder, with captions in `a.txt` next to `a.jpg` or in a `captions.csv` (`.tsv`, `.jsonl`, `.json`); a
-            CSV, TSV, JSON or JSON-lines file with `image` and optionally `caption`; JSON lines with `binary` (base64)
-            and `desc`; a WebDataset shard, or a folder of shards.
+        path: a folder, with captions in `a.txt` next to `a.jpg` or in a `captions.csv` (`.tsv`,
+            `.jsonl`, `.json`); a CSV, TSV, JSON or JSON-lines file with `image` and optionally
+            `caption`; JSON lines with `binary` (base64) and `desc`; a WebDataset shard, or a folder
+            of shards.
         images: folder of the paths in a list; by default that of the file.
 
     Raises:
@@ -227,9 +229,10 @@ def retrieval_rows(
 ) -> list[AnnotationRows[RetrievalRecord]]:
     """Read image-caption pairs for training.
 
-    Formats: official JSON, Karpathy's `dataset_*.json`, CSV, TSV or line JSON with `image` and `caption`, image folders
-    with `a.txt` next to `a.jpg` or with `captions.csv`, WebDataset shards, line JSON with embedded images. `split`
-    selects a Karpathy split (`train` includes `restval`); `columns` maps fields to table columns.
+    Formats: official JSON, Karpathy's `dataset_*.json`, CSV, TSV or line JSON with `image` and
+    `caption`, image folders with `a.txt` next to `a.jpg` or with `captions.csv`, WebDataset shards,
+    line JSON with embedded images. `split` selects a Karpathy split (`train` includes `restval`);
+    `columns` maps fields to table columns.
     """
     # The full path: images in two folders may share a name, and captions are grouped by image.
     return as_rows(_captions(paths, split, columns, identity=str), RetrievalRecord)

@@ -59,8 +59,9 @@ def to_shards(
 ) -> Conversion:
     """Write rows as WebDataset shards `<folder>/000000.tar`, ..., atomically and deterministically.
 
-    The image becomes a binary file (25% smaller than base64), a string caption becomes `.txt`, everything else goes to
-    `.json`. With `image_root` images are read from paths. `quarantine` logs broken rows, which are skipped.
+    The image becomes a binary file (25% smaller than base64), a string caption becomes `.txt`,
+    everything else goes to `.json`. With `image_root` images are read from paths. `quarantine` logs
+    broken rows, which are skipped.
     """
     folder = Path(folder)
     if samples_per_shard < 1 or bytes_per_shard < 1:

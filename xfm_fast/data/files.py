@@ -43,7 +43,8 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"PK\x03\x04": "zip",
 }
-# Pickle opcodes that make containers, strings and numbers, or handle the stack; none of them imports or calls.
+# Pickle opcodes that make containers, strings and numbers, or handle the stack; none of them
+# imports or calls.
 _PLAIN_OPCODES = (
     "MARK STOP POP POP_MARK DUP PROTO FRAME GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE NONE NEWTRUE "
     "NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE "
@@ -73,9 +74,9 @@ def find_files(
 ) -> list[Path]:
     """List the data files named by paths, in deterministic order.
 
-    A string may contain several comma-separated paths: files, glob patterns (sorted) or folders, which stand for their
-    visible files (sorted). Names with `_SUCCESS` are skipped, as in the official reader. Folders that satisfy
-    `is_dataset` are returned themselves.
+    A string may contain several comma-separated paths: files, glob patterns (sorted) or folders,
+    which stand for their visible files (sorted). Names with `_SUCCESS` are skipped, as in the
+    official reader. Folders that satisfy `is_dataset` are returned themselves.
     """
     files: list[Path] = []
     for name in _split_paths(paths):
@@ -240,7 +241,8 @@ class _OpenFiles(threading.local):
     """Open file handles per thread, so that threads do not close each other's files."""
 
     def __init__(self) -> None:
-        # By device and inode, since a file may be replaced and a relative name may change its meaning.
+        # By device and inode, since a file may be replaced and a relative name may change its
+        # meaning.
         self.handles: OrderedDict[tuple[int, int], int] = OrderedDict()
 
 
@@ -277,8 +279,9 @@ def unreadable(path: Path, error: OSError | ValueError) -> DataError:
 class IndexedFile:
     """A data file with a cached row index, built on first use.
 
-    `build` scans the file, and `begins` tells whether a row can begin at an offset. A changed `version` invalidates
-    cached indexes. A cached index may come from anybody, so its offsets are verified.
+    `build` scans the file, and `begins` tells whether a row can begin at an offset. A changed
+    `version` invalidates cached indexes. A cached index may come from anybody, so its offsets are
+    verified.
     """
 
     def __init__(
@@ -326,7 +329,8 @@ class IndexedFile:
         paths = [self.path.with_name(f".{self.path.name}.index"), cache / f"{name}.index"]
         try:
             with open_file(self.path) as data:
-                # Of ranks that start together, the first scans the file, and the others wait for its index.
+                # Of ranks that start together, the first scans the file, and the others wait for
+                # its index.
                 with suppress(ImportError, OSError):
                     import fcntl
 

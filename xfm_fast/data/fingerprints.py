@@ -1,6 +1,8 @@
-"""Fingerprints of images: to hold images out of training, and to know the images that weights were trained on.
+"""Fingerprints of images: to hold images out of training, and to know the images that weights were
+trained on.
 
-A fingerprint is a digest of the encoded bytes, so that it is the same in tables, folders, lines and shards.
+A fingerprint is a digest of the encoded bytes, so that it is the same in tables, folders, lines and
+shards.
 """
 
 from __future__ import annotations
@@ -50,10 +52,11 @@ def _digests(rows: int, contents: Callable[[int], Iterable[bytes]]) -> list[list
 def held_out(
     rows: int, contents: Callable[[int], Iterable[bytes]], share: float
 ) -> NDArray[np.bool_]:
-    """Return the mask of rows to hold out: an image of theirs has a digest below `share` of the largest possible.
+    """Return the mask of rows to hold out: an image of theirs has a digest below `share` of the
+    largest possible.
 
-    At least 10 images (or a quarter of fewer than 40) and at most 1,000, by the smallest digests. Between these limits,
-    the choice of an image does not depend on the others.
+    At least 10 images (or a quarter of fewer than 40) and at most 1,000, by the smallest digests.
+    Between these limits, the choice of an image does not depend on the others.
     """
     digests = _digests(rows, contents)
     ordered = sorted({digest for row in digests for digest in row})

@@ -64,10 +64,12 @@ def evaluation_transform(image_size: int) -> v2.Compose:
 
 
 def decode_image(source: Source, name: str | None = None, *, official: bool = False) -> Image.Image:
-    """Decode an image to RGB: EXIF orientation applied, transparency on white, first frame, 16-bit grey scaled to 8.
+    """Decode an image to RGB: EXIF orientation applied, transparency on white, first frame, 16-bit
+    grey scaled to 8.
 
-    `official` ignores EXIF orientation and drops transparency. `name` is used in errors. An image that is missing,
-    truncated, larger than `PIL.Image.MAX_IMAGE_PIXELS` or without a defined white level raises `DataError`.
+    `official` ignores EXIF orientation and drops transparency. `name` is used in errors. An image
+    that is missing, truncated, larger than `PIL.Image.MAX_IMAGE_PIXELS` or without a defined white
+    level raises `DataError`.
     """
     name, data = read_image(source, name)
     with _opened(data, name) as image:
@@ -88,7 +90,8 @@ def decode_pixels(source: Source, name: str | None = None, *, official: bool = F
     name, data = read_image(source, name)
     with _opened(data, name) as image:
         if _is_plain(image, data, official=official):
-            # What torchvision refuses, Pillow explains; a build without the image libraries raises too.
+            # What torchvision refuses, Pillow explains; a build without the image libraries raises
+            # too.
             with contextlib.suppress(RuntimeError, ModuleNotFoundError):
                 from torchvision import io as fast
 
@@ -283,7 +286,8 @@ _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
 # Every scan of a progressive JPEG passes over all pixels; encoders write about ten.
 _SCAN_LIMIT = 64
-# Segments of JPEG and chunks of PNG, which Pillow reads one by one in Python; encoders write chunks of 4 KB and more.
+# Segments of JPEG and chunks of PNG, which Pillow reads one by one in Python; encoders write chunks
+# of 4 KB and more.
 _CHUNK_LIMIT = 1024
 _CHUNK_BYTES = 512
 # Compressed input and inflated output of one step.
@@ -371,7 +375,8 @@ def check_png(data: bytes) -> None:
         raise ValueError(f"it holds {size} bytes of pixels instead of {expected}")
 
 
-# First column, column step, first row and row step of the seven passes of an interlaced PNG (Adam7).
+# First column, column step, first row and row step of the seven passes of an interlaced PNG
+# (Adam7).
 _ADAM7 = (
     (0, 8, 0, 8),
     (4, 8, 0, 8),

@@ -224,7 +224,8 @@ def collate_regions(
 ) -> RegionBatch:
     """Collate exactly `batch_size` texts about regions, grouped by image.
 
-    Excess texts are dropped at random, missing ones repeated at random; images without texts are dropped.
+    Excess texts are dropped at random, missing ones repeated at random; images without texts are
+    dropped.
     """
     counts = [len(sample.texts) for sample in samples]
     encoded = [len(rows) for rows in texts]

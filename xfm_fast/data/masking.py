@@ -28,8 +28,8 @@ class MaskingOptions:
         most: maximum masked tokens per text.
         skipgram_probability: probability of masking a run of tokens instead of one.
         skipgram_size: maximum run length; lengths from 2 are equally likely.
-        whole_word: mask whole words, and runs of words. The official option of that name has no effect with
-            RoBERTa's vocabulary.
+        whole_word: mask whole words, and runs of words. The official option of that name has no
+            effect with RoBERTa's vocabulary.
     """
 
     probability: float
@@ -79,11 +79,12 @@ def mask_tokens(
 ) -> EncodedText:
     """Mask exactly `options.count(len(ids))` tokens.
 
-    Start positions come in random order, each masks one token or, with `skipgram_probability`, a run truncated at the
-    end of the text; a random subset of any excess is dropped. The first token is never masked. A masked token becomes
-    `<mask>` in 80% of cases, a random token of the vocabulary in 10%, and is unchanged in 10%. Whole words that exceed
-    the count are left out, so fewer tokens may be masked (more only if the first word is longer than the count).
-    `word_starts` `[len(ids)]` is required for `whole_word`.
+    Start positions come in random order, each masks one token or, with `skipgram_probability`, a
+    run truncated at the end of the text; a random subset of any excess is dropped. The first token
+    is never masked. A masked token becomes `<mask>` in 80% of cases, a random token of the
+    vocabulary in 10%, and is unchanged in 10%. Whole words that exceed the count are left out, so
+    fewer tokens may be masked (more only if the first word is longer than the count). `word_starts`
+    `[len(ids)]` is required for `whole_word`.
     """
     if len(ids) < 2:
         raise InputError(
@@ -151,15 +152,17 @@ def _draw_positions(
 def block_mask(grid: int, count: int, min_area: int, rng: Generator) -> NDArray[np.bool_]:
     """Draw a BEiT block mask `[grid * grid]` with exactly `count` ones (arXiv 2106.08254).
 
-    Rectangles: area uniform between `min_area` and the number of patches left, log aspect ratio uniform in ±log(0.3),
-    position uniform; one counts if it is smaller than the grid, masks at least one new patch and not too many. After
-    `ATTEMPTS` failures in a row uniformly random patches fill the rest.
+    Rectangles: area uniform between `min_area` and the number of patches left, log aspect ratio
+    uniform in ±log(0.3), position uniform; one counts if it is smaller than the grid, masks at
+    least one new patch and not too many. After `ATTEMPTS` failures in a row uniformly random
+    patches fill the rest.
     """
     if not 0 <= count <= grid * grid:
         raise InputError(f"count={count} patches cannot be hidden among {grid * grid}; lower it")
     if min_area < 1:
         raise InputError(f"min_area={min_area} is not the area of a rectangle; use at least 1")
-    # The grid is one integer, a bit per patch: overlap and union of rectangles are then single operations.
+    # The grid is one integer, a bit per patch: overlap and union of rectangles are then single
+    # operations.
     columns = _columns(grid)
     mask, remaining = 0, count
     while remaining:

@@ -1,8 +1,8 @@
 """Random access to rows of line JSON, WebDataset shards, tables, image folders and in-memory lists.
 
-`READERS` holds the file formats; what is added to it is read by training, checks, conversion and search.
-WebDataset convention: consecutive archive members that share their path up to the first dot of the name are one sample;
-the rest of the name is the field.
+`READERS` holds the file formats; what is added to it is read by training, checks, conversion and
+search. WebDataset convention: consecutive archive members that share their path up to the first dot
+of the name are one sample; the rest of the name is the field.
 """
 
 from __future__ import annotations
@@ -168,8 +168,9 @@ def _scan_lines(path: Path) -> np.ndarray:
 class ShardFile(IndexedFile):
     """Samples of an uncompressed tar file as records.
 
-    The fields of the sample's `.json` come first; an image (`.jpg`, `.png`, ...) is stored under `image_key` as bytes,
-    `.txt` under `caption_key`. Other files (`.cls`, `.seg.png`, ...) are ignored.
+    The fields of the sample's `.json` come first; an image (`.jpg`, `.png`, ...) is stored under
+    `image_key` as bytes, `.txt` under `caption_key`. Other files (`.cls`, `.seg.png`, ...) are
+    ignored.
     """
 
     def __init__(
@@ -432,8 +433,9 @@ def find_reader(path: Path, schema: Schema = OFFICIAL) -> str | None:
 def open_records(data: Data, *, image_key: str = "binary", caption_key: str = "desc") -> RecordSet:
     """Open files, or a list of records, as one indexed sequence of rows.
 
-    Files are `.tar` shards, line JSON with embedded images, CSV, TSV or line JSON with `image` and `caption`, folders
-    of images with captions in text files or in a table of `CAPTION_TABLES`, or of a format added to `READERS`.
+    Files are `.tar` shards, line JSON with embedded images, CSV, TSV or line JSON with `image` and
+    `caption`, folders of images with captions in text files or in a table of `CAPTION_TABLES`, or
+    of a format added to `READERS`.
 
     Args:
         data: paths (see `find_files`) or records.

@@ -60,10 +60,11 @@ def sample_regions(
 ) -> RegionSample:
     """Crop around a random region and return the texts of all visible regions.
 
-    Each crop border is uniform between the element's border and the image's. Other elements follow in random order if
-    more than `least_visible` of their box is inside; boxes are clipped, flipped and scaled with the crop. Elements with
-    an unusable box or caption are skipped and reported. `elems` of the record is a list of `{"bb": [x, y, w, h],
-    "caption": ..., "attributes": ...}`; attributes precede the caption.
+    Each crop border is uniform between the element's border and the image's. Other elements follow
+    in random order if more than `least_visible` of their box is inside; boxes are clipped, flipped
+    and scaled with the crop. Elements with an unusable box or caption are skipped and reported.
+    `elems` of the record is a list of `{"bb": [x, y, w, h], "caption": ..., "attributes": ...}`;
+    attributes precede the caption.
     """
     width, height = picture_size(picture)
     elements, anchors, skipped = _usable_elements(record, width, height)
@@ -160,8 +161,9 @@ def sample_grounding(
 ) -> tuple[Tensor, Tensor]:
     """Crop randomly around the box and flip with probability 1/2: the training view of grounding.
 
-    `box` is (x, y, w, h) in pixels. With `careful_flip` a caption that mentions left or right disables the flip.
-    Returns normalised pixels `[3, size, size]` and the box `[4]` as (cx, cy, w, h) relative to them.
+    `box` is (x, y, w, h) in pixels. With `careful_flip` a caption that mentions left or right
+    disables the flip. Returns normalised pixels `[3, size, size]` and the box `[4]` as (cx, cy, w,
+    h) relative to them.
     """
     width, height = picture_size(picture)
     rectangle = box_inside(box, width, height)

@@ -1,8 +1,9 @@
 """Infinite pretraining batches: batch n is a pure function of (seed, world size, rank, n).
 
-A run resumes exactly from one number and reads the same batches with any number of workers. A global batch has the same
-rows for any rank count that divides it. The order of the official reader is not reproduced: it depends on the number of
-workers and on global random state. Broken rows are replaced, logged and limited by a `Quarantine`.
+A run resumes exactly from one number and reads the same batches with any number of workers. A
+global batch has the same rows for any rank count that divides it. The order of the official reader
+is not reproduced: it depends on the number of workers and on global random state. Broken rows are
+replaced, logged and limited by a `Quarantine`.
 """
 
 from __future__ import annotations
@@ -69,11 +70,11 @@ def epoch_batches(rows: int, batch: int, *, drop_last: bool) -> int:
 class ShuffledBatches(Generic[BatchT]):
     """Shuffled batches of a record sequence, `rows` per rank.
 
-    An epoch visits every row once, up to the last full global batch; fewer rows than a global batch are repeated to
-    fill one. Without `drop_last` the remainder is filled with the first rows of the epoch, as in torch's
-    DistributedSampler. A broken row is replaced by the row at the same place of the next global batch and added to
-    `quarantine`. Sources with equal seeds and different `stream` draw different random numbers. `observer` receives the
-    encoded bytes of every image.
+    An epoch visits every row once, up to the last full global batch; fewer rows than a global batch
+    are repeated to fill one. Without `drop_last` the remainder is filled with the first rows of the
+    epoch, as in torch's DistributedSampler. A broken row is replaced by the row at the same place
+    of the next global batch and added to `quarantine`. Sources with equal seeds and different
+    `stream` draw different random numbers. `observer` receives the encoded bytes of every image.
     """
 
     def __init__(
@@ -143,8 +144,8 @@ class ShuffledBatches(Generic[BatchT]):
 class Stream(ShuffledBatches[BatchT]):
     """Shuffled pretraining batches; `index` separates streams of the same kind and seed.
 
-    `batch_size` counts pairs, images or texts per rank. Region texts are a random subset of the texts of `max_images`
-    images, repeated if there are too few.
+    `batch_size` counts pairs, images or texts per rank. Region texts are a random subset of the
+    texts of `max_images` images, repeated if there are too few.
     """
 
     def __init__(
@@ -210,7 +211,8 @@ def _without_held_out(records: RecordSet, options: AnyStreamOptions) -> RecordSe
 def load_batches(
     source: BatchSource[B], *, start: int = 0, workers: int = 0, pin_memory: bool = False
 ) -> Iterator[B]:
-    """Yield batches `start`, `start + 1`, ... (see `xfm_fast.batches`), identical for any number of `workers`.
+    """Yield batches `start`, `start + 1`, ... (see `xfm_fast.batches`), identical for any number of
+    `workers`.
 
     Each worker process prepares two batches ahead. Closing the iterator stops the workers.
     """
@@ -228,7 +230,8 @@ def load_batches(
         worker_init_fn=_begin_worker,
         prefetch_factor=2,
     )
-    # Block signals until a worker has installed its handlers: workers inherit the mask. Windows has none.
+    # Block signals until a worker has installed its handlers: workers inherit the mask. Windows has
+    # none.
     before = _mask(signal.SIG_BLOCK, _SIGNALS) if _mask is not None else ()
     try:
         batches = iter(loader)
@@ -257,8 +260,9 @@ def _begin_worker(_: int) -> None:
     # One core per worker: the tokenizer would otherwise start threads, and warn of the fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
-    # The main process handles signals, and still needs batches for its current step: a worker ignores the first
-    # signal, and dies of the second. Signals that are ignored already, as by `nohup`, stay so.
+    # The main process handles signals, and still needs batches for its current step: a worker
+    # ignores the first signal, and dies of the second. Signals that are ignored already, as by
+    # `nohup`, stay so.
     for code in _SIGNALS:
         if signal.getsignal(code) != signal.SIG_IGN:
             signal.signal(code, lambda code, _: signal.signal(code, signal.SIG_DFL))
@@ -276,8 +280,8 @@ _WORD = 0xFFFFFFFFFFFFFFFF
 def permuted(position: int, count: int, *key: int) -> int:
     """Return the position after a keyed random permutation of `count` elements.
 
-    The generalised Feistel cipher of Black and Rogaway (2002), with cycle walking for results beyond `count`. It uses
-    no memory and gives random access, so resuming is exact.
+    The generalised Feistel cipher of Black and Rogaway (2002), with cycle walking for results
+    beyond `count`. It uses no memory and gives random access, so resuming is exact.
     """
     width = math.isqrt(count - 1) + 1
     height = -(-count // width)
@@ -295,8 +299,8 @@ def permuted(position: int, count: int, *key: int) -> int:
 def shuffled(position: int, count: int, seed: int, epoch: int, window: int | None = None) -> int:
     """Return the row at a position of an epoch that visits each of `count` rows once.
 
-    `window=None` shuffles all rows. A window limits seeks on slow disks: runs of `window` / 32 consecutive rows come in
-    random order, and rows are shuffled within windows.
+    `window=None` shuffles all rows. A window limits seeks on slow disks: runs of `window` / 32
+    consecutive rows come in random order, and rows are shuffled within windows.
     """
     if window is None or window >= count:
         return permuted(position, count, seed, epoch)
@@ -315,8 +319,8 @@ def shuffled(position: int, count: int, seed: int, epoch: int, window: int | Non
 def replacement(position: int, attempt: int, count: int, stride: int) -> int:
     """Return the position of the row that replaces a broken one (`attempt` 0 is the row itself).
 
-    Replacements come from the same place of the following batches (`stride` positions apart), so that no batch repeats
-    a row, and `count` attempts try every position once.
+    Replacements come from the same place of the following batches (`stride` positions apart), so
+    that no batch repeats a row, and `count` attempts try every position once.
     """
     cycle = count // math.gcd(count, stride)
     return (position + attempt * stride + attempt // cycle) % count
@@ -351,10 +355,10 @@ _EXCERPT, _REASON = 120, 400
 class Quarantine:
     """Logs broken rows, and stops a run if a file has too many.
 
-    Each row is logged once across workers, ranks, epochs and restarts: writers lock the file and first read new
-    entries. A changed file starts at zero. `path=None` uses a temporary file shared by the workers of one loader.
-    `tolerate_bad` is the maximum share of broken rows per file, but one broken row never stops a run. `setting` names
-    the option in errors.
+    Each row is logged once across workers, ranks, epochs and restarts: writers lock the file and
+    first read new entries. A changed file starts at zero. `path=None` uses a temporary file shared
+    by the workers of one loader. `tolerate_bad` is the maximum share of broken rows per file, but
+    one broken row never stops a run. `setting` names the option in errors.
     """
 
     def __init__(

@@ -119,9 +119,10 @@ def text_rows(
 ) -> list[AnnotationRows[TextRecord]] | list[AnnotationRows[TextScoreRecord]]:
     """Read texts or text pairs with classes or scores.
 
-    Formats: CSV, TSV or line JSON with `text` and optionally `text2`, `label`, `index`; GLUE files or folders (`glue`
-    names the task); folders of `datasets.save_to_disk`. `split` selects a file or split of a folder, including
-    `val_mismatched` and `test_mismatched` of MNLI; `columns` maps fields to columns; `scores` reads labels as numbers.
+    Formats: CSV, TSV or line JSON with `text` and optionally `text2`, `label`, `index`; GLUE files
+    or folders (`glue` names the task); folders of `datasets.save_to_disk`. `split` selects a file
+    or split of a folder, including `val_mismatched` and `test_mismatched` of MNLI; `columns` maps
+    fields to columns; `scores` reads labels as numbers.
     """
     classes = glue_set(glue).classes if glue is not None else None
     names = {name: name for name in ("text", "text2", "label", "index")} | dict(columns or {})

@@ -38,7 +38,8 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Warping:
-    """Affine image warps: interpolation and fill colour; `centre` is added to the origin of rotation and shear.
+    """Affine image warps: interpolation and fill colour; `centre` is added to the origin of
+    rotation and shear.
 
     OpenCV counts from the centre of a pixel, half a pixel further than PIL.
     """
@@ -167,8 +168,8 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
     "colour": {name: _OFFICIAL[name] for name in _COLOUR},
     "imagenet": _INCREASING,
 }
-"""Sets of operations: the official ones; those of them that move no pixels, for images with boxes; and the 15 of timm's
-`rand-...-inc1`, for ImageNet fine-tuning."""
+"""Sets of operations: the official ones; those of them that move no pixels, for images with boxes;
+and the 15 of timm's `rand-...-inc1`, for ImageNet fine-tuning."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,8 @@ def picture_size(picture: Picture) -> tuple[int, int]:
 
 
 def random_crop_box(width: int, height: int, scale: tuple[float, float], rng: Generator) -> Box:
-    """Draw a RandomResizedCrop box: area fraction in `scale`, log aspect ratio uniform between 3/4 and 4/3.
+    """Draw a RandomResizedCrop box: area fraction in `scale`, log aspect ratio uniform between 3/4
+    and 4/3.
 
     After ten failed draws it is the largest central crop within the aspect limits.
     """
@@ -260,7 +262,8 @@ def random_crop_box(width: int, height: int, scale: tuple[float, float], rng: Ge
 def resize_crop(picture: Picture, box: Box, size: int, *, flip: bool = False) -> Tensor:
     """Crop and resize to 8-bit pixels `[3, size, size]`, bicubic and antialiased.
 
-    torchvision's 8-bit kernel matches PIL up to rounding (at most 2 of 255) and is three times as fast.
+    torchvision's 8-bit kernel matches PIL up to rounding (at most 2 of 255) and is three times as
+    fast.
     """
     left, top, right, bottom = box
     if isinstance(picture, Image.Image):
@@ -361,7 +364,8 @@ _COLOURS = RandAugment("colour")
 
 @dataclass(frozen=True)
 class RegionTransform:
-    """Flip, resize (aspect ratio not preserved), colour augmentation and normalisation of a region crop.
+    """Flip, resize (aspect ratio not preserved), colour augmentation and normalisation of a region
+    crop.
 
     Boxes stay valid: the caller chooses `flip`, and no augmentation moves pixels.
     """
@@ -433,7 +437,8 @@ def imagenet_training_transform(size: int) -> ImageNetTransform:
 
 
 def imagenet_evaluation_transform(size: int) -> v2.Compose:
-    """Make the transform of a PIL image to `[3, size, size]`: resize the shorter side, crop the centre.
+    """Make the transform of a PIL image to `[3, size, size]`: resize the shorter side, crop the
+    centre.
 
     The shorter side has 256/224 of the size; the size itself if it is over 224.
     """

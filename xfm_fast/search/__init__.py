@@ -1,4 +1,5 @@
-"""Image search by text or by image: features in an index on disk, re-ranked with the fusion encoder.
+"""Image search by text or by image: features in an index on disk, re-ranked with the fusion
+encoder.
 
 index = build_index("photos", open_model("runs/base/model"))
 for hit in search(open_index("photos"), open_model("runs/base/model"), "a red bicycle").hits: ...

@@ -1,9 +1,11 @@
-"""The image index: features in a memory-mapped file, computed only for new and changed images, and their model.
+"""The image index: features in a memory-mapped file, computed only for new and changed images, and
+their model.
 
-The processes of a build compute whole batches in turn, so that features do not depend on the number of processes, and
-write shards, so that a killed run resumes. At the end the first process merges them with the valid rows of the old
-index, in the order of the collection, and replaces index.json. Images are not copied: a search reads its few candidates
-again, since the embeddings of all patches would take 600 KB per image, features take 1 KB.
+The processes of a build compute whole batches in turn, so that features do not depend on the number
+of processes, and write shards, so that a killed run resumes. At the end the first process merges
+them with the valid rows of the old index, in the order of the collection, and replaces index.json.
+Images are not copied: a search reads its few candidates again, since the embeddings of all patches
+would take 600 KB per image, features take 1 KB.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, repeat
 from pathlib import Path
 from threading import Event
@@ -93,8 +95,8 @@ def open_model(source: str | Path | Source) -> SearchModel:
     """Load a model with a contrastive head; an index is searched in any dtype.
 
     Args:
-        source: a run, a folder, a Hub name, an official checkpoint file or an export, for the CPU; or the options of
-            the model.
+        source: a run, a folder, a Hub name, an official checkpoint file or an export, for the CPU;
+            or the options of the model.
     """
     if not isinstance(source, Source):
         source = Source(str(source), device="cpu")
@@ -182,7 +184,8 @@ def open_index(
     *,
     images: str | os.PathLike[str] | None = None,
 ) -> SearchIndex:
-    """Read an index. Pictures are read only below `path` and `images`, whatever paths the index names.
+    """Read an index. Pictures are read only below `path` and `images`, whatever paths the index
+    names.
 
     Args:
         path: the indexed collection; or the folder of an index, which then shows no pictures.
@@ -302,9 +305,11 @@ def build_index(
     progress: Callable[[int, int], None] = lambda done, of: None,
     stop: Event | None = None,
 ) -> IndexReport:
-    """Make or update the index of a collection; images of the same size and modification time are not read again.
+    """Make or update the index of a collection; images of the same size and modification time are
+    not read again.
 
-    Images that cannot be read are listed. Several processes share the work, and all must see the folder; collective.
+    Images that cannot be read are listed. Several processes share the work, and all must see the
+    folder; collective.
 
     Args:
         path, images: the collection; see `open_collection`.
@@ -316,7 +321,8 @@ def build_index(
         stop: once it is set, the call returns, and another call resumes.
 
     Raises:
-        DataError: there are no images, no image can be read, or the index is of another model or version.
+        DataError: there are no images, no image can be read, or the index is of another model or
+            version.
         StorageError: the index cannot be written, or another process is writing it.
     """
     processes = processes or Processes()
@@ -324,75 +330,116 @@ def build_index(
     path = Path(path).expanduser()
     pictures = None if images is None else Path(images).expanduser()
     collection = processes.together(lambda: open_collection(path, pictures))
-    # Of the first process only.
-    entries, faults, old = list[Entry](), dict[str, str](), None
-
+    build = _Build(target, path, pictures, collection, model, processes)
     with ExitStack() as stack:
 
         def begin() -> list[Entry]:
-            """Lock the index and list the images to compute."""
-            nonlocal entries, faults, old
             stack.enter_context(hold(target / ".lock", f"the index {target} (--index)"))
-            entries, faults = collection.listing()
-            old = open_index(target) if (target / INDEX_FILE).exists() else None
-            if old is not None:
-                old.check(model)
-                if old.path.resolve() != path.resolve():
-                    raise DataError(
-                        f"{target} is the index of {old.path}, this is {path}; name another --index"
-                    )
-            rows = _stored_rows(target, model, old)
-            return [entry for entry in entries if entry.version not in rows]
+            return build.list_missing()
 
-        def work() -> dict[str, str]:
-            """Compute every n-th batch; returns the faults."""
-            batch_share = [*batches(todo, batch_size)][processes.rank :: processes.world_size]
-            shard, broken = list[Row](), dict[str, str]()
-            embedded = _embed(collection, batch_share, model.model)
-            try:
-                for count, (entry, result) in enumerate(embedded, start=1):
-                    if isinstance(result, str):
-                        broken[entry.name] = result
-                    else:
-                        shard.append((entry, result))
-                    if len(shard) >= _SHARD_IMAGES:
-                        _write_shard(target, model, processes.rank, shard)
-                        shard = []
-                    progress(min(count * processes.world_size, len(todo)), len(todo))
-                    if stop is not None and stop.is_set():
-                        break
-            finally:
-                if shard:
-                    _write_shard(target, model, processes.rank, shard)
-            return broken
-
-        def finish() -> IndexReport:
-            """Merge all shards and the old index."""
-            rows, merged = _stored_rows(target, model, old), list[Row]()
-            for entry in entries:
-                if entry.version in rows:
-                    stored, feature = rows[entry.version]
-                    # The listing has no captions of embedded images.
-                    merged.append((entry if entry.row is None else stored, feature))
-            if not merged:
-                name, reason = next(iter(faults.items()))
-                raise DataError(
-                    f"none of {len(entries)} images can be read, such as {name}: {reason}"
-                )
-            if old is None or old.entries != [entry for entry, _ in merged]:
-                _write_index(target, model, merged, path, pictures)
-            _remove_old_files(target)
-            names, new = {entry.name for entry in entries}, {entry.version for entry in todo}
-            added = sum(entry.version in new for entry, _ in merged)
-            removed = 0 if old is None else sum(entry.name not in names for entry in old.entries)
-            return IndexReport(target, len(merged), added, removed, faults)
-
-        todo = processes.from_first(begin)
-        for broken in processes.gather(processes.together(work)):
-            faults |= broken
+        missing = processes.from_first(begin)
+        work = partial(build.compute, missing, batch_size, progress, stop)
+        for faults in processes.gather(processes.together(work)):
+            build.faults |= faults
         if processes.any(stop is not None and stop.is_set()):
             return IndexReport(target, interrupted=True)
-        return processes.from_first(finish)
+        return processes.from_first(lambda: build.merge(missing))
+
+
+@dataclass
+class _Build:
+    """An update of an index: the first process lists images, all compute them, the first merges."""
+
+    folder: Path
+    path: Path
+    images: Path | None
+    collection: Collection
+    model: SearchModel
+    processes: Processes
+    # Of the first process only.
+    entries: list[Entry] = field(default_factory=list)
+    faults: dict[str, str] = field(default_factory=dict)
+    old: SearchIndex | None = None
+
+    def list_missing(self) -> list[Entry]:
+        """List the images without stored features."""
+        self.entries, self.faults = self.collection.listing()
+        if (self.folder / INDEX_FILE).exists():
+            self.old = open_index(self.folder)
+            self.old.check(self.model)
+            if self.old.path.resolve() != self.path.resolve():
+                raise DataError(
+                    f"{self.folder} is the index of {self.old.path}, this is {self.path}; name another --index"
+                )
+        rows = self._stored_rows()
+        return [entry for entry in self.entries if entry.version not in rows]
+
+    def compute(
+        self,
+        missing: Sequence[Entry],
+        batch_size: int,
+        progress: Callable[[int, int], None],
+        stop: Event | None,
+    ) -> dict[str, str]:
+        """Write shards of this process's batches; returns the faults."""
+        rank, world_size = self.processes.rank, self.processes.world_size
+        batches_of_rank = [*batches(missing, batch_size)][rank::world_size]
+        shard, faults = list[Row](), dict[str, str]()
+        results = _embed(self.collection, batches_of_rank, self.model.model)
+        try:
+            for count, (entry, result) in enumerate(results, start=1):
+                if isinstance(result, str):
+                    faults[entry.name] = result
+                else:
+                    shard.append((entry, result))
+                if len(shard) >= _SHARD_IMAGES:
+                    self._write_shard(shard)
+                    shard = []
+                progress(min(count * world_size, len(missing)), len(missing))
+                if stop is not None and stop.is_set():
+                    break
+        finally:
+            if shard:
+                self._write_shard(shard)
+        return faults
+
+    def merge(self, missing: Sequence[Entry]) -> IndexReport:
+        """Write the index of all images with stored features."""
+        rows, merged = self._stored_rows(), list[Row]()
+        for entry in self.entries:
+            if entry.version in rows:
+                stored, feature = rows[entry.version]
+                # The listing has no captions of embedded images.
+                merged.append((entry if entry.row is None else stored, feature))
+        if not merged:
+            name, reason = next(iter(self.faults.items()))
+            raise DataError(
+                f"none of {len(self.entries)} images can be read, such as {name}: {reason}"
+            )
+        before = [] if self.old is None else self.old.entries
+        if before != [entry for entry, _ in merged]:
+            _write_index(self.folder, self.model, merged, self.path, self.images)
+        _remove_old_files(self.folder)
+        names, new = {entry.name for entry in self.entries}, {entry.version for entry in missing}
+        added = sum(entry.version in new for entry, _ in merged)
+        removed = sum(entry.name not in names for entry in before)
+        return IndexReport(self.folder, len(merged), added, removed, self.faults)
+
+    def _stored_rows(self) -> dict[Any, Row]:
+        """Map versions to rows of the old index and of this model's shards; damaged shards are skipped."""
+        rows: list[Row] = []
+        if self.old is not None:
+            rows += zip(self.old.entries, self.old.features, strict=True)
+        width = self.model.model.config.embed_dim
+        for path in sorted(self.folder.glob(f"part-*-{self.model.fingerprint}-*.jsonl")):
+            with suppress(*_DAMAGE):
+                rows += zip(*_read_rows(path, path.with_suffix(".f32"), width), strict=True)
+        return {row[0].version: row for row in rows}
+
+    def _write_shard(self, rows: Sequence[Row]) -> None:
+        token = secrets.token_hex(6)
+        name = f"part-{self.processes.rank}-{self.model.fingerprint}-{token}"
+        _write_rows(self.folder / f"{name}.jsonl", self.folder / f"{name}.f32", rows)
 
 
 def _embed(
@@ -424,21 +471,6 @@ def _embed(
                     features = iter(model.project_image(embeds).float().cpu().numpy())
             for entry, result in loaded:
                 yield entry, result if isinstance(result, str) else next(features)
-
-
-def _stored_rows(folder: Path, model: SearchModel, old: SearchIndex | None) -> dict[Any, Row]:
-    """Map versions to rows of the old index and of this model's shards; damaged shards are skipped."""
-    rows: list[Row] = [] if old is None else [*zip(old.entries, old.features, strict=True)]
-    width = model.model.config.embed_dim
-    for path in sorted(folder.glob(f"part-*-{model.fingerprint}-*.jsonl")):
-        with suppress(*_DAMAGE):
-            rows += zip(*_read_rows(path, path.with_suffix(".f32"), width), strict=True)
-    return {row[0].version: row for row in rows}
-
-
-def _write_shard(folder: Path, model: SearchModel, rank: int, rows: Sequence[Row]) -> None:
-    name = f"part-{rank}-{model.fingerprint}-{secrets.token_hex(6)}"
-    _write_rows(folder / f"{name}.jsonl", folder / f"{name}.f32", rows)
 
 
 def _write_index(
@@ -524,6 +556,6 @@ def _read_rows(
             features = mapped.view(np.ndarray)
     # Of the mapping that a search reads, so that the file is read once.
     for name, data in (entries_file.name, content), (features_file.name, features.data):
-        if sums is not None and zlib.crc32(data) != sums.get(name):
+        if sums is not None and name in sums and zlib.crc32(data) != sums[name]:
             raise ValueError(f"{name} has another checksum")
     return entries, features

@@ -57,8 +57,8 @@ def search(
 ) -> SearchResult:
     """Find the images that a text describes, or that are similar to an image.
 
-    The features of all images are compared. The fusion encoder then scores the nearest `candidates` together with the
-    text. Images are compared by features only.
+    The features of all images are compared. The fusion encoder then scores the nearest `candidates`
+    together with the text. Images are compared by features only.
 
     Args:
         index: of the same model.
@@ -67,8 +67,9 @@ def search(
         top: most hits to return.
         candidates: images to score together with the text; 0 ranks by features.
         batch_size: candidates that are computed together.
-        rank: `match`: the probability of a match; `similarity`: features only, no image is read; `sum`: match logit +
-            cosine, see `xfm_fast.tasks.reranking.rank_score`. By default that of the model's run.
+        rank: `match`: the probability of a match; `similarity`: features only, no image is read;
+            `sum`: match logit + cosine, see `xfm_fast.tasks.reranking.rank_score`. By default that
+            of the model's run.
 
     Raises:
         DataError: the index is of another model, the image is broken, the text empty.

@@ -1,7 +1,8 @@
-"""A model as an HTTP service for clients of Cohere, Jina, OpenAI and vLLM: rerank, embeddings, score.
+"""A model as an HTTP service for clients of Cohere, Jina, OpenAI and vLLM: rerank, embeddings,
+score.
 
-FastAPI on uvicorn; `run` serves, and `Service(...).app` is an ASGI application for any other server. Names are imported
-lazily: options need neither PyTorch nor the extra `serve`.
+FastAPI on uvicorn; `run` serves, and `Service(...).app` is an ASGI application for any other
+server. Names are imported lazily: options need neither PyTorch nor the extra `serve`.
 """
 
 from importlib import import_module

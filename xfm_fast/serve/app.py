@@ -42,7 +42,8 @@ from xfm_fast.serve.work import Account, Batcher, Ledger
 from xfm_fast.tasks.ranking import Picture
 from xfm_fast.tasks.reranking import Rank
 
-# Bytes of a feature's number in the response, as a value and as text; and copies of documents that are returned.
+# Bytes of a feature's number in the response, as a value and as text; and copies of documents that
+# are returned.
 _NUMBER_BYTES, _ECHO_COPIES = 128, 3
 # Default tokens of a batch.
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
@@ -140,10 +141,11 @@ class Service:
     async def rerank(self, request: Request, body: RerankRequest) -> Response:
         """Order documents by their relevance to a query.
 
-        The fusion encoder compares a text with an image: `relevance_score` is the probability that the text describes
-        the image; with `--rank` it is the cosine similarity or match logit + cosine. Two texts, or two images, are
-        compared by their features: cosine similarity, mapped from [-1, 1] to [0, 1]. All documents are of one kind,
-        because the two scores are not comparable.
+        The fusion encoder compares a text with an image: `relevance_score` is the probability that
+        the text describes the image; with `--rank` it is the cosine similarity or match logit +
+        cosine. Two texts, or two images, are compared by their features: cosine similarity, mapped
+        from [-1, 1] to [0, 1]. All documents are of one kind, because the two scores are not
+        comparable.
         """
         items = {"query": [body.query], "documents": body.documents}
         pairs = [(0, index) for index in range(1, 1 + len(body.documents))]
@@ -307,7 +309,8 @@ async def _respond_to_error(request: Request, error: Exception) -> Response:
             problem = Problem(error.status_code, message, error.headers)
         case RequestValidationError():
             first = error.errors()[0]
-            # Break a reference cycle of FastAPI's frame, the error and its traceback, which would keep the body.
+            # Break a reference cycle of FastAPI's frame, the error and its traceback, which would
+            # keep the body.
             error.__traceback__ = error.__cause__ = error.__context__ = None
             path = ""
             for key in first["loc"][1:]:
@@ -335,6 +338,7 @@ class _Gate:
 
     def __init__(self, service: Service, app: FastAPI, metrics: Metrics) -> None:
         self._service, self._options = service, service.options
+        self._loopback = self._options.loopback
         self._app, self._metrics = app, metrics
         self._paths = {getattr(route, "path", "") for route in app.routes}
 
@@ -356,7 +360,7 @@ class _Gate:
         try:
             self._check_head(headers, scope["path"])
             if scope["method"] == "POST":
-                await self._bounded(scope, headers, receive, count)
+                await self._answer_within_limits(scope, headers, receive, count)
             else:
                 await self._app(scope, receive, count)
         except (Problem, MemoryError) as error:
@@ -370,8 +374,9 @@ class _Gate:
 
     def _check_head(self, headers: Headers, path: str) -> None:
         """Raise `Problem` 403 for a request of another site, and 401 for one without the key."""
-        if self._options.loopback:
-            # DNS rebinding: a web page may resolve its own name to this machine and speak for the browser's user.
+        if self._loopback:
+            # DNS rebinding: a web page may resolve its own name to this machine and speak for the
+            # browser's user.
             host = headers.get("host", "localhost")
             match = _HOST.fullmatch(host)
             if match is None or not is_loopback(match[1] or match[2] or ""):
@@ -388,18 +393,22 @@ class _Gate:
             message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
             raise Problem(401, message, {"www-authenticate": "Bearer"})
 
-    async def _bounded(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
+    async def _answer_within_limits(
+        self, scope: Scope, headers: Headers, receive: Receive, send: Send
+    ) -> None:
         """Answer a request within its limits of memory and time; drop it once its client has left."""
         active, seconds = self._service.active, self._options.timeout
         self._check_queue()
         content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type != "application/json":
-            # Browsers send JSON to other sites only where CORS permits it, and this service never does.
+            # Browsers send JSON to other sites only where CORS permits it, and this service never
+            # does.
             raise Problem(
                 415, f"content-type is {content_type[:60] or 'missing'!r}; send application/json"
             )
-        account = Account(self._service.ledger, self._options)
-        # Arguments of the `Problem` once time is over. An exception would keep its frame, and so the body, alive.
+        account = Account(self._service.ledger, self._options.max_body_bytes, seconds)
+        # Arguments of the `Problem` once time is over. An exception would keep its frame, and so
+        # the body, alive.
         late = 408, f"the body did not arrive within {seconds:g} s; send it faster", _CLOSE
         tasks: list[asyncio.Future[Any]] = []
         try:
@@ -424,18 +433,20 @@ class _Gate:
                     if message["type"] == "http.response.start":
                         active.discard(account)
                         if not deadline.expired():
-                            # `Connection` drops a client that does not read; this is for servers that do not.
+                            # `Connection` drops a client that does not read; this is for servers
+                            # that do not.
                             deadline.reschedule(asyncio.get_running_loop().time() + seconds + 1)
                     elif not message.get("more_body"):
                         await send({**message, "more_body": True})
-                        # The server takes this message once the answer is sent, which is held until then.
+                        # The server takes this message once the answer is sent, which is held until
+                        # then.
                         message = {"type": "http.response.body"}
                     await send(message)
 
                 scope.setdefault("state", {})["account"] = account
                 MAX_INPUTS.set(self._options.max_inputs)
                 tasks.append(asyncio.ensure_future(self._app(scope, replay, deliver)))
-                tasks.append(asyncio.ensure_future(_disconnect(receive)))
+                tasks.append(asyncio.ensure_future(_wait_for_disconnect(receive)))
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 if tasks[0].done():
                     await tasks[0]
@@ -449,7 +460,8 @@ class _Gate:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            # Servers keep the scope of an idle connection, and a task's exception refers to the task.
+            # Servers keep the scope of an idle connection, and a task's exception refers to the
+            # task.
             scope.get("state", {}).pop("account", None)
             tasks.clear()
             account.close()
@@ -460,7 +472,7 @@ class _Gate:
             raise Problem(429, f"{limit} requests in flight; ask again in a second", _SOON)
 
 
-async def _disconnect(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     """Return when the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -122,10 +122,11 @@ def web_client(transport: httpx.AsyncBaseTransport | None = None) -> httpx.Async
 async def fetch(
     client: httpx.AsyncClient, url: str, account: Account, seconds: float = 10.0
 ) -> bytes:
-    """Download an image into the account; raises `Problem` if the URL is not public, or the site is late.
+    """Download an image into the account; raises `Problem` if the URL is not public, or the site is
+    late.
 
-    The name is resolved once and the connection goes to the checked address, so that DNS rebinding cannot redirect it;
-    TLS and the header `host` use the name.
+    The name is resolved once and the connection goes to the checked address, so that DNS rebinding
+    cannot redirect it; TLS and the header `host` use the name.
     """
     label = f"URL {url[:100]!r}"
     try:

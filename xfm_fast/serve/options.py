@@ -18,10 +18,10 @@ class SourceOptions(Source):
     """The served model.
 
     Attributes:
-        runtime: Library that runs an export. Packages run code when they load: name their runtime, for packages that
-            you trust.
-        rank: Score of a text with an image: match of the fusion encoder, similarity of features, or sum (match logit +
-            similarity). [the run's own, else match]
+        runtime: Library that runs an export. Packages run code when they load: name their runtime,
+            for packages that you trust.
+        rank: Score of a text with an image: match of the fusion encoder, similarity of features, or
+            sum (match logit + similarity). [the run's own, else match]
         name: The model's name in requests and responses. [that of its folder]
     """
 
@@ -35,22 +35,25 @@ class ServiceOptions:
     """Address and limits of the service.
 
     Attributes:
-        host: Address to listen on; 0.0.0.0 is every address of this machine, for which an API key is advisable.
+        host: Address to listen on; 0.0.0.0 is every address of this machine, for which an API key
+            is advisable.
         port: Port to listen on; 0 chooses a free one and prints it.
-        api_key: Key that clients send as a bearer token. Other users of this machine can see it on the command line,
-            unlike the environment variable XFM_API_KEY. [no key]
+        api_key: Key that clients send as a bearer token. Other users of this machine can see it on
+            the command line, unlike the environment variable XFM_API_KEY. [no key]
         allow_urls: Download images that requests name by URL, from public addresses only.
-        memory_mb: Megabytes that all requests hold together, each until its answer is read: a body in four copies, and
-            256 bytes for each of its JSON values; 429 beyond it. A body with its downloads may have a sixteenth.
+        memory_mb: Megabytes that all requests hold together, each until its answer is read: a body
+            in four copies, and 256 bytes for each of its JSON values; 429 beyond it. A body with
+            its downloads may have a sixteenth.
         max_inputs: Texts and images of a list; 422 beyond it.
-        max_characters: Characters of a text; 422 beyond it. The model reads the first 30 words and 40 tokens, and the
-            answer names longer texts.
-        max_queue: Requests that have arrived and are not answered, waiting ones included; 429 beyond it.
-        batch_tokens: Tokens of a batch, of texts and of images that are not cached; a single request may have more.
-            [4096 on a CPU, 65536 on a GPU]
+        max_characters: Characters of a text; 422 beyond it. The model reads the first 30 words and
+            40 tokens, and the answer names longer texts.
+        max_queue: Requests that have arrived and are not answered, waiting ones included; 429
+            beyond it.
+        batch_tokens: Tokens of a batch, of texts and of images that are not cached; a single
+            request may have more. [4096 on a CPU, 65536 on a GPU]
         cache_mb: Megabytes of image memories cached between requests; 0 disables the cache.
-        timeout: Seconds until a request is answered with 504, and for a client to read its answer; after SIGTERM too,
-            the process ends no later.
+        timeout: Seconds until a request is answered with 504, and for a client to read its answer;
+            after SIGTERM too, the process ends no later.
     """
 
     host: str = "127.0.0.1"

@@ -20,7 +20,8 @@ _EXAMPLE_IMAGE: Any = {"image": "data:image/jpeg;base64,..."}
 class Item(BaseModel):
     """A text, or an image as a data URL, base64 or, with `--allow-urls`, a URL.
 
-    A message with one block is accepted, too: `{"content": [{"type": "image_url", "image_url": {"url": "..."}}]}`.
+    A message with one block is accepted, too: `{"content": [{"type": "image_url", "image_url":
+    {"url": "..."}}]}`.
     """
 
     text: str | None = None

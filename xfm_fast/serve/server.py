@@ -19,8 +19,8 @@ from xfm_fast.serve.model import ServedModel, load
 from xfm_fast.serve.options import ServiceOptions, SourceOptions
 
 _CONNECTION_LIMIT = 512
-# Connections that wait to be accepted, and those that asyncio accepts before it reads from any: far fewer than
-# `_CONNECTION_LIMIT`, so that no connection is ended before its first bytes are read.
+# Connections that wait to be accepted, and those that asyncio accepts before it reads from any: far
+# fewer than `_CONNECTION_LIMIT`, so that no connection is ended before its first bytes are read.
 _BACKLOG, _ACCEPTED = 2048, 64
 _SOCKET_BUFFER = 1 << 18
 # Seconds for a head, from the connection or its first byte, and for the rest of a refused body.
@@ -66,10 +66,11 @@ def address(sock: socket.socket) -> str:
 
 
 class Connection(H11Protocol):
-    """uvicorn's HTTP/1.1 with deadlines for heads and unread answers, and a limit of open connections.
+    """uvicorn's HTTP/1.1 with deadlines for heads and unread answers, and a limit of open
+    connections.
 
-    The application sets the deadline of a body. Above `limit` open connections, a new one ends the connection that has
-    waited the longest for its client: to send a request, or to read an answer.
+    The application sets the deadline of a body. Above `limit` open connections, a new one ends the
+    connection that has waited the longest for its client: to send a request, or to read an answer.
     """
 
     def __init__(self, *args: Any, seconds: float, limit: int, **kwargs: Any) -> None:
@@ -143,7 +144,8 @@ class Server(uvicorn.Server):
 
     def __init__(self, service: Service) -> None:
         seconds = service.options.timeout
-        # At most `max_queue` connections wait for an answer, so that another one can always be ended.
+        # At most `max_queue` connections wait for an answer, so that another one can always be
+        # ended.
         limit = _CONNECTION_LIMIT + service.options.max_queue
         protocol: Any = partial(Connection, seconds=seconds, limit=limit)
         super().__init__(

@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from xfm_fast.serve.options import ServiceOptions
 from xfm_fast.serve.schema import Problem
 
 T = TypeVar("T")
@@ -25,13 +24,15 @@ _MIN_REQUEST_BYTES = 1 << 20
 # Limits of images per byte of the request: bytes to decode one of them, and pixels of all of them.
 _PEAK_PER_BYTE = 56
 _PIXELS_PER_BYTE = 16
-# Copies of a body while it arrives; then of its bytes, its text, its values, and the files of its images.
+# Copies of a body while it arrives; then of its bytes, its text, its values, and the files of its
+# images.
 _ARRIVING_COPIES, _COPIES = 2, 4
-# Upper bound of a JSON value's size, counted by the characters that begin or precede values, within strings too: a
-# dict of one key has 184 bytes, a key 64 and as many in the parser's table of keys.
+# Upper bound of a JSON value's size, counted by the characters that begin or precede values, within
+# strings too: a dict of one key has 184 bytes, a key 64 and as many in the parser's table of keys.
 _VALUE_MARKS, _VALUE_BYTES = (b",", b":", b"[", b"{"), 256
 _VALUE_LIMIT = 1 << 18
-# Starts of characters beyond the basic plane, in UTF-8 and escaped; their strings take 4 bytes per character.
+# Starts of characters beyond the basic plane, in UTF-8 and escaped; their strings take 4 bytes per
+# character.
 _ASTRAL = (b"\xf0", b"\xf1", b"\xf2", b"\xf3", b"\xf4", b"\\ud", b"\\uD")
 _SOON = {"retry-after": "1"}
 # Seconds that a body may pause before it may be dropped.
@@ -50,8 +51,10 @@ class Ledger:
 class Account:
     """The bytes that a request has received and holds; they count until `close` and the end of all leases."""
 
-    def __init__(self, ledger: Ledger, options: ServiceOptions) -> None:
-        self.options = options
+    def __init__(self, ledger: Ledger, limit: int, seconds: float) -> None:
+        # Bytes of the request, downloads included, and bytes per second: at this pace, the largest
+        # body arrives just in time.
+        self._limit, self._pace = limit, limit / seconds
         self.body = bytearray()
         # The work of the request is in the queue of the batcher, or done.
         self.submitted = False
@@ -65,20 +68,19 @@ class Account:
         self._leases = 1
 
     async def read(self, chunks: AsyncIterator[bytes], expire: Callable[[], object]) -> bytes:
-        """Read the body, and hold the bytes that parsing it will take; raises `Problem` 400, 413, 422 and 429.
+        """Read the body, and hold the bytes that parsing it will take; raises `Problem` 400, 413,
+        422 and 429.
 
-        If other requests lack memory, a body that arrives too slowly is dropped and `expire` is called; `check` then
-        raises the reason.
+        If other requests lack memory, a body that arrives too slowly is dropped and `expire` is
+        called; `check` then raises the reason.
         """
         self._expire, self._due = expire, time.monotonic() + _GRACE
-        # At this pace, the largest body arrives just in time.
-        pace = self.options.max_body_bytes / self.options.timeout
         self._ledger.arriving[self] = None
         try:
             async for chunk in chunks:
                 self.receive(len(chunk), _ARRIVING_COPIES)
                 self.body += chunk
-                self._due = min(self._due + len(chunk) / pace, time.monotonic() + _GRACE)
+                self._due = min(self._due + len(chunk) / self._pace, time.monotonic() + _GRACE)
         finally:
             self._ledger.arriving.pop(self, None)
         if b"\0" in self.body:
@@ -100,11 +102,11 @@ class Account:
     def receive(self, count: int, copies: int) -> None:
         """Hold copies of bytes of the body or of a download; raises `Problem` 413 and 429."""
         self.received += count
-        limit = self.options.max_body_bytes
-        if self.received > limit:
-            raise Problem(
-                413, f"the request has more than {limit:,} bytes; shrink the images, or send fewer"
+        if self.received > self._limit:
+            message = (
+                f"the request has more than {self._limit:,} bytes; shrink the images, or send fewer"
             )
+            raise Problem(413, message)
         self.hold(copies * count)
 
     def hold(self, count: int) -> None:
@@ -177,7 +179,8 @@ class Account:
         result = asyncio.wrap_future(job)
         # Retrieve the exception, which a cancelled caller does not.
         result.add_done_callback(lambda future: future.cancelled() or future.exception())
-        # Unlike `await`, this does not cancel the job: a cancelled one would keep its arguments in the queue.
+        # Unlike `await`, this does not cancel the job: a cancelled one would keep its arguments in
+        # the queue.
         await asyncio.wait([result])
         return result.result()
 
@@ -197,11 +200,12 @@ class _Entry:
 
 
 class Batcher:
-    """Runs work in batches of at most `budget` cost, in order and in one thread; a single entry may cost more.
+    """Runs work in batches of at most `budget` cost, in order and in one thread; a single entry may
+    cost more.
 
-    `run` returns results in order; an exception among them is raised for its entry. If `run` itself raises, each entry
-    runs alone. The first entry of a batch waits `wait` seconds for others while `coming()` counts some; `observe` gets
-    the number of entries and the cost of a batch.
+    `run` returns results in order; an exception among them is raised for its entry. If `run` itself
+    raises, each entry runs alone. The first entry of a batch waits `wait` seconds for others while
+    `coming()` counts some; `observe` gets the number of entries and the cost of a batch.
     """
 
     def __init__(
@@ -229,7 +233,8 @@ class Batcher:
     ) -> Any:
         """Compute the result of work; cancelling this drops work that has not begun.
 
-        `release` is called once, when the batcher no longer refers to the work: after its batch, or when it is dropped.
+        `release` is called once, when the batcher no longer refers to the work: after its batch, or
+        when it is dropped.
         """
         result = asyncio.get_running_loop().create_future()
         entry = _Entry(work, cost, release, result, time.monotonic())

@@ -1,7 +1,8 @@
 """A generated, seeded, offline dataset with everything that X-FM trains on.
 
-`write_world(folder, seed=0)` writes 10,000 training, 500 validation and 500 test scenes in the official formats;
-`render(scene(seed, index, split))` and `captions(scene)` give the same data in memory.
+`write_world(folder, seed=0)` writes 10,000 training, 500 validation and 500 test scenes in the
+official formats; `render(scene(seed, index, split))` and `captions(scene)` give the same data in
+memory.
 """
 
 from xfm_fast.data.shapes.language import VOCABULARY, captions

@@ -239,10 +239,12 @@ def statements(first: Scene, second: Scene, split: Split) -> list[tuple[str, boo
 
 
 def entailments(first: Scene, second: Scene, index: int) -> list[tuple[str, str, bool]]:
-    """Write two (caption, statement, truth) triples, the true one first; none for indistinguishable scenes.
+    """Write two (caption, statement, truth) triples, the true one first; none for indistinguishable
+    scenes.
 
-    Neither half reveals the answer: the triples share a statement and have captions of different scenes, or share a
-    scene and have opposite statements. `index` selects the topic of the statement and the paraphrases.
+    Neither half reveals the answer: the triples share a statement and have captions of different
+    scenes, or share a scene and have opposite statements. `index` selects the topic of the
+    statement and the paraphrases.
     """
     # 3 and 4 have no common factor, so that every topic meets every paraphrase.
     topic, paraphrase = index % 3, index % 4

@@ -1,7 +1,8 @@
 """Scenes of the shapes dataset, each a pure function of (seed, split, index), and their images.
 
-Of the 48 colour-shape pairs, 8 occur only in the test split and 8 others only in the validation split; every scene of
-these splits contains at least one of its own. The split `known` has new scenes with the pairs of training.
+Of the 48 colour-shape pairs, 8 occur only in the test split and 8 others only in the validation
+split; every scene of these splits contains at least one of its own. The split `known` has new
+scenes with the pairs of training.
 """
 
 from __future__ import annotations

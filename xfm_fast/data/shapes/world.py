@@ -40,19 +40,21 @@ def write_world(
     images: Mapping[Split, int] = DEFAULT_IMAGES,
     resolution: int = CANVAS,
 ) -> dict[str, Any]:
-    """Write a dataset folder atomically; the same arguments give the same bytes (with the same Pillow version).
+    """Write a dataset folder atomically; the same arguments give the same bytes (with the same
+    Pillow version).
 
     For every split: `images/<split>/*.png`, and
 
-    - `pairs_<split>.jsonl` (`binary`, `desc`: four paraphrases), `regions_<split>.jsonl` (`binary`, `caption`, `elems`)
-      and the fine-tuning files `vqa_`, `nlvr_`, `retrieval_`, `grounding_` and `captioning_<split>.json`,
-      `text_<split>.tsv` and `image_<split>.csv`, all of the same scenes;
+    - `pairs_<split>.jsonl` (`binary`, `desc`: four paraphrases), `regions_<split>.jsonl` (`binary`,
+      `caption`, `elems`) and the fine-tuning files `vqa_`, `nlvr_`, `retrieval_`, `grounding_` and
+      `captioning_<split>.json`, `text_<split>.tsv` and `image_<split>.csv`, all of the same scenes;
     - `captioning_<split>_gt.json` except for train: references in COCO's format;
-    - `images_<split>.jsonl` (`binary`) and `texts_<split>.jsonl` (`desc`): the same number of other scenes.
+    - `images_<split>.jsonl` (`binary`) and `texts_<split>.jsonl` (`desc`): the same number of other
+      scenes.
 
-    The text task (`entailments`) is balanced. The image task is the shape of the largest object, balanced in all splits
-    but train. `answers.json` lists the answers, `world.json` (returned) the arguments and the rows of every file. An
-    identical existing dataset is reused.
+    The text task (`entailments`) is balanced. The image task is the shape of the largest object,
+    balanced in all splits but train. `answers.json` lists the answers, `world.json` (returned) the
+    arguments and the rows of every file. An identical existing dataset is reused.
     """
     folder = Path(folder)
     for split, count in images.items():
@@ -143,7 +145,8 @@ def _write_split(
             for caption in texts:
                 arrays["retrieval"].append({"image": path, "caption": caption, "image_id": path})
         elif texts[0] not in described:
-            # Evaluation counts one right answer, so that no two images may have the same description.
+            # Evaluation counts one right answer, so that no two images may have the same
+            # description.
             described.add(texts[0])
             arrays["retrieval"].append({"image": path, "caption": texts[:1]})
         for caption in texts if split == "train" else [texts]:
