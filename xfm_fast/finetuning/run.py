@@ -34,7 +34,7 @@ from xfm_fast.tasks.task import Task, TaskOptions, explanation, task_of
 from xfm_fast.training import checkpoints
 from xfm_fast.training.checkpoints import full_state, save_model, seed_everything
 from xfm_fast.training.distributed import Processes, join_processes
-from xfm_fast.training.loop import autocast, position_after, seen_images, train
+from xfm_fast.training.loop import autocast, seen_images, train
 from xfm_fast.training.metrics import LOG_FILE, Show, read_log
 from xfm_fast.training.optimizer import WeightAverage
 from xfm_fast.training.recipe import override
