@@ -68,5 +68,5 @@ def case(*_: object) -> OpCase:
         ours=geglu,
         reference=eager,
         work={"forward": work, "backward": None},
-        others={EAGER: eager},
+        baselines={EAGER: eager},
     )
