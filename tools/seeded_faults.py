@@ -62,7 +62,7 @@ COVERED_BY: dict[str, tuple[str, ...]] = {
     "xfm_fast/tasks/captioning.py": ("tests/tasks/test_caption_metrics.py",),
     "xfm_fast/tasks/grounding.py": ("tests/tasks/test_grounding.py",),
     "xfm_fast/tasks/weak_grounding.py": ("tests/tasks/test_heatmap.py",),
-    "xfm_fast/tasks/classification.py": ("tests/tasks/test_classification.py",),
+    "xfm_fast/tasks/text.py": ("tests/tasks/test_classification.py",),
     "xfm_fast/tasks/reranking.py": ("tests/tasks/test_retrieval.py",),
     "xfm_fast/tasks/vqa.py": ("tests/tasks/test_vqa.py",),
     "kernels/triton/attention_tiles.py": (
@@ -140,7 +140,7 @@ GENERATED: dict[str, tuple[str, ...]] = {
     ),
     "xfm_fast/tasks/grounding.py": ("pixel_iou", "box_accuracy"),
     "xfm_fast/tasks/weak_grounding.py": ("best_box",),
-    "xfm_fast/tasks/classification.py": ("f1_score", "correlations"),
+    "xfm_fast/tasks/text.py": ("f1_score", "correlations"),
     "xfm_fast/tasks/reranking.py": (
         "recall",
         "candidate_recall",

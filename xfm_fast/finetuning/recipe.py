@@ -26,14 +26,7 @@ from xfm_fast.io import is_plain_name, parse_yaml
 from xfm_fast.tasks.task import HELD_OUT, TASKS, AnyTask, Task, TaskOptions, make_task
 from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training.loop import position_after
-from xfm_fast.training.recipe import (
-    FINETUNING,
-    Run,
-    fit_auto,
-    override,
-    read_recipe,
-    vocabulary_of,
-)
+from xfm_fast.training.recipe import FINETUNING, Run, fit_auto, override, read_recipe, vocabulary_of
 from xfm_fast.training.recipe_fields import MOST_ITEMS, Paths, Section
 
 STREAM = "train"
