@@ -21,15 +21,20 @@ if TYPE_CHECKING:
     from .model_repository import write_model_repository
     from .onnx import export_onnx
     from .quantise import quantize_int8
-    from .request import ExportRequest, OnnxRequest, RepositoryOptions
+    from .request import (
+        EngineRequest,
+        ExportRequest,
+        OnnxRequest,
+        RepositoryOptions,
+        TensorRTRequest,
+    )
     from .runtimes.aoti import PackageRequest, export_packages
-    from .runtimes.tensorrt import EngineRequest, TensorRTRequest
     from .session import Session
     from .verification import verify, verify_export
 
 _HOMES = {
-    "EngineRequest": "runtimes.tensorrt",
-    "TensorRTRequest": "runtimes.tensorrt",
+    "EngineRequest": "request",
+    "TensorRTRequest": "request",
     "Examples": "expected",
     "ExportRequest": "request",
     "Manifest": "manifest",

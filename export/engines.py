@@ -38,19 +38,10 @@ from .pipeline import (
 )
 from .qdq import Scheme
 from .quantise import check_quantisation, quantise_graphs
-from .request import OnnxRequest, joined
+from .request import EngineRequest, OnnxRequest, TensorRTRequest, joined
 from .runtimes import Spelling, check_dtype, find_runtime
-from .runtimes.tensorrt import (
-    EngineRequest,
-    TensorRT,
-    TensorRTForRTX,
-    TensorRTRequest,
-    first_error,
-    local_capability,
-    message_logger,
-    start,
-)
 from .slots import graph_profiles, parse_profiles
+from .tensorrt import first_error, local_capability, message_logger, start
 from .verification import Comparison, compare_with_reference
 
 ONNX_FOLDER = "onnx"
@@ -71,16 +62,16 @@ _log = logging.getLogger(__name__)
 class Builder:
     """The builder of TensorRT: its module, the GPUs that it builds for, and its configuration."""
 
-    runtime: ClassVar[type[TensorRT]] = TensorRT
+    name: ClassVar[str] = "tensorrt"
     newest: ClassVar[int] = 11
     """The last major version that was tested."""
     minimum: ClassVar[Mapping[str, int]] = LEAST_CAPABILITY
 
     def __init__(self) -> None:
-        self.name = self.runtime.name
-        self.trt: Any = self.runtime.import_library()
+        runtime = find_runtime(self.name)
+        self.trt: Any = runtime.import_library()
         self.version: str = self.trt.__version__
-        self.title = f"{self.runtime.title} {self.version}"
+        self.title = f"{runtime.title} {self.version}"
 
     def check(self, request: EngineRequest, dtype: str) -> tuple[int, ...]:
         """Validate a request and return its compute capabilities; `UnavailableError` if the library lacks something."""
@@ -163,7 +154,7 @@ class Builder:
 class BuilderForRTX(Builder):
     """The builder of TensorRT for RTX."""
 
-    runtime = TensorRTForRTX
+    name = "tensorrt-rtx"
     newest = 1
     # It has no fp32 GEMMs for Turing.
     minimum = LEAST_CAPABILITY | {"fp32": 80}
@@ -207,7 +198,7 @@ class BuilderForRTX(Builder):
 
 def find_builder(name: str) -> Builder:
     """Return the builder of a runtime; raises `UnavailableError` with the extra to install."""
-    builders = {builder.runtime.name: builder for builder in (Builder, BuilderForRTX)}
+    builders = {builder.name: builder for builder in (Builder, BuilderForRTX)}
     if name not in builders:
         raise UnavailableError(
             f"engine library {name!r} is unknown; choose from {', '.join(builders)}"
@@ -596,5 +587,5 @@ def _failure(library: Builder, verb: str, path: Path, messages: Sequence[str]) -
     where = f" at {', '.join(layers[:3])}" if layers else ""
     return ExportError(
         f"{library.title} cannot {verb} graph {path.stem!r}{where}: {text} "
-        f"({library.runtime.title}: {' '.join(message.split())[:300]})"
+        f"({find_runtime(library.name).title}: {' '.join(message.split())[:300]})"
     )

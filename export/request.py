@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 from xfm_fast.errors import InputError, UnavailableError
 
@@ -155,3 +156,45 @@ def joined(texts: Sequence[str]) -> str:
 
 def _split(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(filter(None, map(str.strip, joined(texts).split(","))))
+
+
+@dataclass(frozen=True)
+class EngineRequest(ExportRequest):
+    """Graphs as TensorRT engines.
+
+    Attributes:
+        dtype: Dtype of weights and arithmetic.
+        opset: ONNX opset, 20 to 24; by default the best one for the builder.
+        profile: Sizes that an engine accepts, name:axis=least..best..most, for example
+            latency:batch=1,length=1..16..40; may be repeated. [latency for batches of one, bulk for up
+            to 32]
+        sm: Compute capabilities to build for, for example 80,89,120. [this machine's GPU]
+        quantize: 8-bit GEMMs, with scales from --data or the photographs.
+        budget: Least cosine of any output row with the model's. GEMMs that cost more stay in --dtype.
+        level: Optimisation level of the builder; by default the builder's own.
+        keep_onnx: Keep the ONNX graphs of the engines in OUT/onnx.
+    """
+
+    dtype: DType = "bf16"
+    opset: int | None = None
+    profile: Sequence[str] = ()
+    sm: Sequence[str] = ()
+    quantize: Quantisation | None = None
+    budget: float = BUDGET
+    level: Annotated[int | None, Ge(0), Le(5)] = None
+    keep_onnx: bool = False
+
+
+@dataclass(frozen=True)
+class TensorRTRequest(EngineRequest):
+    """Graphs as engines of TensorRT, with options that TensorRT for RTX lacks.
+
+    Attributes:
+        timing_cache: File of kernel timings, read before and written after a build: later builds are faster.
+        version_compatible: Later versions of TensorRT run the engine (tensorrt_lean).
+        hardware_compatible: Other GPUs run the engine too.
+    """
+
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    hardware_compatible: Literal["ampere_plus", "same_compute_capability"] | None = None

@@ -36,6 +36,7 @@ LEVELS = {
     "finetuning": 6,
     "loading": 6,
     "search": 6,
+    "testing": 6,
     "benchmarks": 7,
     "serve": 7,
     "reproduce": 7,
@@ -252,7 +253,8 @@ OPENING = {
     (
         "xfm_fast/training/recipe.py",
         "read_recipe",
-    ): "a recipe of the package, which may be an archive"
+    ): "a recipe of the package, which may be an archive",
+    ("xfm_fast/finetuning/recipe.py", "_official"): "a table of the package",
 }
 OPENED_BY_NAME = {"open", "safe_open", "load_file"}
 OPENED_BY_METHOD = {

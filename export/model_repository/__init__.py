@@ -1,8 +1,8 @@
 """A model repository of NVIDIA's Triton Inference Server, made from an export.
 
-A graph is a model of the platform `onnxruntime` or `tensorrt`, and `rank` is a Python model over them. The models are
-written to a temporary folder, which is renamed into place. Every `config.pbtxt` is text to edit: instances, delays of
-batches, and the limits and the cache of `rank`.
+Each graph becomes a model of the platform ONNX Runtime or TensorRT, and `rank` a Python model over
+them. Models are written to a temporary folder that is then renamed. Instances, batching delays, and
+limits and cache of `rank` are lines of `config.pbtxt`.
 """
 
 from __future__ import annotations

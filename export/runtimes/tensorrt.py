@@ -20,19 +20,17 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import _GeneratorContextManager
-from dataclasses import dataclass
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
-
-from annotated_types import Ge, Le
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xfm_fast.errors import ExportError, StorageError, UnavailableError
 
-from ..request import BUDGET, DType, ExportRequest, Quantisation
+from ..request import EngineRequest, TensorRTRequest
+from ..tensorrt import first_error, local_capability, message_logger, start
 from . import Runtime, failed_run, register
 
 if TYPE_CHECKING:
@@ -52,94 +50,6 @@ _ALIGNMENT = 256
 _MOST_PADDING = 2
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EngineRequest(ExportRequest):
-    """Graphs as TensorRT engines.
-
-    Attributes:
-        dtype: Dtype of weights and arithmetic.
-        opset: ONNX opset, 20 to 24; by default the best one for the builder.
-        profile: Sizes that an engine accepts, name:axis=least..best..most, for example
-            latency:batch=1,length=1..16..40; may be repeated. [latency for batches of one, bulk for up
-            to 32]
-        sm: Compute capabilities to build for, for example 80,89,120. [this machine's GPU]
-        quantize: 8-bit GEMMs, with scales from --data or the photographs.
-        budget: Least cosine of any output row with the model's. GEMMs that cost more stay in --dtype.
-        level: Optimisation level of the builder; by default the builder's own.
-        keep_onnx: Keep the ONNX graphs of the engines in OUT/onnx.
-    """
-
-    dtype: DType = "bf16"
-    opset: int | None = None
-    profile: Sequence[str] = ()
-    sm: Sequence[str] = ()
-    quantize: Quantisation | None = None
-    budget: float = BUDGET
-    level: Annotated[int | None, Ge(0), Le(5)] = None
-    keep_onnx: bool = False
-
-
-@dataclass(frozen=True)
-class TensorRTRequest(EngineRequest):
-    """Graphs as engines of TensorRT, with options that TensorRT for RTX lacks.
-
-    Attributes:
-        timing_cache: File of kernel timings, read before and written after a build: later builds are faster.
-        version_compatible: Later versions of TensorRT run the engine (tensorrt_lean).
-        hardware_compatible: Other GPUs run the engine too.
-    """
-
-    timing_cache: Path | None = None
-    version_compatible: bool = False
-    hardware_compatible: Literal["ampere_plus", "same_compute_capability"] | None = None
-
-
-def message_logger(trt: Any, errors: list[str]) -> Any:
-    """Return an `ILogger` that forwards to the Python log and appends errors to a list."""
-    serious = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
-
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, msg: str) -> None:
-            if severity in serious:
-                errors.append(msg)
-            level = logging.INFO if severity == trt.ILogger.WARNING else logging.DEBUG
-            _log.log(level, "%s", msg)
-
-    return Logger()
-
-
-def start(title: str, factory: Callable[[Any], Any], logger: Any, errors: Sequence[str]) -> Any:
-    """Start a builder or runtime of a library; raises `UnavailableError` if it does not start."""
-    try:
-        handle = factory(logger)
-    except TypeError as error:
-        handle, errors = None, [*errors, str(error)]
-    if not handle:
-        raise UnavailableError(
-            f"{title} could not start ({first_error(errors)}); see that its CUDA libraries and the driver fit each "
-            "other"
-        )
-    return handle
-
-
-def first_error(errors: Sequence[str]) -> str:
-    """Return the first error on one line."""
-    return " ".join(errors[0].split()) if errors else "it gives no reason"
-
-
-def local_capability() -> int | None:
-    """Return the compute capability of this machine's NVIDIA GPU, 89 for 8.9; None without a GPU."""
-    import torch
-
-    if not torch.cuda.is_available() or torch.version.cuda is None:
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
 
 
 def check_engine_file(

@@ -64,12 +64,12 @@ bindings, exported, out = sys.argv[1:]
 sys.path.insert(0, bindings)
 sys.modules["tensorrt"] = trt = importlib.import_module("tensorrt_bindings")
 from xfm_fast.errors import ExportError
-from xfm_fast.export import engines
+from xfm_fast.export import engines, tensorrt
 from xfm_fast.export.manifest import Manifest
-from xfm_fast.export.runtimes import tensorrt
+from xfm_fast.export.request import TensorRTRequest
 engines.local_capability = lambda: 89
 library = engines.find_builder("tensorrt")
-request = tensorrt.TensorRTRequest(level=3, timing_cache=Path(out, "timings"), hardware_compatible="ampere_plus")
+request = TensorRTRequest(level=3, timing_cache=Path(out, "timings"), hardware_compatible="ampere_plus")
 targets = library.check(request, "fp32")
 try:
     engines.build_engines(Manifest.load(exported), Path(exported), Path(out), library, targets, request)

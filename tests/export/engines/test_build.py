@@ -20,15 +20,10 @@ from xfm_fast.export import engines
 from xfm_fast.export.engines import BuilderForRTX, build_engine, find_builder
 from xfm_fast.export.expected import generated_examples
 from xfm_fast.export.manifest import AxisRecord, GraphRecord, Manifest, ProfileRecord, TensorRecord
-from xfm_fast.export.runtimes.tensorrt import (
-    EngineRequest,
-    TensorRT,
-    TensorRTForRTX,
-    TensorRTRequest,
-    check_engine_file,
-    message_logger,
-)
+from xfm_fast.export.request import EngineRequest, TensorRTRequest
+from xfm_fast.export.runtimes.tensorrt import TensorRT, TensorRTForRTX, check_engine_file
 from xfm_fast.export.slots import DEFAULT_PROFILES, PACKED_PROFILES, graph_profiles, parse_profiles
+from xfm_fast.export.tensorrt import message_logger
 from xfm_fast.export.verification import verify
 from xfm_fast.models.xfm import XFM
 

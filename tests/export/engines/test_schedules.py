@@ -15,7 +15,7 @@ import pytest
 from xfm_fast.config import XFMConfig
 from xfm_fast.export.engines import build_engines, export_engines, find_builder, schedules
 from xfm_fast.export.manifest import Manifest
-from xfm_fast.export.runtimes.tensorrt import EngineRequest
+from xfm_fast.export.request import EngineRequest
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.nlvr2 import NLVR2Model
 from xfm_fast.tasks.vqa_model import VQAModel
