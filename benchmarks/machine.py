@@ -386,8 +386,9 @@ class Readings:
     gpu: list[tuple[float, float]] = field(default_factory=list)
 
     def contended(self, dtype: str) -> bool:
-        """Return whether the GEMM rate in a dtype moved."""
-        return bool(self.gemm.get(dtype)) and moved(self.gemm[dtype])
+        """Return whether the GEMM rate in a dtype moved, or in any if this one is not probed."""
+        probed = [self.gemm[dtype]] if dtype in self.gemm else [*self.gemm.values()]
+        return any(moved(rates) for rates in probed if rates)
 
     def note(self, dtype: str) -> str:
         """Return warnings about contention during the run."""

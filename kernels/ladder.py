@@ -67,6 +67,7 @@ class Op(Generic[A]):
     ) -> None:
         self.name, self.int8_race, self.attention = name, int8_race, attention
         self.kernels, self.fits = kernels, fits or {}
+        self.is_composed = backward is not None
         self.rungs: dict[Rung, Callable[[A, Call], Any]] = dict(rungs or {})
         if reference is not None:
             self.rungs["reference"] = lambda arguments, _: reference(arguments)
@@ -247,6 +248,8 @@ def watching() -> Iterator[dict[str, str]]:
 
 
 def _runner(op: Op[Any], rung: Rung, call: Call) -> str:
+    if op.is_composed and call.backend == "triton":
+        return "torch"
     if rung != "reference":
         return "fp8" if rung == "fp8" else call.backend
     supported = call.backend == "reference" or call.backend in op.kernels

@@ -1,6 +1,7 @@
 """The public operations: argument checks, then the implementation for the device and the call.
 
-Every operation is defined in `reference.py`. The backend `auto` runs the fastest implementation for the device; others
+Every operation has a definition in plain PyTorch, in its file or in `reference.py`. The backend
+`auto` runs the fastest implementation for the device; others
 are selected by name, for a call (`backend=`) or for a block (`with use_backend(...)`), and a named backend never falls
 back silently.
 

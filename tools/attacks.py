@@ -247,7 +247,7 @@ def public_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         torch.full((1, 5), 7),
     )
     pixels = torch.zeros(1, 3, config.image_size, config.image_size)
-    sheet = {"path": "a.html", "query": "a cat", "found": (), "index": None}
+    sheet = {"path": "a.html", "query": "a cat", "result": (), "index": None}
     return {
         "XFM": (XFM, {"config": config, "heads": ("matching",), "encoders": ("text",)}),
         "XFM.from_pretrained": (XFM.from_pretrained, {"folder": "absent"}),

@@ -399,7 +399,7 @@ def _config() -> bytes:
 def _manifest() -> bytes:
     made = new_manifest(
         source="a model", weights_sha256="0", tokenizer_sha256=None, config={}, dtype="fp32", consumer="onnxruntime",
-        opset=23, attention="function", all_tokens=False, fixed={"batch": 1}, versions={}, graphs=[], files=[],
+        opset=23, attention="primitives", all_tokens=False, fixed={"batch": 1}, versions={}, graphs=[], files=[],
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         made.save(Path(folder))

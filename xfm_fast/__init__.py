@@ -1,4 +1,4 @@
-"""X-FM, a foundation model of text and images, and its engine for accelerating other encoders.
+"""X-FM, a foundation model of text and images, exact and fast, and an engine that accelerates other encoders.
 
 Public names are imported on first use, so the command line answers before PyTorch is loaded.
 """

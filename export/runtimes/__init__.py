@@ -63,6 +63,7 @@ class Runtime:
         request: Options of its export.
         artefact: What its export writes, in the help of the command.
         automatic: False for files that run code when they are loaded: `auto` never chooses them.
+        preferred: `auto` chooses it before the others of its kind, after the export's consumer.
         precisions: Values of the constructor's argument `precision`, the dtypes to compute an fp32 export in.
         dtypes: Dtypes that benchmarks run it in.
         devices: Types of the devices that it runs on.
@@ -78,6 +79,7 @@ class Runtime:
     request: ClassVar[type[ExportRequest]] = OnnxRequest
     artefact: ClassVar[str] = "ONNX graphs"
     automatic: ClassVar[bool] = True
+    preferred: ClassVar[bool] = False
     precisions: ClassVar[tuple[Precision, ...]] = ()
     dtypes: ClassVar[tuple[DType, ...]] = ("fp32", "bf16")
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
@@ -103,11 +105,8 @@ class Runtime:
     @classmethod
     def why_absent(cls, device: torch.device) -> str | None:
         """Return why a benchmark on a device cannot export for it and run it; None if it can."""
-        missing = [
-            name
-            for name in (cls.package, "onnx", "onnxscript")
-            if importlib.util.find_spec(name) is None
-        ]
+        packages = dict.fromkeys((cls.package, "onnx", "onnxscript"))
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
         if missing:
             return f"{' and '.join(missing)} not installed"
         if device.type in cls.devices:
@@ -207,7 +206,7 @@ def check_dtype(name: str) -> DType:
 
 
 def choose_runtime(manifest: Manifest, folder: Path) -> str:
-    """Return the runtime that `auto` stands for: the export's consumer, or the first of its kind that is installed.
+    """Return the runtime that `auto` stands for: the export's consumer, or another of its kind that is installed.
 
     Raises `ExportError` for files that run code when they are loaded.
     """
@@ -216,7 +215,7 @@ def choose_runtime(manifest: Manifest, folder: Path) -> str:
         raise ExportError(
             f"{folder} holds {manifest.kind!r}, which no runtime runs; register one, or export again"
         )
-    candidates.sort(key=lambda runtime: runtime.name != manifest.consumer)
+    candidates.sort(key=lambda runtime: (runtime.name != manifest.consumer, not runtime.preferred))
     first = candidates[0]
     if not first.automatic:
         raise ExportError(

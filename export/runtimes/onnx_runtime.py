@@ -41,6 +41,7 @@ class OnnxRuntime(Runtime):
     extra = "export"
     dtypes = ("fp32",)
     devices = ("cpu", "cuda")
+    preferred = True
 
     def __init__(
         self, manifest: Manifest, device: torch.device | None = None, *, compares: bool = False

@@ -63,7 +63,8 @@ def test_the_list_has_all_scenarios_and_baselines() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["caption"], "embed-image, embed-text"),
+        (["caption"], "did you mean captioning?"),
+        (["xyz"], "embed-image, embed-text"),
         (["rerank", "--random", "huge"], 'Choose from: "tiny", "base"'),
         (["rerank", "--dtype", "fp8"], 'Choose from: "auto", "fp32", "bf16"'),
         (["rerank", "--model", "m", "--random", "tiny", "--quick"], "--model m and --random tiny"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from tests.contracts.toy_op import GegluArgs, case, geglu, reference
+from tests.contracts.toy_op import GegluArgs, _reference, case, geglu
 from xfm_fast.benchmarks.options import KernelOptions
 from xfm_fast.benchmarks.work import kernels
 from xfm_fast.errors import InputError
@@ -21,7 +21,7 @@ from xfm_fast.kernels.library import Gradients, differentiable
 
 
 def definition(x: Tensor) -> Tensor:
-    return reference(GegluArgs(x))
+    return _reference(GegluArgs(x))
 
 
 def test_the_ladder_picks_its_implementation() -> None:

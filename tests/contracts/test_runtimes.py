@@ -15,9 +15,9 @@ from xfm_fast import XFM, XFMConfig
 from xfm_fast.benchmarks.backends.ours import export_engine
 from xfm_fast.benchmarks.backends.registry import export_backends
 from xfm_fast.errors import UnavailableError
-from xfm_fast.export import Session
+from xfm_fast.export import Session, runtimes
 from xfm_fast.export.manifest import Manifest
-from xfm_fast.export.runtimes import RUNTIMES, Runtime, open_runtime, register
+from xfm_fast.export.runtimes import RUNTIMES, Runtime, choose_runtime, open_runtime, register
 
 reference = pytest.importorskip("onnx.reference", reason="the toy runtime is onnx's own evaluator")
 pytest.importorskip("onnxscript", reason="exports to ONNX need onnxscript")
@@ -50,7 +50,7 @@ def registered() -> Iterator[None]:
     del RUNTIMES["toy"]
 
 
-def test_a_runtime_from_outside(tmp_path: Path) -> None:
+def test_a_runtime_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = XFM(XFMConfig.preset("tiny", vision_depth=1, text_layers=1, fusion_layers=1)).eval()
     model.save_pretrained(tmp_path / "model")
     out = tmp_path / "exported"
@@ -68,6 +68,11 @@ def test_a_runtime_from_outside(tmp_path: Path) -> None:
     assert session.description == manifest.verification.runtime, (
         "auto takes the runtime that an export is made for"
     )
+    # An export for another library is opened by ONNX Runtime, whatever was registered first.
+    monkeypatch.setattr(runtimes, "RUNTIMES", {"toy": Toy, **RUNTIMES})
+    pytest.importorskip("onnxruntime")
+    foreign = manifest.model_copy(update={"consumer": "tensorrt"})
+    assert choose_runtime(foreign, out) == "onnxruntime"
     pixels = torch.randn(2, 3, model.config.image_size, model.config.image_size)
     with torch.no_grad():
         expected = model.encode_image(pixels)

@@ -24,22 +24,22 @@ class GegluArgs:
     x: Tensor  # [..., 2M]: gate, then value
 
     def check(self) -> None:
-        if not self.x.is_floating_point() or self.x.shape[-1] % 2:
+        if not (self.x.ndim and self.x.is_floating_point()) or self.x.shape[-1] % 2:
             refuse("floating point, with an even last dimension", x=self.x)
 
 
-def reference(args: GegluArgs) -> Tensor:
+def _reference(args: GegluArgs) -> Tensor:
     gate, value = args.x.chunk(2, dim=-1)
     return F.gelu(gate) * value
 
 
-def backward(dout: Tensor, args: GegluArgs) -> Gradients:
+def _backward(dout: Tensor, args: GegluArgs) -> Gradients:
     gate, value = args.x.chunk(2, dim=-1)
     dgate = torch.ops.aten.gelu_backward(dout * value, gate)
     return {"x": torch.cat([dgate, F.gelu(gate) * dout], dim=-1)}
 
 
-GEGLU = Op("toy_geglu", GegluArgs, reference=reference, backward=backward)
+GEGLU = Op("toy_geglu", GegluArgs, reference=_reference, backward=_backward)
 
 
 def geglu(x: Tensor, *, backend: Backend | None = None) -> Tensor:
@@ -60,7 +60,7 @@ def case(*_: object) -> OpCase:
     work = Work("toy_geglu", "64 × 64", flops=64 * 32, bytes=3 * 4 * 64 * 32)
 
     def eager(x: Tensor) -> Tensor:
-        return reference(GegluArgs(x))
+        return _reference(GegluArgs(x))
 
     return OpCase(
         "toy_geglu",

@@ -117,7 +117,7 @@ def test_every_runtime_gives_what_the_model_gives(
     exported_packed: Path,
     tmp_path: Path,
 ) -> None:
-    pytest.importorskip(runtime)
+    pytest.importorskip(RUNTIMES[runtime].package)
     folder = {"padded": exported_fp32, "packed": exported_packed}.get(form, tmp_path)
     if form == "fixed":
         export_onnx(

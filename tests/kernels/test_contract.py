@@ -287,9 +287,8 @@ def test_autocast(name: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = run(CASES[name], arguments)
     # A sum is as wide as its residual.
-    assert found[0].dtype == (
-        torch.float32 if "residual" in arguments or "mlp" in name else CASES[name].autocast
-    )
+    wide = "residual" in arguments or "mlp" in name
+    assert found[0].dtype == (torch.float32 if wide else CASES[name].autocast), "set Case.autocast"
     for ours, right in zip(found, exact, strict=True):
         assert float((ours.float() - right).norm()) <= 0.03 * float(right.norm())
     assert all(g.dtype == torch.float32 for g in found[-len(leaves(arguments)) :])
@@ -771,7 +770,7 @@ def test_attention_on_hopper_and_blackwell_needs_a_compiler_without_faults(
     monkeypatch.setattr(backends, "compiler_versions", lambda arch=90: ("3.6.0", "13.4"))
     with FakeTensorMode():
         x = torch.empty(2, device="cuda")
-    monkeypatch.setattr(backends, "readable", lambda *tensors: True)
+    monkeypatch.setattr(backends, "plain", lambda *tensors: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
     backends._warn.cache_clear()
     with pytest.warns(RuntimeWarning, match=r"Triton 3\.6\.0"):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tests.agreement import relative_error
 from xfm_fast import XFM, XFMConfig
-from xfm_fast.errors import DataError
+from xfm_fast.errors import DataError, InputError
 from xfm_fast.tasks.grounding import GroundingModel
 from xfm_fast.tasks.weak_grounding import best_box, cross_attention_heatmap, read_detections
 
@@ -195,6 +195,9 @@ def test_best_box_is_the_published_rule() -> None:
     heat = torch.zeros(4, 4)
     heat[0, 0] = 1
     assert best_box(heat, [[20, 20, 10, 10], [-5, -5, 16, 16], [0, 0, 40, 40]], (40, 40)) == 1
+    for shape in ((0, 4), (3, 5), (4,)):
+        with pytest.raises(InputError, match="boxes are"):
+            best_box(heat, torch.ones(shape), (40, 40))
 
 
 def test_both_forms_of_detections(tmp_path: Path) -> None:

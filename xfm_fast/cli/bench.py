@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,7 @@ from xfm_fast.benchmarks.options import (
 from xfm_fast.cli.console import stdout, table
 from xfm_fast.cli.options import MEASURE, Flat, Json, command_group
 from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.io import make_folder
 
 if TYPE_CHECKING:
     from xfm_fast.benchmarks.measure import Progress
@@ -244,9 +246,12 @@ def _run(name: str, options: Any, out: Path) -> int:
 
     benchmarks = registered()
     if name not in benchmarks:
-        raise UnavailableError(
-            f"benchmark {name!r} is unknown; choose from {', '.join(benchmarks)}"
-        )
+        near = get_close_matches(name, benchmarks, n=1)
+        choice = f"did you mean {near[0]}?" if near else f"choose from {', '.join(benchmarks)}"
+        raise UnavailableError(f"benchmark {name!r} is unknown; {choice}")
+    if out.suffix == ".json":
+        # A missing folder is no reason to lose what was measured.
+        make_folder(out.parent)
     with progress() as display:
         document = benchmarks[name](options, display, ["xfm-fast", *sys.argv[1:]])
     report.terminal(document, stdout())
