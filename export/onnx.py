@@ -27,7 +27,8 @@ from .graphs import DTYPES, Graph
 from .manifest import GraphRecord, Manifest, package_versions
 from .pipeline import check_fixed, export_graphs, frozen, split_request, tracing_call
 from .request import DType, OnnxRequest
-from .runtimes import LARGEST_FILE, Spelling, find_runtime
+from .runtimes import LARGEST_FILE, Exporter, Runtime, Spelling, find_runtime
+from .verification import verify
 
 # Smaller ones stay in the message: shapes are inferred from constants.
 _LEAST_BESIDE = 1024
@@ -123,6 +124,34 @@ def check_spelling(request: OnnxRequest) -> Spelling:
     spelling = find_runtime(request.consumer).spelling(request.dtype, request.opset)
     require_onnx()
     return spelling
+
+
+def exporter_of(runtime: type[Runtime]) -> Exporter:
+    """Return the exporter of a runtime: its own, or that of ONNX files."""
+    return runtime.exporter() or Exporter(check_spelling, functools.partial(_start, runtime.name))
+
+
+def export_for(
+    runtime: type[Runtime],
+    model: Any,
+    folder: str | Path,
+    request: Any = None,
+    **options: Any,
+) -> Manifest:
+    """Export graphs of a model for a runtime; the options are those of `export_onnx`."""
+    with exporter_of(runtime).start(model, folder, request, **options) as finish:
+        return finish()
+
+
+@contextlib.contextmanager
+def _start(
+    consumer: str, model: Any, folder: str | Path, request: Any = None, **options: Any
+) -> Iterator[Callable[[], Manifest]]:
+    request = request or OnnxRequest(consumer=consumer)
+    manifest = export_onnx(model, folder, request, **options, compared=False)
+    del model
+    compares = options.get("examples") is not None
+    yield lambda: verify(folder, check_files=False) if compares else manifest
 
 
 def write_onnx(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xfm_fast.export.expected import generated_examples
 from xfm_fast.export.manifest import Manifest
+from xfm_fast.export.onnx import export_for
 from xfm_fast.export.quantise import quantize_int8
 from xfm_fast.export.request import DType, GraphName
 from xfm_fast.export.runtimes import find_runtime
@@ -112,11 +113,11 @@ def export_engine(
     if int8:
         with TemporaryDirectory(dir=scratch) as floats:
             examples = generated_examples(model.config)
-            runtime.export(model, floats, examples=examples, **request)
+            export_for(runtime, model, floats, examples=examples, **request)
             quantize_int8(floats, folder)
     else:
         # The export converts copies of tensors, and leaves the model as it is.
-        runtime.export(model, folder, **request)
+        export_for(runtime, model, folder, **request)
     built = time.perf_counter()
     # The benchmark compares results itself, also those that the export was not verified on (8 bits).
     session = Session(folder, library, device, precision=precision, verify_files=False)

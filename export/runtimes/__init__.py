@@ -16,8 +16,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, get_args
 
@@ -42,6 +42,15 @@ _NEWEST_OPSET = 24
 
 LARGEST_FILE = 2**31 - 2**20
 """Protobuf reads no message of two gigabytes; larger graphs keep their weights beside the file."""
+
+
+class Exporter(NamedTuple):
+    """The export of a runtime, in two stages: the caller releases the model between them."""
+
+    check: Callable[[Any], Any]
+    """Checks a request before a checkpoint is read; raises an `XFMError`."""
+    start: Callable[..., AbstractContextManager[Callable[[], Manifest]]]
+    """Exports what needs the model, from (model, folder, request, **options); yields the function that finishes."""
 
 
 class Spelling(NamedTuple):
@@ -115,37 +124,9 @@ class Runtime:
         return f"{needs}, and this run is on {device.type}"
 
     @classmethod
-    def check_request(cls, request: Any) -> None:
-        """Check a request for this runtime before a checkpoint is read; raises an `XFMError`."""
-        from ..onnx import check_spelling
-
-        check_spelling(request)
-
-    @classmethod
-    @contextmanager
-    def export_in_stages(
-        cls, model: Any, folder: str | Path, request: Any = None, **options: Any
-    ) -> Iterator[Callable[[], Manifest]]:
-        """Export what needs the model, and yield the function that finishes the export without it.
-
-        The caller can release the model before a builder or a runtime holds its weights once more.
-        """
-        from ..onnx import export_onnx
-        from ..verification import verify
-
-        request = request or OnnxRequest(consumer=cls.name)
-        manifest = export_onnx(model, folder, request, **options, compared=False)
-        del model
-        compares = options.get("examples") is not None
-        yield lambda: verify(folder, check_files=False) if compares else manifest
-
-    @classmethod
-    def export(
-        cls, model: Any, folder: str | Path, request: Any = None, **options: Any
-    ) -> Manifest:
-        """Export graphs of a model for this runtime; the options are those of `export_onnx`."""
-        with cls.export_in_stages(model, folder, request, **options) as finish:
-            return finish()
+    def exporter(cls) -> Exporter | None:
+        """Return what exports for this runtime, or None if its files are ONNX graphs."""
+        return None
 
     @classmethod
     def spelling(cls, dtype: str, opset: int | None = None) -> Spelling:

@@ -19,6 +19,7 @@ from xfm_fast.errors import ExportError, UnavailableError
 
 from ..request import ExportRequest
 from . import (
+    Exporter,
     Runtime,
     Spelling,
     check_dtype,
@@ -98,28 +99,9 @@ class AOTInductor(Runtime):
         self.description = f"AOTInductor of torch {torch.__version__}, {target.device.upper()}"
 
     @classmethod
-    def check_request(cls, request: PackageRequest) -> None:
-        """See `Runtime.check_request`."""
-        import torch
-
-        check_dtype(request.dtype)
-        if request.device != "cpu" and not (request.device == "cuda" and torch.cuda.is_available()):
-            raise UnavailableError(
-                f"device {request.device!r} is not available to PyTorch here; use --device cpu"
-            )
-
-    @classmethod
-    @contextmanager
-    def export_in_stages(
-        cls,
-        model: Any,
-        folder: str | Path,
-        request: PackageRequest | None = None,
-        **options: Any,
-    ) -> Iterator[Callable[[], Manifest]]:
-        """See `Runtime.export_in_stages`."""
-        manifest = export_packages(model, folder, request, **options)
-        yield lambda: manifest
+    def exporter(cls) -> Exporter:
+        """See `Runtime.exporter`."""
+        return Exporter(check_request, _start)
 
     def load(self, record: GraphRecord, path: Path) -> RunGraph:
         """See `Runtime.load`."""
@@ -146,6 +128,25 @@ class AOTInductor(Runtime):
         return run
 
 
+def check_request(request: PackageRequest) -> None:
+    """Check the dtype and the device of a request."""
+    import torch
+
+    check_dtype(request.dtype)
+    if request.device != "cpu" and not (request.device == "cuda" and torch.cuda.is_available()):
+        raise UnavailableError(
+            f"device {request.device!r} is not available to PyTorch here; use --device cpu"
+        )
+
+
+@contextmanager
+def _start(
+    model: Any, folder: str | Path, request: PackageRequest | None = None, **options: Any
+) -> Iterator[Callable[[], Manifest]]:
+    manifest = export_packages(model, folder, request, **options)
+    yield lambda: manifest
+
+
 def export_packages(
     model: Any, folder: str | Path, request: PackageRequest | None = None, **options: Any
 ) -> Manifest:
@@ -157,7 +158,7 @@ def export_packages(
     from ..pipeline import export_graphs, split_request, trace
 
     request, facts = split_request(request, PackageRequest, options)
-    AOTInductor.check_request(request)
+    check_request(request)
 
     def write(graph: Graph, record: GraphRecord, content: Manifest) -> list[str]:
         try:

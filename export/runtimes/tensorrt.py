@@ -21,7 +21,6 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import _GeneratorContextManager
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -31,7 +30,7 @@ from xfm_fast.errors import ExportError, StorageError, UnavailableError
 
 from ..request import EngineRequest, TensorRTRequest
 from ..tensorrt import first_error, local_capability, message_logger, start
-from . import Runtime, failed_run, register
+from . import Exporter, Runtime, failed_run, register
 
 if TYPE_CHECKING:
     import torch
@@ -139,24 +138,19 @@ class TensorRT(Runtime):
         return device
 
     @classmethod
-    def check_request(cls, request: EngineRequest) -> None:
-        """See `Runtime.check_request`."""
-        from ..engines import check_request
+    def exporter(cls) -> Exporter:
+        """See `Runtime.exporter`."""
+        from .. import engines
 
-        check_request(cls.name, request)
+        def start_export(
+            model: Any, folder: str | Path, request: EngineRequest | None = None, **options: Any
+        ) -> contextlib.AbstractContextManager[Callable[[], Manifest]]:
+            return engines.engine_graphs(model, folder, cls.name, request, **options)
 
-    @classmethod
-    def export_in_stages(
-        cls,
-        model: Any,
-        folder: str | Path,
-        request: EngineRequest | None = None,
-        **options: Any,
-    ) -> _GeneratorContextManager[Callable[[], Manifest]]:
-        """See `Runtime.export_in_stages`."""
-        from ..engines import engine_graphs
-
-        return engine_graphs(model, folder, cls.name, request, **options)
+        return Exporter(
+            lambda request: engines.check_request(cls.name, request),
+            start_export,
+        )
 
     def allocate(self, size: int, graph: str) -> _Activations:
         """Allocate an activation buffer; raises `ExportError` if memory is short."""

@@ -134,10 +134,12 @@ def export(
 ) -> int:
     """Export a model; the help is in `app`."""
     from xfm_fast import testing
+    from xfm_fast.export.onnx import exporter_of
     from xfm_fast.tasks.task import TASKS, explanation
 
     request, source = options.request(source), named(model, source)
-    options.runtime.check_request(request)
+    exporter = exporter_of(options.runtime)
+    exporter.check(request)
     if os.environ.get("XFM_DEBUG", "0") not in ("", "0"):
         # The builder's own messages.
         logging.basicConfig(format="%(message)s")
@@ -149,7 +151,7 @@ def export(
     opened = open_model(replace(source, dtype=None), tasks=exported, device="cpu")
     tokenizer = opened.model.tokenizer
     reads_text = opened.task is None or opened.task.reads_text
-    with options.runtime.export_in_stages(
+    with exporter.start(
         opened.model,
         out,
         request,
