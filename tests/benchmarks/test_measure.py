@@ -221,7 +221,7 @@ def test_a_fallback_to_pytorch_has_no_time_under_our_name(monkeypatch: pytest.Mo
     assert after["add_layer_norm", "backward"].measured
     # PyTorch's own is what the operation is on a CPU.
     assert after["layer_norm", "forward"].status == "absent"
-    assert "would be PyTorch's under this name" in (after["layer_norm", "forward"].reason or "")
+    assert "is PyTorch's own kernel on this device" in (after["layer_norm", "forward"].reason or "")
 
 
 def test_a_kernel_that_is_not_prepared_is_absent_and_no_failure() -> None:
