@@ -482,7 +482,7 @@ async def _respond(request: Request, call: Call, bodies: list[bytes]) -> Respons
         try:
             body = call.schema.model_validate_json(content)
         except ValidationError as error:
-            request.state.is_tei = b'"texts"' in content
+            request.state.is_tei = request.url.path == "/rerank" and b'"texts"' in content
             errors = [{**first, "loc": ("body", *first["loc"])} for first in error.errors()[:1]]
             raise RequestValidationError(errors) from None
         finally:
