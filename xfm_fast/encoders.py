@@ -163,8 +163,8 @@ class LibraryEncoder(Encoder):
             return counter
         return None
 
-    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of whole texts, special ones included, for counting; safe in every thread."""
+    def token_ids(self, texts: Sequence[str | tuple[str, str]]) -> list[list[int]]:
+        """Return the ids of whole texts or pairs, special ones included, for counting; safe in every thread."""
         if self._counter is not None:
             return [encoding.ids for encoding in self._counter.encode_batch_fast([*texts])]
         with self._lock:
