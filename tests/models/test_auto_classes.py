@@ -19,7 +19,7 @@ from PIL import Image
 transformers = pytest.importorskip("transformers")
 sentence_transformers = pytest.importorskip("sentence_transformers", exc_type=ImportError)
 
-from xfm_fast import XFM, XFMConfig  # noqa: E402
+from xfm_fast import XFM, XFMConfig, accelerate  # noqa: E402
 from xfm_fast.data.images import MEAN, STD  # noqa: E402
 from xfm_fast.data.shapes import render, scene  # noqa: E402
 from xfm_fast.errors import (  # noqa: E402
@@ -36,6 +36,7 @@ from xfm_fast.models.auto_classes import (  # noqa: E402
     XFMModel,
     XFMTokenizer,
 )
+from xfm_fast.models.frozen import is_frozen  # noqa: E402
 from xfm_fast.tokenizer import CaptionTokenizer  # noqa: E402
 
 TEXTS = [
@@ -98,17 +99,16 @@ def test_importing_the_package_imports_no_library() -> None:
 
 
 # Each first use of a class is in a fresh process: nothing else has registered X-FM there.
-@pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize(
     ("auto", "expected"),
     [
-        ("AutoConfig", "XFMAutoConfig"),
-        ("AutoModel", "XFMModel"),
-        ("AutoModelForZeroShotImageClassification", "XFMModel"),
         ("AutoProcessor", "XFMAutoProcessor"),
-        ("AutoTokenizer", "XFMTokenizer"),
-        ("AutoImageProcessor", "XFMImageProcessor"),
+        pytest.param("AutoConfig", "XFMAutoConfig", marks=pytest.mark.slow),
+        pytest.param("AutoModel", "XFMModel", marks=pytest.mark.slow),
+        pytest.param("AutoModelForZeroShotImageClassification", "XFMModel", marks=pytest.mark.slow),
+        pytest.param("AutoTokenizer", "XFMTokenizer", marks=pytest.mark.slow),
+        pytest.param("AutoImageProcessor", "XFMImageProcessor", marks=pytest.mark.slow),
     ],
 )
 def test_known_after_the_import_in_any_order(
@@ -405,6 +405,29 @@ def test_training_through_the_library(folder: str) -> None:
         library[0].model.xfm.text_encoder.roberta.encoder.layer[0].attention.self.query.weight.grad
     )
     assert gradient.abs().sum() > 0
+
+
+def test_acceleration_freezes_or_rounds(model: XFM, folder: str) -> None:
+    library = open_library(folder)
+    expected = library.encode(TEXTS)
+    xfm = library[0].model.xfm
+    report = accelerate(library, freeze=True, unpad=True, verify=TEXTS[:2])
+    assert is_frozen(xfm)
+    assert report.share == 1
+    assert report.differences["sentence_embedding"] < 1e-5
+    assert "XFM" in str(report)
+    np.testing.assert_allclose(library.encode(TEXTS), expected, atol=1e-6)
+    report = accelerate(library, dtype="int8", verify=TEXTS[:2])
+    assert not is_frozen(xfm)
+    assert xfm.quantised == "int8"
+    assert 0.99 < report.rounding["sentence_embedding"] < 1 + 1e-6
+    rounded = library.encode(TEXTS)
+    assert 0 < np.abs(rounded - expected).max() < 0.1
+    report.revert()
+    assert xfm.quantised is None
+    np.testing.assert_array_equal(library.encode(TEXTS), expected)
+    with pytest.raises(InputError, match=r"already uses these kernels"):
+        accelerate(library, dtype=torch.bfloat16)
 
 
 def test_a_task_of_mteb(model: XFM, folder: str) -> None:

@@ -47,6 +47,7 @@ def register_auto_classes() -> None:
     from xfm_fast.models import auto_classes
 
     model, images = auto_classes.XFMModel, auto_classes.XFMImageProcessor
+    model.config_class = XFMAutoConfig
     transformers.AutoModel.register(XFMAutoConfig, model)
     transformers.AutoModelForZeroShotImageClassification.register(XFMAutoConfig, model)
     transformers.AutoProcessor.register(XFMAutoConfig, auto_classes.XFMAutoProcessor)

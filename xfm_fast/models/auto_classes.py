@@ -24,7 +24,6 @@ from transformers.tokenization_utils_base import TruncationStrategy
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import DataError, InputError, UnavailableError
 from xfm_fast.io import write_bytes
-from xfm_fast.models.auto import XFMAutoConfig
 from xfm_fast.models.hub import Download, local_folder
 from xfm_fast.models.processor import (
     XFMProcessor,
@@ -63,10 +62,9 @@ class XFMModel(transformers.PreTrainedModel):
     `UnavailableError` for a model without the contrastive head.
     """
 
-    config_class = XFMAutoConfig
     input_modalities = ["image", "text"]  # noqa: RUF012
 
-    def __init__(self, config: XFMAutoConfig, xfm: XFM | None = None) -> None:
+    def __init__(self, config: transformers.PretrainedConfig, xfm: XFM | None = None) -> None:
         super().__init__(config)
         fields = {name: getattr(config, name) for name in XFMConfig.model_fields}
         self.xfm = xfm or XFM(XFMConfig(**fields))
@@ -80,7 +78,7 @@ class XFMModel(transformers.PreTrainedModel):
         if "float" in str(dtype):
             dtype = getattr(torch, str(dtype).removeprefix("torch."))
         xfm = XFM.from_pretrained(path, dtype=dtype, **options)
-        return cls(XFMAutoConfig(name_or_path=name, **xfm.config.model_dump()), xfm).eval()
+        return cls(transformers.AutoConfig.from_pretrained(path), xfm).eval()
 
     def save_pretrained(self, save_directory: str | Path, *inputs: Any, **options: Any) -> None:
         """Save as `XFM.save_pretrained`."""
