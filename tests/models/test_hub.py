@@ -77,6 +77,14 @@ def test_pushed_and_fetched(
     assert (hub / "someone/xfm-tiny/README.md").read_text() == "mine"
     fetched = XFM.from_pretrained("someone/xfm-tiny")
     torch.testing.assert_close(fetched.encode("a dog"), model.encode("a dog"))
+    pytest.importorskip("transformers")
+    from xfm_fast.models import auto_classes
+
+    loaded = auto_classes.XFMModel.from_pretrained("someone/xfm-tiny", local_files_only=False)
+    processor = auto_classes.XFMAutoProcessor.from_pretrained("someone/xfm-tiny", subfolder="")
+    with torch.no_grad():
+        features = loaded(**processor(text=["a dog"], return_tensors="pt")).text_embeds
+    torch.testing.assert_close(features[0], model.encode("a dog"))
 
 
 def test_errors_name_the_remedy(

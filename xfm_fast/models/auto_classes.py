@@ -24,7 +24,7 @@ from transformers.tokenization_utils_base import TruncationStrategy
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import DataError, InputError, UnavailableError
 from xfm_fast.io import write_bytes
-from xfm_fast.models.hub import Download, local_folder
+from xfm_fast.models.hub import TOKENIZER_SETTINGS, Download, local_folder
 from xfm_fast.models.processor import (
     XFMProcessor,
     image_pixels,
@@ -75,8 +75,8 @@ class XFMModel(transformers.PreTrainedModel):
         """Load as `XFM.from_pretrained`; the dtype is by default that of the weights."""
         path, options = _locate(name, options)
         dtype = options.pop("dtype", options.pop("torch_dtype", "auto"))
-        if "float" in str(dtype):
-            dtype = getattr(torch, str(dtype).removeprefix("torch."))
+        if isinstance(dtype, str) and "float" in dtype:
+            dtype = getattr(torch, dtype)
         xfm = XFM.from_pretrained(path, dtype=dtype, **options)
         return cls(transformers.AutoConfig.from_pretrained(path), xfm).eval()
 
@@ -156,14 +156,14 @@ class XFMTokenizer(_Stored, transformers.PreTrainedTokenizerFast):
         vocabulary = processor.tokenizer.fast_options()
         limit = options.setdefault(_LIMIT, token_limit(processor.config))
         if type(limit) is not int or limit < 3:
-            raise DataError(f"tokenizer_config.json has {_LIMIT}={limit!r}; give 3 tokens or more")
+            raise DataError(f"{TOKENIZER_SETTINGS} has {_LIMIT}={limit!r}; give 3 tokens or more")
         super().__init__(**vocabulary, add_bos_token=True, add_eos_token=True, **options)
 
     def save_pretrained(self, save_directory: str | Path, *inputs: Any, **options: Any) -> Any:
         """Save as `XFMProcessor.save_pretrained`, with the token limit."""
         super().save_pretrained(save_directory)
         settings = json.dumps({_LIMIT: self.model_max_length})
-        write_bytes({Path(save_directory, "tokenizer_config.json"): settings.encode()})
+        write_bytes({Path(save_directory, TOKENIZER_SETTINGS): settings.encode()})
 
     def _encode_plus(self, text: Any, text_pair: Any = None, *inputs: Any, **options: Any) -> Any:
         options["truncation_strategy"] = TruncationStrategy.LONGEST_FIRST
