@@ -31,7 +31,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ValidationError
 
 from xfm_fast.data.collection import Entry
 from xfm_fast.errors import DataError, InputError, StorageError
-from xfm_fast.io import advice, is_plain_name, open_data, require_file
+from xfm_fast.io import advice, is_plain_name, open_data, open_to_append, require_file
 
 INDEX_FILE = "index.sqlite"
 # Rows of a checksum, and of a step of a search or a copy: 64 MB of 256 numbers.
@@ -507,8 +507,9 @@ class Writer:
         self._written = self.header.rows
         if path.is_symlink():
             raise ValueError(f"{path.name} is a link")
-        with open(path, "r+b" if path.exists() else "xb") as file:
-            file.seek(4 * row * self.header.width)
+        with open_to_append(path) as file:
+            # What a killed writer has left.
+            file.truncate(4 * row * self.header.width)
             file.write(features.data)
             file.flush()
             os.fsync(file.fileno())
