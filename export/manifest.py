@@ -81,12 +81,17 @@ _DIMS = {
     "past": "batch texts layers 2 heads past size",
     # Zero for tokens that do not exist.
     "past_mask": "batch texts past",
-    "logits": "batch texts vocabulary",
+    "logits": "batch [texts] vocabulary",
     "present": "batch texts layers 2 heads size",
+    "token_type_ids": "batch length",
+    "last_hidden_state": "batch length hidden",
+    "sentence_embedding": "batch embed",
+    "pixel_values": "batch 3 side side",
 }
 _INTEGERS = frozenset(
     [
         "input_ids",
+        "token_type_ids",
         "packed_ids",
         "token_ids",
         "positions",

@@ -287,6 +287,8 @@ def random_inputs(
 
     def values(tensor: TensorRecord) -> Tensor:
         name, shape = tensor.name, tensor.shape(sizes)
+        if name == "token_type_ids":
+            return torch.zeros(shape, dtype=torch.int64)
         if name.endswith("_ids"):
             ids = torch.randint(4, 200, shape, generator=generator)
             return ids.masked_fill(~_real_tokens(shape), 1) if name == "input_ids" else ids
