@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,14 @@ from xfm_fast.memory import release_freed_memory
 from xfm_fast.models.processor import XFMProcessor
 from xfm_fast.models.xfm import XFM
 
-from .expected import DECODER_GRAPHS, Examples, keep_results, reference_bytes
+from .expected import (
+    DECODER_GRAPHS,
+    REFERENCE_FILE,
+    Examples,
+    Reference,
+    keep_results,
+    reference_bytes,
+)
 from .graphs import DTYPES, Graph, build, default_graphs, in_dtype, needs_all_tokens
 from .manifest import (
     AXES,
@@ -51,6 +58,21 @@ Progress = Callable[[str], None]
 Write = Callable[[Graph, GraphRecord, Manifest], Sequence[str]]
 """Writes a graph in the export's dtype to the record's file; returns all file names, the graph's first."""
 
+
+class Subject(NamedTuple):
+    """What an export takes from its model besides the graphs."""
+
+    files: Mapping[str, bytes]
+    """Sidecar files by name."""
+    fields: Mapping[str, Any]
+    """Fields of the manifest."""
+    build: Callable[[GraphName], Graph]
+    """Builds a graph once more."""
+    keep_results: Callable[..., Reference]
+    """Writes the reference, from (manifest, folder, model, examples)."""
+    reference_bytes: int
+
+
 _TENSOR_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 # Names, shapes and nodes.
 _ROOM_PER_GRAPH = 4 << 20
@@ -71,7 +93,7 @@ def split_request(
 
 
 def export_graphs(
-    model: XFM,
+    model: Any,
     folder: Path,
     request: ExportRequest,
     spelling: Spelling,
@@ -93,29 +115,29 @@ def export_graphs(
     `room` estimates the disk space from the sizes of the graphs.
     """
     dtype, fixed = check_dtype(request.dtype), request.sizes
-    companions = XFMProcessor(model.config, model.tokenizer).files() | dict(companions)
-    if tokenizer_sha256 is None and model.tokenizer is not None:
-        tokenizer_sha256 = model.tokenizer.sha256()
     graphs = build_graphs(model, spelling, request)
     sizes = [graph_bytes(graph, model, dtype) for graph in graphs.values()]
-    all_tokens = needs_all_tokens(model, request.all_tokens)
     records = graph_records(graphs, dtype, model, fixed, suffix)
-    decodes = not DECODER_GRAPHS.isdisjoint(graphs)
-    prepare_folder(folder, room(sizes) + reference_bytes(model.config, decodes=decodes))
+    if isinstance(model, XFM):
+        subject = _subject(model, spelling, request, graphs)
+    else:
+        from .library import library_subject
+
+        subject = library_subject(model)
+    prepare_folder(folder, room(sizes) + subject.reference_bytes)
+    fields = {**subject.fields, **manifest}
+    if tokenizer_sha256 is not None:
+        fields["tokenizer_sha256"] = tokenizer_sha256
     content = new_manifest(
         source=source,
-        weights_sha256=weights_sha256(model, graphs.values()),
-        tokenizer_sha256=tokenizer_sha256,
-        config=model.config.model_dump(),
         dtype=dtype,
         attention=spelling.form,
-        all_tokens=all_tokens,
         packed=request.packed,
         fixed=fixed,
         graphs=[],
         files=[],
         reason="it was not compared with the model",
-        **manifest,
+        **fields,
     )
 
     # Joined weights of all graphs together are a fifth of the model.
@@ -123,9 +145,7 @@ def export_graphs(
 
     def write_graph(record: GraphRecord) -> Sequence[str]:
         progress(f"exporting {record.name}")
-        graph = build(
-            record.name, model, spelling.form, all_tokens=all_tokens, packed=request.packed
-        )
+        graph = subject.build(record.name)
         converted = in_dtype(graph, DTYPES[dtype])
         files = write(converted, record, content)
         if converted is not graph:
@@ -138,11 +158,35 @@ def export_graphs(
         if examples is None:
             return
         progress("comparing with the model")
-        reference = keep_results(content, folder, model, examples)
+        reference = subject.keep_results(content, folder, model, examples)
         if compared:
             compare_with_reference(content, folder, reference, runtime)
 
+    companions = {**subject.files, **companions}
     return fill_folder(content, folder, records, write_graph, compare, companions)
+
+
+def _subject(
+    model: XFM, spelling: Spelling, request: ExportRequest, graphs: Mapping[GraphName, Graph]
+) -> Subject:
+    all_tokens = needs_all_tokens(model, request.all_tokens)
+    fields = {
+        "weights_sha256": weights_sha256(model, graphs.values()),
+        "tokenizer_sha256": None if model.tokenizer is None else model.tokenizer.sha256(),
+        "config": model.config.model_dump(),
+        "all_tokens": all_tokens,
+    }
+
+    def rebuild(name: GraphName) -> Graph:
+        return build(name, model, spelling.form, all_tokens=all_tokens, packed=request.packed)
+
+    return Subject(
+        XFMProcessor(model.config, model.tokenizer).files(),
+        fields,
+        rebuild,
+        keep_results,
+        reference_bytes(model.config, decodes=not DECODER_GRAPHS.isdisjoint(graphs)),
+    )
 
 
 def fill_folder(
@@ -159,6 +203,7 @@ def fill_folder(
     graphs = []
     for record in records:
         started = time.perf_counter()
+        (folder / record.file).parent.mkdir(exist_ok=True)
         files = [*write(record)]
         # An exporter leaves programs in reference cycles, which hold joined weights.
         gc.collect()
@@ -168,6 +213,8 @@ def fill_folder(
         graphs.append(record.model_copy(update=changes))
     content.graphs = graphs
     companions = {**companions, README_FILE: readme(content).encode()}
+    for name in companions:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
     write_bytes({folder / name: data for name, data in companions.items()})
     graph_files = (name for graph in graphs for name in graph.files)
     content.files = record_files(folder, [*companions, *graph_files])
@@ -179,8 +226,12 @@ def fill_folder(
     return content
 
 
-def build_graphs(model: XFM, spelling: Spelling, request: ExportRequest) -> dict[GraphName, Graph]:
+def build_graphs(model: Any, spelling: Spelling, request: ExportRequest) -> dict[GraphName, Graph]:
     """Build and validate the graphs of a request; they share the model's parameters."""
+    if not isinstance(model, XFM):
+        from .forms import encoder_graph
+
+        return {"encoder": encoder_graph(model)}
     names = default_graphs(model) if request.names is None else request.names
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"graph {twice[0]!r} is named twice; name it once")
@@ -215,7 +266,7 @@ def check_fixed(graphs: Iterable[Graph], fixed: Mapping[str, int]) -> None:
 def graph_records(
     graphs: Mapping[GraphName, Graph],
     dtype: DType,
-    model: XFM,
+    model: Any,
     fixed: Mapping[str, int],
     suffix: str = "",
 ) -> list[GraphRecord]:
@@ -229,13 +280,16 @@ def graph_records(
     records = []
     for name, graph in graphs.items():
         axes = [axis for axis in graph.axes if axis not in fixed]
-        limits: dict[str, int] = dict.fromkeys(("length", "past"), model.config.max_text_length)
+        most = model.config.max_text_length if isinstance(model, XFM) else model.max_seq_length
+        limits: dict[str, int] = dict.fromkeys(("length", "past"), most)
         if "rows" in axes:
             limits["length"] = max(limits["length"], LONGEST_ROW)
         records.append(
             GraphRecord(
                 name=name,
-                file=f"{name}{suffix}",
+                file="onnx/model.onnx"
+                if (name, suffix) == ("encoder", ".onnx")
+                else f"{name}{suffix}",
                 files=[],
                 inputs=[*map(described, graph.inputs)],
                 outputs=[*map(described, graph.outputs)],
@@ -328,11 +382,14 @@ def frozen(graph: Graph) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def graph_bytes(graph: nn.Module, model: XFM, dtype: DType) -> int:
+def graph_bytes(graph: nn.Module, model: Any, dtype: DType) -> int:
     """Estimate the file size of a graph: its parameters, and position biases where it has their tables."""
-    config, names = model.config, [name for name, _ in graph.named_parameters()]
+    names = [name for name, _ in graph.named_parameters()]
     entries = sum(parameter.numel() for parameter in graph.parameters())
-    if any(name.endswith("relative_position_bias_table") for name in names):
+    if isinstance(model, XFM) and any(
+        name.endswith("relative_position_bias_table") for name in names
+    ):
+        config = model.config
         entries += config.vision_depth * config.vision_heads * config.num_image_tokens**2
     return entries * DTYPES[dtype].itemsize + _ROOM_PER_GRAPH
 
@@ -354,8 +411,13 @@ def prepare_folder(folder: Path, needed: int) -> None:
 
 
 def sidecar_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
-    """Read the JSON sidecar files of an export, by name."""
-    names = [record.name for record in manifest.files if record.name.endswith(".json")]
+    """Read the files of an export that are neither graphs nor written anew, by name."""
+    others = {
+        README_FILE,
+        REFERENCE_FILE,
+        *(name for graph in manifest.graphs for name in graph.files),
+    }
+    names = [record.name for record in manifest.files if record.name not in others]
     try:
         return {name: (folder / name).read_bytes() for name in names}
     except OSError as error:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from xfm_fast.config import MODEL_TYPE
 from xfm_fast.errors import CheckpointError, InputError, UnavailableError, needs
+from xfm_fast.export.request import USES, Use
 from xfm_fast.io import read_json
 from xfm_fast.loading import Opened, Source, local_path, open_model, open_session
 
@@ -34,17 +35,11 @@ if TYPE_CHECKING:
 Modality = Literal["text", "image"]
 Role = Literal["query", "document"]
 """What a text is to a search: selects the model's prompt for it."""
-Use = Literal["embedding", "sparse", "ranking"]
-"""What a model computes: vectors, sparse vectors, or scores of pairs."""
 
 # Counts changes of X-FM's image transform, which change features too.
 _TRANSFORM_VERSION = 2
 _FEATURE_WEIGHTS = ("vision_encoder.", "vision_proj.", "text_encoder.roberta.", "text_proj.")
-_CLASSES: dict[Use, str] = {
-    "embedding": "SentenceTransformer",
-    "sparse": "SparseEncoder",
-    "ranking": "CrossEncoder",
-}
+_CLASSES = {use: name for name, use in USES.items()}
 
 
 @dataclass(frozen=True)

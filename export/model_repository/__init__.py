@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from xfm_fast.errors import ExportError, InputError, StorageError
-from xfm_fast.io import storing, sync_folder, write_bytes
+from xfm_fast.io import staged, storing, write_bytes
 from xfm_fast.models.processor import find_tokenizer
 from xfm_fast.tokenizer import CaptionTokenizer
 
@@ -80,20 +79,14 @@ def write_model_repository(
     if tokenizer is None and options.pipeline == "rank":
         tokenizer = find_tokenizer(folder, manifest.xfm_config)
     models = plan_models(manifest, options, tokenizer)
-    temporary = repository.with_name(f".{repository.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with storing(out, "free space or choose another --out"):
-            if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-                raise StorageError(f"{out} exists; delete it, or choose another folder")
-            prepare_folder(repository.parent, sum(file.bytes for file in manifest.files) + _ROOM)
-            temporary.mkdir()
+    with storing(out, "free space or choose another --out"):
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise StorageError(f"{out} exists; delete it, or choose another folder")
+        prepare_folder(repository.parent, sum(file.bytes for file in manifest.files) + _ROOM)
+        with staged(repository) as scratch:
             for model in models:
                 progress(f"writing {model.name}")
-                _write_model(model, folder, temporary / model.name, tokenizer)
-            temporary.rename(repository)
-            sync_folder(repository.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+                _write_model(model, folder, scratch / model.name, tokenizer)
     return models
 
 

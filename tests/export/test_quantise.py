@@ -21,10 +21,10 @@ from xfm_fast.export import engines, export_onnx, qdq, quantise, quantize_int8, 
 from xfm_fast.export.expected import Reference, make_examples
 from xfm_fast.export.manifest import Manifest
 from xfm_fast.export.qdq import Fitted, Scheme, Site, find_sites, find_tables, quantise_graph
-from xfm_fast.export.quantise import Statistics, calibration_inputs, fit, least_cosine, observe
+from xfm_fast.export.quantise import Statistics, fit, least_cosine, observe
 from xfm_fast.export.request import GRAPHS, GraphName, Quantisation
 from xfm_fast.export.runtimes.onnx_runtime import run_graph, widen
-from xfm_fast.export.verification import Comparison, calibration_part
+from xfm_fast.export.verification import XFMComparison, calibration_part
 from xfm_fast.models.xfm import XFM
 from xfm_fast.testing import captions_table
 
