@@ -1,4 +1,4 @@
-"""The export form of any encoder: a twin of the model whose layers are primitives that compilers fuse.
+"""Encoders of any library as graphs: a twin of the model whose layers are primitives that compilers fuse.
 
 Every layer with a `LayerSpec` runs by a third executor of `replace.structure`, which plain PyTorch traces. The twin
 shares the weights of the model, which stays as it is, accelerated or not.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xfm_fast.errors import InputError
 from xfm_fast.kernels import reference
 from xfm_fast.models.frozen import slot_of
 from xfm_fast.replace.acceleration import decide
@@ -43,7 +42,10 @@ from xfm_fast.replace.swap import (
     swap,
 )
 
+from .graphs import Graph
 from .layers import MASKED, JoinedAttention, additive_mask, attention
+from .manifest import AXES, LONGEST_ROW, TensorRecord, tensor_axes
+from .request import GraphName
 
 # Operations in plain PyTorch.
 _SETTINGS = Settings(kernels="reference")
@@ -203,7 +205,9 @@ def _join(layer: nn.Module, exported: type[FusedLayer]) -> bool:
     modules = spec.modules(layer)
     affines: list[Any] = [*modules.qkv]
     if modules.projections:
-        affines = [_SETTINGS.affine_of(linear, *linear.parameters()) for linear in modules.projections]
+        affines = [
+            _SETTINGS.affine_of(linear, *linear.parameters()) for linear in modules.projections
+        ]
     proj = _SETTINGS.affine_of(modules.proj, *modules.proj.parameters())
     if proj is None or None in affines:
         return False
@@ -224,3 +228,98 @@ def _keep_masks(twin: nn.Module) -> None:
     for module in twin.modules():
         if hasattr(module, "set_attn_implementation") and module._can_set_attn_implementation():
             module.set_attn_implementation(register_attention())
+
+
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+# Results of sentence-transformers and transformers, and their names as outputs of a graph.
+_OUTPUTS = {
+    "token_embeddings": "last_hidden_state",
+    "last_hidden_state": "last_hidden_state",
+    "pooler_output": "pooler_output",
+    "sentence_embedding": "sentence_embedding",
+    "scores": "logits",
+    "logits": "logits",
+}
+
+
+class EncoderGraph(Graph):
+    """A model of sentence-transformers, or a module that takes its inputs by name, in export form.
+
+    Args:
+        model: The model, which stays as it is.
+        examples: Inputs by name; dimensions that are no axis have one size.
+        modality: Modality of the inputs of a model of sentence-transformers.
+    """
+
+    def __init__(
+        self, model: nn.Module, examples: Mapping[str, Tensor], modality: str | None = None
+    ) -> None:
+        super().__init__()
+        self.form, self.modality = export_form(model), modality
+        self.model = self.form.model
+        self.limits = {"length": _longest(self.model)}
+        self.inputs = [_record(name, value, AXES) for name, value in examples.items()]
+        self.gathered = len(self.inputs)
+        with torch.no_grad():
+            results = self.run(examples)
+        self.outputs = [_record(name, value, self.axes) for name, value in results.items()]
+
+    def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the model and return its results by the names of outputs."""
+        if self.modality is None:
+            results = self.model(**tensors)
+        else:
+            results = self.model({**tensors, "modality": self.modality})
+        if isinstance(results, Tensor):
+            results = {"logits": results}
+        # The tokens of a sparse encoder are as wide as its vocabulary.
+        sparse = hasattr(self.model, "max_active_dims")
+        return {
+            output: results[name]
+            for name, output in _OUTPUTS.items()
+            if name in results and not (sparse and output == "last_hidden_state")
+        }
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        results = self.run({t.name: value for t, value in zip(self.inputs, tensors, strict=True)})
+        dtype = next(self.parameters()).dtype
+        return tuple(results[tensor.name].to(dtype) for tensor in self.outputs)
+
+
+def encoder_graphs(model: Any) -> dict[GraphName, EncoderGraph]:
+    """Return the graphs of a model of sentence-transformers: `encoder`, and that of the images of two towers."""
+    from PIL import Image
+
+    pairs = hasattr(model, "predict")
+    samples: dict[str, Any] = {
+        "text": ("a text", "another") if pairs else "a text",
+        "image": Image.new("RGB", (64, 64)),
+    }
+    names: list[GraphName] = ["encoder", "image_encoder"]
+    graphs: dict[GraphName, EncoderGraph] = {}
+    for modality, sample in samples.items():
+        if modality not in model.modalities:
+            continue
+        features = model.preprocess([sample, sample])
+        examples = {name: features[name] for name in _INPUTS if name in features}
+        graphs[names[len(graphs)]] = EncoderGraph(model, examples, modality)
+    return graphs
+
+
+def _record(name: str, value: Tensor, axes: Collection[str]) -> TensorRecord:
+    """Describe a tensor of which only the dimensions in `axes` vary."""
+    named = zip(tensor_axes(name, value.ndim), value.shape, strict=True)
+    dims = [axis if axis in axes else size for axis, size in named]
+    dtype = "float32" if value.is_floating_point() else "int64"
+    return TensorRecord(name=name, dtype=dtype, dims=dims)  # pyright: ignore[reportArgumentType]
+
+
+def _longest(model: nn.Module) -> int:
+    """Return the number of tokens that a model has positions for, or its own limit."""
+    limits = [getattr(model, "max_seq_length", None) or LONGEST_ROW]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and "position_embedding" in name:
+            # RoBERTa counts from behind the padding.
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            limits.append(module.num_embeddings - first)
+    return min(limits)

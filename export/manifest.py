@@ -81,8 +81,14 @@ _DIMS = {
     "past": "batch texts layers 2 heads past size",
     # Zero for tokens that do not exist.
     "past_mask": "batch texts past",
-    "logits": "batch texts vocabulary",
+    "logits": "batch [texts] vocabulary",
     "present": "batch texts layers 2 heads size",
+    # Of an encoder of another library.
+    "token_type_ids": "batch length",
+    "pixel_values": "batch 3 side side",
+    "last_hidden_state": "batch length width",
+    "pooler_output": "batch width",
+    "sentence_embedding": "batch width",
 }
 _INTEGERS = frozenset(
     [
@@ -93,6 +99,7 @@ _INTEGERS = frozenset(
         "segments",
         "firsts",
         "attention_mask",
+        "token_type_ids",
         "past_mask",
         "memory_mask",
     ]

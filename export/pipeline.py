@@ -11,7 +11,7 @@ import hashlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ from xfm_fast.models.processor import XFMProcessor
 from xfm_fast.models.xfm import XFM
 
 from .expected import DECODER_GRAPHS, Examples, keep_results, reference_bytes
+from .forms import encoder_graphs
 from .graphs import DTYPES, Graph, build, default_graphs, in_dtype, needs_all_tokens
 from .manifest import (
     AXES,
-    LONGEST_ROW,
     MANIFEST_FILE,
     AxisRecord,
     GraphRecord,
@@ -97,9 +97,9 @@ def export_graphs(
     if tokenizer_sha256 is None and model.tokenizer is not None:
         tokenizer_sha256 = model.tokenizer.sha256()
     graphs = build_graphs(model, spelling, request)
-    sizes = [graph_bytes(graph, model, dtype) for graph in graphs.values()]
+    sizes = [graph_bytes(graph, dtype) for graph in graphs.values()]
     all_tokens = needs_all_tokens(model, request.all_tokens)
-    records = graph_records(graphs, dtype, model, fixed, suffix)
+    records = graph_records(graphs, dtype, fixed, suffix)
     decodes = not DECODER_GRAPHS.isdisjoint(graphs)
     prepare_folder(folder, room(sizes) + reference_bytes(model.config, decodes=decodes))
     content = new_manifest(
@@ -179,29 +179,35 @@ def fill_folder(
     return content
 
 
-def build_graphs(model: XFM, spelling: Spelling, request: ExportRequest) -> dict[GraphName, Graph]:
+def build_graphs(
+    model: nn.Module, spelling: Spelling, request: ExportRequest
+) -> dict[GraphName, Graph]:
     """Build and validate the graphs of a request; they share the model's parameters."""
-    names = default_graphs(model) if request.names is None else request.names
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"graph {twice[0]!r} is named twice; name it once")
-    all_tokens = needs_all_tokens(model, request.all_tokens)
     graphs: dict[GraphName, Graph] = {}
-    for name in names:
-        graphs[name] = build(
-            name, model, spelling.form, all_tokens=all_tokens, packed=request.packed
-        )
-    check_fixed(graphs.values(), request.sizes)
-    longest = model.config.max_text_length
-    for axis, size in request.sizes.items():
-        if axis in ("length", "past") and size > longest:
-            raise InputError(
-                f"{axis}={size} exceeds the {longest} positions of this model; use fewer"
+    if isinstance(model, XFM):
+        names = default_graphs(model) if request.names is None else request.names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise InputError(f"graph {twice[0]!r} is named twice; name it once")
+        all_tokens = needs_all_tokens(model, request.all_tokens)
+        for name in names:
+            graphs[name] = build(
+                name, model, spelling.form, all_tokens=all_tokens, packed=request.packed
             )
+    else:
+        if request.packed or request.all_tokens:
+            raise InputError("packed and all_tokens are for X-FM's graphs; leave them out")
+        graphs |= encoder_graphs(model)
+        if unknown := sorted({*(request.names or ())} - {*graphs}):
+            raise InputError(
+                f"{type(model).__name__} has no graph {unknown[0]!r}; choose from {', '.join(graphs)}"
+            )
+        graphs = {name: graphs[name] for name in request.names or graphs}
+    check_fixed(graphs.values(), request.sizes)
     return graphs
 
 
-def check_fixed(graphs: Iterable[Graph], fixed: Mapping[str, int]) -> None:
-    """Raise `InputError` for a fixed axis that no graph has, or a size below 1."""
+def check_fixed(graphs: Collection[Graph], fixed: Mapping[str, int]) -> None:
+    """Raise `InputError` for a fixed axis that no graph has, or a size below 1 or above its limit."""
     axes = {axis for graph in graphs for axis in graph.axes}
     for name, size in fixed.items():
         if name not in axes:
@@ -210,12 +216,16 @@ def check_fixed(graphs: Iterable[Graph], fixed: Mapping[str, int]) -> None:
             )
         if size < 1:
             raise InputError(f"{name}={size} is not a size; give a positive number")
+        longest = min(graph.limits.get(name, size) for graph in graphs if name in graph.axes)
+        if size > longest:
+            raise InputError(
+                f"{name}={size} exceeds the {longest} positions of this model; use fewer"
+            )
 
 
 def graph_records(
     graphs: Mapping[GraphName, Graph],
     dtype: DType,
-    model: XFM,
     fixed: Mapping[str, int],
     suffix: str = "",
 ) -> list[GraphRecord]:
@@ -229,9 +239,6 @@ def graph_records(
     records = []
     for name, graph in graphs.items():
         axes = [axis for axis in graph.axes if axis not in fixed]
-        limits: dict[str, int] = dict.fromkeys(("length", "past"), model.config.max_text_length)
-        if "rows" in axes:
-            limits["length"] = max(limits["length"], LONGEST_ROW)
         records.append(
             GraphRecord(
                 name=name,
@@ -239,7 +246,7 @@ def graph_records(
                 files=[],
                 inputs=[*map(described, graph.inputs)],
                 outputs=[*map(described, graph.outputs)],
-                axes={axis: AxisRecord(least=1, most=limits.get(axis)) for axis in axes},
+                axes={axis: AxisRecord(least=1, most=graph.limits.get(axis)) for axis in axes},
                 build_seconds=0,
             )
         )
@@ -265,7 +272,7 @@ def tracing_call(
 ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """Return inputs to trace a graph with, and the dynamic dimensions of each, in `forward`'s order."""
     dims = {
-        name: torch.export.Dim(name, min=1, max=axis.most)
+        name: torch.export.Dim(name, min=1, max=graph.limits.get(name, axis.most))
         for name, axis in AXES.items()
         if name not in fixed
     }
@@ -287,6 +294,8 @@ def random_inputs(
 
     def values(tensor: TensorRecord) -> Tensor:
         name, shape = tensor.name, tensor.shape(sizes)
+        if name == "token_type_ids":
+            return torch.zeros(shape, dtype=torch.int64)
         if name.endswith("_ids"):
             ids = torch.randint(4, 200, shape, generator=generator)
             return ids.masked_fill(~_real_tokens(shape), 1) if name == "input_ids" else ids
@@ -326,12 +335,9 @@ def frozen(graph: Graph) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def graph_bytes(graph: nn.Module, model: XFM, dtype: DType) -> int:
-    """Estimate the file size of a graph: its parameters, and position biases where it has their tables."""
-    config, names = model.config, [name for name, _ in graph.named_parameters()]
-    entries = sum(parameter.numel() for parameter in graph.parameters())
-    if any(name.endswith("relative_position_bias_table") for name in names):
-        entries += config.vision_depth * config.vision_heads * config.num_image_tokens**2
+def graph_bytes(graph: nn.Module, dtype: DType) -> int:
+    """Estimate the file size of a graph from its parameters, joined weights and position biases."""
+    entries = sum(tensor.numel() for tensor in (*graph.parameters(), *graph.buffers()))
     return entries * DTYPES[dtype].itemsize + _ROOM_PER_GRAPH
 
 

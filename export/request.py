@@ -16,7 +16,16 @@ from annotated_types import Ge, Le
 from xfm_fast.errors import InputError, UnavailableError
 
 GraphName = Literal[
-    "vision", "text", "image_memory", "fusion", "match", "nlvr2", "decoder_memory", "decoder_step"
+    "vision",
+    "text",
+    "image_memory",
+    "fusion",
+    "match",
+    "nlvr2",
+    "decoder_memory",
+    "decoder_step",
+    "encoder",
+    "image_encoder",
 ]
 ALL_GRAPHS: tuple[GraphName, ...] = get_args(GraphName)
 
