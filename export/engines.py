@@ -259,9 +259,9 @@ def engine_graphs(
     profiles = parse_profiles(request.profile, packed=request.packed)
     dtype = check_dtype(request.dtype)
     built = build_graphs(model, spelling, request)
-    for record in graph_records(built, dtype, model, request.sizes):
+    for record in graph_records(built, dtype, request.sizes):
         graph_profiles(record, profiles)
-    weights = sum(graph_bytes(graph, model, dtype) for graph in built.values())
+    weights = sum(graph_bytes(graph, dtype) for graph in built.values())
     prepare_folder(folder, int(weights * (1 + _ENGINE_PER_ONNX)) + _ROOM_PER_ENGINE * len(built))
     scheme = None
     if request.quantize:

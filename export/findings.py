@@ -142,7 +142,8 @@ def _check_name(name: str) -> str:
 
 # Outputs with enough entries for a cosine to be meaningful.
 _DIRECTIONS = ("image_embeds", "image_feature", "text_embeds", "packed_embeds", "text_feature")
-DIRECTIONS = frozenset((*_DIRECTIONS, "fused", "fused_tokens", "memory"))
+_ENCODED = ("last_hidden_state", "pooler_output", "sentence_embedding")
+DIRECTIONS = frozenset((*_DIRECTIONS, *_ENCODED, "fused", "fused_tokens", "memory"))
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Exports of models of sentence-transformers: the folder, the module that runs it, the comparison on sentences.
 
-The folder has what the library saves, with `onnx/model.onnx` in place of the weights, as sentence-transformers, fastembed
-and Text Embeddings Inference read it. `ExportedTransformer` is the library's `Transformer` over the graph of any runtime,
+The folder has what the library saves, with `onnx/model.onnx` in place of the weights: sentence-transformers, fastembed
+and Text Embeddings Inference read it. `ExportedTransformer` is the library's `Transformer` over graphs of any runtime,
 so prompts, truncation, pooling and normalisation stay the library's.
 """
 
@@ -11,10 +11,9 @@ import copy
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,12 @@ from xfm_fast.errors import CheckpointError, InputError, UnavailableError, needs
 from xfm_fast.io import read_json
 
 from .expected import Reference, keep_reference
-from .findings import Comparison, Feed, Findings, chunks, rank_check, threshold_of
+from .findings import Comparison, Feed, Findings, chunks, rank_agreement, threshold_of
 from .graphs import DTYPES, in_dtype
 from .layers import with_children
 from .manifest import Check, GraphRecord, Manifest, RankCheck
 from .request import USES, Use
-from .runtimes import Runtime, first_line
+from .runtimes import first_line
 from .session.graphs import GraphSession
 
 with needs("hf"):
@@ -159,37 +158,46 @@ def manifest_fields(model: Any, files: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 class GraphModel(nn.Module):
-    """The graph of an export in place of a model of transformers, from inputs by name to outputs by name in fp32."""
+    """The graphs of an export in place of a model of transformers."""
 
     def __init__(self, session: GraphSession, config: Any) -> None:
         super().__init__()
         self.session, self.config, self.device = session, config, session.device
-        self.record = session.manifest.graphs[0]
 
     def forward(self, **features: Any) -> dict[str, Tensor]:
-        """Run the graph on the features that it takes."""
-        if "token_type_ids" not in features and "input_ids" in features:
-            features["token_type_ids"] = torch.zeros_like(features["input_ids"])
-        inputs = {tensor.name: features[tensor.name] for tensor in self.record.inputs}
-        outputs = self.session.in_batches(self.record.name, inputs)
-        return {name: value.float() for name, value in outputs.items()}
+        """Run the graph that takes these features; returns its outputs by name in fp32."""
+        if "input_ids" in features:
+            features.setdefault("token_type_ids", torch.zeros_like(features["input_ids"]))
+        for record in self.session.manifest.graphs:
+            names = [tensor.name for tensor in record.inputs]
+            if features.keys() >= {*names}:
+                inputs = {name: features[name] for name in names}
+                outputs = self.session.in_batches(record.name, inputs)
+                return {name: value.float() for name, value in outputs.items()}
+        raise InputError(
+            f"this export takes {' or '.join(_modality(record) for record in self.session.manifest.graphs)} inputs "
+            f"only; export the whole model for {features.get('modality', 'other inputs')}"
+        )
 
 
 class ExportedTransformer(Transformer):
-    """The library's `Transformer` module over an export: `SentenceTransformer(modules=[ExportedTransformer.load(folder), ...])`."""
+    """The library's `Transformer` over an export: the first of `SentenceTransformer(modules=[...])`."""
 
     def _load_model(
-        self,
-        model_name_or_path: str,
-        transformer_task: Any,
-        config: Any,
-        *_: Any,
-        session: GraphSession | None = None,
-        **__: Any,
+        self, model_name_or_path: str, transformer_task: Any, config: Any, *_: Any, **options: Any
     ) -> Any:
-        session = session or GraphSession.load(model_name_or_path)
-        session.padding_id = session.example_id = config.get_text_config().pad_token_id or 0
+        session = options.get("session") or GraphSession.load(model_name_or_path)
+        text_config = config.get_text_config()
+        session.padding_id = getattr(text_config, "pad_token_id", None) or 0
         return GraphModel(session, config)
+
+    def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
+        """Add what the graph computes; a graph without tokens and logits has run the modules that follow."""
+        outputs = self.model(**features)
+        for name in ("last_hidden_state", "logits"):
+            if name in outputs:
+                return features | {self.module_output_name: outputs[name]}
+        return features | {"sentence_embedding": outputs["sentence_embedding"]}
 
 
 def open_exported(session: GraphSession) -> Any:
@@ -198,7 +206,7 @@ def open_exported(session: GraphSession) -> Any:
     class_name = next(name for name, use in USES.items() if use == session.manifest.use)
     try:
         first = read_json(folder / "modules.json")[0]["type"]
-        return getattr(sentence_transformers, class_name)._load_with_module_classes(
+        model = getattr(sentence_transformers, class_name)._load_with_module_classes(
             str(folder),
             {first: ExportedTransformer},
             device=str(session.device),
@@ -210,37 +218,49 @@ def open_exported(session: GraphSession) -> Any:
         raise CheckpointError(
             f"{folder} cannot be opened by sentence-transformers ({first_line(error)}); export again"
         ) from error
+    outputs = {tensor.name for graph in session.manifest.graphs for tensor in graph.outputs}
+    if not outputs & {"last_hidden_state", "logits"}:
+        for module in model[1:]:
+            module.forward = _unchanged
+    return model.eval()
+
+
+def _unchanged(features: dict[str, Any], **_: Any) -> dict[str, Any]:
+    return features
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What an export is compared on: texts, pairs of texts, or images `[N, 3, H, W]` as the model takes them."""
+    """What an export is compared on: texts or pairs of texts, and images of Pillow."""
 
-    items: Sequence[Any]
-    origin: str
+    texts: Sequence[Any]
+    images: Sequence[Any] = ()
+    origin: str = ""
 
     @classmethod
-    def of_texts(cls, texts: Sequence[str], use: Use, origin: str) -> Samples:
-        """Make samples of texts: some longer by joining, or queries paired with all others."""
+    def of(cls, texts: Sequence[str], images: Sequence[Any], use: Use, origin: str) -> Samples:
+        """Make samples of texts, some longer by joining; or pairs, a few queries with many texts."""
         if use == "ranking":
-            side = max(isqrt(len(texts)), 1)
-            pairs = [(query, text) for query in texts[:side] for text in texts[-side:]]
-            return cls(pairs, f"{len(pairs)} pairs of {origin}")
+            pairs = [(query, text) for query in texts[:4] for text in texts[-12:]]
+            return cls(pairs, (), f"{len(pairs)} pairs of {origin}")
         joined = [" ".join(texts[: 2**power]) for power in range(1, 6)]
-        return cls([*texts, *joined], f"{len(texts) + len(joined)} sentences of {origin}")
+        return cls([*texts, *joined], images, f"{len(texts) + len(joined)} texts of {origin}")
 
 
-def generated_samples(model: Any, count: int = 48) -> Samples:
-    """Generate samples without data: texts of random tokens, or noise."""
+def generated_samples(model: Any, texts: int = 48, images: int = 4) -> Samples:
+    """Generate samples without data: texts of random tokens, and noise."""
+    from PIL import Image
+
     generator = torch.Generator().manual_seed(0)
-    tokenizer = model[0].tokenizer
-    if tokenizer is None:
-        raise InputError("there is nothing to compare on; give examples")
-    texts = []
-    for length in torch.randint(1, 24, (count,), generator=generator).tolist():
-        ids = torch.randint(len(tokenizer), (length,), generator=generator)
-        texts.append(tokenizer.decode(ids, skip_special_tokens=True))
-    return Samples.of_texts(texts, use_of(model), "random tokens")
+    words, pictures = [], []
+    if (tokenizer := model[0].tokenizer) is not None:
+        for length in torch.randint(1, 24, (texts,), generator=generator).tolist():
+            ids = torch.randint(len(tokenizer), (length,), generator=generator)
+            words.append(tokenizer.decode(ids, skip_special_tokens=True))
+    for _ in range(images):
+        noise = torch.randint(256, (64, 64, 3), generator=generator, dtype=torch.uint8)
+        pictures.append(Image.fromarray(noise.numpy()))
+    return Samples.of(words, pictures, use_of(model), "random tokens")
 
 
 def keep_results(
@@ -248,54 +268,85 @@ def keep_results(
 ) -> Reference:
     """Write the reference of the model into the folder of an export: its results on every sample alone."""
     samples = generated_samples(model) if samples is None else samples
-    truth = _all_results(model, samples.items)
-    rounding = {}
-    if manifest.dtype != "fp32":
-        rounded = _all_results(in_dtype(model, DTYPES[manifest.dtype]), samples.items)
-        rounding = {name: float((rounded[name] - truth[name]).abs().max()) for name in rounded}
-    content = json.dumps([*samples.items]).encode()
-    tensors = {"samples": torch.frombuffer(bytearray(content), dtype=torch.uint8), **truth}
+    rounded = None if manifest.dtype == "fp32" else in_dtype(model, DTYPES[manifest.dtype])
+    tensors: dict[str, Tensor] = {}
+    rounding: dict[str, float] = {}
+    for record in manifest.graphs:
+        if _modality(record) == "image":
+            stored = {"pixel_values": model.preprocess([*samples.images])["pixel_values"]}
+        else:
+            content = bytearray(json.dumps([*samples.texts]).encode())
+            stored = {"texts": torch.frombuffer(content, dtype=torch.uint8)}
+        inputs = Inputs(stored)
+        truth = inputs.results(model)
+        for name, value in (stored | truth).items():
+            tensors[f"{record.name}.{name}"] = value
+        for name, value in ({} if rounded is None else inputs.results(rounded)).items():
+            error = (value - truth[name]).abs().max()
+            rounding[f"{record.name}.{name}"] = float(error)
     reference = Reference(tensors, rounding)
     manifest.examples = samples.origin
     keep_reference(manifest, folder, reference)
     return reference
 
 
-def _all_results(model: Any, items: Sequence[Any]) -> dict[str, Tensor]:
-    """Return results of a model, one item at a time, and the tokens of each."""
-    model = model.eval()
-    results: dict[str, list[Tensor]] = {"tokens": []}
-    for item in items:
-        features = _features(model, [item])
-        results["tokens"].append(_token_mask(features).sum()[None])
-        for name, value in _results(model, features).items():
-            results.setdefault(name, []).append(value)
-    return {name: torch.cat(values) for name, values in results.items()}
+def _modality(record: GraphRecord) -> str:
+    return "image" if record.inputs[0].name == "pixel_values" else "text"
 
 
-def _features(model: Any, items: Sequence[Any]) -> dict[str, Any]:
-    features = model.preprocess([tuple(item) if isinstance(item, list) else item for item in items])
-    return {
-        name: value.to(model.device) if isinstance(value, Tensor) else value
-        for name, value in features.items()
-    }
+class Inputs:
+    """The samples of a graph, as a reference stores them."""
+
+    def __init__(self, stored: Mapping[str, Tensor]) -> None:
+        self.pixels = stored.get("pixel_values")
+        self.texts: list[Any] = []
+        if "texts" in stored:
+            texts = json.loads(stored["texts"].numpy().tobytes())
+            self.texts = [tuple(text) if isinstance(text, list) else text for text in texts]
+
+    def __len__(self) -> int:
+        return len(self.texts) if self.pixels is None else len(self.pixels)
+
+    def features(self, model: Any, rows: Sequence[int]) -> dict[str, Any]:
+        """Return the features of some samples, as the model makes them."""
+        if self.pixels is None:
+            features = model.preprocess([self.texts[row] for row in rows])
+        else:
+            pixels = self.pixels[[*rows]].to(next(model.parameters(), self.pixels).dtype)
+            features = {"pixel_values": pixels, "modality": "image"}
+        return {
+            name: value.to(model.device) if isinstance(value, Tensor) else value
+            for name, value in features.items()
+        }
+
+    def results(self, model: Any) -> dict[str, Tensor]:
+        """Return what a model computes for each sample alone, and the tokens of each."""
+        results: dict[str, list[Tensor]] = {}
+        for row in range(len(self)):
+            computed = run_model(model, self.features(model, [row]))
+            tokens = computed.get("last_hidden_state", torch.empty(0))
+            computed["tokens"] = torch.tensor([len(tokens)])
+            for name, value in computed.items():
+                results.setdefault(name, []).append(value)
+        return {name: torch.cat(values) for name, values in results.items()}
 
 
-def _token_mask(features: Mapping[str, Any]) -> Tensor:
-    return features["attention_mask"].bool()
-
-
-def _results(model: Any, features: Mapping[str, Any]) -> dict[str, Tensor]:
+def run_model(model: Any, features: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return what the modules of a model compute, by the names of the graph's outputs; tokens without padding."""
     with torch.inference_mode():
-        computed = model(dict(features))
+        computed = model.eval()(dict(features))
     results = {}
     for name, feature in _RESULTS.items():
-        value = computed.get(feature)
-        if value is None or value.shape[-1] > _WIDEST_TOKEN and value.dim() > 2:
+        if feature not in computed:
             continue
-        value = value.float().cpu()
-        results[name] = value[_token_mask(features).cpu()] if value.dim() > 2 else value
+        value = computed[feature].float().cpu()
+        if name == "last_hidden_state":
+            # Those of a sparse encoder are logits over its vocabulary, which no graph returns.
+            if value.shape[-1] > _WIDEST_TOKEN:
+                continue
+            mask = features.get("attention_mask")
+            value = value.flatten(0, 1) if mask is None else value[mask.bool().cpu()]
+        results[name] = value
     return results
 
 
@@ -303,51 +354,145 @@ class LibraryComparison(Comparison):
     """An export of a model of sentence-transformers compared, from texts to the results of all its modules."""
 
     @cached_property
-    def items(self) -> list[Any]:
-        """Samples of the reference."""
-        return json.loads(self.tensors["samples"].numpy().tobytes())
-
-    @cached_property
     def model(self) -> Any:
         """The export in sentence-transformers."""
-        session = GraphSession(
-            self.folder, self.open_runtime(self.manifest), manifest=self.manifest
-        )
+        runtime = self.open_runtime(self.manifest)
+        session = GraphSession(self.folder, runtime, manifest=self.manifest)
         session.warm_up()
         self.description = session.description
         return open_exported(session)
 
-    def _rows(self, *, judging: bool) -> Tensor:
-        """Return the samples, by index, of which those that judge 8 bits are not those that fit them."""
-        return torch.arange(int(judging), len(self.items), 2)
+    def reference_of(self, graph: str) -> Reference:
+        """Return the reference of a graph."""
+        start = f"{graph}."
+        tensors, rounding = (
+            {
+                name.removeprefix(start): value
+                for name, value in values.items()
+                if name.startswith(start)
+            }
+            for values in (self.tensors, self.reference.rounding)
+        )
+        return Reference(tensors, rounding)
+
+    def feeds(self, record: GraphRecord, *, judging: bool = False) -> list[Feed]:
+        """See `Comparison.feeds`: every second sample, in batches of some."""
+        inputs, names = (
+            Inputs(self.reference_of(record.name).tensors),
+            [t.name for t in record.inputs],
+        )
+        rows = _half(len(inputs), judging)
+        feeds = []
+        for chunk in chunks(len(rows), min(4, len(rows))):
+            features = inputs.features(self.model, rows[chunk].tolist())
+            feeds.append({name: features[name].cpu().numpy() for name in names})
+        return feeds
 
     def run(self) -> tuple[list[Check], list[RankCheck]]:
         """See `Comparison.run`."""
-        model, record = self.model, self.manifest.graphs[0]
-        threshold = threshold_of(self.manifest)
-        rows = torch.arange(len(self.items))
+        checks: list[Check] = []
+        ranks: list[RankCheck] = []
+        for record in self.manifest.graphs:
+            self._run(record, checks, ranks)
+        return checks, ranks
+
+    def _run(self, record: GraphRecord, checks: list[Check], ranks: list[RankCheck]) -> None:
+        model, reference = self.model, self.reference_of(record.name)
+        tensors, threshold = reference.tensors, threshold_of(self.manifest)
+        inputs, findings = Inputs(tensors), Findings(record.name)
+        rows = torch.arange(len(inputs))
         if self.manifest.options.get("arithmetic"):
-            rows = self._rows(judging=True)
-        findings, shapes, graph = Findings(record.name), [], list[Mapping[str, Tensor]]()
-        model[0].model.register_forward_hook(lambda module, args, outputs: graph.append(outputs))
-        ends = self.tensors["tokens"].cumsum(0)
-        results: dict[str, Tensor] = {}
+            rows = _half(len(inputs), judging=True)
+        pooled: dict[str, Tensor] = {}
+        hook = model[0].model.register_forward_hook(lambda _, __, outputs: pooled.update(outputs))
+        ends, shapes, results = tensors["tokens"].cumsum(0), list[list[int]](), dict[str, Tensor]()
         for size in dict.fromkeys((1, min(2, len(rows)), len(rows))):
             for chunk in chunks(len(rows), size):
-                chosen = rows[chunk]
-                features = _features(model, [self.items[row] for row in chosen.tolist()])
-                results = _results(model, features)
-                tokens = torch.cat(
-                    [torch.arange(end - count, end) for end, count in zip(
-                        ends[chosen], self.tensors["tokens"][chosen], strict=True)]
-                )
+                batch = rows[chunk]
+                features = inputs.features(model, batch.tolist())
+                results = run_model(model, features)
+                spans = zip(ends[batch], tensors["tokens"][batch], strict=True)
+                tokens = torch.cat([torch.arange(end - count, end) for end, count in spans])
                 for name, value in results.items():
-                    index = tokens if name == "last_hidden_state" else chosen
-                    findings.add(name, value, self.tensors[name][index])
-                if "sentence_embedding" in graph[-1]:
-                    pooled = graph[-1]["sentence_embedding"].cpu()
-                    findings.add("sentence_embedding", pooled, self.tensors["sentence_embedding"][chosen])
+                    index = tokens if name == "last_hidden_state" else batch
+                    findings.add(name, value, tensors[name][index])
+                if "sentence_embedding" in pooled:
+                    truth = tensors["sentence_embedding"][batch]
+                    findings.add("sentence_embedding", pooled["sentence_embedding"].cpu(), truth)
                 shape = [*features[record.inputs[0].name].shape]
                 if shape not in shapes:
                     shapes.append(shape)
-        return findings.checks(shapes, threshold, self.reference, self.manifest.dtype), []
+        hook.remove()
+        checks += findings.checks(shapes, threshold, reference, self.manifest.dtype)
+        dtype = (
+            torch.bfloat16
+            if self.manifest.options.get("arithmetic")
+            else DTYPES[self.manifest.dtype]
+        )
+        tie = max(1e-5, 2 * torch.finfo(dtype).eps)
+        agreement = None
+        if "sentence_embedding" in results:
+            agreement = neighbour_agreement(
+                results["sentence_embedding"], tensors["sentence_embedding"][rows], tie
+            )
+        elif results["logits"].shape[1] == 1:
+            pairs = [inputs.texts[row] for row in rows.tolist()]
+            agreement = rank_agreement(
+                *(
+                    _by_query(pairs, values)
+                    for values in (results["logits"], tensors["logits"][rows])
+                ),
+                tie,
+            )
+        if agreement is not None:
+            candidates, share, identical = agreement
+            ranks.append(
+                RankCheck(
+                    graph=record.name,
+                    candidates=candidates,
+                    agreement=share,
+                    identical=identical,
+                    tie=tie,
+                    least=threshold.ranks,
+                    passed=share >= threshold.ranks,
+                )
+            )
+
+
+def _half(count: int, judging: bool) -> Tensor:
+    """Return every second index: those that 8-bit scales are fitted on, or those that judge them."""
+    return torch.arange(int(judging and count > 1), count, 2)
+
+
+def _by_query(pairs: Sequence[tuple[str, str]], scores: Tensor) -> Tensor:
+    """Arrange scores of pairs by query and text; NaN where there is no pair."""
+    queries, texts = (
+        {key: n for n, key in enumerate(dict.fromkeys(side))} for side in zip(*pairs, strict=True)
+    )
+    table = torch.full((len(queries), len(texts)), torch.nan)
+    for (query, text), score in zip(pairs, scores[:, 0], strict=True):
+        table[queries[query], texts[text]] = score
+    return table
+
+
+def neighbour_agreement(
+    features: Tensor, truth: Tensor, tie: float, count: int = 10
+) -> tuple[int, float, float] | None:
+    """Compare the nearest neighbours of each row among the others by cosine; None for a single row.
+
+    Returns the number of neighbours, and the shares that are kept, with ties counted as equal and without.
+    """
+    count = min(count, len(truth) - 1)
+    if count < 1:
+        return None
+    nearest, exact = (_cosines(values).topk(count) for values in (features, truth))
+    at_nearest = _cosines(truth).gather(1, nearest.indices)
+    within = at_nearest >= exact.values[:, -1:] - tie
+    identical = (nearest.indices[:, :, None] == exact.indices[:, None, :]).any(2)
+    return within.numel(), float(within.double().mean()), float(identical.double().mean())
+
+
+def _cosines(rows: Tensor) -> Tensor:
+    """Return the cosine of every two rows, -inf of a row with itself."""
+    rows = nn.functional.normalize(rows.double(), dim=-1)
+    return (rows @ rows.T).fill_diagonal_(-torch.inf)

@@ -83,10 +83,12 @@ _DIMS = {
     "past_mask": "batch texts past",
     "logits": "batch [texts] vocabulary",
     "present": "batch texts layers 2 heads size",
+    # Of an encoder of another library.
     "token_type_ids": "batch length",
-    "last_hidden_state": "batch length hidden",
-    "sentence_embedding": "batch embed",
     "pixel_values": "batch 3 side side",
+    "last_hidden_state": "batch length width",
+    "pooler_output": "batch width",
+    "sentence_embedding": "batch width",
 }
 _INTEGERS = frozenset(
     [
@@ -98,6 +100,7 @@ _INTEGERS = frozenset(
         "segments",
         "firsts",
         "attention_mask",
+        "token_type_ids",
         "past_mask",
         "memory_mask",
     ]

@@ -11,7 +11,7 @@ import hashlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,10 +33,10 @@ from .expected import (
     keep_results,
     reference_bytes,
 )
+from .forms import encoder_graphs
 from .graphs import DTYPES, Graph, build, default_graphs, in_dtype, needs_all_tokens
 from .manifest import (
     AXES,
-    LONGEST_ROW,
     MANIFEST_FILE,
     AxisRecord,
     GraphRecord,
@@ -76,6 +76,12 @@ class Subject(NamedTuple):
 _TENSOR_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 # Names, shapes and nodes.
 _ROOM_PER_GRAPH = 4 << 20
+# As other programs name them, by the number of graphs.
+_ONNX_FILES = {
+    ("encoder", 1): "onnx/model",
+    ("encoder", 2): "onnx/text_model",
+    ("image_encoder", 2): "onnx/vision_model",
+}
 _FACTS = ("source", "tokenizer_sha256", "companions", "progress", "examples", "compared")
 
 
@@ -116,14 +122,9 @@ def export_graphs(
     """
     dtype, fixed = check_dtype(request.dtype), request.sizes
     graphs = build_graphs(model, spelling, request)
-    sizes = [graph_bytes(graph, model, dtype) for graph in graphs.values()]
-    records = graph_records(graphs, dtype, model, fixed, suffix)
-    if isinstance(model, XFM):
-        subject = _subject(model, spelling, request, graphs)
-    else:
-        from .library import library_subject
-
-        subject = library_subject(model)
+    sizes = [graph_bytes(graph, dtype) for graph in graphs.values()]
+    records = graph_records(graphs, dtype, fixed, suffix)
+    subject = _subject(model, spelling, request, graphs)
     prepare_folder(folder, room(sizes) + subject.reference_bytes)
     fields = {**subject.fields, **manifest}
     if tokenizer_sha256 is not None:
@@ -167,8 +168,20 @@ def export_graphs(
 
 
 def _subject(
-    model: XFM, spelling: Spelling, request: ExportRequest, graphs: Mapping[GraphName, Graph]
+    model: Any, spelling: Spelling, request: ExportRequest, graphs: Mapping[GraphName, Graph]
 ) -> Subject:
+    if not isinstance(model, XFM):
+        from . import library
+
+        files = library.model_files(model)
+        hashed = {"weights_sha256": weights_sha256(model, [model])}
+        return Subject(
+            files,
+            library.manifest_fields(model, files) | hashed,
+            lambda name: encoder_graphs(model)[name],
+            library.keep_results,
+            library.REFERENCE_BYTES,
+        )
     all_tokens = needs_all_tokens(model, request.all_tokens)
     fields = {
         "weights_sha256": weights_sha256(model, graphs.values()),
@@ -226,33 +239,38 @@ def fill_folder(
     return content
 
 
-def build_graphs(model: Any, spelling: Spelling, request: ExportRequest) -> dict[GraphName, Graph]:
+def build_graphs(
+    model: nn.Module, spelling: Spelling, request: ExportRequest
+) -> dict[GraphName, Graph]:
     """Build and validate the graphs of a request; they share the model's parameters."""
-    if not isinstance(model, XFM):
-        from .forms import encoder_graph
-
-        return {"encoder": encoder_graph(model)}
-    names = default_graphs(model) if request.names is None else request.names
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"graph {twice[0]!r} is named twice; name it once")
-    all_tokens = needs_all_tokens(model, request.all_tokens)
     graphs: dict[GraphName, Graph] = {}
-    for name in names:
-        graphs[name] = build(
-            name, model, spelling.form, all_tokens=all_tokens, packed=request.packed
-        )
-    check_fixed(graphs.values(), request.sizes)
-    longest = model.config.max_text_length
-    for axis, size in request.sizes.items():
-        if axis in ("length", "past") and size > longest:
-            raise InputError(
-                f"{axis}={size} exceeds the {longest} positions of this model; use fewer"
+    if isinstance(model, XFM):
+        names = default_graphs(model) if request.names is None else request.names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise InputError(f"graph {twice[0]!r} is named twice; name it once")
+        all_tokens = needs_all_tokens(model, request.all_tokens)
+        for name in names:
+            graphs[name] = build(
+                name, model, spelling.form, all_tokens=all_tokens, packed=request.packed
             )
+    else:
+        from . import library
+
+        if request.packed or request.all_tokens:
+            raise InputError("packed and all_tokens are for X-FM's graphs; leave them out")
+        library.use_of(model)
+        graphs |= encoder_graphs(model)
+        if unknown := sorted({*(request.names or ())} - {*graphs}):
+            raise InputError(
+                f"{type(model).__name__} has no graph {unknown[0]!r}; choose from {', '.join(graphs)}"
+            )
+        graphs = {name: graphs[name] for name in request.names or graphs}
+    check_fixed(graphs.values(), request.sizes)
     return graphs
 
 
-def check_fixed(graphs: Iterable[Graph], fixed: Mapping[str, int]) -> None:
-    """Raise `InputError` for a fixed axis that no graph has, or a size below 1."""
+def check_fixed(graphs: Collection[Graph], fixed: Mapping[str, int]) -> None:
+    """Raise `InputError` for a fixed axis that no graph has, or a size below 1 or above its limit."""
     axes = {axis for graph in graphs for axis in graph.axes}
     for name, size in fixed.items():
         if name not in axes:
@@ -261,12 +279,16 @@ def check_fixed(graphs: Iterable[Graph], fixed: Mapping[str, int]) -> None:
             )
         if size < 1:
             raise InputError(f"{name}={size} is not a size; give a positive number")
+        longest = min(graph.limits.get(name, size) for graph in graphs if name in graph.axes)
+        if size > longest:
+            raise InputError(
+                f"{name}={size} exceeds the {longest} positions of this model; use fewer"
+            )
 
 
 def graph_records(
     graphs: Mapping[GraphName, Graph],
     dtype: DType,
-    model: Any,
     fixed: Mapping[str, int],
     suffix: str = "",
 ) -> list[GraphRecord]:
@@ -278,22 +300,17 @@ def graph_records(
         return tensor.model_copy(update={"dtype": tensor_dtype, "dims": dims})
 
     records = []
+    names = _ONNX_FILES if suffix == ".onnx" else {}
     for name, graph in graphs.items():
         axes = [axis for axis in graph.axes if axis not in fixed]
-        most = model.config.max_text_length if isinstance(model, XFM) else model.max_seq_length
-        limits: dict[str, int] = dict.fromkeys(("length", "past"), most)
-        if "rows" in axes:
-            limits["length"] = max(limits["length"], LONGEST_ROW)
         records.append(
             GraphRecord(
                 name=name,
-                file="onnx/model.onnx"
-                if (name, suffix) == ("encoder", ".onnx")
-                else f"{name}{suffix}",
+                file=f"{names.get((name, len(graphs)), name)}{suffix}",
                 files=[],
                 inputs=[*map(described, graph.inputs)],
                 outputs=[*map(described, graph.outputs)],
-                axes={axis: AxisRecord(least=1, most=limits.get(axis)) for axis in axes},
+                axes={axis: AxisRecord(least=1, most=graph.limits.get(axis)) for axis in axes},
                 build_seconds=0,
             )
         )
@@ -319,7 +336,7 @@ def tracing_call(
 ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """Return inputs to trace a graph with, and the dynamic dimensions of each, in `forward`'s order."""
     dims = {
-        name: torch.export.Dim(name, min=1, max=axis.most)
+        name: torch.export.Dim(name, min=1, max=graph.limits.get(name, axis.most))
         for name, axis in AXES.items()
         if name not in fixed
     }
@@ -382,15 +399,9 @@ def frozen(graph: Graph) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def graph_bytes(graph: nn.Module, model: Any, dtype: DType) -> int:
-    """Estimate the file size of a graph: its parameters, and position biases where it has their tables."""
-    names = [name for name, _ in graph.named_parameters()]
-    entries = sum(parameter.numel() for parameter in graph.parameters())
-    if isinstance(model, XFM) and any(
-        name.endswith("relative_position_bias_table") for name in names
-    ):
-        config = model.config
-        entries += config.vision_depth * config.vision_heads * config.num_image_tokens**2
+def graph_bytes(graph: nn.Module, dtype: DType) -> int:
+    """Estimate the file size of a graph from its parameters, joined weights and position biases."""
+    entries = sum(tensor.numel() for tensor in (*graph.parameters(), *graph.buffers()))
     return entries * DTYPES[dtype].itemsize + _ROOM_PER_GRAPH
 
 

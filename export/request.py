@@ -25,6 +25,7 @@ GraphName = Literal[
     "decoder_memory",
     "decoder_step",
     "encoder",
+    "image_encoder",
 ]
 ALL_GRAPHS: tuple[GraphName, ...] = get_args(GraphName)
 
