@@ -452,7 +452,6 @@ def weights_sha256(model: nn.Module, graphs: Iterable[nn.Module]) -> str:
 
 def readme(manifest: Manifest) -> str:
     """Write the text of `README.md` for a complete manifest."""
-    side = manifest.xfm_config.image_size
     rows = ["| graph | file | inputs | outputs |", "|---|---|---|---|"]
     for graph in manifest.graphs:
         inputs, outputs = (
@@ -460,17 +459,29 @@ def readme(manifest: Manifest) -> str:
             for tensors in (graph.inputs, graph.outputs)
         )
         rows.append(f"| {graph.name} | {graph.file} | {inputs} | {outputs} |")
-    code = (
-        "from xfm_fast.export import Session\n\n"
-        'session = Session.load("this folder")\n'
-        'inputs = session.processor(images=["photo.jpg"], text=["a caption"])'
-    )
+    if manifest.use is None:
+        name, side = "X-FM", manifest.xfm_config.image_size
+        code = (
+            "from xfm_fast.export import Session\n\n"
+            'session = Session.load("this folder")\n'
+            'inputs = session.processor(images=["photo.jpg"], text=["a caption"])'
+        )
+        preparation = [
+            f"Images of {side}x{side} pixels are prepared as `preprocessor_config.json` says.",
+            "Texts are by `tokenizer.json`, where the model had one.",
+        ]
+    else:
+        name = manifest.source
+        code = (
+            "from xfm_fast.encoders import open_encoder\n\n"
+            'model = open_encoder("this folder").model  # of sentence-transformers'
+        )
+        preparation = ["The other files are those of sentence-transformers."]
     sections = [
-        f"# X-FM as {manifest.kind}",
+        f"# {name} as {manifest.kind}",
         f"Weights of {manifest.source}, {manifest.dtype}, by xfm-fast {manifest.xfm_fast}.",
         "`manifest.json` has the sizes, and whether the files agree with the model.",
-        f"Images of {side}x{side} pixels are prepared as `preprocessor_config.json` says.",
-        "Texts are by `tokenizer.json`, where the model had one.",
+        *preparation,
         f"```python\n{code}\n```",
         "\n".join(rows),
     ]

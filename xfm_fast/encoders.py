@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from xfm_fast.config import MODEL_TYPE
 from xfm_fast.errors import CheckpointError, InputError, UnavailableError, needs
+from xfm_fast.export.manifest import Manifest
 from xfm_fast.export.request import USES, Use
 from xfm_fast.io import read_json
 from xfm_fast.loading import Opened, Source, local_path, open_model, open_session
@@ -346,7 +347,20 @@ def open_encoder(source: str | Path | Source, *, device: str | None = None) -> E
         source = replace(source, device="cpu" if device == "cpu" else "cuda")
     if is_library_model(source):
         return _open_library(source)
+    if source.is_export and Manifest.load(local_path(source.model or ""), check_files=False).use:
+        return _open_export(source)
     return _open_xfm(source)
+
+
+def _open_export(source: Source) -> LibraryEncoder:
+    from xfm_fast.export.library import open_exported
+    from xfm_fast.export.session.graphs import GraphSession
+
+    source.check()
+    folder = local_path(source.model or "")
+    session = GraphSession.load(folder, device=None if source.device == "auto" else source.device)
+    origin = f"{session.manifest.source}, exported, by {session.description}"
+    return LibraryEncoder(open_exported(session), source, origin, session.fingerprint()[:32])
 
 
 def _open_xfm(source: Source) -> XFMEncoder:
