@@ -226,9 +226,7 @@ def fill_folder(
         graphs.append(record.model_copy(update=changes))
     content.graphs = graphs
     companions = {**companions, README_FILE: readme(content).encode()}
-    for name in companions:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    write_bytes({folder / name: data for name, data in companions.items()})
+    write_companions(folder, companions)
     graph_files = (name for graph in graphs for name in graph.files)
     content.files = record_files(folder, [*companions, *graph_files])
     try:
@@ -419,6 +417,13 @@ def prepare_folder(folder: Path, needed: int) -> None:
             f"{folder} has {free / 1e9:.2f} GB free and the export needs about {needed / 1e9:.2f} GB; free space or "
             "choose another folder"
         )
+
+
+def write_companions(folder: Path, companions: Mapping[str, bytes]) -> None:
+    """Write sidecar files by name, in subfolders too."""
+    for name in companions:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    write_bytes({folder / name: data for name, data in companions.items()})
 
 
 def sidecar_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:

@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xfm_fast.errors import ExportError, InputError, UnavailableError, XFMError
-from xfm_fast.io import storing
+from xfm_fast.io import staged, storing
 
 from .expected import Reference, keep_reference
 from .findings import THRESHOLDS, Comparison, Feed
 from .manifest import GraphRecord, Manifest, QuantisationRecord, package_versions
-from .pipeline import Progress, fill_folder, prepare_folder, sidecar_files, silent
+from .pipeline import Progress, fill_folder, prepare_folder, sidecar_files, silent, write_companions
 from .qdq import Fitted, Scheme, Site, find_sites, find_tables, quantise_graph
 from .request import BUDGET, DEFAULT_GRAPHS, GRAPHS, DType, GraphName, Quantisation
 from .runtimes import first_line
@@ -292,6 +292,8 @@ def quantise_graphs(
         record.files = [name for name in files if (out / name).exists()]
         record.build_seconds += time.perf_counter() - started
 
+    # A comparison may open the export as its users do.
+    write_companions(out, sidecar_files(comparison.folder, exported))
     changed = exported.graphs
     while changed:
         for record in changed:
@@ -363,7 +365,6 @@ def quantize_int8(
             "export --dtype fp32"
         )
     reference = Reference.load(folder)
-    prepare_folder(out, sum(record.bytes for record in source.files))
     changed = source.unverified(
         versions=source.versions | package_versions("onnxruntime"),
         options=dict(source.options),
@@ -372,30 +373,15 @@ def quantize_int8(
     # CPUs multiply uint8 by int8, GPUs int8 by int8.
     scheme = Scheme("int8", unsigned=not source.consumer.startswith("tensorrt"))
 
-    with (
-        storing(out, "choose another folder"),
-        tempfile.TemporaryDirectory(dir=out, prefix=".int8-") as scratch,
-    ):
-        quantise_graphs(
-            changed,
-            open_comparison(source, folder, reference),
-            Path(scratch),
-            scheme,
-            budget,
-            progress,
-        )
-
-        def write(record: GraphRecord) -> list[str]:
-            for name in record.files:
-                Path(scratch, name).replace(out / name)
-            return record.files
-
-        # The files were compared before they were moved here.
+    with storing(out, "choose another folder"), staged(out) as scratch:
+        prepare_folder(scratch, sum(record.bytes for record in source.files))
+        comparison = open_comparison(source, folder, reference)
+        quantise_graphs(changed, comparison, scratch, scheme, budget, progress)
         return fill_folder(
             changed,
-            out,
+            scratch,
             changed.graphs,
-            write,
-            lambda content: keep_reference(content, out, reference),
+            lambda record: record.files,
+            lambda content: keep_reference(content, scratch, reference),
             sidecar_files(folder, source),
         )

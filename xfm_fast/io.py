@@ -299,6 +299,8 @@ def staged(folder: Path) -> Iterator[Path]:
     scratch = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with storing(folder):
+            if target.is_file():
+                raise StorageError(f"{folder} is a file, not a folder; choose another name")
             scratch.mkdir(parents=True)
         yield scratch
         with storing(folder):
@@ -312,6 +314,8 @@ def staged(folder: Path) -> Iterator[Path]:
                     replaced.parent.mkdir(parents=True, exist_ok=True)
                     path.replace(replaced)
             sync_folder(target.parent)
+    except StorageError as error:
+        raise StorageError(str(error).replace(str(scratch), str(folder))) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
