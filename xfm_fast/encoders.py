@@ -78,7 +78,7 @@ class Encoder(ABC):
     def modalities(self) -> tuple[Modality, ...]:
         """What it embeds."""
 
-    @property
+    @cached_property
     @abstractmethod
     def width(self) -> int:
         """Numbers of a feature; entries of the vocabulary for sparse ones."""
@@ -277,7 +277,7 @@ class XFMEncoder(Encoder):
     def modalities(self) -> tuple[Modality, ...]:
         return ("image",) if self.tokenizer is None else ("text", "image")
 
-    @property
+    @cached_property
     def width(self) -> int:
         return self.model.config.embed_dim
 
@@ -397,6 +397,10 @@ def _open_library(source: Source) -> LibraryEncoder:
         import transformers
     from xfm_fast.models.xfm import PRECISIONS
 
+    if not hasattr(sentence_transformers.SentenceTransformer, "preprocess"):
+        raise UnavailableError(
+            f"sentence-transformers {sentence_transformers.__version__} is installed; 6 or newer opens {source} here"
+        )
     source.check()
     for name in ("config", "image_size", "tokenizer"):
         if getattr(source, name) is not None:
