@@ -76,6 +76,9 @@ def write_model_repository(
         )
     progress("comparing the export with its manifest")
     manifest = Manifest.load(folder)
+    if manifest.use is not None:
+        # It has no rank model; clients send tokens.
+        options = replace(options, pipeline="graphs")
     if tokenizer is None and options.pipeline == "rank":
         tokenizer = find_tokenizer(folder, manifest.xfm_config)
     models = plan_models(manifest, options, tokenizer)
@@ -96,8 +99,9 @@ def _write_model(
     version = folder / "1"
     version.mkdir(parents=True)
     for name in model.graph.files if model.graph else ():
-        shutil.copyfile(export / name, version / name)
-        with (version / name).open("rb") as file:
+        copy = version / Path(name).name
+        shutil.copyfile(export / name, copy)
+        with copy.open("rb") as file:
             os.fsync(file.fileno())
     config = "".join(f"{line}\n" for line in render(model.config))
     contents = {folder / "config.pbtxt": config.encode()}
@@ -134,7 +138,7 @@ def plan_models(
         options = replace(options, device="gpu")
     models = []
     for record in manifest.graphs:
-        name = f"{options.prefix}_{record.name}"
+        name = record.name if manifest.use else f"{options.prefix}_{record.name}"
         config = graph_config(name, record, PLATFORMS[manifest.kind], options)
         models.append(PlannedModel(name, config, graph=record))
     if options.pipeline == "rank":
@@ -243,7 +247,7 @@ def graph_config(
     config: dict[str, Any] = {
         "name": name,
         "platform": platform,
-        "default_model_filename": record.file,
+        "default_model_filename": Path(record.file).name,
         "max_batch_size": batch,
         "input": [*map(tensor, record.inputs)],
         "output": [*map(tensor, record.outputs)],
