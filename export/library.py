@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xfm_fast.errors import CheckpointError, InputError, UnavailableError, needs
+from xfm_fast.errors import CheckpointError, ExportError, InputError, UnavailableError, needs
 from xfm_fast.io import read_json
 
 from .expected import Reference, keep_reference
@@ -218,6 +218,10 @@ def open_exported(session: GraphSession) -> Any:
         raise CheckpointError(
             f"{folder} cannot be opened by sentence-transformers ({first_line(error)}); export again"
         ) from error
+    for graph in session.manifest.graphs:
+        longest = session.longest(graph.name, "length")
+        if longest is not None and longest < (model.max_seq_length or longest + 1):
+            model.max_seq_length = longest
     outputs = {tensor.name for graph in session.manifest.graphs for tensor in graph.outputs}
     if not outputs & {"last_hidden_state", "logits"}:
         for module in model[1:]:
@@ -239,12 +243,14 @@ class Samples:
 
     @classmethod
     def of(cls, texts: Sequence[str], images: Sequence[Any], use: Use, origin: str) -> Samples:
-        """Make samples of texts, some longer by joining; or pairs, a few queries with many texts."""
+        """Make samples of texts, some shortened, empty or joined; or pairs, a few queries with many texts."""
         if use == "ranking":
             pairs = [(query, text) for query in texts[:4] for text in texts[-12:]]
             return cls(pairs, (), f"{len(pairs)} pairs of {origin}")
+        short = ["", *(" ".join(text.split()[:words]) for words, text in enumerate(texts[:6], 1))]
         joined = [" ".join(texts[: 2**power]) for power in range(1, 6)]
-        return cls([*texts, *joined], images, f"{len(texts) + len(joined)} texts of {origin}")
+        samples = [*texts, *short, *joined] if texts else []
+        return cls(samples, images, f"{len(samples)} texts of {origin}")
 
 
 def generated_samples(model: Any, texts: int = 48, images: int = 4) -> Samples:
@@ -323,9 +329,11 @@ class Inputs:
         """Return what a model computes for each sample alone, and the tokens of each."""
         results: dict[str, list[Tensor]] = {}
         for row in range(len(self)):
-            computed = run_model(model, self.features(model, [row]))
-            tokens = computed.get("last_hidden_state", torch.empty(0))
-            computed["tokens"] = torch.tensor([len(tokens)])
+            features = self.features(model, [row])
+            computed = run_model(model, features)
+            mask = features.get("attention_mask")
+            tokens = len(computed.get("last_hidden_state", ())) if mask is None else int(mask.sum())
+            computed["tokens"] = torch.tensor([tokens])
             for name, value in computed.items():
                 results.setdefault(name, []).append(value)
         return {name: torch.cat(values) for name, values in results.items()}
@@ -375,13 +383,27 @@ class LibraryComparison(Comparison):
         )
         return Reference(tensors, rounding)
 
+    def rows(self, record: GraphRecord, *, judging: bool | None) -> Tensor:
+        """Return the samples, by index, that a graph takes; every second one to judge 8 bits or to fit their scales."""
+        tokens = self.reference_of(record.name).tensors["tokens"]
+        rows = torch.arange(len(tokens))
+        if judging is not None:
+            rows = rows[int(judging and len(rows) > 1) :: 2]
+        longest = self.model[0].model.session.longest(record.name, "length")
+        rows = rows if longest is None else rows[tokens[rows] <= longest]
+        if not len(rows):
+            raise ExportError(
+                f"graph {record.name!r} takes {longest} tokens, and all samples are longer; export it for longer texts"
+            )
+        return rows
+
     def feeds(self, record: GraphRecord, *, judging: bool = False) -> list[Feed]:
         """See `Comparison.feeds`: every second sample, in batches of some."""
         inputs, names = (
             Inputs(self.reference_of(record.name).tensors),
             [t.name for t in record.inputs],
         )
-        rows = _half(len(inputs), judging)
+        rows = self.rows(record, judging=judging)
         feeds = []
         for chunk in chunks(len(rows), min(4, len(rows))):
             features = inputs.features(self.model, rows[chunk].tolist())
@@ -400,9 +422,8 @@ class LibraryComparison(Comparison):
         model, reference = self.model, self.reference_of(record.name)
         tensors, threshold = reference.tensors, threshold_of(self.manifest)
         inputs, findings = Inputs(tensors), Findings(record.name)
-        rows = torch.arange(len(inputs))
-        if self.manifest.options.get("arithmetic"):
-            rows = _half(len(inputs), judging=True)
+        judging = True if self.manifest.options.get("arithmetic") else None
+        rows = self.rows(record, judging=judging)
         pooled: dict[str, Tensor] = {}
         hook = model[0].model.register_forward_hook(lambda _, __, outputs: pooled.update(outputs))
         ends, shapes, results = tensors["tokens"].cumsum(0), list[list[int]](), dict[str, Tensor]()
@@ -457,11 +478,6 @@ class LibraryComparison(Comparison):
                     passed=share >= threshold.ranks,
                 )
             )
-
-
-def _half(count: int, judging: bool) -> Tensor:
-    """Return every second index: those that 8-bit scales are fitted on, or those that judge them."""
-    return torch.arange(int(judging and count > 1), count, 2)
 
 
 def _by_query(pairs: Sequence[tuple[str, str]], scores: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from xfm_fast.errors import StorageError, UnavailableError, explain_types
 from xfm_fast.models.processor import preprocessor_json
 from xfm_fast.models.xfm import XFM
 
-from .expected import Examples
 from .graphs import DTYPES, Graph
 from .manifest import GraphRecord, Manifest, package_versions
 from .pipeline import check_fixed, export_graphs, frozen, split_request, tracing_call
@@ -44,7 +43,7 @@ def export_onnx(
     folder: str | Path,
     request: OnnxRequest | None = None,
     *,
-    examples: Examples | None = None,
+    examples: Any = None,
     compared: bool = True,
     largest_file: int = LARGEST_FILE,
     **options: Any,
@@ -55,7 +54,8 @@ def export_onnx(
         model: An X-FM, or a model of sentence-transformers, left unchanged; weights are converted graph by graph.
         folder: Created if missing. Graphs of the same name in it are replaced.
         request: The graphs and their form.
-        examples: Compare the export with the model on these; without them the status is `unverified`.
+        examples: `Examples`, or `library.Samples`, to compare the export with the model on; without them the status
+            is `unverified`.
         compared: False defers the comparison to `verify`, which needs no model in memory.
         largest_file: Bytes beyond which weights go into a separate file.
         options: Fields of the request, as in `export_onnx(model, folder, dtype="fp16", graphs=("vision",))`; and for

@@ -28,7 +28,6 @@ from xfm_fast.models.xfm import XFM
 from .expected import (
     DECODER_GRAPHS,
     REFERENCE_FILE,
-    Examples,
     Reference,
     keep_results,
     reference_bytes,
@@ -110,7 +109,7 @@ def export_graphs(
     runtime: str = "auto",
     source: str = "a model in memory",
     tokenizer_sha256: str | None = None,
-    examples: Examples | None = None,
+    examples: Any = None,
     companions: Mapping[str, bytes] = {},
     compared: bool = True,
     progress: Progress = silent,

@@ -216,6 +216,11 @@ class GraphSession:
         size = max(1, min(*limits, count, count if top is None else top))
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
+    def longest(self, graph: GraphName, axis: str) -> int | None:
+        """Return the largest size of an axis; None if it is unbounded or the graph has no such axis."""
+        slots = [slot for slot in self._slots[graph] if axis in slot.ranges]
+        return largest(slots, axis) if slots else None
+
     def in_batches(
         self, graph: GraphName, inputs: Mapping[str, Tensor], *limits: int
     ) -> dict[str, Tensor]:
