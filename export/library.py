@@ -224,7 +224,7 @@ def open_exported(session: GraphSession) -> Any:
             model.max_seq_length = longest
     outputs = {tensor.name for graph in session.manifest.graphs for tensor in graph.outputs}
     if not outputs & {"last_hidden_state", "logits"}:
-        for module in model[1:]:
+        for module in [*model.children()][1:]:
             module.forward = _unchanged
     return model.eval()
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from xfm_fast.errors import InputError, StorageError
+from xfm_fast.errors import ExportError, InputError, StorageError, XFMError
 from xfm_fast.io import storing, write_bytes
 from xfm_fast.memory import release_freed_memory
 from xfm_fast.models.processor import XFMProcessor
@@ -45,7 +45,7 @@ from .manifest import (
     record_files,
 )
 from .request import DType, ExportRequest, GraphName, Request
-from .runtimes import Spelling, check_dtype
+from .runtimes import Spelling, check_dtype, first_line
 from .slots import TORCH_DTYPES, parse_profiles
 from .verification import compare_with_reference
 
@@ -145,9 +145,10 @@ def export_graphs(
 
     def write_graph(record: GraphRecord) -> Sequence[str]:
         progress(f"exporting {record.name}")
-        graph = subject.build(record.name)
-        converted = in_dtype(graph, DTYPES[dtype])
-        files = write(converted, record, content)
+        with tracing(model):
+            graph = subject.build(record.name)
+            converted = in_dtype(graph, DTYPES[dtype])
+            files = write(converted, record, content)
         if converted is not graph:
             # An exporter references joined weights and their sources until it sees another graph.
             for parameter in converted.parameters():
@@ -256,7 +257,8 @@ def build_graphs(
         if request.packed or request.all_tokens:
             raise InputError("packed and all_tokens are for X-FM's graphs; leave them out")
         library.use_of(model)
-        graphs |= encoder_graphs(model)
+        with tracing(model):
+            graphs |= encoder_graphs(model)
         if unknown := sorted({*(request.names or ())} - {*graphs}):
             raise InputError(
                 f"{type(model).__name__} has no graph {unknown[0]!r}; choose from {', '.join(graphs)}"
@@ -264,6 +266,23 @@ def build_graphs(
         graphs = {name: graphs[name] for name in request.names or graphs}
     check_fixed(graphs.values(), request.sizes)
     return graphs
+
+
+@contextlib.contextmanager
+def tracing(model: nn.Module) -> Iterator[None]:
+    """Convert errors of the code of a library's model, which runs in the block, to an `ExportError`."""
+    try:
+        yield
+    except (XFMError, OSError):
+        raise
+    except Exception as error:  # of any class
+        if isinstance(model, XFM):
+            raise
+        reason = first_line(error if error.__cause__ is None else error.__cause__)  # pyright: ignore[reportArgumentType]
+        raise ExportError(
+            f"PyTorch does not trace this {type(model).__name__} ({reason}); serve the model itself, or upgrade its "
+            "library"
+        ) from error
 
 
 def check_fixed(graphs: Collection[Graph], fixed: Mapping[str, int]) -> None:
