@@ -362,26 +362,28 @@ class LibraryComparison(Comparison):
     """An export of a model of sentence-transformers compared, from texts to the results of all its modules."""
 
     @cached_property
-    def model(self) -> Any:
-        """The export in sentence-transformers."""
+    def session(self) -> GraphSession:
+        """The graphs in a runtime."""
         runtime = self.open_runtime(self.manifest)
         session = GraphSession(self.folder, runtime, manifest=self.manifest)
         session.warm_up()
         self.description = session.description
-        return open_exported(session)
+        return session
+
+    @cached_property
+    def model(self) -> Any:
+        """The export in sentence-transformers."""
+        return open_exported(self.session)
 
     def reference_of(self, graph: str) -> Reference:
         """Return the reference of a graph."""
         start = f"{graph}."
-        tensors, rounding = (
-            {
-                name.removeprefix(start): value
-                for name, value in values.items()
-                if name.startswith(start)
-            }
-            for values in (self.tensors, self.reference.rounding)
-        )
-        return Reference(tensors, rounding)
+
+        def within(values: Mapping[str, Any]) -> dict[str, Any]:
+            names = (name for name in values if name.startswith(start))
+            return {name.removeprefix(start): values[name] for name in names}
+
+        return Reference(within(self.tensors), within(self.reference.rounding))
 
     def rows(self, record: GraphRecord, *, judging: bool | None) -> Tensor:
         """Return the samples, by index, that a graph takes; every second one to judge 8 bits or to fit their scales."""
@@ -389,7 +391,7 @@ class LibraryComparison(Comparison):
         rows = torch.arange(len(tokens))
         if judging is not None:
             rows = rows[int(judging and len(rows) > 1) :: 2]
-        longest = self.model[0].model.session.longest(record.name, "length")
+        longest = self.session.longest(record.name, "length")
         rows = rows if longest is None else rows[tokens[rows] <= longest]
         if not len(rows):
             raise ExportError(
@@ -399,15 +401,15 @@ class LibraryComparison(Comparison):
 
     def feeds(self, record: GraphRecord, *, judging: bool = False) -> list[Feed]:
         """See `Comparison.feeds`: every second sample, in batches of some."""
-        inputs, names = (
-            Inputs(self.reference_of(record.name).tensors),
-            [t.name for t in record.inputs],
-        )
+        inputs, session = Inputs(self.reference_of(record.name).tensors), self.session
         rows = self.rows(record, judging=judging)
+        size = min(4, len(rows), session.longest(record.name, "batch") or 4)
         feeds = []
-        for chunk in chunks(len(rows), min(4, len(rows))):
+        for chunk in chunks(len(rows), size):
             features = inputs.features(self.model, rows[chunk].tolist())
-            feeds.append({name: features[name].cpu().numpy() for name in names})
+            features = {tensor.name: features[tensor.name] for tensor in record.inputs}
+            prepared, _, _ = session.prepare(record.name, features)
+            feeds.append({name: _wide(value).numpy() for name, value in prepared.items()})
         return feeds
 
     def run(self) -> tuple[list[Check], list[RankCheck]]:
@@ -415,76 +417,89 @@ class LibraryComparison(Comparison):
         checks: list[Check] = []
         ranks: list[RankCheck] = []
         for record in self.manifest.graphs:
-            self._run(record, checks, ranks)
+            shapes, findings, results = self._compare(record)
+            reference, threshold = self.reference_of(record.name), threshold_of(self.manifest)
+            checks += findings.checks(shapes, threshold, reference, self.manifest.dtype)
+            tie = max(1e-5, 2 * torch.finfo(self._dtype).eps)
+            agreement = self._agreement(record, results, tie)
+            if agreement is not None:
+                candidates, share, identical = agreement
+                ranks.append(
+                    RankCheck(
+                        graph=record.name,
+                        candidates=candidates,
+                        agreement=share,
+                        identical=identical,
+                        tie=tie,
+                        least=threshold.ranks,
+                        passed=share >= threshold.ranks,
+                    )
+                )
         return checks, ranks
 
-    def _run(self, record: GraphRecord, checks: list[Check], ranks: list[RankCheck]) -> None:
-        model, reference = self.model, self.reference_of(record.name)
-        tensors, threshold = reference.tensors, threshold_of(self.manifest)
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.judges_int8 else DTYPES[self.manifest.dtype]
+
+    @property
+    def judges_int8(self) -> bool:
+        """Whether half of the samples fitted 8-bit scales, which the other half judges."""
+        return bool(self.manifest.options.get("arithmetic"))
+
+    def _compare(self, record: GraphRecord) -> tuple[list[list[int]], Findings, dict[str, Tensor]]:
+        """Run all samples one by one, in twos and together; returns shapes, errors and the results of all."""
+        model, tensors = self.model, self.reference_of(record.name).tensors
         inputs, findings = Inputs(tensors), Findings(record.name)
-        judging = True if self.manifest.options.get("arithmetic") else None
-        rows = self.rows(record, judging=judging)
-        pooled: dict[str, Tensor] = {}
-        hook = model[0].model.register_forward_hook(lambda _, __, outputs: pooled.update(outputs))
-        ends, shapes, results = tensors["tokens"].cumsum(0), list[list[int]](), dict[str, Tensor]()
+        rows = self.rows(record, judging=True if self.judges_int8 else None)
+        outputs: dict[str, Tensor] = {}
+        hook = model[0].model.register_forward_hook(lambda _, __, output: outputs.update(output))
+        tokens = torch.arange(int(tensors["tokens"].sum())).split(tensors["tokens"].tolist())
+        shapes, results = list[list[int]](), dict[str, Tensor]()
         for size in dict.fromkeys((1, min(2, len(rows)), len(rows))):
             for chunk in chunks(len(rows), size):
                 batch = rows[chunk]
                 features = inputs.features(model, batch.tolist())
                 results = run_model(model, features)
-                spans = zip(ends[batch], tensors["tokens"][batch], strict=True)
-                tokens = torch.cat([torch.arange(end - count, end) for end, count in spans])
-                for name, value in results.items():
-                    index = tokens if name == "last_hidden_state" else batch
+                # What the graph itself pooled is compared too, besides what the library pools.
+                pooled = {
+                    name: outputs[name].cpu() for name in outputs if name == "sentence_embedding"
+                }
+                for name, value in (*results.items(), *pooled.items()):
+                    index = batch
+                    if name == "last_hidden_state":
+                        index = torch.cat([tokens[row] for row in batch])
                     findings.add(name, value, tensors[name][index])
-                if "sentence_embedding" in pooled:
-                    truth = tensors["sentence_embedding"][batch]
-                    findings.add("sentence_embedding", pooled["sentence_embedding"].cpu(), truth)
                 shape = [*features[record.inputs[0].name].shape]
                 if shape not in shapes:
                     shapes.append(shape)
         hook.remove()
-        checks += findings.checks(shapes, threshold, reference, self.manifest.dtype)
-        dtype = (
-            torch.bfloat16
-            if self.manifest.options.get("arithmetic")
-            else DTYPES[self.manifest.dtype]
-        )
-        tie = max(1e-5, 2 * torch.finfo(dtype).eps)
-        agreement = None
+        return shapes, findings, results
+
+    def _agreement(
+        self, record: GraphRecord, results: Mapping[str, Tensor], tie: float
+    ) -> tuple[int, float, float] | None:
+        """Compare the order that results give: of neighbours, or of the texts of each query."""
+        tensors = self.reference_of(record.name).tensors
+        rows = self.rows(record, judging=True if self.judges_int8 else None)
         if "sentence_embedding" in results:
-            agreement = neighbour_agreement(
-                results["sentence_embedding"], tensors["sentence_embedding"][rows], tie
-            )
-        elif results["logits"].shape[1] == 1:
-            pairs = [inputs.texts[row] for row in rows.tolist()]
-            agreement = rank_agreement(
-                *(
-                    _by_query(pairs, values)
-                    for values in (results["logits"], tensors["logits"][rows])
-                ),
-                tie,
-            )
-        if agreement is not None:
-            candidates, share, identical = agreement
-            ranks.append(
-                RankCheck(
-                    graph=record.name,
-                    candidates=candidates,
-                    agreement=share,
-                    identical=identical,
-                    tie=tie,
-                    least=threshold.ranks,
-                    passed=share >= threshold.ranks,
-                )
-            )
+            truth = tensors["sentence_embedding"][rows]
+            return neighbour_agreement(results["sentence_embedding"], truth, tie)
+        if "logits" not in results or results["logits"].shape[1] > 1:
+            return None
+        texts = Inputs(tensors).texts
+        pairs = [texts[row] for row in rows.tolist()]
+        truth = _by_query(pairs, tensors["logits"][rows])
+        return rank_agreement(_by_query(pairs, results["logits"]), truth, tie)
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.float().cpu() if value.is_floating_point() else value.cpu()
 
 
 def _by_query(pairs: Sequence[tuple[str, str]], scores: Tensor) -> Tensor:
     """Arrange scores of pairs by query and text; NaN where there is no pair."""
-    queries, texts = (
-        {key: n for n, key in enumerate(dict.fromkeys(side))} for side in zip(*pairs, strict=True)
-    )
+    queries = {query: n for n, query in enumerate(dict.fromkeys(query for query, _ in pairs))}
+    texts = {text: n for n, text in enumerate(dict.fromkeys(text for _, text in pairs))}
     table = torch.full((len(queries), len(texts)), torch.nan)
     for (query, text), score in zip(pairs, scores[:, 0], strict=True):
         table[queries[query], texts[text]] = score

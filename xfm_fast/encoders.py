@@ -40,7 +40,7 @@ Role = Literal["query", "document"]
 # Counts changes of X-FM's image transform, which change features too.
 _TRANSFORM_VERSION = 2
 _FEATURE_WEIGHTS = ("vision_encoder.", "vision_proj.", "text_encoder.roberta.", "text_proj.")
-_CLASSES = {use: name for name, use in USES.items()}
+_CLASSES: dict[Use, str] = {use: name for name, use in USES.items()}
 
 
 @dataclass(frozen=True)

@@ -235,7 +235,7 @@ def _export_library(
         raise InputError(f"--packed applies to X-FM, and {source} is another model; leave it out")
     options = vars(source) | {"dtype": None, "device": "cpu"}
     texts, images, origin = load_samples(data)
-    encoder = open_encoder(EncoderSource(**options, accelerate=False))
+    encoder: Any = open_encoder(EncoderSource(**options, accelerate=False))
     with staged(out) as scratch:
         from xfm_fast.export.library import Samples
 
