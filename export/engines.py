@@ -42,7 +42,7 @@ from .request import EngineRequest, OnnxRequest, TensorRTRequest, joined
 from .runtimes import Spelling, check_dtype, find_runtime
 from .slots import graph_profiles, parse_profiles
 from .tensorrt import first_error, local_capability, message_logger, start
-from .verification import Comparison, compare_with_reference
+from .verification import compare_with_reference, open_comparison
 
 ONNX_FOLDER = "onnx"
 """Folder of the graphs, in that of the engines, if the request keeps them."""
@@ -327,12 +327,13 @@ def _quantise_in_place(
     """Replace the ONNX files of an export by their 8-bit forms."""
     wide_files = {name for record in exported.graphs for name in record.files}
     with tempfile.TemporaryDirectory(dir=onnx, prefix=".quantised-") as scratch:
-        comparison = Comparison(exported, onnx, reference)
+        comparison = open_comparison(exported, onnx, reference)
         quantise_graphs(exported, comparison, Path(scratch), scheme, budget, progress)
         for name in wide_files:
             (onnx / name).unlink()
-        for path in Path(scratch).iterdir():
-            path.replace(onnx / path.name)
+        for record in exported.graphs:
+            for name in record.files:
+                Path(scratch, name).replace(onnx / name)
     # Smaller weights may no longer need a file of their own.
     names = [record.name for record in exported.files if (onnx / record.name).exists()]
     exported.files = record_files(onnx, names)

@@ -400,7 +400,7 @@ class DecoderStepGraph(Graph):
         if self.has_mask:
             inputs.append("memory_mask")
         sizes = _state_sizes(model)
-        self.describe(model, inputs, ["logits", "present"], layers=len(stack), **sizes)
+        self.describe(model, inputs, ["logits", "present"], "texts", layers=len(stack), **sizes)
 
     def forward(
         self, token_ids: Tensor, past: Tensor, past_mask: Tensor, *memory: Tensor

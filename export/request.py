@@ -47,6 +47,16 @@ Quantisation = Literal["int8", "fp8"]
 RuntimeChoice = str
 """The name of a runtime (`export.runtimes`), or `auto`."""
 
+Use = Literal["embedding", "sparse", "ranking"]
+"""What a model of sentence-transformers computes: vectors, sparse vectors, or scores of pairs."""
+
+USES: dict[str, Use] = {
+    "SentenceTransformer": "embedding",
+    "SparseEncoder": "sparse",
+    "CrossEncoder": "ranking",
+}
+"""Uses by the class of the library."""
+
 BUDGET = 0.99
 """Default minimum cosine of any output row with the model's, for exports with 8-bit GEMMs."""
 
