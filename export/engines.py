@@ -423,7 +423,7 @@ def build_engines(
         version_compatible=getattr(request, "version_compatible", False),
         hardware_compatibility=getattr(request, "hardware_compatible", None),
     )
-    options = {"profiles": [*map(str, profiles)], "optimization_level": request.level}
+    options = {"profiles": [*request.profile], "optimization_level": request.level}
     content = exported.unverified(
         kind=library.name,
         consumer=library.name,

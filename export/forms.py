@@ -9,16 +9,15 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xfm_fast.kernels import reference
-from xfm_fast.models.frozen import slot_of
 from xfm_fast.replace.acceleration import decide
 from xfm_fast.replace.attention import (
     Attend,
@@ -31,7 +30,6 @@ from xfm_fast.replace.attention import (
 from xfm_fast.replace.layer import FusedLayer
 from xfm_fast.replace.official import OfficialTextLayer, OfficialVisionBlock
 from xfm_fast.replace.report import in_graphs, unknown_layers
-from xfm_fast.replace.stored import FrozenLinear
 from xfm_fast.replace.structure import ATTENTION, LayerCall, apply_rotary
 from xfm_fast.replace.swap import (
     Fused,
@@ -56,17 +54,16 @@ _JOINED = "joined_attention"
 class ExportCall(LayerCall):
     """Executor of an exported layer: joined projections, moved biases, attention of primitives."""
 
-    joined: JoinedAttention | None = None
-    moves: bool = True  # the value bias may move into that of `proj`
+    joined: Any = None  # a `JoinedAttention`
 
     def attention(self, x: Tensor) -> Tensor:
-        joined, norm = self.joined, self.modules.inner_norms[ATTENTION]
-        assert joined is not None
-        windows = getattr(self.attend, "windows", None)
+        norm, windows = self.modules.inner_norms[ATTENTION], getattr(self.attend, "windows", None)
         x = x if windows is None else windows.split(x)
-        is_plain, bias = _added_to_scores(self.attend, x)
-        self.moves = self.moves and is_plain and self.rotary is None and norm is None
-        q, k, v = joined.project(x, biased=not self.moves)
+        is_plain, bias = self._added_to_scores(x)
+        moves = is_plain and self.rotary is None and norm is None
+        q, k, v = self.joined.project(x, biased=not moves)
+        if moves:
+            self.modules = self.modules._replace(proj=self.joined.output)
         if self.rotary is not None:
             q, k = (apply_rotary(t.transpose(1, 2), self.rotary).transpose(1, 2) for t in (q, k))
         if not is_plain:
@@ -83,32 +80,22 @@ class ExportCall(LayerCall):
         context = context if windows is None else windows.merge(context)
         return context if norm is None else norm(context)
 
-    def add_attention(self, context: Tensor, residual: Tensor, norm: int) -> tuple[Tensor, Tensor]:
-        if not self.moves or self.joined is None:
-            return super().add_attention(context, residual, norm)
-        affine = self.settings.affine_of(self.modules.proj, context)
-        assert affine is not None
-        out = F.linear(context, affine[0], self.joined.output_bias)
-        summed = reference.branch_end(out, residual, self.modules.gammas[ATTENTION], None)
-        return self.norm(norm, summed), summed
-
-
-def _added_to_scores(attend: Attend, x: Tensor) -> tuple[bool, Tensor | None]:
-    """Return whether an attention is a softmax of scores and a bias, and the bias."""
-    if isinstance(attend, WindowAttention):
-        if attend.logit_scale is not None:
+    def _added_to_scores(self, x: Tensor) -> tuple[bool, Tensor | None]:
+        """Return whether the attention is a softmax of scores and a bias, and the bias."""
+        attend: Any = self.attend
+        if isinstance(attend, WindowAttention) and attend.logit_scale is None:
+            return True, self.joined.constant(attend.bias)
+        if not isinstance(attend, Padded | Dense):
             return False, None
-        return True, attend.bias().to(x.dtype)
-    if not isinstance(attend, Padded | Dense):
-        return False, None
-    mask, bias = attend.mask, getattr(attend, "bias", None)
-    if isinstance(bias, PositionTable):
-        bias = reference.position_bias(bias.table, bias.window)[None]
-    if attend.causal:
-        count = x.shape[1]
-        mask = x.new_full((count, count), MASKED).triu(1)
-    terms = [additive_mask(term, x.dtype) for term in (bias, mask) if term is not None]
-    return True, sum(terms[1:], terms[0]) if terms else None
+        mask, bias = attend.mask, getattr(attend, "bias", None)
+        if isinstance(bias, PositionTable):
+            bias = self.joined.constant(partial(reference.position_bias, *bias))[None]
+        elif bias is not None and bias.ndim == 2:
+            bias = bias[None, None]
+        if attend.causal:
+            mask = x.new_full((1, 1, x.shape[1], x.shape[1]), MASKED).triu(1)
+        terms = [additive_mask(term, x.dtype) for term in (bias, mask) if term is not None]
+        return True, sum(terms[1:], terms[0]) if terms else None
 
 
 class ExportedLayer(FusedLayer):
@@ -117,20 +104,9 @@ class ExportedLayer(FusedLayer):
     def intact(self) -> bool:
         return True
 
-    def context(self, device: torch.device) -> Any:
-        return nullcontext(self.settings)
-
     def executor(self, attend: Attend, settings: Settings, rotary: Any) -> LayerCall:
-        order, modules = self.layer_order, self.layer_spec.modules(self)
-        return ExportCall(
-            modules,
-            attend,
-            settings,
-            wide=order == "behind sums",
-            rotary=rotary,
-            joined=self._modules[_JOINED],  # pyright: ignore[reportArgumentType]
-            moves=order != "behind branches",
-        )
+        modules, joined = self.layer_spec.modules(self), self._modules[_JOINED]
+        return ExportCall(modules, attend, settings, rotary=rotary, joined=joined)
 
 
 class ExportedTextLayer(ExportedLayer, OfficialTextLayer):
@@ -161,6 +137,8 @@ def export_form(model: nn.Module) -> ExportForm:
     for module in twin.modules():
         if isinstance(module, Fused):
             restore(module)
+        elif type(module).__name__ == "SpladePooling":
+            module.forward = MethodType(_pool_sparse, module)
     form = ExportForm(twin)
     modules = dict(twin.named_modules())
     reported: set[nn.Module] = set()
@@ -180,22 +158,29 @@ def export_form(model: nn.Module) -> ExportForm:
             form.declined[entry.class_name] = reason
     for layer in unknown_layers(twin, modules, reported, layers):
         form.declined[layer.class_name] = "it has no LayerSpec"
-    _keep_masks(twin)
+    for module in twin.modules() if form.replaced else ():
+        # Padding masks `[B, N]` reach the layers then.
+        if hasattr(module, "set_attn_implementation") and module._can_set_attn_implementation():
+            module.set_attn_implementation(register_attention())
     return form
+
+
+def _pool_sparse(pooling: Any, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Compute `SpladePooling` without its loop over chunks of a length that varies."""
+    logits = features["token_embeddings"] * features["attention_mask"].unsqueeze(-1)
+    scores = logits.relu().log1p()
+    if pooling.activation_function == "log1p_relu":
+        scores = scores.log1p()
+    pooled = scores.amax(1) if pooling.pooling_strategy == "max" else scores.sum(1)
+    return {**features, "sentence_embedding": pooled}
 
 
 def _shared(model: nn.Module) -> Iterator[tuple[int, Any]]:
     """Yield what a copy shares with a model, as a memo of `copy.deepcopy`."""
-    for module in model.modules():
-        if isinstance(module, FrozenLinear):
-            packed = slot_of(module).packed
-            yield id(packed), packed
     for parameter in model.parameters():
         # Flags of 8-bit weights, which the twin drops, are attributes of the parameter.
         if type(parameter) is nn.Parameter:
             yield id(parameter), nn.Parameter(parameter.detach(), requires_grad=False)
-    for buffer in model.buffers():
-        yield id(buffer), buffer
 
 
 @torch.no_grad()
@@ -219,15 +204,6 @@ def _join(layer: nn.Module, exported: type[FusedLayer]) -> bool:
     layer.add_module(_JOINED, JoinedAttention(weight, bias, proj, modules.heads))
     swap(layer, exported, _SETTINGS)
     return True
-
-
-def _keep_masks(twin: nn.Module) -> None:
-    """Let models of transformers hand padding masks `[B, N]` to their layers."""
-    if not any(isinstance(module, ExportedLayer) for module in twin.modules()):
-        return
-    for module in twin.modules():
-        if hasattr(module, "set_attn_implementation") and module._can_set_attn_implementation():
-            module.set_attn_implementation(register_attention())
 
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
@@ -318,7 +294,8 @@ def _longest(model: nn.Module) -> int:
     """Return the number of tokens that a model has positions for, or its own limit."""
     limits = [getattr(model, "max_seq_length", None) or LONGEST_ROW]
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and "position_embedding" in name:
+        of_texts = "position_embedding" in name and "vision" not in name
+        if of_texts and isinstance(module, nn.Embedding):
             # RoBERTa counts from behind the padding.
             first = 0 if module.padding_idx is None else module.padding_idx + 1
             limits.append(module.num_embeddings - first)

@@ -7,7 +7,7 @@ with the model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -150,32 +150,43 @@ class JoinedAttention(nn.Module):
     """The projections of a self-attention as one GEMM, with biases where they cost no kernel."""
 
     weight: Tensor
-    bias: Tensor | None
-    query_bias: Tensor | None
-    output_bias: Tensor
+    position_bias: Tensor | None
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, proj: tuple[Tensor, Tensor | None], heads: int
     ) -> None:
         super().__init__()
         self.heads, self.count = heads, weight.shape[0] // proj[0].shape[1]
-        shifts = [None] * self.count if bias is None else bias.detach().chunk(self.count)
-        # TensorRT fuses primitives into an attention in the layout of the next GEMM, where its operator costs a copy;
-        # a GEMM without bias needs one layout kernel, one with bias three. The key bias adds a constant to all scores
-        # of a query, which softmax ignores; the value bias moves into the next GEMM's bias.
-        query, value, output = shifts[-3] if self.count == 3 else None, shifts[-1], proj[1]
-        if value is not None:
-            moved = proj[0] @ value
-            output = moved if output is None else output + moved
-        buffers = {
-            "weight": weight,
-            "bias": bias,
-            "query_bias": None if query is None else query.view(heads, 1, -1),
-            "output_bias": output,
-        }
-        for name, value in buffers.items():
-            value = None if value is None else value.detach()
-            self.register_buffer(name, value, persistent=False)
+        self.output = nn.Linear(*reversed(proj[0].shape), device="meta")
+        self.register_buffer("weight", weight.detach(), persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        query_bias, moved = None, proj[1]
+        if bias is not None:
+            # TensorRT fuses primitives into an attention in the layout of the next GEMM, where its operator costs a
+            # copy; a GEMM without bias needs one layout kernel, one with bias three. The key bias adds a constant to
+            # all scores of a query, which softmax ignores; the value bias moves into the next GEMM's bias.
+            *queries, _, values = bias.detach().chunk(self.count)
+            query_bias = queries[0].view(heads, 1, -1) if queries else None
+            moved = proj[0] @ values if moved is None else moved + proj[0] @ values
+        self.register_buffer("query_bias", query_bias, persistent=False)
+        # Merged adapters are no parameter.
+        weight, shift = (
+            value if isinstance(value, nn.Parameter | None) else nn.Parameter(value.detach(), False)
+            for value in (proj[0], moved)
+        )
+        self.output.weight, self.output.bias = weight, shift
+        self.register_buffer("position_bias", None, persistent=False)
+
+    def constant(self, make_bias: Callable[[], Tensor]) -> Tensor:
+        """Return a bias that depends on no input, gathered before the trace: a compiler gathers in every inference."""
+        bias = self.position_bias
+        if bias is None:
+            bias = make_bias()
+            # Half precision is finest near 0, and softmax ignores a constant of a row.
+            bias = bias - bias.amax(-1, keepdim=True)
+        if not torch.compiler.is_exporting():
+            self.position_bias = bias.detach()
+        return bias
 
     def project(self, x: Tensor, *, biased: bool = False) -> tuple[Tensor, ...]:
         """Project `[B, N, width]` to `[B, H, N, D]` each; `biased` adds the biases of keys and values too."""
@@ -190,14 +201,13 @@ class SelfAttention(JoinedAttention):
     """The self-attention branch of a layer, `[P, L, width]` → the same, or `[P, Q, width]` for some queries."""
 
     def __init__(self, layer: TransformerLayer, *, first_only: bool = False) -> None:
-        projections, output = layer.attention.self, layer.attention.output
+        projections, branch = layer.attention.self, layer.attention.output
         linears = [projections.key, projections.value]
         if not first_only:
             linears.insert(0, projections.query)
         weight, bias = _concatenated(linears, "weight"), _concatenated(linears, "bias")
-        proj = output.dense.weight, output.dense.bias
-        super().__init__(weight, bias, proj, projections.heads)
-        self.first_only, self.output = first_only, output
+        super().__init__(weight, bias, (branch.dense.weight, branch.dense.bias), projections.heads)
+        self.norm, self.first_only = branch.LayerNorm, first_only
         self.first = projections.query if first_only else None
 
     def forward(self, x: Tensor, mask: Tensor, queries: Tensor | None = None) -> Tensor:
@@ -210,9 +220,8 @@ class SelfAttention(JoinedAttention):
             q = self.first(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             k, v = self.project(x)
         context = attention(q, k, v, mask, "primitives").transpose(1, 2).flatten(2)
-        norm = self.output.LayerNorm
-        summed = F.linear(context, self.output.dense.weight, self.output_bias) + queries
-        return ops.layer_norm(summed, norm.weight, norm.bias, norm.eps)
+        summed = self.output(context) + queries
+        return ops.layer_norm(summed, self.norm.weight, self.norm.bias, self.norm.eps)
 
 
 def cross_attention(

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 from xfm_fast import __version__
-from xfm_fast.errors import StorageError, UnavailableError, explain_types
+from xfm_fast.errors import ExportError, StorageError, UnavailableError, explain_types
 from xfm_fast.models.processor import preprocessor_json
 from xfm_fast.models.xfm import XFM
 
@@ -192,6 +192,14 @@ def write_onnx(
                 optimize=False,
             )
         assert program is not None
+        for tensor, value in zip(graph.inputs, program.model.graph.inputs, strict=True):
+            for dim, size in zip(tensor.dims, value.shape or (), strict=True):
+                # Where its first strategy fails, PyTorch goes on with one that makes constants.
+                if isinstance(dim, str) and dim not in fixed and isinstance(size, int):
+                    raise ExportError(
+                        f"the code of {path.stem} works for {dim}={size} alone, that of its trace; fix it: --fixed "
+                        f"{dim}={size}, or use a model whose code reads no sizes"
+                    )
         initializers = [*program.model.graph.initializers.values()]
         with _named_weights(program.model.graph):
             program.optimize()
