@@ -82,7 +82,7 @@ class Encoder(ABC):
     def modalities(self) -> tuple[Modality, ...]:
         """What it embeds."""
 
-    @property
+    @cached_property
     @abstractmethod
     def width(self) -> int:
         """Numbers of a feature; entries of the vocabulary for sparse ones."""
@@ -281,7 +281,7 @@ class XFMEncoder(Encoder):
     def modalities(self) -> tuple[Modality, ...]:
         return ("image",) if self.tokenizer is None else ("text", "image")
 
-    @property
+    @cached_property
     def width(self) -> int:
         return self.model.config.embed_dim
 
