@@ -9,7 +9,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from xfm_fast.data.annotations import (
     AnnotationRows,
@@ -229,33 +229,26 @@ def _require_rows(rows: AnnotationRows[Any]) -> AnnotationRows[Any]:
 
 def _cells(path: Path, *, quotes: bool = True) -> Iterator[tuple[int, list[str]]]:
     """Yield the line number and the cells of each non-blank row of a CSV or TSV file."""
-    with open_file(path) as file:
-        check_plain(path, file.peek(16)[:16])
-        delimiter = "," if path.suffix.lower() == ".csv" else "\t"
-        yield from read_cells(file, path, delimiter, quotes=quotes)
-
-
-def read_cells(
-    file: BinaryIO, name: str | Path, delimiter: str, *, quotes: bool = True
-) -> Iterator[tuple[int, list[str]]]:
-    """Yield the line number and the cells of each non-blank row of an open table."""
     previous = csv.field_size_limit(_CELL_LIMIT)
     try:
-        reader = csv.reader(
-            io.TextIOWrapper(file, encoding="utf-8-sig", newline=""),
-            delimiter=delimiter,
-            quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
-        )
-        line = 1
-        for cells in reader:
-            if cells:
-                yield line, cells
-            line = reader.line_num + 1
+        with open_file(path) as file:
+            check_plain(path, file.peek(16)[:16])
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+            reader = csv.reader(
+                text,
+                delimiter="," if path.suffix.lower() == ".csv" else "\t",
+                quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
+            )
+            line = 1
+            for cells in reader:
+                if cells:
+                    yield line, cells
+                line = reader.line_num + 1
     except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not UTF-8 (byte {error.start}); convert it") from None
+        raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it") from None
     except csv.Error as error:
         raise DataError(
-            f"{name} is not a table ({error}); check for an unclosed quotation mark"
+            f"{path} is not a table ({error}); check for an unclosed quotation mark"
         ) from None
     finally:
         csv.field_size_limit(previous)
