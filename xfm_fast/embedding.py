@@ -14,23 +14,23 @@ import json
 import os
 import posixpath
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from tarfile import InvalidHeaderError, TruncatedHeaderError
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, Self, TypeVar
+from tarfile import HeaderError
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, Self, TypedDict, TypeVar
 
 import numpy as np
 from annotated_types import Ge
 
 from xfm_fast import __version__
 from xfm_fast.encoders import Encoder, LibraryEncoder, Modality, Role, XFMEncoder, open_encoder
-from xfm_fast.errors import DataError, InputError, UnavailableError, XFMError, needs
+from xfm_fast.errors import DataError, InputError, XFMError, needs
 from xfm_fast.io import make_folder, require_file, storing, write_files
 from xfm_fast.loading import Source
 
@@ -44,15 +44,16 @@ METADATA = b"xfm_fast"
 """Entry of the Parquet file's metadata: JSON of the model and the options."""
 
 _TABLES = {".csv": ",", ".tsv": "\t"}
-_FORMATS = (".parquet", *_TABLES, ".jsonl", ".ndjson", ".json", ".tar", ".tgz")
+_FORMATS = (".parquet", *_TABLES, ".jsonl", ".ndjson", ".json", ".tar")
+_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _KEY = "__key__"
 # Beginnings of the names of types.
 _TYPES: dict[Modality, tuple[str, ...]] = {
     "text": ("string", "large_string", "dictionary<values=string", "null"),
     "image": ("binary", "large_binary", "struct<bytes: "),
 }
-# Rows of a window of texts and of one of images.
-_TEXT_ROWS, _IMAGE_ROWS = 4096, 256
+# Rows of a window.
+_ROWS: dict[Modality, int] = {"text": 4096, "image": 256}
 # Tokens of a batch on a CPU and on a GPU, and what an image and a long text count.
 _CPU_TOKENS, _GPU_TOKENS, _IMAGE_TOKENS, _LONG_TEXT = 4096, 65536, 256, 512
 _BYTES_PER_TOKEN = 4
@@ -83,6 +84,13 @@ class EmbedOptions:
     normalise: bool = False
     store: Literal["float16", "float32"] = "float16"
     batch_tokens: Annotated[int | None, Ge(1)] = None
+
+
+class Job(TypedDict):
+    """A shard, and the Parquet file of its embeddings."""
+
+    shard: str
+    file: str
 
 
 @dataclass
@@ -119,10 +127,10 @@ class EmbedShard:
         return {name: [report[name] for report in reports] for name in reports[0]}
 
 
-def plan(sources: Sequence[str], out: str) -> list[dict[str, str]]:
+def plan(sources: Sequence[str], out: str) -> list[Job]:
     """List shards, each with the Parquet file of its embeddings, in deterministic order.
 
-    Files are named as shards are, below the folder that all have in common.
+    Files are named as shards are below the folder that all have in common, such as de/0.csv.parquet.
 
     Args:
         sources: Files, glob patterns, folders (searched recursively), or .txt files that list such, on
@@ -130,19 +138,14 @@ def plan(sources: Sequence[str], out: str) -> list[dict[str, str]]:
         out: Folder of the Parquet files, whose files are not sources.
 
     Raises:
-        DataError: A source names no shard, or two shards differ by their suffix only.
+        DataError: A source names no shard.
     """
     shards = [*dict.fromkeys(chain.from_iterable(_find_shards(name, out) for name in sources))]
     paths = [shard.split("/") for shard in shards]
     depth = len(os.path.commonprefix([path[:-1] for path in paths]))  # noqa: RUF071, of lists
-    files: dict[str, str] = {}
-    for shard, path in zip(shards, paths, strict=True):
-        name = "/".join([*path[depth:-1], _split_format(shard)[0]])
-        file = f"{out.rstrip('/')}/{name}.parquet"
-        if file in files:
-            raise DataError(f"{shard} and {files[file]} have one name; embed them to two folders")
-        files[file] = shard
-    return [{"shard": shard, "file": file} for file, shard in files.items()]
+    names = ["/".join(path[depth:]).removesuffix(".parquet") for path in paths]
+    files = [f"{out.rstrip('/')}/{name}.parquet" for name in names]
+    return [Job(shard=shard, file=file) for shard, file in zip(shards, files, strict=True)]
 
 
 def _find_shards(source: str, out: str) -> Iterator[str]:
@@ -151,16 +154,18 @@ def _find_shards(source: str, out: str) -> Iterator[str]:
     with _reading(source):
         is_file = files.isfile(path)
         if is_file and path.endswith(".txt"):
-            for line in files.cat_file(path).decode().splitlines():
+            text: Any = files.read_text(path)
+            for line in text.splitlines():
                 yield from _find_shards(line, out) if line.strip() else ()
             return
         names = [path] if is_file else files.expand_path(path, recursive=True)
+    top = path.partition("*")[0]
     names = [
         name
         for name in names
-        if _split_format(name)[1] in _FORMATS
+        if _suffix(name) in _FORMATS
         and not name.startswith(f"{folder}/")
-        and not posixpath.basename(name).startswith(".")
+        and "/." not in f"/{name.removeprefix(top)}"
     ]
     if not names:
         raise DataError(f"{source} names no shard; give files of {', '.join(_FORMATS)}")
@@ -170,24 +175,26 @@ def _find_shards(source: str, out: str) -> Iterator[str]:
         )
 
 
-def _split_format(shard: str) -> tuple[str, str]:
-    """Return the name of a shard, without its folder, and the suffix of its format."""
-    stem, suffix = posixpath.splitext(posixpath.basename(shard))
-    if suffix in (".gz", ".bz2", ".xz", ".zst"):
-        stem, suffix = posixpath.splitext(stem)
-    return stem, suffix
+def _suffix(shard: str) -> str:
+    """Return the suffix of the format, without that of a compression."""
+    stem, suffix = posixpath.splitext(shard)
+    return posixpath.splitext(stem)[1] if suffix in _COMPRESSIONS else suffix
 
 
 def _locate(url: str) -> tuple[AbstractFileSystem, str]:
     """Return the file system of a path or URL, and the path in it."""
     with needs("embed"):
         from fsspec.core import url_to_fs
-    try:
+    with _reading(url):
         return url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise UnavailableError(
-            f"{url} cannot be opened ({error}); install the package of its file system"
-        ) from error
+
+
+def _modality(dtype: pa.DataType) -> Modality | None:
+    """Return what the values of a type are."""
+    for modality, names in _TYPES.items():
+        if str(dtype).startswith(names):
+            return modality
+    return None
 
 
 def _is_local(files: AbstractFileSystem) -> bool:
@@ -237,15 +244,15 @@ def embed_shard(
         import pyarrow.parquet as pq
     if encoder.use != "embedding":
         raise InputError(f"{encoder.name} is a model of {encoder.use}; give one of embeddings")
-    run, is_library = encoder.run, isinstance(encoder, LibraryEncoder)
-    if options.prompt is not None and not is_library:
+    run: Callable[[Any], Any] = encoder.run
+    if isinstance(encoder, LibraryEncoder):
+        run = partial(encoder.run, normalise=options.normalise)
+    elif options.prompt is not None:
         raise InputError(
             f"--prompt {options.prompt!r}: {encoder.name} has no prompts; leave it out"
         )
     for name in {*(options.keep or ())} & {"id", "embedding"}:
         raise InputError(f"--keep {name}: {name} is the name of another column of the output")
-    if options.normalise and is_library:
-        run = partial(encoder.run, normalise=True)
     metadata = _metadata(encoder, shard, options)
     rows = _count_rows(file, metadata)
     if rows is not None:
@@ -254,13 +261,10 @@ def embed_shard(
     field = pa.field("embedding", pa.list_(getattr(pa, options.store)(), encoder.width))
 
     def write(sink: BinaryIO) -> None:
-        windows = _ahead(_windows(encoder, options, report))
-        first = next(windows)
-        columns = first[0].schema
-        schema = columns.append(field).with_metadata({METADATA: json.dumps(metadata)})
-        settings: Any = {"use_dictionary": columns.names, "write_statistics": columns.names}
-        with pq.ParquetWriter(sink, schema, **settings) as writer:
-            for table, batches in chain([first], windows):
+        writer = None
+        with ExitStack() as stack:
+            windows = stack.enter_context(closing(_ahead(_windows(encoder, options, report))))
+            for table, batches in windows:
                 features = np.zeros((len(table), encoder.width), np.float32)
                 is_missing = np.ones(len(table), bool)
                 for indices, inputs in batches:
@@ -268,14 +272,21 @@ def embed_shard(
                     is_missing[indices] = False
                     progress(len(indices))
                 with np.errstate(over="ignore"):
-                    values = features.astype(options.store)
+                    values = features.astype(options.store).ravel()
                 if not np.isfinite(values).all():
                     raise DataError(
                         f"an embedding of {shard} is not finite in {options.store}; use --store float32 or --dtype fp32"
                     )
-                array = pa.FixedSizeListArray.from_arrays(
-                    values.ravel(), type=field.type, mask=pa.array(is_missing)
-                )
+                mask = pa.array(is_missing)
+                array = pa.FixedSizeListArray.from_arrays(values, type=field.type, mask=mask)
+                if writer is None:
+                    schema = table.schema.append(field)
+                    schema = schema.with_metadata({METADATA: json.dumps(metadata)})
+                    names: Any = table.column_names
+                    writer = pq.ParquetWriter(
+                        sink, schema, use_dictionary=names, write_statistics=names
+                    )
+                    stack.enter_context(writer)
                 writer.write_table(table.append_column(field, array))
 
     _write(file, write)
@@ -286,8 +297,8 @@ def _metadata(encoder: Encoder, shard: str, options: EmbedOptions) -> dict[str, 
     files, path = _locate(shard)
     with _reading(shard):
         values = {"shard": posixpath.basename(path), "bytes": files.size(path)}
-    modules = {type(module).__name__ for module in getattr(encoder.model, "children", list)()}
-    normalises = isinstance(encoder, XFMEncoder) or "Normalize" in modules
+    modules = encoder.model if isinstance(encoder, LibraryEncoder) else ()
+    normalises = not modules or "Normalize" in {type(module).__name__ for module in modules}
     values |= asdict(options) | {"normalise": options.normalise or normalises}
     values |= {"version": __version__, "model": encoder.name, "fingerprint": encoder.fingerprint}
     return json.loads(json.dumps(values | {"dtype": encoder.source.dtype or "fp32"}))
@@ -323,11 +334,12 @@ def _write(file: str, writer: Callable[[BinaryIO], object]) -> None:
     # Within a transaction, an upload is completed only if the block succeeds.
     with storing(file, "check the address and your rights"), files.transaction:
         files.makedirs(posixpath.dirname(path), exist_ok=True)
+        sink: Any
         with files.open(path, "wb") as sink:
             writer(sink)
 
 
-def _ahead(items: Iterator[T]) -> Iterator[T]:
+def _ahead(items: Iterator[T]) -> Generator[T, None, None]:
     """Yield the items of an iterator, each computed by a thread while the previous one is used."""
     end: Any = object()
     with ThreadPoolExecutor(1) as pool:
@@ -343,145 +355,136 @@ def _windows(
     """Yield the columns to write of some rows, and batches of their indices and inputs."""
     import pyarrow as pa
 
-    from xfm_fast.data.images import decode_image
-
-    shard, prompt = report.shard, {} if options.prompt is None else {"prompt": options.prompt}
-    with _reading(shard), ThreadPoolExecutor(os.cpu_count()) as threads:
-        columns = _Columns(encoder, options, shard)
-        for chunk in _read(shard, columns):
-            contents, is_image = chunk[columns.content], columns.is_image(chunk.schema)
-            if pa.types.is_struct(contents.type):
-                contents = contents.field("bytes")
-            contents = contents.to_pylist()
-
-            def load(
-                indices: Sequence[int], contents: Any = contents, is_image: bool = is_image
-            ) -> Any:
-                items = [contents[index] for index in indices]
-                if is_image:
-                    items = [*threads.map(decode_image, items)]
-                return encoder.prepare(items, options.role, **prompt)
-
-            rows = range(report.rows, report.rows + len(chunk))
-            ids = pa.array(rows, pa.int64()) if columns.id is None else chunk[columns.id]
-            keep = options.keep
+    with _reading(report.shard), ThreadPoolExecutor(os.cpu_count()) as threads:
+        for chunk, content, id in _read(report.shard, encoder, options):
+            array, keep = chunk[content], options.keep
+            is_text = _modality(array.type) == "text"
             if keep is None:
-                keep = () if is_image else (columns.content,)
+                keep = (content,) if is_text else ()
+            rows = range(report.rows, report.rows + len(chunk))
+            ids = pa.array(rows, pa.int64()) if id is None else chunk[id]
             table = pa.table([ids, *(chunk[name] for name in keep)], ["id", *keep])
-            yield table, [*_batches(encoder, options, report, contents, load)]
+            if pa.types.is_struct(array.type):
+                array = array.field("bytes")
+            mapper = map if is_text else threads.map
+            yield table, [*_batches(array.to_pylist(), mapper, encoder, options, report)]
             report.rows += len(chunk)
 
 
 def _batches(
+    contents: Sequence[str | bytes | None],
+    mapper: Callable[..., Iterator[Any]],
     encoder: Encoder,
     options: EmbedOptions,
     report: Report,
-    contents: Sequence[Any],
-    load: Callable[[Sequence[int]], Any],
 ) -> Iterator[tuple[list[int], Any]]:
     """Yield the indices and the inputs of batches, the longest texts first."""
-
-    def miss(index: int, reason: object) -> None:
-        report.missing += 1
-        report.reason = report.reason or f"row {report.rows + index} of {report.shard}: {reason}"
-
-    limit = _CPU_TOKENS if encoder.device.type == "cpu" else _GPU_TOKENS
     longest = getattr(encoder, "max_tokens", None) or _LONG_TEXT
-    costs = {}
+    costs = [_IMAGE_TOKENS] * len(contents)
     for index, content in enumerate(contents):
-        if not content or content.isspace():
-            miss(index, "it is empty or broken")
-        elif isinstance(content, str):
+        if isinstance(content, str):
             costs[index] = min(2 + len(content.encode()) // _BYTES_PER_TOKEN, longest)
-        else:
-            costs[index] = _IMAGE_TOKENS
-    queue = sorted(costs, key=costs.__getitem__, reverse=True)
+    queue = sorted(range(len(costs)), key=costs.__getitem__, reverse=True)
+    limit = _CPU_TOKENS if encoder.device.type == "cpu" else _GPU_TOKENS
+    prompt = {} if options.prompt is None else {"prompt": options.prompt}
+    decode = partial(_decode, encoder)
     while queue:
         size = max(1, (options.batch_tokens or limit) // costs[queue[0]])
         batch, queue = queue[:size], queue[size:]
-        try:
-            yield batch, load(batch)
-            continue
-        except DataError:
-            usable = []
-        for index in batch:
-            try:
-                load([index])
-                usable.append(index)
-            except DataError as error:
-                miss(index, error)
-        if usable:
-            yield usable, load(usable)
+        items = {}
+        results = mapper(decode, [contents[index] for index in batch])
+        for index, item in zip(batch, results, strict=True):
+            if isinstance(item, DataError):
+                row = f"row {report.rows + index} of {report.shard}"
+                report.missing, report.reason = (
+                    report.missing + 1,
+                    report.reason or f"{row}: {item}",
+                )
+            else:
+                items[index] = item
+        if items:
+            yield [*items], encoder.prepare([*items.values()], options.role, **prompt)
 
 
-class _Columns:
-    """The columns of a shard that are read."""
+def _decode(encoder: Encoder, content: str | bytes | None) -> Any:
+    """Return a text, a decoded image, or the `DataError` of a broken one."""
+    from xfm_fast.data.images import decode_image
 
-    def __init__(self, encoder: Encoder, options: EmbedOptions, shard: str) -> None:
-        self.encoder, self.options, self.shard = encoder, options, shard
-        self.content, self.id = "", options.id
-
-    def select(self, names: Sequence[str]) -> list[str]:
-        """Choose the columns of contents and ids; returns all columns to read."""
-        if not names:
-            raise DataError(f"{self.shard} holds no rows; write it again, or leave it out")
-        default = (name for name in reversed(self.encoder.modalities) if name in names)
-        self.content = self.options.column or next(default, "text")
-        if _KEY in names:
-            self.id = self.id or _KEY
-        columns = {self.content, *(self.options.keep or ()), self.id or self.content}
-        if columns - {*names}:
-            absent = ", ".join(sorted(columns - {*names}))
-            raise DataError(f"{self.shard} has no column {absent}, but {', '.join(names)}")
-        return [*columns]
-
-    def is_image(self, schema: pa.Schema) -> bool:
-        """Return whether contents are images, not texts; raises `InputError` for values of another type."""
-        dtype, modalities = str(schema.field(self.content).type), self.encoder.modalities
-        for modality in modalities:
-            if dtype.startswith(_TYPES[modality]):
-                return modality == "image"
-        raise InputError(
-            f"column {self.content!r} of {self.shard} holds {dtype}, and {self.encoder.name} embeds "
-            f"{' and '.join(modalities)}; name another with --column"
-        )
+    try:
+        if not content or content.isspace():
+            raise DataError("it is empty or broken")
+        if isinstance(content, bytes):
+            return decode_image(content)
+        if isinstance(encoder, XFMEncoder):
+            # Nothing may be left of a text after cleaning.
+            encoder.prepare([content])
+        return content
+    except DataError as error:
+        return error
 
 
-def _read(shard: str, columns: _Columns) -> Iterator[pa.RecordBatch]:
-    """Yield the columns of windows, at least one."""
+def _read(
+    shard: str, encoder: Encoder, options: EmbedOptions
+) -> Iterator[tuple[pa.RecordBatch, str, str | None]]:
+    """Yield windows of rows, at least one, and the names of the columns of contents and ids."""
     import fsspec
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    suffix, (files, path) = _split_format(shard)[1], _locate(shard)
-    is_archive = suffix in (".tar", ".tgz")
+    content, id = "", options.id
+
+    def select(names: Sequence[str]) -> list[str]:
+        nonlocal content, id
+        default = (name for name in reversed(encoder.modalities) if name in names)
+        content = options.column or next(default, "text")
+        if _KEY in names:
+            id = id or _KEY
+        columns = {content, *(options.keep or ()), id or content}
+        if absent := ", ".join(sorted(columns - {*names})):
+            existing = ", ".join(names) or "none, since it has no rows"
+            raise DataError(f"{shard} has no column {absent}, but {existing}")
+        return [*columns]
+
+    def check(schema: pa.Schema) -> Modality:
+        dtype = schema.field(content).type
+        modality = _modality(dtype)
+        if modality is None or modality not in encoder.modalities:
+            raise InputError(
+                f"column {content!r} of {shard} holds {dtype}, and {encoder.name} embeds "
+                f"{' and '.join(encoder.modalities)}; name another with --column"
+            )
+        return modality
+
+    suffix, (files, path) = _suffix(shard), _locate(shard)
     if _is_local(files):
         require_file(path)
-    with fsspec.open(shard, compression=None if is_archive else "infer") as file:
+    with fsspec.open(shard, compression=None if suffix == ".tar" else "infer") as file:
         if suffix == ".parquet":
             # Read by page: a row group may be larger than the memory.
             parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=_READ_BYTES)
             schema = parquet.schema_arrow
-            names = columns.select(schema.names)
-            size = _IMAGE_ROWS if columns.is_image(schema) else _TEXT_ROWS
-            yield from parquet.iter_batches(size, columns=names)
+            columns = select(schema.names)
+            chunks = parquet.iter_batches(_ROWS[check(schema)], columns=columns)
             if not parquet.metadata.num_rows:
-                yield pa.RecordBatch.from_pylist([], schema)
+                chunks = [pa.RecordBatch.from_pylist([], schema)]
+            for chunk in chunks:
+                yield chunk, content, id
             return
         records = _records(file, suffix)
-        size = _IMAGE_ROWS if is_archive else _TEXT_ROWS
-        names = dtype = None
-        while (window := [*islice(records, size)]) or names is None:
-            names = names or columns.select([*dict.fromkeys(chain(*window))])
-            rows = [{name: record.get(name) for name in names} for record in window]
+        size = _ROWS["image" if suffix == ".tar" else "text"]
+        columns = dtype = None
+        while (window := [*islice(records, size)]) or columns is None:
+            columns = columns or select([*dict.fromkeys(chain(*window))])
+            rows = [{name: record.get(name) for name in columns} for record in window]
             array = pa.array(rows, dtype)
-            dtype = array.type
-            yield pa.RecordBatch.from_struct_array(array)
+            dtype, chunk = array.type, pa.RecordBatch.from_struct_array(array)
+            check(chunk.schema)
+            yield chunk, content, id
 
 
 def _records(file: Any, suffix: str) -> Iterator[Mapping[str, Any]]:
     """Yield the rows of a table, of line JSON or of a WebDataset archive; broken ones are empty."""
-    from xfm_fast.data.records import MOST_LINE_BYTES, parse_object, sample_record
+    from xfm_fast.data.records import MOST_LINE_BYTES, parse_object, sample_record, split_name
 
     def parse(parser: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
         try:
@@ -494,26 +497,22 @@ def _records(file: Any, suffix: str) -> Iterator[Mapping[str, Any]]:
         text = io.TextIOWrapper(file, "utf-8-sig", newline="")
         for record in csv.DictReader(text, delimiter=_TABLES[suffix]):
             yield {} if None in record else record
-    elif suffix in (".tar", ".tgz"):
-        with tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as archive:
-            for key, group in groupby(_members(archive), itemgetter(0)):
-                contents = {suffix: content for _, suffix, content in group}
-                yield parse(sample_record, contents, "image", "text") | {_KEY: key}
+    elif suffix == ".tar":
+        archive: Any = tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member)  # noqa: SIM115
+        members = (
+            (*name, archive.extractfile(member).read())
+            for member in iter(archive.next, None)
+            if member.isreg() and (name := split_name(member.name))
+        )
+        for key, group in groupby(members, itemgetter(0)):
+            contents = {suffix: content for _, suffix, content in group}
+            # The library would keep a list of all members.
+            archive.members.clear()
+            yield parse(sample_record, contents, "image", "text") | {_KEY: key}
     else:
         for line in iter(partial(file.readline, MOST_LINE_BYTES), b""):
             if line.strip():
                 yield parse(parse_object, line, "the line")
-
-
-def _members(archive: Any) -> Iterator[tuple[str, str, bytes]]:
-    """Yield the key, the suffix and the content of the files of an archive."""
-    from xfm_fast.data.records import split_name
-
-    while member := archive.next():
-        # The library would keep a list of all members.
-        archive.members.clear()
-        if member.isreg() and (name := split_name(member.name)):
-            yield *name, archive.extractfile(member).read()
 
 
 class _Member(tarfile.TarInfo):
@@ -523,5 +522,7 @@ class _Member(tarfile.TarInfo):
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
         try:
             return super().fromtarfile(tarfile)
-        except (InvalidHeaderError, TruncatedHeaderError) as error:
-            raise OSError(f"member at byte {tarfile.offset:,}: {error}") from None
+        except HeaderError as error:
+            if type(error).__name__ in ("InvalidHeaderError", "TruncatedHeaderError"):
+                raise OSError(f"member at byte {tarfile.offset:,}: {error}") from None
+            raise

@@ -17,7 +17,9 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal  # noqa: F401, for inherited annotations
+
+from annotated_types import Ge, Le  # noqa: F401, cyclopts resolves those of EncoderSource here
 
 from xfm_fast.config import MODEL_TYPE
 from xfm_fast.errors import CheckpointError, InputError, UnavailableError, needs
