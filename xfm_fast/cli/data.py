@@ -16,7 +16,7 @@ from cyclopts import Parameter
 
 from xfm_fast.cli.console import named_progress, note, progress, stdout, table
 from xfm_fast.cli.options import DATA, UNFINISHED, Flat, Json, command_group
-from xfm_fast.embedding import EmbedOptions, embed_shard, plan
+from xfm_fast.embedding import EmbedOptions, ShardReport, embed_shard, plan
 from xfm_fast.encoders import EncoderSource, open_encoder
 from xfm_fast.errors import DataError, InputError
 
@@ -174,7 +174,6 @@ def embed(
     shard: str = "0/1",
     options: Flat[EmbedOptions] = EmbedOptions(),
     source: Flat[EncoderSource] = EncoderSource(),
-    as_json: Json = False,
 ) -> int:
     """Embed shards of texts or images, each to a Parquet file with id, text and embedding.
 
@@ -200,12 +199,12 @@ def embed(
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     encoder = open_encoder(source)
-    reports: list[Any] = []
+    reports: list[ShardReport] = []
     with stop_on_signal() as stop, named_progress() as show:
         for index, item in enumerate(items):
 
             def advance(rows: int, index: int = index, name: str = item["shard"]) -> None:
-                show(name, index, len(items))
+                show(f"{name}: {rows:,} rows", index, len(items))
                 if stop.is_set():
                     raise KeyboardInterrupt
 
@@ -216,17 +215,12 @@ def embed(
             except KeyboardInterrupt:
                 note("stopped; the same command resumes")
                 return UNFINISHED
-    if as_json:
-        print(json.dumps([vars(report) for report in reports]))
-    else:
-        rows = sum(report.rows for report in reports)
-        before = sum(report.existed for report in reports)
-        print(
-            f"embedded: {rows:,} rows of {len(reports):,} shards, {before:,} of them before: {out}"
-        )
-        for report in reports:
-            if report.missing:
-                note(f"{report.missing:,} rows have no embedding, such as {report.reason}")
+    for report in reports:
+        if report.missing:
+            note(f"{report.missing:,} rows have no embedding, such as {report.reason}")
+    rows = sum(report.rows for report in reports)
+    before = sum(report.existed for report in reports)
+    print(f"embedded: {rows:,} rows of {len(reports):,} shards, {before:,} of them before: {out}")
     if len(reports) < len(items):
         raise DataError(
             f"{len(items) - len(reports)} of {len(items)} shards are not embedded; mend them, and run the command again"
