@@ -25,7 +25,6 @@ from pathlib import Path
 from tarfile import HeaderError
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, Self, TypedDict, TypeVar
 
-import numpy as np
 from annotated_types import Ge
 
 from xfm_fast import __version__
@@ -239,6 +238,8 @@ def embed_shard(
         InputError: The model does not embed such a column, or `file` has other embeddings.
         StorageError: The file cannot be written.
     """
+    import numpy as np
+
     with needs("embed"):
         import pyarrow as pa
         import pyarrow.parquet as pq

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal  # noqa: F401, for inh
 
 from annotated_types import Ge, Le  # noqa: F401, cyclopts resolves those of EncoderSource here
 
-from xfm_fast.config import MODEL_TYPE
 from xfm_fast.errors import CheckpointError, InputError, UnavailableError, needs
 from xfm_fast.io import read_json
 from xfm_fast.loading import Opened, Source, local_path, open_model, open_session
@@ -322,6 +321,8 @@ def is_library_model(source: Source) -> bool:
 
     Of a name on the Hub, only the small configuration is downloaded.
     """
+    from xfm_fast.config import MODEL_TYPE
+
     if source.model is None or source.is_export:
         return False
     path = local_path(source.model)
