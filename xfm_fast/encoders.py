@@ -17,9 +17,10 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal  # noqa: F401, for inherited annotations
 
-from xfm_fast.config import MODEL_TYPE
+from annotated_types import Ge, Le  # noqa: F401, cyclopts resolves those of EncoderSource here
+
 from xfm_fast.errors import CheckpointError, InputError, UnavailableError, needs
 from xfm_fast.export.manifest import Manifest
 from xfm_fast.export.request import USES, Use
@@ -312,6 +313,8 @@ def is_library_model(source: Source) -> bool:
 
     Of a name on the Hub, only the small configuration is downloaded.
     """
+    from xfm_fast.config import MODEL_TYPE
+
     if source.model is None or source.is_export:
         return False
     path = local_path(source.model)
