@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.encoders import Modality, Role, is_library_model
+from xfm_fast.encoders import Modality, Role, is_library_export, is_library_model
 from xfm_fast.errors import DataError, ExportError, InputError, UnavailableError, XFMError
 from xfm_fast.export.session.tasks import SessionRanks
 from xfm_fast.export.slots import largest
@@ -358,7 +358,7 @@ def load(
     """
     options = options if path is None else replace(options, model=str(path))
     options.check()
-    if is_library_model(options):
+    if is_library_model(options) or is_library_export(options):
         from xfm_fast.serve.library import load_library_model
 
         return load_library_model(options, name)
