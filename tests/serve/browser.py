@@ -85,7 +85,9 @@ class Page:
         """Wait until an expression is true; returns its value."""
         end = time.monotonic() + _SECONDS
         while time.monotonic() < end:
-            if value := self.run(f"(() => {{ try {{ return {script} }} catch {{ return null }} }})()"):
+            if value := self.run(
+                f"(() => {{ try {{ return {script} }} catch {{ return null }} }})()"
+            ):
                 return value
             time.sleep(0.02)
         raise AssertionError(f"{script} stays false: {self.run('document.body.innerText')[:500]}")

@@ -70,6 +70,10 @@ def serve(
                     f"THE WEIGHTS ARE RANDOM ({model.source}): results mean nothing. Give a trained model"
                 )
             print(f"{name}: {', '.join(model.abilities)} ({model.source})")
+        if service.index is not None:
+            print(
+                f"searching {len(service.index):,} entries of {service.index.path} at {address(sock)}/"
+            )
         memory = (
             f"{options.memory_mb:,} MB for requests, {options.cache_mb:,} MB for image memories"
         )

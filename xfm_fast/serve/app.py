@@ -25,6 +25,7 @@ from xfm_fast import __version__
 from xfm_fast.errors import DataError, InputError, NonFiniteError, UnavailableError, XFMError
 from xfm_fast.io import advice
 from xfm_fast.memory import resident_bytes
+from xfm_fast.search import SearchIndex
 from xfm_fast.serve import schema
 from xfm_fast.serve.images import check_image, decode_base64, fetch, is_url, web_client
 from xfm_fast.serve.model import (
@@ -40,6 +41,7 @@ from xfm_fast.serve.model import (
 from xfm_fast.serve.options import ServiceOptions, is_loopback
 from xfm_fast.serve.routes import TEI_PATHS, Routes
 from xfm_fast.serve.schema import MAX_INPUTS, ImageItem, Item, Problem
+from xfm_fast.serve.search import PAGES, PICTURE_PATH, Search
 from xfm_fast.serve.work import Account, Batcher, Ledger
 from xfm_fast.tasks.ranking import Ranker
 
@@ -80,6 +82,7 @@ class Service:
         models: The models that answer; a request that names none gets the first that can do it.
         options: See `ServiceOptions`.
         names: The model of each name in requests. [by `ServedModel.name`]
+        index: What `/search` and the page search; one of the models made it.
 
     Attributes:
         app: The application. It answers 503 until `warm_up`, which its first request begins.
@@ -90,15 +93,16 @@ class Service:
         models: Sequence[ServedModel],
         options: ServiceOptions,
         names: Mapping[str, ServedModel] | None = None,
+        index: SearchIndex | None = None,
     ) -> None:
-        self.models, self.options = [*models], options
+        self.models, self.options, self.index = [*models], options, index
         self.names = dict(names or {model.name: model for model in models})
         self.ledger = Ledger(options.memory_mb << 20)
         # Requests between the arrival of the body and the response.
         self.active: set[Account] = set()
         self.warmed_up = False
         self._warming: asyncio.Task[None] | None = None
-        self._batch_thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self.batch_thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         metrics = Metrics(self)
         self.batchers = {
             model: Batcher(
@@ -106,7 +110,7 @@ class Service:
                 self.batch_tokens(model),
                 coming=lambda: sum(not account.submitted for account in self.active),
                 observe=metrics.batch_observer(model),
-                thread=self._batch_thread,
+                thread=self.batch_thread,
             )
             for model in self.models
         }
@@ -128,12 +132,12 @@ class Service:
     async def _warm_up(self) -> None:
         for model in self.models:
             loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._batch_thread, model.warm_up)
+            await loop.run_in_executor(self.batch_thread, model.warm_up)
         self.warmed_up = True
 
     def close(self) -> None:
         """End the threads after their current work."""
-        self._batch_thread.shutdown(wait=False, cancel_futures=True)
+        self.batch_thread.shutdown(wait=False, cancel_futures=True)
         self.threads.shutdown(wait=False, cancel_futures=True)
 
     def _application(self, metrics: Metrics) -> FastAPI:
@@ -152,6 +156,8 @@ class Service:
             exception_handlers=dict.fromkeys(errors, _respond_to_error),
         )
         Routes(self).add(app)
+        if self.index is not None:
+            Search(self, self.index).add(app)
 
         @app.get("/metrics", response_model=None)
         async def read_metrics() -> Response:
@@ -335,11 +341,11 @@ class _Gate:
             await send(message)
 
         try:
-            self._check_head(headers, scope["path"])
+            self._check_head(headers, scope)
             if not self._service.warmed_up and scope["path"] != "/health":
                 self._service.warm_up()
                 raise Problem(503, "the models are warming up; ask again in a second", _SOON)
-            if scope["method"] == "POST":
+            if scope["method"] == "POST" or scope["path"].startswith(PICTURE_PATH):
                 await self._answer_within_limits(scope, headers, receive, count)
             else:
                 await self._app(scope, receive, count)
@@ -352,7 +358,7 @@ class _Gate:
             self._metrics.requests.labels(path, str(status)).inc()
             self._metrics.seconds.labels(path).observe(time.perf_counter() - started)
 
-    def _check_head(self, headers: Headers, path: str) -> None:
+    def _check_head(self, headers: Headers, scope: Scope) -> None:
         """Raise `Problem` 403 for a request of another site, and 401 for one without the key."""
         if self._loopback:
             # DNS rebinding: a web page may resolve its own name to this machine and speak for the
@@ -364,8 +370,8 @@ class _Gate:
                     403,
                     f"host {host[:100]!r} is not this machine, and the service listens on loopback only",
                 )
-        key = self._options.api_key
-        if key is None or path in _OPEN_PATHS:
+        key, path = self._options.api_key, scope["path"]
+        if key is None or path in _OPEN_PATHS or (scope["method"], path) in PAGES:
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
         matches = secrets.compare_digest(token.strip().encode(), key.encode())
@@ -380,7 +386,7 @@ class _Gate:
         active, seconds = self._service.active, self._options.timeout
         self._check_queue()
         content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if content_type != "application/json":
+        if scope["method"] == "POST" and content_type != "application/json":
             # Browsers send JSON to other sites only where CORS permits it, and this service never
             # does.
             raise Problem(

@@ -100,7 +100,7 @@ class Routes:
             {"object": "embedding", "index": index, "embedding": row}
             for index, row in enumerate(rows)
         ]
-        return _answer(result, {"object": "list", "data": data, **_fields(result, body)})
+        return _answer(result, {"object": "list", "data": data, **common_fields(result, body)})
 
     async def cohere_embed(self, request: Request, body: schema.EmbedRequest) -> Response:
         """Embed texts or images in Cohere's form; int8 and uint8 scale numbers from [-1, 1], binary packs signs."""
@@ -137,7 +137,7 @@ class Routes:
                 "billed_units": {"input_tokens": result.work.tokens},
             },
         }
-        return _answer(result, {**content, **_fields(result, body)})
+        return _answer(result, {**content, **common_fields(result, body)})
 
     async def rerank(self, request: Request, body: schema.RerankRequest) -> Response:
         """Order documents by their relevance to a query.
@@ -181,7 +181,7 @@ class Routes:
                 row["document"] = (
                     {"image": item.image} if isinstance(item, ImageItem) else {"text": item}
                 )
-        fields = _fields(result, body, scoring=True)
+        fields = common_fields(result, body, scoring=True)
         fields["meta"] = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
         return _answer(result, {"object": "list", "results": results, **fields})
 
@@ -202,7 +202,7 @@ class Routes:
             {"object": "score", "index": index, "score": score}
             for index, score in enumerate(result.values.tolist())
         ]
-        fields = _fields(result, body, scoring=True)
+        fields = common_fields(result, body, scoring=True)
         return _answer(
             result, {"object": "list", "created": int(time.time()), "data": data, **fields}
         )
@@ -417,7 +417,7 @@ def _predicted(inputs: Any) -> tuple[list[list[str]], bool]:
     )
 
 
-def _fields(result: Result, body: schema.Body, *, scoring: bool = False) -> dict[str, Any]:
+def common_fields(result: Result, body: schema.Body, *, scoring: bool = False) -> dict[str, Any]:
     """Return the common fields of answers."""
     tokens = result.work.tokens
     fields: dict[str, Any] = {

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 from importlib.resources import files
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,18 +18,18 @@ from pydantic import Field
 from xfm_fast.errors import DataError
 from xfm_fast.search import Hit, SearchIndex, search, thumbnail
 from xfm_fast.serve.model import Reading
-from xfm_fast.serve.routes import fields
+from xfm_fast.serve.routes import common_fields
 from xfm_fast.serve.schema import Body, Problem, TextOrImage
+from xfm_fast.tasks.ranking import MemoryCache
 
 if TYPE_CHECKING:
     from xfm_fast.serve.app import Service
 
-PAGE_PATHS = ("/", "/search")
+PAGES = {("GET", "/"), ("GET", "/search")}
 PICTURE_PATH = "/search/picture/"
 # Pixels of the longest side of a picture in the grid, and alone.
 _SIDES = (512, 2048)
-# Decoding takes memory beside the ledger.
-_DECODING_THREADS, _CACHED_PICTURES = 2, 256
+_CACHE_BYTES = 64 << 20
 # Other sites may not show pictures.
 _PICTURE_HEADERS = {"cross-origin-resource-policy": "same-origin", "cache-control": "max-age=300"}
 
@@ -39,21 +39,20 @@ class SearchRequest(Body):
 
     query: TextOrImage = Field(examples=["a dog on a beach"])
     top: Annotated[int, Field(ge=1, le=1000)] = 24
-    path: str | None = Field(None, description="pattern of names", examples=["trip/*"])
-    where: dict[str, str] = Field({}, description="values of columns", examples=[{"year": "2024"}])
+    path: str | None = Field(None, description="pattern of names, such as trip/*")
+    where: dict[str, str] = Field({}, description="values of columns")
 
 
 class Search:
-    """The endpoints of an index, and the page that shows it; raises `DataError` if none of the models made it."""
+    """The endpoints of an index, and the page that shows it; raises `DataError` if another model made it."""
 
     def __init__(self, service: Service, index: SearchIndex) -> None:
         self._service, self._index = service, index
-        models = [model for model in service.models if "embed" in model.abilities]
-        matches = (model for model in models if model.encoder.fingerprint == index.fingerprint)
-        self._model = next(matches, None) or service.choose(None, "embed")
+        self._model = service.choose(None, "embed")
         index.check(self._model.encoder)
-        self._threads = ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="picture")
-        self._draw = lru_cache(_CACHED_PICTURES)(self._draw)
+        # One picture is decoded at a time, in memory beside the ledger.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="picture")
+        self._pictures = MemoryCache(_CACHE_BYTES)
 
     def add(self, app: FastAPI) -> None:
         """Add all endpoints to an application."""
@@ -63,7 +62,7 @@ class Search:
         app.post("/search", response_model=None)(self.search)
         app.get("/search/index")(self.describe)
         app.get(PICTURE_PATH + "{row}", response_model=None)(self.picture)
-        for path in PAGE_PATHS:
+        for _, path in PAGES:
             app.get(path, include_in_schema=False, response_model=None)(lambda: page)
 
     async def search(self, request: Request, body: SearchRequest) -> Response:
@@ -75,24 +74,26 @@ class Search:
         start, account, service = perf_counter(), request.state.account, self._service
         lists, reading = {"query": [body.query]}, Reading("query")
         result = await service.compute(request, self._model, lists, (), reading)
+        # Re-ranking reads pictures, which a bare index does not have.
+        text = body.query if isinstance(body.query, str) and self._index.root else ""
         find = partial(
             search,
             self._index,
             self._model.encoder,
-            body.query if isinstance(body.query, str) else None,
-            feature=result.values[0],
+            text,
+            feature=result.values[0].numpy(),
+            rank=None if text else "similarity",
             top=body.top,
             where=body.where,
             glob=body.path,
         )
-        # Re-ranking runs the model.
         hits, lost = await account.run(service.batch_thread, find)
         content = {
             "hits": [_content(hit) for hit in hits],
             "searched": len(self._index),
             "milliseconds": 1000 * (perf_counter() - start),
             "lost": lost,
-            **fields(result, body),
+            **common_fields(result, body),
         }
         # Names of files need not be Unicode.
         answer = json.dumps(content).encode()
@@ -117,14 +118,20 @@ class Search:
         account = request.state.account
         # No batch waits for it.
         account.submitted = True
-        content = await account.run(self._threads, self._draw, row, _SIDES[large])
+        content = await account.run(self._thread, self._draw, row, _SIDES[large])
         return Response(content, headers=_PICTURE_HEADERS, media_type="image/jpeg")
 
     def _draw(self, row: int, side: int) -> bytes:
         try:
-            return thumbnail(self._index, self._index.entries([row])[0], side)
+            (entry,) = self._index.entries([row])
+            key = repr((side, entry.name, entry.size, entry.modified)).encode()
+            content = self._pictures.get(key)
+            if content is None:
+                content = memoryview(thumbnail(self._index, entry, side))
+                self._pictures.put(key, content)
         except DataError as error:
             raise Problem(404, str(error)) from None
+        return bytes(content)
 
 
 def _policy(page: str) -> str:
@@ -147,5 +154,6 @@ def _content(hit: Hit) -> dict[str, Any]:
         "similarity": hit.similarity,
         "match": hit.match,
         "text": hit.entry.caption,
+        "passage": hit.entry.passage,
         "columns": dict(hit.entry.fields),
     }

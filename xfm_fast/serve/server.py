@@ -15,6 +15,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.search import open_index
 from xfm_fast.serve.app import Service
 from xfm_fast.serve.model import ServedModel, load
 from xfm_fast.serve.options import ServiceOptions, SourceOptions
@@ -66,7 +67,13 @@ def open_service(
         served[model.name] = model
         if len(sources) == 1:
             served |= dict.fromkeys(names, model)
-    return Service([*dict.fromkeys(served.values())], options, served)
+    index, path, images = None, options.index, options.images
+    if path is not None and path.is_dir() and images is not None:
+        # A folder of images has no others: it is the folder of an index.
+        index = open_index(images, path)
+    elif path is not None:
+        index = open_index(path, images=images)
+    return Service([*dict.fromkeys(served.values())], options, served, index)
 
 
 def listen(options: ServiceOptions) -> socket.socket:
