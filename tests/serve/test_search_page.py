@@ -18,10 +18,11 @@ import httpx
 import pytest
 from PIL import Image
 
+from tests.cli.runner import invoke
 from tests.library_models import write_embedder
 from tests.search.conftest import write_picture
 from tests.serve.browser import Browser, Page, chromium
-from tests.serve.conftest import Running, data_url, running, until
+from tests.serve.conftest import Running, data_url, get, process, running, until
 from xfm_fast.encoders import Encoder, open_encoder
 from xfm_fast.errors import DataError
 from xfm_fast.search import build_index, open_index, search
@@ -234,6 +235,19 @@ def test_the_model_must_be_that_of_the_index(embedder: Path, photos: Path, weigh
         pass
     with pytest.raises(DataError, match="has no index"), start(weights, photos / "trip"):
         pass
+
+
+@pytest.mark.slow
+def test_the_command_serves_an_index(weights: Path, photos: Path) -> None:
+    with process(weights, "--index", photos) as (_, port):
+        assert get(port, "/search/index").json()["entries"] == 30
+        assert get(port, "/").headers["content-type"].startswith("text/html")
+
+
+def test_an_index_that_is_not_there_is_named(weights: Path, tmp_path: Path) -> None:
+    done = invoke(["serve", weights, "--port", 0, "--device", "cpu", "--index", tmp_path / "none"])
+    assert done.exit_code == 2
+    assert f"{tmp_path / 'none'} does not exist" in done.stderr
 
 
 def test_search_goes_through_the_gate(locked: Running) -> None:
