@@ -22,7 +22,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from xfm_fast.config import MODEL_TYPE
 from xfm_fast.errors import CheckpointError, InputError, UnavailableError, needs
 from xfm_fast.io import read_json
-from xfm_fast.loading import Opened, Source, local_path, open_model, open_session
+from xfm_fast.loading import (
+    EncoderSource,
+    Opened,
+    Source,
+    local_path,
+    open_model,
+    open_session,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -45,17 +52,6 @@ _CLASSES: dict[Use, str] = {
     "sparse": "SparseEncoder",
     "ranking": "CrossEncoder",
 }
-
-
-@dataclass(frozen=True)
-class EncoderSource(Source):
-    """A model that embeds or ranks.
-
-    Attributes:
-        accelerate: Fused layers in place of the library's, with the same results.
-    """
-
-    accelerate: bool = True
 
 
 class Encoder(ABC):
