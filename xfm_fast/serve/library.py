@@ -257,14 +257,18 @@ class LibraryModel(ServedModel):
                 truncated.append(sources[index])
                 if not reading.truncate:
                     (ids,) = encoder.token_ids([text])
-                    raise TooLongError(names[sources[index]], f"{len(ids):,} tokens", self.max_tokens)
+                    raise TooLongError(
+                        names[sources[index]], f"{len(ids):,} tokens", self.max_tokens
+                    )
         tokens = sum(row.length for row in rows)
         return Work(tuple(rows), pairs, scoring, tokens, tuple(truncated), reading.normalise)
 
     def _group(self, reading: Reading, index: int, text: Text) -> Group:
         """Return the properties of a text that the others of a forward pass must share."""
         role = reading.role if index == 0 or reading.following is None else reading.following
-        prompt = self.encoder.prompt(None if self.encoder.use == "ranking" else role, reading.prompt)
+        prompt = self.encoder.prompt(
+            None if self.encoder.use == "ranking" else role, reading.prompt
+        )
         if self.tokenizer is not None:
             return Group("ids", None, prompt, self._prompt_length(prompt))
         return Group("text" if isinstance(text, str) else "pair", role, prompt)
@@ -275,7 +279,9 @@ class LibraryModel(ServedModel):
         """Yield the rows of texts, and whether they are truncated."""
         texts = [text for _, _, text in batch]
         if self.tokenizer is not None:
-            for (_, group, _), encoding in zip(batch, self.tokenizer.encode(texts, side), strict=True):
+            for (_, group, _), encoding in zip(
+                batch, self.tokenizer.encode(texts, side), strict=True
+            ):
                 yield _ids_row(group, encoding), bool(encoding.overflowing)
             return
         if side == "left":
