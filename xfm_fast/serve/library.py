@@ -157,6 +157,8 @@ class LibraryModel(ServedModel):
 
     random = False
 
+    encoder: LibraryEncoder
+
     def __init__(self, encoder: LibraryEncoder, name: str | None = None, quality: str = "") -> None:
         self.encoder, self.name = encoder, name or encoder.name
         self.source = f"{encoder.origin}{quality and ', '}{quality}"

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.encoders import (
-    Encoder,
     Modality,
     Role,
     XFMEncoder,
@@ -111,7 +110,7 @@ class ServedModel(ABC):
         width: Numbers of a feature.
         max_tokens: Tokens that it reads of a text.
         device: Device of the weights.
-        encoder: The model as an index takes it.
+        encoder: The model as an `Encoder`, which made an index.
         quick: `read` takes microseconds for a short text, and no lock.
     """
 
@@ -122,7 +121,7 @@ class ServedModel(ABC):
     modalities: tuple[Modality, ...]
     max_tokens: int
     device: torch.device
-    encoder: Encoder
+    encoder: Any
     quick: bool
 
     @property
@@ -237,7 +236,7 @@ class XFMModel(ServedModel):
         return self.ranker.model.config
 
     @cached_property
-    def encoder(self) -> Encoder:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def encoder(self) -> XFMEncoder:
         if self.options.is_export:
             fingerprint = self.model.fingerprint()[:32]
         else:
