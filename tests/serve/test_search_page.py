@@ -472,9 +472,14 @@ def test_errors_are_explained(page: Page, weights: Path, photos: Path) -> None:
         assert "--max-characters" in page.run("$('notice').innerText")
         ask(page, "star")
         assert page.run("$('notice').hidden")
-    page.run("query.value = 'a'; $('form').requestSubmit()")
-    page.wait("document.body.dataset.state === 'error'")
-    assert "does not answer" in page.run("$('notice').innerText")
+        speed = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        page.send("Network.emulateNetworkConditions", offline=True, **speed)
+        page.run("query.value = 'a'; $('form').requestSubmit()")
+        page.wait("document.body.dataset.state === 'error'")
+        assert "does not answer" in page.run("$('notice').innerText")
+        page.send("Network.emulateNetworkConditions", offline=False, **speed)
+        page.run("$('again').click()")
+        page.wait("document.body.dataset.state === 'done'")
 
 
 CONTRAST = """(() => {

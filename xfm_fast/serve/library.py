@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from xfm_fast.encoders import LibraryEncoder, Use, open_encoder
+from xfm_fast.encoders import LibraryEncoder, Role, Use, open_encoder
 from xfm_fast.errors import DataError, InputError, XFMError
 from xfm_fast.loading import Source
 from xfm_fast.serve.model import (
@@ -26,7 +25,6 @@ from xfm_fast.serve.model import (
     TooLongError,
     Work,
     black_square,
-    pair_cosines,
 )
 from xfm_fast.tasks.ranking import Picture
 
@@ -155,9 +153,8 @@ class LibraryModel(ServedModel):
     library reads them when their batch begins, which takes longer.
     """
 
-    random = False
-
     encoder: LibraryEncoder
+    random = False
 
     def __init__(self, encoder: LibraryEncoder, name: str | None = None, quality: str = "") -> None:
         self.encoder, self.name = encoder, name or encoder.name
@@ -242,18 +239,20 @@ class LibraryModel(ServedModel):
             sources, pairs = [second for _, second in pairs], ()
         rows = [Row(Group("image"), content, None, 1) for content in inputs]
         texts = [index for index, content in enumerate(inputs) if not isinstance(content, Picture)]
-        groups = [self._group(reading, index, inputs[index]) for index in texts]
+        settings = [self._settings(reading, reading.role)]
+        if reading.following is not None:
+            settings.append(self._settings(reading, reading.following))
         truncated = list[int]()
         for part in _slices([inputs[index] for index in texts]):
             check()
-            batch = [
-                (index, group, _prompted(inputs[index], group.prompt))
-                for index, group in zip(texts[part], groups[part], strict=True)
+            indices = texts[part]
+            batch = [settings[0 if index == 0 else -1] for index in indices]
+            prompted = [
+                _prompted(inputs[index], prompt)
+                for index, (_, _, prompt) in zip(indices, batch, strict=True)
             ]
-            for (index, _, text), (row, is_cut) in zip(
-                batch, self._rows(batch, inputs, reading.side), strict=True
-            ):
-                rows[index] = row
+            are_cut = self._read_texts(rows, indices, batch, prompted, reading.side)
+            for index, text, is_cut in zip(indices, prompted, are_cut, strict=True):
                 if not is_cut:
                     continue
                 truncated.append(sources[index])
@@ -265,32 +264,37 @@ class LibraryModel(ServedModel):
         tokens = sum(row.length for row in rows)
         return Work(tuple(rows), pairs, scoring, tokens, tuple(truncated), reading.normalise)
 
-    def _group(self, reading: Reading, index: int, text: Text) -> Group:
-        """Return the properties of a text that the others of a forward pass must share."""
-        role = reading.role if index == 0 or reading.following is None else reading.following
-        prompt = self.encoder.prompt(
-            None if self.encoder.use == "ranking" else role, reading.prompt
-        )
-        if self.tokenizer is not None:
-            return Group("ids", None, prompt, self._prompt_length(prompt))
-        return Group("text" if isinstance(text, str) else "pair", role, prompt)
+    def _settings(
+        self, reading: Reading, role: Role | None
+    ) -> tuple[Group, Role | None, str | None]:
+        """Return what texts of a role share in a forward pass, the role, and its prompt."""
+        role = None if self.encoder.use == "ranking" else role
+        prompt = self.encoder.prompt(role, reading.prompt)
+        return Group("ids", None, None, self._prompt_length(prompt)), role, prompt
 
-    def _rows(
-        self, batch: Sequence[tuple[int, Group, Text]], inputs: Sequence[Any], side: Side
-    ) -> Iterator[tuple[Row, bool]]:
-        """Yield the rows of texts, and whether they are truncated."""
-        texts = [text for _, _, text in batch]
+    def _read_texts(
+        self,
+        rows: list[Row],
+        indices: Sequence[int],
+        settings: Sequence[tuple[Group, Role | None, str | None]],
+        texts: Sequence[Text],
+        side: Side,
+    ) -> list[bool]:
+        """Replace the rows of texts; returns whether each is truncated."""
+        columns = zip(indices, settings, strict=True)
         if self.tokenizer is not None:
-            for (_, group, _), encoding in zip(
-                batch, self.tokenizer.encode(texts, side), strict=True
-            ):
-                yield _ids_row(group, encoding), bool(encoding.overflowing)
-            return
+            encodings = self.tokenizer.encode(texts, side)
+            for (index, (group, _, _)), encoding in zip(columns, encodings, strict=True):
+                rows[index] = _ids_row(group, encoding)
+            return [bool(encoding.overflowing) for encoding in encodings]
         if side == "left":
             raise InputError(f"{self.name} truncates texts on the right only; leave out the side")
-        for (index, group, _), ids in zip(batch, self.encoder.token_ids(texts), strict=True):
-            length = min(len(ids), self.max_tokens)
-            yield Row(group, inputs[index], None, length), len(ids) > length
+        counts = [len(ids) for ids in self.encoder.token_ids(texts)]
+        for (index, (_, role, prompt)), count in zip(columns, counts, strict=True):
+            text = rows[index].value
+            group = Group("text" if isinstance(text, str) else "pair", role, prompt)
+            rows[index] = Row(group, text, None, min(count, self.max_tokens))
+        return [count > self.max_tokens for count in counts]
 
     def _prompt_length(self, prompt: str | None) -> int | None:
         if not prompt or self._pools_prompts:
@@ -331,25 +335,29 @@ class LibraryModel(ServedModel):
         assert self.tokenizer is not None
         return self.tokenizer.decode(ids, skip_special)
 
-    def answer(self, works: Sequence[Work]) -> list[Tensor | Exception]:
+    def answer(self, works: Sequence[Work]) -> list[Any]:
         rows = [row for work in works for row in work.items]
-        outputs: list[Any] = [None] * len(rows)
         groups: dict[Group, list[int]] = {}
         for index, row in enumerate(rows):
-            group = row.group
-            if group.form == "ids":
-                group = group._replace(prompt=None)
-            groups.setdefault(group, []).append(index)
-        with torch.inference_mode():
-            for group, indices in groups.items():
-                for batch in self._passes(rows, indices, group.form == "image"):
-                    self._run(group, rows, batch, outputs)
-            results: list[Tensor | Exception] = []
-            end = 0
-            for work in works:
-                start, end = end, end + len(work.items)
-                failures = [row for row in outputs[start:end] if isinstance(row, Exception)]
-                results.append(failures[0] if failures else self._result(work, outputs[start:end]))
+            groups.setdefault(row.group, []).append(index)
+        outputs = np.empty(0, np.float32)
+        failures = dict[int, Exception]()
+        for group, indices in groups.items():
+            for batch in self._passes(rows, indices, group.form == "image"):
+                inputs = self._inputs(group, rows, batch, failures)
+                if inputs is None:
+                    continue
+                features = self.encoder.run(inputs).numpy()
+                if not outputs.size:
+                    outputs = np.zeros((len(rows), features.shape[1]), np.float32)
+                outputs[[index for index in batch if index not in failures]] = features
+        results, end = list[Any](), 0
+        for work in works:
+            start, end = end, end + len(work.items)
+            failure = next(
+                (failures[index] for index in range(start, end) if index in failures), None
+            )
+            results.append(failure or self._result(work, outputs[start:end]))
         return results
 
     def _passes(self, rows: Sequence[Row], indices: list[int], images: bool) -> Iterator[list[int]]:
@@ -365,42 +373,48 @@ class LibraryModel(ServedModel):
             yield indices[start : start + count]
             start += count
 
-    def _run(self, group: Group, rows: Sequence[Row], batch: list[int], outputs: list[Any]) -> None:
-        """Compute one forward pass into `outputs`."""
-        encoder = self.encoder
+    def _inputs(
+        self, group: Group, rows: Sequence[Row], batch: list[int], failures: dict[int, Exception]
+    ) -> dict[str, Any] | None:
+        """Make the inputs of one forward pass, or None if all its images are damaged."""
         if group.form == "ids":
             assert self.tokenizer is not None
             inputs = self.tokenizer.inputs([rows[index] for index in batch], self._names)
             if group.prompt_length is not None:
                 inputs["prompt_length"] = group.prompt_length
-        else:
-            values = [rows[index].value for index in batch]
-            if group.form == "image":
-                values = [_decode(picture) for picture in values]
-                for index, value in zip(batch, values, strict=True):
-                    outputs[index] = value
-                batch = [index for index in batch if not isinstance(outputs[index], Exception)]
-                values = [outputs[index] for index in batch]
-            if not batch:
-                return
-            inputs = encoder.prepare(values, group.role, group.prompt or "")
-        for index, row in zip(batch, encoder.run(inputs), strict=True):
-            outputs[index] = row
+            return inputs
+        values = [rows[index].value for index in batch]
+        if group.form == "image":
+            values = []
+            for index in batch:
+                image = _decode(rows[index].value)
+                if isinstance(image, Exception):
+                    failures[index] = image
+                else:
+                    values.append(image)
+        return self.encoder.prepare(values, group.role, group.prompt or "") if values else None
 
-    def _result(self, work: Work, outputs: list[Tensor]) -> Tensor:
+    def _result(self, work: Work, values: np.ndarray) -> np.ndarray:
         """Return features `[items, width]`, or scores."""
-        values = torch.stack(outputs)
+        if self.encoder.use == "embedding" and (work.normalise or work.pairs):
+            values = normalised(values)
+        if work.pairs:
+            first, second = np.array(work.pairs).T
+            return (1 + (values[first] * values[second]).sum(1)) / 2
         if self.encoder.use != "ranking":
-            if work.pairs:
-                return (1 + pair_cosines(normalize(values), work.pairs)) / 2
-            return (
-                normalize(values) if work.normalise and self.encoder.use == "embedding" else values
-            )
+            return values
+        scores = torch.from_numpy(values)
         if work.scoring == "activation":
-            values = self.encoder.model.activation_fn(values)
+            scores = self.encoder.model.activation_fn(scores)
         elif work.scoring == "probability":
-            values = values.sigmoid() if values.shape[1] == 1 else values.softmax(1)
-        return values.squeeze(1) if values.shape[1] == 1 else values
+            scores = scores.sigmoid() if scores.shape[1] == 1 else scores.softmax(1)
+        return (scores.squeeze(1) if scores.shape[1] == 1 else scores).numpy()
+
+
+def normalised(features: np.ndarray) -> np.ndarray:
+    """Divide rows by their L2 norms."""
+    norms = np.sqrt(np.einsum("nd,nd->n", features, features))
+    return features / np.maximum(norms, 1e-12)[:, None]
 
 
 def _ids_row(group: Group, encoding: Any) -> Row:

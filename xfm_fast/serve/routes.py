@@ -5,18 +5,18 @@ from __future__ import annotations
 import base64
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel
 from pydantic_core import to_json
-from torch import Tensor
 
 from xfm_fast.encoders import Role
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.serve import schema
-from xfm_fast.serve.library import LibraryModel
+from xfm_fast.serve.library import LibraryModel, normalised
 from xfm_fast.serve.model import Ability, Reading, Scoring, ServedModel
 from xfm_fast.serve.schema import ImageItem, Item, Problem
 
@@ -41,47 +41,71 @@ _ROLES: dict[str, Role] = {
 }
 
 
+class Call(NamedTuple):
+    """A path's schema of bodies, and its endpoint."""
+
+    schema: type[BaseModel]
+    endpoint: Callable[[Request, Any], Awaitable[Response]]
+
+
 class Routes:
-    """The endpoints of a service."""
+    """The endpoints of a service.
+
+    Attributes:
+        calls: Those of POST by path. The service calls them; FastAPI documents them.
+    """
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        embed = Call(schema.TeiEmbedRequest, self.embed)
+        embed_sparse = Call(schema.TeiEmbedRequest, self.embed_sparse)
+        embeddings = Call(schema.EmbeddingsRequest, self.embeddings)
+        cohere_embed = Call(schema.EmbedRequest, self.cohere_embed)
+        rerank = Call(schema.RerankRequest, self.rerank)
+        score = Call(schema.ScoreRequest, self.score)
+        predict = Call(schema.TeiPredictRequest, self.predict)
+        roots: dict[Ability, Call] = {
+            "embed": embed,
+            "embed_sparse": embed_sparse,
+            "rank": rerank,
+            "classify": predict,
+        }
+        self.calls: dict[str, Call] = {
+            "/v1/embeddings": embeddings,
+            "/embeddings": embeddings,
+            "/v1/rerank": rerank,
+            "/v2/rerank": rerank,
+            "/rerank": rerank,
+            "/v1/embed": cohere_embed,
+            "/v2/embed": cohere_embed,
+            "/v1/score": score,
+            "/score": score,
+            "/embed": embed,
+            "/embed_sparse": embed_sparse,
+            "/predict": predict,
+            "/similarity": Call(schema.TeiSimilarityRequest, self.similarity),
+            "/tokenize": Call(schema.TeiTokenizeRequest, self.tokenize),
+            "/decode": Call(schema.TeiDecodeRequest, self.decode),
+            "/": roots[service.models[0].abilities[0]],
+        }
 
     def add(self, app: FastAPI) -> None:
         """Add all endpoints to an application."""
-        post, get = app.post, app.get
-        for path in ("/v1/embeddings", "/embeddings"):
-            post(path, response_model=schema.EmbeddingsAnswer)(self.embeddings)
-        for path in ("/v1/rerank", "/v2/rerank", "/rerank"):
-            post(path, response_model=schema.RerankAnswer)(self.rerank)
-        for path in ("/v1/embed", "/v2/embed"):
-            post(path, response_model=None)(self.cohere_embed)
-        for path in ("/v1/score", "/score"):
-            post(path, response_model=schema.ScoreAnswer)(self.score)
-        calls: dict[str, Callable[..., Any]] = {
-            "/embed": self.embed,
-            "/embed_sparse": self.embed_sparse,
-            "/predict": self.predict,
-            "/similarity": self.similarity,
-            "/tokenize": self.tokenize,
-            "/decode": self.decode,
+        answers: dict[str, Any] = {
+            "embeddings": schema.EmbeddingsAnswer,
+            "rerank": schema.RerankAnswer,
+            "score": schema.ScoreAnswer,
         }
-        roots: dict[Ability, Callable[..., Any]] = {
-            "embed": self.embed,
-            "embed_sparse": self.embed_sparse,
-            "rank": self.rerank,
-            "classify": self.predict,
-        }
-        calls["/"] = roots[self._service.models[0].abilities[0]]
-        for path, call in calls.items():
-            post(path, response_model=None)(call)
-        for path, call in {
+        for path, call in self.calls.items():
+            answer = answers.get(call.endpoint.__name__)
+            app.post(path, response_model=answer)(call.endpoint)
+        for path, endpoint in {
             "/health": self.health,
             "/ready": self.ready,
             "/info": self.info,
             "/v1/models": self.models,
         }.items():
-            get(path)(call)
+            app.get(path)(endpoint)
 
     async def embeddings(self, request: Request, body: schema.EmbeddingsRequest) -> Response:
         """Embed texts and images: L2-normalised features; their dot products are cosine similarities."""
@@ -163,7 +187,7 @@ class Routes:
         answer_bytes = _ECHO_COPIES * request.state.account.received if echo else 0
         result = await self._service.compute(request, model, lists, pairs, reading, answer_bytes)
         scores = result.values
-        order = scores.argsort(descending=True, stable=True).tolist()[: body.top_n]
+        order = np.argsort(-scores, kind="stable").tolist()[: body.top_n]
         values = scores.tolist()
         if body.is_tei:
             ranks: list[dict[str, Any]] = [
@@ -232,7 +256,7 @@ class Routes:
         )
         data = []
         for row in result.values:
-            indices = row.nonzero().flatten()
+            (indices,) = row.nonzero()
             entries = zip(indices.tolist(), row[indices].tolist(), strict=True)
             data.append([{"index": index, "value": value} for index, value in entries])
         return _answer(result, data)
@@ -377,15 +401,11 @@ def _check_dimensions(model: ServedModel, dimensions: int | None) -> int:
     return dimensions or model.width
 
 
-def _shortened(values: Tensor, dimensions: int | None, normalise: bool = True) -> np.ndarray:
-    features = values.numpy()
+def _shortened(features: np.ndarray, dimensions: int | None, normalise: bool = True) -> np.ndarray:
     if dimensions is None or dimensions == features.shape[1]:
         return features
     features = features[:, :dimensions]
-    if normalise:
-        norms = np.linalg.norm(features, axis=1, keepdims=True)
-        features = features / np.maximum(norms, 1e-12)
-    return features
+    return normalised(features) if normalise else features
 
 
 def _encoded(features: np.ndarray, form: str) -> list[Any]:

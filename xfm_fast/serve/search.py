@@ -81,7 +81,7 @@ class Search:
             self._index,
             self._model.encoder,
             text,
-            feature=result.values[0].numpy(),
+            feature=result.values[0],
             rank=None if text else "similarity",
             top=body.top,
             where=body.where,
