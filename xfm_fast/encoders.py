@@ -385,6 +385,10 @@ def _open_library(source: Source) -> LibraryEncoder:
         import transformers
     from xfm_fast.models.xfm import PRECISIONS
 
+    if not hasattr(sentence_transformers.SentenceTransformer, "preprocess"):
+        raise UnavailableError(
+            f"sentence-transformers {sentence_transformers.__version__} is installed; 6 or newer opens {source} here"
+        )
     source.check()
     for name in ("config", "image_size", "tokenizer"):
         if getattr(source, name) is not None:

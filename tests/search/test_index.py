@@ -145,7 +145,7 @@ def test_kills_at_random_moments_lose_and_corrupt_nothing(
     start = time.monotonic()
     build_index(folder, model, tmp_path / "timed", batch_size=2)
     duration, kills = time.monotonic() - start, 0
-    for _ in range(40):
+    for _ in range(20):
         # Between the runs some images change, and some go.
         write_picture(folder / f"{rng.integers(60):02}.png", int(rng.integers(1000)))
         (folder / f"{rng.integers(60):02}.png").unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -314,12 +315,11 @@ class TextTable(_Collection):
         for line, row in table_rows(self.path):
             name = f"{self.path.name}#{line}"
             text = row.get(self.column) if isinstance(row, dict) else None
-            if isinstance(row, dict) and isinstance(text, str) and text.strip():
-                content = text.encode("utf-8", "surrogatepass")
-                digest = hashlib.blake2b(content, digest_size=7).digest()
+            if isinstance(row, dict) and isinstance(text, str) and _is_prose(text):
+                digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
                 fields = _fields(row, [self.column])
                 stamp = int.from_bytes(digest, "big")
-                yield Entry(name, len(content), stamp, captions=(text,), fields=fields)
+                yield Entry(name, len(text.encode()), stamp, captions=(text,), fields=fields)
             else:
                 fault = row if isinstance(row, DataError) else f"{self.column} holds no text"
                 faults[name] = str(fault)
@@ -354,6 +354,11 @@ def _stamp(
     except (OSError, ValueError):
         size = modified = -1
     return Entry(name, size, modified, captions=tuple(captions), fields=fields or {})
+
+
+def _is_prose(text: str) -> bool:
+    """Return whether a text is not blank, and holds no half of a surrogate pair."""
+    return bool(text.strip()) and not re.search("[\ud800-\udfff]", text)
 
 
 def _columns(path: Path) -> list[str]:

@@ -146,6 +146,8 @@ def _query_feature(encoder: Encoder, query: str | Path | Image.Image) -> np.ndar
         raise UnavailableError(
             f"{encoder.source} does not embed {modality}s as it is; {remedy[modality]}"
         )
+    if isinstance(query, str) and not query.isprintable():
+        query = query.encode("utf-8", "replace").decode()
     item = query if isinstance(query, str) else open_image(query)
     return encoder.run(encoder.prepare([item], "query"))[0].numpy()
 

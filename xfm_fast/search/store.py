@@ -27,7 +27,7 @@ from urllib.parse import quote
 
 import numpy as np
 from annotated_types import Ge, Lt
-from pydantic import AfterValidator, BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ValidationError
 
 from xfm_fast.data.collection import Entry
 from xfm_fast.errors import DataError, InputError, StorageError
@@ -83,6 +83,12 @@ Text = Annotated[str, AfterValidator(_check_text)]
 FileName = Annotated[str, AfterValidator(_check_name)]
 
 
+def _parse(text: Any) -> Any:
+    if not isinstance(text, str):
+        raise ValueError("it is no text")
+    return json.loads(text)
+
+
 class EntryRow(BaseModel, strict=True):
     """An entry as it is stored."""
 
@@ -91,8 +97,8 @@ class EntryRow(BaseModel, strict=True):
     size: int
     modified: int
     row: Annotated[int, Ge(0)] | None
-    fields: dict[str, Text]
-    captions: list[Text]
+    fields: Annotated[dict[str, Text], BeforeValidator(_parse)]
+    captions: Annotated[list[Text], BeforeValidator(_parse)]
 
     def entry(self) -> Entry:
         values: dict[str, Any] = dict(self) | {"captions": tuple(self.captions)}
@@ -240,11 +246,9 @@ class Snapshot:
             )
         for result in results:
             empty = True
-            for row, *values, fields, captions in result:
+            for row, *values in result:
                 empty = False
-                names = ("name", "passage", "size", "modified", "row")
-                stored = dict(zip(names, values, strict=True))
-                stored |= {"fields": json.loads(fields), "captions": json.loads(captions)}
+                stored = dict(zip(EntryRow.model_fields, values, strict=True))
                 yield row, EntryRow.model_validate(stored).entry()
             if empty and rows is not None:
                 raise ValueError("an entry of the features is missing")
@@ -340,11 +344,11 @@ class Store:
 
 
 def read_header(connection: sqlite3.Connection) -> Header:
-    """Read the description of an index; raises `ValueError`."""
+    """Read the description of an index; raises `ValueError`, or `DataError` if there is none yet."""
     row = connection.execute("SELECT content FROM header LIMIT 1").fetchone()
     if row is None:
-        raise ValueError("it was never finished")
-    return Header.model_validate(json.loads(row[0]))
+        raise DataError("the index was never finished; index again, or wait for the run that writes it")
+    return Header.model_validate(_parse(row[0]))
 
 
 def map_features(folder: Path, header: Header) -> np.ndarray:
@@ -389,6 +393,7 @@ class Writer:
         self._columns = dict.fromkeys(header.columns)
         self._crcs: dict[int, int] = {}
         self._unwritten: list[np.ndarray] = []
+        self._written = header.rows
         connection.execute("BEGIN IMMEDIATE")
 
     @property
@@ -404,7 +409,8 @@ class Writer:
         rows = self.connection.execute(sql, stamp).fetchall()
         if any(is_same for _, is_same in rows):
             return
-        self.delete([row for row, _ in rows])
+        if rows:
+            self.delete([row for row, _ in rows])
         start, passages = self.header.rows, len(features)
         self._append(features)
         self._columns |= dict.fromkeys(entry.fields)
@@ -471,7 +477,8 @@ class Writer:
         former = self.folder / self.header.features
         features = map_features(self.folder, self.header)
         check_blocks(self.connection, features)
-        self.header.features, self.header.rows, last = features_name(), 0, -1
+        self.header.features, self.header.rows = features_name(), 0
+        self._written, last = 0, -1
         self.connection.execute("DELETE FROM blocks")
         sql = f"SELECT row FROM entries WHERE row > ? ORDER BY row LIMIT {BLOCK_ROWS}"
         while rows := [row for (row,) in self.connection.execute(sql, (last,))]:
@@ -488,7 +495,7 @@ class Writer:
     def _append(self, features: np.ndarray) -> None:
         self._unwritten.append(features.astype(np.float32, copy=False))
         self.header.rows += len(features)
-        if sum(map(len, self._unwritten)) >= BLOCK_ROWS:
+        if self.header.rows - self._written >= BLOCK_ROWS:
             self._write()
 
     def _write(self) -> None:
@@ -497,6 +504,7 @@ class Writer:
             return
         features, self._unwritten = np.concatenate(self._unwritten), []
         row, path = self.header.rows - len(features), self.folder / self.header.features
+        self._written = self.header.rows
         if path.is_symlink():
             raise ValueError(f"{path.name} is a link")
         with open(path, "r+b" if path.exists() else "xb") as file:
