@@ -31,7 +31,10 @@ PICTURE_PATH = "/search/picture/"
 _SIDES = (512, 2048)
 _CACHE_BYTES = 64 << 20
 # Other sites may not show pictures.
-_PICTURE_HEADERS = {"cross-origin-resource-policy": "same-origin", "cache-control": "max-age=300"}
+_PICTURE_HEADERS = {
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "private, max-age=300",
+}
 
 
 class SearchRequest(Body):
