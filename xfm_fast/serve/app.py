@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,6 @@ from xfm_fast import __version__
 from xfm_fast.errors import DataError, InputError, NonFiniteError, UnavailableError, XFMError
 from xfm_fast.io import advice
 from xfm_fast.memory import resident_bytes
-from xfm_fast.search import SearchIndex
 from xfm_fast.serve import schema
 from xfm_fast.serve.images import check_image, decode_base64, fetch, is_url, web_client
 from xfm_fast.serve.model import (
@@ -44,7 +43,6 @@ from xfm_fast.serve.model import (
 from xfm_fast.serve.options import ServiceOptions, is_loopback
 from xfm_fast.serve.routes import TEI_PATHS, Call, Routes
 from xfm_fast.serve.schema import MAX_INPUTS, ImageItem, Item, Problem
-from xfm_fast.serve.search import PAGES, PICTURE_PATH, Search
 from xfm_fast.serve.work import Account, Batcher, Ledger
 from xfm_fast.tasks.ranking import Ranker
 
@@ -58,6 +56,10 @@ _SOON, _LATER, _CLOSE = {"retry-after": "1"}, {"retry-after": "5"}, {"connection
 _HOST = re.compile(r"(?:\[([^\[\]]*)\]|([^\[\]:]*))(?::\d*)?")
 # Paths without a key: probes of a supervisor.
 _OPEN_PATHS = ("/health", "/ready")
+PAGES = {("GET", "/"), ("GET", "/search")}
+"""Requests without a key for a page without data."""
+PICTURE_PATH = "/search/picture/"
+"""Path of requests of GET that take time and memory."""
 
 Items = Sequence[tuple[str, Item]]
 """Items of a request, with their names in errors."""
@@ -87,9 +89,9 @@ class Service:
         models: The models that answer; a request that names none gets the first that can do it.
         options: See `ServiceOptions`.
         names: The model of each name in requests. [by `ServedModel.name`]
-        index: What `/search` and the page search; one of the models made it.
 
     Attributes:
+        routes: Its routes, to which others may be added.
         app: The application. It answers 503 until `warm_up`, which its first request begins.
     """
 
@@ -98,9 +100,8 @@ class Service:
         models: Sequence[ServedModel],
         options: ServiceOptions,
         names: Mapping[str, ServedModel] | None = None,
-        index: SearchIndex | None = None,
     ) -> None:
-        self.models, self.options, self.index = [*models], options, index
+        self.models, self.options = [*models], options
         self.names = dict(names or {model.name: model for model in models})
         self.ledger = Ledger(options.memory_mb << 20)
         # Requests between the arrival of the body and the response.
@@ -121,7 +122,8 @@ class Service:
         }
         self.threads = ThreadPoolExecutor(8, thread_name_prefix="request")
         self._web = web_client() if options.allow_urls else None
-        self.app: ASGIApp = _Gate(self, self._application(metrics), metrics)
+        self.routes = self._application(metrics)
+        self.app: ASGIApp = _Gate(self, self.routes, metrics)
 
     def batch_tokens(self, model: ServedModel) -> int:
         """Return the budget of a batch of a model."""
@@ -163,8 +165,6 @@ class Service:
         routes = Routes(self)
         routes.add(app)
         self.calls = routes.calls
-        if self.index is not None:
-            Search(self, self.index).add(app)
 
         @app.get("/metrics", response_model=None)
         async def read_metrics() -> Response:
@@ -338,8 +338,11 @@ class _Gate:
         self._service, self._options = service, service.options
         self._loopback = self._options.loopback
         self._app, self._metrics = app, metrics
-        self._paths = {getattr(route, "path", "") for route in app.routes}
         self._counters: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
+
+    @cached_property
+    def _paths(self) -> set[str]:
+        return {getattr(route, "path", "") for route in self._app.routes}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -488,7 +491,7 @@ async def _respond(request: Request, call: Call, bodies: list[bytes]) -> Respons
         try:
             body = call.schema.model_validate_json(content)
         except ValidationError as error:
-            request.state.is_tei = b'"texts"' in content
+            request.state.is_tei = request.url.path == "/rerank" and b'"texts"' in content
             errors = [{**first, "loc": ("body", *first["loc"])} for first in error.errors()[:1]]
             raise RequestValidationError(errors) from None
         finally:

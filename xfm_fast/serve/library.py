@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from xfm_fast.data.shapes import captions, render, scene
 from xfm_fast.encoders import LibraryEncoder, Role, Use, open_encoder
 from xfm_fast.errors import DataError, InputError, XFMError
 from xfm_fast.loading import Source
@@ -39,6 +41,8 @@ _IMAGES_TOGETHER = 16
 # Tokens of a forward pass, padding included.
 _PASS_TOKENS = {"cpu": 4096, "cuda": 65536}
 _UNLIMITED = 1 << 30
+# Captions on which a model in 8 bits is compared with fp32, and neighbours of each.
+_CAPTIONS, _NEAREST = 128, 10
 
 Side = Literal["left", "right"]
 Text = str | tuple[str, str]
@@ -473,7 +477,47 @@ def _labels(encoder: LibraryEncoder) -> list[str]:
 
 
 def load_library_model(source: Source, name: str | None = None) -> LibraryModel:
-    """Open a model of sentence-transformers."""
+    """Open a model of sentence-transformers; one in 8 bits is compared with fp32 on captions."""
     encoder = open_encoder(source)
     assert isinstance(encoder, LibraryEncoder)
-    return LibraryModel(encoder, name)
+    quality = ""
+    if source.dtype in ("int8", "fp8"):
+        reference = open_encoder(replace(source, dtype=None))
+        assert isinstance(reference, LibraryEncoder)
+        quality = compare(encoder, reference)
+    return LibraryModel(encoder, name, quality)
+
+
+def compare(encoder: LibraryEncoder, reference: LibraryEncoder) -> str:
+    """Describe how close the results of a model on generated captions are to those of a reference."""
+    scenes = [scene(0, index) for index in range(_CAPTIONS)]
+    items: Any = [captions(scene)[0] for scene in scenes]
+    if encoder.use == "ranking":
+        pairs = [(items[0], caption) for caption in items]
+        scores, truth = (model.score(pairs, raw=True) for model in (encoder, reference))
+        scores, truth = scores.reshape(len(pairs), -1), truth.reshape(len(pairs), -1)
+        error = (scores - truth).abs().max() / truth.abs().max()
+        shared = _shared(
+            scores[:, 0].argsort(descending=True), truth[:, 0].argsort(descending=True)
+        )
+        return (
+            f"scores within {error:.1%} of fp32 and {shared:.0%} of the {_NEAREST} best kept on "
+            f"{len(pairs)} captions"
+        )
+    if "text" not in encoder.modalities:
+        items = [Image.fromarray(render(scene)) for scene in scenes]
+    rows, truth = (
+        normalised(model.run(model.prepare(items)).numpy()) for model in (encoder, reference)
+    )
+    cosine = float((rows * truth).sum(1).min())
+    orders = [np.argsort(-(matrix @ matrix.T), kind="stable")[:, 1:] for matrix in (rows, truth)]
+    shares = [_shared(*order) for order in zip(*orders, strict=True)]
+    return (
+        f"least cosine {cosine:.4f} to fp32 and {np.mean(shares):.0%} of {_NEAREST} nearest neighbours kept on "
+        f"{len(items)} captions"
+    )
+
+
+def _shared(order: Any, expected: Any) -> float:
+    """Return the share of the first entries of an order that are among the first expected."""
+    return len({*order[:_NEAREST].tolist()} & {*expected[:_NEAREST].tolist()}) / _NEAREST

@@ -22,12 +22,15 @@ from xfm_fast.serve.schema import ImageItem, Item, Problem
 
 if TYPE_CHECKING:
     from xfm_fast.serve.app import Result, Service
+    from xfm_fast.serve.work import Account
 
 # Bytes of a feature's number in the response, as a value and as text; and copies of documents that
 # are returned.
 _NUMBER_BYTES, _ECHO_COPIES = 128, 3
 # Numbers of a sparse feature in the response.
 _SPARSE_NUMBERS = 1024
+# Numbers whose text takes less time than handing them to a thread.
+_QUICK_NUMBERS = 1 << 15
 TEI_PATHS = frozenset(
     ("/", "/embed", "/embed_sparse", "/predict", "/similarity", "/tokenize", "/decode")
 )
@@ -118,13 +121,16 @@ class Routes:
         lists = {"input": body.input}
         answer_bytes = _NUMBER_BYTES * size * len(body.input)
         result = await self._service.compute(request, model, lists, (), reading, answer_bytes)
-        features = _shortened(result.values, body.dimensions, body.normalized)
-        rows = _encoded(features, body.encoding_format)
-        data = [
-            {"object": "embedding", "index": index, "embedding": row}
-            for index, row in enumerate(rows)
-        ]
-        return _answer(result, {"object": "list", "data": data, **common_fields(result, body)})
+
+        def content() -> dict[str, Any]:
+            features = _shortened(result.values, body.dimensions, body.normalized)
+            data = [
+                {"object": "embedding", "index": index, "embedding": row}
+                for index, row in enumerate(_encoded(features, body.encoding_format))
+            ]
+            return {"object": "list", "data": data, **_fields(result, body)}
+
+        return await self._answer(request, result, content)
 
     async def cohere_embed(self, request: Request, body: schema.EmbedRequest) -> Response:
         """Embed texts or images in Cohere's form; int8 and uint8 scale numbers from [-1, 1], binary packs signs."""
@@ -147,22 +153,23 @@ class Routes:
         types = body.embedding_types or ["float"]
         answer_bytes = _NUMBER_BYTES * size * len(items) * len(types)
         result = await self._service.compute(request, model, lists, (), reading, answer_bytes)
-        features = _shortened(result.values, body.output_dimension)
         version = request.url.path[2]
-        embeddings: Any = {name: _encoded(features, name) for name in types}
-        form = "embeddings_by_type"
-        if body.embedding_types is None and version == "1":
-            embeddings, form = embeddings["float"], "embeddings_floats"
-        content = {
-            "response_type": form,
-            "embeddings": embeddings,
-            "texts": [item for item in items if isinstance(item, str)],
-            "meta": {
-                "api_version": {"version": version},
-                "billed_units": {"input_tokens": result.work.tokens},
-            },
-        }
-        return _answer(result, {**content, **common_fields(result, body)})
+
+        def content() -> dict[str, Any]:
+            features = _shortened(result.values, body.output_dimension)
+            embeddings: Any = {name: _encoded(features, name) for name in types}
+            form = "embeddings_by_type"
+            if body.embedding_types is None and version == "1":
+                embeddings, form = embeddings["float"], "embeddings_floats"
+            return {
+                "response_type": form,
+                "embeddings": embeddings,
+                "texts": [item for item in items if isinstance(item, str)],
+                "meta": _meta(version, input_tokens=result.work.tokens),
+                **_fields(result, body),
+            }
+
+        return await self._answer(request, result, content)
 
     async def rerank(self, request: Request, body: schema.RerankRequest) -> Response:
         """Order documents by their relevance to a query.
@@ -173,42 +180,48 @@ class Routes:
         Otherwise items are compared by their features: cosine similarity, mapped from [-1, 1] to
         [0, 1]. X-FM needs documents of one kind, because the two scores are not comparable.
         """
-        request.state.is_tei = body.is_tei
+        is_tei = request.state.is_tei = body.texts is not None
+        documents = body.texts or body.documents or []
         model = self._service.choose(body.model, "rank", "compare")
         side = "left" if body.truncation_direction.lower() == "left" else "right"
         scoring: Scoring | None = "logit" if body.raw_scores else None
         reading = Reading(
             "query", "document", body.prompt_name, body.truncate is not False, side, scoring=scoring
         )
-        name = "texts" if body.is_tei else "documents"
-        lists = {"query": [body.query], name: body.documents}
-        pairs = tuple((0, index) for index in range(1, 1 + len(body.documents)))
+        name = "texts" if is_tei else "documents"
+        lists = {"query": [body.query], name: documents}
+        pairs = tuple((0, index) for index in range(1, 1 + len(documents)))
         echo = body.return_documents or body.return_text
         answer_bytes = _ECHO_COPIES * request.state.account.received if echo else 0
         result = await self._service.compute(request, model, lists, pairs, reading, answer_bytes)
         scores = result.values
         order = np.argsort(-scores, kind="stable").tolist()[: body.top_n]
         values = scores.tolist()
-        if body.is_tei:
+        if is_tei:
             ranks: list[dict[str, Any]] = [
                 {"index": index, "score": values[index]} for index in order
             ]
             if echo:
                 for rank in ranks:
-                    rank["text"] = body.documents[rank["index"]]
-            return _answer(result, ranks)
+                    rank["text"] = documents[rank["index"]]
+            return await self._answer(request, result, lambda: ranks)
         results: list[dict[str, Any]] = [
             {"index": index, "relevance_score": values[index]} for index in order
         ]
         if echo:
             for row in results:
-                item = body.documents[row["index"]]
+                item = documents[row["index"]]
                 row["document"] = (
                     {"image": item.image} if isinstance(item, ImageItem) else {"text": item}
                 )
-        fields = common_fields(result, body, scoring=True)
-        fields["meta"] = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
-        return _answer(result, {"object": "list", "results": results, **fields})
+        fields = _fields(result, body, scoring=True)
+        content = {
+            "object": "list",
+            "results": results,
+            "meta": _meta("2", search_units=1),
+            **fields,
+        }
+        return await self._answer(request, result, lambda: content)
 
     async def score(self, request: Request, body: schema.ScoreRequest) -> Response:
         """Score pairs: one item with many, or two lists of equal length; a cross-encoder as its `predict` does."""
@@ -223,14 +236,16 @@ class Routes:
         pairs = tuple((index if first > 1 else 0, first + index) for index in range(second))
         reading = Reading(prompt=body.prompt_name, scoring="activation")
         result = await self._service.compute(request, model, lists, pairs, reading)
-        data = [
-            {"object": "score", "index": index, "score": score}
-            for index, score in enumerate(result.values.tolist())
-        ]
-        fields = common_fields(result, body, scoring=True)
-        return _answer(
-            result, {"object": "list", "created": int(time.time()), "data": data, **fields}
-        )
+        content = {
+            "object": "list",
+            "created": int(time.time()),
+            "data": [
+                {"object": "score", "index": index, "score": score}
+                for index, score in enumerate(result.values.tolist())
+            ],
+            **_fields(result, body, scoring=True),
+        }
+        return await self._answer(request, result, lambda: content)
 
     async def embed(self, request: Request, body: schema.TeiEmbedRequest) -> Response:
         """Embed texts in TEI's form: a list of features."""
@@ -244,8 +259,11 @@ class Routes:
             _tei_reading(body, normalise=body.normalize),
             _NUMBER_BYTES * size * len(body.inputs),
         )
-        features = _shortened(result.values, body.dimensions, body.normalize)
-        return _answer(result, features.tolist())
+
+        def content() -> list[list[float]]:
+            return _shortened(result.values, body.dimensions, body.normalize).tolist()
+
+        return await self._answer(request, result, content)
 
     async def embed_sparse(self, request: Request, body: schema.TeiEmbedRequest) -> Response:
         """Embed texts as sparse features in TEI's form: for each the indices of its entries and their values."""
@@ -254,12 +272,16 @@ class Routes:
         result = await self._service.compute(
             request, model, {"inputs": body.inputs}, (), _tei_reading(body), answer_bytes
         )
-        data = []
-        for row in result.values:
-            (indices,) = row.nonzero()
-            entries = zip(indices.tolist(), row[indices].tolist(), strict=True)
-            data.append([{"index": index, "value": value} for index, value in entries])
-        return _answer(result, data)
+
+        def content() -> list[list[dict[str, Any]]]:
+            data = []
+            for row in result.values:
+                (indices,) = row.nonzero()
+                entries = zip(indices.tolist(), row[indices].tolist(), strict=True)
+                data.append([{"index": index, "value": value} for index, value in entries])
+            return data
+
+        return await self._answer(request, result, content)
 
     async def predict(self, request: Request, body: schema.TeiPredictRequest) -> Response:
         """Classify texts or pairs of texts in TEI's form: for each the labels and their scores, best first."""
@@ -279,7 +301,7 @@ class Routes:
         for row in result.values.reshape(len(items), -1).tolist():
             scores = sorted(zip(row, model.labels, strict=True), reverse=True)
             data.append([{"score": score, "label": label} for score, label in scores])
-        return _answer(result, data if is_batch else data[0])
+        return await self._answer(request, result, lambda: data if is_batch else data[0])
 
     async def similarity(self, request: Request, body: schema.TeiSimilarityRequest) -> Response:
         """Compare sentences with one by the cosine similarity of their features, in TEI's form."""
@@ -287,10 +309,9 @@ class Routes:
         sentences = body.inputs.sentences
         lists = {"source_sentence": [body.inputs.source_sentence], "sentences": sentences}
         pairs = tuple((0, index) for index in range(1, 1 + len(sentences)))
-        parameters = body.parameters
-        reading = _tei_reading(parameters)
+        reading = _tei_reading(body.parameters)
         result = await self._service.compute(request, model, lists, pairs, reading)
-        return _answer(result, (2 * result.values - 1).tolist())
+        return await self._answer(request, result, lambda: (2 * result.values - 1).tolist())
 
     async def tokenize(self, request: Request, body: schema.TeiTokenizeRequest) -> Response:
         """Tokenise whole texts in TEI's form; `start` and `stop` count characters."""
@@ -317,6 +338,20 @@ class Routes:
             self._service.threads, model.texts_of, lists, body.skip_special_tokens
         )
         return Response(to_json(data), media_type="application/json")
+
+    async def _answer(
+        self, request: Request, result: Result, content: Callable[[], Any]
+    ) -> Response:
+        """Make the answer, in a thread if it is long."""
+        headers = {"x-compute-tokens": str(result.work.tokens)}
+        if result.truncated:
+            headers["x-truncated-inputs"] = str(len(result.truncated))
+        if result.values.size > _QUICK_NUMBERS:
+            account: Account = request.state.account
+            encoded = await account.run(self._service.threads, lambda: to_json(content()))
+        else:
+            encoded = to_json(content())
+        return Response(encoded, headers=headers, media_type="application/json")
 
     def _with_tokenizer(self, name: str | None) -> LibraryModel:
         candidates = self._service.candidates(name)
@@ -438,7 +473,12 @@ def _predicted(inputs: Any) -> tuple[list[list[str]], bool]:
     )
 
 
-def common_fields(result: Result, body: schema.Body, *, scoring: bool = False) -> dict[str, Any]:
+def _meta(version: str, **billed: int) -> dict[str, Any]:
+    """Return the field `meta` of Cohere's answers."""
+    return {"api_version": {"version": version}, "billed_units": billed}
+
+
+def _fields(result: Result, body: schema.Body, *, scoring: bool = False) -> dict[str, Any]:
     """Return the common fields of answers."""
     tokens = result.work.tokens
     fields: dict[str, Any] = {
@@ -453,10 +493,3 @@ def common_fields(result: Result, body: schema.Body, *, scoring: bool = False) -
     if result.model.random:
         fields["warning"] = "THE WEIGHTS ARE RANDOM: these results mean nothing"
     return fields
-
-
-def _answer(result: Result, content: Any) -> Response:
-    headers = {"x-compute-tokens": str(result.work.tokens)}
-    if result.truncated:
-        headers["x-truncated-inputs"] = str(len(result.truncated))
-    return Response(to_json(content), headers=headers, media_type="application/json")

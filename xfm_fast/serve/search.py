@@ -10,23 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.resources import files
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Path, Request, Response
+from fastapi import Path, Request, Response
 from pydantic import Field
 
 from xfm_fast.errors import DataError
 from xfm_fast.search import Hit, SearchIndex, search, thumbnail
+from xfm_fast.serve.app import PAGES, PICTURE_PATH, Service
 from xfm_fast.serve.model import Reading
-from xfm_fast.serve.routes import common_fields
 from xfm_fast.serve.schema import Body, Problem, TextOrImage
 from xfm_fast.tasks.ranking import MemoryCache
 
-if TYPE_CHECKING:
-    from xfm_fast.serve.app import Service
-
-PAGES = {("GET", "/"), ("GET", "/search")}
-PICTURE_PATH = "/search/picture/"
 # Pixels of the longest side of a picture in the grid, and alone.
 _SIDES = (512, 2048)
 _CACHE_BYTES = 64 << 20
@@ -57,8 +52,9 @@ class Search:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="picture")
         self._pictures = MemoryCache(_CACHE_BYTES)
 
-    def add(self, app: FastAPI) -> None:
-        """Add all endpoints to an application."""
+    def add(self) -> None:
+        """Add all endpoints to the service."""
+        app = self._service.routes
         content = files(__package__ or "").joinpath("search.html").read_text("utf-8")
         headers = {"content-security-policy": _policy(content), "referrer-policy": "no-referrer"}
         page = Response(content, headers=headers, media_type="text/html")
@@ -96,7 +92,9 @@ class Search:
             "searched": len(self._index),
             "milliseconds": 1000 * (perf_counter() - start),
             "lost": lost,
-            **common_fields(result, body),
+            "model": self._model.name,
+            "random_weights": self._model.random,
+            "truncated": result.truncated,
         }
         # Names of files need not be Unicode.
         answer = json.dumps(content).encode()

@@ -19,6 +19,7 @@ from xfm_fast.search import open_index
 from xfm_fast.serve.app import Service
 from xfm_fast.serve.model import ServedModel, load
 from xfm_fast.serve.options import ServiceOptions, SourceOptions
+from xfm_fast.serve.search import Search
 
 _CONNECTION_LIMIT = 512
 # Connections that wait to be accepted, and those that asyncio accepts before it reads from any: far
@@ -73,7 +74,10 @@ def open_service(
         index = open_index(images, path)
     elif path is not None:
         index = open_index(path, images=images)
-    return Service([*dict.fromkeys(served.values())], options, served, index)
+    service = Service([*dict.fromkeys(served.values())], options, served)
+    if index is not None:
+        Search(service, index).add()
+    return service
 
 
 def listen(options: ServiceOptions) -> socket.socket:
