@@ -31,7 +31,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ValidationError
 
 from xfm_fast.data.collection import Entry
 from xfm_fast.errors import DataError, InputError, StorageError
-from xfm_fast.io import advice, is_plain_name, open_data, require_file
+from xfm_fast.io import advice, is_plain_name, open_data, open_to_append, require_file
 
 INDEX_FILE = "index.sqlite"
 # Rows of a checksum, and of a step of a search or a copy: 64 MB of 256 numbers.
@@ -347,7 +347,9 @@ def read_header(connection: sqlite3.Connection) -> Header:
     """Read the description of an index; raises `ValueError`, or `DataError` if there is none yet."""
     row = connection.execute("SELECT content FROM header LIMIT 1").fetchone()
     if row is None:
-        raise DataError("the index was never finished; index again, or wait for the run that writes it")
+        raise DataError(
+            "the index was never finished; index again, or wait for the run that writes it"
+        )
     return Header.model_validate(_parse(row[0]))
 
 
@@ -507,8 +509,9 @@ class Writer:
         self._written = self.header.rows
         if path.is_symlink():
             raise ValueError(f"{path.name} is a link")
-        with open(path, "r+b" if path.exists() else "xb") as file:
-            file.seek(4 * row * self.header.width)
+        with open_to_append(path) as file:
+            # What a killed writer has left.
+            file.truncate(4 * row * self.header.width)
             file.write(features.data)
             file.flush()
             os.fsync(file.fileno())
