@@ -84,6 +84,7 @@ class Work:
         tokens: Tokens of the texts and patches of the images, as read.
         truncated: Indices of the truncated items.
         normalise: See `Reading`.
+        needed: Returns whether the request goes on.
     """
 
     items: tuple[Any, ...]
@@ -92,6 +93,7 @@ class Work:
     tokens: int = 0
     truncated: tuple[int, ...] = ()
     normalise: bool = True
+    needed: Callable[[], bool] = lambda: True
 
 
 class ServedModel(ABC):
@@ -129,6 +131,11 @@ class ServedModel(ABC):
     @property
     @abstractmethod
     def dtype(self) -> str: ...
+
+    @property
+    def batch_tokens(self) -> int:
+        """Default tokens of a batch."""
+        return 4096 if self.device.type == "cpu" else 65536
 
     @property
     def cache_bytes(self) -> int:
