@@ -225,9 +225,9 @@ class LibraryModel(ServedModel):
         if reading.following is not None:
             settings.append(self._settings(reading, reading.following))
         truncated = list[int]()
-        for part in _slices([inputs[index] for index in texts]):
+        for span in _slices([inputs[index] for index in texts]):
             check()
-            indices = texts[part]
+            indices = texts[span]
             batch = [settings[0 if index == 0 else -1] for index in indices]
             prompted = [
                 _prompted(inputs[index], prompt)

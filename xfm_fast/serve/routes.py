@@ -372,18 +372,23 @@ class Routes:
         from xfm_fast import __version__
 
         options, served = self._service.options, self._service.candidates(model)[0]
-        ability, kind = served.abilities[0], dict[str, Any]()
+        ability, model_type = served.abilities[0], dict[str, Any]()
         if isinstance(served, LibraryModel) and served.labels:
             labels = {str(index): label for index, label in enumerate(served.labels)}
             name = "reranker" if ability == "rank" else "classifier"
-            kind[name] = {"id2label": labels, "label2id": {b: int(a) for a, b in labels.items()}}
+            model_type[name] = {
+                "id2label": labels,
+                "label2id": {b: int(a) for a, b in labels.items()},
+            }
         else:
-            kind["embedding"] = {"pooling": "splade" if ability == "embed_sparse" else "model"}
+            model_type["embedding"] = {
+                "pooling": "splade" if ability == "embed_sparse" else "model"
+            }
         return {
             "model_id": served.name,
             "model_sha": None,
             "model_dtype": served.dtype,
-            "model_type": kind,
+            "model_type": model_type,
             "max_concurrent_requests": options.max_queue,
             "max_input_length": served.max_tokens,
             "max_batch_tokens": self._service.batch_tokens(served),
