@@ -276,6 +276,9 @@ def test_nothing_names_a_request_after_its_answer(
                 assert client.post(url, content=body, headers=headers).status_code == 504
                 assert len(references) >= 3
                 paused.go.set()
+                # Work knows whether its request goes on.
+                assert paused.works
+                paused.works.clear()
             assert until(lambda: not any(reference() for reference in references))
         finally:
             gc.enable()
