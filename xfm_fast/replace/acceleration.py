@@ -390,7 +390,7 @@ def _plan(
     for path, module in selected.items():
         if module in never_called:
             continue
-        entry, form = _decide(path, module, settings)
+        entry, form = decide(path, module, settings, FORMS)
         if entry is None:
             continue
         weights = linear_weights(module)
@@ -433,12 +433,12 @@ def _bypassed(module: nn.Module, fused: type[Fused]) -> dict[str, nn.Module]:
     return {name: submodule for name in names if (submodule := find(module, name)) is not None}
 
 
-def _decide(
-    path: str, module: nn.Module, settings: Settings
+def decide(
+    path: str, module: nn.Module, settings: Settings, forms: Sequence[type[Fused]]
 ) -> tuple[Entry | None, type[Fused] | None]:
     """Return the first form that accepts a module with its entry; else the first refusal's entry."""
     refused = None
-    for form in FORMS:
+    for form in forms:
         if not form.recognises(module):
             continue
         reason = form.refusal(module, settings)
