@@ -289,7 +289,12 @@ def keep_results(manifest: Manifest, folder: Path, model: Any, samples: Samples)
     tensors: dict[str, Tensor] = {}
     rounding: dict[str, float] = {}
     for record in manifest.graphs:
-        if record.inputs[0].name == "pixel_values":
+        is_image = record.inputs[0].name == "pixel_values"
+        if not (samples.images if is_image else samples.texts):
+            raise InputError(
+                f"there is nothing to compare {record.name} on; give {'images' if is_image else 'texts'} too"
+            )
+        if is_image:
             stored = {"pixel_values": model.preprocess([*samples.images])["pixel_values"]}
         else:
             texts = bytearray(json.dumps([*samples.texts]).encode())

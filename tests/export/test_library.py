@@ -17,8 +17,10 @@ from torch import Tensor
 from tests.cli.runner import invoke
 from tests.export.conftest import once
 from tests.library_models import write_clip, write_embedder, write_reranker, write_sparse
+from xfm_fast import testing
+from xfm_fast.cli.export import load_samples
 from xfm_fast.encoders import LibraryEncoder, open_encoder
-from xfm_fast.errors import CheckpointError, ExportError, InputError, UnavailableError
+from xfm_fast.errors import CheckpointError, DataError, ExportError, InputError, UnavailableError
 from xfm_fast.export import Session, export_onnx, onnx, verify
 from xfm_fast.export.expected import Reference, keep_reference
 from xfm_fast.export.manifest import Manifest, record_files
@@ -251,6 +253,29 @@ def test_two_towers(tmp_path: Path) -> None:
     images = [Image.fromarray(image) for image in pixels]
     assert_close(fast.run(fast.prepare(images)), plain.encode(images))
     assert_close(fast.run(fast.prepare(TEXTS)), plain.encode(TEXTS))
+
+
+def test_towers_need_images_to_be_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_clip(tmp_path / "clip")
+    (tmp_path / "texts.txt").write_text("a red circle\na cross\n")
+    monkeypatch.setattr(onnx, "write_onnx", _write_nothing)
+    output = run(path, "--out", tmp_path / "out", "--data", tmp_path / "texts.txt", expect=2)
+    assert "nothing to compare image_encoder on; give images too" in output
+    assert not (tmp_path / "out").exists()
+
+
+def _write_nothing(graph: Any, path: Path, *_: Any, **__: Any) -> list[Path]:
+    path.write_bytes(b"")
+    return [path]
+
+
+def test_samples_without_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise DataError("no photographs")
+
+    monkeypatch.setattr(testing, "bundled", missing)
+    texts, images, origin = load_samples(None)
+    assert (len(texts) >= 48, len(images), origin) == (True, 1, "captions")
 
 
 def test_sparse_encoders(tmp_path: Path) -> None:

@@ -254,29 +254,28 @@ def load_samples(data: Path | None) -> tuple[list[str], list[Image], str]:
 
     if data is not None and data.suffix == ".txt":
         try:
-            lines = read_bytes(data, MOST_JSON_BYTES).decode().splitlines()
+            lines = read_bytes(data, MOST_JSON_BYTES).decode().split("\n")
         except (OSError, ValueError) as error:
             raise DataError(
                 f"{data} cannot be read ({error}); give UTF-8 text, a text per line"
             ) from None
-        texts = [line for line in map(str.strip, lines) if line]
+        texts = [line.strip() for line in lines if line.strip()]
         if len(texts) < 2:
             raise DataError(f"{data} holds {len(texts)} texts; give two or more, one per line")
         return texts[:_TEXTS], [], data.name
     try:
         pictures = testing.bundled() if data is None else testing.from_files(data)
-    except DataError:
+    except DataError as error:
         if data is not None:
             raise
-        captions = [
-            text for photo in testing.captions_table()["photos"] for text in photo["captions"]
-        ]
-        return captions[:_TEXTS], [], "captions"
-    return (
-        pictures.texts(min(len(pictures.captions), _TEXTS)),
-        pictures.images[:_PHOTOS],
-        "captions",
-    )
+        from PIL import Image
+
+        note(f"images are compared on noise, not photographs: {error}")
+        noise = Image.effect_noise((224, 224), 64).convert("RGB")
+        photos = testing.captions_table()["photos"]
+        return [text for photo in photos for text in photo["captions"]], [noise], "captions"
+    texts = pictures.texts(min(len(pictures.captions), _TEXTS))
+    return texts, pictures.images[:_PHOTOS], "captions"
 
 
 def load_examples(
