@@ -17,14 +17,22 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal  # noqa: F401, for inherited annotations
 
-from xfm_fast.config import MODEL_TYPE
+from annotated_types import Ge, Le  # noqa: F401, cyclopts resolves those of EncoderSource here
+
 from xfm_fast.errors import CheckpointError, InputError, UnavailableError, needs
 from xfm_fast.export.manifest import Manifest
 from xfm_fast.export.request import USES, Use
 from xfm_fast.io import read_json
-from xfm_fast.loading import Opened, Source, local_path, open_model, open_session
+from xfm_fast.loading import (
+    EncoderSource,
+    Opened,
+    Source,
+    local_path,
+    open_model,
+    open_session,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -41,17 +49,6 @@ Role = Literal["query", "document"]
 _TRANSFORM_VERSION = 2
 _FEATURE_WEIGHTS = ("vision_encoder.", "vision_proj.", "text_encoder.roberta.", "text_proj.")
 _CLASSES: dict[Use, str] = {use: name for name, use in USES.items()}
-
-
-@dataclass(frozen=True)
-class EncoderSource(Source):
-    """A model that embeds or ranks.
-
-    Attributes:
-        accelerate: Fused layers in place of the library's, with the same results.
-    """
-
-    accelerate: bool = True
 
 
 class Encoder(ABC):
@@ -197,7 +194,8 @@ class LibraryEncoder(Encoder):
                 name: value.to(self.device) if isinstance(value, torch.Tensor) else value
                 for name, value in inputs.items()
             }
-            features = self.model(inputs)["sentence_embedding"]
+            output = "scores" if self.use == "ranking" else "sentence_embedding"
+            features = self.model(inputs)[output]
             if getattr(self.model, "truncate_dim", None):
                 features = features[..., : self.model.truncate_dim]
             features = features.float()
@@ -316,6 +314,8 @@ def is_library_model(source: Source) -> bool:
 
     Of a name on the Hub, only the small configuration is downloaded.
     """
+    from xfm_fast.config import MODEL_TYPE
+
     if source.model is None or source.is_export:
         return False
     path = local_path(source.model)
