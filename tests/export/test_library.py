@@ -344,6 +344,10 @@ def test_a_model_that_cannot_be_traced_is_reported(
     assert [*tmp_path.iterdir()] == []
 
 
+def test_an_export_is_not_exported_again(exported: Path, tmp_path: Path) -> None:
+    assert "is an export" in run(exported, "--out", tmp_path / "out", expect=2)
+
+
 def test_models_that_no_graph_replaces_are_refused(tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding

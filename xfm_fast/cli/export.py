@@ -149,7 +149,7 @@ def export(
         # The builder's own messages.
         logging.basicConfig(format="%(message)s")
         logging.getLogger("xfm_fast.export").setLevel(logging.DEBUG)
-    if is_library_model(source):
+    if is_library_model(source) and not source.is_export:
         return _export_library(source, out, request, exporter, options.data)
     if options.data is not None:
         # Validate before a checkpoint is read.
