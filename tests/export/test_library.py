@@ -17,10 +17,8 @@ from torch import Tensor
 from tests.cli.runner import invoke
 from tests.export.conftest import once
 from tests.library_models import write_clip, write_embedder, write_reranker, write_sparse
-from xfm_fast import testing
-from xfm_fast.cli.export import load_samples
 from xfm_fast.encoders import LibraryEncoder, open_encoder
-from xfm_fast.errors import CheckpointError, DataError, ExportError, InputError, UnavailableError
+from xfm_fast.errors import CheckpointError, ExportError, InputError, UnavailableError
 from xfm_fast.export import Session, export_onnx, onnx, verify
 from xfm_fast.export.expected import Reference, keep_reference
 from xfm_fast.export.manifest import Manifest, record_files
@@ -106,7 +104,7 @@ def test_an_export_is_the_folder_that_other_programs_read(embedder: Path, export
     assert files == {
         "onnx/model.onnx", "1_Pooling/config.json", "2_Normalize/config.json", "README.md", "config.json",
         "config_sentence_transformers.json", "manifest.json", "modules.json", "reference.safetensors",
-        "sentence_bert_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
+        "sentence_bert_config.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     content = {name: json.loads((exported / name).read_text()) for name in files if "json" in name}
     types = [module["type"] for module in content["modules.json"]]
@@ -255,29 +253,6 @@ def test_two_towers(tmp_path: Path) -> None:
     assert_close(fast.run(fast.prepare(TEXTS)), plain.encode(TEXTS))
 
 
-def test_towers_need_images_to_be_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_clip(tmp_path / "clip")
-    (tmp_path / "texts.txt").write_text("a red circle\na cross\n")
-    monkeypatch.setattr(onnx, "write_onnx", _write_nothing)
-    output = run(path, "--out", tmp_path / "out", "--data", tmp_path / "texts.txt", expect=2)
-    assert "nothing to compare image_encoder on; give images too" in output
-    assert not (tmp_path / "out").exists()
-
-
-def _write_nothing(graph: Any, path: Path, *_: Any, **__: Any) -> list[Path]:
-    path.write_bytes(b"")
-    return [path]
-
-
-def test_samples_without_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> None:
-        raise DataError("no photographs")
-
-    monkeypatch.setattr(testing, "bundled", missing)
-    texts, images, origin = load_samples(None)
-    assert (len(texts) >= 48, len(images), origin) == (True, 1, "captions")
-
-
 def test_sparse_encoders(tmp_path: Path) -> None:
     path = write_sparse(tmp_path / "sparse")
     run(path, "--out", tmp_path / "out")
@@ -299,7 +274,7 @@ def test_sparse_encoders(tmp_path: Path) -> None:
         (["--dtype", "int8"], "use fp32, fp16 or bf16"),
         (["--fixed", "length=4000"], "exceeds the 48 positions"),
         (["--fixed", "texts=4"], "axis 'texts' cannot be fixed"),
-        (["--data", "missing.txt"], "missing.txt cannot be read"),
+        (["--data", "missing"], "missing"),
         (["--sm", "80"], "--sm"),
     ],
 )
@@ -404,18 +379,6 @@ def test_modules_of_strangers_are_not_imported(
     with pytest.raises(CheckpointError, match="cannot be opened"):
         open_encoder(str(copy))
     assert "hostile_module" not in sys.modules
-
-
-def test_texts_of_a_file_are_compared(embedder: Path, tmp_path: Path) -> None:
-    (tmp_path / "texts.txt").write_text(
-        "a red circle\n\n  a cross \ntwo squares\n", encoding="utf-8"
-    )
-    run(embedder, "--out", tmp_path / "out", "--data", tmp_path / "texts.txt")
-    assert "of texts.txt" in Manifest.load(tmp_path / "out").examples
-    (tmp_path / "latin.txt").write_bytes(b"\xe4\n\xf6\n")
-    assert "give UTF-8" in run(
-        embedder, "--out", tmp_path / "no", "--data", tmp_path / "latin.txt", expect=2
-    )
 
 
 def test_neighbours_are_counted_with_and_without_ties() -> None:
