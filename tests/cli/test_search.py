@@ -164,8 +164,10 @@ def test_workers_and_torchrun_make_the_index_of_one_process(folder: Path, tmp_pa
         found = features_of(place)
         assert found.keys() == expected.keys()
         for name, feature in found.items():
-            pair = (np.frombuffer(content, np.float32) for content in (feature, expected[name]))
-            np.testing.assert_allclose(*pair, atol=1e-6)
+            actual, reference = (
+                np.frombuffer(content, np.float32) for content in (feature, expected[name])
+            )
+            np.testing.assert_allclose(actual, reference, atol=1e-6)
 
 
 @pytest.mark.slow
