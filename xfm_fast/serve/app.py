@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,10 @@ _SOON, _LATER, _CLOSE = {"retry-after": "1"}, {"retry-after": "5"}, {"connection
 _HOST = re.compile(r"(?:\[([^\[\]]*)\]|([^\[\]:]*))(?::\d*)?")
 # Paths without a key: probes of a supervisor.
 _OPEN_PATHS = ("/health", "/ready")
+PAGES = {("GET", "/"), ("GET", "/search")}
+"""Requests without a key for a page without data."""
+PICTURE_PATH = "/search/picture/"
+"""Path of requests of GET that take time and memory."""
 
 Items = Sequence[tuple[str, Item]]
 """Items of a request, with their names in errors."""
@@ -87,6 +91,7 @@ class Service:
         names: The model of each name in requests. [by `ServedModel.name`]
 
     Attributes:
+        routes: Its routes, to which others may be added.
         app: The application. It answers 503 until `warm_up`, which its first request begins.
     """
 
@@ -103,7 +108,7 @@ class Service:
         self.active: set[Account] = set()
         self.warmed_up = False
         self._warming: asyncio.Task[None] | None = None
-        self._batch_thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self.batch_thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         metrics = Metrics(self)
         self.batchers = {
             model: Batcher(
@@ -111,13 +116,14 @@ class Service:
                 self.batch_tokens(model),
                 coming=lambda: sum(not account.submitted for account in self.active),
                 observe=metrics.batch_observer(model),
-                thread=self._batch_thread,
+                thread=self.batch_thread,
             )
             for model in self.models
         }
         self.threads = ThreadPoolExecutor(8, thread_name_prefix="request")
         self._web = web_client() if options.allow_urls else None
-        self.app: ASGIApp = _Gate(self, self._application(metrics), metrics)
+        self.routes = self._application(metrics)
+        self.app: ASGIApp = _Gate(self, self.routes, metrics)
 
     def batch_tokens(self, model: ServedModel) -> int:
         """Return the budget of a batch of a model."""
@@ -133,12 +139,12 @@ class Service:
     async def _warm_up(self) -> None:
         for model in self.models:
             loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._batch_thread, model.warm_up)
+            await loop.run_in_executor(self.batch_thread, model.warm_up)
         self.warmed_up = True
 
     def close(self) -> None:
         """End the threads after their current work."""
-        self._batch_thread.shutdown(wait=False, cancel_futures=True)
+        self.batch_thread.shutdown(wait=False, cancel_futures=True)
         self.threads.shutdown(wait=False, cancel_futures=True)
 
     def _application(self, metrics: Metrics) -> FastAPI:
@@ -332,8 +338,11 @@ class _Gate:
         self._service, self._options = service, service.options
         self._loopback = self._options.loopback
         self._app, self._metrics = app, metrics
-        self._paths = {getattr(route, "path", "") for route in app.routes}
         self._counters: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
+
+    @cached_property
+    def _paths(self) -> set[str]:
+        return {getattr(route, "path", "") for route in self._app.routes}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -351,11 +360,11 @@ class _Gate:
             await send(message)
 
         try:
-            self._check_head(headers, scope["path"])
+            self._check_head(headers, scope)
             if not self._service.warmed_up and scope["path"] != "/health":
                 self._service.warm_up()
                 raise Problem(503, "the models are warming up; ask again in a second", _SOON)
-            if scope["method"] == "POST":
+            if scope["method"] == "POST" or scope["path"].startswith(PICTURE_PATH):
                 await self._answer_within_limits(scope, headers, receive, count)
             else:
                 await self._app(scope, receive, count)
@@ -374,7 +383,7 @@ class _Gate:
             requests.inc()
             seconds.observe(time.perf_counter() - started)
 
-    def _check_head(self, headers: Headers, path: str) -> None:
+    def _check_head(self, headers: Headers, scope: Scope) -> None:
         """Raise `Problem` 403 for a request of another site, and 401 for one without the key."""
         if self._loopback:
             # DNS rebinding: a web page may resolve its own name to this machine and speak for the
@@ -386,8 +395,8 @@ class _Gate:
                     403,
                     f"host {host[:100]!r} is not this machine, and the service listens on loopback only",
                 )
-        key = self._options.api_key
-        if key is None or path in _OPEN_PATHS:
+        key, path = self._options.api_key, scope["path"]
+        if key is None or path in _OPEN_PATHS or (scope["method"], path) in PAGES:
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
         matches = secrets.compare_digest(token.strip().encode(), key.encode())
@@ -402,7 +411,7 @@ class _Gate:
         active, seconds = self._service.active, self._options.timeout
         self._check_queue()
         content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if content_type != "application/json":
+        if scope["method"] == "POST" and content_type != "application/json":
             # Browsers send JSON to other sites only where CORS permits it, and this service never
             # does.
             raise Problem(
