@@ -201,7 +201,8 @@ class LibraryEncoder(Encoder):
                 name: value.to(self.device) if isinstance(value, torch.Tensor) else value
                 for name, value in inputs.items()
             }
-            features = self.model(inputs)["sentence_embedding"]
+            output = "scores" if self.use == "ranking" else "sentence_embedding"
+            features = self.model(inputs)[output]
             if getattr(self.model, "truncate_dim", None):
                 features = features[..., : self.model.truncate_dim]
             features = features.float()

@@ -31,6 +31,7 @@ from xfm_fast.serve import ServiceOptions, SourceOptions
 
 if TYPE_CHECKING:
     from xfm_fast.serve import Service
+    from xfm_fast.serve.work import Batcher
 
 SECONDS = 60.0
 CAPTIONS = [
@@ -121,6 +122,11 @@ class Running:
     service: Service
     port: int
 
+    @property
+    def batcher(self) -> Batcher:
+        """The batcher of the first model."""
+        return self.service.batchers[self.service.models[0]]
+
     def post(self, path: str, content: Any, headers: dict[str, str] | None = None) -> Any:
         """Post a body, or values as JSON."""
         return post(
@@ -157,6 +163,7 @@ def running(service: Service) -> Iterator[Running]:
         thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
         thread.start()
         try:
+            assert until(lambda: service.warmed_up)
             yield Running(service, sock.getsockname()[1])
         finally:
             server.should_exit = True
@@ -185,7 +192,8 @@ def process(
     ) as begun:
         try:
             assert begun.stdout is not None
-            line = begun.stdout.readline()
+            # The lines before it describe the models.
+            line = next((line for line in begun.stdout if line.startswith("serving")), "")
             match = re.search(r"http://127\.0\.0\.1:(\d+)", line)
             assert match, line + (begun.stderr.read() if begun.stderr and not line else "")
             yield begun, int(match[1])
@@ -233,9 +241,13 @@ def start(weights: Path) -> Start:
         service_options = replace(ServiceOptions(port=0, timeout=20, cache_mb=64), **options)
         return running(
             Service(
-                load(
-                    folder, SourceOptions(device="cpu", rank=rank), service_options.cache_mb << 20
-                ),
+                [
+                    load(
+                        folder,
+                        SourceOptions(device="cpu", rank=rank),
+                        service_options.cache_mb << 20,
+                    )
+                ],
                 service_options,
             )
         )

@@ -212,7 +212,7 @@ def test_probes_models_metrics_and_docs(served: Running) -> None:
     }
     assert served.get("/ready").json() == {"status": "ready"}
     (listed,) = served.get("/v1/models").json()["data"]
-    assert (listed["id"], listed["heads"]) == ("tiny-xfm", ["contrastive", "matching"])
+    assert (listed["id"], listed["abilities"]) == ("tiny-xfm", ["embed", "rank", "compare"])
     served.post("/v1/rerank", {"query": "a red circle", "documents": [image(7)]})
     text = served.get("/metrics").content.decode()
     for line in (

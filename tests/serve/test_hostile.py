@@ -203,7 +203,7 @@ def test_the_ledger_counts_what_requests_hold(start: Start, name: str) -> None:
     """In the model, in its queue, and once their clients have left."""
     bodies = [raw("/v1/rerank", HEAVY[name](index)) for index in range(5)]
     with start(memory_mb=1024, timeout=60) as service, ExitStack() as stack:
-        ledger, batcher = service.service.ledger, service.service.batcher
+        ledger, batcher = service.service.ledger, service.batcher
         # What is made once, is made before.
         assert service.post("/v1/rerank", HEAVY[name](9)).status_code == 200
         paused = Paused(service)

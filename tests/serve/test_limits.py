@@ -61,7 +61,7 @@ def huge_png(side: int) -> dict[str, Any]:
         (huge_png(400), 422, "documents[0]"),
         (with_image("http://169.254.169.254/latest/meta-data"), 422, "--allow-urls"),
         ({"input": [[1, 2]]}, 422, "token ids"),
-        ({"input": "a", "dimensions": 5}, 422, "dimensions=5"),
+        ({"input": "a", "dimensions": 5000}, 422, "dimensions=5000"),
         ({"text_1": ["a", "b"], "text_2": ["c"]}, 422, "text_1 has 2"),
     ],
 )
@@ -172,8 +172,8 @@ class Paused:
 
     def __init__(self, service: Running) -> None:
         self.begun, self.go, self.works = threading.Event(), threading.Event(), list[Work]()
-        self._answer = service.service.batcher.run
-        service.service.batcher.run = self
+        self._answer = service.batcher.run
+        service.batcher.run = self
 
     def __call__(self, works: Sequence[Work]) -> Sequence[Any]:
         self.works += works
@@ -222,7 +222,7 @@ def test_decoding_ends_with_the_request(start: Start, monkeypatch: pytest.Monkey
         monkeypatch.setattr(ranking, "load_image", slow)
         assert service.post("/v1/rerank", body).status_code == 504
         assert until(lambda: not service.service.ledger.used)
-        assert until(lambda: len(service.service.batcher) == 0)
+        assert until(lambda: len(service.batcher) == 0)
         assert service.get("/health").status_code == 200
     assert 0 < len(seen) < 60
 
@@ -234,11 +234,11 @@ def test_work_of_a_client_that_left_is_not_begun(start: Start) -> None:
         assert paused.begun.wait(60)
         with service.connect() as sock:
             sock.sendall(raw("/v1/rerank", json.dumps(GOOD).encode()))
-            assert until(lambda: len(service.service.batcher) == 1)
+            assert until(lambda: len(service.batcher) == 1)
         assert until(lambda: b"xfm_active_requests 1.0" in service.get("/metrics").content)
         paused.go.set()
         assert first.result().status_code == 200
-        assert until(lambda: not len(service.service.batcher))
+        assert until(lambda: not len(service.batcher))
         assert len(paused.works) == 1
         still_good(service)
 
@@ -252,7 +252,7 @@ def test_a_damaged_image_fails_only_its_own_request(start: Start) -> None:
         first = threads.submit(service.post, "/v1/rerank", GOOD)
         assert paused.begun.wait(60)
         replies = [threads.submit(service.post, "/v1/rerank", content) for content in body]
-        assert until(lambda: len(service.service.batcher) == 3)
+        assert until(lambda: len(service.batcher) == 3)
         paused.go.set()
         assert [reply.result().status_code for reply in (first, *replies)] == [200, 200, 422, 200]
         # The three were computed together.
@@ -262,7 +262,7 @@ def test_a_damaged_image_fails_only_its_own_request(start: Start) -> None:
 def test_an_internal_error_is_500(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         # `None` is no function.
-        patched.setattr(served.service.batcher, "run", None)
+        patched.setattr(served.batcher, "run", None)
         reply = served.post("/v1/rerank", GOOD)
         assert reply.status_code == 500
         assert "TypeError" in reply.json()["message"]

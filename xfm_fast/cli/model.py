@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from xfm_fast.cli.console import note
-from xfm_fast.cli.options import Flat, Model, named
+from xfm_fast.cli.options import Flat, named
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.loading import Weights
 from xfm_fast.serve.options import ServiceOptions, SourceOptions
@@ -19,17 +19,22 @@ from xfm_fast.serve.options import ServiceOptions, SourceOptions
 if TYPE_CHECKING:
     import socket
 
-    from xfm_fast.serve import ServedModel
+    from xfm_fast.serve import Service
 
 
 def serve(
-    model: Model = None,
-    /,
-    *,
+    *models: Annotated[
+        str,
+        Parameter(
+            name="MODEL",
+            help="Models of sentence-transformers or transformers, or X-FM: folders, names on the Hugging Face Hub, "
+            "runs, official checkpoint files or exports; a single one is the same as --model.",
+        ),
+    ],
     source: Flat[SourceOptions] = SourceOptions(),
     options: Flat[ServiceOptions] = ServiceOptions(),
 ) -> None:
-    """Serve a model over HTTP: /v1/rerank, /v1/embeddings and /v1/score, for clients of Cohere and OpenAI.
+    """Serve models over HTTP: embed, rerank, score and classify, for clients of OpenAI, Cohere, Jina and TEI.
 
     It listens on this machine only unless --host is given, and shuts down cleanly on SIGTERM. /docs
     describes the API.
@@ -52,22 +57,28 @@ def serve(
             f"WITHOUT AN API KEY, anyone who reaches {options.host} can use this service; set XFM_API_KEY"
         )
 
-    source = named(model, source)
+    if len(models) < 2:
+        source = named(models[0] if models else None, source)
+        models = ()
+    elif source.model is not None:
+        raise InputError(f"{', '.join(models)} and --model {source.model}; leave out --model")
 
-    def loaded(model: ServedModel, sock: socket.socket) -> None:
-        if model.random:
-            note(
-                f"THE WEIGHTS ARE RANDOM ({model.source}): results mean nothing. Give a trained model"
-            )
+    def loaded(service: Service, sock: socket.socket) -> None:
+        for name, model in service.names.items():
+            if model.random:
+                note(
+                    f"THE WEIGHTS ARE RANDOM ({model.source}): results mean nothing. Give a trained model"
+                )
+            print(f"{name}: {', '.join(model.abilities)} ({model.source})")
         memory = (
             f"{options.memory_mb:,} MB for requests, {options.cache_mb:,} MB for image memories"
         )
         print(
-            f"serving {model.name} on {address(sock)} (see /docs), with {memory}; stop with Ctrl-C",
+            f"serving {', '.join(service.names)} on {address(sock)} (see /docs), with {memory}; stop with Ctrl-C",
             flush=True,
         )
 
-    run(source, options, loaded)
+    run(source, options, loaded, models)
     # Worker threads may still run, and libraries take seconds to unload.
     sys.stdout.flush()
     sys.stderr.flush()

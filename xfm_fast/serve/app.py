@@ -1,15 +1,14 @@
-"""The HTTP application: endpoints, limits, metrics, and the path of a request to the model and back."""
+"""The HTTP application: limits, metrics, and the path of a request to a model and back."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import re
 import secrets
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request, Response, Security
@@ -28,25 +27,26 @@ from xfm_fast.io import advice
 from xfm_fast.memory import resident_bytes
 from xfm_fast.serve import schema
 from xfm_fast.serve.images import check_image, decode_base64, fetch, is_url, web_client
-from xfm_fast.serve.model import Input, ServedModel, Work
-from xfm_fast.serve.options import ServiceOptions, is_loopback
-from xfm_fast.serve.schema import (
-    MAX_INPUTS,
-    EmbeddingsRequest,
-    Item,
-    Problem,
-    RerankRequest,
-    ScoreRequest,
+from xfm_fast.serve.model import (
+    Ability,
+    Content,
+    Pairs,
+    Reading,
+    Scoring,
+    ServedModel,
+    TooLongError,
+    Work,
 )
+from xfm_fast.serve.options import ServiceOptions, is_loopback
+from xfm_fast.serve.routes import TEI_PATHS, Routes
+from xfm_fast.serve.schema import MAX_INPUTS, ImageItem, Item, Problem
 from xfm_fast.serve.work import Account, Batcher, Ledger
-from xfm_fast.tasks.ranking import Picture
-from xfm_fast.tasks.reranking import Rank
+from xfm_fast.tasks.ranking import Ranker
 
-# Bytes of a feature's number in the response, as a value and as text; and copies of documents that
-# are returned.
-_NUMBER_BYTES, _ECHO_COPIES = 128, 3
 # Default tokens of a batch.
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+# Bytes of a request whose texts are read at once, which takes less than handing them to a thread.
+_QUICK_BYTES = 1 << 13
 _SOON, _LATER, _CLOSE = {"retry-after": "1"}, {"retry-after": "5"}, {"connection": "close"}
 _HOST = re.compile(r"(?:\[([^\[\]]*)\]|([^\[\]:]*))(?::\d*)?")
 # Paths without a key: probes of a supervisor.
@@ -56,38 +56,85 @@ Items = Sequence[tuple[str, Item]]
 """Items of a request, with their names in errors."""
 
 
-class Service:
-    """A model as an ASGI application.
-
-    Args:
-        model: The model that answers.
-        options: See `ServiceOptions`.
+@dataclass(frozen=True)
+class Result:
+    """What a model computed for a request.
 
     Attributes:
-        app: The application.
+        model: The model.
+        work: The items as it read them.
+        values: Features `[items, width]`, or scores `[pairs]`.
+        truncated: Names of the truncated texts.
     """
 
-    def __init__(self, model: ServedModel, options: ServiceOptions) -> None:
-        self.model, self.options = model, options
+    model: ServedModel
+    work: Work
+    values: Tensor
+    truncated: list[str]
+
+
+class Service:
+    """Models as an ASGI application.
+
+    Args:
+        models: The models that answer; a request that names none gets the first that can do it.
+        options: See `ServiceOptions`.
+        names: The model of each name in requests. [by `ServedModel.name`]
+
+    Attributes:
+        app: The application. It answers 503 until `warm_up`, which its first request begins.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[ServedModel],
+        options: ServiceOptions,
+        names: Mapping[str, ServedModel] | None = None,
+    ) -> None:
+        self.models, self.options = [*models], options
+        self.names = dict(names or {model.name: model for model in models})
         self.ledger = Ledger(options.memory_mb << 20)
         # Requests between the arrival of the body and the response.
         self.active: set[Account] = set()
+        self.warmed_up = False
+        self._warming: asyncio.Task[None] | None = None
+        self._batch_thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         metrics = Metrics(self)
-        device = "cpu" if model.device.type == "cpu" else "cuda"
-        self.batcher = Batcher(
-            model.answer,
-            options.batch_tokens or _BATCH_TOKENS[device],
-            coming=lambda: sum(not account.submitted for account in self.active),
-            observe=metrics.observe_batch,
-        )
-        self._threads = ThreadPoolExecutor(8, thread_name_prefix="request")
+        self.batchers = {
+            model: Batcher(
+                model.answer,
+                self.batch_tokens(model),
+                coming=lambda: sum(not account.submitted for account in self.active),
+                observe=metrics.batch_observer(model),
+                thread=self._batch_thread,
+            )
+            for model in self.models
+        }
+        self.threads = ThreadPoolExecutor(8, thread_name_prefix="request")
         self._web = web_client() if options.allow_urls else None
         self.app: ASGIApp = _Gate(self, self._application(metrics), metrics)
 
+    def batch_tokens(self, model: ServedModel) -> int:
+        """Return the budget of a batch of a model."""
+        device = "cpu" if model.device.type == "cpu" else "cuda"
+        return self.options.batch_tokens or _BATCH_TOKENS[device]
+
+    def warm_up(self) -> asyncio.Task[None]:
+        """Begin to run all models once, in the thread of batches; requests are accepted once this is done."""
+        if self._warming is None:
+            self._warming = asyncio.create_task(self._warm_up())
+        return self._warming
+
+    async def _warm_up(self) -> None:
+        for model in self.models:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._batch_thread, model.warm_up)
+        self.warmed_up = True
+
     def close(self) -> None:
         """End the threads after their current work."""
-        self.batcher.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._batch_thread.shutdown(wait=False, cancel_futures=True)
+        self.threads.shutdown(wait=False, cancel_futures=True)
 
     def _application(self, metrics: Metrics) -> FastAPI:
         # `_Gate` checks the key before routing; this documents it.
@@ -96,7 +143,7 @@ class Service:
         app = FastAPI(
             title="xfm-fast",
             version=__version__,
-            description="X-FM ranks and embeds texts and images.",
+            description="Models embed, compare, rank and classify texts and images.",
             dependencies=key,
             redoc_url=None,
             swagger_ui_oauth2_redirect_url=None,
@@ -104,33 +151,7 @@ class Service:
             responses={status: {"model": schema.ErrorAnswer} for status in ("4XX", "5XX")},
             exception_handlers=dict.fromkeys(errors, _respond_to_error),
         )
-        for path in ("/v1/rerank", "/v2/rerank", "/rerank"):
-            app.post(path, response_model=schema.RerankAnswer)(self.rerank)
-        app.post("/v1/embeddings", response_model=schema.EmbeddingsAnswer)(self.embeddings)
-        for path in ("/v1/score", "/score"):
-            app.post(path, response_model=schema.ScoreAnswer)(self.score)
-        model = self.model
-
-        @app.get("/health")
-        async def health() -> dict[str, Any]:
-            return {"status": "ok", "model": model.name, "random_weights": model.random}
-
-        @app.get("/ready")
-        async def ready() -> dict[str, str]:
-            return {"status": "ready"}
-
-        @app.get("/v1/models")
-        async def models() -> dict[str, Any]:
-            description = {
-                "id": model.name,
-                "object": "model",
-                "created": 0,
-                "owned_by": "xfm-fast",
-                "heads": model.heads,
-                "dimensions": model.config.embed_dim,
-                "random_weights": model.random,
-            }
-            return {"object": "list", "data": [description]}
+        Routes(self).add(app)
 
         @app.get("/metrics", response_model=None)
         async def read_metrics() -> Response:
@@ -138,83 +159,53 @@ class Service:
 
         return app
 
-    async def rerank(self, request: Request, body: RerankRequest) -> Response:
-        """Order documents by their relevance to a query.
-
-        The fusion encoder compares a text with an image: `relevance_score` is the probability that
-        the text describes the image; with `--rank` it is the cosine similarity or match logit +
-        cosine. Two texts, or two images, are compared by their features: cosine similarity, mapped
-        from [-1, 1] to [0, 1]. All documents are of one kind, because the two scores are not
-        comparable.
-        """
-        items = {"query": [body.query], "documents": body.documents}
-        pairs = [(0, index) for index in range(1, 1 + len(body.documents))]
-        answer_bytes = _ECHO_COPIES * request.state.account.received if body.return_documents else 0
-        scores, fields = await self._compute(request, body, items, pairs, answer_bytes)
-        values, results = scores.tolist(), []
-        for index in scores.argsort(descending=True, stable=True).tolist()[: body.top_n]:
-            result = schema.Ranked(index=index, relevance_score=values[index])
-            if body.return_documents:
-                result.document = body.documents[index].model_dump(exclude_none=True)
-            results.append(result)
-        return _json(schema.RerankAnswer(**fields, results=results))
-
-    async def embeddings(self, request: Request, body: EmbeddingsRequest) -> Response:
-        """Embed texts and images: L2-normalised features; their dot products are cosine similarities."""
-        size = self.model.config.embed_dim
-        if body.dimensions not in (None, size):
+    def candidates(self, name: str | None) -> list[ServedModel]:
+        """Return the model of a name, or all; raises `Problem` 404 for an unknown name."""
+        if name is None:
+            return self.models
+        if name not in self.names:
             raise Problem(
-                422,
-                f"dimensions={body.dimensions}, but features of this model have {size}; leave it out",
+                404,
+                f"model {name!r} is not served here; use {', '.join(map(repr, self.names))}, or leave it out",
             )
-        items = {"input": body.input}
-        answer_bytes = _NUMBER_BYTES * size * len(body.input)
-        features, fields = await self._compute(request, body, items, (), answer_bytes)
-        data = []
-        for index, row in enumerate(features.numpy().astype("<f4")):
-            if body.encoding_format == "base64":
-                embedding = base64.b64encode(row.tobytes()).decode()
-            else:
-                embedding = row.tolist()
-            data.append(schema.Embedding(index=index, embedding=embedding))
-        return _json(schema.EmbeddingsAnswer(**fields, data=data))
+        return [self.names[name]]
 
-    async def score(self, request: Request, body: ScoreRequest) -> Response:
-        """Score pairs like documents of a rerank request: one item with many, or two lists of equal length."""
-        first, second = len(body.text_1), len(body.text_2)
-        if first not in (1, second):
-            raise Problem(
-                422,
-                f"text_1 has {first} items and text_2 {second}; give one in text_1, or lists of equal length",
-            )
-        items = {"text_1": body.text_1, "text_2": body.text_2}
-        pairs = [(index if first > 1 else 0, first + index) for index in range(second)]
-        scores, fields = await self._compute(request, body, items, pairs)
-        data = [
-            schema.Score(index=index, score=score) for index, score in enumerate(scores.tolist())
-        ]
-        return _json(schema.ScoreAnswer(**fields, created=int(time.time()), data=data))
+    def choose(self, name: str | None, *abilities: Ability) -> ServedModel:
+        """Return the model of a name, else the first with the first of the abilities that any has."""
+        candidates = self.candidates(name)
+        for ability in abilities:
+            for model in candidates:
+                if ability in model.abilities:
+                    return model
+        who = f"model {name!r}" if name is not None else ", ".join(self.names)
+        can = ", ".join(dict.fromkeys(can for model in candidates for can in model.abilities))
+        raise Problem(
+            422,
+            f"{who} cannot {' or '.join(abilities)} (it can: {can}); serve or name a model that can",
+        )
 
-    async def _compute(
+    async def compute(
         self,
         request: Request,
-        body: schema.Body,
-        lists: dict[str, list[Item]],
-        pairs: Sequence[tuple[int, int]],
+        model: ServedModel,
+        lists: Mapping[str, Sequence[Item]],
+        pairs: Pairs,
+        reading: Reading,
         answer_bytes: int = 0,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Compute scores `[pairs]`, or without pairs features `[items, embed_dim]`, and common fields of answers."""
-        model, account, files = self.model, request.state.account, dict[str, bytes]()
-        if body.model not in (None, model.name):
-            raise Problem(
-                404, f"model {body.model!r} is not served here; use {model.name!r}, or leave it out"
-            )
+    ) -> Result:
+        """Compute scores of pairs, or without pairs features of all items, within the limits of the request."""
+        account, files = request.state.account, dict[str, bytes]()
         items = [
             (f"{name}[{index}]", item) for name in lists for index, item in enumerate(lists[name])
         ]
-        scoring = self._choose_scoring(items, pairs)
-        if self._web is not None:
-            urls = {name: item.image for name, item in items if item.image and is_url(item.image)}
+        is_text = [isinstance(item, str) for _, item in items]
+        scoring = model.choose_scoring(is_text, pairs, reading)
+        if self._web is not None and not all(is_text):
+            urls = {
+                name: item.image
+                for name, item in items
+                if isinstance(item, ImageItem) and is_url(item.image)
+            }
             downloads = [
                 asyncio.ensure_future(fetch(self._web, url, account)) for url in urls.values()
             ]
@@ -225,82 +216,65 @@ class Service:
                 for download in downloads:
                     download.cancel()
         account.hold(answer_bytes)
-        inputs, truncated = await account.run(self._threads, self._read, items, files, account)
-        work = Work(tuple(inputs), tuple(pairs), scoring)
+        arguments = model, items, files, pairs, scoring, reading, account
+        if model.quick and all(is_text) and account.received <= _QUICK_BYTES:
+            work = self._read(*arguments)
+        else:
+            work = await account.run(self.threads, self._read, *arguments)
+        limit = self.options.max_tokens
+        if work.tokens > limit:
+            raise Problem(
+                422,
+                f"the request has {work.tokens:,} tokens, over the limit of {limit:,} (--max-tokens); send fewer texts",
+            )
         account.submitted = True
-        values = await self.batcher.submit(work, model.cost(work), account.lease())
+        values = await self.batchers[model].submit(work, model.cost(work), account.lease())
         if not values.isfinite().all():
             raise NonFiniteError(
                 "the results are not finite; the weights may need a wider dtype: use fp32"
             )
-        images = [item for item in inputs if isinstance(item, Picture)]
-        tokens = len(images) * model.config.num_image_tokens
-        tokens += sum(len(item) for item in inputs if not isinstance(item, Picture))
-        fields: dict[str, Any] = {
-            "id": uuid.uuid4().hex,
-            "model": model.name,
-            "scoring": scoring,
-            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-        }
-        if truncated:
-            fields["truncated"] = truncated
-        if model.random:
-            fields["warning"] = "THE WEIGHTS ARE RANDOM: these results mean nothing"
-        return values, fields
+        return Result(model, work, values, [items[index][0] for index in work.truncated])
 
-    def _choose_scoring(self, items: Items, pairs: Sequence[tuple[int, int]]) -> Rank:
-        """Return the score of all pairs; raises if they need different ones or the model lacks the head."""
-        is_text = [item.text is not None for _, item in items]
-        mixed = {is_text[a] != is_text[b] for a, b in pairs}
-        if len(mixed) > 1:
+    def check_text(self, text: str, name: str) -> None:
+        """Raise `Problem` 422 for a text over the limit of characters."""
+        limit = self.options.max_characters
+        if len(text) > limit:
             raise Problem(
                 422,
-                "text-image pairs and pairs of one modality have different scores; send two requests",
+                f"{name} has {len(text):,} characters, over the limit of {limit:,} (--max-characters); "
+                "shorten it",
             )
-        scoring: Rank = self.model.rank if mixed == {True} else "similarity"
-        heads = {"matching"} if scoring == "match" else {"contrastive"}
-        if scoring == "sum":
-            heads.add("matching")
-        for head in sorted(heads - {*self.model.heads}):
-            raise UnavailableError(
-                f"model {self.model.name!r} has no {head} head; serve one that has it"
-            )
-        return scoring
 
     def _read(
-        self, items: Items, files: Mapping[str, bytes], account: Account
-    ) -> tuple[list[Input], list[str]]:
-        """Make the inputs of the model, and list truncated texts; runs in a thread. `files` are downloaded images."""
-        inputs, truncated, limit = list[Input](), list[str](), self.options.max_characters
+        self,
+        model: ServedModel,
+        items: Items,
+        files: Mapping[str, bytes],
+        pairs: Pairs,
+        scoring: Scoring,
+        reading: Reading,
+        account: Account,
+    ) -> Work:
+        """Make the work of a request, in any thread; `files` are downloaded images."""
+        contents = list[Content]()
         for name, item in items:
-            account.check()
-            if item.text is None:
-                content = files[name] if name in files else decode_base64(item.image or "", name)
-                content, peak = check_image(content, name, account)
-                inputs.append(self.model.read_image(content, name, peak, lambda: not account.ended))
+            if isinstance(item, str):
+                self.check_text(item, name)
+                contents.append(item)
                 continue
-            if len(item.text) > limit:
-                raise Problem(
-                    422,
-                    f"{name} has {len(item.text):,} characters, over the limit of {limit:,} (--max-characters); "
-                    "shorten it",
-                )
-            ids, complete = self.model.read_text(item.text, name)
-            inputs.append(ids)
-            if not complete:
-                truncated.append(name)
-        return inputs, truncated
-
-
-def _json(answer: schema.Answer) -> Response:
-    headers = {"x-truncated-inputs": str(len(answer.truncated))} if answer.truncated else {}
-    return Response(
-        answer.model_dump_json(exclude_none=True), headers=headers, media_type="application/json"
-    )
+            account.check()
+            content = files[name] if name in files else decode_base64(item.image, name)
+            content, peak = check_image(content, name, account)
+            picture = Ranker.picture(content, name)
+            needed: Callable[[], bool] = lambda: not account.ended  # noqa: E731
+            contents.append(picture._replace(name=name, peak=peak, needed=needed))
+        names = [name for name, _ in items]
+        return model.read(contents, names, pairs, scoring, reading, account.check)
 
 
 async def _respond_to_error(request: Request, error: Exception) -> Response:
     """Convert an exception to an error response."""
+    is_tei = request.url.path in TEI_PATHS or getattr(request.state, "is_tei", False)
     match error:
         case Problem():
             problem = error
@@ -309,6 +283,7 @@ async def _respond_to_error(request: Request, error: Exception) -> Response:
             problem = Problem(error.status_code, message, error.headers)
         case RequestValidationError():
             first = error.errors()[0]
+            is_tei = is_tei or (isinstance(error.body, dict) and "texts" in error.body)
             # Break a reference cycle of FastAPI's frame, the error and its traceback, which would
             # keep the body.
             error.__traceback__ = error.__cause__ = error.__context__ = None
@@ -320,6 +295,8 @@ async def _respond_to_error(request: Request, error: Exception) -> Response:
                 problem = Problem(400, message)
             else:
                 problem = Problem(422, f"{path.lstrip('.') or 'the body'}: {advice(first)}")
+        case TooLongError():
+            problem = Problem(413 if is_tei else 422, str(error))
         case DataError() | InputError() | UnavailableError():
             problem = Problem(422, str(error))
         case XFMError():
@@ -330,7 +307,7 @@ async def _respond_to_error(request: Request, error: Exception) -> Response:
             text = " ".join(str(error).split())[:200]
             message = f"internal error, {type(error).__name__}: {text}; please report it"
             problem = Problem(500, message)
-    return problem.response()
+    return problem.response(is_tei)
 
 
 class _Gate:
@@ -359,6 +336,9 @@ class _Gate:
 
         try:
             self._check_head(headers, scope["path"])
+            if not self._service.warmed_up and scope["path"] != "/health":
+                self._service.warm_up()
+                raise Problem(503, "the models are warming up; ask again in a second", _SOON)
             if scope["method"] == "POST":
                 await self._answer_within_limits(scope, headers, receive, count)
             else:
@@ -491,29 +471,46 @@ class Metrics(CollectorRegistry):
             "xfm_request_seconds", "From head to answer.", ("path",), registry=self, buckets=seconds
         )
         counts = [1 << n for n in range(8)]
-        self.pieces = Histogram(
-            "xfm_batch_requests", "Requests computed together.", registry=self, buckets=counts
+        self.batches = Histogram(
+            "xfm_batch_requests",
+            "Requests computed together.",
+            ("model",),
+            registry=self,
+            buckets=counts,
         )
         tokens = [64 * 4**n for n in range(7)]
         self.tokens = Histogram(
-            "xfm_batch_tokens", "Tokens computed together.", registry=self, buckets=tokens
+            "xfm_batch_tokens",
+            "Tokens computed together.",
+            ("model",),
+            registry=self,
+            buckets=tokens,
         )
+        queue = Gauge(
+            "xfm_queue_requests", "Requests waiting for the model.", ("model",), registry=self
+        )
+        cache = Gauge("xfm_cache_bytes", "Bytes of cached images.", ("model",), registry=self)
+        for model in service.models:
+            queue.labels(model.name).set_function(lambda model=model: len(service.batchers[model]))
+            cache.labels(model.name).set_function(lambda model=model: model.cache_bytes)
 
         def gauge(name: str, description: str, read: Callable[[], float]) -> None:
             Gauge(name, description, registry=self).set_function(read)
 
-        cache = service.model.ranker.cache
-        gauge("xfm_queue_requests", "Requests waiting for the model.", lambda: len(service.batcher))
         gauge(
             "xfm_active_requests",
             "Requests in flight, waiting ones included.",
             lambda: len(service.active),
         )
         gauge("xfm_request_bytes", "Memory that requests hold.", lambda: service.ledger.used)
-        gauge("xfm_cache_bytes", "Bytes of cached image memories.", lambda: cache.nbytes)
         gauge("xfm_process_resident_bytes", "Memory of the process.", resident_bytes)
 
-    def observe_batch(self, requests: int, tokens: int) -> None:
-        """Count a batch."""
-        self.pieces.observe(requests)
-        self.tokens.observe(tokens)
+    def batch_observer(self, model: ServedModel) -> Callable[[int, int], None]:
+        """Return a function that counts batches of a model."""
+        requests, tokens = self.batches.labels(model.name), self.tokens.labels(model.name)
+
+        def observe(count: int, cost: int) -> None:
+            requests.observe(count)
+            tokens.observe(cost)
+
+        return observe

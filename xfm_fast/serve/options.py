@@ -9,12 +9,12 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
+from xfm_fast.encoders import EncoderSource
 from xfm_fast.export.request import RuntimeChoice
-from xfm_fast.loading import Source
 
 
 @dataclass(frozen=True)
-class SourceOptions(Source):
+class SourceOptions(EncoderSource):
     """The served model.
 
     Attributes:
@@ -22,12 +22,13 @@ class SourceOptions(Source):
             for packages that you trust.
         rank: Score of a text with an image: match of the fusion encoder, similarity of features, or
             sum (match logit + similarity). [the run's own, else match]
-        name: The model's name in requests and responses. [that of its folder]
+        name: The model's name in requests and responses; once for each of several models, in order; or
+            several names of one model. [that of its folder]
     """
 
     runtime: RuntimeChoice = "auto"
     rank: Literal["match", "similarity", "sum"] | None = None
-    name: str | None = None
+    name: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ class ServiceOptions:
             in four copies, and 256 bytes for each of its JSON values; 429 beyond it. A body with
             its downloads may have a sixteenth.
         max_inputs: Texts and images of a list; 422 beyond it.
-        max_characters: Characters of a text; 422 beyond it. The model reads the first 30 words and
-            40 tokens, and the answer names longer texts.
+        max_characters: Characters of a text; 422 beyond it. The answer names texts of which the model
+            reads less.
+        max_tokens: Tokens and image patches of a request, as the model reads them; 422 beyond it.
         max_queue: Requests that have arrived and are not answered, waiting ones included; 429
             beyond it.
         batch_tokens: Tokens of a batch, of texts and of images that are not cached; a single
@@ -63,6 +65,7 @@ class ServiceOptions:
     memory_mb: Annotated[int, Ge(1)] = 512
     max_inputs: Annotated[int, Ge(1)] = 2048
     max_characters: Annotated[int, Ge(1)] = 32768
+    max_tokens: Annotated[int, Ge(1)] = 300_000
     max_queue: Annotated[int, Ge(1)] = 128
     batch_tokens: Annotated[int | None, Ge(1)] = None
     cache_mb: Annotated[int, Ge(0)] = 1024

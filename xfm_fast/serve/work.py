@@ -216,13 +216,14 @@ class Batcher:
         *,
         coming: Callable[[], int] = lambda: 0,
         observe: Callable[[int, int], None] = lambda entries, cost: None,
+        thread: ThreadPoolExecutor | None = None,
     ) -> None:
         self.run, self.budget, self.wait = run, budget, wait
         self._coming, self._observe = coming, observe
         self._queue: deque[_Entry] = deque()
         self._arrived = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._thread = thread or ThreadPoolExecutor(1, thread_name_prefix="batches")
 
     def __len__(self) -> int:
         """Return the length of the queue."""
