@@ -93,7 +93,9 @@ def test_bad_options_exit_with_2(tmp_path: Path, weights: Path) -> None:
             ([weights, "--api-key", ""], "API key"),
             ([weights, "--host", "no such host"], "--host no such host"),
             ([weights, "--timeout", "inf"], "timeout"),
-            ([weights, "--name", ""], "--name"),
+            ([weights, "--name", "a", "--name", "a"], "--name"),
+            ([weights, weights], "--name"),
+            ([weights, weights, "--name", "a"], "--name"),
             ([weights, "--memory-mb", "0"], "--memory-mb"),
         ):
             done = invoke(["serve", "--port", 0, *arguments] if arguments else ["serve"])

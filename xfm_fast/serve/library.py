@@ -50,7 +50,7 @@ Text = str | tuple[str, str]
 class Group(NamedTuple):
     """Properties that the inputs of a forward pass share."""
 
-    form: Literal["ids", "text", "image"]
+    form: Literal["ids", "text", "pair", "image"]
     role: Any = None
     prompt: str | None = None
     prompt_length: int | None = None
@@ -224,60 +224,65 @@ class LibraryModel(ServedModel):
         reading: Reading,
         check: Callable[[], object],
     ) -> Work:
-        encoder, role, prompt = self.encoder, reading.role, None
+        encoder = self.encoder
         for content, name in zip(contents, names, strict=True):
             modality = "image" if isinstance(content, Picture) else "text"
             if modality not in self.modalities:
-                raise InputError(f"{name} is of {modality}s, which {self.name} does not read")
-        if "text" in self.modalities:
-            prompt = encoder.prompt(role, reading.prompt)
-        is_pair = encoder.use == "ranking" and bool(pairs)
+                readable = " and ".join(self.modalities)
+                raise InputError(f"{name} is {modality}, and {self.name} reads {readable}")
         inputs: Sequence[Any] = contents
-        if is_pair:
-            inputs = [(contents[first], contents[second]) for first, second in pairs]
-            names = [names[second] for _, second in pairs]
+        sources: Sequence[int] = range(len(contents))
+        if encoder.use == "ranking":
+            inputs = [
+                contents[first] if first == second else (contents[first], contents[second])
+                for first, second in pairs
+            ]
+            sources, pairs = [second for _, second in pairs], ()
         rows = [Row(Group("image"), content, None, 1) for content in inputs]
         texts = [index for index, content in enumerate(inputs) if not isinstance(content, Picture)]
-        group = Group("ids", None, None, self._prompt_length(prompt))
-        if self.tokenizer is None:
-            group = Group("text", role, prompt)
+        groups = [self._group(reading, index, inputs[index]) for index in texts]
         truncated = list[int]()
         for part in _slices([inputs[index] for index in texts]):
             check()
-            positions = texts[part]
-            batch = [_prompted(inputs[index], prompt) for index in positions]
-            for index, row, is_cut in self._rows(group, inputs, positions, batch, reading.side):
+            batch = [
+                (index, group, _prompted(inputs[index], group.prompt))
+                for index, group in zip(texts[part], groups[part], strict=True)
+            ]
+            for (index, _, text), (row, is_cut) in zip(
+                batch, self._rows(batch, inputs, reading.side), strict=True
+            ):
                 rows[index] = row
                 if not is_cut:
                     continue
-                truncated.append(index)
+                truncated.append(sources[index])
                 if not reading.truncate:
-                    (ids,) = encoder.token_ids([batch[positions.index(index)]])
-                    raise TooLongError(names[index], f"{len(ids):,} tokens", self.max_tokens)
+                    (ids,) = encoder.token_ids([text])
+                    raise TooLongError(names[sources[index]], f"{len(ids):,} tokens", self.max_tokens)
         tokens = sum(row.length for row in rows)
-        kept = () if is_pair else pairs
-        if is_pair:
-            truncated = [pairs[index][1] for index in truncated]
-        return Work(tuple(rows), kept, scoring, tokens, tuple(truncated), reading.normalise)
+        return Work(tuple(rows), pairs, scoring, tokens, tuple(truncated), reading.normalise)
+
+    def _group(self, reading: Reading, index: int, text: Text) -> Group:
+        """Return the properties of a text that the others of a forward pass must share."""
+        role = reading.role if index == 0 or reading.following is None else reading.following
+        prompt = self.encoder.prompt(None if self.encoder.use == "ranking" else role, reading.prompt)
+        if self.tokenizer is not None:
+            return Group("ids", None, prompt, self._prompt_length(prompt))
+        return Group("text" if isinstance(text, str) else "pair", role, prompt)
 
     def _rows(
-        self,
-        group: Group,
-        inputs: Sequence[Any],
-        positions: Sequence[int],
-        batch: Sequence[Any],
-        side: Side,
-    ) -> Iterator[tuple[int, Row, bool]]:
+        self, batch: Sequence[tuple[int, Group, Text]], inputs: Sequence[Any], side: Side
+    ) -> Iterator[tuple[Row, bool]]:
         """Yield the rows of texts, and whether they are truncated."""
+        texts = [text for _, _, text in batch]
         if self.tokenizer is not None:
-            for index, encoding in zip(positions, self.tokenizer.encode(batch, side), strict=True):
-                yield index, _ids_row(group, encoding), bool(encoding.overflowing)
+            for (_, group, _), encoding in zip(batch, self.tokenizer.encode(texts, side), strict=True):
+                yield _ids_row(group, encoding), bool(encoding.overflowing)
             return
         if side == "left":
             raise InputError(f"{self.name} truncates texts on the right only; leave out the side")
-        for index, ids in zip(positions, self.encoder.token_ids(batch), strict=True):
+        for (index, group, _), ids in zip(batch, self.encoder.token_ids(texts), strict=True):
             length = min(len(ids), self.max_tokens)
-            yield index, Row(group, inputs[index], None, length), len(ids) > length
+            yield Row(group, inputs[index], None, length), len(ids) > length
 
     def _prompt_length(self, prompt: str | None) -> int | None:
         if not prompt or self._pools_prompts:
@@ -323,7 +328,10 @@ class LibraryModel(ServedModel):
         outputs: list[Any] = [None] * len(rows)
         groups: dict[Group, list[int]] = {}
         for index, row in enumerate(rows):
-            groups.setdefault(row.group, []).append(index)
+            group = row.group
+            if group.form == "ids":
+                group = group._replace(prompt=None)
+            groups.setdefault(group, []).append(index)
         with torch.inference_mode():
             for group, indices in groups.items():
                 for batch in self._passes(rows, indices, group.form == "image"):

@@ -54,6 +54,7 @@ class Reading:
 
     Attributes:
         role: Selects the model's prompt for queries or documents.
+        following: Role of all items but the first, where it is another.
         prompt: Name of a prompt, which comes before the role.
         truncate: Truncate texts that are too long, instead of refusing them.
         side: The end of a text that is truncated.
@@ -62,6 +63,7 @@ class Reading:
     """
 
     role: Role | None = None
+    following: Role | None = None
     prompt: str | None = None
     truncate: bool = True
     side: Literal["left", "right"] = "right"

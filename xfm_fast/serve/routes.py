@@ -88,7 +88,7 @@ class Routes:
         model = self._service.choose(body.model, "embed")
         role, prompt = _by_task(model, (body.task or "").rpartition(".")[2])
         reading = Reading(
-            role, body.prompt_name or prompt, body.truncate, normalise=body.normalized
+            role, None, body.prompt_name or prompt, body.truncate, normalise=body.normalized
         )
         size = _check_dimensions(model, body.dimensions)
         lists = {"input": body.input}
@@ -108,6 +108,7 @@ class Routes:
         role, prompt = _by_task(model, body.input_type or "")
         reading = Reading(
             role,
+            None,
             body.prompt_name or prompt,
             body.truncate != "NONE",
             "left" if body.truncate == "START" else "right",
@@ -153,7 +154,7 @@ class Routes:
         side = "left" if body.truncation_direction.lower() == "left" else "right"
         scoring: Scoring | None = "logit" if body.raw_scores else None
         reading = Reading(
-            "query", body.prompt_name, body.truncate is not False, side, scoring=scoring
+            "query", "document", body.prompt_name, body.truncate is not False, side, scoring=scoring
         )
         name = "texts" if body.is_tei else "documents"
         lists = {"query": [body.query], name: body.documents}
@@ -363,7 +364,7 @@ def _by_task(model: ServedModel, name: str) -> tuple[Role | None, str | None]:
 
 def _tei_reading(body: schema.TeiBody, **settings: Any) -> Reading:
     side = "left" if body.truncation_direction.lower() == "left" else "right"
-    return Reading(None, body.prompt_name, body.truncate is not False, side, **settings)
+    return Reading(None, None, body.prompt_name, body.truncate is not False, side, **settings)
 
 
 def _check_dimensions(model: ServedModel, dimensions: int | None) -> int:
