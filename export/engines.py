@@ -42,7 +42,7 @@ from .request import EngineRequest, OnnxRequest, TensorRTRequest, joined
 from .runtimes import Spelling, check_dtype, find_runtime
 from .slots import graph_profiles, parse_profiles
 from .tensorrt import first_error, local_capability, message_logger, start
-from .verification import Comparison, compare_with_reference
+from .verification import compare_with_reference, open_comparison
 
 ONNX_FOLDER = "onnx"
 """Folder of the graphs, in that of the engines, if the request keeps them."""
@@ -259,9 +259,9 @@ def engine_graphs(
     profiles = parse_profiles(request.profile, packed=request.packed)
     dtype = check_dtype(request.dtype)
     built = build_graphs(model, spelling, request)
-    for record in graph_records(built, dtype, model, request.sizes):
+    for record in graph_records(built, dtype, request.sizes):
         graph_profiles(record, profiles)
-    weights = sum(graph_bytes(graph, model, dtype) for graph in built.values())
+    weights = sum(graph_bytes(graph, dtype) for graph in built.values())
     prepare_folder(folder, int(weights * (1 + _ENGINE_PER_ONNX)) + _ROOM_PER_ENGINE * len(built))
     scheme = None
     if request.quantize:
@@ -327,12 +327,13 @@ def _quantise_in_place(
     """Replace the ONNX files of an export by their 8-bit forms."""
     wide_files = {name for record in exported.graphs for name in record.files}
     with tempfile.TemporaryDirectory(dir=onnx, prefix=".quantised-") as scratch:
-        comparison = Comparison(exported, onnx, reference)
+        comparison = open_comparison(exported, onnx, reference)
         quantise_graphs(exported, comparison, Path(scratch), scheme, budget, progress)
         for name in wide_files:
             (onnx / name).unlink()
-        for path in Path(scratch).iterdir():
-            path.replace(onnx / path.name)
+        for record in exported.graphs:
+            for name in record.files:
+                Path(scratch, name).replace(onnx / name)
     # Smaller weights may no longer need a file of their own.
     names = [record.name for record in exported.files if (onnx / record.name).exists()]
     exported.files = record_files(onnx, names)
@@ -422,7 +423,7 @@ def build_engines(
         version_compatible=getattr(request, "version_compatible", False),
         hardware_compatibility=getattr(request, "hardware_compatible", None),
     )
-    options = {"profiles": [*map(str, profiles)], "optimization_level": request.level}
+    options = {"profiles": [*request.profile], "optimization_level": request.level}
     content = exported.unverified(
         kind=library.name,
         consumer=library.name,

@@ -49,7 +49,7 @@ from .layers import (
     split_heads,
     with_children,
 )
-from .manifest import TensorRecord
+from .manifest import LONGEST_ROW, TensorRecord
 from .request import ALL_GRAPHS, DEFAULT_GRAPHS, GRAPHS, PAIR_GRAPH, AttentionForm, DType, GraphName
 
 DTYPES: dict[DType, torch.dtype] = {
@@ -66,6 +66,8 @@ class Graph(nn.Module):
     outputs: list[TensorRecord]
     gathered: int
     """Number of the last inputs that are the tuple `*memory` of `forward`."""
+    limits: dict[str, int]
+    """Greatest sizes of axes that the model bounds."""
 
     def describe(
         self,
@@ -93,6 +95,10 @@ class Graph(nn.Module):
         self.inputs = [TensorRecord.of(name, optional, sizes) for name in inputs]
         self.outputs = [TensorRecord.of(name, optional, sizes) for name in outputs]
         self.gathered = sum(name.startswith(("memory_", "decoder_")) for name in inputs)
+        self.limits = dict.fromkeys(("length", "past"), config.max_text_length)
+        if "rows" in self.axes:
+            # Positions restart with every caption.
+            self.limits["length"] = max(config.max_text_length, LONGEST_ROW)
 
     def relevant(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Select the sizes of axes that this graph has."""
@@ -394,7 +400,7 @@ class DecoderStepGraph(Graph):
         if self.has_mask:
             inputs.append("memory_mask")
         sizes = _state_sizes(model)
-        self.describe(model, inputs, ["logits", "present"], layers=len(stack), **sizes)
+        self.describe(model, inputs, ["logits", "present"], "texts", layers=len(stack), **sizes)
 
     def forward(
         self, token_ids: Tensor, past: Tensor, past_mask: Tensor, *memory: Tensor

@@ -7,7 +7,7 @@ with the model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -24,18 +24,25 @@ from .request import AttentionForm
 M = TypeVar("M", bound=nn.Module)
 
 # Finite, so that a row without any real token stays finite.
-_MASKED = -10000.0
+MASKED = -10000.0
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, form: AttentionForm) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    form: AttentionForm,
+    scale: float | None = None,
+) -> Tensor:
     """softmax(q kᵀ / √D + bias) v; q `[B, H, N, D]`, k and v `[B, H, M, D]`, bias broadcast to `[B, H, N, M]`.
 
     In ONNX it is the node `Attention` of opset 23, or two GEMMs and a softmax. Text self-attention uses primitives in
     both forms, see `SelfAttention`.
     """
     if not torch.onnx.is_in_onnx_export():
-        return F.scaled_dot_product_attention(q, k, v, bias)
-    scale = q.shape[-1] ** -0.5
+        return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if form == "primitives":
         scores = torch.matmul(q * scale, k.transpose(-1, -2))
         return torch.matmul((scores if bias is None else scores + bias).softmax(-1), v)
@@ -139,45 +146,82 @@ def split_heads(projected: Tensor, count: int, heads: int) -> tuple[Tensor, ...]
     return projected.unflatten(-1, (count, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-class SelfAttention(nn.Module):
-    """The self-attention branch of a layer, `[P, L, width]` → the same, or `[P, Q, width]` for some queries."""
+class JoinedAttention(nn.Module):
+    """The projections of a self-attention as one GEMM, with biases where they cost no kernel."""
 
     weight: Tensor
-    output_bias: Tensor
+    position_bias: Tensor | None
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, proj: tuple[Tensor, Tensor | None], heads: int
+    ) -> None:
+        super().__init__()
+        self.heads, self.count = heads, weight.shape[0] // proj[0].shape[1]
+        self.output = nn.Linear(*reversed(proj[0].shape), device="meta")
+        self.register_buffer("weight", weight.detach(), persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        query_bias, moved = None, proj[1]
+        if bias is not None:
+            # TensorRT fuses primitives into an attention in the layout of the next GEMM, where its operator costs a
+            # copy; a GEMM without bias needs one layout kernel, one with bias three. The key bias adds a constant to
+            # all scores of a query, which softmax ignores; the value bias moves into the next GEMM's bias.
+            *queries, _, values = bias.detach().chunk(self.count)
+            query_bias = queries[0].view(heads, 1, -1) if queries else None
+            moved = proj[0] @ values if moved is None else moved + proj[0] @ values
+        self.register_buffer("query_bias", query_bias, persistent=False)
+        # Merged adapters are no parameter.
+        weight, shift = (
+            value if isinstance(value, nn.Parameter | None) else nn.Parameter(value.detach(), False)
+            for value in (proj[0], moved)
+        )
+        self.output.weight, self.output.bias = weight, shift
+        self.register_buffer("position_bias", None, persistent=False)
+
+    def constant(self, make_bias: Callable[[], Tensor]) -> Tensor:
+        """Return a bias that depends on no input, gathered before the trace: a compiler gathers in every inference."""
+        bias = self.position_bias
+        if bias is None:
+            bias = make_bias()
+            # Half precision is finest near 0, and softmax ignores a constant of a row.
+            bias = bias - bias.amax(-1, keepdim=True)
+        if not torch.compiler.is_exporting():
+            self.position_bias = bias.detach()
+        return bias
+
+    def project(self, x: Tensor, *, biased: bool = False) -> tuple[Tensor, ...]:
+        """Project `[B, N, width]` to `[B, H, N, D]` each; `biased` adds the biases of keys and values too."""
+        projected = F.linear(x, self.weight, self.bias if biased else None)
+        first, *others = split_heads(projected, self.count, self.heads)
+        if self.query_bias is not None and not biased:
+            first = first + self.query_bias
+        return first, *others
+
+
+class SelfAttention(JoinedAttention):
+    """The self-attention branch of a layer, `[P, L, width]` → the same, or `[P, Q, width]` for some queries."""
 
     def __init__(self, layer: TransformerLayer, *, first_only: bool = False) -> None:
-        super().__init__()
-        projections = layer.attention.self
-        self.heads, self.first_only = projections.heads, first_only
-        self.output = layer.attention.output
-        self.first = projections.query if first_only else None
+        projections, branch = layer.attention.self, layer.attention.output
         linears = [projections.key, projections.value]
         if not first_only:
             linears.insert(0, projections.query)
-        self.register_buffer("weight", _concatenated(linears, "weight"), persistent=False)
-        dense = self.output.dense
-        # TensorRT fuses primitives into an attention in the layout of the next GEMM, where its operator costs a copy;
-        # a GEMM without bias needs one layout kernel, one with bias three. The key bias adds a constant to all scores
-        # of a query, which softmax ignores; the value bias moves into the next GEMM's bias.
-        self.query_bias = projections.query.bias
-        bias = (dense.bias + dense.weight @ projections.value.bias).detach()
-        self.register_buffer("output_bias", bias, persistent=False)
+        weight, bias = _concatenated(linears, "weight"), _concatenated(linears, "bias")
+        super().__init__(weight, bias, (branch.dense.weight, branch.dense.bias), projections.heads)
+        self.norm, self.first_only = branch.LayerNorm, first_only
+        self.first = projections.query if first_only else None
 
     def forward(self, x: Tensor, mask: Tensor, queries: Tensor | None = None) -> Tensor:
         """Attend with `mask` `[P, 1, Q or 1, L]`; `queries` `[P, Q, width]` default to token 0 where `first_only`."""
         if queries is None:
             queries = x[:, :1] if self.first_only else x
-        projected = F.linear(x, self.weight)
-        if self.first is not None:
-            q = self.first(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            k, v = split_heads(projected, 2, self.heads)
+        if self.first is None:
+            q, k, v = self.project(x)
         else:
-            q, k, v = split_heads(projected, 3, self.heads)
-            q = q + self.query_bias.view(self.heads, 1, -1)
+            q = self.first(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            k, v = self.project(x)
         context = attention(q, k, v, mask, "primitives").transpose(1, 2).flatten(2)
-        norm = self.output.LayerNorm
-        summed = F.linear(context, self.output.dense.weight, self.output_bias) + queries
-        return ops.layer_norm(summed, norm.weight, norm.bias, norm.eps)
+        summed = self.output(context) + queries
+        return ops.layer_norm(summed, self.norm.weight, self.norm.bias, self.norm.eps)
 
 
 def cross_attention(
@@ -196,10 +240,15 @@ def cross_attention(
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert a mask `[P, L]` of ones and zeros to `[P, 1, 1, L]`, added to attention scores."""
-    return (1 - mask[:, None, None, :].to(dtype)) * _MASKED
+    """Convert a mask to one that is added to attention scores: keys `[P, L]`, or any other but for its values."""
+    if mask.ndim == 2:
+        mask = mask[:, None, None, :]
+    elif mask.is_floating_point():
+        # The lowest value of a dtype would make a row without any real token infinite.
+        return mask.clamp(min=MASKED).to(dtype)
+    return (1 - mask.to(dtype)) * MASKED
 
 
 def block_mask(queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
     """Compare caption numbers `[P, Q]` and `[P, K]`: a mask `[P, 1, Q, K]`, added to scores."""
-    return (queries[:, None, :, None] != keys[:, None, None, :]).to(dtype) * _MASKED
+    return (queries[:, None, :, None] != keys[:, None, None, :]).to(dtype) * MASKED

@@ -24,7 +24,7 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ExportError, StorageError
 from xfm_fast.io import advice, is_plain_name, read_json, write_bytes
 
-from .request import AttentionForm, DType, GraphName, Quantisation
+from .request import AttentionForm, DType, GraphName, Quantisation, Use
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
@@ -81,18 +81,26 @@ _DIMS = {
     "past": "batch texts layers 2 heads past size",
     # Zero for tokens that do not exist.
     "past_mask": "batch texts past",
-    "logits": "batch texts vocabulary",
+    "logits": "batch [texts] vocabulary",
     "present": "batch texts layers 2 heads size",
+    # Of an encoder of another library.
+    "token_type_ids": "batch length",
+    "pixel_values": "batch 3 side side",
+    "last_hidden_state": "batch length width",
+    "pooler_output": "batch width",
+    "sentence_embedding": "batch width",
 }
 _INTEGERS = frozenset(
     [
         "input_ids",
+        "token_type_ids",
         "packed_ids",
         "token_ids",
         "positions",
         "segments",
         "firsts",
         "attention_mask",
+        "token_type_ids",
         "past_mask",
         "memory_mask",
     ]
@@ -286,6 +294,7 @@ class Manifest(_Record):
     weights_sha256: str
     tokenizer_sha256: str | None
     config: dict[str, Any]
+    use: Use | None = Field(None, description="of a model of sentence-transformers; None: X-FM")
     dtype: DType
     consumer: str = Field(description="the runtime that it was made for")
     opset: int | None
@@ -309,7 +318,7 @@ class Manifest(_Record):
     def _check_names(self) -> Self:
         names = [name for graph in self.graphs for name in (graph.file, *graph.files)]
         for name in (*names, *(record.name for record in self.files)):
-            if not is_plain_name(name):
+            if not all(map(is_plain_name, name.split("/"))):
                 raise ValueError(f"{name!r} is not a file of this folder; give plain names")
         return self
 
@@ -321,7 +330,11 @@ class Manifest(_Record):
 
     @property
     def xfm_config(self) -> XFMConfig:
-        """Sizes of the exported model."""
+        """Sizes of the exported X-FM; raises `ExportError` for another model."""
+        if self.use is not None:
+            raise ExportError(
+                f"this is an export of {self.source}, not of an X-FM; open it with xfm_fast.encoders.open_encoder"
+            )
         return XFMConfig(**self.config)
 
     @property
@@ -334,7 +347,8 @@ class Manifest(_Record):
         for graph in self.graphs:
             used = {graph.file, *graph.files}
             if self.kind == "onnx" and graph.file in listed:
-                used |= external_files(folder / graph.file)
+                subfolder = graph.file[: -len(Path(graph.file).name)]
+                used |= {f"{subfolder}{name}" for name in external_files(folder / graph.file)}
             if unlisted := sorted(used - listed):
                 raise ExportError(
                     f"graph {graph.name!r} in {folder} uses {unlisted[0]!r}, which {MANIFEST_FILE} does not list "

@@ -18,11 +18,10 @@ from typing import Any, BinaryIO
 import torch
 
 from xfm_fast import __version__
-from xfm_fast.errors import StorageError, UnavailableError, explain_types
+from xfm_fast.errors import ExportError, StorageError, UnavailableError, explain_types
 from xfm_fast.models.processor import preprocessor_json
 from xfm_fast.models.xfm import XFM
 
-from .expected import Examples
 from .graphs import DTYPES, Graph
 from .manifest import GraphRecord, Manifest, package_versions
 from .pipeline import check_fixed, export_graphs, frozen, split_request, tracing_call
@@ -40,11 +39,11 @@ _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 
 @explain_types
 def export_onnx(
-    model: XFM,
+    model: Any,
     folder: str | Path,
     request: OnnxRequest | None = None,
     *,
-    examples: Examples | None = None,
+    examples: Any = None,
     compared: bool = True,
     largest_file: int = LARGEST_FILE,
     **options: Any,
@@ -52,10 +51,11 @@ def export_onnx(
     """Write graphs of a model as ONNX files with a `manifest.json`.
 
     Args:
-        model: The model, left unchanged; weights are converted graph by graph.
+        model: An X-FM, or a model of sentence-transformers, left unchanged; weights are converted graph by graph.
         folder: Created if missing. Graphs of the same name in it are replaced.
         request: The graphs and their form.
-        examples: Compare the export with the model on these; without them the status is `unverified`.
+        examples: `Examples`, or `library.Samples`, to compare the export with the model on; without them the status
+            is `unverified`.
         compared: False defers the comparison to `verify`, which needs no model in memory.
         largest_file: Bytes beyond which weights go into a separate file.
         options: Fields of the request, as in `export_onnx(model, folder, dtype="fp16", graphs=("vision",))`; and for
@@ -69,11 +69,17 @@ def export_onnx(
     """
     request, facts = split_request(request, OnnxRequest, options)
     spelling = check_spelling(request)
-    special_tokens = {"pad": model.config.pad_token_id}
-    if (tokenizer := model.tokenizer) is not None:
-        ends = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
-        special_tokens = ends | special_tokens
-    preprocessing = json.loads(preprocessor_json(model.config))
+    tokens: dict[str, str] = {}
+    if isinstance(model, XFM):
+        special_tokens = {"pad": model.config.pad_token_id}
+        if (tokenizer := model.tokenizer) is not None:
+            ends = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+            special_tokens = ends | special_tokens
+        preprocessing = json.loads(preprocessor_json(model.config))
+        tokens = {
+            "preprocessing": json.dumps(preprocessing, sort_keys=True),
+            "special_tokens": json.dumps(special_tokens),
+        }
 
     def write(graph: Graph, record: GraphRecord, content: Manifest) -> list[str]:
         properties = {
@@ -87,8 +93,7 @@ def export_onnx(
             "source": content.source,
             "weights_sha256": content.weights_sha256,
             "tokenizer_sha256": content.tokenizer_sha256,
-            "preprocessing": json.dumps(preprocessing, sort_keys=True),
-            "special_tokens": json.dumps(special_tokens),
+            **tokens,
         }
         files = write_onnx(
             graph,
@@ -101,7 +106,7 @@ def export_onnx(
             },
             largest_file=largest_file,
         )
-        return [path.name for path in files]
+        return [path.relative_to(folder).as_posix() for path in files]
 
     return export_graphs(
         model,
@@ -187,6 +192,14 @@ def write_onnx(
                 optimize=False,
             )
         assert program is not None
+        for tensor, value in zip(graph.inputs, program.model.graph.inputs, strict=True):
+            for dim, size in zip(tensor.dims, value.shape or (), strict=True):
+                # Where its first strategy fails, PyTorch goes on with one that makes constants.
+                if isinstance(dim, str) and dim not in fixed and isinstance(size, int):
+                    raise ExportError(
+                        f"the code of {path.stem} works for {dim}={size} alone, that of its trace; fix it: --fixed "
+                        f"{dim}={size}, or use a model whose code reads no sizes"
+                    )
         initializers = [*program.model.graph.initializers.values()]
         with _named_weights(program.model.graph):
             program.optimize()

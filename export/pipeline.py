@@ -8,28 +8,35 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from xfm_fast.errors import InputError, StorageError
+from xfm_fast.errors import ExportError, InputError, StorageError, XFMError
 from xfm_fast.io import storing, write_bytes
 from xfm_fast.memory import release_freed_memory
 from xfm_fast.models.processor import XFMProcessor
 from xfm_fast.models.xfm import XFM
 
-from .expected import DECODER_GRAPHS, Examples, keep_results, reference_bytes
+from .expected import (
+    DECODER_GRAPHS,
+    REFERENCE_FILE,
+    Reference,
+    keep_results,
+    reference_bytes,
+)
+from .forms import encoder_graphs
 from .graphs import DTYPES, Graph, build, default_graphs, in_dtype, needs_all_tokens
 from .manifest import (
     AXES,
-    LONGEST_ROW,
     MANIFEST_FILE,
     AxisRecord,
     GraphRecord,
@@ -39,7 +46,7 @@ from .manifest import (
     record_files,
 )
 from .request import DType, ExportRequest, GraphName, Request
-from .runtimes import Spelling, check_dtype
+from .runtimes import Spelling, check_dtype, first_line
 from .slots import TORCH_DTYPES, parse_profiles
 from .verification import compare_with_reference
 
@@ -51,9 +58,32 @@ Progress = Callable[[str], None]
 Write = Callable[[Graph, GraphRecord, Manifest], Sequence[str]]
 """Writes a graph in the export's dtype to the record's file; returns all file names, the graph's first."""
 
+
+class Subject(NamedTuple):
+    """What an export takes from its model besides the graphs."""
+
+    files: Mapping[str, bytes]
+    """Sidecar files by name."""
+    fields: Mapping[str, Any]
+    """Fields of the manifest."""
+    build: Callable[[GraphName], Graph]
+    """Builds a graph once more."""
+    keep_results: Callable[..., Reference]
+    """Writes the reference, from (manifest, folder, model, examples)."""
+    reference_bytes: int
+
+
 _TENSOR_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 # Names, shapes and nodes.
 _ROOM_PER_GRAPH = 4 << 20
+# As other programs name them, by the number of graphs.
+_ONNX_FILES = {
+    ("encoder", 1): "onnx/model",
+    ("encoder", 2): "onnx/text_model",
+    ("image_encoder", 2): "onnx/vision_model",
+}
+# Room for the results on sentences.
+_LIBRARY_REFERENCE = 64 << 20
 _FACTS = ("source", "tokenizer_sha256", "companions", "progress", "examples", "compared")
 
 
@@ -71,7 +101,7 @@ def split_request(
 
 
 def export_graphs(
-    model: XFM,
+    model: Any,
     folder: Path,
     request: ExportRequest,
     spelling: Spelling,
@@ -82,7 +112,7 @@ def export_graphs(
     runtime: str = "auto",
     source: str = "a model in memory",
     tokenizer_sha256: str | None = None,
-    examples: Examples | None = None,
+    examples: Any = None,
     companions: Mapping[str, bytes] = {},
     compared: bool = True,
     progress: Progress = silent,
@@ -93,29 +123,24 @@ def export_graphs(
     `room` estimates the disk space from the sizes of the graphs.
     """
     dtype, fixed = check_dtype(request.dtype), request.sizes
-    companions = XFMProcessor(model.config, model.tokenizer).files() | dict(companions)
-    if tokenizer_sha256 is None and model.tokenizer is not None:
-        tokenizer_sha256 = model.tokenizer.sha256()
     graphs = build_graphs(model, spelling, request)
-    sizes = [graph_bytes(graph, model, dtype) for graph in graphs.values()]
-    all_tokens = needs_all_tokens(model, request.all_tokens)
-    records = graph_records(graphs, dtype, model, fixed, suffix)
-    decodes = not DECODER_GRAPHS.isdisjoint(graphs)
-    prepare_folder(folder, room(sizes) + reference_bytes(model.config, decodes=decodes))
+    sizes = [graph_bytes(graph, dtype) for graph in graphs.values()]
+    records = graph_records(graphs, dtype, fixed, suffix)
+    subject = _subject(model, spelling, request, graphs)
+    prepare_folder(folder, room(sizes) + subject.reference_bytes)
+    fields = {**subject.fields, **manifest}
+    if tokenizer_sha256 is not None:
+        fields["tokenizer_sha256"] = tokenizer_sha256
     content = new_manifest(
         source=source,
-        weights_sha256=weights_sha256(model, graphs.values()),
-        tokenizer_sha256=tokenizer_sha256,
-        config=model.config.model_dump(),
         dtype=dtype,
         attention=spelling.form,
-        all_tokens=all_tokens,
         packed=request.packed,
         fixed=fixed,
         graphs=[],
         files=[],
         reason="it was not compared with the model",
-        **manifest,
+        **fields,
     )
 
     # Joined weights of all graphs together are a fifth of the model.
@@ -123,11 +148,10 @@ def export_graphs(
 
     def write_graph(record: GraphRecord) -> Sequence[str]:
         progress(f"exporting {record.name}")
-        graph = build(
-            record.name, model, spelling.form, all_tokens=all_tokens, packed=request.packed
-        )
-        converted = in_dtype(graph, DTYPES[dtype])
-        files = write(converted, record, content)
+        with tracing(model):
+            graph = subject.build(record.name)
+            converted = in_dtype(graph, DTYPES[dtype])
+            files = write(converted, record, content)
         if converted is not graph:
             # An exporter references joined weights and their sources until it sees another graph.
             for parameter in converted.parameters():
@@ -138,11 +162,54 @@ def export_graphs(
         if examples is None:
             return
         progress("comparing with the model")
-        reference = keep_results(content, folder, model, examples)
+        reference = subject.keep_results(content, folder, model, examples)
         if compared:
             compare_with_reference(content, folder, reference, runtime)
 
+    companions = {**subject.files, **companions}
     return fill_folder(content, folder, records, write_graph, compare, companions)
+
+
+def _subject(
+    model: Any, spelling: Spelling, request: ExportRequest, graphs: Mapping[GraphName, Graph]
+) -> Subject:
+    if not isinstance(model, XFM):
+        from . import library
+
+        files = library.model_files(model)
+        tokenizer = files.get("tokenizer.json")
+        fields = {
+            "use": library.use_of(model),
+            "weights_sha256": weights_sha256(model, [model]),
+            "tokenizer_sha256": tokenizer and hashlib.sha256(tokenizer).hexdigest(),
+            "config": json.loads(files["config.json"]),
+            "all_tokens": False,
+        }
+        return Subject(
+            files,
+            fields,
+            lambda name: encoder_graphs(model)[name],
+            library.keep_results,
+            _LIBRARY_REFERENCE,
+        )
+    all_tokens = needs_all_tokens(model, request.all_tokens)
+    fields = {
+        "weights_sha256": weights_sha256(model, graphs.values()),
+        "tokenizer_sha256": None if model.tokenizer is None else model.tokenizer.sha256(),
+        "config": model.config.model_dump(),
+        "all_tokens": all_tokens,
+    }
+
+    def rebuild(name: GraphName) -> Graph:
+        return build(name, model, spelling.form, all_tokens=all_tokens, packed=request.packed)
+
+    return Subject(
+        XFMProcessor(model.config, model.tokenizer).files(),
+        fields,
+        rebuild,
+        keep_results,
+        reference_bytes(model.config, decodes=not DECODER_GRAPHS.isdisjoint(graphs)),
+    )
 
 
 def fill_folder(
@@ -159,6 +226,7 @@ def fill_folder(
     graphs = []
     for record in records:
         started = time.perf_counter()
+        (folder / record.file).parent.mkdir(exist_ok=True)
         files = [*write(record)]
         # An exporter leaves programs in reference cycles, which hold joined weights.
         gc.collect()
@@ -168,7 +236,7 @@ def fill_folder(
         graphs.append(record.model_copy(update=changes))
     content.graphs = graphs
     companions = {**companions, README_FILE: readme(content).encode()}
-    write_bytes({folder / name: data for name, data in companions.items()})
+    write_companions(folder, companions)
     graph_files = (name for graph in graphs for name in graph.files)
     content.files = record_files(folder, [*companions, *graph_files])
     try:
@@ -179,29 +247,56 @@ def fill_folder(
     return content
 
 
-def build_graphs(model: XFM, spelling: Spelling, request: ExportRequest) -> dict[GraphName, Graph]:
+def build_graphs(
+    model: nn.Module, spelling: Spelling, request: ExportRequest
+) -> dict[GraphName, Graph]:
     """Build and validate the graphs of a request; they share the model's parameters."""
-    names = default_graphs(model) if request.names is None else request.names
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"graph {twice[0]!r} is named twice; name it once")
-    all_tokens = needs_all_tokens(model, request.all_tokens)
     graphs: dict[GraphName, Graph] = {}
-    for name in names:
-        graphs[name] = build(
-            name, model, spelling.form, all_tokens=all_tokens, packed=request.packed
-        )
-    check_fixed(graphs.values(), request.sizes)
-    longest = model.config.max_text_length
-    for axis, size in request.sizes.items():
-        if axis in ("length", "past") and size > longest:
-            raise InputError(
-                f"{axis}={size} exceeds the {longest} positions of this model; use fewer"
+    if isinstance(model, XFM):
+        names = default_graphs(model) if request.names is None else request.names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise InputError(f"graph {twice[0]!r} is named twice; name it once")
+        all_tokens = needs_all_tokens(model, request.all_tokens)
+        for name in names:
+            graphs[name] = build(
+                name, model, spelling.form, all_tokens=all_tokens, packed=request.packed
             )
+    else:
+        from . import library
+
+        if request.packed or request.all_tokens:
+            raise InputError("packed and all_tokens are for X-FM's graphs; leave them out")
+        library.use_of(model)
+        with tracing(model):
+            graphs |= encoder_graphs(model)
+        if unknown := sorted({*(request.names or ())} - {*graphs}):
+            raise InputError(
+                f"{type(model).__name__} has no graph {unknown[0]!r}; choose from {', '.join(graphs)}"
+            )
+        graphs = {name: graphs[name] for name in request.names or graphs}
+    check_fixed(graphs.values(), request.sizes)
     return graphs
 
 
-def check_fixed(graphs: Iterable[Graph], fixed: Mapping[str, int]) -> None:
-    """Raise `InputError` for a fixed axis that no graph has, or a size below 1."""
+@contextlib.contextmanager
+def tracing(model: nn.Module) -> Iterator[None]:
+    """Convert errors of the code of a library's model, which runs in the block, to an `ExportError`."""
+    try:
+        yield
+    except (XFMError, OSError):
+        raise
+    except Exception as error:  # of any class
+        if isinstance(model, XFM):
+            raise
+        reason = first_line(error if error.__cause__ is None else error.__cause__)  # pyright: ignore[reportArgumentType]
+        raise ExportError(
+            f"PyTorch does not trace this {type(model).__name__} ({reason}); serve the model itself, or upgrade its "
+            "library"
+        ) from error
+
+
+def check_fixed(graphs: Collection[Graph], fixed: Mapping[str, int]) -> None:
+    """Raise `InputError` for a fixed axis that no graph has, or a size below 1 or above its limit."""
     axes = {axis for graph in graphs for axis in graph.axes}
     for name, size in fixed.items():
         if name not in axes:
@@ -210,12 +305,16 @@ def check_fixed(graphs: Iterable[Graph], fixed: Mapping[str, int]) -> None:
             )
         if size < 1:
             raise InputError(f"{name}={size} is not a size; give a positive number")
+        longest = min(graph.limits.get(name, size) for graph in graphs if name in graph.axes)
+        if size > longest:
+            raise InputError(
+                f"{name}={size} exceeds the {longest} positions of this model; use fewer"
+            )
 
 
 def graph_records(
     graphs: Mapping[GraphName, Graph],
     dtype: DType,
-    model: XFM,
     fixed: Mapping[str, int],
     suffix: str = "",
 ) -> list[GraphRecord]:
@@ -227,19 +326,17 @@ def graph_records(
         return tensor.model_copy(update={"dtype": tensor_dtype, "dims": dims})
 
     records = []
+    names = _ONNX_FILES if suffix == ".onnx" else {}
     for name, graph in graphs.items():
         axes = [axis for axis in graph.axes if axis not in fixed]
-        limits: dict[str, int] = dict.fromkeys(("length", "past"), model.config.max_text_length)
-        if "rows" in axes:
-            limits["length"] = max(limits["length"], LONGEST_ROW)
         records.append(
             GraphRecord(
                 name=name,
-                file=f"{name}{suffix}",
+                file=f"{names.get((name, len(graphs)), name)}{suffix}",
                 files=[],
                 inputs=[*map(described, graph.inputs)],
                 outputs=[*map(described, graph.outputs)],
-                axes={axis: AxisRecord(least=1, most=limits.get(axis)) for axis in axes},
+                axes={axis: AxisRecord(least=1, most=graph.limits.get(axis)) for axis in axes},
                 build_seconds=0,
             )
         )
@@ -265,7 +362,7 @@ def tracing_call(
 ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """Return inputs to trace a graph with, and the dynamic dimensions of each, in `forward`'s order."""
     dims = {
-        name: torch.export.Dim(name, min=1, max=axis.most)
+        name: torch.export.Dim(name, min=1, max=graph.limits.get(name, axis.most))
         for name, axis in AXES.items()
         if name not in fixed
     }
@@ -287,6 +384,8 @@ def random_inputs(
 
     def values(tensor: TensorRecord) -> Tensor:
         name, shape = tensor.name, tensor.shape(sizes)
+        if name == "token_type_ids":
+            return torch.zeros(shape, dtype=torch.int64)
         if name.endswith("_ids"):
             ids = torch.randint(4, 200, shape, generator=generator)
             return ids.masked_fill(~_real_tokens(shape), 1) if name == "input_ids" else ids
@@ -326,12 +425,9 @@ def frozen(graph: Graph) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def graph_bytes(graph: nn.Module, model: XFM, dtype: DType) -> int:
-    """Estimate the file size of a graph: its parameters, and position biases where it has their tables."""
-    config, names = model.config, [name for name, _ in graph.named_parameters()]
-    entries = sum(parameter.numel() for parameter in graph.parameters())
-    if any(name.endswith("relative_position_bias_table") for name in names):
-        entries += config.vision_depth * config.vision_heads * config.num_image_tokens**2
+def graph_bytes(graph: nn.Module, dtype: DType) -> int:
+    """Estimate the file size of a graph from its parameters, joined weights and position biases."""
+    entries = sum(tensor.numel() for tensor in (*graph.parameters(), *graph.buffers()))
     return entries * DTYPES[dtype].itemsize + _ROOM_PER_GRAPH
 
 
@@ -351,9 +447,21 @@ def prepare_folder(folder: Path, needed: int) -> None:
         )
 
 
+def write_companions(folder: Path, companions: Mapping[str, bytes]) -> None:
+    """Write sidecar files by name, in subfolders too."""
+    for name in companions:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    write_bytes({folder / name: data for name, data in companions.items()})
+
+
 def sidecar_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
-    """Read the JSON sidecar files of an export, by name."""
-    names = [record.name for record in manifest.files if record.name.endswith(".json")]
+    """Read the files of an export that are neither graphs nor written anew, by name."""
+    others = {
+        README_FILE,
+        REFERENCE_FILE,
+        *(name for graph in manifest.graphs for name in graph.files),
+    }
+    names = [record.name for record in manifest.files if record.name not in others]
     try:
         return {name: (folder / name).read_bytes() for name in names}
     except OSError as error:
@@ -377,7 +485,6 @@ def weights_sha256(model: nn.Module, graphs: Iterable[nn.Module]) -> str:
 
 def readme(manifest: Manifest) -> str:
     """Write the text of `README.md` for a complete manifest."""
-    side = manifest.xfm_config.image_size
     rows = ["| graph | file | inputs | outputs |", "|---|---|---|---|"]
     for graph in manifest.graphs:
         inputs, outputs = (
@@ -385,17 +492,29 @@ def readme(manifest: Manifest) -> str:
             for tensors in (graph.inputs, graph.outputs)
         )
         rows.append(f"| {graph.name} | {graph.file} | {inputs} | {outputs} |")
-    code = (
-        "from xfm_fast.export import Session\n\n"
-        'session = Session.load("this folder")\n'
-        'inputs = session.processor(images=["photo.jpg"], text=["a caption"])'
-    )
+    if manifest.use is None:
+        name, side = "X-FM", manifest.xfm_config.image_size
+        code = (
+            "from xfm_fast.export import Session\n\n"
+            'session = Session.load("this folder")\n'
+            'inputs = session.processor(images=["photo.jpg"], text=["a caption"])'
+        )
+        preparation = [
+            f"Images of {side}x{side} pixels are prepared as `preprocessor_config.json` says.",
+            "Texts are by `tokenizer.json`, where the model had one.",
+        ]
+    else:
+        name = manifest.source
+        code = (
+            "from xfm_fast.encoders import open_encoder\n\n"
+            'model = open_encoder("this folder").model  # of sentence-transformers'
+        )
+        preparation = ["The other files are those of sentence-transformers."]
     sections = [
-        f"# X-FM as {manifest.kind}",
+        f"# {name} as {manifest.kind}",
         f"Weights of {manifest.source}, {manifest.dtype}, by xfm-fast {manifest.xfm_fast}.",
         "`manifest.json` has the sizes, and whether the files agree with the model.",
-        f"Images of {side}x{side} pixels are prepared as `preprocessor_config.json` says.",
-        "Texts are by `tokenizer.json`, where the model had one.",
+        *preparation,
         f"```python\n{code}\n```",
         "\n".join(rows),
     ]

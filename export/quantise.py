@@ -24,25 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xfm_fast.errors import ExportError, InputError, UnavailableError, XFMError
-from xfm_fast.io import storing
+from xfm_fast.io import staged, storing
 
 from .expected import Reference, keep_reference
+from .findings import THRESHOLDS, Comparison, Feed
 from .manifest import GraphRecord, Manifest, QuantisationRecord, package_versions
-from .pipeline import Progress, fill_folder, prepare_folder, sidecar_files, silent
+from .pipeline import Progress, fill_folder, prepare_folder, sidecar_files, silent, write_companions
 from .qdq import Fitted, Scheme, Site, find_sites, find_tables, quantise_graph
 from .request import BUDGET, DEFAULT_GRAPHS, GRAPHS, DType, GraphName, Quantisation
 from .runtimes import first_line
 from .runtimes.onnx_runtime import OnnxRuntime, run_graph, save, time_in_turn, widen
-from .slots import graph_slots
-from .verification import (
-    THRESHOLDS,
-    Case,
-    Comparison,
-    calibration_part,
-    compare_with_reference,
-)
-
-Feed = Mapping[str, np.ndarray]
+from .verification import compare_with_reference, open_comparison
 
 # Verification runs more shapes than calibration, which spends only part of the budget.
 _SPENT = 0.8
@@ -67,7 +59,7 @@ def check_quantisation(
         raise UnavailableError(
             f"quantisation {name!r} is unknown; choose from {', '.join(get_args(Quantisation))}"
         )
-    if unsupported := [graph for graph in graphs if graph not in GRAPHS]:
+    if unsupported := [graph for graph in graphs if graph not in (*GRAPHS, "encoder")]:
         raise UnavailableError(
             f"graph {unsupported[0]!r} has no 8-bit form; export {', '.join(GRAPHS)}, or without 8 bits"
         )
@@ -154,30 +146,6 @@ def fit(site: Site, statistics: Statistics, scheme: Scheme) -> Fitted:
     if best.error >= plain.error * (1 if site.norm else _WORTH_A_PASS):
         best = plain
     return min((attempt(best.smoothing, clip) for clip in _CLIPS), key=lambda fitted: fitted.error)
-
-
-def calibration_inputs(
-    comparison: Comparison, record: GraphRecord, *, judging: bool = False
-) -> list[Feed]:
-    """Return inputs as a session passes them to a graph, each image with its share of the texts, in fp32 and int64."""
-    images, texts = calibration_part(comparison.reference, judging=judging)
-    ranges = graph_slots(record)[0].ranges
-    fixed = {axis: sizes.least for axis, sizes in ranges.items() if sizes.single}
-    batch = fixed.get("batch", 1)
-    count = fixed.get("texts", math.ceil(len(texts) / len(images)))
-    cases = []
-    for n in range(len(images)):
-        rows = (torch.arange(batch) + n) % len(images)
-        columns = (torch.arange(count) + n * count) % len(texts)
-        cases.append(Case(images[rows], texts[columns].expand(batch, -1)))
-    feeds = []
-    for inputs in comparison.inputs(record.name, cases):
-        wide = {
-            name: value.float() if value.is_floating_point() else value
-            for name, value in inputs.items()
-        }
-        feeds.append({name: value.numpy() for name, value in wide.items()})
-    return feeds
 
 
 class _Trials:
@@ -304,10 +272,11 @@ def quantise_graphs(
     def write(record: GraphRecord) -> None:
         started = time.perf_counter()
         path = out / record.file
+        path.parent.mkdir(exist_ok=True)
         try:
             if record.name not in plans:
                 progress(f"choosing GEMMs of {record.name}")
-                feeds = calibration_inputs(comparison, record)
+                feeds = comparison.feeds(record)
                 plans[record.name] = GraphPlan(
                     comparison.folder / record.file, feeds, scheme, budget
                 )
@@ -319,9 +288,12 @@ def quantise_graphs(
                 f"graph {record.name!r} could not be quantised to {scheme.kind} ({first_line(error)}); export it "
                 "without 8 bits"
             ) from error
-        record.files = [name for name in (path.name, f"{path.name}.data") if (out / name).exists()]
+        files = (record.file, f"{record.file}.data")
+        record.files = [name for name in files if (out / name).exists()]
         record.build_seconds += time.perf_counter() - started
 
+    # A comparison may open the export as its users do.
+    write_companions(out, sidecar_files(comparison.folder, exported))
     changed = exported.graphs
     while changed:
         for record in changed:
@@ -343,7 +315,7 @@ def quantise_graphs(
             record
             for record in exported.graphs
             if record.name in failed
-            and plans[record.name].retreat(calibration_inputs(comparison, record, judging=True))
+            and plans[record.name].retreat(comparison.feeds(record, judging=True))
         ]
     for record in exported.graphs if scheme.unsigned else ():
         assert record.quantisation is not None
@@ -393,7 +365,6 @@ def quantize_int8(
             "export --dtype fp32"
         )
     reference = Reference.load(folder)
-    prepare_folder(out, sum(record.bytes for record in source.files))
     changed = source.unverified(
         versions=source.versions | package_versions("onnxruntime"),
         options=dict(source.options),
@@ -402,25 +373,15 @@ def quantize_int8(
     # CPUs multiply uint8 by int8, GPUs int8 by int8.
     scheme = Scheme("int8", unsigned=not source.consumer.startswith("tensorrt"))
 
-    with (
-        storing(out, "choose another folder"),
-        tempfile.TemporaryDirectory(dir=out, prefix=".int8-") as scratch,
-    ):
-        quantise_graphs(
-            changed, Comparison(source, folder, reference), Path(scratch), scheme, budget, progress
-        )
-
-        def write(record: GraphRecord) -> list[str]:
-            for name in record.files:
-                Path(scratch, name).replace(out / name)
-            return record.files
-
-        # The files were compared before they were moved here.
+    with storing(out, "choose another folder"), staged(out) as scratch:
+        prepare_folder(scratch, sum(record.bytes for record in source.files))
+        comparison = open_comparison(source, folder, reference)
+        quantise_graphs(changed, comparison, scratch, scheme, budget, progress)
         return fill_folder(
             changed,
-            out,
+            scratch,
             changed.graphs,
-            write,
-            lambda content: keep_reference(content, out, reference),
+            lambda record: record.files,
+            lambda content: keep_reference(content, scratch, reference),
             sidecar_files(folder, source),
         )

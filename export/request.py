@@ -16,7 +16,16 @@ from annotated_types import Ge, Le
 from xfm_fast.errors import InputError, UnavailableError
 
 GraphName = Literal[
-    "vision", "text", "image_memory", "fusion", "match", "nlvr2", "decoder_memory", "decoder_step"
+    "vision",
+    "text",
+    "image_memory",
+    "fusion",
+    "match",
+    "nlvr2",
+    "decoder_memory",
+    "decoder_step",
+    "encoder",
+    "image_encoder",
 ]
 ALL_GRAPHS: tuple[GraphName, ...] = get_args(GraphName)
 
@@ -37,6 +46,16 @@ Quantisation = Literal["int8", "fp8"]
 
 RuntimeChoice = str
 """The name of a runtime (`export.runtimes`), or `auto`."""
+
+Use = Literal["embedding", "sparse", "ranking"]
+"""What a model of sentence-transformers computes: vectors, sparse vectors, or scores of pairs."""
+
+USES: dict[str, Use] = {
+    "SentenceTransformer": "embedding",
+    "SparseEncoder": "sparse",
+    "CrossEncoder": "ranking",
+}
+"""Uses by the class of the library."""
 
 BUDGET = 0.99
 """Default minimum cosine of any output row with the model's, for exports with 8-bit GEMMs."""

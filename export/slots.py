@@ -28,10 +28,12 @@ from torch import Tensor
 
 from xfm_fast.errors import InputError
 
-from .manifest import AXES, GraphRecord, ProfileRecord, TensorRecord
+from .manifest import AXES, LONGEST_ROW, GraphRecord, ProfileRecord, TensorRecord
 
 # Lengths of packed rows to try: from about a caption to where the cost of attention begins to count.
 _ROW_LENGTHS = (32, 48, 64, 96, 128)
+# Tokens that the default profiles of an encoder are tuned for; they take as many as the model.
+_ENCODER_LENGTH = 64
 _SYNTAX = (
     "write name:axis=least..best..most, such as latency:batch=1,texts=1..8..64,length=1..16..40"
 )
@@ -145,6 +147,9 @@ def _parse_ranges(profile: str, text: str) -> dict[str, SizeRange]:
 def graph_profiles(graph: GraphRecord, profiles: Sequence[Slot]) -> list[ProfileRecord]:
     """Return the input shapes of a graph under each profile, without duplicates; none without dynamic axes."""
     records: list[ProfileRecord] = []
+    if profiles is DEFAULT_PROFILES and graph.name == "encoder" and "length" in graph.axes:
+        longest = graph.axes["length"].most or LONGEST_ROW
+        profiles = _default_profiles(SizeRange(1, longest, min(longest, _ENCODER_LENGTH)))
     for profile in profiles if graph.axes else ():
         for axis, accepted in graph.axes.items():
             sizes, limit = profile.ranges.get(axis), accepted.most
@@ -261,7 +266,8 @@ def pad_tensor(
 def trim_tensor(value: Tensor, axes: Sequence[str | None], sizes: Mapping[str, int]) -> Tensor:
     """Undo `pad_tensor`, as a view."""
     for dim, axis in enumerate(axes):
-        if axis is not None:
+        # The tokens of an image are no axis of its graph.
+        if axis is not None and axis in sizes:
             value = value.narrow(dim, 0, sizes[axis])
     return value
 

@@ -36,6 +36,7 @@ LEVELS = {
     "finetuning": 6,
     "loading": 6,
     "encoders": 6,
+    "embedding": 6,
     "search": 6,
     "testing": 6,
     "benchmarks": 7,

@@ -17,12 +17,22 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal  # noqa: F401, for inherited annotations
 
-from xfm_fast.config import MODEL_TYPE
+from annotated_types import Ge, Le  # noqa: F401, cyclopts resolves those of EncoderSource here
+
 from xfm_fast.errors import CheckpointError, InputError, UnavailableError, needs
+from xfm_fast.export.manifest import Manifest
+from xfm_fast.export.request import USES, Use
 from xfm_fast.io import read_json
-from xfm_fast.loading import Opened, Source, local_path, open_model, open_session
+from xfm_fast.loading import (
+    EncoderSource,
+    Opened,
+    Source,
+    local_path,
+    open_model,
+    open_session,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -34,28 +44,11 @@ if TYPE_CHECKING:
 Modality = Literal["text", "image"]
 Role = Literal["query", "document"]
 """What a text is to a search: selects the model's prompt for it."""
-Use = Literal["embedding", "sparse", "ranking"]
-"""What a model computes: vectors, sparse vectors, or scores of pairs."""
 
 # Counts changes of X-FM's image transform, which change features too.
 _TRANSFORM_VERSION = 2
 _FEATURE_WEIGHTS = ("vision_encoder.", "vision_proj.", "text_encoder.roberta.", "text_proj.")
-_CLASSES: dict[Use, str] = {
-    "embedding": "SentenceTransformer",
-    "sparse": "SparseEncoder",
-    "ranking": "CrossEncoder",
-}
-
-
-@dataclass(frozen=True)
-class EncoderSource(Source):
-    """A model that embeds or ranks.
-
-    Attributes:
-        accelerate: Fused layers in place of the library's, with the same results.
-    """
-
-    accelerate: bool = True
+_CLASSES: dict[Use, str] = {use: name for name, use in USES.items()}
 
 
 class Encoder(ABC):
@@ -321,6 +314,8 @@ def is_library_model(source: Source) -> bool:
 
     Of a name on the Hub, only the small configuration is downloaded.
     """
+    from xfm_fast.config import MODEL_TYPE
+
     if source.model is None or source.is_export:
         return False
     path = local_path(source.model)
@@ -352,7 +347,20 @@ def open_encoder(source: str | Path | Source, *, device: str | None = None) -> E
         source = replace(source, device="cpu" if device == "cpu" else "cuda")
     if is_library_model(source):
         return _open_library(source)
+    if source.is_export and Manifest.load(local_path(source.model or ""), check_files=False).use:
+        return _open_export(source)
     return _open_xfm(source)
+
+
+def _open_export(source: Source) -> LibraryEncoder:
+    from xfm_fast.export.library import open_exported
+    from xfm_fast.export.session.graphs import GraphSession
+
+    source.check()
+    folder = local_path(source.model or "")
+    session = GraphSession.load(folder, device=None if source.device == "auto" else source.device)
+    origin = f"{session.manifest.source}, exported, by {session.description}"
+    return LibraryEncoder(open_exported(session), source, origin, session.fingerprint()[:32])
 
 
 def _open_xfm(source: Source) -> XFMEncoder:
@@ -389,6 +397,10 @@ def _open_library(source: Source) -> LibraryEncoder:
         import transformers
     from xfm_fast.models.xfm import PRECISIONS
 
+    if not hasattr(sentence_transformers.SentenceTransformer, "preprocess"):
+        raise UnavailableError(
+            f"sentence-transformers {sentence_transformers.__version__} is installed; 6 or newer opens {source} here"
+        )
     source.check()
     for name in ("config", "image_size", "tokenizer"):
         if getattr(source, name) is not None:

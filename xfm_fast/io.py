@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 import socket
 import stat
 import threading
@@ -36,6 +37,7 @@ MOST_JSON_BYTES = 64 << 20
 # The parser is slow, and no configuration of a person is larger.
 MOST_YAML_BYTES = 1 << 20
 MOST_DEPTH = 64
+_LAST = "manifest.json"
 # Aliases in YAML repeat their anchors: a few lines can expand to more than any memory holds.
 _MOST_VALUES = 1 << 24
 
@@ -275,7 +277,7 @@ def write_files(writers: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
 
 @contextmanager
 def storing(
-    path: Path, remedy: str = "free space or choose another folder", *, action: str = "written"
+    path: Path | str, remedy: str = "free space or choose another folder", *, action: str = "written"
 ) -> Iterator[None]:
     """Convert an `OSError` of the block, which writes `path`, to a `StorageError`."""
     try:
@@ -284,6 +286,38 @@ def storing(
         raise
     except OSError as error:
         raise StorageError(f"{path} cannot be {action} ({_reason(error)}); {remedy}") from error
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Yield a new folder beside `folder` that takes its place when the block succeeds, and is removed otherwise.
+
+    Of an existing folder only files of the same names are replaced; `manifest.json`, which describes the others, is
+    removed before and replaced last.
+    """
+    target = folder.resolve()
+    scratch = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with storing(folder):
+            if target.is_file():
+                raise StorageError(f"{folder} is a file, not a folder; choose another name")
+            scratch.mkdir(parents=True)
+        yield scratch
+        with storing(folder):
+            if not target.exists():
+                scratch.rename(target)
+            else:
+                (target / _LAST).unlink(missing_ok=True)
+                files = [path for path in scratch.rglob("*") if path.is_file()]
+                for path in sorted(files, key=lambda path: path.name == _LAST):
+                    replaced = target / path.relative_to(scratch)
+                    replaced.parent.mkdir(parents=True, exist_ok=True)
+                    path.replace(replaced)
+            sync_folder(target.parent)
+    except StorageError as error:
+        raise StorageError(str(error).replace(str(scratch), str(folder))) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def make_folder(folder: Path) -> None:

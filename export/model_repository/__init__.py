@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from xfm_fast.errors import ExportError, InputError, StorageError
-from xfm_fast.io import storing, sync_folder, write_bytes
+from xfm_fast.io import staged, storing, write_bytes
 from xfm_fast.models.processor import find_tokenizer
 from xfm_fast.tokenizer import CaptionTokenizer
 
@@ -77,23 +76,20 @@ def write_model_repository(
         )
     progress("comparing the export with its manifest")
     manifest = Manifest.load(folder)
+    if manifest.use is not None:
+        # It has no rank model; clients send tokens.
+        options = replace(options, pipeline="graphs")
     if tokenizer is None and options.pipeline == "rank":
         tokenizer = find_tokenizer(folder, manifest.xfm_config)
     models = plan_models(manifest, options, tokenizer)
-    temporary = repository.with_name(f".{repository.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with storing(out, "free space or choose another --out"):
-            if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-                raise StorageError(f"{out} exists; delete it, or choose another folder")
-            prepare_folder(repository.parent, sum(file.bytes for file in manifest.files) + _ROOM)
-            temporary.mkdir()
+    with storing(out, "free space or choose another --out"):
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise StorageError(f"{out} exists; delete it, or choose another folder")
+        prepare_folder(repository.parent, sum(file.bytes for file in manifest.files) + _ROOM)
+        with staged(repository) as scratch:
             for model in models:
                 progress(f"writing {model.name}")
-                _write_model(model, folder, temporary / model.name, tokenizer)
-            temporary.rename(repository)
-            sync_folder(repository.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+                _write_model(model, folder, scratch / model.name, tokenizer)
     return models
 
 
@@ -103,8 +99,9 @@ def _write_model(
     version = folder / "1"
     version.mkdir(parents=True)
     for name in model.graph.files if model.graph else ():
-        shutil.copyfile(export / name, version / name)
-        with (version / name).open("rb") as file:
+        copy = version / Path(name).name
+        shutil.copyfile(export / name, copy)
+        with copy.open("rb") as file:
             os.fsync(file.fileno())
     config = "".join(f"{line}\n" for line in render(model.config))
     contents = {folder / "config.pbtxt": config.encode()}
@@ -141,7 +138,7 @@ def plan_models(
         options = replace(options, device="gpu")
     models = []
     for record in manifest.graphs:
-        name = f"{options.prefix}_{record.name}"
+        name = record.name if manifest.use else f"{options.prefix}_{record.name}"
         config = graph_config(name, record, PLATFORMS[manifest.kind], options)
         models.append(PlannedModel(name, config, graph=record))
     if options.pipeline == "rank":
@@ -250,7 +247,7 @@ def graph_config(
     config: dict[str, Any] = {
         "name": name,
         "platform": platform,
-        "default_model_filename": record.file,
+        "default_model_filename": Path(record.file).name,
         "max_batch_size": batch,
         "input": [*map(tensor, record.inputs)],
         "output": [*map(tensor, record.outputs)],

@@ -110,7 +110,7 @@ def write_export(
     """Write a folder with a manifest but without graphs, for `eager`."""
     fixed = fixed or {}
     request = ExportRequest(dtype, graphs, fixed, all_tokens, packed)  # pyright: ignore[reportArgumentType]
-    records = graph_records(build_graphs(model, _SPELLING, request), dtype, model, fixed, ".onnx")
+    records = graph_records(build_graphs(model, _SPELLING, request), dtype, fixed, ".onnx")
     new_manifest(
         source="a small model", weights_sha256="", tokenizer_sha256=None, config=model.config.model_dump(), dtype=dtype,
         consumer="onnxruntime", opset=23, attention="opset23", all_tokens=all_tokens, packed=packed, fixed=fixed,

@@ -19,12 +19,13 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ExportError, InputError, UnavailableError
 from xfm_fast.export import engines, export_onnx, qdq, quantise, quantize_int8, verify
 from xfm_fast.export.expected import Reference, make_examples
+from xfm_fast.export.findings import calibration_part
 from xfm_fast.export.manifest import Manifest
 from xfm_fast.export.qdq import Fitted, Scheme, Site, find_sites, find_tables, quantise_graph
-from xfm_fast.export.quantise import Statistics, calibration_inputs, fit, least_cosine, observe
+from xfm_fast.export.quantise import Statistics, fit, least_cosine, observe
 from xfm_fast.export.request import GRAPHS, GraphName, Quantisation
 from xfm_fast.export.runtimes.onnx_runtime import run_graph, widen
-from xfm_fast.export.verification import Comparison, calibration_part
+from xfm_fast.export.verification import XFMComparison
 from xfm_fast.models.xfm import XFM
 from xfm_fast.testing import captions_table
 
@@ -205,15 +206,13 @@ def test_calibration_and_comparison_share_no_example(exported_fp32: Path) -> Non
     )
     assert sorted([*images.tolist(), *other_images.tolist()]) == [*range(reference.images)]
     assert sorted([*texts.tolist(), *other_texts.tolist()]) == [*range(reference.texts)]
-    feeds = calibration_inputs(
-        Comparison(manifest, exported_fp32, reference), manifest.graph("text")
-    )
+    feeds = XFMComparison(manifest, exported_fp32, reference).feeds(manifest.graph("text"))
     seen = {tuple(row[row != 1].tolist()) for feed in feeds for row in feed["input_ids"]}
     ids = [tuple(row[row != 1].tolist()) for row in reference.tensors["input_ids"]]
     assert seen == {ids[n] for n in texts}
     assert not seen & {ids[n] for n in other_texts}
     manifest.options["arithmetic"] = "int8"
-    comparison = Comparison(manifest, exported_fp32, reference)
+    comparison = XFMComparison(manifest, exported_fp32, reference)
     for name in ("vision", "text", "fusion"):
         cases = [*comparison.cases(manifest.graph(name))]
         if name != "text":

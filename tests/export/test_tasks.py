@@ -226,7 +226,7 @@ def test_sessions_answer_as_the_model(
     model = predictor.model
     assert isinstance(model, xfm_fast.XFM)
     built = build_graphs(model, Spelling("primitives", 20), ExportRequest())
-    records = graph_records(built, "fp32", model, {})
+    records = graph_records(built, "fp32", {})
     if narrow:
         monkeypatch.setattr(sessions, "_LOGIT_ROWS", 3)
         bounds = {

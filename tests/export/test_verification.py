@@ -15,17 +15,12 @@ from torch import Tensor
 from tests.export.conftest import Spoil, eager, write_export
 from xfm_fast.errors import ExportError, UnavailableError
 from xfm_fast.export.expected import generated_examples, make_reference
+from xfm_fast.export.findings import THRESHOLDS, Threshold, rank_agreement
 from xfm_fast.export.graphs import is_memory
 from xfm_fast.export.manifest import Manifest
 from xfm_fast.export.request import DType
 from xfm_fast.export.session import Session
-from xfm_fast.export.verification import (
-    THRESHOLDS,
-    Threshold,
-    rank_agreement,
-    verify,
-    verify_export,
-)
+from xfm_fast.export.verification import verify, verify_export
 from xfm_fast.models.xfm import XFM
 
 

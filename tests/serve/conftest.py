@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.library_models import write_clip
 from tests.search.conftest import write_model
 from xfm_fast.models.xfm import XFM
 from xfm_fast.serve import ServiceOptions, SourceOptions
@@ -253,6 +255,28 @@ def start(weights: Path) -> Start:
         )
 
     return begin
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a model of sentence-transformers that reads texts and images."""
+    return write_clip(tmp_path_factory.mktemp("served-clip") / "tiny-clip")
+
+
+@pytest.fixture(scope="session", params=["tiny-xfm", "tiny-clip"])
+def start_any(request: pytest.FixtureRequest, start: Start, weights: Path) -> Start:
+    """Starts a service of an X-FM, or of a model of sentence-transformers."""
+    if request.param == "tiny-xfm":
+        return start
+    pytest.importorskip("sentence_transformers")
+    return partial(start, request.getfixturevalue("clip"))
+
+
+@pytest.fixture(scope="session")
+def served_any(start_any: Start) -> Iterator[Running]:
+    """Start a service of either model that tests share."""
+    with start_any() as service:
+        yield service
 
 
 @pytest.fixture(scope="session")

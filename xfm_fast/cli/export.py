@@ -14,6 +14,7 @@ from cyclopts import default_name_transform as dashes
 
 from xfm_fast.cli.console import note, say, stdout, table
 from xfm_fast.cli.options import Flat, Model, command_group, named
+from xfm_fast.encoders import EncoderSource, is_library_model, open_encoder
 from xfm_fast.errors import DataError, InputError
 from xfm_fast.export.request import (
     BUDGET,
@@ -23,10 +24,12 @@ from xfm_fast.export.request import (
     RepositoryOptions,
     RuntimeChoice,
 )
-from xfm_fast.export.runtimes import RUNTIMES, Runtime, find_runtime
+from xfm_fast.export.runtimes import RUNTIMES, Exporter, Runtime, find_runtime
+from xfm_fast.io import MOST_JSON_BYTES, read_bytes, staged
 from xfm_fast.loading import Source, open_model
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from rich.console import Console
 
     from xfm_fast.config import XFMConfig
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 app = command_group("export")
 
 _PHOTOS, _CAPTIONS = 4, 48
+_TEXTS = 500
 
 Out = Annotated[Path, Parameter(help="Folder that receives the files and manifest.json.")]
 
@@ -69,7 +73,8 @@ class ExportOptions:
         sm: Compute capabilities to build engines for, for example 80,89,120. [this machine's GPU]
         quantize: 8-bit GEMMs of engines, with scales from the images and captions that are compared.
         budget: Minimum cosine of any output row with the model's. GEMMs that cost more stay in --dtype. [0.99]
-        data: Images with captions to verify on, instead of the photographs: a folder, CSV, JSON lines or shard.
+        data: Images with captions to verify on, instead of the photographs: a folder, CSV, JSON lines or shard; or
+            a .txt file with a text per line, for models that embed or rank texts.
     """
 
     # cyclopts evaluates the hint at every use, so that choices and help have all runtimes of the registry.
@@ -144,6 +149,8 @@ def export(
         # The builder's own messages.
         logging.basicConfig(format="%(message)s")
         logging.getLogger("xfm_fast.export").setLevel(logging.DEBUG)
+    if is_library_model(source):
+        return _export_library(source, out, request, exporter, options.data)
     if options.data is not None:
         # Validate before a checkpoint is read.
         testing.from_files(options.data, limit=1)
@@ -218,6 +225,58 @@ def model_repository(
         summary.add_row(model.name, model.config.get("platform", "python"), str(rows or "as sent"))
     stdout().print(summary)
     print(f"serve it with: tritonserver --model-repository={out}")
+
+
+def _export_library(
+    source: Source, out: Path, request: Any, exporter: Exporter, data: Path | None
+) -> int:
+    """Export a model of sentence-transformers as a folder of its layout."""
+    if request.packed:
+        raise InputError(f"--packed applies to X-FM, and {source} is another model; leave it out")
+    options = vars(source) | {"dtype": None, "device": "cpu"}
+    texts, images, origin = load_samples(data)
+    encoder: Any = open_encoder(EncoderSource(**options, accelerate=False))
+    with staged(out) as scratch:
+        from xfm_fast.export.library import Samples
+
+        samples = Samples.of(texts, images, encoder.use, origin)
+        with exporter.start(
+            encoder.model, scratch, request, source=source.label, examples=samples, progress=say
+        ) as finish_export:
+            del encoder
+            manifest = finish_export()
+    return finish(manifest, out)
+
+
+def load_samples(data: Path | None) -> tuple[list[str], list[Image], str]:
+    """Load texts and images to compare on, and their origin: lines of a text file, captioned images, or bundled."""
+    from xfm_fast import testing
+
+    if data is not None and data.suffix == ".txt":
+        try:
+            lines = read_bytes(data, MOST_JSON_BYTES).decode().splitlines()
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{data} cannot be read ({error}); give UTF-8 text, a text per line"
+            ) from None
+        texts = [line for line in map(str.strip, lines) if line]
+        if len(texts) < 2:
+            raise DataError(f"{data} holds {len(texts)} texts; give two or more, one per line")
+        return texts[:_TEXTS], [], data.name
+    try:
+        pictures = testing.bundled() if data is None else testing.from_files(data)
+    except DataError:
+        if data is not None:
+            raise
+        captions = [
+            text for photo in testing.captions_table()["photos"] for text in photo["captions"]
+        ]
+        return captions[:_TEXTS], [], "captions"
+    return (
+        pictures.texts(min(len(pictures.captions), _TEXTS)),
+        pictures.images[:_PHOTOS],
+        "captions",
+    )
 
 
 def load_examples(
@@ -337,11 +396,19 @@ def _print_verification(record: VerificationRecord, console: Console) -> None:
             "ok" if check.passed else "[bold red]differs[/]",
         )
     console.print(summary)
+    embedded = {f"{check.graph} {check.output}" for check in record.checks}
     for ranks in record.ranks:
         graph = "all graphs together" if ranks.graph == "all" else ranks.graph
         verdict = "" if ranks.passed else " [bold red]differs[/]"
+        agreement = f"{ranks.agreement:.1%} of {ranks.candidates} candidates agree"
+        subject = "ranks"
+        if f"{graph} sentence_embedding" in embedded:
+            subject = "nearest neighbours"
+            agreement = (
+                f"{ranks.identical:.1%} of {ranks.candidates} kept, {ranks.agreement:.1%} with ties"
+            )
         console.print(
-            f"ranks by {graph}: {ranks.agreement:.1%} of {ranks.candidates} candidates agree, at least "
-            f"{ranks.least:.0%}; scores within {ranks.tie:.1e} are ties{verdict}",
+            f"{subject} by {graph}: {agreement}, at least {ranks.least:.0%}; scores within {ranks.tie:.1e} are ties"
+            f"{verdict}",
             highlight=False,
         )

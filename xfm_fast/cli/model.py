@@ -39,6 +39,8 @@ def serve(
     It listens on this machine only unless --host is given, and shuts down cleanly on SIGTERM. /docs
     describes the API.
     """
+    # Threads of OpenMP that wait for work would use as much of a core as those that have it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     key = options.api_key if options.api_key is not None else os.environ.get("XFM_API_KEY")
     if key is not None and (not key.isascii() or not key.strip() or key != key.strip()):
         raise InputError(
@@ -46,6 +48,8 @@ def serve(
         )
     options = replace(options, api_key=key)
     try:
+        import torch
+
         from xfm_fast.serve import address, run
     except ModuleNotFoundError as error:
         raise UnavailableError(
@@ -70,6 +74,14 @@ def serve(
                     f"THE WEIGHTS ARE RANDOM ({model.source}): results mean nothing. Give a trained model"
                 )
             print(f"{name}: {', '.join(model.abilities)} ({model.source})")
+        if any(model.device.type == "cpu" for model in service.models):
+            has_affinity = hasattr(os, "sched_getaffinity")
+            cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+            threads = torch.get_num_threads()
+            print(
+                f"computing with {threads} of {cores} cores (OMP_NUM_THREADS). For the most requests a second start "
+                f"{cores} processes with OMP_NUM_THREADS=1 on ports of their own; for short answers a single one"
+            )
         memory = (
             f"{options.memory_mb:,} MB for requests, {options.cache_mb:,} MB for image memories"
         )

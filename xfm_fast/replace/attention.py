@@ -73,7 +73,9 @@ def attention(
             out = ops.relpos_attention(q, k, v, table, window, scale=scale, backend=backend)
             return out.flatten(2)
         bias = reference.position_bias(bias.table, bias.window)
-    if bias is None and not causal and (q.device.type == "cpu" or backend is not None):
+    exporting = torch.compiler.is_exporting() or traced()
+    on_kernel = not exporting and (q.device.type == "cpu" or backend is not None)
+    if bias is None and not causal and on_kernel:
         # The varlen op chooses the fastest of several implementations, also for equal lengths.
         batch, tokens = q.shape[:2]
         offsets = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=q.device)

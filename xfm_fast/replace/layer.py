@@ -344,7 +344,7 @@ class FusedLayer(CalledByName):
     def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
         attributes = super().adapted(original)
         names = attributes["names"]
-        spec = cls.__dict__.get("layer_spec") or spec_of(original)
+        spec = getattr(cls, "layer_spec", None) or spec_of(original)
         assert spec is not None
         parameters = [*inspect.signature(original.forward).parameters.values()][1:]
         required = {
@@ -440,12 +440,12 @@ class FusedLayer(CalledByName):
         """Compute the layer on `[B, N, width]` or packed `[T, width]`, as `attend` expects."""
         self.count()
         spec, order = self.layer_spec, self.layer_order
-        wide = order == "behind sums"
         if memory is None and order != "behind branches" and not hasattr(attend, "windows"):
+            wide = order == "behind sums"
             plan = cached_plan(self, partial(spec.modules, self), x, settings, wide=wide)
             if plan is not None:
                 return plan.run(x, attend, settings, rotary)
-        call = LayerCall(spec.modules(self), attend, settings, wide, rotary)
+        call = self.executor(attend, settings, rotary)
         if order == "before":
             return pre_norm(call, x)
         if order == "behind branches":
@@ -453,6 +453,11 @@ class FusedLayer(CalledByName):
         if memory is None:
             return post_norm(call, x)
         return post_norm(call, x, partial(call.cross_attention, spec.cross_attention(self), memory))
+
+    def executor(self, attend: Attend, settings: Settings, rotary: Any) -> LayerCall:
+        """Return the executor of the general path."""
+        wide = self.layer_order == "behind sums"
+        return LayerCall(self.layer_spec.modules(self), attend, settings, wide, rotary)
 
     def _attention(self, call: Mapping[str, Any]) -> Attend | None:
         """Return the attention of a call; None to run the original."""

@@ -41,7 +41,7 @@ from xfm_fast.replace.unpadded import IGNORE_MEMORY_MASK, Encoder, padded_memory
 Template = dict[str, Any]
 # Any other implementation of a vision model's attention is a registered function that must be
 # called.
-_ATTENTION = ("eager", "sdpa", None, *KERNELS)
+_ATTENTION = (*PLAIN_ATTENTION, *KERNELS)
 
 
 def build_spec(layer: str, *templates: Template, **more: Any) -> LayerSpec:
@@ -237,7 +237,7 @@ def _positioned(layer: Any, call: Mapping[str, Any]) -> Attend | None:
 
 def _swin_attention(layer: Any, call: Mapping[str, Any]) -> WindowAttention | None:
     """Return the attention of `SwinLayer` and `Swinv2Layer` of transformers."""
-    if implementation_of(layer) not in ("eager", "sdpa", None):
+    if implementation_of(layer) not in PLAIN_ATTENTION:
         return None
     x, size = call["hidden_states"], tuple(map(int, call["input_dimensions"]))
     if hasattr(layer, "set_shift_and_window_size") and not call.get("always_partition"):

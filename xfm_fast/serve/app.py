@@ -9,12 +9,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import ValidationError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -38,7 +41,7 @@ from xfm_fast.serve.model import (
     Work,
 )
 from xfm_fast.serve.options import ServiceOptions, is_loopback
-from xfm_fast.serve.routes import TEI_PATHS, Routes
+from xfm_fast.serve.routes import TEI_PATHS, Call, Routes
 from xfm_fast.serve.schema import MAX_INPUTS, ImageItem, Item, Problem
 from xfm_fast.serve.work import Account, Batcher, Ledger
 from xfm_fast.tasks.ranking import Ranker
@@ -47,6 +50,8 @@ from xfm_fast.tasks.ranking import Ranker
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 # Bytes of a request whose texts are read at once, which takes less than handing them to a thread.
 _QUICK_BYTES = 1 << 13
+# Bytes of an answer that may wait in the buffer of its connection, uncounted.
+_SMALL_ANSWER = 1 << 14
 _SOON, _LATER, _CLOSE = {"retry-after": "1"}, {"retry-after": "5"}, {"connection": "close"}
 _HOST = re.compile(r"(?:\[([^\[\]]*)\]|([^\[\]:]*))(?::\d*)?")
 # Paths without a key: probes of a supervisor.
@@ -63,13 +68,13 @@ class Result:
     Attributes:
         model: The model.
         work: The items as it read them.
-        values: Features `[items, width]`, or scores `[pairs]`.
+        values: Features `[items, width]`, or scores `[pairs]` or `[pairs, labels]`, in float32.
         truncated: Names of the truncated texts.
     """
 
     model: ServedModel
     work: Work
-    values: Tensor
+    values: np.ndarray
     truncated: list[str]
 
 
@@ -102,7 +107,7 @@ class Service:
         metrics = Metrics(self)
         self.batchers = {
             model: Batcher(
-                model.answer,
+                partial(_answer_batch, model),
                 self.batch_tokens(model),
                 coming=lambda: sum(not account.submitted for account in self.active),
                 observe=metrics.batch_observer(model),
@@ -151,7 +156,9 @@ class Service:
             responses={status: {"model": schema.ErrorAnswer} for status in ("4XX", "5XX")},
             exception_handlers=dict.fromkeys(errors, _respond_to_error),
         )
-        Routes(self).add(app)
+        routes = Routes(self)
+        routes.add(app)
+        self.calls = routes.calls
 
         @app.get("/metrics", response_model=None)
         async def read_metrics() -> Response:
@@ -229,10 +236,6 @@ class Service:
             )
         account.submitted = True
         values = await self.batchers[model].submit(work, model.cost(work), account.lease())
-        if not values.isfinite().all():
-            raise NonFiniteError(
-                "the results are not finite; the weights may need a wider dtype: use fp32"
-            )
         return Result(model, work, values, [items[index][0] for index in work.truncated])
 
     def check_text(self, text: str, name: str) -> None:
@@ -272,6 +275,19 @@ class Service:
         return model.read(contents, names, pairs, scoring, reading, account.check)
 
 
+def _answer_batch(model: ServedModel, works: Sequence[Work]) -> list[np.ndarray | Exception]:
+    results: list[np.ndarray | Exception] = []
+    for result in model.answer(works):
+        if isinstance(result, Tensor):
+            result = result.numpy()
+        if isinstance(result, np.ndarray) and not np.isfinite(result).all():
+            result = NonFiniteError(
+                "the results are not finite; the weights may need a wider dtype: use fp32"
+            )
+        results.append(result)
+    return results
+
+
 async def _respond_to_error(request: Request, error: Exception) -> Response:
     """Convert an exception to an error response."""
     is_tei = request.url.path in TEI_PATHS or getattr(request.state, "is_tei", False)
@@ -283,7 +299,6 @@ async def _respond_to_error(request: Request, error: Exception) -> Response:
             problem = Problem(error.status_code, message, error.headers)
         case RequestValidationError():
             first = error.errors()[0]
-            is_tei = is_tei or (isinstance(error.body, dict) and "texts" in error.body)
             # Break a reference cycle of FastAPI's frame, the error and its traceback, which would
             # keep the body.
             error.__traceback__ = error.__cause__ = error.__context__ = None
@@ -318,6 +333,7 @@ class _Gate:
         self._loopback = self._options.loopback
         self._app, self._metrics = app, metrics
         self._paths = {getattr(route, "path", "") for route in app.routes}
+        self._counters: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -349,8 +365,14 @@ class _Gate:
                 await response(scope, receive, count)
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
-            self._metrics.requests.labels(path, str(status)).inc()
-            self._metrics.seconds.labels(path).observe(time.perf_counter() - started)
+            if (path, status) not in self._counters:
+                self._counters[path, status] = (
+                    self._metrics.requests.labels(path, str(status)),
+                    self._metrics.seconds.labels(path),
+                )
+            requests, seconds = self._counters[path, status]
+            requests.inc()
+            seconds.observe(time.perf_counter() - started)
 
     def _check_head(self, headers: Headers, path: str) -> None:
         """Raise `Problem` 403 for a request of another site, and 401 for one without the key."""
@@ -390,16 +412,15 @@ class _Gate:
         # Arguments of the `Problem` once time is over. An exception would keep its frame, and so
         # the body, alive.
         late = 408, f"the body did not arrive within {seconds:g} s; send it faster", _CLOSE
-        tasks: list[asyncio.Future[Any]] = []
+        watch = _Watch()
         try:
             async with asyncio.timeout(seconds) as deadline:
-                stream = Request(scope, receive).stream()
 
                 def expire() -> None:
                     if not deadline.expired():
                         deadline.reschedule(0)
 
-                bodies = [await account.read(stream, expire)]
+                bodies = [await account.read(Request(scope, receive).stream(), expire)]
                 self._check_queue()
                 active.add(account)
                 late = 504, f"no answer within {seconds:g} s; ask for less, or later", _LATER
@@ -411,12 +432,13 @@ class _Gate:
 
                 async def deliver(message: Message) -> None:
                     if message["type"] == "http.response.start":
+                        watch.end()
                         active.discard(account)
                         if not deadline.expired():
                             # `Connection` drops a client that does not read; this is for servers
                             # that do not.
                             deadline.reschedule(asyncio.get_running_loop().time() + seconds + 1)
-                    elif not message.get("more_body"):
+                    elif not message.get("more_body") and len(message["body"]) > _SMALL_ANSWER:
                         await send({**message, "more_body": True})
                         # The server takes this message once the answer is sent, which is held until
                         # then.
@@ -425,25 +447,26 @@ class _Gate:
 
                 scope.setdefault("state", {})["account"] = account
                 MAX_INPUTS.set(self._options.max_inputs)
-                tasks.append(asyncio.ensure_future(self._app(scope, replay, deliver)))
-                tasks.append(asyncio.ensure_future(_wait_for_disconnect(receive)))
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                if tasks[0].done():
-                    await tasks[0]
+                watch.begin(receive)
+                call = self._service.calls.get(scope["path"])
+                if call is None:
+                    await self._app(scope, replay, deliver)
+                else:
+                    response = await _respond(Request(scope), call, bodies)
+                    await response(scope, replay, deliver)
+        except asyncio.CancelledError:
+            if not watch.client_left:
+                raise
         except TimeoutError:
             account.check()
             raise Problem(*late) from None
         except ClientDisconnect:
             pass
         finally:
+            watch.end()
             active.discard(account)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            # Servers keep the scope of an idle connection, and a task's exception refers to the
-            # task.
+            # Servers keep the scope of an idle connection.
             scope.get("state", {}).pop("account", None)
-            tasks.clear()
             account.close()
 
     def _check_queue(self) -> None:
@@ -452,10 +475,48 @@ class _Gate:
             raise Problem(429, f"{limit} requests in flight; ask again in a second", _SOON)
 
 
-async def _wait_for_disconnect(receive: Receive) -> None:
-    """Return when the client disconnects."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+async def _respond(request: Request, call: Call, bodies: list[bytes]) -> Response:
+    """Answer a request without FastAPI, which takes longer to do the same."""
+    content = bodies.pop()
+    try:
+        try:
+            body = call.schema.model_validate_json(content)
+        except ValidationError as error:
+            request.state.is_tei = request.url.path == "/rerank" and b'"texts"' in content
+            errors = [{**first, "loc": ("body", *first["loc"])} for first in error.errors()[:1]]
+            raise RequestValidationError(errors) from None
+        finally:
+            del content
+        return await call.endpoint(request, body)
+    except Exception as error:
+        return await _respond_to_error(request, error)
+
+
+class _Watch:
+    """Cancels the task of a request whose client disconnects before the answer."""
+
+    def __init__(self) -> None:
+        self.client_left = False
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self, receive: Receive) -> None:
+        """Begin to watch for the current task."""
+        request = asyncio.current_task()
+        assert request is not None
+        self._task = asyncio.create_task(self._wait(receive, request))
+
+    async def _wait(self, receive: Receive, request: asyncio.Task[Any]) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.client_left = True
+        request.cancel()
+        request.uncancel()
+
+    def end(self) -> None:
+        """End the watch."""
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
 
 
 class Metrics(CollectorRegistry):

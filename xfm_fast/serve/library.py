@@ -5,15 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from xfm_fast.encoders import LibraryEncoder, Use, open_encoder
+from xfm_fast.data.shapes import captions, render, scene
+from xfm_fast.encoders import LibraryEncoder, Role, Use, open_encoder
 from xfm_fast.errors import DataError, InputError, XFMError
 from xfm_fast.loading import Source
 from xfm_fast.serve.model import (
@@ -26,7 +27,6 @@ from xfm_fast.serve.model import (
     TooLongError,
     Work,
     black_square,
-    pair_cosines,
 )
 from xfm_fast.tasks.ranking import Picture
 
@@ -41,6 +41,8 @@ _IMAGES_TOGETHER = 16
 # Tokens of a forward pass, padding included.
 _PASS_TOKENS = {"cpu": 4096, "cuda": 65536}
 _UNLIMITED = 1 << 30
+# Captions on which a model in 8 bits is compared with fp32, and neighbours of each.
+_CAPTIONS, _NEAREST = 128, 10
 
 Side = Literal["left", "right"]
 Text = str | tuple[str, str]
@@ -240,49 +242,62 @@ class LibraryModel(ServedModel):
             sources, pairs = [second for _, second in pairs], ()
         rows = [Row(Group("image"), content, None, 1) for content in inputs]
         texts = [index for index, content in enumerate(inputs) if not isinstance(content, Picture)]
-        groups = [self._group(reading, index, inputs[index]) for index in texts]
+        settings = [self._settings(reading, reading.role)]
+        if reading.following is not None:
+            settings.append(self._settings(reading, reading.following))
         truncated = list[int]()
         for part in _slices([inputs[index] for index in texts]):
             check()
-            batch = [
-                (index, group, _prompted(inputs[index], group.prompt))
-                for index, group in zip(texts[part], groups[part], strict=True)
+            indices = texts[part]
+            batch = [settings[0 if index == 0 else -1] for index in indices]
+            prompted = [
+                _prompted(inputs[index], prompt)
+                for index, (_, _, prompt) in zip(indices, batch, strict=True)
             ]
-            for (index, _, text), (row, is_cut) in zip(
-                batch, self._rows(batch, inputs, reading.side), strict=True
-            ):
-                rows[index] = row
+            are_cut = self._read_texts(rows, indices, batch, prompted, reading.side)
+            for index, text, is_cut in zip(indices, prompted, are_cut, strict=True):
                 if not is_cut:
                     continue
                 truncated.append(sources[index])
                 if not reading.truncate:
                     (ids,) = encoder.token_ids([text])
-                    raise TooLongError(names[sources[index]], f"{len(ids):,} tokens", self.max_tokens)
+                    raise TooLongError(
+                        names[sources[index]], f"{len(ids):,} tokens", self.max_tokens
+                    )
         tokens = sum(row.length for row in rows)
         return Work(tuple(rows), pairs, scoring, tokens, tuple(truncated), reading.normalise)
 
-    def _group(self, reading: Reading, index: int, text: Text) -> Group:
-        """Return the properties of a text that the others of a forward pass must share."""
-        role = reading.role if index == 0 or reading.following is None else reading.following
-        prompt = self.encoder.prompt(None if self.encoder.use == "ranking" else role, reading.prompt)
-        if self.tokenizer is not None:
-            return Group("ids", None, prompt, self._prompt_length(prompt))
-        return Group("text" if isinstance(text, str) else "pair", role, prompt)
+    def _settings(
+        self, reading: Reading, role: Role | None
+    ) -> tuple[Group, Role | None, str | None]:
+        """Return what texts of a role share in a forward pass, the role, and its prompt."""
+        role = None if self.encoder.use == "ranking" else role
+        prompt = self.encoder.prompt(role, reading.prompt)
+        return Group("ids", None, None, self._prompt_length(prompt)), role, prompt
 
-    def _rows(
-        self, batch: Sequence[tuple[int, Group, Text]], inputs: Sequence[Any], side: Side
-    ) -> Iterator[tuple[Row, bool]]:
-        """Yield the rows of texts, and whether they are truncated."""
-        texts = [text for _, _, text in batch]
+    def _read_texts(
+        self,
+        rows: list[Row],
+        indices: Sequence[int],
+        settings: Sequence[tuple[Group, Role | None, str | None]],
+        texts: Sequence[Text],
+        side: Side,
+    ) -> list[bool]:
+        """Replace the rows of texts; returns whether each is truncated."""
+        columns = zip(indices, settings, strict=True)
         if self.tokenizer is not None:
-            for (_, group, _), encoding in zip(batch, self.tokenizer.encode(texts, side), strict=True):
-                yield _ids_row(group, encoding), bool(encoding.overflowing)
-            return
+            encodings = self.tokenizer.encode(texts, side)
+            for (index, (group, _, _)), encoding in zip(columns, encodings, strict=True):
+                rows[index] = _ids_row(group, encoding)
+            return [bool(encoding.overflowing) for encoding in encodings]
         if side == "left":
             raise InputError(f"{self.name} truncates texts on the right only; leave out the side")
-        for (index, group, _), ids in zip(batch, self.encoder.token_ids(texts), strict=True):
-            length = min(len(ids), self.max_tokens)
-            yield Row(group, inputs[index], None, length), len(ids) > length
+        counts = [len(ids) for ids in self.encoder.token_ids(texts)]
+        for (index, (_, role, prompt)), count in zip(columns, counts, strict=True):
+            text = rows[index].value
+            group = Group("text" if isinstance(text, str) else "pair", role, prompt)
+            rows[index] = Row(group, text, None, min(count, self.max_tokens))
+        return [count > self.max_tokens for count in counts]
 
     def _prompt_length(self, prompt: str | None) -> int | None:
         if not prompt or self._pools_prompts:
@@ -323,25 +338,29 @@ class LibraryModel(ServedModel):
         assert self.tokenizer is not None
         return self.tokenizer.decode(ids, skip_special)
 
-    def answer(self, works: Sequence[Work]) -> list[Tensor | Exception]:
+    def answer(self, works: Sequence[Work]) -> list[Any]:
         rows = [row for work in works for row in work.items]
-        outputs: list[Any] = [None] * len(rows)
         groups: dict[Group, list[int]] = {}
         for index, row in enumerate(rows):
-            group = row.group
-            if group.form == "ids":
-                group = group._replace(prompt=None)
-            groups.setdefault(group, []).append(index)
-        with torch.inference_mode():
-            for group, indices in groups.items():
-                for batch in self._passes(rows, indices, group.form == "image"):
-                    self._run(group, rows, batch, outputs)
-            results: list[Tensor | Exception] = []
-            end = 0
-            for work in works:
-                start, end = end, end + len(work.items)
-                failures = [row for row in outputs[start:end] if isinstance(row, Exception)]
-                results.append(failures[0] if failures else self._result(work, outputs[start:end]))
+            groups.setdefault(row.group, []).append(index)
+        outputs = np.empty(0, np.float32)
+        failures = dict[int, Exception]()
+        for group, indices in groups.items():
+            for batch in self._passes(rows, indices, group.form == "image"):
+                inputs = self._inputs(group, rows, batch, failures)
+                if inputs is None:
+                    continue
+                features = self.encoder.run(inputs).numpy()
+                if not outputs.size:
+                    outputs = np.zeros((len(rows), features.shape[1]), np.float32)
+                outputs[[index for index in batch if index not in failures]] = features
+        results, end = list[Any](), 0
+        for work in works:
+            start, end = end, end + len(work.items)
+            failure = next(
+                (failures[index] for index in range(start, end) if index in failures), None
+            )
+            results.append(failure or self._result(work, outputs[start:end]))
         return results
 
     def _passes(self, rows: Sequence[Row], indices: list[int], images: bool) -> Iterator[list[int]]:
@@ -357,42 +376,48 @@ class LibraryModel(ServedModel):
             yield indices[start : start + count]
             start += count
 
-    def _run(self, group: Group, rows: Sequence[Row], batch: list[int], outputs: list[Any]) -> None:
-        """Compute one forward pass into `outputs`."""
-        encoder = self.encoder
+    def _inputs(
+        self, group: Group, rows: Sequence[Row], batch: list[int], failures: dict[int, Exception]
+    ) -> dict[str, Any] | None:
+        """Make the inputs of one forward pass, or None if all its images are damaged."""
         if group.form == "ids":
             assert self.tokenizer is not None
             inputs = self.tokenizer.inputs([rows[index] for index in batch], self._names)
             if group.prompt_length is not None:
                 inputs["prompt_length"] = group.prompt_length
-        else:
-            values = [rows[index].value for index in batch]
-            if group.form == "image":
-                values = [_decode(picture) for picture in values]
-                for index, value in zip(batch, values, strict=True):
-                    outputs[index] = value
-                batch = [index for index in batch if not isinstance(outputs[index], Exception)]
-                values = [outputs[index] for index in batch]
-            if not batch:
-                return
-            inputs = encoder.prepare(values, group.role, group.prompt or "")
-        for index, row in zip(batch, encoder.run(inputs), strict=True):
-            outputs[index] = row
+            return inputs
+        values = [rows[index].value for index in batch]
+        if group.form == "image":
+            values = []
+            for index in batch:
+                image = _decode(rows[index].value)
+                if isinstance(image, Exception):
+                    failures[index] = image
+                else:
+                    values.append(image)
+        return self.encoder.prepare(values, group.role, group.prompt or "") if values else None
 
-    def _result(self, work: Work, outputs: list[Tensor]) -> Tensor:
+    def _result(self, work: Work, values: np.ndarray) -> np.ndarray:
         """Return features `[items, width]`, or scores."""
-        values = torch.stack(outputs)
+        if self.encoder.use == "embedding" and (work.normalise or work.pairs):
+            values = normalised(values)
+        if work.pairs:
+            first, second = np.array(work.pairs).T
+            return (1 + (values[first] * values[second]).sum(1)) / 2
         if self.encoder.use != "ranking":
-            if work.pairs:
-                return (1 + pair_cosines(normalize(values), work.pairs)) / 2
-            return (
-                normalize(values) if work.normalise and self.encoder.use == "embedding" else values
-            )
+            return values
+        scores = torch.from_numpy(values)
         if work.scoring == "activation":
-            values = self.encoder.model.activation_fn(values)
+            scores = self.encoder.model.activation_fn(scores)
         elif work.scoring == "probability":
-            values = values.sigmoid() if values.shape[1] == 1 else values.softmax(1)
-        return values.squeeze(1) if values.shape[1] == 1 else values
+            scores = scores.sigmoid() if scores.shape[1] == 1 else scores.softmax(1)
+        return (scores.squeeze(1) if scores.shape[1] == 1 else scores).numpy()
+
+
+def normalised(features: np.ndarray) -> np.ndarray:
+    """Divide rows by their L2 norms."""
+    norms = np.sqrt(np.einsum("nd,nd->n", features, features))
+    return features / np.maximum(norms, 1e-12)[:, None]
 
 
 def _ids_row(group: Group, encoding: Any) -> Row:
@@ -451,7 +476,47 @@ def _labels(encoder: LibraryEncoder) -> list[str]:
 
 
 def load_library_model(source: Source, name: str | None = None) -> LibraryModel:
-    """Open a model of sentence-transformers."""
+    """Open a model of sentence-transformers; one in 8 bits is compared with fp32 on captions."""
     encoder = open_encoder(source)
     assert isinstance(encoder, LibraryEncoder)
-    return LibraryModel(encoder, name)
+    quality = ""
+    if source.dtype in ("int8", "fp8"):
+        reference = open_encoder(replace(source, dtype=None))
+        assert isinstance(reference, LibraryEncoder)
+        quality = compare(encoder, reference)
+    return LibraryModel(encoder, name, quality)
+
+
+def compare(encoder: LibraryEncoder, reference: LibraryEncoder) -> str:
+    """Describe how close the results of a model on generated captions are to those of a reference."""
+    scenes = [scene(0, index) for index in range(_CAPTIONS)]
+    items: Any = [captions(scene)[0] for scene in scenes]
+    if encoder.use == "ranking":
+        pairs = [(items[0], caption) for caption in items]
+        scores, truth = (model.score(pairs, raw=True) for model in (encoder, reference))
+        scores, truth = scores.reshape(len(pairs), -1), truth.reshape(len(pairs), -1)
+        error = (scores - truth).abs().max() / truth.abs().max()
+        shared = _shared(
+            scores[:, 0].argsort(descending=True), truth[:, 0].argsort(descending=True)
+        )
+        return (
+            f"scores within {error:.1%} of fp32 and {shared:.0%} of the {_NEAREST} best kept on "
+            f"{len(pairs)} captions"
+        )
+    if "text" not in encoder.modalities:
+        items = [Image.fromarray(render(scene)) for scene in scenes]
+    rows, truth = (
+        normalised(model.run(model.prepare(items)).numpy()) for model in (encoder, reference)
+    )
+    cosine = float((rows * truth).sum(1).min())
+    orders = [np.argsort(-(matrix @ matrix.T), kind="stable")[:, 1:] for matrix in (rows, truth)]
+    shares = [_shared(*order) for order in zip(*orders, strict=True)]
+    return (
+        f"least cosine {cosine:.4f} to fp32 and {np.mean(shares):.0%} of {_NEAREST} nearest neighbours kept on "
+        f"{len(items)} captions"
+    )
+
+
+def _shared(order: Any, expected: Any) -> float:
+    """Return the share of the first entries of an order that are among the first expected."""
+    return len({*order[:_NEAREST].tolist()} & {*expected[:_NEAREST].tolist()}) / _NEAREST

