@@ -232,9 +232,7 @@ class ShardFile(IndexedFile):
         return sample_record(files, self._image_key, self._caption_key)
 
 
-def sample_record(
-    files: Mapping[str, bytes], image_key: str, caption_key: str
-) -> dict[str, Any]:
+def sample_record(files: Mapping[str, bytes], image_key: str, caption_key: str) -> dict[str, Any]:
     """Make a record of the files of a sample, by suffix; raises `DataError`."""
     record = parse_object(files["json"], "the .json of the sample") if "json" in files else {}
     image_suffixes = [suffix for suffix in files if suffix in IMAGE_SUFFIXES]

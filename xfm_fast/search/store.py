@@ -347,7 +347,9 @@ def read_header(connection: sqlite3.Connection) -> Header:
     """Read the description of an index; raises `ValueError`, or `DataError` if there is none yet."""
     row = connection.execute("SELECT content FROM header LIMIT 1").fetchone()
     if row is None:
-        raise DataError("the index was never finished; index again, or wait for the run that writes it")
+        raise DataError(
+            "the index was never finished; index again, or wait for the run that writes it"
+        )
     return Header.model_validate(_parse(row[0]))
 
 

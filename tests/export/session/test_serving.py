@@ -37,9 +37,7 @@ def words(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_export_is_served(
     exported_fp32: Path, small_model: XFM, words: Path, tmp_path: Path
 ) -> None:
-    served = load(
-        exported_fp32, SourceOptions(tokenizer=words, device="cpu"), 1 << 24, "small"
-    )
+    served = load(exported_fp32, SourceOptions(tokenizer=words, device="cpu"), 1 << 24, "small")
     assert (served.name, served.random, served.heads) == (
         "small",
         False,
