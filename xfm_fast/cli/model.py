@@ -82,6 +82,8 @@ def serve(
                 f"computing with {threads} of {cores} cores (OMP_NUM_THREADS). For the most requests a second start "
                 f"{cores} processes with OMP_NUM_THREADS=1 on ports of their own; for short answers a single one"
             )
+        if options.index is not None:
+            print(f"searching {options.index} at {address(sock)}/")
         memory = (
             f"{options.memory_mb:,} MB for requests, {options.cache_mb:,} MB for image memories"
         )

@@ -171,8 +171,8 @@ class _Collection(ABC):
         return Listing([*self.walk(faults)], faults)
 
     @abstractmethod
-    def load(self, entry: Entry) -> tuple[Any, tuple[str, ...]]:
-        """Read an image as RGB, or a text, and its captions; thread-safe, a broken one raises `DataError`."""
+    def load(self, entry: Entry, side: int | None = None) -> tuple[Any, tuple[str, ...]]:
+        """Read an image as RGB, see `decode_image`, or a text, and its captions; thread-safe, may raise `DataError`."""
 
     def location(self, entry: Entry) -> str:
         """Return the path of an entry, or its name if a file embeds it."""
@@ -229,8 +229,8 @@ class ImageFiles(_Collection):
                     entries[record.image] = _stamp(self.images, record.image, captions, values)
         return entries.values()
 
-    def load(self, entry: Entry) -> tuple[Image.Image, tuple[str, ...]]:
-        return decode_image(self.images / entry.name), entry.captions
+    def load(self, entry: Entry, side: int | None = None) -> tuple[Image.Image, tuple[str, ...]]:
+        return decode_image(self.images / entry.name, side=side), entry.captions
 
     def location(self, entry: Entry) -> str:
         return str(self.images / entry.name)
@@ -253,13 +253,14 @@ class EmbeddedImages(_Collection):
                 yield Entry(name, size, rows.modified, index)
                 index += 1
 
-    def load(self, entry: Entry) -> tuple[Image.Image, tuple[str, ...]]:
+    def load(self, entry: Entry, side: int | None = None) -> tuple[Image.Image, tuple[str, ...]]:
         assert entry.row is not None
         if entry.row >= len(self.records):
             raise DataError(f"{entry.name} no longer exists; index the collection again")
         rows, row = self.records.locate(entry.row)
         record = rows.read(row)
-        image = decode_image(image_source(image_values(record, _IMAGES)[0], _IMAGES), entry.name)
+        content = image_source(image_values(record, _IMAGES)[0], _IMAGES)
+        image = decode_image(content, entry.name, side=side)
         captions = [caption for caption in _captions_of(record) if isinstance(caption, str)]
         return image, tuple(captions)
 
@@ -280,7 +281,7 @@ class TextFiles(_Collection):
         for name in names:
             yield _stamp(self.folder, name)
 
-    def load(self, entry: Entry) -> tuple[str, tuple[str, ...]]:
+    def load(self, entry: Entry, side: int | None = None) -> tuple[str, tuple[str, ...]]:
         path = self.folder / entry.name
         try:
             text = read_bytes(path, _MOST_TEXT_BYTES).decode("utf-8-sig")
@@ -323,7 +324,7 @@ class TextTable(_Collection):
                 fault = row if isinstance(row, DataError) else f"{self.column} holds no text"
                 faults[name] = str(fault)
 
-    def load(self, entry: Entry) -> tuple[str, tuple[str, ...]]:
+    def load(self, entry: Entry, side: int | None = None) -> tuple[str, tuple[str, ...]]:
         return entry.captions[0], entry.captions
 
 

@@ -125,8 +125,8 @@ class SearchIndex:
             )
         return open_collection(self.path, self.images)
 
-    def load(self, entry: Entry) -> Image.Image:
-        """Read the picture of an entry; raises `DataError` if it is broken or lies outside `root`."""
+    def load(self, entry: Entry, side: int | None = None) -> Image.Image:
+        """Read a picture, see `decode_image`; raises `DataError` if it is broken or lies outside `root`."""
         if self.modality == "text":
             raise DataError(f"{self.folder} is an index of texts; {entry.name} is no picture")
         path = os.path.abspath(self.collection.location(entry))
@@ -134,7 +134,7 @@ class SearchIndex:
             raise DataError(
                 f"{path} lies outside {self.root}; name the folder of the images as --images"
             )
-        image: Any = self.collection.load(entry)[0]
+        image: Any = self.collection.load(entry, side)[0]
         return image
 
     def location(self, entry: Entry) -> str:

@@ -288,7 +288,7 @@ def write_sheet(
 
 def thumbnail(index: SearchIndex, entry: Entry, side: int = _THUMBNAIL) -> bytes:
     """Encode a picture of at most `side` pixels as JPEG; raises `DataError` as `SearchIndex.load` does."""
-    image = index.load(entry)
+    image = index.load(entry, side)
     image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=82)

@@ -157,6 +157,7 @@ class LibraryModel(ServedModel):
     library reads them when their batch begins, which takes longer.
     """
 
+    encoder: LibraryEncoder
     random = False
 
     def __init__(self, encoder: LibraryEncoder, name: str | None = None, quality: str = "") -> None:

@@ -15,7 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.encoders import Modality, Role, is_library_model
+from xfm_fast.encoders import (
+    Modality,
+    Role,
+    XFMEncoder,
+    is_library_export,
+    is_library_model,
+    open_encoder,
+)
 from xfm_fast.errors import DataError, ExportError, InputError, UnavailableError, XFMError
 from xfm_fast.export.session.tasks import SessionRanks
 from xfm_fast.export.slots import largest
@@ -104,6 +111,7 @@ class ServedModel(ABC):
         width: Numbers of a feature.
         max_tokens: Tokens that it reads of a text.
         device: Device of the weights.
+        encoder: The model as an `Encoder`, which made an index.
         quick: `read` takes microseconds for a short text, and no lock.
     """
 
@@ -114,6 +122,7 @@ class ServedModel(ABC):
     modalities: tuple[Modality, ...]
     max_tokens: int
     device: torch.device
+    encoder: Any
     quick: bool
 
     @property
@@ -218,12 +227,23 @@ class XFMModel(ServedModel):
     device: torch.device
     ranker: Ranker
     max_tokens: int  # texts are truncated to this length
+    model: Any  # an `XFM`, or the `Session` of an export
+    options: SourceOptions
     rank: Rank = "match"  # score of a text with an image; see `xfm_fast.tasks.reranking.rank_score`
 
     @property
     def config(self) -> XFMConfig:
         """Sizes of the model."""
         return self.ranker.model.config
+
+    @cached_property
+    def encoder(self) -> XFMEncoder:
+        if self.options.is_export:
+            fingerprint = self.model.fingerprint()[:32]
+        else:
+            # Of the weights before they are cast.
+            fingerprint = open_encoder(self.options, device="cpu").fingerprint
+        return XFMEncoder(self.model, self.options, fingerprint, self.name, rank=self.rank)
 
     @property
     def abilities(self) -> tuple[Ability, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -358,7 +378,7 @@ def load(
     """
     options = options if path is None else replace(options, model=str(path))
     options.check()
-    if is_library_model(options):
+    if is_library_model(options) or is_library_export(options):
         from xfm_fast.serve.library import load_library_model
 
         return load_library_model(options, name)
@@ -402,5 +422,7 @@ def load(
         device=model.device,
         ranker=Ranker(ranks, cache_bytes),
         max_tokens=min(max_tokens, model.config.max_text_length),
+        model=model,
+        options=options,
         rank=options.rank or opened.rank,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
-from pathlib import Path  # noqa: F401, cyclopts resolves inherited annotations here
+from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
@@ -36,6 +36,9 @@ class ServiceOptions:
     """Address and limits of the service.
 
     Attributes:
+        index: What /search and its page search: a folder or file that the model, or the first that embeds,
+            has indexed; or the folder of an index. [no /search]
+        images: The indexed pictures, where --index is a file of their paths or the folder of an index.
         host: Address to listen on; 0.0.0.0 is every address of this machine, for which an API key
             is advisable.
         port: Port to listen on; 0 chooses a free one and prints it.
@@ -58,6 +61,8 @@ class ServiceOptions:
             after SIGTERM too, the process ends no later.
     """
 
+    index: Path | None = None
+    images: Path | None = None
     host: str = "127.0.0.1"
     port: Annotated[int, Ge(0), Le(65535)] = 8000
     api_key: str | None = None

@@ -15,9 +15,11 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.search import open_index
 from xfm_fast.serve.app import Service
 from xfm_fast.serve.model import ServedModel, load
 from xfm_fast.serve.options import ServiceOptions, SourceOptions
+from xfm_fast.serve.search import Search
 
 _CONNECTION_LIMIT = 512
 # Connections that wait to be accepted, and those that asyncio accepts before it reads from any: far
@@ -66,7 +68,16 @@ def open_service(
         served[model.name] = model
         if len(sources) == 1:
             served |= dict.fromkeys(names, model)
-    return Service([*dict.fromkeys(served.values())], options, served)
+    index, path, images = None, options.index, options.images
+    if path is not None and path.is_dir() and images is not None:
+        # A folder of images has no others: it is the folder of an index.
+        index = open_index(images, path)
+    elif path is not None:
+        index = open_index(path, images=images)
+    service = Service([*dict.fromkeys(served.values())], options, served)
+    if index is not None:
+        Search(service, index).add()
+    return service
 
 
 def listen(options: ServiceOptions) -> socket.socket:
