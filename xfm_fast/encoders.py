@@ -156,8 +156,8 @@ class LibraryEncoder(Encoder):
             return counter
         return None
 
-    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of whole texts, special ones included, for counting; safe in every thread."""
+    def token_ids(self, texts: Sequence[str | tuple[str, str]]) -> list[list[int]]:
+        """Return the ids of whole texts or pairs, special ones included, for counting; safe in every thread."""
         if self._counter is not None:
             return [encoding.ids for encoding in self._counter.encode_batch_fast([*texts])]
         with self._lock:
@@ -329,6 +329,12 @@ def is_library_model(source: Source) -> bool:
         # Older models keep the configuration of transformers in a folder below.
         return (path / "modules.json").is_file()
     return config.get("model_type") != MODEL_TYPE
+
+
+def is_library_export(source: Source) -> bool:
+    """Return whether a source is an export of a model of sentence-transformers."""
+    folder = local_path(source.model or "")
+    return source.is_export and bool(Manifest.load(folder, check_files=False).use)
 
 
 def open_encoder(source: str | Path | Source, *, device: str | None = None) -> Encoder:
