@@ -331,12 +331,6 @@ def is_library_model(source: Source) -> bool:
     return config.get("model_type") != MODEL_TYPE
 
 
-def is_library_export(source: Source) -> bool:
-    """Return whether a source is an export of a model of sentence-transformers."""
-    folder = local_path(source.model or "")
-    return source.is_export and bool(Manifest.load(folder, check_files=False).use)
-
-
 def open_encoder(source: str | Path | Source, *, device: str | None = None) -> Encoder:
     """Load a model that embeds or ranks, accelerated unless `source.accelerate` is False.
 
