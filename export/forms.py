@@ -57,7 +57,8 @@ class ExportCall(LayerCall):
     joined: Any = None  # a `JoinedAttention`
 
     def attention(self, x: Tensor) -> Tensor:
-        norm, windows = self.modules.inner_norms[ATTENTION], getattr(self.attend, "windows", None)
+        norm = self.modules.inner_norms[ATTENTION]
+        windows: Any = getattr(self.attend, "windows", None)
         x = x if windows is None else windows.split(x)
         is_plain, bias = self._added_to_scores(x)
         moves = is_plain and self.rotary is None and norm is None
@@ -184,7 +185,7 @@ def _shared(model: nn.Module) -> Iterator[tuple[int, Any]]:
 
 
 @torch.no_grad()
-def _join(layer: nn.Module, exported: type[FusedLayer]) -> bool:
+def _join(layer: nn.Module, exported: type[Fused]) -> bool:
     """Put a layer into export form; returns False if its adapters run apart from its linear layers."""
     spec = exported.adapted(original_class(layer))["layer_spec"]
     modules = spec.modules(layer)
@@ -284,8 +285,8 @@ def encoder_graphs(model: Any) -> dict[GraphName, EncoderGraph]:
 
 def _record(name: str, value: Tensor, axes: Collection[str]) -> TensorRecord:
     """Describe a tensor of which only the dimensions in `axes` vary."""
-    named = zip(tensor_axes(name, value.ndim), value.shape, strict=True)
-    dims = [axis if axis in axes else size for axis, size in named]
+    sizes = zip(tensor_axes(name, value.ndim), value.shape, strict=True)
+    dims = [axis if axis in axes else size for axis, size in sizes]
     dtype = "float32" if value.is_floating_point() else "int64"
     return TensorRecord(name=name, dtype=dtype, dims=dims)  # pyright: ignore[reportArgumentType]
 

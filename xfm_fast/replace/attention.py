@@ -105,7 +105,13 @@ def sdpa(
 ) -> Tensor:
     """Compute PyTorch's attention of `[B, N, H, D]`: `[B, N, H·D]`."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=scale)
+    if torch.onnx.is_in_onnx_export() and not causal:
+        # TensorRT fuses primitives, and has no kernel for every attention of opset 23.
+        scores = q * (q.shape[-1] ** -0.5 if scale is None else scale) @ k.transpose(-1, -2)
+        scores = scores if mask is None else add_mask(scores, mask, q.dtype)
+        out = scores.softmax(-1) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=scale)
     return out.transpose(1, 2).flatten(2)
 
 
