@@ -547,12 +547,15 @@ def padding_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """Keep a plain padding mask as `[B, N]`; otherwise make that of sdpa or eager attention."""
     from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
 
+    mask = kwargs.get("attention_mask")
+    bidirectional = kwargs.get("mask_function") is bidirectional_mask_function
+    skips = bidirectional and kwargs.get("allow_is_bidirectional_skip", True)
+    if mask is None and skips and torch.compiler.is_exporting():
+        return None  # transformers makes one of ones within a trace
     config = kwargs.get("config")
     biases = ("use_relative_position_bias", "use_shared_relative_position_bias")
     if any(getattr(config, name, False) for name in biases):
         return eager_mask(*args, **kwargs)
-    mask = kwargs.get("attention_mask")
-    bidirectional = kwargs.get("mask_function") is bidirectional_mask_function
     if mask is None or mask.ndim != 2 or not bidirectional or kwargs.get("kv_offset"):
         return sdpa_mask(*args, **kwargs)
     return mask if mask.shape[1] == kwargs.get("kv_length") else sdpa_mask(*args, **kwargs)
