@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .engines import export_engines
     from .expected import Examples, generated_examples, make_examples
+    from .library import Samples
     from .manifest import Manifest
     from .model_repository import write_model_repository
     from .onnx import export_onnx
@@ -41,6 +42,7 @@ _HOMES = {
     "OnnxRequest": "request",
     "PackageRequest": "runtimes.aoti",
     "RepositoryOptions": "request",
+    "Samples": "library",
     "Session": "session",
     "export_engines": "engines",
     "export_onnx": "onnx",
@@ -55,7 +57,7 @@ _HOMES = {
 
 __all__ = [
     "EngineRequest", "Examples", "ExportRequest", "Manifest", "OnnxRequest", "PackageRequest", "RepositoryOptions",
-    "Session", "TensorRTRequest", "export_engines", "export_onnx", "export_packages", "generated_examples",
+    "Samples", "Session", "TensorRTRequest", "export_engines", "export_onnx", "export_packages", "generated_examples",
     "make_examples", "quantize_int8", "verify", "verify_export", "write_model_repository",
 ]  # fmt: skip
 

@@ -8,7 +8,6 @@ so prompts, truncation, pooling and normalisation stay the library's.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ from .findings import Comparison, Feed, Findings, chunks, rank_agreement, thresh
 from .graphs import DTYPES, in_dtype
 from .layers import with_children
 from .manifest import Check, GraphRecord, Manifest, RankCheck
-from .request import USES, Use
+from .request import USES, GraphName, Use
 from .runtimes import first_line
 from .session.graphs import GraphSession
 
@@ -36,9 +35,6 @@ with needs("hf"):
     import sentence_transformers
     from sentence_transformers.base.modules import Transformer
     from sentence_transformers.base.modules.transformer import TRANSFORMER_TASK_DEFAULTS
-
-REFERENCE_BYTES = 64 << 20
-"""Room for the results on sentences."""
 
 # Modules by the names that every version of the library, and other readers of `modules.json`, know.
 _COMMON = ("Dense", "Normalize", "Pooling", "Transformer")
@@ -52,26 +48,27 @@ _POOLING = {
 }
 # Results of the library's modules by the names of the graph's outputs.
 _RESULTS = {
-    "last_hidden_state": "token_embeddings",
+    "token_embeddings": "last_hidden_state",
     "sentence_embedding": "sentence_embedding",
-    "logits": "scores",
+    "scores": "logits",
 }
-# Wider tokens are logits over a vocabulary, whose pooled form is compared.
+# Wider tokens are logits over the vocabulary of a sparse encoder, which no graph returns.
 _WIDEST_TOKEN = 8192
+_NEIGHBOURS = 10
 
 
 def use_of(model: Any) -> Use:
-    """Return what a model computes; raises `InputError` for one that is not of sentence-transformers."""
-    for cls in type(model).__mro__:
-        if cls.__name__ in USES and cls.__module__.startswith("sentence_transformers."):
-            if isinstance(model[0], Transformer):
-                return USES[cls.__name__]
-            raise UnavailableError(
-                f"the model begins with {type(model[0]).__name__}, which is not a transformer; use it as it is"
-            )
-    raise InputError(
-        f"a {type(model).__name__} cannot be exported; give an X-FM, SentenceTransformer, SparseEncoder or CrossEncoder"
-    )
+    """Return what a model computes; raises an `XFMError` for one that has no export."""
+    names = (cls.__name__ for cls in type(model).__mro__ if cls.__name__ in USES)
+    if (name := next(names, None)) is None:
+        raise InputError(
+            f"a {type(model).__name__} cannot be exported; give an X-FM, or one of {', '.join(USES)}"
+        )
+    if not isinstance(model[0], Transformer):
+        raise UnavailableError(
+            f"the model begins with {type(model[0]).__name__}, which is not a transformer; use it as it is"
+        )
+    return USES[name]
 
 
 class _Described(nn.Module):
@@ -88,14 +85,15 @@ class _Described(nn.Module):
 
 def model_files(model: Any) -> dict[str, bytes]:
     """Return the files that open a model, by path: all that the library saves but the transformer's weights."""
-    described = with_children(model[0], model=_Described(model[0].model))
+    transformer = with_children(model[0], model=_Described(model[0].model))
+    first = next(iter(model._modules))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        with_children(model, **{next(iter(model._modules)): described}).save_pretrained(
+        with_children(model, **{first: transformer}).save_pretrained(
             scratch, create_model_card=False
         )
         _adapt(folder, model)
-        paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
@@ -104,9 +102,9 @@ def _adapt(folder: Path, model: Any) -> None:
 
     def edit(name: str, change: Callable[[Any], object]) -> None:
         if (path := folder / name).is_file():
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             change(content)
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
     def name_modules(modules: list[dict[str, Any]]) -> None:
         for module in modules:
@@ -124,37 +122,19 @@ def _adapt(folder: Path, model: Any) -> None:
 
     def spell_transformer(config: dict[str, Any]) -> None:
         task = config["transformer_task"]
-        if TRANSFORMER_TASK_DEFAULTS.get(task) == (
-            config["modality_config"],
-            config["module_output_name"],
-        ):
+        modalities = config["modality_config"], config["module_output_name"]
+        if TRANSFORMER_TASK_DEFAULTS.get(task) == modalities:
             del config["modality_config"], config["module_output_name"]
             if task == "feature-extraction":
                 del config["transformer_task"]
-        if length is not None:
+        # A tokenizer without a limit says 10^30.
+        if (length := model.max_seq_length) is not None and length < 1 << 30:
             config |= {"max_seq_length": length, "do_lower_case": model[0].do_lower_case}
 
-    length, tokenizer = model.max_seq_length, model[0].tokenizer
-    if length is not None and length > 1 << 30:
-        length = None
     edit("modules.json", name_modules)
     edit("sentence_bert_config.json", spell_transformer)
     # Some readers truncate to the lesser of two lengths, of which one was never the model's.
     edit("tokenizer_config.json", lambda config: config.pop("max_length", None))
-    special = folder / "special_tokens_map.json"
-    if tokenizer is not None and not special.exists():
-        special.write_text(json.dumps(tokenizer.special_tokens_map), encoding="utf-8")
-
-
-def manifest_fields(model: Any, files: Mapping[str, bytes]) -> dict[str, Any]:
-    """Return the fields of a manifest that depend on the model."""
-    tokenizer = files.get("tokenizer.json")
-    return {
-        "use": use_of(model),
-        "config": json.loads(files["config.json"]),
-        "tokenizer_sha256": None if tokenizer is None else hashlib.sha256(tokenizer).hexdigest(),
-        "all_tokens": False,
-    }
 
 
 class GraphModel(nn.Module):
@@ -169,14 +149,13 @@ class GraphModel(nn.Module):
         if "input_ids" in features:
             features.setdefault("token_type_ids", torch.zeros_like(features["input_ids"]))
         for record in self.session.manifest.graphs:
-            names = [tensor.name for tensor in record.inputs]
-            if features.keys() >= {*names}:
+            names = {tensor.name for tensor in record.inputs}
+            if features.keys() >= names:
                 inputs = {name: features[name] for name in names}
                 outputs = self.session.in_batches(record.name, inputs)
                 return {name: value.float() for name, value in outputs.items()}
         raise InputError(
-            f"this export takes {' or '.join(_modality(record) for record in self.session.manifest.graphs)} inputs "
-            f"only; export the whole model for {features.get('modality', 'other inputs')}"
+            f"no graph of this export takes {features.get('modality', 'these')} inputs; use the model itself"
         )
 
 
@@ -187,8 +166,6 @@ class ExportedTransformer(Transformer):
         self, model_name_or_path: str, transformer_task: Any, config: Any, *_: Any, **options: Any
     ) -> Any:
         session = options.get("session") or GraphSession.load(model_name_or_path)
-        text_config = config.get_text_config()
-        session.padding_id = getattr(text_config, "pad_token_id", None) or 0
         return GraphModel(session, config)
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
@@ -202,11 +179,11 @@ class ExportedTransformer(Transformer):
 
 def open_exported(session: GraphSession) -> Any:
     """Open the model of an export in sentence-transformers; raises `CheckpointError` if its files do not fit."""
-    folder = session.folder
-    class_name = next(name for name, use in USES.items() if use == session.manifest.use)
+    folder, manifest = session.folder, session.manifest
+    name = next(name for name, use in USES.items() if use == manifest.use)
     try:
         first = read_json(folder / "modules.json")[0]["type"]
-        model = getattr(sentence_transformers, class_name)._load_with_module_classes(
+        model = getattr(sentence_transformers, name)._load_with_module_classes(
             str(folder),
             {first: ExportedTransformer},
             device=str(session.device),
@@ -218,11 +195,11 @@ def open_exported(session: GraphSession) -> Any:
         raise CheckpointError(
             f"{folder} cannot be opened by sentence-transformers ({first_line(error)}); export again"
         ) from error
-    for graph in session.manifest.graphs:
+    for graph in manifest.graphs:
         longest = session.longest(graph.name, "length")
         if longest is not None and longest < (model.max_seq_length or longest + 1):
             model.max_seq_length = longest
-    outputs = {tensor.name for graph in session.manifest.graphs for tensor in graph.outputs}
+    outputs = {tensor.name for graph in manifest.graphs for tensor in graph.outputs}
     if not outputs & {"last_hidden_state", "logits"}:
         for module in [*model.children()][1:]:
             module.forward = _unchanged
@@ -238,8 +215,8 @@ class Samples:
     """What an export is compared on: texts or pairs of texts, and images of Pillow."""
 
     texts: Sequence[Any]
-    images: Sequence[Any] = ()
-    origin: str = ""
+    images: Sequence[Any]
+    origin: str
 
     @classmethod
     def of(cls, texts: Sequence[str], images: Sequence[Any], use: Use, origin: str) -> Samples:
@@ -249,250 +226,210 @@ class Samples:
             return cls(pairs, (), f"{len(pairs)} pairs of {origin}")
         short = ["", *(" ".join(text.split()[:words]) for words, text in enumerate(texts[:6], 1))]
         joined = [" ".join(texts[: 2**power]) for power in range(1, 6)]
-        samples = [*texts, *short, *joined] if texts else []
+        samples = [*texts, *short, *joined]
         return cls(samples, images, f"{len(samples)} texts of {origin}")
 
 
-def generated_samples(model: Any, texts: int = 48, images: int = 4) -> Samples:
-    """Generate samples without data: texts of random tokens, and noise."""
-    from PIL import Image
+class _Inputs:
+    """The samples of a graph, as a reference stores them: texts in JSON, or pixels."""
 
-    generator = torch.Generator().manual_seed(0)
-    words, pictures = [], []
-    if (tokenizer := model[0].tokenizer) is not None:
-        for length in torch.randint(1, 24, (texts,), generator=generator).tolist():
-            ids = torch.randint(len(tokenizer), (length,), generator=generator)
-            words.append(tokenizer.decode(ids, skip_special_tokens=True))
-    for _ in range(images):
-        noise = torch.randint(256, (64, 64, 3), generator=generator, dtype=torch.uint8)
-        pictures.append(Image.fromarray(noise.numpy()))
-    return Samples.of(words, pictures, use_of(model), "random tokens")
-
-
-def keep_results(
-    manifest: Manifest, folder: Path, model: Any, samples: Samples | None = None
-) -> Reference:
-    """Write the reference of the model into the folder of an export: its results on every sample alone."""
-    samples = generated_samples(model) if samples is None else samples
-    rounded = None if manifest.dtype == "fp32" else in_dtype(model, DTYPES[manifest.dtype])
-    tensors: dict[str, Tensor] = {}
-    rounding: dict[str, float] = {}
-    for record in manifest.graphs:
-        if _modality(record) == "image":
-            stored = {"pixel_values": model.preprocess([*samples.images])["pixel_values"]}
-        else:
-            content = bytearray(json.dumps([*samples.texts]).encode())
-            stored = {"texts": torch.frombuffer(content, dtype=torch.uint8)}
-        inputs = Inputs(stored)
-        truth = inputs.results(model)
-        for name, value in (stored | truth).items():
-            tensors[f"{record.name}.{name}"] = value
-        for name, value in ({} if rounded is None else inputs.results(rounded)).items():
-            error = (value - truth[name]).abs().max()
-            rounding[f"{record.name}.{name}"] = float(error)
-    reference = Reference(tensors, rounding)
-    manifest.examples = samples.origin
-    keep_reference(manifest, folder, reference)
-    return reference
-
-
-def _modality(record: GraphRecord) -> str:
-    return "image" if record.inputs[0].name == "pixel_values" else "text"
-
-
-class Inputs:
-    """The samples of a graph, as a reference stores them."""
-
-    def __init__(self, stored: Mapping[str, Tensor]) -> None:
-        self.pixels = stored.get("pixel_values")
-        self.texts: list[Any] = []
-        if "texts" in stored:
-            texts = json.loads(stored["texts"].numpy().tobytes())
-            self.texts = [tuple(text) if isinstance(text, list) else text for text in texts]
-
-    def __len__(self) -> int:
-        return len(self.texts) if self.pixels is None else len(self.pixels)
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.pixels, texts = tensors.get("pixel_values"), list[Any]()
+        if self.pixels is None:
+            texts = json.loads(tensors["texts"].numpy().tobytes())
+        self.texts = [tuple(text) if isinstance(text, list) else text for text in texts]
+        self.count = len(texts) if self.pixels is None else len(self.pixels)
 
     def features(self, model: Any, rows: Sequence[int]) -> dict[str, Any]:
         """Return the features of some samples, as the model makes them."""
         if self.pixels is None:
             features = model.preprocess([self.texts[row] for row in rows])
         else:
-            pixels = self.pixels[[*rows]].to(next(model.parameters(), self.pixels).dtype)
-            features = {"pixel_values": pixels, "modality": "image"}
+            dtype = next(model.parameters(), self.pixels).dtype
+            features = {"pixel_values": self.pixels[[*rows]].to(dtype), "modality": "image"}
         return {
             name: value.to(model.device) if isinstance(value, Tensor) else value
             for name, value in features.items()
         }
 
-    def results(self, model: Any) -> dict[str, Tensor]:
-        """Return what a model computes for each sample alone, and the tokens of each."""
-        results: dict[str, list[Tensor]] = {}
-        for row in range(len(self)):
-            features = self.features(model, [row])
-            computed = run_model(model, features)
-            mask = features.get("attention_mask")
-            tokens = len(computed.get("last_hidden_state", ())) if mask is None else int(mask.sum())
-            computed["tokens"] = torch.tensor([tokens])
-            for name, value in computed.items():
-                results.setdefault(name, []).append(value)
-        return {name: torch.cat(values) for name, values in results.items()}
+    def run(self, model: Any, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Run a model on samples; returns results by the names of the graph's outputs, and the tokens of each row."""
+        features = self.features(model, rows)
+        with torch.inference_mode():
+            computed = model(dict(features))
+        results = {
+            name: computed[feature].float().cpu()
+            for feature, name in _RESULTS.items()
+            if feature in computed
+        }
+        tokens, mask = results.get("last_hidden_state"), features.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(len(rows), 1 if tokens is None else tokens.shape[1])
+        mask = mask.bool().cpu()
+        if tokens is not None:
+            results["last_hidden_state"] = tokens[mask]
+            if tokens.shape[2] > _WIDEST_TOKEN:
+                del results["last_hidden_state"]
+        return results | {"tokens": mask.sum(1)}
+
+    def run_each(self, model: Any) -> dict[str, Tensor]:
+        """Run a model on every sample alone."""
+        rows = [self.run(model, [row]) for row in range(self.count)]
+        return {name: torch.cat([results[name] for results in rows]) for name in rows[0]}
 
 
-def run_model(model: Any, features: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return what the modules of a model compute, by the names of the graph's outputs; tokens without padding."""
-    with torch.inference_mode():
-        computed = model.eval()(dict(features))
-    results = {}
-    for name, feature in _RESULTS.items():
-        if feature not in computed:
-            continue
-        value = computed[feature].float().cpu()
-        if name == "last_hidden_state":
-            # Those of a sparse encoder are logits over its vocabulary, which no graph returns.
-            if value.shape[-1] > _WIDEST_TOKEN:
-                continue
-            mask = features.get("attention_mask")
-            value = value.flatten(0, 1) if mask is None else value[mask.bool().cpu()]
-        results[name] = value
-    return results
+def keep_results(manifest: Manifest, folder: Path, model: Any, samples: Samples) -> Reference:
+    """Write the reference of the model into the folder of an export: its results on every sample alone."""
+    model = model.eval()
+    rounded = None if manifest.dtype == "fp32" else in_dtype(model, DTYPES[manifest.dtype])
+    tensors: dict[str, Tensor] = {}
+    rounding: dict[str, float] = {}
+    for record in manifest.graphs:
+        is_image = record.inputs[0].name == "pixel_values"
+        if not (samples.images if is_image else samples.texts):
+            raise InputError(
+                f"there is nothing to compare {record.name} on; give {'images' if is_image else 'texts'} too"
+            )
+        if is_image:
+            stored = {"pixel_values": model.preprocess([*samples.images])["pixel_values"]}
+        else:
+            texts = bytearray(json.dumps([*samples.texts]).encode())
+            stored = {"texts": torch.frombuffer(texts, dtype=torch.uint8)}
+        inputs = _Inputs(stored)
+        truth = inputs.run_each(model)
+        tensors |= {f"{record.name}.{name}": value for name, value in (stored | truth).items()}
+        for name, value in ({} if rounded is None else inputs.run_each(rounded)).items():
+            rounding[f"{record.name}.{name}"] = float((value - truth[name]).abs().max())
+    reference = Reference(tensors, rounding)
+    manifest.examples = samples.origin
+    keep_reference(manifest, folder, reference)
+    return reference
 
 
 class LibraryComparison(Comparison):
     """An export of a model of sentence-transformers compared, from texts to the results of all its modules."""
 
     @cached_property
-    def model(self) -> Any:
-        """The export in sentence-transformers."""
+    def session(self) -> GraphSession:
+        """The graphs in a runtime."""
         runtime = self.open_runtime(self.manifest)
         session = GraphSession(self.folder, runtime, manifest=self.manifest)
         session.warm_up()
         self.description = session.description
-        return open_exported(session)
+        return session
+
+    @cached_property
+    def model(self) -> Any:
+        """The export in sentence-transformers."""
+        return open_exported(self.session)
 
     def reference_of(self, graph: str) -> Reference:
         """Return the reference of a graph."""
         start = f"{graph}."
-        tensors, rounding = (
-            {
-                name.removeprefix(start): value
-                for name, value in values.items()
-                if name.startswith(start)
-            }
-            for values in (self.tensors, self.reference.rounding)
-        )
-        return Reference(tensors, rounding)
 
-    def rows(self, record: GraphRecord, *, judging: bool | None) -> Tensor:
+        def within(values: Mapping[str, Any]) -> dict[str, Any]:
+            names = (name for name in values if name.startswith(start))
+            return {name.removeprefix(start): values[name] for name in names}
+
+        return Reference(within(self.tensors), within(self.reference.rounding))
+
+    def rows(self, graph: GraphName, *, judging: bool | None = None) -> Tensor:
         """Return the samples, by index, that a graph takes; every second one to judge 8 bits or to fit their scales."""
-        tokens = self.reference_of(record.name).tensors["tokens"]
+        tokens = self.reference_of(graph).tensors["tokens"]
         rows = torch.arange(len(tokens))
         if judging is not None:
             rows = rows[int(judging and len(rows) > 1) :: 2]
-        longest = self.model[0].model.session.longest(record.name, "length")
+        longest = self.session.longest(graph, "length")
         rows = rows if longest is None else rows[tokens[rows] <= longest]
         if not len(rows):
             raise ExportError(
-                f"graph {record.name!r} takes {longest} tokens, and all samples are longer; export it for longer texts"
+                f"graph {graph!r} takes {longest} tokens, and all samples are longer; export it for longer texts"
             )
         return rows
 
     def feeds(self, record: GraphRecord, *, judging: bool = False) -> list[Feed]:
         """See `Comparison.feeds`: every second sample, in batches of some."""
-        inputs, names = (
-            Inputs(self.reference_of(record.name).tensors),
-            [t.name for t in record.inputs],
-        )
-        rows = self.rows(record, judging=judging)
+        inputs, session = _Inputs(self.reference_of(record.name).tensors), self.session
+        rows = self.rows(record.name, judging=judging)
         feeds = []
-        for chunk in chunks(len(rows), min(4, len(rows))):
+        for chunk in chunks(
+            len(rows), min(4, len(rows), session.longest(record.name, "batch") or 4)
+        ):
             features = inputs.features(self.model, rows[chunk].tolist())
-            feeds.append({name: features[name].cpu().numpy() for name in names})
+            features = {tensor.name: features[tensor.name] for tensor in record.inputs}
+            prepared, _, _ = session.prepare(record.name, features)
+            feeds.append(
+                {
+                    name: (value.float() if value.is_floating_point() else value).cpu().numpy()
+                    for name, value in prepared.items()
+                }
+            )
         return feeds
 
     def run(self) -> tuple[list[Check], list[RankCheck]]:
         """See `Comparison.run`."""
         checks: list[Check] = []
         ranks: list[RankCheck] = []
-        for record in self.manifest.graphs:
-            self._run(record, checks, ranks)
+        threshold, manifest = threshold_of(self.manifest), self.manifest
+        quantised = bool(manifest.options.get("arithmetic"))
+        unit = torch.finfo(torch.bfloat16 if quantised else DTYPES[manifest.dtype]).eps
+        for record in manifest.graphs:
+            reference = self.reference_of(record.name)
+            rows = self.rows(record.name, judging=quantised or None)
+            shapes, findings, results = self._compare(record, reference.tensors, rows)
+            checks += findings.checks(shapes, threshold, reference, manifest.dtype)
+            # All rows at once came last.
+            name = "logits" if "logits" in results else "sentence_embedding"
+            value, truth = results[name], reference.tensors[name][rows]
+            if name == "logits":
+                tie = max(1e-5, 2 * unit * float(truth.abs().max()))
+                agreement = rank_agreement(value.T, truth.T, tie)
+            else:
+                tie = max(1e-5, 2 * unit)
+                agreement = neighbour_agreement(value, truth, tie)
+            if agreement is not None:
+                candidates, share, identical = agreement
+                ranks.append(
+                    RankCheck(
+                        graph=record.name,
+                        candidates=candidates,
+                        agreement=share,
+                        identical=identical,
+                        tie=tie,
+                        least=threshold.ranks,
+                        passed=share >= threshold.ranks,
+                    )
+                )
         return checks, ranks
 
-    def _run(self, record: GraphRecord, checks: list[Check], ranks: list[RankCheck]) -> None:
-        model, reference = self.model, self.reference_of(record.name)
-        tensors, threshold = reference.tensors, threshold_of(self.manifest)
-        inputs, findings = Inputs(tensors), Findings(record.name)
-        judging = True if self.manifest.options.get("arithmetic") else None
-        rows = self.rows(record, judging=judging)
-        pooled: dict[str, Tensor] = {}
-        hook = model[0].model.register_forward_hook(lambda _, __, outputs: pooled.update(outputs))
-        ends, shapes, results = tensors["tokens"].cumsum(0), list[list[int]](), dict[str, Tensor]()
+    def _compare(
+        self, record: GraphRecord, tensors: Mapping[str, Tensor], rows: Tensor
+    ) -> tuple[list[list[int]], Findings, dict[str, Tensor]]:
+        """Run samples one by one, in twos and together; returns shapes, errors, and the results of the last run."""
+        inputs, findings = _Inputs(tensors), Findings(record.name)
+        tokens = torch.arange(int(tensors["tokens"].sum())).split(tensors["tokens"].tolist())
+        shapes, results, outputs = set[tuple[int, int]](), dict[str, Tensor](), dict[str, Tensor]()
+        hook = self.model[0].model.register_forward_hook(lambda _, __, out: outputs.update(out))
         for size in dict.fromkeys((1, min(2, len(rows)), len(rows))):
             for chunk in chunks(len(rows), size):
                 batch = rows[chunk]
-                features = inputs.features(model, batch.tolist())
-                results = run_model(model, features)
-                spans = zip(ends[batch], tensors["tokens"][batch], strict=True)
-                tokens = torch.cat([torch.arange(end - count, end) for end, count in spans])
-                for name, value in results.items():
-                    index = tokens if name == "last_hidden_state" else batch
+                results = inputs.run(self.model, batch.tolist())
+                shapes.add((len(batch), int(results.pop("tokens").max())))
+                # What the graph itself pooled is compared besides what the library pools.
+                pooled = [
+                    (name, outputs[name].cpu()) for name in outputs if name == "sentence_embedding"
+                ]
+                for name, value in (*results.items(), *pooled):
+                    index = batch
+                    if name == "last_hidden_state":
+                        index = torch.cat([tokens[row] for row in batch])
                     findings.add(name, value, tensors[name][index])
-                if "sentence_embedding" in pooled:
-                    truth = tensors["sentence_embedding"][batch]
-                    findings.add("sentence_embedding", pooled["sentence_embedding"].cpu(), truth)
-                shape = [*features[record.inputs[0].name].shape]
-                if shape not in shapes:
-                    shapes.append(shape)
         hook.remove()
-        checks += findings.checks(shapes, threshold, reference, self.manifest.dtype)
-        dtype = (
-            torch.bfloat16
-            if self.manifest.options.get("arithmetic")
-            else DTYPES[self.manifest.dtype]
-        )
-        tie = max(1e-5, 2 * torch.finfo(dtype).eps)
-        agreement = None
-        if "sentence_embedding" in results:
-            agreement = neighbour_agreement(
-                results["sentence_embedding"], tensors["sentence_embedding"][rows], tie
-            )
-        elif results["logits"].shape[1] == 1:
-            pairs = [inputs.texts[row] for row in rows.tolist()]
-            agreement = rank_agreement(
-                *(
-                    _by_query(pairs, values)
-                    for values in (results["logits"], tensors["logits"][rows])
-                ),
-                tie,
-            )
-        if agreement is not None:
-            candidates, share, identical = agreement
-            ranks.append(
-                RankCheck(
-                    graph=record.name,
-                    candidates=candidates,
-                    agreement=share,
-                    identical=identical,
-                    tie=tie,
-                    least=threshold.ranks,
-                    passed=share >= threshold.ranks,
-                )
-            )
-
-
-def _by_query(pairs: Sequence[tuple[str, str]], scores: Tensor) -> Tensor:
-    """Arrange scores of pairs by query and text; NaN where there is no pair."""
-    queries, texts = (
-        {key: n for n, key in enumerate(dict.fromkeys(side))} for side in zip(*pairs, strict=True)
-    )
-    table = torch.full((len(queries), len(texts)), torch.nan)
-    for (query, text), score in zip(pairs, scores[:, 0], strict=True):
-        table[queries[query], texts[text]] = score
-    return table
+        return [list(shape) for shape in sorted(shapes)], findings, results
 
 
 def neighbour_agreement(
-    features: Tensor, truth: Tensor, tie: float, count: int = 10
+    features: Tensor, truth: Tensor, tie: float, count: int = _NEIGHBOURS
 ) -> tuple[int, float, float] | None:
     """Compare the nearest neighbours of each row among the others by cosine; None for a single row.
 
@@ -501,14 +438,11 @@ def neighbour_agreement(
     count = min(count, len(truth) - 1)
     if count < 1:
         return None
-    nearest, exact = (_cosines(values).topk(count) for values in (features, truth))
-    at_nearest = _cosines(truth).gather(1, nearest.indices)
-    within = at_nearest >= exact.values[:, -1:] - tie
-    identical = (nearest.indices[:, :, None] == exact.indices[:, None, :]).any(2)
+    cosines = [
+        (rows @ rows.T).fill_diagonal_(-torch.inf)
+        for rows in (nn.functional.normalize(rows.double(), dim=-1) for rows in (features, truth))
+    ]
+    (_, indices), (values, exact) = (table.topk(count) for table in cosines)
+    within = cosines[1].gather(1, indices) >= values[:, -1:] - tie
+    identical = (indices[:, :, None] == exact[:, None, :]).any(2)
     return within.numel(), float(within.double().mean()), float(identical.double().mean())
-
-
-def _cosines(rows: Tensor) -> Tensor:
-    """Return the cosine of every two rows, -inf of a row with itself."""
-    rows = nn.functional.normalize(rows.double(), dim=-1)
-    return (rows @ rows.T).fill_diagonal_(-torch.inf)

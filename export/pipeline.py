@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import json
 import shutil
 import tempfile
 import time
@@ -81,6 +82,8 @@ _ONNX_FILES = {
     ("encoder", 2): "onnx/text_model",
     ("image_encoder", 2): "onnx/vision_model",
 }
+# Room for the results on sentences.
+_LIBRARY_REFERENCE = 64 << 20
 _FACTS = ("source", "tokenizer_sha256", "companions", "progress", "examples", "compared")
 
 
@@ -174,13 +177,20 @@ def _subject(
         from . import library
 
         files = library.model_files(model)
-        hashed = {"weights_sha256": weights_sha256(model, [model])}
+        tokenizer = files.get("tokenizer.json")
+        fields = {
+            "use": library.use_of(model),
+            "weights_sha256": weights_sha256(model, [model]),
+            "tokenizer_sha256": tokenizer and hashlib.sha256(tokenizer).hexdigest(),
+            "config": json.loads(files["config.json"]),
+            "all_tokens": False,
+        }
         return Subject(
             files,
-            library.manifest_fields(model, files) | hashed,
+            fields,
             lambda name: encoder_graphs(model)[name],
             library.keep_results,
-            library.REFERENCE_BYTES,
+            _LIBRARY_REFERENCE,
         )
     all_tokens = needs_all_tokens(model, request.all_tokens)
     fields = {

@@ -1,7 +1,8 @@
 """The house rules that a program can check: which way imports point, and what no file may hold.
 
 Arrows between the parts of `xfm_fast` point one way,
-`cli → reproduce, serve, benchmarks → finetuning, loading, encoders, search → training, tasks, export → models → kernels`:
+`cli → reproduce, serve, benchmarks → finetuning, loading, encoders, search → training, tasks, export → models →
+kernels`:
 a part imports from lower levels and from beside it, and no two parts import each other.
 """
 
@@ -36,6 +37,7 @@ LEVELS = {
     "finetuning": 6,
     "loading": 6,
     "encoders": 6,
+    "embedding": 6,
     "search": 6,
     "testing": 6,
     "benchmarks": 7,

@@ -15,11 +15,11 @@ from tests.search.conftest import write_picture
 from xfm_fast.checkpoint import to_official
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.shapes import VOCABULARY
+from xfm_fast.encoders import open_encoder
 from xfm_fast.errors import CheckpointError, ConfigError, InputError, UnavailableError, XFMError
 from xfm_fast.loading import Source, open_model
 from xfm_fast.models import hub
 from xfm_fast.models.xfm import XFM
-from xfm_fast.search import open_model as open_search_model
 from xfm_fast.serve.options import SourceOptions
 from xfm_fast.tokenizer import CaptionTokenizer
 
@@ -156,7 +156,7 @@ def test_wrong_options(
 def test_heads_and_tasks_that_a_command_needs(folder: Path, tmp_path: Path) -> None:
     XFM.from_pretrained(folder / "model", heads=["matching"]).save_pretrained(tmp_path / "blind")
     with pytest.raises(UnavailableError, match="contrastive"):
-        open_search_model(tmp_path / "blind")
+        open_encoder(tmp_path / "blind")
     (tmp_path / "blind/task.json").write_text('{"format": 1, "task": {"kind": "nlvr2"}}')
     with pytest.raises(UnavailableError, match="nlvr2"):
         open_model(Source(str(tmp_path / "blind")), tasks=("retrieval",))

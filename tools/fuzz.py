@@ -22,6 +22,7 @@ import os
 import pickle
 import random
 import shutil
+import sqlite3
 import struct
 import sys
 import tempfile
@@ -37,6 +38,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from safetensors.torch import save
@@ -49,14 +51,15 @@ from xfm_fast.data.files import read_plain_pickle
 from xfm_fast.data.images import decode_image, decode_pixels
 from xfm_fast.data.records import LineFile, ShardFile
 from xfm_fast.data.tables import read_table
-from xfm_fast.errors import DataError, XFMError
+from xfm_fast.errors import DataError, InputError, XFMError
 from xfm_fast.export.manifest import Manifest, new_manifest
 from xfm_fast.finetuning.prediction import requests_in
 from xfm_fast.finetuning.recipe import load_finetune_recipe
 from xfm_fast.finetuning.run import recipe_of
 from xfm_fast.io import parse_json, parse_yaml
 from xfm_fast.memory import PeakMemory
-from xfm_fast.search.index import INDEX_FILE, open_index
+from xfm_fast.search import nearest, open_index
+from xfm_fast.search.store import INDEX_FILE, INDEX_TABLES, connect
 from xfm_fast.tasks.evaluation import Journal, read_journal
 from xfm_fast.tasks.retrieval import RetrievalOptions
 from xfm_fast.tasks.task import explanation, make_task, task_of
@@ -406,26 +409,65 @@ def _manifest() -> bytes:
         return (Path(folder) / "manifest.json").read_bytes()
 
 
-_ENTRY = {"name": "a.jpg", "size": 5, "modified": 7, "row": None, "captions": ["a cat"]}
-_ENTRIES = (json.dumps(_ENTRY) + "\n" + json.dumps(_ENTRY | {"name": "b.jpg"}) + "\n").encode()
-_FEATURES = struct.pack("<16f", *range(16))
+_ENTRY = {
+    "row": 0,
+    "name": "a.jpg",
+    "passage": 0,
+    "size": 5,
+    "modified": 7,
+    "item": None,
+    "fields": '{"a": "b"}',
+}
+_ENTRIES = (
+    json.dumps(_ENTRY) + "\n" + json.dumps(_ENTRY | {"name": "b.jpg", "row": 1}) + "\n"
+).encode()
+_FEATURES = {"f.f32": struct.pack("<16f", *range(16))}
+_HEADER = json.dumps(
+    {
+        "width": 8, "modality": "image", "path": ".", "images": None, "column": None, "model": {"size": "tiny"},
+        "fingerprint": "0", "features": "f.f32", "rows": 2, "commit": 1, "columns": ["a"],
+    }
+).encode()  # fmt: skip
+
+
+def _database(folder: Path, header: bytes, entries: bytes) -> bytes:
+    """An index with this header and these entries, whatever they are."""
+    path = folder / INDEX_FILE
+    path.unlink(missing_ok=True)
+    with connect(path, INDEX_TABLES, write=True) as connection:
+        connection.execute("INSERT INTO header VALUES (CAST(? AS TEXT))", (header,))
+        for line in entries.splitlines():
+            row = json.loads(line)
+            values = [row.get(name) if isinstance(row, dict) else row for name in _ENTRY]
+            with suppress(sqlite3.Error, OverflowError, ValueError):
+                connection.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+    return path.read_bytes()
 
 
 def _index() -> bytes:
-    header = {
-        "format": 2, "entries": "e.jsonl", "features": "f.f32", "images": 2, "width": 8, "faults": {"a.jpg": "?"},
-        "broken": [_ENTRY], "model": {"weights": None, "tokenizer": None, "size": "tiny"}, "fingerprint": "0",
-        "path": ".", "picture_folder": None, "graph": None, "graph_bytes": 0,
-        "sums": {"f.f32": zlib.crc32(_FEATURES)},
-    }  # fmt: skip
-    return json.dumps(header).encode()
+    with tempfile.TemporaryDirectory() as folder:
+        return _database(Path(folder), _HEADER, _ENTRIES)
 
 
 def _read_index(folder: Path) -> None:
     index = open_index(folder, folder)
-    with suppress(DataError, OSError):
-        for entry in index.entries:
+    for options in ({}, {"glob": "*.jpg"}, {"where": {"a": "b"}}):
+        with suppress(DataError, InputError):
+            nearest(index, np.ones(8, np.float32), 3, **options)
+    for entry in index.entries():
+        with suppress(DataError):
             index.load(entry)
+
+
+def _read_header(folder: Path) -> None:
+    _database(folder, (folder / "header.json").read_bytes(), _ENTRIES)
+    _read_index(folder)
+
+
+def _read_entries(folder: Path) -> None:
+    with suppress(ValueError):
+        _database(folder, _HEADER, (folder / "entries.jsonl").read_bytes())
+        _read_index(folder)
 
 
 @cache
@@ -508,6 +550,7 @@ def _formats() -> list[Format]:
             CaptionTokenizer.from_files,
             others=without("vocab.json"),
         ),
+        Format(INDEX_FILE, (_index(),), _read_index, others=_FEATURES),
         Format("scores.jsonl", (_journal(),), lambda f: read_journal(f / "scores.jsonl")),
         *(
             Format(name, contents, read, values=True, **more)
@@ -533,18 +576,8 @@ def _json_formats(
             lambda f: requests_in(_retrieval(), f / "requests.jsonl"),
             {},
         ),
-        (
-            "e.jsonl",
-            (_ENTRIES,),
-            _read_index,
-            {"others": {INDEX_FILE: _index(), "f.f32": _FEATURES}},
-        ),
-        (
-            INDEX_FILE,
-            (_index(),),
-            _read_index,
-            {"others": {"e.jsonl": _ENTRIES, "f.f32": _FEATURES}},
-        ),
+        ("header.json", (_HEADER,), _read_header, {"others": _FEATURES}),
+        ("entries.jsonl", (_ENTRIES,), _read_entries, {"others": _FEATURES}),
         ("config.json", (_config(),), lambda f: XFMConfig.load(f / "config.json"), {}),
         ("manifest.json", (_manifest(),), Manifest.load, {}),
         ("pairs.json", (_ARRAY,), lambda f: [*retrieval_rows(f / "pairs.json")[0].records()], {}),

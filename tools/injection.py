@@ -160,13 +160,13 @@ def _evaluated(folder: Path) -> Any:
 
 
 def _index(folder: Path, rank: int, world_size: int) -> None:
-    from xfm_fast.search import index, open_model
+    from xfm_fast.search import index, open_encoder
 
-    index._SHARD_IMAGES = 2
+    index._COMMIT_ENTRIES = 2
     material = folder.parent / "material"
     index.build_index(
         material / "world/images/val",
-        open_model(material / "pretrained"),
+        open_encoder(material / "pretrained"),
         folder / "index",
         batch_size=1,
     )
@@ -175,9 +175,12 @@ def _index(folder: Path, rank: int, world_size: int) -> None:
 def _indexed(folder: Path) -> Any:
     from xfm_fast.search import open_index
 
-    found = open_index(folder / "index")
+    with open_index(folder / "index").store.read() as snapshot:
+        features = {
+            entry.name: snapshot.features[row].tobytes() for row, entry in snapshot.entries()
+        }
     left = sorted(path.name for path in (folder / "index").glob("part-*"))
-    return [entry.name for entry in found.entries], found.features.tobytes(), left
+    return features, left
 
 
 def _rerank(folder: Path, rank: int, world_size: int) -> None:

@@ -5,7 +5,9 @@ Public names are imported on first use, so the command line answers before PyTor
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -60,3 +62,28 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+_AUTO_CONFIG = "transformers.models.auto.configuration_auto"
+
+
+def _register(module: Any) -> None:
+    from xfm_fast.models.auto import XFMAutoConfig
+
+    module.AutoConfig.register(XFMAutoConfig.model_type, XFMAutoConfig, exist_ok=True)
+
+
+class _AutoConfigHook:
+    """Finder that registers X-FM with transformers when its `AutoConfig` is imported."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        spec: Any = PathFinder.find_spec(fullname, path) if fullname == _AUTO_CONFIG else None
+        if spec is not None:
+            execute = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: (execute(module), _register(module))
+        return spec
+
+
+if _AUTO_CONFIG in sys.modules:
+    _register(import_module(_AUTO_CONFIG))
+sys.meta_path.insert(0, _AutoConfigHook())

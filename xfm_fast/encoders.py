@@ -17,14 +17,22 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal  # noqa: F401, for inherited annotations
 
-from xfm_fast.config import MODEL_TYPE
+from annotated_types import Ge, Le  # noqa: F401, cyclopts resolves those of EncoderSource here
+
 from xfm_fast.errors import CheckpointError, InputError, UnavailableError, needs
-from xfm_fast.export.manifest import Manifest
 from xfm_fast.export.request import USES, Use
 from xfm_fast.io import read_json
-from xfm_fast.loading import Opened, Source, local_path, open_model, open_session
+from xfm_fast.loading import (
+    MANIFEST_FILE,
+    EncoderSource,
+    Opened,
+    Source,
+    local_path,
+    open_model,
+    open_session,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -40,18 +48,7 @@ Role = Literal["query", "document"]
 # Counts changes of X-FM's image transform, which change features too.
 _TRANSFORM_VERSION = 2
 _FEATURE_WEIGHTS = ("vision_encoder.", "vision_proj.", "text_encoder.roberta.", "text_proj.")
-_CLASSES = {use: name for name, use in USES.items()}
-
-
-@dataclass(frozen=True)
-class EncoderSource(Source):
-    """A model that embeds or ranks.
-
-    Attributes:
-        accelerate: Fused layers in place of the library's, with the same results.
-    """
-
-    accelerate: bool = True
+_CLASSES: dict[Use, str] = {use: name for name, use in USES.items()}
 
 
 class Encoder(ABC):
@@ -159,8 +156,8 @@ class LibraryEncoder(Encoder):
             return counter
         return None
 
-    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of whole texts, special ones included, for counting; safe in every thread."""
+    def token_ids(self, texts: Sequence[str | tuple[str, str]]) -> list[list[int]]:
+        """Return the ids of whole texts or pairs, special ones included, for counting; safe in every thread."""
         if self._counter is not None:
             return [encoding.ids for encoding in self._counter.encode_batch_fast([*texts])]
         with self._lock:
@@ -197,7 +194,8 @@ class LibraryEncoder(Encoder):
                 name: value.to(self.device) if isinstance(value, torch.Tensor) else value
                 for name, value in inputs.items()
             }
-            features = self.model(inputs)["sentence_embedding"]
+            output = "scores" if self.use == "ranking" else "sentence_embedding"
+            features = self.model(inputs)[output]
             if getattr(self.model, "truncate_dim", None):
                 features = features[..., : self.model.truncate_dim]
             features = features.float()
@@ -312,13 +310,18 @@ class XFMEncoder(Encoder):
 
 
 def is_library_model(source: Source) -> bool:
-    """Return whether a source is a model of sentence-transformers or transformers, not an X-FM or its export.
+    """Return whether a source is a model of sentence-transformers or transformers, or its export, not an X-FM.
 
     Of a name on the Hub, only the small configuration is downloaded.
     """
-    if source.model is None or source.is_export:
+    from xfm_fast.config import MODEL_TYPE
+
+    if source.model is None:
         return False
     path = local_path(source.model)
+    if source.is_export:
+        manifest = _read_object(str(path), MANIFEST_FILE) or {}
+        return manifest.get("use") is not None
     if path.is_file():
         return False
     config = _read_object(str(path) if path.is_dir() else source.model, "config.json")
@@ -345,11 +348,9 @@ def open_encoder(source: str | Path | Source, *, device: str | None = None) -> E
         source = EncoderSource(str(source), device="cpu")
     if device is not None:
         source = replace(source, device="cpu" if device == "cpu" else "cuda")
-    if is_library_model(source):
-        return _open_library(source)
-    if source.is_export and Manifest.load(local_path(source.model or ""), check_files=False).use:
-        return _open_export(source)
-    return _open_xfm(source)
+    if not is_library_model(source):
+        return _open_xfm(source)
+    return _open_export(source) if source.is_export else _open_library(source)
 
 
 def _open_export(source: Source) -> LibraryEncoder:
@@ -358,8 +359,11 @@ def _open_export(source: Source) -> LibraryEncoder:
 
     source.check()
     folder = local_path(source.model or "")
-    session = GraphSession.load(folder, device=None if source.device == "auto" else source.device)
-    origin = f"{session.manifest.source}, exported, by {session.description}"
+    device = None if source.device == "auto" else source.device
+    session = GraphSession.load(folder, getattr(source, "runtime", "auto"), device)
+    manifest = session.manifest
+    arithmetic = manifest.options.get("arithmetic", manifest.dtype)
+    origin = f"{manifest.source}, exported in {arithmetic}, by {session.description}"
     return LibraryEncoder(open_exported(session), source, origin, session.fingerprint()[:32])
 
 

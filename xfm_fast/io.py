@@ -277,7 +277,10 @@ def write_files(writers: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
 
 @contextmanager
 def storing(
-    path: Path, remedy: str = "free space or choose another folder", *, action: str = "written"
+    path: Path | str,
+    remedy: str = "free space or choose another folder",
+    *,
+    action: str = "written",
 ) -> Iterator[None]:
     """Convert an `OSError` of the block, which writes `path`, to a `StorageError`."""
     try:

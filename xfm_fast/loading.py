@@ -112,6 +112,17 @@ class Source(Weights):
 
 
 @dataclass(frozen=True)
+class EncoderSource(Source):
+    """A model that embeds or ranks.
+
+    Attributes:
+        accelerate: Fused layers in place of the library's, with the same results.
+    """
+
+    accelerate: bool = True
+
+
+@dataclass(frozen=True)
 class Opened:
     """A model in evaluation mode.
 

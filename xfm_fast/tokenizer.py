@@ -27,14 +27,19 @@ _BYTES = 256
 _WHITE = frozenset("ĠĉĊčċČ▁")
 
 
+def clean_caption(caption: str, max_words: int = 30) -> str:
+    """Clean a caption as `pre_caption` does. May return ""."""
+    cleaned = caption.lower().translate(_TO_SPACE).replace("<person>", "person")
+    words = _SPACES.sub(" ", cleaned).strip().split(" ")
+    return " ".join(words[:max_words])
+
+
 def pre_caption(caption: str, max_words: int = 30) -> str:
     """Clean a caption as the official code does: lower case, punctuation to spaces, the first `max_words` words.
 
     Raises `DataError` for a caption that is empty after cleaning; readers skip, count and list it.
     """
-    cleaned = caption.lower().translate(_TO_SPACE).replace("<person>", "person")
-    words = _SPACES.sub(" ", cleaned).strip().split(" ")
-    cleaned = " ".join(words[:max_words])
+    cleaned = clean_caption(caption, max_words)
     if not cleaned:
         raise DataError(f"caption {caption!r} is empty after cleaning; write words or remove it")
     return cleaned
@@ -285,6 +290,14 @@ class CaptionTokenizer:
     def sha256(self) -> str:
         """Hash of the vocabulary and its settings."""
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
+
+    def fast_options(self) -> dict[str, Any]:
+        """Return the arguments with which transformers' `PreTrainedTokenizerFast` takes the vocabulary."""
+        names = ("bos_token", "pad_token", "eos_token", "unk_token", "mask_token")
+        vocabulary = self._tokenizer.get_vocab()
+        tokens = zip(names, self._special, strict=True)
+        known = {name: token for name, token in tokens if token in vocabulary}
+        return {"tokenizer_object": self._tokenizer, **known}
 
     def to_json(self) -> str:
         """Serialise to a `tokenizer.json` that `from_files` reads."""

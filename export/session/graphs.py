@@ -176,16 +176,24 @@ class GraphSession:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def call(self, name: GraphName, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run one graph without checking its ids and masks, see `run`."""
+    def prepare(
+        self, name: GraphName, inputs: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Slot, dict[str, int]]:
+        """Return inputs of a graph in its dtypes, padded to the closest slot; the slot and the padded sizes."""
         record = self.manifest.graph(name)
-        sizes = request_sizes(record, inputs)
-        slot, padded = choose_slot(name, self._slots[name], sizes)
+        slot, padded = choose_slot(name, self._slots[name], request_sizes(record, inputs))
         prepared = {}
         for tensor in record.inputs:
             value = inputs[tensor.name].detach().to(self.device, TORCH_DTYPES[tensor.dtype])
             filling = self.padding_id if tensor.name in _PADDED else 0
             prepared[tensor.name] = pad_tensor(value, tensor.axes, padded, filling).contiguous()
+        return prepared, slot, padded
+
+    def call(self, name: GraphName, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run one graph without checking its ids and masks, see `run`."""
+        record = self.manifest.graph(name)
+        sizes = request_sizes(record, inputs)
+        prepared, slot, padded = self.prepare(name, inputs)
         outputs = self._graphs[name](prepared, slot, padded)
         if padded == sizes:
             return outputs

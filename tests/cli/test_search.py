@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
-import zlib
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,12 @@ import psutil
 import pytest
 
 from tests.cli.runner import invoke
+from tests.library_models import write_embedder
 from tests.search.conftest import write_model, write_picture
+from tests.search.test_index import features_of
 from tests.training.small_runs import ROOT
 from xfm_fast.cli.options import UNFINISHED
+from xfm_fast.errors import DataError
 from xfm_fast.search import open_index
 
 
@@ -56,7 +60,7 @@ def test_a_model_and_an_index_of_ones_own(
     monkeypatch.chdir(tmp_path)
     done = invoke(["index", "photos", "--model", "weights", "--index", "found", "--json"])
     assert (done.exit_code, done.stderr) == (0, "")
-    assert json.loads(done.stdout)["images"] == 4
+    assert json.loads(done.stdout)["entries"] == 4
     monkeypatch.chdir(folder)
     named = ["--json", "--index", tmp_path / "found", "--model", tmp_path / "weights"]
     done = invoke(["search", folder, "a red circle", *named])
@@ -82,12 +86,9 @@ def test_an_index_names_no_model_and_no_pictures(folder: Path, tmp_path: Path) -
     assert str(folder) in done.stderr
     # A stranger's entries: one outside the folder, one inside it.
     write_picture(tmp_path / "private.png", 9)
-    entries = next((folder / ".xfm-index").glob("images-*.jsonl"))
-    entries.write_text(entries.read_text().replace('"0.png"', '"../private.png"', 1))
-    path = folder / ".xfm-index/index.json"
-    header = json.loads(path.read_text())
-    header["sums"][entries.name] = zlib.crc32(entries.read_bytes())
-    path.write_text(json.dumps(header))
+    with closing(sqlite3.connect(folder / ".xfm-index/index.sqlite")) as connection:
+        connection.execute("UPDATE entries SET name = '../private.png' WHERE name = '0.png'")
+        connection.commit()
     sheet = tmp_path / "sheet.html"
     done = invoke(["search", folder, "a dog", "--model", weights, "--sheet", sheet])
     assert done.exit_code == 0
@@ -158,11 +159,15 @@ def test_workers_and_torchrun_make_the_index_of_one_process(folder: Path, tmp_pa
     (_, output, _), (_, silence, _) = map(_end, ranks)
     assert "indexed: 40 images" in output
     assert silence == ""
-    expected = open_index(tmp_path / "alone")
+    expected = features_of(tmp_path / "alone")
     for place in (tmp_path / "shared", tmp_path / "joined"):
-        found = open_index(place)
-        assert found.entries == expected.entries
-        np.testing.assert_allclose(found.features, expected.features, atol=1e-6)
+        found = features_of(place)
+        assert found.keys() == expected.keys()
+        for name, feature in found.items():
+            actual, reference = (
+                np.frombuffer(content, np.float32) for content in (feature, expected[name])
+            )
+            np.testing.assert_allclose(actual, reference, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -192,9 +197,10 @@ def test_interrupted_workers_resume(
         assert code == 2
         assert "process 1 of 2 was killed by signal 9; the same command resumes" in errors
         assert "internal error" not in errors
-    assert not (folder / ".xfm-index/index.json").exists()
+    with pytest.raises(DataError):
+        open_index(folder)
     code, output, _ = _end(_start(named))
-    assert (code, len(open_index(folder).entries)) == (0, 400)
+    assert (code, len(open_index(folder))) == (0, 400)
     assert "indexed: 400 images" in output
 
 
@@ -205,3 +211,48 @@ def test_a_worker_that_cannot_start_is_explained(folder: Path) -> None:
     )
     assert code == 2
     assert errors.splitlines()[-1].count("GPU") >= 1
+
+
+def test_rows_of_a_table_with_filters(tmp_path: Path) -> None:
+    path = tmp_path / "goods.csv"
+    path.write_text(
+        "product,brand,year\na red circle,acme,2024\na blue star,acme,2023\na dot,b=c,2024\n"
+    )
+    model = ["--model", write_embedder(tmp_path)]
+    done = invoke(["index", path, *model, "--column", "product"])
+    assert done.exit_code == 0, done.stderr
+    assert "indexed: 3 texts, 3 of them read now, 0 gone" in done.stdout
+    assert invoke(["index", path, *model, "--column", "product", "--check"]).exit_code == 0
+    for options, names in (
+        ([], {"#2", "#3", "#4"}),
+        (["--where", "brand=acme", "--where", "year=2024"], {"#2"}),
+        (["--where", "brand=b=c"], {"#4"}),
+        (["--glob", "*#[34]"], {"#3", "#4"}),
+        (["--where", "brand=none"], set()),
+    ):
+        done = invoke(["search", path, "a circle", *model, *options, "--json"])
+        hits = json.loads(done.stdout)["hits"]
+        assert {hit["path"].removeprefix(str(path)) for hit in hits} == names
+        assert all(hit["match"] is None for hit in hits)
+    (hit,) = json.loads(
+        invoke(["search", path, "a", *model, "--where", "brand=b=c", "--json"]).stdout
+    )["hits"]
+    assert (hit["caption"], hit["fields"]) == ("a dot", {"brand": "b=c", "year": "2024"})
+    for options, message in (
+        (["--where", "brand"], "brand=acme"),
+        (["--where", "color=red"], "'brand', 'year'"),
+        (["--where", "brand=a", "--where", "brand=b"], "give one"),
+        (["--rank", "match"], "rank=match"),
+    ):
+        done = invoke(["search", path, "a circle", *model, *options])
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert message in done.stderr
+    assert "a red circle" in invoke(["search", path, "a circle", *model]).stdout
+    done = invoke(["index", path, *model])
+    assert done.exit_code == 2
+    assert "--column" in done.stderr
+    features = next((tmp_path / "goods.csv.xfm-index").glob("features-*"))
+    features.write_bytes(features.read_bytes()[:-1] + b"?")
+    done = invoke(["index", path, *model, "--column", "product", "--check"])
+    assert done.exit_code == 2
+    assert "checksum" in done.stderr

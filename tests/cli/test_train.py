@@ -61,6 +61,8 @@ def test_pretrain_makes_the_world_the_vocabulary_and_the_model(
     )
     before = XFM.from_pretrained(tmp_path / "run/model")
     assert before.encode("a red circle").ndim == 1
+    files = {path.name for path in (run / "model").iterdir()}
+    assert {"README.md", "modules.json", "preprocessor_config.json", "tokenizer.json"} <= files
 
     again = invoke(["pretrain", str(recipe), "steps=4", "optimizer.lr=1e-3"])
     assert again.exit_code == 0

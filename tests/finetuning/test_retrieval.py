@@ -32,7 +32,7 @@ from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe, ope
 from xfm_fast.finetuning.run import evaluate, finetune, recipe_of
 from xfm_fast.memory import PeakMemory
 from xfm_fast.models.xfm import XFM
-from xfm_fast.search import build_index, open_index, open_model
+from xfm_fast.search import build_index, open_encoder, open_index
 from xfm_fast.serve.model import Work
 from xfm_fast.serve.model import load as load_served
 from xfm_fast.serve.options import SourceOptions
@@ -151,7 +151,7 @@ def test_ranking_by_an_untrained_matching_head(
     result = finetune(FinetuneRecipe(**values))
     assert result.metrics["test"]["r_mean"] == result.metrics["test"]["similarity/r_mean"]
     run = Path(small.checkpoint.folder)
-    assert open_model(run).rank == "similarity"
+    assert open_encoder(run).rank == "similarity"
     again = recipe_of(run, ["choose=null", "task.rank=match"])
     assert (
         evaluate(again, run, "test", tmp_path / "again")["r_mean"]
@@ -403,14 +403,16 @@ def test_every_entry_sees_the_same_picture(pretrained: Path, tmp_path: Path) -> 
             RetrievalOptions(augment=False), model.config, model.tokenizer, **options
         )
 
-    build_index(given.parent, open_model(pretrained))
+    build_index(given.parent, open_encoder(pretrained))
     record = RetrievalRecord(image=str(given), caption="a dog", image_id=0)
     served = load_served(pretrained, SourceOptions(device="cpu"), 1 << 20)
     (answer,) = served.answer([Work(items=(served.read_image(given.read_bytes(), "a.png"),))])
     assert isinstance(answer, Tensor)
+    with open_index(given.parent).store.read() as index:
+        assert len(index.features) == 1
     ways = {
         "encode": model.encode(given),
-        "index": torch.from_numpy(open_index(given.parent).features[0].copy()),
+        "index": torch.from_numpy(index.features[0].copy()),
         "finetune": of_pixels(task().item(record, np.random.default_rng(0)).image),
         "predict": of_pixels(task().pixels(given)),
         "serve": answer[0],

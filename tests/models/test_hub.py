@@ -1,4 +1,4 @@
-"""Models by the name that they have on the Hugging Face Hub, played by a folder, and among transformers' classes."""
+"""Models by the name that they have on the Hugging Face Hub, played by a folder."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.data.images import MEAN, STD
-from xfm_fast.data.shapes import render, scene
 from xfm_fast.errors import CheckpointError, DataError, InputError, StorageError, UnavailableError
-from xfm_fast.models.auto import register_auto_classes
 from xfm_fast.models.processor import XFMProcessor
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tokenizer import CaptionTokenizer
@@ -70,7 +66,8 @@ def test_pushed_and_fetched(
     monkeypatch.chdir(tmp_path)
     assert model.push_to_hub("someone/xfm-tiny") == "hub://someone/xfm-tiny"
     assert {path.name for path in (hub / "someone/xfm-tiny").iterdir()} == {
-        "README.md", "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"
+        "README.md", "config.json", "model.safetensors", "modules.json", "preprocessor_config.json",
+        "sentence_bert_config.json", "tokenizer.json"
     }  # fmt: skip
     card = (hub / "someone/xfm-tiny/README.md").read_text()
     assert 'XFM.from_pretrained("someone/xfm-tiny")' in card
@@ -80,6 +77,14 @@ def test_pushed_and_fetched(
     assert (hub / "someone/xfm-tiny/README.md").read_text() == "mine"
     fetched = XFM.from_pretrained("someone/xfm-tiny")
     torch.testing.assert_close(fetched.encode("a dog"), model.encode("a dog"))
+    pytest.importorskip("transformers")
+    from xfm_fast.models import auto_classes
+
+    loaded = auto_classes.XFMModel.from_pretrained("someone/xfm-tiny", local_files_only=False)
+    processor = auto_classes.XFMAutoProcessor.from_pretrained("someone/xfm-tiny", subfolder="")
+    with torch.no_grad():
+        features = loaded(**processor(text=["a dog"], return_tensors="pt")).text_embeds
+    torch.testing.assert_close(features[0], model.encode("a dog"))
 
 
 def test_errors_name_the_remedy(
@@ -95,43 +100,6 @@ def test_errors_name_the_remedy(
         XFM.from_pretrained("someone/xfm-tiny")
     with pytest.raises(UnavailableError, match="pip install huggingface_hub"):
         model.push_to_hub("someone/xfm-tiny")
-
-
-def test_auto_model(model: XFM, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    model.save_pretrained(tmp_path)
-    register_auto_classes()
-    register_auto_classes()
-    assert transformers.AutoConfig.from_pretrained(tmp_path).embed_dim == model.config.embed_dim
-    loaded = transformers.AutoModel.from_pretrained(tmp_path)
-    assert isinstance(loaded, XFM)
-    torch.testing.assert_close(loaded.encode("a dog"), model.encode("a dog"))
-    assert (
-        transformers.AutoModel.from_pretrained(str(tmp_path), dtype=torch.bfloat16).dtype
-        == torch.bfloat16
-    )
-    with pytest.raises(TypeError, match="device_map"):
-        transformers.AutoModel.from_pretrained(tmp_path, device_map="auto")
-
-
-def test_auto_processor(model: XFM, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    model.save_pretrained(tmp_path)
-    photo = Image.fromarray(render(scene(0, 0, "train"), 64)).resize((80, 60))
-    photo.save(tmp_path / "photo.png")
-    register_auto_classes()
-    for source in (tmp_path, str(tmp_path)):
-        processor = transformers.AutoProcessor.from_pretrained(source)
-        assert type(processor) is XFMProcessor
-    made = processor(images=[str(tmp_path / "photo.png"), photo], text=["a dog", "dog"])
-    found = model(**made)
-    torch.testing.assert_close(found.text_features, model.encode(["a dog", "dog"]))
-    torch.testing.assert_close(found.image_features, model.encode([photo, photo]))
-    # Other libraries read the same file. Theirs resizes a tensor, and may round a value of 0 to 255 otherwise.
-    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path)
-    assert theirs.image_mean == pytest.approx([*MEAN])
-    pixels = theirs(photo, return_tensors="pt")["pixel_values"]
-    assert (pixels - made["pixels"][1:]).abs().max() < 1.5 / 255 / min(STD)
 
 
 def test_processor(model: XFM, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from PIL import Image
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.shapes import VOCABULARY, render, scene
+from xfm_fast.encoders import Encoder, open_encoder
 from xfm_fast.models.xfm import XFM
-from xfm_fast.search import SearchModel, open_model
 from xfm_fast.tokenizer import CaptionTokenizer
 
 
@@ -38,8 +38,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def model(weights: Path) -> SearchModel:
-    return open_model(weights)
+def model(weights: Path) -> Encoder:
+    return open_encoder(weights)
 
 
 @pytest.fixture

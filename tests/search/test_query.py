@@ -16,16 +16,16 @@ from PIL import Image
 
 from tests.search.conftest import write_model, write_picture
 from xfm_fast.checkpoint.files import TASK_FILE
+from xfm_fast.encoders import XFMEncoder, open_encoder
 from xfm_fast.errors import DataError, InputError, UnavailableError
+from xfm_fast.models.processor import image_pixels
 from xfm_fast.models.xfm import XFM
 from xfm_fast.search import (
     SearchIndex,
-    SearchModel,
     Source,
     build_index,
     match_images,
     open_index,
-    open_model,
     search,
     write_sheet,
 )
@@ -38,15 +38,19 @@ def test_nearest_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     features = np.random.default_rng(0).standard_normal((1000, 8)).astype(np.float32)
     query = torch.from_numpy(features[700])
     products = torch.from_numpy(features) @ query
-    monkeypatch.setattr(query_module, "_BLOCK_ROWS", 64)
-    for k in (1, 100, 2000):
-        rows, values = query_module.nearest(features, query, k)
-        assert rows.tolist() == products.argsort(descending=True)[:k].tolist()
-        torch.testing.assert_close(values, products[rows])
+    monkeypatch.setattr(query_module, "BLOCK_ROWS", 64)
+    some = np.random.default_rng(1).random(1000) < 0.1
+    some[64:192] = False
+    for allowed in (np.ones(1000, bool), some, np.zeros(1000, bool)):
+        expected = [row for row in products.argsort(descending=True).tolist() if allowed[row]]
+        for k in (1, 100, 2000):
+            rows, values = query_module.largest_products(features, query, k, allowed)
+            assert rows.tolist() == expected[:k]
+            torch.testing.assert_close(values, products[rows])
 
 
 @pytest.fixture(scope="module")
-def indexed(model: SearchModel, tmp_path_factory: pytest.TempPathFactory) -> SearchIndex:
+def indexed(model: XFMEncoder, tmp_path_factory: pytest.TempPathFactory) -> SearchIndex:
     """Build an index that tests share."""
     folder = tmp_path_factory.mktemp("indexed")
     for index in range(7):
@@ -55,7 +59,7 @@ def indexed(model: SearchModel, tmp_path_factory: pytest.TempPathFactory) -> Sea
     return open_index(folder)
 
 
-def test_candidates_are_ordered_by_their_match(indexed: SearchIndex, model: SearchModel) -> None:
+def test_candidates_are_ordered_by_their_match(indexed: SearchIndex, model: XFMEncoder) -> None:
     result = search(indexed, model, TEXT, candidates=4, top=20, batch_size=3)
     paths = [Path(hit.location) for hit in result.hits]
     similar = model.model.similarity(paths, TEXT)
@@ -73,14 +77,13 @@ def test_candidates_are_ordered_by_their_match(indexed: SearchIndex, model: Sear
     ]
 
 
-def test_the_ranking_rule_is_named_or_recorded(indexed: SearchIndex, model: SearchModel) -> None:
+def test_the_ranking_rule_is_named_or_recorded(indexed: SearchIndex, model: XFMEncoder) -> None:
     """`sum` is the match logit + the cosine; what a run recorded is the default."""
     result = search(indexed, model, TEXT, rank="sum", top=20)
     paths = [Path(hit.location) for hit in result.hits]
     with torch.no_grad():
-        logits = match_images(model, [Image.open(path).convert("RGB") for path in paths], TEXT, 7)[
-            :, 1
-        ]
+        pixels = [image_pixels([path], model.model.config) for path in paths]
+        logits = match_images(model, pixels, TEXT, 7)[:, 1]
     expected = logits + model.model.similarity(paths, TEXT)
     np.testing.assert_allclose([hit.score for hit in result.hits], expected, atol=1e-5)
     assert [hit.score for hit in result.hits] == sorted(
@@ -94,13 +97,13 @@ def test_the_ranking_rule_is_named_or_recorded(indexed: SearchIndex, model: Sear
     assert search(indexed, model, TEXT, rank="similarity", top=20) == by_features
 
 
-def test_an_image_finds_itself(indexed: SearchIndex, model: SearchModel) -> None:
+def test_an_image_finds_itself(indexed: SearchIndex, model: XFMEncoder) -> None:
     hit = search(indexed, model, indexed.path / "trip/3.png", top=1).hits[0]
     assert hit.location == str(indexed.path / "trip/3.png")
     assert hit.similarity == pytest.approx(1, abs=1e-5)
 
 
-def test_bad_queries(indexed: SearchIndex, model: SearchModel, tmp_path: Path) -> None:
+def test_bad_queries(indexed: SearchIndex, model: XFMEncoder, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"\?!"):
         search(indexed, model, "?!")
     with pytest.raises(DataError, match=r"nowhere\.png"):
@@ -108,12 +111,13 @@ def test_bad_queries(indexed: SearchIndex, model: SearchModel, tmp_path: Path) -
     with pytest.raises(InputError, match="top=0"):
         search(indexed, model, TEXT, top=0)
     with pytest.raises(DataError, match="other"):
-        search(indexed, open_model(write_model(tmp_path / "other", seed=1)), TEXT)
+        search(indexed, open_encoder(write_model(tmp_path / "other", seed=1)), TEXT)
 
 
 def test_models_that_cannot_search(indexed: SearchIndex, weights: Path, tmp_path: Path) -> None:
     XFM.from_pretrained(weights, heads=["contrastive"]).save_pretrained(tmp_path / "bare")
-    bare = open_model(tmp_path / "bare")
+    bare = open_encoder(tmp_path / "bare")
+    assert isinstance(bare, XFMEncoder)
     with pytest.raises(UnavailableError, match="matching"):
         search(indexed, bare, TEXT)
     assert search(indexed, bare, TEXT, candidates=0).hits
@@ -122,14 +126,14 @@ def test_models_that_cannot_search(indexed: SearchIndex, weights: Path, tmp_path
         search(indexed, bare, TEXT)
     XFM.from_pretrained(weights, heads=["matching"]).save_pretrained(tmp_path / "blind")
     with pytest.raises(UnavailableError, match="contrastive"):
-        open_model(tmp_path / "blind")
+        open_encoder(tmp_path / "blind")
     (tmp_path / "bare" / TASK_FILE).write_text('{"format": 1, "task": {"kind": "nlvr2"}}')
     with pytest.raises(UnavailableError, match="nlvr2"):
-        open_model(tmp_path / "bare")
+        open_encoder(tmp_path / "bare")
 
 
 def test_a_page(photos: Path, tmp_path: Path) -> None:
-    model = open_model(Source(random="tiny"))
+    model = open_encoder(Source(random="tiny"))
     write_picture(photos / "<b>.png", 8)
     build_index(photos, model)
     index = open_index(photos)
@@ -138,7 +142,6 @@ def test_a_page(photos: Path, tmp_path: Path) -> None:
     assert [*result.lost] == [str(photos / "0.png")]
     # An image that is gone after the search leaves its place empty.
     Path(result.hits[0].location).unlink()
-    result.hits[0] = result.hits[0]._replace(image=None)
     page = write_sheet(tmp_path / "out" / "sheet.html", "a <red> circle", result, index).read_text()
     pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
     assert len(pictures) == 6

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +26,14 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.library_models import write_clip
 from tests.search.conftest import write_model
 from xfm_fast.models.xfm import XFM
 from xfm_fast.serve import ServiceOptions, SourceOptions
 
 if TYPE_CHECKING:
     from xfm_fast.serve import Service
+    from xfm_fast.serve.work import Batcher
 
 SECONDS = 60.0
 CAPTIONS = [
@@ -121,6 +124,11 @@ class Running:
     service: Service
     port: int
 
+    @property
+    def batcher(self) -> Batcher:
+        """The batcher of the first model."""
+        return self.service.batchers[self.service.models[0]]
+
     def post(self, path: str, content: Any, headers: dict[str, str] | None = None) -> Any:
         """Post a body, or values as JSON."""
         return post(
@@ -157,6 +165,7 @@ def running(service: Service) -> Iterator[Running]:
         thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
         thread.start()
         try:
+            assert until(lambda: service.warmed_up)
             yield Running(service, sock.getsockname()[1])
         finally:
             server.should_exit = True
@@ -185,7 +194,8 @@ def process(
     ) as begun:
         try:
             assert begun.stdout is not None
-            line = begun.stdout.readline()
+            # The lines before it describe the models.
+            line = next((line for line in begun.stdout if line.startswith("serving")), "")
             match = re.search(r"http://127\.0\.0\.1:(\d+)", line)
             assert match, line + (begun.stderr.read() if begun.stderr and not line else "")
             yield begun, int(match[1])
@@ -233,14 +243,40 @@ def start(weights: Path) -> Start:
         service_options = replace(ServiceOptions(port=0, timeout=20, cache_mb=64), **options)
         return running(
             Service(
-                load(
-                    folder, SourceOptions(device="cpu", rank=rank), service_options.cache_mb << 20
-                ),
+                [
+                    load(
+                        folder,
+                        SourceOptions(device="cpu", rank=rank),
+                        service_options.cache_mb << 20,
+                    )
+                ],
                 service_options,
             )
         )
 
     return begin
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a model of sentence-transformers that reads texts and images."""
+    return write_clip(tmp_path_factory.mktemp("served-clip") / "tiny-clip")
+
+
+@pytest.fixture(scope="session", params=["tiny-xfm", "tiny-clip"])
+def start_any(request: pytest.FixtureRequest, start: Start, weights: Path) -> Start:
+    """Starts a service of an X-FM, or of a model of sentence-transformers."""
+    if request.param == "tiny-xfm":
+        return start
+    pytest.importorskip("sentence_transformers")
+    return partial(start, request.getfixturevalue("clip"))
+
+
+@pytest.fixture(scope="session")
+def served_any(start_any: Start) -> Iterator[Running]:
+    """Start a service of either model that tests share."""
+    with start_any() as service:
+        yield service
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from tests.serve.conftest import CAPTIONS, Running, Start, data_url, image, photo, scores
 from xfm_fast.checkpoint.files import TASK_FILE
+from xfm_fast.encoders import XFMEncoder
+from xfm_fast.models.processor import image_pixels
 from xfm_fast.models.xfm import XFM
-from xfm_fast.search import SearchModel, Source, match_images
+from xfm_fast.search import Source, match_images
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 CURL, *PROGRAMS = (
@@ -69,10 +70,9 @@ def test_a_rerank_is_as_offline(served: Running, model: XFM, photos: list[Path])
 def test_the_ranking_rule_is_named_or_recorded(
     start: Start, weights: Path, model: XFM, photos: list[Path], tmp_path: Path
 ) -> None:
-    opened, paths = SearchModel(model, Source(), ""), photos[1:4]
-    logits = match_images(
-        opened, [Image.open(path).convert("RGB") for path in paths], CAPTIONS[1], 3
-    )[:, 1]
+    opened, paths = XFMEncoder(model, Source(), ""), photos[1:4]
+    pixels = [image_pixels([path], model.config) for path in paths]
+    logits = match_images(opened, pixels, CAPTIONS[1], 3)[:, 1]
     similarity = model.similarity(paths, CAPTIONS[1])
     expected = {
         "sum": (logits + similarity).tolist(),
@@ -212,7 +212,7 @@ def test_probes_models_metrics_and_docs(served: Running) -> None:
     }
     assert served.get("/ready").json() == {"status": "ready"}
     (listed,) = served.get("/v1/models").json()["data"]
-    assert (listed["id"], listed["heads"]) == ("tiny-xfm", ["contrastive", "matching"])
+    assert (listed["id"], listed["abilities"]) == ("tiny-xfm", ["embed", "rank", "compare"])
     served.post("/v1/rerank", {"query": "a red circle", "documents": [image(7)]})
     text = served.get("/metrics").content.decode()
     for line in (

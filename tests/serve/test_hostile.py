@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.serve.conftest import (
     CAPTIONS,
@@ -84,9 +85,9 @@ WAITING: dict[str, tuple[bytes, bytes]] = {
 
 
 @pytest.mark.parametrize("name", WAITING)
-def test_a_client_that_never_finishes_is_dropped(start: Start, name: str) -> None:
+def test_a_client_that_never_finishes_is_dropped(start_any: Start, name: str) -> None:
     sent, more = WAITING[name]
-    with start(timeout=1) as service, connect(service.port, sent) as sock:
+    with start_any(timeout=1) as service, connect(service.port, sent) as sock:
 
         def dropped() -> bool:
             with suppress(OSError):
@@ -99,9 +100,9 @@ def test_a_client_that_never_finishes_is_dropped(start: Start, name: str) -> Non
         assert until(lambda: service.post("/v1/rerank", GOOD).status_code == 200)
 
 
-def test_an_answer_is_held_until_it_is_read_or_its_client_dropped(start: Start) -> None:
+def test_an_answer_is_held_until_it_is_read_or_its_client_dropped(start_any: Start) -> None:
     body = json.dumps(UNREAD).encode()
-    with start(timeout=4) as service, connect(service.port, raw("/v1/rerank", body)) as unread:
+    with start_any(timeout=4) as service, connect(service.port, raw("/v1/rerank", body)) as unread:
         ledger = service.service.ledger
         assert until(lambda: b"200 OK" in unread.recv(15, socket.MSG_PEEK))
         # It takes no place in the queue.
@@ -120,12 +121,12 @@ def test_an_answer_is_held_until_it_is_read_or_its_client_dropped(start: Start) 
 
 
 def test_too_many_connections_keep_nobody_out(
-    start: Start, monkeypatch: pytest.MonkeyPatch
+    start_any: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from xfm_fast.serve import server
 
     monkeypatch.setattr(server, "_CONNECTION_LIMIT", 8)
-    with start(max_queue=2) as service, ExitStack() as stack:
+    with start_any(max_queue=2) as service, ExitStack() as stack:
         idle = [
             stack.enter_context(connect(service.port, sent))
             for sent, _ in WAITING.values()
@@ -141,8 +142,8 @@ def test_too_many_connections_keep_nobody_out(
         assert not ended(idle[-1])
 
 
-def test_slow_bodies_give_way_where_others_need_their_memory(start: Start) -> None:
-    with start(memory_mb=16, timeout=10) as service, ExitStack() as stack:
+def test_slow_bodies_give_way_where_others_need_their_memory(start_any: Start) -> None:
+    with start_any(memory_mb=16, timeout=10) as service, ExitStack() as stack:
         body = b"{" + b" " * (MEGABYTE - 2)
         slow = [
             stack.enter_context(connect(service.port, raw("/v1/rerank", body + b"}")[:-1]))
@@ -199,11 +200,11 @@ def traced() -> Iterator[Callable[[], int]]:
 
 
 @pytest.mark.parametrize("name", HEAVY)
-def test_the_ledger_counts_what_requests_hold(start: Start, name: str) -> None:
+def test_the_ledger_counts_what_requests_hold(start_any: Start, name: str) -> None:
     """In the model, in its queue, and once their clients have left."""
     bodies = [raw("/v1/rerank", HEAVY[name](index)) for index in range(5)]
-    with start(memory_mb=1024, timeout=60) as service, ExitStack() as stack:
-        ledger, batcher = service.service.ledger, service.service.batcher
+    with start_any(memory_mb=1024, timeout=60) as service, ExitStack() as stack:
+        ledger, batcher = service.service.ledger, service.batcher
         # What is made once, is made before.
         assert service.post("/v1/rerank", HEAVY[name](9)).status_code == 200
         paused = Paused(service)
@@ -238,12 +239,12 @@ def test_the_ledger_counts_what_requests_hold(start: Start, name: str) -> None:
         (GOOD, 200),
         ({"query": "a"}, 422),
         (b"{", 400),
-        ({"query": "?", "documents": ["b"]}, 422),
+        ({"query": "a", "documents": ["b"], "model": "another"}, 404),
         (b" " * 3_000_000, 413),
     ],
 )
 def test_nothing_names_a_request_after_its_answer(
-    start: Start, monkeypatch: pytest.MonkeyPatch, content: Any, status: int
+    start_any: Start, monkeypatch: pytest.MonkeyPatch, content: Any, status: int
 ) -> None:
     """Without a collection of cycles: until one, their bytes would be held and not counted."""
     from xfm_fast.serve import app
@@ -256,7 +257,7 @@ def test_nothing_names_a_request_after_its_answer(
             references.append(weakref.ref(self))
 
     monkeypatch.setattr(app, "Account", Account)
-    with start(memory_mb=32, timeout=1) as service, httpx.Client() as client:
+    with start_any(memory_mb=32, timeout=1) as service, httpx.Client() as client:
         gc.disable()
         try:
             body = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -357,24 +358,47 @@ def descriptors(pid: int) -> int:
 _MEMORY_MB = 256
 
 
+def _offline(request: pytest.FixtureRequest, family: str) -> tuple[Path, Callable[[Path], Any]]:
+    """Return the folder of a model, and a function that compares an image with the captions as the service does."""
+    if family == "tiny-xfm":
+        model: XFM = request.getfixturevalue("model")
+        return request.getfixturevalue("weights"), lambda path: model.match(path, CAPTIONS)
+    library = pytest.importorskip("sentence_transformers")
+    folder = request.getfixturevalue("clip")
+    clip = library.SentenceTransformer(str(folder), device="cpu")
+
+    def compare(path: Path) -> Any:
+        feature = clip.encode(Image.open(path).convert("RGB"), normalize_embeddings=True)
+        return (1 + clip.encode(CAPTIONS, normalize_embeddings=True) @ feature) / 2
+
+    return folder, compare
+
+
 @pytest.mark.skipif(
     not Path("/proc/self/fd").exists(), reason="descriptors of another process are read from /proc"
 )
+@pytest.mark.parametrize("family", ["tiny-xfm", "tiny-clip"])
 @pytest.mark.parametrize(
     ("silent", "clients", "seconds"),
     [(40, 1, 3), pytest.param(900, 4, 60, marks=pytest.mark.slow)],
     ids=["few", "many"],
 )
 def test_good_clients_beside_hostile_ones(
-    weights: Path, model: XFM, tmp_path: Path, silent: int, clients: int, seconds: int
+    request: pytest.FixtureRequest,
+    family: str,
+    tmp_path: Path,
+    silent: int,
+    clients: int,
+    seconds: int,
 ) -> None:
     """Check that good clients get the right answers, memory follows the ledger, and everything is released."""
+    folder, match = _offline(request, family)
     good: list[tuple[bytes, Any]] = []
     for seed in range(6):
         path = tmp_path / f"{seed}.png"
         path.write_bytes(photo(seed))
-        request = {"query": image(seed), "documents": CAPTIONS}
-        good.append((json.dumps(request).encode(), model.match(path, CAPTIONS)))
+        body = {"query": image(seed), "documents": CAPTIONS}
+        good.append((json.dumps(body).encode(), match(path)))
     answers: list[tuple[int, Any]] = []
     samples: list[tuple[int, int]] = []
 
@@ -388,7 +412,7 @@ def test_good_clients_beside_hostile_ones(
             if reply.status_code != 200:
                 time.sleep(0.2)
 
-    with process(weights, "--memory-mb", _MEMORY_MB, "--cache-mb", 0, "--timeout", 5) as (
+    with process(folder, "--memory-mb", _MEMORY_MB, "--cache-mb", 0, "--timeout", 5) as (
         begun,
         port,
     ):

@@ -37,7 +37,7 @@ def huge_png(side: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("content", "status", "message"),
     [
-        (b"", 422, "body"),
+        (b"", 400, "body"),
         (b"\xff\xfe{}", 400, ""),
         (b'{"query": ', 400, "JSON"),
         (json.dumps(GOOD).encode("utf-16"), 400, "UTF-8"),
@@ -45,7 +45,7 @@ def huge_png(side: int) -> dict[str, Any]:
         (b'{"a": [' + b"0," * 300_000 + b"0]}", 422, "values"),
         ({"documents": ["a"]}, 422, "query: "),
         ({"query": "a", "documents": []}, 422, "documents: "),
-        ({"query": "a\ud800", "documents": ["b"]}, 422, "query"),
+        ({"query": "a\ud800", "documents": ["b"]}, 400, "hex escape"),
         ({"query": "a", "documents": [{"text": "a", "image": "b"}]}, 422, "documents[0]: "),
         ({"query": "a", "documents": ["b"] * 2049}, 422, "documents: "),
         ({"query": "a" * 32769, "documents": ["b"]}, 422, "query[0] has 32,769"),
@@ -61,25 +61,30 @@ def huge_png(side: int) -> dict[str, Any]:
         (huge_png(400), 422, "documents[0]"),
         (with_image("http://169.254.169.254/latest/meta-data"), 422, "--allow-urls"),
         ({"input": [[1, 2]]}, 422, "token ids"),
-        ({"input": "a", "dimensions": 5}, 422, "dimensions=5"),
+        ({"input": "a", "dimensions": 5000}, 422, "dimensions=5000"),
         ({"text_1": ["a", "b"], "text_2": ["c"]}, 422, "text_1 has 2"),
     ],
 )
-def test_bad_requests(served: Running, content: Any, status: int, message: str) -> None:
+def test_bad_requests(served_any: Running, content: Any, status: int, message: str) -> None:
+    if served_any.service.models[0].name == "tiny-clip" and message in (
+        "query[0]: ",
+        "two requests",
+    ):
+        pytest.skip("it reads these")
     paths = {"input": "/v1/embeddings", "text_1": "/v1/score"}
     path = next((paths[name] for name in paths if name in str(content)), "/v1/rerank")
-    reply = served.post(path, content)
+    reply = served_any.post(path, content)
     assert message in reply.json()["message"]
     assert reply.status_code == status
     assert reply.json()["message"] == reply.json()["error"]["message"]
 
 
-def test_limits_are_options(start: Start) -> None:
+def test_limits_are_options(start_any: Start) -> None:
     """Accept a passage of 512 tokens and the largest batch of OpenAI's API; options change the limits."""
-    with start() as service:
+    with start_any(timeout=120) as service:
         body = {"input": ["a passage of many words " * 150] * 2048}
         assert len(service.post("/v1/embeddings", body).json()["data"]) == 2048
-    with start(max_inputs=2, max_characters=5) as service:
+    with start_any(max_inputs=2, max_characters=5) as service:
         for texts, message in (
             (["a"] * 3, "--max-inputs"),
             (["a red"], ""),
@@ -90,13 +95,16 @@ def test_limits_are_options(start: Start) -> None:
             assert message in reply.text
 
 
-def test_addresses_methods_and_types(served: Running) -> None:
-    assert (served.get("/v1/nothing").status_code, served.get("/v1/rerank").status_code) == (
+def test_addresses_methods_and_types(served_any: Running) -> None:
+    assert (
+        served_any.get("/v1/nothing").status_code,
+        served_any.get("/v1/rerank").status_code,
+    ) == (
         404,
         405,
     )
-    assert "GET /v1/nothing" in served.get("/v1/nothing").json()["message"]
-    reply = served.post("/v1/rerank", GOOD, {"content-type": "text/plain"})
+    assert "GET /v1/nothing" in served_any.get("/v1/nothing").json()["message"]
+    reply = served_any.post("/v1/rerank", GOOD, {"content-type": "text/plain"})
     assert (reply.status_code, "text/plain" in reply.json()["message"]) == (415, True)
 
 
@@ -134,9 +142,9 @@ def test_the_api_key_is_required(start: Start) -> None:
         )
 
 
-def test_bodies_are_bounded(start: Start) -> None:
+def test_bodies_are_bounded(start_any: Start) -> None:
     """Limit one body, with or without a declared length, and all bodies: eight fit at once, not nine."""
-    with start(memory_mb=16) as service:
+    with start_any(memory_mb=16) as service:
         reply = service.post("/v1/rerank", bytes(20 << 20))
         assert (reply.status_code, "1,048,576 bytes" in reply.json()["message"]) == (413, True)
         with service.connect() as sock:
@@ -172,8 +180,8 @@ class Paused:
 
     def __init__(self, service: Running) -> None:
         self.begun, self.go, self.works = threading.Event(), threading.Event(), list[Work]()
-        self._answer = service.service.batcher.run
-        service.service.batcher.run = self
+        self._answer = service.batcher.run
+        service.batcher.run = self
 
     def __call__(self, works: Sequence[Work]) -> Sequence[Any]:
         self.works += works
@@ -182,8 +190,8 @@ class Paused:
         return self._answer(works)
 
 
-def test_a_full_queue_is_429(start: Start) -> None:
-    with start(max_queue=2) as service, ThreadPoolExecutor(2) as threads:
+def test_a_full_queue_is_429(start_any: Start) -> None:
+    with start_any(max_queue=2) as service, ThreadPoolExecutor(2) as threads:
         paused = Paused(service)
         replies = [threads.submit(service.post, "/v1/rerank", GOOD) for _ in range(2)]
         assert paused.begun.wait(60)
@@ -196,8 +204,8 @@ def test_a_full_queue_is_429(start: Start) -> None:
         still_good(service)
 
 
-def test_late_requests_are_504_and_slow_bodies_408(start: Start) -> None:
-    with start(timeout=0.3) as service:
+def test_late_requests_are_504_and_slow_bodies_408(start_any: Start) -> None:
+    with start_any(timeout=0.3) as service:
         paused = Paused(service)
         # The second one is not begun, since nobody waits for it any more.
         for _ in range(2):
@@ -222,48 +230,48 @@ def test_decoding_ends_with_the_request(start: Start, monkeypatch: pytest.Monkey
         monkeypatch.setattr(ranking, "load_image", slow)
         assert service.post("/v1/rerank", body).status_code == 504
         assert until(lambda: not service.service.ledger.used)
-        assert until(lambda: len(service.service.batcher) == 0)
+        assert until(lambda: len(service.batcher) == 0)
         assert service.get("/health").status_code == 200
     assert 0 < len(seen) < 60
 
 
-def test_work_of_a_client_that_left_is_not_begun(start: Start) -> None:
-    with start() as service, ThreadPoolExecutor(1) as threads:
+def test_work_of_a_client_that_left_is_not_begun(start_any: Start) -> None:
+    with start_any() as service, ThreadPoolExecutor(1) as threads:
         paused = Paused(service)
         first = threads.submit(service.post, "/v1/rerank", GOOD)
         assert paused.begun.wait(60)
         with service.connect() as sock:
             sock.sendall(raw("/v1/rerank", json.dumps(GOOD).encode()))
-            assert until(lambda: len(service.service.batcher) == 1)
+            assert until(lambda: len(service.batcher) == 1)
         assert until(lambda: b"xfm_active_requests 1.0" in service.get("/metrics").content)
         paused.go.set()
         assert first.result().status_code == 200
-        assert until(lambda: not len(service.service.batcher))
+        assert until(lambda: not len(service.batcher))
         assert len(paused.works) == 1
         still_good(service)
 
 
-def test_a_damaged_image_fails_only_its_own_request(start: Start) -> None:
+def test_a_damaged_image_fails_only_its_own_request(start_any: Start) -> None:
     damaged = bytearray(photo(1))
     damaged[len(damaged) // 2] ^= 255
     body = [with_image(data_url(content)) for content in (photo(2), bytes(damaged), photo(3))]
-    with start(timeout=60) as service, ThreadPoolExecutor(4) as threads:
+    with start_any(timeout=60) as service, ThreadPoolExecutor(4) as threads:
         paused = Paused(service)
         first = threads.submit(service.post, "/v1/rerank", GOOD)
         assert paused.begun.wait(60)
         replies = [threads.submit(service.post, "/v1/rerank", content) for content in body]
-        assert until(lambda: len(service.service.batcher) == 3)
+        assert until(lambda: len(service.batcher) == 3)
         paused.go.set()
         assert [reply.result().status_code for reply in (first, *replies)] == [200, 200, 422, 200]
         # The three were computed together.
         assert len(paused.works) == 4
 
 
-def test_an_internal_error_is_500(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_is_500(served_any: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         # `None` is no function.
-        patched.setattr(served.service.batcher, "run", None)
-        reply = served.post("/v1/rerank", GOOD)
+        patched.setattr(served_any.batcher, "run", None)
+        reply = served_any.post("/v1/rerank", GOOD)
         assert reply.status_code == 500
         assert "TypeError" in reply.json()["message"]
-    still_good(served)
+    still_good(served_any)

@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,6 +30,39 @@ CONFIG_FILE, MODEL_FILE, UNUSED_FILE = "config.json", "model.safetensors", "unus
 TASK_FILE = "task.json"
 """Next to fine-tuned weights or their export: their task."""
 TOKENIZER_FILE = "tokenizer.json"
+CARD_FILE = "README.md"
+_CARD = """---
+library_name: xfm-fast
+tags: [x-fm, image-text-retrieval, vision-language]
+---
+
+An X-FM ([arXiv 2301.05065](https://arxiv.org/abs/2301.05065)) for images of {size} × {size} pixels.
+
+```python
+from xfm_fast import {imported}
+
+model = {load}("{name}")
+```
+"""
+_USE = """
+It embeds texts and images with sentence-transformers:
+
+```python
+import xfm_fast  # makes X-FM known to transformers
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{name}")
+images = model.encode(["photo.jpg"])
+print(model.similarity(images, model.encode(["a dog on a beach", "a red bicycle"])))
+```
+"""
+# The module of sentence-transformers that reads the folder.
+_MODULE = {
+    "idx": 0,
+    "name": "0",
+    "path": "",
+    "type": "sentence_transformers.base.modules.transformer.Transformer",
+}
 
 _DTYPES = {
     torch.float64: "F64",
@@ -253,9 +286,13 @@ def save_pretrained(
     *,
     unused: StateDict | None = None,
     files: Mapping[str, bytes] | None = None,
+    name: str | None = None,
 ) -> None:
     """Write `config.json`, `model.safetensors`, `unused.safetensors` (with `unused`) and other
     `files` to `dir`.
+
+    With `files` come a card, which calls the model `name` and replaces none, and the module that
+    sentence-transformers reads.
 
     All files are complete on disk under temporary names before the first rename, so that a full
     disk or a killed process leaves an earlier save intact. `unused.safetensors` of an earlier save
@@ -270,8 +307,12 @@ def save_pretrained(
     }
     if unused:
         writers[folder / UNUSED_FILE] = lambda file: write_safetensors(file, unused)
-    for name, content in (files or {}).items():
-        writers[folder / name] = lambda file, content=content: file.write(content)
+    if files is not None:
+        embeds = "vision_proj.weight" in module_state
+        files = {**_presentation(config, embeds, files, name or folder.resolve().name), **files}
+    for file_name, content in (files or {}).items():
+        if file_name != CARD_FILE or not (folder / CARD_FILE).exists():
+            writers[folder / file_name] = lambda file, content=content: file.write(content)
     write_files(writers)
     if not unused:
         try:
@@ -280,6 +321,32 @@ def save_pretrained(
             raise StorageError(
                 f"{folder / UNUSED_FILE} of an earlier save cannot be removed ({error.strerror or error}); delete it"
             ) from error
+
+
+def _presentation(
+    config: XFMConfig, embeds: bool, files: Collection[str], name: str
+) -> dict[str, bytes]:
+    """Return the card, and for sentence-transformers the methods that embed the modalities."""
+    load = "load" if TASK_FILE in files else "XFM.from_pretrained"
+    card = _CARD.format(
+        size=config.image_size,
+        imported=load.partition(".")[0],
+        load=load,
+        name=name,
+    )
+    if not embeds:
+        return {CARD_FILE: card.encode()}
+    modalities = ("text", "image") if TOKENIZER_FILE in files else ("image",)
+    methods = {
+        modality: {"method": f"get_{modality}_features", "method_output_name": "pooler_output"}
+        for modality in modalities
+    }
+    settings = {"modality_config": methods, "module_output_name": "sentence_embedding"}
+    return {
+        CARD_FILE: (card + _USE.format(name=name)).encode(),
+        "modules.json": json.dumps([_MODULE], indent=2).encode(),
+        "sentence_bert_config.json": json.dumps(settings, indent=2).encode(),
+    }
 
 
 def load_pretrained_files(dir: str | os.PathLike[str]) -> PretrainedFiles:

@@ -105,6 +105,7 @@ for command in (
     app.command(command, group=TRAIN)
 for command in (search.index, search.search):
     app.command(command, group=SEARCH)
+app.command(data.embed, group=SEARCH)
 app.command(data.data)
 app.command(model.convert, group=DATA)
 

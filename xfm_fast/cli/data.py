@@ -1,8 +1,10 @@
-"""`xfm-fast data`: check and convert data files, write the shapes world."""
+"""`xfm-fast data` and `embed`: check and convert data files, write the shapes world, embed shards."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -10,9 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Le
+from cyclopts import Parameter
 
-from xfm_fast.cli.console import progress, stdout, table
-from xfm_fast.cli.options import DATA, Flat, Json, command_group
+from xfm_fast.cli.console import named_progress, note, progress, stdout, table
+from xfm_fast.cli.options import DATA, UNFINISHED, Flat, Json, command_group
+from xfm_fast.embedding import EmbedOptions, ShardReport, embed_shard, plan
+from xfm_fast.encoders import EncoderSource, open_encoder
+from xfm_fast.errors import DataError, InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -158,6 +164,68 @@ def shapes(
     held_out = max(1, train // 20)
     world = write_world(out, seed=seed, images={"train": train, "val": held_out, "test": held_out})
     print(f"{out}: {sum(world['rows'].values()):,} rows in {len(world['rows'])} files")
+
+
+def embed(
+    shards: Annotated[list[str], Parameter(name="SHARDS")],
+    /,
+    *,
+    out: str,
+    shard: str = "0/1",
+    options: Flat[EmbedOptions] = EmbedOptions(),
+    source: Flat[EncoderSource] = EncoderSource(),
+) -> int:
+    """Embed shards of texts or images, each to a Parquet file with id, text and embedding.
+
+    Finished files are skipped, so an interrupted command resumes. Processes of torchrun share the
+    shards. Rows that cannot be embedded have a null.
+
+    Args:
+        shards: Parquet, CSV, TSV or JSON-lines files or WebDataset archives; patterns, folders, or .txt
+            files that list them; paths or URLs.
+        out: Folder of the Parquet files, a path or URL.
+        shard: I/N embeds every Nth shard from the Ith on, for job arrays; I counts from 0.
+    """
+    import torch
+
+    from xfm_fast.training.distributed import stop_on_signal
+
+    share = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if share is None or int(share[1]) >= int(share[2]):
+        raise InputError(f"--shard {shard}: give I/N with I from 0 to N - 1, such as 0/8")
+    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    start, step = int(share[1]) * processes + rank, int(share[2]) * processes
+    items = plan(shards, out)[start::step]
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    encoder = open_encoder(source)
+    reports: list[ShardReport] = []
+    with stop_on_signal() as stop, named_progress() as show:
+        for index, item in enumerate(items):
+
+            def advance(rows: int, index: int = index, name: str = item["shard"]) -> None:
+                show(f"{name}: {rows:,} rows", index, len(items))
+                if stop.is_set():
+                    raise KeyboardInterrupt
+
+            try:
+                reports.append(embed_shard(encoder, **item, options=options, progress=advance))
+            except DataError as error:
+                note(str(error))
+            except KeyboardInterrupt:
+                note("stopped; the same command resumes")
+                return UNFINISHED
+    for report in reports:
+        if report.missing:
+            note(f"{report.missing:,} rows have no embedding, such as {report.reason}")
+    rows = sum(report.rows for report in reports)
+    before = sum(report.existed for report in reports)
+    print(f"embedded: {rows:,} rows of {len(reports):,} shards, {before:,} of them before: {out}")
+    if len(reports) < len(items):
+        raise DataError(
+            f"{len(items) - len(reports)} of {len(items)} shards are not embedded; mend them, and run the command again"
+        )
+    return 0
 
 
 def _print_report(report: Report, console: Console) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from xfm_fast.cli.console import note
-from xfm_fast.cli.options import Flat, Model, named
+from xfm_fast.cli.options import Flat, named
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.loading import Weights
 from xfm_fast.serve.options import ServiceOptions, SourceOptions
@@ -19,21 +19,28 @@ from xfm_fast.serve.options import ServiceOptions, SourceOptions
 if TYPE_CHECKING:
     import socket
 
-    from xfm_fast.serve import ServedModel
+    from xfm_fast.serve import Service
 
 
 def serve(
-    model: Model = None,
-    /,
-    *,
+    *models: Annotated[
+        str,
+        Parameter(
+            name="MODEL",
+            help="Models of sentence-transformers or transformers, or X-FM: folders, names on the Hugging Face Hub, "
+            "runs, official checkpoint files or exports; a single one is the same as --model.",
+        ),
+    ],
     source: Flat[SourceOptions] = SourceOptions(),
     options: Flat[ServiceOptions] = ServiceOptions(),
 ) -> None:
-    """Serve a model over HTTP: /v1/rerank, /v1/embeddings and /v1/score, for clients of Cohere and OpenAI.
+    """Serve models over HTTP: embed, rerank, score and classify, for clients of OpenAI, Cohere, Jina and TEI.
 
     It listens on this machine only unless --host is given, and shuts down cleanly on SIGTERM. /docs
     describes the API.
     """
+    # Threads of OpenMP that wait for work would use as much of a core as those that have it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     key = options.api_key if options.api_key is not None else os.environ.get("XFM_API_KEY")
     if key is not None and (not key.isascii() or not key.strip() or key != key.strip()):
         raise InputError(
@@ -41,6 +48,8 @@ def serve(
         )
     options = replace(options, api_key=key)
     try:
+        import torch
+
         from xfm_fast.serve import address, run
     except ModuleNotFoundError as error:
         raise UnavailableError(
@@ -52,22 +61,38 @@ def serve(
             f"WITHOUT AN API KEY, anyone who reaches {options.host} can use this service; set XFM_API_KEY"
         )
 
-    source = named(model, source)
+    if len(models) < 2:
+        source = named(models[0] if models else None, source)
+        models = ()
+    elif source.model is not None:
+        raise InputError(f"{', '.join(models)} and --model {source.model}; leave out --model")
 
-    def loaded(model: ServedModel, sock: socket.socket) -> None:
-        if model.random:
-            note(
-                f"THE WEIGHTS ARE RANDOM ({model.source}): results mean nothing. Give a trained model"
+    def loaded(service: Service, sock: socket.socket) -> None:
+        for name, model in service.names.items():
+            if model.random:
+                note(
+                    f"THE WEIGHTS ARE RANDOM ({model.source}): results mean nothing. Give a trained model"
+                )
+            print(f"{name}: {', '.join(model.abilities)} ({model.source})")
+        if any(model.device.type == "cpu" for model in service.models):
+            has_affinity = hasattr(os, "sched_getaffinity")
+            cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+            threads = torch.get_num_threads()
+            print(
+                f"computing with {threads} of {cores} cores (OMP_NUM_THREADS). For the most requests a second start "
+                f"{cores} processes with OMP_NUM_THREADS=1 on ports of their own; for short answers a single one"
             )
+        if options.index is not None:
+            print(f"searching {options.index} at {address(sock)}/")
         memory = (
             f"{options.memory_mb:,} MB for requests, {options.cache_mb:,} MB for image memories"
         )
         print(
-            f"serving {model.name} on {address(sock)} (see /docs), with {memory}; stop with Ctrl-C",
+            f"serving {', '.join(service.names)} on {address(sock)} (see /docs), with {memory}; stop with Ctrl-C",
             flush=True,
         )
 
-    run(source, options, loaded)
+    run(source, options, loaded, models)
     # Worker threads may still run, and libraries take seconds to unload.
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""`xfm-fast index` and `search`: find your own images by text or by image."""
+"""`xfm-fast index` and `search`: find your own images and texts by text or by image."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ from cyclopts import default_name_transform as dashes
 from xfm_fast.cli.console import first_process, note, progress, stdout, table
 from xfm_fast.cli.options import UNFINISHED, Flat, Json
 from xfm_fast.errors import InputError, XFMError
-from xfm_fast.loading import Source
+from xfm_fast.loading import EncoderSource, Source
 
 _SHOWN = 5
+# Characters of a text in a table.
+_SNIPPET = 80
 # Match probabilities that differ by less, away from 0 and 1, indicate an untrained head.
 _ALIKE = 0.01
 # After one process failed, the others end by themselves within these seconds, unless they wait for
@@ -53,10 +55,14 @@ class BuildOptions(IndexOptions):
     """The index, and how it is built.
 
     Attributes:
-        workers: Processes of this machine that share the images.
+        column: Column of the texts in a table. [text, caption or title, if it lists no images]
+        workers: Processes of this machine that share the work.
+        check: Compare the whole index with its checksums first.
     """
 
+    column: str | None = None
     workers: Annotated[int, Ge(1), Le(256)] = 1
+    check: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,14 +70,18 @@ class SearchOptions(IndexOptions):
     """What to search for, and how to show it.
 
     Attributes:
-        top: Images to show.
-        candidates: Nearest images that the fusion encoder re-ranks; 0 ranks by features only.
+        top: Images or texts to show.
+        where: Value that a column of the table must have, as brand=acme; may be repeated.
+        glob: Pattern of names, as 'trip/*'.
+        candidates: Nearest images that X-FM's fusion encoder re-ranks; 0 ranks by features only.
         rank: Order of the candidates: match of the fusion encoder, similarity of features, or sum
-            (match logit + similarity). [as recorded by the model's run, else match]
+            (match logit + similarity). [as recorded by X-FM's run, else match; similarity of other models]
         sheet: Contact sheet to write, a page .html.
     """
 
     top: Annotated[int, Ge(1)] = 12
+    where: tuple[str, ...] = ()
+    glob: str | None = None
     candidates: Annotated[int, Ge(0)] = 64
     rank: Literal["match", "similarity", "sum"] | None = None
     sheet: Path | None = None
@@ -82,28 +92,31 @@ def index(
     /,
     *,
     options: Flat[BuildOptions] = BuildOptions(),
-    source: Flat[Source] = Source(),
+    source: Flat[EncoderSource] = EncoderSource(),
     as_json: Json = False,
 ) -> int:
-    """Index images for search, or update the index: only new and changed images are read.
+    """Index images or texts for search, or update the index: only what is new or changed is read.
 
-    An interrupted command resumes. Unreadable images are listed and skipped. Several processes
-    share the images, with the same result: --workers, or torchrun --nproc-per-node=8 -m
-    xfm_fast.cli index FOLDER.
+    The model is any of sentence-transformers (texts; CLIP: texts or images), or X-FM. An
+    interrupted command resumes. Unreadable files are listed and skipped. Several processes share
+    the work, with the same result: --workers, or torchrun --nproc-per-node=8 -m xfm_fast.cli index
+    FOLDER.
 
     Args:
         collection: Folder of images, with captions next to them or in captions.csv; CSV, JSON or
             JSON lines with image and optional caption; JSON lines with binary and desc; WebDataset
-            shard.
+            shard. Or folder of .txt and .md files; CSV, TSV or JSON lines with text (--column).
     """
-    from xfm_fast.search import build_index, index_folder, open_index, open_model
-    from xfm_fast.search.index import INDEX_FILE
+    from xfm_fast.search import build_index, index_folder, open_encoder, open_index
+    from xfm_fast.search.store import INDEX_FILE
     from xfm_fast.training.distributed import join_processes, stop_on_signal
 
     target = options.index or index_folder(collection)
-    recorded = open_index(target).model if (target / INDEX_FILE).is_file() else None
-    source = _choose_model(source, recorded)
-    settings = vars(source) | vars(options) | {"workers": None}
+    is_new = not (target / INDEX_FILE).is_file()
+    if options.check and not is_new and first_process():
+        open_index(target).verify()
+    source = _choose_model(source, None if is_new else target)
+    settings = vars(source) | vars(options) | {"workers": None, "check": None}
     if options.workers > 1 and os.environ.get("WORLD_SIZE", "1") == "1":
         arguments = [
             f"--{dashes(name)}={value}" for name, value in settings.items() if value is not None
@@ -116,9 +129,10 @@ def index(
         stop_on_signal() as stop,
         progress("indexing") as advance,
     ):
-        model = processes.together(lambda: open_model(source))
+        model = processes.together(lambda: open_encoder(source))
         shared = {
             "images": options.images,
+            "column": options.column,
             "processes": processes,
             "progress": advance,
             "stop": stop,
@@ -145,8 +159,11 @@ def index(
         return 0
     _note_skipped(report.faults, "")
     skipped = f", {len(report.faults):,} left out" if report.faults else ""
+    if report.truncated:
+        skipped += f"; of {report.truncated:,} the model reads only the beginning"
     print(
-        f"indexed: {report.images:,} images, {report.added:,} of them read now, {report.removed:,} gone{skipped}"
+        f"indexed: {report.entries:,} {report.modality}s, {report.added:,} of them read now, "
+        f"{report.removed:,} gone{skipped}"
     )
     command = f"xfm-fast search {collection} ..."
     for name in ("model", "config", "image_size", "tokenizer", "index", "images"):
@@ -157,32 +174,40 @@ def index(
 
 
 def search(
-    where: Annotated[Path, Parameter(name="FOLDER|FILE")],
+    collection: Annotated[Path, Parameter(name="FOLDER|FILE")],
     query: Annotated[str, Parameter(name="TEXT|IMAGE")],
     /,
     *,
     options: Flat[SearchOptions] = SearchOptions(),
-    source: Flat[Source] = Source(),
+    source: Flat[EncoderSource] = EncoderSource(),
     as_json: Json = False,
 ) -> int:
-    """Search indexed images by a text, or by a similar image.
+    """Search indexed images or texts by a text, or by a similar image.
 
     Args:
-        where: The indexed folder or file.
+        collection: The indexed folder or file.
         query: A text or an image file; an argument that is not an existing file is a text.
     """
     from rich.markup import escape
 
-    from xfm_fast.search import open_index, open_model, write_sheet
+    from xfm_fast.search import open_encoder, open_index, write_sheet
     from xfm_fast.search import search as find
 
     if options.sheet is not None and options.sheet.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--sheet {options.sheet}: a contact sheet is a page; name it .html")
-    opened = open_index(where, options.index, images=options.images)
-    source = _choose_model(source, opened.model)
+    where = {}
+    for condition in options.where:
+        column, is_condition, value = condition.partition("=")
+        if not is_condition:
+            raise InputError(f"--where {condition}: give a column and its value, as brand=acme")
+        if where.setdefault(column, value) != value:
+            raise InputError(f"--where {condition}: {column} is {where[column]} already; give one")
+    opened = open_index(collection, options.index, images=options.images)
+    source = _choose_model(source, opened.folder)
     target = Path(query) if os.path.isfile(query) else query
     settings = {"top": options.top, "candidates": options.candidates, "rank": options.rank}
-    result = find(opened, open_model(source), target, **settings)
+    settings |= {"where": where, "glob": options.glob}
+    result = find(opened, open_encoder(source), target, **settings)
     matches = [hit.match for hit in result.hits if hit.match is not None]
     if len(matches) > 1 and 0.1 < min(matches) <= max(matches) < min(0.9, min(matches) + _ALIKE):
         note("match scores hardly differ, as from an untrained head; try --rank similarity")
@@ -190,15 +215,19 @@ def search(
     if as_json:
         rows = [
             {"rank": rank, "path": hit.location, "caption": hit.entry.caption}
+            | {"fields": hit.entry.fields}
             | {name: getattr(hit, name) for name in ("match", "similarity", "score")}
             for rank, hit in enumerate(result.hits, start=1)
         ]
         print(json.dumps({"query": query, "random": source.random is not None, "hits": rows}))
     else:
-        rows = table("", "", "match", "similarity", "image", right=("", "match", "similarity"))
+        headings = ("", "match", "similarity")
+        rows = table("", *headings, opened.modality, "", right=headings)
         for rank, hit in enumerate(result.hits, start=1):
             match = "" if hit.match is None else f"{hit.match:.1%}"
-            rows.add_row(str(rank), match, f"{hit.similarity:.3f}", escape(hit.location))
+            snippet = " ".join((hit.entry.caption or "").split())[:_SNIPPET]
+            scores = (str(rank), match, f"{hit.similarity:.3f}")
+            rows.add_row(*scores, escape(hit.location), escape(snippet))
         stdout().print(rows)
     if options.sheet is not None:
         written = write_sheet(options.sheet, target, result, opened)
@@ -261,15 +290,19 @@ def _run_processes(count: int, arguments: Sequence[str]) -> int:
         return code or children[0].returncode
 
 
-def _choose_model(source: Source, recorded: Source | None) -> Source:
-    """Return the model of the options, or the random one of the index."""
+def _choose_model(source: EncoderSource, index: Path | None) -> EncoderSource:
+    """Return the model of the options, or the random one of the index in a folder."""
+    from xfm_fast.search import open_index
+
     if source.model is None and source.random is None:
-        if recorded is None:
-            raise InputError(
-                "give the model as --model: a run, a folder of weights, a Hub name or an export"
-            )
-        if recorded.random is None:
+        recorded = Source() if index is None else open_index(index).model
+        if recorded.model is not None:
             raise InputError(f"the index uses {recorded}; if you trust it, add --model {recorded}")
+        if recorded.random is None:
+            raise InputError(
+                "give the model as --model: a model of sentence-transformers or an X-FM: a run, a folder of weights, a "
+                "Hub name or an export"
+            )
         if recorded.tokenizer is not None and source.tokenizer is None:
             raise InputError(
                 f"the index uses a tokenizer; if you trust it, add --tokenizer {recorded.tokenizer}"

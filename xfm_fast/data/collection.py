@@ -1,4 +1,4 @@
-"""Images with captions: collections of images, and the rows of retrieval and captioning.
+"""Images with captions and texts: collections, and the rows of retrieval and captioning.
 
 Formats are folders, lists of paths (CSV, JSON, line JSON), files with embedded images, official
 arrays, Karpathy splits and COCO. Any mix of them is one reader. Elements are validated when read,
@@ -7,11 +7,15 @@ so that broken ones can be skipped.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
@@ -26,7 +30,7 @@ from xfm_fast.data.annotations import (
     as_rows,
     identity_of,
 )
-from xfm_fast.data.files import Paths, find_files, read_json
+from xfm_fast.data.files import Paths, find_files, read_json, unreadable
 from xfm_fast.data.images import decode_image, image_source, image_values
 from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.records import (
@@ -42,42 +46,48 @@ from xfm_fast.data.tables import (
     PAIR_COLUMNS,
     PICTURE_SUFFIXES,
     TABLE_SUFFIXES,
+    TEXT_SUFFIXES,
     caption_table,
     find_images,
     group_captions,
+    match_columns,
     read_caption_folder,
     read_table,
     resolve_images,
     sidecar_captions,
+    table_rows,
 )
 from xfm_fast.errors import DataError, explain_types
+from xfm_fast.io import read_bytes
+
+Modality = Literal["text", "image"]
 
 _IMAGES = ImageOptions()
+_MOST_TEXT_BYTES = 64 << 20
+# Characters of a value to filter by; longer columns are prose.
+_MOST_FIELD = 256
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An image of a collection."""
+    """An image or a text of a collection."""
 
     name: str  # unique in the collection: a path below its folder, or `FILE#ROW`
-    size: int  # bytes of the file; -1 if it is missing
-    modified: int  # modification time of the file in nanoseconds
+    size: int  # bytes of the file or text; -1 if it is missing
+    modified: int  # modification time of the file in nanoseconds; digest of a text in a table
     row: int | None = None  # row number of an embedded image
-    captions: tuple[str, ...] = ()  # empty for embedded images until they are loaded
+    captions: tuple[str, ...] = ()  # of a text: itself; read with it where files hold it
+    fields: Mapping[str, str] = field(default_factory=dict)  # other columns of its table
+    passage: int = 0  # number of a passage of a text file, from 1; 0 is the whole
 
     @property
     def caption(self) -> str | None:
         """The first caption."""
         return self.captions[0] if self.captions else None
 
-    @property
-    def version(self) -> tuple[str, int, int, int | None]:
-        """Key that changes with the image."""
-        return self.name, self.size, self.modified, self.row
-
 
 class Listing(NamedTuple):
-    """Images by name, and errors of broken rows."""
+    """Entries by name, and errors of broken rows."""
 
     entries: list[Entry]
     faults: dict[str, str]
@@ -85,143 +95,286 @@ class Listing(NamedTuple):
 
 @explain_types
 def open_collection(
-    path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    images: str | os.PathLike[str] | None = None,
+    *,
+    column: str | None = None,
+    modalities: Sequence[Modality] = ("image",),
 ) -> Collection:
-    """Open a folder tree of images, or a file that lists or embeds images.
+    """Open a folder tree of images or texts, or a file that lists or embeds images, or lists texts.
 
     Args:
         path: a folder, with captions in `a.txt` next to `a.jpg` or in a `captions.csv` (`.tsv`,
             `.jsonl`, `.json`); a CSV, TSV, JSON or JSON-lines file with `image` and optionally
             `caption`; JSON lines with `binary` (base64) and `desc`; a WebDataset shard, or a folder
-            of shards.
+            of shards. Of texts: a folder of `.txt` and `.md` files or one of them; a CSV, TSV or
+            JSON-lines file.
         images: folder of the paths in a list; by default that of the file.
+        column: the column of a table that holds texts; by default `text`, `caption` or `title`, in
+            a table without images.
+        modalities: what is wanted; where a collection holds images and texts, images come first.
 
     Raises:
-        DataError: the path does not exist or has no images.
+        DataError: the path does not exist or holds nothing of the modalities.
     """
     path = Path(path).expanduser()
+    wants_images, wants_texts = "image" in modalities, "text" in modalities
     if path.is_dir():
-        # A folder may hold shards. Data files next to images describe the images.
-        shards = sorted(path.glob("*.tar"))
-        if shards and not _image_names(path):
+        has_images = next(find_images(path, links=False), None) is not None
+        if not has_images and wants_images and (shards := sorted(path.glob("*.tar"))):
             return EmbeddedImages(open_records(shards))
-        return ImageFiles(path, path)
+        if wants_images and (has_images or not wants_texts):
+            return ImageFiles(path, path)
+        return TextFiles(path)
     if not path.exists():
         raise DataError(
-            f"{path} does not exist; give a folder of images, or a file that lists or embeds images"
+            f"{path} does not exist; give a folder of images or texts, or a file that lists or embeds them"
         )
-    if has_embedded_images(path):
+    suffix = path.suffix.lower()
+    is_table = suffix in (*TABLE_SUFFIXES, *LINE_SUFFIXES)
+    if column is None and wants_images and has_embedded_images(path):
         return EmbeddedImages(open_records(path))
-    suffixes = (*TABLE_SUFFIXES, *LINE_SUFFIXES, ".json")
-    if path.suffix.lower() in suffixes:
+    if is_table and wants_texts:
+        matches = match_columns(_columns(path), PAIR_COLUMNS)
+        if column is not None or not wants_images or "image" not in matches:
+            return TextTable(path, column or matches.get("caption"))
+    if suffix in TEXT_SUFFIXES and wants_texts:
+        return TextFiles(path)
+    if wants_images and (is_table or suffix == ".json"):
         return ImageFiles(path, path.parent if images is None else Path(images).expanduser())
+    suffixes = list[str](TEXT_SUFFIXES) if wants_texts else []
+    suffixes += [*TABLE_SUFFIXES, *LINE_SUFFIXES, *([".json", ".tar"] if wants_images else [])]
+    wanted = " or ".join({"image": "images", "text": "texts"}[name] for name in modalities)
     raise DataError(
-        f"{path} is neither a folder of images nor one of {', '.join(suffixes)}, .tar; give one of these"
+        f"{path} is neither a folder of {wanted} nor one of {', '.join(suffixes)}; give one of these"
     )
 
 
-class ImageFiles:
+class _Collection(ABC):
+    """Images or texts that can be listed and loaded.
+
+    Attributes:
+        modality: what it holds.
+        lists_captions: whether the listing reads captions, or only loading does.
+    """
+
+    modality: Modality = "image"
+    lists_captions = True
+
+    @abstractmethod
+    def walk(self, faults: dict[str, str]) -> Iterator[Entry]:
+        """Yield all entries, in order of names or rows, and add broken rows to `faults`."""
+
+    def listing(self) -> Listing:
+        """List all entries."""
+        faults: dict[str, str] = {}
+        return Listing([*self.walk(faults)], faults)
+
+    @abstractmethod
+    def load(self, entry: Entry, side: int | None = None) -> tuple[Any, tuple[str, ...]]:
+        """Read an image as RGB, see `decode_image`, or a text, and its captions; thread-safe, may raise `DataError`."""
+
+    def location(self, entry: Entry) -> str:
+        """Return the path of an entry, or its name if a file embeds it."""
+        return entry.name
+
+
+class ImageFiles(_Collection):
     """Images in a folder tree, with captions in text files or a table, or images that a file lists by path."""
 
     def __init__(self, path: Path, images: Path) -> None:
         self.path, self.images = path, images
 
-    def listing(self) -> Listing:
-        """List all images, in order of names or rows."""
+    def walk(self, faults: dict[str, str]) -> Iterator[Entry]:
         if not self.path.is_dir():
-            return self._read_table(self.path)
-        names = _image_names(self.path)
-        if not names:
-            raise DataError(
-                f"{self.path} holds no images ({', '.join(PICTURE_SUFFIXES)}), nor do folders below it"
-            )
-        captions: dict[str, tuple[str, ...]] = {}
-        faults: dict[str, str] = {}
+            yield from self._read_table(self.path, faults)
+            return
+        rows: dict[str, Entry] = {}
         table = caption_table(self.path)
-        if table is None:
-            for name in names:
-                try:
-                    lines = sidecar_captions(self.path / name) or ()
-                    captions[name] = tuple(caption for _, caption in lines)
-                except DataError as error:
-                    faults[str(Path(name).with_suffix(".txt"))] = str(error)
-        else:
-            entries, faults = self._read_table(table)
-            for entry in entries:
-                name = os.path.normpath(entry.name)
-                captions[name] = captions.get(name, ()) + entry.captions
-            for name in captions.keys() - set(names):
-                faults[name] = f"image {self.path / name} does not exist; correct {table.name}"
-        return Listing([self._entry(name, captions.get(name, ())) for name in names], faults)
+        for entry in [] if table is None else self._read_table(table, faults):
+            name = os.path.normpath(entry.name)
+            first = rows.get(name, replace(entry, captions=()))
+            rows[name] = replace(first, captions=first.captions + entry.captions)
+        for name in _file_names(self.path, PICTURE_SUFFIXES, "images"):
+            lines: Iterable[tuple[int, str]] | None = None
+            try:
+                lines = sidecar_captions(self.path / name) if table is None else None
+            except DataError as error:
+                faults[str(Path(name).with_suffix(".txt"))] = str(error)
+            entry = _stamp(self.images, name, (caption for _, caption in lines or ()))
+            row = rows.pop(name, entry)
+            yield replace(entry, captions=row.captions, fields=row.fields)
+        for name in rows:
+            faults[name] = f"image {self.path / name} does not exist; correct {table}"
 
-    def _read_table(self, path: Path) -> Listing:
+    def _read_table(self, path: Path, faults: dict[str, str]) -> Iterable[Entry]:
         """List the images of a file, each once, with all captions."""
         entries: dict[str, Entry] = {}
-        faults: dict[str, str] = {}
+        fields: dict[str, Mapping[str, str]] = {}
+        if path.suffix.lower() in (*TABLE_SUFFIXES, *LINE_SUFFIXES):
+            for _, row in table_rows(path):
+                if isinstance(row, dict):
+                    columns = match_columns(row, PAIR_COLUMNS)
+                    name = str(row.get(columns.get("image", "")))
+                    fields.setdefault(name, _fields(row, columns.values()))
         for rows in captioning_test_rows(path, split="all"):
             for row in range(len(rows)):
                 try:
                     record = rows.read(row)
                 except DataError as error:
                     faults[f"{path.name}#{rows.label(row)}"] = str(error)
-                else:
-                    entry = self._entry(record.image, record.caption or ())
-                    entries.setdefault(record.image, entry)
-        return Listing([*entries.values()], faults)
+                    continue
+                if record.image not in entries:
+                    captions, values = record.caption or (), fields.get(record.image, {})
+                    entries[record.image] = _stamp(self.images, record.image, captions, values)
+        return entries.values()
 
-    def _entry(self, name: str, captions: Iterable[str]) -> Entry:
-        try:
-            status = (self.images / name).stat()
-        except (OSError, ValueError):
-            return Entry(name, -1, -1, captions=tuple(captions))
-        return Entry(name, status.st_size, status.st_mtime_ns, captions=tuple(captions))
-
-    def load(self, entry: Entry) -> tuple[Image.Image, tuple[str, ...]]:
-        """Read an image as RGB, and its captions; thread-safe, a broken image raises `DataError`."""
-        return decode_image(self.images / entry.name), entry.captions
+    def load(self, entry: Entry, side: int | None = None) -> tuple[Image.Image, tuple[str, ...]]:
+        return decode_image(self.images / entry.name, side=side), entry.captions
 
     def location(self, entry: Entry) -> str:
-        """Return the path of an image, or its name if it is embedded."""
         return str(self.images / entry.name)
 
 
-class EmbeddedImages:
+class EmbeddedImages(_Collection):
     """Images embedded in shards or lines; a changed file invalidates all its images."""
+
+    lists_captions = False
 
     def __init__(self, records: RecordSet) -> None:
         self.records = records
 
-    def listing(self) -> Listing:
-        entries = []
+    def walk(self, faults: dict[str, str]) -> Iterator[Entry]:
+        index = 0
         for rows in self.records.files:
             size = os.stat(rows.name).st_size
             for row in range(len(rows)):
                 name = f"{Path(rows.name).name}#{rows.label(row)}"
-                entries.append(Entry(name, size, rows.modified, len(entries)))
-        return Listing(entries, {})
+                yield Entry(name, size, rows.modified, index)
+                index += 1
 
-    def load(self, entry: Entry) -> tuple[Image.Image, tuple[str, ...]]:
+    def load(self, entry: Entry, side: int | None = None) -> tuple[Image.Image, tuple[str, ...]]:
         assert entry.row is not None
         if entry.row >= len(self.records):
             raise DataError(f"{entry.name} no longer exists; index the collection again")
         rows, row = self.records.locate(entry.row)
         record = rows.read(row)
-        image = decode_image(image_source(image_values(record, _IMAGES)[0], _IMAGES), entry.name)
+        content = image_source(image_values(record, _IMAGES)[0], _IMAGES)
+        image = decode_image(content, entry.name, side=side)
         captions = [caption for caption in _captions_of(record) if isinstance(caption, str)]
         return image, tuple(captions)
 
+
+class TextFiles(_Collection):
+    """Text files in a folder tree, or one of them."""
+
+    modality = "text"
+    lists_captions = False
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.folder = path, path if path.is_dir() else path.parent
+
+    def walk(self, faults: dict[str, str]) -> Iterator[Entry]:
+        names = [self.path.name]
+        if self.path.is_dir():
+            names = _file_names(self.path, TEXT_SUFFIXES, "texts")
+        for name in names:
+            yield _stamp(self.folder, name)
+
+    def load(self, entry: Entry, side: int | None = None) -> tuple[str, tuple[str, ...]]:
+        path = self.folder / entry.name
+        try:
+            text = read_bytes(path, _MOST_TEXT_BYTES).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it") from None
+        except (OSError, ValueError) as error:
+            raise unreadable(path, error) from None
+        if not text.strip():
+            raise DataError(f"{path} holds no text; write some or remove it")
+        return text, (text,)
+
     def location(self, entry: Entry) -> str:
-        return entry.name
+        path = str(self.folder / entry.name)
+        return f"{path}#{entry.passage}" if entry.passage else path
 
 
-Collection = ImageFiles | EmbeddedImages
-"""Images that can be listed and loaded."""
+class TextTable(_Collection):
+    """Texts in a column of a CSV, TSV or line-JSON file."""
+
+    modality = "text"
+
+    def __init__(self, path: Path, column: str | None) -> None:
+        columns = _columns(path)
+        if column not in columns:
+            existing = ", ".join(map(repr, columns)) or "no columns"
+            problem = "name the column of texts" if column is None else f"it has no {column!r}"
+            raise DataError(f"{path}: {problem} (--column); it has {existing}")
+        self.path, self.column = path, column
+
+    def walk(self, faults: dict[str, str]) -> Iterator[Entry]:
+        for line, row in table_rows(self.path):
+            name = f"{self.path.name}#{line}"
+            text = row.get(self.column) if isinstance(row, dict) else None
+            if isinstance(row, dict) and isinstance(text, str) and _is_prose(text):
+                digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
+                fields = _fields(row, [self.column])
+                stamp = int.from_bytes(digest, "big")
+                yield Entry(name, len(text.encode()), stamp, captions=(text,), fields=fields)
+            else:
+                fault = row if isinstance(row, DataError) else f"{self.column} holds no text"
+                faults[name] = str(fault)
+
+    def load(self, entry: Entry, side: int | None = None) -> tuple[str, tuple[str, ...]]:
+        return entry.captions[0], entry.captions
 
 
-def _image_names(folder: Path) -> list[str]:
-    """Return the sorted relative POSIX paths of the images in a folder tree."""
-    top = Path(os.path.abspath(folder))
-    return sorted(path.relative_to(top).as_posix() for path in find_images(top, links=False))
+Collection = ImageFiles | EmbeddedImages | TextFiles | TextTable
+"""Images or texts that can be listed and loaded."""
+
+
+def _file_names(folder: Path, suffixes: Sequence[str], content: str) -> Iterator[str]:
+    """Yield the relative POSIX paths of the files in a folder tree; raises `DataError` if there are none."""
+    top, name = Path(os.path.abspath(folder)), None
+    for path in find_images(top, links=False, suffixes=suffixes):
+        name = path.relative_to(top).as_posix()
+        yield name
+    if name is None:
+        raise DataError(
+            f"{folder} holds no {content} ({', '.join(suffixes)}), nor do folders below it"
+        )
+
+
+def _stamp(
+    folder: Path, name: str, captions: Iterable[str] = (), fields: Mapping[str, str] | None = None
+) -> Entry:
+    """Make the entry of a file, with its size and modification time."""
+    try:
+        status = (folder / name).stat()
+        size, modified = status.st_size, status.st_mtime_ns
+    except (OSError, ValueError):
+        size = modified = -1
+    return Entry(name, size, modified, captions=tuple(captions), fields=fields or {})
+
+
+def _is_prose(text: str) -> bool:
+    """Return whether a text is not blank, and holds no half of a surrogate pair."""
+    return bool(text.strip()) and not re.search("[\ud800-\udfff]", text)
+
+
+def _columns(path: Path) -> list[str]:
+    """Return the columns of the first row of a table."""
+    rows = (row for _, row in table_rows(path) if isinstance(row, dict))
+    return [*next(rows, {})]
+
+
+def _fields(row: Mapping[str, Any], left_out: Container[str]) -> dict[str, str]:
+    """Return the short values of the other columns as texts."""
+    texts = {}
+    for column, value in row.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        if column not in left_out and value is not None and 0 < len(text) <= _MOST_FIELD:
+            texts[column] = text
+    return texts
 
 
 def retrieval_rows(

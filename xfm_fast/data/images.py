@@ -63,16 +63,21 @@ def evaluation_transform(image_size: int) -> v2.Compose:
     )
 
 
-def decode_image(source: Source, name: str | None = None, *, official: bool = False) -> Image.Image:
+def decode_image(
+    source: Source, name: str | None = None, *, official: bool = False, side: int | None = None
+) -> Image.Image:
     """Decode an image to RGB: EXIF orientation applied, transparency on white, first frame, 16-bit
     grey scaled to 8.
 
-    `official` ignores EXIF orientation and drops transparency. `name` is used in errors. An image
-    that is missing, truncated, larger than `PIL.Image.MAX_IMAGE_PIXELS` or without a defined white
-    level raises `DataError`.
+    `official` ignores EXIF orientation and drops transparency. `name` is used in errors. With `side`, a
+    JPEG is decoded at 1/2, 1/4 or 1/8 of its size where both sides keep as many pixels. An image that
+    is missing, truncated, larger than `PIL.Image.MAX_IMAGE_PIXELS` or without a defined white level
+    raises `DataError`.
     """
     name, data = read_image(source, name)
     with _opened(data, name) as image:
+        if side is not None:
+            image.draft(None, (side, side))
         return to_rgb(image, name, official=official)
 
 

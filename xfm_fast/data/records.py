@@ -106,10 +106,11 @@ class LineFile(IndexedFile):
         return read_range(self.path, start, end - start).strip()
 
     def read(self, row: int) -> dict[str, Any]:
-        return _parse_object(self.raw(row), "the line")
+        return parse_object(self.raw(row), "the line")
 
 
-def _parse_object(text: bytes, name: str) -> dict[str, Any]:
+def parse_object(text: bytes, name: str) -> dict[str, Any]:
+    """Parse a JSON object; raises `DataError`."""
     try:
         record = json.loads(text)
         check_text(record, text)
@@ -215,7 +216,7 @@ class ShardFile(IndexedFile):
                     yield from _members(self.path, file, start, end)
                 return
             content = start + tarfile.BLOCKSIZE
-            if name := _split_name(info.name):
+            if name := split_name(info.name):
                 yield _Member(*name, start, content, info.size)
             start = content + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
@@ -228,23 +229,28 @@ class ShardFile(IndexedFile):
     def read(self, row: int, *, images: bool = True) -> dict[str, Any]:
         """Read a sample; without `images` their contents stay in the file."""
         files = self.members(row, without=() if images else IMAGE_SUFFIXES)
-        record = _parse_object(files["json"], "the .json of the sample") if "json" in files else {}
-        image_suffixes = [suffix for suffix in files if suffix in IMAGE_SUFFIXES]
-        if len(image_suffixes) > 1:
-            raise DataError(
-                f"the sample has {len(image_suffixes)} images (.{', .'.join(image_suffixes)}); leave one"
-            )
-        for suffix, content in files.items():
-            if suffix in IMAGE_SUFFIXES:
-                record[self._image_key] = content
-            elif suffix in TEXT_SUFFIXES:
-                try:
-                    record[self._caption_key] = content.decode()
-                except UnicodeDecodeError as error:
-                    raise DataError(
-                        f"the .{suffix} of the sample is not UTF-8 (byte {error.start})"
-                    ) from None
-        return record
+        return sample_record(files, self._image_key, self._caption_key)
+
+
+def sample_record(files: Mapping[str, bytes], image_key: str, caption_key: str) -> dict[str, Any]:
+    """Make a record of the files of a sample, by suffix; raises `DataError`."""
+    record = parse_object(files["json"], "the .json of the sample") if "json" in files else {}
+    image_suffixes = [suffix for suffix in files if suffix in IMAGE_SUFFIXES]
+    if len(image_suffixes) > 1:
+        raise DataError(
+            f"the sample has {len(image_suffixes)} images (.{', .'.join(image_suffixes)}); leave one"
+        )
+    for suffix, content in files.items():
+        if suffix in IMAGE_SUFFIXES:
+            record[image_key] = content
+        elif suffix in TEXT_SUFFIXES:
+            try:
+                record[caption_key] = content.decode()
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"the .{suffix} of the sample is not UTF-8 (byte {error.start})"
+                ) from None
+    return record
 
 
 class _Member(NamedTuple):
@@ -257,7 +263,7 @@ class _Member(NamedTuple):
     size: int
 
 
-def _split_name(name: str) -> tuple[str, str] | None:
+def split_name(name: str) -> tuple[str, str] | None:
     """Split a member's name, `a/b.seg.png` → (`a/b`, `seg.png`); None without a suffix."""
     folder, slash, base = name.rpartition("/")
     stem, dot, suffix = base.partition(".")
@@ -284,7 +290,7 @@ def _members(
             return
         if member is None or (end is not None and member.offset >= end):
             break
-        if member.isreg() and (name := _split_name(member.name)):
+        if member.isreg() and (name := split_name(member.name)):
             yield _Member(*name, member.offset, member.offset_data, member.size)
     # The library takes a damaged header for the end.
     header = os.pread(file.fileno(), tarfile.BLOCKSIZE, archive.offset)

@@ -37,6 +37,7 @@ PICTURE_SUFFIXES = (
     ".ppm",
     ".pgm",
 )
+TEXT_SUFFIXES = (".txt", ".md")
 
 PAIR_COLUMNS: dict[str, Sequence[str]] = {
     "image": (
@@ -54,6 +55,7 @@ PAIR_COLUMNS: dict[str, Sequence[str]] = {
 """Accepted column names of images and captions; the first existing one is read."""
 
 _EXAMPLES = 3
+_NOT_OBJECT = "expected one object per line, such as {...}"
 # Bytes of a cell; one of megabytes is an unclosed quotation mark.
 _CELL_LIMIT = 1 << 22
 
@@ -171,7 +173,7 @@ def read_table(
     if path.suffix.lower() in LINE_SUFFIXES:
         rows = read_lines(path)
         rows.elements = [
-            {field: value[column] for field, column in _match_columns(value, columns).items()}
+            {field: value[column] for field, column in match_columns(value, columns).items()}
             if isinstance(value, dict)
             else value
             for value in rows.elements
@@ -179,7 +181,7 @@ def read_table(
         return rows
     lines = _cells(path)
     _, header = next(lines, (0, []))
-    matches = _match_columns(header, columns)
+    matches = match_columns(header, columns)
     absent = [field for field in columns if field not in matches and field not in optional]
     if absent:
         names = [columns[field] for field in absent]
@@ -197,7 +199,24 @@ def read_table(
     return _require_rows(AnnotationRows(path, elements, labels=labels))
 
 
-def _match_columns(
+def table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
+    """Yield the line number and the values by column of each row of a CSV, TSV or line-JSON file."""
+    if path.suffix.lower() in LINE_SUFFIXES:
+        with open_file(path) as file:
+            check_plain(path, file.peek(16)[:16])
+            for index, line in enumerate(file, 1):
+                if line.strip():
+                    row = _parse_line(line.removeprefix(b"\xef\xbb\xbf") if index == 1 else line)
+                    yield index, row if isinstance(row, dict) else DataError(_NOT_OBJECT)
+        return
+    lines = _cells(path)
+    _, header = next(lines, (0, []))
+    indices = {column: index for index, column in enumerate(header)}
+    for line, cells in lines:
+        yield line, _select_cells(cells, indices, len(header))
+
+
+def match_columns(
     names: Collection[str], columns: Mapping[str, str | Sequence[str]]
 ) -> dict[str, str]:
     """Map each field to its first existing column, matched exactly or in lower case."""
@@ -263,18 +282,19 @@ def read_lines(path: Path) -> AnnotationRows[Any]:
         if not line.strip():
             continue
         labels.append(number)
-        try:
-            elements.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            reason = (
-                f"the line is not JSON ({error}); expected one object per line, such as {{...}}"
-            )
-            elements.append(DataError(reason))
+        elements.append(_parse_line(line))
     if elements and all(isinstance(element, DataError) for element in elements):
         raise DataError(
             f"{path}: none of {len(elements)} lines can be read; of the first: {elements[0]}"
         )
     return _require_rows(AnnotationRows(path, elements, labels=labels))
+
+
+def _parse_line(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return DataError(f"the line is not JSON ({error}); {_NOT_OBJECT}")
 
 
 def read_glue(path: Path, name: str, split: str | None = None) -> AnnotationRows[Any]:
@@ -393,7 +413,9 @@ def read_dataset(
     return _require_rows(AnnotationRows(path, Columns(values)))
 
 
-def find_images(folder: Path, *, links: bool = True) -> Iterator[Path]:
+def find_images(
+    folder: Path, *, links: bool = True, suffixes: Sequence[str] = PICTURE_SUFFIXES
+) -> Iterator[Path]:
     """Yield the images of a folder tree in order, without hidden files; `links` follows links to folders."""
 
     def refuse(error: OSError) -> None:
@@ -404,7 +426,7 @@ def find_images(folder: Path, *, links: bool = True) -> Iterator[Path]:
         # In place, so that the walk goes on in this order.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
                 yield Path(parent, name)
 
 

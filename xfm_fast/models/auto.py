@@ -1,71 +1,67 @@
-"""Registration of X-FM with transformers' auto classes: configuration, model and processor."""
+"""X-FM among transformers' Auto classes; `import xfm_fast` registers it when they are imported."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import cache
 from typing import Any
 
-import torch
+from xfm_fast.config import MODEL_TYPE, XFMConfig
+from xfm_fast.errors import UnavailableError, needs
 
-from xfm_fast.config import MODEL_TYPE
-from xfm_fast.errors import UnavailableError
-from xfm_fast.models.processor import XFMProcessor
-from xfm_fast.models.xfm import XFM
-
-_BOOKKEEPING = frozenset(
-    {"adapter_kwargs", "code_revision", "trust_remote_code", "_commit_hash", "_from_auto"}
-)
+with needs("hf"):
+    import transformers
+    from transformers.configuration_utils import PretrainedConfig
 
 
-def register_auto_classes() -> None:
-    """Register X-FM with `transformers.AutoModel`, `AutoProcessor` and `AutoConfig`.
+class XFMAutoConfig(PretrainedConfig):
+    """The fields of `XFMConfig`, and the names that other libraries read.
 
-    `AutoModel.from_pretrained` then returns an `XFM`, not a `PreTrainedModel`; it accepts `dtype`,
-    `heads`, `tokenizer` and the Hub's options, and refuses others, such as `device_map`.
-    `AutoProcessor` returns an `XFMProcessor`.
-
-    Raises:
-        UnavailableError: `transformers` is not installed.
+    Until an instance is created, as every Auto class does first, only this class is registered: while
+    transformers is being imported, the modules that the others need may be incomplete.
     """
-    try:
-        import transformers
-    except ImportError:
-        raise UnavailableError(
-            "registering X-FM needs transformers; install it (pip install '.[hf]')"
-        ) from None
 
-    class XFMAutoConfig(transformers.PretrainedConfig):
-        model_type = MODEL_TYPE
-
-    class XFMAutoModel:
-        # transformers 4 compares it with the config of a text model, which does not exist here.
-        config_class = XFMAutoConfig
-
-        @staticmethod
-        def from_pretrained(name: str | Path, *, config: object = None, **options: Any) -> XFM:
-            options = _user_options(options)
-            dtype = options.pop("dtype", options.pop("torch_dtype", torch.float32))
-            if dtype == "auto":
-                dtype = torch.float32
-            return XFM.from_pretrained(name, dtype=dtype, **options)
-
-    class XFMAutoProcessor(XFMProcessor):
-        @classmethod
-        def from_pretrained(cls, folder: str | Path, **options: Any) -> XFMProcessor:
-            return XFMProcessor.from_pretrained(folder, **_user_options(options))
-
-    # The library finds the class by its name in `preprocessor_config.json`.
-    XFMAutoProcessor.__name__ = XFMProcessor.__name__
-    transformers.AutoConfig.register(MODEL_TYPE, XFMAutoConfig, exist_ok=True)
-    # It calls only `from_pretrained`.
-    transformers.AutoModel.register(XFMAutoConfig, XFMAutoModel, exist_ok=True)
-    transformers.AutoProcessor.register(XFMAutoConfig, XFMAutoProcessor, exist_ok=True)
-
-
-def _user_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Drop the options that the auto classes add."""
-    return {
-        key: value
-        for key, value in options.items()
-        if key not in _BOOKKEEPING and value is not None
+    model_type = MODEL_TYPE
+    attribute_map = {  # noqa: RUF012
+        "projection_dim": "embed_dim",
+        "hidden_size": "text_width",
+        "max_position_embeddings": "max_positions",
     }
+
+    def __init__(self, **options: Any) -> None:
+        register_auto_classes()
+        fields = {name: options.pop(name) for name in XFMConfig.model_fields if name in options}
+        super().__init__(**options)
+        for name, value in XFMConfig(**fields):
+            setattr(self, name, value)
+
+
+@cache
+def register_auto_classes() -> None:
+    """Register X-FM with the Auto classes of transformers; the first use of its configuration does it.
+
+    They are `AutoModel`, `AutoModelForZeroShotImageClassification`, `AutoProcessor`, `AutoTokenizer`
+    and `AutoImageProcessor`. The model is an `XFMModel`: an `XFM` under the interface of CLIP. Raises
+    `UnavailableError` for transformers 4.
+    """
+    if transformers.__version__.startswith("4."):
+        raise UnavailableError(
+            f"X-FM needs transformers 5, and {transformers.__version__} is installed; upgrade it"
+        )
+    from transformers.models.auto import modeling_auto
+
+    from xfm_fast.models import auto_classes
+
+    model, images = auto_classes.XFMModel, auto_classes.XFMImageProcessor
+    model.config_class = XFMAutoConfig
+    transformers.AutoModel.register(XFMAutoConfig, model)
+    transformers.AutoModelForZeroShotImageClassification.register(XFMAutoConfig, model)
+    transformers.AutoProcessor.register(XFMAutoConfig, auto_classes.XFMAutoProcessor)
+    transformers.AutoTokenizer.register(XFMAutoConfig, tokenizer_class=auto_classes.XFMTokenizer)
+    try:
+        by_backend = {"torchvision": images, "pil": images}
+        transformers.AutoImageProcessor.register(XFMAutoConfig, image_processor_classes=by_backend)
+    except TypeError:  # the first releases of transformers 5
+        transformers.AutoImageProcessor.register(XFMAutoConfig, images)
+    # The pipeline prints an error for models that are not in this list.
+    names: Any = modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    names[MODEL_TYPE] = model.__name__

@@ -27,7 +27,7 @@ class Download(TypedDict, total=False):
     force_download: bool
 
 
-PREPROCESSOR_FILE = "preprocessor_config.json"
+PREPROCESSOR_FILE, TOKENIZER_SETTINGS = "preprocessor_config.json", "tokenizer_config.json"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -52,7 +52,14 @@ def local_folder(name: str | Path, **download: Unpack[Download]) -> Path:
         ) from None
     try:
         # Only these files are downloaded.
-        patterns = [CONFIG_FILE, MODEL_FILE, TASK_FILE, TOKENIZER_FILE, PREPROCESSOR_FILE]
+        patterns = [
+            CONFIG_FILE,
+            MODEL_FILE,
+            TASK_FILE,
+            TOKENIZER_FILE,
+            TOKENIZER_SETTINGS,
+            PREPROCESSOR_FILE,
+        ]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, **download))
     except (OSError, ValueError) as error:
         raise CheckpointError(

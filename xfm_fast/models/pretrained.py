@@ -5,13 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self, Unpack
+from typing import Any, Literal, Self, Unpack
 
 import torch
 from torch import Tensor
 
 from xfm_fast import checkpoint
 from xfm_fast.checkpoint import Head
+from xfm_fast.checkpoint.files import CARD_FILE
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import StorageError, UnavailableError, explain_types
 from xfm_fast.models import hub
@@ -21,22 +22,6 @@ from xfm_fast.tokenizer import CaptionTokenizer
 
 ALL_HEADS: tuple[Head, ...] = ("mlm", "imlm", "contrastive", "matching", "boxes")
 """The heads of the paper's model."""
-
-_CARD_FILE = "README.md"
-_CARD = """---
-library_name: xfm-fast
-tags: [x-fm, image-text-retrieval, vision-language]
----
-
-An X-FM ([arXiv 2301.05065](https://arxiv.org/abs/2301.05065)) of {parameters:,} parameters at {size} pixels.
-
-```python
-from xfm_fast import XFM
-
-model = XFM.from_pretrained("{name}")
-print(model.match("photo.jpg", ["a dog on a beach", "a red bicycle"]))
-```
-"""
 
 # Inference tensors have no version counter, so tensors computed from such parameters could not be cached.
 _outside_inference = torch.inference_mode(False)
@@ -143,7 +128,7 @@ class PretrainedMixin(PrecisionMixin):
         folder: str | Path,
         *,
         heads: Iterable[Head] | None = None,
-        dtype: Precision = torch.float32,
+        dtype: Precision | Literal["auto"] = torch.float32,
         tokenizer: CaptionTokenizer | str | Path | None = None,
         **download: Unpack[hub.Download],
     ) -> Self:
@@ -155,7 +140,8 @@ class PretrainedMixin(PrecisionMixin):
         Args:
             folder: the folder, or the Hub name `"org/name"`.
             heads: heads to load; by default all in the folder.
-            dtype: dtype of the parameters; or "int8" or "fp8", see `quantise`.
+            dtype: dtype of the parameters; "auto" for that of the file; or "int8" or "fp8", see
+                `quantise`.
             tokenizer: replaces the tokenizer of the folder; see `from_official`.
             download: `revision`, `token`, `cache_dir`, `local_files_only` and `force_download` of
                 the Hub.
@@ -169,6 +155,8 @@ class PretrainedMixin(PrecisionMixin):
         files = checkpoint.load_pretrained_files(path)
         heads = checkpoint.heads_in(files.state) if heads is None else tuple(heads)
         state = checkpoint.select_heads(files.state, heads)
+        if dtype == "auto":
+            dtype = next((tensor.dtype for tensor in state.values()), torch.float32)
         model = cls._from_state(files.config, heads, state, f"model {folder}", dtype)
         model.load_tokenizer(tokenizer, path)
         return model
@@ -210,13 +198,17 @@ class PretrainedMixin(PrecisionMixin):
             self.tokenizer = read_tokenizer(source, self.config)
 
     @explain_types
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json`, `model.safetensors`, `preprocessor_config.json` and `tokenizer.json`.
+    def save_pretrained(self, folder: str | Path, *, name: str | None = None) -> None:
+        """Write weights, configuration, tokenizer, a card, and what transformers' libraries need to read them.
 
-        Files are written atomically; without a tokenizer, the last one is left out.
+        Files are written atomically. Without a tokenizer, `tokenizer.json` is left out.
+
+        Args:
+            folder: the folder; a `README.md` in it stays.
+            name: name of the model on the card; by default that of the folder.
         """
         files = XFMProcessor(self.config, self.tokenizer).files()
-        checkpoint.save_pretrained(self.state_dict(), self.config, folder, files=files)
+        checkpoint.save_pretrained(self.state_dict(), self.config, folder, files=files, name=name)
 
     def push_to_hub(
         self,
@@ -245,13 +237,11 @@ class PretrainedMixin(PrecisionMixin):
             ) from None
         api: Any = huggingface_hub.HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+            self.save_pretrained(folder, name=name)
             try:
                 api.create_repo(name, private=private, exist_ok=True)
-                if not api.file_exists(name, _CARD_FILE):
-                    count = sum(parameter.numel() for parameter in self.parameters())
-                    card = _CARD.format(parameters=count, size=self.config.image_size, name=name)
-                    Path(folder, _CARD_FILE).write_text(card, encoding="utf-8")
+                if api.file_exists(name, CARD_FILE):
+                    Path(folder, CARD_FILE).unlink()
                 commit = api.upload_folder(
                     repo_id=name,
                     folder_path=folder,

@@ -17,7 +17,7 @@ from xfm_fast.checkpoint.files import CONFIG_FILE, TOKENIZER_FILE
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.images import MEAN, STD, decode_image, evaluation_transform, to_rgb
 from xfm_fast.errors import DataError, InputError, UnavailableError, explain_types
-from xfm_fast.io import write_bytes
+from xfm_fast.io import make_folder, write_bytes
 from xfm_fast.models.hub import PREPROCESSOR_FILE, local_folder
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
@@ -113,6 +113,7 @@ class XFMProcessor:
         Raises:
             StorageError: the folder cannot be written.
         """
+        make_folder(Path(folder))
         write_bytes({Path(folder) / name: content for name, content in self.files().items()})
 
     def files(self) -> dict[str, bytes]:
@@ -125,9 +126,12 @@ class XFMProcessor:
 
 def preprocessor_json(config: XFMConfig) -> bytes:
     """Write `preprocessor_config.json`, for other libraries; XFM reads only `config.json`."""
-    settings = {
-        "processor_class": XFMProcessor.__name__,
-        "image_processor_type": "ViTImageProcessor",
+    return (json.dumps(preprocessor_settings(config), indent=2) + "\n").encode()
+
+
+def preprocessor_settings(config: XFMConfig) -> dict[str, Any]:
+    """Return the preprocessing under the names of transformers."""
+    return {
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"height": config.image_size, "width": config.image_size},
@@ -138,9 +142,13 @@ def preprocessor_json(config: XFMConfig) -> bytes:
         "image_mean": MEAN,
         "image_std": STD,
         "max_words": _MAX_WORDS,
-        "max_tokens": min(_MAX_TOKENS, config.max_text_length),
+        "max_tokens": token_limit(config),
     }
-    return (json.dumps(settings, indent=2) + "\n").encode()
+
+
+def token_limit(config: XFMConfig) -> int:
+    """Return the number of tokens that the model reads of a text, special ones included."""
+    return min(_MAX_TOKENS, config.max_text_length)
 
 
 def find_tokenizer(folder: Path, config: XFMConfig) -> CaptionTokenizer | None:
@@ -181,9 +189,8 @@ def text_tokens(
         raise UnavailableError(
             "this model has no tokenizer; load it with tokenizer='FOLDER' of vocab.json and merges.txt"
         )
-    max_tokens = min(_MAX_TOKENS, config.max_text_length)
     captions = [pre_caption(text, _MAX_WORDS) for text in texts]
-    input_ids, mask = tokenizer.encode(captions, max_tokens, pad_to_longest=True)
+    input_ids, mask = tokenizer.encode(captions, token_limit(config), pad_to_longest=True)
     return input_ids.to(device), mask.to(device)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -19,6 +19,7 @@ from xfm_fast.kernels.backend import Backend, resolve
 from xfm_fast.kernels.cpu import gemm
 from xfm_fast.kernels.flags import EightBits, keep_within
 from xfm_fast.kernels.linear import floating_dtype
+from xfm_fast.models.precision import PrecisionMixin
 from xfm_fast.replace import adapters, timm_vision, transformers_rows
 from xfm_fast.replace.heads import FusedEmbeddings, FusedMaskedLM, VocabularyHead
 from xfm_fast.replace.layer import FusedLayer
@@ -114,7 +115,8 @@ def accelerate(
     """Replace the modules of a live model with fused forms, in place and on this instance only.
 
     Supported are the transformers of Hugging Face and timm, the official X-FM and X²-VLM code, and
-    PyTorch's layers. Modules stay the same objects with the same parameters, so state-dict keys,
+    PyTorch's layers. An `XFM`, alone or within a model, runs these kernels as it is: `freeze` and 8-bit
+    dtypes apply to it. Modules stay the same objects with the same parameters, so state-dict keys,
     optimizers, hooks and wrappers are unaffected. Calls that the fused form does not cover
     (attention weights as output, caches, adapters inside) run the original code.
 
@@ -167,6 +169,11 @@ def accelerate(
         raise InputError(
             f"parameters have no values yet ({meta} is on the meta device); load the weights first"
         )
+    native = {
+        path: module for path, module in model.named_modules() if isinstance(module, PrecisionMixin)
+    }
+    if native and not (isinstance(dtype, torch.dtype) or cuda_graphs or kernels != "auto"):
+        return _tune_native(model, native, dtype, freeze, verify)
     if cuda_graphs and unpad:
         raise InputError(
             "unpad=True packs a variable number of tokens, and cuda_graphs=True needs fixed sizes; leave one out"
@@ -197,6 +204,41 @@ def accelerate(
         if cuda_graphs:
             model.__dict__["forward"] = CallGraphs(model.forward, model)
             report._model = model
+    return report
+
+
+def _tune_native(
+    model: nn.Module,
+    native: Mapping[str, PrecisionMixin],
+    dtype: EightBits | None,
+    freeze: bool,
+    verify: Any,
+) -> Report:
+    """Freeze or quantise the X-FMs within a model, which run these kernels as they are."""
+    report = Report([], _native=[*native.values()], _eight_bits=dtype)
+    report.revert()
+    batch = None if verify is None else arguments_of(model, verify)
+    mask = mask_of(batch)
+    before = {} if batch is None else model_outputs(model, batch)
+
+    def cosine() -> float:
+        return least_cosine(before, model_outputs(model, batch), mask)
+
+    for path, module in native.items():
+        share = size_of(linear_weights(module)) / (size_of(linear_weights(model)) or 1)
+        if dtype is not None:
+            module.quantise(dtype, cosine if before else None, least=LEAST_COSINE)
+        elif freeze:
+            module.freeze()
+        name = type(module).__name__
+        report.entries.append(Entry(path, name, name, "runs these kernels as it is", share=share))
+        report.share += share
+    try:
+        after = {} if batch is None else model_outputs(model, batch)
+        report.differences, report.rounding = compare_outputs(before, after, mask, None, dtype)
+    except InputError:
+        report.revert()
+        raise
     return report
 
 
@@ -522,7 +564,7 @@ def _why_nothing_fits(
     model: nn.Module, entries: Sequence[Entry], unknown: Sequence[Unknown]
 ) -> str:
     name = original_class(model).__name__
-    if original_class(model).__module__.startswith("xfm_fast."):
+    if any(isinstance(module, PrecisionMixin) for module in model.modules()):
         return f"{name} already uses these kernels; freeze() and quantise() make it faster on a CPU"
     reasons: dict[str | None, str] = {}
     for entry in entries:

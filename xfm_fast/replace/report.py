@@ -13,6 +13,7 @@ from torch import nn
 from xfm_fast.graphs import CallGraphs
 from xfm_fast.kernels.flags import EightBits, kind_of
 from xfm_fast.models.frozen import slot_of
+from xfm_fast.models.precision import PrecisionMixin
 from xfm_fast.replace import adapters
 from xfm_fast.replace.stored import FrozenLinear
 from xfm_fast.replace.swap import Fused, is_fused, restore
@@ -75,6 +76,7 @@ class Report:
     # flagged weights of every module
     _rounded: list[list[nn.Parameter]] = field(default_factory=list, repr=False)
     _exempt: int = 0  # modules that stay in floating point for accuracy
+    _native: list[PrecisionMixin] = field(default_factory=list, repr=False)
     # the model, if its calls are replayed as graphs
     _model: nn.Module | None = field(default=None, repr=False)
 
@@ -109,6 +111,8 @@ class Report:
         for module in (*self._modules, *self._frozen):
             if is_fused(module):
                 restore(module)
+        for module in self._native:
+            module.unfreeze().dequantise()
 
     @property
     def rounded_weights(self) -> int:

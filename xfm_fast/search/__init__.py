@@ -1,34 +1,36 @@
-"""Image search by text or by image: features in an index on disk, re-ranked with the fusion
-encoder.
+"""Search of images or texts by any model that embeds them, and its index on disk.
 
-index = build_index("photos", open_model("runs/base/model"))
-for hit in search(open_index("photos"), open_model("runs/base/model"), "a red bicycle").hits: ...
+encoder = open_encoder("runs/base/model")  # or a name of sentence-transformers
+index = build_index("photos", encoder)
+for hit in search(open_index("photos"), encoder, "a red bicycle").hits: ...
 """
 
+from xfm_fast.encoders import open_encoder
 from xfm_fast.loading import Source
-from xfm_fast.search.index import (
-    IndexReport,
-    SearchIndex,
-    SearchModel,
-    build_index,
-    index_folder,
-    open_index,
-    open_model,
+from xfm_fast.search.index import IndexReport, SearchIndex, build_index, index_folder, open_index
+from xfm_fast.search.query import (
+    Hit,
+    SearchResult,
+    match_images,
+    nearest,
+    search,
+    thumbnail,
+    write_sheet,
 )
-from xfm_fast.search.query import Hit, SearchResult, match_images, search, write_sheet
 
 __all__ = [
     "Hit",
     "IndexReport",
     "SearchIndex",
-    "SearchModel",
     "SearchResult",
     "Source",
     "build_index",
     "index_folder",
     "match_images",
+    "nearest",
+    "open_encoder",
     "open_index",
-    "open_model",
     "search",
+    "thumbnail",
     "write_sheet",
 ]

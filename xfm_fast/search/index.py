@@ -1,174 +1,190 @@
-"""The image index: features in a memory-mapped file, computed only for new and changed images, and
-their model.
+"""The index of a collection: features of images or texts, computed only for new and changed ones.
 
 The processes of a build compute whole batches in turn, so that features do not depend on the number
-of processes, and write shards, so that a killed run resumes. At the end the first process merges
-them with the valid rows of the old index, in the order of the collection, and replaces index.json.
-Images are not copied: a search reads its few candidates again, since the embeddings of all patches
-would take 600 KB per image, features take 1 KB.
+of processes, and write their results to files, so that a killed run resumes. At the end the first
+process adds them to the index. Images are not copied: a search reads its few candidates again,
+since the embeddings of all patches would take 600 KB per image, features take 1 KB.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import os
 import re
 import secrets
-import zlib
+import sqlite3
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain, repeat
 from pathlib import Path
 from threading import Event
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from annotated_types import Ge, Lt
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, ValidationError
-from torch import Tensor
+from pydantic import TypeAdapter
+from torch.nn.functional import normalize
 
-from xfm_fast import loading
-from xfm_fast.data.collection import Collection, Entry, open_collection
-from xfm_fast.data.images import evaluation_transform
-from xfm_fast.errors import DataError, UnavailableError, explain_types
-from xfm_fast.export.session import Session
-from xfm_fast.io import (
-    MOST_JSON_BYTES,
-    advice,
-    hold,
-    is_plain_name,
-    open_data,
-    read_bytes,
-    write_bytes,
-    write_files,
-)
+from xfm_fast.data.collection import Collection, Entry, Modality, TextFiles, open_collection
+from xfm_fast.encoders import Encoder, LibraryEncoder
+from xfm_fast.errors import DataError, InputError, explain_types
+from xfm_fast.io import hold
 from xfm_fast.loading import Source
 from xfm_fast.models.processor import batches
-from xfm_fast.models.xfm import PRECISIONS, XFM
-from xfm_fast.tasks.evaluation import checksum
-from xfm_fast.tasks.reranking import Rank
-from xfm_fast.tokenizer import CaptionTokenizer
+from xfm_fast.search.store import (
+    DAMAGE,
+    INDEX_FILE,
+    PART_TABLES,
+    Header,
+    Store,
+    Weights,
+    Writer,
+    check_blocks,
+    connect,
+    encode,
+    explaining,
+    features_name,
+    open_writer,
+)
 from xfm_fast.training.distributed import Processes
 
-INDEX_FOLDER, INDEX_FILE = ".xfm-index", "index.json"
-# Images of a shard, the most that a killed run loses.
-_SHARD_IMAGES = 256
-# Threads that decode images, and batches that they decode while the model computes.
-_THREADS, _PREFETCH = 8, 3
-_DATA_FILE = re.compile(r"(part-\d+-[0-9a-f]{32}|features|images)-[0-9a-f]{12}\.(f32|jsonl)")
-# Counts changes of the image transform, which change features too.
-_TRANSFORM_VERSION = 2
-_FEATURE_WEIGHTS = ("vision_encoder.", "vision_proj.", "text_encoder.roberta.", "text_proj.")
-# Raised by reading a damaged file.
-_DAMAGE = (OSError, ValueError, RecursionError)
-
-Row = tuple[Entry, np.ndarray]
-"""An image with its feature."""
-
-
-@dataclass(frozen=True)
-class SearchModel:
-    """A model in evaluation mode."""
-
-    model: Any  # an `XFM`, or the `Session` of an export
-    source: Source
-    fingerprint: (
-        str  # digest of everything that features depend on: weights, resolution and image transform
-    )
-    rank: Rank = "match"  # rule of its run, see `xfm_fast.tasks.reranking`
-
-    @property
-    def tokenizer(self) -> CaptionTokenizer | None:
-        """Tokenizer of the queries."""
-        model = self.model
-        return model.processor.tokenizer if isinstance(model, Session) else model.tokenizer
+INDEX_FOLDER = ".xfm-index"
+# Entries of a commit of a worker, the most that a killed run loses.
+_COMMIT_ENTRIES = 256
+# Batches that threads decode while the model computes.
+_PREFETCH = 4
+_DATA_FILE = re.compile(
+    r"(part-\d+-[0-9a-f]{32}|work)-[0-9a-f]{12}\.sqlite(-wal|-shm|-journal)?|features-[0-9a-f]{12}\.f32"
+)
+# Characters of a passage: at most what the model reads, at 4 a token.
+_PASSAGE, _CHARACTERS_OF_TOKEN = 2_000, 4
+# Tokens of a caption of X-FM.
+_CAPTION_TOKENS = 40
+# With a smaller share of rows that are not deleted, the features are copied.
+_LIVE_SHARE = 0.5
+_PASSAGES = TypeAdapter(list[list[str]])
 
 
-def open_model(source: str | Path | Source) -> SearchModel:
-    """Load a model with a contrastive head; an index is searched in any dtype.
+class SearchIndex:
+    """An index on disk, for reading from any thread; it shows the state of the last commit.
 
     Args:
-        source: a run, a folder, a Hub name, an official checkpoint file or an export, for the CPU;
-            or the options of the model.
+        folder: of the index.
+        path: the collection, see `open_collection`; by default the one that the index names.
+        images: folder of the images, where a file lists their paths; by default that of the index.
+        root: pictures are read below this folder; None shows none, as of an index from anybody.
     """
-    if not isinstance(source, Source):
-        source = Source(str(source), device="cpu")
-    if source.is_export:
-        opened = loading.open_session(source)
-        if "contrastive" not in opened.model.heads:
-            raise UnavailableError(f"{source} has no contrastive head; export a model that has one")
-        return SearchModel(opened.model, source, opened.model.fingerprint()[:32], opened.rank)
-    opened = loading.open_model(
-        replace(source, dtype=None), needs=("contrastive",), tasks=("retrieval",), device="cpu"
-    )
-    # Before the cast, so that an index made in bf16 fits the same model in fp32.
-    digest = hashlib.sha256(f"{_TRANSFORM_VERSION} {opened.model.config.image_size}".encode())
-    for name, tensor in opened.model.state_dict().items():
-        if name.startswith(_FEATURE_WEIGHTS):
-            digest.update(f"{name} {[*tensor.shape]} {checksum(tensor):08x}".encode())
-    model = opened.model.to(source.choose_device()).cast(PRECISIONS[source.dtype or "fp32"])
-    return SearchModel(model.eval(), source, digest.hexdigest()[:32], opened.rank)
 
+    def __init__(
+        self,
+        folder: Path,
+        path: Path | None = None,
+        images: Path | None = None,
+        root: Path | None = None,
+    ) -> None:
+        self.folder, self.store, self.root = folder, Store(folder), root
+        with self.store.read() as snapshot:
+            header = snapshot.header
+        self.path = path or Path(os.path.normpath(folder / header.path))
+        if images is None and header.images:
+            images = Path(os.path.normpath(folder / header.images))
+        self.images, self.column, self.modality = images, header.column, header.modality
+        self.fingerprint = header.fingerprint
+        model = header.model
+        tokenizer = Path(model.tokenizer) if model.tokenizer else None
+        size = None if model.weights else model.size
+        self.model = Source(model.weights, size, tokenizer=tokenizer)
 
-@dataclass(frozen=True)
-class SearchIndex:
-    """An index on disk: `features` `[I, embed_dim]` float32, L2-normalised, row i of `entries[i]`."""
+    def __len__(self) -> int:
+        with self.store.read() as snapshot:
+            return int(snapshot.live.sum())
 
-    folder: Path
-    entries: list[Entry]
-    features: np.ndarray
-    model: Source
-    fingerprint: str
-    path: Path  # the collection, see `open_collection`
-    images: Path | None
-    root: Path | None = (
-        None  # pictures are read below this folder; None shows none, as of an index from anybody
-    )
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns to filter by."""
+        with self.store.read() as snapshot:
+            return tuple(snapshot.header.columns)
+
+    def entries(self, rows: Sequence[int] | None = None) -> list[Entry]:
+        """Return the entries of rows, by default all; raises `DataError` for a row that is gone."""
+        with self.store.read() as snapshot:
+            return [entry for _, entry in snapshot.entries(rows)]
 
     @cached_property
     def collection(self) -> Collection:
-        """The indexed collection; raises `DataError` if only the index names it."""
+        """The indexed collection of images; raises `DataError` if only the index names it."""
         if self.root is None:
             raise DataError(
                 f"{self.folder} is an index of {self.path}; name that, with the index as --index"
             )
         return open_collection(self.path, self.images)
 
-    def load(self, entry: Entry) -> Image.Image:
-        """Read the picture of an entry; raises `DataError` if it is broken or lies outside `root`."""
+    def load(self, entry: Entry, side: int | None = None) -> Image.Image:
+        """Read a picture, see `decode_image`; raises `DataError` if it is broken or lies outside `root`."""
+        if self.modality == "text":
+            raise DataError(f"{self.folder} is an index of texts; {entry.name} is no picture")
         path = os.path.abspath(self.collection.location(entry))
         if entry.row is None and not Path(path).is_relative_to(os.path.abspath(self.root or "")):
             raise DataError(
                 f"{path} lies outside {self.root}; name the folder of the images as --images"
             )
-        return self.collection.load(entry)[0]
+        image: Any = self.collection.load(entry, side)[0]
+        return image
 
-    def check(self, model: SearchModel) -> None:
+    def location(self, entry: Entry) -> str:
+        """Return the path of an entry; of an embedded image, its name."""
+        if self.root is not None and self.modality == "image":
+            return self.collection.location(entry)
+        folder = self.path if self.path.is_dir() else self.path.parent
+        return str(folder / (f"{entry.name}#{entry.passage}" if entry.passage else entry.name))
+
+    def check(self, encoder: Encoder) -> None:
         """Raise `DataError` unless the index was made with this model."""
-        if self.fingerprint != model.fingerprint:
+        if self.fingerprint != encoder.fingerprint:
             raise DataError(
-                f"{self.folder} was made with {self.model} ({self.fingerprint[:8]}), this is {model.source} "
-                f"({model.fingerprint[:8]}); use that model, or make another index elsewhere (--index)"
+                f"{self.folder} was made with {self.model} ({self.fingerprint[:8]}), this is {encoder.source} "
+                f"({encoder.fingerprint[:8]}); use that model, or make another index elsewhere (--index)"
             )
+
+    def verify(self) -> None:
+        """Compare all features with their checksums, and check the database; raises `DataError`."""
+        with self.store.read() as snapshot:
+            check_blocks(snapshot.connection, snapshot.features)
+            problem = snapshot.connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
+            if problem != "ok":
+                raise ValueError(problem)
+            rows = np.fromiter((row for row, _ in snapshot.entries()), np.int64)
+            if not np.array_equal(rows, snapshot.live.nonzero()[0]):
+                raise ValueError("the entries are not those of the features")
 
 
 @dataclass(frozen=True)
 class IndexReport:
-    """Counts of an indexing run; one that was `interrupted` is resumed by the same call."""
+    """Counts of an indexing run; one that was `interrupted` is resumed by the same call.
+
+    Attributes:
+        folder: of the index.
+        entries: images or texts in the index; each passage of a long text file counts.
+        added: entries that were computed.
+        removed: entries whose file or row is gone.
+        truncated: texts of which the model reads only the beginning.
+        faults: reasons why entries were left out, by name.
+    """
 
     folder: Path
-    images: int = 0
+    entries: int = 0
     added: int = 0
     removed: int = 0
+    truncated: int = 0
     faults: Mapping[str, str] = field(default_factory=dict)
     interrupted: bool = False
+    modality: Modality = "image"
 
 
 def index_folder(path: str | os.PathLike[str]) -> Path:
@@ -184,7 +200,7 @@ def open_index(
     *,
     images: str | os.PathLike[str] | None = None,
 ) -> SearchIndex:
-    """Read an index. Pictures are read only below `path` and `images`, whatever paths the index
+    """Open an index. Pictures are read only below `path` and `images`, whatever paths the index
     names.
 
     Args:
@@ -197,7 +213,7 @@ def open_index(
     """
     collection = Path(path).expanduser()
     if folder is None and (collection / INDEX_FILE).is_file():
-        return _read_index(collection)
+        return SearchIndex(collection)
     folder = index_folder(collection) if folder is None else Path(folder).expanduser()
     if not (folder / INDEX_FILE).is_file():
         if not collection.exists():
@@ -205,357 +221,388 @@ def open_index(
                 f"{path} does not exist; name an indexed collection, or the folder of an index"
             )
         raise DataError(f"{path} has no index; make one: xfm-fast index {path}")
-    index = _read_index(folder)
     if images is not None:
         root = images = Path(images).expanduser()
     else:
-        root, images = collection if collection.is_dir() else collection.parent, index.images
-    return replace(index, path=collection, images=images, root=root)
-
-
-def _check_text(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("it holds a NUL")
-    return text
-
-
-def _check_name(name: str) -> str:
-    if not is_plain_name(name):
-        raise ValueError("it is not a file of this folder")
-    return name
-
-
-Text = Annotated[str, AfterValidator(_check_text)]
-FileName = Annotated[str, AfterValidator(_check_name)]
-
-
-class _Line(BaseModel, strict=True):
-    """A line of entries."""
-
-    name: Text
-    size: int
-    modified: int
-    row: Annotated[int, Ge(0), Lt(1 << 63)] | None = None
-    captions: list[Text] = []
-
-
-class _Weights(BaseModel, strict=True):
-    weights: Text | None = None
-    tokenizer: Text | None = None
-    size: Literal["tiny", "base"] = "tiny"
-
-
-class _Header(BaseModel, strict=True):
-    """`index.json`; sums are the CRC-32 of the files."""
-
-    format: Literal[2]
-    images: int
-    width: Annotated[int, Ge(1), Lt(1 << 20)]
-    entries: FileName
-    features: FileName
-    path: Text
-    picture_folder: Text | None
-    model: _Weights
-    fingerprint: str
-    sums: dict[str, int]
-
-
-def _read_index(folder: Path) -> SearchIndex:
-    """Read an index without `root`, by the paths that it names."""
-    try:
-        # Names of images may hold bytes that are not UTF-8, which `parse_json` refuses.
-        header = _Header.model_validate(
-            json.loads(read_bytes(folder / INDEX_FILE, MOST_JSON_BYTES))
-        )
-        entries, features = _read_rows(
-            folder / header.entries, folder / header.features, header.width, header.sums
-        )
-        if len(entries) != header.images:
-            raise ValueError(f"{len(entries)} entries for {header.images} images")
-    except _DAMAGE as error:
-        reason = " ".join(str(error).split())
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            reason = f"{'.'.join(map(str, first['loc']))}: {advice(first)}"
-        raise DataError(
-            f"the index {folder} is damaged ({reason[:200]}); delete it and index again"
-        ) from None
-    model = header.model
-    source = Source(
-        model.weights,
-        None if model.weights else model.size,
-        tokenizer=Path(model.tokenizer) if model.tokenizer else None,
-    )
-    path = Path(os.path.normpath(folder / header.path))
-    images = None
-    if header.picture_folder:
-        images = Path(os.path.normpath(folder / header.picture_folder))
-    return SearchIndex(folder, entries, features, source, header.fingerprint, path, images)
+        root = collection if collection.is_dir() else collection.parent
+    return SearchIndex(folder, collection, images, root)
 
 
 @explain_types
 def build_index(
     path: str | os.PathLike[str],
-    model: SearchModel,
+    encoder: Encoder,
     folder: str | os.PathLike[str] | None = None,
     *,
     images: str | os.PathLike[str] | None = None,
+    column: str | None = None,
     batch_size: int = 32,
     processes: Processes | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
     stop: Event | None = None,
 ) -> IndexReport:
-    """Make or update the index of a collection; images of the same size and modification time are
-    not read again.
+    """Make or update the index of a collection; files of the same size and modification time, and
+    rows of the same text, are not computed again.
 
-    Images that cannot be read are listed. Several processes share the work, and all must see the
-    folder; collective.
+    Entries that cannot be read are listed. Long text files are indexed by passages. Several
+    processes share the work, and all must see the folder; collective.
 
     Args:
-        path, images: the collection; see `open_collection`.
-        model: see `open_model`.
+        path, images, column: the collection; see `open_collection`.
+        encoder: a model that embeds it, see `open_encoder`.
         folder: of the index; by default `index_folder(path)`.
-        batch_size: images that are computed together.
+        batch_size: entries that are computed together.
         processes: see `join_processes`; by default this process alone.
-        progress: called with the numbers of images done and to do.
+        progress: called with the numbers of entries done and to do.
         stop: once it is set, the call returns, and another call resumes.
 
     Raises:
-        DataError: there are no images, no image can be read, or the index is of another model or
+        DataError: there are no entries, none can be read, or the index is of another model or
             version.
+        InputError: the model computes no features.
         StorageError: the index cannot be written, or another process is writing it.
     """
+    if encoder.use != "embedding":
+        raise InputError(f"{encoder.source} is a model for {encoder.use}; give one that embeds")
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size}; it must be at least 1")
     processes = processes or Processes()
     target = index_folder(path) if folder is None else Path(folder).expanduser()
     path = Path(path).expanduser()
     pictures = None if images is None else Path(images).expanduser()
-    collection = processes.together(lambda: open_collection(path, pictures))
-    build = _Build(target, path, pictures, collection, model, processes)
+    collection = processes.together(
+        lambda: open_collection(path, pictures, column=column, modalities=encoder.modalities)
+    )
+    build = _Build(target, path, pictures, collection, encoder, processes, batch_size)
     with ExitStack() as stack:
 
-        def begin() -> list[Entry]:
+        def begin() -> tuple[str, int]:
             stack.enter_context(hold(target / ".lock", f"the index {target} (--index)"))
-            return build.list_missing()
+            with explaining(target):
+                build._writer = stack.enter_context(open_writer(target, build.header()))
+                return build.list_missing()
 
-        missing = processes.from_first(begin)
-        work = partial(build.compute, missing, batch_size, progress, stop)
-        for faults in processes.gather(processes.together(work)):
+        work, count = processes.from_first(begin)
+        compute = partial(build.compute, target / work, count, progress, stop)
+        truncated = 0
+        for faults, longer in processes.gather(processes.together(compute)):
             build.faults |= faults
+            truncated += longer
         if processes.any(stop is not None and stop.is_set()):
             return IndexReport(target, interrupted=True)
-        return processes.from_first(lambda: build.merge(missing))
+        return processes.from_first(lambda: build.finish(target / work, truncated))
+
+
+@dataclass
+class _Loaded:
+    """Entries with the captions of their passages, and the inputs of the model."""
+
+    items: list[tuple[Entry, list[tuple[str, ...]]]] = field(default_factory=list)
+    inputs: list[Any] = field(default_factory=list)
+    faults: dict[str, str] = field(default_factory=dict)
+    truncated: int = 0
 
 
 @dataclass
 class _Build:
-    """An update of an index: the first process lists images, all compute them, the first merges."""
+    """An update of an index: the first process lists entries, all compute them, the first adds them."""
 
     folder: Path
     path: Path
     images: Path | None
     collection: Collection
-    model: SearchModel
+    encoder: Encoder
     processes: Processes
+    batch_size: int
     # Of the first process only.
-    entries: list[Entry] = field(default_factory=list)
     faults: dict[str, str] = field(default_factory=dict)
-    old: SearchIndex | None = None
+    _writer: Writer | None = None
 
-    def list_missing(self) -> list[Entry]:
-        """List the images without stored features."""
-        self.entries, self.faults = self.collection.listing()
-        if (self.folder / INDEX_FILE).exists():
-            self.old = open_index(self.folder)
-            self.old.check(self.model)
-            if self.old.path.resolve() != self.path.resolve():
+    @property
+    def writer(self) -> Writer:
+        """The open index."""
+        assert self._writer is not None
+        return self._writer
+
+    def header(self) -> Header:
+        """Describe a new index."""
+        source = self.encoder.source
+
+        def absolute(name: str | Path | None) -> str | None:
+            """Resolve a local path; a name on the Hub stays."""
+            if name is None:
+                return None
+            local = Path(name).expanduser()
+            return str(local.resolve() if local.exists() else name)
+
+        def relative(target: Path) -> str:
+            """Return a path relative to the index, so that a folder moves with its index."""
+            return os.path.relpath(target.resolve(), self.folder.resolve())
+
+        tokenizer, size = absolute(source.tokenizer), source.random or "tiny"
+        return Header(
+            width=self.encoder.width,
+            modality=self.collection.modality,
+            path=relative(self.path),
+            images=None if self.images is None else relative(self.images),
+            column=getattr(self.collection, "column", None),
+            model=Weights(weights=absolute(source.model), tokenizer=tokenizer, size=size),
+            fingerprint=self.encoder.fingerprint,
+            features=features_name(),
+        )
+
+    def list_missing(self) -> tuple[str, int]:
+        """Add what a killed run has left; returns the file of entries to compute, and their number."""
+        header, current = self.writer.header, self.header()
+        if header.commit:
+            opened = SearchIndex(self.folder)
+            opened.check(self.encoder)
+            if opened.path.resolve() != self.path.resolve():
                 raise DataError(
-                    f"{self.folder} is the index of {self.old.path}, this is {self.path}; name another --index"
+                    f"{self.folder} is the index of {opened.path}, this is {self.path}; name another --index"
                 )
-        rows = self._stored_rows()
-        return [entry for entry in self.entries if entry.version not in rows]
+            if (header.modality, header.column) != (current.modality, current.column):
+                raise DataError(
+                    f"{self.folder} holds {header.modality}s of {header.column or 'files'}, not {current.modality}s of "
+                    f"{current.column or 'files'}; name another --index"
+                )
+            header.path, header.images, header.model = current.path, current.images, current.model
+        work = self.folder / f"work-{secrets.token_hex(6)}.sqlite"
+        with connect(work, PART_TABLES, write=True) as connection:
+            connection.execute("BEGIN")
+            connection.executemany(
+                "INSERT OR IGNORE INTO rows VALUES (NULL, CAST(? AS TEXT), ?, ?, ?, ?, ?, NULL)",
+                map(self._listed, self.collection.walk(self.faults)),
+            )
+            connection.execute("COMMIT")
+        self._merge(work)
+        with self._compare(work, write=True) as connection:
+            connection.execute(
+                "INSERT INTO missing (listed) SELECT id FROM rows WHERE NOT EXISTS (SELECT 1 FROM "
+                "stored.entries AS entry WHERE entry.name = rows.name AND entry.size = rows.size "
+                "AND entry.modified = rows.modified) ORDER BY id"
+            )
+            return work.name, connection.execute("SELECT count(*) FROM missing").fetchone()[0]
 
     def compute(
         self,
-        missing: Sequence[Entry],
-        batch_size: int,
+        work: Path,
+        count: int,
         progress: Callable[[int, int], None],
         stop: Event | None,
-    ) -> dict[str, str]:
-        """Write shards of this process's batches; returns the faults."""
+    ) -> tuple[dict[str, str], int]:
+        """Write the features of this process's batches; returns faults, and the number of truncated texts."""
         rank, world_size = self.processes.rank, self.processes.world_size
-        batches_of_rank = [*batches(missing, batch_size)][rank::world_size]
-        shard, faults = list[Row](), dict[str, str]()
-        results = _embed(self.collection, batches_of_rank, self.model.model)
+        name = f"part-{rank}-{self.encoder.fingerprint}-{secrets.token_hex(6)}.sqlite"
+        rows, faults, truncated, done = list[tuple[Any, ...]](), dict[str, str](), 0, 0
+        starts = range(rank * self.batch_size, count, world_size * self.batch_size)
         try:
-            for count, (entry, result) in enumerate(results, start=1):
-                if isinstance(result, str):
-                    faults[entry.name] = result
-                else:
-                    shard.append((entry, result))
-                if len(shard) >= _SHARD_IMAGES:
-                    self._write_shard(shard)
-                    shard = []
-                progress(min(count * world_size, len(missing)), len(missing))
+            for loaded, features in self._embed(self._batches(work, starts)):
+                faults |= loaded.faults
+                truncated += loaded.truncated
+                for entry, captions in loaded.items:
+                    vectors, features = features[: len(captions)], features[len(captions) :]
+                    if not np.isfinite(vectors).all():
+                        faults[entry.name] = "the model computes features that are not finite"
+                        continue
+                    stored = (json.dumps(captions), vectors.tobytes())
+                    rows.append((*_values(entry), *stored))
+                if len(rows) >= _COMMIT_ENTRIES:
+                    self._store(name, rows)
+                    rows = []
+                done += len(loaded.items) + len(loaded.faults)
+                progress(min(done * world_size, count), count)
                 if stop is not None and stop.is_set():
                     break
         finally:
-            if shard:
-                self._write_shard(shard)
-        return faults
+            if rows:
+                self._store(name, rows)
+        return faults, truncated
 
-    def merge(self, missing: Sequence[Entry]) -> IndexReport:
-        """Write the index of all images with stored features."""
-        rows, merged = self._stored_rows(), list[Row]()
-        for entry in self.entries:
-            if entry.version in rows:
-                stored, feature = rows[entry.version]
-                # The listing has no captions of embedded images.
-                merged.append((entry if entry.row is None else stored, feature))
-        if not merged:
-            name, reason = next(iter(self.faults.items()))
-            raise DataError(
-                f"none of {len(self.entries)} images can be read, such as {name}: {reason}"
+    def finish(self, work: Path, truncated: int) -> IndexReport:
+        """Add what all processes computed, delete what is gone, and renew what features do not depend on."""
+        with explaining(self.folder):
+            writer = self.writer
+            former = writer.added
+            self._merge(work)
+            removed, changed = 0, False
+            with self._compare(work) as connection:
+                stale = connection.execute(
+                    "SELECT row, EXISTS (SELECT 1 FROM rows WHERE rows.name = entry.name) "
+                    "FROM stored.entries AS entry WHERE NOT EXISTS (SELECT 1 FROM rows WHERE "
+                    "rows.name = entry.name AND rows.size = entry.size AND rows.modified = entry.modified)"
+                )
+                for row, is_listed in stale:
+                    writer.delete([row])
+                    removed += not is_listed
+                    changed = True
+                renewed = connection.execute(
+                    "SELECT entry.row, rows.name, rows.size, rows.modified, rows.item, rows.fields, rows.captions "
+                    "FROM rows JOIN stored.entries AS entry ON rows.name = entry.name "
+                    "AND rows.size = entry.size AND rows.modified = entry.modified "
+                    "LEFT JOIN stored.captions AS caption ON caption.row = entry.row "
+                    "WHERE rows.item IS NOT entry.item OR rows.fields <> entry.fields "
+                    "OR rows.captions <> coalesce(caption.texts, '[]')"
+                )
+                for row, *values in renewed:
+                    writer.update(row, _entry(*values), self.collection.lists_captions)
+                    changed = True
+                count = connection.execute("SELECT count(*) FROM rows").fetchone()[0]
+            if not writer.count:
+                name, reason = next(iter(self.faults.items()))
+                raise DataError(
+                    f"none of {count} {self.collection.modality}s can be read, such as {name}: {reason}"
+                )
+            if changed:
+                writer.commit()
+            if writer.count < _LIVE_SHARE * writer.header.rows:
+                writer.compact()
+            keep = (INDEX_FILE, writer.header.features)
+            for path in self.folder.iterdir():
+                if _DATA_FILE.fullmatch(path.name) and path.name not in keep:
+                    with suppress(OSError):
+                        path.unlink()
+            counts = (writer.count, writer.added - former, removed, truncated)
+            return IndexReport(self.folder, *counts, self.faults, modality=self.collection.modality)
+
+    def _listed(self, entry: Entry) -> tuple[Any, ...]:
+        captions = json.dumps(entry.captions) if self.collection.lists_captions else None
+        return (*_values(entry), captions)
+
+    @contextmanager
+    def _compare(self, work: Path, *, write: bool = False) -> Iterator[sqlite3.Connection]:
+        """Open the listing, with the committed index as `stored`."""
+        with connect(work, PART_TABLES, write=write) as connection:
+            # Limits of forged files do not hold for the listing.
+            connection.set_progress_handler(None, 0)
+            path = os.fsencode(self.folder.absolute() / INDEX_FILE)
+            connection.execute("ATTACH CAST(? AS TEXT) AS stored", (path,))
+            yield connection
+
+    def _merge(self, work: Path) -> None:
+        """Add the results that fit the listing, and remove their files."""
+        sql = (
+            "SELECT name, size, modified, item, fields, captions FROM rows "
+            "WHERE name = CAST(? AS TEXT) AND size = ? AND modified = ?"
+        )
+        pattern = f"part-*-{self.encoder.fingerprint}-*.sqlite"
+        with connect(work, PART_TABLES) as listing:
+            listing.set_progress_handler(None, 0)
+            for path in sorted(self.folder.glob(pattern)):
+                for name, *stamp, captions, content in _read_part(path):
+                    listed: Any = listing.execute(sql, (encode(name), *stamp)).fetchone()
+                    with suppress(ValueError):
+                        passages = _PASSAGES.validate_json(captions)
+                        features = np.frombuffer(content, np.float32)
+                        features = features.reshape(len(passages), self.writer.header.width)
+                        if listed is not None and np.isfinite(features).all():
+                            self.writer.add(_entry(*listed), passages, features)
+                self.writer.commit()
+                for suffix in ("", "-wal", "-shm"):
+                    path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+    def _store(self, name: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        with (
+            explaining(self.folder),
+            connect(self.folder / name, PART_TABLES, write=True) as connection,
+        ):
+            connection.execute("BEGIN")
+            connection.executemany(
+                "INSERT INTO rows VALUES (NULL, CAST(? AS TEXT), ?, ?, ?, ?, ?, ?)", rows
             )
-        before = [] if self.old is None else self.old.entries
-        if before != [entry for entry, _ in merged]:
-            _write_index(self.folder, self.model, merged, self.path, self.images)
-        _remove_old_files(self.folder)
-        names, new = {entry.name for entry in self.entries}, {entry.version for entry in missing}
-        added = sum(entry.version in new for entry, _ in merged)
-        removed = sum(entry.name not in names for entry in before)
-        return IndexReport(self.folder, len(merged), added, removed, self.faults)
+            connection.execute("COMMIT")
 
-    def _stored_rows(self) -> dict[Any, Row]:
-        """Map versions to rows of the old index and of this model's shards; damaged shards are skipped."""
-        rows: list[Row] = []
-        if self.old is not None:
-            rows += zip(self.old.entries, self.old.features, strict=True)
-        width = self.model.model.config.embed_dim
-        for path in sorted(self.folder.glob(f"part-*-{self.model.fingerprint}-*.jsonl")):
-            with suppress(*_DAMAGE):
-                rows += zip(*_read_rows(path, path.with_suffix(".f32"), width), strict=True)
-        return {row[0].version: row for row in rows}
+    def _batches(self, work: Path, starts: Sequence[int]) -> Iterator[list[Entry]]:
+        """Read the batches of missing entries that begin at these numbers."""
+        sql = (
+            "SELECT name, size, modified, item, fields, captions FROM missing JOIN rows "
+            "ON rows.id = missing.listed WHERE missing.id > ? AND missing.id <= ? ORDER BY missing.id"
+        )
+        with connect(work, PART_TABLES) as connection:
+            for start in starts:
+                rows = connection.execute(sql, (start, start + self.batch_size))
+                yield [_entry(*row) for row in rows]
 
-    def _write_shard(self, rows: Sequence[Row]) -> None:
-        token = secrets.token_hex(6)
-        name = f"part-{self.processes.rank}-{self.model.fingerprint}-{token}"
-        _write_rows(self.folder / f"{name}.jsonl", self.folder / f"{name}.f32", rows)
+    def _embed(self, work: Iterator[Sequence[Entry]]) -> Iterator[tuple[_Loaded, np.ndarray]]:
+        """Compute the L2-normalised features of all passages of each batch; threads load ahead."""
+        queue: deque[Future[list[_Loaded]]] = deque()
+        with ThreadPoolExecutor(_PREFETCH) as pool:
+            # Empty batches at the end flush the queue.
+            for batch in chain(work, repeat((), _PREFETCH)):
+                queue.append(pool.submit(self._load, batch))
+                if len(queue) <= _PREFETCH:
+                    continue
+                for loaded in queue.popleft().result():
+                    outputs = [torch.empty(0, self.encoder.width)]
+                    outputs += [self.encoder.run(inputs) for inputs in loaded.inputs]
+                    yield loaded, normalize(torch.cat(outputs)).numpy()
 
-
-def _embed(
-    collection: Collection, work: Sequence[Sequence[Entry]], model: XFM | Session
-) -> Iterator[tuple[Entry, np.ndarray | str]]:
-    """Compute the features of images, in order, or the fault of an image; threads decode ahead."""
-    transform = evaluation_transform(model.config.image_size)
-
-    def load(entry: Entry) -> tuple[Entry, Tensor | str]:
-        try:
-            image, captions = collection.load(entry)
-            return replace(entry, captions=captions), transform(image)
-        except DataError as error:
-            return entry, str(error)
-
-    queue: deque[list[Future[tuple[Entry, Tensor | str]]]] = deque()
-    with ThreadPoolExecutor(_THREADS) as pool:
-        # Empty batches at the end flush the queue.
-        for batch in chain(work, repeat((), _PREFETCH)):
-            queue.append([pool.submit(load, entry) for entry in batch])
-            if len(queue) <= _PREFETCH:
+    def _load(self, batch: Sequence[Entry]) -> list[_Loaded]:
+        """Read a batch, split long text files, and prepare the inputs of the model."""
+        loaded, contents = _Loaded(), list[Any]()
+        for entry in batch:
+            try:
+                content, captions = self.collection.load(entry)
+            except DataError as error:
+                loaded.faults[entry.name] = str(error)
                 continue
-            loaded = [future.result() for future in queue.popleft()]
-            pixels = [result for _, result in loaded if isinstance(result, Tensor)]
-            features: Iterator[np.ndarray] = iter(())
-            if pixels:
-                with torch.no_grad():
-                    embeds = model.encode_image(torch.stack(pixels).to(model.device))
-                    features = iter(model.project_image(embeds).float().cpu().numpy())
-            for entry, result in loaded:
-                yield entry, result if isinstance(result, str) else next(features)
+            if isinstance(self.collection, TextFiles) and isinstance(content, str):
+                passages = split_passages(content, self._passage)
+                loaded.items.append((entry, [(passage,) for passage in passages]))
+                contents += passages
+            else:
+                loaded.items.append((entry, [captions]))
+                contents.append(content)
+        try:
+            for chunk in batches(contents, self.batch_size):
+                loaded.inputs.append(self.encoder.prepare(chunk, "document"))
+        except DataError as error:
+            # One of the texts has no words, say.
+            if len(batch) == 1:
+                return [_Loaded(faults={batch[0].name: str(error)})]
+            return [loaded for entry in batch for loaded in self._load([entry])]
+        if isinstance(self.encoder, LibraryEncoder) and self.collection.modality == "text":
+            prompt, most = self.encoder.prompt("document") or "", self.encoder.max_tokens
+            ids = self.encoder.token_ids([prompt + text for text in contents])
+            loaded.truncated = sum(len(tokens) > (most or math.inf) for tokens in ids)
+        return [loaded]
+
+    @cached_property
+    def _passage(self) -> int:
+        """Most characters of a passage: about what the model reads."""
+        tokens = getattr(self.encoder, "max_tokens", _CAPTION_TOKENS)
+        return min(_PASSAGE, _CHARACTERS_OF_TOKEN * tokens) if tokens else _PASSAGE
 
 
-def _write_index(
-    folder: Path, model: SearchModel, rows: Sequence[Row], path: Path, images: Path | None
-) -> None:
-    token, source = secrets.token_hex(6), model.source
-    features, entries = f"features-{token}.f32", f"images-{token}.jsonl"
-
-    def absolute(name: str | Path | None) -> str | None:
-        """Resolve a local path; a name on the Hub stays."""
-        if name is None:
-            return None
-        local = Path(name).expanduser()
-        return str(local.resolve() if local.exists() else name)
-
-    def relative(target: Path) -> str:
-        """Return a path relative to the index, so that a folder moves with its index."""
-        return os.path.relpath(target.resolve(), folder.resolve())
-
-    header = {
-        "format": 2,
-        "images": len(rows),
-        "width": model.model.config.embed_dim,
-        "features": features,
-        "entries": entries,
-        "path": relative(path),
-        "picture_folder": images and relative(images),
-        "fingerprint": model.fingerprint,
-        "model": {
-            "weights": absolute(source.model),
-            "tokenizer": absolute(source.tokenizer),
-            "size": source.random or "tiny",
-        },
-        "sums": _write_rows(folder / entries, folder / features, rows),
-    }
-    write_bytes({folder / INDEX_FILE: (json.dumps(header, indent=1) + "\n").encode()})
+def split_passages(text: str, limit: int) -> list[str]:
+    """Split a text at blank lines, and longer paragraphs at words, into passages of up to `limit` characters."""
+    passages = [""]
+    for paragraph in re.split(r"\n\s*\n", text):
+        for chunk in re.findall(
+            rf"\S(?:.{{0,{limit - 1}}}(?!\S)|\S{{0,{limit - 1}}})", paragraph, re.S
+        ):
+            if len(passages[-1]) + len(chunk) + 2 > limit:
+                passages.append("")
+            passages[-1] = f"{passages[-1]}\n\n{chunk.rstrip()}".strip()
+    return [passage for passage in passages if passage]
 
 
-def _remove_old_files(folder: Path) -> None:
-    """Remove shards, the former index, and the files of a run that was killed after its last rename."""
-    header = json.loads(read_bytes(folder / INDEX_FILE, MOST_JSON_BYTES))
-    for path in folder.iterdir():
-        current = path.name in (header["entries"], header["features"])
-        if _DATA_FILE.fullmatch(path.name) and not current:
-            with suppress(OSError):
-                path.unlink()
+def _values(entry: Entry) -> tuple[Any, ...]:
+    """Return the columns of `PART_TABLES` that all its files have."""
+    fields = json.dumps(dict(entry.fields))
+    return encode(entry.name), entry.size, entry.modified, entry.row, fields
 
 
-def _write_rows(entries_file: Path, features_file: Path, rows: Sequence[Row]) -> dict[str, int]:
-    """Write entries and features; returns the checksums of both files."""
-    crc = 0
-
-    def write_features(file: BinaryIO) -> None:
-        nonlocal crc
-        for _, feature in rows:
-            content = feature.tobytes()
-            crc = zlib.crc32(content, crc)
-            file.write(content)
-
-    # ASCII, since names may not be Unicode, and some characters of captions end a line.
-    lines = "".join(json.dumps(asdict(entry)) + "\n" for entry, _ in rows).encode()
-    # Features first: where the entries exist, the features do.
-    write_files({features_file: write_features, entries_file: lambda file: file.write(lines)})
-    return {entries_file.name: zlib.crc32(lines), features_file.name: crc}
+def _entry(
+    name: str, size: int, modified: int, item: int | None, fields: str, captions: str | None
+) -> Entry:
+    """Make the entry of a listing's row."""
+    texts = tuple(json.loads(captions or "[]"))
+    return Entry(name, size, modified, item, texts, json.loads(fields))
 
 
-def _read_rows(
-    entries_file: Path, features_file: Path, width: int, sums: Mapping[str, int] | None = None
-) -> tuple[list[Entry], np.ndarray]:
-    """Read entries and their features, and verify checksums."""
-    content = read_bytes(entries_file, entries_file.stat().st_size)
-    entries = []
-    for text in content.decode().splitlines():
-        line = _Line.model_validate(json.loads(text))
-        entry = Entry(line.name, line.size, line.modified, line.row, tuple(line.captions))
-        entries.append(entry)
-    features: np.ndarray = np.empty((0, width), np.float32)
-    with open_data(features_file) as file:
-        if os.fstat(file.fileno()).st_size != 4 * len(entries) * width:
-            raise ValueError(f"{features_file.name} is not of {len(entries)} images")
-        if entries:
-            mapped = np.memmap(file, np.float32, "r", shape=(len(entries), width))
-            features = mapped.view(np.ndarray)
-    # Of the mapping that a search reads, so that the file is read once.
-    for name, data in (entries_file.name, content), (features_file.name, features.data):
-        if sums is not None and name in sums and zlib.crc32(data) != sums[name]:
-            raise ValueError(f"{name} has another checksum")
-    return entries, features
+def _read_part(path: Path) -> Iterator[tuple[Any, ...]]:
+    """Read the results of a worker, up to where their file is damaged."""
+    with suppress(*DAMAGE), connect(path, PART_TABLES) as connection:
+        sql = "SELECT name, size, modified, captions, features FROM rows ORDER BY id"
+        yield from connection.execute(sql)

@@ -1,4 +1,4 @@
-"""A model as an HTTP service for clients of Cohere, Jina, OpenAI and vLLM: rerank, embeddings,
+"""Models as an HTTP service for clients of Cohere, Jina, OpenAI, TEI and vLLM: embeddings, rerank,
 score.
 
 FastAPI on uvicorn; `run` serves, and `Service(...).app` is an ASGI application for any other
@@ -13,7 +13,7 @@ from xfm_fast.serve.options import ServiceOptions, SourceOptions
 if TYPE_CHECKING:
     from xfm_fast.serve.app import Service
     from xfm_fast.serve.model import ServedModel, load
-    from xfm_fast.serve.server import Server, address, listen, run
+    from xfm_fast.serve.server import Server, address, listen, open_service, run
 
 __all__ = [
     "ServedModel",
@@ -24,6 +24,7 @@ __all__ = [
     "address",
     "listen",
     "load",
+    "open_service",
     "run",
 ]
 

@@ -1,19 +1,27 @@
-"""The served model: loaded from a run, a checkpoint or an export, and run for several requests at once."""
+"""A served model: reads the items of requests in any thread, and runs the work of several requests at once."""
 
 from __future__ import annotations
 
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from xfm_fast.config import XFMConfig
+from xfm_fast.encoders import (
+    Modality,
+    Role,
+    XFMEncoder,
+    is_library_model,
+    open_encoder,
+)
 from xfm_fast.errors import DataError, ExportError, InputError, UnavailableError, XFMError
 from xfm_fast.export.session.tasks import SessionRanks
 from xfm_fast.export.slots import largest
@@ -28,17 +36,139 @@ _RANK_GRAPHS = ("vision", "text", "image_memory", "fusion")
 # The official evaluation truncates captions to this length.
 _MAX_WORDS, _MAX_TOKENS = 30, 40
 
-Input = tuple[int, ...] | Picture
-"""An input of the model: the token ids of a text, or an image."""
+Ability = Literal["embed", "embed_sparse", "rank", "compare", "classify"]
+"""What a model computes: features, sparse features, relevance, similarity of features, scores of labels."""
+Scoring = Literal["match", "similarity", "sum", "probability", "activation", "logit"]
+"""Score of a pair: of X-FM, see `Rank`; of a cross-encoder its probability, what `predict` returns, or its logit."""
+Content: TypeAlias = str | Picture
+"""A text or an image file of a request."""
+Pairs: TypeAlias = tuple[tuple[int, int], ...]
+
+
+class TooLongError(InputError):
+    """A text is longer than the model reads, and the request refuses truncation."""
+
+    def __init__(self, name: str, length: str, max_tokens: int) -> None:
+        super().__init__(
+            f"{name} has {length}, and the model reads {max_tokens:,} tokens; shorten it, or let it be truncated"
+        )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a request wants its texts read.
+
+    Attributes:
+        role: Selects the model's prompt for queries or documents.
+        following: Role of all items but the first, where it is another.
+        prompt: Name of a prompt, which comes before the role.
+        truncate: Truncate texts that are too long, instead of refusing them.
+        side: The end of a text that is truncated.
+        normalise: Divide features by their L2 norms.
+        scoring: Replaces the model's score of pairs.
+    """
+
+    role: Role | None = None
+    following: Role | None = None
+    prompt: str | None = None
+    truncate: bool = True
+    side: Literal["left", "right"] = "right"
+    normalise: bool = True
+    scoring: Scoring | None = None
 
 
 @dataclass(frozen=True)
 class Work:
-    """Items of a request, and the pairs of them to score by `scoring`; without pairs all are embedded."""
+    """Items of a request as the model reads them, and the pairs of them to score; without pairs all are embedded.
 
-    items: tuple[Input, ...]
-    pairs: tuple[tuple[int, int], ...] = ()
-    scoring: Rank = "similarity"
+    Attributes:
+        scoring: Score of the pairs.
+        tokens: Tokens of the texts and patches of the images, as read.
+        truncated: Indices of the truncated items.
+        normalise: See `Reading`.
+    """
+
+    items: tuple[Any, ...]
+    pairs: Pairs = ()
+    scoring: Scoring = "similarity"
+    tokens: int = 0
+    truncated: tuple[int, ...] = ()
+    normalise: bool = True
+
+
+class ServedModel(ABC):
+    """A model behind the service.
+
+    `read` may run in several threads at a time, `answer` in one.
+
+    Attributes:
+        name: Name in requests and answers.
+        source: Origin of the weights, for messages.
+        random: The weights are random and results mean nothing.
+        abilities: What it computes.
+        modalities: What it reads.
+        width: Numbers of a feature.
+        max_tokens: Tokens that it reads of a text.
+        device: Device of the weights.
+        encoder: The model as an `Encoder`, which made an index.
+        quick: `read` takes microseconds for a short text, and no lock.
+    """
+
+    name: str
+    source: str
+    random: bool
+    abilities: tuple[Ability, ...]
+    modalities: tuple[Modality, ...]
+    max_tokens: int
+    device: torch.device
+    encoder: Any
+    quick: bool
+
+    @property
+    @abstractmethod
+    def width(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def dtype(self) -> str: ...
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of what is cached between requests."""
+        return 0
+
+    @abstractmethod
+    def choose_scoring(self, is_text: Sequence[bool], pairs: Pairs, reading: Reading) -> Scoring:
+        """Return the score of all pairs; raises if they need different ones, or the model has none for them."""
+
+    @abstractmethod
+    def read(
+        self,
+        contents: Sequence[Content],
+        names: Sequence[str],
+        pairs: Pairs,
+        scoring: Scoring,
+        reading: Reading,
+        check: Callable[[], object],
+    ) -> Work:
+        """Make the work of a request; `check` raises once it has ended."""
+
+    @abstractmethod
+    def cost(self, work: Work) -> int:
+        """Count the tokens that the work computes."""
+
+    @abstractmethod
+    def answer(self, works: Sequence[Work]) -> list[Tensor | Exception]:
+        """Compute features `[items, width]` or scores `[pairs]` of several requests, or the error of one."""
+
+    @abstractmethod
+    def warm_up(self) -> None:
+        """Run everything once, so that no request waits for autotuning."""
+
+
+@dataclass(frozen=True)
+class RankWork(Work):
+    """Work of an X-FM, whose items are the token ids of texts and images."""
 
     @cached_property
     def queries(self) -> list[Query]:
@@ -57,7 +187,7 @@ class Work:
         return queries
 
     @property
-    def embedded(self) -> tuple[Input, ...]:
+    def embedded(self) -> tuple[Any, ...]:
         """Items to embed."""
         return () if self.scoring == "match" else self.items
 
@@ -68,32 +198,109 @@ class Work:
         rows = torch.stack([*features])
         if not self.pairs:
             return rows
-        first, second = torch.tensor(self.pairs).unbind(1)
-        cosines = (rows[first] * rows[second]).sum(1)
+        cosines = pair_cosines(rows, self.pairs)
         if self.scoring == "similarity":
             return (1 + cosines) / 2
         logits = torch.cat([ranking.scores.flatten() for ranking in rankings])
         return rank_score("sum", logits, cosines)
 
 
-@dataclass(frozen=True)
-class ServedModel:
-    """A model that runs the work of several requests together."""
+def pair_cosines(rows: Tensor, pairs: Pairs) -> Tensor:
+    """Compute the dot products `[pairs]` of normalised features."""
+    first, second = torch.tensor(pairs).unbind(1)
+    return (rows[first] * rows[second]).sum(1)
+
+
+@dataclass(eq=False)
+class XFMModel(ServedModel):
+    """An X-FM or its export."""
+
+    modalities = ("text", "image")
+    quick = True
 
     name: str
-    source: str  # origin of the weights, for messages
-    random: bool  # random weights, whose results mean nothing
+    source: str
+    random: bool
     heads: tuple[str, ...]  # of `contrastive` and `matching`
     tokenizer: CaptionTokenizer
     device: torch.device
     ranker: Ranker
     max_tokens: int  # texts are truncated to this length
+    model: Any  # an `XFM`, or the `Session` of an export
+    options: SourceOptions
     rank: Rank = "match"  # score of a text with an image; see `xfm_fast.tasks.reranking.rank_score`
 
     @property
     def config(self) -> XFMConfig:
         """Sizes of the model."""
         return self.ranker.model.config
+
+    @cached_property
+    def encoder(self) -> XFMEncoder:
+        if self.options.is_export:
+            fingerprint = self.model.fingerprint()[:32]
+        else:
+            # Of the weights before they are cast.
+            fingerprint = open_encoder(self.options, device="cpu").fingerprint
+        return XFMEncoder(self.model, self.options, fingerprint, self.name, rank=self.rank)
+
+    @property
+    def abilities(self) -> tuple[Ability, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return ("embed", "rank", "compare") if "contrastive" in self.heads else ("rank",)
+
+    @property
+    def width(self) -> int:
+        return self.config.embed_dim
+
+    @property
+    def dtype(self) -> str:
+        return self.ranker.model.dtype_name
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.ranker.cache.nbytes
+
+    def choose_scoring(self, is_text: Sequence[bool], pairs: Pairs, reading: Reading) -> Scoring:
+        mixed = {is_text[a] != is_text[b] for a, b in pairs}
+        if len(mixed) > 1:
+            raise InputError(
+                "text-image pairs and pairs of one modality have different scores; send two requests"
+            )
+        scoring: Rank = self.rank if mixed == {True} else "similarity"
+        heads = {"matching"} if scoring == "match" else {"contrastive"}
+        if scoring == "sum":
+            heads.add("matching")
+        for head in sorted(heads - {*self.heads}):
+            raise UnavailableError(f"model {self.name!r} has no {head} head; serve one that has it")
+        return scoring
+
+    def read(
+        self,
+        contents: Sequence[Content],
+        names: Sequence[str],
+        pairs: Pairs,
+        scoring: Scoring,
+        reading: Reading,
+        check: Callable[[], object],
+    ) -> Work:
+        if reading.prompt is not None:
+            raise InputError(f"{self.name} has no prompt {reading.prompt!r}; leave it out")
+        items, truncated, tokens = list[Any](), list[int](), 0
+        for index, content in enumerate(contents):
+            check()
+            if isinstance(content, Picture):
+                items.append(content)
+                tokens += self.config.num_image_tokens
+                continue
+            ids, complete = self.read_text(content, names[index])
+            items.append(ids)
+            tokens += len(ids)
+            if not complete:
+                truncated.append(index)
+                if not reading.truncate:
+                    length = f"more than {_MAX_WORDS} words or {self.max_tokens} tokens"
+                    raise TooLongError(names[index], length, self.max_tokens)
+        return RankWork(tuple(items), pairs, scoring, tokens, tuple(truncated), reading.normalise)
 
     def read_text(self, text: str, name: str) -> tuple[tuple[int, ...], bool]:
         """Return the token ids of a text, cleaned and truncated like captions, and whether it is complete."""
@@ -108,14 +315,8 @@ class ServedModel:
             ids = [*ids[: self.max_tokens - 1], ids[-1]]
         return tuple(ids), complete
 
-    def read_image(
-        self, content: bytes, name: str, peak: int = 0, needed: Callable[[], bool] = lambda: True
-    ) -> Picture:
-        """Wrap an image file, which is decoded when its batch begins, to save memory; see `Picture`."""
-        return self.ranker.picture(content, name)._replace(name=name, peak=peak, needed=needed)
-
     def cost(self, work: Work) -> int:
-        """Count the tokens of texts, once per pair, and of images that are not cached."""
+        # Texts once per pair, and images that are not cached.
         items, cache = work.items, self.ranker.features
         if work.scoring != "similarity":
             items = tuple(work.items[index] for pair in work.pairs for index in pair)
@@ -129,16 +330,12 @@ class ServedModel:
         return tokens + len(images) * self.config.num_image_tokens
 
     def warm_up(self) -> None:
-        """Run everything once, so that no request waits for autotuning."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        stream = io.BytesIO()
-        Image.new("RGB", (8, 8)).save(stream, "PNG")
-        items = ((bos, eos, eos), self.read_image(stream.getvalue(), "a black square"))
-        works = {"matching": Work(items, ((0, 1),), "match"), "contrastive": Work(items)}
+        items = ((bos, eos, eos), Ranker.picture(black_square(), "a black square"))
+        works = {"matching": RankWork(items, ((0, 1),), "match"), "contrastive": RankWork(items)}
         self.answer([works[head] for head in works if head in self.heads])
 
-    def answer(self, works: Sequence[Work]) -> list[Tensor | Exception]:
-        """Compute the results of several requests, or the error of a request with a damaged image."""
+    def answer(self, works: Sequence[Any]) -> list[Tensor | Exception]:
         items = [item for work in works for item in work.embedded]
         texts = [item for item in items if not isinstance(item, Picture)]
         images = [item for item in items if isinstance(item, Picture)]
@@ -157,21 +354,33 @@ class ServedModel:
         return results
 
 
-def load(path: str | Path | None, options: SourceOptions, cache_bytes: int) -> ServedModel:
+def black_square() -> bytes:
+    """Return a PNG file to warm up with."""
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def load(
+    path: str | Path | None, options: SourceOptions, cache_bytes: int, name: str | None = None
+) -> ServedModel:
     """Load a model from any source.
 
     Args:
         path: The model, as `options.model`.
         options: See `SourceOptions`.
         cache_bytes: Size of the cache of image memories.
+        name: Name in requests and answers. [that of its folder]
 
     Raises:
         XFMError: The model cannot be loaded, or cannot be served.
     """
-    if options.name is not None and not options.name.strip():
-        raise InputError(f"--name {options.name!r} is empty; leave it out, or name the model")
     options = options if path is None else replace(options, model=str(path))
     options.check()
+    if is_library_model(options):
+        from xfm_fast.serve.library import load_library_model
+
+        return load_library_model(options, name)
     max_tokens = _MAX_TOKENS
     if options.is_export:
         opened = open_session(options, options.runtime)
@@ -203,8 +412,8 @@ def load(path: str | Path | None, options: SourceOptions, cache_bytes: int) -> S
     heads = [head for head in _HEADS if head in model.heads]
     if not model.config.fusion_layers and "matching" in heads:
         heads.remove("matching")
-    return ServedModel(
-        name=options.name or opened.name,
+    return XFMModel(
+        name=name or opened.name,
         source=source,
         random=random,
         heads=tuple(heads),
@@ -212,5 +421,7 @@ def load(path: str | Path | None, options: SourceOptions, cache_bytes: int) -> S
         device=model.device,
         ranker=Ranker(ranks, cache_bytes),
         max_tokens=min(max_tokens, model.config.max_text_length),
+        model=model,
+        options=options,
         rank=options.rank or opened.rank,
     )

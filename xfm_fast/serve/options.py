@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
-from pathlib import Path  # noqa: F401, cyclopts resolves inherited annotations here
+from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
@@ -22,12 +22,13 @@ class SourceOptions(Source):
             for packages that you trust.
         rank: Score of a text with an image: match of the fusion encoder, similarity of features, or
             sum (match logit + similarity). [the run's own, else match]
-        name: The model's name in requests and responses. [that of its folder]
+        name: The model's name in requests and responses; once for each of several models, in order; or
+            several names of one model. [that of its folder]
     """
 
     runtime: RuntimeChoice = "auto"
     rank: Literal["match", "similarity", "sum"] | None = None
-    name: str | None = None
+    name: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class ServiceOptions:
     """Address and limits of the service.
 
     Attributes:
+        index: What /search and its page search: a folder or file that the model, or the first that embeds,
+            has indexed; or the folder of an index. [no /search]
+        images: The indexed pictures, where --index is a file of their paths or the folder of an index.
         host: Address to listen on; 0.0.0.0 is every address of this machine, for which an API key
             is advisable.
         port: Port to listen on; 0 chooses a free one and prints it.
@@ -45,8 +49,9 @@ class ServiceOptions:
             in four copies, and 256 bytes for each of its JSON values; 429 beyond it. A body with
             its downloads may have a sixteenth.
         max_inputs: Texts and images of a list; 422 beyond it.
-        max_characters: Characters of a text; 422 beyond it. The model reads the first 30 words and
-            40 tokens, and the answer names longer texts.
+        max_characters: Characters of a text; 422 beyond it. The answer names texts of which the model
+            reads less.
+        max_tokens: Tokens and image patches of a request, as the model reads them; 422 beyond it.
         max_queue: Requests that have arrived and are not answered, waiting ones included; 429
             beyond it.
         batch_tokens: Tokens of a batch, of texts and of images that are not cached; a single
@@ -56,6 +61,8 @@ class ServiceOptions:
             after SIGTERM too, the process ends no later.
     """
 
+    index: Path | None = None
+    images: Path | None = None
     host: str = "127.0.0.1"
     port: Annotated[int, Ge(0), Le(65535)] = 8000
     api_key: str | None = None
@@ -63,6 +70,7 @@ class ServiceOptions:
     memory_mb: Annotated[int, Ge(1)] = 512
     max_inputs: Annotated[int, Ge(1)] = 2048
     max_characters: Annotated[int, Ge(1)] = 32768
+    max_tokens: Annotated[int, Ge(1)] = 300_000
     max_queue: Annotated[int, Ge(1)] = 128
     batch_tokens: Annotated[int | None, Ge(1)] = None
     cache_mb: Annotated[int, Ge(0)] = 1024

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from xfm_fast.errors import UnavailableError
+from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.search import open_index
 from xfm_fast.serve.app import Service
 from xfm_fast.serve.model import ServedModel, load
 from xfm_fast.serve.options import ServiceOptions, SourceOptions
+from xfm_fast.serve.search import Search
 
 _CONNECTION_LIMIT = 512
 # Connections that wait to be accepted, and those that asyncio accepts before it reads from any: far
@@ -30,16 +33,51 @@ _HEAD_SECONDS = 10.0
 def run(
     source: SourceOptions,
     options: ServiceOptions,
-    loaded: Callable[[ServedModel, socket.socket], None],
+    loaded: Callable[[Service, socket.socket], None],
+    models: Sequence[str] = (),
 ) -> None:
-    """Load a model and serve it until SIGTERM; `loaded` is called before the first request."""
-    model = load(None, source, options.cache_mb << 20)
-    model.warm_up()
-    service = Service(model, options)
+    """Load models and serve them until SIGTERM; `loaded` is called once they are warm, before the first request."""
     with listen(options) as sock:
-        loaded(model, sock)
-        Server(service).run([sock])
+        service = open_service(source, options, models)
+        server = Server(service, lambda: loaded(service, sock))
+        server.run([sock])
     service.close()
+    if server.failure is not None:
+        raise server.failure
+
+
+def open_service(
+    source: SourceOptions, options: ServiceOptions, models: Sequence[str] = ()
+) -> Service:
+    """Load the models, or that of `source`; their names are those of `source` in order, or all of a single model."""
+    sources = models or (source.model,)
+    names = [*source.name]
+    for name in names:
+        if not name.strip() or names.count(name) > 1:
+            raise InputError(f"--name {name!r} is empty or given twice; choose others")
+    if len(sources) > 1 and len(names) not in (0, len(sources)):
+        raise InputError(
+            f"--name is given {len(names)} times for {len(sources)} models; give one for each, in order"
+        )
+    served: dict[str, ServedModel] = {}
+    for index, path in enumerate(sources):
+        name = names[index] if names else None
+        model = load(path, source, options.cache_mb << 20, name)
+        if model.name in served:
+            raise InputError(f"two models are called {model.name!r}; tell them apart with --name")
+        served[model.name] = model
+        if len(sources) == 1:
+            served |= dict.fromkeys(names, model)
+    index, path, images = None, options.index, options.images
+    if path is not None and path.is_dir() and images is not None:
+        # A folder of images has no others: it is the folder of an index.
+        index = open_index(images, path)
+    elif path is not None:
+        index = open_index(path, images=images)
+    service = Service([*dict.fromkeys(served.values())], options, served)
+    if index is not None:
+        Search(service, index).add()
+    return service
 
 
 def listen(options: ServiceOptions) -> socket.socket:
@@ -142,7 +180,9 @@ class Connection(H11Protocol):
 class Server(uvicorn.Server):
     """A server that runs until SIGTERM, SIGINT or SIGHUP and then finishes the requests in flight."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, ready: Callable[[], object] = lambda: None) -> None:
+        self._service, self._ready = service, ready
+        self.failure: BaseException | None = None
         seconds = service.options.timeout
         # At most `max_queue` connections wait for an answer, so that another one can always be
         # ended.
@@ -170,6 +210,17 @@ class Server(uvicorn.Server):
         for sock in sockets or ():
             # asyncio uses `backlog` for both.
             sock.listen(_BACKLOG)
+        self._service.warm_up().add_done_callback(self._begin)
+
+    def _begin(self, warming: asyncio.Task[None]) -> None:
+        """Announce the service, or end it if a model does not run."""
+        if warming.cancelled():
+            return
+        self.failure = warming.exception()
+        if self.failure is None:
+            self._ready()
+        else:
+            self.should_exit = True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -35,6 +34,8 @@ _VALUE_LIMIT = 1 << 18
 # character.
 _ASTRAL = (b"\xf0", b"\xf1", b"\xf2", b"\xf3", b"\xf4", b"\\ud", b"\\uD")
 _SOON = {"retry-after": "1"}
+# Seconds without an arrival after which a batch begins.
+_PAUSE = 0.001
 # Seconds that a body may pause before it may be dropped.
 _GRACE = 1.0
 
@@ -196,7 +197,6 @@ class _Entry:
     cost: int
     release: Callable[[], object]
     result: asyncio.Future[Any]
-    since: float
 
 
 class Batcher:
@@ -204,8 +204,8 @@ class Batcher:
     cost more.
 
     `run` returns results in order; an exception among them is raised for its entry. If `run` itself
-    raises, each entry runs alone. The first entry of a batch waits `wait` seconds for others while
-    `coming()` counts some; `observe` gets the number of entries and the cost of a batch.
+    raises, each entry runs alone. A batch waits up to `wait` seconds while `coming()` counts others,
+    or entries keep arriving; `observe` gets the number of entries and the cost of a batch.
     """
 
     def __init__(
@@ -216,13 +216,16 @@ class Batcher:
         *,
         coming: Callable[[], int] = lambda: 0,
         observe: Callable[[int, int], None] = lambda entries, cost: None,
+        thread: ThreadPoolExecutor | None = None,
     ) -> None:
         self.run, self.budget, self.wait = run, budget, wait
         self._coming, self._observe = coming, observe
         self._queue: deque[_Entry] = deque()
+        # Entries of the last batch.
+        self._batched = 0
         self._arrived = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._thread = thread or ThreadPoolExecutor(1, thread_name_prefix="batches")
 
     def __len__(self) -> int:
         """Return the length of the queue."""
@@ -237,7 +240,7 @@ class Batcher:
         when it is dropped.
         """
         result = asyncio.get_running_loop().create_future()
-        entry = _Entry(work, cost, release, result, time.monotonic())
+        entry = _Entry(work, cost, release, result)
         self._queue.append(entry)
         self._arrived.set()
         if self._loop is None or self._loop.done():
@@ -255,17 +258,22 @@ class Batcher:
 
     async def _run_batches(self) -> None:
         while self._queue:
-            deadline = self._queue[0].since + self.wait
-            while self._coming() > 0 and sum(entry.cost for entry in self._queue) < self.budget:
-                seconds = deadline - time.monotonic()
-                if seconds <= 0:
-                    break
-                self._arrived.clear()
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._arrived.wait(), seconds)
+            await self._wait_for_others()
             # The frame of `_run_batch` ends with all references to the work.
             for release in await self._run_batch():
                 release()
+
+    async def _wait_for_others(self) -> None:
+        """Wait while others are being read or keep arriving, as they do after the answers of a batch."""
+        deadline = time.monotonic() + self.wait
+        while sum(entry.cost for entry in self._queue) < self.budget:
+            is_coming, waiting = self._coming() > 0, len(self._queue)
+            # A lone client does not wait.
+            if (not is_coming and self._batched + waiting < 3) or time.monotonic() >= deadline:
+                return
+            await asyncio.sleep(_PAUSE)
+            if not is_coming and len(self._queue) <= waiting:
+                return
 
     async def _run_batch(self) -> list[Callable[[], object]]:
         """Run the first entries of the queue; returns the functions that release them."""
@@ -274,6 +282,7 @@ class Batcher:
             batch.append(self._queue.popleft())
             cost += batch[-1].cost
         # The queue may have been emptied by cancellations.
+        self._batched = len(batch)
         if batch:
             self._observe(len(batch), cost)
             results = await self._compute([entry.work for entry in batch])

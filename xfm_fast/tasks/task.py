@@ -30,6 +30,8 @@ from xfm_fast.data.images import decode_pixels, load_image
 from xfm_fast.data.records import image_at
 from xfm_fast.errors import CheckpointError, ConfigError, DataError, InputError
 from xfm_fast.io import read_json
+from xfm_fast.models.hub import PREPROCESSOR_FILE
+from xfm_fast.models.processor import preprocessor_json
 from xfm_fast.tasks.evaluation import Evaluation, Metrics, Row
 from xfm_fast.tasks.models import TaskModel
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
@@ -393,7 +395,10 @@ AnyTask = Annotated[SerializeAsAny[TaskOptions], BeforeValidator(_parse_options)
 def explanation(task: Task[Any], options: TaskOptions | None = None) -> dict[str, bytes]:
     """Return the metadata files to save with the weights, optionally with other options."""
     document = {"format": FORMAT_VERSION, "task": (options or task.options).model_dump(mode="json")}
-    files = {TASK_FILE: (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()}
+    files = {
+        TASK_FILE: (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode(),
+        PREPROCESSOR_FILE: preprocessor_json(task.config),
+    }
     if task.reads_text:
         files[TOKENIZER_FILE] = task.tokenizer.to_json().encode()
     return files

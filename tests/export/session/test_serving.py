@@ -37,16 +37,14 @@ def words(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_export_is_served(
     exported_fp32: Path, small_model: XFM, words: Path, tmp_path: Path
 ) -> None:
-    served = load(
-        exported_fp32, SourceOptions(tokenizer=words, device="cpu", name="small"), 1 << 24
-    )
+    served = load(exported_fp32, SourceOptions(tokenizer=words, device="cpu"), 1 << 24, "small")
     assert (served.name, served.random, served.heads) == (
         "small",
         False,
         ("contrastive", "matching"),
     )
     (tmp_path / "1.png").write_bytes(photo(1))
-    with running(Service(served, ServiceOptions(port=0))) as service:
+    with running(Service([served], ServiceOptions(port=0))) as service:
         request_body = {"query": image(1), "documents": CAPTIONS, "model": "small"}
         answers = [service.post("/v1/rerank", request_body).json() for _ in range(2)]
         embedded = service.post("/v1/embeddings", {"input": [*CAPTIONS, image(1)]}).json()
