@@ -156,8 +156,8 @@ class LibraryEncoder(Encoder):
             return counter
         return None
 
-    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of whole texts, special ones included, for counting; safe in every thread."""
+    def token_ids(self, texts: Sequence[str | tuple[str, str]]) -> list[list[int]]:
+        """Return the ids of whole texts or pairs, special ones included, for counting; safe in every thread."""
         if self._counter is not None:
             return [encoding.ids for encoding in self._counter.encode_batch_fast([*texts])]
         with self._lock:
@@ -328,6 +328,12 @@ def is_library_model(source: Source) -> bool:
     return config.get("model_type") != MODEL_TYPE
 
 
+def is_library_export(source: Source) -> bool:
+    """Return whether a source is an export of a model of sentence-transformers."""
+    folder = local_path(source.model or "")
+    return source.is_export and bool(Manifest.load(folder, check_files=False).use)
+
+
 def open_encoder(source: str | Path | Source, *, device: str | None = None) -> Encoder:
     """Load a model that embeds or ranks, accelerated unless `source.accelerate` is False.
 
@@ -347,7 +353,7 @@ def open_encoder(source: str | Path | Source, *, device: str | None = None) -> E
         source = replace(source, device="cpu" if device == "cpu" else "cuda")
     if is_library_model(source):
         return _open_library(source)
-    if source.is_export and Manifest.load(local_path(source.model or ""), check_files=False).use:
+    if is_library_export(source):
         return _open_export(source)
     return _open_xfm(source)
 

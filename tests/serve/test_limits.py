@@ -81,7 +81,7 @@ def test_bad_requests(served_any: Running, content: Any, status: int, message: s
 
 def test_limits_are_options(start_any: Start) -> None:
     """Accept a passage of 512 tokens and the largest batch of OpenAI's API; options change the limits."""
-    with start_any() as service:
+    with start_any(timeout=120) as service:
         body = {"input": ["a passage of many words " * 150] * 2048}
         assert len(service.post("/v1/embeddings", body).json()["data"]) == 2048
     with start_any(max_inputs=2, max_characters=5) as service:

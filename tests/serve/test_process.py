@@ -124,3 +124,39 @@ def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -
     assert done.exit_code == 2
     assert "uvicorn" in done.stderr
     assert "pip install '.[serve]'" in done.stderr
+
+
+def test_the_image_runs_what_there_is() -> None:
+    """Its commands fit the CLI, the extras and the probes; it is built elsewhere."""
+    import ast
+    import re
+    import tomllib
+
+    from xfm_fast.cli.app import app
+    from xfm_fast.serve.app import _OPEN_PATHS
+
+    root = Path(__file__).resolve().parents[2]
+    text = (root / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    steps = [line.partition(" ")[::2] for line in lines]
+    by_name = dict(steps)
+    names = [name for name, _ in steps]
+    # Without rights, and after everything is installed.
+    assert by_name["USER"] == "xfm"
+    assert names.index("USER") > max(n for n, name in enumerate(names) if name == "RUN")
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = re.search(r'pip install "/src\[([\w,]+)\]"', text)
+    assert extras is not None
+    assert {*extras[1].split(",")} <= {*project["optional-dependencies"]}
+    minor = re.search(r"python:3\.(\d+)-slim", by_name["FROM"])
+    assert minor is not None
+    assert int(minor[1]) >= int(project["requires-python"].removeprefix(">=3."))
+    program, *arguments = ast.literal_eval(by_name["ENTRYPOINT"])
+    assert program in project["scripts"]
+    _, bound, *_ = app.parse_args([*arguments, "org/model"], exit_on_error=False)
+    options = bound.arguments["options"]
+    assert (options.host, str(options.port)) == ("0.0.0.0", by_name["EXPOSE"])
+    assert bound.arguments["models"] == ("org/model",)
+    *_, check = ast.literal_eval(by_name["HEALTHCHECK"].partition("CMD ")[2])
+    compile(check, "check", "exec")
+    assert any(f":{options.port}{path}'" in check for path in _OPEN_PATHS)

@@ -13,7 +13,7 @@ pytest.importorskip("httpx", reason="the extra 'serve'")
 import httpx
 
 from tests.serve.conftest import until
-from xfm_fast.serve import app
+from xfm_fast.serve import service as service_module
 from xfm_fast.serve.images import fetch, is_public, web_client
 from xfm_fast.serve.schema import Problem
 from xfm_fast.serve.work import Account, Ledger
@@ -176,7 +176,7 @@ def test_an_error_of_one_image_ends_the_other_downloads(
             ended.append(url)
         return b""
 
-    monkeypatch.setattr(app, "fetch", wait)
+    monkeypatch.setattr(service_module, "fetch", wait)
     with start(allow_urls=True) as service:
         documents = [{"image": f"http://photos.example/{name}"} for name in ("slow", "bad", "late")]
         assert service.post("/v1/rerank", {"query": "a", "documents": documents}).status_code == 422

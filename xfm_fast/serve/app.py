@@ -1,4 +1,4 @@
-"""The HTTP application: limits, metrics, and the path of a request to a model and back."""
+"""The HTTP application: limits of requests, errors and metrics."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
-import numpy as np
 from fastapi import FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
@@ -22,34 +19,19 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from torch import Tensor
 
 from xfm_fast import __version__
-from xfm_fast.errors import DataError, InputError, NonFiniteError, UnavailableError, XFMError
+from xfm_fast.errors import DataError, InputError, UnavailableError, XFMError
 from xfm_fast.io import advice
 from xfm_fast.memory import resident_bytes
 from xfm_fast.serve import schema
-from xfm_fast.serve.images import check_image, decode_base64, fetch, is_url, web_client
-from xfm_fast.serve.model import (
-    Ability,
-    Content,
-    Pairs,
-    Reading,
-    Scoring,
-    ServedModel,
-    TooLongError,
-    Work,
-)
+from xfm_fast.serve.model import ServedModel, TooLongError
 from xfm_fast.serve.options import ServiceOptions, is_loopback
 from xfm_fast.serve.routes import TEI_PATHS, Call, Routes
-from xfm_fast.serve.schema import MAX_INPUTS, ImageItem, Item, Problem
-from xfm_fast.serve.work import Account, Batcher, Ledger
-from xfm_fast.tasks.ranking import Ranker
+from xfm_fast.serve.schema import MAX_INPUTS, Problem
+from xfm_fast.serve.service import ModelService
+from xfm_fast.serve.work import Account
 
-# Default tokens of a batch.
-_BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
-# Bytes of a request whose texts are read at once, which takes less than handing them to a thread.
-_QUICK_BYTES = 1 << 13
 # Bytes of an answer that may wait in the buffer of its connection, uncounted.
 _SMALL_ANSWER = 1 << 14
 _SOON, _LATER, _CLOSE = {"retry-after": "1"}, {"retry-after": "5"}, {"connection": "close"}
@@ -61,28 +43,8 @@ PAGES = {("GET", "/"), ("GET", "/search")}
 PICTURE_PATH = "/search/picture/"
 """Path of requests of GET that take time and memory."""
 
-Items = Sequence[tuple[str, Item]]
-"""Items of a request, with their names in errors."""
 
-
-@dataclass(frozen=True)
-class Result:
-    """What a model computed for a request.
-
-    Attributes:
-        model: The model.
-        work: The items as it read them.
-        values: Features `[items, width]`, or scores `[pairs]` or `[pairs, labels]`, in float32.
-        truncated: Names of the truncated texts.
-    """
-
-    model: ServedModel
-    work: Work
-    values: np.ndarray
-    truncated: list[str]
-
-
-class Service:
+class Service(ModelService):
     """Models as an ASGI application.
 
     Args:
@@ -101,51 +63,10 @@ class Service:
         options: ServiceOptions,
         names: Mapping[str, ServedModel] | None = None,
     ) -> None:
-        self.models, self.options = [*models], options
-        self.names = dict(names or {model.name: model for model in models})
-        self.ledger = Ledger(options.memory_mb << 20)
-        # Requests between the arrival of the body and the response.
-        self.active: set[Account] = set()
-        self.warmed_up = False
-        self._warming: asyncio.Task[None] | None = None
-        self.batch_thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        metrics = Metrics(self)
-        self.batchers = {
-            model: Batcher(
-                partial(_answer_batch, model),
-                self.batch_tokens(model),
-                coming=lambda: sum(not account.submitted for account in self.active),
-                observe=metrics.batch_observer(model),
-                thread=self.batch_thread,
-            )
-            for model in self.models
-        }
-        self.threads = ThreadPoolExecutor(8, thread_name_prefix="request")
-        self._web = web_client() if options.allow_urls else None
+        metrics = Metrics(self, models)
+        super().__init__(models, options, names, metrics.batch_observer)
         self.routes = self._application(metrics)
         self.app: ASGIApp = _Gate(self, self.routes, metrics)
-
-    def batch_tokens(self, model: ServedModel) -> int:
-        """Return the budget of a batch of a model."""
-        device = "cpu" if model.device.type == "cpu" else "cuda"
-        return self.options.batch_tokens or _BATCH_TOKENS[device]
-
-    def warm_up(self) -> asyncio.Task[None]:
-        """Begin to run all models once, in the thread of batches; requests are accepted once this is done."""
-        if self._warming is None:
-            self._warming = asyncio.create_task(self._warm_up())
-        return self._warming
-
-    async def _warm_up(self) -> None:
-        for model in self.models:
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self.batch_thread, model.warm_up)
-        self.warmed_up = True
-
-    def close(self) -> None:
-        """End the threads after their current work."""
-        self.batch_thread.shutdown(wait=False, cancel_futures=True)
-        self.threads.shutdown(wait=False, cancel_futures=True)
 
     def _application(self, metrics: Metrics) -> FastAPI:
         # `_Gate` checks the key before routing; this documents it.
@@ -171,127 +92,6 @@ class Service:
             return Response(generate_latest(metrics), media_type="text/plain; version=0.0.4")
 
         return app
-
-    def candidates(self, name: str | None) -> list[ServedModel]:
-        """Return the model of a name, or all; raises `Problem` 404 for an unknown name."""
-        if name is None:
-            return self.models
-        if name not in self.names:
-            raise Problem(
-                404,
-                f"model {name!r} is not served here; use {', '.join(map(repr, self.names))}, or leave it out",
-            )
-        return [self.names[name]]
-
-    def choose(self, name: str | None, *abilities: Ability) -> ServedModel:
-        """Return the model of a name, else the first with the first of the abilities that any has."""
-        candidates = self.candidates(name)
-        for ability in abilities:
-            for model in candidates:
-                if ability in model.abilities:
-                    return model
-        who = f"model {name!r}" if name is not None else ", ".join(self.names)
-        can = ", ".join(dict.fromkeys(can for model in candidates for can in model.abilities))
-        raise Problem(
-            422,
-            f"{who} cannot {' or '.join(abilities)} (it can: {can}); serve or name a model that can",
-        )
-
-    async def compute(
-        self,
-        request: Request,
-        model: ServedModel,
-        lists: Mapping[str, Sequence[Item]],
-        pairs: Pairs,
-        reading: Reading,
-        answer_bytes: int = 0,
-    ) -> Result:
-        """Compute scores of pairs, or without pairs features of all items, within the limits of the request."""
-        account, files = request.state.account, dict[str, bytes]()
-        items = [
-            (f"{name}[{index}]", item) for name in lists for index, item in enumerate(lists[name])
-        ]
-        is_text = [isinstance(item, str) for _, item in items]
-        scoring = model.choose_scoring(is_text, pairs, reading)
-        if self._web is not None and not all(is_text):
-            urls = {
-                name: item.image
-                for name, item in items
-                if isinstance(item, ImageItem) and is_url(item.image)
-            }
-            downloads = [
-                asyncio.ensure_future(fetch(self._web, url, account)) for url in urls.values()
-            ]
-            try:
-                files = dict(zip(urls, await asyncio.gather(*downloads), strict=True))
-            finally:
-                # After an error, the other downloads would go on.
-                for download in downloads:
-                    download.cancel()
-        account.hold(answer_bytes)
-        arguments = model, items, files, pairs, scoring, reading, account
-        if model.quick and all(is_text) and account.received <= _QUICK_BYTES:
-            work = self._read(*arguments)
-        else:
-            work = await account.run(self.threads, self._read, *arguments)
-        limit = self.options.max_tokens
-        if work.tokens > limit:
-            raise Problem(
-                422,
-                f"the request has {work.tokens:,} tokens, over the limit of {limit:,} (--max-tokens); send fewer texts",
-            )
-        account.submitted = True
-        values = await self.batchers[model].submit(work, model.cost(work), account.lease())
-        return Result(model, work, values, [items[index][0] for index in work.truncated])
-
-    def check_text(self, text: str, name: str) -> None:
-        """Raise `Problem` 422 for a text over the limit of characters."""
-        limit = self.options.max_characters
-        if len(text) > limit:
-            raise Problem(
-                422,
-                f"{name} has {len(text):,} characters, over the limit of {limit:,} (--max-characters); "
-                "shorten it",
-            )
-
-    def _read(
-        self,
-        model: ServedModel,
-        items: Items,
-        files: Mapping[str, bytes],
-        pairs: Pairs,
-        scoring: Scoring,
-        reading: Reading,
-        account: Account,
-    ) -> Work:
-        """Make the work of a request, in any thread; `files` are downloaded images."""
-        contents = list[Content]()
-        for name, item in items:
-            if isinstance(item, str):
-                self.check_text(item, name)
-                contents.append(item)
-                continue
-            account.check()
-            content = files[name] if name in files else decode_base64(item.image, name)
-            content, peak = check_image(content, name, account)
-            picture = Ranker.picture(content, name)
-            needed: Callable[[], bool] = lambda: not account.ended  # noqa: E731
-            contents.append(picture._replace(name=name, peak=peak, needed=needed))
-        names = [name for name, _ in items]
-        return model.read(contents, names, pairs, scoring, reading, account.check)
-
-
-def _answer_batch(model: ServedModel, works: Sequence[Work]) -> list[np.ndarray | Exception]:
-    results: list[np.ndarray | Exception] = []
-    for result in model.answer(works):
-        if isinstance(result, Tensor):
-            result = result.numpy()
-        if isinstance(result, np.ndarray) and not np.isfinite(result).all():
-            result = NonFiniteError(
-                "the results are not finite; the weights may need a wider dtype: use fp32"
-            )
-        results.append(result)
-    return results
 
 
 async def _respond_to_error(request: Request, error: Exception) -> Response:
@@ -531,7 +331,7 @@ class _Watch:
 class Metrics(CollectorRegistry):
     """Prometheus metrics of a service."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, models: Sequence[ServedModel]) -> None:
         super().__init__()
         seconds = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
         self.requests = Counter(
@@ -560,7 +360,7 @@ class Metrics(CollectorRegistry):
             "xfm_queue_requests", "Requests waiting for the model.", ("model",), registry=self
         )
         cache = Gauge("xfm_cache_bytes", "Bytes of cached images.", ("model",), registry=self)
-        for model in service.models:
+        for model in models:
             queue.labels(model.name).set_function(lambda model=model: len(service.batchers[model]))
             cache.labels(model.name).set_function(lambda model=model: model.cache_bytes)
 

@@ -6,7 +6,7 @@ import base64
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
@@ -19,10 +19,8 @@ from xfm_fast.serve import schema
 from xfm_fast.serve.library import LibraryModel, normalised
 from xfm_fast.serve.model import Ability, Reading, Scoring, ServedModel
 from xfm_fast.serve.schema import ImageItem, Item, Problem
-
-if TYPE_CHECKING:
-    from xfm_fast.serve.app import Result, Service
-    from xfm_fast.serve.work import Account
+from xfm_fast.serve.service import ModelService, Result
+from xfm_fast.serve.work import Account
 
 # Bytes of a feature's number in the response, as a value and as text; and copies of documents that
 # are returned.
@@ -58,7 +56,7 @@ class Routes:
         calls: Those of POST by path. The service calls them; FastAPI documents them.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: ModelService) -> None:
         self._service = service
         embed = Call(schema.TeiEmbedRequest, self.embed)
         embed_sparse = Call(schema.TeiEmbedRequest, self.embed_sparse)

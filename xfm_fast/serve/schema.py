@@ -104,7 +104,7 @@ class Body(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    model: str | None = Field(None, description="name of a served model; may be left out")
+    model: str | None = Field(default=None, description="name of a served model; may be left out")
     prompt_name: PromptName = None
 
     @model_validator(mode="before")
@@ -119,7 +119,7 @@ class RerankRequest(Body):
     """Documents to order by their relevance to a query; `texts` in place of `documents` is TEI's form."""
 
     query: TextOrImage = Field(examples=["a dog on a beach"])
-    documents: Items | None = Field(None, examples=[[_EXAMPLE_IMAGE]])
+    documents: Items | None = Field(default=None, examples=[[_EXAMPLE_IMAGE]])
     texts: Items | None = None
     top_n: Annotated[int | None, Field(ge=1)] = None
     return_documents: bool = False
@@ -144,7 +144,9 @@ class EmbeddingsRequest(Body):
         Field(validation_alias=AliasChoices("encoding_format", "embedding_type")),
     ] = "float"
     dimensions: Dimensions = None
-    task: str | None = Field(None, description="Jina's: retrieval.query, retrieval.passage, ...")
+    task: str | None = Field(
+        default=None, description="Jina's: retrieval.query, retrieval.passage, ..."
+    )
     normalized: bool = True
     truncate: bool = True
     late_chunking: Literal[False] | None = None
@@ -162,7 +164,7 @@ class EmbedRequest(Body):
         list[str] | None, BeforeValidator(_check_length), Field(description="data URLs")
     ] = None
     inputs: Items | None = None
-    input_type: str | None = Field(None, description="search_query, search_document, ...")
+    input_type: str | None = Field(default=None, description="search_query, search_document, ...")
     embedding_types: list[EmbeddingType] | None = None
     output_dimension: Dimensions = None
     truncate: Literal["NONE", "START", "END"] = "END"
@@ -190,7 +192,7 @@ class ScoreRequest(Body):
 class TeiBody(Body):
     """The common fields of TEI's requests."""
 
-    truncate: bool | None = Field(None, description="false refuses longer texts")
+    truncate: bool | None = Field(default=None, description="false refuses longer texts")
     truncation_direction: Literal["left", "right", "Left", "Right"] = "right"
 
 
@@ -245,7 +247,7 @@ class Answer(BaseModel):
     object: Literal["list"]
     usage: dict[str, int] = Field(description="text tokens and image patches of the request")
     truncated: list[str] | None = Field(
-        None,
+        default=None,
         description="texts that were truncated; the header x-truncated-inputs has their number",
     )
     warning: str | None = Field(
