@@ -19,7 +19,6 @@ from xfm_fast.encoders import (
     Modality,
     Role,
     XFMEncoder,
-    is_library_export,
     is_library_model,
     open_encoder,
 )
@@ -378,7 +377,7 @@ def load(
     """
     options = options if path is None else replace(options, model=str(path))
     options.check()
-    if is_library_model(options) or is_library_export(options):
+    if is_library_model(options):
         from xfm_fast.serve.library import load_library_model
 
         return load_library_model(options, name)
