@@ -12,8 +12,8 @@ from xfm_fast.serve.options import ServiceOptions, SourceOptions
 
 if TYPE_CHECKING:
     from xfm_fast.serve.app import Service
-    from xfm_fast.serve.model import ServedModel, load
-    from xfm_fast.serve.server import Server, address, listen, open_service, run
+    from xfm_fast.serve.model import ServedModel
+    from xfm_fast.serve.server import Server, address, listen, load, open_service, run
 
 __all__ = [
     "ServedModel",

@@ -264,8 +264,10 @@ class _Gate:
                     response = await _respond(Request(scope), call, bodies)
                     await response(scope, replay, deliver)
         except asyncio.CancelledError:
-            if not watch.client_left:
+            task = asyncio.current_task()
+            if not watch.client_left or task is None:
                 raise
+            task.uncancel()
         except TimeoutError:
             account.check()
             raise Problem(*late) from None
@@ -319,7 +321,6 @@ class _Watch:
             pass
         self.client_left = True
         request.cancel()
-        request.uncancel()
 
     def end(self) -> None:
         """End the watch."""

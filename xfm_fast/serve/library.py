@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -38,8 +37,6 @@ _ABILITIES: dict[Use, tuple[Ability, ...]] = {
 # Texts tokenised between two checks of the request; their characters bound the memory of it.
 _SLICE_CHARACTERS = 1 << 16
 _IMAGES_TOGETHER = 16
-# Tokens of a forward pass, padding included.
-_PASS_TOKENS = {"cpu": 4096, "cuda": 65536}
 _UNLIMITED = 1 << 30
 # Captions on which a model in 8 bits is compared with fp32, and neighbours of each.
 _CAPTIONS, _NEAREST = 128, 10
@@ -93,41 +90,24 @@ class FastTokenizer:
         return self._by_side[side].encode_batch_fast(texts)
 
     def describe(self, texts: Sequence[str], special: bool) -> list[list[dict[str, Any]]]:
-        """Describe the tokens of whole texts in TEI's form."""
-        whole = self._whole
+        """Describe the tokens of whole texts in TEI's form; `special` adds special ones."""
         descriptions = []
-        for encoding in whole.encode_batch([*texts], add_special_tokens=special):
-            columns = (
+        for encoding in self._whole.encode_batch([*texts], add_special_tokens=special):
+            rows = zip(
                 encoding.ids,
                 encoding.tokens,
-                encoding.special_tokens_mask,
+                map(bool, encoding.special_tokens_mask),
                 encoding.offsets,
+                strict=True,
             )
             tokens = []
-            for token, text, is_special, (start, stop) in zip(*columns, strict=True):
-                offsets = (None, None) if is_special else (start, stop)
+            for token, text, is_special, offsets in rows:
+                start, stop = (None, None) if is_special else offsets
                 tokens.append(
-                    {
-                        "id": token,
-                        "text": text,
-                        "special": bool(is_special),
-                        "start": offsets[0],
-                        "stop": offsets[1],
-                    }
+                    {"id": token, "text": text, "special": is_special, "start": start, "stop": stop}
                 )
             descriptions.append(tokens)
         return descriptions
-
-    def decode(self, ids: Sequence[Sequence[int]], skip_special: bool) -> list[str]:
-        """Return the texts of token ids."""
-        size = self._whole.get_vocab_size()
-        for sequence in ids:
-            for token in sequence:
-                if not 0 <= token < size:
-                    raise InputError(
-                        f"token id {token} is not in the vocabulary of {size:,}; give ids of this model"
-                    )
-        return self._whole.decode_batch([*ids], skip_special_tokens=skip_special)
 
     def inputs(self, rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
         """Make the model's inputs from rows of token ids, with padding."""
@@ -169,13 +149,11 @@ class LibraryModel(ServedModel):
         self.device = encoder.device
         self.max_tokens = min(encoder.max_tokens or _UNLIMITED, _UNLIMITED)
         self.labels = _labels(encoder)
-        self._pass_tokens = _PASS_TOKENS["cpu" if self.device.type == "cpu" else "cuda"]
         # Pooling may leave out the prompt, whose length all texts of a forward pass then share.
         self._pools_prompts = all(
             getattr(module, "include_prompt", True) for module in encoder.model
         )
         self._prompt_lengths: dict[str, int | None] = {}
-        self._lock = threading.Lock()
         self._names: list[str] = []
         self.tokenizer = self._fast_tokenizer()
         self.quick = self.tokenizer is not None
@@ -247,9 +225,9 @@ class LibraryModel(ServedModel):
         if reading.following is not None:
             settings.append(self._settings(reading, reading.following))
         truncated = list[int]()
-        for part in _slices([inputs[index] for index in texts]):
+        for span in _slices([inputs[index] for index in texts]):
             check()
-            indices = texts[part]
+            indices = texts[span]
             batch = [settings[0 if index == 0 else -1] for index in indices]
             prompted = [
                 _prompted(inputs[index], prompt)
@@ -303,11 +281,10 @@ class LibraryModel(ServedModel):
     def _prompt_length(self, prompt: str | None) -> int | None:
         if not prompt or self._pools_prompts:
             return None
-        with self._lock:
-            if prompt not in self._prompt_lengths:
-                sample = self.encoder.prepare(["a"], prompt=prompt)
-                self._prompt_lengths[prompt] = sample.get("prompt_length")
-            return self._prompt_lengths[prompt]
+        if prompt not in self._prompt_lengths:
+            sample = self.encoder.prepare(["a"], prompt=prompt)
+            self._prompt_lengths[prompt] = sample.get("prompt_length")
+        return self._prompt_lengths[prompt]
 
     def cost(self, work: Work) -> int:
         return work.tokens
@@ -329,16 +306,6 @@ class LibraryModel(ServedModel):
     def dtype(self) -> str:
         return self.encoder.source.dtype or "fp32"
 
-    def describe_tokens(self, texts: Sequence[str], special: bool) -> list[list[dict[str, Any]]]:
-        """Describe the tokens of whole texts; `special` adds special ones."""
-        assert self.tokenizer is not None
-        return self.tokenizer.describe(texts, special)
-
-    def texts_of(self, ids: Sequence[Sequence[int]], skip_special: bool) -> list[str]:
-        """Decode token ids."""
-        assert self.tokenizer is not None
-        return self.tokenizer.decode(ids, skip_special)
-
     def answer(self, works: Sequence[Work]) -> list[Any]:
         rows = [row for work in works for row in work.items]
         groups: dict[Group, list[int]] = {}
@@ -348,6 +315,8 @@ class LibraryModel(ServedModel):
         failures = dict[int, Exception]()
         for group, indices in groups.items():
             for batch in self._passes(rows, indices, group.form == "image"):
+                if not any(work.needed() for work in works):
+                    return [InputError("the request has ended")] * len(works)
                 inputs = self._inputs(group, rows, batch, failures)
                 if inputs is None:
                     continue
@@ -365,7 +334,7 @@ class LibraryModel(ServedModel):
         return results
 
     def _passes(self, rows: Sequence[Row], indices: list[int], images: bool) -> Iterator[list[int]]:
-        """Yield the rows of each forward pass: of similar length, so that little of it is padding."""
+        """Yield the rows of each forward pass: images, or texts of similar length, so that little is padding."""
         if images:
             for start in range(0, len(indices), _IMAGES_TOGETHER):
                 yield indices[start : start + _IMAGES_TOGETHER]
@@ -373,7 +342,7 @@ class LibraryModel(ServedModel):
         indices.sort(key=lambda index: -rows[index].length)
         start = 0
         while start < len(indices):
-            count = max(1, self._pass_tokens // max(1, rows[indices[start]].length))
+            count = max(1, self.batch_tokens // max(1, rows[indices[start]].length))
             yield indices[start : start + count]
             start += count
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -19,7 +18,6 @@ from xfm_fast.encoders import (
     Modality,
     Role,
     XFMEncoder,
-    is_library_model,
     open_encoder,
 )
 from xfm_fast.errors import DataError, ExportError, InputError, UnavailableError, XFMError
@@ -86,6 +84,7 @@ class Work:
         tokens: Tokens of the texts and patches of the images, as read.
         truncated: Indices of the truncated items.
         normalise: See `Reading`.
+        needed: Returns whether the request goes on.
     """
 
     items: tuple[Any, ...]
@@ -94,6 +93,7 @@ class Work:
     tokens: int = 0
     truncated: tuple[int, ...] = ()
     normalise: bool = True
+    needed: Callable[[], bool] = lambda: True
 
 
 class ServedModel(ABC):
@@ -131,6 +131,11 @@ class ServedModel(ABC):
     @property
     @abstractmethod
     def dtype(self) -> str: ...
+
+    @property
+    def batch_tokens(self) -> int:
+        """Default tokens of a batch."""
+        return 4096 if self.device.type == "cpu" else 65536
 
     @property
     def cache_bytes(self) -> int:
@@ -361,26 +366,8 @@ def black_square() -> bytes:
     return stream.getvalue()
 
 
-def load(
-    path: str | Path | None, options: SourceOptions, cache_bytes: int, name: str | None = None
-) -> ServedModel:
-    """Load a model from any source.
-
-    Args:
-        path: The model, as `options.model`.
-        options: See `SourceOptions`.
-        cache_bytes: Size of the cache of image memories.
-        name: Name in requests and answers. [that of its folder]
-
-    Raises:
-        XFMError: The model cannot be loaded, or cannot be served.
-    """
-    options = options if path is None else replace(options, model=str(path))
-    options.check()
-    if is_library_model(options):
-        from xfm_fast.serve.library import load_library_model
-
-        return load_library_model(options, name)
+def load_xfm(options: SourceOptions, cache_bytes: int, name: str | None = None) -> XFMModel:
+    """Load an X-FM or its export; see `xfm_fast.serve.load`."""
     max_tokens = _MAX_TOKENS
     if options.is_export:
         opened = open_session(options, options.runtime)

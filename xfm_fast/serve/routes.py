@@ -25,13 +25,13 @@ from xfm_fast.serve.work import Account
 # Bytes of a feature's number in the response, as a value and as text; and copies of documents that
 # are returned.
 _NUMBER_BYTES, _ECHO_COPIES = 128, 3
+# Bytes of a token in the response, as values and as text.
+_TOKEN_BYTES = 512
 # Numbers of a sparse feature in the response.
 _SPARSE_NUMBERS = 1024
 # Numbers whose text takes less time than handing them to a thread.
 _QUICK_NUMBERS = 1 << 15
-TEI_PATHS = frozenset(
-    ("/", "/embed", "/embed_sparse", "/predict", "/similarity", "/tokenize", "/decode")
-)
+TEI_PATHS = frozenset(("/", "/embed", "/embed_sparse", "/predict", "/similarity", "/tokenize"))
 """Paths whose errors have TEI's form; `/rerank` has it for bodies of TEI."""
 _ROLES: dict[str, Role] = {
     "search_query": "query",
@@ -86,7 +86,6 @@ class Routes:
             "/predict": predict,
             "/similarity": Call(schema.TeiSimilarityRequest, self.similarity),
             "/tokenize": Call(schema.TeiTokenizeRequest, self.tokenize),
-            "/decode": Call(schema.TeiDecodeRequest, self.decode),
             "/": roots[service.models[0].abilities[0]],
         }
 
@@ -313,29 +312,19 @@ class Routes:
 
     async def tokenize(self, request: Request, body: schema.TeiTokenizeRequest) -> Response:
         """Tokenise whole texts in TEI's form; `start` and `stop` count characters."""
-        model = self._with_tokenizer(body.model)
-        prompt = model.encoder.prompt(name=body.prompt_name) or ""
-        limit = self._service.check_text
+        model = self._service.candidates(body.model)[0]
+        if not isinstance(model, LibraryModel) or model.tokenizer is None:
+            raise UnavailableError(f"model {model.name!r} has no tokenizer to show; name another")
         for index, text in enumerate(body.inputs):
-            limit(text, f"inputs[{index}]")
-        account = request.state.account
-        account.hold(2 * _NUMBER_BYTES * account.received)
-        texts = [prompt + text for text in body.inputs]
+            self._service.check_text(text, f"inputs[{index}]")
+        account: Account = request.state.account
+        account.hold(_TOKEN_BYTES * account.received)
+        prompt = model.encoder.prompt(name=body.prompt_name) or ""
+        texts, describe = [prompt + text for text in body.inputs], model.tokenizer.describe
         data = await account.run(
-            self._service.threads, model.describe_tokens, texts, body.add_special_tokens
+            self._service.threads, lambda: to_json(describe(texts, body.add_special_tokens))
         )
-        return Response(to_json(data), media_type="application/json")
-
-    async def decode(self, request: Request, body: schema.TeiDecodeRequest) -> Response:
-        """Turn token ids into texts, in TEI's form."""
-        model = self._with_tokenizer(body.model)
-        lists: Any = body.ids if body.ids and isinstance(body.ids[0], list) else [body.ids]
-        account = request.state.account
-        account.hold(_NUMBER_BYTES * account.received)
-        data = await account.run(
-            self._service.threads, model.texts_of, lists, body.skip_special_tokens
-        )
-        return Response(to_json(data), media_type="application/json")
+        return Response(data, media_type="application/json")
 
     async def _answer(
         self, request: Request, result: Result, content: Callable[[], Any]
@@ -350,13 +339,6 @@ class Routes:
         else:
             encoded = to_json(content())
         return Response(encoded, headers=headers, media_type="application/json")
-
-    def _with_tokenizer(self, name: str | None) -> LibraryModel:
-        candidates = self._service.candidates(name)
-        for model in candidates:
-            if isinstance(model, LibraryModel) and model.tokenizer is not None:
-                return model
-        raise UnavailableError(f"model {candidates[0].name!r} has no tokenizer to show")
 
     async def health(self) -> dict[str, Any]:
         """Answer while the process is alive."""
@@ -390,18 +372,23 @@ class Routes:
         from xfm_fast import __version__
 
         options, served = self._service.options, self._service.candidates(model)[0]
-        ability, kind = served.abilities[0], dict[str, Any]()
+        ability, model_type = served.abilities[0], dict[str, Any]()
         if isinstance(served, LibraryModel) and served.labels:
             labels = {str(index): label for index, label in enumerate(served.labels)}
             name = "reranker" if ability == "rank" else "classifier"
-            kind[name] = {"id2label": labels, "label2id": {b: int(a) for a, b in labels.items()}}
+            model_type[name] = {
+                "id2label": labels,
+                "label2id": {b: int(a) for a, b in labels.items()},
+            }
         else:
-            kind["embedding"] = {"pooling": "splade" if ability == "embed_sparse" else "model"}
+            model_type["embedding"] = {
+                "pooling": "splade" if ability == "embed_sparse" else "model"
+            }
         return {
             "model_id": served.name,
             "model_sha": None,
             "model_dtype": served.dtype,
-            "model_type": kind,
+            "model_type": model_type,
             "max_concurrent_requests": options.max_queue,
             "max_input_length": served.max_tokens,
             "max_batch_tokens": self._service.batch_tokens(served),

@@ -232,13 +232,6 @@ class TeiTokenizeRequest(Body):
     add_special_tokens: bool = True
 
 
-class TeiDecodeRequest(Body):
-    """Token ids to turn into texts, in TEI's form."""
-
-    ids: list[int] | list[list[int]]
-    skip_special_tokens: bool = True
-
-
 class Answer(BaseModel):
     """The common fields of responses."""
 

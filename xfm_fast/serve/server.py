@@ -8,16 +8,20 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from xfm_fast.encoders import is_library_export, is_library_model
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.search import open_index
 from xfm_fast.serve.app import Service
-from xfm_fast.serve.model import ServedModel, load
+from xfm_fast.serve.library import load_library_model
+from xfm_fast.serve.model import ServedModel, load_xfm
 from xfm_fast.serve.options import ServiceOptions, SourceOptions
 from xfm_fast.serve.search import Search
 
@@ -44,6 +48,27 @@ def run(
     service.close()
     if server.failure is not None:
         raise server.failure
+
+
+def load(
+    path: str | Path | None, options: SourceOptions, cache_bytes: int, name: str | None = None
+) -> ServedModel:
+    """Load a model from any source.
+
+    Args:
+        path: The model, as `options.model`.
+        options: See `SourceOptions`.
+        cache_bytes: Size of the cache of image memories.
+        name: Name in requests and answers. [that of its folder]
+
+    Raises:
+        XFMError: The model cannot be loaded, or cannot be served.
+    """
+    options = options if path is None else replace(options, model=str(path))
+    options.check()
+    if is_library_model(options):
+        return load_library_model(options, name)
+    return load_xfm(options, cache_bytes, name)
 
 
 def open_service(

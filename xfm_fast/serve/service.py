@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -28,8 +28,6 @@ from xfm_fast.serve.schema import ImageItem, Item, Problem
 from xfm_fast.serve.work import Account, Batcher, Ledger
 from xfm_fast.tasks.ranking import Ranker
 
-# Default tokens of a batch.
-_BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 # Bytes of a request whose texts are read at once, which takes less than handing them to a thread.
 _QUICK_BYTES = 1 << 13
 
@@ -97,8 +95,7 @@ class ModelService:
 
     def batch_tokens(self, model: ServedModel) -> int:
         """Return the budget of a batch of a model."""
-        device = "cpu" if model.device.type == "cpu" else "cuda"
-        return self.options.batch_tokens or _BATCH_TOKENS[device]
+        return self.options.batch_tokens or model.batch_tokens
 
     def warm_up(self) -> asyncio.Task[None]:
         """Begin to run all models once, in the thread of batches; requests are accepted once this is done."""
@@ -211,6 +208,7 @@ class ModelService:
     ) -> Work:
         """Make the work of a request, in any thread; `files` are downloaded images."""
         contents = list[Content]()
+        needed: Callable[[], bool] = lambda: not account.ended  # noqa: E731
         for name, item in items:
             if isinstance(item, str):
                 self.check_text(item, name)
@@ -220,10 +218,10 @@ class ModelService:
             content = files[name] if name in files else decode_base64(item.image, name)
             content, peak = check_image(content, name, account)
             picture = Ranker.picture(content, name)
-            needed: Callable[[], bool] = lambda: not account.ended  # noqa: E731
             contents.append(picture._replace(name=name, peak=peak, needed=needed))
         names = [name for name, _ in items]
-        return model.read(contents, names, pairs, scoring, reading, account.check)
+        work = model.read(contents, names, pairs, scoring, reading, account.check)
+        return replace(work, needed=needed)
 
 
 def _answer_batch(model: ServedModel, works: Sequence[Work]) -> list[np.ndarray | Exception]:

@@ -266,11 +266,12 @@ class Batcher:
     async def _wait_for_others(self) -> None:
         """Wait while others are being read or keep arriving, as they do after the answers of a batch."""
         deadline = time.monotonic() + self.wait
+        is_alone = self._batched + len(self._queue) < 3
         while sum(entry.cost for entry in self._queue) < self.budget:
             is_coming, waiting = self._coming() > 0, len(self._queue)
-            # A lone client does not wait.
-            if (not is_coming and self._batched + waiting < 3) or time.monotonic() >= deadline:
+            if (is_alone and not is_coming) or time.monotonic() >= deadline:
                 return
+            is_alone = False
             await asyncio.sleep(_PAUSE)
             if not is_coming and len(self._queue) <= waiting:
                 return
