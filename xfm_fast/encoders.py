@@ -332,7 +332,7 @@ def is_library_model(source: Source) -> bool:
 
 
 def open_encoder(source: str | Path | Source, *, device: str | None = None) -> Encoder:
-    """Load a model that embeds or ranks, accelerated unless `source.accelerate` is False.
+    """Load a model that embeds or ranks, accelerated unless `source.plain`.
 
     Args:
         source: The options of the model; or its name, for the CPU: a folder of sentence-transformers or
@@ -443,7 +443,7 @@ def _accelerate(model: Any, source: Source, precision: torch.dtype | str) -> str
     if precision in ("int8", "fp8"):
         report = accelerate(model, dtype=precision, unpad=True)
         return f"{report.share:.0%} accelerated in {dtype}"
-    if not getattr(source, "accelerate", True):
+    if getattr(source, "plain", False):
         return f"not accelerated, in {dtype}"
     frozen: list[dict[str, Any]] = [{"freeze": True}] if model.device.type == "cpu" else []
     for options in (*frozen, {}):

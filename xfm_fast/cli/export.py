@@ -232,7 +232,7 @@ def _export_library(
     """Export a model of sentence-transformers as a folder of its layout."""
     if request.packed:
         raise InputError(f"--packed applies to X-FM, and {source} is another model; leave it out")
-    options = vars(source) | {"dtype": None, "device": "cpu", "accelerate": False}
+    options = vars(source) | {"dtype": None, "device": "cpu", "plain": True}
     encoder: Any = open_encoder(EncoderSource(**options))
     samples = load_samples(encoder, data)
     with (
