@@ -74,8 +74,8 @@ class ScenarioOptions(ModelOptions):
         batch: Requests of an offline run, and the most that a server answers together.
         mode: single-stream, offline or server; may be repeated. [all three]
         p99_ms: Bound of the server on the 99th percentile. [4 times one request of the official algorithm]
-        clients: serve: clients at a time, with commas.
-        requests: serve: requests of a window, at least as many as clients.
+        clients: serve, servers: clients at a time, with commas.
+        requests: serve, servers: requests of a window, at least as many as clients.
     """
 
     official: Path | None = None
@@ -97,7 +97,12 @@ class ScenarioOptions(ModelOptions):
             raise InputError(f"bench {scenario} has no --{option}; leave it out")
 
 
-_ACCEPTED = {"suite": (), "coco": (), "serve": ("clients", "requests")}
+_ACCEPTED = {
+    "suite": (),
+    "coco": (),
+    "serve": ("clients", "requests"),
+    "servers": ("clients", "requests"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

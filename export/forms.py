@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
@@ -57,7 +57,8 @@ class ExportCall(LayerCall):
     joined: Any = None  # a `JoinedAttention`
 
     def attention(self, x: Tensor) -> Tensor:
-        norm, windows = self.modules.inner_norms[ATTENTION], getattr(self.attend, "windows", None)
+        norm = self.modules.inner_norms[ATTENTION]
+        windows: Any = getattr(self.attend, "windows", None)
         x = x if windows is None else windows.split(x)
         is_plain, bias = self._added_to_scores(x)
         moves = is_plain and self.rotary is None and norm is None
@@ -70,12 +71,11 @@ class ExportCall(LayerCall):
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             context = self.attend(q, k, v, 0.0, self.settings)
         else:
-            windowed = windows is not None and bias is not None and bias.shape[0] > 1
-            if windowed:
+            if windows is not None:
                 q, k, v = (t.unflatten(0, (-1, windows.count)) for t in (q, k, v))
             scale = getattr(self.attend, "scale", None)
             context = attention(q, k, v, bias, "primitives", scale)
-            context = context.flatten(0, 1) if windowed else context
+            context = context if windows is None else context.flatten(0, 1)
             context = context.transpose(1, 2).flatten(2)
         context = context if windows is None else windows.merge(context)
         return context if norm is None else norm(context)
@@ -105,8 +105,8 @@ class ExportedLayer(FusedLayer):
         return True
 
     def executor(self, attend: Attend, settings: Settings, rotary: Any) -> LayerCall:
-        modules, joined = self.layer_spec.modules(self), self._modules[_JOINED]
-        return ExportCall(modules, attend, settings, rotary=rotary, joined=joined)
+        modules = self.layer_spec.modules(self)
+        return ExportCall(modules, attend, settings, rotary=rotary, joined=self._modules[_JOINED])
 
 
 class ExportedTextLayer(ExportedLayer, OfficialTextLayer):
@@ -131,7 +131,13 @@ class ExportForm:
 
 def export_form(model: nn.Module) -> ExportForm:
     """Make a twin of a model for exporters: it shares weights, and layers with a `LayerSpec` are in export form."""
-    twin: Any = copy.deepcopy(model, dict(_shared(model))).eval()
+    # New parameters of the same memory: flags of 8-bit weights, which the twin drops, are attributes of a parameter.
+    parameters = {
+        id(value): nn.Parameter(value.detach(), requires_grad=False)
+        for value in model.parameters()
+        if type(value) is nn.Parameter
+    }
+    twin: Any = copy.deepcopy(model, parameters).eval()
     if in_graphs(twin):
         del twin.__dict__["forward"]
     for module in twin.modules():
@@ -175,16 +181,8 @@ def _pool_sparse(pooling: Any, features: dict[str, Tensor]) -> dict[str, Tensor]
     return {**features, "sentence_embedding": pooled}
 
 
-def _shared(model: nn.Module) -> Iterator[tuple[int, Any]]:
-    """Yield what a copy shares with a model, as a memo of `copy.deepcopy`."""
-    for parameter in model.parameters():
-        # Flags of 8-bit weights, which the twin drops, are attributes of the parameter.
-        if type(parameter) is nn.Parameter:
-            yield id(parameter), nn.Parameter(parameter.detach(), requires_grad=False)
-
-
 @torch.no_grad()
-def _join(layer: nn.Module, exported: type[FusedLayer]) -> bool:
+def _join(layer: nn.Module, exported: type[Fused]) -> bool:
     """Put a layer into export form; returns False if its adapters run apart from its linear layers."""
     spec = exported.adapted(original_class(layer))["layer_spec"]
     modules = spec.modules(layer)
@@ -284,8 +282,8 @@ def encoder_graphs(model: Any) -> dict[GraphName, EncoderGraph]:
 
 def _record(name: str, value: Tensor, axes: Collection[str]) -> TensorRecord:
     """Describe a tensor of which only the dimensions in `axes` vary."""
-    named = zip(tensor_axes(name, value.ndim), value.shape, strict=True)
-    dims = [axis if axis in axes else size for axis, size in named]
+    sizes = zip(tensor_axes(name, value.ndim), value.shape, strict=True)
+    dims = [axis if axis in axes else size for axis, size in sizes]
     dtype = "float32" if value.is_floating_point() else "int64"
     return TensorRecord(name=name, dtype=dtype, dims=dims)  # pyright: ignore[reportArgumentType]
 

@@ -42,7 +42,8 @@ def attention(
     """
     if not torch.onnx.is_in_onnx_export():
         return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        scale = float(q.shape[-1] ** -0.5)
     if form == "primitives":
         scores = torch.matmul(q * scale, k.transpose(-1, -2))
         return torch.matmul((scores if bias is None else scores + bias).softmax(-1), v)
@@ -150,6 +151,8 @@ class JoinedAttention(nn.Module):
     """The projections of a self-attention as one GEMM, with biases where they cost no kernel."""
 
     weight: Tensor
+    bias: Tensor | None
+    query_bias: Tensor | None
     position_bias: Tensor | None
 
     def __init__(
@@ -157,25 +160,24 @@ class JoinedAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads, self.count = heads, weight.shape[0] // proj[0].shape[1]
-        self.output = nn.Linear(*reversed(proj[0].shape), device="meta")
-        self.register_buffer("weight", weight.detach(), persistent=False)
-        self.register_buffer("bias", bias, persistent=False)
         query_bias, moved = None, proj[1]
         if bias is not None:
             # TensorRT fuses primitives into an attention in the layout of the next GEMM, where its operator costs a
             # copy; a GEMM without bias needs one layout kernel, one with bias three. The key bias adds a constant to
             # all scores of a query, which softmax ignores; the value bias moves into the next GEMM's bias.
-            *queries, _, values = bias.detach().chunk(self.count)
+            *queries, _, values = bias.chunk(self.count)
             query_bias = queries[0].view(heads, 1, -1) if queries else None
             moved = proj[0] @ values if moved is None else moved + proj[0] @ values
-        self.register_buffer("query_bias", query_bias, persistent=False)
+        buffers = {"weight": weight, "bias": bias, "query_bias": query_bias, "position_bias": None}
+        for name, value in buffers.items():
+            self.register_buffer(name, None if value is None else value.detach(), persistent=False)
+        width, inner = proj[0].shape
+        self.output: Any = nn.Linear(inner, width, device="meta")
         # Merged adapters are no parameter.
-        weight, shift = (
+        self.output.weight, self.output.bias = (
             value if isinstance(value, nn.Parameter | None) else nn.Parameter(value.detach(), False)
             for value in (proj[0], moved)
         )
-        self.output.weight, self.output.bias = weight, shift
-        self.register_buffer("position_bias", None, persistent=False)
 
     def constant(self, make_bias: Callable[[], Tensor]) -> Tensor:
         """Return a bias that depends on no input, gathered before the trace: a compiler gathers in every inference."""
@@ -191,10 +193,10 @@ class JoinedAttention(nn.Module):
     def project(self, x: Tensor, *, biased: bool = False) -> tuple[Tensor, ...]:
         """Project `[B, N, width]` to `[B, H, N, D]` each; `biased` adds the biases of keys and values too."""
         projected = F.linear(x, self.weight, self.bias if biased else None)
-        first, *others = split_heads(projected, self.count, self.heads)
+        q, *memory = split_heads(projected, self.count, self.heads)
         if self.query_bias is not None and not biased:
-            first = first + self.query_bias
-        return first, *others
+            q = q + self.query_bias
+        return q, *memory
 
 
 class SelfAttention(JoinedAttention):

@@ -135,9 +135,6 @@ def _adapt(folder: Path, model: Any) -> None:
     edit("sentence_bert_config.json", spell_transformer)
     # Some readers truncate to the lesser of two lengths, of which one was never the model's.
     edit("tokenizer_config.json", lambda config: config.pop("max_length", None))
-    special = folder / "special_tokens_map.json"
-    if (tokenizer := model[0].tokenizer) is not None and not special.exists():
-        special.write_text(json.dumps(tokenizer.special_tokens_map), encoding="utf-8")
 
 
 class GraphModel(nn.Module):
@@ -169,7 +166,6 @@ class ExportedTransformer(Transformer):
         self, model_name_or_path: str, transformer_task: Any, config: Any, *_: Any, **options: Any
     ) -> Any:
         session = options.get("session") or GraphSession.load(model_name_or_path)
-        session.padding_id = getattr(config.get_text_config(), "pad_token_id", None) or 0
         return GraphModel(session, config)
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
@@ -289,7 +285,12 @@ def keep_results(manifest: Manifest, folder: Path, model: Any, samples: Samples)
     tensors: dict[str, Tensor] = {}
     rounding: dict[str, float] = {}
     for record in manifest.graphs:
-        if record.inputs[0].name == "pixel_values":
+        is_image = record.inputs[0].name == "pixel_values"
+        if not (samples.images if is_image else samples.texts):
+            raise InputError(
+                f"there is nothing to compare {record.name} on; give {'images' if is_image else 'texts'} too"
+            )
+        if is_image:
             stored = {"pixel_values": model.preprocess([*samples.images])["pixel_values"]}
         else:
             texts = bytearray(json.dumps([*samples.texts]).encode())

@@ -319,6 +319,7 @@ def test_damaged_shards_leave_no_file(embedder: LibraryEncoder, tmp_path: Path) 
         "f.csv": latin,
         "g.tar": bytes(header),
         "h.csv": b'text\n"' + b"x" * (5 << 20),
+        "j.csv": b'text\n"not closed\nb\n',
         "i.tar": b"no archive" * 100,
     }.items():
         (tmp_path / name).write_bytes(content)
@@ -341,7 +342,7 @@ def test_errors_name_the_remedy(
     with pytest.raises(InputError, match=r"holds binary, and embedder embeds text; name another"):
         _embed(embedder, tmp_path / "n.parquet", out, column="image")
     for name in ("absent.csv", "absent/*.csv"):
-        with pytest.raises(DataError, match=r"absent.* cannot be read"):
+        with pytest.raises(DataError, match=r"absent.* does not exist; check the path"):
             plan([str(tmp_path / name)], str(out))
     (tmp_path / "notes.md").write_text("# x")
     for name in ("notes.md", "*.md"):

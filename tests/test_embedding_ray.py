@@ -22,7 +22,7 @@ pa: Any = pytest.importorskip("pyarrow")
 pq: Any = pytest.importorskip("pyarrow.parquet")
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARDS, ROWS = 24, 4000
+SHARDS, ROWS = 24, 1500
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 START = "import ray\nray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 << 20)\n"
 

@@ -133,7 +133,7 @@ def test_a_fingerprint_is_of_the_weights_and_not_of_how_they_run(
     embedder: Path, tmp_path: Path
 ) -> None:
     fingerprint = opened(embedder).fingerprint
-    for options in {"accelerate": False}, {"dtype": "bf16"}, {"dtype": "int8"}:
+    for options in {"plain": True}, {"dtype": "bf16"}, {"dtype": "int8"}:
         assert opened(embedder, **options).fingerprint == fingerprint
     edited = shutil.copytree(embedder, tmp_path / "edited")
     settings = json.loads((edited / "config_sentence_transformers.json").read_text())

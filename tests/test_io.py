@@ -296,6 +296,15 @@ def test_one_holds_and_the_second_is_told_who(tmp_path: Path, locks: str) -> Non
     assert not lock.exists()
 
 
+def test_a_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "letter.txt"
+    target.write_text("kept")
+    (tmp_path / ".lock").symlink_to(target)
+    with pytest.raises(StorageError, match=r"\.lock"), hold(tmp_path / ".lock", "the run"):
+        pass
+    assert target.read_text() == "kept"
+
+
 def test_a_forked_child_does_not_hold(tmp_path: Path) -> None:
     program = f"""
         import os, time

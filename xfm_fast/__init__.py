@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -74,7 +73,7 @@ def _register(module: Any) -> None:
     module.AutoConfig.register(XFMAutoConfig.model_type, XFMAutoConfig, exist_ok=True)
 
 
-class _AutoConfigHook(MetaPathFinder):
+class _AutoConfigHook:
     """Finder that registers X-FM with transformers when its `AutoConfig` is imported."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:

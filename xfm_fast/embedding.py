@@ -177,7 +177,8 @@ def _find_shards(source: str, out: str) -> Iterator[str]:
 def _suffix(shard: str) -> str:
     """Return the suffix of the format, without that of a compression."""
     stem, suffix = posixpath.splitext(shard)
-    return posixpath.splitext(stem)[1] if suffix in _COMPRESSIONS else suffix
+    suffix = posixpath.splitext(stem)[1] if suffix in _COMPRESSIONS else suffix
+    return suffix.lower()
 
 
 def _locate(url: str) -> tuple[AbstractFileSystem, str]:
@@ -207,6 +208,8 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except (XFMError, MemoryError):
         raise
+    except FileNotFoundError as error:
+        raise DataError(f"{name} does not exist; check the path") from error
     except Exception as error:  # the libraries raise anything for a foreign file
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise DataError(f"{name} cannot be read ({reason}); check it, or write it again") from error
@@ -357,7 +360,7 @@ def _windows(
     """Yield the columns to write of some rows, and batches of their indices and inputs."""
     import pyarrow as pa
 
-    with _reading(report.shard), ThreadPoolExecutor(os.cpu_count()) as threads:
+    with _reading(report.shard), ThreadPoolExecutor() as threads:
         for chunk, content, id in _read(report.shard, encoder, options):
             array, keep = chunk[content], options.keep
             is_text = _modality(array.type) == "text"
@@ -495,7 +498,7 @@ def _records(file: Any, suffix: str) -> Iterator[Mapping[str, Any]]:
     if suffix in _TABLES:
         csv.field_size_limit(_CELL_LIMIT)
         text = io.TextIOWrapper(file, "utf-8-sig", newline="")
-        for record in csv.DictReader(text, delimiter=_TABLES[suffix]):
+        for record in csv.DictReader(text, delimiter=_TABLES[suffix], strict=True):
             yield {} if None in record else record
     elif suffix == ".tar":
         archive: Any = tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member)  # noqa: SIM115

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal  # noqa: F401, for inh
 from annotated_types import Ge, Le  # noqa: F401, cyclopts resolves those of EncoderSource here
 
 from xfm_fast.errors import CheckpointError, InputError, UnavailableError, needs
-from xfm_fast.export.manifest import Manifest
 from xfm_fast.export.request import USES, Use
 from xfm_fast.io import read_json
 from xfm_fast.loading import (
+    MANIFEST_FILE,
     EncoderSource,
     Opened,
     Source,
@@ -310,15 +310,18 @@ class XFMEncoder(Encoder):
 
 
 def is_library_model(source: Source) -> bool:
-    """Return whether a source is a model of sentence-transformers or transformers, not an X-FM or its export.
+    """Return whether a source is a model of sentence-transformers or transformers, or its export, not an X-FM.
 
     Of a name on the Hub, only the small configuration is downloaded.
     """
     from xfm_fast.config import MODEL_TYPE
 
-    if source.model is None or source.is_export:
+    if source.model is None:
         return False
     path = local_path(source.model)
+    if source.is_export:
+        manifest = _read_object(str(path), MANIFEST_FILE) or {}
+        return manifest.get("use") is not None
     if path.is_file():
         return False
     config = _read_object(str(path) if path.is_dir() else source.model, "config.json")
@@ -328,14 +331,8 @@ def is_library_model(source: Source) -> bool:
     return config.get("model_type") != MODEL_TYPE
 
 
-def is_library_export(source: Source) -> bool:
-    """Return whether a source is an export of a model of sentence-transformers."""
-    folder = local_path(source.model or "")
-    return source.is_export and bool(Manifest.load(folder, check_files=False).use)
-
-
 def open_encoder(source: str | Path | Source, *, device: str | None = None) -> Encoder:
-    """Load a model that embeds or ranks, accelerated unless `source.accelerate` is False.
+    """Load a model that embeds or ranks, accelerated unless `source.plain`.
 
     Args:
         source: The options of the model; or its name, for the CPU: a folder of sentence-transformers or
@@ -351,11 +348,9 @@ def open_encoder(source: str | Path | Source, *, device: str | None = None) -> E
         source = EncoderSource(str(source), device="cpu")
     if device is not None:
         source = replace(source, device="cpu" if device == "cpu" else "cuda")
-    if is_library_model(source):
-        return _open_library(source)
-    if is_library_export(source):
-        return _open_export(source)
-    return _open_xfm(source)
+    if not is_library_model(source):
+        return _open_xfm(source)
+    return _open_export(source) if source.is_export else _open_library(source)
 
 
 def _open_export(source: Source) -> LibraryEncoder:
@@ -364,8 +359,11 @@ def _open_export(source: Source) -> LibraryEncoder:
 
     source.check()
     folder = local_path(source.model or "")
-    session = GraphSession.load(folder, device=None if source.device == "auto" else source.device)
-    origin = f"{session.manifest.source}, exported, by {session.description}"
+    device = None if source.device == "auto" else source.device
+    session = GraphSession.load(folder, getattr(source, "runtime", "auto"), device)
+    manifest = session.manifest
+    arithmetic = manifest.options.get("arithmetic", manifest.dtype)
+    origin = f"{manifest.source}, exported in {arithmetic}, by {session.description}"
     return LibraryEncoder(open_exported(session), source, origin, session.fingerprint()[:32])
 
 
@@ -445,7 +443,7 @@ def _accelerate(model: Any, source: Source, precision: torch.dtype | str) -> str
     if precision in ("int8", "fp8"):
         report = accelerate(model, dtype=precision, unpad=True)
         return f"{report.share:.0%} accelerated in {dtype}"
-    if not getattr(source, "accelerate", True):
+    if getattr(source, "plain", False):
         return f"not accelerated, in {dtype}"
     frozen: list[dict[str, Any]] = [{"freeze": True}] if model.device.type == "cpu" else []
     for options in (*frozen, {}):

@@ -382,8 +382,10 @@ def hold(lock: Path, what: str) -> Iterator[None]:
 
 
 def _acquire_lock(lock: Path, what: str) -> FileIO:
+    # A link in a folder of a stranger may name a file that is not theirs.
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
     while True:
-        file = FileIO(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+")
+        file = FileIO(os.open(lock, flags, 0o644), "r+")
         try:
             if fcntl is None:
                 raise OSError(errno.ENOLCK, "no locks")

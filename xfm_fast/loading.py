@@ -116,10 +116,10 @@ class EncoderSource(Source):
     """A model that embeds or ranks.
 
     Attributes:
-        accelerate: Fused layers in place of the library's, with the same results.
+        plain: The library's own layers, which are slower, in place of fused ones.
     """
 
-    accelerate: bool = True
+    plain: bool = False
 
 
 @dataclass(frozen=True)

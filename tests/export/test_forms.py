@@ -127,7 +127,7 @@ def test_onnx_runtime_agrees_with_the_model(name: str) -> None:
 
 def _bert(**options: Any) -> nn.Module:
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
-    return FAMILIES["BERT"].model(torch.float32, **sizes | options)
+    return FAMILIES["BERT"].model(torch.float32, "sdpa", **sizes | options)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_an_accelerated_model_has_the_twin_of_the_plain_one(options: dict[str, A
 
 
 def test_a_twin_shares_the_weights() -> None:
-    model = _bert()
+    model: Any = _bert()
     form = export_form(model)
     addresses = {parameter.data_ptr() for parameter in form.model.parameters()}
     assert all(parameter.data_ptr() in addresses for parameter in model.parameters())

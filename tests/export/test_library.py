@@ -104,7 +104,7 @@ def test_an_export_is_the_folder_that_other_programs_read(embedder: Path, export
     assert files == {
         "onnx/model.onnx", "1_Pooling/config.json", "2_Normalize/config.json", "README.md", "config.json",
         "config_sentence_transformers.json", "manifest.json", "modules.json", "reference.safetensors",
-        "sentence_bert_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
+        "sentence_bert_config.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     content = {name: json.loads((exported / name).read_text()) for name in files if "json" in name}
     types = [module["type"] for module in content["modules.json"]]
@@ -274,7 +274,7 @@ def test_sparse_encoders(tmp_path: Path) -> None:
         (["--dtype", "int8"], "use fp32, fp16 or bf16"),
         (["--fixed", "length=4000"], "exceeds the 48 positions"),
         (["--fixed", "texts=4"], "axis 'texts' cannot be fixed"),
-        (["--data", "missing.txt"], "missing.txt cannot be read"),
+        (["--data", "missing"], "missing"),
         (["--sm", "80"], "--sm"),
     ],
 )
@@ -317,6 +317,10 @@ def test_a_model_that_cannot_be_traced_is_reported(
     output = run(embedder, "--out", tmp_path / "out", expect=2)
     assert "does not trace this SentenceTransformer (data-dependent); serve the model" in output
     assert [*tmp_path.iterdir()] == []
+
+
+def test_an_export_is_not_exported_again(exported: Path, tmp_path: Path) -> None:
+    assert "is an export" in run(exported, "--out", tmp_path / "out", expect=2)
 
 
 def test_models_that_no_graph_replaces_are_refused(tmp_path: Path) -> None:
@@ -375,18 +379,6 @@ def test_modules_of_strangers_are_not_imported(
     with pytest.raises(CheckpointError, match="cannot be opened"):
         open_encoder(str(copy))
     assert "hostile_module" not in sys.modules
-
-
-def test_texts_of_a_file_are_compared(embedder: Path, tmp_path: Path) -> None:
-    (tmp_path / "texts.txt").write_text(
-        "a red circle\n\n  a cross \ntwo squares\n", encoding="utf-8"
-    )
-    run(embedder, "--out", tmp_path / "out", "--data", tmp_path / "texts.txt")
-    assert "of texts.txt" in Manifest.load(tmp_path / "out").examples
-    (tmp_path / "latin.txt").write_bytes(b"\xe4\n\xf6\n")
-    assert "give UTF-8" in run(
-        embedder, "--out", tmp_path / "no", "--data", tmp_path / "latin.txt", expect=2
-    )
 
 
 def test_neighbours_are_counted_with_and_without_ties() -> None:

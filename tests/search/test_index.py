@@ -135,6 +135,24 @@ def test_a_killed_run_resumes(
     assert len(left) == len(foreign) + 2
 
 
+@pytest.mark.parametrize("rows", [[], [(b"gone.png", 1, 1, None, "{}", "[[]]", bytes(128))]])
+def test_results_of_a_killed_run_that_fit_nothing(
+    photos: Path, model: Encoder, rows: list[Any]
+) -> None:
+    part = index_folder(photos) / f"part-0-{model.fingerprint}-0123456789ab.sqlite"
+    part.parent.mkdir()
+    with store.connect(part, store.PART_TABLES, write=True) as connection:
+        sql = "INSERT INTO rows VALUES (NULL, CAST(? AS TEXT), ?, ?, ?, ?, ?, ?)"
+        connection.executemany(sql, rows)
+    stop = Event()
+    stop.set()
+    assert build_index(photos, model, stop=stop).interrupted
+    with pytest.raises(DataError, match="no index"):
+        open_index(photos)
+    assert build_index(photos, model).entries == 7
+
+
+@pytest.mark.slow
 def test_kills_at_random_moments_lose_and_corrupt_nothing(
     model: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,6 +117,7 @@ def test_bad_queries(indexed: SearchIndex, model: XFMEncoder, tmp_path: Path) ->
 def test_models_that_cannot_search(indexed: SearchIndex, weights: Path, tmp_path: Path) -> None:
     XFM.from_pretrained(weights, heads=["contrastive"]).save_pretrained(tmp_path / "bare")
     bare = open_encoder(tmp_path / "bare")
+    assert isinstance(bare, XFMEncoder)
     with pytest.raises(UnavailableError, match="matching"):
         search(indexed, bare, TEXT)
     assert search(indexed, bare, TEXT, candidates=0).hits

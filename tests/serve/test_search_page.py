@@ -333,7 +333,8 @@ def visit(page: Page, service: Running, fragment: str = "", **window: Any) -> No
 
 
 def ask(page: Page, text: str) -> None:
-    page.run("query.focus(); query.select()")
+    # The state of an earlier answer would look like that of this one.
+    page.run("query.focus(); query.select(); document.body.dataset.state = 'asking'")
     page.write(text)
     page.press("Enter")
     page.wait("document.body.dataset.state === 'done'")

@@ -14,7 +14,7 @@ from cyclopts import default_name_transform as dashes
 
 from xfm_fast.cli.console import note, say, stdout, table
 from xfm_fast.cli.options import Flat, Model, command_group, named
-from xfm_fast.encoders import EncoderSource, is_library_model, open_encoder
+from xfm_fast.encoders import Encoder, EncoderSource, is_library_model, open_encoder
 from xfm_fast.errors import DataError, InputError
 from xfm_fast.export.request import (
     BUDGET,
@@ -25,15 +25,15 @@ from xfm_fast.export.request import (
     RuntimeChoice,
 )
 from xfm_fast.export.runtimes import RUNTIMES, Exporter, Runtime, find_runtime
-from xfm_fast.io import MOST_JSON_BYTES, read_bytes, staged
+from xfm_fast.io import staged
 from xfm_fast.loading import Source, open_model
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from rich.console import Console
 
     from xfm_fast.config import XFMConfig
     from xfm_fast.export.expected import Examples
+    from xfm_fast.export.library import Samples
     from xfm_fast.export.manifest import Manifest, QuantisationRecord, VerificationRecord
     from xfm_fast.tokenizer import CaptionTokenizer
 
@@ -73,8 +73,7 @@ class ExportOptions:
         sm: Compute capabilities to build engines for, for example 80,89,120. [this machine's GPU]
         quantize: 8-bit GEMMs of engines, with scales from the images and captions that are compared.
         budget: Minimum cosine of any output row with the model's. GEMMs that cost more stay in --dtype. [0.99]
-        data: Images with captions to verify on, instead of the photographs: a folder, CSV, JSON lines or shard; or
-            a .txt file with a text per line, for models that embed or rank texts.
+        data: Images with captions to verify on, instead of the photographs: a folder, CSV, JSON lines or shard.
     """
 
     # cyclopts evaluates the hint at every use, so that choices and help have all runtimes of the registry.
@@ -149,7 +148,7 @@ def export(
         # The builder's own messages.
         logging.basicConfig(format="%(message)s")
         logging.getLogger("xfm_fast.export").setLevel(logging.DEBUG)
-    if is_library_model(source):
+    if is_library_model(source) and not source.is_export:
         return _export_library(source, out, request, exporter, options.data)
     if options.data is not None:
         # Validate before a checkpoint is read.
@@ -233,50 +232,33 @@ def _export_library(
     """Export a model of sentence-transformers as a folder of its layout."""
     if request.packed:
         raise InputError(f"--packed applies to X-FM, and {source} is another model; leave it out")
-    options = vars(source) | {"dtype": None, "device": "cpu"}
-    texts, images, origin = load_samples(data)
-    encoder: Any = open_encoder(EncoderSource(**options, accelerate=False))
-    with staged(out) as scratch:
-        from xfm_fast.export.library import Samples
-
-        samples = Samples.of(texts, images, encoder.use, origin)
-        with exporter.start(
+    options = vars(source) | {"dtype": None, "device": "cpu", "plain": True}
+    encoder: Any = open_encoder(EncoderSource(**options))
+    samples = load_samples(encoder, data)
+    with (
+        staged(out) as scratch,
+        exporter.start(
             encoder.model, scratch, request, source=source.label, examples=samples, progress=say
-        ) as finish_export:
-            del encoder
-            manifest = finish_export()
+        ) as finish_export,
+    ):
+        del encoder
+        manifest = finish_export()
     return finish(manifest, out)
 
 
-def load_samples(data: Path | None) -> tuple[list[str], list[Image], str]:
-    """Load texts and images to compare on, and their origin: lines of a text file, captioned images, or bundled."""
+def load_samples(encoder: Encoder, data: Path | None) -> Samples:
+    """Load texts and images to compare an encoder on: from `data`, or bundled."""
     from xfm_fast import testing
+    from xfm_fast.export.library import Samples
 
-    if data is not None and data.suffix == ".txt":
-        try:
-            lines = read_bytes(data, MOST_JSON_BYTES).decode().splitlines()
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"{data} cannot be read ({error}); give UTF-8 text, a text per line"
-            ) from None
-        texts = [line for line in map(str.strip, lines) if line]
-        if len(texts) < 2:
-            raise DataError(f"{data} holds {len(texts)} texts; give two or more, one per line")
-        return texts[:_TEXTS], [], data.name
-    try:
-        pictures = testing.bundled() if data is None else testing.from_files(data)
-    except DataError:
-        if data is not None:
-            raise
-        captions = [
-            text for photo in testing.captions_table()["photos"] for text in photo["captions"]
-        ]
-        return captions[:_TEXTS], [], "captions"
-    return (
-        pictures.texts(min(len(pictures.captions), _TEXTS)),
-        pictures.images[:_PHOTOS],
-        "captions",
-    )
+    if data is not None:
+        pictures = testing.from_files(data)
+        texts, images = pictures.texts(len(pictures.captions)), pictures.images
+    else:
+        photos = testing.captions_table()["photos"]
+        texts = [caption for photo in photos for caption in photo["captions"]]
+        images = testing.bundled().images if "image" in encoder.modalities else []
+    return Samples.of(texts[:_TEXTS], images[:_PHOTOS], encoder.use, "captions")
 
 
 def load_examples(

@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from xfm_fast.config import MODEL_TYPE, XFMConfig
-from xfm_fast.errors import needs
+from xfm_fast.errors import UnavailableError, needs
 
 with needs("hf"):
     import transformers
@@ -40,8 +40,13 @@ def register_auto_classes() -> None:
     """Register X-FM with the Auto classes of transformers; the first use of its configuration does it.
 
     They are `AutoModel`, `AutoModelForZeroShotImageClassification`, `AutoProcessor`, `AutoTokenizer`
-    and `AutoImageProcessor`. The model is an `XFMModel`: an `XFM` under the interface of CLIP.
+    and `AutoImageProcessor`. The model is an `XFMModel`: an `XFM` under the interface of CLIP. Raises
+    `UnavailableError` for transformers 4.
     """
+    if transformers.__version__.startswith("4."):
+        raise UnavailableError(
+            f"X-FM needs transformers 5, and {transformers.__version__} is installed; upgrade it"
+        )
     from transformers.models.auto import modeling_auto
 
     from xfm_fast.models import auto_classes
@@ -52,9 +57,11 @@ def register_auto_classes() -> None:
     transformers.AutoModelForZeroShotImageClassification.register(XFMAutoConfig, model)
     transformers.AutoProcessor.register(XFMAutoConfig, auto_classes.XFMAutoProcessor)
     transformers.AutoTokenizer.register(XFMAutoConfig, tokenizer_class=auto_classes.XFMTokenizer)
-    transformers.AutoImageProcessor.register(
-        XFMAutoConfig, image_processor_classes={"torchvision": images, "pil": images}
-    )
+    try:
+        by_backend = {"torchvision": images, "pil": images}
+        transformers.AutoImageProcessor.register(XFMAutoConfig, image_processor_classes=by_backend)
+    except TypeError:  # the first releases of transformers 5
+        transformers.AutoImageProcessor.register(XFMAutoConfig, images)
     # The pipeline prints an error for models that are not in this list.
     names: Any = modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
     names[MODEL_TYPE] = model.__name__

@@ -35,8 +35,13 @@ from xfm_fast.models.xfm import XFM
 from xfm_fast.tokenizer import clean_caption
 
 # Options that the Auto classes add.
-_BOOKKEEPING = frozenset(
-    {"adapter_kwargs", "code_revision", "config", "trust_remote_code", "_commit_hash", "_from_auto"}
+_BOOKKEEPING = (
+    "adapter_kwargs",
+    "code_revision",
+    "config",
+    "trust_remote_code",
+    "_commit_hash",
+    "_from_auto",
 )
 _LIMIT = "model_max_length"
 # A call of a fast tokenizer changes its settings, which another thread must not see.
@@ -74,10 +79,10 @@ class XFMModel(transformers.PreTrainedModel):
     def from_pretrained(cls, name: str | Path, *inputs: Any, **options: Any) -> XFMModel:
         """Load as `XFM.from_pretrained`; the dtype is by default that of the weights."""
         path, options = _locate(name, options)
-        dtype = options.pop("dtype", options.pop("torch_dtype", "auto"))
+        dtype = options.setdefault("dtype", options.pop("torch_dtype", "auto"))
         if isinstance(dtype, str) and "float" in dtype:
-            dtype = getattr(torch, dtype)
-        xfm = XFM.from_pretrained(path, dtype=dtype, **options)
+            options["dtype"] = getattr(torch, dtype)
+        xfm = XFM.from_pretrained(path, **options)
         return cls(transformers.AutoConfig.from_pretrained(path), xfm).eval()
 
     def save_pretrained(self, save_directory: str | Path, *inputs: Any, **options: Any) -> None:
@@ -85,15 +90,13 @@ class XFMModel(transformers.PreTrainedModel):
         self.xfm.save_pretrained(save_directory)
 
     def get_text_features(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+        self, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> BaseModelOutputWithPooling:
         """Return the states of texts, and their contrastive features as `pooler_output`."""
         states = self.xfm.encode_text(input_ids, attention_mask)
         return BaseModelOutputWithPooling(states, self.xfm.project_text(states))
 
-    def get_image_features(
-        self, pixel_values: Tensor, **options: Any
-    ) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
         """Return the states of images, and their contrastive features as `pooler_output`."""
         states = self.xfm.encode_image(pixel_values)
         return BaseModelOutputWithPooling(states, self.xfm.project_image(states))
@@ -130,9 +133,8 @@ class _Stored:
     def from_pretrained(cls: Any, name: str | Path, *inputs: Any, **options: Any) -> Any:
         """Load as `XFMProcessor.from_pretrained`."""
         path, options = _locate(name, options)
-        settings = get_tokenizer_config(path)
-        limit = {_LIMIT: settings[_LIMIT]} if _LIMIT in settings else {}
-        return cls(XFMProcessor.from_pretrained(path), **{**limit, **options})
+        options = {_LIMIT: get_tokenizer_config(path).get(_LIMIT), **options}
+        return cls(XFMProcessor.from_pretrained(path), **options)
 
     def save_pretrained(self, save_directory: str | Path, *inputs: Any, **options: Any) -> Any:
         """Save as `XFMProcessor.save_pretrained`."""
@@ -154,7 +156,7 @@ class XFMTokenizer(_Stored, transformers.PreTrainedTokenizerFast):
             )
         self.processor = processor
         vocabulary = processor.tokenizer.fast_options()
-        limit = options.setdefault(_LIMIT, token_limit(processor.config))
+        limit = options[_LIMIT] = options.get(_LIMIT) or token_limit(processor.config)
         if type(limit) is not int or limit < 3:
             raise DataError(f"{TOKENIZER_SETTINGS} has {_LIMIT}={limit!r}; give 3 tokens or more")
         super().__init__(**vocabulary, add_bos_token=True, add_eos_token=True, **options)

@@ -52,8 +52,14 @@ def local_folder(name: str | Path, **download: Unpack[Download]) -> Path:
         ) from None
     try:
         # Only these files are downloaded.
-        patterns = [CONFIG_FILE, MODEL_FILE, TASK_FILE, TOKENIZER_FILE]
-        patterns += [PREPROCESSOR_FILE, TOKENIZER_SETTINGS]
+        patterns = [
+            CONFIG_FILE,
+            MODEL_FILE,
+            TASK_FILE,
+            TOKENIZER_FILE,
+            TOKENIZER_SETTINGS,
+            PREPROCESSOR_FILE,
+        ]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, **download))
     except (OSError, ValueError) as error:
         raise CheckpointError(

@@ -105,7 +105,13 @@ def sdpa(
 ) -> Tensor:
     """Compute PyTorch's attention of `[B, N, H, D]`: `[B, N, H·D]`."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=scale)
+    if torch.onnx.is_in_onnx_export() and not causal:
+        # TensorRT fuses primitives, and has no kernel for every attention of opset 23.
+        scores = q * (q.shape[-1] ** -0.5 if scale is None else scale) @ k.transpose(-1, -2)
+        scores = scores if mask is None else add_mask(scores, mask, q.dtype)
+        out = scores.softmax(-1) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=scale)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -541,12 +547,15 @@ def padding_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """Keep a plain padding mask as `[B, N]`; otherwise make that of sdpa or eager attention."""
     from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
 
+    mask = kwargs.get("attention_mask")
+    bidirectional = kwargs.get("mask_function") is bidirectional_mask_function
+    skips = bidirectional and kwargs.get("allow_is_bidirectional_skip", True)
+    if mask is None and skips and torch.compiler.is_exporting():
+        return None  # transformers makes one of ones within a trace
     config = kwargs.get("config")
     biases = ("use_relative_position_bias", "use_shared_relative_position_bias")
     if any(getattr(config, name, False) for name in biases):
         return eager_mask(*args, **kwargs)
-    mask = kwargs.get("attention_mask")
-    bidirectional = kwargs.get("mask_function") is bidirectional_mask_function
     if mask is None or mask.ndim != 2 or not bidirectional or kwargs.get("kv_offset"):
         return sdpa_mask(*args, **kwargs)
     return mask if mask.shape[1] == kwargs.get("kv_length") else sdpa_mask(*args, **kwargs)

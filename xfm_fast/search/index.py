@@ -273,7 +273,7 @@ def build_index(
     collection = processes.together(
         lambda: open_collection(path, pictures, column=column, modalities=encoder.modalities)
     )
-    build = _Build(target, path, pictures, column, collection, encoder, processes)
+    build = _Build(target, path, pictures, collection, encoder, processes, batch_size)
     with ExitStack() as stack:
 
         def begin() -> tuple[str, int]:
@@ -283,7 +283,7 @@ def build_index(
                 return build.list_missing()
 
         work, count = processes.from_first(begin)
-        compute = partial(build.compute, target / work, count, batch_size, progress, stop)
+        compute = partial(build.compute, target / work, count, progress, stop)
         truncated = 0
         for faults, longer in processes.gather(processes.together(compute)):
             build.faults |= faults
@@ -310,10 +310,10 @@ class _Build:
     folder: Path
     path: Path
     images: Path | None
-    column: str | None
     collection: Collection
     encoder: Encoder
     processes: Processes
+    batch_size: int
     # Of the first process only.
     faults: dict[str, str] = field(default_factory=dict)
     _writer: Writer | None = None
@@ -388,7 +388,6 @@ class _Build:
         self,
         work: Path,
         count: int,
-        batch_size: int,
         progress: Callable[[int, int], None],
         stop: Event | None,
     ) -> tuple[dict[str, str], int]:
@@ -396,9 +395,9 @@ class _Build:
         rank, world_size = self.processes.rank, self.processes.world_size
         name = f"part-{rank}-{self.encoder.fingerprint}-{secrets.token_hex(6)}.sqlite"
         rows, faults, truncated, done = list[tuple[Any, ...]](), dict[str, str](), 0, 0
-        starts = range(rank * batch_size, count, world_size * batch_size)
+        starts = range(rank * self.batch_size, count, world_size * self.batch_size)
         try:
-            for loaded, features in self._embed(self._batches(work, starts, batch_size)):
+            for loaded, features in self._embed(self._batches(work, starts)):
                 faults |= loaded.faults
                 truncated += loaded.truncated
                 for entry, captions in loaded.items:
@@ -513,7 +512,7 @@ class _Build:
             )
             connection.execute("COMMIT")
 
-    def _batches(self, work: Path, starts: Sequence[int], size: int) -> Iterator[list[Entry]]:
+    def _batches(self, work: Path, starts: Sequence[int]) -> Iterator[list[Entry]]:
         """Read the batches of missing entries that begin at these numbers."""
         sql = (
             "SELECT name, size, modified, item, fields, captions FROM missing JOIN rows "
@@ -521,23 +520,24 @@ class _Build:
         )
         with connect(work, PART_TABLES) as connection:
             for start in starts:
-                yield [_entry(*row) for row in connection.execute(sql, (start, start + size))]
+                rows = connection.execute(sql, (start, start + self.batch_size))
+                yield [_entry(*row) for row in rows]
 
     def _embed(self, work: Iterator[Sequence[Entry]]) -> Iterator[tuple[_Loaded, np.ndarray]]:
         """Compute the L2-normalised features of all passages of each batch; threads load ahead."""
-        queue: deque[Future[_Loaded]] = deque()
+        queue: deque[Future[list[_Loaded]]] = deque()
         with ThreadPoolExecutor(_PREFETCH) as pool:
             # Empty batches at the end flush the queue.
             for batch in chain(work, repeat((), _PREFETCH)):
                 queue.append(pool.submit(self._load, batch))
                 if len(queue) <= _PREFETCH:
                     continue
-                loaded = queue.popleft().result()
-                outputs = [torch.empty(0, self.encoder.width)]
-                outputs += [self.encoder.run(inputs) for inputs in loaded.inputs]
-                yield loaded, normalize(torch.cat(outputs)).numpy()
+                for loaded in queue.popleft().result():
+                    outputs = [torch.empty(0, self.encoder.width)]
+                    outputs += [self.encoder.run(inputs) for inputs in loaded.inputs]
+                    yield loaded, normalize(torch.cat(outputs)).numpy()
 
-    def _load(self, batch: Sequence[Entry]) -> _Loaded:
+    def _load(self, batch: Sequence[Entry]) -> list[_Loaded]:
         """Read a batch, split long text files, and prepare the inputs of the model."""
         loaded, contents = _Loaded(), list[Any]()
         for entry in batch:
@@ -554,24 +554,18 @@ class _Build:
                 loaded.items.append((entry, [captions]))
                 contents.append(content)
         try:
-            for chunk in batches(contents, max(1, len(batch))):
+            for chunk in batches(contents, self.batch_size):
                 loaded.inputs.append(self.encoder.prepare(chunk, "document"))
         except DataError as error:
             # One of the texts has no words, say.
             if len(batch) == 1:
-                return _Loaded(faults={batch[0].name: str(error)})
-            singles = [self._load([entry]) for entry in batch]
-            return _Loaded(
-                [item for single in singles for item in single.items],
-                [inputs for single in singles for inputs in single.inputs],
-                {name: fault for single in singles for name, fault in single.faults.items()},
-                sum(single.truncated for single in singles),
-            )
+                return [_Loaded(faults={batch[0].name: str(error)})]
+            return [loaded for entry in batch for loaded in self._load([entry])]
         if isinstance(self.encoder, LibraryEncoder) and self.collection.modality == "text":
             prompt, most = self.encoder.prompt("document") or "", self.encoder.max_tokens
             ids = self.encoder.token_ids([prompt + text for text in contents])
             loaded.truncated = sum(len(tokens) > (most or math.inf) for tokens in ids)
-        return loaded
+        return [loaded]
 
     @cached_property
     def _passage(self) -> int:

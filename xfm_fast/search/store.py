@@ -461,7 +461,9 @@ class Writer:
             self.connection.executemany(f"DELETE FROM {table} WHERE row = ?", values)
 
     def commit(self) -> None:
-        """Make all changes visible, durably."""
+        """Make all changes visible, durably; an index that never had a row is not stored."""
+        if not self.header.rows:
+            return
         self._write()
         self.header.columns, self.header.commit = [*self._columns], self.header.commit + 1
         self.connection.execute("DELETE FROM header")

@@ -431,7 +431,7 @@ def _decode(picture: Picture) -> Image.Image | XFMError:
 def _reads_by_role(encoder: LibraryEncoder) -> bool:
     """Return whether the model reads queries otherwise than documents, beside their prompts."""
     module = encoder.model[0]
-    return type(module).__name__ != "Transformer" or any(
+    return "Transformer" not in {cls.__name__ for cls in type(module).__mro__} or any(
         getattr(module, name, None) is not None
         for name in ("query_length", "document_length", "query_expansion")
     )

@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 
 from xfm_fast.export.request import RuntimeChoice
-from xfm_fast.loading import Source
+from xfm_fast.loading import EncoderSource
 
 
 @dataclass(frozen=True)
-class SourceOptions(Source):
+class SourceOptions(EncoderSource):
     """The served model.
 
     Attributes:

@@ -16,7 +16,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from xfm_fast.encoders import is_library_export, is_library_model
+from xfm_fast.encoders import is_library_model
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.search import open_index
 from xfm_fast.serve.app import Service
@@ -66,7 +66,7 @@ def load(
     """
     options = options if path is None else replace(options, model=str(path))
     options.check()
-    if is_library_model(options) or is_library_export(options):
+    if is_library_model(options):
         return load_library_model(options, name)
     return load_xfm(options, cache_bytes, name)
 
