@@ -343,7 +343,7 @@ def test_coarse_levels_leave_nothing(
         quantize_int8(
             _part(exported_fp32, "fusion", tmp_path / "fp32"), tmp_path / "int8", budget=0.01
         )
-    assert [*(tmp_path / "int8").iterdir()] == []
+    assert not (tmp_path / "int8").exists()
 
 
 def _minilm() -> XFM:
@@ -411,7 +411,7 @@ def test_budgets_that_cannot_be_met(
     monkeypatch.setattr(quantise, "least_cosine", lambda *_: 0.5)
     with pytest.raises(ExportError, match=r"--budget 0\.99 .* int8"):
         quantize_int8(_part(exported_fp32, "image_memory", tmp_path / "fp32"), tmp_path / "int8")
-    assert [*(tmp_path / "int8").iterdir()] == []
+    assert not (tmp_path / "int8").exists()
 
 
 @pytest.mark.slow
