@@ -138,7 +138,7 @@ def test_post_norm_texts_are_smoothed_by_mul(exported_fp32: Path) -> None:
 def _uneven(model: Any) -> Any:
     """Give the norms of a text graph some large channels, as trained ones have."""
     for tensor in model.graph.initializer:
-        if tensor.name.endswith("LayerNorm.weight"):
+        if tensor.name.endswith(("LayerNorm.weight", ".norm.weight")):
             values = onnx.numpy_helper.to_array(tensor).copy()
             values[:2] *= 30
             tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
@@ -343,7 +343,7 @@ def test_coarse_levels_leave_nothing(
         quantize_int8(
             _part(exported_fp32, "fusion", tmp_path / "fp32"), tmp_path / "int8", budget=0.01
         )
-    assert [*(tmp_path / "int8").iterdir()] == []
+    assert not (tmp_path / "int8").exists()
 
 
 def _minilm() -> XFM:
@@ -411,7 +411,7 @@ def test_budgets_that_cannot_be_met(
     monkeypatch.setattr(quantise, "least_cosine", lambda *_: 0.5)
     with pytest.raises(ExportError, match=r"--budget 0\.99 .* int8"):
         quantize_int8(_part(exported_fp32, "image_memory", tmp_path / "fp32"), tmp_path / "int8")
-    assert [*(tmp_path / "int8").iterdir()] == []
+    assert not (tmp_path / "int8").exists()
 
 
 @pytest.mark.slow
