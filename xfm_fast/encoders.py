@@ -146,20 +146,18 @@ class LibraryEncoder(Encoder):
         return self.model.max_seq_length
 
     @cached_property
-    def _counter(self) -> Any:
-        """A tokenizer without truncation and padding, so that threads share it."""
-        tokenizer = self.model.tokenizer
-        if hasattr(tokenizer, "backend_tokenizer"):
-            counter = deepcopy(tokenizer.backend_tokenizer)
-            counter.no_truncation()
-            counter.no_padding()
-            return counter
-        return None
+    def whole_tokenizer(self) -> Any:
+        """A fast tokenizer without truncation and padding, which threads share; None if there is no fast one."""
+        tokenizer = deepcopy(getattr(self.model.tokenizer, "backend_tokenizer", None))
+        if tokenizer is not None:
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        return tokenizer
 
     def token_ids(self, texts: Sequence[str | tuple[str, str]]) -> list[list[int]]:
         """Return the ids of whole texts or pairs, special ones included, for counting; safe in every thread."""
-        if self._counter is not None:
-            return [encoding.ids for encoding in self._counter.encode_batch_fast([*texts])]
+        if self.whole_tokenizer is not None:
+            return [encoding.ids for encoding in self.whole_tokenizer.encode_batch_fast([*texts])]
         with self._lock:
             return self.model.tokenizer([*texts])["input_ids"]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from itertools import compress
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from xfm_fast.data.shapes import captions, render, scene
-from xfm_fast.encoders import LibraryEncoder, Role, Use, open_encoder
+from xfm_fast.encoders import LibraryEncoder, Use, open_encoder
 from xfm_fast.errors import DataError, InputError, XFMError
 from xfm_fast.loading import Source
 from xfm_fast.serve.model import (
@@ -38,8 +39,8 @@ _ABILITIES: dict[Use, tuple[Ability, ...]] = {
 _SLICE_CHARACTERS = 1 << 16
 _IMAGES_TOGETHER = 16
 _UNLIMITED = 1 << 30
-# Captions on which a model in 8 bits is compared with fp32, and neighbours of each.
-_CAPTIONS, _NEAREST = 128, 10
+# Captions on which a model in 8 bits is compared with fp32, and the nearest ones that count.
+_CAPTIONS, _BEST = 128, 10
 
 Side = Literal["left", "right"]
 Text = str | tuple[str, str]
@@ -68,22 +69,14 @@ class FastTokenizer:
     """The model's tokenizer without the library around it, whose settings never change: safe in every thread."""
 
     def __init__(self, encoder: LibraryEncoder, max_tokens: int) -> None:
-        tokenizer = encoder.model.tokenizer
-        self._whole = deepcopy(tokenizer.backend_tokenizer)
-        self._whole.no_padding()
-        self._whole.no_truncation()
-        self._max_tokens = max_tokens
-        self._by_side: dict[Side, Any] = {
-            side: self._truncating(side) for side in ("left", "right")
-        }
+        tokenizer, self._whole = encoder.model.tokenizer, encoder.whole_tokenizer
+        self._by_side: dict[Side, Any] = {}
+        for side in get_args(Side):
+            self._by_side[side] = deepcopy(self._whole)
+            if max_tokens < _UNLIMITED:
+                self._by_side[side].enable_truncation(max_tokens, direction=side)
         self._pad, self._pad_type = tokenizer.pad_token_id or 0, tokenizer.pad_token_type_id
         self._pads_left = tokenizer.padding_side == "left"
-
-    def _truncating(self, side: Side) -> Any:
-        tokenizer = deepcopy(self._whole)
-        if self._max_tokens < _UNLIMITED:
-            tokenizer.enable_truncation(self._max_tokens, direction=side)
-        return tokenizer
 
     def encode(self, texts: Sequence[Text], side: Side) -> list[Any]:
         """Encode texts or pairs of texts, truncated."""
@@ -93,18 +86,14 @@ class FastTokenizer:
         """Describe the tokens of whole texts in TEI's form; `special` adds special ones."""
         descriptions = []
         for encoding in self._whole.encode_batch([*texts], add_special_tokens=special):
-            rows = zip(
-                encoding.ids,
-                encoding.tokens,
-                map(bool, encoding.special_tokens_mask),
-                encoding.offsets,
-                strict=True,
-            )
+            masks, spans = encoding.special_tokens_mask, encoding.offsets
             tokens = []
-            for token, text, is_special, offsets in rows:
-                start, stop = (None, None) if is_special else offsets
+            for token, text, mask, span in zip(
+                encoding.ids, encoding.tokens, masks, spans, strict=True
+            ):
+                start, stop = (None, None) if mask else span
                 tokens.append(
-                    {"id": token, "text": text, "special": is_special, "start": start, "stop": stop}
+                    {"id": token, "text": text, "special": bool(mask), "start": start, "stop": stop}
                 )
             descriptions.append(tokens)
         return descriptions
@@ -148,7 +137,12 @@ class LibraryModel(ServedModel):
             self.abilities = ("classify",)
         self.device = encoder.device
         self.max_tokens = min(encoder.max_tokens or _UNLIMITED, _UNLIMITED)
-        self.labels = _labels(encoder)
+        self.prompts = encoder.prompts
+        if encoder.use == "ranking":
+            labels = getattr(encoder.model.config, "id2label", None) or {}
+            self.labels = [
+                str(labels.get(index, f"LABEL_{index}")) for index in range(encoder.width)
+            ]
         # Pooling may leave out the prompt, whose length all texts of a forward pass then share.
         self._pools_prompts = all(
             getattr(module, "include_prompt", True) for module in encoder.model
@@ -165,8 +159,10 @@ class LibraryModel(ServedModel):
     def _fast_tokenizer(self) -> FastTokenizer | None:
         """Return the fast tokenizer if its inputs are the library's."""
         encoder = self.encoder
-        if "text" not in self.modalities or not hasattr(
-            encoder.model.tokenizer, "backend_tokenizer"
+        if (
+            "text" not in self.modalities
+            or encoder.whole_tokenizer is None
+            or _reads_by_role(encoder)
         ):
             return None
         fast = FastTokenizer(encoder, self.max_tokens)
@@ -187,7 +183,7 @@ class LibraryModel(ServedModel):
             same = inputs.keys() == expected.keys() and all(
                 torch.equal(inputs[name], expected[name]) for name in self._names
             )
-            if not same or _reads_by_role(encoder):
+            if not same:
                 return None
         return fast
 
@@ -211,72 +207,53 @@ class LibraryModel(ServedModel):
             if modality not in self.modalities:
                 readable = " and ".join(self.modalities)
                 raise InputError(f"{name} is {modality}, and {self.name} reads {readable}")
-        inputs: Sequence[Any] = contents
-        sources: Sequence[int] = range(len(contents))
+        inputs, sources = [*contents], [*range(len(contents))]
         if encoder.use == "ranking":
             inputs = [
                 contents[first] if first == second else (contents[first], contents[second])
                 for first, second in pairs
             ]
             sources, pairs = [second for _, second in pairs], ()
+        names = [names[source] for source in sources]
         rows = [Row(Group("image"), content, None, 1) for content in inputs]
-        texts = [index for index, content in enumerate(inputs) if not isinstance(content, Picture)]
-        settings = [self._settings(reading, reading.role)]
-        if reading.following is not None:
-            settings.append(self._settings(reading, reading.following))
         truncated = list[int]()
-        for span in _slices([inputs[index] for index in texts]):
+        for indices in _slices(inputs, reading.following is not None):
             check()
-            indices = texts[span]
-            batch = [settings[0 if index == 0 else -1] for index in indices]
-            prompted = [
-                _prompted(inputs[index], prompt)
-                for index, (_, _, prompt) in zip(indices, batch, strict=True)
-            ]
-            are_cut = self._read_texts(rows, indices, batch, prompted, reading.side)
-            for index, text, is_cut in zip(indices, prompted, are_cut, strict=True):
-                if not is_cut:
-                    continue
-                truncated.append(sources[index])
-                if not reading.truncate:
-                    (ids,) = encoder.token_ids([text])
-                    raise TooLongError(
-                        names[sources[index]], f"{len(ids):,} tokens", self.max_tokens
-                    )
+            truncated += self._read_texts(rows, indices, names, reading)
         tokens = sum(row.length for row in rows)
-        return Work(tuple(rows), pairs, scoring, tokens, tuple(truncated), reading.normalise)
-
-    def _settings(
-        self, reading: Reading, role: Role | None
-    ) -> tuple[Group, Role | None, str | None]:
-        """Return what texts of a role share in a forward pass, the role, and its prompt."""
-        role = None if self.encoder.use == "ranking" else role
-        prompt = self.encoder.prompt(role, reading.prompt)
-        return Group("ids", None, None, self._prompt_length(prompt)), role, prompt
+        truncated = tuple(sources[index] for index in truncated)
+        return Work(tuple(rows), pairs, scoring, tokens, truncated, reading.normalise)
 
     def _read_texts(
-        self,
-        rows: list[Row],
-        indices: Sequence[int],
-        settings: Sequence[tuple[Group, Role | None, str | None]],
-        texts: Sequence[Text],
-        side: Side,
-    ) -> list[bool]:
-        """Replace the rows of texts; returns whether each is truncated."""
-        columns = zip(indices, settings, strict=True)
+        self, rows: list[Row], indices: Sequence[int], names: Sequence[str], reading: Reading
+    ) -> Iterator[int]:
+        """Replace the rows of texts of one role; returns the indices of those that are truncated."""
+        encoder = self.encoder
+        role = reading.following or reading.role if indices[0] else reading.role
+        role = None if encoder.use == "ranking" else role
+        prompt = encoder.prompt(role, reading.prompt)
+        texts = [_prompted(rows[index].value, prompt) for index in indices]
         if self.tokenizer is not None:
-            encodings = self.tokenizer.encode(texts, side)
-            for (index, (group, _, _)), encoding in zip(columns, encodings, strict=True):
-                rows[index] = _ids_row(group, encoding)
-            return [bool(encoding.overflowing) for encoding in encodings]
-        if side == "left":
+            group = Group("ids", prompt_length=self._prompt_length(prompt))
+            encodings = self.tokenizer.encode(texts, reading.side)
+            are_cut = [bool(encoding.overflowing) for encoding in encodings]
+            batch = [_ids_row(group, encoding) for encoding in encodings]
+        elif reading.side == "left":
             raise InputError(f"{self.name} truncates texts on the right only; leave out the side")
-        counts = [len(ids) for ids in self.encoder.token_ids(texts)]
-        for (index, (_, role, prompt)), count in zip(columns, counts, strict=True):
-            text = rows[index].value
-            group = Group("text" if isinstance(text, str) else "pair", role, prompt)
-            rows[index] = Row(group, text, None, min(count, self.max_tokens))
-        return [count > self.max_tokens for count in counts]
+        else:
+            counts = [len(ids) for ids in encoder.token_ids(texts)]
+            are_cut = [count > self.max_tokens for count in counts]
+            batch = []
+            for index, count in zip(indices, counts, strict=True):
+                text = rows[index].value
+                group = Group("text" if isinstance(text, str) else "pair", role, prompt)
+                batch.append(Row(group, text, None, min(count, self.max_tokens)))
+        for index, row, text, is_cut in zip(indices, batch, texts, are_cut, strict=True):
+            rows[index] = row
+            if is_cut and not reading.truncate:
+                (ids,) = encoder.token_ids([text])
+                raise TooLongError(names[index], f"{len(ids):,} tokens", self.max_tokens)
+        return compress(indices, are_cut)
 
     def _prompt_length(self, prompt: str | None) -> int | None:
         if not prompt or self._pools_prompts:
@@ -395,17 +372,21 @@ def _ids_row(group: Group, encoding: Any) -> Row:
     return Row(group, ids, np.array(encoding.type_ids, np.uint8), len(ids))
 
 
-def _slices(texts: Sequence[Text]) -> Iterator[slice]:
-    """Yield consecutive ranges of texts of at most `_SLICE_CHARACTERS`, or of one text."""
-    start, characters = 0, 0
-    for index, text in enumerate(texts):
+def _slices(inputs: Sequence[Any], divide: bool) -> Iterator[list[int]]:
+    """Yield indices of texts of at most `_SLICE_CHARACTERS`, or of one; `divide` the first from the others."""
+    indices, characters = list[int](), 0
+    for index, text in enumerate(inputs):
+        if isinstance(text, Picture):
+            continue
         size = len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
-        if index > start and characters + size > _SLICE_CHARACTERS:
-            yield slice(start, index)
-            start, characters = index, 0
+        is_first = divide and indices == [0]
+        if is_first or (indices and characters + size > _SLICE_CHARACTERS):
+            yield indices
+            indices, characters = [], 0
+        indices.append(index)
         characters += size
-    if texts:
-        yield slice(start, len(texts))
+    if indices:
+        yield indices
 
 
 def _prompted(text: Text, prompt: str | None) -> Text:
@@ -437,14 +418,6 @@ def _reads_by_role(encoder: LibraryEncoder) -> bool:
     )
 
 
-def _labels(encoder: LibraryEncoder) -> list[str]:
-    """Return the names of a classifier's labels."""
-    if encoder.use != "ranking":
-        return []
-    labels = getattr(encoder.model.config, "id2label", None) or {}
-    return [str(labels.get(index, f"LABEL_{index}")) for index in range(encoder.width)]
-
-
 def load_library_model(source: Source, name: str | None = None) -> LibraryModel:
     """Open a model of sentence-transformers; one in 8 bits is compared with fp32 on captions."""
     encoder = open_encoder(source)
@@ -459,34 +432,28 @@ def load_library_model(source: Source, name: str | None = None) -> LibraryModel:
 
 def compare(encoder: LibraryEncoder, reference: LibraryEncoder) -> str:
     """Describe how close the results of a model on generated captions are to those of a reference."""
+    from xfm_fast.export.library import neighbour_agreement
+
     scenes = [scene(0, index) for index in range(_CAPTIONS)]
     items: Any = [captions(scene)[0] for scene in scenes]
     if encoder.use == "ranking":
-        pairs = [(items[0], caption) for caption in items]
-        scores, truth = (model.score(pairs, raw=True) for model in (encoder, reference))
-        scores, truth = scores.reshape(len(pairs), -1), truth.reshape(len(pairs), -1)
-        error = (scores - truth).abs().max() / truth.abs().max()
-        shared = _shared(
-            scores[:, 0].argsort(descending=True), truth[:, 0].argsort(descending=True)
+        items = [(items[0], caption) for caption in items]
+    elif "text" not in encoder.modalities:
+        items = [Image.fromarray(render(scene)) for scene in scenes]
+    values, truth = (model.run(model.prepare(items)) for model in (encoder, reference))
+    if encoder.use == "ranking":
+        error = (values - truth).abs().max() / truth.abs().max()
+        best, expected = (
+            {*scores[:, 0].topk(_BEST).indices.tolist()} for scores in (values, truth)
         )
         return (
-            f"scores within {error:.1%} of fp32 and {shared:.0%} of the {_NEAREST} best kept on "
-            f"{len(pairs)} captions"
+            f"scores within {error:.1%} of fp32 and {len(best & expected)} of the {_BEST} best kept on "
+            f"{_CAPTIONS} captions"
         )
-    if "text" not in encoder.modalities:
-        items = [Image.fromarray(render(scene)) for scene in scenes]
-    rows, truth = (
-        normalised(model.run(model.prepare(items)).numpy()) for model in (encoder, reference)
-    )
-    cosine = float((rows * truth).sum(1).min())
-    orders = [np.argsort(-(matrix @ matrix.T), kind="stable")[:, 1:] for matrix in (rows, truth)]
-    shares = [_shared(*order) for order in zip(*orders, strict=True)]
+    cosine = torch.cosine_similarity(values, truth).min()
+    agreement = neighbour_agreement(values, truth, 0, _BEST)
+    assert agreement is not None
     return (
-        f"least cosine {cosine:.4f} to fp32 and {np.mean(shares):.0%} of {_NEAREST} nearest neighbours kept on "
-        f"{len(items)} captions"
+        f"least cosine {cosine:.4f} to fp32 and {agreement[2]:.0%} of {_BEST} nearest neighbours kept on "
+        f"{_CAPTIONS} captions"
     )
-
-
-def _shared(order: Any, expected: Any) -> float:
-    """Return the share of the first entries of an order that are among the first expected."""
-    return len({*order[:_NEAREST].tolist()} & {*expected[:_NEAREST].tolist()}) / _NEAREST

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -112,6 +113,8 @@ class ServedModel(ABC):
         device: Device of the weights.
         encoder: The model as an `Encoder`, which made an index.
         quick: `read` takes microseconds for a short text, and no lock.
+        prompts: Prompts of texts by name.
+        labels: Names of the scores of a classifier.
     """
 
     name: str
@@ -123,6 +126,8 @@ class ServedModel(ABC):
     device: torch.device
     encoder: Any
     quick: bool
+    prompts: Mapping[str, str] = MappingProxyType({})
+    labels: Sequence[str] = ()
 
     @property
     @abstractmethod

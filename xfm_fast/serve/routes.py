@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
@@ -17,7 +19,7 @@ from xfm_fast.encoders import Role
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.serve import schema
 from xfm_fast.serve.library import LibraryModel, normalised
-from xfm_fast.serve.model import Ability, Reading, Scoring, ServedModel
+from xfm_fast.serve.model import Ability, Pairs, Reading, Scoring, ServedModel
 from xfm_fast.serve.schema import ImageItem, Item, Problem
 from xfm_fast.serve.service import ModelService, Result
 from xfm_fast.serve.work import Account
@@ -33,6 +35,12 @@ _SPARSE_NUMBERS = 1024
 _QUICK_NUMBERS = 1 << 15
 TEI_PATHS = frozenset(("/", "/embed", "/embed_sparse", "/predict", "/similarity", "/tokenize"))
 """Paths whose errors have TEI's form; `/rerank` has it for bodies of TEI."""
+_ROOTS: dict[Ability, str] = {
+    "embed": "/embed",
+    "embed_sparse": "/embed_sparse",
+    "rank": "/rerank",
+    "classify": "/predict",
+}
 _ROLES: dict[str, Role] = {
     "search_query": "query",
     "query": "query",
@@ -40,6 +48,10 @@ _ROLES: dict[str, Role] = {
     "passage": "document",
     "document": "document",
 }
+
+
+Lists = Mapping[str, Sequence[Item]]
+"""Items of a request by the field that holds them."""
 
 
 class Call(NamedTuple):
@@ -58,35 +70,26 @@ class Routes:
 
     def __init__(self, service: ModelService) -> None:
         self._service = service
-        embed = Call(schema.TeiEmbedRequest, self.embed)
-        embed_sparse = Call(schema.TeiEmbedRequest, self.embed_sparse)
-        embeddings = Call(schema.EmbeddingsRequest, self.embeddings)
-        cohere_embed = Call(schema.EmbedRequest, self.cohere_embed)
-        rerank = Call(schema.RerankRequest, self.rerank)
-        score = Call(schema.ScoreRequest, self.score)
-        predict = Call(schema.TeiPredictRequest, self.predict)
-        roots: dict[Ability, Call] = {
-            "embed": embed,
-            "embed_sparse": embed_sparse,
-            "rank": rerank,
-            "classify": predict,
+        endpoints: dict[str, Callable[[Request, Any], Awaitable[Response]]] = {
+            "/v1/embeddings": self.embeddings,
+            "/embeddings": self.embeddings,
+            "/v1/rerank": self.rerank,
+            "/v2/rerank": self.rerank,
+            "/rerank": self.rerank,
+            "/v1/embed": self.cohere_embed,
+            "/v2/embed": self.cohere_embed,
+            "/v1/score": self.score,
+            "/score": self.score,
+            "/embed": self.embed,
+            "/embed_sparse": self.embed_sparse,
+            "/predict": self.predict,
+            "/similarity": self.similarity,
+            "/tokenize": self.tokenize,
         }
-        self.calls: dict[str, Call] = {
-            "/v1/embeddings": embeddings,
-            "/embeddings": embeddings,
-            "/v1/rerank": rerank,
-            "/v2/rerank": rerank,
-            "/rerank": rerank,
-            "/v1/embed": cohere_embed,
-            "/v2/embed": cohere_embed,
-            "/v1/score": score,
-            "/score": score,
-            "/embed": embed,
-            "/embed_sparse": embed_sparse,
-            "/predict": predict,
-            "/similarity": Call(schema.TeiSimilarityRequest, self.similarity),
-            "/tokenize": Call(schema.TeiTokenizeRequest, self.tokenize),
-            "/": roots[service.models[0].abilities[0]],
+        endpoints["/"] = endpoints[_ROOTS[service.models[0].abilities[0]]]
+        self.calls = {
+            path: Call(get_type_hints(endpoint)["body"], endpoint)
+            for path, endpoint in endpoints.items()
         }
 
     def add(self, app: FastAPI) -> None:
@@ -99,74 +102,53 @@ class Routes:
         for path, call in self.calls.items():
             answer = answers.get(call.endpoint.__name__)
             app.post(path, response_model=answer)(call.endpoint)
-        for path, endpoint in {
-            "/health": self.health,
-            "/ready": self.ready,
-            "/info": self.info,
-            "/v1/models": self.models,
-        }.items():
-            app.get(path)(endpoint)
+        app.get("/health")(self.health)
+        app.get("/ready")(self.ready)
+        app.get("/info")(self.info)
+        app.get("/v1/models")(self.models)
 
     async def embeddings(self, request: Request, body: schema.EmbeddingsRequest) -> Response:
         """Embed texts and images: L2-normalised features; their dot products are cosine similarities."""
         model = self._service.choose(body.model, "embed")
-        role, prompt = _by_task(model, (body.task or "").rpartition(".")[2])
-        reading = Reading(
-            role, None, body.prompt_name or prompt, body.truncate, normalise=body.normalized
-        )
-        size = _check_dimensions(model, body.dimensions)
-        lists = {"input": body.input}
-        answer_bytes = _NUMBER_BYTES * size * len(body.input)
-        result = await self._service.compute(request, model, lists, (), reading, answer_bytes)
+        task = (body.task or "").rpartition(".")[2]
+        reading = replace(_by_task(model, body, task), normalise=body.normalized)
 
-        def content() -> dict[str, Any]:
-            features = _shortened(result.values, body.dimensions, body.normalized)
+        def content(result: Result) -> dict[str, Any]:
             data = [
                 {"object": "embedding", "index": index, "embedding": row}
-                for index, row in enumerate(_encoded(features, body.encoding_format))
+                for index, row in enumerate(_encoded(result.values, body.encoding_format))
             ]
             return {"object": "list", "data": data, **_fields(result, body)}
 
-        return await self._answer(request, result, content)
+        lists = {"input": body.input}
+        return await self._embed(request, model, lists, content, reading, body.dimensions)
 
     async def cohere_embed(self, request: Request, body: schema.EmbedRequest) -> Response:
         """Embed texts or images in Cohere's form; int8 and uint8 scale numbers from [-1, 1], binary packs signs."""
         model = self._service.choose(body.model, "embed")
-        role, prompt = _by_task(model, body.input_type or "")
-        reading = Reading(
-            role,
-            None,
-            body.prompt_name or prompt,
-            body.truncate != "NONE",
-            "left" if body.truncate == "START" else "right",
-        )
-        size = _check_dimensions(model, body.output_dimension)
-        lists: dict[str, Sequence[Item]] = {}
-        if body.images:
-            lists["images"] = [ImageItem(image) for image in body.images]
-        else:
-            lists = {"texts": body.texts} if body.texts else {"inputs": body.inputs or []}
-        (items,) = lists.values()
+        reading = _by_task(model, body, body.input_type or "")
+        images = [ImageItem(image) for image in body.images or ()]
+        lists = {"texts": body.texts or [], "images": images, "inputs": body.inputs or []}
+        texts = [item for items in lists.values() for item in items if isinstance(item, str)]
         types = body.embedding_types or ["float"]
-        answer_bytes = _NUMBER_BYTES * size * len(items) * len(types)
-        result = await self._service.compute(request, model, lists, (), reading, answer_bytes)
         version = request.url.path[2]
 
-        def content() -> dict[str, Any]:
-            features = _shortened(result.values, body.output_dimension)
-            embeddings: Any = {name: _encoded(features, name) for name in types}
+        def content(result: Result) -> dict[str, Any]:
+            embeddings: Any = {name: _encoded(result.values, name) for name in types}
             form = "embeddings_by_type"
             if body.embedding_types is None and version == "1":
                 embeddings, form = embeddings["float"], "embeddings_floats"
             return {
                 "response_type": form,
                 "embeddings": embeddings,
-                "texts": [item for item in items if isinstance(item, str)],
+                "texts": texts,
                 "meta": _meta(version, input_tokens=result.work.tokens),
                 **_fields(result, body),
             }
 
-        return await self._answer(request, result, content)
+        return await self._embed(
+            request, model, lists, content, reading, body.output_dimension, len(types)
+        )
 
     async def rerank(self, request: Request, body: schema.RerankRequest) -> Response:
         """Order documents by their relevance to a query.
@@ -179,46 +161,37 @@ class Routes:
         """
         is_tei = request.state.is_tei = body.texts is not None
         documents = body.texts or body.documents or []
-        model = self._service.choose(body.model, "rank", "compare")
-        side = "left" if body.truncation_direction.lower() == "left" else "right"
         scoring: Scoring | None = "logit" if body.raw_scores else None
-        reading = Reading(
-            "query", "document", body.prompt_name, body.truncate is not False, side, scoring=scoring
-        )
-        name = "texts" if is_tei else "documents"
-        lists = {"query": [body.query], name: documents}
-        pairs = tuple((0, index) for index in range(1, 1 + len(documents)))
+        reading = replace(body.reading(), role="query", following="document", scoring=scoring)
         echo = body.return_documents or body.return_text
-        answer_bytes = _ECHO_COPIES * request.state.account.received if echo else 0
-        result = await self._service.compute(request, model, lists, pairs, reading, answer_bytes)
-        scores = result.values
-        order = np.argsort(-scores, kind="stable").tolist()[: body.top_n]
-        values = scores.tolist()
-        if is_tei:
-            ranks: list[dict[str, Any]] = [
-                {"index": index, "score": values[index]} for index in order
-            ]
-            if echo:
-                for rank in ranks:
-                    rank["text"] = documents[rank["index"]]
-            return await self._answer(request, result, lambda: ranks)
-        results: list[dict[str, Any]] = [
-            {"index": index, "relevance_score": values[index]} for index in order
-        ]
-        if echo:
-            for row in results:
-                item = documents[row["index"]]
-                row["document"] = (
-                    {"image": item.image} if isinstance(item, ImageItem) else {"text": item}
-                )
-        fields = _fields(result, body, scoring=True)
-        content = {
-            "object": "list",
-            "results": results,
-            "meta": _meta("2", search_units=1),
-            **fields,
-        }
-        return await self._answer(request, result, lambda: content)
+
+        def content(result: Result) -> Any:
+            order = np.argsort(-result.values, kind="stable").tolist()[: body.top_n]
+            score, document = ("score", "text") if is_tei else ("relevance_score", "document")
+            results = []
+            for index in order:
+                row = {"index": index, score: float(result.values[index])}
+                if echo:
+                    item = documents[index]
+                    is_text = isinstance(item, str)
+                    if not is_tei:
+                        item = {"text": item} if is_text else {"image": item.image}
+                    row[document] = item
+                results.append(row)
+            if is_tei:
+                return results
+            meta = _meta("2", search_units=1)
+            return {"object": "list", "results": results, "meta": meta, **_fields(result, body)}
+
+        return await self._answer(
+            request,
+            self._service.choose(body.model, "rank", "compare"),
+            {"query": [body.query], "texts" if is_tei else "documents": documents},
+            content,
+            reading,
+            _one_with_many(documents),
+            _ECHO_COPIES * request.state.account.received if echo else 0,
+        )
 
     async def score(self, request: Request, body: schema.ScoreRequest) -> Response:
         """Score pairs: one item with many, or two lists of equal length; a cross-encoder as its `predict` does."""
@@ -232,45 +205,31 @@ class Routes:
         lists = {"text_1": body.text_1, "text_2": body.text_2}
         pairs = tuple((index if first > 1 else 0, first + index) for index in range(second))
         reading = Reading(prompt=body.prompt_name, scoring="activation")
-        result = await self._service.compute(request, model, lists, pairs, reading)
-        content = {
-            "object": "list",
-            "created": int(time.time()),
-            "data": [
+
+        def content(result: Result) -> dict[str, Any]:
+            data = [
                 {"object": "score", "index": index, "score": score}
                 for index, score in enumerate(result.values.tolist())
-            ],
-            **_fields(result, body, scoring=True),
-        }
-        return await self._answer(request, result, lambda: content)
+            ]
+            created = int(time.time())
+            return {"object": "list", "created": created, "data": data, **_fields(result, body)}
+
+        return await self._answer(request, model, lists, content, reading, pairs)
 
     async def embed(self, request: Request, body: schema.TeiEmbedRequest) -> Response:
         """Embed texts in TEI's form: a list of features."""
-        model = self._service.choose(body.model, "embed")
-        size = _check_dimensions(model, body.dimensions)
-        result = await self._service.compute(
-            request,
-            model,
-            {"inputs": body.inputs},
-            (),
-            _tei_reading(body, normalise=body.normalize),
-            _NUMBER_BYTES * size * len(body.inputs),
+        model, lists = self._service.choose(body.model, "embed"), {"inputs": body.inputs}
+        reading = replace(body.reading(), normalise=body.normalize)
+        return await self._embed(
+            request, model, lists, lambda result: result.values.tolist(), reading, body.dimensions
         )
-
-        def content() -> list[list[float]]:
-            return _shortened(result.values, body.dimensions, body.normalize).tolist()
-
-        return await self._answer(request, result, content)
 
     async def embed_sparse(self, request: Request, body: schema.TeiEmbedRequest) -> Response:
         """Embed texts as sparse features in TEI's form: for each the indices of its entries and their values."""
-        model = self._service.choose(body.model, "embed_sparse")
+        model, lists = self._service.choose(body.model, "embed_sparse"), {"inputs": body.inputs}
         answer_bytes = (_NUMBER_BYTES * _SPARSE_NUMBERS + 4 * model.width) * len(body.inputs)
-        result = await self._service.compute(
-            request, model, {"inputs": body.inputs}, (), _tei_reading(body), answer_bytes
-        )
 
-        def content() -> list[list[dict[str, Any]]]:
+        def content(result: Result) -> list[list[dict[str, Any]]]:
             data = []
             for row in result.values:
                 (indices,) = row.nonzero()
@@ -278,37 +237,39 @@ class Routes:
                 data.append([{"index": index, "value": value} for index, value in entries])
             return data
 
-        return await self._answer(request, result, content)
+        return await self._answer(request, model, lists, content, body.reading(), (), answer_bytes)
 
     async def predict(self, request: Request, body: schema.TeiPredictRequest) -> Response:
         """Classify texts or pairs of texts in TEI's form: for each the labels and their scores, best first."""
         model = self._service.choose(body.model, "classify")
-        assert isinstance(model, LibraryModel)
         items, is_batch = _predicted(body.inputs)
         texts: list[Item] = [text for item in items for text in item]
-        pairs, end = list[tuple[int, int]](), 0
-        for item in items:
-            pairs.append((end, end + len(item) - 1))
-            end += len(item)
+        ends = [*accumulate(map(len, items))]
+        pairs = tuple((end - len(item), end - 1) for item, end in zip(items, ends, strict=True))
         scoring: Scoring = "logit" if body.raw_scores else "probability"
-        result = await self._service.compute(
-            request, model, {"inputs": texts}, tuple(pairs), _tei_reading(body, scoring=scoring)
-        )
-        data = []
-        for row in result.values.reshape(len(items), -1).tolist():
-            scores = sorted(zip(row, model.labels, strict=True), reverse=True)
-            data.append([{"score": score, "label": label} for score, label in scores])
-        return await self._answer(request, result, lambda: data if is_batch else data[0])
+
+        def content(result: Result) -> list[Any]:
+            data = []
+            for row in result.values.reshape(len(items), -1).tolist():
+                scores = sorted(zip(row, model.labels, strict=True), reverse=True)
+                data.append([{"score": score, "label": label} for score, label in scores])
+            return data if is_batch else data[0]
+
+        reading = replace(body.reading(), scoring=scoring)
+        return await self._answer(request, model, {"inputs": texts}, content, reading, pairs)
 
     async def similarity(self, request: Request, body: schema.TeiSimilarityRequest) -> Response:
         """Compare sentences with one by the cosine similarity of their features, in TEI's form."""
-        model = self._service.choose(body.model, "compare")
-        sentences = body.inputs.sentences
+        model, sentences = self._service.choose(body.model, "compare"), body.inputs.sentences
         lists = {"source_sentence": [body.inputs.source_sentence], "sentences": sentences}
-        pairs = tuple((0, index) for index in range(1, 1 + len(sentences)))
-        reading = _tei_reading(body.parameters)
-        result = await self._service.compute(request, model, lists, pairs, reading)
-        return await self._answer(request, result, lambda: (2 * result.values - 1).tolist())
+        return await self._answer(
+            request,
+            model,
+            lists,
+            lambda result: (2 * result.values - 1).tolist(),
+            body.parameters.reading(),
+            _one_with_many(sentences),
+        )
 
     async def tokenize(self, request: Request, body: schema.TeiTokenizeRequest) -> Response:
         """Tokenise whole texts in TEI's form; `start` and `stop` count characters."""
@@ -326,18 +287,56 @@ class Routes:
         )
         return Response(data, media_type="application/json")
 
-    async def _answer(
-        self, request: Request, result: Result, content: Callable[[], Any]
+    async def _embed(
+        self,
+        request: Request,
+        model: ServedModel,
+        lists: Lists,
+        content: Callable[[Result], Any],
+        reading: Reading,
+        dimensions: int | None,
+        forms: int = 1,
     ) -> Response:
-        """Make the answer, in a thread if it is long."""
+        """Answer with features of so many numbers, in so many forms."""
+        size = dimensions or model.width
+        if size > model.width:
+            raise Problem(
+                422,
+                f"dimensions={size}, but features of {model.name} have {model.width}; ask for at most as many",
+            )
+
+        def shortened(result: Result) -> Any:
+            if size == result.values.shape[1]:
+                return content(result)
+            values = result.values[:, :size]
+            return content(
+                replace(result, values=normalised(values) if reading.normalise else values)
+            )
+
+        answer_bytes = _NUMBER_BYTES * size * sum(map(len, lists.values())) * forms
+        return await self._answer(request, model, lists, shortened, reading, (), answer_bytes)
+
+    async def _answer(
+        self,
+        request: Request,
+        model: ServedModel,
+        lists: Lists,
+        content: Callable[[Result], Any],
+        reading: Reading,
+        pairs: Pairs,
+        answer_bytes: int = 0,
+    ) -> Response:
+        """Compute the result, and make the answer from it: in a thread if it is long."""
+        service = self._service
+        result = await service.compute(request, model, lists, pairs, reading, answer_bytes)
         headers = {"x-compute-tokens": str(result.work.tokens)}
         if result.truncated:
             headers["x-truncated-inputs"] = str(len(result.truncated))
         if result.values.size > _QUICK_NUMBERS:
             account: Account = request.state.account
-            encoded = await account.run(self._service.threads, lambda: to_json(content()))
+            encoded = await account.run(service.threads, lambda: to_json(content(result)))
         else:
-            encoded = to_json(content())
+            encoded = to_json(content(result))
         return Response(encoded, headers=headers, media_type="application/json")
 
     async def health(self) -> dict[str, Any]:
@@ -372,23 +371,21 @@ class Routes:
         from xfm_fast import __version__
 
         options, served = self._service.options, self._service.candidates(model)[0]
-        ability, model_type = served.abilities[0], dict[str, Any]()
-        if isinstance(served, LibraryModel) and served.labels:
-            labels = {str(index): label for index, label in enumerate(served.labels)}
-            name = "reranker" if ability == "rank" else "classifier"
-            model_type[name] = {
-                "id2label": labels,
-                "label2id": {b: int(a) for a, b in labels.items()},
+        ability, labels = served.abilities[0], served.labels
+        if labels:
+            model_type = "reranker" if ability == "rank" else "classifier"
+            details: dict[str, Any] = {
+                "id2label": {str(index): label for index, label in enumerate(labels)},
+                "label2id": {label: index for index, label in enumerate(labels)},
             }
         else:
-            model_type["embedding"] = {
-                "pooling": "splade" if ability == "embed_sparse" else "model"
-            }
+            model_type = "embedding"
+            details = {"pooling": "splade" if ability == "embed_sparse" else "model"}
         return {
             "model_id": served.name,
             "model_sha": None,
             "model_dtype": served.dtype,
-            "model_type": model_type,
+            "model_type": {model_type: details},
             "max_concurrent_requests": options.max_queue,
             "max_input_length": served.max_tokens,
             "max_batch_tokens": self._service.batch_tokens(served),
@@ -400,32 +397,16 @@ class Routes:
         }
 
 
-def _by_task(model: ServedModel, name: str) -> tuple[Role | None, str | None]:
-    """Return the role and the prompt for Cohere's `input_type` or Jina's `task`."""
-    prompts = model.encoder.prompts if isinstance(model, LibraryModel) else {}
-    return _ROLES.get(name), name if name in prompts else None
+def _by_task(
+    model: ServedModel, body: schema.EmbeddingsRequest | schema.EmbedRequest, task: str
+) -> Reading:
+    """Return a reading with the role and the prompt of Cohere's `input_type` or Jina's `task`."""
+    prompt = body.prompt_name or (task if task in model.prompts else None)
+    return replace(body.reading(), role=_ROLES.get(task), prompt=prompt)
 
 
-def _tei_reading(body: schema.TeiBody, **settings: Any) -> Reading:
-    side = "left" if body.truncation_direction.lower() == "left" else "right"
-    return Reading(None, None, body.prompt_name, body.truncate is not False, side, **settings)
-
-
-def _check_dimensions(model: ServedModel, dimensions: int | None) -> int:
-    """Return the numbers of a feature in the answer."""
-    if dimensions is not None and dimensions > model.width:
-        raise Problem(
-            422,
-            f"dimensions={dimensions}, but features of {model.name} have {model.width}; ask for at most as many",
-        )
-    return dimensions or model.width
-
-
-def _shortened(features: np.ndarray, dimensions: int | None, normalise: bool = True) -> np.ndarray:
-    if dimensions is None or dimensions == features.shape[1]:
-        return features
-    features = features[:, :dimensions]
-    return normalised(features) if normalise else features
+def _one_with_many(items: Sequence[Item]) -> Pairs:
+    return tuple((0, index) for index in range(1, 1 + len(items)))
 
 
 def _encoded(features: np.ndarray, form: str) -> list[Any]:
@@ -463,7 +444,7 @@ def _meta(version: str, **billed: int) -> dict[str, Any]:
     return {"api_version": {"version": version}, "billed_units": billed}
 
 
-def _fields(result: Result, body: schema.Body, *, scoring: bool = False) -> dict[str, Any]:
+def _fields(result: Result, body: schema.Body) -> dict[str, Any]:
     """Return the common fields of answers."""
     tokens = result.work.tokens
     fields: dict[str, Any] = {
@@ -471,7 +452,7 @@ def _fields(result: Result, body: schema.Body, *, scoring: bool = False) -> dict
         "model": body.model or result.model.name,
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }
-    if scoring:
+    if result.values.ndim == 1:
         fields["scoring"] = result.work.scoring
     if result.truncated:
         fields["truncated"] = result.truncated

@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from xfm_fast.serve.model import Reading
 from xfm_fast.serve.options import ServiceOptions
 
 MAX_INPUTS: ContextVar[int] = ContextVar("MAX_INPUTS", default=ServiceOptions.max_inputs)
@@ -115,7 +116,19 @@ class Body(BaseModel):
         return {name: value for name, value in values.items() if value is not None}
 
 
-class RerankRequest(Body):
+class TextsBody(Body):
+    """The common fields of requests whose texts may be truncated."""
+
+    truncate: bool = Field(True, description="false refuses longer texts")
+    truncation_direction: Literal["left", "right", "Left", "Right"] = "right"
+
+    def reading(self) -> Reading:
+        """Return how the texts are to be read."""
+        side = "left" if self.truncation_direction.lower() == "left" else "right"
+        return Reading(prompt=self.prompt_name, truncate=self.truncate, side=side)
+
+
+class RerankRequest(TextsBody):
     """Documents to order by their relevance to a query; `texts` in place of `documents` is TEI's form."""
 
     query: TextOrImage = Field(examples=["a dog on a beach"])
@@ -125,8 +138,6 @@ class RerankRequest(Body):
     return_documents: bool = False
     return_text: bool = False
     raw_scores: bool = False
-    truncate: bool | None = None
-    truncation_direction: Literal["left", "right", "Left", "Right"] = "right"
 
     @model_validator(mode="after")
     def _check_lists(self) -> RerankRequest:
@@ -135,7 +146,7 @@ class RerankRequest(Body):
         return self
 
 
-class EmbeddingsRequest(Body):
+class EmbeddingsRequest(TextsBody):
     """Texts and images to embed, in the form of OpenAI and Jina."""
 
     input: OneOrMore = Field(examples=[["a dog", _EXAMPLE_IMAGE]])
@@ -148,9 +159,6 @@ class EmbeddingsRequest(Body):
         default=None, description="Jina's: retrieval.query, retrieval.passage, ..."
     )
     normalized: bool = True
-    truncate: bool = True
-    late_chunking: Literal[False] | None = None
-    return_multivector: Literal[False] | None = None
 
 
 EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
@@ -176,6 +184,11 @@ class EmbedRequest(Body):
             raise ValueError("give texts, images or inputs, one of them")
         return self
 
+    def reading(self) -> Reading:
+        """Return how the texts are to be read."""
+        side = "left" if self.truncate == "START" else "right"
+        return Reading(prompt=self.prompt_name, truncate=self.truncate != "NONE", side=side)
+
 
 class ScoreRequest(Body):
     """Pairs to score: one item against many, or two lists of equal length elementwise."""
@@ -189,14 +202,7 @@ class ScoreRequest(Body):
     )
 
 
-class TeiBody(Body):
-    """The common fields of TEI's requests."""
-
-    truncate: bool | None = Field(default=None, description="false refuses longer texts")
-    truncation_direction: Literal["left", "right", "Left", "Right"] = "right"
-
-
-class TeiEmbedRequest(TeiBody):
+class TeiEmbedRequest(TextsBody):
     """Texts to embed, in TEI's form."""
 
     inputs: OneOrMore = Field(examples=[["a dog"]])
@@ -204,7 +210,7 @@ class TeiEmbedRequest(TeiBody):
     dimensions: Dimensions = None
 
 
-class TeiPredictRequest(TeiBody):
+class TeiPredictRequest(TextsBody):
     """Texts or pairs of texts to classify, in TEI's form."""
 
     inputs: Any = Field(examples=["a dog", ["a dog", "an animal"], [["a dog"], ["a dog", "a cat"]]])
@@ -222,7 +228,7 @@ class TeiSimilarityRequest(Body):
     """Sentences to compare by cosine similarity, in TEI's form."""
 
     inputs: Similarity
-    parameters: TeiBody = TeiBody()
+    parameters: TextsBody = TextsBody()
 
 
 class TeiTokenizeRequest(Body):
