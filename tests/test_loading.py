@@ -101,7 +101,7 @@ def test_every_source_is_the_same_model(source: Source, folder: Path) -> None:
 
 
 def test_every_command_takes_every_source(source: Source, folder: Path, tmp_path: Path) -> None:
-    from xfm_fast.serve.model import load_xfm
+    from xfm_fast.serve.model import XFMModel
 
     options = [f"--model={source.model}", "--device=cpu"]
     if source.config is not None:
@@ -115,7 +115,7 @@ def test_every_command_takes_every_source(source: Source, folder: Path, tmp_path
         done = invoke([*command, *options])
         assert done.exit_code == 0, done.stderr
     assert len(json.loads(done.stdout)["hits"]) == 3
-    served = load_xfm(SourceOptions(**vars(source)), 0)
+    served = XFMModel(SourceOptions(**vars(source)), 0)
     assert served.heads == ("contrastive", "matching")
     if source.config is not None:
         pytest.importorskip("onnxscript", reason="exports to ONNX need onnxscript")

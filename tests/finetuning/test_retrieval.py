@@ -33,8 +33,7 @@ from xfm_fast.finetuning.run import evaluate, finetune, recipe_of
 from xfm_fast.memory import PeakMemory
 from xfm_fast.models.xfm import XFM
 from xfm_fast.search import build_index, open_encoder, open_index
-from xfm_fast.serve.model import Work
-from xfm_fast.serve.model import load as load_served
+from xfm_fast.serve.model import RankWork, XFMModel
 from xfm_fast.serve.options import SourceOptions
 from xfm_fast.tasks import reranking, retrieval
 from xfm_fast.tasks.evaluation import Evaluation, Journal, fingerprint
@@ -405,8 +404,8 @@ def test_every_entry_sees_the_same_picture(pretrained: Path, tmp_path: Path) -> 
 
     build_index(given.parent, open_encoder(pretrained))
     record = RetrievalRecord(image=str(given), caption="a dog", image_id=0)
-    served = load_served(pretrained, SourceOptions(device="cpu"), 1 << 20)
-    (answer,) = served.answer([Work(items=(served.read_image(given.read_bytes(), "a.png"),))])
+    served = XFMModel(SourceOptions(str(pretrained), device="cpu"), 1 << 20)
+    (answer,) = served.answer([RankWork((served.ranker.picture(given.read_bytes(), "a.png"),))])
     assert isinstance(answer, Tensor)
     with open_index(given.parent).store.read() as index:
         assert len(index.features) == 1

@@ -297,9 +297,10 @@ def test_without_a_fast_tokenizer_the_answers_are_the_same(
         encoder: Any = open_encoder(EncoderSource(str(folders[name]), device="cpu"))
         model = LibraryModel(encoder)
         assert model.tokenizer is not None
+        reading = Reading("query", pairs=pairs, scoring="logit")
         works, results = [], []
         for _ in range(2):
-            work = model.read(contents, names, pairs, "logit", Reading("query"), lambda: None)
+            work = model.read(contents, names, reading, lambda: None)
             works.append((work.tokens, work.truncated))
             results += model.answer([work])
             model.tokenizer = None
@@ -327,7 +328,7 @@ def test_work_of_an_ended_request_stops_between_passes(folders: dict[str, Path])
     encoder: Any = open_encoder(EncoderSource(str(folders["embedder"]), device="cpu"))
     model, passes = LibraryModel(encoder), []
     texts: Any = ["a b c d e f g " * 9] * 400
-    work = model.read(texts, [""] * 400, (), "similarity", Reading(), lambda: None)
+    work = model.read(texts, [""] * 400, Reading(), lambda: None)
     run = encoder.run
     encoder.run = lambda inputs: passes.append(1) or run(inputs)
     (result,) = model.answer([replace(work, needed=lambda: len(passes) < 2)])

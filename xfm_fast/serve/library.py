@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from xfm_fast.data.images import decode_image
 from xfm_fast.data.shapes import captions, render, scene
 from xfm_fast.encoders import LibraryEncoder, Use, open_encoder
 from xfm_fast.errors import DataError, InputError, XFMError
@@ -20,7 +21,6 @@ from xfm_fast.loading import Source
 from xfm_fast.serve.model import (
     Ability,
     Content,
-    Pairs,
     Reading,
     Scoring,
     ServedModel,
@@ -135,7 +135,8 @@ class LibraryModel(ServedModel):
         self.abilities, self.modalities = _ABILITIES[encoder.use], encoder.modalities
         if encoder.use == "ranking" and encoder.width > 1:
             self.abilities = ("classify",)
-        self.device = encoder.device
+        self.device, self.width = encoder.device, encoder.width
+        self.dtype = encoder.source.dtype or "fp32"
         self.max_tokens = min(encoder.max_tokens or _UNLIMITED, _UNLIMITED)
         self.prompts = encoder.prompts
         if encoder.use == "ranking":
@@ -151,10 +152,6 @@ class LibraryModel(ServedModel):
         self._names: list[str] = []
         self.tokenizer = self._fast_tokenizer()
         self.quick = self.tokenizer is not None
-
-    @property
-    def width(self) -> int:
-        return self.encoder.width
 
     def _fast_tokenizer(self) -> FastTokenizer | None:
         """Return the fast tokenizer if its inputs are the library's."""
@@ -187,17 +184,13 @@ class LibraryModel(ServedModel):
                 return None
         return fast
 
-    def choose_scoring(self, is_text: Sequence[bool], pairs: Pairs, reading: Reading) -> Scoring:
-        if reading.scoring is not None and self.encoder.use == "ranking":
-            return reading.scoring
-        return "probability" if self.encoder.use == "ranking" else "similarity"
+    def choose_scoring(self, is_text: Sequence[bool], reading: Reading) -> Scoring:
+        return (reading.scoring or "probability") if self.encoder.use == "ranking" else "similarity"
 
     def read(
         self,
         contents: Sequence[Content],
         names: Sequence[str],
-        pairs: Pairs,
-        scoring: Scoring,
         reading: Reading,
         check: Callable[[], object],
     ) -> Work:
@@ -211,9 +204,9 @@ class LibraryModel(ServedModel):
         if encoder.use == "ranking":
             inputs = [
                 contents[first] if first == second else (contents[first], contents[second])
-                for first, second in pairs
+                for first, second in reading.pairs
             ]
-            sources, pairs = [second for _, second in pairs], ()
+            sources = [second for _, second in reading.pairs]
         names = [names[source] for source in sources]
         rows = [Row(Group("image"), content, None, 1) for content in inputs]
         truncated = list[int]()
@@ -222,7 +215,7 @@ class LibraryModel(ServedModel):
             truncated += self._read_texts(rows, indices, names, reading)
         tokens = sum(row.length for row in rows)
         truncated = tuple(sources[index] for index in truncated)
-        return Work(tuple(rows), pairs, scoring, tokens, truncated, reading.normalise)
+        return Work(tuple(rows), reading, tokens, truncated)
 
     def _read_texts(
         self, rows: list[Row], indices: Sequence[int], names: Sequence[str], reading: Reading
@@ -263,9 +256,6 @@ class LibraryModel(ServedModel):
             self._prompt_lengths[prompt] = sample.get("prompt_length")
         return self._prompt_lengths[prompt]
 
-    def cost(self, work: Work) -> int:
-        return work.tokens
-
     def warm_up(self) -> None:
         items: list[Any] = []
         if "text" in self.modalities:
@@ -273,15 +263,11 @@ class LibraryModel(ServedModel):
         if "image" in self.modalities:
             items.append(Picture(b"", black_square()))
         pairs = ((0, 1), (1, 1)) if self.encoder.use == "ranking" else ()
-        names = [""] * len(items)
-        work = self.read(items, names, pairs, "activation", Reading(), lambda: None)
+        reading = Reading(pairs=pairs, scoring="activation")
+        work = self.read(items, [""] * len(items), reading, lambda: None)
         for result in self.answer([work]):
             if isinstance(result, Exception):
                 raise result
-
-    @property
-    def dtype(self) -> str:
-        return self.encoder.source.dtype or "fp32"
 
     def answer(self, works: Sequence[Work]) -> list[Any]:
         rows = [row for work in works for row in work.items]
@@ -291,7 +277,7 @@ class LibraryModel(ServedModel):
         outputs = np.empty(0, np.float32)
         failures = dict[int, Exception]()
         for group, indices in groups.items():
-            for batch in self._passes(rows, indices, group.form == "image"):
+            for batch in self._passes(rows, indices):
                 if not any(work.needed() for work in works):
                     return [InputError("the request has ended")] * len(works)
                 inputs = self._inputs(group, rows, batch, failures)
@@ -310,16 +296,15 @@ class LibraryModel(ServedModel):
             results.append(failure or self._result(work, outputs[start:end]))
         return results
 
-    def _passes(self, rows: Sequence[Row], indices: list[int], images: bool) -> Iterator[list[int]]:
+    def _passes(self, rows: Sequence[Row], indices: list[int]) -> Iterator[list[int]]:
         """Yield the rows of each forward pass: images, or texts of similar length, so that little is padding."""
-        if images:
-            for start in range(0, len(indices), _IMAGES_TOGETHER):
-                yield indices[start : start + _IMAGES_TOGETHER]
-            return
         indices.sort(key=lambda index: -rows[index].length)
         start = 0
         while start < len(indices):
-            count = max(1, self.batch_tokens // max(1, rows[indices[start]].length))
+            first = rows[indices[start]]
+            count = max(1, self.batch_tokens // max(1, first.length))
+            if first.group.form == "image":
+                count = _IMAGES_TOGETHER
             yield indices[start : start + count]
             start += count
 
@@ -346,19 +331,20 @@ class LibraryModel(ServedModel):
 
     def _result(self, work: Work, values: np.ndarray) -> np.ndarray:
         """Return features `[items, width]`, or scores."""
-        if self.encoder.use == "embedding" and (work.normalise or work.pairs):
+        reading = work.reading
+        if self.encoder.use == "ranking":
+            scores = torch.from_numpy(values)
+            if reading.scoring == "activation":
+                scores = self.encoder.model.activation_fn(scores)
+            elif reading.scoring == "probability":
+                scores = scores.sigmoid() if scores.shape[1] == 1 else scores.softmax(1)
+            return (scores.squeeze(1) if scores.shape[1] == 1 else scores).numpy()
+        if self.encoder.use == "embedding" and (reading.normalise or reading.pairs):
             values = normalised(values)
-        if work.pairs:
-            first, second = np.array(work.pairs).T
-            return (1 + (values[first] * values[second]).sum(1)) / 2
-        if self.encoder.use != "ranking":
+        if not reading.pairs:
             return values
-        scores = torch.from_numpy(values)
-        if work.scoring == "activation":
-            scores = self.encoder.model.activation_fn(scores)
-        elif work.scoring == "probability":
-            scores = scores.sigmoid() if scores.shape[1] == 1 else scores.softmax(1)
-        return (scores.squeeze(1) if scores.shape[1] == 1 else scores).numpy()
+        first, second = np.array(reading.pairs).T
+        return (1 + (values[first] * values[second]).sum(1)) / 2
 
 
 def normalised(features: np.ndarray) -> np.ndarray:
@@ -397,16 +383,14 @@ def _prompted(text: Text, prompt: str | None) -> Text:
 
 def _decode(picture: Picture) -> Image.Image | XFMError:
     """Decode an image, or return its error."""
-    import io
-
-    if not picture.needed():
-        return InputError("the request has ended")
     try:
-        return Image.open(io.BytesIO(picture.content)).convert("RGB")
+        if not picture.needed():
+            return InputError("the request has ended")
+        return decode_image(picture.content, picture.name)
+    except DataError as error:
+        return error
     except MemoryError:
         return DataError(f"{picture.name} needs more memory to decode than there is; shrink it")
-    except Exception as error:  # Pillow raises anything for a damaged file
-        return DataError(f"{picture.name} is damaged ({error}); send it again")
 
 
 def _reads_by_role(encoder: LibraryEncoder) -> bool:

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from xfm_fast.config import XFMConfig
 from xfm_fast.encoders import (
     Modality,
     Role,
@@ -28,7 +27,7 @@ from xfm_fast.loading import open_model, open_session
 from xfm_fast.serve.options import SourceOptions
 from xfm_fast.tasks.ranking import ModelRanks, Picture, Query, Ranker, Ranking, RankModel
 from xfm_fast.tasks.reranking import Rank, rank_score
-from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
+from xfm_fast.tokenizer import pre_caption
 
 _HEADS = ("contrastive", "matching")
 _RANK_GRAPHS = ("vision", "text", "image_memory", "fusion")
@@ -55,7 +54,7 @@ class TooLongError(InputError):
 
 @dataclass(frozen=True)
 class Reading:
-    """How a request wants its texts read.
+    """How a request wants its items read, and pairs of them scored; without pairs all are embedded.
 
     Attributes:
         role: Selects the model's prompt for queries or documents.
@@ -64,6 +63,7 @@ class Reading:
         truncate: Truncate texts that are too long, instead of refusing them.
         side: The end of a text that is truncated.
         normalise: Divide features by their L2 norms.
+        pairs: Indices of the items to score.
         scoring: Replaces the model's score of pairs.
     """
 
@@ -73,27 +73,25 @@ class Reading:
     truncate: bool = True
     side: Literal["left", "right"] = "right"
     normalise: bool = True
+    pairs: Pairs = ()
     scoring: Scoring | None = None
 
 
 @dataclass(frozen=True)
 class Work:
-    """Items of a request as the model reads them, and the pairs of them to score; without pairs all are embedded.
+    """Items of a request as the model reads them.
 
     Attributes:
-        scoring: Score of the pairs.
+        reading: See `Reading`; with the score of its pairs.
         tokens: Tokens of the texts and patches of the images, as read.
         truncated: Indices of the truncated items.
-        normalise: See `Reading`.
         needed: Returns whether the request goes on.
     """
 
     items: tuple[Any, ...]
-    pairs: Pairs = ()
-    scoring: Scoring = "similarity"
+    reading: Reading = Reading()
     tokens: int = 0
     truncated: tuple[int, ...] = ()
-    normalise: bool = True
     needed: Callable[[], bool] = lambda: True
 
 
@@ -126,16 +124,10 @@ class ServedModel(ABC):
     device: torch.device
     encoder: Any
     quick: bool
+    width: int
+    dtype: str
     prompts: Mapping[str, str] = MappingProxyType({})
     labels: Sequence[str] = ()
-
-    @property
-    @abstractmethod
-    def width(self) -> int: ...
-
-    @property
-    @abstractmethod
-    def dtype(self) -> str: ...
 
     @property
     def batch_tokens(self) -> int:
@@ -148,7 +140,7 @@ class ServedModel(ABC):
         return 0
 
     @abstractmethod
-    def choose_scoring(self, is_text: Sequence[bool], pairs: Pairs, reading: Reading) -> Scoring:
+    def choose_scoring(self, is_text: Sequence[bool], reading: Reading) -> Scoring:
         """Return the score of all pairs; raises if they need different ones, or the model has none for them."""
 
     @abstractmethod
@@ -156,16 +148,14 @@ class ServedModel(ABC):
         self,
         contents: Sequence[Content],
         names: Sequence[str],
-        pairs: Pairs,
-        scoring: Scoring,
         reading: Reading,
         check: Callable[[], object],
     ) -> Work:
         """Make the work of a request; `check` raises once it has ended."""
 
-    @abstractmethod
     def cost(self, work: Work) -> int:
         """Count the tokens that the work computes."""
+        return work.tokens
 
     @abstractmethod
     def answer(self, works: Sequence[Work]) -> list[Tensor | Exception]:
@@ -183,11 +173,12 @@ class RankWork(Work):
     @cached_property
     def queries(self) -> list[Query]:
         """Pairs for the fusion encoder: one query if all pairs share their first item."""
-        if self.scoring == "similarity":
+        pairs = self.reading.pairs
+        if self.reading.scoring == "similarity":
             return []
-        groups: Sequence[tuple[int, ...]] = self.pairs
-        if len({first for first, _ in self.pairs}) == 1:
-            groups = [(self.pairs[0][0], *(second for _, second in self.pairs))]
+        groups: Sequence[tuple[int, ...]] = pairs
+        if len({first for first, _ in pairs}) == 1:
+            groups = [(pairs[0][0], *(second for _, second in pairs))]
         queries = []
         for group in groups:
             items = [self.items[index] for index in group]
@@ -199,79 +190,90 @@ class RankWork(Work):
     @property
     def embedded(self) -> tuple[Any, ...]:
         """Items to embed."""
-        return () if self.scoring == "match" else self.items
+        return () if self.reading.scoring == "match" else self.items
 
     def result(self, rankings: Sequence[Ranking], features: Sequence[Tensor]) -> Tensor:
         """Return scores `[pairs]`, or features `[items, embed_dim]`."""
-        if self.scoring == "match":
+        scoring, pairs = self.reading.scoring, self.reading.pairs
+        if scoring == "match":
             return torch.cat([ranking.matches.flatten() for ranking in rankings])
         rows = torch.stack([*features])
-        if not self.pairs:
+        if not pairs:
             return rows
-        cosines = pair_cosines(rows, self.pairs)
-        if self.scoring == "similarity":
+        first, second = torch.tensor(pairs).unbind(1)
+        cosines = (rows[first] * rows[second]).sum(1)
+        if scoring == "similarity":
             return (1 + cosines) / 2
         logits = torch.cat([ranking.scores.flatten() for ranking in rankings])
         return rank_score("sum", logits, cosines)
 
 
-def pair_cosines(rows: Tensor, pairs: Pairs) -> Tensor:
-    """Compute the dot products `[pairs]` of normalised features."""
-    first, second = torch.tensor(pairs).unbind(1)
-    return (rows[first] * rows[second]).sum(1)
-
-
-@dataclass(eq=False)
 class XFMModel(ServedModel):
-    """An X-FM or its export."""
+    """An X-FM or its export; `cache_bytes` is the size of the cache of image memories."""
 
     modalities = ("text", "image")
     quick = True
 
-    name: str
-    source: str
-    random: bool
-    heads: tuple[str, ...]  # of `contrastive` and `matching`
-    tokenizer: CaptionTokenizer
-    device: torch.device
-    ranker: Ranker
-    max_tokens: int  # texts are truncated to this length
-    model: Any  # an `XFM`, or the `Session` of an export
-    options: SourceOptions
-    rank: Rank = "match"  # score of a text with an image; see `xfm_fast.tasks.reranking.rank_score`
-
-    @property
-    def config(self) -> XFMConfig:
-        """Sizes of the model."""
-        return self.ranker.model.config
+    def __init__(self, options: SourceOptions, cache_bytes: int, name: str | None = None) -> None:
+        self.max_tokens = _MAX_TOKENS
+        if options.is_export:
+            opened = open_session(options, options.runtime)
+            model = opened.model
+            missing = [graph for graph in _RANK_GRAPHS if graph not in model.manifest.graph_names]
+            if missing:
+                raise ExportError(
+                    f"serving needs the graphs {', '.join(_RANK_GRAPHS)} and {options} lacks {', '.join(missing)}; "
+                    "export them"
+                )
+            self.source = f"{options} ({opened.origin}, {model.description})"
+            self.random = opened.origin.startswith("random weights")
+            tokenizer = model.processor.tokenizer
+            for graph in ("text", "fusion"):
+                longest = largest(model.slots(graph), "length") or self.max_tokens
+                self.max_tokens = min(self.max_tokens, longest)
+            ranks: RankModel = SessionRanks(model)
+        else:
+            opened = open_model(options, needs=_HEADS, tasks=("retrieval",))
+            model = opened.model
+            if model.device.type == "cpu" and options.dtype in (None, "fp32", "bf16"):
+                model.freeze()
+            self.source, self.random = str(options), options.model is None
+            tokenizer = model.tokenizer
+            ranks = ModelRanks(model)
+        if tokenizer is None:
+            raise UnavailableError(
+                f"{options} has no tokenizer to read texts with; give the model's with --tokenizer"
+            )
+        self.tokenizer, self.config = tokenizer, ranks.config
+        self.heads = tuple(head for head in _HEADS if head in model.heads)
+        if not self.config.fusion_layers:
+            self.heads = tuple(head for head in self.heads if head != "matching")
+        embeds = "contrastive" in self.heads
+        self.abilities = ("embed", "rank", "compare") if embeds else ("rank",)
+        self.name, self.device = name or opened.name, model.device
+        self.width, self.dtype = self.config.embed_dim, ranks.dtype_name
+        self.max_tokens = min(self.max_tokens, self.config.max_text_length)
+        self.ranker = Ranker(ranks, cache_bytes)
+        # Score of a text with an image; see `rank_score`.
+        self.rank: Rank = options.rank or opened.rank
+        self._model, self._options = model, options
 
     @cached_property
     def encoder(self) -> XFMEncoder:
-        if self.options.is_export:
-            fingerprint = self.model.fingerprint()[:32]
+        options = self._options
+        if options.is_export:
+            fingerprint = self._model.fingerprint()[:32]
         else:
             # Of the weights before they are cast.
-            fingerprint = open_encoder(self.options, device="cpu").fingerprint
-        return XFMEncoder(self.model, self.options, fingerprint, self.name, rank=self.rank)
-
-    @property
-    def abilities(self) -> tuple[Ability, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return ("embed", "rank", "compare") if "contrastive" in self.heads else ("rank",)
-
-    @property
-    def width(self) -> int:
-        return self.config.embed_dim
-
-    @property
-    def dtype(self) -> str:
-        return self.ranker.model.dtype_name
+            fingerprint = open_encoder(options, device="cpu").fingerprint
+        return XFMEncoder(self._model, options, fingerprint, self.name, rank=self.rank)
 
     @property
     def cache_bytes(self) -> int:
         return self.ranker.cache.nbytes
 
-    def choose_scoring(self, is_text: Sequence[bool], pairs: Pairs, reading: Reading) -> Scoring:
-        mixed = {is_text[a] != is_text[b] for a, b in pairs}
+    def choose_scoring(self, is_text: Sequence[bool], reading: Reading) -> Scoring:
+        mixed = {is_text[a] != is_text[b] for a, b in reading.pairs}
         if len(mixed) > 1:
             raise InputError(
                 "text-image pairs and pairs of one modality have different scores; send two requests"
@@ -288,8 +290,6 @@ class XFMModel(ServedModel):
         self,
         contents: Sequence[Content],
         names: Sequence[str],
-        pairs: Pairs,
-        scoring: Scoring,
         reading: Reading,
         check: Callable[[], object],
     ) -> Work:
@@ -310,7 +310,7 @@ class XFMModel(ServedModel):
                 if not reading.truncate:
                     length = f"more than {_MAX_WORDS} words or {self.max_tokens} tokens"
                     raise TooLongError(names[index], length, self.max_tokens)
-        return RankWork(tuple(items), pairs, scoring, tokens, tuple(truncated), reading.normalise)
+        return RankWork(tuple(items), reading, tokens, tuple(truncated))
 
     def read_text(self, text: str, name: str) -> tuple[tuple[int, ...], bool]:
         """Return the token ids of a text, cleaned and truncated like captions, and whether it is complete."""
@@ -328,8 +328,8 @@ class XFMModel(ServedModel):
     def cost(self, work: Work) -> int:
         # Texts once per pair, and images that are not cached.
         items, cache = work.items, self.ranker.features
-        if work.scoring != "similarity":
-            items = tuple(work.items[index] for pair in work.pairs for index in pair)
+        if work.reading.scoring != "similarity":
+            items = tuple(work.items[index] for pair in work.reading.pairs for index in pair)
             cache = self.ranker.cache
         tokens, images = 0, set()
         for item in items:
@@ -342,7 +342,8 @@ class XFMModel(ServedModel):
     def warm_up(self) -> None:
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         items = ((bos, eos, eos), Ranker.picture(black_square(), "a black square"))
-        works = {"matching": RankWork(items, ((0, 1),), "match"), "contrastive": RankWork(items)}
+        match = Reading(pairs=((0, 1),), scoring="match")
+        works = {"matching": RankWork(items, match), "contrastive": RankWork(items)}
         self.answer([works[head] for head in works if head in self.heads])
 
     def answer(self, works: Sequence[Any]) -> list[Tensor | Exception]:
@@ -369,51 +370,3 @@ def black_square() -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", (8, 8)).save(stream, "PNG")
     return stream.getvalue()
-
-
-def load_xfm(options: SourceOptions, cache_bytes: int, name: str | None = None) -> XFMModel:
-    """Load an X-FM or its export; see `xfm_fast.serve.load`."""
-    max_tokens = _MAX_TOKENS
-    if options.is_export:
-        opened = open_session(options, options.runtime)
-        model = opened.model
-        missing = [graph for graph in _RANK_GRAPHS if graph not in model.manifest.graph_names]
-        if missing:
-            raise ExportError(
-                f"serving needs the graphs {', '.join(_RANK_GRAPHS)} and {options} lacks {', '.join(missing)}; "
-                "export them"
-            )
-        source = f"{options} ({opened.origin}, {model.description})"
-        random = opened.origin.startswith("random weights")
-        tokenizer = model.processor.tokenizer
-        for graph in ("text", "fusion"):
-            max_tokens = min(max_tokens, largest(model.slots(graph), "length") or max_tokens)
-        ranks: RankModel = SessionRanks(model)
-    else:
-        opened = open_model(options, needs=_HEADS, tasks=("retrieval",))
-        model = opened.model
-        if model.device.type == "cpu" and options.dtype in (None, "fp32", "bf16"):
-            model.freeze()
-        source, random = str(options), options.model is None
-        tokenizer = model.tokenizer
-        ranks = ModelRanks(model)
-    if tokenizer is None:
-        raise UnavailableError(
-            f"{options} has no tokenizer to read texts with; give the model's with --tokenizer"
-        )
-    heads = [head for head in _HEADS if head in model.heads]
-    if not model.config.fusion_layers and "matching" in heads:
-        heads.remove("matching")
-    return XFMModel(
-        name=name or opened.name,
-        source=source,
-        random=random,
-        heads=tuple(heads),
-        tokenizer=tokenizer,
-        device=model.device,
-        ranker=Ranker(ranks, cache_bytes),
-        max_tokens=min(max_tokens, model.config.max_text_length),
-        model=model,
-        options=options,
-        rank=options.rank or opened.rank,
-    )

@@ -162,7 +162,13 @@ class Routes:
         is_tei = request.state.is_tei = body.texts is not None
         documents = body.texts or body.documents or []
         scoring: Scoring | None = "logit" if body.raw_scores else None
-        reading = replace(body.reading(), role="query", following="document", scoring=scoring)
+        reading = replace(
+            body.reading(),
+            role="query",
+            following="document",
+            pairs=_one_with_many(documents),
+            scoring=scoring,
+        )
         echo = body.return_documents or body.return_text
 
         def content(result: Result) -> Any:
@@ -189,7 +195,6 @@ class Routes:
             {"query": [body.query], "texts" if is_tei else "documents": documents},
             content,
             reading,
-            _one_with_many(documents),
             _ECHO_COPIES * request.state.account.received if echo else 0,
         )
 
@@ -204,7 +209,7 @@ class Routes:
         model = self._service.choose(body.model, "rank", "compare")
         lists = {"text_1": body.text_1, "text_2": body.text_2}
         pairs = tuple((index if first > 1 else 0, first + index) for index in range(second))
-        reading = Reading(prompt=body.prompt_name, scoring="activation")
+        reading = Reading(prompt=body.prompt_name, pairs=pairs, scoring="activation")
 
         def content(result: Result) -> dict[str, Any]:
             data = [
@@ -214,7 +219,7 @@ class Routes:
             created = int(time.time())
             return {"object": "list", "created": created, "data": data, **_fields(result, body)}
 
-        return await self._answer(request, model, lists, content, reading, pairs)
+        return await self._answer(request, model, lists, content, reading)
 
     async def embed(self, request: Request, body: schema.TeiEmbedRequest) -> Response:
         """Embed texts in TEI's form: a list of features."""
@@ -237,7 +242,7 @@ class Routes:
                 data.append([{"index": index, "value": value} for index, value in entries])
             return data
 
-        return await self._answer(request, model, lists, content, body.reading(), (), answer_bytes)
+        return await self._answer(request, model, lists, content, body.reading(), answer_bytes)
 
     async def predict(self, request: Request, body: schema.TeiPredictRequest) -> Response:
         """Classify texts or pairs of texts in TEI's form: for each the labels and their scores, best first."""
@@ -255,20 +260,16 @@ class Routes:
                 data.append([{"score": score, "label": label} for score, label in scores])
             return data if is_batch else data[0]
 
-        reading = replace(body.reading(), scoring=scoring)
-        return await self._answer(request, model, {"inputs": texts}, content, reading, pairs)
+        reading = replace(body.reading(), pairs=pairs, scoring=scoring)
+        return await self._answer(request, model, {"inputs": texts}, content, reading)
 
     async def similarity(self, request: Request, body: schema.TeiSimilarityRequest) -> Response:
         """Compare sentences with one by the cosine similarity of their features, in TEI's form."""
         model, sentences = self._service.choose(body.model, "compare"), body.inputs.sentences
         lists = {"source_sentence": [body.inputs.source_sentence], "sentences": sentences}
+        reading = replace(body.parameters.reading(), pairs=_one_with_many(sentences))
         return await self._answer(
-            request,
-            model,
-            lists,
-            lambda result: (2 * result.values - 1).tolist(),
-            body.parameters.reading(),
-            _one_with_many(sentences),
+            request, model, lists, lambda result: (2 * result.values - 1).tolist(), reading
         )
 
     async def tokenize(self, request: Request, body: schema.TeiTokenizeRequest) -> Response:
@@ -314,7 +315,7 @@ class Routes:
             )
 
         answer_bytes = _NUMBER_BYTES * size * sum(map(len, lists.values())) * forms
-        return await self._answer(request, model, lists, shortened, reading, (), answer_bytes)
+        return await self._answer(request, model, lists, shortened, reading, answer_bytes)
 
     async def _answer(
         self,
@@ -323,12 +324,11 @@ class Routes:
         lists: Lists,
         content: Callable[[Result], Any],
         reading: Reading,
-        pairs: Pairs,
         answer_bytes: int = 0,
     ) -> Response:
         """Compute the result, and make the answer from it: in a thread if it is long."""
         service = self._service
-        result = await service.compute(request, model, lists, pairs, reading, answer_bytes)
+        result = await service.compute(request, model, lists, reading, answer_bytes)
         headers = {"x-compute-tokens": str(result.work.tokens)}
         if result.truncated:
             headers["x-truncated-inputs"] = str(len(result.truncated))
@@ -453,7 +453,7 @@ def _fields(result: Result, body: schema.Body) -> dict[str, Any]:
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }
     if result.values.ndim == 1:
-        fields["scoring"] = result.work.scoring
+        fields["scoring"] = result.work.reading.scoring
     if result.truncated:
         fields["truncated"] = result.truncated
     if result.model.random:

@@ -119,7 +119,7 @@ class Body(BaseModel):
 class TextsBody(Body):
     """The common fields of requests whose texts may be truncated."""
 
-    truncate: bool = Field(True, description="false refuses longer texts")
+    truncate: bool = Field(default=True, description="false refuses longer texts")
     truncation_direction: Literal["left", "right", "Left", "Right"] = "right"
 
     def reading(self) -> Reading:

@@ -72,7 +72,7 @@ class Search:
         """
         start, account, service = perf_counter(), request.state.account, self._service
         lists, reading = {"query": [body.query]}, Reading("query")
-        result = await service.compute(request, self._model, lists, (), reading)
+        result = await service.compute(request, self._model, lists, reading)
         # Re-ranking reads pictures, which a bare index does not have.
         text = body.query if isinstance(body.query, str) and self._index.root else ""
         find = partial(

@@ -21,7 +21,7 @@ from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.search import open_index
 from xfm_fast.serve.app import Service
 from xfm_fast.serve.library import load_library_model
-from xfm_fast.serve.model import ServedModel, load_xfm
+from xfm_fast.serve.model import ServedModel, XFMModel
 from xfm_fast.serve.options import ServiceOptions, SourceOptions
 from xfm_fast.serve.search import Search
 
@@ -68,7 +68,7 @@ def load(
     options.check()
     if is_library_model(options):
         return load_library_model(options, name)
-    return load_xfm(options, cache_bytes, name)
+    return XFMModel(options, cache_bytes, name)
 
 
 def open_service(

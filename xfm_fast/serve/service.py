@@ -17,9 +17,7 @@ from xfm_fast.serve.images import check_image, decode_base64, fetch, is_url, web
 from xfm_fast.serve.model import (
     Ability,
     Content,
-    Pairs,
     Reading,
-    Scoring,
     ServedModel,
     Work,
 )
@@ -144,7 +142,6 @@ class ModelService:
         request: Request,
         model: ServedModel,
         lists: Mapping[str, Sequence[Item]],
-        pairs: Pairs,
         reading: Reading,
         answer_bytes: int = 0,
     ) -> Result:
@@ -154,7 +151,7 @@ class ModelService:
             (f"{name}[{index}]", item) for name in lists for index, item in enumerate(lists[name])
         ]
         is_text = [isinstance(item, str) for _, item in items]
-        scoring = model.choose_scoring(is_text, pairs, reading)
+        reading = replace(reading, scoring=model.choose_scoring(is_text, reading))
         if self._web is not None and not all(is_text):
             urls = {
                 name: item.image
@@ -171,7 +168,7 @@ class ModelService:
                 for download in downloads:
                     download.cancel()
         account.hold(answer_bytes)
-        arguments = model, items, files, pairs, scoring, reading, account
+        arguments = model, items, files, reading, account
         if model.quick and all(is_text) and account.received <= _QUICK_BYTES:
             work = self._read(*arguments)
         else:
@@ -201,8 +198,6 @@ class ModelService:
         model: ServedModel,
         items: Items,
         files: Mapping[str, bytes],
-        pairs: Pairs,
-        scoring: Scoring,
         reading: Reading,
         account: Account,
     ) -> Work:
@@ -220,7 +215,7 @@ class ModelService:
             picture = Ranker.picture(content, name)
             contents.append(picture._replace(name=name, peak=peak, needed=needed))
         names = [name for name, _ in items]
-        work = model.read(contents, names, pairs, scoring, reading, account.check)
+        work = model.read(contents, names, reading, account.check)
         return replace(work, needed=needed)
 
 
