@@ -64,7 +64,7 @@ class Service(ModelService):
         names: Mapping[str, ServedModel] | None = None,
     ) -> None:
         metrics = Metrics(self, models)
-        super().__init__(models, options, names, metrics.batch_observer)
+        super().__init__(models, options, names, metrics.observe)
         self.routes = self._application(metrics)
         self.app: ASGIApp = _Gate(self, self.routes, metrics)
 
@@ -376,12 +376,7 @@ class Metrics(CollectorRegistry):
         gauge("xfm_request_bytes", "Memory that requests hold.", lambda: service.ledger.used)
         gauge("xfm_process_resident_bytes", "Memory of the process.", resident_bytes)
 
-    def batch_observer(self, model: ServedModel) -> Callable[[int, int], None]:
-        """Return a function that counts batches of a model."""
-        requests, tokens = self.batches.labels(model.name), self.tokens.labels(model.name)
-
-        def observe(count: int, cost: int) -> None:
-            requests.observe(count)
-            tokens.observe(cost)
-
-        return observe
+    def observe(self, model: ServedModel, requests: int, tokens: int) -> None:
+        """Count a batch of a model."""
+        self.batches.labels(model.name).observe(requests)
+        self.tokens.labels(model.name).observe(tokens)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xfm_fast.data.images import decode_image
 from xfm_fast.data.shapes import captions, render, scene
-from xfm_fast.encoders import LibraryEncoder, Use, open_encoder
+from xfm_fast.encoders import Encoder, LibraryEncoder, Use, open_encoder
 from xfm_fast.errors import DataError, InputError, XFMError
 from xfm_fast.loading import Source
 from xfm_fast.serve.model import (
@@ -145,10 +145,11 @@ class LibraryModel(ServedModel):
                 str(labels.get(index, f"LABEL_{index}")) for index in range(encoder.width)
             ]
         # Pooling may leave out the prompt, whose length all texts of a forward pass then share.
-        self._pools_prompts = all(
-            getattr(module, "include_prompt", True) for module in encoder.model
-        )
-        self._prompt_lengths: dict[str, int | None] = {}
+        pools_prompts = all(getattr(module, "include_prompt", True) for module in encoder.model)
+        self._prompt_lengths = {
+            prompt: encoder.prepare(["a"], prompt=prompt).get("prompt_length")
+            for prompt in ([] if pools_prompts else self.prompts.values())
+        }
         self._names: list[str] = []
         self.tokenizer = self._fast_tokenizer()
         self.quick = self.tokenizer is not None
@@ -227,7 +228,7 @@ class LibraryModel(ServedModel):
         prompt = encoder.prompt(role, reading.prompt)
         texts = [_prompted(rows[index].value, prompt) for index in indices]
         if self.tokenizer is not None:
-            group = Group("ids", prompt_length=self._prompt_length(prompt))
+            group = Group("ids", prompt_length=self._prompt_lengths.get(prompt or ""))
             encodings = self.tokenizer.encode(texts, reading.side)
             are_cut = [bool(encoding.overflowing) for encoding in encodings]
             batch = [_ids_row(group, encoding) for encoding in encodings]
@@ -248,14 +249,6 @@ class LibraryModel(ServedModel):
                 raise TooLongError(names[index], f"{len(ids):,} tokens", self.max_tokens)
         return compress(indices, are_cut)
 
-    def _prompt_length(self, prompt: str | None) -> int | None:
-        if not prompt or self._pools_prompts:
-            return None
-        if prompt not in self._prompt_lengths:
-            sample = self.encoder.prepare(["a"], prompt=prompt)
-            self._prompt_lengths[prompt] = sample.get("prompt_length")
-        return self._prompt_lengths[prompt]
-
     def warm_up(self) -> None:
         items: list[Any] = []
         if "text" in self.modalities:
@@ -274,7 +267,7 @@ class LibraryModel(ServedModel):
         groups: dict[Group, list[int]] = {}
         for index, row in enumerate(rows):
             groups.setdefault(row.group, []).append(index)
-        outputs = np.empty(0, np.float32)
+        outputs = np.zeros((len(rows), self.width), np.float32)
         failures = dict[int, Exception]()
         for group, indices in groups.items():
             for batch in self._passes(rows, indices):
@@ -283,10 +276,8 @@ class LibraryModel(ServedModel):
                 inputs = self._inputs(group, rows, batch, failures)
                 if inputs is None:
                     continue
-                features = self.encoder.run(inputs).numpy()
-                if not outputs.size:
-                    outputs = np.zeros((len(rows), features.shape[1]), np.float32)
-                outputs[[index for index in batch if index not in failures]] = features
+                read = [index for index in batch if index not in failures]
+                outputs[read] = self.encoder.run(inputs).numpy()
         results, end = list[Any](), 0
         for work in works:
             start, end = end, end + len(work.items)
@@ -408,13 +399,11 @@ def load_library_model(source: Source, name: str | None = None) -> LibraryModel:
     assert isinstance(encoder, LibraryEncoder)
     quality = ""
     if source.dtype in ("int8", "fp8"):
-        reference = open_encoder(replace(source, dtype=None))
-        assert isinstance(reference, LibraryEncoder)
-        quality = compare(encoder, reference)
+        quality = compare(encoder, open_encoder(replace(source, dtype=None)))
     return LibraryModel(encoder, name, quality)
 
 
-def compare(encoder: LibraryEncoder, reference: LibraryEncoder) -> str:
+def compare(encoder: Encoder, reference: Encoder) -> str:
     """Describe how close the results of a model on generated captions are to those of a reference."""
     from xfm_fast.export.library import neighbour_agreement
 

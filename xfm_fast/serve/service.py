@@ -57,7 +57,7 @@ class ModelService:
         models: The models that answer; a request that names none gets the first that can do it.
         options: See `ServiceOptions`.
         names: The model of each name in requests. [by `ServedModel.name`]
-        observer: Returns for a model a function that gets the number of requests and the tokens of each batch.
+        observe: Gets the model, the number of requests and the tokens of each batch.
 
     Attributes:
         active: Requests between the arrival of the body and the response.
@@ -69,7 +69,7 @@ class ModelService:
         models: Sequence[ServedModel],
         options: ServiceOptions,
         names: Mapping[str, ServedModel] | None,
-        observer: Callable[[ServedModel], Callable[[int, int], None]],
+        observe: Callable[[ServedModel, int, int], None],
     ) -> None:
         self.models, self.options = [*models], options
         self.names = dict(names or {model.name: model for model in models})
@@ -83,7 +83,7 @@ class ModelService:
                 partial(_answer_batch, model),
                 self.batch_tokens(model),
                 coming=lambda: sum(not account.submitted for account in self.active),
-                observe=observer(model),
+                observe=partial(observe, model),
                 thread=self.batch_thread,
             )
             for model in self.models
