@@ -365,16 +365,16 @@ class Metrics(CollectorRegistry):
             queue.labels(model.name).set_function(lambda model=model: len(service.batchers[model]))
             cache.labels(model.name).set_function(lambda model=model: model.cache_bytes)
 
-        def gauge(name: str, description: str, read: Callable[[], float]) -> None:
-            Gauge(name, description, registry=self).set_function(read)
-
-        gauge(
-            "xfm_active_requests",
-            "Requests in flight, waiting ones included.",
-            lambda: len(service.active),
-        )
-        gauge("xfm_request_bytes", "Memory that requests hold.", lambda: service.ledger.used)
-        gauge("xfm_process_resident_bytes", "Memory of the process.", resident_bytes)
+        gauges: dict[str, tuple[str, Callable[[], float]]] = {
+            "xfm_active_requests": (
+                "Requests in flight, waiting ones included.",
+                lambda: len(service.active),
+            ),
+            "xfm_request_bytes": ("Memory that requests hold.", lambda: service.ledger.used),
+            "xfm_process_resident_bytes": ("Memory of the process.", resident_bytes),
+        }
+        for name, (description, measure) in gauges.items():
+            Gauge(name, description, registry=self).set_function(measure)
 
     def observe(self, model: ServedModel, requests: int, tokens: int) -> None:
         """Count a batch of a model."""

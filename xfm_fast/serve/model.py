@@ -245,9 +245,8 @@ class XFMModel(ServedModel):
                 f"{options} has no tokenizer to read texts with; give the model's with --tokenizer"
             )
         self.tokenizer, self.config = tokenizer, ranks.config
-        self.heads = tuple(head for head in _HEADS if head in model.heads)
-        if not self.config.fusion_layers:
-            self.heads = tuple(head for head in self.heads if head != "matching")
+        heads = _HEADS if self.config.fusion_layers else ("contrastive",)
+        self.heads = tuple(head for head in heads if head in model.heads)
         embeds = "contrastive" in self.heads
         self.abilities = ("embed", "rank", "compare") if embeds else ("rank",)
         self.name, self.device = name or opened.name, model.device

@@ -20,11 +20,9 @@ from xfm_fast.search import Hit, SearchIndex, search, thumbnail
 from xfm_fast.serve.app import PAGES, PICTURE_PATH, Service
 from xfm_fast.serve.model import Reading
 from xfm_fast.serve.schema import Body, Problem, TextOrImage
-from xfm_fast.tasks.ranking import MemoryCache
 
 # Pixels of the longest side of a picture in the grid, and alone.
 _SIDES = (512, 2048)
-_CACHE_BYTES = 64 << 20
 # Other sites may not show pictures.
 _PICTURE_HEADERS = {
     "cross-origin-resource-policy": "same-origin",
@@ -50,7 +48,6 @@ class Search:
         index.check(self._model.encoder)
         # One picture is decoded at a time, in memory beside the ledger.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="picture")
-        self._pictures = MemoryCache(_CACHE_BYTES)
 
     def add(self) -> None:
         """Add all endpoints to the service."""
@@ -125,14 +122,9 @@ class Search:
     def _draw(self, row: int, side: int) -> bytes:
         try:
             (entry,) = self._index.entries([row])
-            key = repr((side, entry.name, entry.size, entry.modified)).encode()
-            content = self._pictures.get(key)
-            if content is None:
-                content = memoryview(thumbnail(self._index, entry, side))
-                self._pictures.put(key, content)
+            return thumbnail(self._index, entry, side)
         except DataError as error:
             raise Problem(404, str(error)) from None
-        return bytes(content)
 
 
 def _policy(page: str) -> str:
