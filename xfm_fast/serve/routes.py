@@ -169,7 +169,6 @@ class Routes:
             pairs=_one_with_many(documents),
             scoring=scoring,
         )
-        echo = body.return_documents or body.return_text
 
         def content(result: Result) -> Any:
             order = np.argsort(-result.values, kind="stable").tolist()[: body.top_n]
@@ -177,7 +176,7 @@ class Routes:
             results = []
             for index in order:
                 row = {"index": index, score: float(result.values[index])}
-                if echo:
+                if body.return_documents:
                     item = documents[index]
                     is_text = isinstance(item, str)
                     if not is_tei:
@@ -195,7 +194,7 @@ class Routes:
             {"query": [body.query], "texts" if is_tei else "documents": documents},
             content,
             reading,
-            _ECHO_COPIES * request.state.account.received if echo else 0,
+            _ECHO_COPIES * request.state.account.received if body.return_documents else 0,
         )
 
     async def score(self, request: Request, body: schema.ScoreRequest) -> Response:
@@ -426,13 +425,9 @@ def _predicted(inputs: Any) -> tuple[list[list[str]], bool]:
     """Return the texts of each input of TEI's `/predict`, and whether it is a batch."""
     is_batch = isinstance(inputs, list) and bool(inputs) and isinstance(inputs[0], list)
     items: Any = inputs if is_batch else [[inputs] if isinstance(inputs, str) else inputs]
-    schema._check_length(items)
-    for item in items:
-        if not isinstance(item, list) or len(item) not in (1, 2):
-            break
-        if not all(isinstance(text, str) for text in item):
-            break
-    else:
+    schema.check_length(items)
+    lengths = {len(item) if isinstance(item, list) else 0 for item in items}
+    if lengths <= {1, 2} and all(isinstance(text, str) for item in items for text in item):
         return items, is_batch
     raise InputError(
         "inputs: give a text, a pair of texts, or a list of them, each as a list of one or two texts"

@@ -71,7 +71,8 @@ def _as_list(value: Any) -> Any:
     return value
 
 
-def _check_length(value: Any) -> Any:
+def check_length(value: Any) -> Any:
+    """Return a value, unless it is a list of more items than a request may have."""
     limit = MAX_INPUTS.get()
     if isinstance(value, list) and len(value) > limit:
         raise ValueError(
@@ -89,15 +90,17 @@ _ITEM_SCHEMA: Any = {
 }
 TextOrImage = Annotated[Any, PlainValidator(_read_item), WithJsonSchema(_ITEM_SCHEMA)]
 Items = Annotated[
-    list[TextOrImage], Field(min_length=1, fail_fast=True), BeforeValidator(_check_length)
+    list[TextOrImage], Field(min_length=1, fail_fast=True), BeforeValidator(check_length)
 ]
 OneOrMore = Annotated[Items, BeforeValidator(_as_list, json_schema_input_type=TextOrImage | Items)]
-Texts = Annotated[list[str], Field(min_length=1, fail_fast=True), BeforeValidator(_check_length)]
+Texts = Annotated[list[str], Field(min_length=1, fail_fast=True), BeforeValidator(check_length)]
 OneOrMoreTexts = Annotated[Texts, BeforeValidator(_as_list, json_schema_input_type=str | Texts)]
 Dimensions = Annotated[
     int | None, Field(ge=1, description="shorten features to the first numbers, and normalise them")
 ]
-PromptName = Annotated[str | None, Field(description="one of the model's prompts, for all texts")]
+
+
+EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
 
 
 class Body(BaseModel):
@@ -106,7 +109,9 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True)
 
     model: str | None = Field(default=None, description="name of a served model; may be left out")
-    prompt_name: PromptName = None
+    prompt_name: str | None = Field(
+        default=None, description="one of the model's prompts, for all texts"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -135,8 +140,9 @@ class RerankRequest(TextsBody):
     documents: Items | None = Field(default=None, examples=[[_EXAMPLE_IMAGE]])
     texts: Items | None = None
     top_n: Annotated[int | None, Field(ge=1)] = None
-    return_documents: bool = False
-    return_text: bool = False
+    return_documents: Annotated[
+        bool, Field(validation_alias=AliasChoices("return_documents", "return_text"))
+    ] = False
     raw_scores: bool = False
 
     @model_validator(mode="after")
@@ -151,7 +157,7 @@ class EmbeddingsRequest(TextsBody):
 
     input: OneOrMore = Field(examples=[["a dog", _EXAMPLE_IMAGE]])
     encoding_format: Annotated[
-        Literal["float", "base64", "binary", "ubinary"],
+        EmbeddingType,
         Field(validation_alias=AliasChoices("encoding_format", "embedding_type")),
     ] = "float"
     dimensions: Dimensions = None
@@ -161,15 +167,12 @@ class EmbeddingsRequest(TextsBody):
     normalized: bool = True
 
 
-EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
-
-
 class EmbedRequest(Body):
     """Texts or images to embed, in Cohere's form."""
 
     texts: Annotated[Items | None, Field(examples=[["a dog"]])] = None
     images: Annotated[
-        list[str] | None, BeforeValidator(_check_length), Field(description="data URLs")
+        list[str] | None, BeforeValidator(check_length), Field(description="data URLs")
     ] = None
     inputs: Items | None = None
     input_type: str | None = Field(default=None, description="search_query, search_document, ...")
