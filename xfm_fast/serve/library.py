@@ -22,7 +22,6 @@ from xfm_fast.serve.model import (
     Ability,
     Content,
     Reading,
-    Scoring,
     ServedModel,
     TooLongError,
     Work,
@@ -185,9 +184,6 @@ class LibraryModel(ServedModel):
                 return None
         return fast
 
-    def choose_scoring(self, is_text: Sequence[bool], reading: Reading) -> Scoring:
-        return (reading.scoring or "probability") if self.encoder.use == "ranking" else "similarity"
-
     def read(
         self,
         contents: Sequence[Content],
@@ -201,8 +197,9 @@ class LibraryModel(ServedModel):
             if modality not in self.modalities:
                 readable = " and ".join(self.modalities)
                 raise InputError(f"{name} is {modality}, and {self.name} reads {readable}")
-        inputs, sources = [*contents], [*range(len(contents))]
+        inputs, sources, scoring = [*contents], [*range(len(contents))], "similarity"
         if encoder.use == "ranking":
+            scoring = reading.scoring or "probability"
             inputs = [
                 contents[first] if first == second else (contents[first], contents[second])
                 for first, second in reading.pairs
@@ -216,7 +213,7 @@ class LibraryModel(ServedModel):
             truncated += self._read_texts(rows, indices, names, reading)
         tokens = sum(row.length for row in rows)
         truncated = tuple(sources[index] for index in truncated)
-        return Work(tuple(rows), reading, tokens, truncated)
+        return Work(tuple(rows), replace(reading, scoring=scoring), tokens, truncated)
 
     def _read_texts(
         self, rows: list[Row], indices: Sequence[int], names: Sequence[str], reading: Reading

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
@@ -140,10 +140,6 @@ class ServedModel(ABC):
         return 0
 
     @abstractmethod
-    def choose_scoring(self, is_text: Sequence[bool], reading: Reading) -> Scoring:
-        """Return the score of all pairs; raises if they need different ones, or the model has none for them."""
-
-    @abstractmethod
     def read(
         self,
         contents: Sequence[Content],
@@ -151,7 +147,7 @@ class ServedModel(ABC):
         reading: Reading,
         check: Callable[[], object],
     ) -> Work:
-        """Make the work of a request; `check` raises once it has ended."""
+        """Make the work of a request, and choose the score of its pairs; `check` raises once it has ended."""
 
     def cost(self, work: Work) -> int:
         """Count the tokens that the work computes."""
@@ -271,8 +267,9 @@ class XFMModel(ServedModel):
     def cache_bytes(self) -> int:
         return self.ranker.cache.nbytes
 
-    def choose_scoring(self, is_text: Sequence[bool], reading: Reading) -> Scoring:
-        mixed = {is_text[a] != is_text[b] for a, b in reading.pairs}
+    def _choose_scoring(self, contents: Sequence[Content], pairs: Pairs) -> Scoring:
+        """Return the score of all pairs; raises if they need different ones, or the model has none for them."""
+        mixed = {isinstance(contents[a], str) != isinstance(contents[b], str) for a, b in pairs}
         if len(mixed) > 1:
             raise InputError(
                 "text-image pairs and pairs of one modality have different scores; send two requests"
@@ -294,6 +291,7 @@ class XFMModel(ServedModel):
     ) -> Work:
         if reading.prompt is not None:
             raise InputError(f"{self.name} has no prompt {reading.prompt!r}; leave it out")
+        reading = replace(reading, scoring=self._choose_scoring(contents, reading.pairs))
         items, truncated, tokens = list[Any](), list[int](), 0
         for index, content in enumerate(contents):
             check()

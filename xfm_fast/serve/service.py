@@ -151,7 +151,6 @@ class ModelService:
             (f"{name}[{index}]", item) for name in lists for index, item in enumerate(lists[name])
         ]
         is_text = [isinstance(item, str) for _, item in items]
-        reading = replace(reading, scoring=model.choose_scoring(is_text, reading))
         if self._web is not None and not all(is_text):
             urls = {
                 name: item.image
