@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from tests.data.record_files import picture, write_lines, write_tar
-from tests.library_models import write_clip, write_embedder, write_reranker
+from tests.library_models import embed, write_clip, write_embedder, write_reranker
 from xfm_fast import embedding
 from xfm_fast.benchmarks.work.drop_in import trained_minilm
 from xfm_fast.embedding import METADATA, EmbedOptions, EmbedShard, embed_shard, plan
@@ -87,7 +87,7 @@ def _lines(texts: Sequence[str]) -> bytes:
 
 
 def _expected(encoder: LibraryEncoder, texts: Sequence[str], **settings: Any) -> np.ndarray:
-    return encoder.embed(texts, **settings).numpy()
+    return embed(encoder, texts, **settings).numpy()
 
 
 FORMATS: dict[str, Callable[[Sequence[str]], bytes]] = {
@@ -203,7 +203,7 @@ def _shard_of_images(path: Path, **extra: bytes) -> Path:
 def _pixels(encoder: LibraryEncoder, contents: Sequence[bytes]) -> np.ndarray:
     from xfm_fast.data.images import decode_image
 
-    return encoder.embed([decode_image(content) for content in contents]).numpy()
+    return embed(encoder, [decode_image(content) for content in contents]).numpy()
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])

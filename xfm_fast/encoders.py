@@ -11,13 +11,12 @@ import hashlib
 import json
 import os
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal  # noqa: F401, for inherited annotations
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal  # noqa: F401, for inherited annotations
 
 from annotated_types import Ge, Le  # noqa: F401, cyclopts resolves those of EncoderSource here
 
@@ -51,57 +50,19 @@ _FEATURE_WEIGHTS = ("vision_encoder.", "vision_proj.", "text_encoder.roberta.", 
 _CLASSES: dict[Use, str] = {use: name for name, use in USES.items()}
 
 
-class Encoder(ABC):
-    """A model in evaluation mode behind the doors.
-
-    `prepare` may run in any thread, `run` in one at a time.
-
-    Attributes:
-        name: Name in answers and messages.
-        source: The options that opened it.
-        origin: Origin of the weights and how they run, for messages.
-        use: What it computes.
-        fingerprint: Digest of everything that features depend on.
-    """
-
-    name: str
-    source: Source
-    origin: str
-    use: Use
-    fingerprint: str
-
-    @property
-    @abstractmethod
-    def modalities(self) -> tuple[Modality, ...]:
-        """What it embeds."""
-
-    @cached_property
-    @abstractmethod
-    def width(self) -> int:
-        """Numbers of a feature; entries of the vocabulary for sparse ones."""
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Device of the weights."""
-
-    @abstractmethod
-    def prepare(self, items: Sequence[Any], role: Role | None = None) -> Any:
-        """Make the inputs of `run` from texts or from images, not both; raises `DataError`."""
-
-    @abstractmethod
-    def run(self, inputs: Any) -> Tensor:
-        """Compute features `[items, width]` on the CPU in float32, as the model defines them."""
-
-
-class LibraryEncoder(Encoder):
-    """A model of sentence-transformers.
+class LibraryEncoder:
+    """A model of sentence-transformers in evaluation mode.
 
     Args:
         model: The model, accelerated or not.
         source: The options that opened it.
-        origin: See `Encoder`.
-        fingerprint: See `Encoder`; by default computed from the model, before it is accelerated.
+        origin: Origin of the weights and how they run, for messages.
+        fingerprint: Digest of everything that features depend on; by default computed from the model,
+            before it is accelerated.
+
+    Attributes:
+        name: Name in answers and messages.
+        use: What it computes.
     """
 
     def __init__(
@@ -117,10 +78,12 @@ class LibraryEncoder(Encoder):
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
+        """What it embeds."""
         return tuple(name for name in ("text", "image") if name in self.model.modalities)
 
     @cached_property
     def width(self) -> int:
+        """Numbers of a feature; entries of the vocabulary for sparse ones."""
         if self.use == "ranking":
             return self.model.num_labels
         if getattr(self.model, "truncate_dim", None):
@@ -133,6 +96,7 @@ class LibraryEncoder(Encoder):
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self.model.device
 
     @property
@@ -178,14 +142,19 @@ class LibraryEncoder(Encoder):
     def prepare(
         self, items: Sequence[Any], role: Role | None = None, prompt: str | None = None
     ) -> Any:
-        """Make the inputs of `run`; a prompt replaces that of the role."""
+        """Make the inputs of `run` from texts or from images, in any thread; a prompt replaces that of the role.
+
+        Raises `DataError`.
+        """
         if prompt is None:
             prompt = self.prompt(role)
         with self._lock:
             return self.model.preprocess([*items], prompt=prompt, task=role)
 
     def run(self, inputs: Any, normalise: bool = False) -> Tensor:
-        """Compute features; `normalise` divides rows by their L2 norms."""
+        """Compute features `[items, width]` on the CPU in float32, in one thread at a time; `normalise` divides rows by
+        their L2 norms.
+        """
         import torch
         from torch.nn.functional import normalize
 
@@ -201,62 +170,10 @@ class LibraryEncoder(Encoder):
             features = features.float()
             return (normalize(features) if normalise else features).cpu()
 
-    def embed(
-        self,
-        items: Sequence[Any],
-        role: Role | None = None,
-        *,
-        prompt: str | None = None,
-        normalise: bool = False,
-        batch_size: int = 64,
-    ) -> Tensor:
-        """Compute the features of texts or images by the library's own loop, in their order."""
-        features = self.model.encode(
-            [*items],
-            prompt=self.prompt(role) if prompt is None else prompt,
-            batch_size=batch_size,
-            normalize_embeddings=normalise,
-            convert_to_tensor=True,
-            show_progress_bar=False,
-            **({} if role is None else {"task": role}),
-        )
-        return features.float().cpu()
-
-    def embed_sparse(
-        self, texts: Sequence[str], role: Role | None = None, *, prompt: str | None = None
-    ) -> list[tuple[list[int], list[float]]]:
-        """Compute sparse features: for each text the indices of its entries, ascending, and their values."""
-        rows = self.model.encode(
-            [*texts],
-            prompt=self.prompt(role) if prompt is None else prompt,
-            convert_to_sparse_tensor=False,
-            convert_to_tensor=True,
-            show_progress_bar=False,
-            **({} if role is None else {"task": role}),
-        )
-        entries = []
-        for row in rows.float().cpu():
-            indices = row.nonzero().flatten()
-            entries.append((indices.tolist(), row[indices].tolist()))
-        return entries
-
-    def score(self, pairs: Sequence[tuple[str, str]], *, raw: bool = False) -> Tensor:
-        """Score pairs: `[pairs]`, or `[pairs, labels]` of a classifier; `raw` leaves out the activation."""
-        import torch
-
-        scores = self.model.predict(
-            [*pairs],
-            batch_size=64,
-            activation_fn=torch.nn.Identity() if raw else None,
-            convert_to_tensor=True,
-            show_progress_bar=False,
-        )
-        return scores.float().cpu()
-
 
 @dataclass(frozen=True)
-class XFMEncoder(Encoder):
-    """An X-FM with a contrastive head, whose features are L2-normalised.
+class XFMEncoder:
+    """An X-FM with a contrastive head, whose features are L2-normalised; members are those of `LibraryEncoder`.
 
     Attributes:
         model: An `XFM`, or the `Session` of an export.
@@ -269,7 +186,7 @@ class XFMEncoder(Encoder):
     name: str = ""
     origin: str = ""
     rank: Rank = "match"
-    use = "embedding"
+    use: ClassVar[Use] = "embedding"
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
@@ -307,6 +224,10 @@ class XFMEncoder(Encoder):
                 embeds = self.model.encode_image(inputs.to(self.device))
                 features = self.model.project_image(embeds)
         return features.float().cpu()
+
+
+Encoder = LibraryEncoder | XFMEncoder
+"""A model behind the doors: `prepare` may run in any thread, `run` in one at a time."""
 
 
 def is_library_model(source: Source) -> bool:

@@ -463,8 +463,7 @@ def compare(encoder: LibraryEncoder, reference: LibraryEncoder) -> str:
     items: Any = [captions(scene)[0] for scene in scenes]
     if encoder.use == "ranking":
         pairs = [(items[0], caption) for caption in items]
-        scores, truth = (model.score(pairs, raw=True) for model in (encoder, reference))
-        scores, truth = scores.reshape(len(pairs), -1), truth.reshape(len(pairs), -1)
+        scores, truth = (model.run(model.prepare(pairs)) for model in (encoder, reference))
         error = (scores - truth).abs().max() / truth.abs().max()
         shared = _shared(
             scores[:, 0].argsort(descending=True), truth[:, 0].argsort(descending=True)
