@@ -26,7 +26,6 @@ from xfm_fast.io import read_json
 from xfm_fast.loading import (
     MANIFEST_FILE,
     EncoderSource,
-    Opened,
     Source,
     local_path,
     open_model,
@@ -71,7 +70,7 @@ class LibraryEncoder:
         self.model, self.source, self.origin = model.eval(), source, origin
         self.name = source.label
         classes = {cls.__name__ for cls in type(model).__mro__}
-        self.use = next(use for use, name in _CLASSES.items() if name in classes)
+        self.use: Use = next(use for use, name in _CLASSES.items() if name in classes)
         self.fingerprint = fingerprint or _fingerprint(model)
         # A call of a tokenizer changes its settings, which another thread must not see.
         self._lock = threading.Lock()
@@ -290,28 +289,21 @@ def _open_export(source: Source) -> LibraryEncoder:
 
 def _open_xfm(source: Source) -> XFMEncoder:
     from xfm_fast.models.xfm import PRECISIONS
-    from xfm_fast.tasks.evaluation import checksum
-
-    def encoder(opened: Opened, fingerprint: str) -> XFMEncoder:
-        return XFMEncoder(
-            opened.model, source, fingerprint[:32], opened.name, opened.origin, opened.rank
-        )
 
     if source.is_export:
         opened = open_session(source)
         if "contrastive" not in opened.model.heads:
             raise UnavailableError(f"{source} has no contrastive head; export a model that has one")
-        return encoder(opened, opened.model.fingerprint())
-    opened = open_model(
-        replace(source, dtype=None), needs=("contrastive",), tasks=("retrieval",), device="cpu"
-    )
-    # Before the cast, so that an index made in bf16 fits the same model in fp32.
-    digest = hashlib.sha256(f"{_TRANSFORM_VERSION} {opened.model.config.image_size}".encode())
-    for name, tensor in opened.model.state_dict().items():
-        if name.startswith(_FEATURE_WEIGHTS):
-            digest.update(f"{name} {[*tensor.shape]} {checksum(tensor):08x}".encode())
-    opened.model.to(source.choose_device()).cast(PRECISIONS[source.dtype or "fp32"]).eval()
-    return encoder(opened, digest.hexdigest())
+        fingerprint = opened.model.fingerprint()[:32]
+    else:
+        opened = open_model(
+            replace(source, dtype=None), needs=("contrastive",), tasks=("retrieval",), device="cpu"
+        )
+        # Before the cast, so that an index made in bf16 fits the same model in fp32.
+        settings = f"{_TRANSFORM_VERSION} {opened.model.config.image_size}"
+        fingerprint = _digest(settings, opened.model, _FEATURE_WEIGHTS)
+        opened.model.to(source.choose_device()).cast(PRECISIONS[source.dtype or "fp32"]).eval()
+    return XFMEncoder(opened.model, source, fingerprint, opened.name, opened.origin, opened.rank)
 
 
 def _open_library(source: Source) -> LibraryEncoder:
@@ -403,15 +395,21 @@ def _read_object(location: str, file: str) -> dict[str, Any] | None:
 
 def _fingerprint(model: Any) -> str:
     """Digest weights, tokenizer and settings of a model of sentence-transformers."""
-    from xfm_fast.tasks.evaluation import checksum
-
     settings: list[Any] = [model.prompts, getattr(model, "truncate_dim", None)]
     for module in model:
         config = getattr(module, "get_config_dict", dict)()
         settings.append([type(module).__name__, config])
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     backend = getattr(model.tokenizer, "backend_tokenizer", None)
-    digest.update(b"" if backend is None else backend.to_str().encode())
+    tokenizer = "" if backend is None else backend.to_str()
+    return _digest(json.dumps(settings, sort_keys=True, default=str) + tokenizer, model)
+
+
+def _digest(settings: str, model: Any, names: tuple[str, ...] = ("",)) -> str:
+    """Digest settings, and the weights whose names begin so."""
+    from xfm_fast.tasks.evaluation import checksum
+
+    digest = hashlib.sha256(settings.encode())
     for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {[*tensor.shape]} {checksum(tensor):08x}".encode())
+        if name.startswith(names):
+            digest.update(f"{name} {[*tensor.shape]} {checksum(tensor):08x}".encode())
     return digest.hexdigest()[:32]

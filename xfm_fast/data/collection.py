@@ -150,7 +150,7 @@ def open_collection(
     )
 
 
-class _Collection(ABC):
+class Collection(ABC):
     """Images or texts that can be listed and loaded.
 
     Attributes:
@@ -179,7 +179,7 @@ class _Collection(ABC):
         return entry.name
 
 
-class ImageFiles(_Collection):
+class ImageFiles(Collection):
     """Images in a folder tree, with captions in text files or a table, or images that a file lists by path."""
 
     def __init__(self, path: Path, images: Path) -> None:
@@ -236,7 +236,7 @@ class ImageFiles(_Collection):
         return str(self.images / entry.name)
 
 
-class EmbeddedImages(_Collection):
+class EmbeddedImages(Collection):
     """Images embedded in shards or lines; a changed file invalidates all its images."""
 
     lists_captions = False
@@ -265,7 +265,7 @@ class EmbeddedImages(_Collection):
         return image, tuple(captions)
 
 
-class TextFiles(_Collection):
+class TextFiles(Collection):
     """Text files in a folder tree, or one of them."""
 
     modality = "text"
@@ -293,12 +293,8 @@ class TextFiles(_Collection):
             raise DataError(f"{path} holds no text; write some or remove it")
         return text, (text,)
 
-    def location(self, entry: Entry) -> str:
-        path = str(self.folder / entry.name)
-        return f"{path}#{entry.passage}" if entry.passage else path
 
-
-class TextTable(_Collection):
+class TextTable(Collection):
     """Texts in a column of a CSV, TSV or line-JSON file."""
 
     modality = "text"
@@ -326,10 +322,6 @@ class TextTable(_Collection):
 
     def load(self, entry: Entry, side: int | None = None) -> tuple[str, tuple[str, ...]]:
         return entry.captions[0], entry.captions
-
-
-Collection = ImageFiles | EmbeddedImages | TextFiles | TextTable
-"""Images or texts that can be listed and loaded."""
 
 
 def _file_names(folder: Path, suffixes: Sequence[str], content: str) -> Iterator[str]:

@@ -279,7 +279,7 @@ def build_index(
         def begin() -> tuple[str, int]:
             stack.enter_context(hold(target / ".lock", f"the index {target} (--index)"))
             with explaining(target):
-                build._writer = stack.enter_context(open_writer(target, build.header()))
+                build.writer = stack.enter_context(open_writer(target, build.header()))
                 return build.list_missing()
 
         work, count = processes.from_first(begin)
@@ -316,13 +316,7 @@ class _Build:
     batch_size: int
     # Of the first process only.
     faults: dict[str, str] = field(default_factory=dict)
-    _writer: Writer | None = None
-
-    @property
-    def writer(self) -> Writer:
-        """The open index."""
-        assert self._writer is not None
-        return self._writer
+    writer: Writer = field(init=False)
 
     def header(self) -> Header:
         """Describe a new index."""
