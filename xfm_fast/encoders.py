@@ -16,9 +16,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal  # noqa: F401, for inherited annotations
-
-from annotated_types import Ge, Le  # noqa: F401, cyclopts resolves those of EncoderSource here
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from xfm_fast.errors import CheckpointError, InputError, UnavailableError, needs
 from xfm_fast.export.request import USES, Use

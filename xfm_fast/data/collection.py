@@ -30,7 +30,7 @@ from xfm_fast.data.annotations import (
     as_rows,
     identity_of,
 )
-from xfm_fast.data.files import Paths, find_files, read_json, unreadable
+from xfm_fast.data.files import Paths, find_files, read_json, read_text
 from xfm_fast.data.images import decode_image, image_source, image_values
 from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.records import (
@@ -58,7 +58,6 @@ from xfm_fast.data.tables import (
     table_rows,
 )
 from xfm_fast.errors import DataError, explain_types
-from xfm_fast.io import read_bytes
 
 Modality = Literal["text", "image"]
 
@@ -283,12 +282,7 @@ class TextFiles(Collection):
 
     def load(self, entry: Entry, side: int | None = None) -> tuple[str, tuple[str, ...]]:
         path = self.folder / entry.name
-        try:
-            text = read_bytes(path, _MOST_TEXT_BYTES).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it") from None
-        except (OSError, ValueError) as error:
-            raise unreadable(path, error) from None
+        text = read_text(path, _MOST_TEXT_BYTES)
         if not text.strip():
             raise DataError(f"{path} holds no text; write some or remove it")
         return text, (text,)

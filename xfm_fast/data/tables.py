@@ -18,7 +18,7 @@ from xfm_fast.data.annotations import (
     TextScoreRecord,
     as_rows,
 )
-from xfm_fast.data.files import Paths, check_plain, find_files, open_file, read_file, unreadable
+from xfm_fast.data.files import Paths, check_plain, find_files, open_file, read_text, unreadable
 from xfm_fast.errors import DataError, UnavailableError
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".tab")
@@ -436,10 +436,7 @@ def sidecar_captions(image: Path) -> list[tuple[int, str]] | None:
     path = image.with_suffix(".txt")
     if not path.exists():
         return None
-    try:
-        lines = read_file(path).decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it") from None
+    lines = read_text(path).splitlines()
     return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 
