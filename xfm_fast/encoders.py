@@ -83,8 +83,6 @@ class LibraryEncoder:
         """Numbers of a feature; entries of the vocabulary for sparse ones."""
         if self.use == "ranking":
             return self.model.num_labels
-        if getattr(self.model, "truncate_dim", None):
-            return self.model.truncate_dim
         from PIL import Image
 
         # The configuration may not say it, or say that of another layer.
@@ -153,13 +151,11 @@ class LibraryEncoder:
         their L2 norms.
         """
         import torch
+        from sentence_transformers.util import batch_to_device
         from torch.nn.functional import normalize
 
         with torch.inference_mode():
-            inputs = {
-                name: value.to(self.device) if isinstance(value, torch.Tensor) else value
-                for name, value in inputs.items()
-            }
+            inputs = batch_to_device({**inputs}, self.device)
             output = "scores" if self.use == "ranking" else "sentence_embedding"
             features = self.model(inputs)[output]
             if getattr(self.model, "truncate_dim", None):
