@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from xfm_fast.data.shapes import VOCABULARY
+from xfm_fast.encoders import LibraryEncoder
 
 _SIZES: dict[str, int] = {
     "hidden_size": 64,
@@ -16,6 +19,14 @@ _SIZES: dict[str, int] = {
     "intermediate_size": 128,
 }
 _MAX_TOKENS = 48
+
+
+def embed(encoder: LibraryEncoder, items: Sequence[Any], **options: Any) -> Tensor:
+    """Compute features by the library's own loop, with an encoder's model and prompts."""
+    role, prompt = options.pop("role", None), options.pop("prompt", None)
+    prompt = encoder.prompt(role) if prompt is None else prompt
+    options |= {"prompt": prompt, "convert_to_tensor": True, "show_progress_bar": False}
+    return encoder.model.encode([*items], task=role, **options).float().cpu()
 
 
 def write_tokenizer(folder: Path) -> int:

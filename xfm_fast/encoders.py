@@ -11,15 +11,12 @@ import hashlib
 import json
 import os
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal  # noqa: F401, for inherited annotations
-
-from annotated_types import Ge, Le  # noqa: F401, cyclopts resolves those of EncoderSource here
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from xfm_fast.errors import CheckpointError, InputError, UnavailableError, needs
 from xfm_fast.export.request import USES, Use
@@ -27,7 +24,6 @@ from xfm_fast.io import read_json
 from xfm_fast.loading import (
     MANIFEST_FILE,
     EncoderSource,
-    Opened,
     Source,
     local_path,
     open_model,
@@ -51,57 +47,19 @@ _FEATURE_WEIGHTS = ("vision_encoder.", "vision_proj.", "text_encoder.roberta.", 
 _CLASSES: dict[Use, str] = {use: name for name, use in USES.items()}
 
 
-class Encoder(ABC):
-    """A model in evaluation mode behind the doors.
-
-    `prepare` may run in any thread, `run` in one at a time.
-
-    Attributes:
-        name: Name in answers and messages.
-        source: The options that opened it.
-        origin: Origin of the weights and how they run, for messages.
-        use: What it computes.
-        fingerprint: Digest of everything that features depend on.
-    """
-
-    name: str
-    source: Source
-    origin: str
-    use: Use
-    fingerprint: str
-
-    @property
-    @abstractmethod
-    def modalities(self) -> tuple[Modality, ...]:
-        """What it embeds."""
-
-    @cached_property
-    @abstractmethod
-    def width(self) -> int:
-        """Numbers of a feature; entries of the vocabulary for sparse ones."""
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Device of the weights."""
-
-    @abstractmethod
-    def prepare(self, items: Sequence[Any], role: Role | None = None) -> Any:
-        """Make the inputs of `run` from texts or from images, not both; raises `DataError`."""
-
-    @abstractmethod
-    def run(self, inputs: Any) -> Tensor:
-        """Compute features `[items, width]` on the CPU in float32, as the model defines them."""
-
-
-class LibraryEncoder(Encoder):
-    """A model of sentence-transformers.
+class LibraryEncoder:
+    """A model of sentence-transformers in evaluation mode.
 
     Args:
         model: The model, accelerated or not.
         source: The options that opened it.
-        origin: See `Encoder`.
-        fingerprint: See `Encoder`; by default computed from the model, before it is accelerated.
+        origin: Origin of the weights and how they run, for messages.
+        fingerprint: Digest of everything that features depend on; by default computed from the model,
+            before it is accelerated.
+
+    Attributes:
+        name: Name in answers and messages.
+        use: What it computes.
     """
 
     def __init__(
@@ -110,21 +68,21 @@ class LibraryEncoder(Encoder):
         self.model, self.source, self.origin = model.eval(), source, origin
         self.name = source.label
         classes = {cls.__name__ for cls in type(model).__mro__}
-        self.use = next(use for use, name in _CLASSES.items() if name in classes)
+        self.use: Use = next(use for use, name in _CLASSES.items() if name in classes)
         self.fingerprint = fingerprint or _fingerprint(model)
         # A call of a tokenizer changes its settings, which another thread must not see.
         self._lock = threading.Lock()
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
+        """What it embeds."""
         return tuple(name for name in ("text", "image") if name in self.model.modalities)
 
     @cached_property
     def width(self) -> int:
+        """Numbers of a feature; entries of the vocabulary for sparse ones."""
         if self.use == "ranking":
             return self.model.num_labels
-        if getattr(self.model, "truncate_dim", None):
-            return self.model.truncate_dim
         from PIL import Image
 
         # The configuration may not say it, or say that of another layer.
@@ -133,6 +91,7 @@ class LibraryEncoder(Encoder):
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self.model.device
 
     @property
@@ -176,22 +135,25 @@ class LibraryEncoder(Encoder):
     def prepare(
         self, items: Sequence[Any], role: Role | None = None, prompt: str | None = None
     ) -> Any:
-        """Make the inputs of `run`; a prompt replaces that of the role."""
+        """Make the inputs of `run` from texts or from images, in any thread; a prompt replaces that of the role.
+
+        Raises `DataError`.
+        """
         if prompt is None:
             prompt = self.prompt(role)
         with self._lock:
             return self.model.preprocess([*items], prompt=prompt, task=role)
 
     def run(self, inputs: Any, normalise: bool = False) -> Tensor:
-        """Compute features; `normalise` divides rows by their L2 norms."""
+        """Compute features `[items, width]` on the CPU in float32, in one thread at a time; `normalise` divides rows by
+        their L2 norms.
+        """
         import torch
+        from sentence_transformers.util import batch_to_device
         from torch.nn.functional import normalize
 
         with torch.inference_mode():
-            inputs = {
-                name: value.to(self.device) if isinstance(value, torch.Tensor) else value
-                for name, value in inputs.items()
-            }
+            inputs = batch_to_device({**inputs}, self.device)
             output = "scores" if self.use == "ranking" else "sentence_embedding"
             features = self.model(inputs)[output]
             if getattr(self.model, "truncate_dim", None):
@@ -199,62 +161,10 @@ class LibraryEncoder(Encoder):
             features = features.float()
             return (normalize(features) if normalise else features).cpu()
 
-    def embed(
-        self,
-        items: Sequence[Any],
-        role: Role | None = None,
-        *,
-        prompt: str | None = None,
-        normalise: bool = False,
-        batch_size: int = 64,
-    ) -> Tensor:
-        """Compute the features of texts or images by the library's own loop, in their order."""
-        features = self.model.encode(
-            [*items],
-            prompt=self.prompt(role) if prompt is None else prompt,
-            batch_size=batch_size,
-            normalize_embeddings=normalise,
-            convert_to_tensor=True,
-            show_progress_bar=False,
-            **({} if role is None else {"task": role}),
-        )
-        return features.float().cpu()
-
-    def embed_sparse(
-        self, texts: Sequence[str], role: Role | None = None, *, prompt: str | None = None
-    ) -> list[tuple[list[int], list[float]]]:
-        """Compute sparse features: for each text the indices of its entries, ascending, and their values."""
-        rows = self.model.encode(
-            [*texts],
-            prompt=self.prompt(role) if prompt is None else prompt,
-            convert_to_sparse_tensor=False,
-            convert_to_tensor=True,
-            show_progress_bar=False,
-            **({} if role is None else {"task": role}),
-        )
-        entries = []
-        for row in rows.float().cpu():
-            indices = row.nonzero().flatten()
-            entries.append((indices.tolist(), row[indices].tolist()))
-        return entries
-
-    def score(self, pairs: Sequence[tuple[str, str]], *, raw: bool = False) -> Tensor:
-        """Score pairs: `[pairs]`, or `[pairs, labels]` of a classifier; `raw` leaves out the activation."""
-        import torch
-
-        scores = self.model.predict(
-            [*pairs],
-            batch_size=64,
-            activation_fn=torch.nn.Identity() if raw else None,
-            convert_to_tensor=True,
-            show_progress_bar=False,
-        )
-        return scores.float().cpu()
-
 
 @dataclass(frozen=True)
-class XFMEncoder(Encoder):
-    """An X-FM with a contrastive head, whose features are L2-normalised.
+class XFMEncoder:
+    """An X-FM with a contrastive head, whose features are L2-normalised; members are those of `LibraryEncoder`.
 
     Attributes:
         model: An `XFM`, or the `Session` of an export.
@@ -267,7 +177,7 @@ class XFMEncoder(Encoder):
     name: str = ""
     origin: str = ""
     rank: Rank = "match"
-    use = "embedding"
+    use: ClassVar[Use] = "embedding"
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
@@ -305,6 +215,10 @@ class XFMEncoder(Encoder):
                 embeds = self.model.encode_image(inputs.to(self.device))
                 features = self.model.project_image(embeds)
         return features.float().cpu()
+
+
+Encoder = LibraryEncoder | XFMEncoder
+"""A model behind the doors: `prepare` may run in any thread, `run` in one at a time."""
 
 
 def is_library_model(source: Source) -> bool:
@@ -367,28 +281,21 @@ def _open_export(source: Source) -> LibraryEncoder:
 
 def _open_xfm(source: Source) -> XFMEncoder:
     from xfm_fast.models.xfm import PRECISIONS
-    from xfm_fast.tasks.evaluation import checksum
-
-    def encoder(opened: Opened, fingerprint: str) -> XFMEncoder:
-        return XFMEncoder(
-            opened.model, source, fingerprint[:32], opened.name, opened.origin, opened.rank
-        )
 
     if source.is_export:
         opened = open_session(source)
         if "contrastive" not in opened.model.heads:
             raise UnavailableError(f"{source} has no contrastive head; export a model that has one")
-        return encoder(opened, opened.model.fingerprint())
-    opened = open_model(
-        replace(source, dtype=None), needs=("contrastive",), tasks=("retrieval",), device="cpu"
-    )
-    # Before the cast, so that an index made in bf16 fits the same model in fp32.
-    digest = hashlib.sha256(f"{_TRANSFORM_VERSION} {opened.model.config.image_size}".encode())
-    for name, tensor in opened.model.state_dict().items():
-        if name.startswith(_FEATURE_WEIGHTS):
-            digest.update(f"{name} {[*tensor.shape]} {checksum(tensor):08x}".encode())
-    opened.model.to(source.choose_device()).cast(PRECISIONS[source.dtype or "fp32"]).eval()
-    return encoder(opened, digest.hexdigest())
+        fingerprint = opened.model.fingerprint()[:32]
+    else:
+        opened = open_model(
+            replace(source, dtype=None), needs=("contrastive",), tasks=("retrieval",), device="cpu"
+        )
+        # Before the cast, so that an index made in bf16 fits the same model in fp32.
+        settings = f"{_TRANSFORM_VERSION} {opened.model.config.image_size}"
+        fingerprint = _digest(settings, opened.model, _FEATURE_WEIGHTS)
+        opened.model.to(source.choose_device()).cast(PRECISIONS[source.dtype or "fp32"]).eval()
+    return XFMEncoder(opened.model, source, fingerprint, opened.name, opened.origin, opened.rank)
 
 
 def _open_library(source: Source) -> LibraryEncoder:
@@ -480,15 +387,21 @@ def _read_object(location: str, file: str) -> dict[str, Any] | None:
 
 def _fingerprint(model: Any) -> str:
     """Digest weights, tokenizer and settings of a model of sentence-transformers."""
-    from xfm_fast.tasks.evaluation import checksum
-
     settings: list[Any] = [model.prompts, getattr(model, "truncate_dim", None)]
     for module in model:
         config = getattr(module, "get_config_dict", dict)()
         settings.append([type(module).__name__, config])
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     backend = getattr(model.tokenizer, "backend_tokenizer", None)
-    digest.update(b"" if backend is None else backend.to_str().encode())
+    tokenizer = "" if backend is None else backend.to_str()
+    return _digest(json.dumps(settings, sort_keys=True, default=str) + tokenizer, model)
+
+
+def _digest(settings: str, model: Any, names: tuple[str, ...] = ("",)) -> str:
+    """Digest settings, and the weights whose names begin so."""
+    from xfm_fast.tasks.evaluation import checksum
+
+    digest = hashlib.sha256(settings.encode())
     for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {[*tensor.shape]} {checksum(tensor):08x}".encode())
+        if name.startswith(names):
+            digest.update(f"{name} {[*tensor.shape]} {checksum(tensor):08x}".encode())
     return digest.hexdigest()[:32]

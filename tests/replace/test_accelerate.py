@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from xfm_fast import XFM, XFMConfig, accelerate
+from xfm_fast import accelerate
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.replace import Fused, acceleration
 from xfm_fast.replace.swap import Settings, observed
@@ -163,7 +163,6 @@ def test_selection(options: dict[str, Any], paths: list[str]) -> None:
     ("made", "options", "named"),
     [
         (model, {"include": "nowhere"}, "nowhere"),
-        (lambda: XFM(XFMConfig.preset("tiny")), {}, "XFM"),
         (lambda: "model", {}, "str"),
         (Odd, {"exclude": "*"}, "Odd"),
         (model, {"dtype": torch.int32}, "dtype"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.library_models import write_clip, write_embedder, write_reranker
+from tests.library_models import embed, write_clip, write_embedder, write_reranker
 from tests.search.conftest import write_picture
 from tests.search.test_index import features_of
 from xfm_fast.encoders import Encoder, LibraryEncoder, XFMEncoder, open_encoder
@@ -58,11 +58,11 @@ def test_passages_of_text_files(notes: Path, embedder: LibraryEncoder) -> None:
     assert "\n\n".join(entry.caption or "" for entry in passages) == (notes / "a.md").read_text()
     # The features are the model's own for documents.
     captions = [entry.caption for entry in entries]
-    expected = embedder.embed(captions, "document", normalise=True).numpy()
+    expected = embed(embedder, captions, role="document", normalize_embeddings=True).numpy()
     with opened.store.read() as snapshot:
         np.testing.assert_allclose(snapshot.features, expected, atol=1e-5)
     best = search(opened, embedder, "a green square", top=3)
-    query = embedder.embed(["a green square"], "query", normalise=True)[0].numpy()
+    query = embed(embedder, ["a green square"], role="query", normalize_embeddings=True)[0].numpy()
     order = (expected @ query).argsort()[::-1][:3]
     assert [hit.row for hit in best.hits] == order.tolist()
     assert best.hits[0].similarity == pytest.approx((expected @ query).max(), abs=1e-5)
@@ -269,7 +269,7 @@ def test_models_that_do_not_embed(notes: Path, tmp_path: Path) -> None:
 def test_features_from_outside(notes: Path, embedder: LibraryEncoder) -> None:
     build_index(notes, embedder)
     opened = open_index(notes)
-    feature = embedder.embed(["a star"], "query")[0].numpy()
+    feature = embed(embedder, ["a star"], role="query")[0].numpy()
     hits = nearest(opened, 3 * feature, 2)
     assert hits == search(opened, embedder, "", top=2, feature=3 * feature).hits
     same = search(opened, embedder, "a star", top=2).hits

@@ -90,12 +90,9 @@ def check(
     settings = checking.Options(
         config=XFMConfig.preset("base"),
         tokenizer=tokenizer,
-        image_key=rows.image_key,
-        caption_key=rows.caption_key,
-        image_root=rows.image_root,
         tokenized=options.tokenized,
-        tolerate_bad=rows.tolerate_bad,
         max_problems=sys.maxsize if as_json else 20,
+        **vars(rows),
     )
     with progress("checking") as advance:
         report = checking.check(paths, options.task, settings, progress=advance)

@@ -130,15 +130,17 @@ def index(
         progress("indexing") as advance,
     ):
         model = processes.together(lambda: open_encoder(source))
-        shared = {
-            "images": options.images,
-            "column": options.column,
-            "processes": processes,
-            "progress": advance,
-            "stop": stop,
-        }
         try:
-            report = build_index(collection, model, target, **shared)
+            report = build_index(
+                collection,
+                model,
+                target,
+                images=options.images,
+                column=options.column,
+                processes=processes,
+                progress=advance,
+                stop=stop,
+            )
         except RuntimeError as error:
             if "closed by peer" in str(error) or "reset by peer" in str(error):
                 raise XFMError(
@@ -205,9 +207,16 @@ def search(
     opened = open_index(collection, options.index, images=options.images)
     source = _choose_model(source, opened.folder)
     target = Path(query) if os.path.isfile(query) else query
-    settings = {"top": options.top, "candidates": options.candidates, "rank": options.rank}
-    settings |= {"where": where, "glob": options.glob}
-    result = find(opened, open_encoder(source), target, **settings)
+    result = find(
+        opened,
+        open_encoder(source),
+        target,
+        top=options.top,
+        candidates=options.candidates,
+        rank=options.rank,
+        where=where,
+        glob=options.glob,
+    )
     matches = [hit.match for hit in result.hits if hit.match is not None]
     if len(matches) > 1 and 0.1 < min(matches) <= max(matches) < min(0.9, min(matches) + _ALIKE):
         note("match scores hardly differ, as from an untrained head; try --rank similarity")

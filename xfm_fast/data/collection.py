@@ -30,7 +30,7 @@ from xfm_fast.data.annotations import (
     as_rows,
     identity_of,
 )
-from xfm_fast.data.files import Paths, find_files, read_json, unreadable
+from xfm_fast.data.files import Paths, find_files, read_json, read_text
 from xfm_fast.data.images import decode_image, image_source, image_values
 from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.records import (
@@ -58,7 +58,6 @@ from xfm_fast.data.tables import (
     table_rows,
 )
 from xfm_fast.errors import DataError, explain_types
-from xfm_fast.io import read_bytes
 
 Modality = Literal["text", "image"]
 
@@ -150,7 +149,7 @@ def open_collection(
     )
 
 
-class _Collection(ABC):
+class Collection(ABC):
     """Images or texts that can be listed and loaded.
 
     Attributes:
@@ -179,7 +178,7 @@ class _Collection(ABC):
         return entry.name
 
 
-class ImageFiles(_Collection):
+class ImageFiles(Collection):
     """Images in a folder tree, with captions in text files or a table, or images that a file lists by path."""
 
     def __init__(self, path: Path, images: Path) -> None:
@@ -236,7 +235,7 @@ class ImageFiles(_Collection):
         return str(self.images / entry.name)
 
 
-class EmbeddedImages(_Collection):
+class EmbeddedImages(Collection):
     """Images embedded in shards or lines; a changed file invalidates all its images."""
 
     lists_captions = False
@@ -265,7 +264,7 @@ class EmbeddedImages(_Collection):
         return image, tuple(captions)
 
 
-class TextFiles(_Collection):
+class TextFiles(Collection):
     """Text files in a folder tree, or one of them."""
 
     modality = "text"
@@ -283,22 +282,13 @@ class TextFiles(_Collection):
 
     def load(self, entry: Entry, side: int | None = None) -> tuple[str, tuple[str, ...]]:
         path = self.folder / entry.name
-        try:
-            text = read_bytes(path, _MOST_TEXT_BYTES).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it") from None
-        except (OSError, ValueError) as error:
-            raise unreadable(path, error) from None
+        text = read_text(path, _MOST_TEXT_BYTES)
         if not text.strip():
             raise DataError(f"{path} holds no text; write some or remove it")
         return text, (text,)
 
-    def location(self, entry: Entry) -> str:
-        path = str(self.folder / entry.name)
-        return f"{path}#{entry.passage}" if entry.passage else path
 
-
-class TextTable(_Collection):
+class TextTable(Collection):
     """Texts in a column of a CSV, TSV or line-JSON file."""
 
     modality = "text"
@@ -326,10 +316,6 @@ class TextTable(_Collection):
 
     def load(self, entry: Entry, side: int | None = None) -> tuple[str, tuple[str, ...]]:
         return entry.captions[0], entry.captions
-
-
-Collection = ImageFiles | EmbeddedImages | TextFiles | TextTable
-"""Images or texts that can be listed and loaded."""
 
 
 def _file_names(folder: Path, suffixes: Sequence[str], content: str) -> Iterator[str]:

@@ -139,6 +139,16 @@ def read_file(path: Path) -> bytes:
         raise unreadable(path, error) from None
 
 
+def read_text(path: Path, limit: int = _FILE_LIMIT) -> str:
+    """Read a text file of at most `limit` bytes; raises `DataError`."""
+    try:
+        return read_bytes(path, limit).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it") from None
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from None
+
+
 def check_plain(path: Path, start: bytes) -> None:
     """Raise `DataError` for empty, compressed or UTF-16 files, which have no row offsets."""
     if not start:

@@ -18,7 +18,7 @@ from xfm_fast.data.annotations import (
     TextScoreRecord,
     as_rows,
 )
-from xfm_fast.data.files import Paths, check_plain, find_files, open_file, read_file, unreadable
+from xfm_fast.data.files import Paths, check_plain, find_files, open_file, read_text, unreadable
 from xfm_fast.errors import DataError, UnavailableError
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".tab")
@@ -202,12 +202,8 @@ def read_table(
 def table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
     """Yield the line number and the values by column of each row of a CSV, TSV or line-JSON file."""
     if path.suffix.lower() in LINE_SUFFIXES:
-        with open_file(path) as file:
-            check_plain(path, file.peek(16)[:16])
-            for index, line in enumerate(file, 1):
-                if line.strip():
-                    row = _parse_line(line.removeprefix(b"\xef\xbb\xbf") if index == 1 else line)
-                    yield index, row if isinstance(row, dict) else DataError(_NOT_OBJECT)
+        for line, row in _lines(path):
+            yield line, row if isinstance(row, dict | DataError) else DataError(_NOT_OBJECT)
         return
     lines = _cells(path)
     _, header = next(lines, (0, []))
@@ -275,14 +271,8 @@ def _cells(path: Path, *, quotes: bool = True) -> Iterator[tuple[int, list[str]]
 
 def read_lines(path: Path) -> AnnotationRows[Any]:
     """Read line JSON; a line that is not JSON becomes a `DataError` element."""
-    data = read_file(path)
-    check_plain(path, data[:16])
-    elements, labels = [], []
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not line.strip():
-            continue
-        labels.append(number)
-        elements.append(_parse_line(line))
+    rows = [*_lines(path)]
+    labels, elements = [line for line, _ in rows], [element for _, element in rows]
     if elements and all(isinstance(element, DataError) for element in elements):
         raise DataError(
             f"{path}: none of {len(elements)} lines can be read; of the first: {elements[0]}"
@@ -290,11 +280,17 @@ def read_lines(path: Path) -> AnnotationRows[Any]:
     return _require_rows(AnnotationRows(path, elements, labels=labels))
 
 
-def _parse_line(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return DataError(f"the line is not JSON ({error}); {_NOT_OBJECT}")
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the number and the value of each non-blank line of line JSON, a `DataError` if it is not JSON."""
+    with open_file(path) as file:
+        check_plain(path, file.peek(16)[:16])
+        for number, line in enumerate(file, 1):
+            if text := line.removeprefix(b"\xef\xbb\xbf").strip():
+                try:
+                    value = json.loads(text)
+                except (ValueError, RecursionError) as error:
+                    value = DataError(f"the line is not JSON ({error}); {_NOT_OBJECT}")
+                yield number, value
 
 
 def read_glue(path: Path, name: str, split: str | None = None) -> AnnotationRows[Any]:
@@ -440,10 +436,7 @@ def sidecar_captions(image: Path) -> list[tuple[int, str]] | None:
     path = image.with_suffix(".txt")
     if not path.exists():
         return None
-    try:
-        lines = read_file(path).decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it") from None
+    lines = read_text(path).splitlines()
     return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 

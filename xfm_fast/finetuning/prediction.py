@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xfm_fast.checkpoint.files import CONFIG_FILE, TOKENIZER_FILE
 from xfm_fast.config import XFMConfig
-from xfm_fast.data.files import read_file
+from xfm_fast.data.files import read_text
 from xfm_fast.errors import CheckpointError, DataError, ExportError, InputError, explain_types
 from xfm_fast.export.manifest import MANIFEST_FILE
 from xfm_fast.export.request import RuntimeChoice
@@ -175,13 +175,8 @@ def answer_lines(predictor: Predictor, lines: Path, out: Path, work: Evaluation)
 
 def requests_in(task: Task[Any], path: Path) -> list[Any]:
     """Read the records of a JSON-lines request file."""
-    try:
-        # splitlines would also split at separators within a JSON string.
-        lines = read_file(path).decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 (byte {error.start}); give a file of JSON lines"
-        ) from None
+    # splitlines would also split at separators within a JSON string.
+    lines = read_text(path).split("\n")
     records = []
     for line_number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -94,7 +94,7 @@ class SearchIndex:
         self.path = path or Path(os.path.normpath(folder / header.path))
         if images is None and header.images:
             images = Path(os.path.normpath(folder / header.images))
-        self.images, self.column, self.modality = images, header.column, header.modality
+        self.images, self.modality = images, header.modality
         self.fingerprint = header.fingerprint
         model = header.model
         tokenizer = Path(model.tokenizer) if model.tokenizer else None
@@ -134,8 +134,7 @@ class SearchIndex:
             raise DataError(
                 f"{path} lies outside {self.root}; name the folder of the images as --images"
             )
-        image: Any = self.collection.load(entry, side)[0]
-        return image
+        return self.collection.load(entry, side)[0]
 
     def location(self, entry: Entry) -> str:
         """Return the path of an entry; of an embedded image, its name."""
@@ -279,7 +278,7 @@ def build_index(
         def begin() -> tuple[str, int]:
             stack.enter_context(hold(target / ".lock", f"the index {target} (--index)"))
             with explaining(target):
-                build._writer = stack.enter_context(open_writer(target, build.header()))
+                build.writer = stack.enter_context(open_writer(target, build.header()))
                 return build.list_missing()
 
         work, count = processes.from_first(begin)
@@ -316,13 +315,7 @@ class _Build:
     batch_size: int
     # Of the first process only.
     faults: dict[str, str] = field(default_factory=dict)
-    _writer: Writer | None = None
-
-    @property
-    def writer(self) -> Writer:
-        """The open index."""
-        assert self._writer is not None
-        return self._writer
+    writer: Writer = field(init=False)
 
     def header(self) -> Header:
         """Describe a new index."""
@@ -368,11 +361,15 @@ class _Build:
                 )
             header.path, header.images, header.model = current.path, current.images, current.model
         work = self.folder / f"work-{secrets.token_hex(6)}.sqlite"
+        listing, with_captions = self.collection.walk(self.faults), self.collection.lists_captions
         with connect(work, PART_TABLES, write=True) as connection:
             connection.execute("BEGIN")
             connection.executemany(
                 "INSERT OR IGNORE INTO rows VALUES (NULL, CAST(? AS TEXT), ?, ?, ?, ?, ?, NULL)",
-                map(self._listed, self.collection.walk(self.faults)),
+                (
+                    (*_values(entry), json.dumps(entry.captions) if with_captions else None)
+                    for entry in listing
+                ),
             )
             connection.execute("COMMIT")
         self._merge(work)
@@ -465,10 +462,6 @@ class _Build:
             counts = (writer.count, writer.added - former, removed, truncated)
             return IndexReport(self.folder, *counts, self.faults, modality=self.collection.modality)
 
-    def _listed(self, entry: Entry) -> tuple[Any, ...]:
-        captions = json.dumps(entry.captions) if self.collection.lists_captions else None
-        return (*_values(entry), captions)
-
     @contextmanager
     def _compare(self, work: Path, *, write: bool = False) -> Iterator[sqlite3.Connection]:
         """Open the listing, with the committed index as `stored`."""
@@ -546,7 +539,7 @@ class _Build:
             except DataError as error:
                 loaded.faults[entry.name] = str(error)
                 continue
-            if isinstance(self.collection, TextFiles) and isinstance(content, str):
+            if isinstance(self.collection, TextFiles):
                 passages = split_passages(content, self._passage)
                 loaded.items.append((entry, [(passage,) for passage in passages]))
                 contents += passages

@@ -27,11 +27,11 @@ from urllib.parse import quote
 
 import numpy as np
 from annotated_types import Ge, Lt
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 
 from xfm_fast.data.collection import Entry
 from xfm_fast.errors import DataError, InputError, StorageError
-from xfm_fast.io import advice, is_plain_name, open_data, open_to_append, require_file
+from xfm_fast.io import advice, open_data, open_to_append, require_file
 
 INDEX_FILE = "index.sqlite"
 # Rows of a checksum, and of a step of a search or a copy: 64 MB of 256 numbers.
@@ -73,14 +73,7 @@ def _check_text(text: str) -> str:
     return text
 
 
-def _check_name(name: str) -> str:
-    if not is_plain_name(name):
-        raise ValueError("it is not a file of this folder")
-    return name
-
-
 Text = Annotated[str, AfterValidator(_check_text)]
-FileName = Annotated[str, AfterValidator(_check_name)]
 
 
 def _parse(text: Any) -> Any:
@@ -123,7 +116,7 @@ class Header(BaseModel, strict=True):
     column: Text | None
     model: Weights
     fingerprint: Text
-    features: FileName
+    features: Annotated[str, Field(pattern=r"^features-[0-9a-f]{12}\.f32$")]
     rows: Annotated[int, Ge(0), Lt(1 << 40)] = 0
     commit: int = 0
     columns: list[Text] = []
@@ -273,14 +266,12 @@ class Snapshot:
             )
             values += [encode(column), encode(value)]
         sql = f"SELECT row FROM entries WHERE {' AND '.join(conditions)} LIMIT {len(self.live)}"
-        return self.live & _mask(
-            (row for (row,) in self.connection.execute(sql, values)), len(self.live)
-        )
+        return self.live & _mask(self.connection.execute(sql, values), len(self.live))
 
 
-def _mask(rows: Iterator[int], count: int) -> np.ndarray:
+def _mask(rows: Iterator[tuple[int]], count: int) -> np.ndarray:
     """Return `[count]` flags that are set at the rows."""
-    indices = np.fromiter(rows, np.int64)
+    indices = np.fromiter((row for (row,) in rows), np.int64)
     mask = np.zeros(count, bool)
     mask[indices[(indices >= 0) & (indices < count)]] = True
     return mask
@@ -315,32 +306,28 @@ class Store:
             explaining(self.folder),
             connect(self.folder / INDEX_FILE, INDEX_TABLES) as connection,
         ):
-            for attempt in range(2):
-                connection.execute("BEGIN")
-                header = read_header(connection)
-                try:
-                    features = self._map(header)
-                    break
-                except FileNotFoundError:
-                    # A compaction has replaced it in between.
-                    connection.execute("ROLLBACK")
-                    if attempt:
-                        raise
-            else:
-                raise AssertionError
+            try:
+                header, features = self._begin(connection)
+            except FileNotFoundError:
+                # A compaction has replaced it in between.
+                connection.execute("ROLLBACK")
+                header, features = self._begin(connection)
             name, commit, live = self._live
             if (name, commit) != (header.features, header.commit):
                 sql = f"SELECT row FROM tombstones LIMIT {header.rows}"
-                live = ~_mask((row for (row,) in connection.execute(sql)), header.rows)
+                live = ~_mask(connection.execute(sql), header.rows)
                 self._live = (header.features, header.commit, live)
             yield Snapshot(connection, header, features, live)
 
-    def _map(self, header: Header) -> np.ndarray:
+    def _begin(self, connection: sqlite3.Connection) -> tuple[Header, np.ndarray]:
+        """Begin a transaction; returns the header and the features of its state."""
+        connection.execute("BEGIN")
+        header = read_header(connection)
         name, features = self._features
         if name != header.features or len(features) < header.rows:
             features = map_features(self.folder, header)
             self._features = (header.features, features)
-        return features[: header.rows]
+        return header, features[: header.rows]
 
 
 def read_header(connection: sqlite3.Connection) -> Header:
@@ -413,33 +400,20 @@ class Writer:
             return
         if rows:
             self.delete([row for row, _ in rows])
-        start, passages = self.header.rows, len(features)
+        fields = json.dumps(dict(entry.fields))
+        for index, texts in enumerate(captions):
+            row = self.header.rows + index
+            passage = index + 1 if len(captions) > 1 else 0
+            self.connection.execute(
+                "INSERT INTO entries VALUES (?, CAST(? AS TEXT), ?, ?, ?, ?, ?)",
+                (row, stamp[0], passage, *stamp[1:], entry.row, fields),
+            )
+            if texts:
+                content = json.dumps([*texts])
+                self.connection.execute("INSERT INTO captions VALUES (?, ?)", (row, content))
         self._append(features)
         self._columns |= dict.fromkeys(entry.fields)
-        fields = json.dumps(dict(entry.fields))
-        self.connection.executemany(
-            "INSERT INTO entries VALUES (?, CAST(? AS TEXT), ?, ?, ?, ?, ?)",
-            [
-                (
-                    start + index,
-                    stamp[0],
-                    index + 1 if passages > 1 else 0,
-                    *stamp[1:],
-                    entry.row,
-                    fields,
-                )
-                for index in range(passages)
-            ],
-        )
-        self.connection.executemany(
-            "INSERT INTO captions VALUES (?, ?)",
-            [
-                (start + index, json.dumps([*texts]))
-                for index, texts in enumerate(captions)
-                if texts
-            ],
-        )
-        self.added += passages
+        self.added += len(captions)
 
     def update(self, row: int, entry: Entry, with_captions: bool) -> None:
         """Replace what features do not depend on: the row number, fields and captions."""
