@@ -34,6 +34,7 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.data.collection import open_collection, retrieval_rows
 from xfm_fast.data.images import decode_image
 from xfm_fast.data.records import open_records
+from xfm_fast.encoders import open_encoder
 from xfm_fast.errors import XFMError, wrong_argument
 from xfm_fast.export import export_onnx
 from xfm_fast.export.manifest import Manifest
@@ -41,7 +42,7 @@ from xfm_fast.export.session import Session
 from xfm_fast.models.processor import XFMProcessor
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
-from xfm_fast.search import build_index, open_index, search, write_sheet
+from xfm_fast.search import build_index, nearest, open_index, search, write_sheet
 from xfm_fast.tasks.retrieval import Retriever, rerank
 from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training.recipe import load_recipe
@@ -288,6 +289,8 @@ def public_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "build_index": (build_index, {"path": "absent", "encoder": None}),
         "open_index": (open_index, {"path": "absent"}),
         "search": (search, {"index": None, "encoder": None, "query": "a cat"}),
+        "nearest": (nearest, {"index": None, "feature": np.zeros(2), "top": 3}),
+        "open_encoder": (open_encoder, {"source": "absent"}),
         "write_sheet": (write_sheet, sheet),
         "open_collection": (open_collection, {"path": "absent"}),
         "open_records": (open_records, {"data": "absent"}),

@@ -421,11 +421,11 @@ _ENTRY = {
 _ENTRIES = (
     json.dumps(_ENTRY) + "\n" + json.dumps(_ENTRY | {"name": "b.jpg", "row": 1}) + "\n"
 ).encode()
-_FEATURES = {"f.f32": struct.pack("<16f", *range(16))}
+_FEATURES = {"features-000000000000.f32": struct.pack("<16f", *range(16))}
 _HEADER = json.dumps(
     {
         "width": 8, "modality": "image", "path": ".", "images": None, "column": None, "model": {"size": "tiny"},
-        "fingerprint": "0", "features": "f.f32", "rows": 2, "commit": 1, "columns": ["a"],
+        "fingerprint": "0", "features": "features-000000000000.f32", "rows": 2, "commit": 1, "columns": ["a"],
     }
 ).encode()  # fmt: skip
 
