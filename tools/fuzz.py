@@ -465,9 +465,12 @@ def _read_header(folder: Path) -> None:
 
 
 def _read_entries(folder: Path) -> None:
-    with suppress(ValueError):
+    try:
         _database(folder, _HEADER, (folder / "entries.jsonl").read_bytes())
-        _read_index(folder)
+    except ValueError:
+        # No database holds these values.
+        return
+    _read_index(folder)
 
 
 @cache
