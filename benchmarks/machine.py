@@ -197,10 +197,11 @@ def _version(name: str) -> str | None:
 def default_threads() -> int:
     """Return the threads that PyTorch takes by itself, at most one per physical core that this process may use."""
     physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    return max(1, min(torch.get_num_threads(), physical, _allowed_cores() or physical))
+    return max(1, min(torch.get_num_threads(), physical, allowed_cores() or physical))
 
 
-def _allowed_cores() -> int:
+def allowed_cores() -> int:
+    """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -237,7 +238,7 @@ def describe() -> dict[str, Any]:
         "native_bf16": has_native_bf16(),
         "cores_physical": psutil.cpu_count(logical=False),
         "cores_logical": psutil.cpu_count(),
-        "cores_allowed": _allowed_cores(),
+        "cores_allowed": allowed_cores(),
         "threads": torch.get_num_threads(),
         "threads_wait": waiting.describe(os.environ),
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",

@@ -236,6 +236,16 @@ def rank_check(
         return []
     tie = threshold.ties(reference)
     agreement = rank_agreement(scores, reference.tensors["scores"], tie)
+    return judge_agreement(graph, agreement, tie, threshold)
+
+
+def judge_agreement(
+    graph: GraphName | Literal["all"],
+    agreement: tuple[int, float, float] | None,
+    tie: float,
+    threshold: Threshold,
+) -> list[RankCheck]:
+    """Judge the candidates, and the shares that agree with ties and without, of a comparison; None has no check."""
     if agreement is None:
         return []
     candidates, agreeing, identical = agreement

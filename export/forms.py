@@ -42,7 +42,7 @@ from xfm_fast.replace.swap import (
 
 from .graphs import Graph
 from .layers import MASKED, JoinedAttention, additive_mask, attention
-from .manifest import AXES, LONGEST_ROW, TensorRecord, tensor_axes
+from .manifest import AXES, LIBRARY_OUTPUTS, LONGEST_ROW, TensorRecord, tensor_axes
 from .request import GraphName
 
 # Operations in plain PyTorch.
@@ -206,13 +206,8 @@ def _join(layer: nn.Module, exported: type[Fused]) -> bool:
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 # Results of sentence-transformers and transformers, and their names as outputs of a graph.
-_OUTPUTS = {
-    "token_embeddings": "last_hidden_state",
-    "last_hidden_state": "last_hidden_state",
-    "pooler_output": "pooler_output",
-    "sentence_embedding": "sentence_embedding",
-    "scores": "logits",
-    "logits": "logits",
+_OUTPUTS = LIBRARY_OUTPUTS | {
+    name: name for name in ("last_hidden_state", "pooler_output", "logits")
 }
 
 

@@ -23,10 +23,18 @@ from xfm_fast.errors import CheckpointError, ExportError, InputError, Unavailabl
 from xfm_fast.io import read_json
 
 from .expected import Reference, keep_reference
-from .findings import Comparison, Feed, Findings, chunks, rank_agreement, threshold_of
+from .findings import (
+    Comparison,
+    Feed,
+    Findings,
+    chunks,
+    judge_agreement,
+    rank_agreement,
+    threshold_of,
+)
 from .graphs import DTYPES, in_dtype
 from .layers import with_children
-from .manifest import Check, GraphRecord, Manifest, RankCheck
+from .manifest import LIBRARY_OUTPUTS, Check, GraphRecord, Manifest, RankCheck
 from .request import USES, GraphName, Use
 from .runtimes import first_line
 from .session.graphs import GraphSession
@@ -45,12 +53,6 @@ _POOLING = {
     "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
     "weightedmean_tokens": "weightedmean",
     "lasttoken": "lasttoken",
-}
-# Results of the library's modules by the names of the graph's outputs.
-_RESULTS = {
-    "token_embeddings": "last_hidden_state",
-    "sentence_embedding": "sentence_embedding",
-    "scores": "logits",
 }
 # Wider tokens are logits over the vocabulary of a sparse encoder, which no graph returns.
 _WIDEST_TOKEN = 8192
@@ -259,7 +261,7 @@ class _Inputs:
             computed = model(dict(features))
         results = {
             name: computed[feature].float().cpu()
-            for feature, name in _RESULTS.items()
+            for feature, name in LIBRARY_OUTPUTS.items()
             if feature in computed
         }
         tokens, mask = results.get("last_hidden_state"), features.get("attention_mask")
@@ -387,19 +389,7 @@ class LibraryComparison(Comparison):
             else:
                 tie = max(1e-5, 2 * unit)
                 agreement = neighbour_agreement(value, truth, tie)
-            if agreement is not None:
-                candidates, share, identical = agreement
-                ranks.append(
-                    RankCheck(
-                        graph=record.name,
-                        candidates=candidates,
-                        agreement=share,
-                        identical=identical,
-                        tie=tie,
-                        least=threshold.ranks,
-                        passed=share >= threshold.ranks,
-                    )
-                )
+            ranks += judge_agreement(record.name, agreement, tie, threshold)
         return checks, ranks
 
     def _compare(

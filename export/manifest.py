@@ -49,6 +49,13 @@ AXES = {
     "rows": Axis(4, 4096, 2),
 }
 
+LIBRARY_OUTPUTS = {
+    "token_embeddings": "last_hidden_state",
+    "sentence_embedding": "sentence_embedding",
+    "scores": "logits",
+}
+"""Outputs of an encoder's graph by the names that sentence-transformers gives their values."""
+
 # Dimensions of inputs and outputs: axes, sizes of the model, and in brackets what only some graphs have.
 _DIMS = {
     "pixels": "batch 3 side side",

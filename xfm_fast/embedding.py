@@ -28,7 +28,15 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, Self, Typed
 from annotated_types import Ge
 
 from xfm_fast import __version__
-from xfm_fast.encoders import Encoder, LibraryEncoder, Modality, Role, XFMEncoder, open_encoder
+from xfm_fast.encoders import (
+    Encoder,
+    LibraryEncoder,
+    Modality,
+    Role,
+    XFMEncoder,
+    batch_tokens,
+    open_encoder,
+)
 from xfm_fast.errors import DataError, InputError, XFMError, needs
 from xfm_fast.io import make_folder, require_file, storing, write_files
 from xfm_fast.loading import Source
@@ -53,8 +61,8 @@ _TYPES: dict[Modality, tuple[str, ...]] = {
 }
 # Rows of a window.
 _ROWS: dict[Modality, int] = {"text": 4096, "image": 256}
-# Tokens of a batch on a CPU and on a GPU, and what an image and a long text count.
-_CPU_TOKENS, _GPU_TOKENS, _IMAGE_TOKENS, _LONG_TEXT = 4096, 65536, 256, 512
+# Tokens that an image counts, and a long text of a model without a limit.
+_IMAGE_TOKENS, _LONG_TEXT = 256, 512
 _BYTES_PER_TOKEN = 4
 _READ_BYTES, _CELL_LIMIT = 1 << 20, 1 << 22
 
@@ -384,17 +392,17 @@ def _batches(
     report: ShardReport,
 ) -> Iterator[tuple[list[int], Any]]:
     """Yield the indices and the inputs of batches, the longest texts first."""
-    longest = getattr(encoder, "max_tokens", None) or _LONG_TEXT
+    longest = encoder.max_tokens or _LONG_TEXT
     costs = [_IMAGE_TOKENS] * len(contents)
     for index, content in enumerate(contents):
         if isinstance(content, str):
             costs[index] = min(2 + len(content.encode()) // _BYTES_PER_TOKEN, longest)
     queue = sorted(range(len(costs)), key=costs.__getitem__, reverse=True)
-    limit = _CPU_TOKENS if encoder.device.type == "cpu" else _GPU_TOKENS
+    limit = options.batch_tokens or batch_tokens(encoder.device)
     prompt = {} if options.prompt is None else {"prompt": options.prompt}
     decode = partial(_decode, encoder)
     while queue:
-        size = max(1, (options.batch_tokens or limit) // costs[queue[0]])
+        size = max(1, limit // costs[queue[0]])
         batch, queue = queue[:size], queue[size:]
         items = {}
         results = mapper(decode, [contents[index] for index in batch])

@@ -47,6 +47,11 @@ _FEATURE_WEIGHTS = ("vision_encoder.", "vision_proj.", "text_encoder.roberta.", 
 _CLASSES: dict[Use, str] = {use: name for name, use in USES.items()}
 
 
+def batch_tokens(device: torch.device) -> int:
+    """Return the default tokens of a batch on a device."""
+    return 4096 if device.type == "cpu" else 65536
+
+
 class LibraryEncoder:
     """A model of sentence-transformers in evaluation mode.
 
@@ -192,6 +197,12 @@ class XFMEncoder:
         return self.model.device
 
     @property
+    def max_tokens(self) -> int:
+        from xfm_fast.models.processor import token_limit
+
+        return token_limit(self.model.config)
+
+    @property
     def tokenizer(self) -> CaptionTokenizer | None:
         """Tokenizer of the texts."""
         processor = getattr(self.model, "processor", None)
@@ -292,8 +303,7 @@ def _open_xfm(source: Source) -> XFMEncoder:
             replace(source, dtype=None), needs=("contrastive",), tasks=("retrieval",), device="cpu"
         )
         # Before the cast, so that an index made in bf16 fits the same model in fp32.
-        settings = f"{_TRANSFORM_VERSION} {opened.model.config.image_size}"
-        fingerprint = _digest(settings, opened.model, _FEATURE_WEIGHTS)
+        fingerprint = xfm_fingerprint(opened.model)
         opened.model.to(source.choose_device()).cast(PRECISIONS[source.dtype or "fp32"]).eval()
     return XFMEncoder(opened.model, source, fingerprint, opened.name, opened.origin, opened.rank)
 
@@ -394,6 +404,12 @@ def _fingerprint(model: Any) -> str:
     backend = getattr(model.tokenizer, "backend_tokenizer", None)
     tokenizer = "" if backend is None else backend.to_str()
     return _digest(json.dumps(settings, sort_keys=True, default=str) + tokenizer, model)
+
+
+def xfm_fingerprint(model: Any) -> str:
+    """Digest what features of an X-FM depend on; of its weights in fp32."""
+    settings = f"{_TRANSFORM_VERSION} {model.config.image_size}"
+    return _digest(settings, model, _FEATURE_WEIGHTS)
 
 
 def _digest(settings: str, model: Any, names: tuple[str, ...] = ("",)) -> str:

@@ -50,6 +50,7 @@ def serve(
     try:
         import torch
 
+        from xfm_fast.benchmarks.machine import allowed_cores
         from xfm_fast.serve import address, run
     except ModuleNotFoundError as error:
         raise UnavailableError(
@@ -75,9 +76,7 @@ def serve(
                 )
             print(f"{name}: {', '.join(model.abilities)} ({model.source})")
         if any(model.device.type == "cpu" for model in service.models):
-            has_affinity = hasattr(os, "sched_getaffinity")
-            cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-            threads = torch.get_num_threads()
+            cores, threads = allowed_cores(), torch.get_num_threads()
             print(
                 f"computing with {threads} of {cores} cores (OMP_NUM_THREADS). For the most requests a second start "
                 f"{cores} processes with OMP_NUM_THREADS=1 on ports of their own; for short answers a single one"

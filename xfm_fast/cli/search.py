@@ -246,15 +246,13 @@ def search(
 
 def _run_processes(count: int, arguments: Sequence[str]) -> int:
     """Run a command in several processes, as torchrun does; returns the exit code."""
+    from xfm_fast.benchmarks.machine import allowed_cores
     from xfm_fast.training.distributed import stop_on_signal
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    common = {"OMP_NUM_THREADS": str(max(1, cores // count))} | os.environ
+    common = {"OMP_NUM_THREADS": str(max(1, allowed_cores() // count))} | os.environ
     common |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with ExitStack() as stack:
         # Rank 0 prints, also the failures of processes that it is connected to.
@@ -274,7 +272,9 @@ def _run_processes(count: int, arguments: Sequence[str]) -> int:
                 children.append(child)
             signalled, deadline = False, math.inf
             while None in [child.poll() for child in children] and time.monotonic() < deadline:
-                if stop.wait(_POLL_S) and not signalled:
+                if signalled:
+                    time.sleep(_POLL_S)
+                elif stop.wait(_POLL_S):
                     signalled = True
                     for child in children:
                         child.send_signal(signal.SIGTERM)

@@ -28,7 +28,7 @@ Picture = str | os.PathLike[str] | Image.Image
 # Bicubic interpolation in Pillow and transformers.
 _BICUBIC = 3
 # Caption limits of the official retrieval.
-_MAX_WORDS, _MAX_TOKENS = 30, 40
+MAX_WORDS, _MAX_TOKENS = 30, 40
 
 
 class XFMProcessor:
@@ -141,7 +141,7 @@ def preprocessor_settings(config: XFMConfig) -> dict[str, Any]:
         "do_normalize": True,
         "image_mean": MEAN,
         "image_std": STD,
-        "max_words": _MAX_WORDS,
+        "max_words": MAX_WORDS,
         "max_tokens": token_limit(config),
     }
 
@@ -189,7 +189,7 @@ def text_tokens(
         raise UnavailableError(
             "this model has no tokenizer; load it with tokenizer='FOLDER' of vocab.json and merges.txt"
         )
-    captions = [pre_caption(text, _MAX_WORDS) for text in texts]
+    captions = [pre_caption(text, MAX_WORDS) for text in texts]
     input_ids, mask = tokenizer.encode(captions, token_limit(config), pad_to_longest=True)
     return input_ids.to(device), mask.to(device)
 

@@ -64,8 +64,6 @@ _DATA_FILE = re.compile(
 )
 # Characters of a passage: at most what the model reads, at 4 a token.
 _PASSAGE, _CHARACTERS_OF_TOKEN = 2_000, 4
-# Tokens of a caption of X-FM.
-_CAPTION_TOKENS = 40
 # With a smaller share of rows that are not deleted, the features are copied.
 _LIVE_SHARE = 0.5
 _PASSAGES = TypeAdapter(list[list[str]])
@@ -563,7 +561,7 @@ class _Build:
     @cached_property
     def _passage(self) -> int:
         """Most characters of a passage: about what the model reads."""
-        tokens = getattr(self.encoder, "max_tokens", _CAPTION_TOKENS)
+        tokens = self.encoder.max_tokens
         return min(_PASSAGE, _CHARACTERS_OF_TOKEN * tokens) if tokens else _PASSAGE
 
 

@@ -18,12 +18,15 @@ from xfm_fast.encoders import (
     Modality,
     Role,
     XFMEncoder,
+    batch_tokens,
     open_encoder,
+    xfm_fingerprint,
 )
 from xfm_fast.errors import DataError, ExportError, InputError, UnavailableError, XFMError
 from xfm_fast.export.session.tasks import SessionRanks
 from xfm_fast.export.slots import largest
 from xfm_fast.loading import open_model, open_session
+from xfm_fast.models.processor import MAX_WORDS, token_limit
 from xfm_fast.serve.options import SourceOptions
 from xfm_fast.tasks.ranking import ModelRanks, Picture, Query, Ranker, Ranking, RankModel
 from xfm_fast.tasks.reranking import Rank, rank_score
@@ -31,8 +34,6 @@ from xfm_fast.tokenizer import pre_caption
 
 _HEADS = ("contrastive", "matching")
 _RANK_GRAPHS = ("vision", "text", "image_memory", "fusion")
-# The official evaluation truncates captions to this length.
-_MAX_WORDS, _MAX_TOKENS = 30, 40
 
 Ability = Literal["embed", "embed_sparse", "rank", "compare", "classify"]
 """What a model computes: features, sparse features, relevance, similarity of features, scores of labels."""
@@ -132,7 +133,7 @@ class ServedModel(ABC):
     @property
     def batch_tokens(self) -> int:
         """Default tokens of a batch."""
-        return 4096 if self.device.type == "cpu" else 65536
+        return batch_tokens(self.device)
 
     @property
     def cache_bytes(self) -> int:
@@ -211,7 +212,7 @@ class XFMModel(ServedModel):
     quick = True
 
     def __init__(self, options: SourceOptions, cache_bytes: int, name: str | None = None) -> None:
-        self.max_tokens = _MAX_TOKENS
+        lengths: list[int | None] = []
         if options.is_export:
             opened = open_session(options, options.runtime)
             model = opened.model
@@ -224,9 +225,7 @@ class XFMModel(ServedModel):
             self.source = f"{options} ({opened.origin}, {model.description})"
             self.random = opened.origin.startswith("random weights")
             tokenizer = model.processor.tokenizer
-            for graph in ("text", "fusion"):
-                longest = largest(model.slots(graph), "length") or self.max_tokens
-                self.max_tokens = min(self.max_tokens, longest)
+            lengths = [largest(model.slots(graph), "length") for graph in ("text", "fusion")]
             ranks: RankModel = SessionRanks(model)
         else:
             opened = open_model(options, needs=_HEADS, tasks=("retrieval",))
@@ -247,7 +246,7 @@ class XFMModel(ServedModel):
         self.abilities = ("embed", "rank", "compare") if embeds else ("rank",)
         self.name, self.device = name or opened.name, model.device
         self.width, self.dtype = self.config.embed_dim, ranks.dtype_name
-        self.max_tokens = min(self.max_tokens, self.config.max_text_length)
+        self.max_tokens = min([token_limit(self.config), *filter(None, lengths)])
         self.ranker = Ranker(ranks, cache_bytes)
         # Score of a text with an image; see `rank_score`.
         self.rank: Rank = options.rank or opened.rank
@@ -258,6 +257,8 @@ class XFMModel(ServedModel):
         options = self._options
         if options.is_export:
             fingerprint = self._model.fingerprint()[:32]
+        elif options.dtype in (None, "fp32"):
+            fingerprint = xfm_fingerprint(self._model)
         else:
             # Of the weights before they are cast.
             fingerprint = open_encoder(options, device="cpu").fingerprint
@@ -305,7 +306,7 @@ class XFMModel(ServedModel):
             if not complete:
                 truncated.append(index)
                 if not reading.truncate:
-                    length = f"more than {_MAX_WORDS} words or {self.max_tokens} tokens"
+                    length = f"more than {MAX_WORDS} words or {self.max_tokens} tokens"
                     raise TooLongError(names[index], length, self.max_tokens)
         return RankWork(tuple(items), reading, tokens, tuple(truncated))
 
@@ -313,11 +314,11 @@ class XFMModel(ServedModel):
         """Return the token ids of a text, cleaned and truncated like captions, and whether it is complete."""
         try:
             # One word and one token more than the model reads, to detect truncation.
-            words = pre_caption(text, _MAX_WORDS + 1).split(" ")
-            (ids,) = self.tokenizer.encode_ids([" ".join(words[:_MAX_WORDS])], self.max_tokens + 1)
+            words = pre_caption(text, MAX_WORDS + 1).split(" ")
+            (ids,) = self.tokenizer.encode_ids([" ".join(words[:MAX_WORDS])], self.max_tokens + 1)
         except DataError as error:
             raise DataError(f"{name}: {error}") from None
-        complete = len(words) <= _MAX_WORDS and len(ids) <= self.max_tokens
+        complete = len(words) <= MAX_WORDS and len(ids) <= self.max_tokens
         if len(ids) > self.max_tokens:
             ids = [*ids[: self.max_tokens - 1], ids[-1]]
         return tuple(ids), complete
