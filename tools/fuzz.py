@@ -451,7 +451,8 @@ def _index() -> bytes:
 
 def _read_index(folder: Path) -> None:
     index = open_index(folder, folder)
-    for options in ({}, {"glob": "*.jpg"}, {"where": {"a": "b"}}):
+    choices: tuple[dict[str, Any], ...] = ({}, {"glob": "*.jpg"}, {"where": {"a": "b"}})
+    for options in choices:
         with suppress(DataError, InputError):
             nearest(index, np.ones(8, np.float32), 3, **options)
     for entry in index.entries():

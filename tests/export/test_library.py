@@ -430,7 +430,10 @@ def test_trained_weights(tmp_path: Path) -> None:
     run("int8", tmp_path / "out", "--out", tmp_path / "int8")
     assert (tmp_path / "int8/onnx/model.onnx").stat().st_size < size / 2
     fastembed = pytest.importorskip("fastembed")
-    from fastembed.common.model_description import ModelSource, PoolingType
+    from fastembed.common.model_description import (  # pyright: ignore[reportMissingImports]
+        ModelSource,
+        PoolingType,
+    )
 
     fastembed.TextEmbedding.add_custom_model(
         model="local/minilm",

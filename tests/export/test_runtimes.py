@@ -134,7 +134,7 @@ def test_every_runtime_gives_what_the_model_gives(
     with pytest.raises(UnavailableError, match="mps"):
         Session(folder, runtime, device="mps")
     with pytest.raises(UnavailableError, match="fp8"):
-        Session(folder, runtime, precision="fp8")  # pyright: ignore[reportArgumentType]
+        Session(folder, runtime, precision="fp8")
 
 
 def test_engines_give_what_the_model_gives(engines: Path, small_model: XFM, stand_in: Any) -> None:

@@ -26,6 +26,7 @@ from tests.training.small_runs import in_processes, join_group
 from xfm_fast.checkpoint import to_official
 from xfm_fast.data.annotations import RetrievalRecord, RetrievalTestRecord
 from xfm_fast.data.fingerprints import trained_on
+from xfm_fast.encoders import XFMEncoder
 from xfm_fast.errors import ConfigError, InputError
 from xfm_fast.finetuning.prediction import load, request_of
 from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe, open_task
@@ -150,7 +151,9 @@ def test_ranking_by_an_untrained_matching_head(
     result = finetune(FinetuneRecipe(**values))
     assert result.metrics["test"]["r_mean"] == result.metrics["test"]["similarity/r_mean"]
     run = Path(small.checkpoint.folder)
-    assert open_encoder(run).rank == "similarity"
+    encoder = open_encoder(run)
+    assert isinstance(encoder, XFMEncoder)
+    assert encoder.rank == "similarity"
     again = recipe_of(run, ["choose=null", "task.rank=match"])
     assert (
         evaluate(again, run, "test", tmp_path / "again")["r_mean"]

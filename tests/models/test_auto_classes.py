@@ -306,11 +306,11 @@ def test_model_under_the_interface_of_clip(model: XFM, folder: str, files: list[
     assert config.temperature == model.config.temperature
     loaded = transformers.AutoModel.from_pretrained(Path(folder))
     processor = transformers.AutoProcessor.from_pretrained(folder)
+    inputs = processor(images=[*map(str, files)], text=TEXTS, padding=True, return_tensors="pt")
     assert isinstance(loaded, XFMModel)
     assert isinstance(processor, XFMAutoProcessor)
     assert isinstance(processor.tokenizer, XFMTokenizer)
     assert not loaded.training
-    inputs = processor(images=[*map(str, files)], text=TEXTS, padding=True, return_tensors="pt")
     with torch.no_grad():
         output = loaded(**inputs)
         text = loaded.get_text_features(inputs["input_ids"], inputs["attention_mask"])
@@ -433,8 +433,8 @@ def test_acceleration_freezes_or_rounds(model: XFM, folder: str) -> None:
 def test_a_task_of_mteb(model: XFM, folder: str) -> None:
     mteb = pytest.importorskip("mteb")
     datasets = pytest.importorskip("datasets")
-    from mteb.abstasks.sts import AbsTaskSTS
-    from mteb.abstasks.task_metadata import TaskMetadata
+    from mteb.abstasks.sts import AbsTaskSTS  # pyright: ignore[reportMissingImports]
+    from mteb.abstasks.task_metadata import TaskMetadata  # pyright: ignore[reportMissingImports]
 
     pairs = [(TEXTS[0], TEXTS[1]), (TEXTS[1], TEXTS[2]), (TEXTS[2], TEXTS[0])]
 

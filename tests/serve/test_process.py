@@ -138,7 +138,7 @@ def test_the_image_runs_what_there_is() -> None:
     root = Path(__file__).resolve().parents[2]
     text = (root / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    steps = [line.partition(" ")[::2] for line in lines]
+    steps = [(name, rest) for name, _, rest in (line.partition(" ") for line in lines)]
     by_name = dict(steps)
     names = [name for name, _ in steps]
     # Without rights, and after everything is installed.

@@ -112,7 +112,7 @@ class TaskModel(XFM):
         folder: str | Path,
         *,
         heads: Iterable[Head] | None = None,
-        dtype: Precision = torch.float32,
+        dtype: Precision | Literal["auto"] = torch.float32,
         tokenizer: CaptionTokenizer | str | Path | None = None,
         **options: Any,
     ) -> Self:
@@ -124,6 +124,8 @@ class TaskModel(XFM):
         download = {name: options.pop(name) for name in Download.__annotations__ if name in options}
         path = local_folder(folder, **download)
         files = checkpoint.load_pretrained_files(path)
+        if dtype == "auto":
+            dtype = next((tensor.dtype for tensor in files.state.values()), torch.float32)
         model = cls(files.config, **options)
         model._load(files.state, files.unused or {}, f"model {folder}")
         model.load_tokenizer(tokenizer, path)

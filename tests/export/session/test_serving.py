@@ -23,6 +23,7 @@ pytest.importorskip("onnx")
 from tests.serve.conftest import image, photo, running
 from xfm_fast.export import Session, export_onnx, write_model_repository
 from xfm_fast.serve import Service, ServiceOptions, SourceOptions, load
+from xfm_fast.serve.model import XFMModel
 
 CAPTIONS = ["a red circle", "two blue squares", "a green triangle"]
 
@@ -38,6 +39,7 @@ def test_an_export_is_served(
     exported_fp32: Path, small_model: XFM, words: Path, tmp_path: Path
 ) -> None:
     served = load(exported_fp32, SourceOptions(tokenizer=words, device="cpu"), 1 << 24, "small")
+    assert isinstance(served, XFMModel)
     assert (served.name, served.random, served.heads) == (
         "small",
         False,
@@ -92,6 +94,7 @@ def test_tokenizer_and_preprocessing_travel_with_an_export(
         graph.name: len(graph.inputs) for graph in manifest.graphs
     }
     served = load(tmp_path / "out", SourceOptions(device="cpu"), 0)
+    assert isinstance(served, XFMModel)
     assert served.tokenizer.sha256() == model.tokenizer.sha256()
     (tmp_path / "1.png").write_bytes(photo(1))
     request_files = {"images": [tmp_path / "1.png"], "text": CAPTIONS}
