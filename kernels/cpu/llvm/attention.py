@@ -450,29 +450,61 @@ def attention(
     The bias `[G, 1 or H, 1 or Nq, Nk]`, without `bounds` only, applies to batch entry b by entry b mod G (G divides B);
     -inf hides a key. The result is contiguous, with zeros for a sequence without keys.
     """
-    level = level or levels()[0]
-    half, threads = q.dtype == torch.bfloat16, torch.get_num_threads()
+    half = q.dtype == torch.bfloat16
     q, k, v = (readable(t, half) for t in (q, k, v))
-    (entries, queries, heads, width), keys = q.shape, k.shape[1]
+    (entries, queries, *_), keys = q.shape, k.shape[1]
     has_empty = not keys if bounds is None else any(a == b for a, b in pairwise(bounds[1]))
     out = (torch.zeros if has_empty else torch.empty)(q.shape, dtype=q.dtype)
     entries, queries, keys, offsets = batch_sizes(bounds, entries, queries, keys)
-    if not entries or not queries or not keys:
-        return out
+    if entries and queries and keys:
+        attend(
+            q,
+            k,
+            v,
+            out,
+            scale,
+            readable_bias(bias),
+            (entries, queries, keys),
+            row_addresses(offsets),
+            level,
+        )
+    return out
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    scale: float,
+    bias: tuple[Tensor | None, tuple[int, int, int]],
+    sizes: tuple[int, int, int],
+    offsets: tuple[int, int],
+    level: Level | None = None,
+) -> None:
+    """Launch the kernel on readable q, k, v `[B, N, H, D]`.
+
+    Args:
+        bias: As from `readable_bias`.
+        sizes: Batch entries or packed sequences, most queries and most keys of one.
+        offsets: Addresses of the bounds of queries and keys, int64; null for batch entries.
+    """
+    level = level or levels()[0]
+    half, threads = q.dtype == torch.bfloat16, torch.get_num_threads()
+    (entries, queries, keys), (heads, width) = sizes, q.shape[2:]
     chunks = -(-_TASKS_PER_THREAD * threads // (entries * heads))
     chunk, chunks = split_rows(queries, chunks, _CHUNK)
     capacity = next(n for n in _CAPACITIES if n >= keys)
     scratch_bytes = _layout(half, width, capacity, level)[1] * threads
     scratch = scratch_address("compiled attention", scratch_bytes)
-    period = 1 if bias is None else bias.shape[0]
-    run = kernel(_Attention, half, width, capacity, bias is not None, level)
-    bias, bias_strides = readable_bias(bias)
-    addresses = (0 if t is None else t.data_ptr() for t in (q, k, v, out, bias))
+    added, bias_strides = bias
+    period = 1 if added is None else added.shape[0]
+    run = kernel(_Attention, half, width, capacity, added is not None, level)
+    addresses = (0 if t is None else t.data_ptr() for t in (q, k, v, out, added))
     strides = (s for t in (q, k, v, out) for s in t.stride()[:3])
-    sizes = (heads, queries, keys, period, chunk, chunks, threads, scale_bits(scale))
-    args = (*addresses, *row_addresses(offsets), scratch, *strides, *bias_strides, *sizes)
+    numbers = (heads, queries, keys, period, chunk, chunks, threads, scale_bits(scale))
+    args = (*addresses, *offsets, scratch, *strides, *bias_strides, *numbers)
     run(args, entries * heads * chunks, threads)
-    return out
 
 
 def readable(x: Tensor, half: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Cached plans for CPU inference match the general path, and every change of a layer invalidates them."""
+"""Plans for CPU inference match the general path, and every change of a layer invalidates them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from xfm_fast import accelerate
 from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.cpu import int8, llvm, selection
 from xfm_fast.kernels.flags import unmark
-from xfm_fast.replace import cached_plan
-from xfm_fast.replace.cached_plan import CachedPlan
+from xfm_fast.replace import plans
+from xfm_fast.replace.plans import Plan
 
 KINDS = (
     "BERT",
@@ -33,7 +33,11 @@ KINDS = (
 
 
 def model(kind: str = "BERT") -> Any:
-    return FAMILIES[kind].model(torch.float32)
+    # Sizes with kernels on every processor.
+    names = ("hidden_size", "num_attention_heads", "intermediate_size")
+    if kind == "DistilBERT":
+        names = ("dim", "n_heads", "hidden_dim")
+    return FAMILIES[kind].model(torch.float32, **dict(zip(names, (64, 2, 128), strict=True)))
 
 
 def states(made: Any, given: dict[str, Any] | None = None) -> Tensor:
@@ -43,13 +47,20 @@ def states(made: Any, given: dict[str, Any] | None = None) -> Tensor:
 
 
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[CachedPlan]:
-    """The plans that ran."""
-    seen: list[CachedPlan] = []
-    run = CachedPlan.run
-    monkeypatch.setattr(
-        CachedPlan, "run", lambda layer, *given: seen.append(layer) or run(layer, *given)
-    )
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[plans.Operands]:
+    """The layers that plans ran."""
+    if llvm.why_not() is not None:
+        pytest.skip("no compiled kernels here")
+    seen: list[plans.Operands] = []
+    run = Plan.run
+
+    def observed(plan: Plan, *given: Any) -> Tensor | None:
+        out = run(plan, *given)
+        if out is not None:
+            seen.extend(plan.operands)
+        return out
+
+    monkeypatch.setattr(Plan, "run", observed)
     return seen
 
 
@@ -57,14 +68,14 @@ def without_plans(
     made: Any, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any] | None = None
 ) -> Tensor:
     with monkeypatch.context() as patched:
-        patched.setattr(cached_plan, "_DTYPES", ())
+        patched.setattr(plans, "_DTYPES", ())
         return states(made, given)
 
 
 @pytest.mark.parametrize(("dtype", "unpad"), [(None, False), (None, True), (torch.bfloat16, True)])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in FAMILIES])
 def test_plans_match_the_general_path(
-    kind: str, dtype: Any, unpad: bool, ran: list[CachedPlan], monkeypatch: pytest.MonkeyPatch
+    kind: str, dtype: Any, unpad: bool, ran: list[plans.Operands], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if dtype is not None and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("bfloat16 is emulated on this processor")
@@ -76,9 +87,7 @@ def test_plans_match_the_general_path(
         found = states(made)
         band = 2e-5 if dtype is None else 2.0**-5
         assert float((found - wanted).abs().max()) <= band * float(wanted.abs().max())
-    assert len(ran) % made.config.num_hidden_layers == 0
-    assert len(ran) >= 4
-    assert len(set(map(id, ran))) <= made.config.num_hidden_layers
+    assert len(ran) == 2 * made.config.num_hidden_layers
 
 
 @pytest.fixture
@@ -106,7 +115,7 @@ def _near(found: Tensor, wanted: Tensor) -> None:
     """Within another int8 rounding."""
     wide = wanted.float()
     assert float((found.float() - wide).abs().max()) <= 2.0**-6 * float(wide.abs().max())
-    assert float((found.float() - wide).norm()) <= 2.0**-7 * float(wide.norm())
+    assert float((found.float() - wide).norm()) <= 0.01 * float(wide.norm())
 
 
 @pytest.mark.usefixtures("compiled_int8")
@@ -116,7 +125,7 @@ def test_int8_plans(
     name: str,
     dtype: torch.dtype,
     unpad: bool,
-    ran: list[CachedPlan],
+    ran: list[plans.Operands],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -128,7 +137,7 @@ def test_int8_plans(
     assert not ran
     found, alone = states(made), states(made, one)
     assert len(ran) == 2 * made.config.num_hidden_layers
-    assert all(len(layer.rounded) == (4 if name == "ModernBertModel" else 6) for layer in ran)
+    assert all(linear.prepared is not None for layer in ran for _, linear in layer.linears)
     _near(found, wanted)
     _near(alone, wanted_alone)
 
@@ -139,7 +148,7 @@ def _rounded(gelu: bool, layer: nn.Module, given: tuple[Tensor]) -> Tensor:
 
 @pytest.mark.usefixtures("compiled_int8")
 def test_int8_plans_are_the_model_of_rounded_floats(
-    ran: list[CachedPlan], monkeypatch: pytest.MonkeyPatch
+    ran: list[plans.Operands], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the code of transformers whose linear layers have operands rounded to int8."""
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
@@ -157,7 +166,7 @@ def test_int8_plans_are_the_model_of_rounded_floats(
 
 
 @pytest.mark.usefixtures("compiled_int8")
-def test_flags_decide_at_every_call(ran: list[CachedPlan]) -> None:
+def test_flags_decide_at_every_call(ran: list[plans.Operands]) -> None:
     made = make("BertModel", torch.float32, **_WIDE).eval()
     accelerate(made, dtype="int8")
     before = states(made)
@@ -170,7 +179,7 @@ def test_flags_decide_at_every_call(ran: list[CachedPlan]) -> None:
     unmark([p for p in first.parameters() if p.ndim == 2])
     floats = states(made)
     assert len(ran) == 6
-    assert ran[-2].rounded == ()
+    assert not any(linear.prepared for _, linear in ran[-2].linears)
     assert not torch.equal(floats, after)
     assert torch.cosine_similarity(floats.float(), after.float(), dim=-1).min() > 0.999
 
@@ -204,7 +213,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_invalidates_the_plan(change: str, ran: list[CachedPlan]) -> None:
+def test_a_change_invalidates_the_plan(change: str, ran: list[plans.Operands]) -> None:
     original = model()
     fast = copy.deepcopy(original)
     accelerate(fast, unpad=True)
@@ -221,8 +230,8 @@ def test_a_change_invalidates_the_plan(change: str, ran: list[CachedPlan]) -> No
     assert len(ran) == 2 - (change == "hook")
 
 
-def test_modes(ran: list[CachedPlan]) -> None:
-    made = make("BertModel", torch.float32, hidden_dropout_prob=0.3)
+def test_modes(ran: list[plans.Operands]) -> None:
+    made = make("BertModel", torch.float32, hidden_dropout_prob=0.3, intermediate_size=64)
     accelerate(made)
     states(made)
     made.eval()
@@ -252,11 +261,164 @@ def test_nothing_outlives_its_layer() -> None:
     report = accelerate(made)
     states(made)
     layers = [weakref.ref(layer) for layer in made.encoder.layer]
-    assert all(layer() in cached_plan._plans for layer in layers)
+    assert all(layer() in plans._plans for layer in layers)
     report.revert()
-    assert not any(layer() in cached_plan._plans for layer in layers)
+    assert not any(layer() in plans._plans for layer in layers)
     accelerate(made)
     states(made)
     del made, report
     gc.collect()
     assert not any(layer() for layer in layers)
+
+
+def _texts(*lengths: int) -> dict[str, Tensor]:
+    """Ids of texts, padded to the longest."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    ids = torch.randint(3, 50, mask.shape, generator=generator) * mask
+    return {"input_ids": ids, "attention_mask": mask.long()}
+
+
+def _bert(**options: Any) -> Any:
+    sizes = _WIDE | {"vocab_size": 60, "max_position_embeddings": 256} | options
+    return make("BertModel", torch.float32, **sizes).eval()
+
+
+def _near_floats(found: Tensor, wanted: Tensor) -> None:
+    assert float((found - wanted).abs().max()) <= 2e-5 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_texts_of_many_lengths(threads: int, ran: list[plans.Operands]) -> None:
+    """Buffers grow and programs are dropped in between; no result shows it."""
+    original = _bert()
+    fast = copy.deepcopy(original)
+    accelerate(fast, unpad=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for lengths in [(5,), (200,), (5,), (3, 9, 1), (31,), (8, 8), (200, 3)]:
+            given = _texts(*lengths)
+            _near_floats(states(fast, given), states(original, given))
+        assert len(ran) == 7 * 2
+        for length in range(1, 2 * plans._MOST_PROGRAMS):
+            states(fast, _texts(length))
+        (programs,) = [plans._thread.programs[plan] for plan in plans._plans.values()]
+        assert len(programs) == plans._MOST_PROGRAMS
+        _near_floats(states(fast, _texts(5)), states(original, _texts(5)))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_have_programs_of_their_own(ran: list[plans.Operands]) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    original = _bert()
+    fast = copy.deepcopy(original)
+    accelerate(fast, unpad=True)
+    batches = [_texts(length) for length in range(1, 30)] * 3
+    wanted = [states(original, given) for given in batches]
+    with ThreadPoolExecutor(4) as pool:
+        results = [*pool.map(partial(states, fast), batches)]
+    for result, value in zip(results, wanted, strict=True):
+        _near_floats(result, value)
+    assert len(ran) == 2 * len(batches)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "position_ids", "token_type_ids"])
+def test_an_id_outside_its_table(name: str, ran: list[plans.Operands]) -> None:
+    fast = _bert()
+    accelerate(fast, unpad=True)
+    given = _texts(6)
+    wanted = states(fast, given)
+    ids = {"position_ids": torch.arange(6)[None], "token_type_ids": torch.zeros(1, 6).long()}
+    wrong = {**ids, **given}
+    wrong[name] = wrong[name] + 300
+    with pytest.raises(IndexError, match="out of range"):
+        states(fast, wrong)
+    assert torch.equal(states(fast, given), wanted)
+    assert len(ran) == 2 * 2
+
+
+def test_token_types(ran: list[plans.Operands]) -> None:
+    original = _bert()
+    fast = copy.deepcopy(original)
+    accelerate(fast, unpad=True)
+    given = _texts(9, 4)
+    given["token_type_ids"] = (torch.arange(9) > 4).long().expand(2, 9)
+    _near_floats(states(fast, given), states(original, given))
+    assert len(ran) == 2
+
+
+EMBEDDING_CHANGES: dict[str, Callable[[Any], Any]] = {
+    "in place": torch.no_grad()(lambda model: model.embeddings.word_embeddings.weight.mul_(2)),
+    "other storage": lambda model: setattr(
+        model.embeddings.position_embeddings.weight,
+        "data",
+        model.embeddings.position_embeddings.weight.data * 2,
+    ),
+    "resized": lambda model: model.resize_token_embeddings(80),
+    "other eps": lambda model: setattr(model.embeddings.LayerNorm, "eps", 0.5),
+    "hook on the embeddings": lambda model: model.embeddings.register_forward_hook(
+        lambda module, given, out: 2 * out
+    ),
+    "hook on the layers": lambda model: model.encoder.register_forward_hook(
+        lambda module, given, out: type(out)(last_hidden_state=2 * out.last_hidden_state)
+    ),
+    "hook on a layer": lambda model: model.encoder.layer[1].register_forward_pre_hook(
+        lambda module, given: (2 * given[0], *given[1:])
+    ),
+    "fewer layers": lambda model: model.encoder.layer.__delitem__(1),
+}
+
+
+@pytest.mark.parametrize("change", EMBEDDING_CHANGES)
+def test_a_change_around_the_layers(change: str, ran: list[plans.Operands]) -> None:
+    original = _bert()
+    fast = copy.deepcopy(original)
+    accelerate(fast, unpad=True)
+    given = _texts(9, 4)
+    before = states(fast, given)
+    assert len(ran) == 2
+    for each in (original, fast):
+        torch.manual_seed(5)
+        EMBEDDING_CHANGES[change](each)
+    wanted = states(original, given)
+    if change != "resized":
+        assert not torch.allclose(wanted, before, rtol=1e-2)
+    _near_floats(states(fast, given), wanted)
+
+
+def test_one_text_is_few_calls() -> None:
+    """A query costs the kernels and little Python beside them."""
+    import sys
+
+    fast = _bert(num_hidden_layers=6)
+    accelerate(fast, unpad=True)
+    given, calls = _texts(12), [0]
+
+    def count(frame: Any, event: str, value: Any) -> None:
+        calls[0] += event == "call"
+
+    with torch.inference_mode():
+        fast(**given)
+        sys.setprofile(count)
+        try:
+            fast(**given)
+        finally:
+            sys.setprofile(None)
+    assert calls[0] < 120
+
+
+def test_deterministic_algorithms_leave_the_kernels(ran: list[plans.Operands]) -> None:
+    fast = _bert()
+    accelerate(fast, unpad=True)
+    given = _texts(5)
+    states(fast, given)
+    assert len(ran) == 2
+    torch.use_deterministic_algorithms(True)
+    try:
+        states(fast, given)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(ran) == 2
