@@ -34,10 +34,10 @@ KINDS = (
 
 def model(kind: str = "BERT") -> Any:
     # Sizes with kernels on every processor.
-    names = ("hidden_size", "num_attention_heads", "intermediate_size")
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128}
     if kind == "DistilBERT":
-        names = ("dim", "n_heads", "hidden_dim")
-    return FAMILIES[kind].model(torch.float32, **dict(zip(names, (64, 2, 128), strict=True)))
+        sizes |= {"dim": 64, "n_heads": 2, "hidden_dim": 128}
+    return FAMILIES[kind].model(torch.float32, **sizes)
 
 
 def states(made: Any, given: dict[str, Any] | None = None) -> Tensor:
@@ -186,7 +186,7 @@ def test_flags_decide_at_every_call(ran: list[plans.Operands]) -> None:
 
 def _linear() -> nn.Linear:
     torch.manual_seed(3)
-    return nn.Linear(48, 48).eval()
+    return nn.Linear(64, 64).eval()
 
 
 def _other_storage(layer: Any) -> None:
