@@ -62,9 +62,8 @@ def test_replay(threads: int, count: int) -> None:
 
 def test_nothing_runs_while_it_is_recorded() -> None:
     x, weight, out = torch.ones(3, 32), torch.eye(32), torch.zeros(3, 32)
-    with pytest.raises(ZeroDivisionError), recorded() as launches:
+    with recorded() as launches:
         linear(x, weight, None, out=out)
-        raise ZeroDivisionError
     assert len(launches) == 1
     assert not out.any()
     linear(x, weight, None, out=out)

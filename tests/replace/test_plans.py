@@ -34,7 +34,7 @@ KINDS = (
 
 def model(kind: str = "BERT") -> Any:
     # Sizes with kernels on every processor.
-    sizes = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128}
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128}
     if kind == "DistilBERT":
         sizes |= {"dim": 64, "n_heads": 2, "hidden_dim": 128}
     return FAMILIES[kind].model(torch.float32, **sizes)
@@ -280,7 +280,7 @@ def _texts(*lengths: int) -> dict[str, Tensor]:
 
 
 def _bert(**options: Any) -> Any:
-    sizes = _WIDE | {"vocab_size": 60, "max_position_embeddings": 256} | options
+    sizes: Any = _WIDE | {"vocab_size": 60, "max_position_embeddings": 256} | options
     return make("BertModel", torch.float32, **sizes).eval()
 
 
@@ -350,6 +350,13 @@ def test_token_types(ran: list[plans.Operands]) -> None:
     assert len(ran) == 2
 
 
+def _scaled(module: nn.Module) -> nn.Module:
+    other = copy.deepcopy(module)
+    for parameter in other.parameters():
+        parameter.data.mul_(1.5)
+    return other
+
+
 EMBEDDING_CHANGES: dict[str, Callable[[Any], Any]] = {
     "in place": torch.no_grad()(lambda model: model.embeddings.word_embeddings.weight.mul_(2)),
     "other storage": lambda model: setattr(
@@ -368,6 +375,9 @@ EMBEDDING_CHANGES: dict[str, Callable[[Any], Any]] = {
     "hook on a layer": lambda model: model.encoder.layer[1].register_forward_pre_hook(
         lambda module, given: (2 * given[0], *given[1:])
     ),
+    "other layers": lambda model: setattr(model, "encoder", _scaled(model.encoder)),
+    "other embeddings": lambda model: setattr(model, "embeddings", _scaled(model.embeddings)),
+    "largest norm": lambda model: setattr(model.embeddings.word_embeddings, "max_norm", 0.1),
     "fewer layers": lambda model: model.encoder.layer.__delitem__(1),
 }
 

@@ -27,7 +27,8 @@ from xfm_fast.replace.attention import (
 )
 from xfm_fast.replace.heads import FusedEmbeddings, default_positions
 from xfm_fast.replace.layer import PLAIN_ATTENTION, WITHOUT_EFFECT, can_run_packed, run_packed
-from xfm_fast.replace.plans import Embedded, Layers, Plan, run_planned, valid_plan
+from xfm_fast.replace.plans import Layers, Plan, forget, run_planned, valid_plan
+from xfm_fast.replace.recording import Embedded
 from xfm_fast.replace.swap import (
     CalledByName,
     Fused,
@@ -145,6 +146,10 @@ class UnpaddedEncoder(CalledByName):
             return tuple(outputs.values())
         return _output(spec.output, outputs)
 
+    def release(self) -> None:
+        forget(self)
+        super().release()
+
     def padded(self, *args: Any, **kwargs: Any) -> Any:
         """Run the original forward, with padding."""
         return super().forward(*args, **kwargs)
@@ -159,7 +164,7 @@ class UnpaddedEncoder(CalledByName):
         states, memory = call.get("encoder_hidden_states"), None
         made = valid_plan(self) if states is None and embeds is None else None
         planned = None if made is None else made.layers
-        layers = self._layers() if planned is None else planned.layers
+        layers: Any = self._layers() if planned is None else planned.layers
         if made is None and not self._ready(call, layers):
             return None
         tokens: Any = embeds if ids is None else ids
@@ -206,13 +211,10 @@ class UnpaddedEncoder(CalledByName):
         orders = [getattr(layer, "layer_order", None) for layer in layers]
         if not {*orders} <= {"before", "behind sums"}:
             return None
-        # Without a maximum, rows of the tables are read as they are.
-        if embeddings.word_embeddings.max_norm or embeddings.position_embeddings.max_norm:
-            return None
-        around = [self._modules[name.partition(".")[0]] for name in (spec.layers, spec.embeddings)]
+        children = [name.partition(".")[0] for name in (spec.layers, spec.embeddings)]
         look_up = layers[0].layer_spec.modules
         is_post_norm = [order == "behind sums" for order in orders]
-        return Layers(layers, look_up, is_post_norm, around, embeddings, self.config)
+        return Layers(layers, look_up, is_post_norm, children, embeddings, self.config)
 
     def _run_planned(
         self, call: dict[str, Any], layers: Layers | None, made: Plan | None, packing: Packing
@@ -245,9 +247,9 @@ class UnpaddedEncoder(CalledByName):
         if states is None:
             return None
         if counting():
-            for module in (layers.embeddings, *layers.layers):
+            for module in cast(Any, (layers.embeddings, *layers.layers)):
                 module.count()
-        norm = find(self, spec.norm) if spec.norm else None
+        norm: Any = find(self, spec.norm) if spec.norm else None
         return states if norm is None else norm(states)
 
     def _position_bias(self, example: Tensor, packing: Packing) -> Tensor:
@@ -380,7 +382,7 @@ class UnpaddedEncoder(CalledByName):
 
 
 @cache
-def _output_class(name: str) -> tuple[type[Any], dict[str, None]]:
+def _output_class(name: str) -> tuple[Any, dict[str, None]]:
     """Return an output class of transformers, and its fields without values."""
     from transformers import modeling_outputs
 
