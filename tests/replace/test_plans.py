@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
+import xfm_fast
 from tests.replace.families import FAMILIES, TRANSFORMERS, batch, make
 from xfm_fast import accelerate
 from xfm_fast.kernels import ops, reference
@@ -401,14 +404,14 @@ def test_a_change_around_the_layers(change: str, ran: list[plans.Operands]) -> N
 
 def test_one_text_is_few_calls() -> None:
     """A query costs the kernels and little Python beside them."""
-    import sys
-
+    if llvm.why_not() is not None:
+        pytest.skip("no compiled kernels here")
     fast = _bert(num_hidden_layers=6)
     accelerate(fast, unpad=True)
-    given, calls = _texts(12), [0]
+    given, code, calls = _texts(12), str(Path(xfm_fast.__file__).resolve().parent), [0]
 
     def count(frame: Any, event: str, value: Any) -> None:
-        calls[0] += event == "call"
+        calls[0] += event == "call" and frame.f_code.co_filename.startswith(code)
 
     with torch.inference_mode():
         fast(**given)
@@ -417,7 +420,8 @@ def test_one_text_is_few_calls() -> None:
             fast(**given)
         finally:
             sys.setprofile(None)
-    assert calls[0] < 120
+    # PyTorch and transformers make about as many.
+    assert 0 < calls[0] <= 60
 
 
 def test_deterministic_algorithms_leave_the_kernels(ran: list[plans.Operands]) -> None:
