@@ -14,7 +14,8 @@ import pytest
 from tests.cli.runner import invoke
 from tests.serve.conftest import CAPTIONS, get, image, post, process, raw, until
 from xfm_fast.errors import InputError, UnavailableError, XFMError
-from xfm_fast.serve import SourceOptions, load
+from xfm_fast.serve import ServiceOptions, SourceOptions, load
+from xfm_fast.serve.server import listen
 
 
 def listening(port: int) -> bool:
@@ -23,6 +24,17 @@ def listening(port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def test_the_body_of_an_answer_does_not_wait_for_the_head() -> None:
+    with (
+        listen(ServiceOptions(port=0)) as sock,
+        socket.create_connection(sock.getsockname()) as client,
+    ):
+        accepted, _ = sock.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert client.getpeername() == accepted.getsockname()
 
 
 @pytest.mark.slow
