@@ -61,14 +61,14 @@ def test_random_weights_warn_and_sigterm_waits_for_requests_in_flight() -> None:
 
 SLOW = """
 import runpy, sys, time
-from xfm_fast.serve.model import ServedModel
-answer, calls, seconds = ServedModel.answer, [], float(sys.argv.pop())
+from xfm_fast.serve.model import XFMModel
+answer, calls, seconds = XFMModel.answer, [], float(sys.argv.pop())
 def slow(model, works):
     # Weights are warmed up by a first call.
     calls.append(works)
     time.sleep(seconds if len(calls) > 1 else 0)
     return answer(model, works)
-ServedModel.answer = slow
+XFMModel.answer = slow
 runpy.run_module("xfm_fast", run_name="__main__")
 """
 
