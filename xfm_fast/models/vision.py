@@ -153,8 +153,7 @@ class Block(nn.Module):
         """Run the block on `[B, N, width]`; `key_mask` `[B, N]` is False for tokens to hide."""
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         # With gradients or int8, norms are fused with the GEMMs that follow them.
-        fuses = torch.is_grad_enabled() and not torch.compiler.is_exporting()
-        if x.device.type == "cpu" and (fuses or kind_of(fc1.weight) == "int8"):
+        if x.device.type == "cpu" and (torch.is_grad_enabled() or kind_of(fc1.weight) == "int8"):
             proj, norm = self.attn.proj, self.norm2
             context = self.attn.attend(x, key_mask, norm=self.norm1)
             x = ops.linear_residual(
