@@ -582,6 +582,9 @@ def _target(level: Level) -> tuple[str, str]:
     name, features = level.processor, ""
     if level == levels()[0]:
         name, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+    if level.tiles == "registers":
+        # LLVM ends the process where it does not know the features of an instruction.
+        features += ",+amx-tile,+amx-bf16,+amx-int8"
     # Kernels state the width of their vectors; LLVM would halve it, as wide ones lowered the clock of early processors.
     return name, f"{features},-prefer-256-bit".lstrip(",")
 
