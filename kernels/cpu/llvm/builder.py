@@ -134,7 +134,10 @@ class Builder(ir.IRBuilder):
             return ir.Constant(self.vector(element), [value] * self.lanes)
         # LLVM would materialise a constant's 64-bit address at each use; the table keeps its address in a register.
         slot = self._constants.setdefault(value, len(self._constants))
-        return self.broadcast(self.load_scalar(self.args["constants"], slot, FP32))
+        constant = self.load_scalar(self.args["constants"], slot, FP32)
+        if self.level.tiles:
+            constant.set_metadata("invariant.load", self.module.add_metadata([]))
+        return self.broadcast(constant)
 
     def broadcast(self, scalar: Any) -> Any:
         """Return a vector of one runtime value."""

@@ -9,7 +9,7 @@ thread. With AMX, tiles multiply the same panels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import llvmlite.ir as ir
@@ -344,8 +344,13 @@ class _Linear:
 
         b.loop(0, b.minimum_int(end - first, height), 1, row)
 
-    def _finish(self, sums: Any, row: Any, column: Any, n: Any) -> None:
-        """Apply bias, GELU, LayerScale and residual to a vector of sums, `n` columns on, and store the result."""
+    def _finish(
+        self, sums: Any, row: Any, column: Any, n: Any, *, gelu: bool | None = None
+    ) -> None:
+        """Apply bias, GELU, LayerScale and residual to a vector of sums, `n` columns on, and store the result.
+
+        `gelu`: whether it is applied, if known when the code is written.
+        """
         b, args = self.b, self.args
 
         def apply_if(name: str, operation: Callable[..., Any], x: Any, start: Any) -> Any:
@@ -364,7 +369,10 @@ class _Linear:
             value = self._dequantise(value, row, column + n, added)
         else:
             value = apply_if("bias", b.fadd, value, column)
-        value = b.compute_if(args["gelu"] > 0, lambda x=value: self._gelu(x), value)
+        if gelu is None:
+            value = b.compute_if(args["gelu"] > 0, lambda x=value: self._gelu(x), value)
+        elif gelu:
+            value = self._gelu(value)
         value = apply_if("gamma", b.fmul, value, column)
         value = apply_if("residual", b.fadd, value, row * args["residual_row"] + column)
         out = b.at(args["out"], row * args["out_row"] + column, self.element)
@@ -514,11 +522,16 @@ class _LinearOfTiles(_Linear):
         (first, sums), done = block, b.load_scalar(self.finished, 0, INT64)
         last = b.minimum_int(done + self.share, vectors * self.height)
 
-        def finish(position: Any) -> None:
+        def finish(position: Any, *, gelu: bool) -> None:
             i, n = position // vectors, position % vectors * b.lanes
-            self._finish(b.at(sums, i * self.columns, self.accumulator), first + i, column, n)
+            start = b.at(sums, i * self.columns, self.accumulator)
+            self._finish(start, first + i, column, n, gelu=gelu)
 
-        b.loop(done, last, 1, finish)
+        # Of a loop without branches for GELU, LLVM keeps the constants in registers.
+        with b.if_else(self.args["gelu"] > 0) as branches:
+            for gelu, branch in zip((True, False), branches, strict=True):
+                with branch:
+                    b.loop(done, last, 1, partial(finish, gelu=gelu))
         b.store(last.value, self.finished)
 
 
