@@ -286,10 +286,11 @@ def test_kernels_run_on_tiles_where_the_best_level_has_them(
     q, k, v = torch.randn(3, 1, 9, 2, 64).bfloat16()
     attention(q, k, v, 0.3)
     assert launched == ["linear_of_tiles", "linear_of_tiles", "attention"]
-    # Few rows in bf16, and fp32, run on vectors.
-    compiled(x[:9], weight, None)
+    # Rows of less than a tile in bf16, and fp32, run on vectors.
+    for rows in (16, 15):
+        compiled(x[:rows], weight, None)
     compiled(x.float(), weight.float(), None)
-    assert launched[3:] == ["linear_of_few_rows", "linear"]
+    assert launched[3:] == ["linear_of_tiles", "linear_of_few_rows", "linear"]
 
 
 class Linux:

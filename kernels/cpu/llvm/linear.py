@@ -595,14 +595,16 @@ def linear(
     weight may be fp32 with bf16 operands. `few` and `level` select a kernel instead of the fastest.
     """
     out = torch.empty(x.shape[0], weight.shape[turned], dtype=x.dtype) if out is None else out
+    level, half = level or levels()[0], x.dtype == torch.bfloat16
     if turned:
         few = False
     elif few is None:
-        few = x.shape[0] < _FEW
+        # Tiles multiply faster than vectors even where weights are packed for one of them.
+        few = x.shape[0] < (ROWS if half and level.tiles else _FEW)
     if few and weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
     return _run(
-        "bf16" if x.dtype == torch.bfloat16 else "fp32",
+        "bf16" if half else "fp32",
         x,
         weight,
         (bias, gamma, residual),
