@@ -119,15 +119,15 @@ def test_int8(level: llvm.Level, shape: tuple[int, int, int], dtype: torch.dtype
     bias = torch.randn(outputs)
     weight, packed = panels(outputs, inputs)
     norm = (torch.rand(inputs).to(dtype), torch.rand(inputs).to(dtype), 1e-5)
-    cases: list[tuple[Any, dict[str, Any]]] = [
-        ((None, None), {}),
-        ((bias, None), {"gelu": True}),
-        ((bias, residual), {"of_gelu": True}),
-        ((bias, residual), {"norm": norm}),
+    cases: list[tuple[Tensor | None, Tensor | None, dict[str, Any]]] = [
+        (None, None, {}),
+        (bias, None, {"gelu": True}),
+        (bias, residual, {"of_gelu": True}),
+        (bias, residual, {"norm": norm}),
     ]
-    for addends, options in cases:
+    for addend, sums, options in cases:
         results = [
-            int8_linear(x, packed, *addends, torch.empty_like(residual), level=each, **options)
+            int8_linear(x, packed, addend, sums, torch.empty_like(residual), level=each, **options)
             for each in (level, VECTORS)
         ]
         assert torch.equal(*results)

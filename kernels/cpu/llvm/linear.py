@@ -723,8 +723,9 @@ def _run(
         panel_bytes = width * inputs * x.element_size()
         panels = min(_PANELS_BYTES // panel_bytes, _MAX_PANELS)
         if tiled:
-            # Threads divide the columns first, as each packs the weights of its own.
-            panels = min(_TILED_BYTES // panel_bytes, _TILED_PANELS, outputs // (width * threads))
+            # Threads divide the columns before the rows, as every task packs its weights and copies its rows.
+            share = max(_MAX_PANELS, outputs // (width * threads))
+            panels = min(_TILED_BYTES // panel_bytes, _TILED_PANELS, share)
         columns = max(1, panels) * width
         if dtype != "int8":
             scratch_bytes += columns // width * panel_bytes
