@@ -135,7 +135,10 @@ class Builder(ir.IRBuilder):
             return ir.Constant(self.vector(element), [value] * self.lanes)
         # LLVM would materialise a constant's 64-bit address at each use; the table keeps its address in a register.
         slot = self._constants.setdefault(value, len(self._constants))
-        return self.broadcast(self.load_scalar(self.args["constants"], slot, FP32))
+        constant = self.load_scalar(self.args["constants"], slot, FP32)
+        if self.level.tiles:
+            constant.set_metadata("invariant.load", self.module.add_metadata([]))
+        return self.broadcast(constant)
 
     def broadcast(self, scalar: Any) -> Any:
         """Return a vector of one runtime value."""
@@ -616,6 +619,9 @@ def _target(level: Level) -> tuple[str, str]:
     name, features = level.processor, ""
     if level == levels()[0]:
         name, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+    if level.tiles == "registers":
+        # LLVM ends the process where it does not know the features of an instruction.
+        features += ",+amx-tile,+amx-bf16,+amx-int8"
     # Kernels state the width of their vectors; LLVM would halve it, as wide ones lowered the clock of early processors.
     return name, f"{features},-prefer-256-bit".lstrip(",")
 
