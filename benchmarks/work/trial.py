@@ -549,18 +549,22 @@ def _cases(
     run: Run, model: str, subjects: list[tuple[nn.Module, Batch | WholeCall]]
 ) -> Iterator[Case]:
     """Yield the batch, and one item of it: in whole calls, if the model has them, then in the forward pass."""
-    run.progress.begin(2 * len(subjects))
+    calls = [
+        (subject, inputs)
+        for subject, batch in subjects
+        for inputs in ([batch, batch.first()] if batch.items > 1 else [batch])
+    ]
+    run.progress.begin(len(calls))
     run.probe()
-    for subject, batch in subjects:
-        for inputs in (batch, batch.first()):
-            run.progress.stage(inputs.words)
-            yield _case(run, subject, inputs, against=subject is subjects[0][0])
-            for row in run.document.rows:
-                untouched = (row.backend, row.name) == (UNTOUCHED, inputs.words)
-                if untouched and row.status == "failed":
-                    raise InputError(
-                        f"{model} does not run on {inputs.words} as it is ({row.reason}); give another batch"
-                    )
+    for subject, inputs in calls:
+        run.progress.stage(inputs.words)
+        yield _case(run, subject, inputs, against=subject is subjects[0][0])
+        for row in run.document.rows:
+            untouched = (row.backend, row.name) == (UNTOUCHED, inputs.words)
+            if untouched and row.status == "failed":
+                raise InputError(
+                    f"{model} does not run on {inputs.words} as it is ({row.reason}); give another batch"
+                )
 
 
 def _case(run: Run, subject: nn.Module, inputs: Batch | WholeCall, *, against: bool) -> Case:

@@ -23,8 +23,8 @@ from tests.cli.runner import invoke  # noqa: E402
 from tests.library_models import write_embedder, write_reranker, write_sparse  # noqa: E402
 from xfm_fast.benchmarks.backends import graph  # noqa: E402
 from xfm_fast.benchmarks.options import TryOptions  # noqa: E402
-from xfm_fast.benchmarks.record import UNTOUCHED, Parity, Result, load  # noqa: E402
-from xfm_fast.benchmarks.report import print_chart  # noqa: E402
+from xfm_fast.benchmarks.record import UNTOUCHED, Comparison, Parity, Result, load  # noqa: E402
+from xfm_fast.benchmarks.report import markdown, print_chart  # noqa: E402
 from xfm_fast.benchmarks.work import trial  # noqa: E402
 from xfm_fast.benchmarks.work.drop_in import trained_minilm  # noqa: E402
 from xfm_fast.errors import CheckpointError, InputError, UnavailableError  # noqa: E402
@@ -343,7 +343,14 @@ def test_charts_part_the_same_outputs_from_rounded_ones() -> None:
         row(UNTOUCHED, "bf16", 9, 0.004),
         row(UNTOUCHED, "fp32", 10, 0.0),
     ]
+    for ours, ratio in zip(rows, (0.5, 0.75), strict=False):
+        ours.against = [
+            Comparison(backend="onnxruntime", dtype="fp32", like_for_like=True, ratio=ratio)
+        ]
     document = replace(load(RESULTS / "cpu-avx512-2threads.json"), rows=rows)
+    (line,) = (line for line in markdown(document).splitlines() if "onnxruntime | fp32" in line)
+    # The fastest of the calls is what others are compared with.
+    assert "| 0.75× |" in line
     (chart,) = trial._charts(document, ["a batch", "a batch", "another"])
     assert chart.base is rows[-1]
     groups = {
