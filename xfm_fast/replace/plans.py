@@ -27,6 +27,7 @@ from torch.nn.modules import module as module_internals
 from xfm_fast.kernels import fp8
 from xfm_fast.kernels.backend import resolve
 from xfm_fast.kernels.caching import Sources
+from xfm_fast.kernels.cpu import int8
 from xfm_fast.kernels.cpu.workspace import moves
 from xfm_fast.kernels.flags import kind_of
 from xfm_fast.models.frozen import pack_of
@@ -254,13 +255,23 @@ def valid_plan(owner: nn.Module, layers: Sequence[nn.Module] | None = None) -> P
 
 
 def _make(
-    owner: nn.Module, layers: Layers, dtype: torch.dtype, residual: torch.dtype, *, mixed: bool
+    owner: nn.Module,
+    layers: Layers,
+    dtype: torch.dtype,
+    residual: torch.dtype,
+    rows: int,
+    *,
+    mixed: bool,
 ) -> Plan | None:
     """Make a plan, unless it cannot cover the layers; `mixed` parameters have several dtypes."""
     _plans.pop(owner, None)
     modules = [layers.look_up(layer) for layer in layers.layers]
     for layer, each in zip(layers.layers, modules, strict=True):
         if not _can_plan(layer, each, dtype, mixed=mixed):
+            return None
+        rounded = [weight for weight in tensors_of(each) if kind_of(weight) == "int8"]
+        # Their copies are made for the compiled kernel.
+        if rounded and not int8.compiled(rows, dtype, rounded):
             return None
     # The first caller may be in inference mode; the plan must serve all.
     with torch.inference_mode(False), torch.no_grad():
@@ -299,7 +310,9 @@ def run_planned(
         return None
     plan = valid_plan(owner) if plan is None else plan
     if plan is None or plan.dtypes != (dtype, residual):
-        plan = _make(owner, layers, dtype, residual, mixed=settings.dtype is not None)
+        rows = len(x.indices[0]) if isinstance(x, Embedded) else x.shape[:-1].numel()
+        mixed = settings.dtype is not None
+        plan = _make(owner, layers, dtype, residual, rows, mixed=mixed)
         if plan is None:
             return None
     if isinstance(x, Tensor):
