@@ -34,9 +34,16 @@ from xfm_fast.replace.swap import (
 from xfm_fast.replace.unpadded import UnpaddedEncoder, reading_first_tokens
 
 _DEFAULT_TEXTS = 32  # the library's `batch_size`, in place of which tokens limit a batch
+_BATCH_TOKENS = 2048
 _WINDOW = 512  # texts that are tokenised at once
 _TRANSFORMERS = ("sentence_transformers.Transformer", "sentence_transformers.MLMTransformer")
 _UNPADDED = {"text": {"padding": False}, "common": {"return_tensors": None}}
+_OPTIONS = {
+    *("prompt", "batch_size", "show_progress_bar", "task", "save_to_cpu"),
+    *("output_value", "normalize_embeddings", "truncate_dim"),
+    *("activation_fn", "apply_softmax"),
+    *("convert_to_sparse_tensor", "max_active_dims"),
+}
 _LENGTHS = {"max_length", "truncation"}
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 _TOKENS, _SENTENCE = "token_embeddings", "sentence_embedding"
@@ -44,7 +51,7 @@ _AFTER_POOLING = ("Dense", "Dropout", "LayerNorm", "Normalize")
 _TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
 
 
-class Watch:
+class Snapshot:
     """What a model consists of, while it is in evaluation mode on the CPU."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -59,7 +66,7 @@ class Watch:
         self._values = [value for table in self._tables for value in table.values()]
         self._tensors = [value for value in self._values if isinstance(value, Tensor)]
 
-    def unchanged(self) -> bool:
+    def is_current(self) -> bool:
         """Return whether the model has the same modules and tensors, in the same mode and place."""
         values = chain.from_iterable(map(dict.values, self._tables))
         return (
@@ -70,7 +77,7 @@ class Watch:
         )
 
 
-_watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
+_snapshots: weakref.WeakKeyDictionary[nn.Module, Snapshot] = weakref.WeakKeyDictionary()
 
 
 class Autocast(Fused):
@@ -112,7 +119,9 @@ class FirstTokenClassifier(Fused):
     def adapted(cls, original: Any) -> dict[str, Any]:
         library = vars(sys.modules[original.__module__])
         heads = (value for name, value in library.items() if name.endswith("ClassificationHead"))
-        return {"bypassed": {original.base_model_prefix: nn.Module, "classifier": (nn.Linear, *heads)}}
+        return {
+            "bypassed": {original.base_model_prefix: nn.Module, "classifier": (nn.Linear, *heads)}
+        }
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
@@ -130,8 +139,7 @@ class WholeCall(Autocast):
     """A model of sentence-transformers, whose calls it computes in batches of equal work."""
 
     benefit: ClassVar[str] = "batches by tokens, pooled without padding"
-    options: ClassVar[set[str]] = {"prompt", "batch_size", "show_progress_bar"}
-    batch_tokens: ClassVar[int] = 4096
+    output: ClassVar[str] = _SENTENCE
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
@@ -156,13 +164,16 @@ class WholeCall(Autocast):
         if not self.covers(inputs, device, options):
             model: Any = super()
             return model._inference(inputs, device=device, **options)
-        return self.collect(self._batches(inputs, options), len(inputs), options)
+        indices, rows = zip(*self._batches(inputs, options), strict=True)
+        return torch.cat(rows).index_select(0, torch.cat(indices).argsort())
 
     def covers(self, inputs: list[Any], device: Any, options: dict[str, Any]) -> bool:
         """Return whether the library would tokenise, pad and run these inputs on the CPU."""
         model: Any = self
         transformer: Any = next(self.children(), None)
-        if not inputs or not all(map(self.is_text, inputs)) or options.keys() - {"task"} != self.options:
+        if not inputs or not all(map(self.is_text, inputs)):
+            return False
+        if options.keys() - _OPTIONS or model.get_model_kwargs():
             return False
         if short_name(original_class(transformer)) not in _TRANSFORMERS or self.declines():
             return False
@@ -180,38 +191,34 @@ class WholeCall(Autocast):
             return False
         if device is not None and torch.device(device).type != "cpu":
             return False
-        watch = _watches.get(self)
-        if watch is not None and not self.training and watch.unchanged():
+        snapshot = _snapshots.get(self)
+        if snapshot is not None and not self.training and snapshot.is_current():
             return True
         self.eval()
         if model._resolve_inference_device(device).type != "cpu":
             return False
-        _watches[self] = Watch(self)
+        _snapshots[self] = Snapshot(self)
         return True
 
     def is_text(self, value: Any) -> bool:
         """Return whether an input is text that this model takes."""
         return isinstance(value, str)
 
-    def collect(
-        self, batches: Iterator[tuple[Tensor, Tensor]], count: int, options: dict[str, Any]
-    ) -> Tensor:
-        """Join batches of (indices, rows) in one tensor."""
-        output: Any = None
-        for indices, rows in batches:
-            if output is None:
-                output = rows.new_empty(count, *rows.shape[1:])
-            output.index_copy_(0, indices, rows)
-        return output
+    def compute(self, features: dict[str, Any]) -> Tensor:
+        """Return the output of each text, or other input, of a padded batch."""
+        rows = None
+        if features.get("modality") == "text" and features["input_ids"].is_cpu:
+            tokenizer: Any = self[0].tokenizer
+            if tokenizer.padding_side == "right" and not self.declines():
+                rows = self.pooled(features)
+        return self(features)[self.output] if rows is None else rows
 
-    def rows(self, features: dict[str, Any], options: dict[str, Any]) -> Tensor:
-        """Compute the output of each text of a padded batch."""
-        raise NotImplementedError
+    def pooled(self, features: dict[str, Any]) -> Tensor | None:
+        """Compute the output from packed states; None for modules that must be called."""
 
-    def run(self, features: dict[str, Any], name: str, options: dict[str, Any]) -> Tensor:
-        """Return an output of the model for a padded batch."""
-        known = {name: value for name, value in options.items() if name not in self.options}
-        return self(features, **known)[name]
+    def finish(self, rows: Tensor, options: dict[str, Any]) -> Tensor:
+        """Convert the output of a batch as the options of the call say."""
+        return rows
 
     def _batches(
         self, inputs: list[Any], options: dict[str, Any]
@@ -223,12 +230,17 @@ class WholeCall(Autocast):
         size, count = options["batch_size"], len(inputs)
         order = sorted(range(count), key=lambda index: -model._input_length(inputs[index]))
         windows = [order[start : start + _WINDOW] for start in range(0, count, _WINDOW)]
-        tokenised = (self._tokenise([inputs[index] for index in window], options) for window in windows)
+        tokenised = (
+            self._tokenise([inputs[index] for index in window], options) for window in windows
+        )
         if len(windows) > 1:
             tokenised = ahead(tokenised)
         limit = count if size == _DEFAULT_TEXTS else size
         hidden = not options["show_progress_bar"]
-        with closing(tokenised), tqdm(total=-(-count // size), desc="Batches", disable=hidden) as bar:
+        with (
+            closing(tokenised),
+            tqdm(total=-(-count // size), desc="Batches", disable=hidden) as bar,
+        ):
             done = 0
             for window, tokens in zip(windows, tokenised, strict=True):
                 ids = tokens["input_ids"]
@@ -236,10 +248,11 @@ class WholeCall(Autocast):
                 start = 0
                 while start < len(by_length):
                     longest = len(ids[by_length[start]])
-                    texts = min(limit, max(1, self.batch_tokens // max(1, longest)))
+                    texts = min(limit, max(1, _BATCH_TOKENS // max(1, longest)))
                     batch = by_length[start : start + texts]
-                    rows = self.rows(self._pad(tokens, batch), options)
-                    yield torch.tensor([window[row] for row in batch]), rows
+                    rows = self.compute(self._pad(tokens, batch))
+                    indices = torch.tensor([window[row] for row in batch])
+                    yield indices, self.finish(rows, options)
                     start += texts
                     done += len(batch)
                     bar.update(-(-done // size) - bar.n)
@@ -247,8 +260,9 @@ class WholeCall(Autocast):
     def _tokenise(self, texts: list[Any], options: dict[str, Any]) -> dict[str, Any]:
         """Return the features of texts without padding, as lists."""
         model: Any = self
-        kwargs = {"task": options["task"]} if "task" in options else {}
-        return model.preprocess(texts, options["prompt"], processing_kwargs=_UNPADDED, **kwargs)
+        return model.preprocess(
+            texts, options["prompt"], processing_kwargs=_UNPADDED, task=options.get("task")
+        )
 
     def _pad(self, tokens: dict[str, Any], batch: Sequence[int]) -> dict[str, Any]:
         """Return the padded features of some texts."""
@@ -272,26 +286,16 @@ class WholeEncode(WholeCall):
     """`SentenceTransformer.encode`: mean, first or largest states are pooled as they are packed."""
 
     replaces: ClassVar[Any] = ("sentence_transformers.SentenceTransformer",)
-    options: ClassVar[set[str]] = WholeCall.options | {
-        "output_value",
-        "save_to_cpu",
-        "normalize_embeddings",
-        "truncate_dim",
-    }
 
     def covers(self, inputs: list[Any], device: Any, options: dict[str, Any]) -> bool:
         is_sentence = options.get("output_value") == _SENTENCE
         return is_sentence and super().covers(inputs, device, options)
 
-    def rows(self, features: dict[str, Any], options: dict[str, Any]) -> Tensor:
-        rows = self._pooled(features)
-        if rows is None:
-            rows = self.run(features, _SENTENCE, options)
+    def finish(self, rows: Tensor, options: dict[str, Any]) -> Tensor:
         rows = rows[..., : options["truncate_dim"]]
         return F.normalize(rows, dim=1) if options["normalize_embeddings"] else rows
 
-    def _pooled(self, features: dict[str, Any]) -> Tensor | None:
-        """Return embeddings pooled from packed states; None for a stack of other modules."""
+    def pooled(self, features: dict[str, Any]) -> Tensor | None:
         modules: list[Any] = [*self.children()]
         if len(modules) < 2 or not _is_library(modules[1], "Pooling"):
             return None
@@ -299,7 +303,9 @@ class WholeEncode(WholeCall):
         encoder = transformer.model
         if pooling.pooling_mode not in _POOLING or not isinstance(encoder, UnpaddedEncoder):
             return None
-        if transformer.modality_config["text"] != _TEXT or transformer.module_output_name != _TOKENS:
+        if transformer.modality_config["text"] != _TEXT:
+            return None
+        if transformer.module_output_name != _TOKENS:
             return None
         if not pooling.include_prompt and "prompt_length" in features:
             return None
@@ -322,14 +328,14 @@ class WholePredict(WholeCall):
     """`CrossEncoder.predict`."""
 
     replaces: ClassVar[Any] = ("sentence_transformers.CrossEncoder",)
-    options: ClassVar[set[str]] = WholeCall.options | {"activation_fn", "apply_softmax"}
+    output: ClassVar[str] = "scores"
 
     def is_text(self, value: Any) -> bool:
         is_pair = isinstance(value, (list, tuple)) and len(value) == 2
         return is_pair and all(map(super().is_text, value))
 
-    def rows(self, features: dict[str, Any], options: dict[str, Any]) -> Tensor:
-        scores = self.run(features, "scores", options)
+    def finish(self, rows: Tensor, options: dict[str, Any]) -> Tensor:
+        scores = rows
         if scores.is_floating_point() and torch.finfo(scores.dtype).bits < 32:
             scores = scores.float()
         if options["activation_fn"] is not None:
@@ -341,41 +347,17 @@ class WholePredict(WholeCall):
 
 
 class WholeSparse(WholeCall):
-    """`SparseEncoder.encode`: largest logits of a text are taken before their logarithm."""
+    """`SparseEncoder.encode`: SPLADE (arXiv 2109.10086) without the logits of every token at once."""
 
     replaces: ClassVar[Any] = ("sentence_transformers.SparseEncoder",)
-    options: ClassVar[set[str]] = WholeCall.options | {
-        "convert_to_sparse_tensor",
-        "save_to_cpu",
-        "max_active_dims",
-    }
-    batch_tokens: ClassVar[int] = 1024
 
-    def rows(self, features: dict[str, Any], options: dict[str, Any]) -> Tensor:
+    def finish(self, rows: Tensor, options: dict[str, Any]) -> Tensor:
         from sentence_transformers.util import select_max_active_dims
 
-        most = options["max_active_dims"]
-        rows = self._splade(features)
-        if rows is None:
-            known = {} if most is None else {"max_active_dims": most}
-            rows = self.run(features, _SENTENCE, options | known)
-        return rows if most is None else select_max_active_dims(rows, max_active_dims=most)
+        rows = select_max_active_dims(rows, options["max_active_dims"])
+        return rows.to_sparse() if options["convert_to_sparse_tensor"] else rows
 
-    def collect(
-        self, batches: Iterator[tuple[Tensor, Tensor]], count: int, options: dict[str, Any]
-    ) -> Tensor:
-        if not options["convert_to_sparse_tensor"]:
-            return super().collect(batches, count, options)
-        entries, width = [], 0
-        for indices, rows in batches:
-            width = rows.shape[1]
-            row, column = rows.nonzero(as_tuple=True)
-            entries.append((torch.stack([indices[row], column]), rows[row, column]))
-        places, values = (torch.cat(tensors, -1) for tensors in zip(*entries, strict=True))
-        return torch.sparse_coo_tensor(places, values, (count, width)).coalesce()
-
-    def _splade(self, features: dict[str, Any]) -> Tensor | None:
-        """Return embeddings of SPLADE (arXiv 2109.10086); None for a stack of other modules."""
+    def pooled(self, features: dict[str, Any]) -> Tensor | None:
         modules: list[Any] = [*self.children()]
         if len(modules) != 2 or not _is_library(modules[1], "SpladePooling"):
             return None
@@ -405,7 +387,7 @@ def _model_inputs(features: dict[str, Any]) -> dict[str, Any]:
 
 def _mean(states: Tensor, packing: Packing) -> Tensor:
     """Average the packed states of each text, in fp32 if they are narrower."""
-    rows = torch.arange(states.shape[0])
+    rows = torch.arange(states.shape[0], device=states.device)
     starts = packing.cu_seqlens[:-1].long()
     wide = states if states.dtype == torch.float64 else states.float()
     return F.embedding_bag(rows, wide, starts, mode="mean").to(states.dtype)

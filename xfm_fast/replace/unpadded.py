@@ -203,14 +203,14 @@ class UnpaddedEncoder(CalledByName):
         spec, mask = self.encoder_spec, call.get("attention_mask")
         if torch.compiler.is_compiling() or not _reads_first.get() or torch.is_grad_enabled():
             return False
-        if spec.norm or spec.bias or spec.rotary or not isinstance(mask, Tensor):
+        if spec.bias or spec.rotary or not isinstance(mask, Tensor):
             return False
         if mask.numel() < _FEW_TOKENS or call.get("encoder_hidden_states") is not None:
             return False
-        pooler = self._pooler()
-        if pooler is not None and not spec.pooled_by:
-            if observed(pooler) or not type(pooler).__module__.startswith("transformers."):
-                return False
+        # A pooler of another library may read all states.
+        pooler = None if spec.pooled_by else self._pooler()
+        if pooler is not None and not type(pooler).__module__.startswith("transformers."):
+            return False
         is_post_norm = len(layers) > 1 and getattr(layers[-1], "layer_order", "") == "behind sums"
         return is_post_norm and can_run_packed(layers[-1:])
 
