@@ -198,7 +198,7 @@ def test_stacks(folders: dict[str, Path], mode: Any, tail: str, fallbacks: list[
 
 
 @pytest.mark.parametrize("mode", ["mean", "cls"])
-def test_prompt_out_of_the_mean(folders: dict[str, Path], mode: str) -> None:
+def test_prompt_out_of_the_mean(folders: dict[str, Path], mode: Any) -> None:
     model = stacked(folders, stack.Pooling(64, mode, include_prompt=False))
     old = model.encode(TEXTS, prompt="red car ")
     accelerate(model, unpad=True)

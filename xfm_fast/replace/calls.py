@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -208,7 +208,7 @@ class WholeCall(Autocast):
         """Return the output of each text, or other input, of a padded batch."""
         rows = None
         if features.get("modality") == "text" and features["input_ids"].is_cpu:
-            tokenizer: Any = self[0].tokenizer
+            tokenizer = cast(Any, self)[0].tokenizer
             if tokenizer.padding_side == "right" and not self.declines():
                 rows = self.pooled(features)
         return self(features)[self.output] if rows is None else rows
@@ -266,7 +266,7 @@ class WholeCall(Autocast):
 
     def _pad(self, tokens: dict[str, Any], batch: Sequence[int]) -> dict[str, Any]:
         """Return the padded features of some texts."""
-        tokenizer: Any = self[0].tokenizer
+        tokenizer = cast(Any, self)[0].tokenizer
         lengths = np.array([len(tokens["input_ids"][row]) for row in batch])
         real = np.arange(lengths.max()) < lengths[:, None]
         padding = {
