@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
+from os import cpu_count
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -233,7 +234,7 @@ class WholeCall(Autocast):
         tokenised = (
             self._tokenise([inputs[index] for index in window], options) for window in windows
         )
-        if len(windows) > 1:
+        if len(windows) > 1 and cpu_count() != 1:
             tokenised = ahead(tokenised)
         limit = count if size == _DEFAULT_TEXTS else size
         hidden = not options["show_progress_bar"]
