@@ -167,9 +167,9 @@ class UnpaddedEncoder(CalledByName):
         if has_other_arguments(call, understood) or (ids is None) == (embeds is None):
             return None
         layers = self._layers()
-        last = layers.pop() if self._can_cut(call, layers) else None
         if not self._ready(call, layers):
             return None
+        last = layers.pop() if self._can_cut(call, layers) else None
         tokens = cast(Tensor, embeds if ids is None else ids)
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape != tokens.shape[:2]:
             return None
@@ -211,8 +211,7 @@ class UnpaddedEncoder(CalledByName):
         pooler = None if spec.pooled_by else self._pooler()
         if pooler is not None and not type(pooler).__module__.startswith("transformers."):
             return False
-        is_post_norm = len(layers) > 1 and getattr(layers[-1], "layer_order", "") == "behind sums"
-        return is_post_norm and can_run_packed(layers[-1:])
+        return len(layers) > 1 and layers[-1].layer_order == "behind sums"
 
     def _pooler(self) -> nn.Module | None:
         return find(self, self.encoder_spec.pooler) if self.encoder_spec.pooler else None
