@@ -207,8 +207,10 @@ class UnpaddedEncoder(CalledByName):
             return False
         if mask.numel() < _FEW_TOKENS or call.get("encoder_hidden_states") is not None:
             return False
-        # A pooler of another library may read all states.
+        # A pooler of another library, or a hook, may read all states.
         pooler = None if spec.pooled_by else self._pooler()
+        if pooler is not None and observed(pooler):
+            return False
         if pooler is not None and not type(pooler).__module__.startswith("transformers."):
             return False
         return len(layers) > 1 and layers[-1].layer_order == "behind sums"
