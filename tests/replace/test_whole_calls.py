@@ -24,7 +24,8 @@ from tests import library_models  # noqa: E402
 from xfm_fast import accelerate  # noqa: E402
 from xfm_fast.data.shapes import VOCABULARY  # noqa: E402
 from xfm_fast.errors import InputError  # noqa: E402
-from xfm_fast.replace import calls  # noqa: E402
+from xfm_fast.replace import calls, unpadded  # noqa: E402
+from xfm_fast.replace.layer import FusedLayer  # noqa: E402
 from xfm_fast.replace.swap import BANDS, counted  # noqa: E402
 
 BAND = BANDS[torch.float32]
@@ -489,3 +490,52 @@ def test_unknown_layers_are_not_accelerated_by_their_calls(folders: dict[str, Pa
     model = library.SentenceTransformer(modules=[stack.BoW(["a", "red"])], device="cpu")
     with pytest.raises(InputError, match="no module"):
         accelerate(model)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "Albert",
+        "Bert",
+        "Camembert",
+        "Data2VecText",
+        "DistilBert",
+        "Electra",
+        "Roberta",
+        "XLMRoberta",
+    ],
+)
+def test_classifiers_of_every_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    widths, run = list[int](), unpadded._run_for_first
+
+    def recorded(*args: Any) -> Any:
+        x, packing = run(*args)
+        widths.append(len(x))
+        return x, packing
+
+    monkeypatch.setattr(unpadded, "_run_for_first", recorded)
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3}
+    if family == "DistilBert":
+        sizes = {"dim": 48, "n_layers": 3, "n_heads": 3, "hidden_dim": 63}
+    config: Any = getattr(transformers, f"{family}Config")(
+        **sizes, intermediate_size=63, vocab_size=99, max_position_embeddings=64, num_labels=3
+    )
+    model = getattr(transformers, f"{family}ForSequenceClassification")(config).eval()
+    ids = torch.randint(5, 99, (7, 40))
+    mask = torch.arange(40) < torch.tensor([[40], [3], [17], [9], [1], [30], [22]])
+    batch = {"input_ids": ids.where(mask, config.pad_token_id), "attention_mask": mask.long()}
+    with torch.no_grad():
+        old = model(**batch).logits
+    report = accelerate(model, unpad=True, verify=batch)
+    assert report.replaced[0].fused == "FirstTokenClassifier"
+    assert report.runs[""] == 1
+    with torch.no_grad(), counted() as runs:
+        assert_close(model(**batch).logits, old)
+    layer = [module for module in model.modules() if isinstance(module, FusedLayer)][-1]
+    assert runs[model.base_model] == 1
+    assert runs[layer] == (3 if family == "Albert" else 1)
+    assert widths[-1] == len(ids)
