@@ -539,3 +539,13 @@ def test_classifiers_of_every_family(family: str, monkeypatch: pytest.MonkeyPatc
     assert runs[model.base_model] == 1
     assert runs[layer] == (3 if family == "Albert" else 1)
     assert widths[-1] == len(ids)
+
+
+def test_saved_models_are_the_library_s(embedder: Make, tmp_path: Path) -> None:
+    model = embedder()
+    old = model.encode(TEXTS)
+    accelerate(model, unpad=True)
+    model.save_pretrained(str(tmp_path))
+    saved = library.SentenceTransformer(str(tmp_path), device="cpu")
+    assert type(saved) is library.SentenceTransformer
+    assert_close(saved.encode(TEXTS), old)
