@@ -14,7 +14,7 @@ import json
 import os
 import posixpath
 import tarfile
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -23,7 +23,7 @@ from itertools import chain, groupby, islice
 from operator import itemgetter
 from pathlib import Path
 from tarfile import HeaderError
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, Self, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, Self, TypedDict
 
 from annotated_types import Ge
 
@@ -38,14 +38,12 @@ from xfm_fast.encoders import (
     open_encoder,
 )
 from xfm_fast.errors import DataError, InputError, XFMError, needs
-from xfm_fast.io import make_folder, require_file, storing, write_files
+from xfm_fast.io import ahead, make_folder, require_file, storing, write_files
 from xfm_fast.loading import Source
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from fsspec import AbstractFileSystem
-
-T = TypeVar("T")
 
 METADATA = b"xfm_fast"
 """Entry of the Parquet file's metadata: JSON of the model and the options."""
@@ -275,7 +273,7 @@ def embed_shard(
     def write(sink: BinaryIO) -> None:
         writer, count = None, 0
         with ExitStack() as stack:
-            windows = stack.enter_context(closing(_ahead(_windows(encoder, options, report))))
+            windows = stack.enter_context(closing(ahead(_windows(encoder, options, report))))
             for table, batches in windows:
                 features = np.zeros((len(table), encoder.width), np.float32)
                 is_missing = np.ones(len(table), bool)
@@ -350,16 +348,6 @@ def _write(file: str, writer: Callable[[BinaryIO], object]) -> None:
         sink: Any
         with files.open(path, "wb") as sink:
             writer(sink)
-
-
-def _ahead(items: Iterator[T]) -> Generator[T, None, None]:
-    """Yield the items of an iterator, each computed by a thread while the previous one is used."""
-    end: Any = object()
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(next, items, end)
-        while (item := future.result()) is not end:
-            future = pool.submit(next, items, end)
-            yield item
 
 
 def _windows(

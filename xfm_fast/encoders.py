@@ -157,10 +157,15 @@ class LibraryEncoder:
         from sentence_transformers.util import batch_to_device
         from torch.nn.functional import normalize
 
+        from xfm_fast.replace.calls import WholeCall
+
         with torch.inference_mode():
             inputs = batch_to_device({**inputs}, self.device)
-            output = "scores" if self.use == "ranking" else "sentence_embedding"
-            features = self.model(inputs)[output]
+            if isinstance(self.model, WholeCall):
+                features = self.model.compute(inputs)
+            else:
+                output = "scores" if self.use == "ranking" else "sentence_embedding"
+                features = self.model(inputs)[output]
             if getattr(self.model, "truncate_dim", None):
                 features = features[..., : self.model.truncate_dim]
             features = features.float()

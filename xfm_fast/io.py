@@ -15,12 +15,13 @@ import shutil
 import socket
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from io import BufferedRandom, BufferedReader, FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import psutil
 import yaml
@@ -32,6 +33,8 @@ try:
     import fcntl
 except ImportError:  # not every system has it
     fcntl = None
+
+T = TypeVar("T")
 
 MOST_JSON_BYTES = 64 << 20
 # The parser is slow, and no configuration of a person is larger.
@@ -75,6 +78,16 @@ def require_file(path: str | os.PathLike[str]) -> Path:
     except ValueError:
         raise OSError(errno.EINVAL, "its name holds a NUL", str(path)) from None
     return path
+
+
+def ahead(items: Iterator[T]) -> Generator[T, None, None]:
+    """Yield the items of an iterator, each computed by a thread while the previous one is used."""
+    end: Any = object()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(next, items, end)
+        while (item := future.result()) is not end:
+            future = pool.submit(next, items, end)
+            yield item
 
 
 def _check_regular(status: os.stat_result, path: str | Path) -> None:

@@ -21,6 +21,13 @@ from xfm_fast.kernels.flags import EightBits, keep_within
 from xfm_fast.kernels.linear import floating_dtype
 from xfm_fast.models.precision import PrecisionMixin
 from xfm_fast.replace import adapters, timm_vision, transformers_rows
+from xfm_fast.replace.calls import (
+    Autocast,
+    FirstTokenClassifier,
+    WholeEncode,
+    WholePredict,
+    WholeSparse,
+)
 from xfm_fast.replace.heads import FusedEmbeddings, FusedMaskedLM, VocabularyHead
 from xfm_fast.replace.layer import FusedLayer
 from xfm_fast.replace.official import (
@@ -73,6 +80,10 @@ from xfm_fast.replace.verification import (
 
 # In order of precedence.
 FORMS: tuple[type[Fused], ...] = (
+    WholeEncode,
+    WholePredict,
+    WholeSparse,
+    FirstTokenClassifier,
     FusedEmbeddings,
     FusedMaskedLM,
     VocabularyHead,
@@ -279,7 +290,8 @@ def _verify(
     for entry, module in zip(report.replaced, report._modules, strict=False):
         report.runs[entry.path] = runs[module]
     # The outputs prove only the forms that computed them.
-    computing = [module for module in report._modules if linear_weights(module)] or report._modules
+    computing = [module for module in report._modules if fused_form(module).computes]
+    computing = [module for module in computing if linear_weights(module)] or computing
     if not any(runs[module] for module in computing):
         raise InputError(
             f"verify compared the original with itself: {report.coverage()}. The model was reverted; give a batch that "
@@ -368,15 +380,6 @@ def _original_forward(report: Report) -> Iterator[None]:
             object.__setattr__(module, "__class__", fused_class)
 
 
-class _Autocast(Fused):
-    """Fused form of the root model under an explicit dtype: unfused modules run in autocast."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        device = next((p.device for p in self.parameters()), torch.device("cpu"))
-        with torch.autocast(device.type, self.settings.dtype):
-            return super().forward(*args, **kwargs)
-
-
 def _plan(
     model: nn.Module, selected: dict[str, nn.Module], settings: Settings
 ) -> tuple[Report, Forms]:
@@ -393,7 +396,8 @@ def _plan(
         entry, form = decide(path, module, settings, FORMS)
         if entry is None:
             continue
-        weights = linear_weights(module)
+        computes = next(form.computes for form in FORMS if form.__name__ == entry.fused)
+        weights = linear_weights(module) if computes else set()
         entries.append(replace(entry, share=size_of(weights) / total))
         if entry.fused not in _SUBLAYERS:
             layers.append(path)
@@ -406,9 +410,11 @@ def _plan(
         elif weights:
             # Norms inside unrecognised layers are recognised too.
             reported.update(module.modules())
-    modules = [module for module, _ in forms]
+    modules = [module for module, form in forms if form.computes]
     computing = {module for module in modules if linear_weights(module)}
     for module, form in forms:
+        if not form.computes:
+            continue
         reported.add(module)
         within = [*module.modules()][1:]
         if computing.isdisjoint(within):
@@ -418,11 +424,11 @@ def _plan(
             # unknown.
             reported.update(_bypassed(module, form).values())
     unknown = unknown_layers(model, selected, reported, layers)
-    if not forms:
+    if not modules:
         raise InputError(_why_nothing_fits(model, entries, unknown))
-    if settings.dtype is not None and model not in modules:
-        forms.append((model, _Autocast))
     share = size_of(linear_weights(*modules)) / total
+    if settings.dtype is not None and all(module is not model for module, _ in forms):
+        forms.append((model, Autocast))
     modules = [module for module, _ in forms]
     return Report(entries, unknown, share, _modules=modules, _eight_bits=settings.eight_bits), forms
 

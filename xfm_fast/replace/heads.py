@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect
+from itertools import pairwise
 from typing import Any, ClassVar, cast
 
 import torch
@@ -24,6 +26,7 @@ from xfm_fast.replace.swap import (
 )
 
 _IGNORED = -100
+_FEW_TOKENS = 128  # whose logits fit the cache
 
 
 class FusedEmbeddings(CalledByName):
@@ -264,6 +267,31 @@ class FusedMaskedLM(CalledByName):
                 logits = logits.unflatten(0, labels.shape)
         out = MaskedLMOutput(loss=loss, logits=logits, **recorded)
         return out if returns_dict(self, call) else out.to_tuple()
+
+    def largest_logits(self, call: dict[str, Any]) -> Tensor | None:
+        """Return the largest logits of each text, `[P, V]`; None if the original must run.
+
+        Few tokens at a time: their logits fit the cache, those of a batch hardly fit the memory.
+        """
+        module, head = cast(Any, self), _head_of(self)
+        base = getattr(module, module.base_model_prefix)
+        if not hasattr(base, "packed") or observed(base) or not self._covered(call):
+            return None
+        packed = base.packed(call)
+        if packed is None:
+            return None
+        states, packing = packed
+        self.count()
+        bounds, start, largest = host.integers(packing.cu_seqlens), 0, list[Tensor]()
+        with self.settings.without_autocast(states.device):
+            states = head.transformed(states)
+            while start < packing.shape[0]:
+                stop = max(start + 1, bisect(bounds, bounds[start] + _FEW_TOKENS) - 1)
+                logits = head.logits(states[bounds[start] : bounds[stop]])
+                lengths = [b - a for a, b in pairwise(bounds[start : stop + 1])]
+                largest += [chunk.amax(0) for chunk in logits.split(lengths)]
+                start = stop
+        return torch.stack(largest)
 
     def _loss_and_logits(
         self, head: Any, states: Tensor, labelled: tuple[Tensor, Tensor] | None

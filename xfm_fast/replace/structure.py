@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.caching import cached
+from xfm_fast.models.frozen import pack_of
 from xfm_fast.replace.attention import Attend, Memory
 from xfm_fast.replace.swap import Settings
 
@@ -160,7 +161,7 @@ class LayerCall:
     def _queries_keys_values(self, x: Tensor) -> Sequence[Tensor]:
         """Project x to q, k and v `[..., H, D]`; with `rows`, only these have queries."""
         modules, settings, heads = self.modules, self.settings, self.modules.heads
-        if self.rows is not None:
+        if self.rows is not None and pack_of(modules.projections) is None:
             query, *key_value = modules.projections
             k, v = project("kv", key_value, x, heads, settings)
             (q,) = project("query", [query], x.index_select(0, self.rows), heads, settings)
@@ -173,7 +174,10 @@ class LayerCall:
             outputs = [apply_linear(layer, x, settings) for layer in modules.projections]
         if len(outputs) == 1:
             return outputs[0].unflatten(-1, (3, heads, -1)).unbind(-3)
-        return [output.unflatten(-1, (heads, -1)) for output in outputs]
+        outputs = [output.unflatten(-1, (heads, -1)) for output in outputs]
+        if self.rows is not None:
+            outputs[0] = outputs[0].index_select(0, self.rows)
+        return outputs
 
     def add_attention(self, context: Tensor, residual: Tensor, norm: int) -> tuple[Tensor, Tensor]:
         return linear_add_norm(

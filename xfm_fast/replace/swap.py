@@ -33,6 +33,7 @@ ModuleClasses = type[nn.Module] | tuple[type[nn.Module], ...]
 # Accepted differences by dtype, relative to the largest value of an output: summation order changes
 # rounding.
 BANDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8}
+_LIBRARIES = ("open_clip", "sentence_transformers")
 _SETTINGS = "_xfm_fast"
 _CAPTURING = "transformers.utils.output_capturing"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -251,6 +252,8 @@ class Fused(nn.Module):
     bypassed: ClassVar[Mapping[str, ModuleClasses]] = {}
     # names of linear layers on one input, computed by one GEMM
     joint: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    # its linear layers are computed by it, and not only by fused forms inside
+    computes: ClassVar[bool] = True
     # dtype="int8" and "fp8" apply to its linear layers
     multiplies_in_eight_bits: ClassVar[bool] = True
 
@@ -559,11 +562,11 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def short_name(module_class: type[nn.Module]) -> str:
-    """Return `package.Class` for a class of transformers or open_clip, "" for others."""
+    """Return `package.Class` for a class of transformers or of the other libraries, "" for others."""
     name, package = module_class.__name__, module_class.__module__.split(".")
     if package[:2] == ["transformers", "models"] and len(package) > 2:
         return f"{package[2]}.{name}"
-    return f"open_clip.{name}" if package[0] == "open_clip" else ""
+    return f"{package[0]}.{name}" if package[0] in _LIBRARIES else ""
 
 
 def fused_form(module: nn.Module) -> type[Fused]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from operator import attrgetter
 from typing import Any, ClassVar, cast
@@ -29,6 +31,7 @@ from xfm_fast.replace.heads import FusedEmbeddings, default_positions
 from xfm_fast.replace.layer import PLAIN_ATTENTION, WITHOUT_EFFECT, can_run_packed, run_packed
 from xfm_fast.replace.plans import Layers, Plan, forget, run_planned, valid_plan
 from xfm_fast.replace.recording import Embedded
+from xfm_fast.replace.structure import post_norm
 from xfm_fast.replace.swap import (
     CalledByName,
     Fused,
@@ -47,6 +50,8 @@ _TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 _MEMORY = ("encoder_hidden_states", "encoder_attention_mask")
 # transformers drops BLIP's image mask; calls with one run the original.
 IGNORE_MEMORY_MASK = ("BlipTextLayer", "BlipTextModel")
+# Tokens of a batch below which a shorter last layer saves less than it costs.
+_FEW_TOKENS = 128
 _FULL_LENGTH = "it computes texts at full length; unpad=True cuts them at the longest end-of-text"
 # Share of real tokens in the cut batch above which packing does not pay off.
 _MAX_DENSITY = 0.95
@@ -78,6 +83,17 @@ class Encoder:
 
 
 _encoders: dict[str, Encoder] = {}
+_reads_first: ContextVar[bool] = ContextVar("reads_first", default=False)
+
+
+@contextmanager
+def reading_first_tokens() -> Iterator[None]:
+    """Let unpadded encoders inside return the state of the first token only, `[P, 1, width]`."""
+    token = _reads_first.set(True)
+    try:
+        yield
+    finally:
+        _reads_first.reset(token)
 
 
 def register_encoder(*encoders: Encoder) -> None:
@@ -167,6 +183,9 @@ class UnpaddedEncoder(CalledByName):
         layers: Any = self._layers() if planned is None else planned.layers
         if made is None and not self._ready(call, layers):
             return None
+        last = None
+        if self._can_cut(call, layers):
+            *layers, last = layers
         tokens: Any = embeds if ids is None else ids
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape != tokens.shape[:2]:
             return None
@@ -174,7 +193,8 @@ class UnpaddedEncoder(CalledByName):
             return None
         if memory_mask is not None and memory_mask.ndim != 2:
             return None
-        packed = plan(mask, memory_mask, keep_first=self._pooler() is not None)
+        keep_first = last is not None or self._pooler() is not None
+        packed = plan(mask, memory_mask, keep_first=keep_first)
         if packed is None:
             return None
         packing, memory_visible = packed
@@ -187,15 +207,33 @@ class UnpaddedEncoder(CalledByName):
             memory = packed_memory(states, None if memory_visible else memory_mask, packing)
         self.count()
         with self.settings.without_autocast(mask.device):
-            if memory is None and embeds is None and not torch.is_grad_enabled():
+            if memory is None and embeds is None and not torch.is_grad_enabled() and last is None:
                 planned = self._planned(layers) if planned is None else planned
                 states = self._run_planned(call, planned, made, packing)
                 if states is not None:
                     return states, packing
-            return self._run(call, layers, packing, mask.bool(), memory), packing
+            x = self._run(call, layers, packing, mask.bool(), memory)
+            return (x, packing) if last is None else _run_for_first(last, x, packing)
 
     def _layers(self) -> list[Any]:
         return list(self.encoder_spec.sequence(self, self.encoder_spec.layers))
+
+    def _can_cut(self, call: dict[str, Any], layers: list[Any]) -> bool:
+        """Return whether the last layer needs to compute the first token of each text only."""
+        spec, mask = self.encoder_spec, call.get("attention_mask")
+        if torch.compiler.is_compiling() or not _reads_first.get() or torch.is_grad_enabled():
+            return False
+        if spec.bias or spec.rotary or not isinstance(mask, Tensor):
+            return False
+        if mask.numel() < _FEW_TOKENS or call.get("encoder_hidden_states") is not None:
+            return False
+        # A pooler of another library, or a hook, may read all states.
+        pooler = None if spec.pooled_by else self._pooler()
+        if pooler is not None and observed(pooler):
+            return False
+        if pooler is not None and not type(pooler).__module__.startswith("transformers."):
+            return False
+        return len(layers) > 1 and layers[-1].layer_order == "behind sums"
 
     def _pooler(self) -> nn.Module | None:
         return find(self, self.encoder_spec.pooler) if self.encoder_spec.pooler else None
@@ -398,6 +436,21 @@ def _output(name: str, values: dict[str, Any]) -> Any:
     for key, value in values.items():
         OrderedDict.__setitem__(output, key, value)
     return output
+
+
+def _run_for_first(layer: Any, x: Tensor, packing: Packing) -> tuple[Tensor, Packing]:
+    """Run a post-norm layer for the first token of each text: `[P, width]`."""
+    texts, starts = packing.shape[0], packing.cu_seqlens
+    bounds = torch.arange(texts + 1, dtype=starts.dtype, device=starts.device)
+    attend = Packed(bounds, starts, 1, packing.longest, packing.key_mask)
+    with layer.context(x.device) as settings:
+        rows = starts[:-1]
+        x = post_norm(replace(layer.executor(attend, settings, None), rows=rows), x, rows=rows)
+    layer.count()
+    first = Packing(
+        positions=bounds[:-1].long(), cu_seqlens=bounds, shape=(texts, 1), max_seqlen=1, whole=True
+    )
+    return x, first
 
 
 def is_expanded(states: Tensor) -> bool:
