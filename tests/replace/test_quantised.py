@@ -17,7 +17,7 @@ from xfm_fast import accelerate
 from xfm_fast.errors import InputError
 from xfm_fast.kernels.cpu import int8
 from xfm_fast.kernels.flags import EightBits, kind_of
-from xfm_fast.replace import acceleration, verification
+from xfm_fast.replace import acceleration
 from xfm_fast.replace.swap import is_fused
 
 pytestmark = pytest.mark.usefixtures("int8_chosen")
@@ -93,16 +93,14 @@ def test_gradients_are_refused_in_fp8() -> None:
 
 
 @needs_int8
-def test_the_costliest_modules_are_exempt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_costliest_modules_are_exempt() -> None:
     """An outlier in one layer's weights takes all levels of its rows; that layer alone stays in floating point."""
     made, given = model(num_hidden_layers=3, intermediate_size=63), batch()
     with torch.no_grad():
         weight = made.encoder.layer[1].output.dense.weight
         weight[:, 0] *= 300
     wanted = inferred(made, given)
-    for module in (acceleration, verification):
-        monkeypatch.setattr(module, "LEAST_COSINE", 0.9999)
-    report = accelerate(made, dtype="int8", verify=given)
+    report = accelerate(made, dtype="int8", verify=given, least=0.9999)
     assert "1 modules stay in floating point" in str(report)
     assert not any("layer.1." in name for name in marked(made))
     assert any("layer.0." in name for name in marked(made))
@@ -111,14 +109,11 @@ def test_the_costliest_modules_are_exempt(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @either
-def test_what_no_exemption_helps_is_refused(
-    kind: EightBits, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_no_exemption_helps_is_refused(kind: EightBits) -> None:
     made, given = model(), batch()
     wanted = inferred(made, given)
-    monkeypatch.setattr(verification, "LEAST_COSINE", 1.1)
-    with pytest.raises(InputError, match=f"cosine of .*{kind}"):
-        accelerate(made, dtype=kind, verify=given)
+    with pytest.raises(InputError, match=f"cosine of .*below 1.1 for {kind}"):
+        accelerate(made, dtype=kind, verify=given, least=1.1)
     assert torch.equal(inferred(made, given), wanted)
     assert not marked(made)
 
@@ -173,3 +168,78 @@ def test_inference_tensors_are_named() -> None:
     assert marked(again) == marked(fast) != []
     assert not any(p.is_inference() for p in again.parameters() if kind_of(p) is not None)
     assert least_cosine(found, inferred(fast, batch())) > 0.999
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> dict[Any, float]:
+    """Speedups by compute dtype in place of measured ones, which a test cannot rely on."""
+    speedups = dict[Any, float]()
+
+    def speedups_of(made: nn.Module, given: Any, original: Any) -> list[float]:
+        dtype = "int8" if marked(made) else getattr(made, "settings").dtype  # noqa: B009
+        return [speedups[dtype]]
+
+    monkeypatch.setattr(acceleration, "speedups", speedups_of)
+    monkeypatch.setattr(acceleration, "warn_of_slow_bfloat16", lambda: None)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    return speedups
+
+
+@needs_int8
+@pytest.mark.parametrize(
+    ("speeds", "least", "chosen"),
+    [
+        ((2.0, 3.0, 4.0), 0.9, "int8"),
+        ((2.0, 3.0, 4.0), 0.99999, "bfloat16"),
+        ((2.0, 3.0, 4.0), 1.1, "float32"),
+        # Within the noise, what rounds less is kept.
+        ((2.0, 3.0, 3.1), 0.9, "bfloat16"),
+        ((2.0, 1.0, 2.05), 0.9, "float32"),
+        ((2.0, 1.0, 2.2), 0.9, "int8"),
+    ],
+)
+def test_auto_is_the_fastest_within_the_error(
+    speeds: tuple[float, float, float], least: float, chosen: str, timed: dict[Any, float]
+) -> None:
+    made, given = model(), batch()
+    before = inferred(made, given)
+    timed |= dict(zip((None, torch.bfloat16, "int8"), speeds, strict=True))
+    report = accelerate(made, dtype="auto", verify=given, least=least)
+    assert [trial.dtype for trial in report.trials][0] == chosen
+    assert sorted(trial.dtype for trial in report.trials) == ["bfloat16", "float32", "int8"]
+    assert f'dtype="auto" chose {chosen}: {report.trials[0].speedup:.2f}× as fast' in str(report)
+    assert bool(marked(made)) == (chosen == "int8")
+    alone = model()
+    dtypes = {"float32": None, "bfloat16": torch.bfloat16, "int8": "int8"}
+    accelerate(alone, dtype=dtypes[chosen], verify=given, least=min(least, 0.99))
+    assert torch.equal(inferred(made, given), inferred(alone, given))
+    if least == 1.1:
+        reasons = {trial.dtype: trial.reason for trial in report.trials}
+        assert reasons["bfloat16"] == "below 1.1"
+        assert "for int8" in reasons["int8"]
+        assert "for int8" in str(report)
+    report.revert()
+    assert torch.equal(inferred(made, given), before)
+    assert not any(is_fused(module) for module in made.modules())
+
+
+@needs_int8
+def test_auto_keeps_the_dtypes_that_apply(timed: dict[Any, float]) -> None:
+    """Weights in bf16 are also tried in fp32, and packed ones not in 8 bits."""
+    timed |= {None: 2.0, torch.float32: 1.5, "int8": 3.0}
+    made, given = model(torch.bfloat16), batch()
+    report = accelerate(made, dtype="auto", verify=given)
+    assert [trial.dtype for trial in report.trials] == ["int8", "bfloat16", "float32"]
+    report = accelerate(made, dtype="auto", verify=given, freeze=True)
+    assert report.trials[0].dtype == "bfloat16"
+    assert "freeze" in report.trials[-1].reason
+    assert report.frozen_bytes
+
+
+def test_auto_needs_a_batch_and_a_model_to_accelerate() -> None:
+    made = model()
+    with pytest.raises(InputError, match="verify=, such as a list of your texts"):
+        accelerate(made, dtype="auto")
+    with pytest.raises(InputError, match="no module of Linear"):
+        accelerate(nn.Linear(4, 4), dtype="auto", verify=torch.ones(2, 4))
+    assert not any(is_fused(module) for module in made.modules())

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from xfm_fast.replace.report import (
     REGISTER,
     Entry,
     Report,
+    Trial,
     Unknown,
     in_graphs,
     linear_weights,
@@ -103,7 +104,7 @@ def accelerate(
     model: nn.Module,
     *,
     kernels: Backend = "auto",
-    dtype: torch.dtype | EightBits | None = None,
+    dtype: torch.dtype | EightBits | Literal["auto"] | None = None,
     include: Selection | None = None,
     exclude: Selection | None = None,
     unpad: bool = False,
@@ -111,6 +112,7 @@ def accelerate(
     freeze: bool = False,
     cuda_graphs: bool = False,
     verify: Any = None,
+    least: float = LEAST_COSINE,
 ) -> Report:
     """Replace the modules of a live model with fused forms, in place and on this instance only.
 
@@ -133,7 +135,9 @@ def accelerate(
             capability 8.9 or newer and refuses gradients; a CPU emulates it, slowly, to show the
             loss of accuracy. All other layers run in bfloat16 where that is fast. With `verify`,
             the blocks with the largest error stay in floating point until the cosine of every
-            output is at least 0.99.
+            output is at least `least`. "auto", on a CPU, times the `verify` batch in the dtype of
+            the parameters, float32, bfloat16 and "int8", and keeps the fastest of those that
+            reach `least`; the report lists them.
         include: Replace only modules under these: qualified names or class names (with * and ?), or
             classes.
         exclude: Skip these modules and their submodules.
@@ -152,6 +156,8 @@ def accelerate(
             for a model of sentence-transformers a list of texts, or of pairs. The model runs on it
             before and after, in evaluation mode; on a CPU several times in turn, to measure the
             speedup. The report says which fused modules ran.
+        least: Smallest cosine to the original of every output in 8 bits, and of the dtypes that
+            "auto" may choose.
 
     Returns:
         A report that prints as a table and can `revert()`.
@@ -172,8 +178,23 @@ def accelerate(
     native = {
         path: module for path, module in model.named_modules() if isinstance(module, PrecisionMixin)
     }
+    if dtype == "auto":
+        attempt = partial(
+            accelerate,
+            model,
+            kernels=kernels,
+            include=include,
+            exclude=exclude,
+            unpad=unpad,
+            skip_logits=skip_logits,
+            freeze=freeze,
+            cuda_graphs=cuda_graphs,
+            verify=verify,
+            least=least,
+        )
+        return _fastest(attempt, model, [*native.values()], verify, least)
     if native and not (isinstance(dtype, torch.dtype) or cuda_graphs or kernels != "auto"):
-        return _tune_native(model, native, dtype, freeze, verify)
+        return _tune_native(model, native, dtype, freeze, verify, least)
     if cuda_graphs and unpad:
         raise InputError(
             "unpad=True packs a variable number of tokens, and cuda_graphs=True needs fixed sizes; leave one out"
@@ -200,11 +221,61 @@ def accelerate(
                 "or bfloat16, without hooks or adapters; choose another dtype"
             )
         if batch is not None:
-            _verify(model, batch, before, report, settings)
+            _verify(model, batch, before, report, settings, least)
         if cuda_graphs:
             model.__dict__["forward"] = CallGraphs(model.forward, model)
             report._model = model
     return report
+
+
+def _fastest(
+    attempt: Callable[..., Report],
+    model: nn.Module,
+    native: Sequence[nn.Module],
+    verify: Any,
+    least: float,
+) -> Report:
+    """Accelerate in the fastest dtype whose outputs keep a cosine of `least`."""
+    if verify is None:
+        raise InputError(
+            'dtype="auto" compares dtypes on a batch; give verify=, such as a list of your texts'
+        )
+    if native:
+        raise InputError(
+            f'dtype="auto" compares fused forms, and {type(native[0]).__name__} runs these kernels as it is; choose '
+            'dtype="int8", or convert the model'
+        )
+    if not all(p.is_cpu for p in model.parameters()):
+        raise UnavailableError(
+            'dtype="auto" times calls on a CPU; on a GPU choose a dtype, such as torch.bfloat16'
+        )
+    stored = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    floats = [dtype for dtype in (torch.float32, torch.bfloat16) if dtype not in stored]
+    names = {None: _names(stored)} | {dtype: _names([dtype]) for dtype in floats} | {"int8": "int8"}
+    trials, chosen, dtype, report = dict[Any, Trial](), None, None, Report([])
+    for dtype, name in names.items():
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                report = attempt(dtype=dtype)
+        except (InputError, UnavailableError) as error:
+            if dtype is None:
+                raise
+            trials[dtype] = Trial(name, reason=str(error))
+            continue
+        cosine = min(report.rounding.values(), default=1.0)
+        reason = "" if cosine >= least or dtype is None else f"below {least}"
+        trials[dtype] = trial = Trial(name, report.speedup or 0.0, cosine, reason)
+        # Smaller gains are noise, and the dtypes before it round less.
+        if not reason and trial.speedup > _SLOWER * trials[chosen].speedup:
+            chosen = dtype
+    if dtype != chosen:
+        report = attempt(dtype=chosen)
+    report.trials = [trials.pop(chosen), *trials.values()]
+    return report
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 def _tune_native(
@@ -213,6 +284,7 @@ def _tune_native(
     dtype: EightBits | None,
     freeze: bool,
     verify: Any,
+    least: float,
 ) -> Report:
     """Freeze or quantise the X-FMs within a model, which run these kernels as they are."""
     report = Report([], _native=[*native.values()], _eight_bits=dtype)
@@ -227,7 +299,7 @@ def _tune_native(
     for path, module in native.items():
         share = size_of(linear_weights(module)) / (size_of(linear_weights(model)) or 1)
         if dtype is not None:
-            module.quantise(dtype, cosine if before else None, least=LEAST_COSINE)
+            module.quantise(dtype, cosine if before else None, least=least)
         elif freeze:
             module.freeze()
         name = type(module).__name__
@@ -235,7 +307,9 @@ def _tune_native(
         report.share += share
     try:
         after = {} if batch is None else model_outputs(model, batch)
-        report.differences, report.rounding = compare_outputs(before, after, mask, None, dtype)
+        report.differences, report.rounding = compare_outputs(
+            before, after, mask, None, dtype, least
+        )
     except InputError:
         report.revert()
         raise
@@ -264,7 +338,12 @@ def _settings(
 
 
 def _verify(
-    model: nn.Module, batch: Any, before: dict[str, Tensor], report: Report, settings: Settings
+    model: nn.Module,
+    batch: Any,
+    before: dict[str, Tensor],
+    report: Report,
+    settings: Settings,
+    least: float,
 ) -> None:
     """Run the verify batch on the fused model, compare its outputs, and time it on a CPU."""
     mask, eight_bits = mask_of(batch), settings.eight_bits
@@ -273,7 +352,7 @@ def _verify(
         def cosine() -> float:
             return least_cosine(before, model_outputs(model, batch), mask)
 
-        report._exempt = keep_within(cosine, report._rounded, eight_bits, LEAST_COSINE)
+        report._exempt = keep_within(cosine, report._rounded, eight_bits, least)
     with counted() as runs:
         after = model_outputs(model, batch)
     for entry, module in zip(report.replaced, report._modules, strict=False):
@@ -285,11 +364,12 @@ def _verify(
             f"verify compared the original with itself: {report.coverage()}. The model was reverted; give a batch that "
             "fused forms compute (without attention weights or caches as outputs), or leave verify out"
         )
-    differences, cosines = compare_outputs(before, after, mask, settings.dtype, eight_bits)
-    report.differences, report.rounding = differences, cosines
+    report.differences, report.rounding = compare_outputs(
+        before, after, mask, settings.dtype, eight_bits, least
+    )
     if all(p.is_cpu for p in model.parameters()):
         original = partial(_original_forward, report)
-        report.speedups, report.untimed = speedups(model, batch, original)
+        report.speedups = speedups(model, batch, original)
 
 
 @contextmanager

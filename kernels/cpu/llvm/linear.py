@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import GELU_ZERO_BYTE, ZERO_BYTE, Level, fits, levels
+from . import ZERO_BYTE, Level, fits, levels
 from .builder import (
     BF16,
     BYTE,
@@ -63,7 +63,7 @@ _OPERANDS = ("x", "weight", "bias", "gamma", "residual", "out")
 _POINTERS = (*_OPERANDS, "scratch", "steps", "scales", "weight_sums")
 _STRIDES = ("x_row", "weight_row", "residual_row", "out_row")
 _SIZES = ("rows", "inputs", "outputs", "columns", "chunk", "chunks", "scratch_bytes")
-_NUMBERS = (*_STRIDES, *_SIZES, "gelu", "zero")
+_NUMBERS = (*_STRIDES, *_SIZES, "gelu")
 
 
 class _Linear:
@@ -181,10 +181,7 @@ class _Linear:
 
                 def columns(at: Any) -> None:
                     panel = b.at(args["weight"], at * args["inputs"], self.unit)
-                    # Start from minus the contribution of the zero byte: zero · the sums of the weights.
-                    sums = [b.read(weight_sums, INT32, at + n * lanes) for n in range(2)]
-                    zero = b.broadcast(b.int32(args["zero"]))
-                    starts = [b.neg(b.mul(value, zero)) for value in sums]
+                    starts = [b.read(weight_sums, INT32, at + n * lanes) for n in range(2)]
                     self._multiply_panel(rows, panel, starts, _AHEAD)
                     count = b.minimum_int(stop - at, 2 * lanes)
                     self._epilogue(first, end, at, count, height)
@@ -463,7 +460,8 @@ def linear(
 class Panels(NamedTuple):
     """An int8 weight `[M, K]`: `levels` `[⌈M / 2 lanes⌉, K / 4, 2 lanes]`, four per int32, in the order of the GEMM.
 
-    Per channel, `steps` `[M]` in fp32 and `sums` of its levels `[⌈M / 2 lanes⌉ · 2 lanes]` in int32.
+    Per channel, `steps` `[M]` in fp32, and `sums` `[⌈M / 2 lanes⌉ · 2 lanes]` of its levels in int32 times minus the
+    zero byte, from which a GEMM starts.
     """
 
     levels: Tensor
@@ -476,7 +474,7 @@ def in_panels(rows: Tensor, steps: Tensor) -> Panels:
     units, width = rows.view(torch.int32), 2 * levels()[0].lanes
     missing = -len(units) % width
     panels = F.pad(units, (0, 0, 0, missing)).view(-1, width, units.shape[1])
-    sums = F.pad(rows.sum(1, dtype=torch.int32), (0, missing))
+    sums = F.pad(-ZERO_BYTE * rows.sum(1, dtype=torch.int32), (0, missing))
     return Panels(panels.transpose(1, 2).contiguous(), steps, sums)
 
 
@@ -501,14 +499,13 @@ def int8_linear(
     few = norm is None and len(x) < _FEW
     steps = quantisation = None
     if few:
-        quantisation = Quantisation(x.dtype == torch.bfloat16, of_gelu)
+        quantisation = Quantisation.of(x)
     else:
-        x, steps = int8_rows(x, gelu=of_gelu, norm=norm)
+        x, steps = int8_rows(x, norm=norm)
     scales = _Scales(
         0 if steps is None else steps.data_ptr(),
         weight.steps.data_ptr(),
         weight.sums.data_ptr(),
-        GELU_ZERO_BYTE if of_gelu else ZERO_BYTE,
     )
     return _run(
         "int8",
@@ -525,12 +522,11 @@ def int8_linear(
 
 
 class _Scales(NamedTuple):
-    """Addresses of the steps of rows, of the scales of the weight's columns and of its sums; the zero byte."""
+    """Addresses of the steps of rows, of the scales of the weight's columns and of its sums."""
 
     steps: int = 0
     scales: int = 0
     weight_sums: int = 0
-    zero: int = 0
 
 
 def _run(
@@ -575,7 +571,7 @@ def _run(
         _LinearOfFewRows if few else _Linear, dtype, half, transposed, quantisation, wide, level
     )
     run(
-        (*pointers, scratch, *scales[:3], *strides, *sizes, int(gelu), scales.zero),
+        (*pointers, scratch, *scales, *strides, *sizes, int(gelu)),
         -(-outputs // columns) * chunks,
         threads,
     )
