@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -136,8 +136,8 @@ def accelerate(
             loss of accuracy. All other layers run in bfloat16 where that is fast. With `verify`,
             the blocks with the largest error stay in floating point until the cosine of every
             output is at least `least`. "auto", on a CPU, times the `verify` batch in the dtype of
-            the parameters, float32, bfloat16 and "int8", and keeps the fastest of those that
-            reach `least`; the report lists them.
+            the parameters, bfloat16 and "int8", and keeps the fastest of those that reach `least`;
+            the report lists them.
         include: Replace only modules under these: qualified names or class names (with * and ?), or
             classes.
         exclude: Skip these modules and their submodules.
@@ -249,9 +249,10 @@ def _fastest(
         raise UnavailableError(
             'dtype="auto" times calls on a CPU; on a GPU choose a dtype, such as torch.bfloat16'
         )
-    stored = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    floats = [dtype for dtype in (torch.float32, torch.bfloat16) if dtype not in stored]
-    names = {None: _names(stored)} | {dtype: _names([dtype]) for dtype in floats} | {"int8": "int8"}
+    stored = {f"{p.dtype}".removeprefix("torch.") for p in model.parameters()}
+    names = {None: " and ".join(sorted(stored)), torch.bfloat16: "bfloat16", "int8": "int8"}
+    if stored == {"bfloat16"}:
+        del names[torch.bfloat16]
     trials, chosen, dtype, report = dict[Any, Trial](), None, None, Report([])
     for dtype, name in names.items():
         try:
@@ -272,10 +273,6 @@ def _fastest(
         report = attempt(dtype=chosen)
     report.trials = [trials.pop(chosen), *trials.values()]
     return report
-
-
-def _names(dtypes: Iterable[torch.dtype]) -> str:
-    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 def _tune_native(

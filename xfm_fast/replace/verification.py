@@ -236,7 +236,9 @@ def _cosine(before: Tensor, after: Tensor) -> float:
     if not before.numel():
         return 1.0
     before, after = before.double(), after.double()
-    if before.ndim == 1:
-        # Scalar scores of the entries form one vector.
-        before, after = before[None], after[None]
-    return float(F.cosine_similarity(before.flatten(1), after.flatten(1), dim=1).min())
+    # Scalar scores of the entries form one vector.
+    shape = (1, -1) if before.ndim < 2 else (len(before), -1)
+    before, after = before.reshape(shape), after.reshape(shape)
+    cosines = F.cosine_similarity(before, after, dim=1)
+    # Zeros have no direction.
+    return float(cosines.masked_fill((before == after).all(1), 1.0).min())

@@ -1,4 +1,4 @@
-"""Quantisation of rows, or of their LayerNorm, to uint8 with a step per row, rotated as in the reference's `as_int8`."""
+"""Quantisation of rows, or of their LayerNorm: rotated, to uint8, with a step per row, as in `reference.as_int8`."""
 
 from __future__ import annotations
 
