@@ -15,7 +15,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from xfm_fast.errors import UnavailableError
 
@@ -347,7 +347,9 @@ def _example(
     """Return operands of a linear layer, or of an MLP."""
     tensors: list[Tensor | None] = [*operands(dtype, (rows, shapes[0][1]))]
     for outputs, inputs in shapes:
-        tensors += operands(dtype, (outputs, inputs), (outputs,))
+        weight, bias = operands(dtype, (outputs, inputs), (outputs,))
+        # A parameter is read from memory in a timing, which decides for few rows.
+        tensors += [nn.Parameter(weight, requires_grad=False) if rows < _FEW else weight, bias]
     if residual:
         tensors += [*operands(dtype, (rows, shapes[-1][0])), None]  # without LayerScale
     return tuple(tensors)

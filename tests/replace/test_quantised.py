@@ -101,7 +101,7 @@ def test_the_costliest_modules_are_exempt() -> None:
         weight = made.encoder.layer[1].output.dense.weight
         weight[:, 0] *= 300
     wanted = inferred(made, given)
-    report = accelerate(made, dtype="int8", verify=given, least=0.9999)
+    report = accelerate(made, dtype="int8", verify=given, min_cosine=0.9999)
     assert "1 modules stay in floating point" in str(report)
     assert not any("layer.1." in name for name in marked(made))
     assert any("layer.0." in name for name in marked(made))
@@ -114,7 +114,7 @@ def test_what_no_exemption_helps_is_refused(kind: EightBits) -> None:
     made, given = model(), batch()
     wanted = inferred(made, given)
     with pytest.raises(InputError, match=f"cosine of .*below 1.1 for {kind}"):
-        accelerate(made, dtype=kind, verify=given, least=1.1)
+        accelerate(made, dtype=kind, verify=given, min_cosine=1.1)
     assert torch.equal(inferred(made, given), wanted)
     assert not marked(made)
 
@@ -213,7 +213,7 @@ def test_auto_is_the_fastest_within_the_error(
         made.encoder.layer[1].output.dense.weight[:, 0] *= 300
     alone, before = copy.deepcopy(made), inferred(made, given)
     timed |= dict(zip((None, torch.bfloat16, "int8"), speeds, strict=True))
-    report = accelerate(made, dtype="auto", verify=given, least=least)
+    report = accelerate(made, dtype="auto", verify=given, min_cosine=least)
     assert report.trials[0].dtype == chosen
     assert sorted(trial.dtype for trial in report.trials) == ["bfloat16", "float32", "int8"]
     assert f'dtype="auto" chose {chosen}: {report.trials[0].speedup:.2f}× as fast' in str(report)

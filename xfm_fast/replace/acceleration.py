@@ -112,7 +112,7 @@ def accelerate(
     freeze: bool = False,
     cuda_graphs: bool = False,
     verify: Any = None,
-    least: float = LEAST_COSINE,
+    min_cosine: float = LEAST_COSINE,
 ) -> Report:
     """Replace the modules of a live model with fused forms, in place and on this instance only.
 
@@ -135,9 +135,9 @@ def accelerate(
             capability 8.9 or newer and refuses gradients; a CPU emulates it, slowly, to show the
             loss of accuracy. All other layers run in bfloat16 where that is fast. With `verify`,
             the blocks with the largest error stay in floating point until the cosine of every
-            output is at least `least`. "auto", on a CPU, times the `verify` batch in the dtype of
-            the parameters, bfloat16 and "int8", and keeps the fastest of those that reach `least`;
-            the report lists them.
+            output is at least `min_cosine`. "auto", on a CPU, times the `verify` batch in the
+            dtype of the parameters, bfloat16 and "int8", and keeps the fastest of those that reach
+            `min_cosine`; the report lists them.
         include: Replace only modules under these: qualified names or class names (with * and ?), or
             classes.
         exclude: Skip these modules and their submodules.
@@ -156,8 +156,8 @@ def accelerate(
             for a model of sentence-transformers a list of texts, or of pairs. The model runs on it
             before and after, in evaluation mode; on a CPU several times in turn, to measure the
             speedup. The report says which fused modules ran.
-        least: Smallest cosine to the original of every output in 8 bits, and of the dtypes that
-            "auto" may choose.
+        min_cosine: Smallest cosine to the original that an output may have in 8 bits, or in a dtype
+            that "auto" chooses.
 
     Returns:
         A report that prints as a table and can `revert()`.
@@ -190,11 +190,11 @@ def accelerate(
             freeze=freeze,
             cuda_graphs=cuda_graphs,
             verify=verify,
-            least=least,
+            min_cosine=min_cosine,
         )
-        return _fastest(attempt, model, [*native.values()], verify, least)
+        return _in_fastest_dtype(attempt, model, [*native.values()], verify, min_cosine)
     if native and not (isinstance(dtype, torch.dtype) or cuda_graphs or kernels != "auto"):
-        return _tune_native(model, native, dtype, freeze, verify, least)
+        return _tune_native(model, native, dtype, freeze, verify, min_cosine)
     if cuda_graphs and unpad:
         raise InputError(
             "unpad=True packs a variable number of tokens, and cuda_graphs=True needs fixed sizes; leave one out"
@@ -221,21 +221,21 @@ def accelerate(
                 "or bfloat16, without hooks or adapters; choose another dtype"
             )
         if batch is not None:
-            _verify(model, batch, before, report, settings, least)
+            _verify(model, batch, before, report, settings, min_cosine)
         if cuda_graphs:
             model.__dict__["forward"] = CallGraphs(model.forward, model)
             report._model = model
     return report
 
 
-def _fastest(
+def _in_fastest_dtype(
     attempt: Callable[..., Report],
     model: nn.Module,
     native: Sequence[nn.Module],
     verify: Any,
-    least: float,
+    min_cosine: float,
 ) -> Report:
-    """Accelerate in the fastest dtype whose outputs keep a cosine of `least`."""
+    """Accelerate in the fastest dtype whose outputs keep a cosine of `min_cosine`."""
     if verify is None:
         raise InputError(
             'dtype="auto" compares dtypes on a batch; give verify=, such as a list of your texts'
@@ -253,7 +253,7 @@ def _fastest(
     names = {None: " and ".join(sorted(stored)), torch.bfloat16: "bfloat16", "int8": "int8"}
     if stored == {"bfloat16"}:
         del names[torch.bfloat16]
-    trials, chosen, dtype, report = dict[Any, Trial](), None, None, Report([])
+    trials, fastest, dtype, report = dict[Any, Trial](), None, None, Report([])
     for dtype, name in names.items():
         try:
             with warnings.catch_warnings(action="ignore"):
@@ -264,14 +264,14 @@ def _fastest(
             trials[dtype] = Trial(name, reason=str(error))
             continue
         cosine = min(report.rounding.values(), default=1.0)
-        reason = "" if cosine >= least or dtype is None else f"below {least}"
+        reason = "" if cosine >= min_cosine or dtype is None else f"below {min_cosine}"
         trials[dtype] = trial = Trial(name, report.speedup or 0.0, cosine, reason)
         # Smaller gains are noise, and the dtypes before it round less.
-        if not reason and trial.speedup > _SLOWER * trials[chosen].speedup:
-            chosen = dtype
-    if dtype != chosen:
-        report = attempt(dtype=chosen)
-    report.trials = [trials.pop(chosen), *trials.values()]
+        if not reason and trial.speedup > _SLOWER * trials[fastest].speedup:
+            fastest = dtype
+    if dtype != fastest:
+        report = attempt(dtype=fastest)
+    report.trials = [trials.pop(fastest), *trials.values()]
     return report
 
 
@@ -281,7 +281,7 @@ def _tune_native(
     dtype: EightBits | None,
     freeze: bool,
     verify: Any,
-    least: float,
+    min_cosine: float,
 ) -> Report:
     """Freeze or quantise the X-FMs within a model, which run these kernels as they are."""
     report = Report([], _native=[*native.values()], _eight_bits=dtype)
@@ -296,7 +296,7 @@ def _tune_native(
     for path, module in native.items():
         share = size_of(linear_weights(module)) / (size_of(linear_weights(model)) or 1)
         if dtype is not None:
-            module.quantise(dtype, cosine if before else None, least=least)
+            module.quantise(dtype, cosine if before else None, least=min_cosine)
         elif freeze:
             module.freeze()
         name = type(module).__name__
@@ -305,7 +305,7 @@ def _tune_native(
     try:
         after = {} if batch is None else model_outputs(model, batch)
         report.differences, report.rounding = compare_outputs(
-            before, after, mask, None, dtype, least
+            before, after, mask, None, dtype, min_cosine
         )
     except InputError:
         report.revert()
@@ -340,7 +340,7 @@ def _verify(
     before: dict[str, Tensor],
     report: Report,
     settings: Settings,
-    least: float,
+    min_cosine: float,
 ) -> None:
     """Run the verify batch on the fused model, compare its outputs, and time it on a CPU."""
     mask, eight_bits = mask_of(batch), settings.eight_bits
@@ -349,7 +349,7 @@ def _verify(
         def cosine() -> float:
             return least_cosine(before, model_outputs(model, batch), mask)
 
-        report._exempt = keep_within(cosine, report._rounded, eight_bits, least)
+        report._exempt = keep_within(cosine, report._rounded, eight_bits, min_cosine)
     with counted() as runs:
         after = model_outputs(model, batch)
     for entry, module in zip(report.replaced, report._modules, strict=False):
@@ -362,7 +362,7 @@ def _verify(
             "fused forms compute (without attention weights or caches as outputs), or leave verify out"
         )
     report.differences, report.rounding = compare_outputs(
-        before, after, mask, settings.dtype, eight_bits, least
+        before, after, mask, settings.dtype, eight_bits, min_cosine
     )
     if all(p.is_cpu for p in model.parameters()):
         original = partial(_original_forward, report)

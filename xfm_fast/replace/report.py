@@ -214,9 +214,9 @@ class Report:
             rounds = f"{len(self.speedups)} rounds, before and after in turn"
             lines.append(f"the verify batch ran {speed}× as fast ({rounds})")
         if self.trials:
-            chosen, *others = self.trials
-            lines.append(f'dtype="auto" chose {chosen}')
-            lines += [f"  compared with {trial}" for trial in others]
+            fastest, *slower = self.trials
+            lines.append(f'dtype="auto" chose {fastest}')
+            lines += [f"  compared with {trial}" for trial in slower]
         return lines
 
 

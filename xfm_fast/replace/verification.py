@@ -170,7 +170,7 @@ def compare_outputs(
     mask: Any,
     dtype: torch.dtype | None,
     eight_bits: EightBits | None,
-    least: float,
+    min_cosine: float,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Compare every output before and after.
 
@@ -179,8 +179,8 @@ def compare_outputs(
         after: Outputs of the fused forms.
         mask: Attention mask of the batch; outputs at padding are not compared.
         dtype: Compute dtype, which decides the tolerance; None for that of each output.
-        eight_bits: int8 or fp8, whose cosines have to reach `least`.
-        least: Smallest accepted cosine.
+        eight_bits: int8 or fp8, whose cosines have to reach `min_cosine`.
+        min_cosine: Smallest accepted cosine.
 
     Returns:
         The largest relative difference of every output, and its smallest cosine.
@@ -200,10 +200,10 @@ def compare_outputs(
         differences[name] = relative_error(old, new)
         cosines[name] = _cosine(old, new)
         if eight_bits is not None:
-            if not cosines[name] >= least:
+            if not cosines[name] >= min_cosine:
                 raise InputError(
-                    f"{label} has a cosine of {cosines[name]:.4f} to the original, below {least} for {eight_bits}; the "
-                    "model was reverted. Use exclude=… or dtype=torch.bfloat16"
+                    f"{label} has a cosine of {cosines[name]:.4f} to the original, below {min_cosine} for "
+                    f"{eight_bits}; the model was reverted. Use exclude=… or dtype=torch.bfloat16"
                 )
             continue
         band = BANDS.get(dtype or old.dtype, BANDS[torch.float32])
