@@ -45,7 +45,7 @@ class Trial(NamedTuple):
     reason: str = ""
 
     def __str__(self) -> str:
-        outcome = f"{self.speedup:.2f}× as fast, cosine of at least {self.cosine:.4f}"
+        outcome = f"{self.speedup:.2f}× as fast, cosine of at least {self.cosine:.6g}"
         remarks = [outcome] * bool(self.speedup) + [self.reason] * bool(self.reason)
         return f"{self.dtype}: {'; '.join(remarks)}"
 

@@ -202,7 +202,7 @@ def compare_outputs(
         if eight_bits is not None:
             if not cosines[name] >= min_cosine:
                 raise InputError(
-                    f"{label} has a cosine of {cosines[name]:.4f} to the original, below {min_cosine} for "
+                    f"{label} has a cosine of {cosines[name]:.6g} to the original, below {min_cosine} for "
                     f"{eight_bits}; the model was reverted. Use exclude=… or dtype=torch.bfloat16"
                 )
             continue
