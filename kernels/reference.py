@@ -6,6 +6,7 @@ These functions are differentiable, run on any device and dtype, and are written
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +30,10 @@ def _dropout(
     )
 
 
-def int8_strides(width: int) -> list[int]:
+@cache
+def int8_strides(width: int) -> tuple[int, ...]:
     """Return the distances of the channels that `rotate` combines, for rows of a width."""
-    return [stride for stride in (16, 32, 64, 128) if width % (2 * stride) == 0]
+    return tuple(stride for stride in (16, 32, 64, 128) if width % (2 * stride) == 0)
 
 
 def rotate(rows: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...reference import int8_strides
 from . import ZERO_BYTE, Level, fits, levels
 from .builder import (
     BF16,
@@ -499,7 +500,7 @@ def int8_linear(
     few = norm is None and len(x) < _FEW
     steps = quantisation = None
     if few:
-        quantisation = Quantisation.of(x)
+        quantisation = Quantisation(x.dtype == torch.bfloat16, int8_strides(x.shape[1]))
     else:
         x, steps = int8_rows(x, norm=norm)
     scales = _Scales(

@@ -38,10 +38,6 @@ class Quantisation(NamedTuple):
     half: bool
     strides: tuple[int, ...]
 
-    @classmethod
-    def of(cls, x: Tensor) -> Quantisation:
-        return cls(x.dtype == torch.bfloat16, (*int8_strides(x.shape[-1]),))
-
 
 def quantise_row(
     b: Builder,
@@ -190,6 +186,7 @@ def int8_rows(x: Tensor, *, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
         norm_addresses = weight.data_ptr(), bias.data_ptr(), buffer
     pointers = (x.data_ptr(), out.data_ptr(), steps.data_ptr(), *norm_addresses)
     numbers = (x.stride(0), rows, inputs, chunk, eps_bits, scratch_bytes)
-    run = kernel(_QuantiseRows, Quantisation.of(x), norm is not None, level)
+    mode = Quantisation(x.dtype == torch.bfloat16, int8_strides(inputs))
+    run = kernel(_QuantiseRows, mode, norm is not None, level)
     run((*pointers, *numbers), -(-rows // chunk), threads)
     return out, steps
