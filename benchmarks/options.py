@@ -162,6 +162,8 @@ class TryOptions(RunOptions):
 
     Attributes:
         inputs: UTF-8 file with a text a line, or a folder of images. [captions of mixed length, or the photographs]
+        against: compile, onnxruntime, openvino, torchao, or several with commas: measured beside it.
     """
 
     inputs: Path | None = None
+    against: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
-"""A module of any library in ONNX Runtime or OpenVINO, behind the same call.
+"""A module of any library in ONNX Runtime, OpenVINO, torch.compile or torchao, behind the same call.
 
-One call of the untouched module is exported; a copy of the model then takes that module's forward from the runtime.
-What surrounds it (tokenising, pooling, conversions) stays the same Python for every backend.
+For the runtimes, one call of the untouched module is exported; a copy of the model then takes that module's forward
+from the runtime. What surrounds it (tokenising, pooling, conversions) stays the same Python for every backend.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ import contextlib
 import copy
 import inspect
 import io
+import logging
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from xfm_fast.errors import UnavailableError, needs
 from xfm_fast.export.onnx import require_onnx
@@ -26,7 +29,7 @@ Load = Callable[[Path], Infer]
 
 
 class ExportedCall:
-    """The graph of a module's first call by `call`, written unless it exists, and what its outputs are wrapped in.
+    """The graph of a module's first call by `call`, written unless it exists, and the structure of its outputs.
 
     Raises `UnavailableError` without the packages, and whatever PyTorch's exporter raises.
     """
@@ -36,9 +39,7 @@ class ExportedCall:
         inputs = _tensors_of_call(module, call)
         self.path, self.names = path, [*inputs]
         with torch.no_grad():
-            output: Any = module(**inputs)
-        self.output: Any = None if isinstance(output, Tensor) else type(output)
-        self.fields: list[str] = [] if self.output is None else [str(name) for name in output]
+            self._structure = pytree.tree_structure(module(**inputs))
         # Batch and, of ids and masks, length are dynamic.
         shapes = {}
         for name, tensor in inputs.items():
@@ -68,10 +69,7 @@ class ExportedCall:
         def forward(*args: Any, **kwargs: Any) -> Any:
             inputs = dict(zip(names, args, strict=False)) | kwargs
             arrays = infer({name: inputs[name].numpy() for name in self.names})
-            outputs = [torch.from_numpy(array) for array in arrays]
-            if self.output is None:
-                return outputs[0]
-            return self.output(**dict(zip(self.fields, outputs, strict=True)))
+            return pytree.tree_unflatten(map(torch.from_numpy, arrays), self._structure)
 
         module.__dict__["forward"] = forward
         return bound
@@ -95,8 +93,13 @@ def onnx_runtime_int8(path: Path) -> Infer:
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
     rounded = path.with_suffix(".int8.onnx")
-    with warnings.catch_warnings(action="ignore"):
-        quantize_dynamic(str(path), str(rounded), weight_type=QuantType.QInt8)
+    # Its warning about a step before would come at every call.
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            quantize_dynamic(str(path), str(rounded), weight_type=QuantType.QInt8)
+    finally:
+        logging.disable(logging.NOTSET)
     return onnx_runtime(rounded)
 
 
@@ -116,6 +119,41 @@ def openvino(path: Path, precision: str = "f32") -> Infer:
     compiled = core.compile_model(str(path), "CPU", options)
     request = compiled.create_infer_request()
     return lambda inputs: list(request.infer(inputs, share_inputs=True).values())
+
+
+class Runtime(NamedTuple):
+    """A library that runs exported graphs, in one dtype; `label` is for readers."""
+
+    name: str
+    dtype: str
+    label: str
+    load: Load
+
+
+RUNTIMES = (
+    Runtime("onnxruntime", "fp32", "ONNX Runtime", onnx_runtime),
+    Runtime("openvino", "fp32", "OpenVINO", openvino),
+    Runtime("openvino", "bf16", "OpenVINO", partial(openvino, precision="bf16")),
+    Runtime("onnxruntime", "int8", "ONNX Runtime", onnx_runtime_int8),
+)
+
+
+def compile_module(module: nn.Module) -> None:
+    """Compile a module by `torch.compile`, in place, at its first call."""
+    # Not the module itself, of whose attributes its callers need more than a call.
+    module.__dict__["forward"] = torch.compile(module.forward)
+
+
+def quantize_module(module: nn.Module) -> None:
+    """Round the linear layers of a module to int8 by torchao, in place, and compile it as torchao's guide advises."""
+    with needs("torchao"):
+        from torchao.quantization import (  # pyright: ignore[reportMissingImports]
+            Int8DynamicActivationInt8WeightConfig,
+            quantize_,
+        )
+
+    quantize_(module, Int8DynamicActivationInt8WeightConfig())
+    compile_module(module)
 
 
 def _tensors_of_call(module: nn.Module, call: Callable[[], Any]) -> dict[str, Tensor]:

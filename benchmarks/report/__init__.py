@@ -2,6 +2,6 @@
 
 from .compare import Changes, compare, print_changes
 from .page import html, terminal
-from .tables import markdown
+from .tables import markdown, print_chart
 
-__all__ = ["Changes", "compare", "html", "markdown", "print_changes", "terminal"]
+__all__ = ["Changes", "compare", "html", "markdown", "print_changes", "print_chart", "terminal"]

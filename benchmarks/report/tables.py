@@ -7,12 +7,13 @@ operations, requests per second under a latency bound.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_args
 
 from rich import box
+from rich.bar import Bar
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
@@ -40,6 +41,7 @@ _GAP = 2
 # Minimum width of the first column, the work, before columns of details are shown.
 _WORK_WIDTH = 24
 _MAX_SKIPPED = 12
+_BAR_WIDTH = 32
 _RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 _QUALITY = (
     ("least cosine", "cosine_least", ".4f"),
@@ -303,8 +305,16 @@ def _with_reference(document: Document) -> list[Column]:
 def _with_backends(document: Document) -> list[Column]:
     """Return columns where every backend has a line: the speed-up of xfm-fast over it, in each of its dtypes."""
 
+    def fastest(row: Result, dtype: str) -> Result | None:
+        candidates = [
+            result
+            for result in document.measured
+            if result.ours and (*result.place, result.dtype) == (*row.place, dtype)
+        ]
+        return min(candidates, key=lambda result: result.median_s or 0.0, default=None)
+
     def comparison(row: Result, dtype: str) -> Comparison | None:
-        ours = None if row.ours else document.at_same_case(row, OURS, dtype)
+        ours = None if row.ours else fastest(row, dtype)
         for candidate in ours.against if ours else ():
             if (candidate.backend, candidate.dtype) == (row.backend, row.dtype):
                 return candidate
@@ -577,6 +587,30 @@ def print_table(table: Table, console: Console) -> None:
     if len(table.lines) > limit:
         hidden = len(table.lines) - limit
         print_line(f"... and {hidden} more (all are in the JSON file)", "dim", console)
+
+
+def print_chart(
+    title: str, groups: Mapping[str, Sequence[Result]], base: Result, console: Console
+) -> None:
+    """Print a bar for every result, under the words of its group, with its factor over `base`."""
+    longest = max(speed(row)[0] for rows in groups.values() for row in rows)
+    grid = Grid.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    for words, rows in groups.items():
+        grid.add_row(f"[bold]{escape(words)}[/]")
+        for row in rows:
+            value, unit, _ = speed(row)
+            ready = row.number("build_s") or 0.0
+            grid.add_row(
+                escape(f"  {OURS if row.ours else row.label}, {row.dtype}"),
+                Bar(longest, 0, value, width=_BAR_WIDTH, color="green" if row.ours else "blue"),
+                escape(marked(f"{number(value)} {unit}", row)),
+                times(value / speed(base)[0]),
+                f"error {_error(row)}" if row.parity and row is not base else "",
+                f"ready in {format_seconds(ready)}" if ready >= 1 else "",
+            )
+    console.print(f"\n[bold]{escape(title)}[/]")
+    console.print(grid)
 
 
 def _min_width(table: Table, index: int) -> int:

@@ -12,7 +12,7 @@ import copy
 import gc
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
@@ -565,7 +565,10 @@ def _case(model: PublicModel, subject: Subject, run: Run) -> Case:
     for dtype in dict.fromkeys(["fp32", *run.dtypes]):
         backends.append(backend(UNTOUCHED, dtype, partial(untouched, dtype)))
     if inference:
-        backends += _other_runtimes(subject, run, backend)
+        dtypes = {"fp32", *run.dtypes} | ({"int8"} if subject.embed else set())
+        runtimes = [runtime for runtime in graph.RUNTIMES if runtime.dtype in dtypes]
+        file = run.scratch / f"{model.key}.onnx"
+        backends += other_runtimes(subject, runtimes, file, backend)
     quick = run.options.quick
     return Case(
         model.key,
@@ -582,34 +585,32 @@ def _case(model: PublicModel, subject: Subject, run: Run) -> Case:
     )
 
 
-def _other_runtimes(subject: Subject, run: Run, backend: Callable[..., Backend]) -> list[Backend]:
-    """Return the backends that run the model's encoder in ONNX Runtime and OpenVINO."""
-    forms: list[tuple[str, str, str, graph.Load]] = [
-        ("onnxruntime", "fp32", "ONNX Runtime", graph.onnx_runtime),
-        ("openvino", "fp32", "OpenVINO", graph.openvino),
-    ]
-    if "bf16" in run.dtypes:
-        bf16 = partial(graph.openvino, precision="bf16")
-        forms.append(("openvino", "bf16", "OpenVINO", bf16))
-    if subject.embed is not None:
-        forms.append(("onnxruntime", "int8", "ONNX Runtime", graph.onnx_runtime_int8))
-    encoder, path = subject.encoder(subject.model), run.scratch / "model.onnx"
+def other_runtimes(
+    subject: Subject,
+    runtimes: Sequence[graph.Runtime],
+    file: Path,
+    backend: Callable[..., Backend],
+) -> list[Backend]:
+    """Return the backends that run the model's encoder in other runtimes, by its graph in a file."""
     lacking: tuple[Status, str]
     try:
-        exported = graph.ExportedCall(encoder, lambda: subject.call(subject.model), path)
+        encoder = subject.encoder(subject.model)
+        exported = graph.ExportedCall(encoder, lambda: subject.call(subject.model), file)
     except UnavailableError as error:
         lacking = "absent", str(error)
     except Exception as error:  # of PyTorch's exporter: the others are measured
         lacking = "failed", one_line(error)
     else:
         backends = []
-        for name, dtype, label, load in forms:
+        for name, dtype, label, load in runtimes:
             prepare = partial(exported.bind, subject.model, subject.encoder, load)
             # Its int8 is as its users get it: a row of quality beside speed, whatever the error.
             band = 2.0 if dtype == "int8" else None
             backends.append(backend(name, dtype, prepare, label, band=band))
         return backends
-    return [Backend(name, dtype, dict, label, lacking=lacking) for name, dtype, label, _ in forms]
+    return [
+        Backend(name, dtype, dict, label, lacking=lacking) for name, dtype, label, _ in runtimes
+    ]
 
 
 def quality(reference: Tensor, rounded: Tensor) -> Extra:

@@ -1,7 +1,8 @@
 """The gain of `accelerate` for one's own model: opened, accelerated in each way, verified, timed in rounds.
 
 A model is a folder, a name on the Hugging Face Hub or `timm:NAME`. Nothing of a folder is executed: weights are
-safetensors or read with weights_only, and remote code is ignored.
+safetensors or read with weights_only, and remote code is ignored. What `--against` names runs the encoder behind the
+same tokenizer and pooling, in the same rounds.
 """
 
 from __future__ import annotations
@@ -9,14 +10,18 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
+from importlib.util import find_spec
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -24,18 +29,20 @@ from torch.utils import _pytree as pytree
 from xfm_fast.checkpoint.files import model_folder
 from xfm_fast.config import MODEL_TYPE
 from xfm_fast.data.images import decode_image
-from xfm_fast.errors import CheckpointError, DataError, InputError, UnavailableError
+from xfm_fast.encoders import open_encoder
+from xfm_fast.errors import CheckpointError, DataError, InputError, UnavailableError, XFMError
 from xfm_fast.io import read_bytes, read_json
 from xfm_fast.kernels.cpu import int8
-from xfm_fast.loading import MANIFEST_FILE
+from xfm_fast.loading import MANIFEST_FILE, EncoderSource
 from xfm_fast.replace import accelerate
 from xfm_fast.testing import bundled, captions_table
 
+from ..backends import graph
 from ..measure import Backend, Benchmark, Call, Case, Progress, Run
 from ..options import TryOptions
-from ..record import UNTOUCHED, Document, Extra, Result
-from ..timing import DTYPES, one_line
-from .drop_in import INT8_BAND, TITLE
+from ..record import OURS, UNTOUCHED, Document, Extra, Result
+from ..timing import DTYPES, one_line, why_not_compiled
+from .drop_in import INT8_BAND, TITLE, Subject, other_runtimes
 
 TIMM = "timm:"
 _EXAMPLES, _PHOTOS, _MAX_TOKENS = 32, 8, 512
@@ -46,6 +53,15 @@ _DOWNLOADED = ["*.json", "*.txt", "*.model", "*.safetensors"]
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")
 # A smaller gain may be chance: two runs of one thing differ by as much.
 _MIN_GAIN = 1.03
+# What `--against` names, with its packages.
+_RIVALS: dict[str, tuple[str, ...]] = {
+    "compile": (),
+    "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+    "torchao": ("torchao",),
+}
+# Errors allowed of others, which are reported: in fp32 rounding in another order, else whatever their users get.
+_RIVAL_BANDS = {"fp32": 1e-4, "bf16": 2.0, "int8": 2.0}
 # Calls of `accelerate` as source code, with their options.
 _TEXT_CALLS: dict[str, dict[str, Any]] = {
     "accelerate(model)": {},
@@ -61,13 +77,17 @@ _IMAGE_CALLS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Batch:
-    """Inputs of one call by keyword (or one input under an empty name): `items` of a `unit`, `words` for readers."""
+    """Inputs of one call by keyword (or one input under an empty name): `items` of a `unit`, `words` for readers.
+
+    `texts` are those that were encoded.
+    """
 
     arguments: dict[str, Tensor]
     items: int
     unit: str
     words: str
     notes: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
 
     @property
     def mask(self) -> Tensor | None:
@@ -97,11 +117,54 @@ class Batch:
 
 
 @dataclass
+class WholeCall:
+    """A call of a model of sentence-transformers as its users make it: `encode` of texts, or `predict` of pairs."""
+
+    method: str
+    texts: list[Any]
+    mask: ClassVar[None] = None
+
+    @property
+    def items(self) -> int:
+        """Number of texts or pairs."""
+        return len(self.texts)
+
+    @property
+    def unit(self) -> str:
+        """Name of an item."""
+        return "texts" if self.method == "encode" else "pairs"
+
+    @property
+    def words(self) -> str:
+        """Description of the call, for readers."""
+        sizes = sorted(map(_word_count, self.texts))
+        if len(sizes) == 1:
+            return f"{self.method}, one {self.unit[:-1]} of {sizes[0]} words"
+        return f"{self.method}, {len(sizes)} {self.unit} of {sizes[0]} to {sizes[-1]} words"
+
+    def run(self, model: Any) -> Any:
+        """Call the model."""
+        return getattr(model, self.method)(self.texts)
+
+    def first(self) -> WholeCall:
+        """Return the shortest text or pair."""
+        return WholeCall(self.method, [min(self.texts, key=_word_count)])
+
+
+def _word_count(item: str | tuple[str, str]) -> int:
+    return len((item if isinstance(item, str) else " ".join(item)).split())
+
+
+@dataclass
 class Opened:
-    """A model in evaluation mode; `size` is the side of its images in pixels, `notes` are for readers."""
+    """A model in evaluation mode; `size` is the side of its images in pixels, `notes` are for readers.
+
+    `root` is the folder of a model of sentence-transformers, and `folder` that of its encoder.
+    """
 
     name: str
     model: nn.Module
+    root: Path | None = None
     folder: Path | None = None
     size: int | None = None
     notes: list[str] = field(default_factory=list)
@@ -126,7 +189,8 @@ def open_model(name: str) -> Opened:
     """
     if name.startswith(TIMM):
         return _open_timm(name)
-    folder = _model_folder(name)
+    root = _model_folder(name)
+    folder = _encoder_folder(root)
     if _is_xfm(folder):
         raise InputError(
             f"{name} is an X-FM, which needs no accelerate; xfm-fast bench --model measures it"
@@ -172,7 +236,7 @@ def open_model(name: str) -> Opened:
     size = getattr(getattr(model.config, "vision_config", model.config), "image_size", None)
     size = size[0] if isinstance(size, list | tuple) else size
     # transformers 5 opens a model in the dtype of its file.
-    return Opened(name, model.float().eval(), folder, size)
+    return Opened(name, model.float().eval(), root, folder, size)
 
 
 def _is_xfm(folder: Path) -> bool:
@@ -204,11 +268,6 @@ def _model_folder(name: str) -> Path:
     """Return the folder of a path, or of a model of the Hub, downloaded if it is not in the cache."""
     path = Path(name)
     if path.is_dir():
-        # sentence-transformers keeps the encoder in this folder, or in one that modules.json names.
-        modules = _read_json(path / "modules.json")
-        encoder = modules[0].get("path") if isinstance(modules, list) and modules else None
-        if isinstance(encoder, str) and (path / encoder / "config.json").is_file():
-            return path / encoder
         return path
     if path.exists():
         raise CheckpointError(
@@ -229,6 +288,43 @@ def _model_folder(name: str) -> Path:
             f"{name} is no folder here, and cannot be fetched from the Hugging Face Hub ({one_line(error)}); check the "
             "name and the connection, or download it and give the folder"
         ) from error
+
+
+def _encoder_folder(root: Path) -> Path:
+    """Return the folder of the encoder: the root, or for sentence-transformers one that modules.json names."""
+    modules = _read_json(root / "modules.json")
+    encoder = modules[0].get("path") if isinstance(modules, list) and modules else None
+    if isinstance(encoder, str) and (root / encoder / "config.json").is_file():
+        return root / encoder
+    return root
+
+
+def _open_library(opened: Opened) -> tuple[nn.Module, str] | None:
+    """Open the model of sentence-transformers around an encoder, with the name of its call; None if there is none.
+
+    The encoder of `opened` becomes that of the model, which has the same weights.
+    """
+    root, config = opened.root, getattr(opened.model, "config", None)
+    if root is None:
+        return None
+    scores_pairs = type(opened.model).__name__.endswith("ForSequenceClassification")
+    scores_pairs = scores_pairs and getattr(config, "num_labels", 0) == 1
+    if not (scores_pairs or (root / "modules.json").is_file()):
+        return None
+    try:
+        encoder: Any = open_encoder(EncoderSource(str(root), device="cpu", plain=True))
+        inner = _inner(encoder.model)
+    except (XFMError, AttributeError) as error:
+        opened.notes.append(f"whole calls were not measured: {error}")
+        return None
+    if type(inner) is type(opened.model):
+        opened.model = inner
+    return encoder.model, "predict" if encoder.use == "ranking" else "encode"
+
+
+def _inner(model: Any) -> nn.Module:
+    """Return the encoder of a model of sentence-transformers."""
+    return model[0].auto_model
 
 
 def _read_json(file: Path) -> Any:
@@ -381,134 +477,255 @@ class Trial:
     """The result of trying a model, with notes for the reader.
 
     `lines` are the fastest call with the same outputs, and calls in other dtypes that are faster still. The list is
-    empty if the untouched model is as fast.
+    empty if the untouched model is as fast. `charts` are of the batch and of one item.
     """
 
     document: Document
     lines: list[Line]
     notes: list[str]
+    charts: list[Chart]
+
+
+class Chart(NamedTuple):
+    """The fastest result of each backend and dtype, best first, by how far its outputs are from those of `base`."""
+
+    title: str
+    groups: dict[str, list[Result]]
+    base: Result
 
 
 def run(
     name: str, options: TryOptions, progress: Progress | None = None, command: Sequence[str] = ()
 ) -> Trial:
     """Try a model by its name, as `open_model` takes it. Ctrl-C keeps what was measured."""
+    _check_rivals(options)
     opened = open_model(name)
     batch = _batch(opened, options)
+    subjects: list[tuple[nn.Module, Batch | WholeCall]] = []
+    if batch.texts and (library := _open_library(opened)) is not None:
+        model, method = library
+        query, *passages = texts = batch.texts
+        pairs = [(query, passage) for passage in passages or texts]
+        subjects.append((model, WholeCall(method, texts if method == "encode" else pairs)))
+    subjects.append((opened.model, batch))
     # Unrecognised modules are reported before anything is timed; the copy shares the weights, and is thrown away.
     report = accelerate(_shared_copy(opened.model))
     benchmark = Benchmark("try", TITLE, UNTOUCHED, _cases)
-    document = benchmark(options, progress, command, model=name, opened=opened, batch=batch)
+    document = benchmark(options, progress, command, model=name, subjects=subjects)
     begins = (f"{len(report.replaced)} modules replaced", "unknown: ")
     replaced = [line for line in str(report).splitlines() if line.startswith(begins)]
     notes = [*opened.notes, *batch.notes, *replaced]
-    return Trial(document, *advice(document, batch.words, notes))
+    inputs = subjects[0][1]
+    charts = _charts(document, [inputs.words, inputs.first().words])
+    return Trial(document, *advice(document, inputs.words, notes), charts)
 
 
-def _cases(run: Run, model: str, opened: Opened, batch: Batch) -> Iterator[Case]:
-    """Yield the batch, and one item of it."""
-    run.progress.begin(2)
+def _check_rivals(options: TryOptions) -> None:
+    """Raise `InputError` for an unknown name, `UnavailableError` for one that is not installed."""
+    missing = {
+        name: [package for package in packages if find_spec(package) is None]
+        for name, packages in _RIVALS.items()
+    }
+    for name in options.against:
+        if name not in _RIVALS:
+            raise InputError(f"--against {name} is unknown; choose from {', '.join(_RIVALS)}")
+        if missing[name]:
+            present = ", ".join(rival for rival, packages in missing.items() if not packages)
+            raise UnavailableError(
+                f"--against {name} needs {', '.join(missing[name])}, not installed; pip install "
+                f"{' '.join(missing[name])}, or choose from {present}"
+            )
+    if "compile" in options.against and (reason := why_not_compiled(torch.device("cpu"))):
+        raise UnavailableError(f"--against compile: {reason}; install one")
+    if "torchao" in options.against and not _measures_int8(options):
+        raise InputError("--against torchao is int8, which --dtype leaves out; leave --dtype out")
+
+
+def _measures_int8(options: TryOptions) -> bool:
+    return options.dtype in ((), ("auto",))
+
+
+def _cases(
+    run: Run, model: str, subjects: list[tuple[nn.Module, Batch | WholeCall]]
+) -> Iterator[Case]:
+    """Yield the batch, and one item of it: in whole calls, if the model has them, then in the forward pass."""
+    calls = [
+        (subject, inputs)
+        for subject, batch in subjects
+        for inputs in ([batch, batch.first()] if batch.items > 1 else [batch])
+    ]
+    run.progress.begin(len(calls))
     run.probe()
-    quick = run.options.quick
-    calls = _TEXT_CALLS if batch.unit == "texts" else _IMAGE_CALLS
-    if run.options.dtype not in ((), ("auto",)) or int8.why_not() is not None:
-        calls = {call: args for call, args in calls.items() if args.get("dtype") != "int8"}
-    for inputs in (batch, batch.first()):
+    for subject, inputs in calls:
         run.progress.stage(inputs.words)
-        yield _case(opened, inputs, calls, run.dtypes, quick)
+        yield _case(run, subject, inputs, against=subject is subjects[0][0])
         for row in run.document.rows:
             untouched = (row.backend, row.name) == (UNTOUCHED, inputs.words)
             if untouched and row.status == "failed":
                 raise InputError(
-                    f"{opened.name} does not run on {inputs.words} as it is ({row.reason}); give another batch"
+                    f"{model} does not run on {inputs.words} as it is ({row.reason}); give another batch"
                 )
 
 
-def _case(
-    opened: Opened,
-    batch: Batch,
-    calls: dict[str, dict[str, Any]],
-    dtypes: Sequence[str],
-    quick: bool,
-) -> Case:
-    """Return the case of every call in every dtype, and of the untouched model."""
-    models: dict[str, nn.Module] = {"fp32": opened.model}
-    reports: dict[str, list[str]] = {}
+def _case(run: Run, subject: nn.Module, inputs: Batch | WholeCall, *, against: bool) -> Case:
+    """Return the case of every call in every dtype, of the untouched model, and of others."""
+    # torch.compile keeps few versions of a function and then runs it eagerly: forget those of other cases.
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    dtypes, quick, int8_too = run.dtypes, run.options.quick, _measures_int8(run.options)
+    models: dict[str, nn.Module] = {"fp32": subject}
+    facts: dict[tuple[str, str], Extra] = {}
 
     def model(dtype: str) -> nn.Module:
         if dtype not in models:
-            models[dtype] = copy.deepcopy(opened.model).to(DTYPES[dtype])
+            models[dtype] = copy.deepcopy(subject).to(DTYPES[dtype])
         return models[dtype]
 
-    def accelerated(call: str, dtype: str) -> Call:
-        options = calls[call]
+    def backend(
+        name: str, dtype: str, prepare: Callable[[], Any], label: str = "", **fields: Any
+    ) -> Backend:
+        prepared: list[Any] = []
+
+        def build() -> Call:
+            start = time.perf_counter()
+            prepared.append(prepare())
+            inputs.run(prepared[0])
+            facts.setdefault((name, dtype), {})["build_s"] = time.perf_counter() - start
+            return partial(inputs.run, prepared[0])
+
+        return Backend(name, dtype, build, label, lambda: _output(inputs, prepared[0]), **fields)
+
+    def accelerated(call: str, options: dict[str, Any], dtype: str, key: str) -> nn.Module:
         changes_weights = options.get("freeze") or options.get("dtype") == "int8"
         fast = copy.deepcopy(model(dtype)) if changes_weights else _shared_copy(model(dtype))
-        reports[call] = str(accelerate(fast, **options)).splitlines()
-        return partial(_output, batch, fast)
+        facts[call, key] = {"replaced": str(accelerate(fast, **options)).splitlines()}
+        return fast
 
     def reference(dtype: str) -> Tensor:
-        return _output(batch, copy.deepcopy(opened.model).to(DTYPES[dtype]))
-
-    def count(backend: Backend, result: object) -> Extra:
-        return {"replaced": reports[backend.name]} if backend.name in reports else {}
+        return _output(inputs, copy.deepcopy(subject).to(DTYPES[dtype]))
 
     backends = []
     for dtype in dtypes:
-        for call, options in calls.items():
-            build = partial(accelerated, call, dtype)
+        for call, options in (_IMAGE_CALLS if inputs.unit == "images" else _TEXT_CALLS).items():
             if options.get("dtype") != "int8":
-                backends.append(Backend(call, dtype, build))
-            elif dtype == dtypes[0]:
-                backends.append(Backend(call, "int8", build, band=INT8_BAND, optional=True))
-    for dtype in dtypes:
-        backends.append(
-            Backend(UNTOUCHED, dtype, lambda dtype=dtype: partial(_output, batch, model(dtype)))
-        )
+                prepare = partial(accelerated, call, options, dtype, dtype)
+                backends.append(backend(call, dtype, prepare))
+            elif dtype == dtypes[0] and int8_too and int8.why_not() is None:
+                prepare = partial(accelerated, call, options, dtype, "int8")
+                backends.append(backend(call, "int8", prepare, band=INT8_BAND, optional=True))
+    backends += [backend(UNTOUCHED, dtype, partial(model, dtype)) for dtype in dtypes]
+    if against:
+        backends += _rivals(run, subject, inputs, model, backend)
     return Case(
         "try",
-        batch.words,
+        inputs.words,
         backends,
-        batch.unit,
-        batch.items,
+        inputs.unit,
+        inputs.items,
         judge=UNTOUCHED,
         reference=reference,
-        count=count,
+        count=lambda backend, result: facts.get((backend.name, backend.dtype), {}),
         rounds=2 if quick else 5,
         budget_s=0.0 if quick else 15.0,
     )
 
 
+def _rivals(
+    run: Run,
+    subject: nn.Module,
+    inputs: Batch | WholeCall,
+    model: Callable[[str], nn.Module],
+    backend: Callable[..., Backend],
+) -> list[Backend]:
+    """Return what `--against` names, in the dtypes to measure."""
+    names, encoder = run.options.against, _inner if isinstance(inputs, WholeCall) else _itself
+    dtypes = [*run.dtypes, *(["int8"] if _measures_int8(run.options) else [])]
+
+    def adapted(change: Callable[[nn.Module], None], dtype: str) -> nn.Module:
+        copied = _shared_copy(model(dtype))
+        change(encoder(copied))
+        return copied
+
+    backends = []
+    if "compile" in names:
+        for dtype in run.dtypes:
+            prepare = partial(adapted, graph.compile_module, dtype)
+            backends.append(backend("compile", dtype, prepare, "torch.compile"))
+    runtimes = [item for item in graph.RUNTIMES if item.name in names and item.dtype in dtypes]
+    if runtimes:
+        run.progress.step("exporting to ONNX")
+        work = Subject(subject, inputs.run, inputs.items, encoder)
+        backends += other_runtimes(work, runtimes, run.scratch / "model.onnx", backend)
+    if "torchao" in names:
+        prepare = partial(adapted, graph.quantize_module, run.dtypes[0])
+        backends.append(backend("torchao", "int8", prepare, "torchao"))
+    for rival in backends:
+        # In the only dtype that was asked for, rounding is no excuse.
+        rival.band = None if rival.dtype == "bf16" == dtypes[0] else _RIVAL_BANDS[rival.dtype]
+    return backends
+
+
+def _itself(model: nn.Module) -> nn.Module:
+    return model
+
+
 def advice(document: Document, words: str, notes: list[str]) -> tuple[list[Line], list[str]]:
     """Return the lines to paste and the notes, by the times of the whole batch."""
-    rows = [row for row in document.rows if row.measured and row.name == words and row.rate]
-    # The model as it is, unless another dtype was asked for.
-    model_dtype = "fp32" if any(row.dtype == "fp32" for row in rows) else "bf16"
-    untouched = (row.rate for row in rows if not row.ours and row.dtype == model_dtype)
-    baseline = next(untouched, None)
-    if baseline is None:
+    rows = [row for row in document.measured if row.name == words]
+    base = _base(rows)
+    if base is None or base.rate is None:
         return [], [*notes, "the model was not measured; give a smaller batch"]
     lines: list[Line] = []
-    best = baseline
-    for dtype in dict.fromkeys((model_dtype, "bf16", "int8")):
+    best = base.rate
+    for dtype in dict.fromkeys((base.dtype, "bf16", "int8")):
         ours = [row for row in rows if row.ours and row.dtype == dtype]
         row = max(ours, key=lambda row: row.rate or 0.0, default=None)
         if row is None or row.rate is None or row.rate < _MIN_GAIN * best:
             continue
         best = row.rate
-        lines.append(_line(row, best / baseline, same_dtype=dtype == model_dtype))
+        code = f"import xfm_fast; xfm_fast.{row.backend}"
+        if row.dtype == "bf16":
+            code = f"import torch; model.to(torch.bfloat16); {code}"
+        lines.append(Line(_outputs(_percent(row, base)), best / base.rate, code))
     return lines, notes if lines else [*notes, "no gain here; leave the model as it is"]
 
 
-def _line(row: Result, speedup: float, *, same_dtype: bool) -> Line:
-    """Return the code of a call, with how far its outputs are from the model's."""
-    code = f"import xfm_fast; xfm_fast.{row.backend}"
-    if row.dtype == "bf16":
-        code = f"import torch; model.to(torch.bfloat16); {code}"
-    if same_dtype:
-        return Line("same outputs", speedup, code)
+def _base(rows: Sequence[Result]) -> Result | None:
+    """Return the row of the model as it is: in fp32, unless another dtype was asked for."""
+    untouched = {row.dtype: row for row in rows if row.backend == UNTOUCHED}
+    return untouched.get("fp32") or untouched.get("bf16")
+
+
+def _percent(row: Result, base: Result) -> int:
+    """Return how far outputs in another dtype are from those of `base`."""
+    if row.dtype == base.dtype:
+        return 0
     error = 1.0 if row.parity is None or row.parity.error is None else row.parity.error
-    return Line(f"within {max(1, math.ceil(100 * error))}%", speedup, code)
+    return max(1, math.ceil(100 * error))
+
+
+def _outputs(percent: int) -> str:
+    return f"within {percent}%" if percent else "same outputs"
+
+
+def _charts(document: Document, names: Sequence[str]) -> list[Chart]:
+    """Return a chart of each case by its name; those without numbers are left out."""
+    charts = []
+    for name in dict.fromkeys(names):
+        rows = [row for row in document.measured if row.name == name]
+        base = _base(rows)
+        if base is None:
+            continue
+        best: dict[tuple[str, str], Result] = {}
+        for row in sorted(rows, key=lambda row: row.rate or 0.0, reverse=True):
+            best.setdefault((OURS if row.ours else row.backend, row.dtype), row)
+        percents = sorted({_percent(row, base) for row in best.values()})
+        groups = {
+            _outputs(percent): [row for row in best.values() if _percent(row, base) == percent]
+            for percent in percents
+        }
+        charts.append(Chart(name, groups, base))
+    return charts
 
 
 def _batch(opened: Opened, options: TryOptions) -> Batch:
@@ -532,7 +749,9 @@ def _batch(opened: Opened, options: TryOptions) -> Batch:
     if not opened.takes_texts:
         return image_batch(opened, images)
     lines = example_texts() if texts is None else read_texts(texts)
-    batch = text_batch(opened, lines[:4] if options.quick else lines)
+    lines = lines[:4] if options.quick else lines
+    batch = text_batch(opened, lines)
+    batch.texts = lines
     if opened.takes_images:
         pixels = image_batch(opened, images)
         batch.arguments |= pixels.arguments
@@ -547,13 +766,16 @@ def _shared_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared)
 
 
-def _output(batch: Batch, model: nn.Module) -> Tensor:
+def _output(inputs: Batch | WholeCall, model: nn.Module) -> Tensor:
     """Return all floating-point outputs in one vector, without those of padding, which have no meaning."""
-    output, mask, values = batch.run(model), batch.mask, list[Tensor]()
+    output, mask, values = inputs.run(model), inputs.mask, list[Tensor]()
     leaves = output.to_tuple() if hasattr(output, "to_tuple") else output
     for leaf in pytree.tree_leaves(leaves):
+        if isinstance(leaf, np.ndarray):
+            leaf = torch.from_numpy(leaf)
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             continue
+        leaf = leaf.to_dense()
         if mask is not None and leaf.shape[:2] == mask.shape:
             leaf = leaf[mask.bool()]
         # Each output is compared with its own largest value.

@@ -5,6 +5,7 @@ oneDNN or a kernel compiled by LLVM runs where it is faster.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..backend import PLAIN, untraced
 from ..caching import cached
 from . import llvm
-from .selection import Race, Selection, compare, operands, register, select
+from .selection import RACES, Race, Selection, compare, operands, register, select
 from .workspace import scratch
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)
@@ -227,6 +228,20 @@ def bias_gradient(dout: Tensor) -> Tensor:
     return dout.reshape(-1, dout.shape[-1]).sum(0, dtype=wide)
 
 
+def compiled_delay(operation: str, weight: Tensor, rows: int) -> float:
+    """Return the seconds that the compiled kernel takes longer than the fastest, by their race; infinite without one."""
+    if weight.is_mkldnn:
+        return math.inf
+    if _choose(operation, weight, rows) == "llvm":
+        return 0.0
+    name = f"{operation} of few rows" if rows < _FEW else operation
+    if torch.are_deterministic_algorithms_enabled() or not _fits(weight):
+        return math.inf
+    seconds = compare(name, weight.dtype).seconds
+    delay = seconds.get("llvm", math.inf) - min(seconds.values(), default=0.0)
+    return delay * 2 * rows * weight.numel() / RACES[name].flops
+
+
 def _choose(operation: str, weight: Tensor, rows: int) -> str:
     """Return the name of the implementation for a weight and a number of rows."""
     if weight.is_mkldnn:
@@ -249,9 +264,14 @@ def _select(
     operation: str, weight: Tensor, dtype: torch.dtype | None = None, *, turned: bool = False
 ) -> str:
     """Return the choice for a weight `[M, K]`, or `[K, M]` if `turned`, in a dtype, by default that of the weight."""
-    inputs, outputs = weight.shape if turned else weight.shape[::-1]
     dtype = dtype or weight.dtype
-    return select(operation, dtype, fits=llvm.fits(outputs, inputs, dtype))
+    return select(operation, dtype, fits=_fits(weight, dtype, turned=turned))
+
+
+def _fits(weight: Tensor, dtype: torch.dtype | None = None, *, turned: bool = False) -> bool:
+    """Return whether there is a kernel for a weight."""
+    inputs, outputs = weight.shape if turned else weight.shape[::-1]
+    return llvm.fits(outputs, inputs, dtype or weight.dtype)
 
 
 def multiply(

@@ -43,12 +43,10 @@ def varlen_attention(
     """
     if key_mask is not None:
         k, v, bounds_k = without_masked_keys(k, v, bounds_k, key_mask)
-    if dropout is None and choice(1, 1, q) == "llvm":
-        # It reads sequences in place. Imported where it runs, because its compiler takes long to load.
-        from .llvm.attention import attention, takes
+    if dropout is None and reads_in_place(q, _longest(bounds_k)):
+        from .llvm.attention import attention
 
-        if takes(q, _longest(bounds_k)):
-            return attention(q[None], k[None], v[None], scale, bounds=(bounds_q, bounds_k))[0]
+        return attention(q[None], k[None], v[None], scale, bounds=(bounds_q, bounds_k))[0]
     if len(bounds_q) == 2 and bounds_q[1] and bounds_k[1] and dropout is None:
         # One caption: a plan would take as long as its attention.
         return plain_attention(q[None], k[None], v[None], scale)[0]
@@ -69,6 +67,16 @@ def varlen_attention(
             attended = tiled_attention(*padded, scale, group.mask, dropout)
         group.queries.unpad(attended, out)
     return out
+
+
+def reads_in_place(q: Tensor, keys: int) -> bool:
+    """Return whether the compiled kernel, which reads sequences in place, runs q `[..., D]` on up to `keys` keys."""
+    if choice(1, 1, q) != "llvm":
+        return False
+    # Imported where it runs, because its compiler takes long to load.
+    from .llvm.attention import takes
+
+    return takes(q, keys)
 
 
 def varlen_attention_backward(

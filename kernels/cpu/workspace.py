@@ -23,10 +23,16 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     buffers: dict[tuple[str, torch.dtype], Tensor] = _local.__dict__.setdefault("buffers", {})
     numel, key = prod(shape), (name, dtype)
     if key not in buffers or buffers[key].numel() < numel:
+        _local.moves = moves() + 1
         # A tensor made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
             buffers[key] = torch.empty(numel, dtype=dtype)
     return buffers[key][:numel].view(shape)
+
+
+def moves() -> int:
+    """Return how often a buffer of this thread moved or was added; its addresses are valid until the next move."""
+    return getattr(_local, "moves", 0)
 
 
 def in_dtype(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -125,7 +125,7 @@ def test_commands_and_options_are_few() -> None:
         if argument.name.startswith("--") and not argument.children
     }
     assert len(commands) <= 29, "raise it, and say in the commit why one more is worth it"
-    assert len(options) <= 123, "raise it, and say in the commit why one more is worth it"
+    assert len(options) <= 124, "raise it, and say in the commit why one more is worth it"
 
 
 @pytest.mark.parametrize(

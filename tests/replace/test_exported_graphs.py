@@ -109,7 +109,9 @@ def test_an_accelerated_model_is_exported(name: str) -> None:
     called, inputs, axes, program = _exported(name)
     for graph in (program.graph, program.run_decompositions().graph):
         assert not [node for node in graph.nodes if "xfm_fast" in str(node.target)]
-    made = torch.onnx.export(called, inputs, dynamo=True, dynamic_shapes=(axes,), verbose=False)
+    # With gradients, torch 2.13 views X-FM's transposed context where it has to copy it.
+    with torch.no_grad():
+        made = torch.onnx.export(called, inputs, dynamo=True, dynamic_shapes=(axes,), verbose=False)
     assert made is not None
     session = onnxruntime.InferenceSession(
         made.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]

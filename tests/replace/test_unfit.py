@@ -20,7 +20,7 @@ from tests.replace import official_replicas as replicas  # noqa: E402
 from xfm_fast import accelerate  # noqa: E402
 from xfm_fast.errors import InputError  # noqa: E402
 from xfm_fast.kernels.backend import resolve  # noqa: E402
-from xfm_fast.replace import LayerSpec, Mlp, cached_plan, layer, register  # noqa: E402
+from xfm_fast.replace import LayerSpec, Mlp, layer, plans, register  # noqa: E402
 from xfm_fast.replace.swap import forward_patched, original_class  # noqa: E402
 from xfm_fast.replace.transformers_rows import BERT, build_spec  # noqa: E402
 
@@ -122,7 +122,7 @@ def changes() -> dict[str, Any]:
     int(transformers.__version__.split(".")[0]) < 5, reason="its parts have other names"
 )
 @pytest.mark.parametrize("change", changes())
-def test_a_cached_plan_sees_numbers_and_biases_set_later(change: str) -> None:
+def test_a_plan_sees_numbers_and_biases_set_later(change: str) -> None:
     torch.manual_seed(0)
     config = transformers.ViTConfig(**SMALL, image_size=32, patch_size=16, qkv_bias=False)
     model, other = (transformers.ViTModel(config).eval() for _ in range(2))
@@ -137,7 +137,7 @@ def test_a_cached_plan_sees_numbers_and_biases_set_later(change: str) -> None:
     with torch.no_grad():
         before = model(pixels).last_hidden_state
         if resolve(None, pixels) == "cpu":
-            assert any(layer in cached_plan._plans for layer in model.modules())
+            assert any(layer in plans._plans for layer in model.modules())
         for each in (model, other):
             torch.manual_seed(1)
             for block in each.layers if hasattr(each, "layers") else each.encoder.layer:

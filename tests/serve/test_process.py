@@ -14,7 +14,8 @@ import pytest
 from tests.cli.runner import invoke
 from tests.serve.conftest import CAPTIONS, get, image, post, process, raw, until
 from xfm_fast.errors import InputError, UnavailableError, XFMError
-from xfm_fast.serve import SourceOptions, load
+from xfm_fast.serve import ServiceOptions, SourceOptions, load
+from xfm_fast.serve.server import listen
 
 
 def listening(port: int) -> bool:
@@ -23,6 +24,17 @@ def listening(port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def test_the_body_of_an_answer_does_not_wait_for_the_head() -> None:
+    with (
+        listen(ServiceOptions(port=0)) as sock,
+        socket.create_connection(sock.getsockname()) as client,
+    ):
+        accepted, _ = sock.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert client.getpeername() == accepted.getsockname()
 
 
 @pytest.mark.slow
@@ -49,14 +61,14 @@ def test_random_weights_warn_and_sigterm_waits_for_requests_in_flight() -> None:
 
 SLOW = """
 import runpy, sys, time
-from xfm_fast.serve.model import ServedModel
-answer, calls, seconds = ServedModel.answer, [], float(sys.argv.pop())
+from xfm_fast.serve.model import XFMModel
+answer, calls, seconds = XFMModel.answer, [], float(sys.argv.pop())
 def slow(model, works):
     # Weights are warmed up by a first call.
     calls.append(works)
     time.sleep(seconds if len(calls) > 1 else 0)
     return answer(model, works)
-ServedModel.answer = slow
+XFMModel.answer = slow
 runpy.run_module("xfm_fast", run_name="__main__")
 """
 

@@ -110,6 +110,7 @@ def try_model(
 ) -> int:
     """Measure the speed-up of accelerate(model) for your model: verified, timed in interleaved rounds, with the code.
 
+    A model of sentence-transformers is measured in whole calls of encode or predict first, then in its forward pass.
     Weights are read from safetensors or as plain values, never executed. An X-FM is measured by xfm-fast bench --model.
 
     Exit code 1: an accelerated form differs from the model, and is not timed.
@@ -129,6 +130,8 @@ def try_model(
         print(json.dumps(content))
     else:
         report.terminal(document, stdout())
+        for chart in result.charts:
+            report.print_chart(*chart, stdout())
         for note in result.notes:
             stdout().print(note, soft_wrap=True, highlight=False, markup=False)
         for line in result.lines:

@@ -118,7 +118,8 @@ def info(*, as_json: Json = False) -> None:
         f"{RULE} Settled for all processes: xfm-fast tune --cpu; every time: xfm-fast info --json",
         soft_wrap=True,
     )
-    for path, reason in (("llvm", llvm.why_not()), ("int8", int8.why_not())):
+    reasons = {"llvm": llvm.why_not(), "AMX": llvm.why_no_tiles(), "int8": int8.why_not()}
+    for path, reason in reasons.items():
         if reason is not None:
             console.print(f"{path} is left out here: {escape(reason)}", soft_wrap=True)
     if not facts["native_bf16"]:

@@ -22,7 +22,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from xfm_fast.errors import InputError
 from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.attention import Attend, Dense, Memory
-from xfm_fast.replace.cached_plan import cached_plan, forget
+from xfm_fast.replace.plans import Layers, forget, run_planned
 from xfm_fast.replace.structure import (
     CrossAttention,
     LayerCall,
@@ -441,10 +441,10 @@ class FusedLayer(CalledByName):
         self.count()
         spec, order = self.layer_spec, self.layer_order
         if memory is None and order != "behind branches" and not hasattr(attend, "windows"):
-            wide = order == "behind sums"
-            plan = cached_plan(self, partial(spec.modules, self), x, settings, wide=wide)
-            if plan is not None:
-                return plan.run(x, attend, settings, rotary)
+            layers = Layers([self], spec.modules, [order == "behind sums"])
+            out = run_planned(self, layers, x, attend, settings, rotary)
+            if out is not None:
+                return out
         call = self.executor(attend, settings, rotary)
         if order == "before":
             return pre_norm(call, x)

@@ -1,8 +1,8 @@
 """The orders in which transformer layers compute: pre-norm, post-norm, and norms on the branches.
 
 An order composes the operations of an executor. `LayerCall` executes them through `kernels.ops`,
-with gradients and on every device; `cached_plan` through CPU kernels whose operands are prepared
-once. Tokens are padded `[B, N, width]` or packed `[T, width]`.
+with gradients and on every device; `plans` records CPU kernels, to replay them in later calls.
+Tokens are padded `[B, N, width]` or packed `[T, width]`.
 """
 
 from __future__ import annotations

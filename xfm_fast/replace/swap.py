@@ -35,8 +35,8 @@ ModuleClasses = type[nn.Module] | tuple[type[nn.Module], ...]
 BANDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8}
 _SETTINGS = "_xfm_fast"
 _CAPTURING = "transformers.utils.output_capturing"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = (
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = (
     "_global_forward_hooks",
     "_global_forward_pre_hooks",
     "_global_backward_hooks",
@@ -237,6 +237,11 @@ def counted() -> Iterator[Counter[nn.Module]]:
         _counters[:] = [active for active in _counters if active is not counter]
 
 
+def counting() -> bool:
+    """Return whether calls are counted."""
+    return bool(_counters)
+
+
 class Fused(nn.Module):
     """Base of fused forms, whose `forward` must `count` a call or return `super().forward`."""
 
@@ -377,7 +382,7 @@ def _unpickle(fused: type[Fused], original: type[nn.Module]) -> nn.Module:
 
 def why_not_bypassed(module: nn.Module, expected: Mapping[str, ModuleClasses]) -> str | None:
     """Return why submodules must be called instead of read, or None."""
-    if any(getattr(module_internals, hooks) for hooks in _GLOBAL_HOOKS):
+    if any(getattr(module_internals, hooks) for hooks in GLOBAL_HOOKS):
         return "global module hooks are installed"
     for name, classes in expected.items():
         submodule = find(module, name)
@@ -412,7 +417,7 @@ def _unchanged(module: Fused) -> bool:
     links = _links.get(module)
     if links is None:
         return _remember(module)
-    if any(getattr(module_internals, hooks) for hooks in _GLOBAL_HOOKS):
+    if any(getattr(module_internals, hooks) for hooks in GLOBAL_HOOKS):
         return False
     for siblings, name, submodule, expected, state in links:
         if siblings.get(name) is not submodule:
@@ -455,7 +460,7 @@ def _remember(module: Fused) -> bool:
                 break
             if adapters.is_adapted(child) or observed(child):
                 return True
-            if any(getattr(child, hooks) for hooks in _HOOKS):
+            if any(getattr(child, hooks) for hooks in HOOKS):
                 return True
             parent = child
     _links[module] = list(links.values())
@@ -466,7 +471,7 @@ def observed(module: nn.Module) -> bool:
     """Return whether a module must be called: it has hooks, or a `forward` on the instance."""
     if forward_replaced(module):
         return True
-    return any(not _is_idle(hook) for name in _HOOKS for hook in getattr(module, name).values())
+    return any(not _is_idle(hook) for name in HOOKS for hook in getattr(module, name).values())
 
 
 def forward_replaced(module: nn.Module) -> bool:
@@ -524,9 +529,10 @@ def is_fused(module: nn.Module) -> bool:
 
 def has_other_arguments(call: Mapping[str, Any], understood: Collection[str]) -> bool:
     """Return whether a call sets an argument that is not in `understood`."""
-    return any(
-        value is not None and value is not False and name not in understood
-        for name, value in call.items()
+    # A generator would be entered once for each argument.
+    others = [name for name in call if name not in understood]
+    return bool(others) and any(
+        call[name] is not None and call[name] is not False for name in others
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, partial
 from operator import attrgetter
 from typing import Any, ClassVar, cast
@@ -26,10 +27,13 @@ from xfm_fast.replace.attention import (
 )
 from xfm_fast.replace.heads import FusedEmbeddings, default_positions
 from xfm_fast.replace.layer import PLAIN_ATTENTION, WITHOUT_EFFECT, can_run_packed, run_packed
+from xfm_fast.replace.plans import Layers, Plan, forget, run_planned, valid_plan
+from xfm_fast.replace.recording import Embedded
 from xfm_fast.replace.swap import (
     CalledByName,
     Fused,
     Settings,
+    counting,
     find,
     has_other_arguments,
     observed,
@@ -39,6 +43,7 @@ from xfm_fast.replace.swap import (
 )
 
 _RECORDED = ("output_attentions", "output_hidden_states")
+_TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 _MEMORY = ("encoder_hidden_states", "encoder_attention_mask")
 # transformers drops BLIP's image mask; calls with one run the original.
 IGNORE_MEMORY_MASK = ("BlipTextLayer", "BlipTextModel")
@@ -93,6 +98,7 @@ class UnpaddedEncoder(CalledByName):
 
     benefit: ClassVar[str] = "padding left out of all layers"
     encoder_spec: ClassVar[Encoder]
+    understood: ClassVar[frozenset[str]]  # arguments of calls that are packed
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
@@ -100,7 +106,12 @@ class UnpaddedEncoder(CalledByName):
 
     @classmethod
     def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
-        return {**super().adapted(original), "encoder_spec": encoder_of(original)}
+        spec = cast(Encoder, encoder_of(original))
+        understood = (*spec.takes, "attention_mask", "position_ids", *WITHOUT_EFFECT)
+        if spec.memory:
+            understood += _MEMORY
+        more = {"encoder_spec": spec, "understood": frozenset(understood)}
+        return super().adapted(original) | more
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
@@ -122,8 +133,6 @@ class UnpaddedEncoder(CalledByName):
         packed = self.packed(call)
         if packed is None:
             return self.padded(*args, **kwargs)
-        from transformers import modeling_outputs
-
         x, packing = packed
         states: Any = packing.unpad(x)
         outputs = {"last_hidden_state": states}
@@ -133,8 +142,13 @@ class UnpaddedEncoder(CalledByName):
                 outputs["pooler_output"] = attrgetter(spec.pooled_by)(self)(pooler(states[:, 0]))
             elif pooler is not None:
                 outputs["pooler_output"] = pooler(states)
-        out = getattr(modeling_outputs, spec.output)(**outputs)
-        return out if returns_dict(self, call) else out.to_tuple()
+        if not returns_dict(self, call):
+            return tuple(outputs.values())
+        return _output(spec.output, outputs)
+
+    def release(self) -> None:
+        forget(self)
+        super().release()
 
     def padded(self, *args: Any, **kwargs: Any) -> Any:
         """Run the original forward, with padding."""
@@ -142,38 +156,42 @@ class UnpaddedEncoder(CalledByName):
 
     def packed(self, call: dict[str, Any]) -> tuple[Tensor, Packing] | None:
         """Compute final states `[T, width]` and their packing; None for calls that keep padding."""
-        spec, mask = self.encoder_spec, call.get("attention_mask")
+        mask = call.get("attention_mask")
         memory_mask = call.get("encoder_attention_mask")
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
-        understood = (*spec.takes, "attention_mask", "position_ids", *WITHOUT_EFFECT)
-        if spec.memory:
-            understood += _MEMORY
-        if has_other_arguments(call, understood) or (ids is None) == (embeds is None):
+        if has_other_arguments(call, self.understood) or (ids is None) == (embeds is None):
             return None
-        layers = self._layers()
-        if not self._ready(call, layers):
+        states, memory = call.get("encoder_hidden_states"), None
+        made = valid_plan(self) if states is None and embeds is None else None
+        planned = None if made is None else made.layers
+        layers: Any = self._layers() if planned is None else planned.layers
+        if made is None and not self._ready(call, layers):
             return None
-        tokens = cast(Tensor, embeds if ids is None else ids)
+        tokens: Any = embeds if ids is None else ids
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape != tokens.shape[:2]:
             return None
         if not isinstance(memory_mask, Tensor | None):
             return None
         if memory_mask is not None and memory_mask.ndim != 2:
             return None
-        planned = plan(mask, memory_mask, keep_first=self._pooler() is not None)
-        if planned is None:
+        packed = plan(mask, memory_mask, keep_first=self._pooler() is not None)
+        if packed is None:
             return None
-        packing, memory_visible = planned
+        packing, memory_visible = packed
         if not memory_visible:
             # BLIP ignores the memory mask, and in transformers 4 so do all models but decoders.
             version = int(sys.modules["transformers"].__version__.split(".")[0])
             if version < 5 or original_class(self).__name__ in IGNORE_MEMORY_MASK:
                 return None
-        states, memory = call.get("encoder_hidden_states"), None
         if states is not None and hasattr(layers[0], "crossattention"):
             memory = packed_memory(states, None if memory_visible else memory_mask, packing)
         self.count()
         with self.settings.without_autocast(mask.device):
+            if memory is None and embeds is None and not torch.is_grad_enabled():
+                planned = self._planned(layers) if planned is None else planned
+                states = self._run_planned(call, planned, made, packing)
+                if states is not None:
+                    return states, packing
             return self._run(call, layers, packing, mask.bool(), memory), packing
 
     def _layers(self) -> list[Any]:
@@ -181,6 +199,63 @@ class UnpaddedEncoder(CalledByName):
 
     def _pooler(self) -> nn.Module | None:
         return find(self, self.encoder_spec.pooler) if self.encoder_spec.pooler else None
+
+    def _planned(self, layers: list[Any]) -> Layers | None:
+        """Return the layers and embeddings for one plan; None if the layers have plans of their own."""
+        spec = self.encoder_spec
+        embeddings: Any = find(self, spec.embeddings)
+        if spec.project or spec.rotary or spec.layer_type:
+            return None
+        if not isinstance(embeddings, FusedEmbeddings):
+            return None
+        orders = [getattr(layer, "layer_order", None) for layer in layers]
+        if not {*orders} <= {"before", "behind sums"}:
+            return None
+        children = [name.partition(".")[0] for name in (spec.layers, spec.embeddings)]
+        look_up = layers[0].layer_spec.modules
+        is_post_norm = [order == "behind sums" for order in orders]
+        return Layers(layers, look_up, is_post_norm, children, embeddings, self.config)
+
+    def _run_planned(
+        self, call: dict[str, Any], layers: Layers | None, made: Plan | None, packing: Packing
+    ) -> Tensor | None:
+        """Compute final states by one plan, embeddings included; None if the layers run one by one."""
+        spec, bias = self.encoder_spec, None
+        # A plan has a kernel for the bias of texts of one length.
+        if layers is None or (spec.bias and not packing.whole):
+            return None
+        modules = layers.embeddings._modules
+        words, positions, types = [modules.get(name) for name in _TABLES]
+        if spec.bias:
+            bias = self._position_bias(words.weight, packing)
+        kinds = None if types is None else call.get("token_type_ids")
+        x = Embedded(
+            (
+                packing.pack(call["input_ids"]),
+                self._positions(call, packing, layers.embeddings),
+                None if kinds is None else packing.pack(kinds),
+            ),
+            (
+                words._parameters["weight"],
+                positions._parameters["weight"],
+                None if types is None else types._parameters["weight"],
+            ),
+            modules["LayerNorm"],
+        )
+        attend = self._attend("", packing, call["attention_mask"].bool(), bias)
+        states = run_planned(self, layers, x, attend, self.settings, plan=made)
+        if states is None:
+            return None
+        if counting():
+            for module in cast(Any, (layers.embeddings, *layers.layers)):
+                module.count()
+        norm: Any = find(self, spec.norm) if spec.norm else None
+        return states if norm is None else norm(states)
+
+    def _position_bias(self, example: Tensor, packing: Packing) -> Tensor:
+        # The method reads only the shape of its argument.
+        shape = example.new_empty(1, packing.shape[1], 1)
+        return attrgetter(self.encoder_spec.bias)(self)(shape)
 
     def _ready(self, call: dict[str, Any], layers: list[Any]) -> bool:
         """Return whether no bypassed module has hooks and every layer can run on packed tokens."""
@@ -223,10 +298,7 @@ class UnpaddedEncoder(CalledByName):
     ) -> Tensor:
         spec = self.encoder_spec
         x, positions = self._embed(call, packing)
-        bias = None
-        if spec.bias:
-            # The method reads only the shape of its argument.
-            bias = attrgetter(spec.bias)(self)(x.new_empty(1, packing.shape[1], 1))
+        bias = self._position_bias(x, packing) if spec.bias else None
         attention: dict[str, tuple[Attend, Any]] = {}
         with layers[0].context(x.device) as settings:
             for layer in layers:
@@ -274,10 +346,9 @@ class UnpaddedEncoder(CalledByName):
                 return partial(owner._gradient_checkpointing_func, run)
         return run
 
-    def _embed(self, call: dict[str, Any], packing: Packing) -> tuple[Tensor, Tensor]:
-        """Compute embeddings `[T, width]` and position ids; unfused embeddings see one long text."""
-        spec, positions, tokens = self.encoder_spec, call.get("position_ids"), call.get("input_ids")
-        embeddings: Any = attrgetter(spec.embeddings)(self)
+    def _positions(self, call: dict[str, Any], packing: Packing, embeddings: Any) -> Tensor:
+        """Return packed position ids `[T]`."""
+        positions, tokens = call.get("position_ids"), call.get("input_ids")
         if positions is None:
             if hasattr(embeddings, "padding_idx") or hasattr(embeddings, "position_ids"):
                 if tokens is None:
@@ -286,7 +357,13 @@ class UnpaddedEncoder(CalledByName):
                 positions = default_positions(embeddings, tokens)
             else:
                 positions = torch.arange(packing.shape[1], device=packing.positions.device)[None]
-        positions = packing.pack(positions.expand(packing.shape))
+        return packing.pack(positions.expand(packing.shape))
+
+    def _embed(self, call: dict[str, Any], packing: Packing) -> tuple[Tensor, Tensor]:
+        """Compute embeddings `[T, width]` and position ids; unfused embeddings see one long text."""
+        spec = self.encoder_spec
+        embeddings: Any = attrgetter(spec.embeddings)(self)
+        positions = self._positions(call, packing, embeddings)
         inputs: dict[str, Any] = {"input_ids": None}
         for name in spec.takes:
             if name != "position_ids" and call.get(name) is not None:
@@ -302,6 +379,25 @@ class UnpaddedEncoder(CalledByName):
             x = embeddings(**inputs)[0]
         project: Any = find(self, spec.project) if spec.project else None
         return x if project is None else project(x), positions
+
+
+@cache
+def _output_class(name: str) -> tuple[Any, dict[str, None]]:
+    """Return an output class of transformers, and its fields without values."""
+    from transformers import modeling_outputs
+
+    output = getattr(modeling_outputs, name)
+    return output, dict.fromkeys(field.name for field in fields(output))
+
+
+def _output(name: str, values: dict[str, Any]) -> Any:
+    """Return an output of transformers, made without the ninety calls of its constructor."""
+    output_class, empty = _output_class(name)
+    output = output_class.__new__(output_class)
+    output.__dict__.update(empty | values)
+    for key, value in values.items():
+        OrderedDict.__setitem__(output, key, value)
+    return output
 
 
 def is_expanded(states: Tensor) -> bool:
@@ -338,7 +434,7 @@ def plan(
         return packing, memory_mask is None
     if not mask.numel():
         return None
-    if on_host(mask) and host.all_true(mask):
+    if mask.device.type == "cpu" and host.all_true(mask):
         texts, length = mask.shape
         packing = Packing(
             positions=torch.arange(texts * length),

@@ -9,10 +9,13 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import mmap
+import os
 import platform
 import sys
+from contextlib import suppress
 from functools import cache
-from typing import NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -36,11 +39,17 @@ class Level(NamedTuple):
     """LLVM's name of a processor with this level; kernels of the best level are compiled for the host instead."""
     bf16: bool
     """Dot products of bf16 pairs, accumulated in fp32, and of groups of four bytes: processors have both or neither."""
+    tiles: Literal["", "registers", "memory"] = ""
+    """Where the tiles of AMX are: in its registers, or in memory, where loops simulate it; empty without AMX."""
 
 
 _AVX2 = Level("avx2", 8, 6, "x86-64-v3", False)
 _AVX512 = Level("avx512", 16, 12, "x86-64-v4", False)
 _AVX512_BF16 = Level("avx512_bf16", 16, 12, "cooperlake", True)
+AMX = Level("amx", 16, 12, "sapphirerapids", True, "registers")
+"""The level whose kernels without tiles are those of AVX-512 BF16."""
+# Of arch_prctl: its number as a system call, two of its functions, and the state of the processor that tiles are.
+_ARCH_PRCTL, _GET_PERMISSION, _REQUEST_PERMISSION, _TILES = 158, 0x1022, 0x1023, 18
 
 
 @cache
@@ -50,8 +59,10 @@ def levels() -> tuple[Level, ...]:
         return ()
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return (_AVX2,)
-    bf16 = (_AVX512_BF16,) if torch.cpu._is_avx512_bf16_supported() else ()
-    return (*bf16, _AVX512, _AVX2)
+    if not torch.cpu._is_avx512_bf16_supported():
+        return _AVX512, _AVX2
+    amx = (AMX,) if why_no_tiles() is None else ()
+    return (*amx, _AVX512_BF16, _AVX512, _AVX2)
 
 
 @cache
@@ -70,6 +81,28 @@ def why_not(dtype: torch.dtype = torch.float32) -> str | None:
     if TOGETHER[dtype] > 1 and not levels()[0].bf16:
         return "this processor has no AVX-512 BF16"
     return None
+
+
+@cache
+def why_no_tiles() -> str | None:
+    """Return the reason why kernels use no AMX here, or None; asks Linux for permission, once and for all threads."""
+    if not {"amx_tile", "amx_bf16", "amx_int8"} <= _processor_flags():
+        return "this processor has no AMX, or Linux does not offer it"
+    libc, granted = ctypes.CDLL(None, use_errno=True), ctypes.c_uint64()
+    if libc.syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILES):
+        return f"Linux refuses AMX to this process: {os.strerror(ctypes.get_errno())}"
+    # Some sandboxes ignore requests that they do not know.
+    libc.syscall(_ARCH_PRCTL, _GET_PERMISSION, ctypes.byref(granted))
+    return None if granted.value >> _TILES & 1 else "this sandbox does not pass AMX on"
+
+
+def _processor_flags() -> set[str]:
+    """Return the features of the processor as Linux names them."""
+    with suppress(OSError), Path("/proc/cpuinfo").open() as lines:
+        for line in lines:
+            if line.startswith("flags"):
+                return set(line.split())
+    return set()
 
 
 @cache

@@ -2,7 +2,8 @@
 
 A task is the queries of a head, or a chunk of them. It packs the keys once, so that a vector holds one channel of
 consecutive keys; then tiles of rows go through scores, softmax and weighted sum within the first levels of cache. In
-bf16 the GEMMs multiply pairs of channels, or of keys, and accumulate in fp32; weights are rounded once.
+bf16 the GEMMs multiply pairs of channels, or of keys, and accumulate in fp32, by tiles of AMX where it exists; weights
+are rounded once.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from .builder import (
     split_rows,
     whole_pages,
 )
+from .tiles import ROWS, Tiles, state_bytes
 
 Bounds = tuple[tuple[int, ...], tuple[int, ...]]
 """S + 1 offsets of packed sequences: of queries, and of keys."""
@@ -163,8 +165,8 @@ class AttentionEmitter:
         size = 2 * self.level.lanes * self.units
         return self.b.at(self.buffers[name], index * size, self.unit)
 
-    def interleave_rows(self, name: str, rows: Sequence) -> Sequence:
-        """Interleave the channels of pairs of rows; an odd last row pairs with itself."""
+    def interleave_rows(self, name: str, rows: Sequence, multiple: int = 2) -> Sequence:
+        """Interleave the channels of pairs of rows; the last row is repeated up to a multiple of rows."""
         b, lanes = self.b, self.level.lanes
         last = rows.rows - 1
 
@@ -176,8 +178,9 @@ class AttentionEmitter:
                 x, y = (b.read(address, INT16, channel) for address in (first, second))
                 b.write(b.interleave(x, y), b.at(out, channel, INT32))
 
-        b.loop(0, rows.rows, 2, interleave_pair)
-        pairs = b.round_up(rows.rows, 2) >> 1
+        padded = b.round_up(rows.rows, multiple)
+        b.loop(0, padded, 2, interleave_pair)
+        pairs = padded >> 1
         return Sequence(self.buffers[name], pairs, self.width)
 
     def copy_rows(self, name: str, rows: Sequence, indices: Values) -> None:
@@ -298,7 +301,17 @@ class _Attention(AttentionEmitter):
     def __init__(self, half: bool, width: int, capacity: int, biased: bool, level: Level) -> None:
         layout = _layout(half, width, capacity, level)
         super().__init__(half, width, capacity, biased, level, layout, _POINTERS, _NUMBERS)
-        self.b.task_loop(self._task)
+        self.tiles = Tiles(self.b, "bf16") if half and level.tiles else None
+        if self.tiles is None:
+            self.b.task_loop(self._task)
+            return
+        self.b.task_loop(self._task, self._configure)
+        self.tiles.release()
+
+    def _configure(self, thread: Any) -> None:
+        assert self.tiles is not None
+        self.locate_scratch(thread)
+        self.tiles.configure(self.buffers["tiles"])
 
     def _task(self, task: Any, thread: Any) -> None:
         b, args = self.b, self.args
@@ -320,15 +333,26 @@ class _Attention(AttentionEmitter):
         with b.if_then(non_empty):
             self.pack_panels("keys", keys)
             if self.half:
-                values = self.interleave_rows("values", values)
+                multiple = 2 if self.tiles is None else 2 * ROWS
+                values = self.interleave_rows("values", values, multiple)
+
+            def emit_tile(height: int, row: Any) -> None:
+                self._tile(height, row, stop, queries, keys.rows, values, out, bias)
 
             def emit_tiles(height: int) -> None:
-                def tile(row: Any) -> None:
-                    self._tile(height, row, stop, queries, keys.rows, values, out, bias)
+                b.loop(first, stop, height, lambda row: emit_tile(height, row))
 
-                b.loop(first, stop, height, tile)
+            def emit_either(row: Any) -> None:
+                with b.if_else(stop - row <= ROWS) as (short, tall):
+                    with short:
+                        emit_tile(ROWS, row)
+                    with tall:
+                        emit_tile(2 * ROWS, row)
 
-            b.choose_height(self.level.rows, stop - first, emit_tiles)
+            if self.tiles is None:
+                b.choose_height(self.level.rows, stop - first, emit_tiles)
+            else:
+                b.loop(first, stop, 2 * ROWS, emit_either)
 
     def _decompose(self, task: Any) -> tuple[Any, Any, Any]:
         """Return chunk, head and batch entry of a task."""
@@ -360,7 +384,10 @@ class _Attention(AttentionEmitter):
         # Rows past the end repeat the last one, and are not written.
         indices = [b.minimum_int(row + i, last) for i in range(height)]
         self.copy_rows("queries", queries, indices)
-        self.multiply_panels(height, "queries", "keys", keys, self.buffers["scores"])
+        if self.tiles is None:
+            self.multiply_panels(height, "queries", "keys", keys, self.buffers["scores"])
+        else:
+            self._score_tiles(height // ROWS, keys)
 
         def softmax(i: Any) -> None:
             query = b.minimum_int(row + i, last)
@@ -371,7 +398,12 @@ class _Attention(AttentionEmitter):
                 b.loop(0, keys, 64 // 4, lambda j: b.prefetch(b.at(below, j, FP32)))
             self._softmax(i, query, keys, bias)
 
-        b.loop(0, height, 1, softmax)
+        # Of a tile, rows past the end take too long to be computed in vain.
+        rows = height if self.tiles is None else b.minimum_int(stop - row, height)
+        b.loop(0, rows, 1, softmax)
+        if self.tiles is not None:
+            self._attend_tiles(height // ROWS, row, stop, values, out)
+            return
         left = self.buffers["scores"], self.score_stride
         if self.half:
             left = self.buffers["weights"], self.score_stride // 2
@@ -386,6 +418,39 @@ class _Attention(AttentionEmitter):
                     for n in range(vectors):
                         attended = b.fmul(sums[i * vectors + n], inverse)
                         self.write_rounded(attended, out_row, channel + n * lanes)
+
+    def _score_tiles(self, rows: int, keys: Any) -> None:
+        """Multiply tiles of queries with all packed keys into rows of scores."""
+        b, tiles, width = self.b, self.tiles, 2 * self.level.lanes
+        assert tiles is not None
+
+        def multiply(key: Any) -> None:
+            left, right = (self.buffers["queries"], self.units), (self._panel("keys", key), width)
+            out = b.at(self.buffers["scores"], key, FP32), self.score_stride
+            tiles.multiply(rows, left, right, self.units, out)
+
+        b.loop(0, keys, width, multiply)
+
+    def _attend_tiles(
+        self, rows: int, row: Any, stop: Any, values: Sequence, out: Sequence
+    ) -> None:
+        """Multiply tiles of weights with the values, and store the rows."""
+        b, lanes, sums = self.b, self.level.lanes, self.buffers["attended"]
+        assert self.tiles is not None
+        left = self.buffers["weights"], self.score_stride // 2
+        for channel in range(0, self.width, 2 * lanes):
+            right = b.at(values.start, channel, self.unit), self.width
+            product = b.at(sums, channel, FP32), self.width
+            self.tiles.multiply(rows, left, right, values.rows, product)
+
+        def store(i: Any) -> None:
+            inverse = b.broadcast(b.load_scalar(self.buffers["inverses"], i, FP32))
+            out_row = self.row_address(out, row + i)
+            for channel in range(0, self.width, lanes):
+                attended = b.fmul(b.read(sums, FP32, i * self.width + channel), inverse)
+                self.write_rounded(attended, out_row, channel)
+
+        b.loop(0, b.minimum_int(stop - row, ROWS * rows), 1, store)
 
     def _softmax(self, i: Any, query: Any, keys: Any, bias: Any) -> None:
         """Compute a row's unnormalised weights, zero past the last key, and the reciprocal of their sum."""
@@ -404,7 +469,11 @@ class _Attention(AttentionEmitter):
                 b.write(weight, scores, j)
             return [b.fadd(total, weight)]
 
-        (total,) = b.loop(0, b.round_up(keys, lanes), lanes, exponentiate, b.splat(0.0))
+        end = b.round_up(keys, lanes)
+        (total,) = b.loop(0, end, lanes, exponentiate, b.splat(0.0))
+        if self.tiles is not None:
+            # A tile sums over two vectors of keys.
+            b.write(b.splat(0, INT16), b.at(weights, end, INT16))
         inverse = b.fdiv(ir.Constant(FP32, 1.0), b.reduce_add(total))
         b.store(inverse, b.at(self.buffers["inverses"], i, FP32))
 
@@ -412,7 +481,9 @@ class _Attention(AttentionEmitter):
 @cache
 def _layout(half: bool, width: int, capacity: int, level: Level) -> tuple[dict[str, int], int]:
     """Return the offsets of a thread's scratch buffers, and their total size."""
-    rows, keys = level.rows, -(-capacity // (2 * level.lanes)) * 2 * level.lanes
+    tiled = half and bool(level.tiles)
+    rows = 2 * ROWS if tiled else level.rows
+    keys = -(-capacity // (2 * level.lanes)) * 2 * level.lanes
     element = 2 if half else 4
     sizes = {
         "queries": rows * width * element,
@@ -421,6 +492,8 @@ def _layout(half: bool, width: int, capacity: int, level: Level) -> tuple[dict[s
         "weights": rows * (capacity + level.lanes) * 2 if half else 0,
         "keys": keys * width * element,
         "values": keys * width * 2 if half else 0,
+        "attended": rows * width * 4 if tiled else 0,
+        "tiles": state_bytes(level) if tiled else 0,
     }
     return consecutive(sizes)
 
@@ -450,29 +523,61 @@ def attention(
     The bias `[G, 1 or H, 1 or Nq, Nk]`, without `bounds` only, applies to batch entry b by entry b mod G (G divides B);
     -inf hides a key. The result is contiguous, with zeros for a sequence without keys.
     """
-    level = level or levels()[0]
-    half, threads = q.dtype == torch.bfloat16, torch.get_num_threads()
+    half = q.dtype == torch.bfloat16
     q, k, v = (readable(t, half) for t in (q, k, v))
-    (entries, queries, heads, width), keys = q.shape, k.shape[1]
+    (entries, queries, *_), keys = q.shape, k.shape[1]
     has_empty = not keys if bounds is None else any(a == b for a, b in pairwise(bounds[1]))
     out = (torch.zeros if has_empty else torch.empty)(q.shape, dtype=q.dtype)
     entries, queries, keys, offsets = batch_sizes(bounds, entries, queries, keys)
-    if not entries or not queries or not keys:
-        return out
+    if entries and queries and keys:
+        attend(
+            q,
+            k,
+            v,
+            out,
+            scale,
+            readable_bias(bias),
+            (entries, queries, keys),
+            row_addresses(offsets),
+            level,
+        )
+    return out
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    scale: float,
+    bias: tuple[Tensor | None, tuple[int, int, int]],
+    sizes: tuple[int, int, int],
+    offsets: tuple[int, int],
+    level: Level | None = None,
+) -> None:
+    """Launch the kernel on readable q, k, v `[B, N, H, D]`.
+
+    Args:
+        bias: As from `readable_bias`.
+        sizes: Batch entries or packed sequences, most queries and most keys of one.
+        offsets: Addresses of the bounds of queries and keys, int64; null for batch entries.
+    """
+    level = level or levels()[0]
+    half, threads = q.dtype == torch.bfloat16, torch.get_num_threads()
+    (entries, queries, keys), (heads, width) = sizes, q.shape[2:]
     chunks = -(-_TASKS_PER_THREAD * threads // (entries * heads))
     chunk, chunks = split_rows(queries, chunks, _CHUNK)
     capacity = next(n for n in _CAPACITIES if n >= keys)
     scratch_bytes = _layout(half, width, capacity, level)[1] * threads
     scratch = scratch_address("compiled attention", scratch_bytes)
-    period = 1 if bias is None else bias.shape[0]
-    run = kernel(_Attention, half, width, capacity, bias is not None, level)
-    bias, bias_strides = readable_bias(bias)
-    addresses = (0 if t is None else t.data_ptr() for t in (q, k, v, out, bias))
+    added, bias_strides = bias
+    period = 1 if added is None else added.shape[0]
+    run = kernel(_Attention, half, width, capacity, added is not None, level)
+    addresses = (0 if t is None else t.data_ptr() for t in (q, k, v, out, added))
     strides = (s for t in (q, k, v, out) for s in t.stride()[:3])
-    sizes = (heads, queries, keys, period, chunk, chunks, threads, scale_bits(scale))
-    args = (*addresses, *row_addresses(offsets), scratch, *strides, *bias_strides, *sizes)
+    numbers = (heads, queries, keys, period, chunk, chunks, threads, scale_bits(scale))
+    args = (*addresses, *offsets, scratch, *strides, *bias_strides, *numbers)
     run(args, entries * heads * chunks, threads)
-    return out
 
 
 def readable(x: Tensor, half: bool) -> Tensor:

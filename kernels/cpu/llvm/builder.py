@@ -7,10 +7,11 @@ import ctypes
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite
 import llvmlite.binding as llvm
@@ -134,7 +135,10 @@ class Builder(ir.IRBuilder):
             return ir.Constant(self.vector(element), [value] * self.lanes)
         # LLVM would materialise a constant's 64-bit address at each use; the table keeps its address in a register.
         slot = self._constants.setdefault(value, len(self._constants))
-        return self.broadcast(self.load_scalar(self.args["constants"], slot, FP32))
+        constant = self.load_scalar(self.args["constants"], slot, FP32)
+        if self.level.tiles:
+            constant.set_metadata("invariant.load", self.module.add_metadata([]))
+        return self.broadcast(constant)
 
     def broadcast(self, scalar: Any) -> Any:
         """Return a vector of one runtime value."""
@@ -452,6 +456,10 @@ class Builder(ir.IRBuilder):
         body(task, thread)
         self.branch(head)
         self.position_at_end(done)
+        self.finish()
+
+    def finish(self) -> None:
+        """Emit the return and the table of constants."""
         self.ret_void()
         dtype = ir.ArrayType(FP32, len(self._constants))
         table: Any = ir.GlobalVariable(self.module, dtype, _CONSTANTS)
@@ -497,8 +505,13 @@ class Kernel:
         self._function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
 
     def __call__(self, args: Sequence[int], tasks: int, threads: int) -> None:
-        """Run `tasks` tasks on `args`, the pointers and then the numbers; PyTorch's profiler records an operation."""
-        if profiler._is_profiler_enabled:
+        """Run `tasks` tasks on `args`, the pointers and then the numbers; PyTorch's profiler records an operation.
+
+        Within `recorded`, the launch is appended to the list instead.
+        """
+        if _thread.launches is not None:
+            _thread.launches.append(Launch(self, (tasks, *args)))
+        elif profiler._is_profiler_enabled:
             with profiler.record_function(self._name):
                 self.run(args, tasks, threads)
         else:
@@ -515,6 +528,30 @@ class Kernel:
             self._function(start)
         else:
             parallel(self._address, start, min(threads, tasks), 0)
+
+
+class Launch(NamedTuple):
+    """A recorded launch: the kernel, and the number of tasks followed by its arguments."""
+
+    kernel: Kernel
+    args: tuple[int, ...]
+
+
+class _Thread(threading.local):
+    launches: list[Launch] | None = None
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Record the launches of this thread within the block instead of running them."""
+    launches = _thread.launches = list[Launch]()
+    try:
+        yield launches
+    finally:
+        _thread.launches = None
 
 
 kernel = cache(Kernel)
@@ -582,6 +619,9 @@ def _target(level: Level) -> tuple[str, str]:
     name, features = level.processor, ""
     if level == levels()[0]:
         name, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+    if level.tiles == "registers":
+        # LLVM ends the process where it does not know the features of an instruction.
+        features += ",+amx-tile,+amx-bf16,+amx-int8"
     # Kernels state the width of their vectors; LLVM would halve it, as wide ones lowered the clock of early processors.
     return name, f"{features},-prefer-256-bit".lstrip(",")
 
@@ -593,8 +633,8 @@ def _machine(level: Level) -> Any:
 
 
 @cache
-def _openmp_parallel() -> Callable[[int, int, int, int], None] | None:
-    """Return `GOMP_parallel` of PyTorch's OpenMP library, which runs a function on its threads; None without one.
+def openmp_function(name: str) -> Any:
+    """Return a function of PyTorch's OpenMP library, or None without one.
 
     A second pool of threads would compete with the first one, whose threads spin while they wait. Packages such as
     scikit-learn load an OpenMP library of their own, so the function is looked up from PyTorch's library.
@@ -602,10 +642,15 @@ def _openmp_parallel() -> Callable[[int, int, int, int], None] | None:
     for line in Path("/proc/self/maps").read_text().splitlines():
         path = line.split(maxsplit=5)[-1]
         if re.search(r"/libtorch_cpu\.so[^/]*$", path):
-            # LLVM's and Intel's libraries export GNU's entry too.
-            parallel = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
-            if parallel is not None:
-                address, count = ctypes.c_void_p, ctypes.c_uint
-                parallel.argtypes, parallel.restype = [address, address, count, count], None
-            return parallel
+            return getattr(ctypes.CDLL(path), name, None)
     return None
+
+
+@cache
+def _openmp_parallel() -> Callable[[int, int, int, int], None] | None:
+    """Return `GOMP_parallel`, which runs a function on threads; LLVM's and Intel's libraries export it too."""
+    parallel = openmp_function("GOMP_parallel")
+    if parallel is not None:
+        address, count = ctypes.c_void_p, ctypes.c_uint
+        parallel.argtypes, parallel.restype = [address, address, count, count], None
+    return parallel

@@ -3,13 +3,13 @@
 Two kernels in fp32 and bf16 read the weights in place: for many rows, a task packs the weights of some columns in
 panels of two vectors for all tiles of rows; for few rows, dot products of a few columns are reduced at their end. int8
 weights are a copy in panels, and one kernel multiplies any number of rows, quantised by another kernel or by every
-thread.
+thread. With AMX, tiles multiply the same panels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import llvmlite.ir as ir
@@ -26,6 +26,7 @@ from .builder import (
     FP32,
     INT16,
     INT32,
+    INT64,
     Builder,
     Values,
     coefficients,
@@ -35,6 +36,7 @@ from .builder import (
     whole_pages,
 )
 from .quantise import Norm, Quantisation, int8_rows, quantise_row
+from .tiles import ROWS, Tiles, state_bytes
 
 # Below these rows weights are not packed, and every thread quantises all rows by itself.
 _FEW = 64
@@ -50,6 +52,10 @@ _AHEAD = 4096
 # Bytes of packed weights, which share the second level of cache with rows on their way through.
 _PANELS_BYTES = 400 << 10
 _MAX_PANELS = 4
+# With AMX: twice as many panels, in larger caches, halve the copies of rows. Rows of a block of tiles, and units that
+# run before the next panel: a block's rows and a panel's columns stay in the first level of cache together.
+_TILED_BYTES, _TILED_PANELS = 1 << 20, 8
+_TILED_ROWS, _TILED_TERMS = 2 * ROWS, 8 * ROWS
 # Rows of a chunk, where columns are too few to keep all threads busy.
 _CHUNK = 96
 _TASKS_PER_THREAD = 3
@@ -79,7 +85,7 @@ class _Linear:
         level: Instruction set.
     """
 
-    name, few = "linear", False
+    name, few, tiled = "linear", False, False
 
     def __init__(
         self,
@@ -97,23 +103,25 @@ class _Linear:
         self.accumulator = INT32 if dtype == "int8" else FP32
         self.b = b = Builder(self.name, _POINTERS, _NUMBERS, level)
         self.args = args = b.args
-        self.height = _tile_rows(dtype, self.few, level)
-        self.columns = _tile_columns(dtype, self.few, level)
-        self.sums_bytes = 4 * self.height * self.columns
+        self.height, self.columns, self.sums_bytes = _sums(dtype, self.few, self.tiled, level)
         if quantisation is None:
             args["x_row"] = args["x_row"] >> _SHIFT[dtype]
         if not transposed and not wide:
             args["weight_row"] = args["weight_row"] >> _SHIFT[dtype]
         args["inputs"] = args["inputs"] >> _SHIFT[dtype]
-        if dtype == "int8":
-            b.task_loop(self._int8_task, self._quantise_rows if quantisation else None)
+        self._emit()
+
+    def _emit(self) -> None:
+        if self.dtype == "int8":
+            self.b.task_loop(self._int8_task, self._quantise_rows if self.quantisation else None)
         else:
-            b.task_loop(self._few_rows_task if self.few else self._packed_task)
+            self.b.task_loop(self._few_rows_task if self.few else self._packed_task)
 
     def _bounds(self, task: Any, thread: Any) -> tuple[Any, Any, Any, Any]:
         """Return first and last column, first and last row of a task; locate the thread's scratch memory."""
         b, args = self.b, self.args
         self.sums = b.at(args["scratch"], thread * args["scratch_bytes"], BYTE)
+        self.panels = b.at(self.sums, self.sums_bytes, BYTE)
         chunk, block = task % args["chunks"], task // args["chunks"]
         column, row = block * args["columns"], chunk * args["chunk"]
         stop = b.minimum_int(column + args["columns"], args["outputs"])
@@ -122,22 +130,7 @@ class _Linear:
     def _packed_task(self, task: Any, thread: Any) -> None:
         b, args, lanes = self.b, self.args, self.level.lanes
         column, stop, row, end = self._bounds(task, thread)
-        panels = b.at(self.sums, self.sums_bytes, BYTE)
-        size = args["inputs"] * (2 * lanes)
-
-        def panel(at: Any) -> Any:
-            return b.at(panels, (at - column) // (2 * lanes) * size, self.unit)
-
-        def pack(at: Any) -> None:
-            out = b.at(panel(at), at - column & lanes, self.unit)
-            if self.transposed:
-                b.loop(0, args["inputs"], 1, lambda u: self._pack_transposed(at, u, out))
-                return
-            rows = [self._row("weight", at + i) for i in range(lanes)]
-            ahead = args["weight_row"] * lanes
-            b.pack(rows, args["inputs"], self.unit, out, ahead, narrowing=self.wide)
-
-        b.loop(column, stop, lanes, pack)
+        b.loop(column, stop, lanes, lambda at: self._pack(column, at, 0, args["inputs"]))
 
         def tile(first: Any) -> None:
             rows = self._tile_addresses(first, end, self.height)
@@ -145,13 +138,38 @@ class _Linear:
             def columns(at: Any) -> None:
                 with b.if_then(b.is_not_null(args["residual"])):
                     self._prefetch_residual(first, end, at)
-                self._multiply_panel(rows, panel(at), [self._zero()] * 2)
+                self._multiply_panel(rows, self._panel(column, at), [self._zero()] * 2)
                 count = b.minimum_int(stop - at, 2 * lanes)
                 self._epilogue(first, end, at, count, self.height)
 
             b.loop(column, stop, 2 * lanes, columns)
 
         b.loop(row, end, self.height, tile)
+
+    def _panel(self, first: Any, column: Any) -> Any:
+        """Return the address of the panel of a column, packed by a task whose columns begin with `first`."""
+        b, width = self.b, 2 * self.level.lanes
+        return b.at(self.panels, (column - first) // width * self.args["inputs"] * width, self.unit)
+
+    def _pack(self, first: Any, column: Any, start: Any, units: Any) -> None:
+        """Pack units of a vector of columns, from `start`, into their panel."""
+        b, args, lanes = self.b, self.args, self.level.lanes
+        out = b.at(self._panel(first, column), column - first & lanes, self.unit)
+        out = b.at(out, b.index(start) * (2 * lanes), self.unit)
+        if self.transposed:
+            b.loop(
+                0,
+                units,
+                1,
+                lambda u: self._pack_transposed(
+                    column, u + start, b.at(out, u * (2 * lanes), self.unit)
+                ),
+            )
+            return
+        offset = b.index(start) * (2 if self.wide else 1)
+        rows = [b.at(self._row("weight", column + i), offset, self.unit) for i in range(lanes)]
+        ahead = args["weight_row"] * lanes
+        b.pack(rows, units, self.unit, out, ahead, narrowing=self.wide)
 
     def _quantise_rows(self, thread: Any) -> None:
         """Quantise all rows to the thread's own scratch memory, from which its tasks read."""
@@ -174,7 +192,6 @@ class _Linear:
     def _int8_task(self, task: Any, thread: Any) -> None:
         b, args, lanes = self.b, self.args, self.level.lanes
         column, stop, row, end = self._bounds(task, thread)
-        weight_sums = args["weight_sums"]
 
         def emit_tiles(height: int) -> None:
             def tile(first: Any) -> None:
@@ -182,7 +199,7 @@ class _Linear:
 
                 def columns(at: Any) -> None:
                     panel = b.at(args["weight"], at * args["inputs"], self.unit)
-                    starts = [b.read(weight_sums, INT32, at + n * lanes) for n in range(2)]
+                    starts = [self._zero_sums(at + n * lanes) for n in range(2)]
                     self._multiply_panel(rows, panel, starts, _AHEAD)
                     count = b.minimum_int(stop - at, 2 * lanes)
                     self._epilogue(first, end, at, count, height)
@@ -192,6 +209,10 @@ class _Linear:
             b.loop(row, end, height, tile)
 
         b.choose_height(self.height, end - row, emit_tiles)
+
+    def _zero_sums(self, column: Any) -> Any:
+        """Return what rows of the zero byte take from the sums of a GEMM."""
+        return self.b.read(self.args["weight_sums"], INT32, column)
 
     def _multiply_panel(self, rows: Values, panel: Any, starts: Values, ahead: int = 0) -> None:
         """Store the sums of a tile of rows times a panel; `starts` has the first accumulator of each vector."""
@@ -211,10 +232,9 @@ class _Linear:
             for channel in range(0, 2 * self.level.lanes, 64 // (2 if self.half else 4)):
                 b.prefetch(b.at(address, channel, self.element))
 
-    def _pack_transposed(self, column: Any, unit: Any, panel: Any) -> None:
+    def _pack_transposed(self, column: Any, unit: Any, out: Any) -> None:
         """Pack one unit of a vector of columns of a `[K, M]` weight, whose rows are scaled by their factors."""
         b, args = self.b, self.args
-        out = b.at(panel, unit * (2 * self.level.lanes), self.unit)
         element = FP32 if self.dtype == "fp32" or self.wide else BF16
 
         def scaled(row: Any) -> Any:
@@ -315,49 +335,54 @@ class _Linear:
         return [self._row("x", b.minimum_int(first + i, last)) for i in range(height)]
 
     def _epilogue(self, first: Any, end: Any, column: Any, columns: Any, height: int) -> None:
-        """Apply bias, GELU, LayerScale and residual to the sums of a tile, and store the result."""
-        b, args = self.b, self.args
+        """Finish the sums of a tile."""
+        b = self.b
 
         def row(i: Any) -> None:
-            index = first + i
             sums = b.at(self.sums, i * self.columns, self.accumulator)
-            out = b.at(args["out"], index * args["out_row"] + column, self.element)
-            residual_index = index * args["residual_row"] + column
-            residual = b.at(args["residual"], residual_index, self.element)
-            # The bias of an int8 layer is always fp32.
-            bias = b.at(args["bias"], column, FP32 if self.dtype == "int8" else self.element)
-            gamma = b.at(args["gamma"], column, self.element)
-
-            def apply_if(
-                name: str, operation: Callable[..., Any], x: Any, base: Any, n: Any
-            ) -> Any:
-                return b.compute_if(
-                    b.is_not_null(args[name]),
-                    lambda: operation(x, b.read_fp32(base, self.element, n)),
-                    x,
-                )
-
-            def vector(n: Any) -> None:
-                value = b.read(sums, self.accumulator, n)
-                if self.dtype == "int8":
-                    has_bias = b.is_not_null(args["bias"])
-                    added = b.compute_if(has_bias, lambda: b.read(bias, FP32, n), b.splat(0.0))
-                    value = self._dequantise(value, index, column + n, added)
-                else:
-                    value = apply_if("bias", b.fadd, value, bias, n)
-                has_gelu = args["gelu"] > 0
-                value = b.compute_if(has_gelu, lambda x=value: self._gelu(x), value)
-                value = apply_if("gamma", b.fmul, value, gamma, n)
-                value = apply_if("residual", b.fadd, value, residual, n)
-                b.write(b.fp32_to_bf16(value) if self.half else value, b.at(out, n, self.element))
-
-            b.loop(0, columns, self.level.lanes, vector)
+            b.loop(0, columns, b.lanes, lambda n: self._finish(sums, first + i, column, n))
 
         b.loop(0, b.minimum_int(end - first, height), 1, row)
+
+    def _finish(
+        self, sums: Any, row: Any, column: Any, n: Any, *, gelu: bool | None = None
+    ) -> None:
+        """Apply bias, GELU, LayerScale and residual to a vector of sums, `n` columns on, and store the result.
+
+        `gelu`: whether it is applied, if known when the code is written.
+        """
+        b, args = self.b, self.args
+
+        def apply_if(name: str, operation: Callable[..., Any], x: Any, start: Any) -> Any:
+            base = b.at(args[name], start, self.element)
+            return b.compute_if(
+                b.is_not_null(args[name]),
+                lambda: operation(x, b.read_fp32(base, self.element, n)),
+                x,
+            )
+
+        value = b.read(sums, self.accumulator, n)
+        if self.dtype == "int8":
+            # The bias of an int8 layer is always fp32.
+            bias, has_bias = b.at(args["bias"], column, FP32), b.is_not_null(args["bias"])
+            added = b.compute_if(has_bias, lambda: b.read(bias, FP32, n), b.splat(0.0))
+            value = self._dequantise(value, row, column + n, added)
+        else:
+            value = apply_if("bias", b.fadd, value, column)
+        if gelu is None:
+            value = b.compute_if(args["gelu"] > 0, lambda x=value: self._gelu(x), value)
+        elif gelu:
+            value = self._gelu(value)
+        value = apply_if("gamma", b.fmul, value, column)
+        value = apply_if("residual", b.fadd, value, row * args["residual_row"] + column)
+        out = b.at(args["out"], row * args["out_row"] + column, self.element)
+        b.write(b.fp32_to_bf16(value) if self.half else value, b.at(out, n, self.element))
 
     def _dequantise(self, sums: Any, row: Any, column: Any, bias: Any) -> Any:
         """Return `sums · scale · step + bias` in fp32."""
         b, args = self.b, self.args
+        if self.tiled:
+            sums = b.add(sums, self._zero_sums(column))
         step = b.broadcast(b.load_scalar(args["steps"], row, FP32))
         scaled = b.fmul(b.sitofp(sums, b.vector(FP32)), b.read(args["scales"], FP32, column))
         return b.multiply_add(scaled, step, bias)
@@ -379,6 +404,137 @@ class _LinearOfFewRows(_Linear):
     name, few = "linear_of_few_rows", True
 
 
+class _LinearOfTiles(_Linear):
+    """Emits the kernel of bf16 or int8 rows for AMX.
+
+    Products leave the vector units idle: between those of a block of rows runs the epilogue of the block before, and
+    between those of a task's first block the weights are packed.
+    """
+
+    name, tiled = "linear_of_tiles", True
+
+    def _emit(self) -> None:
+        self.tiles = Tiles(self.b, self.dtype)
+        self.b.task_loop(self._task, self._start)
+        self.tiles.release()
+
+    def _start(self, thread: Any) -> None:
+        """Locate what follows the sums of two blocks, configure the tiles and quantise the rows."""
+        b, args = self.b, self.args
+        state = b.at(args["scratch"], thread * args["scratch_bytes"] + 2 * self._block_bytes, BYTE)
+        self.finished = b.at(state, state_bytes(self.level), BYTE)
+        self.copies = b.at(self.finished, 64, BYTE)
+        self.tiles.configure(state)
+        # Vectors of sums of a panel, divided among the products of its units.
+        self.share = b.index(2 * self.height * ROWS) // args["inputs"] + 1
+        if self.quantisation is not None:
+            self._quantise_rows(thread)
+
+    @property
+    def _block_bytes(self) -> int:
+        return 4 * self.height * self.columns
+
+    def _task(self, task: Any, thread: Any) -> None:
+        b, args, height, width = self.b, self.args, self.height, 2 * self.level.lanes
+        column, stop, row, end = self._bounds(task, thread)
+        vectors, base = (stop - column) // b.lanes, self.sums
+
+        def block(first: Any) -> None:
+            index, is_first = (first - row) // height, b.equal(first, row)
+            self.sums, sums = (
+                b.at(base, (index + n & 1) * self._block_bytes, BYTE) for n in range(2)
+            )
+            earlier = first - height, sums
+            b.store(b.select(is_first, (vectors * height).value, INT64(0)), self.finished)
+
+            def terms(start: Any) -> None:
+                units = b.minimum_int(args["inputs"] - start, _TILED_TERMS)
+                left = self._left(first, end, start, units)
+
+                def columns(at: Any) -> None:
+                    out = b.at(self.sums, at - column, self.accumulator), self.columns
+
+                    def multiply(rows: int, *, packing: bool = False) -> None:
+                        def interleave(u: Any) -> None:
+                            if packing:
+                                self._pack_next(column, stop, at, start + u)
+                            self._finish_some(earlier, column, vectors)
+
+                        right = b.at(self._weights(column, at), start * width, self.unit), width
+                        self.tiles.multiply(
+                            rows, left, right, units, out, add=start > 0, before=interleave
+                        )
+
+                    if self.dtype == "int8":
+                        with b.if_else(end - first <= ROWS) as (short, tall):
+                            with short:
+                                multiply(1)
+                            with tall:
+                                multiply(2)
+                        return
+                    with b.if_else(is_first) as (unpacked, packed):
+                        with unpacked:
+                            with b.if_then(b.equal(start, 0)):
+                                self._pack_next(column, stop, at, start - ROWS)
+                            multiply(2, packing=True)
+                        with packed:
+                            multiply(2)
+
+                b.loop(column, stop, width, columns)
+
+            b.loop(0, args["inputs"], _TILED_TERMS, terms)
+            with b.if_then(first + height >= end):
+                self._epilogue(first, end, column, stop - column, height)
+
+        b.loop(row, end, height, block)
+
+    def _left(self, first: Any, end: Any, start: Any, units: Any) -> tuple[Any, Any]:
+        """Return the address of units of a block's rows, and the units from row to row; copy them into the cache."""
+        b, args = self.b, self.args
+        if self.quantisation is not None:
+            return b.at(self._row("x", first), start, self.unit), args["x_row"]
+
+        def copy(i: Any) -> None:
+            # The last row is repeated past the end.
+            source = b.at(self._row("x", b.minimum_int(first + i, end - 1)), start, INT32)
+            out = b.at(self.copies, i * _TILED_TERMS, INT32)
+            b.loop(0, units, b.lanes, lambda u: b.write(b.read(source, INT32, u), out, u))
+
+        b.loop(0, self.height, 1, copy)
+        return self.copies, _TILED_TERMS
+
+    def _weights(self, first: Any, column: Any) -> Any:
+        """Return the address of the panel of a column."""
+        if self.dtype == "int8":
+            return self.b.at(self.args["weight"], column * self.args["inputs"], self.unit)
+        return self._panel(first, column)
+
+    def _pack_next(self, first: Any, stop: Any, column: Any, unit: Any) -> None:
+        """Pack what the products after `unit` read, one tile of each vector of a panel; the last ones twice."""
+        b, lanes = self.b, self.level.lanes
+        following = b.minimum_int(unit + ROWS, self.args["inputs"] - ROWS)
+        end = b.minimum_int(column + 2 * lanes, stop)
+        b.loop(column, end, lanes, lambda at: self._pack(first, at, following, ROWS))
+
+    def _finish_some(self, block: tuple[Any, Any], column: Any, vectors: Any) -> None:
+        """Finish vectors of the block before, (its first row, its sums), as many as the products of a unit hide."""
+        b = self.b
+        (first, sums), done = block, b.load_scalar(self.finished, 0, INT64)
+        last = b.minimum_int(done + self.share, vectors * self.height)
+
+        def finish(position: Any, *, gelu: bool) -> None:
+            i, n = position // vectors, position % vectors * b.lanes
+            start = b.at(sums, i * self.columns, self.accumulator)
+            self._finish(start, first + i, column, n, gelu=gelu)
+
+        # Of a loop without branches for GELU, LLVM keeps the constants in registers.
+        with b.if_else(self.args["gelu"] > 0) as branches:
+            for gelu, branch in zip((True, False), branches, strict=True):
+                with branch:
+                    b.loop(done, last, 1, partial(finish, gelu=gelu))
+        b.store(last.value, self.finished)
+
+
 @cache
 def _cdf_quotient(edge: float) -> Callable[[np.ndarray], np.ndarray]:
     """Return `(Φ(x) - 1/2) / x` as a function of `2 x² / edge² - 1`."""
@@ -390,14 +546,15 @@ def _cdf_quotient(edge: float) -> Callable[[np.ndarray], np.ndarray]:
     return quotient
 
 
-def _tile_rows(dtype: Dtype, few: bool, level: Level) -> int:
-    """Return the rows of the highest tile."""
-    return _ONE_TILE[level.lanes][0] if few or dtype == "int8" else level.rows
-
-
-def _tile_columns(dtype: Dtype, few: bool, level: Level) -> int:
-    """Return the columns whose sums are stored before an epilogue."""
-    return _FEW_COLUMNS if few and dtype != "int8" else 2 * level.lanes
+def _sums(dtype: Dtype, few: bool, tiled: bool, level: Level) -> tuple[int, int, int]:
+    """Return the rows and columns whose sums are stored before an epilogue, and the bytes that precede the panels."""
+    height = _ONE_TILE[level.lanes][0] if few or dtype == "int8" else level.rows
+    columns = _FEW_COLUMNS if few and dtype != "int8" else 2 * level.lanes
+    if not tiled:
+        return height, columns, 4 * height * columns
+    height, columns = _TILED_ROWS, _TILED_PANELS * 2 * level.lanes
+    # Of two blocks; then the tiles' state, a line with the count of finished vectors, and copies of rows.
+    return height, columns, 4 * height * (2 * columns + _TILED_TERMS) + state_bytes(level) + 64
 
 
 def takes(x: Tensor, weight: Tensor, *addends: Tensor | None, turned: bool = False) -> bool:
@@ -438,14 +595,16 @@ def linear(
     weight may be fp32 with bf16 operands. `few` and `level` select a kernel instead of the fastest.
     """
     out = torch.empty(x.shape[0], weight.shape[turned], dtype=x.dtype) if out is None else out
+    level, half = level or levels()[0], x.dtype == torch.bfloat16
     if turned:
         few = False
     elif few is None:
-        few = x.shape[0] < _FEW
+        # Tiles multiply faster than vectors even where weights are packed for one of them.
+        few = x.shape[0] < (ROWS if half and level.tiles else _FEW)
     if few and weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
     return _run(
-        "bf16" if x.dtype == torch.bfloat16 else "fp32",
+        "bf16" if half else "fp32",
         x,
         weight,
         (bias, gamma, residual),
@@ -487,8 +646,8 @@ def int8_linear(
     out: Tensor,
     *,
     gelu: bool = False,
-    of_gelu: bool = False,
     norm: Norm | None = None,
+    level: Level | None = None,
 ) -> Tensor:
     """Write `residual + norm(x) W^T + b`, or its GELU, to `out`; residual and out `[n, M]` both fp32 or both bf16.
 
@@ -515,7 +674,7 @@ def int8_linear(
         (bias, None, residual),
         out,
         few=few,
-        level=None,
+        level=level,
         scales=scales,
         quantisation=quantisation,
         gelu=gelu,
@@ -550,27 +709,35 @@ def _run(
     level, threads = level or levels()[0], torch.get_num_threads()
     (rows, inputs), outputs, residual = x.shape, out.shape[1], addends[2]
     half, wide = out.dtype == torch.bfloat16, dtype == "bf16" and weight.dtype == torch.float32
-    scratch_bytes = 4 * _tile_rows(dtype, few, level) * _tile_columns(dtype, few, level)
-    columns = 2 * level.lanes if dtype == "int8" else _FEW_COLUMNS
+    tiled = bool(level.tiles) and dtype != "fp32" and (dtype == "int8" or not few)
+    emitter = _LinearOfTiles if tiled else _LinearOfFewRows if few else _Linear
+    width, scratch_bytes = 2 * level.lanes, _sums(dtype, few, tiled, level)[2]
+    columns = width if dtype == "int8" else _FEW_COLUMNS
     chunk, chunks = rows, 1
     if quantisation is not None:
-        scratch_bytes += rows * (inputs + 4)
+        # Tiles read whole blocks of rows.
+        scratch_bytes += -(-rows // _TILED_ROWS) * _TILED_ROWS * (inputs + 4)
     if not few:
-        panel_bytes = 2 * level.lanes * inputs * x.element_size()
-        panels = max(1, min(_PANELS_BYTES // panel_bytes, _MAX_PANELS))
-        columns = panels * 2 * level.lanes
+        panel_bytes = width * inputs * x.element_size()
+        panels = min(_PANELS_BYTES // panel_bytes, _MAX_PANELS)
+        if tiled:
+            # Threads divide the columns before the rows, as every task packs its weights and copies its rows.
+            share = max(_MAX_PANELS, outputs // (width * threads))
+            panels = min(_TILED_BYTES // panel_bytes, _TILED_PANELS, share)
+        columns = max(1, panels) * width
         if dtype != "int8":
-            scratch_bytes += panels * panel_bytes
+            scratch_bytes += columns // width * panel_bytes
         blocks = -(-outputs // columns)
-        chunk, chunks = split_rows(rows, -(-_TASKS_PER_THREAD * threads // blocks), _CHUNK)
+        step = _TILED_ROWS if tiled else 1
+        limit = -(-_TASKS_PER_THREAD * threads // blocks)
+        chunk, chunks = split_rows(-(-rows // step), limit, _CHUNK // step)
+        chunk *= step
     scratch_bytes = whole_pages(scratch_bytes)
     scratch = scratch_address("compiled linear", scratch_bytes * threads)
     pointers = (0 if t is None else t.data_ptr() for t in (x, weight, *addends, out))
     strides = (0 if t is None else t.stride(0) for t in (x, weight, residual, out))
     sizes = (rows, inputs, outputs, columns, chunk, chunks, scratch_bytes)
-    run = kernel(
-        _LinearOfFewRows if few else _Linear, dtype, half, transposed, quantisation, wide, level
-    )
+    run = kernel(emitter, dtype, half, transposed, quantisation, wide, level)
     run(
         (*pointers, scratch, *scales, *strides, *sizes, int(gelu)),
         -(-outputs // columns) * chunks,

@@ -174,7 +174,8 @@ class _QuantiseRows:
 def int8_rows(x: Tensor, *, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
     """Quantise rows `[n, K]` in fp32 or bf16, after `norm`: uint8 in scratch memory, and the step of each row."""
     (rows, inputs), threads, level = x.shape, torch.get_num_threads(), levels()[0]
-    out, steps = scratch("compiled bytes", (rows, inputs), torch.uint8), torch.empty(rows)
+    out = scratch("compiled bytes", (rows, inputs), torch.uint8)
+    steps = scratch("compiled steps", (rows,), torch.float32)
     chunk = max(1, -(-rows // (_TASKS_PER_THREAD * threads)))
     weight = bias = None
     norm_addresses, eps_bits, scratch_bytes = (0, 0, 0), 0, 0

@@ -66,7 +66,7 @@ def cases(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(drop_in, "MODELS", models)
     # Exporting takes longer than all else here.
-    monkeypatch.setattr(drop_in, "_other_runtimes", lambda *_: [])
+    monkeypatch.setattr(drop_in, "other_runtimes", lambda *_: [])
 
 
 def test_every_row_has_its_status() -> None:
@@ -158,6 +158,32 @@ def test_other_runtimes_compute_the_encoder(tmp_path: Path) -> None:
         bound = exported.bind(model, lambda model: model[0], partial(scaled, factor=factor))
         assert torch.allclose(bound(other), model(other), atol=1e-6) == equal
     assert factors == [1.0, 1.1]
+
+
+def test_models_are_exported_to_files_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    files: list[Path] = []
+    monkeypatch.setattr(drop_in, "MODELS", [case("one", layer_norms), case("two", layer_norms)])
+    monkeypatch.setattr(
+        drop_in, "other_runtimes", lambda subject, runtimes, file, backend: files.append(file) or []
+    )
+    drop_in.run(QUICK)
+    assert len({*files}) == len(files) == 2
+
+
+def test_nested_outputs_keep_their_structure(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+
+    class Nested(nn.Linear):
+        def forward(self, x: torch.Tensor) -> dict[str, Any]:
+            y = super().forward(x)
+            return {"pair": (y, 2 * y), "sum": y.sum(1)}
+
+    torch.manual_seed(0)
+    model, x = Nested(3, 4), torch.randn(5, 3)
+    exported = graph.ExportedCall(model, lambda: model(torch.randn(1, 3)), tmp_path / "model.onnx")
+    bound = exported.bind(model, lambda model: model, graph.onnx_runtime)(x)
+    torch.testing.assert_close(bound, model(x))
 
 
 def test_quality_counts_texts_whose_nearest_text_stays() -> None:

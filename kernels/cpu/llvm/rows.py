@@ -1,0 +1,179 @@
+"""LayerNorm of rows, of the sum of text embeddings, or a conversion alone, with the result in up to two dtypes."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import llvmlite.ir as ir
+import torch
+from torch import Tensor
+
+from . import Level, levels
+from .builder import BF16, FP32, INT64, Builder, kernel
+
+Source = Literal["norm", "embeddings", "conversion"]
+_TABLES = ("words", "positions", "types")
+_INDICES = tuple(f"{name}_ids" for name in _TABLES)
+_POINTERS = ("x", *_INDICES, *_TABLES, "weight", "bias", "out", "narrow", "invalid")
+_NUMBERS = ("x_row", "width", "eps", *(f"{name}_count" for name in _TABLES))
+
+
+class _Rows:
+    """Emits the kernel of one row a task.
+
+    Args:
+        source: The LayerNorm of a row, that of its embeddings, or the row itself.
+        half: Whether rows, tables and `out` are bf16 instead of fp32.
+        half_weight: Whether weight and bias are bf16.
+        level: Instruction set.
+    """
+
+    name = "rows"
+
+    def __init__(self, source: Source, half: bool, half_weight: bool, level: Level) -> None:
+        self.source, self.element = source, BF16 if half else FP32
+        self.weight = BF16 if half_weight else FP32
+        self.b = b = Builder(self.name, _POINTERS, _NUMBERS, level)
+        b.task_loop(self._row)
+
+    def _row(self, row: Any, thread: Any) -> None:
+        b, args, width = self.b, self.b.args, self.b.args["width"]
+        out = b.at(args["out"], row * width, self.element)
+        narrow = b.at(args["narrow"], row * width, BF16)
+        has_narrow = b.is_not_null(args["narrow"])
+        x = b.at(args["x"], row * args["x_row"], self.element)
+        if self.source == "embeddings":
+            self._embed(row, out)
+            x = out
+        transform = (lambda value, i: value) if self.source == "conversion" else self._norm(x)
+        writes_out = b.is_not_null(args["out"])
+
+        def write(i: Any) -> None:
+            value = transform(b.read_fp32(x, self.element, i), i)
+            with b.if_then(writes_out):
+                b.write(value if self.element == FP32 else b.fp32_to_bf16(value), out, i)
+            if b.level.bf16:
+                with b.if_then(has_narrow):
+                    b.write(b.fp32_to_bf16(value), narrow, i)
+
+        b.loop(0, width, b.lanes, write)
+
+    def _embed(self, row: Any, out: Any) -> None:
+        """Write the sum of a token's rows; a token outside its table is reported and takes row 0."""
+        b, args, width = self.b, self.b.args, self.b.args["width"]
+        zero = ir.Constant(INT64, 0)
+
+        def table_row(name: str) -> Any:
+            ids = args[f"{name}_ids"]
+            i = b.compute_if(b.is_not_null(ids), lambda: b.load_scalar(ids, row, INT64).value, zero)
+            fits = b.icmp_unsigned("<", i, args[f"{name}_count"].value)
+            with b.if_then(b.not_(fits)):
+                b.store(ir.Constant(INT64, 1), args["invalid"])
+            return b.at(args[name], b.index(b.select(fits, i, zero)) * width, self.element)
+
+        words, positions, types = map(table_row, _TABLES)
+        has_types = b.is_not_null(args["types"])
+
+        def add(i: Any) -> None:
+            total = b.read_fp32(words, self.element, i)
+            # In the order of PyTorch's sums.
+            total = b.compute_if(
+                has_types,
+                lambda: b.fadd(total, b.read_fp32(types, self.element, i)),
+                total,
+            )
+            total = b.fadd(total, b.read_fp32(positions, self.element, i))
+            b.write(total if self.element == FP32 else b.fp32_to_bf16(total), out, i)
+
+        b.loop(0, width, b.lanes, add)
+
+    def _norm(self, x: Any) -> Callable[[Any, Any], Any]:
+        """Compute a row's statistics; returns the function that normalises a vector."""
+        b, args, width = self.b, self.b.args, self.b.args["width"]
+        count = b.uitofp(width.value, FP32)
+
+        def mean_of(term: Callable[[Any], Any]) -> Any:
+            def add(i: Any, total: Any) -> list[Any]:
+                return [b.fadd(total, term(b.read_fp32(x, self.element, i)))]
+
+            (total,) = b.loop(0, width, b.lanes, add, b.splat(0.0))
+            return b.fdiv(b.reduce_add(total), count)
+
+        mean = b.broadcast(mean_of(lambda value: value))
+
+        def square(value: Any) -> Any:
+            deviation = b.fsub(value, mean)
+            return b.fmul(deviation, deviation)
+
+        eps = b.bitcast(b.int32(args["eps"]), FP32)
+        deviation = b.intrinsic("llvm.sqrt.f32", FP32, b.fadd(mean_of(square), eps))
+        rstd = b.broadcast(b.fdiv(ir.Constant(FP32, 1.0), deviation))
+        has_bias = b.is_not_null(args["bias"])
+
+        def normalise(value: Any, i: Any) -> Any:
+            scaled = b.fmul(
+                b.fmul(b.fsub(value, mean), rstd), b.read_fp32(args["weight"], self.weight, i)
+            )
+            return b.compute_if(
+                has_bias, lambda: b.fadd(scaled, b.read_fp32(args["bias"], self.weight, i)), scaled
+            )
+
+        return normalise
+
+
+def _run(
+    source: Source,
+    x: Tensor,
+    out: Tensor | None,
+    narrow: Tensor | None,
+    norm: tuple[Tensor, Tensor | None, float] | None,
+    embedding: tuple[int, ...] = (0,) * 7,
+    counts: tuple[int, ...] = (0,) * 3,
+) -> None:
+    rows, width = x.shape
+    weight, bias, eps = norm or (None, None, 0.0)
+    half_weight = weight is not None and weight.dtype == torch.bfloat16
+    *indexed, invalid = embedding
+    addresses = (0 if t is None else t.data_ptr() for t in (weight, bias, out, narrow))
+    eps_bits = struct.unpack("i", struct.pack("f", eps))[0]
+    run = kernel(_Rows, source, x.dtype == torch.bfloat16, half_weight, levels()[0])
+    pointers = (x.data_ptr(), *indexed, *addresses, invalid)
+    run((*pointers, x.stride(0), width, eps_bits, *counts), rows, torch.get_num_threads())
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    out: Tensor | None,
+    narrow: Tensor | None = None,
+) -> None:
+    """Write the LayerNorm of x `[n, K]` to `out` in its dtype, and to `narrow` in bf16."""
+    _run("norm", x, out, narrow, (weight, bias, eps))
+
+
+def to_bf16(x: Tensor, narrow: Tensor) -> None:
+    """Round fp32 x `[n, K]` to bf16."""
+    _run("conversion", x, None, narrow, None)
+
+
+def embed(
+    indices: Sequence[Tensor | None],
+    tables: Sequence[Tensor | None],
+    norm: tuple[Tensor, Tensor | None, float],
+    out: Tensor,
+    narrow: Tensor | None,
+    invalid: Tensor,
+) -> None:
+    """Write the LayerNorm of the sum of rows of words, positions and types to `out`, and to `narrow` in bf16.
+
+    `indices` `[n]` are int64, None for row 0; types may have no table. `invalid` `[1]` in int64 becomes 1 for an index
+    outside its table.
+    """
+    addresses = (0 if t is None else t.data_ptr() for t in (*indices, *tables, invalid))
+    # Without a table, row 0 is in it.
+    counts = (1 if table is None else table.shape[0] for table in tables)
+    _run("embeddings", out, out, narrow, norm, tuple(addresses), tuple(counts))

@@ -1,0 +1,437 @@
+"""Plans for CPU inference match the general path, and every change of a layer invalidates them."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("transformers")
+
+import xfm_fast
+from tests.replace.families import FAMILIES, TRANSFORMERS, batch, make
+from xfm_fast import accelerate
+from xfm_fast.kernels import ops, reference
+from xfm_fast.kernels.cpu import int8, llvm, selection
+from xfm_fast.kernels.flags import unmark
+from xfm_fast.replace import plans
+from xfm_fast.replace.plans import Plan
+
+KINDS = (
+    "BERT",
+    "BERT, another activation",
+    "MPNet",
+    "DistilBERT",
+    "ALBERT",
+    "ModernBERT",
+    "NomicBERT",
+)
+
+
+def model(kind: str = "BERT") -> Any:
+    # Sizes with kernels on every processor.
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128}
+    if kind == "DistilBERT":
+        sizes |= {"dim": 64, "n_heads": 2, "hidden_dim": 128}
+    return FAMILIES[kind].model(torch.float32, **sizes)
+
+
+def states(made: Any, given: dict[str, Any] | None = None) -> Tensor:
+    given = batch() if given is None else given
+    with torch.no_grad():
+        return made(**given).last_hidden_state[given["attention_mask"].bool()]
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[plans.Operands]:
+    """The layers that plans ran."""
+    if llvm.why_not() is not None:
+        pytest.skip("no compiled kernels here")
+    seen: list[plans.Operands] = []
+    run = Plan.run
+
+    def observed(plan: Plan, *given: Any) -> Tensor | None:
+        out = run(plan, *given)
+        if out is not None:
+            seen.extend(plan.operands)
+        return out
+
+    monkeypatch.setattr(Plan, "run", observed)
+    return seen
+
+
+def without_plans(
+    made: Any, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any] | None = None
+) -> Tensor:
+    with monkeypatch.context() as patched:
+        patched.setattr(plans, "_DTYPES", ())
+        return states(made, given)
+
+
+@pytest.mark.parametrize(("dtype", "unpad"), [(None, False), (None, True), (torch.bfloat16, True)])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in FAMILIES])
+def test_plans_match_the_general_path(
+    kind: str, dtype: Any, unpad: bool, ran: list[plans.Operands], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if dtype is not None and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("bfloat16 is emulated on this processor")
+    made = model(kind)
+    accelerate(made, unpad=unpad, dtype=dtype)
+    wanted = without_plans(made, monkeypatch)
+    assert not ran
+    for _ in range(2):
+        found = states(made)
+        band = 2e-5 if dtype is None else 2.0**-5
+        assert float((found - wanted).abs().max()) <= band * float(wanted.abs().max())
+    assert len(ran) == 2 * made.config.num_hidden_layers
+
+
+@pytest.fixture
+def compiled_int8(int8_chosen: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Force the compiled int8 kernel, whether or not it is fastest here."""
+    why = int8.why_not() or llvm.why_not(torch.int8)
+    if why is not None:
+        pytest.skip(f"no compiled int8 GEMM here: {why}")
+    for dtype in (torch.float32, torch.bfloat16):
+        found = selection.Selection("products of bytes", dtype, "llvm", {}, {}, "settled")
+        monkeypatch.setitem(selection._selections, ("products of bytes", dtype), found)
+
+
+# Widths that the compiled kernel takes on every processor.
+_WIDE: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 192}
+_IN_INT8: dict[str, dict[str, Any]] = {
+    "BertModel": _WIDE,
+    "XLMRobertaModel": _WIDE | {"hidden_act": "gelu_new"},
+}
+if TRANSFORMERS >= 5:
+    _IN_INT8["ModernBertModel"] = _WIDE | {"bos_token_id": 0}
+
+
+def _near(found: Tensor, wanted: Tensor) -> None:
+    """Within another int8 rounding."""
+    wide = wanted.float()
+    assert float((found.float() - wide).abs().max()) <= 2.0**-6 * float(wide.abs().max())
+    assert float((found.float() - wide).norm()) <= 0.01 * float(wide.norm())
+
+
+@pytest.mark.usefixtures("compiled_int8")
+@pytest.mark.parametrize(("dtype", "unpad"), [(torch.float32, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize("name", _IN_INT8)
+def test_int8_plans(
+    name: str,
+    dtype: torch.dtype,
+    unpad: bool,
+    ran: list[plans.Operands],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("bfloat16 is emulated on this processor")
+    made = make(name, dtype, **_IN_INT8[name]).eval()
+    one = {key: value[:1] for key, value in batch().items()}
+    accelerate(made, unpad=unpad, dtype="int8")
+    wanted, wanted_alone = without_plans(made, monkeypatch), without_plans(made, monkeypatch, one)
+    assert not ran
+    found, alone = states(made), states(made, one)
+    assert len(ran) == 2 * made.config.num_hidden_layers
+    assert all(linear.prepared is not None for layer in ran for _, linear in layer.linears)
+    _near(found, wanted)
+    _near(alone, wanted_alone)
+
+
+def _rounded(layer: nn.Module, given: tuple[Tensor]) -> Tensor:
+    return reference.as_int8(given[0])
+
+
+@pytest.mark.usefixtures("compiled_int8")
+def test_int8_plans_are_the_model_of_rounded_floats(
+    ran: list[plans.Operands], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the code of transformers whose linear layers have operands rounded to int8."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    original = make("BertModel", torch.float32, **_WIDE).eval()
+    floats, fast = states(original), copy.deepcopy(original)
+    accelerate(fast, dtype="int8")
+    found = states(fast)
+    assert len(ran) == 2
+    for layer in original.encoder.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight.data = reference.as_int8(layer.weight.data)
+            layer.register_forward_pre_hook(_rounded)
+    assert float((states(original) - found).norm()) < 0.5 * float((floats - found).norm())
+
+
+@pytest.mark.usefixtures("compiled_int8")
+def test_flags_decide_at_every_call(ran: list[plans.Operands]) -> None:
+    made = make("BertModel", torch.float32, **_WIDE).eval()
+    accelerate(made, dtype="int8")
+    before = states(made)
+    assert len(ran) == 2
+    first = made.encoder.layer[0]
+    first.output.dense.weight.data.mul_(2)
+    after = states(made)
+    assert len(ran) == 4
+    assert not torch.allclose(before, after, rtol=1e-2)
+    unmark([p for p in first.parameters() if p.ndim == 2])
+    floats = states(made)
+    assert len(ran) == 6
+    assert not any(linear.prepared for _, linear in ran[-2].linears)
+    assert not torch.equal(floats, after)
+    assert torch.cosine_similarity(floats.float(), after.float(), dim=-1).min() > 0.999
+
+
+def _linear() -> nn.Linear:
+    torch.manual_seed(3)
+    return nn.Linear(64, 64).eval()
+
+
+def _other_storage(layer: Any) -> None:
+    layer.output.dense.weight.data = layer.output.dense.weight.data * 1.5
+
+
+def _other_parameter(layer: Any) -> None:
+    layer.output.LayerNorm.weight = nn.Parameter(layer.output.LayerNorm.weight.detach() * 1.5)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "in place": torch.no_grad()(lambda layer: layer.attention.self.query.weight.add_(0.1)),
+    "past the version counter": lambda layer: layer.attention.self.query.weight.data.add_(0.1),
+    "other storage": _other_storage,
+    "other parameter": _other_parameter,
+    "other layer": lambda layer: setattr(layer.attention.self, "value", _linear()),
+    "other activation": lambda layer: setattr(
+        layer.intermediate, "intermediate_act_fn", nn.ReLU().eval()
+    ),
+    "hook": lambda layer: layer.output.dense.register_forward_hook(
+        lambda module, given, out: out * 1.5
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_invalidates_the_plan(change: str, ran: list[plans.Operands]) -> None:
+    original = model()
+    fast = copy.deepcopy(original)
+    accelerate(fast, unpad=True)
+    before = states(fast)
+    assert len(ran) == 2
+    for each in (original, fast):
+        CHANGES[change](each.encoder.layer[0])
+    wanted, found = states(original), states(fast)
+    assert not torch.allclose(wanted, before, rtol=1e-2)
+    assert float((found - wanted).abs().max()) <= 2e-5 * float(wanted.abs().max())
+    ran.clear()
+    states(fast)
+    # The plan is rebuilt, unless a part must be called.
+    assert len(ran) == 2 - (change == "hook")
+
+
+def test_modes(ran: list[plans.Operands]) -> None:
+    made = make("BertModel", torch.float32, hidden_dropout_prob=0.3, intermediate_size=64)
+    accelerate(made)
+    states(made)
+    made.eval()
+    made(**batch()).last_hidden_state.sum().backward()
+    assert not ran
+    kept = states(made)
+    assert len(ran) == 2
+    made.encoder.layer[0].output.dropout.train()
+    torch.manual_seed(0)
+    assert not torch.allclose(states(made), kept)
+    made.eval()
+    with ops.use_backend("reference"):
+        count = len(ran)
+        states(made)
+        assert len(ran) == count
+    with torch.autocast("cpu", torch.bfloat16):
+        states(made)
+    assert len(ran) == count
+    assert torch.equal(states(made), kept)
+
+
+def test_nothing_outlives_its_layer() -> None:
+    import gc
+    import weakref
+
+    made = model()
+    report = accelerate(made)
+    states(made)
+    layers = [weakref.ref(layer) for layer in made.encoder.layer]
+    assert all(layer() in plans._plans for layer in layers)
+    report.revert()
+    assert not any(layer() in plans._plans for layer in layers)
+    accelerate(made)
+    states(made)
+    del made, report
+    gc.collect()
+    assert not any(layer() for layer in layers)
+
+
+def _texts(*lengths: int) -> dict[str, Tensor]:
+    """Ids of texts, padded to the longest."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    ids = torch.randint(3, 50, mask.shape, generator=generator) * mask
+    return {"input_ids": ids, "attention_mask": mask.long()}
+
+
+def _bert(**options: Any) -> Any:
+    sizes: Any = _WIDE | {"vocab_size": 60, "max_position_embeddings": 256} | options
+    return make("BertModel", torch.float32, **sizes).eval()
+
+
+def _near_floats(found: Tensor, wanted: Tensor) -> None:
+    assert float((found - wanted).abs().max()) <= 2e-5 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_texts_of_many_lengths(threads: int, ran: list[plans.Operands]) -> None:
+    """Buffers grow and programs are dropped in between; no result shows it."""
+    original = _bert()
+    fast = copy.deepcopy(original)
+    accelerate(fast, unpad=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for lengths in [(5,), (200,), (5,), (3, 9, 1), (31,), (8, 8), (200, 3)]:
+            given = _texts(*lengths)
+            _near_floats(states(fast, given), states(original, given))
+        assert len(ran) == 7 * 2
+        for length in range(1, 2 * plans._MOST_PROGRAMS):
+            states(fast, _texts(length))
+        (programs,) = [plans._thread.programs[plan] for plan in plans._plans.values()]
+        assert len(programs) == plans._MOST_PROGRAMS
+        _near_floats(states(fast, _texts(5)), states(original, _texts(5)))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_have_programs_of_their_own(ran: list[plans.Operands]) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    original = _bert()
+    fast = copy.deepcopy(original)
+    accelerate(fast, unpad=True)
+    batches = [_texts(length) for length in range(1, 30)] * 3
+    wanted = [states(original, given) for given in batches]
+    with ThreadPoolExecutor(4) as pool:
+        results = [*pool.map(partial(states, fast), batches)]
+    for result, value in zip(results, wanted, strict=True):
+        _near_floats(result, value)
+    assert len(ran) == 2 * len(batches)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "position_ids", "token_type_ids"])
+def test_an_id_outside_its_table(name: str, ran: list[plans.Operands]) -> None:
+    fast = _bert()
+    accelerate(fast, unpad=True)
+    given = _texts(6)
+    wanted = states(fast, given)
+    ids = {"position_ids": torch.arange(6)[None], "token_type_ids": torch.zeros(1, 6).long()}
+    wrong = {**ids, **given}
+    wrong[name] = wrong[name] + 300
+    with pytest.raises(IndexError, match="out of range"):
+        states(fast, wrong)
+    assert torch.equal(states(fast, given), wanted)
+    assert len(ran) == 2 * 2
+
+
+def test_token_types(ran: list[plans.Operands]) -> None:
+    original = _bert()
+    fast = copy.deepcopy(original)
+    accelerate(fast, unpad=True)
+    given = _texts(9, 4)
+    given["token_type_ids"] = (torch.arange(9) > 4).long().expand(2, 9)
+    _near_floats(states(fast, given), states(original, given))
+    assert len(ran) == 2
+
+
+def _scaled(module: nn.Module) -> nn.Module:
+    other = copy.deepcopy(module)
+    for parameter in other.parameters():
+        parameter.data.mul_(1.5)
+    return other
+
+
+EMBEDDING_CHANGES: dict[str, Callable[[Any], Any]] = {
+    "in place": torch.no_grad()(lambda model: model.embeddings.word_embeddings.weight.mul_(2)),
+    "other storage": lambda model: setattr(
+        model.embeddings.position_embeddings.weight,
+        "data",
+        model.embeddings.position_embeddings.weight.data * 2,
+    ),
+    "resized": lambda model: model.resize_token_embeddings(80),
+    "other eps": lambda model: setattr(model.embeddings.LayerNorm, "eps", 0.5),
+    "hook on the embeddings": lambda model: model.embeddings.register_forward_hook(
+        lambda module, given, out: 2 * out
+    ),
+    "hook on the layers": lambda model: model.encoder.register_forward_hook(
+        lambda module, given, out: type(out)(last_hidden_state=2 * out.last_hidden_state)
+    ),
+    "hook on a layer": lambda model: model.encoder.layer[1].register_forward_pre_hook(
+        lambda module, given: (2 * given[0], *given[1:])
+    ),
+    "other layers": lambda model: setattr(model, "encoder", _scaled(model.encoder)),
+    "other embeddings": lambda model: setattr(model, "embeddings", _scaled(model.embeddings)),
+    "largest norm": lambda model: setattr(model.embeddings.word_embeddings, "max_norm", 0.1),
+    "fewer layers": lambda model: model.encoder.layer.__delitem__(1),
+}
+
+
+@pytest.mark.parametrize("change", EMBEDDING_CHANGES)
+def test_a_change_around_the_layers(change: str, ran: list[plans.Operands]) -> None:
+    original = _bert()
+    fast = copy.deepcopy(original)
+    accelerate(fast, unpad=True)
+    given = _texts(9, 4)
+    before = states(fast, given)
+    assert len(ran) == 2
+    for each in (original, fast):
+        torch.manual_seed(5)
+        EMBEDDING_CHANGES[change](each)
+    wanted = states(original, given)
+    if change != "resized":
+        assert not torch.allclose(wanted, before, rtol=1e-2)
+    _near_floats(states(fast, given), wanted)
+
+
+def test_one_text_is_few_calls() -> None:
+    """A query costs the kernels and little Python beside them."""
+    if llvm.why_not() is not None:
+        pytest.skip("no compiled kernels here")
+    fast = _bert(num_hidden_layers=6)
+    accelerate(fast, unpad=True)
+    given, code, calls = _texts(12), str(Path(xfm_fast.__file__).resolve().parent), [0]
+
+    def count(frame: Any, event: str, value: Any) -> None:
+        calls[0] += event == "call" and frame.f_code.co_filename.startswith(code)
+
+    with torch.inference_mode():
+        fast(**given)
+        sys.setprofile(count)
+        try:
+            fast(**given)
+        finally:
+            sys.setprofile(None)
+    # PyTorch and transformers make about as many.
+    assert 0 < calls[0] <= 60
+
+
+def test_deterministic_algorithms_leave_the_kernels(ran: list[plans.Operands]) -> None:
+    fast = _bert()
+    accelerate(fast, unpad=True)
+    given = _texts(5)
+    states(fast, given)
+    assert len(ran) == 2
+    torch.use_deterministic_algorithms(True)
+    try:
+        states(fast, given)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(ran) == 2

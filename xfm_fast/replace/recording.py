@@ -1,0 +1,389 @@
+"""The operands of a planned layer, and the recorder of its kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from xfm_fast.kernels.cpu import gemm, int8
+from xfm_fast.kernels.cpu.varlen import reads_in_place
+from xfm_fast.kernels.cpu.workspace import scratch
+from xfm_fast.kernels.flags import kind_of
+from xfm_fast.models.frozen import pack_of
+from xfm_fast.replace.attention import Attend, Dense, Packed, Padded, Unpacked
+from xfm_fast.replace.structure import (
+    ATTENTION,
+    MLP,
+    LayerModules,
+    Rotary,
+    apply_rotary,
+    post_norm,
+    pre_norm,
+)
+from xfm_fast.replace.swap import Settings, concatenate_biases
+
+
+class _Linear(NamedTuple):
+    """A linear layer with a dense or int8 weight; LayerScale is folded into int8."""
+
+    weight: Tensor
+    bias: Tensor | None  # in the dtype of the output
+    prepared: int8.Prepared | None
+
+    def delay(self, operation: str, rows: int, dtype: torch.dtype) -> float:
+        """Return the seconds lost by the compiled kernel against the fastest."""
+        if self.prepared is None:
+            return gemm.compiled_delay(operation, self.weight, rows)
+        return 0.0 if int8.compiled(rows, dtype, (self.weight,)) else math.inf
+
+    def record(
+        self,
+        x: Tensor,
+        out: Tensor,
+        residual: Tensor | None = None,
+        gamma: Tensor | None = None,
+        *,
+        gelu: bool = False,
+    ) -> None:
+        """Launch `out = residual + gamma · (x Wᵀ + b)`, or its GELU, on `[n, width]`."""
+        from xfm_fast.kernels.cpu.llvm.linear import int8_linear, linear
+
+        if self.prepared is None:
+            linear(x, self.weight, self.bias, residual, gamma, gelu=gelu, out=out)
+        else:
+            panels, bias = self.prepared
+            int8_linear(x, panels, bias, residual, out, gelu=gelu)
+
+
+class Operands:
+    """What one layer computes with: in a compute dtype, and a dtype of the residual."""
+
+    def __init__(self, modules: LayerModules, dtype: torch.dtype, residual: torch.dtype) -> None:
+        self.modules, self.dtype, self.residual = modules, dtype, residual
+        proj, fc2 = cast(Any, modules.proj), cast(Any, modules.fc2)
+        self.width, self.hidden = proj.out_features, fc2.in_features
+        # Queries without tokens, for choices by their type and size.
+        self.query = torch.empty(0, self.width // modules.heads, dtype=dtype)
+        self.copied = list[Tensor]()
+        groups = projection_groups(modules)
+        # One GEMM on rounded rows is faster than three.
+        if not any(self._is_rounded(layer) for layer in groups[0]) and pack_of(groups[0]) is None:
+            groups = [(projection,) for projection in modules.projections]
+        gammas = modules.gammas
+        self.qkv = [self._linear(group, dtype) for group in groups]
+        self.proj = self._linear([modules.proj], residual, gammas[ATTENTION])
+        self.fc2 = self._linear([modules.fc2], residual, gammas[MLP])
+        # The hidden layer is rounded to int8 from fp32, which is finer.
+        in_fp32 = modules.hidden is None and self.fc2.prepared is not None
+        self.hidden_dtype = torch.float32 if in_fp32 else dtype
+        self.inner = {
+            id(layer): self._linear([layer], self.hidden_dtype) for layer in modules.inner
+        }
+        self.norms = [self._norm(norm) for norm in modules.norms]
+        self.gammas = [
+            None if gamma is None or linear.prepared is not None else self._as(gamma, residual)
+            for gamma, linear in zip(gammas, (self.proj, self.fc2), strict=True)
+        ]
+
+    @property
+    def linears(self) -> list[tuple[str, _Linear]]:
+        """All linear layers with the name of their operation."""
+        inner = "linear_gelu" if self.modules.hidden is None else "linear"
+        return [
+            *(("linear", linear) for linear in self.qkv),
+            *((inner, linear) for linear in self.inner.values()),
+            *(("linear_residual", linear) for linear in (self.proj, self.fc2)),
+        ]
+
+    def _is_rounded(self, layer: Any) -> bool:
+        return kind_of(layer._parameters.get("weight")) == "int8"
+
+    def _as(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        if value.dtype != dtype:
+            self.copied.append(value)
+        return value.detach().to(dtype)
+
+    def _linear(
+        self, layers: Sequence[Any], out: torch.dtype, gamma: Tensor | None = None
+    ) -> _Linear:
+        """Prepare one linear layer, or several on the same input as one."""
+        packed = pack_of(layers)
+        rounded = packed is None and self._is_rounded(layers[0])
+        out = torch.float32 if rounded else out
+        biases = [None if layer.bias is None else self._as(layer.bias, out) for layer in layers]
+        bias = concatenate_biases(biases, [layer.out_features for layer in layers])
+        if len(layers) > 1:
+            self.copied += [layer.bias for layer in layers if layer.bias is not None]
+        if packed is not None:
+            return _Linear(packed, bias, None)
+        if not rounded:
+            return _Linear(self._as(layers[0].weight, self.dtype), bias, None)
+        weights = [layer.weight for layer in layers]
+        self.copied += weights
+        weight = weights[0] if len(layers) == 1 else torch.cat(weights)
+        return _Linear(weights[0], bias, int8.Prepared.of(weight, bias, gamma))
+
+    def _norm(self, norm: Any) -> tuple[Tensor, Tensor | None, float] | None:
+        if isinstance(norm, nn.Identity):
+            return None
+        return norm.weight.detach(), None if norm.bias is None else norm.bias.detach(), norm.eps
+
+
+class Layout(NamedTuple):
+    """Shape of the tokens, and of the attention if a kernel runs it."""
+
+    lead: tuple[int, ...]  # shape without the width
+    sizes: tuple[int, int, int] | None = None  # texts, most queries, most keys
+    packed: bool = False
+    bias: tuple[int, tuple[int, int, int]] | None = None  # period and strides
+
+    @property
+    def rows(self) -> int:
+        return torch.Size(self.lead).numel()
+
+
+class Embedded(NamedTuple):
+    """Embeddings in place of tokens: words, positions and types, `[T]` in int64 and the tables."""
+
+    indices: tuple[Tensor, Tensor, Tensor | None]
+    tables: tuple[Tensor, Tensor, Tensor | None]
+    norm: nn.LayerNorm
+
+
+class Recorder:
+    """Executor (`structure.Executor`) that records kernels, and other operations as calls."""
+
+    def __init__(self, layout: Layout, stand_ins: Sequence[Tensor | None]) -> None:
+        self._layout = layout
+        *self._inputs, self._offsets, self._bias, self._out = stand_ins
+        self._addresses = [t.data_ptr() for t in stand_ins if t is not None]
+
+    @property
+    def invalid(self) -> Tensor:
+        return scratch("plan invalid", (1,), torch.int64).zero_()
+
+    def record(
+        self,
+        operands: Sequence[Operands],
+        orders: Sequence[bool],
+        x: Tensor | Embedded,
+    ) -> list[Callable[..., None]]:
+        """Record layers and return their segments."""
+        from xfm_fast.kernels.cpu.llvm.builder import recorded
+
+        out = cast(Tensor, self._out)
+        self._segments = list[Callable[..., None]]()
+        self._narrowed = dict[int, Tensor]()
+        with recorded() as self._launches:
+            self._layer, self._target = operands[0], out
+            if isinstance(x, Embedded):
+                states = self._embed(x)
+            else:
+                states = cast(Tensor, self._inputs[0]).view(-1, x.shape[-1])
+            for index, (layer, is_post_norm) in enumerate(zip(operands, orders, strict=True)):
+                self._layer, width = layer, layer.width
+                is_last = index == len(operands) - 1
+                self._target = out.view(-1, width) if is_last else self._buffer("states", width)
+                states = (post_norm if is_post_norm else pre_norm)(self, states)
+            self._cut()
+        return self._segments
+
+    def _cut(self) -> None:
+        """End a segment of kernels."""
+        from xfm_fast.kernels.cpu.llvm.replay import Replay
+
+        if not self._launches:
+            return
+        replay = Replay(self._launches, torch.get_num_threads(), self._addresses)
+        self._launches.clear()
+        self._segments.append(lambda addresses, *_: replay(addresses))
+
+    def _between(self, step: Callable[..., None]) -> None:
+        """Record a call of (attend, settings, rotary) that runs between two replays."""
+        self._cut()
+        self._segments.append(lambda addresses, *values: step(*values))
+
+    def _buffer(self, name: str, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        return scratch(f"plan {name}", (self._layout.rows, width), dtype or self._layer.residual)
+
+    def _embed(self, x: Embedded) -> Tensor:
+        from xfm_fast.kernels.cpu.llvm import rows
+
+        states = self._buffer("states", self._layer.width)
+        norm = x.norm.weight.detach(), x.norm.bias.detach(), x.norm.eps
+        rows.embed(self._inputs, x.tables, norm, states, self._narrow(states), self.invalid)
+        return states
+
+    def _narrow(self, x: Tensor) -> Tensor | None:
+        """Return a buffer for x in the compute dtype, if it is another one and floats are multiplied."""
+        layer = self._layer
+        if layer.dtype == layer.residual:
+            return None
+        narrow = self._buffer("narrow", layer.width, layer.dtype)
+        self._narrowed[x.data_ptr()] = narrow
+        return narrow
+
+    def operand(self, x: Tensor) -> Tensor:
+        return x
+
+    def _operand(self, x: Tensor, linear: _Linear) -> Tensor:
+        """Return the input of a linear layer, which rounds to int8 by itself."""
+        from xfm_fast.kernels.cpu.llvm.rows import to_bf16
+
+        if x.dtype == self._layer.dtype or linear.prepared is not None:
+            return x
+        if x.data_ptr() not in self._narrowed:
+            narrow = self._narrow(x)
+            assert narrow is not None
+            to_bf16(x, narrow)
+        return self._narrowed[x.data_ptr()]
+
+    def norm(self, branch: int, x: Tensor, out: Tensor | None = None) -> Tensor:
+        from xfm_fast.kernels.cpu.llvm.rows import layer_norm
+
+        norm = self._layer.norms[branch]
+        if norm is None:
+            assert out is None
+            return x
+        out = self._buffer("normed", self._layer.width) if out is None else out
+        layer_norm(x, *norm, out, self._narrow(out))
+        return out
+
+    def attention(self, x: Tensor) -> Tensor:
+        layer, layout = self._layer, self._layout
+        heads, width = layer.modules.heads, layer.width
+        qkv = self._buffer("qkv", 3 * width, layer.dtype)
+        step = 3 * width // len(layer.qkv)
+        for index, linear in enumerate(layer.qkv):
+            linear.record(self._operand(x, linear), qkv[:, index * step :][:, :step])
+        context = self._buffer("context", width, layer.dtype)
+        q, k, v = qkv.view(*layout.lead, 3, heads, -1).unbind(-3)
+
+        def rotate(attend: Attend, settings: Settings, rotary: Rotary | None) -> None:
+            if rotary is not None:
+                for t in (q, k):
+                    t.copy_(apply_rotary(t, rotary))
+
+        def call(attend: Attend, settings: Settings, rotary: Rotary | None) -> None:
+            rotate(attend, settings, rotary)
+            context.view(*layout.lead, width).copy_(attend(q, k, v, 0.0, settings))
+
+        if layout.sizes is None:
+            self._between(call)
+        else:
+            self._attend(q, k, v, context)
+        return context
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Tensor) -> None:
+        from xfm_fast.kernels.cpu.llvm.attention import attend
+
+        layout = self._layout
+        assert layout.sizes is not None
+        texts = 1 if layout.packed else layout.sizes[0]
+        q, k, v = (t.view(texts, -1, *t.shape[-2:]) for t in (q, k, v))
+        out = context.view(q.shape)
+        bias = None, (0, 0, 0)
+        if layout.bias is not None:
+            bias = self._bias, layout.bias[1]
+        offsets = 0 if self._offsets is None else self._offsets.data_ptr()
+        attend(q, k, v, out, q.shape[-1] ** -0.5, bias, layout.sizes, (offsets, offsets))
+
+    def add_attention(self, context: Tensor, residual: Tensor, norm: int) -> tuple[Tensor, Tensor]:
+        layer = self._layer
+        summed = self._buffer("sum", layer.width)
+        layer.proj.record(context, summed, residual, layer.gammas[ATTENTION])
+        return self.norm(norm, summed), summed
+
+    def add_mlp(self, x: Tensor, residual: Tensor, out: Tensor | None = None) -> Tensor:
+        layer = self._layer
+        out = self._target if out is None else out
+        if layer.modules.hidden is None:
+            (first,) = layer.inner.values()
+            hidden = self._buffer("hidden", layer.hidden, layer.hidden_dtype)
+            first.record(self._operand(x, first), hidden, gelu=True)
+        else:
+            hidden = self._activated(x)
+        layer.fc2.record(hidden, out, residual, layer.gammas[MLP])
+        self._narrowed.pop(out.data_ptr(), None)
+        return out
+
+    def _activated(self, x: Tensor) -> Tensor:
+        """Record the inner linear layers, and the activation as a call."""
+        layer, outputs = self._layer, dict[int, Tensor]()
+        for index, module in enumerate(layer.modules.inner):
+            linear = layer.inner[id(module)]
+            width = cast(Any, module).out_features
+            output = outputs[id(module)] = self._buffer(f"inner {index}", width, layer.dtype)
+            linear.record(self._operand(x, linear), output)
+        hidden = self._buffer("hidden", layer.hidden, layer.dtype)
+        compute: Any = layer.modules.hidden
+
+        def activate(*values: Any) -> None:
+            hidden.copy_(compute(x, lambda module, _: outputs[id(module)]))
+
+        self._between(activate)
+        return hidden
+
+    def add_mlp_norm(self, x: Tensor) -> Tensor:
+        if self._layer.norms[MLP] is None:
+            return self.add_mlp(x, x)
+        summed = self.add_mlp(x, x, self._buffer("sum", self._layer.width))
+        return self.norm(MLP, summed, self._target)
+
+
+def layout_of(
+    attend: Attend, lead: tuple[int, ...], query: Tensor
+) -> tuple[Layout, tuple[Tensor | None, Tensor | None]]:
+    """Return the layout of a call, its bounds in int64 and its bias; `query` is an example `[..., D]`."""
+    bias, offsets, sizes = None, None, None
+    if isinstance(attend, Packed):
+        if attend.key_mask is None and attend.memory is None and attend.cu_q is attend.cu_k:
+            offsets = attend.cu_q.to(torch.int64)
+            sizes = (len(offsets) - 1, attend.longest_q, attend.longest_k)
+    elif isinstance(attend, Unpacked):
+        if attend.packing.whole and attend.window is None and not attend.causal:
+            texts, length = attend.packing.shape
+            sizes, bias = (texts, length, length), attend.bias
+    elif (
+        isinstance(attend, Dense | Padded)
+        and attend.mask is None
+        and not attend.causal
+        and getattr(attend, "scale", None) is None
+        and isinstance(bias := getattr(attend, "bias", None), Tensor | None)
+        and (bias is None or bias.dtype != torch.bool)
+    ):
+        sizes = (lead[0], lead[1], lead[1])
+        bias = getattr(attend, "bias", None)
+    if sizes is None or not reads_in_place(query, sizes[2]):
+        return Layout(lead), (None, None)
+    if bias is None:
+        return Layout(lead, sizes, offsets is not None), (offsets, None)
+    from xfm_fast.kernels.cpu.llvm.attention import readable_bias
+
+    added, strides = readable_bias(bias)
+    assert added is not None
+    return Layout(lead, sizes, False, (added.shape[0], strides)), (None, added)
+
+
+def projection_groups(modules: LayerModules) -> list[tuple[nn.Module, ...]]:
+    """Return the projections, those that share a GEMM as one group."""
+    if modules.joins:
+        return [modules.projections]
+    return [(projection,) for projection in modules.projections]
+
+
+def _parameters_of(modules: Iterable[nn.Module]) -> list[Tensor]:
+    return [
+        value for module in modules for value in module._parameters.values() if value is not None
+    ]
+
+
+def tensors_of(modules: LayerModules) -> list[Tensor]:
+    """Return the parameters and LayerScales that a layer computes with."""
+    linears = (*modules.projections, modules.proj, *modules.inner, modules.fc2)
+    gammas = [gamma for gamma in modules.gammas if gamma is not None]
+    return _parameters_of((*linears, *modules.norms)) + gammas
