@@ -6,6 +6,7 @@ These functions are differentiable, run on any device and dtype, and are written
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -29,27 +30,40 @@ def _dropout(
     )
 
 
-def int8_steps(largest: Tensor, dtype: torch.dtype, *, gelu: bool = False) -> Tensor:
-    """Return the quantisation step per row, from its largest magnitude `largest` in fp32, in `dtype`.
+@cache
+def int8_strides(width: int) -> tuple[int, ...]:
+    """Return the distances of the channels that `rotate` combines, for rows of a width."""
+    return tuple(stride for stride in (16, 32, 64, 128) if width % (2 * stride) == 0)
 
-    `gelu`: GELU values lie above -0.17, so that only 32 levels are negative.
+
+def rotate(rows: Tensor) -> Tensor:
+    """Return rows `[..., K]` times a Hadamard matrix H with blocks of up to 16 channels: n of them if H H = n.
+
+    Each channel becomes a sum and difference of n, so that an outlier no longer determines the step of its row alone.
     """
-    step = (largest / 223).clamp_min(0.17 / 32) if gelu else largest.clamp_min(1e-30) / 127
+    for stride in int8_strides(rows.shape[-1]):
+        first, second = rows.unflatten(-1, (-1, 2, stride)).unbind(-2)
+        rows = torch.stack([first + second, first - second], -2).flatten(-3)
+    return rows
+
+
+def int8_steps(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the quantisation step per row, from its largest magnitude `largest` in fp32, in `dtype`."""
+    step = largest.clamp_min(1e-30) / 127
     # Rounded down, it would leave the largest value without a level.
     return step if dtype == step.dtype else (step * (1 + torch.finfo(dtype).eps / 2)).to(dtype)
 
 
-def as_int8(rows: Tensor, *, gelu: bool = False) -> Tensor:
-    """Round every value of rows `[..., K]` to one of 255 levels of its row, the operand of an int8 GEMM.
+def as_int8(rows: Tensor) -> Tensor:
+    """Round rows `[..., K]`, rotated, to one of 255 levels of each row, the operand of an int8 GEMM, and rotate back.
 
-    The rows of a weight `[M, K]` are its output channels, the rows of activations its tokens; `gelu` as in
-    `int8_steps`.
+    The rows of a weight `[M, K]` are its output channels, the rows of activations its tokens.
     """
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    largest = (wide if gelu else wide.abs()).amax(-1, keepdim=True)
-    step = int8_steps(largest, rows.dtype, gelu=gelu).to(wide.dtype)
+    wide = rotate(rows.to(torch.promote_types(rows.dtype, torch.float32)))
+    step = int8_steps(wide.abs().amax(-1, keepdim=True), rows.dtype).to(wide.dtype)
     # Not divided, and exact: a value halfway between two levels has to round as in the GEMM.
-    return (wide.double() * (1 / step).double()).round().to(wide.dtype) * step
+    rounded = (wide.double() * (1 / step).double()).round().to(wide.dtype) * step
+    return rotate(rounded) / 2 ** len(int8_strides(rows.shape[-1]))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -507,9 +507,8 @@ def _example(
     }
     tensors = dict(zip(shapes, operands(dtype, *shapes.values()), strict=True))
     tensors["weight"] /= _WIDTH**0.5
-    # A parameter is read from memory in a timing, as in a model; with few rows that would take all candidates as long.
-    if rows > _FEW_ROWS:
-        tensors["weight"] = nn.Parameter(tensors["weight"], requires_grad=False)
+    # A parameter is read from memory in a timing, as in a model.
+    tensors["weight"] = nn.Parameter(tensors["weight"], requires_grad=False)
     return tuple(tensors[name] for name in names)
 
 

@@ -15,14 +15,14 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from xfm_fast.errors import UnavailableError
 
 from .. import host, reference
 from ..caching import cached
 from . import gemm, llvm
-from .llvm import GELU_ZERO_BYTE, NO_FRACTIONS, ZERO_BYTE
+from .llvm import NO_FRACTIONS, ZERO_BYTE
 from .selection import Race, operands, register, select, thread_seconds
 from .workspace import even_slices, in_dtype, scratch
 
@@ -56,7 +56,7 @@ def why_not() -> str | None:
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         x, weight = torch.randn(n, k, generator=generator), torch.randn(m, k, generator=generator)
         # Sums of the largest bytes, which saturate on processors without VNNI.
-        x[0], weight[0] = 1, 1
+        x[0] = weight[0] = reference.rotate(torch.ones(k))
         try:
             result = _onednn_linear(x, weight, None)
         except (RuntimeError, AttributeError, TypeError, NotImplementedError) as failure:
@@ -110,7 +110,7 @@ def linear_residual(
     packed, wide = _pack(weight, bias, gamma)
     levels, steps = _quantise(rows, x.dtype)
     out = torch.empty_like(sums)
-    _add_branch(_gemm(levels, packed, ZERO_BYTE, torch.float32), steps, wide, sums, out)
+    _add_branch(_gemm(levels, packed, torch.float32), steps, wide, sums, out)
     return out.view(residual.shape)
 
 
@@ -137,13 +137,13 @@ def mlp_residual(
     limit = min(_SLICE_ROWS * torch.get_num_threads(), _MOST_ROWS)
     for chunk in even_slices(len(rows), limit):
         levels, steps = _quantise(rows[chunk], x.dtype)
-        hidden = _gemm(levels, packed_in, ZERO_BYTE, torch.float32)
+        hidden = _gemm(levels, packed_in, torch.float32)
 
         def activated(block: slice, hidden: Tensor = hidden, steps: Tensor = steps) -> Tensor:
             return torch.ops.aten.gelu_(_rescale(hidden[block], steps[block], wide_in))
 
         levels, steps = _quantise(hidden, torch.float32, activated)
-        branch = _gemm(levels, packed_out, GELU_ZERO_BYTE, torch.float32)
+        branch = _gemm(levels, packed_out, torch.float32)
         _add_branch(branch, steps, wide_out, sums[chunk], out[chunk])
     return out.view(residual.shape)
 
@@ -169,7 +169,6 @@ class Prepared(NamedTuple):
         residual: Tensor | None = None,
         *,
         gelu: bool = False,
-        of_gelu: bool = False,
         dtype: torch.dtype | None = None,
         norm: Norm | None = None,
         out: Tensor | None = None,
@@ -183,9 +182,7 @@ class Prepared(NamedTuple):
         x = x if x.stride(-1) == 1 else x.contiguous()
         if residual is not None and residual.stride(-1) != 1:
             residual = residual.contiguous()
-        return int8_linear(
-            x, self.panels, self.bias, residual, out, gelu=gelu, of_gelu=of_gelu, norm=norm
-        )
+        return int8_linear(x, self.panels, self.bias, residual, out, gelu=gelu, norm=norm)
 
 
 def prepared_mlp(
@@ -199,7 +196,7 @@ def prepared_mlp(
         chunk = slice(start, start + _MOST_ROWS)
         hidden = memory[: len(x[chunk])]
         first(x[chunk], gelu=True, norm=norm, out=hidden)
-        second(hidden, residual[chunk], of_gelu=True, out=out[chunk])
+        second(hidden, residual[chunk], out=out[chunk])
     return out
 
 
@@ -235,7 +232,7 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     packed, wide = _pack(weight, bias)
     levels, steps = _quantise(rows, x.dtype)
-    out = _rescale(_gemm(levels, packed, ZERO_BYTE, x.dtype), steps, wide)
+    out = _rescale(_gemm(levels, packed, x.dtype), steps, wide)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -255,16 +252,16 @@ class _Packed(NamedTuple):
 
 
 def _quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a weight `[M, K]` in int8, and the step of each row."""
+    """Return a rotated weight `[M, K]` in int8, and the step of each row for rotated activations."""
     rows, width = weight.shape
     levels, scales = torch.empty(rows, width, dtype=torch.int8), torch.empty(rows)
     # In blocks of rows: their doubles stay in cache.
     for start in range(0, rows, _block_length(width)):
         block = slice(start, start + _block_length(width))
-        dense = weight.detach()[block].float()
+        dense = reference.rotate(weight.detach()[block].float())
         scales[block] = reference.int8_steps(dense.abs().amax(1), torch.float32)
         levels[block] = (dense.double() * scales[block].reciprocal()[:, None]).round_()
-    return levels, scales
+    return levels, scales / 2 ** len(reference.int8_strides(width))
 
 
 def _pack(
@@ -293,10 +290,10 @@ def _times_gamma(
     return scaled, None if wide is None else wide * gamma.float()
 
 
-def _gemm(levels: Tensor, packed: _Packed, zero: int, dtype: torch.dtype) -> Tensor:
+def _gemm(levels: Tensor, packed: _Packed, dtype: torch.dtype) -> Tensor:
     """Multiply `[n, K]` in int8 with a weight and its scales."""
     after = (None, 1.0, 0, dtype, "none", [], "")
-    return torch.ops.onednn.qlinear_pointwise(levels, 1.0, zero, *packed, *after)
+    return torch.ops.onednn.qlinear_pointwise(levels, 1.0, ZERO_BYTE, *packed, *after)
 
 
 def _rescale(result: Tensor, steps: Tensor, bias: Tensor | None) -> Tensor:
@@ -323,32 +320,24 @@ def _block_length(width: int) -> int:
 
 
 def _quantise(
-    rows: Tensor, dtype: torch.dtype, of_gelu: Callable[[slice], Tensor] | None = None
+    rows: Tensor, dtype: torch.dtype, compute: Callable[[slice], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return rows `[n, K]` as uint8, and their steps `[n, 1]` in `dtype`; `of_gelu` computes a block of GELU rows.
+    """Return rotated rows `[n, K]` as uint8, and their steps `[n, 1]` in `dtype`; `compute` returns a block of rows.
 
     A block of rows at a time, which stays in a core's cache from the first pass over it to the last.
     """
     n, width = rows.shape
-    shift = torch.full((width,), NO_FRACTIONS + (GELU_ZERO_BYTE if of_gelu else ZERO_BYTE))
+    shift = torch.full((width,), NO_FRACTIONS + ZERO_BYTE)
     levels, steps = scratch("int8", (n, width), torch.uint8), torch.empty(n, 1, dtype=dtype)
     length = _block_length(width)
     for start in range(0, n, length):
         block = slice(start, start + length)
-        if of_gelu:
-            values = out = of_gelu(block)
-            largest = values.amax(1, keepdim=True)
-        else:
-            values = rows[block]
-            out = scratch("int8 block", (values.shape[0], width), torch.float32)
-            if values.dtype != torch.float32:
-                # Operands of two dtypes would be converted one by one.
-                values = out.copy_(values)
-            lowest = values.amin(1, keepdim=True)
-            largest = torch.maximum(values.amax(1, keepdim=True), lowest.neg_())
-        step = reference.int8_steps(largest, dtype, gelu=of_gelu is not None)
-        torch.addcmul(shift, values, step.float().reciprocal(), out=out)
-        levels[block], steps[block] = out.view(torch.int32), step
+        values = reference.rotate(rows[block].float() if compute is None else compute(block))
+        lowest = values.amin(1, keepdim=True)
+        largest = torch.maximum(values.amax(1, keepdim=True), lowest.neg_())
+        step = reference.int8_steps(largest, dtype)
+        values = torch.addcmul(shift, values, step.float().reciprocal())
+        levels[block], steps[block] = values.view(torch.int32), step
     return levels, steps
 
 
@@ -358,7 +347,9 @@ def _example(
     """Return operands of a linear layer, or of an MLP."""
     tensors: list[Tensor | None] = [*operands(dtype, (rows, shapes[0][1]))]
     for outputs, inputs in shapes:
-        tensors += operands(dtype, (outputs, inputs), (outputs,))
+        weight, bias = operands(dtype, (outputs, inputs), (outputs,))
+        # A parameter is read from memory in a timing, which decides for few rows.
+        tensors += [nn.Parameter(weight, requires_grad=False) if rows < _FEW else weight, bias]
     if residual:
         tensors += [*operands(dtype, (rows, shapes[-1][0])), None]  # without LayerScale
     return tuple(tensors)

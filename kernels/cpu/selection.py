@@ -41,6 +41,8 @@ _FAVOURED, _COPIES, _FAVOUR = "llvm", "packed", 1.1
 _LEAST_NOISE = 0.01
 # Weights are read in turn from copies of so many bytes together, more than most caches hold.
 _COLD_BYTES = 32 << 20
+# Copies of weights that the candidates quantise, which takes longer than the comparison.
+_QUANTISED = 4
 RULE = (
     f"{_FAVOURED}, where available, is selected unless another measured faster by more than the noise of the "
     "comparison. Otherwise the first, mostly aten, is selected unless another measured faster by more than that. "
@@ -318,7 +320,7 @@ def _compare(operation: str, race: Race, dtype: torch.dtype) -> Selection:
                 rejected[name] = f"relative error {error:.1e} exceeds {allowed:.1e}"
         seconds, noise = {first: float("nan")}, 0.0
         if len(usable) > 1:
-            seconds, noise = thread_seconds(usable, arguments)
+            seconds, noise = thread_seconds(usable, arguments, quantises=not race.alike)
     return Selection(operation, dtype, _fastest(seconds, noise), seconds, rejected, noise=noise)
 
 
@@ -337,12 +339,16 @@ def _fastest(seconds: dict[str, float], noise: float = 0.0) -> str:
 
 
 def thread_seconds(
-    candidates: dict[str, Callable[..., Tensor]], arguments: tuple[Any, ...]
+    candidates: dict[str, Callable[..., Tensor]],
+    arguments: tuple[Any, ...],
+    *,
+    quantises: bool = False,
 ) -> tuple[dict[str, float], float]:
     """Return the best processor time of each candidate on one thread, and the spread of the two best rounds."""
     rounds: dict[str, list[float]] = {name: [] for name in candidates}
     weights = sum(a.numel() * a.element_size() for a in arguments if isinstance(a, Parameter))
-    count = min(_ROUNDS * len(candidates), _COLD_BYTES // weights) if weights else 0
+    most = _QUANTISED if quantises else _ROUNDS * len(candidates)
+    count = min(most, _COLD_BYTES // weights) if weights else 0
     copies = [tuple(map(_copy_parameter, arguments)) for _ in range(count)] or [arguments]
     calls = cycle(copies)
     threads = torch.get_num_threads()
@@ -350,7 +356,7 @@ def thread_seconds(
     try:
         for name, candidate in candidates.items():
             # A model packs each weight once.
-            for operands in copies if _COPIES in name else ():
+            for operands in copies if quantises or _COPIES in name else ():
                 candidate(*operands)
         for _ in range(_ROUNDS):
             for name, candidate in candidates.items():

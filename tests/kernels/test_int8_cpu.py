@@ -84,6 +84,38 @@ def test_gemms_are_those_of_rounded_floats(
     assert ops.linear(x[:0], *given[1:]).shape == (0, 450, outputs)
 
 
+@pytest.mark.parametrize(
+    ("width", "mixed"), [(72, 1), (96, 2), (64, 4), (192, 4), (384, 8), (768, 16), (1536, 16)]
+)
+def test_a_rotation_keeps_products_and_spreads_outliers(width: int, mixed: int) -> None:
+    assert 2 ** len(reference.int8_strides(width)) == mixed
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, width).double(), torch.randn(7, width).double()
+    rotated = reference.rotate(x)
+    assert torch.allclose(reference.rotate(rotated), mixed * x)
+    assert torch.allclose(rotated @ reference.rotate(weight).T, mixed * x @ weight.T)
+    unit = torch.zeros(width)
+    unit[width // 2] = 1
+    assert reference.rotate(unit).abs().sum() == mixed
+    x[:, 3] *= 100
+    step = x.abs().amax(1, keepdim=True) / 127
+    plain = ((x / step).round() * step - x).square().mean().sqrt()
+    error = (reference.as_int8(x) - x).square().mean().sqrt()
+    assert error / plain == pytest.approx(mixed**-0.5, rel=0.2)
+
+
+@as_bytes
+@pytest.mark.parametrize("rows", [3, 70])
+@pytest.mark.parametrize("inputs", [64, 192, 384, 768])
+def test_every_width_of_blocks(inputs: int, rows: int, library: str) -> None:
+    torch.manual_seed(0)
+    made, x = layer(inputs, 48), tokens((rows,), inputs)
+    x[:, 5] *= 1000
+    expected = reference.linear(reference.as_int8(x), reference.as_int8(made.weight), made.bias)
+    mark([made.weight], "int8")
+    assert relative(ops.linear(x, made.weight, made.bias), expected) < 1e-5
+
+
 @as_bytes
 @pytest.mark.parametrize(("dtype", "wide"), [(torch.float32, 160), (torch.bfloat16, 192)])
 def test_mlp_rounds_the_hidden_layer_once(dtype: torch.dtype, wide: int, library: str) -> None:
@@ -98,7 +130,7 @@ def test_mlp_rounds_the_hidden_layer_once(dtype: torch.dtype, wide: int, library
     rounded = [reference.as_int8(part.weight.float()) for part in (first, second)]
     hidden = reference.linear_gelu(reference.as_int8(x), rounded[0], first.bias.float())
     expected = reference.linear_residual(
-        reference.as_int8(hidden, gelu=True),
+        reference.as_int8(hidden),
         rounded[1],
         second.bias.float(),
         residual.float(),

@@ -325,7 +325,7 @@ class ShortLayer(NamedTuple):
         context = plain_attention(q, k, v, q.shape[-1] ** -0.5).view(tokens, width)
         x = torch.layer_norm(attended(context, x), (width,), **self.norm, eps=self.eps[0])
         hidden = first(x, gelu=True, dtype=torch.float32)
-        x = second(hidden, x, of_gelu=True)
+        x = second(hidden, x)
         return torch.layer_norm(x, (width,), **self.last_norm, eps=self.eps[1])
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ from xfm_fast.replace.report import (
     REGISTER,
     Entry,
     Report,
+    Trial,
     Unknown,
     in_graphs,
     linear_weights,
@@ -114,7 +115,7 @@ def accelerate(
     model: nn.Module,
     *,
     kernels: Backend = "auto",
-    dtype: torch.dtype | EightBits | None = None,
+    dtype: torch.dtype | EightBits | Literal["auto"] | None = None,
     include: Selection | None = None,
     exclude: Selection | None = None,
     unpad: bool = False,
@@ -122,6 +123,7 @@ def accelerate(
     freeze: bool = False,
     cuda_graphs: bool = False,
     verify: Any = None,
+    min_cosine: float = LEAST_COSINE,
 ) -> Report:
     """Replace the modules of a live model with fused forms, in place and on this instance only.
 
@@ -144,7 +146,9 @@ def accelerate(
             capability 8.9 or newer and refuses gradients; a CPU emulates it, slowly, to show the
             loss of accuracy. All other layers run in bfloat16 where that is fast. With `verify`,
             the blocks with the largest error stay in floating point until the cosine of every
-            output is at least 0.99.
+            output is at least `min_cosine`. "auto", on a CPU, times the `verify` batch in the
+            dtype of the parameters, bfloat16 and "int8", and keeps the fastest of those that reach
+            `min_cosine`; the report lists them.
         include: Replace only modules under these: qualified names or class names (with * and ?), or
             classes.
         exclude: Skip these modules and their submodules.
@@ -163,6 +167,8 @@ def accelerate(
             for a model of sentence-transformers a list of texts, or of pairs. The model runs on it
             before and after, in evaluation mode; on a CPU several times in turn, to measure the
             speedup. The report says which fused modules ran.
+        min_cosine: Smallest cosine to the original that an output may have in 8 bits, or in a dtype
+            that "auto" chooses.
 
     Returns:
         A report that prints as a table and can `revert()`.
@@ -183,8 +189,23 @@ def accelerate(
     native = {
         path: module for path, module in model.named_modules() if isinstance(module, PrecisionMixin)
     }
+    if dtype == "auto":
+        attempt = partial(
+            accelerate,
+            model,
+            kernels=kernels,
+            include=include,
+            exclude=exclude,
+            unpad=unpad,
+            skip_logits=skip_logits,
+            freeze=freeze,
+            cuda_graphs=cuda_graphs,
+            verify=verify,
+            min_cosine=min_cosine,
+        )
+        return _in_fastest_dtype(attempt, model, [*native.values()], verify, min_cosine)
     if native and not (isinstance(dtype, torch.dtype) or cuda_graphs or kernels != "auto"):
-        return _tune_native(model, native, dtype, freeze, verify)
+        return _tune_native(model, native, dtype, freeze, verify, min_cosine)
     if cuda_graphs and unpad:
         raise InputError(
             "unpad=True packs a variable number of tokens, and cuda_graphs=True needs fixed sizes; leave one out"
@@ -211,10 +232,57 @@ def accelerate(
                 "or bfloat16, without hooks or adapters; choose another dtype"
             )
         if batch is not None:
-            _verify(model, batch, before, report, settings)
+            _verify(model, batch, before, report, settings, min_cosine)
         if cuda_graphs:
             model.__dict__["forward"] = CallGraphs(model.forward, model)
             report._model = model
+    return report
+
+
+def _in_fastest_dtype(
+    attempt: Callable[..., Report],
+    model: nn.Module,
+    native: Sequence[nn.Module],
+    verify: Any,
+    min_cosine: float,
+) -> Report:
+    """Accelerate in the fastest dtype whose outputs keep a cosine of `min_cosine`."""
+    if verify is None:
+        raise InputError(
+            'dtype="auto" compares dtypes on a batch; give verify=, such as a list of your texts'
+        )
+    if native:
+        raise InputError(
+            f'dtype="auto" compares fused forms, and {type(native[0]).__name__} runs these kernels as it is; choose '
+            'dtype="int8", or convert the model'
+        )
+    if not all(p.is_cpu for p in model.parameters()):
+        raise UnavailableError(
+            'dtype="auto" times calls on a CPU; on a GPU choose a dtype, such as torch.bfloat16'
+        )
+    stored = {f"{p.dtype}".removeprefix("torch.") for p in model.parameters()}
+    names = {None: " and ".join(sorted(stored)), torch.bfloat16: "bfloat16", "int8": "int8"}
+    if stored == {"bfloat16"}:
+        del names[torch.bfloat16]
+    trials, fastest, dtype, report = dict[Any, Trial](), None, None, Report([])
+    for dtype, name in names.items():
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                report = attempt(dtype=dtype)
+        except (InputError, UnavailableError) as error:
+            if dtype is None:
+                raise
+            trials[dtype] = Trial(name, reason=str(error))
+            continue
+        cosine = min(report.rounding.values(), default=1.0)
+        reason = "" if cosine >= min_cosine or dtype is None else f"below {min_cosine}"
+        trials[dtype] = trial = Trial(name, report.speedup or 0.0, cosine, reason)
+        # Smaller gains are noise, and the dtypes before it round less.
+        if not reason and trial.speedup > _SLOWER * trials[fastest].speedup:
+            fastest = dtype
+    if dtype != fastest:
+        report = attempt(dtype=fastest)
+    report.trials = [trials.pop(fastest), *trials.values()]
     return report
 
 
@@ -224,6 +292,7 @@ def _tune_native(
     dtype: EightBits | None,
     freeze: bool,
     verify: Any,
+    min_cosine: float,
 ) -> Report:
     """Freeze or quantise the X-FMs within a model, which run these kernels as they are."""
     report = Report([], _native=[*native.values()], _eight_bits=dtype)
@@ -238,7 +307,7 @@ def _tune_native(
     for path, module in native.items():
         share = size_of(linear_weights(module)) / (size_of(linear_weights(model)) or 1)
         if dtype is not None:
-            module.quantise(dtype, cosine if before else None, least=LEAST_COSINE)
+            module.quantise(dtype, cosine if before else None, least=min_cosine)
         elif freeze:
             module.freeze()
         name = type(module).__name__
@@ -246,7 +315,9 @@ def _tune_native(
         report.share += share
     try:
         after = {} if batch is None else model_outputs(model, batch)
-        report.differences, report.rounding = compare_outputs(before, after, mask, None, dtype)
+        report.differences, report.rounding = compare_outputs(
+            before, after, mask, None, dtype, min_cosine
+        )
     except InputError:
         report.revert()
         raise
@@ -275,7 +346,12 @@ def _settings(
 
 
 def _verify(
-    model: nn.Module, batch: Any, before: dict[str, Tensor], report: Report, settings: Settings
+    model: nn.Module,
+    batch: Any,
+    before: dict[str, Tensor],
+    report: Report,
+    settings: Settings,
+    min_cosine: float,
 ) -> None:
     """Run the verify batch on the fused model, compare its outputs, and time it on a CPU."""
     mask, eight_bits = mask_of(batch), settings.eight_bits
@@ -284,7 +360,7 @@ def _verify(
         def cosine() -> float:
             return least_cosine(before, model_outputs(model, batch), mask)
 
-        report._exempt = keep_within(cosine, report._rounded, eight_bits, LEAST_COSINE)
+        report._exempt = keep_within(cosine, report._rounded, eight_bits, min_cosine)
     with counted() as runs:
         after = model_outputs(model, batch)
     for entry, module in zip(report.replaced, report._modules, strict=False):
@@ -297,11 +373,12 @@ def _verify(
             f"verify compared the original with itself: {report.coverage()}. The model was reverted; give a batch that "
             "fused forms compute (without attention weights or caches as outputs), or leave verify out"
         )
-    differences, cosines = compare_outputs(before, after, mask, settings.dtype, eight_bits)
-    report.differences, report.rounding = differences, cosines
+    report.differences, report.rounding = compare_outputs(
+        before, after, mask, settings.dtype, eight_bits, min_cosine
+    )
     if all(p.is_cpu for p in model.parameters()):
         original = partial(_original_forward, report)
-        report.speedups, report.untimed = speedups(model, batch, original)
+        report.speedups = speedups(model, batch, original)
 
 
 @contextmanager

@@ -48,7 +48,6 @@ class _Linear(NamedTuple):
         gamma: Tensor | None = None,
         *,
         gelu: bool = False,
-        of_gelu: bool = False,
     ) -> None:
         """Launch `out = residual + gamma · (x Wᵀ + b)`, or its GELU, on `[n, width]`."""
         from xfm_fast.kernels.cpu.llvm.linear import int8_linear, linear
@@ -57,7 +56,7 @@ class _Linear(NamedTuple):
             linear(x, self.weight, self.bias, residual, gamma, gelu=gelu, out=out)
         else:
             panels, bias = self.prepared
-            int8_linear(x, panels, bias, residual, out, gelu=gelu, of_gelu=of_gelu)
+            int8_linear(x, panels, bias, residual, out, gelu=gelu)
 
 
 class Operands:
@@ -308,8 +307,7 @@ class Recorder:
             first.record(self._operand(x, first), hidden, gelu=True)
         else:
             hidden = self._activated(x)
-        of_gelu = layer.modules.hidden is None
-        layer.fc2.record(hidden, out, residual, layer.gammas[MLP], of_gelu=of_gelu)
+        layer.fc2.record(hidden, out, residual, layer.gammas[MLP])
         self._narrowed.pop(out.data_ptr(), None)
         return out
 

@@ -36,6 +36,20 @@ class Entry:
     share: float = 0.0  # share of the model's linear weights in this module
 
 
+class Trial(NamedTuple):
+    """A dtype that `dtype="auto"` compared: median speedup and smallest cosine, or the reason against it."""
+
+    dtype: str
+    speedup: float = 0.0
+    cosine: float = 1.0
+    reason: str = ""
+
+    def __str__(self) -> str:
+        outcome = f"{self.speedup:.2f}× as fast, cosine of at least {self.cosine:.6g}"
+        remarks = [outcome] * bool(self.speedup) + [self.reason] * bool(self.reason)
+        return f"{self.dtype}: {'; '.join(remarks)}"
+
+
 class Unknown(NamedTuple):
     """Unrecognised layers of one class, and their share of the model's linear weights."""
 
@@ -63,13 +77,14 @@ class Report:
     share: float = 0.0  # share of the model's linear weights in replaced modules
     # largest difference of each verified output, relative to its largest value
     differences: dict[str, float] = field(default_factory=dict)
-    # smallest cosine of each verified output in 8 bits
+    # smallest cosine of each verified output
     rounding: dict[str, float] = field(default_factory=dict)
     # calls on the `verify` batch that each fused form computed
     runs: dict[str, int] = field(default_factory=dict)
     # of every timed round of the `verify` batch, sorted
     speedups: list[float] = field(default_factory=list)
-    untimed: str = ""  # why the `verify` batch was not timed
+    # what `dtype="auto"` compared, the chosen dtype first
+    trials: list[Trial] = field(default_factory=list)
     _modules: list[nn.Module] = field(default_factory=list, repr=False)
     _frozen: list[FrozenLinear] = field(default_factory=list, repr=False)
     _eight_bits: EightBits | None = None
@@ -185,7 +200,7 @@ class Report:
 
     def _verification(self) -> list[str]:
         lines = [f"verified: {self.coverage()}"] if self.runs else []
-        if self.rounding:
+        if self._eight_bits is not None:
             for name, cosine in self.rounding.items():
                 lines.append(f"verified: {name or 'output'} has a cosine of at least {cosine:.4f}")
         else:
@@ -198,8 +213,10 @@ class Report:
             speed = low if low == high else f"{low}–{high}"
             rounds = f"{len(self.speedups)} rounds, before and after in turn"
             lines.append(f"the verify batch ran {speed}× as fast ({rounds})")
-        if self.untimed:
-            lines.append(self.untimed)
+        if self.trials:
+            fastest, *slower = self.trials
+            lines.append(f'dtype="auto" chose {fastest}')
+            lines += [f"  compared with {trial}" for trial in slower]
         return lines
 
 

@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from statistics import median
+from math import ceil
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from xfm_fast.replace.swap import BANDS
 LEAST_COSINE = 0.99
 """Smallest accepted cosine between an output before and after, per batch entry, in 8 bits."""
 _MAX_ROUNDS, _MIN_ROUNDS, _SECONDS = 9, 3, 2.0  # after a warm-up round
-_MIN_CALL_S = 5e-3  # noise of the machine dominates shorter calls
+_MIN_ROUND_S = 5e-3  # noise of the machine dominates shorter times
 
 
 def arguments_of(model: nn.Module, batch: Any) -> Any:
@@ -114,8 +114,8 @@ def _leaves(result: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 def speedups(
     model: nn.Module, batch: Any, original: Callable[[], AbstractContextManager[None]]
-) -> tuple[list[float], str]:
-    """Time rounds of one call of the original and one of the fused forms.
+) -> list[float]:
+    """Time the original and the fused forms in rounds of one call each, or of several short ones.
 
     Args:
         model: The accelerated model.
@@ -123,32 +123,28 @@ def speedups(
         original: Context in which the model runs its original forward.
 
     Returns:
-        The sorted speedups, or none and the reason.
+        The sorted speedups.
     """
     before: list[float] = []
     after: list[float] = []
-    until = time.perf_counter() + _SECONDS
+    until, calls = time.perf_counter() + _SECONDS, 1
     with inference(model):
         while len(after) <= _MAX_ROUNDS:
             if len(after) > _MIN_ROUNDS and time.perf_counter() >= until:
                 break
             with original():
-                before.append(_time_call(model, batch))
-            after.append(_time_call(model, batch))
-    before, after = before[1:], after[1:]
-    call_s = min(median(before), median(after))
-    if call_s < _MIN_CALL_S:
-        return [], (
-            f"no speedup is reported: a call takes {call_s * 1e3:.1f} ms, and noise dominates below "
-            f"{_MIN_CALL_S * 1e3:.0f} ms; give verify a larger batch"
-        )
-    return sorted(old / new for old, new in zip(before, after, strict=True)), ""
+                before.append(_time_calls(model, batch, calls))
+            after.append(_time_calls(model, batch, calls))
+            if calls == len(after) == 1:
+                calls = ceil(_MIN_ROUND_S / min(*before, *after))
+    return sorted(old / new for old, new in zip(before[1:], after[1:], strict=True))
 
 
-def _time_call(model: nn.Module, batch: Any) -> float:
-    batch = _fresh(batch)
+def _time_calls(model: nn.Module, batch: Any, calls: int) -> float:
+    batches = [_fresh(batch) for _ in range(calls)]
     start = time.perf_counter()
-    _call(model, batch)
+    for arguments in batches:
+        _call(model, arguments)
     return time.perf_counter() - start
 
 
@@ -174,6 +170,7 @@ def compare_outputs(
     mask: Any,
     dtype: torch.dtype | None,
     eight_bits: EightBits | None,
+    min_cosine: float,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Compare every output before and after.
 
@@ -182,10 +179,11 @@ def compare_outputs(
         after: Outputs of the fused forms.
         mask: Attention mask of the batch; outputs at padding are not compared.
         dtype: Compute dtype, which decides the tolerance; None for that of each output.
-        eight_bits: int8 or fp8, for which cosines are compared.
+        eight_bits: int8 or fp8, whose cosines have to reach `min_cosine`.
+        min_cosine: Smallest accepted cosine.
 
     Returns:
-        The largest relative difference of every output, and in 8 bits its smallest cosine.
+        The largest relative difference of every output, and its smallest cosine.
 
     Raises:
         InputError: An output has another shape, or differs by more than rounding.
@@ -200,11 +198,11 @@ def compare_outputs(
             )
         old, new = without_padding(old, new, mask)
         differences[name] = relative_error(old, new)
+        cosines[name] = _cosine(old, new)
         if eight_bits is not None:
-            cosines[name] = _cosine(old, new)
-            if not cosines[name] >= LEAST_COSINE:
+            if not cosines[name] >= min_cosine:
                 raise InputError(
-                    f"{label} has a cosine of {cosines[name]:.3f} to the original, below {LEAST_COSINE} for "
+                    f"{label} has a cosine of {cosines[name]:.6g} to the original, below {min_cosine} for "
                     f"{eight_bits}; the model was reverted. Use exclude=… or dtype=torch.bfloat16"
                 )
             continue
@@ -238,7 +236,9 @@ def _cosine(before: Tensor, after: Tensor) -> float:
     if not before.numel():
         return 1.0
     before, after = before.double(), after.double()
-    if before.ndim == 1:
-        # Scalar scores of the entries form one vector.
-        before, after = before[None], after[None]
-    return float(F.cosine_similarity(before.flatten(1), after.flatten(1), dim=1).min())
+    # Scalar scores of the entries form one vector.
+    shape = (1, -1) if before.ndim < 2 else (len(before), -1)
+    before, after = before.reshape(shape), after.reshape(shape)
+    cosines = F.cosine_similarity(before, after, dim=1)
+    # Zeros have no direction.
+    return float(cosines.masked_fill((before == after).all(1), 1.0).min())

@@ -19,9 +19,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-ZERO_BYTE, GELU_ZERO_BYTE = 128, 32
-"""The bytes that stand for 0 in GEMMs of unsigned with signed bytes: for any rows, and for GELU outputs, whose minimum
-of -0.17 leaves most levels to positive values."""
+ZERO_BYTE = 128
+"""The byte that stands for 0 in GEMMs of unsigned with signed bytes."""
 NO_FRACTIONS = 1.5 * 2**23
 """Added to a small fp32 number, it leaves no mantissa bits for fractions, so the lowest byte is the rounded level."""
 TOGETHER = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}

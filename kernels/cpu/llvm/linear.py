@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import GELU_ZERO_BYTE, ZERO_BYTE, Level, fits, levels
+from ...reference import int8_strides
+from . import ZERO_BYTE, Level, fits, levels
 from .builder import (
     BF16,
     BYTE,
@@ -69,7 +70,7 @@ _OPERANDS = ("x", "weight", "bias", "gamma", "residual", "out")
 _POINTERS = (*_OPERANDS, "scratch", "steps", "scales", "weight_sums")
 _STRIDES = ("x_row", "weight_row", "residual_row", "out_row")
 _SIZES = ("rows", "inputs", "outputs", "columns", "chunk", "chunks", "scratch_bytes")
-_NUMBERS = (*_STRIDES, *_SIZES, "gelu", "zero")
+_NUMBERS = (*_STRIDES, *_SIZES, "gelu")
 
 
 class _Linear:
@@ -198,7 +199,7 @@ class _Linear:
 
                 def columns(at: Any) -> None:
                     panel = b.at(args["weight"], at * args["inputs"], self.unit)
-                    starts = [b.neg(self._zero_sums(at + n * lanes)) for n in range(2)]
+                    starts = [self._zero_sums(at + n * lanes) for n in range(2)]
                     self._multiply_panel(rows, panel, starts, _AHEAD)
                     count = b.minimum_int(stop - at, 2 * lanes)
                     self._epilogue(first, end, at, count, height)
@@ -210,9 +211,8 @@ class _Linear:
         b.choose_height(self.height, end - row, emit_tiles)
 
     def _zero_sums(self, column: Any) -> Any:
-        """Return what the zero byte of rows adds to sums: its product with the sums of the weight."""
-        b, zero = self.b, self.b.int32(self.args["zero"])
-        return b.mul(b.read(self.args["weight_sums"], INT32, column), b.broadcast(zero))
+        """Return what rows of the zero byte take from the sums of a GEMM."""
+        return self.b.read(self.args["weight_sums"], INT32, column)
 
     def _multiply_panel(self, rows: Values, panel: Any, starts: Values, ahead: int = 0) -> None:
         """Store the sums of a tile of rows times a panel; `starts` has the first accumulator of each vector."""
@@ -382,7 +382,7 @@ class _Linear:
         """Return `sums · scale · step + bias` in fp32."""
         b, args = self.b, self.args
         if self.tiled:
-            sums = b.sub(sums, self._zero_sums(column))
+            sums = b.add(sums, self._zero_sums(column))
         step = b.broadcast(b.load_scalar(args["steps"], row, FP32))
         scaled = b.fmul(b.sitofp(sums, b.vector(FP32)), b.read(args["scales"], FP32, column))
         return b.multiply_add(scaled, step, bias)
@@ -620,7 +620,8 @@ def linear(
 class Panels(NamedTuple):
     """An int8 weight `[M, K]`: `levels` `[⌈M / 2 lanes⌉, K / 4, 2 lanes]`, four per int32, in the order of the GEMM.
 
-    Per channel, `steps` `[M]` in fp32 and `sums` of its levels `[⌈M / 2 lanes⌉ · 2 lanes]` in int32.
+    Per channel, `steps` `[M]` in fp32, and `sums` `[⌈M / 2 lanes⌉ · 2 lanes]` of its levels in int32 times minus the
+    zero byte, from which a GEMM starts.
     """
 
     levels: Tensor
@@ -633,7 +634,7 @@ def in_panels(rows: Tensor, steps: Tensor) -> Panels:
     units, width = rows.view(torch.int32), 2 * levels()[0].lanes
     missing = -len(units) % width
     panels = F.pad(units, (0, 0, 0, missing)).view(-1, width, units.shape[1])
-    sums = F.pad(rows.sum(1, dtype=torch.int32), (0, missing))
+    sums = F.pad(-ZERO_BYTE * rows.sum(1, dtype=torch.int32), (0, missing))
     return Panels(panels.transpose(1, 2).contiguous(), steps, sums)
 
 
@@ -645,7 +646,6 @@ def int8_linear(
     out: Tensor,
     *,
     gelu: bool = False,
-    of_gelu: bool = False,
     norm: Norm | None = None,
     level: Level | None = None,
 ) -> Tensor:
@@ -659,14 +659,13 @@ def int8_linear(
     few = norm is None and len(x) < _FEW
     steps = quantisation = None
     if few:
-        quantisation = Quantisation(x.dtype == torch.bfloat16, of_gelu)
+        quantisation = Quantisation(x.dtype == torch.bfloat16, int8_strides(x.shape[1]))
     else:
-        x, steps = int8_rows(x, gelu=of_gelu, norm=norm)
+        x, steps = int8_rows(x, norm=norm)
     scales = _Scales(
         0 if steps is None else steps.data_ptr(),
         weight.steps.data_ptr(),
         weight.sums.data_ptr(),
-        GELU_ZERO_BYTE if of_gelu else ZERO_BYTE,
     )
     return _run(
         "int8",
@@ -683,12 +682,11 @@ def int8_linear(
 
 
 class _Scales(NamedTuple):
-    """Addresses of the steps of rows, of the scales of the weight's columns and of its sums; the zero byte."""
+    """Addresses of the steps of rows, of the scales of the weight's columns and of its sums."""
 
     steps: int = 0
     scales: int = 0
     weight_sums: int = 0
-    zero: int = 0
 
 
 def _run(
@@ -741,7 +739,7 @@ def _run(
     sizes = (rows, inputs, outputs, columns, chunk, chunks, scratch_bytes)
     run = kernel(emitter, dtype, half, transposed, quantisation, wide, level)
     run(
-        (*pointers, scratch, *scales[:3], *strides, *sizes, int(gelu), scales.zero),
+        (*pointers, scratch, *scales, *strides, *sizes, int(gelu)),
         -(-outputs // columns) * chunks,
         threads,
     )

@@ -1,4 +1,4 @@
-"""Quantisation of rows, or of their LayerNorm, to uint8 with a step per row, as in the reference's `as_int8`."""
+"""Quantisation of rows, or of their LayerNorm: rotated, to uint8, with a step per row, as in `reference.as_int8`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...reference import int8_strides
 from ..workspace import scratch
-from . import GELU_ZERO_BYTE, NO_FRACTIONS, ZERO_BYTE, Level, levels
+from . import NO_FRACTIONS, ZERO_BYTE, Level, levels
 from .builder import (
     BF16,
     BYTE,
@@ -32,10 +33,10 @@ Norm = tuple[Tensor, Tensor, float]
 
 
 class Quantisation(NamedTuple):
-    """Quantisation of rows: `half`: rows and steps are bf16, `gelu`: rows are GELU outputs."""
+    """Quantisation of rows: `half`: rows and steps are bf16; `strides` of their rotation."""
 
     half: bool
-    gelu: bool
+    strides: tuple[int, ...]
 
 
 def quantise_row(
@@ -56,48 +57,55 @@ def quantise_row(
     def maximum(x: Any, y: Any) -> Any:
         return b.select(b.icmp_signed("<", x, y), y, x)
 
-    def accumulate(i: Any, largest: Any) -> Any:
-        bits = b.bitcast(b.read_fp32(x, element, i), b.vector(INT32))
-        return maximum(largest, b.and_(bits, magnitude))
+    count = 2 ** len(mode.strides)
 
-    largest = _fold_row(b, inputs, accumulate, maximum, b.splat(0, INT32))
+    def rotated(i: Any) -> Values:
+        values = [b.read_fp32(x, element, i + n * b.lanes) for n in range(count)]
+        for stride in mode.strides:
+            step = stride // b.lanes
+            for n in (n for n in range(count) if not n & step):
+                first, second = values[n], values[n + step]
+                values[n], values[n + step] = b.fadd(first, second), b.fsub(first, second)
+        return values
+
+    def accumulate(i: Any, *largest: Any) -> Values:
+        results = [*largest]
+        for n, value in enumerate(rotated(i)):
+            bits = b.and_(b.bitcast(value, b.vector(INT32)), magnitude)
+            results[n % 4] = maximum(results[n % 4], bits)
+        return results
+
+    starts = [b.splat(0, INT32)] * 4
+    first, second, third, fourth = b.loop(0, inputs, count * b.lanes, accumulate, *starts)
+    largest = maximum(maximum(first, second), maximum(third, fourth))
     largest = b.intrinsic(f"llvm.vector.reduce.smax.v{b.lanes}i32", INT32, largest)
-    step = _step(b, mode.gelu, half_step, b.bitcast(b.broadcast(largest), b.vector(FP32)))
+    step = _step(b, half_step, b.bitcast(b.broadcast(largest), b.vector(FP32)))
     inverse = b.fdiv(b.splat(1.0), step)
-    shift = b.splat(NO_FRACTIONS + (GELU_ZERO_BYTE if mode.gelu else ZERO_BYTE))
+    shift = b.splat(NO_FRACTIONS + ZERO_BYTE)
 
     def quantise(i: Any) -> None:
-        value = b.read_fp32(x, element, i)
-        level = b.bitcast(b.multiply_add(value, inverse, shift), b.vector(INT32))
-        b.write(b.trunc(level, b.vector(BYTE)), out, i)
+        for n, value in enumerate(rotated(i)):
+            level = b.bitcast(b.multiply_add(value, inverse, shift), b.vector(INT32))
+            b.write(b.trunc(level, b.vector(BYTE)), out, i + n * b.lanes)
 
-    b.loop(0, inputs, b.lanes, quantise)
+    b.loop(0, inputs, count * b.lanes, quantise)
     return b.extract_element(step, ir.Constant(INT32, 0))
 
 
-def _fold_row(
-    b: Builder,
-    inputs: Any,
-    accumulate: Callable[[Any, Any], Any],
-    combine: Callable[[Any, Any], Any],
-    start: Any,
-) -> Any:
-    """Reduce a row to one vector by four independent accumulators; `inputs` is a multiple of four vectors."""
+def _sum_row(b: Builder, inputs: Any, accumulate: Callable[[Any, Any], Any]) -> Any:
+    """Sum a row by four independent accumulators; `inputs` is a multiple of four vectors."""
 
     def fold(i: Any, *accumulators: Any) -> Values:
         return [accumulate(i + n * b.lanes, value) for n, value in enumerate(accumulators)]
 
-    first, second, third, fourth = b.loop(0, inputs, 4 * b.lanes, fold, *[start] * 4)
-    return combine(combine(first, second), combine(third, fourth))
+    starts = [b.splat(0.0)] * 4
+    first, second, third, fourth = b.loop(0, inputs, 4 * b.lanes, fold, *starts)
+    return b.reduce_add(b.fadd(b.fadd(first, second), b.fadd(third, fourth)))
 
 
-def _step(b: Builder, gelu: bool, half: bool, largest: Any) -> Any:
+def _step(b: Builder, half: bool, largest: Any) -> Any:
     """Return the step of a row with this largest magnitude."""
-    if gelu:
-        # Negative outputs of GELU are too small in magnitude to matter.
-        step = b.maximum(b.fdiv(largest, b.splat(223.0)), b.splat(float(np.float32(0.17 / 32))))
-    else:
-        step = b.fdiv(b.maximum(largest, b.splat(float(np.float32(1e-30)))), b.splat(127.0))
+    step = b.fdiv(b.maximum(largest, b.splat(float(np.float32(1e-30)))), b.splat(127.0))
     if not half:
         return step
     # Rounded down, it would leave the largest value without a level.
@@ -142,7 +150,7 @@ class _QuantiseRows:
             return b.read_fp32(base, self.element, i)
 
         def sum_row(accumulate: Callable[[Any, Any], Any]) -> Any:
-            return b.reduce_add(_fold_row(b, args["inputs"], accumulate, b.fadd, b.splat(0.0)))
+            return _sum_row(b, args["inputs"], accumulate)
 
         mean = b.broadcast(b.fdiv(sum_row(lambda i, total: b.fadd(total, read(x, i))), count))
 
@@ -163,7 +171,7 @@ class _QuantiseRows:
         b.loop(0, args["inputs"], b.lanes, normalise)
 
 
-def int8_rows(x: Tensor, *, gelu: bool = False, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
+def int8_rows(x: Tensor, *, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
     """Quantise rows `[n, K]` in fp32 or bf16, after `norm`: uint8 in scratch memory, and the step of each row."""
     (rows, inputs), threads, level = x.shape, torch.get_num_threads(), levels()[0]
     out = scratch("compiled bytes", (rows, inputs), torch.uint8)
@@ -179,7 +187,7 @@ def int8_rows(x: Tensor, *, gelu: bool = False, norm: Norm | None = None) -> tup
         norm_addresses = weight.data_ptr(), bias.data_ptr(), buffer
     pointers = (x.data_ptr(), out.data_ptr(), steps.data_ptr(), *norm_addresses)
     numbers = (x.stride(0), rows, inputs, chunk, eps_bits, scratch_bytes)
-    mode = Quantisation(x.dtype == torch.bfloat16, gelu)
+    mode = Quantisation(x.dtype == torch.bfloat16, int8_strides(inputs))
     run = kernel(_QuantiseRows, mode, norm is not None, level)
     run((*pointers, *numbers), -(-rows // chunk), threads)
     return out, steps

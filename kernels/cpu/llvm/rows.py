@@ -67,9 +67,7 @@ class _Rows:
 
         def table_row(name: str) -> Any:
             ids = args[f"{name}_ids"]
-            i = b.compute_if(
-                b.is_not_null(ids), lambda: b.load_scalar(ids, row, INT64).value, zero
-            )
+            i = b.compute_if(b.is_not_null(ids), lambda: b.load_scalar(ids, row, INT64).value, zero)
             fits = b.icmp_unsigned("<", i, args[f"{name}_count"].value)
             with b.if_then(b.not_(fits)):
                 b.store(ir.Constant(INT64, 1), args["invalid"])
