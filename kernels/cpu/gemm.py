@@ -229,7 +229,7 @@ def bias_gradient(dout: Tensor) -> Tensor:
 
 
 def compiled_delay(operation: str, weight: Tensor, rows: int) -> float:
-    """Return the seconds that the compiled kernel takes longer than the fastest, by their race; infinite without one."""
+    """Return the seconds that the compiled kernel loses against the fastest, by their race; infinite without one."""
     if weight.is_mkldnn:
         return math.inf
     if _choose(operation, weight, rows) == "llvm":

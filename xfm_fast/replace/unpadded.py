@@ -178,14 +178,13 @@ class UnpaddedEncoder(CalledByName):
         if has_other_arguments(call, self.understood) or (ids is None) == (embeds is None):
             return None
         states, memory = call.get("encoder_hidden_states"), None
-        made = valid_plan(self) if states is None and embeds is None else None
+        cut = self._can_cut(call)
+        made = valid_plan(self) if states is None and embeds is None and not cut else None
         planned = None if made is None else made.layers
         layers: Any = self._layers() if planned is None else planned.layers
         if made is None and not self._ready(call, layers):
             return None
-        last = None
-        if self._can_cut(call, layers):
-            *layers, last = layers
+        last = layers.pop() if cut else None
         tokens: Any = embeds if ids is None else ids
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape != tokens.shape[:2]:
             return None
@@ -193,8 +192,7 @@ class UnpaddedEncoder(CalledByName):
             return None
         if memory_mask is not None and memory_mask.ndim != 2:
             return None
-        keep_first = last is not None or self._pooler() is not None
-        packed = plan(mask, memory_mask, keep_first=keep_first)
+        packed = plan(mask, memory_mask, keep_first=cut or self._pooler() is not None)
         if packed is None:
             return None
         packing, memory_visible = packed
@@ -207,18 +205,18 @@ class UnpaddedEncoder(CalledByName):
             memory = packed_memory(states, None if memory_visible else memory_mask, packing)
         self.count()
         with self.settings.without_autocast(mask.device):
-            if memory is None and embeds is None and not torch.is_grad_enabled() and last is None:
+            if memory is None and embeds is None and not cut and not torch.is_grad_enabled():
                 planned = self._planned(layers) if planned is None else planned
                 states = self._run_planned(call, planned, made, packing)
                 if states is not None:
                     return states, packing
             x = self._run(call, layers, packing, mask.bool(), memory)
-            return (x, packing) if last is None else _run_for_first(last, x, packing)
+            return _run_for_first(last, x, packing) if cut else (x, packing)
 
     def _layers(self) -> list[Any]:
         return list(self.encoder_spec.sequence(self, self.encoder_spec.layers))
 
-    def _can_cut(self, call: dict[str, Any], layers: list[Any]) -> bool:
+    def _can_cut(self, call: dict[str, Any]) -> bool:
         """Return whether the last layer needs to compute the first token of each text only."""
         spec, mask = self.encoder_spec, call.get("attention_mask")
         if torch.compiler.is_compiling() or not _reads_first.get() or torch.is_grad_enabled():
@@ -233,7 +231,8 @@ class UnpaddedEncoder(CalledByName):
             return False
         if pooler is not None and not type(pooler).__module__.startswith("transformers."):
             return False
-        return len(layers) > 1 and layers[-1].layer_order == "behind sums"
+        *others, last = self._layers()
+        return bool(others) and getattr(last, "layer_order", "") == "behind sums"
 
     def _pooler(self) -> nn.Module | None:
         return find(self, self.encoder_spec.pooler) if self.encoder_spec.pooler else None
@@ -419,6 +418,21 @@ class UnpaddedEncoder(CalledByName):
         return x if project is None else project(x), positions
 
 
+def _run_for_first(layer: Any, x: Tensor, packing: Packing) -> tuple[Tensor, Packing]:
+    """Run a post-norm layer for the first token of each text: `[P, width]`."""
+    texts, starts = packing.shape[0], packing.cu_seqlens
+    bounds = torch.arange(texts + 1, dtype=starts.dtype, device=starts.device)
+    attend = Packed(bounds, starts, 1, packing.longest, packing.key_mask)
+    with layer.context(x.device) as settings:
+        rows = starts[:-1]
+        x = post_norm(replace(layer.executor(attend, settings, None), rows=rows), x, rows=rows)
+    layer.count()
+    first = Packing(
+        positions=bounds[:-1].long(), cu_seqlens=bounds, shape=(texts, 1), max_seqlen=1, whole=True
+    )
+    return x, first
+
+
 @cache
 def _output_class(name: str) -> tuple[Any, dict[str, None]]:
     """Return an output class of transformers, and its fields without values."""
@@ -436,21 +450,6 @@ def _output(name: str, values: dict[str, Any]) -> Any:
     for key, value in values.items():
         OrderedDict.__setitem__(output, key, value)
     return output
-
-
-def _run_for_first(layer: Any, x: Tensor, packing: Packing) -> tuple[Tensor, Packing]:
-    """Run a post-norm layer for the first token of each text: `[P, width]`."""
-    texts, starts = packing.shape[0], packing.cu_seqlens
-    bounds = torch.arange(texts + 1, dtype=starts.dtype, device=starts.device)
-    attend = Packed(bounds, starts, 1, packing.longest, packing.key_mask)
-    with layer.context(x.device) as settings:
-        rows = starts[:-1]
-        x = post_norm(replace(layer.executor(attend, settings, None), rows=rows), x, rows=rows)
-    layer.count()
-    first = Packing(
-        positions=bounds[:-1].long(), cu_seqlens=bounds, shape=(texts, 1), max_seqlen=1, whole=True
-    )
-    return x, first
 
 
 def is_expanded(states: Tensor) -> bool:
