@@ -154,8 +154,10 @@ def connect(
         connection.execute("PRAGMA cell_size_check=ON")
         if not write:
             connection.execute("PRAGMA query_only=ON")
-            files = [file for file in (path, path.with_name(f"{path.name}-wal")) if file.exists()]
-            size = sum(file.stat().st_size for file in files)
+            size = path.stat().st_size
+            # A writer removes it when it ends.
+            with suppress(FileNotFoundError):
+                size += path.with_name(f"{path.name}-wal").stat().st_size
             steps = iter(range((_STEPS + _STEPS_PER_BYTE * size) // _STEP))
             connection.set_progress_handler(lambda: next(steps, None) is None, _STEP)
         elif not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
