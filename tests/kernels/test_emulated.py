@@ -43,7 +43,15 @@ def emulate(target: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
-@each_target
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param("sm_80", marks=pytest.mark.slow),
+        "sm_90",
+        pytest.param("sm_100", marks=pytest.mark.slow),
+        "sm_120",
+    ],
+)
 def test_a_kernel_of_each_family_in_bf16(target: str) -> None:
     names = (
         HALF

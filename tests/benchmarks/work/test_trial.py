@@ -215,6 +215,7 @@ def test_a_name_on_the_hub(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not {"*.py", "*.bin", "*"} & set(patterns)
 
 
+@pytest.mark.slow
 def test_a_library_model_is_measured_in_whole_calls_against_runtimes(tmp_path: Path) -> None:
     for package in ("sentence_transformers", "onnxruntime", "onnxscript", "openvino"):
         pytest.importorskip(package)
