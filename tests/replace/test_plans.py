@@ -423,6 +423,40 @@ def test_one_text_is_few_calls() -> None:
     assert 0 < calls[0] <= 60
 
 
+class _States(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+
+TRACES: dict[str, Callable[[nn.Module, tuple[Tensor, ...]], Any]] = {
+    "jit": lambda model, given: torch.jit.trace(model, given, check_trace=False),
+    "export": lambda model, given: torch.export.export(model, given).module(),
+    "compile": lambda model, given: torch.compile(model, backend="eager", fullgraph=True),
+}
+
+
+@pytest.mark.parametrize("trace", TRACES)
+def test_a_trace_does_not_record_the_plan_of_an_earlier_call(
+    trace: str, ran: list[plans.Operands]
+) -> None:
+    """The texts that are traced would decide which tokens later ones leave out."""
+    original = _bert()
+    fast = copy.deepcopy(original)
+    accelerate(fast, unpad=True)
+    short, full = _texts(9, 4), _texts(9, 9)
+    with torch.no_grad():
+        fast(**short)
+        assert len(ran) == 2
+        recorded = TRACES[trace](_States(fast), tuple(short.values()))
+        found = recorded(*full.values())
+        assert len(ran) == 2
+        _near_floats(found, original(**full).last_hidden_state)
+
+
 def test_deterministic_algorithms_leave_the_kernels(ran: list[plans.Operands]) -> None:
     fast = _bert()
     accelerate(fast, unpad=True)

@@ -244,14 +244,16 @@ _thread = _Thread()
 _plans: weakref.WeakKeyDictionary[nn.Module, Plan] = weakref.WeakKeyDictionary()
 
 
-def valid_plan(owner: nn.Module, layers: Sequence[nn.Module] | None = None) -> Plan | None:
-    """Return the plan of a module if nothing has changed since it was made, or None."""
+def valid_plan(owner: nn.Module) -> Plan | None:
+    """Return the plan of a module if nothing has changed since it was made, or None.
+
+    For calls that `infers` allows: a trace would record the plan's kernels as constants.
+    """
     plan = _plans.get(owner)
     if plan is None:
         return None
-    if plan.layers is not None:
-        layers = plan.layers.layers
-    return plan if plan.is_valid(layers or [owner]) else None
+    layers = [owner] if plan.layers is None else plan.layers.layers
+    return plan if plan.is_valid(layers) else None
 
 
 def _make(
@@ -293,14 +295,14 @@ def run_planned(
 ) -> Tensor | None:
     """Run layers whose `intact()` was checked on `[..., width]` or embeddings; None for the general path.
 
-    `plan` is that of the owner, if it was just checked.
+    `plan` is that of the owner, if it and the call (`infers`) were just checked.
     """
     example = x.tables[0] if isinstance(x, Embedded) else x
     inputs = x.indices[:1] if isinstance(x, Embedded) else ()
     dtype = settings.dtype or example.dtype
     if dtype not in _DTYPES or example.dtype not in _DTYPES:
         return None
-    if not infers(settings, example, *inputs):
+    if plan is None and not infers(settings, example, *inputs):
         return None
     if isinstance(x, Tensor) and not all(layers.orders):
         # Only post-norm layers keep a wider residual.

@@ -29,7 +29,7 @@ from xfm_fast.replace.attention import (
 )
 from xfm_fast.replace.heads import FusedEmbeddings, default_positions
 from xfm_fast.replace.layer import PLAIN_ATTENTION, WITHOUT_EFFECT, can_run_packed, run_packed
-from xfm_fast.replace.plans import Layers, Plan, forget, run_planned, valid_plan
+from xfm_fast.replace.plans import Layers, Plan, forget, infers, run_planned, valid_plan
 from xfm_fast.replace.recording import Embedded
 from xfm_fast.replace.structure import post_norm
 from xfm_fast.replace.swap import (
@@ -179,7 +179,9 @@ class UnpaddedEncoder(CalledByName):
             return None
         states, memory = call.get("encoder_hidden_states"), None
         cut = self._can_cut(call)
-        made = valid_plan(self) if states is None and embeds is None and not cut else None
+        made = None
+        if states is None and isinstance(ids, Tensor) and not cut and infers(self.settings, ids):
+            made = valid_plan(self)
         planned = None if made is None else made.layers
         layers: Any = self._layers() if planned is None else planned.layers
         if made is None and not self._ready(call, layers):
@@ -434,19 +436,20 @@ def _run_for_first(layer: Any, x: Tensor, packing: Packing) -> tuple[Tensor, Pac
 
 
 @cache
-def _output_class(name: str) -> tuple[Any, dict[str, None]]:
-    """Return an output class of transformers, and its fields without values."""
-    from transformers import modeling_outputs
-
-    output = getattr(modeling_outputs, name)
-    return output, dict.fromkeys(field.name for field in fields(output))
+def _fields(output_class: type[Any]) -> dict[str, None]:
+    return dict.fromkeys(field.name for field in fields(output_class))
 
 
 def _output(name: str, values: dict[str, Any]) -> Any:
     """Return an output of transformers, made without the ninety calls of its constructor."""
-    output_class, empty = _output_class(name)
+    from transformers import modeling_outputs
+
+    output_class = getattr(modeling_outputs, name)
+    if torch.compiler.is_compiling():
+        # It traces the constructor, and nothing in its place.
+        return output_class(**values)
     output = output_class.__new__(output_class)
-    output.__dict__.update(empty | values)
+    output.__dict__.update(_fields(output_class) | values)
     for key, value in values.items():
         OrderedDict.__setitem__(output, key, value)
     return output
