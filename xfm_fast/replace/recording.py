@@ -263,13 +263,10 @@ class Recorder:
         context = self._buffer("context", width, layer.dtype)
         q, k, v = qkv.view(*layout.lead, 3, heads, -1).unbind(-3)
 
-        def rotate(attend: Attend, settings: Settings, rotary: Rotary | None) -> None:
+        def call(attend: Attend, settings: Settings, rotary: Rotary | None) -> None:
             if rotary is not None:
                 for t in (q, k):
                     t.copy_(apply_rotary(t, rotary))
-
-        def call(attend: Attend, settings: Settings, rotary: Rotary | None) -> None:
-            rotate(attend, settings, rotary)
             context.view(*layout.lead, width).copy_(attend(q, k, v, 0.0, settings))
 
         if layout.sizes is None:
@@ -357,7 +354,6 @@ def layout_of(
         and (bias is None or bias.dtype != torch.bool)
     ):
         sizes = (lead[0], lead[1], lead[1])
-        bias = getattr(attend, "bias", None)
     if sizes is None or not reads_in_place(query, sizes[2]):
         return Layout(lead), (None, None)
     if bias is None:

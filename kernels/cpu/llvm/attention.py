@@ -9,7 +9,6 @@ are rounded once.
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
@@ -31,6 +30,7 @@ from .builder import (
     Builder,
     Values,
     coefficients,
+    fp32_bits,
     kernel,
     scratch_address,
     split_rows,
@@ -575,7 +575,7 @@ def attend(
     run = kernel(_Attention, half, width, capacity, added is not None, level)
     addresses = (0 if t is None else t.data_ptr() for t in (q, k, v, out, added))
     strides = (s for t in (q, k, v, out) for s in t.stride()[:3])
-    numbers = (heads, queries, keys, period, chunk, chunks, threads, scale_bits(scale))
+    numbers = (heads, queries, keys, period, chunk, chunks, threads, fp32_bits(scale))
     args = (*addresses, *offsets, scratch, *strides, *bias_strides, *numbers)
     run(args, entries * heads * chunks, threads)
 
@@ -610,8 +610,3 @@ def readable_bias(bias: Tensor | None) -> tuple[Tensor | None, tuple[int, int, i
     bias = bias if bias.stride(-1) == 1 else bias.contiguous()
     batch, head, row = (0 if bias.shape[axis] == 1 else bias.stride(axis) for axis in range(3))
     return bias, (batch, row, head)
-
-
-def scale_bits(scale: float) -> int:
-    """Return the bits of an fp32 number as an integer."""
-    return struct.unpack("i", struct.pack("f", scale))[0]

@@ -29,9 +29,18 @@ from .attention import (
     readable,
     readable_bias,
     row_addresses,
-    scale_bits,
 )
-from .builder import BF16, FP32, INT16, INT32, Values, kernel, scratch_address, split_rows
+from .builder import (
+    BF16,
+    FP32,
+    INT16,
+    INT32,
+    Values,
+    fp32_bits,
+    kernel,
+    scratch_address,
+    split_rows,
+)
 
 # Capacities, in keys, that kernels are compiled for. With more keys, a head's data exceed the second level of cache.
 _CAPACITIES = (208, 592, 1040)
@@ -435,7 +444,7 @@ def attention_backward(
             *dbias_strides,
             *sizes,
             group_stride,
-            scale_bits(scale),
+            fp32_bits(scale),
         ),
         heads * biases * groups,
         threads,

@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import os
 import re
+import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -564,6 +565,11 @@ def coefficients(function: Callable[..., Any], degree: int, domain: Any = (-1, 1
     interpolant = np.polynomial.Chebyshev.interpolate(function, degree, domain=domain)
     powers = interpolant.convert(kind=np.polynomial.Polynomial).coef
     return [float(np.float32(value)) for value in powers]
+
+
+def fp32_bits(value: float) -> int:
+    """Return the bits of an fp32 number as an integer."""
+    return struct.unpack("i", struct.pack("f", value))[0]
 
 
 def whole_pages(size: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import llvmlite.ir as ir
@@ -21,10 +22,12 @@ from .builder import (
     INT32,
     Builder,
     Values,
+    fp32_bits,
     kernel,
     scratch_address,
     whole_pages,
 )
+from .rows import normaliser
 
 _TASKS_PER_THREAD = 3
 
@@ -144,31 +147,14 @@ class _QuantiseRows:
     def _layer_norm(self, x: Any, out: Any) -> None:
         """Normalise a row to fp32."""
         b, args = self.b, self.b.args
-        count = b.uitofp(args["inputs"].value, FP32)
-
-        def read(base: Any, i: Any) -> Any:
-            return b.read_fp32(base, self.element, i)
-
-        def sum_row(accumulate: Callable[[Any, Any], Any]) -> Any:
-            return _sum_row(b, args["inputs"], accumulate)
-
-        mean = b.broadcast(b.fdiv(sum_row(lambda i, total: b.fadd(total, read(x, i))), count))
-
-        def add_square(i: Any, total: Any) -> Any:
-            deviation = b.fsub(read(x, i), mean)
-            return b.multiply_add(deviation, deviation, total)
-
-        eps = b.bitcast(b.int32(args["eps"]), FP32)
-        variance = b.fdiv(sum_row(add_square), count)
-        deviation = b.intrinsic("llvm.sqrt.f32", FP32, b.fadd(variance, eps))
-        rstd = b.broadcast(b.fdiv(ir.Constant(FP32, 1.0), deviation))
-
-        def normalise(i: Any) -> None:
-            scaled = b.fmul(b.fsub(read(x, i), mean), rstd)
-            value = b.multiply_add(scaled, read(args["weight"], i), read(args["bias"], i))
-            b.write(value, out, i)
-
-        b.loop(0, args["inputs"], b.lanes, normalise)
+        normalise = normaliser(
+            b,
+            lambda i: b.read_fp32(x, self.element, i),
+            args["inputs"],
+            partial(_sum_row, b, args["inputs"]),
+            self.element,
+        )
+        b.loop(0, args["inputs"], b.lanes, lambda i: b.write(normalise(i), out, i))
 
 
 def int8_rows(x: Tensor, *, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
@@ -181,7 +167,7 @@ def int8_rows(x: Tensor, *, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
     norm_addresses, eps_bits, scratch_bytes = (0, 0, 0), 0, 0
     if norm is not None:
         weight, bias, eps = norm[0].contiguous(), norm[1].contiguous(), norm[2]
-        eps_bits = int(np.float32(eps).view(np.int32))
+        eps_bits = fp32_bits(eps)
         scratch_bytes = whole_pages(4 * inputs)
         buffer = scratch_address("compiled norm", scratch_bytes * threads)
         norm_addresses = weight.data_ptr(), bias.data_ptr(), buffer

@@ -97,9 +97,9 @@ class Replay:
     def __init__(
         self, launches: Sequence[Launch], threads: int, moving: Sequence[int] = ()
     ) -> None:
-        self.count = len(launches)
+        count = len(launches)
         self._kernels = [launch.kernel for launch in launches]
-        self._counters = np.zeros((self.count + 1, _COUNTERS), np.int64)
+        self._counters = np.zeros((count + 1, _COUNTERS), np.int64)
         counters = self._counters.ctypes.data
         numbers, starts = list[int](), list[int]()
         for index, launch in enumerate(launches):
@@ -121,8 +121,8 @@ class Replay:
             addresses[1] = _address(size)
         else:
             team = 1
-        barrier = counters + 8 * _COUNTERS * self.count
-        self._args = (self._launches.ctypes.data, barrier, *addresses, self.count, team)
+        barrier = counters + 8 * _COUNTERS * count
+        self._args = (self._launches.ctypes.data, barrier, *addresses, count, team)
         self._run, self._team = kernel(_Replay, levels()[0]), team
 
     def __call__(self, addresses: Sequence[int] = ()) -> None:
@@ -131,11 +131,6 @@ class Replay:
             self._numbers[slots] = address
         self._counters.fill(0)
         self._run(self._args, self._team, self._team)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the list."""
-        return self._counters.nbytes + self._numbers.nbytes + self._launches.nbytes
 
 
 def _address(function: Any) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import Level, levels
-from .builder import BF16, FP32, INT64, Builder, kernel
+from .builder import BF16, FP32, INT64, Builder, fp32_bits, kernel
 
 Source = Literal["norm", "embeddings", "conversion"]
 _TABLES = ("words", "positions", "types")
@@ -47,11 +46,23 @@ class _Rows:
         if self.source == "embeddings":
             self._embed(row, out)
             x = out
-        transform = (lambda value, i: value) if self.source == "conversion" else self._norm(x)
+
+        def read(i: Any) -> Any:
+            return b.read_fp32(x, self.element, i)
+
+        def sum_row(accumulate: Callable[[Any, Any], Any]) -> Any:
+            (total,) = b.loop(
+                0, width, b.lanes, lambda i, total: [accumulate(i, total)], b.splat(0.0)
+            )
+            return b.reduce_add(total)
+
+        compute = read
+        if self.source != "conversion":
+            compute = normaliser(b, read, width, sum_row, self.weight)
         writes_out = b.is_not_null(args["out"])
 
         def write(i: Any) -> None:
-            value = transform(b.read_fp32(x, self.element, i), i)
+            value = compute(i)
             with b.if_then(writes_out):
                 b.write(value if self.element == FP32 else b.fp32_to_bf16(value), out, i)
             if b.level.bf16:
@@ -89,38 +100,46 @@ class _Rows:
 
         b.loop(0, width, b.lanes, add)
 
-    def _norm(self, x: Any) -> Callable[[Any, Any], Any]:
-        """Compute a row's statistics; returns the function that normalises a vector."""
-        b, args, width = self.b, self.b.args, self.b.args["width"]
-        count = b.uitofp(width.value, FP32)
 
-        def mean_of(term: Callable[[Any], Any]) -> Any:
-            def add(i: Any, total: Any) -> list[Any]:
-                return [b.fadd(total, term(b.read_fp32(x, self.element, i)))]
+def normaliser(
+    b: Builder,
+    read: Callable[[Any], Any],
+    width: Any,
+    sum_row: Callable[[Callable[[Any, Any], Any]], Any],
+    element: Any,
+) -> Callable[[Any], Any]:
+    """Compute a row's statistics; return the function that normalises the vector at an index.
 
-            (total,) = b.loop(0, width, b.lanes, add, b.splat(0.0))
-            return b.fdiv(b.reduce_add(total), count)
+    Args:
+        b: Builder of a kernel with the arguments weight, bias (or null) and eps.
+        read: Loads a vector of the row in fp32.
+        width: Elements of the row.
+        sum_row: Adds up the row by a function of (index, accumulator).
+        element: Of weight and bias.
+    """
+    args, count = b.args, b.uitofp(width.value, FP32)
+    mean = b.broadcast(b.fdiv(sum_row(lambda i, total: b.fadd(total, read(i))), count))
 
-        mean = b.broadcast(mean_of(lambda value: value))
+    def add_square(i: Any, total: Any) -> Any:
+        deviation = b.fsub(read(i), mean)
+        return b.multiply_add(deviation, deviation, total)
 
-        def square(value: Any) -> Any:
-            deviation = b.fsub(value, mean)
-            return b.fmul(deviation, deviation)
+    eps = b.bitcast(b.int32(args["eps"]), FP32)
+    variance = b.fdiv(sum_row(add_square), count)
+    deviation = b.intrinsic("llvm.sqrt.f32", FP32, b.fadd(variance, eps))
+    rstd = b.broadcast(b.fdiv(ir.Constant(FP32, 1.0), deviation))
+    has_bias = b.is_not_null(args["bias"])
 
-        eps = b.bitcast(b.int32(args["eps"]), FP32)
-        deviation = b.intrinsic("llvm.sqrt.f32", FP32, b.fadd(mean_of(square), eps))
-        rstd = b.broadcast(b.fdiv(ir.Constant(FP32, 1.0), deviation))
-        has_bias = b.is_not_null(args["bias"])
+    def normalise(i: Any) -> Any:
+        scaled = b.fmul(b.fsub(read(i), mean), rstd)
+        weight = b.read_fp32(args["weight"], element, i)
+        return b.compute_if(
+            has_bias,
+            lambda: b.multiply_add(scaled, weight, b.read_fp32(args["bias"], element, i)),
+            b.fmul(scaled, weight),
+        )
 
-        def normalise(value: Any, i: Any) -> Any:
-            scaled = b.fmul(
-                b.fmul(b.fsub(value, mean), rstd), b.read_fp32(args["weight"], self.weight, i)
-            )
-            return b.compute_if(
-                has_bias, lambda: b.fadd(scaled, b.read_fp32(args["bias"], self.weight, i)), scaled
-            )
-
-        return normalise
+    return normalise
 
 
 def _run(
@@ -137,10 +156,9 @@ def _run(
     half_weight = weight is not None and weight.dtype == torch.bfloat16
     *indexed, invalid = embedding
     addresses = (0 if t is None else t.data_ptr() for t in (weight, bias, out, narrow))
-    eps_bits = struct.unpack("i", struct.pack("f", eps))[0]
     run = kernel(_Rows, source, x.dtype == torch.bfloat16, half_weight, levels()[0])
     pointers = (x.data_ptr(), *indexed, *addresses, invalid)
-    run((*pointers, x.stride(0), width, eps_bits, *counts), rows, torch.get_num_threads())
+    run((*pointers, x.stride(0), width, fp32_bits(eps), *counts), rows, torch.get_num_threads())
 
 
 def layer_norm(
