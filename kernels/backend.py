@@ -171,6 +171,8 @@ def transformed() -> bool:
 
 PLAIN: set[type[Tensor]] = {Tensor, nn.Parameter}
 """Classes of tensors whose memory kernels may read."""
+PACKED: set[type[Tensor]] = set()
+"""Those in a layout that kernels know and PyTorch does not."""
 _keys = torch._C._dispatch_keys
 # Dispatch keys of dense tensors, made in inference mode or not: no subclass, lazy conjugate, wrapper or proxy.
 _DENSE: set[int] = set()
@@ -185,7 +187,7 @@ def readable(*tensors: Tensor | None) -> bool:
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Return whether all tensors have memory of their own, dense or frozen for oneDNN, on any device."""
+    """Return whether all tensors have memory of their own, dense or frozen in a layout, on any device."""
     for tensor in tensors:
         if tensor is None or (type(tensor) in PLAIN and _keys(tensor).raw_repr() in _DENSE):
             continue
@@ -217,7 +219,7 @@ def untraced() -> Iterator[None]:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    if tensor.is_mkldnn:
+    if tensor.is_mkldnn or type(tensor) in PACKED:
         return True
     for inference in (False, True):
         with torch.inference_mode(inference):

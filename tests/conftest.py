@@ -11,7 +11,7 @@ import re
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from xfm_fast.config import XFMConfig
+    from xfm_fast.kernels.cpu.gemm import Layout
 
 # Whoever imports Triton first decides for the whole process whether kernels are compiled or interpreted, and parts of
 # PyTorch import it: without a GPU, tests interpret. Those that compile start a process of their own.
@@ -235,6 +236,20 @@ def _seed(value: int) -> None:
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)
+
+
+@pytest.fixture
+def freeze_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Layout], None]:
+    """Weights are frozen in one layout, whichever is fastest here; in panels where a kernel takes them."""
+    from xfm_fast.kernels.cpu import gemm
+
+    def choose(layout: Layout) -> None:
+        def layout_of(weight: Tensor, **_: Any) -> Layout:
+            return layout if layout != "panels" or gemm._fits(weight) else "plain"
+
+        monkeypatch.setattr(gemm, "layout_of", layout_of)
+
+    return choose
 
 
 @pytest.fixture

@@ -9,16 +9,17 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from ..backend import PLAIN, untraced
+from ..backend import PACKED, PLAIN, untraced
 from ..caching import cached
 from . import llvm
-from .selection import RACES, Race, Selection, compare, operands, register, select
+from .selection import Race, compare, operands, register, select
 from .workspace import scratch
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)
@@ -26,7 +27,8 @@ CPU_DTYPES = (torch.float32, torch.bfloat16)
 Gemm = Callable[..., Tensor]
 """From x `[n, K]`, weight `[M, K]`, bias `[M]` or None, and further tensors of n rows: `[n, M]`."""
 
-# Shapes of the timed GEMMs: packed caption tokens through a layer of the base width, and a single caption.
+# Shapes of the timed GEMMs: packed caption tokens through a layer of the base width, and a single caption. Layouts are
+# compared with half as many rows, where the time goes into reading the weight.
 _ROWS, _FEW_ROWS, _WIDTH, _WIDE = 224, 13, 768, 3072
 # Fewer rows are autotuned separately: MKL's fp32 GEMMs of 13 rows take up to 1.7 times as long as of 16.
 _FEW = 16
@@ -44,13 +46,13 @@ _SLICE_ROWS = 208
 _BUCKET, _AMX_TILE = 64, 16
 _ROUNDS = 4
 _SLICES_MARGIN = 0.85
-# oneDNN's layout may take this much of the time of plain weights; more where few rows gain more than many lose.
-_LAYOUT_MARGIN, _FEW_MARGIN = 1.02, 1.1
+# Layouts as fast as this are equal, and panels need no library. With many rows a layout may lose so much.
+_LAYOUT_MARGIN, _LAYOUT_LOSS = 1.02, 1.1
 _slices_win: dict[tuple[Gemm, torch.Size, torch.dtype, int, int], bool] = {}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return `x W^T + b` for x `[..., K]`, weight `[M, K]`, plain or `laid_out`."""
+    """Return `x W^T + b` for x `[..., K]`, weight `[M, K]`, plain or frozen."""
     rows = x.reshape(-1, x.shape[-1])
     name = _choose("linear", weight, rows.shape[0])
     return multiply(_LINEAR[name], rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
@@ -63,37 +65,119 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return multiply(_GELU[name], rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
+Layout = Literal["plain", "onednn", "panels"]
+"""How a frozen weight is stored: as it was, in oneDNN's blocks, or in the panels of the compiled kernel."""
+
+
 class Frozen(nn.Parameter):
-    """The weight of a frozen model: in oneDNN's layout, or plain where the compiled kernel is as fast.
+    """The weight of a frozen model, plain or in oneDNN's layout.
 
     oneDNN's layout has no storage to copy or write: both operations go through its values.
     """
+
+    layout_name: Layout = "plain"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
         return memo.setdefault(id(self), Frozen(self.data.clone(), requires_grad=False))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _unpickled, (self.data.to_dense(), self.is_mkldnn)
+        layout = "onednn" if self.is_mkldnn else self.layout_name
+        return frozen, (dense(self).data, layout)
 
 
-PLAIN.add(Frozen)
+class FrozenPanels(Frozen):
+    """A frozen weight `[M, K]` in panels; operations other than our kernels take its dense values."""
+
+    layout_name = "panels"
+    panels: Tensor
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def of(cls, panels: Tensor, shape: torch.Size, dtype: torch.dtype) -> FrozenPanels:
+        weight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
+        weight.panels = panels
+        return weight
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = pytree.tree_map_only(cls, cls.values, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def values(self) -> Tensor:
+        """Return the dense values in memory of their own."""
+        units = self.panels.transpose(1, 2).reshape(-1, self.panels.shape[1])
+        return units[: self.shape[0]].view(self.dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
+        return memo.setdefault(
+            id(self), FrozenPanels.of(self.panels.clone(), self.shape, self.dtype)
+        )
+
+
+PLAIN.update((Frozen, FrozenPanels))
+PACKED.add(FrozenPanels)
+
+
+def frozen(weight: Tensor, layout: Layout) -> Frozen:
+    """Store a weight `[M, K]` in a layout."""
+    weight = weight.detach()
+    if layout == "panels":
+        units = weight.contiguous().view(torch.int32)
+        return FrozenPanels.of(_linear_kernel().in_panels(units), weight.shape, weight.dtype)
+    return Frozen(laid_out(weight) if layout == "onednn" else weight, requires_grad=False)
+
+
+def split_panels(weight: Frozen, sizes: Sequence[int]) -> list[FrozenPanels]:
+    """Return the weights of `sizes` rows that were frozen as one, if each has panels of its own."""
+    if not isinstance(weight, FrozenPanels):
+        return []
+    counts = [size // weight.panels.shape[2] for size in sizes]
+    if sum(counts) != len(weight.panels):
+        return []
+    shapes = (torch.Size((size, weight.shape[1])) for size in sizes)
+    parts = zip(weight.panels.split(counts), shapes, strict=True)
+    return [FrozenPanels.of(panels, shape, weight.dtype) for panels, shape in parts]
+
+
+def layout_of(weight: Tensor, *, few_rows: bool = False) -> Layout:
+    """Return the fastest layout of a weight; `few_rows` if it multiplies few rows as often as many.
+
+    With few rows the time goes into reading the weight. What they gain may cost many rows some of theirs.
+    """
+    times: dict[Layout, float] = {"panels": 1.0, "onednn": 1.0, "plain": 1.0}
+    if weight.dtype not in CPU_DTYPES or torch.are_deterministic_algorithms_enabled():
+        return "plain"
+    for race in ("layout", "layout for few rows")[: 1 + few_rows]:
+        seconds = dict(compare(race, weight.dtype).seconds)
+        panels = seconds.pop("llvm-packed", math.inf) if _fits(weight) else math.inf
+        packed = seconds.pop("onednn-packed", math.inf)
+        plain = min(seconds.values(), default=math.nan)
+        if math.isnan(plain):
+            # Of a single candidate nothing was timed.
+            return "plain"
+        for layout, taken in zip(times, (panels, packed, plain), strict=True):
+            ratio = taken / min(panels, packed, plain)
+            times[layout] *= ratio if race != "layout" or ratio < _LAYOUT_LOSS else math.inf
+    limit = _LAYOUT_MARGIN * min(times.values())
+    return next(layout for layout, taken in times.items() if taken <= limit)
 
 
 def dense(weight: Tensor) -> Tensor:
     """Return the dense values of a weight that may be frozen, as a constant of a trace."""
-    if not weight.is_mkldnn:
+    if not is_laid_out(weight):
         return weight
     with untraced():
-        return weight.detach().to_dense()
+        return weight.values() if isinstance(weight, FrozenPanels) else weight.detach().to_dense()
 
 
-def _unpickled(weight: Tensor, blocked: bool) -> Frozen:
-    return Frozen(laid_out(weight) if blocked else weight, requires_grad=False)
+def is_laid_out(weight: Tensor) -> bool:
+    """Return whether a weight has another layout than PyTorch's."""
+    return weight.is_mkldnn or type(weight) is FrozenPanels
 
 
 def is_frozen(weight: Tensor) -> bool:
     """Return whether a weight is of a frozen model, or packed."""
-    return weight.is_mkldnn or type(weight) is Frozen
+    return weight.is_mkldnn or isinstance(weight, Frozen)
 
 
 class Chosen(NamedTuple):
@@ -234,16 +318,28 @@ def compiled_delay(operation: str, weight: Tensor, rows: int) -> float:
         return math.inf
     if _choose(operation, weight, rows) == "llvm":
         return 0.0
-    name = f"{operation} of few rows" if rows < _FEW else operation
     if torch.are_deterministic_algorithms_enabled() or not _fits(weight):
         return math.inf
-    seconds = compare(name, weight.dtype).seconds
+    seconds = _estimate(operation, weight.dtype, rows)
     delay = seconds.get("llvm", math.inf) - min(seconds.values(), default=0.0)
-    return delay * 2 * rows * weight.numel() / RACES[name].flops
+    return delay * weight.numel() / _WIDTH**2
+
+
+def _estimate(operation: str, dtype: torch.dtype, rows: int) -> dict[str, float]:
+    """Return the seconds of candidates for a weight of the base width, between the races of few rows and of many."""
+    few, many = (compare(name, dtype).seconds for name in (f"{operation} of few rows", operation))
+    timed = min(max(rows, _FEW_ROWS), _ROWS)
+    share = (timed - _FEW_ROWS) / (_ROWS - _FEW_ROWS)
+    return {
+        name: (few[name] * (1 - share) + many[name] * share) * rows / timed
+        for name in few.keys() & many.keys()
+    }
 
 
 def _choose(operation: str, weight: Tensor, rows: int) -> str:
     """Return the name of the implementation for a weight and a number of rows."""
+    if type(weight) is FrozenPanels:
+        return "llvm"
     if weight.is_mkldnn:
         if operation != "linear_gelu":
             return "onednn"
@@ -257,7 +353,13 @@ def _choose(operation: str, weight: Tensor, rows: int) -> str:
     if "packed" in name and type(weight) is Frozen:
         # The same GEMM without a copy; a frozen weight has no storage to copy.
         name = "onednn"
-    return _select(few_rows, weight) if rows < _FEW and "packed" not in name else name
+    if rows >= _ROWS or "packed" in name:
+        return name
+    choice = _select(few_rows, weight)
+    if rows < _FEW or choice == name:
+        return choice
+    seconds = _estimate(operation, weight.dtype, rows)
+    return min((choice, name), key=lambda each: seconds.get(each, math.inf))
 
 
 def _select(
@@ -392,7 +494,13 @@ def _compiled(
     gamma = None if gamma is None else gamma.contiguous()
     if not kernel.takes(x, weight, bias, residual, gamma, turned=turned):
         return None
-    return kernel.linear(x, weight, bias, residual, gamma, turned=turned, **options)
+    stored = panels_of(weight)
+    return kernel.linear(x, weight, bias, residual, gamma, turned=turned, stored=stored, **options)
+
+
+def panels_of(weight: Tensor) -> Tensor | None:
+    """Return the panels of a weight that is frozen in them."""
+    return weight.panels if type(weight) is FrozenPanels else None
 
 
 @cache
@@ -517,7 +625,7 @@ def _register(
 ) -> None:
     example = partial(_example, rows=rows, outputs=outputs, names=names or ("x", "weight", "bias"))
     # The compiled kernel of weight gradients takes any sizes.
-    any_size = operation in ("weight gradient", "layout for few rows")
+    any_size = operation in ("weight gradient", "layout", "layout for few rows")
     register(operation, Race(candidates, example, 2 * rows * _WIDTH * outputs), any_size=any_size)
 
 
@@ -531,7 +639,20 @@ _register("trained linear", _TRAINED, _TRAINED_ROWS)
 _register("input gradient", _INPUT, _TRAINED_ROWS, "residual", "weight")
 _register("weight gradient", _WEIGHT, _SUMMED, "residual", "x")
 _layouts = {name: gemm for name, gemm in _LINEAR.items() if name != "onednn"}
-_register("layout for few rows", _layouts, _FEW_ROWS, outputs=_WIDE)
+
+
+def _from_panels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply by a weight of a race, which keeps its panels: a search in the cache would be timed too."""
+    kept = vars(weight)
+    if "panels" not in kept:
+        kept["panels"] = frozen(weight, "panels")
+    return compiled(x, kept["panels"], bias)
+
+
+if _HERE:
+    _layouts["llvm-packed"] = _from_panels
+_register("layout", _layouts, _ROWS, outputs=_WIDE)
+_register("layout for few rows", _layouts, _FEW_ROWS // 2, outputs=_WIDE)
 
 
 def seconds(dtype: torch.dtype) -> float:
@@ -539,57 +660,10 @@ def seconds(dtype: torch.dtype) -> float:
     if torch.are_deterministic_algorithms_enabled():
         return float("nan")
     total = 0.0
-    for selection in _time_many_rows(dtype):
+    for operation in CANDIDATES:
+        selection = compare(operation, dtype)
         total += selection.seconds.get(selection.chosen, float("nan"))
     return total
-
-
-def prefers_onednn(dtype: torch.dtype, *, few_rows: bool = False) -> bool:
-    """Return whether weights in oneDNN's layout are no slower than plain ones, or the fastest GEMM needs the layout.
-
-    The comparison is for many rows. With few rows the time goes into reading the weight, where oneDNN's layout is up to
-    twice as fast; `few_rows` (few rows as often as many) weighs that gain against the loss for many.
-    """
-    if dtype not in CPU_DTYPES or torch.are_deterministic_algorithms_enabled():
-        return False
-    selections = _time_many_rows(dtype)
-    names = [selection.chosen for selection in selections]
-    if any("packed" in name for name in names):
-        # With a plain weight, that GEMM would cache a second copy.
-        return True
-    many = _blocked_over_plain(selections)
-    if many is None:
-        return names[0] not in ("aten", "llvm")
-    # The compiled kernel is as fast with many rows as blocked weights are, and may be so with few.
-    compiled = all(name == "llvm" for name in names)
-    if many < _LAYOUT_MARGIN and not compiled:
-        return True
-    few = _blocked_over_plain([compare("layout for few rows", dtype)]) if few_rows else None
-    return few is not None and many < _FEW_MARGIN and few * many < 1
-
-
-def reads_as_quickly(dtype: torch.dtype, *, few_rows: bool = False) -> bool:
-    """Return whether our kernel on plain weights is the fastest for this dtype, with many rows or with few."""
-    if few_rows:
-        return all(select(f"{operation} of few rows", dtype) == "llvm" for operation in CANDIDATES)
-    if torch.are_deterministic_algorithms_enabled():
-        return False
-    return all(selection.chosen == "llvm" for selection in _time_many_rows(dtype))
-
-
-def _time_many_rows(dtype: torch.dtype) -> list[Selection]:
-    return [compare(operation, dtype) for operation in CANDIDATES]
-
-
-def _blocked_over_plain(selections: Sequence[Selection]) -> float | None:
-    """Return time(blocked weights) / time(best plain weights) summed over GEMMs, or None if none was timed."""
-    blocked = plain = 0.0
-    for selection in selections:
-        if "onednn-packed" in selection.seconds:
-            times = selection.seconds.items()
-            blocked += selection.seconds["onednn-packed"]
-            plain += min(seconds for name, seconds in times if "packed" not in name)
-    return blocked / plain if plain else None
 
 
 def laid_out(weight: Tensor) -> Tensor:

@@ -157,9 +157,9 @@ class Prepared(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, gamma: Tensor | None = None) -> Prepared:
         """Quantise `gamma · (x W^T + b)`."""
-        from .llvm.linear import in_panels
+        from .llvm.linear import int8_panels
 
-        panels = cached("int8 panels", (weight,), lambda: in_panels(*_quantise_weight(weight)))
+        panels = cached("int8 panels", (weight,), lambda: int8_panels(*_quantise_weight(weight)))
         steps, wide = _times_gamma(panels.steps, weight, bias, gamma)
         return cls(panels._replace(steps=steps), wide)
 

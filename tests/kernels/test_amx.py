@@ -30,7 +30,7 @@ from xfm_fast.kernels.cpu.llvm import attention as attention_module
 from xfm_fast.kernels.cpu.llvm import builder
 from xfm_fast.kernels.cpu.llvm import linear as linear_module
 from xfm_fast.kernels.cpu.llvm.attention import attention
-from xfm_fast.kernels.cpu.llvm.linear import Panels, in_panels, int8_linear
+from xfm_fast.kernels.cpu.llvm.linear import Panels, in_panels, int8_linear, int8_panels
 from xfm_fast.kernels.cpu.llvm.linear import linear as compiled
 from xfm_fast.kernels.cpu.llvm.quantise import Quantisation
 
@@ -84,13 +84,15 @@ def test_every_entry_of_a_product_of_small_integers(level: llvm.Level) -> None:
 
 
 @each_level
-def test_turned_and_wide_weights(level: llvm.Level) -> None:
+def test_turned_wide_and_stored_weights(level: llvm.Level) -> None:
     rows, inputs, outputs = 70, 544, 80
     x, factors = torch.randn(rows, inputs).bfloat16(), torch.randn(inputs)
     weight = torch.randn(outputs, inputs + 3)[:, :inputs]
     turned = torch.randn(inputs, outputs + 3)[:, :outputs]
     expected = compiled(x, weight.bfloat16().contiguous(), None, level=level)
     assert torch.equal(compiled(x, weight, None, level=level), expected)
+    stored = in_panels(weight.bfloat16().contiguous().view(torch.int32))
+    assert torch.equal(compiled(x, weight, None, stored=stored, level=level), expected)
     narrow = (turned * factors[:, None]).bfloat16().contiguous()
     expected = compiled(x, narrow, None, turned=True, level=level)
     assert_as_accurate(expected, torch.mm, x, narrow)
@@ -102,7 +104,7 @@ def panels(outputs: int, inputs: int) -> tuple[Tensor, Panels]:
     weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
     steps = torch.rand(outputs) / 100
     # The kernels rotate rows.
-    return reference.rotate(weight * steps[:, None]), in_panels(weight, steps)
+    return reference.rotate(weight * steps[:, None]), int8_panels(weight, steps)
 
 
 # (rows, inputs, outputs): rows of one tile, of two and more that every thread quantises, and of blocks that one kernel
@@ -233,12 +235,13 @@ def blocks(code: str) -> list[str]:
 
 FP32_ROWS, BF16_ROWS = (Quantisation(half, (16, 32)) for half in (False, True))
 EMITTED = [
-    (linear_module._LinearOfTiles, ("bf16", True, False, None, False), {2}),
-    (linear_module._LinearOfTiles, ("bf16", True, False, None, True), {2}),
-    (linear_module._LinearOfTiles, ("bf16", True, True, None, False), {2}),
-    (linear_module._LinearOfTiles, ("int8", False, False, None, False), {1, 2}),
-    (linear_module._LinearOfTiles, ("int8", False, False, FP32_ROWS, False), {1, 2}),
-    (linear_module._LinearOfTiles, ("int8", True, False, BF16_ROWS, False), {1, 2}),
+    (linear_module._LinearOfTiles, ("bf16", True, False, None, False, False), {2}),
+    (linear_module._LinearOfTiles, ("bf16", True, False, None, True, False), {2}),
+    (linear_module._LinearOfTiles, ("bf16", True, True, None, False, False), {2}),
+    (linear_module._LinearOfTiles, ("bf16", True, False, None, False, True), {1, 2}),
+    (linear_module._LinearOfTiles, ("int8", False, False, None, False, True), {1, 2}),
+    (linear_module._LinearOfTiles, ("int8", False, False, FP32_ROWS, False, True), {1, 2}),
+    (linear_module._LinearOfTiles, ("int8", True, False, BF16_ROWS, False, True), {1, 2}),
     (attention_module._Attention, (True, 64, 1040, False), {1, 2}),
     (attention_module._Attention, (True, 32, 4112, True), {1, 2}),
 ]

@@ -300,7 +300,7 @@ def test_turned_weight(emulate: Callable[..., Tensor]) -> None:
 def test_int8(emulate: Callable[..., Tensor], shape: tuple[int, int, int]) -> None:
     rows, inputs, outputs = shape
     weight = torch.randint(0, 128, (outputs, inputs), dtype=torch.int8)
-    panels = linear_module.in_panels(weight, torch.rand(outputs) / 100)
+    panels = linear_module.int8_panels(weight, torch.rand(outputs) / 100)
     x, bias, out = torch.randn(rows, inputs), torch.randn(outputs), torch.empty(rows, outputs)
     launch = partial(linear_module.int8_linear, x, panels, bias, None, out, gelu=True)
     truth = launch(level=llvm._AVX512_BF16).clone()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tests.kernels.conftest import compared, each_library
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import reference
 from xfm_fast.kernels.cpu import attention, gemm, selection, workspace
-from xfm_fast.kernels.cpu.selection import RACES
+from xfm_fast.kernels.cpu.selection import RACES, Selection, _selections
 from xfm_fast.kernels.cpu.workspace import Dropout
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -168,6 +169,65 @@ def test_hidden_layers_in_slices(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
         return reference.linear_residual(reference.linear_gelu(*given[:3]), *given[3:], None)
 
     assert_as_accurate(gemm.mlp_residual(*given), definition, *given)
+
+
+def _measured(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, dict[str, float]]) -> None:
+    """Races have these results, whatever runs here."""
+    for operation, times in seconds.items():
+        chosen = min(times, key=times.__getitem__)
+        selection = Selection(operation, torch.float32, chosen, times, {})
+        monkeypatch.setitem(_selections, (operation, torch.float32), selection)
+
+
+@pytest.mark.parametrize(
+    ("many", "few", "alone", "both"),
+    [
+        ((1.0, 1.0, 1.01), (1.0, 1.0, 1.0), "panels", "panels"),
+        # What many rows lose, few gain, or not.
+        ((1.0, 1.0, 1.05), (1.0, 1.0, 0.95), "onednn", "panels"),
+        ((1.0, 1.0, 1.05), (1.0, 1.0, 1.0), "onednn", "onednn"),
+        ((1.0, 1.05, 1.2), (1.0, 1.0, 0.5), "plain", "plain"),
+        ((1.0, 0.9, 1.2), (1.2, 1.0, 0.5), "onednn", "onednn"),
+        ((math.nan,), (math.nan,), "plain", "plain"),
+    ],
+)
+def test_the_layout_of_frozen_weights(
+    many: tuple[float, ...],
+    few: tuple[float, ...],
+    alone: str,
+    both: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ("aten", "onednn-packed", "llvm-packed")
+    races = {"layout": many, "layout for few rows": few}
+    _measured(
+        monkeypatch,
+        {race: dict(zip(names, times, strict=False)) for race, times in races.items()},
+    )
+    weight = torch.empty(64, 64)
+    assert gemm.layout_of(weight) == alone
+    assert gemm.layout_of(weight, few_rows=True) == both
+    assert gemm.layout_of(torch.empty(63, 64)) != "panels"
+    with deterministic_algorithms():
+        assert gemm.layout_of(weight, few_rows=True) == "plain"
+
+
+def test_between_few_rows_and_many_their_times_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    _measured(
+        monkeypatch,
+        {
+            "linear": {"aten": 3.0, "onednn": 2.0, "llvm": 3.0},
+            "linear of few rows": {"aten": 1.0, "onednn": 2.0, "llvm": 1.0},
+        },
+    )
+    weight = torch.empty(768, 768)
+    assert [gemm._choose("linear", weight, rows) for rows in (1, 15, 16, 100, 140, 224, 1000)] == [
+        *["aten"] * 4,
+        *["onednn"] * 3,
+    ]
+    assert gemm.compiled_delay("linear", weight, 48) == 0.0
+    assert gemm.compiled_delay("linear", weight, 224) == pytest.approx(1.0)
+    assert gemm.compiled_delay("linear", weight, 448) == pytest.approx(2.0)
 
 
 # Half-precision GEMMs in slices of rows, where a clock finds them faster.

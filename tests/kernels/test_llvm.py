@@ -23,8 +23,8 @@ if llvm.why_not() is not None:
 from xfm_fast.kernels.cpu.llvm import builder
 from xfm_fast.kernels.cpu.llvm.attention import attention
 from xfm_fast.kernels.cpu.llvm.attention_backward import attention_backward
+from xfm_fast.kernels.cpu.llvm.linear import in_panels, takes
 from xfm_fast.kernels.cpu.llvm.linear import linear as compiled
-from xfm_fast.kernels.cpu.llvm.linear import takes
 from xfm_fast.kernels.cpu.llvm.weight_gradient import weight_gradient
 
 CASES = [
@@ -206,11 +206,11 @@ PRODUCTS = [(13, 96, 48), (30, 1600, 32), (100, 64, 272)]
 
 
 @each_case
-@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("way", ["many", "few", "stored"])
 @pytest.mark.parametrize("shape", PRODUCTS)
 @torch.inference_mode()
 def test_linear(
-    level: llvm.Level, dtype: torch.dtype, shape: tuple[int, int, int], few: bool
+    level: llvm.Level, dtype: torch.dtype, shape: tuple[int, int, int], way: str
 ) -> None:
     rows, inputs, outputs = shape
     x, weight = (
@@ -219,14 +219,18 @@ def test_linear(
     )
     bias, gamma, residual = (torch.randn(*size, outputs).to(dtype) for size in ((), (), (rows,)))
     place = torch.zeros(rows, 2 * outputs, dtype=dtype)[:, :outputs]
+    options: dict[str, Any] = {"few": way == "few"}
+    if way == "stored":
+        options = {"stored": in_panels(weight.view(torch.int32), level)}
+    product = partial(compiled, x, weight, level=level, **options)
     for gelu, *others in (
         (False, None, None, None),
         (True, bias, None, None),
         (False, bias, residual, gamma),
     ):
-        found = compiled(x, weight, *others, gelu=gelu, few=few, level=level)
+        found = product(*others, gelu=gelu)
         assert_as_accurate(found, partial(linear, gelu=gelu), x, weight, *others)
-        assert compiled(x, weight, *others, gelu=gelu, out=place, few=few, level=level) is place
+        assert product(*others, gelu=gelu, out=place) is place
         assert torch.equal(place, found)
 
 

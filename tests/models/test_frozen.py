@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ NEEDS_INT8 = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def _onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even where this processor is faster without."""
-    monkeypatch.setattr(gemm, "prefers_onednn", lambda dtype, **_: True)
+@pytest.fixture(params=["onednn", "panels"], autouse=True)
+def layout(request: pytest.FixtureRequest, freeze_in: Callable[[gemm.Layout], None]) -> gemm.Layout:
+    freeze_in(request.param)
+    return request.param
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -85,8 +85,10 @@ def test_texts_are_cut_between_two_texts() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_texts_in_shares(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm, "prefers_onednn", lambda dtype, **_: True)
+def test_texts_in_shares(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, freeze_in: Callable[[gemm.Layout], None]
+) -> None:
+    freeze_in("onednn")
     monkeypatch.setattr(text, "LEAST_TOKENS", 39 // 2)
     model = XFM(XFMConfig.preset("tiny"), heads=()).eval().to(dtype)
     ids = torch.randint(5, model.config.vocab_size, (6, 8))
@@ -137,8 +139,8 @@ def test_texts_in_shares(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) ->
         ),
     ],
 )
-def test_images_in_shares(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm, "prefers_onednn", lambda dtype, **_: True)
+def test_images_in_shares(kind: str, freeze_in: Callable[[gemm.Layout], None]) -> None:
+    freeze_in("onednn")
     model = XFM(XFMConfig.preset("tiny"), encoders=("vision",), heads=()).eval()
     if kind == "int8":
         model.quantise()

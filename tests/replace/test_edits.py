@@ -344,20 +344,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bf16": {"dtype": torch.bfloat16, "unpad": True},
     "int8": {"dtype": "int8"},
     "frozen": {"freeze": True},
+    "in panels": {"freeze": True, "unpad": True},
     # Products in floats that keep a packed copy of every weight, as a processor may choose them.
     "packed": {"unpad": True},
 }
 
 
 @pytest.fixture(params=OPTIONS)
-def options(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Options, with int8 wherever it runs and oneDNN's layout where weights are frozen."""
+def options(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    freeze_in: Callable[[gemm.Layout], None],
+) -> dict[str, Any]:
+    """Options, with int8 wherever it runs, and weights frozen in oneDNN's layout and in panels."""
     if request.param == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("bfloat16 is emulated on this processor")
     if request.param == "int8" and int8.why_not() is not None:
         pytest.skip(f"no int8 products here: {int8.why_not()}")
     monkeypatch.setattr(int8, "_is_faster", lambda *_: True)
-    monkeypatch.setattr(gemm, "prefers_onednn", lambda dtype, **_: True)
+    freeze_in("panels" if request.param == "in panels" else "onednn")
     if request.param == "packed":
         monkeypatch.setattr(gemm, "_choose", lambda operation, weight, rows: "onednn-packed")
     return OPTIONS[request.param]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -333,10 +334,12 @@ def test_adapters(kind: str, first: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not torch.allclose(plain, expected["output"], rtol=1e-2)
 
 
-@pytest.mark.parametrize("blocked", [True, False], ids=["blocked", "dense"])
+@pytest.mark.parametrize("layout", get_args(gemm.Layout))
 @of(whole=True)
-def test_packed_weights(kind: str, blocked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm, "prefers_onednn", lambda dtype, **_: blocked)
+def test_packed_weights(
+    kind: str, layout: gemm.Layout, freeze_in: Callable[[gemm.Layout], None]
+) -> None:
+    freeze_in(layout)
     case = FAMILIES[kind]
     model, given = case.model(torch.float32), case.inputs(torch.float32)
     before, wanted = copy.deepcopy(model.state_dict()), found_at(model, given)

@@ -40,6 +40,7 @@ NAMES = [name for name in _NAMES if name in FAMILIES]
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "frozen": {"freeze": True},
+    "in panels": {"freeze": True},
     "int8": {"dtype": "int8"},
 }
 
@@ -99,11 +100,15 @@ TRACERS: dict[str, Callable[[nn.Module, tuple[Tensor, ...]], Any]] = {
 
 
 @pytest.fixture(params=OPTIONS)
-def options(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def options(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    freeze_in: Callable[[gemm.Layout], None],
+) -> dict[str, Any]:
     if request.param == "int8" and int8.why_not() is not None:
         pytest.skip(f"no int8 products here: {int8.why_not()}")
     monkeypatch.setattr(int8, "_is_faster", lambda *_: True)
-    monkeypatch.setattr(gemm, "prefers_onednn", lambda dtype, **_: True)
+    freeze_in("panels" if request.param == "in panels" else "onednn")
     return OPTIONS[request.param]
 
 
@@ -208,13 +213,15 @@ def _calls() -> dict[str, Callable[[Tensor], Any]]:
     def thrice(x: Tensor, *shape: int) -> tuple[Tensor, Tensor, Tensor]:
         return x.reshape(shape), x.reshape(shape), x.reshape(shape)
 
-    frozen = gemm.Frozen(gemm.laid_out(weight), requires_grad=False)
+    frozen, panels = gemm.frozen(weight, "onednn"), gemm.frozen(weight, "panels")
     return {
         "linear": lambda x: ops.linear(x, weight, bias),
         "frozen linear": lambda x: ops.linear(x, frozen, bias),
+        "linear in panels": lambda x: ops.linear(x, panels, bias),
         "linear_gelu": lambda x: ops.linear_gelu(x, weight, bias),
         "linear_residual": lambda x: ops.linear_residual(x, weight, bias, x),
         "frozen linear_residual": lambda x: ops.linear_residual(x, frozen, bias, x),
+        "mlp_residual in panels": lambda x: ops.mlp_residual(x, panels, bias, panels, bias, x),
         "mlp_residual": lambda x: ops.mlp_residual(x, weight, bias, weight, bias, x),
         "joined_linear": lambda x: ops.joined_linear(x, [weight, weight], [bias, bias]),
         "layer_norm_mlp": lambda x: ops.layer_norm_mlp(
@@ -277,8 +284,11 @@ def test_a_lazy_conjugate_is_resolved(name: str) -> None:
         )
 
 
-def test_a_frozen_layer_takes_a_wrapper_subclass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm, "prefers_onednn", lambda dtype, **_: True)
+@pytest.mark.parametrize("layout", ["onednn", "panels"])
+def test_a_frozen_layer_takes_a_wrapper_subclass(
+    layout: gemm.Layout, freeze_in: Callable[[gemm.Layout], None]
+) -> None:
+    freeze_in(layout)
     _, called, _ = _case("BERT", {"freeze": True})
     model: Any = called.model
     layer = model.encoder.layer[0].attention.output.dense

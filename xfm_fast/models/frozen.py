@@ -38,11 +38,11 @@ class Slot(NamedTuple):
 
 
 def pack(
-    layers: Sequence[nn.Module], weights: Sequence[nn.Parameter], *, blocked: bool
+    layers: Sequence[nn.Module], weights: Sequence[nn.Parameter], layout: gemm.Layout
 ) -> gemm.Frozen:
-    """Move the weights of layers on one input into one packed weight, blocked for oneDNN or dense."""
+    """Move the weights of layers on one input into one packed weight."""
     joined = torch.cat([*weights]).detach() if len(weights) > 1 else weights[0].detach()
-    packed = gemm.Frozen(gemm.laid_out(joined) if blocked else joined, requires_grad=False)
+    packed = gemm.frozen(joined, layout)
     sizes = tuple(weight.shape[0] for weight in weights)
     for index, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
         caching.forget(weight)
@@ -68,7 +68,7 @@ def slot_of(layer: nn.Module) -> Slot:
 def dense_weight(layer: nn.Module) -> Tensor:
     """Return the weight `[M, K]` of a packed layer, without the storage of its neighbours."""
     slot = slot_of(layer)
-    weight = slot.packed.data.to_dense().split(slot.sizes)[slot.position]
+    weight = gemm.dense(slot.packed).data.split(slot.sizes)[slot.position]
     return weight if len(slot.sizes) == 1 else weight.clone()
 
 
@@ -97,11 +97,11 @@ def packed_weight(
     packed = pack_of(layers)
     if packed is None:
         return None
-    if packed.is_mkldnn and not layers[0].training and x.dtype == packed.dtype:
+    if gemm.is_laid_out(packed) and not layers[0].training and x.dtype == packed.dtype:
         biases = [layer._parameters.get("bias") for layer in layers]
         if runs_cpu_inference(backend, x, *biases, *operands):
             return packed
-    return packed.data.to_dense()
+    return gemm.dense(packed).data
 
 
 def is_frozen(model: nn.Module) -> bool:
@@ -112,8 +112,7 @@ def is_frozen(model: nn.Module) -> bool:
 def freeze(model: nn.Module) -> None:
     """Pack the weights of all blocks of a model; no parameter takes gradients until `unfreeze`.
 
-    Skips shared weights, layers with hooks or of another class, and weights whose GEMMs PyTorch runs
-    faster.
+    Skips shared weights, and layers with hooks or of another class.
     """
     if is_frozen(model):
         return
@@ -142,9 +141,8 @@ def freeze(model: nn.Module) -> None:
             weights = own_weights(group, owners)
             if weights is None:
                 continue
-            blocked = gemm.prefers_onednn(weights[0].dtype, few_rows=few_rows)
-            if blocked or gemm.reads_as_quickly(weights[0].dtype, few_rows=few_rows):
-                group[0]._parameters["weight"] = pack(group, weights, blocked=blocked)
+            layout = gemm.layout_of(weights[0], few_rows=few_rows)
+            group[0]._parameters["weight"] = pack(group, weights, layout)
     model.__dict__[_HOOKS] = (
         model.register_state_dict_post_hook(_dense_state),
         model.register_load_state_dict_pre_hook(_refuse_state),

@@ -53,7 +53,8 @@ class _Linear(NamedTuple):
         from xfm_fast.kernels.cpu.llvm.linear import int8_linear, linear
 
         if self.prepared is None:
-            linear(x, self.weight, self.bias, residual, gamma, gelu=gelu, out=out)
+            stored = gemm.panels_of(self.weight)
+            linear(x, self.weight, self.bias, residual, gamma, gelu=gelu, stored=stored, out=out)
         else:
             panels, bias = self.prepared
             int8_linear(x, panels, bias, residual, out, gelu=gelu)
@@ -74,7 +75,9 @@ class Operands:
         if not any(self._is_rounded(layer) for layer in groups[0]) and pack_of(groups[0]) is None:
             groups = [(projection,) for projection in modules.projections]
         gammas = modules.gammas
-        self.qkv = [self._linear(group, dtype) for group in groups]
+        self.qkv = list[_Linear]()
+        for group in groups:
+            self.qkv += self._separate(group) or [self._linear(group, dtype)]
         self.proj = self._linear([modules.proj], residual, gammas[ATTENTION])
         self.fc2 = self._linear([modules.fc2], residual, gammas[MLP])
         # The hidden layer is rounded to int8 from fp32, which is finer.
@@ -121,11 +124,26 @@ class Operands:
         if packed is not None:
             return _Linear(packed, bias, None)
         if not rounded:
-            return _Linear(self._as(layers[0].weight, self.dtype), bias, None)
+            weight = self._as(layers[0].weight, self.dtype)
+            # A copy may as well have the fastest layout.
+            is_copy = weight.dtype != layers[0].weight.dtype
+            if is_copy and gemm.layout_of(weight, few_rows=True) == "panels":
+                weight = gemm.frozen(weight, "panels")
+            return _Linear(weight, bias, None)
         weights = [layer.weight for layer in layers]
         self.copied += weights
         weight = weights[0] if len(layers) == 1 else torch.cat(weights)
         return _Linear(weights[0], bias, int8.Prepared.of(weight, bias, gamma))
+
+    def _separate(self, layers: Sequence[Any]) -> list[_Linear]:
+        """Prepare the layers of one packed weight each for itself, so that their biases need no copy."""
+        packed, sizes = pack_of(layers), [layer.out_features for layer in layers]
+        weights = [] if packed is None else gemm.split_panels(packed, sizes)
+        linears = []
+        for weight, layer in zip(weights, layers, strict=False):
+            bias = None if layer.bias is None else self._as(layer.bias, self.dtype)
+            linears.append(_Linear(weight, bias, None))
+        return linears
 
     def _norm(self, norm: Any) -> tuple[Tensor, Tensor | None, float] | None:
         if isinstance(norm, nn.Identity):

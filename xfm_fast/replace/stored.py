@@ -192,7 +192,7 @@ def freeze(model: nn.Module, fused: Iterable[Fused], settings: Settings) -> list
             alike = len({(weight.dtype, weight.shape[1]) for weight in weights}) == 1
             if not alike or dtype not in _PACKED:
                 continue
-            pack(layers, weights, blocked=gemm.prefers_onednn(dtype))
+            pack(layers, weights, gemm.layout_of(weights[0], few_rows=True))
             for layer in layers:
                 del layer._parameters["weight"]
                 swap(layer, FrozenLinear, settings)

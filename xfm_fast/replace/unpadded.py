@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from operator import attrgetter
 from typing import Any, ClassVar, cast
 
@@ -490,14 +490,7 @@ def plan(
     if not mask.numel():
         return None
     if mask.device.type == "cpu" and host.all_true(mask):
-        texts, length = mask.shape
-        packing = Packing(
-            positions=torch.arange(texts * length),
-            cu_seqlens=torch.arange(0, texts * length + 1, length, dtype=torch.int32),
-            shape=(texts, length),
-            max_seqlen=length,
-            whole=True,
-        )
+        packing = _whole(*mask.shape)
         return packing, memory_mask is None or host.all_true(memory_mask.bool())
     queries = mask.clone() if keep_first else mask
     if keep_first:
@@ -528,6 +521,19 @@ def plan(
         max_seqlen=int(longest),
     )
     return packing, bool(memory_visible)
+
+
+@lru_cache(maxsize=64)
+def _whole(texts: int, length: int) -> Packing:
+    """Return the packing of texts of one length on a CPU, which calls share."""
+    with torch.inference_mode(False):
+        return Packing(
+            positions=torch.arange(texts * length),
+            cu_seqlens=torch.arange(0, texts * length + 1, length, dtype=torch.int32),
+            shape=(texts, length),
+            max_seqlen=length,
+            whole=True,
+        )
 
 
 def packed_memory(states: Tensor, mask: Tensor | None, packing: Packing) -> Memory:

@@ -188,9 +188,9 @@ class Builder(ir.IRBuilder):
     def _suffix(self, element: Any) -> str:
         return f"v{self.lanes}{'f32' if element == FP32 else element}"
 
-    def prefetch(self, address: Any, write: bool = False) -> None:
-        """Prefetch an address, which may lie past the end of its buffer."""
-        hints = (ir.Constant(INT32, hint) for hint in (int(write), 3, 1))
+    def prefetch(self, address: Any, write: bool = False, cache: int = 1) -> None:
+        """Prefetch an address, which may lie past the end of its buffer, into a level of cache."""
+        hints = (ir.Constant(INT32, hint) for hint in (int(write), 4 - cache, 1))
         self.intrinsic("llvm.prefetch.p0", ir.VoidType(), address, *hints)
 
     def intrinsic(self, name: str, result: Any, *args: Any) -> Any:
@@ -393,7 +393,8 @@ class Builder(ir.IRBuilder):
         def term(u: Any, *sums: Any) -> Values:
             address, results = self.at(columns, u * stride, unit), []
             for n in range(vectors if ahead else 0):
-                self.prefetch(self.at(self.at(address, n * self.lanes, unit), ahead, BYTE))
+                # Of the second level more lines may be on their way than of the first.
+                self.prefetch(self.at(self.at(address, n * self.lanes, unit), ahead, BYTE), cache=2)
             factors = [self.read(address, unit, n * self.lanes) for n in range(vectors)]
             index = u if row_step == 1 else u * row_step
             for i, row in enumerate(rows):
@@ -404,19 +405,24 @@ class Builder(ir.IRBuilder):
 
         return self.loop(0, terms, 1, term, *starts * len(rows))
 
-    def choose_height(self, highest: int, rows: Any, emit: Callable[[int], None]) -> None:
-        """Emit code for tiles of three heights; the lowest without more tiles than the highest runs."""
+    def choose_height(
+        self, highest: int, rows: Any, emit: Callable[[int], None], steps: int = 3
+    ) -> None:
+        """Emit code for tiles of several heights; the lowest without more tiles than the highest runs."""
         tiles = (rows + (highest - 1)) // highest
         needed = (rows + (tiles - 1)) // tiles
-        low, middle = -(-highest // 3), -(-2 * highest // 3)
-        with self.if_else(needed <= low) as (then, otherwise):
-            with then:
-                emit(low)
-            with otherwise, self.if_else(needed <= middle) as (fits, exceeds):
-                with fits:
-                    emit(middle)
-                with exceeds:
-                    emit(highest)
+
+        def choose(heights: Sequence[int]) -> None:
+            if len(heights) == 1:
+                emit(heights[0])
+                return
+            with self.if_else(needed <= heights[0]) as (then, otherwise):
+                with then:
+                    emit(heights[0])
+                with otherwise:
+                    choose(heights[1:])
+
+        choose([-(-count * highest // steps) for count in range(1, steps + 1)])
 
     def loop(
         self, start: Any, stop: Any, step: Any, body: Callable[..., Values | None], *carried: Any

@@ -2,8 +2,8 @@
 
 Two kernels in fp32 and bf16 read the weights in place: for many rows, a task packs the weights of some columns in
 panels of two vectors for all tiles of rows; for few rows, dot products of a few columns are reduced at their end. int8
-weights are a copy in panels, and one kernel multiplies any number of rows, quantised by another kernel or by every
-thread. With AMX, tiles multiply the same panels.
+and frozen weights are stored in panels, and one kernel multiplies any number of rows; those of int8 are quantised by
+another kernel or by every thread. With AMX, tiles multiply the same panels.
 """
 
 from __future__ import annotations
@@ -47,8 +47,10 @@ _FEW_TILES = {16: (7, 4), 8: (6, 2)}
 _FEW_COLUMNS = 64
 # 32-bit units of a dot product that run before the next columns: a tile's rows stay in the first level of cache.
 _TERMS = 768
-# Prefetch distance in a panel of int8 weights, in bytes.
-_AHEAD = 4096
+# Prefetch distance in stored panels, in bytes, and in weights that are read in place, in rows.
+_AHEAD, _ROWS_AHEAD = 8192, 8
+# Heights of tiles that stored panels have code for: of few rows, a tile has at most one too many.
+_HEIGHTS = 7
 # Bytes of packed weights, which share the second level of cache with rows on their way through.
 _PANELS_BYTES = 400 << 10
 _MAX_PANELS = 4
@@ -82,6 +84,7 @@ class _Linear:
         transposed: Whether the weight is `[K, M]`; not for int8.
         quantisation: How float rows become int8; None for quantised rows, and for other dtypes.
         wide: Whether the weight of bf16 rows is fp32.
+        stored: Whether the weight is stored in panels, as int8 weights are.
         level: Instruction set.
     """
 
@@ -94,16 +97,17 @@ class _Linear:
         transposed: bool,
         quantisation: Quantisation | None,
         wide: bool,
+        stored: bool,
         level: Level,
     ) -> None:
-        self.dtype, self.half, self.transposed = dtype, half, transposed
+        self.dtype, self.half, self.transposed, self.stored = dtype, half, transposed, stored
         self.quantisation, self.wide, self.level = quantisation, wide, level
         # A unit of 32 bits is a channel in fp32, a pair of channels in bf16, four of them in int8.
         self.unit, self.element = FP32 if dtype == "fp32" else INT32, BF16 if half else FP32
         self.accumulator = INT32 if dtype == "int8" else FP32
         self.b = b = Builder(self.name, _POINTERS, _NUMBERS, level)
         self.args = args = b.args
-        self.height, self.columns, self.sums_bytes = _sums(dtype, self.few, self.tiled, level)
+        self.height, self.columns, self.sums_bytes = _sums(self.few, stored, self.tiled, level)
         if quantisation is None:
             args["x_row"] = args["x_row"] >> _SHIFT[dtype]
         if not transposed and not wide:
@@ -112,8 +116,8 @@ class _Linear:
         self._emit()
 
     def _emit(self) -> None:
-        if self.dtype == "int8":
-            self.b.task_loop(self._int8_task, self._quantise_rows if self.quantisation else None)
+        if self.stored:
+            self.b.task_loop(self._stored_task, self._quantise_rows if self.quantisation else None)
         else:
             self.b.task_loop(self._few_rows_task if self.few else self._packed_task)
 
@@ -189,7 +193,7 @@ class _Linear:
 
         b.loop(0, args["rows"], 1, row)
 
-    def _int8_task(self, task: Any, thread: Any) -> None:
+    def _stored_task(self, task: Any, thread: Any) -> None:
         b, args, lanes = self.b, self.args, self.level.lanes
         column, stop, row, end = self._bounds(task, thread)
 
@@ -199,7 +203,9 @@ class _Linear:
 
                 def columns(at: Any) -> None:
                     panel = b.at(args["weight"], at * args["inputs"], self.unit)
-                    starts = [self._zero_sums(at + n * lanes) for n in range(2)]
+                    starts = [self._zero()] * 2
+                    if self.dtype == "int8":
+                        starts = [self._zero_sums(at + n * lanes) for n in range(2)]
                     self._multiply_panel(rows, panel, starts, _AHEAD)
                     count = b.minimum_int(stop - at, 2 * lanes)
                     self._epilogue(first, end, at, count, height)
@@ -208,7 +214,7 @@ class _Linear:
 
             b.loop(row, end, height, tile)
 
-        b.choose_height(self.height, end - row, emit_tiles)
+        b.choose_height(self.height, end - row, emit_tiles, _HEIGHTS)
 
     def _zero_sums(self, column: Any) -> Any:
         """Return what rows of the zero byte take from the sums of a GEMM."""
@@ -288,12 +294,12 @@ class _Linear:
         """Add the terms from `start` to `end` of the dot products of a tile; prefetch the next columns."""
         b, lanes, args = self.b, self.level.lanes, self.args
         weights = [self._row("weight", column + n) for n in range(width)]
-        ahead = args["weight_row"] * width
+        ahead = args["weight_row"] * _ROWS_AHEAD
 
         def term(u: Any, *sums: Any) -> Values:
             addresses = [b.at(weight, u, self.unit) for weight in weights]
             for address in addresses:
-                b.prefetch(b.at(address, ahead, self.unit))
+                b.prefetch(b.at(address, ahead, self.unit), cache=2)
             factors, results = [b.read(address, self.unit) for address in addresses], []
             for i, row in enumerate(rows):
                 x = b.read(row, self.unit, u)
@@ -465,7 +471,7 @@ class _LinearOfTiles(_Linear):
                             rows, left, right, units, out, add=start > 0, before=interleave
                         )
 
-                    if self.dtype == "int8":
+                    if self.stored:
                         with b.if_else(end - first <= ROWS) as (short, tall):
                             with short:
                                 multiply(1)
@@ -505,7 +511,7 @@ class _LinearOfTiles(_Linear):
 
     def _weights(self, first: Any, column: Any) -> Any:
         """Return the address of the panel of a column."""
-        if self.dtype == "int8":
+        if self.stored:
             return self.b.at(self.args["weight"], column * self.args["inputs"], self.unit)
         return self._panel(first, column)
 
@@ -546,10 +552,10 @@ def _cdf_quotient(edge: float) -> Callable[[np.ndarray], np.ndarray]:
     return quotient
 
 
-def _sums(dtype: Dtype, few: bool, tiled: bool, level: Level) -> tuple[int, int, int]:
+def _sums(few: bool, stored: bool, tiled: bool, level: Level) -> tuple[int, int, int]:
     """Return the rows and columns whose sums are stored before an epilogue, and the bytes that precede the panels."""
-    height = _ONE_TILE[level.lanes][0] if few or dtype == "int8" else level.rows
-    columns = _FEW_COLUMNS if few and dtype != "int8" else 2 * level.lanes
+    height = _ONE_TILE[level.lanes][0] if few or stored else level.rows
+    columns = _FEW_COLUMNS if few and not stored else 2 * level.lanes
     if not tiled:
         return height, columns, 4 * height * columns
     height, columns = _TILED_ROWS, _TILED_PANELS * 2 * level.lanes
@@ -585,6 +591,7 @@ def linear(
     gelu: bool = False,
     turned: bool = False,
     factors: Tensor | None = None,
+    stored: Tensor | None = None,
     out: Tensor | None = None,
     few: bool | None = None,
     level: Level | None = None,
@@ -592,7 +599,8 @@ def linear(
     """Return `residual + gamma · (x W^T + b)` for x `[n, K]`, weight `[M, K]`, or its GELU, in `out` `[n, M]`.
 
     A `turned` weight is `[K, M]`, its rows times `factors` `[K]` in fp32. All operands have one dtype, as in `takes`; a
-    weight may be fp32 with bf16 operands. `few` and `level` select a kernel instead of the fastest.
+    weight may be fp32 with bf16 operands. Of a weight that is `stored` in panels (`in_panels`), only these are read.
+    `few` and `level` select a kernel instead of the fastest.
     """
     out = torch.empty(x.shape[0], weight.shape[turned], dtype=x.dtype) if out is None else out
     level, half = level or levels()[0], x.dtype == torch.bfloat16
@@ -614,11 +622,19 @@ def linear(
         scales=_Scales(scales=0 if factors is None else factors.data_ptr()),
         gelu=gelu,
         transposed=turned,
+        stored=stored,
     )
 
 
+def in_panels(units: Tensor, level: Level | None = None) -> Tensor:
+    """Pack 32-bit units `[M, U]` of a weight in the order of a GEMM: `[⌈M / 2 lanes⌉, U, 2 lanes]`."""
+    width = 2 * (level or levels()[0]).lanes
+    panels = F.pad(units, (0, 0, 0, -len(units) % width)).view(-1, width, units.shape[1])
+    return panels.transpose(1, 2).contiguous()
+
+
 class Panels(NamedTuple):
-    """An int8 weight `[M, K]`: `levels` `[⌈M / 2 lanes⌉, K / 4, 2 lanes]`, four per int32, in the order of the GEMM.
+    """An int8 weight `[M, K]`: `levels` `[⌈M / 2 lanes⌉, K / 4, 2 lanes]`, four per int32, `in_panels`.
 
     Per channel, `steps` `[M]` in fp32, and `sums` `[⌈M / 2 lanes⌉ · 2 lanes]` of its levels in int32 times minus the
     zero byte, from which a GEMM starts.
@@ -629,13 +645,11 @@ class Panels(NamedTuple):
     sums: Tensor
 
 
-def in_panels(rows: Tensor, steps: Tensor) -> Panels:
+def int8_panels(rows: Tensor, steps: Tensor) -> Panels:
     """Pack a weight of signed levels `[M, K]`, with a step per row `[M]`."""
-    units, width = rows.view(torch.int32), 2 * levels()[0].lanes
-    missing = -len(units) % width
-    panels = F.pad(units, (0, 0, 0, missing)).view(-1, width, units.shape[1])
-    sums = F.pad(-ZERO_BYTE * rows.sum(1, dtype=torch.int32), (0, missing))
-    return Panels(panels.transpose(1, 2).contiguous(), steps, sums)
+    panels = in_panels(rows.view(torch.int32))
+    sums = -ZERO_BYTE * rows.sum(1, dtype=torch.int32)
+    return Panels(panels, steps, F.pad(sums, (0, panels[:, 0].numel() - len(sums))))
 
 
 def int8_linear(
@@ -678,6 +692,7 @@ def int8_linear(
         scales=scales,
         quantisation=quantisation,
         gelu=gelu,
+        stored=weight.levels,
     )
 
 
@@ -702,6 +717,7 @@ def _run(
     quantisation: Quantisation | None = None,
     gelu: bool,
     transposed: bool = False,
+    stored: Tensor | None = None,
 ) -> Tensor:
     """Launch the kernel of a linear layer; `addends` are bias, gamma and residual."""
     if not out.numel():
@@ -709,10 +725,11 @@ def _run(
     level, threads = level or levels()[0], torch.get_num_threads()
     (rows, inputs), outputs, residual = x.shape, out.shape[1], addends[2]
     half, wide = out.dtype == torch.bfloat16, dtype == "bf16" and weight.dtype == torch.float32
+    in_place, weight = stored is None, weight if stored is None else stored
     tiled = bool(level.tiles) and dtype != "fp32" and (dtype == "int8" or not few)
-    emitter = _LinearOfTiles if tiled else _LinearOfFewRows if few else _Linear
-    width, scratch_bytes = 2 * level.lanes, _sums(dtype, few, tiled, level)[2]
-    columns = width if dtype == "int8" else _FEW_COLUMNS
+    emitter = _LinearOfTiles if tiled else _LinearOfFewRows if few and in_place else _Linear
+    width, scratch_bytes = 2 * level.lanes, _sums(few, not in_place, tiled, level)[2]
+    columns = _FEW_COLUMNS if in_place else width
     chunk, chunks = rows, 1
     if quantisation is not None:
         # Tiles read whole blocks of rows.
@@ -725,7 +742,7 @@ def _run(
             share = max(_MAX_PANELS, outputs // (width * threads))
             panels = min(_TILED_BYTES // panel_bytes, _TILED_PANELS, share)
         columns = max(1, panels) * width
-        if dtype != "int8":
+        if in_place:
             scratch_bytes += columns // width * panel_bytes
         blocks = -(-outputs // columns)
         step = _TILED_ROWS if tiled else 1
@@ -737,7 +754,7 @@ def _run(
     pointers = (0 if t is None else t.data_ptr() for t in (x, weight, *addends, out))
     strides = (0 if t is None else t.stride(0) for t in (x, weight, residual, out))
     sizes = (rows, inputs, outputs, columns, chunk, chunks, scratch_bytes)
-    run = kernel(emitter, dtype, half, transposed, quantisation, wide, level)
+    run = kernel(emitter, dtype, half, transposed, quantisation, wide, not in_place, level)
     run(
         (*pointers, scratch, *scales, *strides, *sizes, int(gelu)),
         -(-outputs // columns) * chunks,
