@@ -20,7 +20,7 @@ from ..backend import PACKED, PLAIN, untraced
 from ..caching import cached
 from . import llvm
 from .selection import Race, compare, operands, register, select
-from .workspace import scratch
+from .workspace import HugePages, scratch
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 """Dtypes of the CPU paths."""
@@ -47,7 +47,7 @@ _BUCKET, _AMX_TILE = 64, 16
 _ROUNDS = 4
 _SLICES_MARGIN = 0.85
 # Layouts as fast as this are equal, and panels need no library. With many rows a layout may lose so much.
-_LAYOUT_MARGIN, _LAYOUT_LOSS = 1.02, 1.1
+_LAYOUT_MARGIN, _LAYOUT_LOSS = 1.02, 1.25
 _slices_win: dict[tuple[Gemm, torch.Size, torch.dtype, int, int], bool] = {}
 
 
@@ -118,12 +118,13 @@ PLAIN.update((Frozen, FrozenPanels))
 PACKED.add(FrozenPanels)
 
 
-def frozen(weight: Tensor, layout: Layout) -> Frozen:
-    """Store a weight `[M, K]` in a layout."""
+def frozen(weight: Tensor, layout: Layout, memory: HugePages | None = None) -> Frozen:
+    """Store a weight `[M, K]` in a layout, panels in memory of many weights if it is given."""
     weight = weight.detach()
     if layout == "panels":
         units = weight.contiguous().view(torch.int32)
-        return FrozenPanels.of(_linear_kernel().in_panels(units), weight.shape, weight.dtype)
+        panels = _linear_kernel().in_panels(units, memory=memory)
+        return FrozenPanels.of(panels, weight.shape, weight.dtype)
     return Frozen(laid_out(weight) if layout == "onednn" else weight, requires_grad=False)
 
 

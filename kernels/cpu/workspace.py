@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import re
 import sys
 import threading
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 
@@ -47,6 +49,9 @@ def even_slices(length: int, limit: int) -> list[slice]:
 
 
 _STEPS = 1 << 16
+# Address space of a chunk of huge pages, and bytes of a line of cache.
+_CHUNK, _LINE = 32 << 20, 64
+_HUGE_PAGE = 2 << 20
 
 
 class Dropout:
@@ -68,6 +73,37 @@ class Dropout:
         return mask
 
 
+class HugePages:
+    """Memory for many tensors, in huge pages where Linux has them.
+
+    A GEMM of few rows reads a weight once, and of every page of 4 KB an address has to be translated first. Each tensor
+    has a storage of its own; memory is returned with the last one of its chunk.
+    """
+
+    def __init__(self) -> None:
+        self._chunk: mmap.mmap | None = None
+        self._used = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return a tensor with zeros."""
+        size = prod(shape) * dtype.itemsize
+        if not size:
+            return torch.empty(shape, dtype=dtype)
+        if self._chunk is None or self._used + size > len(self._chunk):
+            self._chunk = mmap.mmap(-1, max(size, _CHUNK) + _HUGE_PAGE)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with suppress(OSError):
+                    self._chunk.madvise(mmap.MADV_HUGEPAGE)
+            start = torch.frombuffer(self._chunk, dtype=torch.uint8).data_ptr()
+            self._used = -start % _HUGE_PAGE
+        with torch.inference_mode(False):
+            tensor = torch.frombuffer(
+                self._chunk, dtype=dtype, count=prod(shape), offset=self._used
+            )
+        self._used += -(-size // _LINE) * _LINE
+        return tensor.view(shape)
+
+
 # Parameter codes of malloc.h, and the largest threshold that glibc accepts.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _LARGEST_THRESHOLD = 32 << 20
@@ -76,7 +112,6 @@ _PAD = 64 << 20
 # would trim it.
 _HEAP = 1900 << 20
 _MADV_HUGEPAGE = 14
-_HUGE_PAGE = 2 << 20
 _KEPT = list[bool]()
 
 

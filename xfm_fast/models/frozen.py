@@ -18,6 +18,7 @@ from xfm_fast.errors import InputError
 from xfm_fast.kernels import caching
 from xfm_fast.kernels.backend import Backend
 from xfm_fast.kernels.cpu import gemm
+from xfm_fast.kernels.cpu.workspace import HugePages
 from xfm_fast.kernels.ladder import runs_cpu_inference
 from xfm_fast.models.shares import without_hooks
 from xfm_fast.models.text import AttentionProjections, TransformerLayer
@@ -38,11 +39,14 @@ class Slot(NamedTuple):
 
 
 def pack(
-    layers: Sequence[nn.Module], weights: Sequence[nn.Parameter], layout: gemm.Layout
+    layers: Sequence[nn.Module],
+    weights: Sequence[nn.Parameter],
+    layout: gemm.Layout,
+    memory: HugePages,
 ) -> gemm.Frozen:
     """Move the weights of layers on one input into one packed weight."""
     joined = torch.cat([*weights]).detach() if len(weights) > 1 else weights[0].detach()
-    packed = gemm.frozen(joined, layout)
+    packed = gemm.frozen(joined, layout, memory)
     sizes = tuple(weight.shape[0] for weight in weights)
     for index, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
         caching.forget(weight)
@@ -126,7 +130,7 @@ def freeze(model: nn.Module) -> None:
                 f"freeze() takes float32 or bfloat16 on a CPU, and {name} is {parameter.dtype} on {parameter.device}; "
                 "convert or move the model first"
             )
-    owners = owner_counts(model)
+    owners, memory = owner_counts(model), HugePages()
     model.__dict__[_TRAINED] = stop_gradients(model)
     for block in model.modules():
         if not isinstance(block, Block | TransformerLayer):
@@ -142,7 +146,7 @@ def freeze(model: nn.Module) -> None:
             if weights is None:
                 continue
             layout = gemm.layout_of(weights[0], few_rows=few_rows)
-            group[0]._parameters["weight"] = pack(group, weights, layout)
+            group[0]._parameters["weight"] = pack(group, weights, layout, memory)
     model.__dict__[_HOOKS] = (
         model.register_state_dict_post_hook(_dense_state),
         model.register_load_state_dict_pre_hook(_refuse_state),

@@ -28,7 +28,7 @@ from xfm_fast.kernels import fp8
 from xfm_fast.kernels.backend import resolve
 from xfm_fast.kernels.caching import Sources
 from xfm_fast.kernels.cpu import int8
-from xfm_fast.kernels.cpu.workspace import moves
+from xfm_fast.kernels.cpu.workspace import HugePages, moves
 from xfm_fast.kernels.flags import kind_of
 from xfm_fast.models.frozen import pack_of
 from xfm_fast.replace.attention import Attend
@@ -53,8 +53,8 @@ _CALLS_S = 2e-4
 _MOST_ELEMENTS = 16 << 20
 
 
-# What must stay as it was at parameters that are read in place.
-_FACTS = (type, Tensor.data_ptr, attrgetter("shape"), Tensor.stride, attrgetter("dtype"))
+# What must stay as it was at parameters that are read in place; of matrices also their strides.
+_FACTS = (type, Tensor.data_ptr, attrgetter("shape"), attrgetter("dtype"))
 
 
 class Watch:
@@ -76,8 +76,9 @@ class Watch:
         self._modules = [module for module in within if module is not owner]
         self._types = [*map(type, self._modules)]
         self._states = [module.__dict__ for module in within]
-        self._hooks = [getattr(module, name) for module in within for name in HOOKS]
-        self._hooks += [getattr(module_internals, name) for name in GLOBAL_HOOKS]
+        # Without gradients, other hooks do nothing.
+        self._hooks = [getattr(module, name) for module in within for name in HOOKS[:2]]
+        self._hooks += [getattr(module_internals, name) for name in GLOBAL_HOOKS[:2]]
         read, slots = {*map(id, used)}, list[tuple[dict[str, Any], str, Any]]()
         slots += [(owner._modules, name, owner._modules[name]) for name in children]
         self._read = list[Tensor]()
@@ -89,7 +90,9 @@ class Watch:
                     slots.append((module._parameters, name, value))
                     self._read += [] if value is None else [value]
         self._owners, self._names, self._values = zip(*slots, strict=True)
+        self._matrices = [tensor for tensor in self._read if tensor.ndim > 1]
         self._facts = [[*map(fact, self._read)] for fact in _FACTS]
+        self._strides = [*map(Tensor.stride, self._matrices)]
         # Configurations of transformers compute their attributes.
         self._config = {} if config is None else object.__getattribute__(config, "__dict__")
         self._options = dict(self._config)
@@ -103,6 +106,7 @@ class Watch:
             and all(map(is_, map(dict.get, self._owners, self._names), self._values))
             and all(map(is_, map(type, self._modules), self._types))
             and [[*map(fact, self._read)] for fact in _FACTS] == self._facts
+            and [*map(Tensor.stride, self._matrices)] == self._strides
             and self._config == self._options
         )
 
@@ -277,7 +281,9 @@ def _make(
             return None
     # The first caller may be in inference mode; the plan must serve all.
     with torch.inference_mode(False), torch.no_grad():
-        plan = Plan(owner, layers, [Operands(each, dtype, residual) for each in modules])
+        memory = HugePages()
+        operands = [Operands(each, dtype, residual, memory) for each in modules]
+        plan = Plan(owner, layers, operands)
     if not plan.is_valid(layers.layers):
         return None
     _plans[owner] = plan

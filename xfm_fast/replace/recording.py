@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from xfm_fast.kernels.cpu import gemm, int8
 from xfm_fast.kernels.cpu.varlen import reads_in_place
-from xfm_fast.kernels.cpu.workspace import scratch
+from xfm_fast.kernels.cpu.workspace import HugePages, scratch
 from xfm_fast.kernels.flags import kind_of
 from xfm_fast.models.frozen import pack_of
 from xfm_fast.replace.attention import Attend, Dense, Packed, Padded, Unpacked
@@ -63,8 +63,14 @@ class _Linear(NamedTuple):
 class Operands:
     """What one layer computes with: in a compute dtype, and a dtype of the residual."""
 
-    def __init__(self, modules: LayerModules, dtype: torch.dtype, residual: torch.dtype) -> None:
-        self.modules, self.dtype, self.residual = modules, dtype, residual
+    def __init__(
+        self,
+        modules: LayerModules,
+        dtype: torch.dtype,
+        residual: torch.dtype,
+        memory: HugePages,
+    ) -> None:
+        self.modules, self.dtype, self.residual, self._memory = modules, dtype, residual, memory
         proj, fc2 = cast(Any, modules.proj), cast(Any, modules.fc2)
         self.width, self.hidden = proj.out_features, fc2.in_features
         # Queries without tokens, for choices by their type and size.
@@ -128,7 +134,7 @@ class Operands:
             # A copy may as well have the fastest layout.
             is_copy = weight.dtype != layers[0].weight.dtype
             if is_copy and gemm.layout_of(weight, few_rows=True) == "panels":
-                weight = gemm.frozen(weight, "panels")
+                weight = gemm.frozen(weight, "panels", self._memory)
             return _Linear(weight, bias, None)
         weights = [layer.weight for layer in layers]
         self.copied += weights

@@ -22,6 +22,7 @@ from xfm_fast.errors import InputError
 from xfm_fast.kernels import flags, fp8
 from xfm_fast.kernels.backend import traced, untraced
 from xfm_fast.kernels.cpu import gemm
+from xfm_fast.kernels.cpu.workspace import HugePages
 from xfm_fast.kernels.flags import EightBits
 from xfm_fast.models.frozen import (
     dense_weight,
@@ -176,7 +177,7 @@ def freeze(model: nn.Module, fused: Iterable[Fused], settings: Settings) -> list
                 f"freeze=True stores weights of one dtype on a CPU, and {name} is {parameter.dtype} on "
                 f"{parameter.device}; convert the model first: model.to('cpu', {settings.dtype or parameter.dtype})"
             )
-    owners, frozen = owner_counts(model), list[FrozenLinear]()
+    owners, frozen, memory = owner_counts(model), list[FrozenLinear](), HugePages()
     for module in fused:
         groups = list(type(module).joint)
         joint = {name for group in groups for name in group}
@@ -192,7 +193,7 @@ def freeze(model: nn.Module, fused: Iterable[Fused], settings: Settings) -> list
             alike = len({(weight.dtype, weight.shape[1]) for weight in weights}) == 1
             if not alike or dtype not in _PACKED:
                 continue
-            pack(layers, weights, gemm.layout_of(weights[0], few_rows=True))
+            pack(layers, weights, gemm.layout_of(weights[0], few_rows=True), memory)
             for layer in layers:
                 del layer._parameters["weight"]
                 swap(layer, FrozenLinear, settings)

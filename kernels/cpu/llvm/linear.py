@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...reference import int8_strides
+from ..workspace import HugePages
 from . import ZERO_BYTE, Level, fits, levels
 from .builder import (
     BF16,
@@ -626,11 +627,14 @@ def linear(
     )
 
 
-def in_panels(units: Tensor, level: Level | None = None) -> Tensor:
+def in_panels(units: Tensor, level: Level | None = None, memory: HugePages | None = None) -> Tensor:
     """Pack 32-bit units `[M, U]` of a weight in the order of a GEMM: `[⌈M / 2 lanes⌉, U, 2 lanes]`."""
     width = 2 * (level or levels()[0]).lanes
     panels = F.pad(units, (0, 0, 0, -len(units) % width)).view(-1, width, units.shape[1])
-    return panels.transpose(1, 2).contiguous()
+    panels = panels.transpose(1, 2)
+    if memory is None:
+        return panels.contiguous()
+    return memory.empty((*panels.shape,), panels.dtype).copy_(panels)
 
 
 class Panels(NamedTuple):
