@@ -90,10 +90,11 @@ class HugePages:
         if not size:
             return torch.empty(shape, dtype=dtype)
         if self._chunk is None or self._used + size > len(self._chunk):
-            self._chunk = mmap.mmap(-1, max(size, _CHUNK) + _HUGE_PAGE)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                with suppress(OSError):
-                    self._chunk.madvise(mmap.MADV_HUGEPAGE)
+            length, flags = max(size, _CHUNK) + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            self._chunk = mmap.mmap(-1, length, flags)
+            # Some kernels have none.
+            with suppress(OSError):
+                self._chunk.madvise(mmap.MADV_HUGEPAGE)
             start = torch.frombuffer(self._chunk, dtype=torch.uint8).data_ptr()
             self._used = -start % _HUGE_PAGE
         with torch.inference_mode(False):

@@ -406,23 +406,23 @@ class Builder(ir.IRBuilder):
         return self.loop(0, terms, 1, term, *starts * len(rows))
 
     def choose_height(
-        self, highest: int, rows: Any, emit: Callable[[int], None], steps: int = 3
+        self, highest: int, rows: Any, emit: Callable[[int], None], heights: Sequence[int] = ()
     ) -> None:
-        """Emit code for tiles of several heights; the lowest without more tiles than the highest runs."""
+        """Emit code for tiles of some heights; the lowest runs that needs no more tiles than the highest."""
         tiles = (rows + (highest - 1)) // highest
         needed = (rows + (tiles - 1)) // tiles
 
-        def choose(heights: Sequence[int]) -> None:
-            if len(heights) == 1:
-                emit(heights[0])
+        def choose(height: int, *higher: int) -> None:
+            if not higher:
+                emit(height)
                 return
-            with self.if_else(needed <= heights[0]) as (then, otherwise):
+            with self.if_else(needed <= height) as (then, otherwise):
                 with then:
-                    emit(heights[0])
+                    emit(height)
                 with otherwise:
-                    choose(heights[1:])
+                    choose(*higher)
 
-        choose([-(-count * highest // steps) for count in range(1, steps + 1)])
+        choose(*(heights or (-(-highest // 3), -(-2 * highest // 3), highest)))
 
     def loop(
         self, start: Any, stop: Any, step: Any, body: Callable[..., Values | None], *carried: Any

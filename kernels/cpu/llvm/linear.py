@@ -50,8 +50,8 @@ _FEW_COLUMNS = 64
 _TERMS = 768
 # Prefetch distance in stored panels, in bytes, and in weights that are read in place, in rows.
 _AHEAD, _ROWS_AHEAD = 8192, 8
-# Heights of tiles that stored panels have code for: of few rows, a tile has at most one too many.
-_HEIGHTS = 7
+# Heights of tiles of stored panels, by lanes. Tiles of more rows than one has are at least half as high as the highest.
+_HEIGHTS = {16: (2, 4, 6, 8, 9, 10, 11, 12, 13, 14), 8: (1, 2, 3, 4, 5, 6)}
 # Bytes of packed weights, which share the second level of cache with rows on their way through.
 _PANELS_BYTES = 400 << 10
 _MAX_PANELS = 4
@@ -215,7 +215,7 @@ class _Linear:
 
             b.loop(row, end, height, tile)
 
-        b.choose_height(self.height, end - row, emit_tiles, _HEIGHTS)
+        b.choose_height(self.height, end - row, emit_tiles, _HEIGHTS[lanes])
 
     def _zero_sums(self, column: Any) -> Any:
         """Return what rows of the zero byte take from the sums of a GEMM."""
