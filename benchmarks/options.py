@@ -133,9 +133,9 @@ class DropInOptions(RunOptions):
     """Options of public models; quick takes two layers and two samples, to see that everything runs.
 
     Attributes:
-        only: encode, encode-one, predict, minilm, bge-small, mpnet, roberta, xlm-r, distilbert, modernbert,
-            bert-rerank, blip-rerank, vit-one, beit, siglip, dinov2, swin, clip, minilm-step, minilm-lora-step,
-            memory-rerank, or several with commas. [all]
+        only: encode, encode-one, predict, predict-one, minilm, bge-small, bge-small-one, mpnet, mpnet-one,
+            roberta, xlm-r, distilbert, modernbert, bert-rerank, blip-rerank, vit-one, beit, siglip, dinov2, swin,
+            clip, minilm-step, minilm-lora-step, memory-rerank, or several with commas. [all]
     """
 
     only: tuple[str, ...] = ()

@@ -57,7 +57,8 @@ class Lengths(NamedTuple):
 
 
 # Captions of COCO, sentences of an embedding service, passages of a search.
-_CAPTIONS, _SENTENCES, _PASSAGES = Lengths(10, 16, 40), Lengths(8, 64, 64), Lengths(30, 128, 128)
+_QUERIES, _CAPTIONS = Lengths(12, 12, 12), Lengths(10, 16, 40)
+_SENTENCES, _PASSAGES = Lengths(8, 64, 64), Lengths(30, 128, 128)
 
 
 @dataclass(frozen=True)
@@ -314,8 +315,8 @@ def _encode(layers: int, texts: list[str]) -> Subject:
     return Subject(model, call, len(texts), lambda model: model[0].auto_model, embed=embed)
 
 
-def _predict(layers: int) -> Subject:
-    query, *passages = _sample(97)
+def _predict(layers: int, count: int) -> Subject:
+    query, *passages = _sample(count + 1)
     pairs = [(query, passage) for passage in passages]
 
     def call(model: Any) -> Tensor:
@@ -383,7 +384,15 @@ MODELS: list[PublicModel] = [
         "predict",
         "CrossEncoder.predict, MiniLM-L6",
         "a query with 96 passages of 5–60 words",
-        _predict,
+        lambda layers: _predict(layers, 96),
+        "pairs",
+        package=_SENTENCE_TRANSFORMERS,
+    ),
+    PublicModel(
+        "predict-one",
+        "CrossEncoder.predict, MiniLM-L6, one pair",
+        "a query with a passage",
+        lambda layers: _predict(layers, 1),
         "pairs",
         package=_SENTENCE_TRANSFORMERS,
     ),
@@ -393,7 +402,19 @@ MODELS: list[PublicModel] = [
     PublicModel(
         "bge-small", "BGE-small", f"32 {_OF_64}", lambda layers: _texts(_small_bert(layers))
     ),
+    PublicModel(
+        "bge-small-one",
+        "BGE-small, one text",
+        "12 tokens",
+        lambda layers: _texts(_small_bert(layers), 1, _QUERIES),
+    ),
     PublicModel("mpnet", "MPNet-base", f"64 {_OF_64}", _texts_model("MPNet", 64, pad=1)),
+    PublicModel(
+        "mpnet-one",
+        "MPNet-base, one text",
+        "12 tokens",
+        _texts_model("MPNet", 1, _QUERIES, pad=1),
+    ),
     PublicModel(
         "roberta",
         "RoBERTa-base",
