@@ -46,7 +46,7 @@ _SLICE_ROWS = 208
 _BUCKET, _AMX_TILE = 64, 16
 _ROUNDS = 4
 _SLICES_MARGIN = 0.85
-# Layouts as fast as this are equal, and panels need no library. With many rows a layout may lose so much.
+# Layouts as fast as this are equal. With many rows a layout may lose so much to what few rows gain.
 _LAYOUT_MARGIN, _LAYOUT_LOSS = 1.02, 1.25
 _slices_win: dict[tuple[Gemm, torch.Size, torch.dtype, int, int], bool] = {}
 
@@ -143,9 +143,13 @@ def split_panels(weight: Frozen, sizes: Sequence[int]) -> list[FrozenPanels]:
 def layout_of(weight: Tensor, *, few_rows: bool = False) -> Layout:
     """Return the fastest layout of a weight; `few_rows` if it multiplies few rows as often as many.
 
-    With few rows the time goes into reading the weight. What they gain may cost many rows some of theirs.
+    With few rows the time goes into reading the weight. What they gain may cost many rows some of theirs; without them,
+    panels have to be faster.
     """
-    times: dict[Layout, float] = {"panels": 1.0, "onednn": 1.0, "plain": 1.0}
+    names: list[Layout] = (
+        ["panels", "onednn", "plain"] if few_rows else ["onednn", "plain", "panels"]
+    )
+    times = dict.fromkeys(names, 1.0)
     if weight.dtype not in CPU_DTYPES or torch.are_deterministic_algorithms_enabled():
         return "plain"
     for race in ("layout", "layout for few rows")[: 1 + few_rows]:
@@ -156,7 +160,7 @@ def layout_of(weight: Tensor, *, few_rows: bool = False) -> Layout:
         if math.isnan(plain):
             # Of a single candidate nothing was timed.
             return "plain"
-        for layout, taken in zip(times, (panels, packed, plain), strict=True):
+        for layout, taken in (("panels", panels), ("onednn", packed), ("plain", plain)):
             ratio = taken / min(panels, packed, plain)
             times[layout] *= ratio if race != "layout" or ratio < _LAYOUT_LOSS else math.inf
     limit = _LAYOUT_MARGIN * min(times.values())

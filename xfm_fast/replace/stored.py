@@ -34,7 +34,8 @@ from xfm_fast.models.frozen import (
     unpack,
 )
 from xfm_fast.replace.adapters import Adaptable
-from xfm_fast.replace.swap import Fused, Settings, find, restore, swap
+from xfm_fast.replace.swap import Fused, Settings, find, original_class, restore, swap
+from xfm_fast.replace.unpadded import encoder_of
 
 _TRAINED = "_xfm_fast_trained"
 _PACKED = (torch.float32, torch.bfloat16)
@@ -178,6 +179,10 @@ def freeze(model: nn.Module, fused: Iterable[Fused], settings: Settings) -> list
                 f"{parameter.device}; convert the model first: model.to('cpu', {settings.dtype or parameter.dtype})"
             )
     owners, frozen, memory = owner_counts(model), list[FrozenLinear](), HugePages()
+    texts = set[nn.Module]()
+    for part in model.modules():
+        if encoder_of(original_class(part)) is not None:
+            texts.update(part.modules())
     for module in fused:
         groups = list(type(module).joint)
         joint = {name for group in groups for name in group}
@@ -193,7 +198,9 @@ def freeze(model: nn.Module, fused: Iterable[Fused], settings: Settings) -> list
             alike = len({(weight.dtype, weight.shape[1]) for weight in weights}) == 1
             if not alike or dtype not in _PACKED:
                 continue
-            pack(layers, weights, gemm.layout_of(weights[0], few_rows=True), memory)
+            # A text may be single and short; an image has hundreds of rows.
+            layout = gemm.layout_of(weights[0], few_rows=module in texts)
+            pack(layers, weights, layout, memory)
             for layer in layers:
                 del layer._parameters["weight"]
                 swap(layer, FrozenLinear, settings)
