@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from xfm_fast.errors import InputError
+
 from ..backend import PACKED, PLAIN, untraced
 from ..caching import cached
 from . import llvm
@@ -85,8 +87,16 @@ class Frozen(nn.Parameter):
         return frozen, (dense(self).data, layout)
 
 
+_ATEN = torch.ops.aten
+# Operations that return a part, which could be written to.
+_PARTS = (_ATEN.slice, _ATEN.select, _ATEN.split, _ATEN.unbind, _ATEN.diagonal, _ATEN.as_strided)
+
+
 class FrozenPanels(Frozen):
-    """A frozen weight `[M, K]` in panels; operations other than our kernels take its dense values."""
+    """A frozen weight `[M, K]` in panels; operations other than our kernels take its dense values.
+
+    Those would take a write too, and lose it: InputError.
+    """
 
     layout_name = "panels"
     panels: Tensor
@@ -100,8 +110,18 @@ class FrozenPanels(Frozen):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _ATEN.detach.default:
+            return cls.of(args[0].panels, args[0].shape, args[0].dtype)
+        if func._schema.is_mutable or func.overloadpacket in _PARTS:
+            raise InputError(
+                "this weight is frozen for inference, and a change of it or of a part is lost; call unfreeze() on "
+                "the model, or report.revert(), before it"
+            )
         args, kwargs = pytree.tree_map_only(cls, cls.values, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return repr(self.values())
 
     def values(self) -> Tensor:
         """Return the dense values in memory of their own."""
@@ -119,9 +139,9 @@ PACKED.add(FrozenPanels)
 
 
 def frozen(weight: Tensor, layout: Layout, memory: HugePages | None = None) -> Frozen:
-    """Store a weight `[M, K]` in a layout, panels in memory of many weights if it is given."""
+    """Store a weight `[M, K]` in a layout, panels in memory of many weights if it is given; plain without a kernel."""
     weight = weight.detach()
-    if layout == "panels":
+    if layout == "panels" and _HERE and _fits(weight):
         units = weight.contiguous().view(torch.int32)
         panels = _linear_kernel().in_panels(units, memory=memory)
         return FrozenPanels.of(panels, weight.shape, weight.dtype)
@@ -160,11 +180,12 @@ def layout_of(weight: Tensor, *, few_rows: bool = False) -> Layout:
         if math.isnan(plain):
             # Of a single candidate nothing was timed.
             return "plain"
-        for layout, taken in (("panels", panels), ("onednn", packed), ("plain", plain)):
-            ratio = taken / min(panels, packed, plain)
+        taken: dict[Layout, float] = {"panels": panels, "onednn": packed, "plain": plain}
+        for layout in names:
+            ratio = taken[layout] / min(taken.values())
             times[layout] *= ratio if race != "layout" or ratio < _LAYOUT_LOSS else math.inf
     limit = _LAYOUT_MARGIN * min(times.values())
-    return next(layout for layout, taken in times.items() if taken <= limit)
+    return next(layout for layout in names if times[layout] <= limit)
 
 
 def dense(weight: Tensor) -> Tensor:

@@ -203,6 +203,34 @@ def test_parameters_keep_names_and_identity_and_give_up_their_memory(
     assert all(torch.equal(t, held[n]) for n, t in model.state_dict().items())
 
 
+def test_writes_to_panels_are_refused(
+    model: XFM, layout: gemm.Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if layout != "panels":
+        pytest.skip("for panels")
+    block: Any = model.freeze().vision_encoder.blocks[0]
+    weight = block.mlp.fc1.weight
+    before = gemm.dense(weight).clone()
+    for write in (
+        lambda: weight.add_(1),
+        lambda: weight.data.mul_(2),
+        lambda: weight.data[:, 1:].mul_(2),
+        lambda: weight.data.copy_(before),
+        lambda: torch.add(before, 1, out=weight.data),
+        lambda: nn.init.normal_(weight),
+    ):
+        with pytest.raises((InputError, RuntimeError)), torch.no_grad():
+            write()
+    assert torch.equal(gemm.dense(weight), before)
+    assert repr(weight.data) == repr(before)
+    # Elsewhere there may be no kernel.
+    stored = pickle.dumps(weight)
+    monkeypatch.setattr(gemm, "_HERE", False)
+    loaded = pickle.loads(stored)
+    assert gemm.panels_of(loaded) is None
+    assert torch.equal(loaded, before)
+
+
 def test_copies_and_conversions(model: XFM) -> None:
     held = {n: t.clone() for n, t in model.state_dict().items()}
     expected = results(model.freeze())
