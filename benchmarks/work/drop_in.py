@@ -555,9 +555,13 @@ def _case(model: PublicModel, subject: Subject, run: Run) -> Case:
     def accelerated(dtype: str) -> nn.Module:
         fast = copy.deepcopy(module)
         compute: Any = {"fp32": None, "int8": "int8"}.get(dtype, DTYPES.get(dtype))
-        # Other runtimes pack the weights too.
-        freeze = inference and dtype == "fp32"
-        report = accelerate(fast, dtype=compute, unpad=model.unpad, freeze=freeze)
+        try:
+            # Other runtimes pack the weights too.
+            freeze = inference and dtype == "fp32"
+            report = accelerate(fast, dtype=compute, unpad=model.unpad, freeze=freeze)
+        except InputError:
+            # Nothing of it can be packed.
+            report = accelerate(fast, dtype=compute, unpad=model.unpad)
         reports[dtype] = str(report).splitlines()
         return fast
 

@@ -43,6 +43,7 @@ QUICK = (
     "Swin",
     "timm's ViT, norms of q and k",
 )
+_QUICK_FILES = ("BERT", "CLIP's texts", "BEiT", "DINOv2")
 # The library's own code does not trace: an interpolation to sizes of the batch, and a check of values.
 UNTRACEABLE = ("ViLT", "SigLIP 2")
 
@@ -94,7 +95,7 @@ def test_a_twin_computes_what_the_model_does(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        pytest.param(name, marks=() if name in _QUICK_FILES else pytest.mark.slow)
         for name in FAMILIES
         if name not in UNTRACEABLE
     ],

@@ -210,7 +210,7 @@ def test_fixed_sizes_pad_and_truncate(embedder: Path, tmp_path: Path) -> None:
     assert_close(embed(fast, TEXTS), plain.encode(TEXTS))
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_half_precision_is_held_to_its_rounding(embedder: Path, tmp_path: Path, dtype: str) -> None:
     output = run(embedder, "--out", tmp_path / "out", "--dtype", dtype)
     assert "verified" in output

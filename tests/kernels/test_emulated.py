@@ -49,7 +49,7 @@ def emulate(target: str, *arguments: str) -> None:
         pytest.param("sm_80", marks=pytest.mark.slow),
         "sm_90",
         pytest.param("sm_100", marks=pytest.mark.slow),
-        "sm_120",
+        pytest.param("sm_120", marks=pytest.mark.slow),
     ],
 )
 def test_a_kernel_of_each_family_in_bf16(target: str) -> None:

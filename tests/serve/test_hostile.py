@@ -380,7 +380,7 @@ def _offline(request: pytest.FixtureRequest, family: str) -> tuple[Path, Callabl
 @pytest.mark.skipif(
     not Path("/proc/self/fd").exists(), reason="descriptors of another process are read from /proc"
 )
-@pytest.mark.parametrize("family", ["tiny-xfm", "tiny-clip"])
+@pytest.mark.parametrize("family", ["tiny-xfm", pytest.param("tiny-clip", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("silent", "clients", "seconds"),
     [(40, 1, 3), pytest.param(900, 4, 60, marks=pytest.mark.slow)],
