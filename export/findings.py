@@ -208,15 +208,13 @@ class Findings:
         checks = []
         reported = set() if threshold.pooled else pooled_tokens(self.outputs)
         for output, errors in self.outputs.items():
-            limits = inf, -1.0
+            allowed, least_cosine = inf, -1.0
             if output not in reported:
-                limits = (
-                    threshold.allowed(output, errors.extent, reference, dtype),
-                    threshold.cosine,
-                )
+                allowed = threshold.allowed(output, errors.extent, reference, dtype)
+                least_cosine = threshold.cosine
             directed = output in DIRECTIONS
             # Comparisons with NaN are false: NaN fails.
-            aligned = not directed or errors.cosine >= limits[1]
+            aligned = not directed or errors.cosine >= least_cosine
             checks.append(
                 Check(
                     graph=self.graph,
@@ -224,10 +222,10 @@ class Findings:
                     shapes=[[*shape] for shape in shapes],
                     max_error=_finite(errors.largest),
                     mean_error=_finite(errors.total / max(errors.count, 1)),
-                    allowed=_finite(limits[0]),
+                    allowed=_finite(allowed),
                     cosine=_finite(errors.cosine) if directed else None,
-                    least_cosine=limits[1] if directed else None,
-                    passed=errors.largest <= limits[0] and aligned,
+                    least_cosine=least_cosine if directed else None,
+                    passed=errors.largest <= allowed and aligned,
                 )
             )
         return checks

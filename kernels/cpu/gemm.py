@@ -518,9 +518,12 @@ def _compiled(
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
     gamma = None if gamma is None else gamma.contiguous()
+    stored = panels_of(weight)
+    if stored is not None and (turned or x.dtype != weight.dtype):
+        # Panels are of one dtype, and their columns those of a forward pass.
+        weight, stored = dense(weight), None
     if not kernel.takes(x, weight, bias, residual, gamma, turned=turned):
         return None
-    stored = panels_of(weight)
     return kernel.linear(x, weight, bias, residual, gamma, turned=turned, stored=stored, **options)
 
 

@@ -112,7 +112,6 @@ _PAD = 64 << 20
 # Address space of the heap with huge pages: together with earlier allocations below the 2 GB above which the C library
 # would trim it.
 _HEAP = 1900 << 20
-_MADV_HUGEPAGE = 14
 _KEPT = list[bool]()
 
 
@@ -163,4 +162,4 @@ def _ask_for_huge_pages(library: ctypes.CDLL) -> None:
     if heap:
         begin, end = -(-int(heap[0][0], 16) // _HUGE_PAGE) * _HUGE_PAGE, int(heap[-1][1], 16)
         # No effect where Linux has no huge pages.
-        library.madvise(begin, max(0, end - begin), _MADV_HUGEPAGE)
+        library.madvise(begin, max(0, end - begin), mmap.MADV_HUGEPAGE)

@@ -91,7 +91,7 @@ def test_turned_wide_and_stored_weights(level: llvm.Level) -> None:
     turned = torch.randn(inputs, outputs + 3)[:, :outputs]
     expected = compiled(x, weight.bfloat16().contiguous(), None, level=level)
     assert torch.equal(compiled(x, weight, None, level=level), expected)
-    stored = in_panels(weight.bfloat16().contiguous().view(torch.int32))
+    stored = in_panels(weight.bfloat16().contiguous().view(torch.int32), level)
     assert torch.equal(compiled(x, weight, None, stored=stored, level=level), expected)
     narrow = (turned * factors[:, None]).bfloat16().contiguous()
     expected = compiled(x, narrow, None, turned=True, level=level)

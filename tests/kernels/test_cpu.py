@@ -21,7 +21,7 @@ from tests.kernels.cases import assert_attention_gradients, plain_attention
 from tests.kernels.conftest import compared, each_library
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import reference
-from xfm_fast.kernels.cpu import attention, gemm, selection, workspace
+from xfm_fast.kernels.cpu import attention, gemm, llvm, selection, workspace
 from xfm_fast.kernels.cpu.selection import RACES, Selection, _selections
 from xfm_fast.kernels.cpu.workspace import Dropout
 
@@ -179,6 +179,7 @@ def _measured(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, dict[str, floa
         monkeypatch.setitem(_selections, (operation, torch.float32), selection)
 
 
+@pytest.mark.skipif(bool(llvm.why_not()), reason="no compiled kernels here")
 @pytest.mark.parametrize(
     ("many", "few", "alone", "both"),
     [
@@ -211,6 +212,18 @@ def test_the_layout_of_frozen_weights(
     assert gemm.layout_of(torch.empty(63, 64)) != "panels"
     with deterministic_algorithms():
         assert gemm.layout_of(weight, few_rows=True) == "plain"
+
+
+@pytest.mark.skipif(bool(llvm.why_not()), reason="no compiled kernels here")
+def test_panels_of_another_dtype_or_turned_are_read_as_dense_values() -> None:
+    weight, x = torch.randn(64, 32), torch.randn(5, 32)
+    panels, bias = gemm.frozen(weight, "panels"), torch.randn(64)
+    if llvm.why_not(torch.bfloat16) is None:
+        half = x.bfloat16(), bias.bfloat16()
+        expected = gemm.compiled(half[0], weight, half[1])
+        torch.testing.assert_close(gemm.compiled(half[0], panels, half[1]), expected)
+    dout = torch.randn(5, 64)
+    torch.testing.assert_close(gemm._compiled_input(dout, panels), dout @ weight)
 
 
 def test_between_few_rows_and_many_their_times_decide(monkeypatch: pytest.MonkeyPatch) -> None:
