@@ -28,6 +28,7 @@ from .builder import (
     INT16,
     INT32,
     INT64,
+    POINTER,
     Builder,
     Values,
     coefficients,
@@ -55,10 +56,10 @@ _HEIGHTS = {16: (2, 4, 6, 8, 9, 10, 11, 12, 13, 14), 8: (1, 2, 3, 4, 5, 6)}
 # Bytes of packed weights, which share the second level of cache with rows on their way through.
 _PANELS_BYTES = 400 << 10
 _MAX_PANELS = 4
-# With AMX: twice as many panels, in larger caches, halve the copies of rows. Rows of a block of tiles, and units that
-# run before the next panel: a block's rows and a panel's columns stay in the first level of cache together.
-_TILED_BYTES, _TILED_PANELS = 1 << 20, 8
-_TILED_ROWS, _TILED_TERMS = 2 * ROWS, 8 * ROWS
+# With AMX, in larger caches: weights that stay in the second level, while rows stream from behind it. Rows of a block of
+# tiles, and units that run before the next panel: a block's rows stay in the first level, past which weights stream.
+_TILED_BYTES, _TILED_PANELS = 1200 << 10, 32
+_TILED_ROWS, _TILED_TERMS = 2 * ROWS, 24 * ROWS
 # Rows of a chunk, where columns are too few to keep all threads busy.
 _CHUNK = 96
 _TASKS_PER_THREAD = 3
@@ -414,8 +415,8 @@ class _LinearOfFewRows(_Linear):
 class _LinearOfTiles(_Linear):
     """Emits the kernel of bf16 or int8 rows for AMX.
 
-    Products leave the vector units idle: between those of a block of rows runs the epilogue of the block before, and
-    between those of a task's first block the weights are packed.
+    Products leave the vector units idle: between those of a panel runs the epilogue of the panel before, and between
+    those of a task's first block the weights are packed.
     """
 
     name, tiled = "linear_of_tiles", True
@@ -426,89 +427,115 @@ class _LinearOfTiles(_Linear):
         self.tiles.release()
 
     def _start(self, thread: Any) -> None:
-        """Locate what follows the sums of two blocks, configure the tiles and quantise the rows."""
+        """Locate what follows the sums, configure the tiles and quantise the rows."""
         b, args = self.b, self.args
-        state = b.at(args["scratch"], thread * args["scratch_bytes"] + 2 * self._block_bytes, BYTE)
-        self.finished = b.at(state, state_bytes(self.level), BYTE)
-        self.copies = b.at(self.finished, 64, BYTE)
+        state = b.at(args["scratch"], thread * args["scratch_bytes"] + self._state_offset, BYTE)
+        self.unfinished = b.at(state, state_bytes(self.level), BYTE)
+        self.copies = b.at(self.unfinished, 64, BYTE)
         self.tiles.configure(state)
-        # Vectors of sums of a panel, divided among the products of its units.
-        self.share = b.index(2 * self.height * ROWS) // args["inputs"] + 1
         if self.quantisation is not None:
             self._quantise_rows(thread)
 
     @property
-    def _block_bytes(self) -> int:
-        return 4 * self.height * self.columns
+    def _state_offset(self) -> int:
+        return 4 * _TILED_ROWS * 2 * self.level.lanes * _TILED_PANELS
 
     def _task(self, task: Any, thread: Any) -> None:
-        b, args, height, width = self.b, self.args, self.height, 2 * self.level.lanes
+        b, args, height, width = self.b, self.args, self.height, self.columns
         column, stop, row, end = self._bounds(task, thread)
-        vectors, base = (stop - column) // b.lanes, self.sums
+        inputs, base = args["inputs"], self.sums
+        blocks = (inputs + (_TILED_TERMS - 1)) // _TILED_TERMS
+        step = b.round_up((inputs + (blocks - 1)) // blocks, ROWS)
+        b.store(INT64(0), self.unfinished)
 
         def block(first: Any) -> None:
-            index, is_first = (first - row) // height, b.equal(first, row)
-            self.sums, sums = (
-                b.at(base, (index + n & 1) * self._block_bytes, BYTE) for n in range(2)
-            )
-            earlier = first - height, sums
-            b.store(b.select(is_first, (vectors * height).value, INT64(0)), self.finished)
+            rows, is_first = b.minimum_int(end - first, height), b.equal(first, row)
 
             def terms(start: Any) -> None:
-                units = b.minimum_int(args["inputs"] - start, _TILED_TERMS)
+                units = b.minimum_int(inputs - start, step)
                 left = self._left(first, end, start, units)
+                share = (b.index(height * ROWS) + (units - 1)) // units
 
                 def columns(at: Any) -> None:
-                    out = b.at(self.sums, at - column, self.accumulator), self.columns
+                    # Sums that one block of units completes are finished before the next ones are stored.
+                    panel = b.select(b.equal(blocks, 1), INT64(0), ((at - column) // width).value)
+                    sums = b.at(base, b.index(panel) * (height * width), self.accumulator)
+                    earlier = self._earlier()
 
-                    def multiply(rows: int, *, packing: bool = False) -> None:
-                        def interleave(u: Any) -> None:
+                    def multiply(tiles: int, *, packing: bool = False) -> None:
+                        count = (share + (tiles - 1)) // tiles
+
+                        def interleave(u: Any, tile: int) -> None:
                             if packing:
-                                self._pack_next(column, stop, at, start + u)
-                            self._finish_some(earlier, column, vectors)
+                                self._pack_next(column, stop, at + tile * b.lanes, start + u)
+                            position = (u // ROWS * tiles + tile) * count
+                            self._finish_rows(earlier, position, count)
+                            with b.if_then(b.is_not_null(args["residual"])):
+                                self._prefetch_rows(first + position, end, at, count)
 
                         right = b.at(self._weights(column, at), start * width, self.unit), width
                         self.tiles.multiply(
-                            rows, left, right, units, out, add=start > 0, before=interleave
+                            tiles,
+                            left,
+                            right,
+                            units,
+                            (sums, width),
+                            add=start > 0,
+                            between=interleave,
+                            stream=True,
                         )
 
                     if self.stored:
-                        with b.if_else(end - first <= ROWS) as (short, tall):
+                        with b.if_else(rows <= ROWS) as (short, tall):
                             with short:
                                 multiply(1)
                             with tall:
                                 multiply(2)
-                        return
-                    with b.if_else(is_first) as (unpacked, packed):
-                        with unpacked:
-                            with b.if_then(b.equal(start, 0)):
-                                self._pack_next(column, stop, at, start - ROWS)
-                            multiply(2, packing=True)
-                        with packed:
-                            multiply(2)
+                    else:
+                        with b.if_else(is_first) as (unpacked, packed):
+                            with unpacked:
+                                with b.if_then(b.equal(start, 0)):
+                                    for n in range(2):
+                                        self._pack_next(
+                                            column, stop, at + n * b.lanes, start - ROWS
+                                        )
+                                multiply(2, packing=True)
+                            with packed:
+                                multiply(2)
+                    complete = start + units >= inputs
+                    count = b.select(complete, rows.value, INT64(0))
+                    unfinished = (count, first.value, at.value, b.ptrtoint(sums, INT64))
+                    for slot, value in enumerate((*unfinished, (stop - at).value)):
+                        b.store(value, b.at(self.unfinished, slot, INT64))
 
                 b.loop(column, stop, width, columns)
 
-            b.loop(0, args["inputs"], _TILED_TERMS, terms)
-            with b.if_then(first + height >= end):
-                self._epilogue(first, end, column, stop - column, height)
+            b.loop(0, inputs, step, terms)
 
         b.loop(row, end, height, block)
+        earlier = self._earlier()
+        self._finish_rows(earlier, b.index(0), earlier.rows)
 
     def _left(self, first: Any, end: Any, start: Any, units: Any) -> tuple[Any, Any]:
-        """Return the address of units of a block's rows, and the units from row to row; copy them into the cache."""
+        """Return the address of units of a block's rows, and the units from row to row.
+
+        Of the last block the rows are copied, and its last one repeated.
+        """
         b, args = self.b, self.args
+        direct = b.at(self._row("x", first), start, self.unit)
         if self.quantisation is not None:
-            return b.at(self._row("x", first), start, self.unit), args["x_row"]
+            return direct, args["x_row"]
+        whole = first + self.height <= end
 
         def copy(i: Any) -> None:
-            # The last row is repeated past the end.
             source = b.at(self._row("x", b.minimum_int(first + i, end - 1)), start, INT32)
             out = b.at(self.copies, i * _TILED_TERMS, INT32)
             b.loop(0, units, b.lanes, lambda u: b.write(b.read(source, INT32, u), out, u))
 
-        b.loop(0, self.height, 1, copy)
-        return self.copies, _TILED_TERMS
+        with b.if_then(b.not_(whole)):
+            b.loop(0, self.height, 1, copy)
+        stride = b.select(whole, args["x_row"].value, INT64(_TILED_TERMS))
+        return b.select(whole, direct, self.copies), b.index(stride)
 
     def _weights(self, first: Any, column: Any) -> Any:
         """Return the address of the panel of a column."""
@@ -517,29 +544,59 @@ class _LinearOfTiles(_Linear):
         return self._panel(first, column)
 
     def _pack_next(self, first: Any, stop: Any, column: Any, unit: Any) -> None:
-        """Pack what the products after `unit` read, one tile of each vector of a panel; the last ones twice."""
-        b, lanes = self.b, self.level.lanes
-        following = b.minimum_int(unit + ROWS, self.args["inputs"] - ROWS)
-        end = b.minimum_int(column + 2 * lanes, stop)
-        b.loop(column, end, lanes, lambda at: self._pack(first, at, following, ROWS))
-
-    def _finish_some(self, block: tuple[Any, Any], column: Any, vectors: Any) -> None:
-        """Finish vectors of the block before, (its first row, its sums), as many as the products of a unit hide."""
+        """Pack what the products after `unit` read of a vector of a panel; the last units twice."""
         b = self.b
-        (first, sums), done = block, b.load_scalar(self.finished, 0, INT64)
-        last = b.minimum_int(done + self.share, vectors * self.height)
+        following = b.minimum_int(unit + ROWS, self.args["inputs"] - ROWS)
+        with b.if_then(column < stop):
+            self._pack(first, column, following, ROWS)
 
-        def finish(position: Any, *, gelu: bool) -> None:
-            i, n = position // vectors, position % vectors * b.lanes
-            start = b.at(sums, i * self.columns, self.accumulator)
-            self._finish(start, first + i, column, n, gelu=gelu)
+    def _earlier(self) -> _Unfinished:
+        """Return the sums that the products before left unfinished."""
+        values = [self.b.load_scalar(self.unfinished, slot, INT64) for slot in range(5)]
+        rows, first, column, sums, columns = values
+        return _Unfinished(rows, first, column, self.b.inttoptr(sums.value, POINTER), columns)
+
+    def _finish_rows(self, earlier: _Unfinished, start: Any, count: Any) -> None:
+        """Finish rows of the sums of a panel, as many as the products of a unit hide."""
+        b, lanes = self.b, self.level.lanes
+
+        def row(i: Any, *, gelu: bool) -> None:
+            sums = b.at(earlier.sums, i * self.columns, self.accumulator)
+
+            def finish(n: int) -> None:
+                self._finish(sums, earlier.first + i, earlier.column, b.index(n), gelu=gelu)
+
+            finish(0)
+            with b.if_then(earlier.columns > lanes):
+                finish(lanes)
 
         # Of a loop without branches for GELU, LLVM keeps the constants in registers.
         with b.if_else(self.args["gelu"] > 0) as branches:
             for gelu, branch in zip((True, False), branches, strict=True):
                 with branch:
-                    b.loop(done, last, 1, partial(finish, gelu=gelu))
-        b.store(last.value, self.finished)
+                    stop = b.minimum_int(start + count, earlier.rows)
+                    b.loop(start, stop, 1, partial(row, gelu=gelu))
+
+    def _prefetch_rows(self, first: Any, end: Any, column: Any, count: Any) -> None:
+        """Prefetch rows of the residual of a panel during its products."""
+        b, args = self.b, self.args
+
+        def row(i: Any) -> None:
+            start = b.at(args["residual"], i * args["residual_row"] + column, self.element)
+            for line in range(0, self.columns, 64 // (2 if self.half else 4)):
+                b.prefetch(b.at(start, line, self.element))
+
+        b.loop(first, b.minimum_int(first + count, end), 1, row)
+
+
+class _Unfinished(NamedTuple):
+    """Sums of a panel without their epilogue: their rows, the first one, column, address and remaining columns."""
+
+    rows: Any
+    first: Any
+    column: Any
+    sums: Any
+    columns: Any
 
 
 @cache
@@ -559,9 +616,10 @@ def _sums(few: bool, stored: bool, tiled: bool, level: Level) -> tuple[int, int,
     columns = _FEW_COLUMNS if few and not stored else 2 * level.lanes
     if not tiled:
         return height, columns, 4 * height * columns
-    height, columns = _TILED_ROWS, _TILED_PANELS * 2 * level.lanes
-    # Of two blocks; then the tiles' state, a line with the count of finished vectors, and copies of rows.
-    return height, columns, 4 * height * (2 * columns + _TILED_TERMS) + state_bytes(level) + 64
+    height, columns = _TILED_ROWS, 2 * level.lanes
+    # Of all panels; then the tiles' state, a line that tells which sums are unfinished, and copies of rows.
+    sums = 4 * height * (columns * _TILED_PANELS + _TILED_TERMS)
+    return height, columns, sums + state_bytes(level) + 64
 
 
 def takes(x: Tensor, weight: Tensor, *addends: Tensor | None, turned: bool = False) -> bool:
@@ -730,7 +788,7 @@ def _run(
     (rows, inputs), outputs, residual = x.shape, out.shape[1], addends[2]
     half, wide = out.dtype == torch.bfloat16, dtype == "bf16" and weight.dtype == torch.float32
     in_place, weight = stored is None, weight if stored is None else stored
-    tiled = bool(level.tiles) and dtype != "fp32" and (dtype == "int8" or not few)
+    tiled = bool(level.tiles) and dtype != "fp32" and not (few and stored is None)
     emitter = _LinearOfTiles if tiled else _LinearOfFewRows if few and in_place else _Linear
     width, scratch_bytes = 2 * level.lanes, _sums(few, not in_place, tiled, level)[2]
     columns = _FEW_COLUMNS if in_place else width
@@ -750,7 +808,8 @@ def _run(
             scratch_bytes += columns // width * panel_bytes
         blocks = -(-outputs // columns)
         step = _TILED_ROWS if tiled else 1
-        limit = -(-_TASKS_PER_THREAD * threads // blocks)
+        # One thread has nobody to share with, and would pack the weights again.
+        limit = -(-_TASKS_PER_THREAD * threads // blocks) if threads > 1 else 1
         chunk, chunks = split_rows(-(-rows // step), limit, _CHUNK // step)
         chunk *= step
     scratch_bytes = whole_pages(scratch_bytes)

@@ -66,7 +66,8 @@ class Tiles:
         out: tuple[Any, Any],
         *,
         add: Any = None,
-        before: Callable[[Any], None] | None = None,
+        between: Callable[[Any, int], None] | None = None,
+        stream: bool = False,
     ) -> None:
         """Emit the product of `rows` tiles of rows with two tiles of columns over `terms` units.
 
@@ -76,7 +77,8 @@ class Tiles:
             terms: A multiple of `ROWS`.
             out: Address of the first row of sums, and elements to the next one.
             add: Whether the product is added to `out`, at run time; never by default.
-            before: Emits what precedes the products of a unit.
+            between: Emits what follows the products of a unit and a tile of rows.
+            stream: Whether the columns leave the first level of cache to the rows.
         """
         b = self.b
         sums = [(2 * i + n, out[1] * (ROWS * i) + ROWS * n) for i in range(rows) for n in range(2)]
@@ -98,14 +100,15 @@ class Tiles:
                     start(zero=True)
 
         def term(u: Any) -> None:
-            if before is not None:
-                before(u)
             for n in range(2):
-                self._load(_RIGHT + n, b.at(right[0], u * right[1] + ROWS * n, INT32), right[1])
+                address = b.at(right[0], u * right[1] + ROWS * n, INT32)
+                self._load(_RIGHT + n, address, right[1], stream=stream)
             for i in range(rows):
                 self._load(_LEFT + i, b.at(left[0], u + left[1] * (ROWS * i), INT32), left[1])
                 for n in range(2):
                     self._multiply(_SUMS + 2 * i + n, _LEFT + i, _RIGHT + n)
+                if between is not None:
+                    between(u, i)
 
         b.loop(0, terms, ROWS, term)
         for tile, offset in sums:
@@ -118,10 +121,11 @@ class Tiles:
         zero = self.b.splat(0, INT32)
         self.b.loop(0, ROWS, 1, lambda i: self.b.write(zero, self._row(tile, i)))
 
-    def _load(self, tile: int, address: Any, stride: Any) -> None:
+    def _load(self, tile: int, address: Any, stride: Any, *, stream: bool = False) -> None:
         b = self.b
         if not self.simulated:
-            self._call("tileloadd64", BYTE(tile), address, (b.index(stride) << 2).value)
+            name = "tileloaddt164" if stream else "tileloadd64"
+            self._call(name, BYTE(tile), address, (b.index(stride) << 2).value)
             return
 
         def row(i: Any) -> None:
