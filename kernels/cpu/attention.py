@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import host, reference
 from ..reference import HIDDEN
 from . import llvm
-from .selection import Race, operands, register, select
+from .selection import Race, compare, operands, register, select
 from .workspace import Dropout, scratch
 
 # Up to this many scores, a sequence is short: its GEMMs are too small for a library to be fast.
@@ -122,6 +122,14 @@ def choice(queries: int, keys: int, q: Tensor) -> str:
     if queries * keys <= _SHORT_SCORES:
         return _select("short attention", q)
     return _select("medium attention" if max(queries, keys) <= _MEDIUM_TOKENS else "attention", q)
+
+
+def short_seconds(q: Tensor) -> dict[str, float]:
+    """Return the seconds of the candidates on short sequences of `SHORT_TERMS` terms; none where nothing is timed."""
+    fits = llvm.fills_vectors(q.shape[-1], q.dtype)
+    if not fits or torch.are_deterministic_algorithms_enabled():
+        return {}
+    return compare("short attention", q.dtype).seconds
 
 
 def _select(operation: str, q: Tensor) -> str:
@@ -478,6 +486,8 @@ _EXAMPLES: dict[str, tuple[tuple[int, int, int, int], int, tuple[int, ...] | Non
     "biased attention": ((1, 197, 12, 64), 197, (1, 12, 197, 197)),
     "short biased attention": ((32, 49, 6, 32), 49, (16, 6, 49, 49)),
 }
+SHORT_TERMS = math.prod(_EXAMPLES["short attention"][0]) * _EXAMPLES["short attention"][1]
+"""Terms of the scores of the short sequences that are timed."""
 for _name, (_q, _keys, _bias) in _EXAMPLES.items():
     _flops, _make = 4 * math.prod(_q) * _keys, partial(_example, q=_q, keys=_keys, bias=_bias)
     register(_name, Race(_ALL, _make, _flops))

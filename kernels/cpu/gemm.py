@@ -29,9 +29,9 @@ CPU_DTYPES = (torch.float32, torch.bfloat16)
 Gemm = Callable[..., Tensor]
 """From x `[n, K]`, weight `[M, K]`, bias `[M]` or None, and further tensors of n rows: `[n, M]`."""
 
-# Shapes of the timed GEMMs: packed caption tokens through a layer of the base width, and a single caption. Layouts are
-# compared with half as many rows, where the time goes into reading the weight.
-_ROWS, _FEW_ROWS, _WIDTH, _WIDE = 224, 13, 768, 3072
+# Shapes of the timed GEMMs: packed caption tokens through a layer of the base width, a single caption, and a short text,
+# with which layouts are compared too.
+_ROWS, _FEW_ROWS, _TEXT_ROWS, _WIDTH, _WIDE = 224, 13, 24, 768, 3072
 # Fewer rows are autotuned separately: MKL's fp32 GEMMs of 13 rows take up to 1.7 times as long as of 16.
 _FEW = 16
 _HIDDEN_BYTES = 6 << 20
@@ -674,14 +674,14 @@ def _from_panels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply by a weight of a race, which keeps its panels: a search in the cache would be timed too."""
     kept = vars(weight)
     if "panels" not in kept:
-        kept["panels"] = frozen(weight, "panels")
+        kept["panels"] = frozen(weight, "panels", HugePages())
     return compiled(x, kept["panels"], bias)
 
 
 if _HERE:
     _layouts["llvm-packed"] = _from_panels
 _register("layout", _layouts, _ROWS, outputs=_WIDE)
-_register("layout for few rows", _layouts, _FEW_ROWS // 2, outputs=_WIDE)
+_register("layout for few rows", _layouts, _TEXT_ROWS, outputs=_WIDE)
 
 
 def seconds(dtype: torch.dtype) -> float:

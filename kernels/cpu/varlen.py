@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from .. import host
 from .attention import (
+    SHORT_TERMS,
     choice,
     compiled_backward,
     compiles_backward,
     plain_attention,
+    short_seconds,
     tiled_attention,
     tiled_attention_backward,
 )
@@ -77,6 +80,21 @@ def reads_in_place(q: Tensor, keys: int) -> bool:
     from .llvm.attention import takes
 
     return takes(q, keys)
+
+
+def compiled_delay(q: Tensor, sequences: int, keys: int) -> float:
+    """Return the seconds that `reads_in_place` would lose on sequences of q `[..., H, D]`, by the race; or infinity."""
+    if reads_in_place(q, keys):
+        return 0.0
+    seconds = short_seconds(q)
+    if "llvm" not in seconds:
+        return math.inf
+    from .llvm.attention import takes
+
+    if not takes(q, keys):
+        return math.inf
+    delay = seconds["llvm"] - min(seconds.values())
+    return delay * sequences * keys**2 * math.prod(q.shape[-2:]) / SHORT_TERMS
 
 
 def varlen_attention_backward(

@@ -33,6 +33,7 @@ from xfm_fast.kernels.flags import kind_of
 from xfm_fast.models.frozen import pack_of
 from xfm_fast.replace.attention import Attend
 from xfm_fast.replace.recording import (
+    CALLS_S,
     Embedded,
     Layout,
     Operands,
@@ -47,8 +48,6 @@ from xfm_fast.replace.swap import GLOBAL_HOOKS, HOOKS, Settings
 _DTYPES = (torch.float32, torch.bfloat16)
 # Programs of a plan in one thread; the number of tokens of most texts is one of few.
 _MOST_PROGRAMS = 64
-# Seconds that the calls of a layer take without a plan.
-_CALLS_S = 2e-4
 # Elements of the widest rows, above which the kernels take so long that Python does not matter.
 _MOST_ELEMENTS = 16 << 20
 
@@ -224,7 +223,7 @@ class Plan:
             if rows * max(3 * each.width, each.hidden) > _MOST_ELEMENTS:
                 return None
             delays = (linear.delay(name, rows, each.dtype) for name, linear in each.linears)
-            if sum(delays) > _CALLS_S:
+            if sum(delays) > CALLS_S:
                 return None
         # Their addresses are nothing else's.
         stand_ins = [None if t is None else torch.empty_like(t) for t in moving]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xfm_fast.kernels.cpu import gemm, int8
-from xfm_fast.kernels.cpu.varlen import reads_in_place
+from xfm_fast.kernels.cpu.varlen import compiled_delay
 from xfm_fast.kernels.cpu.workspace import HugePages, scratch
 from xfm_fast.kernels.flags import kind_of
 from xfm_fast.models.frozen import pack_of
@@ -25,6 +25,9 @@ from xfm_fast.replace.structure import (
     pre_norm,
 )
 from xfm_fast.replace.swap import Settings, concatenate_biases
+
+CALLS_S = 2e-4
+"""Seconds that the calls of a layer take without a plan."""
 
 
 class _Linear(NamedTuple):
@@ -74,7 +77,7 @@ class Operands:
         proj, fc2 = cast(Any, modules.proj), cast(Any, modules.fc2)
         self.width, self.hidden = proj.out_features, fc2.in_features
         # Queries without tokens, for choices by their type and size.
-        self.query = torch.empty(0, self.width // modules.heads, dtype=dtype)
+        self.query = torch.empty(0, modules.heads, self.width // modules.heads, dtype=dtype)
         self.copied = list[Tensor]()
         groups = projection_groups(modules)
         # One GEMM on rounded rows is faster than three.
@@ -359,7 +362,7 @@ class Recorder:
 def layout_of(
     attend: Attend, lead: tuple[int, ...], query: Tensor
 ) -> tuple[Layout, tuple[Tensor | None, Tensor | None]]:
-    """Return the layout of a call, its bounds in int64 and its bias; `query` is an example `[..., D]`."""
+    """Return the layout of a call, its bounds in int64 and its bias; `query` is an example `[..., H, D]`."""
     bias, offsets, sizes = None, None, None
     if isinstance(attend, Packed):
         if attend.key_mask is None and attend.memory is None and attend.cu_q is attend.cu_k:
@@ -378,7 +381,7 @@ def layout_of(
         and (bias is None or bias.dtype != torch.bool)
     ):
         sizes = (lead[0], lead[1], lead[1])
-    if sizes is None or not reads_in_place(query, sizes[2]):
+    if sizes is None or compiled_delay(query, sizes[0], sizes[2]) > CALLS_S:
         return Layout(lead), (None, None)
     if bias is None:
         return Layout(lead, sizes, offsets is not None), (offsets, None)

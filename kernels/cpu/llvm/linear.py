@@ -56,7 +56,7 @@ _HEIGHTS = {16: (2, 4, 6, 8, 9, 10, 11, 12, 13, 14), 8: (1, 2, 3, 4, 5, 6)}
 # Bytes of packed weights, which share the second level of cache with rows on their way through.
 _PANELS_BYTES = 400 << 10
 _MAX_PANELS = 4
-# With AMX, in larger caches: weights that stay in the second level, while rows stream from behind it. Rows of a block of
+# With AMX, in larger caches: weights that stay in the second level, while rows stream through it. Rows of a block of
 # tiles, and units that run before the next panel: a block's rows stay in the first level, past which weights stream.
 _TILED_BYTES, _TILED_PANELS = 1200 << 10, 32
 _TILED_ROWS, _TILED_TERMS = 2 * ROWS, 24 * ROWS
