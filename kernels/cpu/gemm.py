@@ -29,8 +29,8 @@ CPU_DTYPES = (torch.float32, torch.bfloat16)
 Gemm = Callable[..., Tensor]
 """From x `[n, K]`, weight `[M, K]`, bias `[M]` or None, and further tensors of n rows: `[n, M]`."""
 
-# Shapes of the timed GEMMs: packed caption tokens through a layer of the base width, a single caption, and a short text,
-# with which layouts are compared too.
+# Shapes of the timed GEMMs: packed caption tokens through a layer of the base width, a single caption, and a short
+# text, with which layouts are compared too.
 _ROWS, _FEW_ROWS, _TEXT_ROWS, _WIDTH, _WIDE = 224, 13, 24, 768, 3072
 # Fewer rows are autotuned separately: MKL's fp32 GEMMs of 13 rows take up to 1.7 times as long as of 16.
 _FEW = 16

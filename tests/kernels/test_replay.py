@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from xfm_fast.kernels.cpu import llvm
 if llvm.why_not() is not None:
     pytest.skip("no compiled kernels here", allow_module_level=True)
 
-from xfm_fast.kernels.cpu.llvm import rows
+from xfm_fast.kernels.cpu.llvm import activation, rows
 from xfm_fast.kernels.cpu.llvm.builder import recorded
 from xfm_fast.kernels.cpu.llvm.linear import linear
 from xfm_fast.kernels.cpu.llvm.replay import Replay
+from xfm_fast.replace.structure import apply_rotary
 
 BF16 = torch.bfloat16
 HALF = pytest.mark.skipif(llvm.why_not(BF16) is not None, reason="no bf16 kernels here")
@@ -122,3 +124,62 @@ def test_an_index_outside_its_table_is_reported(wrong: int) -> None:
     rows.embed((ids, places, None), (words, words, None), (weight, None, 0.1), out, None, invalid)
     assert invalid.item() == 1
     assert out.isfinite().all()
+
+
+ACTIVATIONS: dict[activation.Activation, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "tanh_gelu": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": F.silu,
+    "relu": F.relu,
+}
+INFINITY = float("inf")
+
+
+@pytest.mark.parametrize("level", llvm.levels(), ids=[level.name for level in llvm.levels()])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(BF16, marks=HALF)])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation(
+    name: activation.Activation,
+    dtype: torch.dtype,
+    level: llvm.Level,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of numbers of all sizes, and of those that are none, with a gate in the other half of the rows."""
+    if dtype == BF16 and not level.bf16:
+        pytest.skip("no bf16 kernels at this level")
+    monkeypatch.setattr(activation, "levels", lambda: (level,))
+    x = torch.cat([torch.linspace(-20, 20, 800), 10.0 ** torch.linspace(-30, 38, 152)])
+    x = torch.cat(
+        [x, torch.tensor([0.0, -0.0, INFINITY, -INFINITY, float("nan"), -1e38, -90.0, 90.0])]
+    )
+    (gates,) = operands((30, 32))
+    joined = torch.cat([x.view(30, 32), gates], 1).to(dtype)
+    halves, out = joined.chunk(2, -1), torch.empty(30, 32, dtype=dtype)
+    wanted = ACTIVATIONS[name](halves[0].double())
+    band = 2e-6 if dtype == torch.float32 else 2.0**-8
+    activation.activate(name, halves[0], None, out)
+    torch.testing.assert_close(out.double(), wanted, rtol=band, atol=band, equal_nan=True)
+    activation.activate(name, *halves, out)
+    gated = wanted * halves[1].double()
+    torch.testing.assert_close(out.double(), gated, rtol=2 * band, atol=8 * band, equal_nan=True)
+
+
+@pytest.mark.parametrize("tables", [torch.float32, pytest.param(BF16, marks=HALF)])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(BF16, marks=HALF)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_rotary_positions(shared: bool, dtype: torch.dtype, tables: torch.dtype) -> None:
+    """Of queries and keys behind a prefix; values and the prefix keep their bits."""
+    texts, period, prefix, heads, size = 3, 7, 2, 2, 64
+    (x,) = operands((texts, period, 3, heads, size), dtype=dtype)
+    (angles,) = operands((1 if shared else texts, period - prefix, size // 2))
+    cos, sin = (f(angles).repeat(1, 1, 2).to(tables) for f in (torch.cos, torch.sin))
+    wanted = x.clone()
+    for n in range(2):
+        wanted[:, :, n] = apply_rotary(x[:, :, n], (cos, sin))
+    step = 0 if shared else period - prefix
+    positions = rows.Positions(period, prefix, step, tables == BF16)
+    rows.rotate(x.view(texts * period, -1), 2 * heads, (cos, sin), positions)
+    torch.testing.assert_close(x, wanted, rtol=1e-5 if dtype != BF16 else 2.0**-7, atol=1e-6)
+    assert torch.equal(x[:, :, 2], wanted[:, :, 2])
+    assert torch.equal(x[:, :prefix], wanted[:, :prefix])

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -18,6 +19,16 @@ from xfm_fast.replace.swap import original_class
 
 transformers = pytest.importorskip("transformers")
 timm = pytest.importorskip("timm")
+
+for _package, _module, _name in (
+    ("beit", "modeling_beit", "BeitRelativePositionBias"),
+    ("data2vec", "modeling_data2vec_vision", "Data2VecVisionRelativePositionBias"),
+):
+    # transformers 5 caches the index of a window for the process, and one made in inference mode cannot be trained with.
+    _bias = getattr(import_module(f"transformers.models.{_package}.{_module}"), _name)
+    _index = getattr(_bias, "generate_relative_position_index", None)
+    if hasattr(_index, "__wrapped__"):
+        _bias.generate_relative_position_index = staticmethod(_index.__wrapped__)
 
 Inputs = dict[str, Any]
 TRANSFORMERS = int(transformers.__version__.split(".")[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +22,7 @@ from xfm_fast import accelerate
 from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.cpu import int8, llvm, selection
 from xfm_fast.kernels.flags import unmark
-from xfm_fast.replace import plans
+from xfm_fast.replace import plans, recording
 from xfm_fast.replace.plans import Plan
 
 KINDS = (
@@ -91,6 +92,46 @@ def test_plans_match_the_general_path(
         band = 2e-5 if dtype is None else 2.0**-5
         assert float((found - wanted).abs().max()) <= band * float(wanted.abs().max())
     assert len(ran) == 2 * made.config.num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("BERT, another activation", {}),
+        ("NomicBERT", {}),
+        ("CLIP's images", {}),
+        ("CLIP's images", {"hidden_act": "gelu_pytorch_tanh"}),
+        ("CLIP's images", {"hidden_act": "relu"}),
+        ("timm's ViT of CLIP", {"embed_dim": 64, "num_heads": 2}),
+    ],
+)
+def test_a_layer_is_one_call_of_compiled_code(
+    kind: str,
+    sizes: dict[str, Any],
+    ran: list[plans.Operands],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Activations, gates and rotary positions run between the GEMMs of one replay."""
+    if kind not in FAMILIES:
+        pytest.skip("this version of the library has no such model")
+    monkeypatch.setattr(plans, "_CALLS_S", math.inf)
+    called = list[str]()
+    between = recording.Recorder._between
+
+    def observed(recorder: Any, step: Callable[..., None]) -> None:
+        called.append(step.__qualname__)
+        between(recorder, step)
+
+    monkeypatch.setattr(recording.Recorder, "_between", observed)
+    family = FAMILIES[kind]
+    if "embed_dim" not in sizes:
+        sizes = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128} | sizes
+    made, inputs = family.model(torch.float32, **sizes), family.inputs(torch.float32)
+    accelerate(made, unpad=family.unpads)
+    with torch.no_grad():
+        made(**inputs)
+    assert ran
+    assert not called
 
 
 @pytest.fixture

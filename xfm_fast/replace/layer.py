@@ -25,6 +25,7 @@ from xfm_fast.replace.attention import Attend, Dense, Memory
 from xfm_fast.replace.plans import Layers, forget, run_planned
 from xfm_fast.replace.structure import (
     CrossAttention,
+    Formula,
     LayerCall,
     LayerModules,
     norm_behind,
@@ -38,6 +39,7 @@ from xfm_fast.replace.swap import (
     find,
     has_other_arguments,
     is_erf_gelu,
+    kernel_of,
     observed,
     original_class,
     short_name,
@@ -236,9 +238,11 @@ class LayerSpec:
         inner: Any = tuple(find(layer, name) for name in mlp.inner)
         activation = attrgetter(mlp.activation)(layer) if mlp.activation else F.gelu
         has_hooks = isinstance(activation, nn.Module) and observed(activation)
-        hidden = None
+        hidden = formula = None
         if len(inner) > 1 or mlp.halved or has_hooks or not is_erf_gelu(activation):
             hidden = partial(_hidden, inner, activation, mlp.halved)
+            name = None if has_hooks else kernel_of(activation)
+            formula = None if name is None else Formula(name, mlp.halved)
         first, second = self.norms
         row_scales = ()
         if any(self.drop_paths):
@@ -255,6 +259,7 @@ class LayerSpec:
             activation=attrgetter(mlp.activation) if mlp.activation else None,
             fc2=cast(nn.Module, find(layer, mlp.outer)),
             hidden=hidden,
+            formula=formula,
             gammas=(_scale(layer, self.scales[0]), _scale(layer, self.scales[1])),
             row_scales=row_scales,
             attention_p=_dropout_p(layer, self.weights_p),

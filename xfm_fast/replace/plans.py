@@ -28,12 +28,13 @@ from xfm_fast.kernels import fp8
 from xfm_fast.kernels.backend import resolve
 from xfm_fast.kernels.caching import Sources
 from xfm_fast.kernels.cpu import int8
+from xfm_fast.kernels.cpu.varlen import compiled_delay
 from xfm_fast.kernels.cpu.workspace import HugePages, moves
 from xfm_fast.kernels.flags import kind_of
 from xfm_fast.models.frozen import pack_of
 from xfm_fast.replace.attention import Attend
 from xfm_fast.replace.recording import (
-    CALLS_S,
+    Added,
     Embedded,
     Layout,
     Operands,
@@ -48,6 +49,8 @@ from xfm_fast.replace.swap import GLOBAL_HOOKS, HOOKS, Settings
 _DTYPES = (torch.float32, torch.bfloat16)
 # Programs of a plan in one thread; the number of tokens of most texts is one of few.
 _MOST_PROGRAMS = 64
+# Seconds that the calls of a layer take without a plan.
+_CALLS_S = 2e-4
 # Elements of the widest rows, above which the kernels take so long that Python does not matter.
 _MOST_ELEMENTS = 16 << 20
 
@@ -186,12 +189,9 @@ class Plan:
         settings: Settings,
         rotary: Rotary | None,
         layout: Layout,
-        added: tuple[Tensor | None, Tensor | None],
+        added: Added,
     ) -> Tensor | None:
-        """Compute the layers on `[..., width]`; None if a kernel is not the fastest here.
-
-        `added` are the bounds of packed texts, in int64, and the bias of a kernel.
-        """
+        """Compute the layers on `[..., width]`; None if a kernel is not the fastest here."""
         first = self.operands[0]
         out = torch.empty(*layout.lead, first.width, dtype=first.residual)
         moving = (*(x.indices if isinstance(x, Embedded) else (x,)), *added, out)
@@ -218,12 +218,15 @@ class Plan:
     def _record(
         self, x: Tensor | Embedded, layout: Layout, moving: Sequence[Tensor | None]
     ) -> _Program | None:
-        rows = layout.rows
+        rows, sizes = layout.rows, layout.sizes
+        if sizes is not None:
+            delay = compiled_delay(self.operands[0].query, sizes[0], sizes[2])
+            layout = layout if delay <= _CALLS_S else layout._replace(sizes=None)
         for each in self.operands:
             if rows * max(3 * each.width, each.hidden) > _MOST_ELEMENTS:
                 return None
             delays = (linear.delay(name, rows, each.dtype) for name, linear in each.linears)
-            if sum(delays) > CALLS_S:
+            if sum(delays) > _CALLS_S:
                 return None
         # Their addresses are nothing else's.
         stand_ins = [None if t is None else torch.empty_like(t) for t in moving]
@@ -330,9 +333,7 @@ def run_planned(
         third = None if third is None else third.long().contiguous()
         x = x._replace(indices=(first.long().contiguous(), second.long().contiguous(), third))
         lead = (first.shape[0],)
-    layout, added = Layout(lead), (None, None)
-    if rotary is None:
-        layout, added = layout_of(attend, lead, plan.operands[0].query)
+    layout, added = layout_of(attend, lead, plan.operands[0].head_size, rotary)
     return plan.run(x, attend, settings, rotary, layout, added)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from xfm_fast.kernels.cpu import gemm, int8
-from xfm_fast.kernels.cpu.varlen import compiled_delay
+from xfm_fast.kernels.cpu import gemm, int8, llvm
 from xfm_fast.kernels.cpu.workspace import HugePages, scratch
 from xfm_fast.kernels.flags import kind_of
 from xfm_fast.models.frozen import pack_of
@@ -18,6 +17,7 @@ from xfm_fast.replace.attention import Attend, Dense, Packed, Padded, Unpacked
 from xfm_fast.replace.structure import (
     ATTENTION,
     MLP,
+    Formula,
     LayerModules,
     Rotary,
     apply_rotary,
@@ -26,8 +26,8 @@ from xfm_fast.replace.structure import (
 )
 from xfm_fast.replace.swap import Settings, concatenate_biases
 
-CALLS_S = 2e-4
-"""Seconds that the calls of a layer take without a plan."""
+if TYPE_CHECKING:
+    from xfm_fast.kernels.cpu.llvm.rows import Positions
 
 
 class _Linear(NamedTuple):
@@ -78,6 +78,7 @@ class Operands:
         self.width, self.hidden = proj.out_features, fc2.in_features
         # Queries without tokens, for choices by their type and size.
         self.query = torch.empty(0, modules.heads, self.width // modules.heads, dtype=dtype)
+        self.head_size = self.query.shape[-1]
         self.copied = list[Tensor]()
         groups = projection_groups(modules)
         # One GEMM on rounded rows is faster than three.
@@ -167,10 +168,20 @@ class Layout(NamedTuple):
     sizes: tuple[int, int, int] | None = None  # texts, most queries, most keys
     packed: bool = False
     bias: tuple[int, tuple[int, int, int]] | None = None  # period and strides
+    positions: Positions | None = None  # of rotary tables
 
     @property
     def rows(self) -> int:
         return torch.Size(self.lead).numel()
+
+
+class Added(NamedTuple):
+    """Tensors that the kernels of a call read beside its tokens."""
+
+    offsets: Tensor | None = None  # bounds of packed texts, in int64
+    bias: Tensor | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
 
 
 class Embedded(NamedTuple):
@@ -186,7 +197,8 @@ class Recorder:
 
     def __init__(self, layout: Layout, stand_ins: Sequence[Tensor | None]) -> None:
         self._layout = layout
-        *self._inputs, self._offsets, self._bias, self._out = stand_ins
+        *self._inputs, self._offsets, self._bias, cos, sin, self._out = stand_ins
+        self._tables = cos, sin
         self._addresses = [t.data_ptr() for t in stand_ins if t is not None]
 
     @property
@@ -298,8 +310,12 @@ class Recorder:
 
         if layout.sizes is None:
             self._between(call)
-        else:
-            self._attend(q, k, v, context)
+            return context
+        if layout.positions is not None:
+            from xfm_fast.kernels.cpu.llvm.rows import rotate
+
+            rotate(qkv, 2 * heads, cast(Any, self._tables), layout.positions)
+        self._attend(q, k, v, context)
         return context
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Tensor) -> None:
@@ -336,7 +352,7 @@ class Recorder:
         return out
 
     def _activated(self, x: Tensor) -> Tensor:
-        """Record the inner linear layers, and the activation as a call."""
+        """Record the inner linear layers, and the activation, as a call if no kernel computes it."""
         layer, outputs = self._layer, dict[int, Tensor]()
         for index, module in enumerate(layer.modules.inner):
             linear = layer.inner[id(module)]
@@ -344,6 +360,9 @@ class Recorder:
             output = outputs[id(module)] = self._buffer(f"inner {index}", width, layer.dtype)
             linear.record(self._operand(x, linear), output)
         hidden = self._buffer("hidden", layer.hidden, layer.dtype)
+        if (formula := layer.modules.formula) is not None:
+            self._activate(formula, [*outputs.values()], hidden)
+            return hidden
         compute: Any = layer.modules.hidden
 
         def activate(*values: Any) -> None:
@@ -351,6 +370,16 @@ class Recorder:
 
         self._between(activate)
         return hidden
+
+    def _activate(self, formula: Formula, outputs: list[Tensor], hidden: Tensor) -> None:
+        from xfm_fast.kernels.cpu.llvm.activation import activate
+
+        first, *rest = outputs
+        gate = rest[0] if rest else None
+        if formula.halved:
+            halves = first.chunk(2, -1)
+            first, gate = reversed(halves) if formula.last else halves
+        activate(formula.activation, first, gate, hidden)
 
     def add_mlp_norm(self, x: Tensor) -> Tensor:
         if self._layer.norms[MLP] is None:
@@ -360,9 +389,9 @@ class Recorder:
 
 
 def layout_of(
-    attend: Attend, lead: tuple[int, ...], query: Tensor
-) -> tuple[Layout, tuple[Tensor | None, Tensor | None]]:
-    """Return the layout of a call, its bounds in int64 and its bias; `query` is an example `[..., H, D]`."""
+    attend: Attend, lead: tuple[int, ...], size: int, rotary: Rotary | None
+) -> tuple[Layout, Added]:
+    """Return the layout of a call and what its kernels read; `size` is the width of a head."""
     bias, offsets, sizes = None, None, None
     if isinstance(attend, Packed):
         if attend.key_mask is None and attend.memory is None and attend.cu_q is attend.cu_k:
@@ -381,15 +410,41 @@ def layout_of(
         and (bias is None or bias.dtype != torch.bool)
     ):
         sizes = (lead[0], lead[1], lead[1])
-    if sizes is None or compiled_delay(query, sizes[0], sizes[2]) > CALLS_S:
-        return Layout(lead), (None, None)
+    if sizes is None:
+        return Layout(lead), Added()
+    positions, tables = None, (None, None)
+    if rotary is not None:
+        positions, tables = _positions(rotary, lead, size), rotary
+        if positions is None:
+            return Layout(lead), Added()
+    layout = Layout(lead, sizes, offsets is not None, positions=positions)
     if bias is None:
-        return Layout(lead, sizes, offsets is not None), (offsets, None)
+        return layout, Added(offsets, None, *tables)
     from xfm_fast.kernels.cpu.llvm.attention import readable_bias
 
     added, strides = readable_bias(bias)
     assert added is not None
-    return Layout(lead, sizes, False, (added.shape[0], strides)), (None, added)
+    return layout._replace(bias=(added.shape[0], strides)), Added(None, added, *tables)
+
+
+def _positions(rotary: Rotary, lead: tuple[int, ...], size: int) -> Positions | None:
+    """Return where rotary tables apply to tokens of this shape, if the kernel takes them."""
+    from xfm_fast.kernels.cpu.llvm.rows import Positions
+
+    cos, sin = rotary
+    texts, period = (1, *lead)[-2:]
+    if cos.dtype not in (torch.float32, torch.bfloat16) or cos.dtype != sin.dtype:
+        return None
+    if cos.shape != sin.shape or cos.shape[-1] != size:
+        return None
+    if not (cos.is_contiguous() and sin.is_contiguous()):
+        return None
+    if not llvm.fills_vectors(size // 2, torch.float32) or size % 2:
+        return None
+    rows, count = cos.shape[-2], cos.shape[:-2].numel()
+    if rows > period or count not in (1, texts):
+        return None
+    return Positions(period, period - rows, rows if count > 1 else 0, cos.dtype == torch.bfloat16)
 
 
 def projection_groups(modules: LayerModules) -> list[tuple[nn.Module, ...]]:

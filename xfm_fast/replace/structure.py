@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,20 @@ from xfm_fast.models.frozen import pack_of
 from xfm_fast.replace.attention import Attend, Memory
 from xfm_fast.replace.swap import Settings
 
+if TYPE_CHECKING:
+    from xfm_fast.kernels.cpu.llvm.activation import Activation
+
 ATTENTION, MLP = 0, 1  # branches of a layer
 Rotary = tuple[Tensor, Tensor]
 """Cosine and sine of rotary positions, `[..., N, D]` or `[T, D]`, with equal halves of D."""
+
+
+class Formula(NamedTuple):
+    """How our kernel computes the hidden layer of an MLP."""
+
+    activation: Activation
+    halved: bool = False  # one linear layer computes the activated and the other factor of the gate
+    last: bool = False  # the second half is the activated one
 
 
 class LayerModules(NamedTuple):
@@ -43,6 +54,7 @@ class LayerModules(NamedTuple):
     activation: Callable[[nn.Module], Any] | None = None  # looks up the activation in a layer
     # hidden layer of (x, apply_linear), unless it is `gelu(inner(x))`
     hidden: Callable[[Tensor, Callable[[Any, Tensor], Tensor]], Tensor] | None = None
+    formula: Formula | None = None  # of `hidden`, if a kernel computes it
     gammas: tuple[Tensor | None, Tensor | None] = (None, None)  # LayerScale of each branch
     # stochastic depth of each branch: `[B]`, or None
     row_scales: tuple[Callable[[Tensor], Tensor | None], ...] = ()

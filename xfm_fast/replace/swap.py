@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, wraps
 from types import FunctionType
-from typing import Any, ClassVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +29,24 @@ from xfm_fast.kernels.caching import cached
 from xfm_fast.models.frozen import packed_weight
 from xfm_fast.replace import adapters
 
+if TYPE_CHECKING:
+    from xfm_fast.kernels.cpu.llvm.activation import Activation
+
 ModuleClasses = type[nn.Module] | tuple[type[nn.Module], ...]
 # Accepted differences by dtype, relative to the largest value of an output: summation order changes
 # rounding.
 BANDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8}
 _LIBRARIES = ("open_clip", "sentence_transformers")
+# Activations of these modules that our kernel computes, by class.
+_ACTIVATIONS = ("transformers.activations", "timm.layers.activations", "open_clip.transformer")
+_KERNELS: dict[str, Activation] = {
+    "GELUTanh": "tanh_gelu",
+    "NewGELUActivation": "tanh_gelu",
+    "FastGELUActivation": "tanh_gelu",
+    "QuickGELUActivation": "quick_gelu",
+    "QuickGELU": "quick_gelu",
+    "SiLUActivation": "silu",
+}
 _SETTINGS = "_xfm_fast"
 _CAPTURING = "transformers.utils.output_capturing"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -554,6 +567,20 @@ def is_erf_gelu(activation: Any) -> bool:
         return name == "GELU"
     # GELUActivation stores the function that it calls.
     return activation is F.gelu or (name == "GELUActivation" and activation.act is F.gelu)
+
+
+def kernel_of(activation: Any) -> Activation | None:
+    """Return the name of an activation of PyTorch, transformers or timm that our kernel computes, or None."""
+    if is_erf_gelu(activation):
+        return "gelu"
+    if isinstance(activation, nn.GELU):
+        return "tanh_gelu" if activation.approximate == "tanh" else None
+    if activation in (F.silu, F.relu):
+        return "silu" if activation is F.silu else "relu"
+    if type(activation) in (nn.SiLU, nn.ReLU):
+        return "silu" if type(activation) is nn.SiLU else "relu"
+    kind = type(activation)
+    return _KERNELS.get(kind.__name__) if kind.__module__ in _ACTIVATIONS else None
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

@@ -22,7 +22,7 @@ from xfm_fast.replace.attention import (
     windows_of,
 )
 from xfm_fast.replace.layer import LayerSpec, Mlp, register
-from xfm_fast.replace.structure import LayerModules, run_module
+from xfm_fast.replace.structure import Formula, LayerModules, run_module
 from xfm_fast.replace.swap import Settings, find
 
 _OWN = "Mlp GluMlp SwiGLU DropPath LayerScale LayerNorm"
@@ -72,7 +72,11 @@ def _adjust(block: Any, modules: LayerModules) -> LayerModules:
             first, second = linear(mlp.fc1, x).chunk(2, dim=mlp.chunk_dim)
             return first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
 
-        modules = modules._replace(hidden=gated)
+        formula = modules.formula
+        if formula is not None:
+            last_axis = mlp.chunk_dim == -1
+            formula = Formula(formula.activation, True, mlp.gate_last) if last_axis else None
+        modules = modules._replace(hidden=gated, formula=formula)
     if len(modules.projections) == 3:
         return modules
     bias = None

@@ -29,7 +29,6 @@ from .builder import (
     INT64,
     Builder,
     Values,
-    coefficients,
     fp32_bits,
     kernel,
     scratch_address,
@@ -47,10 +46,6 @@ _CAPACITIES = (1040, 4112)
 _CHUNK = 48
 _TASKS_PER_THREAD = 4
 _LOG2E = math.log2(math.e)
-# The exponent of the smallest normal fp32 number, and one safely below.
-_MIN_EXPONENT, _UNDERFLOW = -126.0, -200.0
-# The polynomial's relative error of powers of two is 2 · 10⁻⁷, that of fp32.
-_DEGREE = 5
 
 _POINTERS = ("q", "k", "v", "out", "bias", "bounds_q", "bounds_k", "scratch")
 _STRIDES = [
@@ -275,23 +270,6 @@ class AttentionEmitter:
         lane = ir.Constant(b.vector(INT64), [*range(lanes)])
         return b.icmp_signed("<", lane, b.broadcast(tail))
 
-    def exp2(self, x: Any) -> Any:
-        """Return `2^x` for x ≤ 0, by a polynomial in the distance to the nearest integer; propagates NaN."""
-        b, integers = self.b, self.b.vector(INT32)
-        bounded = b.maximum(x, b.splat(_UNDERFLOW))
-        nearest = b.intrinsic(f"llvm.roundeven.v{self.level.lanes}f32", x.type, bounded)
-        fraction = b.fsub(bounded, nearest)
-        power = b.polynomial(fraction, coefficients(np.exp2, _DEGREE, (-0.5, 0.5)))
-        if self.level.lanes == 16:
-            # An instruction of AVX-512, which also handles underflow.
-            return b.scale_by_powers(power, nearest)
-        mantissa_bits = ir.Constant(integers, [23] * self.level.lanes)
-        exponent = b.shl(b.fptosi(nearest, integers), mantissa_bits)
-        scaled = b.bitcast(b.add(b.bitcast(power, integers), exponent), x.type)
-        underflow = b.fcmp_ordered("<", x, b.splat(_MIN_EXPONENT))
-        result = b.select(underflow, b.splat(0.0), scaled)
-        return b.select(b.fcmp_unordered("uno", x, x), x, result)
-
 
 class _Attention(AttentionEmitter):
     """Emits the forward kernel."""
@@ -462,7 +440,7 @@ class _Attention(AttentionEmitter):
         weights = b.at(self.buffers["weights"], i * self.score_stride, BF16)
 
         def exponentiate(j: Any, total: Any) -> Values:
-            weight = self.exp2(b.fsub(b.read(scores, FP32, j), maximum))
+            weight = b.exp2(b.fsub(b.read(scores, FP32, j), maximum))
             if self.half:
                 b.write(b.fp32_to_bf16(weight), weights, j)
             else:

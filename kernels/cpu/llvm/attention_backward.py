@@ -316,7 +316,7 @@ class _AttentionBackward(AttentionEmitter):
 
         def exponentiate(j: Any, total: Any, delta: Any) -> Values:
             address = b.at(p, j, FP32)
-            weight = self.exp2(b.fsub(b.read(address, FP32), shift))
+            weight = b.exp2(b.fsub(b.read(address, FP32), shift))
             b.write(weight, address)
             return [b.fadd(total, weight), b.multiply_add(weight, b.read(dp, FP32, j), delta)]
 

@@ -34,6 +34,10 @@ _CONSTANTS = "constants"
 _LINE = 16
 _COUNTERS = 2 * _LINE
 _PAGE = 4096
+# The exponent of the smallest normal fp32 number, and one safely below.
+_MIN_EXPONENT, _UNDERFLOW = -126.0, -200.0
+# The polynomial's relative error of powers of two is 2 · 10⁻⁷, that of fp32.
+_DEGREE = 5
 # Object files of compiled kernels: compilation dominates the time to a first caption.
 _OBJECTS = cache_folder("kernels")
 
@@ -240,6 +244,22 @@ class Builder(ir.IRBuilder):
             # Earlier versions take the groups as 32-bit integers.
             x, y = (self.bitcast(value, self.vector(BYTE, 4 * self.lanes)) for value in (x, y))
         return self.intrinsic(f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", z.type, z, x, y)
+
+    def exp2(self, x: Any) -> Any:
+        """Return `2^x` for x ≤ 0, by a polynomial in the distance to the nearest integer; propagates NaN."""
+        integers = self.vector(INT32)
+        bounded = self.maximum(x, self.splat(_UNDERFLOW))
+        nearest = self.intrinsic(f"llvm.roundeven.v{self.lanes}f32", x.type, bounded)
+        fraction = self.fsub(bounded, nearest)
+        power = self.polynomial(fraction, coefficients(np.exp2, _DEGREE, (-0.5, 0.5)))
+        if self.lanes == 16:
+            # An instruction of AVX-512, which also handles underflow.
+            return self.scale_by_powers(power, nearest)
+        exponent = self.shl(self.fptosi(nearest, integers), self.splat(23, INT32))
+        scaled = self.bitcast(self.add(self.bitcast(power, integers), exponent), x.type)
+        underflow = self.fcmp_ordered("<", x, self.splat(_MIN_EXPONENT))
+        result = self.select(underflow, self.splat(0.0), scaled)
+        return self.select(self.fcmp_unordered("uno", x, x), x, result)
 
     def scale_by_powers(self, x: Any, exponents: Any) -> Any:
         """Return `x 2^n` of 16 fp32 lanes, for integral exponents n in fp32."""

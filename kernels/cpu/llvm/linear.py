@@ -9,18 +9,17 @@ another kernel or by every thread. With AMX, tiles multiply the same panels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import llvmlite.ir as ir
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...reference import int8_strides
 from ..workspace import HugePages
-from . import ZERO_BYTE, Level, fits, levels
+from . import ZERO_BYTE, Level, activation, fits, levels
 from .builder import (
     BF16,
     BYTE,
@@ -31,7 +30,6 @@ from .builder import (
     POINTER,
     Builder,
     Values,
-    coefficients,
     kernel,
     scratch_address,
     split_rows,
@@ -63,9 +61,6 @@ _TILED_ROWS, _TILED_TERMS = 2 * ROWS, 24 * ROWS
 # Rows of a chunk, where columns are too few to keep all threads busy.
 _CHUNK = 96
 _TASKS_PER_THREAD = 3
-# Edge beyond which Φ is taken for 0 or 1, and degree of its polynomial. GELU's error is 8 · 10⁻⁷; where its result is
-# rounded, to bf16 or from sums of bytes, 2 · 10⁻⁶ is allowed.
-_EXACT, _ROUNDED = (5.5, 14), (5.0, 12)
 Dtype = Literal["fp32", "bf16", "int8"]
 # log2 of the channels of a 32-bit unit.
 _SHIFT: dict[Dtype, int] = {"fp32": 0, "bf16": 1, "int8": 2}
@@ -377,10 +372,11 @@ class _Linear:
             value = self._dequantise(value, row, column + n, added)
         else:
             value = apply_if("bias", b.fadd, value, column)
+        gelu_of = partial(activation.gelu, b, rounded=self.half or self.dtype == "int8")
         if gelu is None:
-            value = b.compute_if(args["gelu"] > 0, lambda x=value: self._gelu(x), value)
+            value = b.compute_if(args["gelu"] > 0, lambda x=value: gelu_of(x), value)
         elif gelu:
-            value = self._gelu(value)
+            value = gelu_of(value)
         value = apply_if("gamma", b.fmul, value, column)
         value = apply_if("residual", b.fadd, value, row * args["residual_row"] + column)
         out = b.at(args["out"], row * args["out_row"] + column, self.element)
@@ -394,18 +390,6 @@ class _Linear:
         step = b.broadcast(b.load_scalar(args["steps"], row, FP32))
         scaled = b.fmul(b.sitofp(sums, b.vector(FP32)), b.read(args["scales"], FP32, column))
         return b.multiply_add(scaled, step, bias)
-
-    def _gelu(self, x: Any) -> Any:
-        """Return `x Φ(x)`, where `Φ(x) - 1/2` is `x` times a polynomial of `x²`."""
-        b, zero = self.b, self.b.splat(0.0)
-        edge, degree = _ROUNDED if self.half or self.dtype == "int8" else _EXACT
-        above = b.maximum(x, b.splat(-edge))
-        inside = b.minimum(above, b.splat(edge))
-        u = b.multiply_add(b.fmul(inside, inside), b.splat(2 / edge**2), b.splat(-1.0))
-        quotient = b.polynomial(u, coefficients(_cdf_quotient(edge), degree))
-        product = b.fmul(above, b.multiply_add(inside, quotient, b.splat(0.5)))
-        # -inf · 0 is NaN, as in PyTorch; other values are unchanged.
-        return b.multiply_add(b.minimum(x, zero), zero, product)
 
 
 class _LinearOfFewRows(_Linear):
@@ -597,17 +581,6 @@ class _Unfinished(NamedTuple):
     column: Any
     sums: Any
     columns: Any
-
-
-@cache
-def _cdf_quotient(edge: float) -> Callable[[np.ndarray], np.ndarray]:
-    """Return `(Φ(x) - 1/2) / x` as a function of `2 x² / edge² - 1`."""
-
-    def quotient(u: np.ndarray) -> np.ndarray:
-        x = np.sqrt(np.maximum((u + 1) / 2, 1e-12)) * edge
-        return (torch.special.ndtr(torch.from_numpy(x)).numpy() - 0.5) / x
-
-    return quotient
 
 
 def _sums(few: bool, stored: bool, tiled: bool, level: Level) -> tuple[int, int, int]:

@@ -1,9 +1,9 @@
-"""LayerNorm of rows, of the sum of text embeddings, or a conversion alone, with the result in up to two dtypes."""
+"""Rows of tokens: LayerNorm, of text embeddings too, or a conversion alone, in up to two dtypes; rotary positions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import llvmlite.ir as ir
 import torch
@@ -195,3 +195,66 @@ def embed(
     # Without a table, row 0 is in it.
     counts = (1 if table is None else table.shape[0] for table in tables)
     _run("embeddings", out, out, narrow, norm, tuple(addresses), tuple(counts))
+
+
+class Positions(NamedTuple):
+    """Where tables of rotary positions apply.
+
+    Of `period` tokens of a text the first `prefix` have no position; from text to text a table advances by `step` rows,
+    0 if it is shared. `half`: tables are bf16 instead of fp32.
+    """
+
+    period: int
+    prefix: int
+    step: int
+    half: bool
+
+
+class _Rotate:
+    """Emits the kernel of one token a task; `half`: its heads are bf16, `half_tables`: the tables are."""
+
+    name = "rotate"
+
+    def __init__(self, half: bool, half_tables: bool, level: Level) -> None:
+        self.element, self.table = (BF16 if each else FP32 for each in (half, half_tables))
+        numbers = ("x_row", "heads", "size", "period", "prefix", "step")
+        self.b = b = Builder(self.name, ("x", "cos", "sin"), numbers, level)
+        b.task_loop(self._token)
+
+    def _token(self, token: Any, thread: Any) -> None:
+        b, args = self.b, self.b.args
+        size, half = args["size"], args["size"] >> 1
+        text, place = token // args["period"], token % args["period"]
+        row = (text * args["step"] + place - args["prefix"]) * size
+        cos, sin = (b.at(args[name], row, self.table) for name in ("cos", "sin"))
+        x = b.at(args["x"], token * args["x_row"], self.element)
+
+        def rotate(head: Any) -> None:
+            first = b.at(x, head * size, self.element)
+            second = b.at(first, half, self.element)
+
+            def vector(i: Any) -> None:
+                values = [b.read_fp32(each, self.element, i) for each in (first, second)]
+                for out, entry, sign in ((first, i, -1), (second, i + half, 1)):
+                    value, other = values[::-sign]
+                    turned = b.fmul(b.read_fp32(sin, self.table, entry), other)
+                    turned = b.fneg(turned) if sign < 0 else turned
+                    result = b.multiply_add(b.read_fp32(cos, self.table, entry), value, turned)
+                    b.write(result if self.element == FP32 else b.fp32_to_bf16(result), out, i)
+
+            b.loop(0, half, b.lanes, vector)
+
+        with b.if_then(place >= args["prefix"]):
+            b.loop(0, args["heads"], 1, rotate)
+
+
+def rotate(x: Tensor, heads: int, tables: tuple[Tensor, Tensor], positions: Positions) -> None:
+    """Apply rotary positions to the first `heads` heads of D channels of x `[n, K]`, in place.
+
+    Tables of cosines and sines `[..., D]`, contiguous; halves of D are whole vectors.
+    """
+    cos, sin = tables
+    run = kernel(_Rotate, x.dtype == torch.bfloat16, positions.half, levels()[0])
+    pointers = (x.data_ptr(), cos.data_ptr(), sin.data_ptr())
+    numbers = (x.stride(0), heads, cos.shape[-1], *positions[:3])
+    run((*pointers, *numbers), x.shape[0], torch.get_num_threads())
