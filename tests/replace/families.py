@@ -24,7 +24,7 @@ for _package, _module, _name in (
     ("beit", "modeling_beit", "BeitRelativePositionBias"),
     ("data2vec", "modeling_data2vec_vision", "Data2VecVisionRelativePositionBias"),
 ):
-    # transformers 5 caches the index of a window for the process, and one made in inference mode cannot be trained with.
+    # transformers 5 caches the index of a window for the process; one made in inference mode serves no training.
     _bias = getattr(import_module(f"transformers.models.{_package}.{_module}"), _name)
     _index = getattr(_bias, "generate_relative_position_index", None)
     if hasattr(_index, "__wrapped__"):
