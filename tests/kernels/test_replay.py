@@ -160,7 +160,7 @@ def test_activation(
     band = 2e-6 if dtype == torch.float32 else 2.0**-8
     activation.activate(name, halves[0], None, out)
     torch.testing.assert_close(out.double(), wanted, rtol=band, atol=band, equal_nan=True)
-    activation.activate(name, *halves, out)
+    activation.activate(name, halves[0], halves[1], out)
     gated = wanted * halves[1].double()
     torch.testing.assert_close(out.double(), gated, rtol=2 * band, atol=8 * band, equal_nan=True)
 

@@ -79,7 +79,8 @@ class _Activate:
     name = "activate"
 
     def __init__(self, activation: Activation, half: bool, level: Level) -> None:
-        self.activation, self.half, self.element = activation, half, BF16 if half else FP32
+        self.activation: Activation = activation
+        self.half, self.element = half, BF16 if half else FP32
         pointers, strides = ("x", "gate", "out"), ("x_row", "gate_row", "out_row")
         self.b = b = Builder(self.name, pointers, (*strides, "rows", "width", "chunk"), level)
         b.task_loop(self._task)
