@@ -56,7 +56,7 @@ _PANELS_BYTES = 400 << 10
 _MAX_PANELS = 4
 # With AMX, in larger caches: weights that stay in the second level, while rows stream through it. Rows of a block of
 # tiles, and units that run before the next panel: a block's rows stay in the first level, past which weights stream.
-_TILED_BYTES, _TILED_PANELS = 1200 << 10, 32
+_TILED_BYTES, _TILED_PANELS, _MOST_FEW_PANELS = 1200 << 10, 32, 8
 _TILED_ROWS, _TILED_TERMS = 2 * ROWS, 24 * ROWS
 # Rows of a chunk, where columns are too few to keep all threads busy.
 _CHUNK = 96
@@ -517,7 +517,7 @@ class _LinearOfTiles(_Linear):
             b.loop(0, units, b.lanes, lambda u: b.write(b.read(source, INT32, u), out, u))
 
         with b.if_then(b.not_(whole)):
-            b.loop(0, self.height, 1, copy)
+            b.loop(0, b.select(first + ROWS >= end, INT64(ROWS), INT64(self.height)), 1, copy)
         stride = b.select(whole, args["x_row"].value, INT64(_TILED_TERMS))
         return b.select(whole, direct, self.copies), b.index(stride)
 
@@ -765,6 +765,10 @@ def _run(
     emitter = _LinearOfTiles if tiled else _LinearOfFewRows if few and in_place else _Linear
     width, scratch_bytes = 2 * level.lanes, _sums(few, not in_place, tiled, level)[2]
     columns = _FEW_COLUMNS if in_place else width
+    if few and tiled:
+        # Of few panels, each copies the rows and finishes its own sums.
+        panels = outputs // (width * (threads if threads == 1 else _TASKS_PER_THREAD * threads))
+        columns = width * max(1, min(panels, _MOST_FEW_PANELS))
     chunk, chunks = rows, 1
     if quantisation is not None:
         # Tiles read whole blocks of rows.
