@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from xfm_fast.errors import UnavailableError, needs
 from xfm_fast.export.onnx import require_onnx
+from xfm_fast.export.runtimes.openvino import core as openvino_core
 
 Infer = Callable[[dict[str, Any]], list[Any]]
 Load = Callable[[Path], Infer]
@@ -106,9 +107,7 @@ def onnx_runtime_int8(path: Path) -> Infer:
 def openvino(path: Path, precision: str = "f32") -> Infer:
     """Load a graph in OpenVINO, for latency, with as many threads as PyTorch; `precision` is `f32` or `bf16`."""
     with needs("openvino"):
-        import openvino as library
-
-    core = library.Core()
+        core = openvino_core()
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise UnavailableError("OpenVINO has no bf16 arithmetic on this processor")
     options = {

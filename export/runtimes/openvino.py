@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,18 @@ if TYPE_CHECKING:
 
 _FIRST_WITH_ATTENTION = (2026, 4)
 """The oldest version that reads the operator `Attention` of opset 23, by our tests."""
+
+
+@cache
+def core() -> Any:
+    """Return the one `Core` of the process, which is never freed.
+
+    With AMX each sets a signal stack of its own. Freed in the order of their creation they leave one in place that is
+    gone, and the next signal that Python handles ends the process (OpenVINO 2026.4).
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 @register
@@ -50,7 +63,7 @@ class OpenVINO(Runtime):
                 f"this export spells attention as {manifest.attention}, which OpenVINO {version} does not read; export "
                 "it with --for openvino"
             )
-        self._core: Any = self.library.Core()
+        self._core = core()
         if precision == "bf16" and "BF16" not in self._core.get_property(
             "CPU", "OPTIMIZATION_CAPABILITIES"
         ):

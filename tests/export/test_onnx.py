@@ -20,6 +20,7 @@ from xfm_fast.export.onnx import write_onnx
 from xfm_fast.export.pipeline import random_inputs
 from xfm_fast.export.request import AttentionForm, DType, GraphName
 from xfm_fast.export.runtimes import Spelling
+from xfm_fast.export.runtimes.openvino import core as openvino_core
 from xfm_fast.models.xfm import XFM
 
 onnx = pytest.importorskip("onnx", reason="exports to ONNX need onnx")
@@ -205,11 +206,8 @@ def test_one_file_for_every_reader(exported_fp32: Path) -> None:
     feed = {key: value.numpy() for key, value in values.items()}
     results_by_reader = {"onnx": ReferenceEvaluator(str(path)).run(None, feed)}
     if importlib.util.find_spec("openvino"):
-        import openvino
-
-        compiled = openvino.Core().compile_model(
-            str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
-        )
+        options = {"INFERENCE_PRECISION_HINT": "f32"}
+        compiled = openvino_core().compile_model(str(path), "CPU", options)
         results_by_reader["openvino"] = [*compiled(feed).values()]
     for results in results_by_reader.values():
         for output, truth in zip(results, expected, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -240,6 +241,27 @@ def test_engines_of_another_version_or_machine_are_refused(
         monkeypatch.setattr(engine_runtime, "local_capability", lambda gpu=gpu: gpu)
         with pytest.raises((ExportError, UnavailableError), match=reason):
             open_runtime("tensorrt", manifest, device)
+
+
+def test_signals_survive_sessions_of_openvino() -> None:
+    """With AMX, two of its cores freed one after the other leave a signal stack that is gone."""
+    pytest.importorskip("openvino", reason="optional")
+    program = """
+import faulthandler, gc, os, signal
+from xfm_fast.export.runtimes.openvino import core
+faulthandler.enable()
+first, second = core(), core()
+for each in (first, second):
+    each.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+del first, each
+gc.collect()
+del second
+gc.collect()
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 def test_attention_that_openvino_does_not_read(
