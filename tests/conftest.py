@@ -218,6 +218,11 @@ def pytest_runtest_teardown() -> None:
     say nothing."""
     if (compiler := sys.modules.get("torch._dynamo")) is not None:
         compiler.reset()
+    # A resumed run repeats the choices of its file, untimed, for the rest of the process.
+    if (selection := sys.modules.get("xfm_fast.kernels.cpu.selection")) is not None:
+        for key, settled in [*selection._selections.items()]:
+            if settled.source == "settled":
+                del selection._selections[key]
 
 
 @pytest.fixture(autouse=True)
