@@ -213,12 +213,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs an NVIDIA GPU that PyTorch can use")
 
 
-def pytest_runtest_teardown() -> None:
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """The code of a layer is compiled eight times in a process at most; a later test would fail, or run uncompiled and
     say nothing."""
     if (compiler := sys.modules.get("torch._dynamo")) is not None:
         compiler.reset()
-    # A resumed run repeats the choices of its file, untimed, for the rest of the process.
+    # A resumed run repeats the choices of its file for the rest of the process.
+    if nextitem is not None and nextitem.path == item.path:
+        return
     if (selection := sys.modules.get("xfm_fast.kernels.cpu.selection")) is not None:
         for key, settled in [*selection._selections.items()]:
             if settled.source == "settled":

@@ -16,7 +16,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import cycle
@@ -288,10 +288,16 @@ def selections() -> list[Selection]:
     return list(_selections.values())
 
 
-def set_choice(operation: str, dtype: torch.dtype, candidate: str) -> None:
-    """Select a candidate for the process without timing: a resumed training run has to repeat its first choices."""
+def set_choice(
+    operation: str, dtype: torch.dtype, candidate: str, seconds: Mapping[str, float] | None = None
+) -> None:
+    """Select a candidate for the process without timing: a resumed training run has to repeat its first choices.
+
+    `seconds` are those of the comparison then, from which choices between two comparisons follow.
+    """
+    times = dict(seconds or {})
     with _lock:
-        _selections[operation, dtype] = Selection(operation, dtype, candidate, {}, {}, "settled")
+        _selections[operation, dtype] = Selection(operation, dtype, candidate, times, {}, "settled")
 
 
 def _compare(operation: str, race: Race, dtype: torch.dtype) -> Selection:

@@ -24,7 +24,7 @@ from tests.training.small_runs import (
 )
 from xfm_fast.checkpoint import load_pretrained_files
 from xfm_fast.errors import CheckpointError, ConfigError, StorageError
-from xfm_fast.kernels.cpu import selection
+from xfm_fast.kernels.cpu import gemm, selection
 from xfm_fast.models.xfm import XFM
 from xfm_fast.training import checkpoints
 from xfm_fast.training.checkpoints import newest
@@ -269,6 +269,26 @@ def test_full_disk_leaves_the_earlier_checkpoint(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
 
 
+def test_choices_between_two_comparisons_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They follow from the times of both, so that a resumed run needs these too."""
+    few = {"aten": 2e-4, "onednn": 3e-4}
+    many = {"aten": 9e-3, "onednn": 1e-3}
+    chosen = {"linear": many, "linear of few rows": few}
+    monkeypatch.setattr(selection, "_selections", {})
+    for operation, seconds in chosen.items():
+        fastest = min(seconds, key=seconds.__getitem__)
+        selection.set_choice(operation, torch.float32, fastest, seconds)
+    weight = torch.ones(64, 64)
+    before = [gemm._choose("linear", weight, rows) for rows in (15, 17, 100, 223)]
+    assert len({*before}) == 2
+    kernels = json.loads(json.dumps(checkpoints._selected_kernels()))
+    monkeypatch.setattr(selection, "_selections", {})
+    checkpoints._select_kernels(kernels)
+    assert [gemm._choose("linear", weight, rows) for rows in (15, 17, 100, 223)] == before
+
+
 def test_kernels_are_kept_from_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,17 +298,16 @@ def test_kernels_are_kept_from_the_first_step(
         run(small_recipe(tmp_path, steps=3), on_step=_raise_at(2))
     noted = {
         (operation, dtype)
-        for operation, dtype, _ in json.loads((tmp_path / "cpu_kernels.json").read_text())[0]
+        for operation, dtype, *_ in json.loads((tmp_path / "cpu_kernels.json").read_text())[0]
     }
     assert noted
     monkeypatch.setattr(selection, "_selections", {})
     with pytest.raises(RuntimeError, match="stop"):
         run(small_recipe(tmp_path, steps=3), on_step=_raise_at(1))
-    # Only what was compared has times.
     settled = {
         (s.operation, str(s.dtype).removeprefix("torch."))
         for s in selection.selections()
-        if not s.seconds
+        if s.source == "settled"
     }
     assert settled == noted
 

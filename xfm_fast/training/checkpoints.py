@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -27,7 +28,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, TypeAdapter, ValidationError
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -66,7 +67,9 @@ class Progress:
     batches: dict[str, int] = field(default_factory=dict)
 
 
-_Kernels = list[list[tuple[str, Literal["float64", "float32", "bfloat16", "float16"], str]]]
+_DType = Literal["float64", "float32", "bfloat16", "float16"]
+# Operation, dtype and choice of each process, and seconds by candidate, which older checkpoints lack.
+_Kernels = list[list[tuple[str, _DType, str, dict[str, PositiveFloat]] | tuple[str, _DType, str]]]
 
 
 class _Groups(BaseModel):
@@ -190,16 +193,20 @@ def restore_kernels(folder: Path, processes: Processes) -> None:
         _select_kernels(kernels[processes.rank])
 
 
-def _selected_kernels() -> list[list[str]]:
-    return [
-        [selection.operation, str(selection.dtype).removeprefix("torch."), selection.chosen]
-        for selection in selections()
-    ]
+def _selected_kernels() -> list[list[Any]]:
+    kernels = list[list[Any]]()
+    for selection in selections():
+        dtype = str(selection.dtype).removeprefix("torch.")
+        times = selection.seconds.items()
+        # Between the row counts of two races, times decide.
+        seconds = {name: time for name, time in times if not math.isnan(time)}
+        kernels.append([selection.operation, dtype, selection.chosen, seconds])
+    return kernels
 
 
-def _select_kernels(kernels: Iterable[Sequence[str]]) -> None:
-    for operation, dtype, kernel in kernels:
-        set_choice(operation, getattr(torch, dtype), kernel)
+def _select_kernels(kernels: Iterable[Sequence[Any]]) -> None:
+    for operation, dtype, kernel, *seconds in kernels:
+        set_choice(operation, getattr(torch, dtype), kernel, *seconds)
 
 
 def newest(folder: Path) -> Checkpoint | None:
