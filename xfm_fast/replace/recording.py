@@ -135,9 +135,8 @@ class Operands:
             return _Linear(packed, bias, None)
         if not rounded:
             weight = self._as(layers[0].weight, self.dtype)
-            # A copy may as well have the fastest layout.
-            is_copy = weight.dtype != layers[0].weight.dtype
-            if is_copy and gemm.layout_of(weight, few_rows=True) == "panels":
+            if weight.dtype != layers[0].weight.dtype:
+                # A copy may as well have the order of the kernel.
                 weight = gemm.frozen(weight, "panels", self._memory)
             return _Linear(weight, bias, None)
         weights = [layer.weight for layer in layers]
