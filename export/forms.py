@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xfm_fast.kernels import reference
+from xfm_fast.kernels import flags, reference
 from xfm_fast.replace.acceleration import decide
 from xfm_fast.replace.attention import (
     Attend,
@@ -34,7 +34,6 @@ from xfm_fast.replace.structure import ATTENTION, LayerCall, apply_rotary
 from xfm_fast.replace.swap import (
     Fused,
     Settings,
-    concatenate_biases,
     original_class,
     restore,
     swap,
@@ -198,7 +197,7 @@ def _join(layer: nn.Module, exported: type[Fused]) -> bool:
     if modules.qkv_bias is not None:
         biases = [modules.qkv_bias]
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-    bias = concatenate_biases(biases, [weight.shape[0] for weight in weights])
+    bias = flags.concatenate_biases(biases, [weight.shape[0] for weight in weights])
     layer.add_module(_JOINED, JoinedAttention(weight, bias, proj, modules.heads))
     swap(layer, exported, _SETTINGS)
     return True

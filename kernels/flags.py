@@ -131,3 +131,16 @@ def keep_fp8_flags(module: nn.Module) -> Iterator[None]:
     yield
     moved = [parameters[name] for parameters, name in flagged]
     mark([parameter for parameter in moved if parameter is not None], "fp8")
+
+
+def concatenate_biases(biases: list[Tensor | None], widths: list[int]) -> Tensor | None:
+    """Concatenate biases, with zeros for a layer without one; None if no layer has one."""
+    first = next((bias for bias in biases if bias is not None), None)
+    if len(biases) == 1 or first is None:
+        return biases[0]
+    return torch.cat(
+        [
+            first.new_zeros(width) if bias is None else bias
+            for bias, width in zip(biases, widths, strict=True)
+        ]
+    )

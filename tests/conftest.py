@@ -262,6 +262,10 @@ def freeze_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Layout], None]:
 @pytest.fixture
 def int8_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights marked for int8 are multiplied in it, whether or not that is faster here."""
-    from xfm_fast.kernels.cpu import int8
+    from xfm_fast.kernels.cpu import int8, selection
 
-    monkeypatch.setattr(int8, "_is_faster", lambda *_: True)
+    for layer in int8._LAYERS:
+        for operation in (f"{layer} in 8 bits", f"{layer} in 8 bits of few rows"):
+            for dtype in (torch.float32, torch.bfloat16):
+                choice = selection.Selection(operation, dtype, "int8", {}, {}, "settled")
+                monkeypatch.setitem(selection._selections, (operation, dtype), choice)

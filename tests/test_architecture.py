@@ -2,7 +2,7 @@
 
 Arrows between the parts of `xfm_fast` point one way,
 `cli → reproduce, serve, benchmarks → finetuning, loading, encoders, search → training, tasks, export → models →
-kernels`:
+plans → kernels`:
 a part imports from lower levels and from beside it, and no two parts import each other.
 """
 
@@ -25,6 +25,7 @@ LEVELS = {
     "batches": 2,
     "packing": 2,
     "tokenizer": 2,
+    "plans": 2,
     "data": 2,
     "checkpoint": 2,
     "models": 3,

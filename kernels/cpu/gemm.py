@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,10 @@ _BUCKET, _AMX_TILE = 64, 16
 _ROUNDS = 4
 _SLICES_MARGIN = 0.85
 # Layouts as fast as this are equal. With many rows a layout may lose so much to what few rows gain.
-_LAYOUT_MARGIN, _LAYOUT_LOSS = 1.02, 1.25
+_LAYOUT_MARGIN, _LAYOUT_LOSS = 1.02, 1.35
+# Seconds of calls that a plan saves for each timed GEMM. It cannot read oneDNN's blocks, and plain weights only where
+# that is fastest.
+_CALLS_S = 1.7e-4
 _slices_win: dict[tuple[Gemm, torch.Size, torch.dtype, int, int], bool] = {}
 
 
@@ -180,7 +183,12 @@ def layout_of(weight: Tensor, *, few_rows: bool = False) -> Layout:
         if math.isnan(plain):
             # Of a single candidate nothing was timed.
             return "plain"
-        taken: dict[Layout, float] = {"panels": panels, "onednn": packed, "plain": plain}
+        calls = 0.0 if race == "layout" else _CALLS_S
+        taken: dict[Layout, float] = {
+            "panels": panels,
+            "onednn": packed + calls,
+            "plain": plain + calls,
+        }
         for layout in names:
             ratio = taken[layout] / min(taken.values())
             times[layout] *= ratio if race != "layout" or ratio < _LAYOUT_LOSS else math.inf
@@ -204,20 +212,6 @@ def is_laid_out(weight: Tensor) -> bool:
 def is_frozen(weight: Tensor) -> bool:
     """Return whether a weight is of a frozen model, or packed."""
     return weight.is_mkldnn or isinstance(weight, Frozen)
-
-
-class Chosen(NamedTuple):
-    """The fastest GEMMs for a number of rows and weights of one shape, called without further checks."""
-
-    linear: Gemm
-    gelu: Gemm
-    residual: Gemm
-
-
-def chosen(weight: Tensor, rows: int) -> Chosen:
-    """Return the fastest GEMMs for a number of rows and frozen weights of this shape."""
-    linear, gelu, residual = (_choose(operation, weight, rows) for operation in CANDIDATES)
-    return Chosen(_LINEAR[linear], _GELU[gelu], _RESIDUAL[residual])
 
 
 def linear_residual(

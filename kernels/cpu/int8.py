@@ -10,6 +10,7 @@ activations' dtype.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,7 +24,7 @@ from .. import host, reference
 from ..caching import cached
 from . import gemm, llvm
 from .llvm import NO_FRACTIONS, ZERO_BYTE
-from .selection import Race, operands, register, select, thread_seconds
+from .selection import Race, compare, operands, register, select, thread_seconds
 from .workspace import even_slices, in_dtype, scratch
 
 if TYPE_CHECKING:
@@ -75,10 +76,7 @@ def why_not() -> str | None:
 
 def is_faster(operation: str, x: Tensor, weight: Tensor) -> bool:
     """Return whether int8 measured faster for linear, linear_residual or mlp_residual, with few rows or with many."""
-    return _is_faster(operation, x.shape[:-1].numel(), x.dtype, weight)
-
-
-def _is_faster(operation: str, rows: int, dtype: torch.dtype, weight: Tensor) -> bool:
+    rows, dtype = x.shape[:-1].numel(), x.dtype
     if dtype != weight.dtype:
         # The floats would have to be converted at every call.
         return True
@@ -200,23 +198,23 @@ def prepared_mlp(
     return out
 
 
-def prepared(
-    weights: tuple[Tensor, ...], biases: tuple[Tensor, ...], joined: Callable[[], Tensor]
-) -> Prepared:
-    """Return joined quantised layers, cached until a weight or bias changes; `joined` concatenates the weights."""
-
-    def prepare() -> Prepared:
-        bias = torch.cat([bias.float() for bias in biases]) if biases else None
-        return Prepared.of(joined(), bias)
-
-    return cached("int8 layer", (*weights, *biases), prepare)
-
-
-def compiled(rows: int, dtype: torch.dtype, weights: Sequence[Tensor]) -> bool:
-    """Return whether the compiled kernel is the fastest for a number of rows, a dtype and all these weights."""
+def compiled_delay(rows: int, dtype: torch.dtype, weights: Sequence[Tensor]) -> float:
+    """Return the seconds that a layer of these weights loses in the compiled kernel, by the races; or infinity."""
     if any(_library(dtype, weight) != "llvm" for weight in weights):
-        return False
-    return all(_is_faster(operation, rows, dtype, weights[0]) for operation in _LAYERS)
+        return math.inf
+    if any(weight.dtype != dtype for weight in weights):
+        return 0.0
+    suffix, timed = (" of few rows", _FEW_ROWS) if rows < _FEW else ("", _MANY_ROWS)
+    delay = 0.0
+    for operation in _LAYERS:
+        selection = compare(f"{operation} in 8 bits{suffix}", dtype)
+        if len(selection.seconds) == 2:
+            delay += selection.seconds["int8"] - selection.seconds["floats"]
+        elif selection.chosen != "int8":
+            return math.inf
+    sizes = (outputs * inputs for layer in _LAYERS.values() for outputs, inputs in layer)
+    share = sum(weight.numel() for weight in weights) / sum(sizes)
+    return max(0.0, delay) * share * max(1.0, rows / timed)
 
 
 def _library(dtype: torch.dtype, weight: Tensor) -> str:

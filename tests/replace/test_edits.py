@@ -353,6 +353,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.fixture(params=OPTIONS)
 def options(
     request: pytest.FixtureRequest,
+    int8_chosen: None,
     monkeypatch: pytest.MonkeyPatch,
     freeze_in: Callable[[gemm.Layout], None],
 ) -> dict[str, Any]:
@@ -361,7 +362,6 @@ def options(
         pytest.skip("bfloat16 is emulated on this processor")
     if request.param == "int8" and int8.why_not() is not None:
         pytest.skip(f"no int8 products here: {int8.why_not()}")
-    monkeypatch.setattr(int8, "_is_faster", lambda *_: True)
     freeze_in("panels" if request.param == "in panels" else "onednn")
     if request.param == "packed":
         monkeypatch.setattr(gemm, "_choose", lambda operation, weight, rows: "onednn-packed")

@@ -20,7 +20,7 @@ from tests.replace.families import batch, inferred, make
 from xfm_fast import accelerate
 from xfm_fast.errors import InputError
 from xfm_fast.kernels.cpu import gemm
-from xfm_fast.models.frozen import slot_of
+from xfm_fast.plans.slots import slot_of
 from xfm_fast.replace.swap import is_fused
 
 

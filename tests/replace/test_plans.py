@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,8 +24,9 @@ from xfm_fast import accelerate
 from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.cpu import int8, llvm, selection
 from xfm_fast.kernels.flags import unmark
-from xfm_fast.replace import plans, recording
-from xfm_fast.replace.plans import Plan
+from xfm_fast.plans import plan as plans
+from xfm_fast.plans import recording
+from xfm_fast.plans.plan import Plan
 
 KINDS = (
     "BERT",
@@ -72,7 +75,7 @@ def without_plans(
     made: Any, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any] | None = None
 ) -> Tensor:
     with monkeypatch.context() as patched:
-        patched.setattr(plans, "_DTYPES", ())
+        patched.setattr(plans, "DTYPES", ())
         return states(made, given)
 
 
@@ -297,9 +300,6 @@ def test_modes(ran: list[plans.Operands]) -> None:
 
 
 def test_nothing_outlives_its_layer() -> None:
-    import gc
-    import weakref
-
     made = model()
     report = accelerate(made)
     states(made)
@@ -312,6 +312,26 @@ def test_nothing_outlives_its_layer() -> None:
     del made, report
     gc.collect()
     assert not any(layer() for layer in layers)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_no_plan_keeps_the_memory_of_moved_parameters(
+    dtype: Any, ran: list[plans.Operands]
+) -> None:
+    """Neither what it reads in place, nor its copies of what is gone."""
+    if dtype is not None and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("bfloat16 is emulated on this processor")
+    made = model()
+    accelerate(made, unpad=True, dtype=dtype)
+    states(made)
+    assert ran
+    kept = weakref.ref(plans._plans[made])
+    ran.clear()
+    sources = [weakref.ref(weight.untyped_storage()) for weight in made.encoder.parameters()]
+    made.double()
+    gc.collect()
+    assert not any(source() for source in sources)
+    assert dtype is None or kept() is None
 
 
 def _texts(*lengths: int) -> dict[str, Tensor]:

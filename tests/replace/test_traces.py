@@ -102,12 +102,11 @@ TRACERS: dict[str, Callable[[nn.Module, tuple[Tensor, ...]], Any]] = {
 @pytest.fixture(params=OPTIONS)
 def options(
     request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
+    int8_chosen: None,
     freeze_in: Callable[[gemm.Layout], None],
 ) -> dict[str, Any]:
     if request.param == "int8" and int8.why_not() is not None:
         pytest.skip(f"no int8 products here: {int8.why_not()}")
-    monkeypatch.setattr(int8, "_is_faster", lambda *_: True)
     freeze_in("panels" if request.param == "in panels" else "onednn")
     return OPTIONS[request.param]
 

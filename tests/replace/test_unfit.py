@@ -20,7 +20,8 @@ from tests.replace import official_replicas as replicas  # noqa: E402
 from xfm_fast import accelerate  # noqa: E402
 from xfm_fast.errors import InputError  # noqa: E402
 from xfm_fast.kernels.backend import resolve  # noqa: E402
-from xfm_fast.replace import LayerSpec, Mlp, layer, plans, register  # noqa: E402
+from xfm_fast.plans import plan  # noqa: E402
+from xfm_fast.replace import LayerSpec, Mlp, layer, register  # noqa: E402
 from xfm_fast.replace.swap import forward_patched, original_class  # noqa: E402
 from xfm_fast.replace.transformers_rows import BERT, build_spec  # noqa: E402
 
@@ -137,7 +138,7 @@ def test_a_plan_sees_numbers_and_biases_set_later(change: str) -> None:
     with torch.no_grad():
         before = model(pixels).last_hidden_state
         if resolve(None, pixels) == "cpu":
-            assert any(layer in plans._plans for layer in model.modules())
+            assert any(layer in plan._plans for layer in model.modules())
         for each in (model, other):
             torch.manual_seed(1)
             for block in each.layers if hasattr(each, "layers") else each.encoder.layer:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from xfm_fast.errors import InputError
-from xfm_fast.kernels import caching
 from xfm_fast.kernels.backend import Backend
 from xfm_fast.kernels.cpu import gemm
 from xfm_fast.kernels.cpu.workspace import HugePages
@@ -23,75 +22,11 @@ from xfm_fast.kernels.ladder import runs_cpu_inference
 from xfm_fast.models.shares import without_hooks
 from xfm_fast.models.text import AttentionProjections, TransformerLayer
 from xfm_fast.models.vision import Block
+from xfm_fast.plans.plan import forget
+from xfm_fast.plans.slots import SLOT, dense_weight, pack, pack_of, unpack
 
-_SLOT = "_xfm_fast_weight"
 _TRAINED = "_xfm_fast_trained"
 _HOOKS = "_xfm_fast_frozen_hooks"
-
-
-class Slot(NamedTuple):
-    """Location of a layer's packed weight, and its parameter, whose memory is released."""
-
-    packed: gemm.Frozen  # `[ΣM, K]`, of one or more layers on the same input
-    sizes: tuple[int, ...]  # M of each layer
-    position: int  # of the layer
-    parameter: nn.Parameter
-
-
-def pack(
-    layers: Sequence[nn.Module],
-    weights: Sequence[nn.Parameter],
-    layout: gemm.Layout,
-    memory: HugePages,
-) -> gemm.Frozen:
-    """Move the weights of layers on one input into one packed weight."""
-    joined = torch.cat([*weights]).detach() if len(weights) > 1 else weights[0].detach()
-    packed = gemm.frozen(joined, layout, memory)
-    sizes = tuple(weight.shape[0] for weight in weights)
-    for index, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
-        caching.forget(weight)
-        layer.__dict__[_SLOT] = Slot(packed, sizes, index, weight)
-        # Keep the shape without memory; it refuses writes, which would be lost.
-        weight.data = weight.data.new_full((), torch.nan).expand(weight.shape)
-    return packed
-
-
-def unpack(layer: nn.Module) -> nn.Parameter:
-    """Remove the packed weight of a layer; returns its parameter with the values restored."""
-    parameter = slot_of(layer).parameter
-    parameter.data = dense_weight(layer)
-    del layer.__dict__[_SLOT]
-    return parameter
-
-
-def slot_of(layer: nn.Module) -> Slot:
-    """Return the slot of a packed layer."""
-    return layer.__dict__[_SLOT]
-
-
-def dense_weight(layer: nn.Module) -> Tensor:
-    """Return the weight `[M, K]` of a packed layer, without the storage of its neighbours."""
-    slot = slot_of(layer)
-    weight = gemm.dense(slot.packed).data.split(slot.sizes)[slot.position]
-    return weight if len(slot.sizes) == 1 else weight.clone()
-
-
-def pack_of(layers: Sequence[nn.Module]) -> gemm.Frozen | None:
-    """Return the packed weight of exactly these layers, in order, or None."""
-    if _SLOT not in layers[0].__dict__:
-        return None
-    first = slot_of(layers[0])
-    if layers[0].training and torch.is_grad_enabled():
-        raise InputError(
-            "the model is frozen for inference and in training mode; call model.eval(), or report.revert() to train it"
-        )
-    if len(layers) != len(first.sizes):
-        return None
-    for index, layer in enumerate(layers):
-        slot = layer.__dict__.get(_SLOT)
-        if slot is None or slot.packed is not first.packed or slot.position != index:
-            return None
-    return first.packed
 
 
 def packed_weight(
@@ -158,7 +93,9 @@ def unfreeze(model: nn.Module) -> None:
     if not is_frozen(model):
         return
     for layer in model.modules():
-        if _SLOT in layer.__dict__:
+        # A plan keeps packed weights.
+        forget(layer)
+        if SLOT in layer.__dict__:
             layer._parameters["weight"] = unpack(layer)
     for hook in model.__dict__.pop(_HOOKS):
         hook.remove()
@@ -198,7 +135,7 @@ def stop_gradients(model: nn.Module) -> list[nn.Parameter]:
 
 def _dense_state(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     for name, layer in model.named_modules():
-        if _SLOT in layer.__dict__:
+        if SLOT in layer.__dict__:
             state[f"{prefix}{name}.weight"] = dense_weight(layer)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from xfm_fast.config import XFMConfig
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.caching import cached
-from xfm_fast.kernels.cpu import gemm, int8
+from xfm_fast.kernels.cpu import gemm
 from xfm_fast.kernels.cpu.attention import plain_attention
 from xfm_fast.kernels.flags import concatenate, kind_of
 from xfm_fast.models.shares import LEAST_TOKENS, Texts, can_chunk, run_chunked, without_hooks
 from xfm_fast.packing import Packing, Reads
+from xfm_fast.plans.orders import LayerModules
+from xfm_fast.plans.plan import DTYPES, Layers, infers, plan_of, valid_plan
+from xfm_fast.plans.recording import Added, Embedded, Layout
 
 
 class MLPHead(nn.Sequential):
@@ -62,10 +65,6 @@ class LMHead(nn.Module):
     def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
         """Compute logits over the vocabulary: `[..., width]` → `[..., vocabulary]`."""
         return ops.linear(self.transform(hidden), word_embeddings, self.bias)
-
-
-# Texts up to this many tokens spend most of their time reading weights and calling Python functions.
-_SHORT = 64
 
 
 def concatenated(name: str, *tensors: Tensor) -> Tensor:
@@ -250,83 +249,17 @@ class TransformerLayer(nn.Module):
         summed = ops.mlp_residual(x, first.weight, first.bias, second.weight, second.bias, x)
         return ops.layer_norm(summed, norm.weight, norm.bias, norm.eps)
 
-    def short_layer(self) -> ShortLayer | None:
-        """Return the parameters of a layer without cross-attention; None for hooked or replaced modules."""
-        # Attributes of modules would take a third of the time of the GEMMs; dictionaries are faster.
-        modules: dict[str, Any] = self._modules
-        attention, output = modules["attention"]._modules, modules["output"]._modules
-        projections, attended = attention["self"]._modules, attention["output"]._modules
-        linears = (
-            projections["query"],
-            projections["key"],
-            projections["value"],
-            attended["dense"],
-            modules["intermediate"]._modules["dense"],
-            output["dense"],
+    def modules_of(self) -> LayerModules:
+        """Return the modules of a layer without cross-attention."""
+        attention: Any = self.attention
+        return LayerModules(
+            norms=(attention.output.LayerNorm, self.output.LayerNorm),
+            heads=attention.self.heads,
+            proj=attention.output.dense,
+            inner=(self.intermediate.dense,),
+            fc2=self.output.dense,
+            projections=(attention.self.query, attention.self.key, attention.self.value),
         )
-        norms = attended["LayerNorm"], output["LayerNorm"]
-        # The layer of the values is not called when the model is frozen, and may have any class.
-        called = (*linears[:2], *linears[3:])
-        if {*map(type, called)} != {nn.Linear} or {*map(type, norms)} != {nn.LayerNorm}:
-            return None
-        if not without_hooks((attention["output"],), "forward"):
-            return None
-        return ShortLayer(
-            attention["self"].heads,
-            (norms[0].eps, norms[1].eps),
-            *(module._parameters for module in (*linears, *norms)),
-        )
-
-
-class ShortLayer(NamedTuple):
-    """Sizes and parameters of a layer, to run one short text `[T, width]` without checks."""
-
-    heads: int
-    eps: tuple[float, float]
-    query: dict[str, Any]
-    key: dict[str, Any]
-    value: dict[str, Any]
-    attended: dict[str, Any]
-    first: dict[str, Any]
-    second: dict[str, Any]
-    norm: dict[str, Any]
-    last_norm: dict[str, Any]
-
-    def run_frozen(self, x: Tensor, gemms: gemm.Chosen) -> Tensor:
-        """Run the layer with frozen weights; `gemms` are the fastest for T rows."""
-        tokens, width = x.shape
-        # Concatenating the biases is faster than validating a cached tensor.
-        bias = torch.cat((self.key["bias"], self.value["bias"]))
-        keys_values = gemms.linear(x, self.key["weight"], bias)
-        k, v = keys_values.view(1, tokens, 2, self.heads, -1).unbind(2)
-        queries = gemms.linear(x, self.query["weight"], self.query["bias"])
-        q = queries.view(1, tokens, self.heads, -1)
-        context = plain_attention(q, k, v, q.shape[-1] ** -0.5).view(tokens, width)
-        x = gemms.residual(context, self.attended["weight"], self.attended["bias"], x)
-        x = torch.layer_norm(x, (width,), **self.norm, eps=self.eps[0])
-        hidden = gemms.gelu(x, self.first["weight"], self.first["bias"])
-        x = gemms.residual(hidden, self.second["weight"], self.second["bias"], x)
-        return torch.layer_norm(x, (width,), **self.last_norm, eps=self.eps[1])
-
-    def run_int8(self, x: Tensor) -> Tensor:
-        """Run the layer with int8 weights."""
-        tokens, width = x.shape
-        projections = self.query, self.key, self.value
-        weights = tuple(layer["weight"] for layer in projections)
-        biases = tuple(layer["bias"] for layer in projections)
-        qkv = int8.prepared(weights, biases, lambda: concatenated("qkv weight", *weights))
-        attended, first, second = (
-            int8.prepared(
-                (layer["weight"],), (layer["bias"],), partial(layer.__getitem__, "weight")
-            )
-            for layer in (self.attended, self.first, self.second)
-        )
-        q, k, v = qkv(x).view(1, tokens, 3, self.heads, -1).unbind(2)
-        context = plain_attention(q, k, v, q.shape[-1] ** -0.5).view(tokens, width)
-        x = torch.layer_norm(attended(context, x), (width,), **self.norm, eps=self.eps[0])
-        hidden = first(x, gelu=True, dtype=torch.float32)
-        x = second(hidden, x)
-        return torch.layer_norm(x, (width,), **self.last_norm, eps=self.eps[1])
 
 
 class Embeddings(nn.Module):
@@ -383,52 +316,17 @@ class LayerStack(nn.Module):
 
     def can_chunk(self, tokens: int) -> bool:
         """Return whether texts may run in one chunk per thread, and have enough tokens for it to pay."""
-        # With few rows, each thread would read all weights for itself.
-        return tokens >= LEAST_TOKENS * torch.get_num_threads() and self.is_plain_inference()
-
-    def is_plain_inference(self) -> bool:
-        """Return whether the layers are frozen or int8, in inference on a CPU, and without hooks."""
         layers = self.layer
-        if not layers or not can_chunk(self[0].intermediate.dense.weight):
+        # With few rows, each thread would read all weights for itself.
+        if not layers or tokens < LEAST_TOKENS * torch.get_num_threads():
+            return False
+        if not can_chunk(self[0].intermediate.dense.weight):
             return False
         return without_hooks(layers, "self_attention", "cross_attention", "feed_forward")
 
     def kind(self, texts: Texts) -> tuple[Hashable, ...]:
         """Return the key of `shares.run_chunked` for texts."""
         return kind_of(self[0].intermediate.dense.weight), len(self.layer), texts.kind
-
-    def forward_short(self, x: Tensor, count: int) -> Tensor | None:
-        """Run the first `count` layers on one text `[T, width]`; None unless all are frozen or all are int8."""
-        layers = []
-        for index in range(count):
-            layer = self[index].short_layer()
-            if layer is None:
-                return None
-            layers.append(layer)
-        if not layers:
-            return None
-        first = layers[0]
-        # In a frozen layer, the weight of the keys holds that of the values.
-        values = [layer.value for layer in layers]
-        linears = [
-            linear
-            for layer in layers
-            for linear in (layer.query, layer.key, layer.attended, layer.first, layer.second)
-        ]
-        if all(kind_of(linear["weight"]) == "int8" for linear in linears + values):
-            weights = first.attended["weight"], first.first["weight"], first.second["weight"]
-            usable = first.last_norm["weight"].dtype == x.dtype
-            usable = usable and not any(weight.is_inference() for weight in weights)
-            if usable and int8.compiled(len(x), x.dtype, weights):
-                for layer in layers:
-                    x = layer.run_int8(x)
-                return x
-        if not all(gemm.is_frozen(linear["weight"]) for linear in linears):
-            return None
-        gemms = gemm.chosen(first.first["weight"], len(x))
-        for layer in layers:
-            x = layer.run_frozen(x, gemms)
-        return x
 
 
 def initialise_text(module: nn.Module) -> None:
@@ -451,6 +349,11 @@ class TextTransformer(nn.Module):
         super().__init__()
         self.embeddings = Embeddings(config)
         self.encoder = LayerStack([TransformerLayer(config, memory_width) for _ in range(layers)])
+
+
+def _attend_text(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend within one text: `[T, H, D]` each."""
+    return plain_attention(q[None], k[None], v[None], q.shape[-1] ** -0.5)[0].flatten(1)
 
 
 class TextEncoder(nn.Module):
@@ -481,12 +384,51 @@ class TextEncoder(nn.Module):
         """
         embeddings, stack = self.roberta.embeddings, self.roberta.encoder
         positions = packing.pack(embeddings.position_ids(input_ids))
-        x = embeddings(packing.pack(input_ids).long(), positions)
+        tokens = packing.pack(input_ids).long()
+        if reads is None and packing.key_mask is None and len(packing.cu_seqlens) == 2:
+            planned = self._run_planned(tokens, positions, first_token_only)
+            if planned is not None:
+                return planned
+        x = embeddings(tokens, positions)
         texts = Texts(x, packing)
         if reads is None and packing.key_mask is None and stack.can_chunk(len(x)):
             run = partial(self._encode, first_token_only=first_token_only)
             return run_chunked(run, texts, (first_token_only, *stack.kind(texts)))
         return self._encode(texts, reads, first_token_only)
+
+    def _run_planned(
+        self, tokens: Tensor, positions: Tensor, first_token_only: bool
+    ) -> Tensor | None:
+        """Encode the tokens `[T]` of one text as one call of compiled code; None if a plan cannot."""
+        embeddings, stack = self.roberta.embeddings, self.roberta.encoder
+        words = embeddings.word_embeddings.weight
+        if words.dtype not in DTYPES or not infers(None, words, tokens):
+            return None
+        if not without_hooks(stack.layer, "self_attention", "feed_forward"):
+            return None
+        plan = valid_plan(self.roberta)
+        if plan is None:
+            parts = embeddings.modules()
+            if not len(stack) or {*map(type, stack)} != {TransformerLayer}:
+                return None
+            if {*map(type, parts)} != {Embeddings, nn.Embedding, nn.LayerNorm}:
+                return None
+            if {parameter.dtype for parameter in embeddings.parameters()} != {words.dtype}:
+                return None
+            orders, children = [True] * len(stack), ("encoder", "embeddings")
+            layers = Layers([*stack], TransformerLayer.modules_of, orders, children, embeddings)
+            plan = plan_of(self.roberta, layers, words.dtype, words.dtype, len(tokens))
+        if plan is None:
+            return None
+        tables = (
+            words,
+            embeddings.position_embeddings.weight,
+            embeddings.token_type_embeddings.weight,
+        )
+        x = Embedded((tokens, positions, None), tables, embeddings.LayerNorm)
+        count = len(tokens)
+        layout = Layout((count,), (1, count, count), first=first_token_only)
+        return plan.run(x, _attend_text, layout, Added())
 
     def _encode(
         self, texts: Texts, reads: Reads | None = None, first_token_only: bool = False
@@ -494,14 +436,9 @@ class TextEncoder(nn.Module):
         x, packing, stack = texts.tokens, texts.sequences, self.roberta.encoder
         if first_token_only:
             reads = Reads.first_tokens(packing)
-        # The last layer computes only the reads.
         layers = [*stack]
-        full_layers = len(layers) - (reads is not None)
-        if len(x) <= _SHORT and len(packing.cu_seqlens) == 2 and packing.key_mask is None:
-            short = stack.forward_short(x, full_layers) if stack.is_plain_inference() else None
-            if short is not None:
-                x, layers = short, layers[full_layers:]
         for index, layer in enumerate(layers, start=1):
+            # The last layer computes only the reads.
             layer_reads = reads if index == len(layers) else None
             x = layer.self_attention(
                 x, packing.cu_seqlens, packing.longest, packing.key_mask, reads=layer_reads

@@ -14,8 +14,8 @@ from xfm_fast.kernels import host, ops
 from xfm_fast.kernels.checks import Embedding
 from xfm_fast.kernels.cpu.norms import embedding_norm_forward
 from xfm_fast.packing import on_host
+from xfm_fast.plans.plan import infers
 from xfm_fast.replace.adapters import Adaptable
-from xfm_fast.replace.plans import infers
 from xfm_fast.replace.swap import (
     CalledByName,
     Settings,
@@ -102,7 +102,10 @@ class FusedEmbeddings(CalledByName):
             type_0 = torch.zeros_like(norm.weight) if table is None else table.weight[0]
             tables = (word.weight, position.weight, type_0)
             args = (tokens, positions, *tables, norm.weight, norm.bias, norm.eps)
-            if infers(self.settings, word.weight) and word.weight.dtype == norm.weight.dtype:
+            if (
+                infers(self.settings.backend, word.weight)
+                and word.weight.dtype == norm.weight.dtype
+            ):
                 normed = embedding_norm_forward(Embedding(*args))[0]
             else:
                 backend = self.settings.backend

@@ -20,19 +20,12 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from xfm_fast.errors import InputError
+from xfm_fast.plans.orders import Formula, LayerModules, post_norm, pre_norm
+from xfm_fast.plans.plan import Layers, forget
 from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.attention import Attend, Dense, Memory
-from xfm_fast.replace.plans import Layers, forget, run_planned
-from xfm_fast.replace.structure import (
-    CrossAttention,
-    Formula,
-    LayerCall,
-    LayerModules,
-    norm_behind,
-    post_norm,
-    pre_norm,
-    pre_norm_settings,
-)
+from xfm_fast.replace.plans import run_planned
+from xfm_fast.replace.structure import CrossAttention, LayerCall, norm_behind, pre_norm_settings
 from xfm_fast.replace.swap import (
     CalledByName,
     Settings,

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from xfm_fast.kernels import host, reference
 from xfm_fast.models.vision import qkv_bias
 from xfm_fast.packing import Packing, on_host
+from xfm_fast.plans.orders import LayerModules
 from xfm_fast.replace.adapters import is_adapted
 from xfm_fast.replace.attention import Bias, Dense, Packed, Padded, PositionTable
 from xfm_fast.replace.heads import FusedEmbeddings, VocabularyHead
 from xfm_fast.replace.layer import FusedLayer, LayerSpec, Mlp, can_run_packed
-from xfm_fast.replace.structure import LayerModules
 from xfm_fast.replace.swap import (
     BANDS,
     CalledByName,

@@ -12,8 +12,8 @@ from torch import nn
 
 from xfm_fast.graphs import CallGraphs
 from xfm_fast.kernels.flags import EightBits, kind_of
-from xfm_fast.models.frozen import slot_of
 from xfm_fast.models.precision import PrecisionMixin
+from xfm_fast.plans.slots import slot_of
 from xfm_fast.replace import adapters
 from xfm_fast.replace.stored import FrozenLinear
 from xfm_fast.replace.swap import Fused, is_fused, restore

@@ -26,6 +26,7 @@ from xfm_fast.models.inputs import (
 )
 from xfm_fast.models.text import concatenated
 from xfm_fast.packing import ImageGroups, Packing, Reads, Sequences
+from xfm_fast.plans.orders import post_norm
 from xfm_fast.replace.adapters import is_adapted
 from xfm_fast.replace.attention import Memory, Packed
 from xfm_fast.replace.official import (
@@ -35,7 +36,7 @@ from xfm_fast.replace.official import (
     is_layer,
     why_unsupported,
 )
-from xfm_fast.replace.structure import LayerCall, post_norm
+from xfm_fast.replace.structure import LayerCall
 from xfm_fast.replace.swap import Settings, observed, original_class, why_not_bypassed
 
 

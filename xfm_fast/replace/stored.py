@@ -24,15 +24,8 @@ from xfm_fast.kernels.backend import traced, untraced
 from xfm_fast.kernels.cpu import gemm
 from xfm_fast.kernels.cpu.workspace import HugePages
 from xfm_fast.kernels.flags import EightBits
-from xfm_fast.models.frozen import (
-    dense_weight,
-    own_weights,
-    owner_counts,
-    pack,
-    slot_of,
-    stop_gradients,
-    unpack,
-)
+from xfm_fast.models.frozen import own_weights, owner_counts, stop_gradients
+from xfm_fast.plans.slots import dense_weight, pack, slot_of, unpack
 from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.swap import Fused, Settings, find, original_class, restore, swap
 from xfm_fast.replace.unpadded import encoder_of

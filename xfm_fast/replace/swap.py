@@ -27,6 +27,7 @@ from xfm_fast.kernels import flags, ops
 from xfm_fast.kernels.backend import Backend, traced
 from xfm_fast.kernels.caching import cached
 from xfm_fast.models.frozen import packed_weight
+from xfm_fast.plans.plan import GLOBAL_HOOKS, HOOKS
 from xfm_fast.replace import adapters
 
 if TYPE_CHECKING:
@@ -49,13 +50,6 @@ _KERNELS: dict[str, Activation] = {
 }
 _SETTINGS = "_xfm_fast"
 _CAPTURING = "transformers.utils.output_capturing"
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-GLOBAL_HOOKS = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)
 
 
 @dataclass(frozen=True)
@@ -121,7 +115,7 @@ class Settings:
         if packed is not None:
             widths = [layer.out_features for layer in layers]
             biases = [layer.bias if bias is None else bias for layer in layers]
-            shift = concatenate_biases(biases, widths)
+            shift = flags.concatenate_biases(biases, widths)
             return ops.linear(x, packed, shift, backend=self.backend).split(widths, -1)
         weights, biases = [], []
         unmerged: list[tuple[int, adapters.Addition]] = []
@@ -215,25 +209,12 @@ def _concatenate(
 
     def concatenate() -> tuple[Tensor, Tensor | None]:
         widths = [weight.shape[0] for weight in weights]
-        return flags.concatenate(weights), concatenate_biases(biases, widths)
+        return flags.concatenate(weights), flags.concatenate_biases(biases, widths)
 
     sources = (*weights, *(bias for bias in biases if bias is not None))
     if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
         return concatenate()
     return cached(name, sources, concatenate)
-
-
-def concatenate_biases(biases: list[Tensor | None], widths: list[int]) -> Tensor | None:
-    """Concatenate biases, with zeros for a layer without one; None if no layer has one."""
-    first = next((bias for bias in biases if bias is not None), None)
-    if len(biases) == 1 or first is None:
-        return biases[0]
-    return torch.cat(
-        [
-            first.new_zeros(width) if bias is None else bias
-            for bias, width in zip(biases, widths, strict=True)
-        ]
-    )
 
 
 _counters: list[Counter[nn.Module]] = []

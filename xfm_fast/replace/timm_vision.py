@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xfm_fast.models.text import concatenated
+from xfm_fast.plans.orders import Formula, LayerModules
 from xfm_fast.replace.adapters import is_adapted
 from xfm_fast.replace.attention import (
     Attend,
@@ -22,7 +23,7 @@ from xfm_fast.replace.attention import (
     windows_of,
 )
 from xfm_fast.replace.layer import LayerSpec, Mlp, register
-from xfm_fast.replace.structure import Formula, LayerModules, run_module
+from xfm_fast.replace.structure import run_module
 from xfm_fast.replace.swap import Settings, find
 
 _OWN = "Mlp GluMlp SwiGLU DropPath LayerScale LayerNorm"

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from xfm_fast.kernels import host
 from xfm_fast.kernels.backend import traced
 from xfm_fast.packing import Packing, offsets, on_host
+from xfm_fast.plans.orders import post_norm
+from xfm_fast.plans.plan import Layers, Plan, forget, infers, valid_plan
+from xfm_fast.plans.recording import Embedded
 from xfm_fast.replace.attention import (
     Attend,
     Memory,
@@ -29,9 +32,7 @@ from xfm_fast.replace.attention import (
 )
 from xfm_fast.replace.heads import FusedEmbeddings, default_positions
 from xfm_fast.replace.layer import PLAIN_ATTENTION, WITHOUT_EFFECT, can_run_packed, run_packed
-from xfm_fast.replace.plans import Layers, Plan, forget, infers, run_planned, valid_plan
-from xfm_fast.replace.recording import Embedded
-from xfm_fast.replace.structure import post_norm
+from xfm_fast.replace.plans import run_planned
 from xfm_fast.replace.swap import (
     CalledByName,
     Fused,
@@ -180,7 +181,12 @@ class UnpaddedEncoder(CalledByName):
         states, memory = call.get("encoder_hidden_states"), None
         cut = self._can_cut(call)
         made = None
-        if states is None and isinstance(ids, Tensor) and not cut and infers(self.settings, ids):
+        if (
+            states is None
+            and isinstance(ids, Tensor)
+            and not cut
+            and infers(self.settings.backend, ids)
+        ):
             made = valid_plan(self)
         planned = None if made is None else made.layers
         layers: Any = self._layers() if planned is None else planned.layers

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from xfm_fast.kernels.cpu import gemm, int8, llvm
+from xfm_fast.kernels.cpu import gemm, int8
 from xfm_fast.kernels.cpu.workspace import HugePages, scratch
-from xfm_fast.kernels.flags import kind_of
-from xfm_fast.models.frozen import pack_of
-from xfm_fast.replace.attention import Attend, Dense, Packed, Padded, Unpacked
-from xfm_fast.replace.structure import (
-    ATTENTION,
-    MLP,
-    Formula,
-    LayerModules,
-    Rotary,
-    apply_rotary,
-    post_norm,
-    pre_norm,
-)
-from xfm_fast.replace.swap import Settings, concatenate_biases
+from xfm_fast.kernels.flags import concatenate_biases, kind_of
+from xfm_fast.plans.orders import ATTENTION, MLP, Formula, LayerModules, post_norm, pre_norm
+from xfm_fast.plans.slots import SLOT, pack_of, slot_of
 
 if TYPE_CHECKING:
     from xfm_fast.kernels.cpu.llvm.rows import Positions
+
+Context = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention of q, k and v `[..., H, D]`: `[..., H·D]`."""
 
 
 class _Linear(NamedTuple):
@@ -37,11 +28,15 @@ class _Linear(NamedTuple):
     bias: Tensor | None  # in the dtype of the output
     prepared: int8.Prepared | None
 
+    @property
+    def outputs(self) -> int:
+        return len(self.weight if self.prepared is None else self.prepared.panels.steps)
+
     def delay(self, operation: str, rows: int, dtype: torch.dtype) -> float:
         """Return the seconds lost by the compiled kernel against the fastest."""
         if self.prepared is None:
             return gemm.compiled_delay(operation, self.weight, rows)
-        return 0.0 if int8.compiled(rows, dtype, (self.weight,)) else math.inf
+        return int8.compiled_delay(rows, dtype, (self.weight,))
 
     def record(
         self,
@@ -116,8 +111,10 @@ class Operands:
         return kind_of(layer._parameters.get("weight")) == "int8"
 
     def _as(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        if value.dtype != dtype:
-            self.copied.append(value)
+        if value.dtype == dtype:
+            # Without the memory of a parameter that moves later.
+            return value
+        self.copied.append(value)
         return value.detach().to(dtype)
 
     def _linear(
@@ -157,7 +154,7 @@ class Operands:
     def _norm(self, norm: Any) -> tuple[Tensor, Tensor | None, float] | None:
         if isinstance(norm, nn.Identity):
             return None
-        return norm.weight.detach(), None if norm.bias is None else norm.bias.detach(), norm.eps
+        return norm.weight, norm.bias, norm.eps
 
 
 class Layout(NamedTuple):
@@ -168,6 +165,7 @@ class Layout(NamedTuple):
     packed: bool = False
     bias: tuple[int, tuple[int, int, int]] | None = None  # period and strides
     positions: Positions | None = None  # of rotary tables
+    first: bool = False  # the last layer computes the first token, of one text
 
     @property
     def rows(self) -> int:
@@ -192,7 +190,7 @@ class Embedded(NamedTuple):
 
 
 class Recorder:
-    """Executor (`structure.Executor`) that records kernels, and other operations as calls."""
+    """Executor (`orders.Executor`) that records kernels, and other operations as calls."""
 
     def __init__(self, layout: Layout, stand_ins: Sequence[Tensor | None]) -> None:
         self._layout = layout
@@ -217,7 +215,7 @@ class Recorder:
         self._segments = list[Callable[..., None]]()
         self._narrowed = dict[int, Tensor]()
         with recorded() as self._launches:
-            self._layer, self._target = operands[0], out
+            self._layer, self._target, self._rows = operands[0], out, self._layout.rows
             if isinstance(x, Embedded):
                 states = self._embed(x)
             else:
@@ -226,6 +224,7 @@ class Recorder:
                 self._layer, width = layer, layer.width
                 is_last = index == len(operands) - 1
                 self._target = out.view(-1, width) if is_last else self._buffer("states", width)
+                self._cuts = is_last and self._layout.first
                 states = (post_norm if is_post_norm else pre_norm)(self, states)
             self._cut()
         return self._segments
@@ -238,21 +237,21 @@ class Recorder:
             return
         replay = Replay(self._launches, torch.get_num_threads(), self._addresses)
         self._launches.clear()
-        self._segments.append(lambda addresses, *_: replay(addresses))
+        self._segments.append(lambda addresses, _: replay(addresses))
 
-    def _between(self, step: Callable[..., None]) -> None:
-        """Record a call of (attend, settings, rotary) that runs between two replays."""
+    def _between(self, step: Callable[[Context], None]) -> None:
+        """Record a call that runs between two replays."""
         self._cut()
-        self._segments.append(lambda addresses, *values: step(*values))
+        self._segments.append(lambda _, context: step(context))
 
     def _buffer(self, name: str, width: int, dtype: torch.dtype | None = None) -> Tensor:
-        return scratch(f"plan {name}", (self._layout.rows, width), dtype or self._layer.residual)
+        return scratch(f"plan {name}", (self._rows, width), dtype or self._layer.residual)
 
     def _embed(self, x: Embedded) -> Tensor:
         from xfm_fast.kernels.cpu.llvm import rows
 
         states = self._buffer("states", self._layer.width)
-        norm = x.norm.weight.detach(), x.norm.bias.detach(), x.norm.eps
+        norm = x.norm.weight, x.norm.bias, x.norm.eps
         rows.embed(self._inputs, x.tables, norm, states, self._narrow(states), self.invalid)
         return states
 
@@ -295,17 +294,22 @@ class Recorder:
         layer, layout = self._layer, self._layout
         heads, width = layer.modules.heads, layer.width
         qkv = self._buffer("qkv", 3 * width, layer.dtype)
-        step = 3 * width // len(layer.qkv)
-        for index, linear in enumerate(layer.qkv):
-            linear.record(self._operand(x, linear), qkv[:, index * step :][:, :step])
-        context = self._buffer("context", width, layer.dtype)
+        start = 0
+        for linear in layer.qkv:
+            only_queries = not start and linear.outputs == width
+            rows = 1 if self._cuts and only_queries else len(x)
+            part = qkv[:rows, start : start + linear.outputs]
+            linear.record(self._operand(x, linear)[:rows], part)
+            start += linear.outputs
         q, k, v = qkv.view(*layout.lead, 3, heads, -1).unbind(-3)
+        lead = layout.lead
+        if self._cuts:
+            # From here on, all operations have one row.
+            self._rows, q, lead = 1, q[:1], (1,)
+        context = self._buffer("context", width, layer.dtype)
 
-        def call(attend: Attend, settings: Settings, rotary: Rotary | None) -> None:
-            if rotary is not None:
-                for t in (q, k):
-                    t.copy_(apply_rotary(t, rotary))
-            context.view(*layout.lead, width).copy_(attend(q, k, v, 0.0, settings))
+        def call(attend: Context) -> None:
+            context.view(*lead, width).copy_(attend(q, k, v))
 
         if layout.sizes is None:
             self._between(call)
@@ -322,19 +326,21 @@ class Recorder:
 
         layout = self._layout
         assert layout.sizes is not None
-        texts = 1 if layout.packed else layout.sizes[0]
+        texts, longest, keys = layout.sizes
+        sizes = texts, min(longest, self._rows), keys
+        texts = 1 if layout.packed else texts
         q, k, v = (t.view(texts, -1, *t.shape[-2:]) for t in (q, k, v))
         out = context.view(q.shape)
         bias = None, (0, 0, 0)
         if layout.bias is not None:
             bias = self._bias, layout.bias[1]
         offsets = 0 if self._offsets is None else self._offsets.data_ptr()
-        attend(q, k, v, out, q.shape[-1] ** -0.5, bias, layout.sizes, (offsets, offsets))
+        attend(q, k, v, out, q.shape[-1] ** -0.5, bias, sizes, (offsets, offsets))
 
     def add_attention(self, context: Tensor, residual: Tensor, norm: int) -> tuple[Tensor, Tensor]:
         layer = self._layer
         summed = self._buffer("sum", layer.width)
-        layer.proj.record(context, summed, residual, layer.gammas[ATTENTION])
+        layer.proj.record(context, summed, residual[: self._rows], layer.gammas[ATTENTION])
         return self.norm(norm, summed), summed
 
     def add_mlp(self, x: Tensor, residual: Tensor, out: Tensor | None = None) -> Tensor:
@@ -387,80 +393,29 @@ class Recorder:
         return self.norm(MLP, summed, self._target)
 
 
-def layout_of(
-    attend: Attend, lead: tuple[int, ...], size: int, rotary: Rotary | None
-) -> tuple[Layout, Added]:
-    """Return the layout of a call and what its kernels read; `size` is the width of a head."""
-    bias, offsets, sizes = None, None, None
-    if isinstance(attend, Packed):
-        if attend.key_mask is None and attend.memory is None and attend.cu_q is attend.cu_k:
-            offsets = attend.cu_q.to(torch.int64)
-            sizes = (len(offsets) - 1, attend.longest_q, attend.longest_k)
-    elif isinstance(attend, Unpacked):
-        if attend.packing.whole and attend.window is None and not attend.causal:
-            texts, length = attend.packing.shape
-            sizes, bias = (texts, length, length), attend.bias
-    elif (
-        isinstance(attend, Dense | Padded)
-        and attend.mask is None
-        and not attend.causal
-        and getattr(attend, "scale", None) is None
-        and isinstance(bias := getattr(attend, "bias", None), Tensor | None)
-        and (bias is None or bias.dtype != torch.bool)
-    ):
-        sizes = (lead[0], lead[1], lead[1])
-    if sizes is None:
-        return Layout(lead), Added()
-    positions, tables = None, (None, None)
-    if rotary is not None:
-        positions, tables = _positions(rotary, lead, size), rotary
-        if positions is None:
-            return Layout(lead), Added()
-    layout = Layout(lead, sizes, offsets is not None, positions=positions)
-    if bias is None:
-        return layout, Added(offsets, None, *tables)
-    from xfm_fast.kernels.cpu.llvm.attention import readable_bias
-
-    added, strides = readable_bias(bias)
-    assert added is not None
-    return layout._replace(bias=(added.shape[0], strides)), Added(None, added, *tables)
-
-
-def _positions(rotary: Rotary, lead: tuple[int, ...], size: int) -> Positions | None:
-    """Return where rotary tables apply to tokens of this shape, if the kernel takes them."""
-    from xfm_fast.kernels.cpu.llvm.rows import Positions
-
-    cos, sin = rotary
-    texts, period = (1, *lead)[-2:]
-    if cos.dtype not in (torch.float32, torch.bfloat16) or cos.dtype != sin.dtype:
-        return None
-    if cos.shape != sin.shape or cos.shape[-1] != size:
-        return None
-    if not (cos.is_contiguous() and sin.is_contiguous()):
-        return None
-    if not llvm.fills_vectors(size // 2, torch.float32) or size % 2:
-        return None
-    rows, count = cos.shape[-2], cos.shape[:-2].numel()
-    if rows > period or count not in (1, texts):
-        return None
-    return Positions(period, period - rows, rows if count > 1 else 0, cos.dtype == torch.bfloat16)
-
-
 def projection_groups(modules: LayerModules) -> list[tuple[nn.Module, ...]]:
-    """Return the projections, those that share a GEMM as one group."""
-    if modules.joins:
-        return [modules.projections]
-    return [(projection,) for projection in modules.projections]
+    """Return the projections, those that are packed as one or share a GEMM as one group."""
+    groups, remaining = list[tuple[nn.Module, ...]](), modules.projections
+    while remaining:
+        size = len(remaining) if modules.joins else 1
+        if SLOT in remaining[0].__dict__:
+            size = len(slot_of(remaining[0]).sizes)
+        groups.append(remaining[:size])
+        remaining = remaining[size:]
+    return groups
 
 
 def _parameters_of(modules: Iterable[nn.Module]) -> list[Tensor]:
     return [
-        value for module in modules for value in module._parameters.values() if value is not None
+        value
+        for module in modules
+        for name, value in module._parameters.items()
+        if value is not None and not (name == "weight" and SLOT in module.__dict__)
     ]
 
 
 def tensors_of(modules: LayerModules) -> list[Tensor]:
-    """Return the parameters and LayerScales that a layer computes with."""
+    """Return the parameters and LayerScales that a layer computes with, without packed weights."""
     linears = (*modules.projections, modules.proj, *modules.inner, modules.fc2)
     gammas = [gamma for gamma in modules.gammas if gamma is not None]
     return _parameters_of((*linears, *modules.norms)) + gammas

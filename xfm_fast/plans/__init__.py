@@ -1,0 +1,1 @@
+"""Plans: transformer layers in CPU inference as one call of compiled code."""
