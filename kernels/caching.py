@@ -15,6 +15,8 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from itertools import repeat
+from operator import attrgetter, call, is_not
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -31,6 +33,13 @@ T = TypeVar("T")
 # Elements up to which a tensor of floats is compared whole; of larger ones, with a last dimension, see `_elements`.
 _COMPARED_WHOLE = 1 << 12
 _GOLDEN = (5**0.5 - 1) / 2
+_FACTS = (
+    Tensor.data_ptr,
+    Tensor.stride,
+    attrgetter("_version"),
+    attrgetter("dtype"),
+    attrgetter("shape"),
+)
 # Bytes that compiled code compares at once.
 _WORD = 4
 
@@ -47,7 +56,8 @@ class Sources:
     def __init__(
         self, tensors: Sequence[Tensor], dropped: Callable[[Any], None] | None = None
     ) -> None:
-        self._facts = [(weakref.ref(t.untyped_storage(), dropped), _facts(t)) for t in tensors]
+        self._storages = [weakref.ref(tensor.untyped_storage(), dropped) for tensor in tensors]
+        self._facts = _facts(tensors)
         self._values: list[tuple[int, Tensor]] = []
         by_address: list[Tensor] = []
         for index, tensor in enumerate(tensors):
@@ -59,22 +69,20 @@ class Sources:
 
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:
         """Return whether these are the same tensors, and no write to them was seen."""
-        if len(tensors) != len(self._facts):
+        if len(tensors) != len(self._storages):
             return False
-        for (storage, facts), t in zip(self._facts, tensors, strict=True):
-            if storage() is not t.untyped_storage():
-                return False
-            # `_facts`, without a call for each.
-            if facts != (t.data_ptr(), t._version, t.dtype, t.shape, t.stride()):
-                return False
+        # While a storage lives, no other one has its address.
+        alive = all(map(is_not, map(call, self._storages), repeat(None)))
+        if not alive or self._facts != _facts(tensors):
+            return False
         # Only now is the memory known to be the same, so that it may be read by address.
         if self._words is not None and not self._words.unchanged():
             return False
         return all(torch.equal(_sample(tensors[i]), values) for i, values in self._values)
 
 
-def _facts(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape, tensor.stride()
+def _facts(tensors: Sequence[Tensor]) -> list[list[Any]]:
+    return [[*map(fact, tensors)] for fact in _FACTS]
 
 
 def _has_words(tensor: Tensor) -> bool:
@@ -254,7 +262,7 @@ def _forget(entries: _Entries, key: int, dead: Any) -> None:
 
 
 def _drop(entries: dict[Any, _Entry], key: Any, dead: Any) -> None:
-    if key in entries and any(dead is storage for storage, _ in entries[key].sources._facts):
+    if key in entries and any(dead is storage for storage in entries[key].sources._storages):
         del entries[key]
 
 

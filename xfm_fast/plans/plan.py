@@ -62,33 +62,34 @@ GLOBAL_HOOKS = (
 )
 
 # What must stay as it was at parameters that are read in place; of matrices also their strides.
-_FACTS = (type, Tensor.data_ptr, attrgetter("shape"), attrgetter("dtype"))
+_FACTS = (Tensor.data_ptr, attrgetter("shape"), attrgetter("dtype"))
 
 
 class Watch:
     """What a plan relies on in a module, compared without a call for each part.
 
-    Of an owner with `children`, only these are watched.
+    Of an owner with `children`, only these are watched. Of `used` tensors those that are `copied`
+    have `caching.Sources`, too.
     """
 
     def __init__(
         self,
         owner: nn.Module,
         used: Iterable[Tensor],
+        copied: Iterable[Tensor] = (),
         children: Sequence[str] = (),
         config: Any = None,
     ) -> None:
         roots: Any = [owner._modules[name] for name in children] or [owner]
         within = [module for root in roots for module in root.modules()]
         # A reference to the owner would keep it alive.
-        self._modules = [module for module in within if module is not owner]
-        self._types = [*map(type, self._modules)]
+        self._typed = list[Any](module for module in within if module is not owner)
         self._states = [module.__dict__ for module in within]
         self._hooks = [getattr(module, name) for module in within for name in HOOKS[:2]]
         self._hooks += [getattr(module_internals, name) for name in GLOBAL_HOOKS[:2]]
         read, slots = {*map(id, used)}, list[tuple[dict[str, Any], str, Any]]()
         slots += [(owner._modules, name, owner._modules[name]) for name in children]
-        self._read = list[Tensor]()
+        self._read, apart = list[Tensor](), {*map(id, copied)}
         for module in within:
             slots += [(module._modules, name, value) for name, value in module._modules.items()]
             for name, value in module._parameters.items():
@@ -96,7 +97,10 @@ class Watch:
                 if value is None or id(value) in read or SLOT in module.__dict__:
                     slots.append((module._parameters, name, value))
                 if id(value) in read:
+                    self._typed.append(value)
+                if id(value) in read - apart:
                     self._read.append(cast(Tensor, value))
+        self._types = [*map(type, self._typed)]
         self._owners, self._names, self._values = zip(*slots, strict=True)
         self._matrices = [tensor for tensor in self._read if tensor.ndim > 1]
         self._facts = [[*map(fact, self._read)] for fact in _FACTS]
@@ -112,7 +116,7 @@ class Watch:
             and not any(map(itemgetter("training"), states))
             and not any(map(dict.__contains__, states, repeat("forward")))
             and all(map(is_, map(dict.get, self._owners, self._names), self._values))
-            and all(map(is_, map(type, self._modules), self._types))
+            and all(map(is_, map(type, self._typed), self._types))
             and [[*map(fact, self._read)] for fact in _FACTS] == self._facts
             and [*map(Tensor.stride, self._matrices)] == self._strides
             and self._config == self._options
@@ -152,8 +156,8 @@ class Plan:
             used += embeddings.parameters()
             norms.append(embeddings.LayerNorm)
             self._tables = [embeddings.word_embeddings, embeddings.position_embeddings]
-        self._watch = Watch(owner, used, layers.children, layers.config)
         self._copied = [t for each in operands for t in each.copied]
+        self._watch = Watch(owner, used, self._copied, layers.children, layers.config)
         self._copies = Sources(self._copied, partial(_drop, weakref.ref(owner), weakref.ref(self)))
         self._norms = [norm for norm in norms if not isinstance(norm, nn.Identity)]
         self._eps = [*map(attrgetter("eps"), self._norms)]

@@ -287,7 +287,7 @@ class UnpaddedEncoder(CalledByName):
             ),
             modules["LayerNorm"],
         )
-        attend = self._attend("", packing, call["attention_mask"].bool(), bias)
+        attend = self._attend("", packing, call["attention_mask"], bias)
         states = run_planned(self, layers, x, attend, self.settings, plan=made)
         if states is None:
             return None
@@ -378,7 +378,7 @@ class UnpaddedEncoder(CalledByName):
             window = None
         if bias is None and window is None:
             return attention_within_texts(packing, self.settings)
-        return Unpacked(packing, mask, bias, window)
+        return Unpacked(packing, mask.bool(), bias, window)
 
     def _checkpointed(
         self, run: Callable[[Tensor], Tensor], layer: Any
@@ -480,6 +480,9 @@ def plan(
     Returns:
         The packing, and whether `memory_mask` hides nothing; None if a text has no token at all.
     """
+    if not torch.compiler.is_compiling() and _is_whole(mask):
+        packing = _whole(*mask.shape)
+        return packing, memory_mask is None or host.all_true(memory_mask.bool())
     mask = mask.bool()
     if torch.compiler.is_compiling():
         # Without control flow on values: padding at token 0 attends to real tokens.
@@ -495,9 +498,6 @@ def plan(
         return packing, memory_mask is None
     if not mask.numel():
         return None
-    if mask.device.type == "cpu" and host.all_true(mask):
-        packing = _whole(*mask.shape)
-        return packing, memory_mask is None or host.all_true(memory_mask.bool())
     queries = mask.clone() if keep_first else mask
     if keep_first:
         queries[:, 0] = True
@@ -527,6 +527,13 @@ def plan(
         max_seqlen=int(longest),
     )
     return packing, bool(memory_visible)
+
+
+def _is_whole(mask: Tensor) -> bool:
+    """Return whether a mask on a CPU hides nothing, of the types that tokenizers make."""
+    if mask.device.type != "cpu" or mask.dtype not in (torch.bool, torch.int64):
+        return False
+    return mask.numel() > 0 and host.all_true(mask)
 
 
 @lru_cache(maxsize=64)
