@@ -38,6 +38,7 @@ def test_help_does_not_load_torch() -> None:
     assert invoke(["--version"]).stdout.strip() == f"xfm-fast {xfm_fast.__version__}"
 
 
+@pytest.mark.slow
 def test_choices_for_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "_selections", {})
     out = tmp_path / "choices.json"

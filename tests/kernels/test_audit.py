@@ -253,6 +253,7 @@ def audit(
     )
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path) -> None:
     accepted, rows = tmp_path / "accepted.json", tmp_path / "rows.json"
     selection = ["--kernel", "ordered_sum", "--arch", "80"]

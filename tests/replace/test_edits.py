@@ -350,7 +350,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=OPTIONS)
+# Others of the quick tier take the same paths.
+_SLOW = ("default", "packed")
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name in _SLOW)) for name in OPTIONS]
+)
 def options(
     request: pytest.FixtureRequest,
     int8_chosen: None,

@@ -263,7 +263,9 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_clip(tmp_path_factory.mktemp("served-clip") / "tiny-clip")
 
 
-@pytest.fixture(scope="session", params=["tiny-xfm", "tiny-clip"])
+@pytest.fixture(
+    scope="session", params=["tiny-xfm", pytest.param("tiny-clip", marks=pytest.mark.slow)]
+)
 def start_any(request: pytest.FixtureRequest, start: Start, weights: Path) -> Start:
     """Starts a service of an X-FM, or of a model of sentence-transformers."""
     if request.param == "tiny-xfm":
