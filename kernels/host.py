@@ -34,7 +34,7 @@ def any_true(mask: Tensor) -> bool:
 
 
 def all_true(mask: Tensor) -> bool:
-    """Return whether every element of a boolean tensor is true."""
+    """Return whether every element of a boolean or integer tensor is true."""
     return bool(mask.detach().cpu().numpy().all())
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -292,3 +293,36 @@ def test_what_is_faster_is_taken(chosen: str, few: bool, monkeypatch: pytest.Mon
     expected = in_bytes if chosen == "int8" else floats
     assert all(map(torch.equal, results(), expected))
     assert not any(map(torch.equal, in_bytes, floats))
+
+
+def test_a_layer_is_judged_by_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one product loses less than the others gain, int8 costs no time; without a clock the choice counts."""
+    weights = [torch.empty(3 * 768, 768), torch.empty(768, 768)]
+    weights += [torch.empty(4 * 768, 768), torch.empty(768, 4 * 768)]
+    monkeypatch.setattr(int8, "_library", lambda dtype, weight: "llvm")
+
+    def settle(*seconds: tuple[float, float] | str) -> None:
+        for layer, times in zip(int8._LAYERS, seconds, strict=True):
+            operation = f"{layer} in 8 bits of few rows"
+            timed = dict[str, float]()
+            if not isinstance(times, str):
+                timed.update(int8=times[0], floats=times[1])
+            choice = times if isinstance(times, str) else min(timed, key=timed.__getitem__)
+            found = selection.Selection(operation, torch.float32, choice, timed, {})
+            monkeypatch.setitem(selection._selections, (operation, torch.float32), found)
+
+    settle((3.0, 4.0), (2.5, 2.0), (9.0, 12.0))
+    assert int8.compiled_delay(12, torch.float32, weights) == 0
+    settle((4.0, 3.0), (2.0, 2.5), (9.0, 8.0))
+    assert int8.compiled_delay(12, torch.float32, weights) == pytest.approx(1.5)
+    halves = [weight[: len(weight) // 2] for weight in weights]
+    assert int8.compiled_delay(12, torch.float32, halves) == pytest.approx(0.75)
+    assert int8.compiled_delay(32, torch.float32, weights) == pytest.approx(3.0)
+    # Floats of another dtype would be converted at every call.
+    assert int8.compiled_delay(12, torch.bfloat16, weights) == 0
+    settle("int8", "floats", "int8")
+    assert int8.compiled_delay(12, torch.float32, weights) == math.inf
+    settle("int8", "int8", "int8")
+    assert int8.compiled_delay(12, torch.float32, weights) == 0
+    monkeypatch.setattr(int8, "_library", lambda dtype, weight: "onednn")
+    assert int8.compiled_delay(12, torch.float32, weights) == math.inf

@@ -65,18 +65,27 @@ def results(model: XFM) -> list[Tensor]:
         ]
 
 
-@pytest.mark.skipif(llvm.why_not() is not None, reason="no compiled kernels here")
 @pytest.mark.usefixtures("int8_chosen")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["plain", "frozen", pytest.param("int8", marks=NEEDS_INT8)])
+@pytest.mark.parametrize(
+    "kind", ["plain", "frozen", "frozen as it was", pytest.param("int8", marks=NEEDS_INT8)]
+)
 def test_a_single_text(
-    kind: str, dtype: torch.dtype, layout: gemm.Layout, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    dtype: torch.dtype,
+    layout: gemm.Layout,
+    freeze_in: Callable[[gemm.Layout], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By a plan, by the general path, after changes, and with a hook."""
     # A plan cannot read oneDNN's blocks.
     lengths = [] if kind == "frozen" and layout == "onednn" else [7]
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("bfloat16 is emulated on this processor")
+    if (reason := llvm.why_not(dtype)) is not None:
+        pytest.skip(f"no compiled kernels here: {reason}")
+    if kind == "frozen as it was":
+        freeze_in("plain")
     for each in DTYPES:
         compiled = selection.Selection("products of bytes", each, "llvm", {}, {}, "settled")
         monkeypatch.setitem(selection._selections, ("products of bytes", each), compiled)
@@ -107,7 +116,7 @@ def test_a_single_text(
     assert not planned
     if kind == "int8":
         expected = model.quantise().encode_text(ids, mask)[:1]
-    elif kind == "frozen":
+    elif kind.startswith("frozen"):
         model.freeze()
     allowed = (2e-5 if dtype == torch.float32 else 0.1) * float(expected.abs().max())
     assert float((run() - expected).abs().max()) <= allowed
@@ -123,7 +132,7 @@ def test_a_single_text(
     embeddings: Any = model.text_encoder.roberta.embeddings
     before = run()
     changes = [attention.self.value.bias, embeddings.word_embeddings.weight]
-    if kind != "frozen":
+    if not kind.startswith("frozen"):
         changes.append(attention.self.key.weight)
     for written in changes:
         with torch.no_grad():
@@ -134,8 +143,9 @@ def test_a_single_text(
         before = after
     assert float((before - run(2)).abs().max()) <= 2 * allowed
     assert not planned
-    if kind == "frozen":
+    if kind.startswith("frozen"):
         model.unfreeze()
+        assert model.text_encoder.roberta not in plan._plans
         attention.self.key.weight.data.neg_()
         assert not torch.equal(run(), before)
         assert planned == [7]
@@ -145,6 +155,39 @@ def test_a_single_text(
     assert float((run() - before).abs().max()) <= 2 * allowed
     assert seen
     assert not planned
+
+
+class _Encoded(nn.Module):
+    """The states of a text, as a module of one method."""
+
+    def __init__(self, model: XFM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model.encode_text(ids, torch.ones_like(ids))
+
+
+@pytest.mark.parametrize("trace", ["jit", "export", "functional_call"])
+def test_a_plan_stays_out_of_traces_and_of_other_parameters(trace: str, model: XFM) -> None:
+    encoded, first, second = _Encoded(model), *torch.randint(5, model.config.vocab_size, (2, 1, 9))
+    with torch.no_grad():
+        before = encoded(first)
+        if trace == "functional_call":
+            doubled = {name: 2 * value for name, value in encoded.named_parameters()}
+            found = torch.func.functional_call(encoded, doubled, (second,))
+            twin = copy.deepcopy(encoded)
+            twin.load_state_dict(doubled, strict=False)
+            wanted = twin(second)
+        else:
+            traced: Any = (
+                torch.jit.trace(encoded, (first,))
+                if trace == "jit"
+                else torch.export.export(encoded, (first,)).module()
+            )
+            found, wanted = traced(second), encoded(second)
+        assert torch.equal(encoded(first), before)
+    assert float((found - wanted).abs().max()) <= 2e-5 * float(wanted.abs().max())
 
 
 def test_models_loaded_in_inference_mode_cache_their_biases(

@@ -350,13 +350,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-# Others of the quick tier take the same paths.
-_SLOW = ("default", "packed")
-
-
-@pytest.fixture(
-    params=[pytest.param(name, marks=[pytest.mark.slow] * (name in _SLOW)) for name in OPTIONS]
-)
+@pytest.fixture(params=OPTIONS)
 def options(
     request: pytest.FixtureRequest,
     int8_chosen: None,

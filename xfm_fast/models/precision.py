@@ -15,6 +15,7 @@ from xfm_fast.kernels.linear import floating_dtype
 from xfm_fast.models import frozen
 from xfm_fast.models.text import TransformerLayer
 from xfm_fast.models.vision import Block
+from xfm_fast.plans.plan import forget
 
 Precision = torch.dtype | EightBits
 """A dtype of the parameters; or linear layers in int8 (CPU) or fp8, and the rest in the fastest float dtype."""
@@ -116,6 +117,8 @@ class PrecisionMixin(nn.Module):
 
     def dequantise(self) -> Self:
         """Undo `quantise`, in place; a model in floating point stays unchanged."""
+        for module in self.modules():
+            forget(module)
         flags.unmark([*self._block_weights(), *self._block_weights(nn.LayerNorm)])
         return self
 

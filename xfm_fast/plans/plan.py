@@ -89,7 +89,7 @@ class Watch:
         self._hooks += [getattr(module_internals, name) for name in GLOBAL_HOOKS[:2]]
         read, slots = {*map(id, used)}, list[tuple[dict[str, Any], str, Any]]()
         slots += [(owner._modules, name, owner._modules[name]) for name in children]
-        self._read, apart = list[Tensor](), {*map(id, copied)}
+        self._read, in_place = list[Tensor](), read.difference(map(id, copied))
         for module in within:
             slots += [(module._modules, name, value) for name, value in module._modules.items()]
             for name, value in module._parameters.items():
@@ -98,7 +98,7 @@ class Watch:
                     slots.append((module._parameters, name, value))
                 if id(value) in read:
                     self._typed.append(value)
-                if id(value) in read - apart:
+                if id(value) in in_place:
                     self._read.append(cast(Tensor, value))
         self._types = [*map(type, self._typed)]
         self._owners, self._names, self._values = zip(*slots, strict=True)

@@ -36,7 +36,8 @@ class _Linear(NamedTuple):
         """Return the seconds lost by the compiled kernel against the fastest."""
         if self.prepared is None:
             return gemm.compiled_delay(operation, self.weight, rows)
-        return int8.compiled_delay(rows, dtype, (self.weight,))
+        # Of several layers in one GEMM, it has the weight of the first.
+        return int8.compiled_delay(rows, dtype, (self.weight,)) * self.outputs / len(self.weight)
 
     def record(
         self,

@@ -24,7 +24,7 @@ from xfm_fast.plans.orders import Formula, LayerModules, post_norm, pre_norm
 from xfm_fast.plans.plan import Layers, forget
 from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.attention import Attend, Dense, Memory
-from xfm_fast.replace.plans import run_planned
+from xfm_fast.replace.planned import run_planned
 from xfm_fast.replace.structure import CrossAttention, LayerCall, norm_behind, pre_norm_settings
 from xfm_fast.replace.swap import (
     CalledByName,

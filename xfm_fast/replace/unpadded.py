@@ -32,7 +32,7 @@ from xfm_fast.replace.attention import (
 )
 from xfm_fast.replace.heads import FusedEmbeddings, default_positions
 from xfm_fast.replace.layer import PLAIN_ATTENTION, WITHOUT_EFFECT, can_run_packed, run_packed
-from xfm_fast.replace.plans import run_planned
+from xfm_fast.replace.planned import run_planned
 from xfm_fast.replace.swap import (
     CalledByName,
     Fused,
@@ -218,7 +218,7 @@ class UnpaddedEncoder(CalledByName):
                 states = self._run_planned(call, planned, made, packing)
                 if states is not None:
                     return states, packing
-            x = self._run(call, layers, packing, mask.bool(), memory)
+            x = self._run(call, layers, packing, mask, memory)
             return _run_for_first(last, x, packing) if cut else (x, packing)
 
     def _layers(self) -> list[Any]:
@@ -480,11 +480,8 @@ def plan(
     Returns:
         The packing, and whether `memory_mask` hides nothing; None if a text has no token at all.
     """
-    if not torch.compiler.is_compiling() and _is_whole(mask):
-        packing = _whole(*mask.shape)
-        return packing, memory_mask is None or host.all_true(memory_mask.bool())
-    mask = mask.bool()
     if torch.compiler.is_compiling():
+        mask = mask.bool()
         # Without control flow on values: padding at token 0 attends to real tokens.
         queries = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], 1) if keep_first else mask
         positions = queries.flatten().nonzero().flatten()
@@ -498,6 +495,12 @@ def plan(
         return packing, memory_mask is None
     if not mask.numel():
         return None
+    # NumPy reads the integers of tokenizers as they are.
+    real = mask if mask.dtype == torch.int64 else mask.bool()
+    if mask.device.type == "cpu" and host.all_true(real):
+        packing = _whole(*mask.shape)
+        return packing, memory_mask is None or host.all_true(memory_mask.bool())
+    mask = mask.bool()
     queries = mask.clone() if keep_first else mask
     if keep_first:
         queries[:, 0] = True
@@ -527,13 +530,6 @@ def plan(
         max_seqlen=int(longest),
     )
     return packing, bool(memory_visible)
-
-
-def _is_whole(mask: Tensor) -> bool:
-    """Return whether a mask on a CPU hides nothing, of the types that tokenizers make."""
-    if mask.device.type != "cpu" or mask.dtype not in (torch.bool, torch.int64):
-        return False
-    return mask.numel() > 0 and host.all_true(mask)
 
 
 @lru_cache(maxsize=64)
