@@ -183,3 +183,32 @@ def test_rotary_positions(shared: bool, dtype: torch.dtype, tables: torch.dtype)
     torch.testing.assert_close(x, wanted, rtol=1e-5 if dtype != BF16 else 2.0**-7, atol=1e-6)
     assert torch.equal(x[:, :, 2], wanted[:, :, 2])
     assert torch.equal(x[:, :prefix], wanted[:, :prefix])
+
+
+@pytest.mark.parametrize("level", llvm.levels(), ids=[level.name for level in llvm.levels()])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(BF16, marks=HALF)])
+@pytest.mark.parametrize("bounds", [(0, 1, 6, 12), None])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_means_of_texts(
+    normalised: bool,
+    bounds: tuple[int, ...] | None,
+    dtype: torch.dtype,
+    level: llvm.Level,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of packed texts and of texts of one length, one of them zero, whose norm is not divided by."""
+    if dtype == BF16 and not level.bf16:
+        pytest.skip("no bf16 kernels at this level")
+    monkeypatch.setattr(rows, "levels", lambda: (level,))
+    (x,) = operands((12, 64), dtype=dtype)
+    limits = [0, 4, 8, 12] if bounds is None else [*bounds]
+    x[limits[1] : limits[2]] = 0
+    wanted = torch.stack(
+        [x[start:stop].double().mean(0) for start, stop in zip(limits, limits[1:], strict=False)]
+    )
+    wanted = F.normalize(wanted) if normalised else wanted
+    out = torch.full((3, 64), torch.nan, dtype=dtype)
+    offsets = None if bounds is None else torch.tensor(bounds)
+    rows.pool(x, offsets, out, normalised=normalised)
+    band = 1e-6 if dtype != BF16 else 2.0**-7
+    torch.testing.assert_close(out.double(), wanted, rtol=band, atol=band)

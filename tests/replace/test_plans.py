@@ -27,6 +27,7 @@ from xfm_fast.kernels.flags import unmark
 from xfm_fast.plans import plan as plans
 from xfm_fast.plans import recording
 from xfm_fast.plans.plan import Plan
+from xfm_fast.replace import unpadded
 
 KINDS = (
     "BERT",
@@ -97,6 +98,20 @@ def test_plans_match_the_general_path(
     assert len(ran) == 2 * made.config.num_hidden_layers
 
 
+@pytest.fixture
+def between(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The operations without a kernel that plans ran, where kernels are chosen whatever they lose."""
+    monkeypatch.setattr(plans, "_CALLS_S", math.inf)
+    steps, record = list[str](), recording.Recorder._between
+
+    def observed(recorder: Any, step: Callable[..., None]) -> None:
+        steps.append(step.__qualname__)
+        record(recorder, step)
+
+    monkeypatch.setattr(recording.Recorder, "_between", observed)
+    return steps
+
+
 @pytest.mark.parametrize(
     ("kind", "sizes"),
     [
@@ -112,20 +127,11 @@ def test_a_layer_is_one_call_of_compiled_code(
     kind: str,
     sizes: dict[str, Any],
     ran: list[plans.Operands],
-    monkeypatch: pytest.MonkeyPatch,
+    between: list[str],
 ) -> None:
     """Activations, gates and rotary positions run between the GEMMs of one replay."""
     if kind not in FAMILIES:
         pytest.skip("this version of the library has no such model")
-    monkeypatch.setattr(plans, "_CALLS_S", math.inf)
-    called = list[str]()
-    between = recording.Recorder._between
-
-    def observed(recorder: Any, step: Callable[..., None]) -> None:
-        called.append(step.__qualname__)
-        between(recorder, step)
-
-    monkeypatch.setattr(recording.Recorder, "_between", observed)
     family = FAMILIES[kind]
     if "embed_dim" not in sizes:
         sizes = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128} | sizes
@@ -134,7 +140,83 @@ def test_a_layer_is_one_call_of_compiled_code(
     with torch.no_grad():
         made(**inputs)
     assert ran
-    assert not called
+    assert not between
+
+
+def _masked(name: str) -> tuple[Any, dict[str, Any], bool]:
+    """A model, inputs whose attention hides tokens, and whether padding is skipped."""
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128}
+    if name == "causal":
+        family = FAMILIES["CLIP's texts"]
+        return family.model(torch.float32, **sizes), family.inputs(torch.float32), False
+    if name == "window":
+        made = model("ModernBERT")
+        made.config.sliding_window = 4
+        return made, {key: value[:1] for key, value in batch().items()}, True
+    return model(), batch(), False
+
+
+@pytest.mark.parametrize("name", ["padding", "causal", "window"])
+def test_attention_that_hides_tokens_is_in_the_plan(
+    name: str, ran: list[plans.Operands], between: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "window" and "ModernBERT" not in FAMILIES:
+        pytest.skip("this version of the library has no such model")
+    made, given, unpad = _masked(name)
+    accelerate(made, unpad=unpad)
+    with torch.no_grad():
+        with monkeypatch.context() as patched:
+            patched.setattr(plans, "DTYPES", ())
+            wanted = made(**given).last_hidden_state
+        assert not ran
+        _near_floats(made(**given).last_hidden_state, wanted)
+        if name == "padding":
+            assert not between
+            # A text without tokens: its queries see no key.
+            given["attention_mask"][1] = 0
+            outputs = made(**given).last_hidden_state
+            with monkeypatch.context() as patched:
+                patched.setattr(plans, "DTYPES", ())
+                _near_floats(outputs.nan_to_num(), made(**given).last_hidden_state.nan_to_num())
+            assert between
+        else:
+            assert not between
+    assert ran
+
+
+POOLED = {"one text": (9,), "equal": (6, 6, 6), "ragged": (11, 3, 6, 1, 8)}
+
+
+@pytest.mark.parametrize("kind", ["BERT", "MPNet"])
+@pytest.mark.parametrize("texts", POOLED)
+@pytest.mark.parametrize("pooling", ["first", "mean", "max"])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_pooled_texts(
+    kind: str,
+    texts: str,
+    pooling: Any,
+    normalised: bool,
+    ran: list[plans.Operands],
+    between: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, given = model(kind), batch(lengths=POOLED[texts])
+    accelerate(made, unpad=True)
+    rows = without_plans(made, monkeypatch, given).split([*POOLED[texts]])
+    wanted = torch.stack(
+        [{"first": x[0], "mean": x.mean(0), "max": x.amax(0)}[pooling] for x in rows]
+    )
+    wanted = nn.functional.normalize(wanted) if normalised else wanted
+    ragged_bias = kind == "MPNet" and texts == "ragged"
+    if (pooling == "mean" and not ragged_bias) or (pooling == "first" and texts == "one text"):
+        monkeypatch.setattr(unpadded, "_POOLING", {})
+    with torch.no_grad():
+        for _ in range(2):
+            outputs = made.pooled(given, recording.Pooling(pooling, normalised))
+            _near_floats(outputs, wanted)
+    assert ran
+    if not ragged_bias:
+        assert not between
 
 
 @pytest.fixture

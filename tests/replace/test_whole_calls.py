@@ -298,13 +298,13 @@ def test_windows_are_tokenised_ahead(
 def test_batch_size_is_a_bound(embedder: Make, size: int) -> None:
     model, sizes = embedder(), list[int]()
     accelerate(model)
-    compute = model.compute
+    compute = model._compute
 
     def recorded(features: dict[str, Any]) -> Any:
         sizes.append(len(features["input_ids"]))
         return compute(features)
 
-    model.__dict__["compute"] = recorded
+    model.__dict__["_compute"] = recorded
     model.encode(TEXTS, batch_size=size)
     assert max(sizes) <= size
     assert sum(sizes) == len(TEXTS)
@@ -511,9 +511,9 @@ def test_classifiers_of_every_family(family: str, monkeypatch: pytest.MonkeyPatc
     widths, run = list[int](), unpadded._run_for_first
 
     def recorded(*args: Any) -> Any:
-        x, packing = run(*args)
+        x = run(*args)
         widths.append(len(x))
-        return x, packing
+        return x
 
     monkeypatch.setattr(unpadded, "_run_for_first", recorded)
 

@@ -21,7 +21,7 @@ from xfm_fast.models.shares import LEAST_TOKENS, Texts, can_chunk, run_chunked, 
 from xfm_fast.packing import Packing, Reads
 from xfm_fast.plans.orders import LayerModules
 from xfm_fast.plans.plan import DTYPES, Layers, infers, plan_of, valid_plan
-from xfm_fast.plans.recording import Added, Embedded, Layout
+from xfm_fast.plans.recording import Added, Embedded, Layout, Pooling
 
 
 class MLPHead(nn.Sequential):
@@ -427,7 +427,8 @@ class TextEncoder(nn.Module):
         )
         x = Embedded((tokens, positions, None), tables, embeddings.LayerNorm)
         count = len(tokens)
-        layout = Layout((count,), (1, count, count), first=first_token_only)
+        pooling = Pooling("first") if first_token_only else None
+        layout = Layout((count,), (1, count, count), pooling=pooling)
         return plan.run(x, _attend_text, layout, Added())
 
     def _encode(

@@ -209,7 +209,10 @@ class Plan:
         else:
             x = x.contiguous()
         first = self.operands[0]
-        lead = (1,) if layout.first else layout.lead
+        lead = layout.lead
+        if layout.pooling is not None:
+            assert layout.sizes is not None
+            lead = layout.sizes[:1]
         out = torch.empty(*lead, first.width, dtype=first.residual)
         moving = (*(x.indices if isinstance(x, Embedded) else (x,)), *added, out)
         flags = tuple([t is None for t in moving])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -158,6 +158,16 @@ class Operands:
         return norm.weight, norm.bias, norm.eps
 
 
+PoolingKind = Literal["first", "mean", "max"]
+
+
+class Pooling(NamedTuple):
+    """What a call returns of each text in place of its tokens; a plan has no kernel for `max`."""
+
+    kind: PoolingKind
+    normalised: bool = False  # divided by its norm
+
+
 class Layout(NamedTuple):
     """Shape of the tokens, and of the attention if a kernel runs it."""
 
@@ -166,11 +176,16 @@ class Layout(NamedTuple):
     packed: bool = False
     bias: tuple[int, tuple[int, int, int]] | None = None  # period and strides
     positions: Positions | None = None  # of rotary tables
-    first: bool = False  # the last layer computes the first token, of one text
+    pooling: Pooling | None = None
 
     @property
     def rows(self) -> int:
         return torch.Size(self.lead).numel()
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the last layer computes one token: the first, of one text."""
+        return self.pooling is not None and self.pooling.kind == "first"
 
 
 class Added(NamedTuple):
@@ -211,6 +226,7 @@ class Recorder:
     ) -> list[Callable[..., None]]:
         """Record layers and return their segments."""
         from xfm_fast.kernels.cpu.llvm.builder import recorded
+        from xfm_fast.kernels.cpu.llvm.rows import pool
 
         out = cast(Tensor, self._out)
         self._segments = list[Callable[..., None]]()
@@ -221,12 +237,18 @@ class Recorder:
                 states = self._embed(x)
             else:
                 states = cast(Tensor, self._inputs[0]).view(-1, x.shape[-1])
+            pooling = self._layout.pooling
+            averages = pooling is not None and pooling != Pooling("first")
             for index, (layer, is_post_norm) in enumerate(zip(operands, orders, strict=True)):
                 self._layer, width = layer, layer.width
                 is_last = index == len(operands) - 1
-                self._target = out.view(-1, width) if is_last else self._buffer("states", width)
-                self._cuts = is_last and self._layout.first
+                is_out = is_last and not averages
+                self._target = out.view(-1, width) if is_out else self._buffer("states", width)
+                self._cuts = is_last and self._layout.cuts
                 states = (post_norm if is_post_norm else pre_norm)(self, states)
+            if averages:
+                offsets = None if self._layout.cuts else self._offsets
+                pool(states[: self._rows], offsets, out, normalised=pooling.normalised)
             self._cut()
         return self._segments
 

@@ -11,6 +11,7 @@ import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from os import cpu_count
@@ -22,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xfm_fast.io import ahead
-from xfm_fast.kernels import host
-from xfm_fast.packing import Packing
+from xfm_fast.plans.recording import Pooling, PoolingKind
 from xfm_fast.replace.heads import FusedMaskedLM
 from xfm_fast.replace.swap import (
     Fused,
@@ -48,6 +48,7 @@ _OPTIONS = {
 _LENGTHS = {"max_length", "truncation"}
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 _TOKENS, _SENTENCE = "token_embeddings", "sentence_embedding"
+_POOLING: dict[str, PoolingKind] = {"mean": "mean", "cls": "first", "max": "max"}
 _AFTER_POOLING = ("Dense", "Dropout", "LayerNorm", "Normalize")
 _TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
 
@@ -165,8 +166,11 @@ class WholeCall(Autocast):
         if not self.covers(inputs, device, options):
             model: Any = super()
             return model._inference(inputs, device=device, **options)
-        indices, rows = zip(*self._batches(inputs, options), strict=True)
-        return torch.cat(rows).index_select(0, torch.cat(indices).argsort())
+        batches, rows = zip(*self._batches(inputs, options), strict=True)
+        indices = [*chain.from_iterable(batches)]
+        if len(rows) == 1 and indices == [*range(len(inputs))]:
+            return rows[0]
+        return torch.cat(rows).index_select(0, torch.tensor(indices).argsort())
 
     def covers(self, inputs: list[Any], device: Any, options: dict[str, Any]) -> bool:
         """Return whether the library would tokenise, pad and run these inputs on the CPU."""
@@ -207,11 +211,15 @@ class WholeCall(Autocast):
 
     def compute(self, features: dict[str, Any]) -> Tensor:
         """Return the output of each text, or other input, of a padded batch."""
-        rows = None
         if features.get("modality") == "text" and features["input_ids"].is_cpu:
             tokenizer = cast(Any, self)[0].tokenizer
             if tokenizer.padding_side == "right" and not self.declines():
-                rows = self.pooled(features)
+                return self._compute(features)
+        return self(features)[self.output]
+
+    def _compute(self, features: dict[str, Any]) -> Tensor:
+        """Return the output of each text of a batch, which is known to be one of texts."""
+        rows = self.pooled(features)
         return self(features)[self.output] if rows is None else rows
 
     def pooled(self, features: dict[str, Any]) -> Tensor | None:
@@ -223,7 +231,7 @@ class WholeCall(Autocast):
 
     def _batches(
         self, inputs: list[Any], options: dict[str, Any]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[tuple[list[int], Tensor]]:
         """Yield the indices and the outputs of batches, the longest texts first."""
         from tqdm.autonotebook import tqdm
 
@@ -251,9 +259,8 @@ class WholeCall(Autocast):
                     longest = len(ids[by_length[start]])
                     texts = min(limit, max(1, _BATCH_TOKENS // max(1, longest)))
                     batch = by_length[start : start + texts]
-                    rows = self.compute(self._pad(tokens, batch))
-                    indices = torch.tensor([window[row] for row in batch])
-                    yield indices, self.finish(rows, options)
+                    rows = self._compute(self._pad(tokens, batch))
+                    yield [window[row] for row in batch], self.finish(rows, options)
                     start += texts
                     done += len(batch)
                     bar.update(-(-done // size) - bar.n)
@@ -268,17 +275,24 @@ class WholeCall(Autocast):
     def _pad(self, tokens: dict[str, Any], batch: Sequence[int]) -> dict[str, Any]:
         """Return the padded features of some texts."""
         tokenizer = cast(Any, self)[0].tokenizer
-        lengths = np.array([len(tokens["input_ids"][row]) for row in batch])
-        real = np.arange(lengths.max()) < lengths[:, None]
         padding = {
             "input_ids": tokenizer.pad_token_id,
             "token_type_ids": tokenizer.pad_token_type_id,
             "attention_mask": 0,
         }
         features = {name: value for name, value in tokens.items() if name not in padding}
-        for name in padding.keys() & tokens.keys():
+        lists = {
+            name: [tokens[name][row] for row in batch] for name in padding.keys() & tokens.keys()
+        }
+        lengths = [*map(len, lists["input_ids"])]
+        if min(lengths) == max(lengths):
+            # Lists without an element would become floats.
+            make = partial(torch.tensor, dtype=torch.int64)
+            return features | {name: make(rows) for name, rows in lists.items()}
+        real = np.arange(max(lengths)) < np.array(lengths)[:, None]
+        for name, rows in lists.items():
             table = np.full(real.shape, padding[name])
-            table[real] = [*chain.from_iterable(tokens[name][row] for row in batch)]
+            table[real] = [*chain.from_iterable(rows)]
             features[name] = torch.from_numpy(table)
         return features
 
@@ -314,13 +328,16 @@ class WholeEncode(WholeCall):
             return None
         if any(getattr(module, "module_input_name", _SENTENCE) != _SENTENCE for module in behind):
             return None
-        with reading_first_tokens() if pooling.pooling_mode == "cls" else nullcontext():
-            packed = encoder.packed(_model_inputs(features))
-        if packed is None:
+        normalised = bool(behind) and _is_library(behind[0], "Normalize")
+        if normalised and getattr(behind[0], "module_output_name", _SENTENCE) != _SENTENCE:
             return None
-        features[_SENTENCE] = _POOLING[pooling.pooling_mode](*packed)
+        pooled = Pooling(_POOLING[pooling.pooling_mode], normalised)
+        rows = encoder.pooled(_model_inputs(features), pooled)
+        if rows is None or len(behind) == normalised:
+            return rows
+        features[_SENTENCE] = rows
         with self.autocast():
-            for module in behind:
+            for module in behind[normalised:]:
                 features = module(features)
         return features[_SENTENCE]
 
@@ -384,23 +401,3 @@ def _is_library(module: Any, *names: str) -> bool:
 
 def _model_inputs(features: dict[str, Any]) -> dict[str, Any]:
     return {name: features[name] for name in _INPUTS & features.keys()}
-
-
-def _mean(states: Tensor, packing: Packing) -> Tensor:
-    """Average the packed states of each text, in fp32 if they are narrower."""
-    rows = torch.arange(states.shape[0], device=states.device)
-    starts = packing.cu_seqlens[:-1].long()
-    wide = states if states.dtype == torch.float64 else states.float()
-    return F.embedding_bag(rows, wide, starts, mode="mean").to(states.dtype)
-
-
-def _first(states: Tensor, packing: Packing) -> Tensor:
-    return states.index_select(0, packing.cu_seqlens[:-1])
-
-
-def _largest(states: Tensor, packing: Packing) -> Tensor:
-    lengths = host.integers(packing.cu_seqlens.diff())
-    return torch.stack([chunk.amax(0) for chunk in states.split(lengths)])
-
-
-_POOLING = {"mean": _mean, "cls": _first, "max": _largest}

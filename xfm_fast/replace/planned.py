@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from xfm_fast.kernels import host
+from xfm_fast.kernels.caching import cached
 from xfm_fast.kernels.cpu import llvm
 from xfm_fast.plans.orders import Rotary
 from xfm_fast.plans.plan import DTYPES, Layers, Plan, infers, plan_of
-from xfm_fast.plans.recording import Added, Embedded, Layout
+from xfm_fast.plans.recording import Added, Embedded, Layout, Pooling
 from xfm_fast.replace.attention import Attend, Dense, Packed, Padded, Unpacked
 from xfm_fast.replace.structure import apply_rotary
 from xfm_fast.replace.swap import Settings
 
 if TYPE_CHECKING:
     from xfm_fast.kernels.cpu.llvm.rows import Positions
+
+# Length of texts above which the kernel reads a mask for longer than the calls take that a plan saves.
+_MOST_MASKED = 128
 
 
 def run_planned(
@@ -28,10 +33,12 @@ def run_planned(
     settings: Settings,
     rotary: Rotary | None = None,
     plan: Plan | None = None,
+    pooling: Pooling | None = None,
 ) -> Tensor | None:
     """Run layers whose `intact()` was checked on `[..., width]` or embeddings; None for the general path.
 
-    `plan` is that of the owner, if it and the call (`infers`) were just checked.
+    `plan` is that of the owner, if it and the call (`infers`) were just checked. With `pooling`, for
+    attention within texts, the result is `[texts, width]`.
     """
     example = x.tables[0] if isinstance(x, Embedded) else x
     inputs = x.indices[:1] if isinstance(x, Embedded) else ()
@@ -53,6 +60,7 @@ def run_planned(
             return None
     lead = tuple(x.indices[0].shape if isinstance(x, Embedded) else x.shape[:-1])
     layout, added = layout_of(attend, lead, plan.operands[0].head_size, rotary)
+    layout = layout._replace(pooling=pooling)
     return plan.run(x, partial(_attended, attend, settings, rotary), layout, added)
 
 
@@ -68,24 +76,14 @@ def layout_of(
     attend: Attend, lead: tuple[int, ...], size: int, rotary: Rotary | None
 ) -> tuple[Layout, Added]:
     """Return the layout of a call and what its kernels read; `size` is the width of a head."""
-    bias, offsets, sizes = None, None, None
+    offsets, bias = None, None
     if isinstance(attend, Packed):
+        sizes = None
         if attend.key_mask is None and attend.memory is None and attend.cu_q is attend.cu_k:
             offsets = attend.cu_q.to(torch.int64)
             sizes = (len(offsets) - 1, attend.longest_q, attend.longest_k)
-    elif isinstance(attend, Unpacked):
-        if attend.packing.whole and attend.window is None and not attend.causal:
-            texts, length = attend.packing.shape
-            sizes, bias = (texts, length, length), attend.bias
-    elif (
-        isinstance(attend, Dense | Padded)
-        and attend.mask is None
-        and not attend.causal
-        and getattr(attend, "scale", None) is None
-        and isinstance(bias := getattr(attend, "bias", None), Tensor | None)
-        and (bias is None or bias.dtype != torch.bool)
-    ):
-        sizes = (lead[0], lead[1], lead[1])
+    else:
+        sizes, bias = _sizes_and_bias(attend, lead)
     if sizes is None:
         return Layout(lead), Added()
     positions, tables = None, (None, None)
@@ -101,6 +99,59 @@ def layout_of(
     added, strides = readable_bias(bias)
     assert added is not None
     return layout._replace(bias=(added.shape[0], strides)), Added(None, added, *tables)
+
+
+def _sizes_and_bias(
+    attend: Attend, lead: tuple[int, ...]
+) -> tuple[tuple[int, int, int] | None, Tensor | None]:
+    """Return the sizes of attention in texts of one length and what it adds to scores; None without a kernel."""
+    if isinstance(attend, Unpacked):
+        texts, length = attend.packing.shape
+        mask, bias, window = None, attend.bias, attend.window
+        covered = attend.packing.whole
+    elif isinstance(attend, Dense | Padded):
+        texts, length = lead
+        mask, bias, window = attend.mask, getattr(attend, "bias", None), None
+        covered = getattr(attend, "scale", None) is None
+        if isinstance(bias, Tensor) and bias.dtype == torch.bool:
+            mask, bias = bias, mask
+    else:
+        return None, None
+    sizes = (texts, length, length)
+    if not covered or not isinstance(bias, Tensor | None):
+        return None, None
+    if mask is None and window is None and not attend.causal:
+        return sizes, bias
+    if bias is not None or length > _MOST_MASKED:
+        return None, None
+    if mask is None:
+        return sizes, _hidden(length, window, attend.causal)
+    # All layers of a model get the same mask.
+    added = cached("added mask", (mask,), partial(_added, mask))
+    return (None if added is None else sizes), added
+
+
+@lru_cache(maxsize=64)
+def _hidden(length: int, window: int | None, causal: bool) -> Tensor:
+    """Return what hides tokens beyond the window, or later ones: `[1, 1, N, N]`."""
+    with torch.inference_mode(False):
+        positions = torch.arange(length)
+        distance = positions[:, None] - positions
+        hidden = distance < 0 if causal else torch.zeros_like(distance, dtype=torch.bool)
+        if window is not None:
+            hidden |= distance.abs() > window
+        return torch.zeros(1, 1, length, length).masked_fill(hidden, -torch.inf)
+
+
+def _added(mask: Tensor) -> Tensor | None:
+    """Return a mask as an addend of the scores; None if a query sees no key."""
+    if mask.ndim == 2:
+        mask = mask[:, None, None].bool()
+    if mask.ndim != 4:
+        return None
+    if not mask.is_floating_point():
+        mask = torch.where(mask, 0.0, -torch.inf)
+    return mask if host.all_true(mask.amax(-1) > -torch.inf) else None
 
 
 def _positions(rotary: Rotary, lead: tuple[int, ...], size: int) -> Positions | None:

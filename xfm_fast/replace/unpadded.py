@@ -21,7 +21,7 @@ from xfm_fast.kernels.backend import traced
 from xfm_fast.packing import Packing, offsets, on_host
 from xfm_fast.plans.orders import post_norm
 from xfm_fast.plans.plan import Layers, Plan, forget, infers, valid_plan
-from xfm_fast.plans.recording import Embedded
+from xfm_fast.plans.recording import Embedded, Pooling
 from xfm_fast.replace.attention import (
     Attend,
     Memory,
@@ -84,17 +84,17 @@ class Encoder:
 
 
 _encoders: dict[str, Encoder] = {}
-_reads_first: ContextVar[bool] = ContextVar("reads_first", default=False)
+_reads: ContextVar[Pooling | None] = ContextVar("reads", default=None)
 
 
 @contextmanager
 def reading_first_tokens() -> Iterator[None]:
     """Let unpadded encoders inside return the state of the first token only, `[P, 1, width]`."""
-    token = _reads_first.set(True)
+    token = _reads.set(Pooling("first"))
     try:
         yield
     finally:
-        _reads_first.reset(token)
+        _reads.reset(token)
 
 
 def register_encoder(*encoders: Encoder) -> None:
@@ -173,13 +173,32 @@ class UnpaddedEncoder(CalledByName):
 
     def packed(self, call: dict[str, Any]) -> tuple[Tensor, Packing] | None:
         """Compute final states `[T, width]` and their packing; None for calls that keep padding."""
+        # A compiler cannot trace a context variable.
+        run = self._packed(call, None if torch.compiler.is_compiling() else _reads.get())
+        return None if run is None else run[:2]
+
+    def pooled(self, call: dict[str, Any], pooling: Pooling) -> Tensor | None:
+        """Compute the pooled states `[P, width]`; None for calls that keep padding."""
+        run = self._packed(call, pooling)
+        if run is None:
+            return None
+        x, packing, done = run
+        if done == pooling:
+            return x
+        x = x if done is not None else _POOLING[pooling.kind](x, packing)
+        return F.normalize(x, dim=1) if pooling.normalised else x
+
+    def _packed(
+        self, call: dict[str, Any], pooling: Pooling | None
+    ) -> tuple[Tensor, Packing, Pooling | None] | None:
+        """Compute final states, their packing, and how they are pooled already."""
         mask = call.get("attention_mask")
         memory_mask = call.get("encoder_attention_mask")
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
         if has_other_arguments(call, self.understood) or (ids is None) == (embeds is None):
             return None
         states, memory = call.get("encoder_hidden_states"), None
-        cut = self._can_cut(call)
+        cut = pooling is not None and pooling.kind == "first" and self._can_cut(call)
         made = None
         if (
             states is None
@@ -215,11 +234,25 @@ class UnpaddedEncoder(CalledByName):
         with self.settings.without_autocast(mask.device):
             if memory is None and embeds is None and not cut and not torch.is_grad_enabled():
                 planned = self._planned(layers) if planned is None else planned
-                states = self._run_planned(call, planned, made, packing)
+                if pooling is not None and not self._can_pool(planned, packing, pooling):
+                    pooling = None
+                states = self._run_planned(call, planned, made, packing, pooling)
                 if states is not None:
-                    return states, packing
+                    packing = packing if pooling is None else _whole(packing.shape[0], 1)
+                    return states, packing, pooling
             x = self._run(call, layers, packing, mask, memory)
-            return _run_for_first(last, x, packing) if cut else (x, packing)
+            if not cut:
+                return x, packing, None
+            return _run_for_first(last, x, packing), _of_one_token(packing), Pooling("first")
+
+    def _can_pool(self, layers: Layers | None, packing: Packing, pooling: Pooling) -> bool:
+        """Return whether a plan pools the states of these texts."""
+        if layers is None or self.encoder_spec.norm:
+            return False
+        if pooling.kind == "first":
+            is_text = packing.whole and packing.shape[0] == 1
+            return is_text and all(layers.orders) and self._pools_first()
+        return pooling.kind == "mean" and packing.key_mask is None
 
     def _layers(self) -> list[Any]:
         return list(self.encoder_spec.sequence(self, self.encoder_spec.layers))
@@ -227,20 +260,23 @@ class UnpaddedEncoder(CalledByName):
     def _can_cut(self, call: dict[str, Any]) -> bool:
         """Return whether the last layer needs to compute the first token of each text only."""
         spec, mask = self.encoder_spec, call.get("attention_mask")
-        if torch.compiler.is_compiling() or not _reads_first.get() or torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return False
         if spec.bias or spec.rotary or not isinstance(mask, Tensor):
             return False
         if mask.numel() < _FEW_TOKENS or call.get("encoder_hidden_states") is not None:
             return False
-        # A pooler of another library, or a hook, may read all states.
-        pooler = None if spec.pooled_by else self._pooler()
-        if pooler is not None and observed(pooler):
-            return False
-        if pooler is not None and not type(pooler).__module__.startswith("transformers."):
+        if not self._pools_first():
             return False
         *others, last = self._layers()
         return bool(others) and getattr(last, "layer_order", "") == "behind sums"
+
+    def _pools_first(self) -> bool:
+        """Return whether the pooler reads the first token alone: one of another library, or a hook, may not."""
+        pooler = None if self.encoder_spec.pooled_by else self._pooler()
+        if pooler is None:
+            return True
+        return type(pooler).__module__.startswith("transformers.") and not observed(pooler)
 
     def _pooler(self) -> nn.Module | None:
         return find(self, self.encoder_spec.pooler) if self.encoder_spec.pooler else None
@@ -262,7 +298,12 @@ class UnpaddedEncoder(CalledByName):
         return Layers(layers, look_up, is_post_norm, children, embeddings, self.config)
 
     def _run_planned(
-        self, call: dict[str, Any], layers: Layers | None, made: Plan | None, packing: Packing
+        self,
+        call: dict[str, Any],
+        layers: Layers | None,
+        made: Plan | None,
+        packing: Packing,
+        pooling: Pooling | None,
     ) -> Tensor | None:
         """Compute final states by one plan, embeddings included; None if the layers run one by one."""
         spec, bias = self.encoder_spec, None
@@ -288,7 +329,7 @@ class UnpaddedEncoder(CalledByName):
             modules["LayerNorm"],
         )
         attend = self._attend("", packing, call["attention_mask"], bias)
-        states = run_planned(self, layers, x, attend, self.settings, plan=made)
+        states = run_planned(self, layers, x, attend, self.settings, plan=made, pooling=pooling)
         if states is None:
             return None
         if counting():
@@ -426,7 +467,7 @@ class UnpaddedEncoder(CalledByName):
         return x if project is None else project(x), positions
 
 
-def _run_for_first(layer: Any, x: Tensor, packing: Packing) -> tuple[Tensor, Packing]:
+def _run_for_first(layer: Any, x: Tensor, packing: Packing) -> Tensor:
     """Run a post-norm layer for the first token of each text: `[P, width]`."""
     texts, starts = packing.shape[0], packing.cu_seqlens
     bounds = torch.arange(texts + 1, dtype=starts.dtype, device=starts.device)
@@ -435,10 +476,40 @@ def _run_for_first(layer: Any, x: Tensor, packing: Packing) -> tuple[Tensor, Pac
         rows = starts[:-1]
         x = post_norm(replace(layer.executor(attend, settings, None), rows=rows), x, rows=rows)
     layer.count()
-    first = Packing(
+    return x
+
+
+def _of_one_token(packing: Packing) -> Packing:
+    """Return the packing of the same number of texts of one token."""
+    texts, starts = packing.shape[0], packing.cu_seqlens
+    bounds = torch.arange(texts + 1, dtype=starts.dtype, device=starts.device)
+    return Packing(
         positions=bounds[:-1].long(), cu_seqlens=bounds, shape=(texts, 1), max_seqlen=1, whole=True
     )
-    return x, first
+
+
+def _mean(states: Tensor, packing: Packing) -> Tensor:
+    """Average the packed states of each text, in fp32 if they are narrower."""
+    rows = torch.arange(states.shape[0], device=states.device)
+    starts = packing.cu_seqlens[:-1].long()
+    wide = states if states.dtype == torch.float64 else states.float()
+    return F.embedding_bag(rows, wide, starts, mode="mean").to(states.dtype)
+
+
+def _first(states: Tensor, packing: Packing) -> Tensor:
+    return states.index_select(0, packing.cu_seqlens[:-1])
+
+
+def _largest(states: Tensor, packing: Packing) -> Tensor:
+    lengths = host.integers(packing.cu_seqlens.diff())
+    return torch.stack([chunk.amax(0) for chunk in states.split(lengths)])
+
+
+_POOLING: dict[str, Callable[[Tensor, Packing], Tensor]] = {
+    "first": _first,
+    "mean": _mean,
+    "max": _largest,
+}
 
 
 @cache

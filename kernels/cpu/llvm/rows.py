@@ -1,8 +1,9 @@
-"""Rows of tokens: LayerNorm, of text embeddings too, or a conversion alone, in up to two dtypes; rotary positions."""
+"""Rows of tokens: LayerNorm, of text embeddings too, or a conversion, in up to two dtypes; rotary positions; means."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import llvmlite.ir as ir
@@ -16,6 +17,8 @@ Source = Literal["norm", "embeddings", "conversion"]
 _TABLES = ("words", "positions", "types")
 _INDICES = tuple(f"{name}_ids" for name in _TABLES)
 _POINTERS = ("x", *_INDICES, *_TABLES, "weight", "bias", "out", "narrow", "invalid")
+# Of `torch.nn.functional.normalize`.
+_SMALLEST_NORM = 1e-12
 _NUMBERS = ("x_row", "width", "eps", *(f"{name}_count" for name in _TABLES))
 
 
@@ -258,3 +261,69 @@ def rotate(x: Tensor, heads: int, tables: tuple[Tensor, Tensor], positions: Posi
     pointers = (x.data_ptr(), cos.data_ptr(), sin.data_ptr())
     numbers = (x.stride(0), heads, cos.shape[-1], *positions[:3])
     run((*pointers, *numbers), x.shape[0], torch.get_num_threads())
+
+
+class _Pool:
+    """Emits the kernel of one text a task: the mean of its rows, divided by its norm if `normalised`."""
+
+    name = "pool"
+
+    def __init__(self, half: bool, normalised: bool, level: Level) -> None:
+        self.element, self.normalised = BF16 if half else FP32, normalised
+        self.b = b = Builder(self.name, ("x", "offsets", "out"), ("width", "period"), level)
+        b.task_loop(self._text)
+
+    def _text(self, text: Any, thread: Any) -> None:
+        b, args, width = self.b, self.b.args, self.b.args["width"]
+        packed = b.is_not_null(args["offsets"])
+        first, last = (
+            b.index(
+                b.compute_if(
+                    packed,
+                    partial(self._offset, index),
+                    (index * args["period"]).value,
+                )
+            )
+            for index in (text, text + 1)
+        )
+        count = b.broadcast(b.uitofp((last - first).value, FP32))
+        out = b.at(args["out"], text * width, self.element)
+
+        def mean(i: Any, squares: Any) -> list[Any]:
+            def add(row: Any, total: Any) -> list[Any]:
+                x = b.at(args["x"], row * width, self.element)
+                return [b.fadd(total, b.read_fp32(x, self.element, i))]
+
+            (total,) = b.loop(first, last, 1, add, b.splat(0.0))
+            value = b.fdiv(total, count)
+            self._write(value, out, i)
+            return [b.multiply_add(value, value, squares)]
+
+        (squares,) = b.loop(0, width, b.lanes, mean, b.splat(0.0))
+        if not self.normalised:
+            return
+        norm = b.intrinsic("llvm.sqrt.f32", FP32, b.reduce_add(squares))
+        norm = b.maximum(b.broadcast(norm), b.splat(_SMALLEST_NORM))
+
+        def divide(i: Any) -> None:
+            self._write(b.fdiv(b.read_fp32(out, self.element, i), norm), out, i)
+
+        b.loop(0, width, b.lanes, divide)
+
+    def _offset(self, index: Any) -> Any:
+        return self.b.load_scalar(self.b.args["offsets"], index, INT64).value
+
+    def _write(self, value: Any, out: Any, i: Any) -> None:
+        b = self.b
+        b.write(value if self.element == FP32 else b.fp32_to_bf16(value), out, i)
+
+
+def pool(x: Tensor, offsets: Tensor | None, out: Tensor, *, normalised: bool) -> None:
+    """Write the mean of each text's rows of x `[n, K]` to `out` `[texts, K]`, divided by its norm if `normalised`.
+
+    `offsets` `[texts + 1]` int64 are the bounds of texts; without them all have one length.
+    """
+    texts, width = out.shape
+    run = kernel(_Pool, x.dtype == torch.bfloat16, normalised, levels()[0])
+    pointers = x.data_ptr(), 0 if offsets is None else offsets.data_ptr(), out.data_ptr()
+    run((*pointers, width, len(x) // texts), texts, torch.get_num_threads())
