@@ -332,16 +332,16 @@ def bias_gradient(dout: Tensor) -> Tensor:
     return dout.reshape(-1, dout.shape[-1]).sum(0, dtype=wide)
 
 
-def compiled_delay(operation: str, weight: Tensor, rows: int) -> float:
-    """Return the seconds that the compiled kernel loses against the fastest, by their race; infinite without one."""
-    if weight.is_mkldnn:
+def delay(name: str, operation: str, weight: Tensor, rows: int) -> float:
+    """Return the seconds that a candidate loses against the fastest, by their race; infinite if it cannot run."""
+    if weight.is_mkldnn or (name != "llvm" and type(weight) is FrozenPanels):
         return math.inf
-    if _choose(operation, weight, rows) == "llvm":
+    if _choose(operation, weight, rows) == name:
         return 0.0
-    if torch.are_deterministic_algorithms_enabled() or not _fits(weight):
+    if torch.are_deterministic_algorithms_enabled() or (name == "llvm" and not _fits(weight)):
         return math.inf
     seconds = _estimate(operation, weight.dtype, rows)
-    delay = seconds.get("llvm", math.inf) - min(seconds.values(), default=0.0)
+    delay = seconds.get(name, math.inf) - min(seconds.values(), default=0.0)
     return delay * weight.numel() / _WIDTH**2
 
 

@@ -241,9 +241,9 @@ def test_between_few_rows_and_many_their_times_decide(monkeypatch: pytest.Monkey
         *["aten"] * 4,
         *["onednn"] * 3,
     ]
-    assert gemm.compiled_delay("linear", weight, 48) == 0.0
-    assert gemm.compiled_delay("linear", weight, 224) == pytest.approx(1.0)
-    assert gemm.compiled_delay("linear", weight, 448) == pytest.approx(2.0)
+    assert gemm.delay("llvm", "linear", weight, 48) == 0.0
+    assert gemm.delay("llvm", "linear", weight, 224) == pytest.approx(1.0)
+    assert gemm.delay("llvm", "linear", weight, 448) == pytest.approx(2.0)
 
 
 # Half-precision GEMMs in slices of rows, where a clock finds them faster.

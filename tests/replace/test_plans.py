@@ -143,6 +143,46 @@ def test_a_layer_is_one_call_of_compiled_code(
     assert not between
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "BERT",
+        "MPNet",
+        "ModernBERT",
+        "NomicBERT",
+        "CLIP's images",
+        "DINOv2",
+        "BEiT",
+        "ViT without biases",
+    ],
+)
+def test_gemms_of_pytorch_between_kernels(
+    kind: str, ran: list[plans.Operands], between: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where PyTorch multiplies faster, a plan calls it: with LayerScale, a residual, the call's input and output."""
+    if kind not in FAMILIES:
+        pytest.skip("this version of the library has no such model")
+    family = FAMILIES[kind]
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128}
+    made, given = family.model(torch.float32, **sizes), family.inputs(torch.float32)
+    accelerate(made, unpad=family.unpads)
+    with torch.no_grad():
+        wanted = made(**given).last_hidden_state
+        between.clear()
+        monkeypatch.setattr(
+            recording.gemm, "delay", lambda name, *_: 1.0 if name == "llvm" else 0.0
+        )
+        plans._thread.programs.clear()
+        for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+            with mode():
+                outputs = made(**given).last_hidden_state
+            assert float((outputs - wanted).abs().max()) <= 2e-5 * float(wanted.abs().max())
+    layers = made.config.num_hidden_layers
+    assert len(ran) == 4 * layers
+    # At least the projections, `proj` and the two linear layers of the MLP.
+    assert between.count("Recorder._multiply.<locals>.call") >= 4 * layers
+
+
 def _masked(name: str) -> tuple[Any, dict[str, Any], bool]:
     """A model, inputs whose attention hides tokens, and whether padding is skipped."""
     sizes: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -17,8 +18,22 @@ from xfm_fast.plans.slots import SLOT, pack_of, slot_of
 if TYPE_CHECKING:
     from xfm_fast.kernels.cpu.llvm.rows import Positions
 
+# Seconds that an operation of PyTorch between two replays costs beside its work.
+_STEP_S = 3e-5
 Context = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of q, k and v `[..., H, D]`: `[..., H·D]`."""
+
+
+class Inputs(NamedTuple):
+    """What a call gives to the segments of a plan."""
+
+    tensors: list[Tensor]  # in place of those that were recorded
+    addresses: list[int]
+    context: Context
+
+
+Segment = Callable[[Inputs], None]
+"""A replay of kernels, or an operation of PyTorch."""
 
 
 class _Linear(NamedTuple):
@@ -32,12 +47,32 @@ class _Linear(NamedTuple):
     def outputs(self) -> int:
         return len(self.weight if self.prepared is None else self.prepared.panels.steps)
 
-    def delay(self, operation: str, rows: int, dtype: torch.dtype) -> float:
-        """Return the seconds lost by the compiled kernel against the fastest."""
+    def delays(self, operation: str, rows: int, dtype: torch.dtype) -> tuple[float, float]:
+        """Return the seconds lost by the compiled kernel, and by a call of PyTorch, against the fastest."""
         if self.prepared is None:
-            return gemm.compiled_delay(operation, self.weight, rows)
+            compiled = gemm.delay("llvm", operation, self.weight, rows)
+            if not 0 < compiled < math.inf or self.weight.dtype != dtype:
+                return compiled, math.inf
+            return compiled, gemm.delay("aten", operation, self.weight, rows) + _STEP_S
         # Of several layers in one GEMM, it has the weight of the first.
-        return int8.compiled_delay(rows, dtype, (self.weight,)) * self.outputs / len(self.weight)
+        delay = int8.compiled_delay(rows, dtype, (self.weight,)) * self.outputs / len(self.weight)
+        return delay, math.inf
+
+    def compute(
+        self, x: Tensor, out: Tensor, residual: Tensor | None, gamma: Tensor | None
+    ) -> None:
+        """Compute `out = residual + gamma · (x Wᵀ + b)` by PyTorch."""
+        weight, bias = self.weight.t(), self.bias
+        if gamma is not None:
+            product = x @ weight if bias is None else torch.addmm(bias, x, weight)
+            torch.addcmul(cast(Tensor, residual), product, gamma, out=out)
+        elif residual is None and bias is None:
+            torch.mm(x, weight, out=out)
+        elif residual is None:
+            torch.addmm(cast(Tensor, bias), x, weight, out=out)
+        else:
+            out.copy_(residual) if bias is None else torch.add(residual, bias, out=out)
+            out.addmm_(x, weight)
 
     def record(
         self,
@@ -223,13 +258,13 @@ class Recorder:
         operands: Sequence[Operands],
         orders: Sequence[bool],
         x: Tensor | Embedded,
-    ) -> list[Callable[..., None]]:
+    ) -> list[Segment]:
         """Record layers and return their segments."""
         from xfm_fast.kernels.cpu.llvm.builder import recorded
         from xfm_fast.kernels.cpu.llvm.rows import pool
 
         out = cast(Tensor, self._out)
-        self._segments = list[Callable[..., None]]()
+        self._segments = list[Segment]()
         self._narrowed = dict[int, Tensor]()
         with recorded() as self._launches:
             self._layer, self._target, self._rows = operands[0], out, self._layout.rows
@@ -238,6 +273,7 @@ class Recorder:
             else:
                 states = cast(Tensor, self._inputs[0]).view(-1, x.shape[-1])
             pooling = self._layout.pooling
+            # The first token alone is what the last layer computes.
             averages = pooling is not None and pooling != Pooling("first")
             for index, (layer, is_post_norm) in enumerate(zip(operands, orders, strict=True)):
                 self._layer, width = layer, layer.width
@@ -246,7 +282,7 @@ class Recorder:
                 self._target = out.view(-1, width) if is_out else self._buffer("states", width)
                 self._cuts = is_last and self._layout.cuts
                 states = (post_norm if is_post_norm else pre_norm)(self, states)
-            if averages:
+            if pooling is not None and averages:
                 offsets = None if self._layout.cuts else self._offsets
                 pool(states[: self._rows], offsets, out, normalised=pooling.normalised)
             self._cut()
@@ -260,12 +296,45 @@ class Recorder:
             return
         replay = Replay(self._launches, torch.get_num_threads(), self._addresses)
         self._launches.clear()
-        self._segments.append(lambda addresses, _: replay(addresses))
+        self._segments.append(lambda inputs: replay(inputs.addresses))
 
-    def _between(self, step: Callable[[Context], None]) -> None:
+    def _between(self, step: Segment) -> None:
         """Record a call that runs between two replays."""
         self._cut()
-        self._segments.append(lambda _, context: step(context))
+        self._segments.append(step)
+
+    def _multiply(
+        self,
+        linear: _Linear,
+        x: Tensor,
+        out: Tensor,
+        residual: Tensor | None = None,
+        gamma: Tensor | None = None,
+        *,
+        gelu: bool = False,
+    ) -> None:
+        """Record `out = residual + gamma · (x Wᵀ + b)`, or its GELU, as a kernel or as a call of PyTorch."""
+        operation = "linear_gelu" if gelu else "linear" if residual is None else "linear_residual"
+        x = self._operand(x, linear)
+        compiled, called = linear.delays(operation, len(x), out.dtype)
+        if called >= compiled or x.dtype != out.dtype:
+            linear.record(x, out, residual, gamma, gelu=gelu)
+            return
+        now_x, now_out, now_residual = (self._current(t) for t in (x, out, residual))
+
+        def call(inputs: Inputs) -> None:
+            linear.compute(now_x(inputs), now_out(inputs), now_residual(inputs), gamma)
+
+        self._between(call)
+        if gelu:
+            self._activate(Formula("gelu"), [out], out)
+
+    def _current(self, recorded: Tensor | None) -> Callable[[Inputs], Any]:
+        """Return the function that looks up a recorded tensor, or the one in its place, of a call."""
+        if recorded is None or recorded.data_ptr() not in self._addresses:
+            return lambda _: recorded
+        index, shape = self._addresses.index(recorded.data_ptr()), recorded.shape
+        return lambda inputs: inputs.tensors[index].view(-1, shape[1])[: shape[0]]
 
     def _buffer(self, name: str, width: int, dtype: torch.dtype | None = None) -> Tensor:
         return scratch(f"plan {name}", (self._rows, width), dtype or self._layer.residual)
@@ -322,7 +391,7 @@ class Recorder:
             only_queries = not start and linear.outputs == width
             rows = 1 if self._cuts and only_queries else len(x)
             part = qkv[:rows, start : start + linear.outputs]
-            linear.record(self._operand(x, linear)[:rows], part)
+            self._multiply(linear, x[:rows], part)
             start += linear.outputs
         q, k, v = qkv.view(*layout.lead, 3, heads, -1).unbind(-3)
         lead = layout.lead
@@ -331,8 +400,8 @@ class Recorder:
             self._rows, q, lead = 1, q[:1], (1,)
         context = self._buffer("context", width, layer.dtype)
 
-        def call(attend: Context) -> None:
-            context.view(*lead, width).copy_(attend(q, k, v))
+        def call(inputs: Inputs) -> None:
+            context.view(*lead, width).copy_(inputs.context(q, k, v))
 
         if layout.sizes is None:
             self._between(call)
@@ -363,7 +432,8 @@ class Recorder:
     def add_attention(self, context: Tensor, residual: Tensor, norm: int) -> tuple[Tensor, Tensor]:
         layer = self._layer
         summed = self._buffer("sum", layer.width)
-        layer.proj.record(context, summed, residual[: self._rows], layer.gammas[ATTENTION])
+        residual = residual[: self._rows]
+        self._multiply(layer.proj, context, summed, residual, layer.gammas[ATTENTION])
         return self.norm(norm, summed), summed
 
     def add_mlp(self, x: Tensor, residual: Tensor, out: Tensor | None = None) -> Tensor:
@@ -372,10 +442,10 @@ class Recorder:
         if layer.modules.hidden is None:
             (first,) = layer.inner.values()
             hidden = self._buffer("hidden", layer.hidden, layer.hidden_dtype)
-            first.record(self._operand(x, first), hidden, gelu=True)
+            self._multiply(first, x, hidden, gelu=True)
         else:
             hidden = self._activated(x)
-        layer.fc2.record(hidden, out, residual, layer.gammas[MLP])
+        self._multiply(layer.fc2, hidden, out, residual, layer.gammas[MLP])
         self._narrowed.pop(out.data_ptr(), None)
         return out
 
@@ -386,14 +456,14 @@ class Recorder:
             linear = layer.inner[id(module)]
             width = cast(Any, module).out_features
             output = outputs[id(module)] = self._buffer(f"inner {index}", width, layer.dtype)
-            linear.record(self._operand(x, linear), output)
+            self._multiply(linear, x, output)
         hidden = self._buffer("hidden", layer.hidden, layer.dtype)
         if (formula := layer.modules.formula) is not None:
             self._activate(formula, [*outputs.values()], hidden)
             return hidden
         compute: Any = layer.modules.hidden
 
-        def activate(*values: Any) -> None:
+        def activate(_: Inputs) -> None:
             hidden.copy_(compute(x, lambda module, _: outputs[id(module)]))
 
         self._between(activate)
