@@ -166,12 +166,17 @@ def test_gemms_of_pytorch_between_kernels(
     sizes: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128}
     made, given = family.model(torch.float32, **sizes), family.inputs(torch.float32)
     accelerate(made, unpad=family.unpads)
+    from xfm_fast.kernels.cpu.llvm import builder
+
+    def delay(name: str, *_: Any) -> float:
+        # A comparison launches kernels of its own, which must not be recorded.
+        assert builder._thread.launches is None
+        return 1.0 if name == "llvm" else 0.0
+
     with torch.no_grad():
         wanted = made(**given).last_hidden_state
         between.clear()
-        monkeypatch.setattr(
-            recording.gemm, "delay", lambda name, *_: 1.0 if name == "llvm" else 0.0
-        )
+        monkeypatch.setattr(recording.gemm, "delay", delay)
         plans._thread.programs.clear()
         for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
             with mode():
@@ -222,6 +227,44 @@ def test_attention_that_hides_tokens_is_in_the_plan(
         else:
             assert not between
     assert ran
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 1, 11), (1, 1, 11, 11), (5, 2, 11, 11), (11, 11)])
+def test_masks_of_a_layer(
+    shape: tuple[int, ...], ran: list[plans.Operands], between: list[str]
+) -> None:
+    """A mask for each head, or of all texts, is PyTorch's."""
+    layer = model().encoder.layer[0]
+    fast = copy.deepcopy(layer)
+    accelerate(nn.ModuleList([fast]))
+    x = torch.randn(5, 11, 64)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.7
+    if shape[0] == 11:
+        mask = mask[None, None]
+    mask[..., 0] = True
+    for each in (mask, torch.where(mask, 0.0, torch.finfo().min)):
+        with torch.no_grad():
+            _near_floats(fast(x, each), layer(x, each))
+    assert ran
+    assert bool(between) == (shape[1] == 2)
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        fast(x, mask[..., :7])
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_pooled_texts_with_a_wide_residual(
+    pooling: Any, ran: list[plans.Operands], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("bfloat16 is emulated on this processor")
+    made, given = model(), batch(lengths=(9,))
+    accelerate(made, unpad=True, dtype=torch.bfloat16)
+    rows = without_plans(made, monkeypatch, given)
+    wanted = rows[:1] if pooling == "first" else rows.mean(0, keepdim=True)
+    with torch.no_grad():
+        outputs = made.pooled(given, recording.Pooling(pooling))
+    assert float((outputs - wanted).abs().max()) <= 2.0**-5 * float(wanted.abs().max())
+    assert ran[0].residual == torch.float32
 
 
 POOLED = {"one text": (9,), "equal": (6, 6, 6), "ragged": (11, 3, 6, 1, 8)}
@@ -306,7 +349,7 @@ def test_int8_plans(
     assert not ran
     found, alone = states(made), states(made, one)
     assert len(ran) == 2 * made.config.num_hidden_layers
-    assert all(linear.prepared is not None for layer in ran for _, linear in layer.linears)
+    assert all(linear.prepared is not None for layer in ran for _, linear, _ in layer.linears)
     _near(found, wanted)
     _near(alone, wanted_alone)
 
@@ -347,7 +390,7 @@ def test_flags_decide_at_every_call(ran: list[plans.Operands]) -> None:
     unmark([p for p in first.parameters() if p.ndim == 2])
     floats = states(made)
     assert len(ran) == 6
-    assert not any(linear.prepared for _, linear in ran[-2].linears)
+    assert not any(linear.prepared for _, linear, _ in ran[-2].linears)
     assert not torch.equal(floats, after)
     assert torch.cosine_similarity(floats.float(), after.float(), dim=-1).min() > 0.999
 

@@ -250,7 +250,7 @@ class Plan:
         for each in self.operands:
             if rows * max(3 * each.width, each.hidden) > _MOST_ELEMENTS:
                 return None
-            delays = (linear.delays(name, rows, each.dtype) for name, linear in each.linears)
+            delays = (linear.delays(name, rows, dtype) for name, linear, dtype in each.linears)
             if sum(map(min, delays)) >= _CALLS_S:
                 return None
         # Their addresses are nothing else's.

@@ -134,13 +134,13 @@ class Operands:
         ]
 
     @property
-    def linears(self) -> list[tuple[str, _Linear]]:
-        """All linear layers with the name of their operation."""
+    def linears(self) -> list[tuple[str, _Linear, torch.dtype]]:
+        """All linear layers with the name of their operation and the dtype of their output."""
         inner = "linear_gelu" if self.modules.hidden is None else "linear"
         return [
-            *(("linear", linear) for linear in self.qkv),
-            *((inner, linear) for linear in self.inner.values()),
-            *(("linear_residual", linear) for linear in (self.proj, self.fc2)),
+            *(("linear", linear, self.dtype) for linear in self.qkv),
+            *((inner, linear, self.hidden_dtype) for linear in self.inner.values()),
+            *(("linear_residual", linear, self.residual) for linear in (self.proj, self.fc2)),
         ]
 
     def _is_rounded(self, layer: Any) -> bool:
@@ -314,9 +314,13 @@ class Recorder:
         gelu: bool = False,
     ) -> None:
         """Record `out = residual + gamma · (x Wᵀ + b)`, or its GELU, as a kernel or as a call of PyTorch."""
+        from xfm_fast.kernels.cpu.llvm.builder import unrecorded
+
         operation = "linear_gelu" if gelu else "linear" if residual is None else "linear_residual"
         x = self._operand(x, linear)
-        compiled, called = linear.delays(operation, len(x), out.dtype)
+        with unrecorded():
+            # The first comparison of a size runs all candidates.
+            compiled, called = linear.delays(operation, len(x), out.dtype)
         if called >= compiled or x.dtype != out.dtype:
             linear.record(x, out, residual, gamma, gelu=gelu)
             return
@@ -391,7 +395,7 @@ class Recorder:
             only_queries = not start and linear.outputs == width
             rows = 1 if self._cuts and only_queries else len(x)
             part = qkv[:rows, start : start + linear.outputs]
-            self._multiply(linear, x[:rows], part)
+            self._multiply(linear, self._operand(x, linear)[:rows], part)
             start += linear.outputs
         q, k, v = qkv.view(*layout.lead, 3, heads, -1).unbind(-3)
         lead = layout.lead

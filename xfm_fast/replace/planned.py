@@ -126,6 +126,12 @@ def _sizes_and_bias(
         return None, None
     if mask is None:
         return sizes, _hidden(length, window, attend.causal)
+    mask = mask[:, None, None].bool() if mask.ndim == 2 else mask
+    batches, rows = (1, texts), (1, length)
+    if mask.ndim != 4 or mask.shape[0] not in batches or mask.shape[2] not in rows:
+        return None, None
+    if mask.shape[1] != 1 or mask.shape[3] != length:
+        return None, None
     # All layers of a model get the same mask.
     added = cached("added mask", (mask,), partial(_added, mask))
     return (None if added is None else sizes), added
@@ -145,12 +151,10 @@ def _hidden(length: int, window: int | None, causal: bool) -> Tensor:
 
 def _added(mask: Tensor) -> Tensor | None:
     """Return a mask as an addend of the scores; None if a query sees no key."""
-    if mask.ndim == 2:
-        mask = mask[:, None, None].bool()
-    if mask.ndim != 4:
-        return None
-    if not mask.is_floating_point():
+    if mask.dtype == torch.bool:
         mask = torch.where(mask, 0.0, -torch.inf)
+    if not mask.is_floating_point():
+        return None
     return mask if host.all_true(mask.amax(-1) > -torch.inf) else None
 
 

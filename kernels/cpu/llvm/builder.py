@@ -582,6 +582,16 @@ def recorded() -> Iterator[list[Launch]]:
         _thread.launches = None
 
 
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """Run the launches of this thread within the block, even within `recorded`."""
+    launches, _thread.launches = _thread.launches, None
+    try:
+        yield
+    finally:
+        _thread.launches = launches
+
+
 kernel = cache(Kernel)
 """Return the kernel of an emitter and its options, compiled once."""
 
