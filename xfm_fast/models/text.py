@@ -356,6 +356,12 @@ def _attend_text(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return plain_attention(q[None], k[None], v[None], q.shape[-1] ** -0.5)[0].flatten(1)
 
 
+def _attend_texts(packing: Packing, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend within packed texts: `[T, H, D]` each."""
+    layout = packing.cu_seqlens, packing.cu_seqlens, packing.longest, packing.longest
+    return ops.varlen_attention(q, k, v, *layout).flatten(1)
+
+
 class TextEncoder(nn.Module):
     """Text encoder and its head of masked language modelling."""
 
@@ -385,10 +391,13 @@ class TextEncoder(nn.Module):
         embeddings, stack = self.roberta.embeddings, self.roberta.encoder
         positions = packing.pack(embeddings.position_ids(input_ids))
         tokens = packing.pack(input_ids).long()
-        if reads is None and packing.key_mask is None and len(packing.cu_seqlens) == 2:
-            planned = self._run_planned(tokens, positions, first_token_only)
+        is_alone = len(packing.cu_seqlens) == 2
+        is_short = is_alone or len(tokens) < LEAST_TOKENS * torch.get_num_threads()
+        if reads is None and packing.key_mask is None and is_short:
+            planned = self._run_planned(tokens, positions, packing, first_token_only and is_alone)
             if planned is not None:
-                return planned
+                whole = first_token_only and not is_alone
+                return planned.index_select(0, packing.cu_seqlens[:-1]) if whole else planned
         x = embeddings(tokens, positions)
         texts = Texts(x, packing)
         if reads is None and packing.key_mask is None and stack.can_chunk(len(x)):
@@ -397,9 +406,9 @@ class TextEncoder(nn.Module):
         return self._encode(texts, reads, first_token_only)
 
     def _run_planned(
-        self, tokens: Tensor, positions: Tensor, first_token_only: bool
+        self, tokens: Tensor, positions: Tensor, packing: Packing, first_token_only: bool
     ) -> Tensor | None:
-        """Encode the tokens `[T]` of one text as one call of compiled code; None if a plan cannot."""
+        """Encode tokens `[T]` as one call of compiled code; None if a plan cannot."""
         embeddings, stack = self.roberta.embeddings, self.roberta.encoder
         words = embeddings.word_embeddings.weight
         if words.dtype not in DTYPES or not infers(None, words, tokens):
@@ -428,8 +437,14 @@ class TextEncoder(nn.Module):
         x = Embedded((tokens, positions, None), tables, embeddings.LayerNorm)
         count = len(tokens)
         pooling = Pooling("first") if first_token_only else None
-        layout = Layout((count,), (1, count, count), pooling=pooling)
-        return plan.run(x, _attend_text, layout, Added())
+        texts = len(packing.cu_seqlens) - 1
+        if texts == 1:
+            layout = Layout((count,), (1, count, count), pooling=pooling)
+            return plan.run(x, _attend_text, layout, Added())
+        longest = packing.longest
+        layout = Layout((count,), (texts, longest, longest), packed=True, pooling=pooling)
+        offsets = packing.cu_seqlens.to(torch.int64)
+        return plan.run(x, partial(_attend_texts, packing), layout, Added(offsets))
 
     def _encode(
         self, texts: Texts, reads: Reads | None = None, first_token_only: bool = False
