@@ -177,7 +177,7 @@ def test_gemms_of_pytorch_between_kernels(
         wanted = made(**given).last_hidden_state
         between.clear()
         monkeypatch.setattr(recording.gemm, "delay", delay)
-        plans._thread.programs.clear()
+        plans._plans.clear()
         for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
             with mode():
                 outputs = made(**given).last_hidden_state
@@ -531,7 +531,7 @@ def test_texts_of_many_lengths(threads: int, ran: list[plans.Operands]) -> None:
         assert len(ran) == 7 * 2
         for length in range(1, 2 * plans._MOST_PROGRAMS):
             states(fast, _texts(length))
-        (programs,) = [plans._thread.programs[plan] for plan in plans._plans.values()]
+        programs = plans._thread.programs[plans._plans[fast]]
         assert len(programs) == plans._MOST_PROGRAMS
         _near_floats(states(fast, _texts(5)), states(original, _texts(5)))
     finally:
