@@ -392,7 +392,7 @@ class TextEncoder(nn.Module):
         positions = packing.pack(embeddings.position_ids(input_ids))
         tokens = packing.pack(input_ids).long()
         is_alone = len(packing.cu_seqlens) == 2
-        is_short = is_alone or len(tokens) < LEAST_TOKENS * torch.get_num_threads()
+        is_short = is_alone or 0 < len(tokens) < LEAST_TOKENS * torch.get_num_threads()
         if reads is None and packing.key_mask is None and is_short:
             planned = self._run_planned(tokens, positions, packing, first_token_only and is_alone)
             if planned is not None:
