@@ -341,8 +341,8 @@ def delay(name: str, operation: str, weight: Tensor, rows: int) -> float:
     if torch.are_deterministic_algorithms_enabled() or (name == "llvm" and not _fits(weight)):
         return math.inf
     seconds = _estimate(operation, weight.dtype, rows)
-    delay = seconds.get(name, math.inf) - min(seconds.values(), default=0.0)
-    return delay * weight.numel() / _WIDTH**2
+    lost = seconds.get(name, math.inf) - min(seconds.values(), default=0.0)
+    return lost * weight.numel() / _WIDTH**2
 
 
 def _estimate(operation: str, dtype: torch.dtype, rows: int) -> dict[str, float]:

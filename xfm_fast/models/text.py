@@ -391,13 +391,10 @@ class TextEncoder(nn.Module):
         embeddings, stack = self.roberta.embeddings, self.roberta.encoder
         positions = packing.pack(embeddings.position_ids(input_ids))
         tokens = packing.pack(input_ids).long()
-        is_alone = len(packing.cu_seqlens) == 2
-        is_short = is_alone or 0 < len(tokens) < LEAST_TOKENS * torch.get_num_threads()
-        if reads is None and packing.key_mask is None and is_short:
-            planned = self._run_planned(tokens, positions, packing, first_token_only and is_alone)
+        if reads is None and packing.key_mask is None:
+            planned = self._run_planned(tokens, positions, packing, first_token_only)
             if planned is not None:
-                whole = first_token_only and not is_alone
-                return planned.index_select(0, packing.cu_seqlens[:-1]) if whole else planned
+                return planned
         x = embeddings(tokens, positions)
         texts = Texts(x, packing)
         if reads is None and packing.key_mask is None and stack.can_chunk(len(x)):
@@ -408,7 +405,10 @@ class TextEncoder(nn.Module):
     def _run_planned(
         self, tokens: Tensor, positions: Tensor, packing: Packing, first_token_only: bool
     ) -> Tensor | None:
-        """Encode tokens `[T]` as one call of compiled code; None if a plan cannot."""
+        """Encode tokens `[T]` of one or few texts as one call of compiled code; None without a plan."""
+        count, texts = len(tokens), len(packing.cu_seqlens) - 1
+        if texts != 1 and not 0 < count < LEAST_TOKENS * torch.get_num_threads():
+            return None
         embeddings, stack = self.roberta.embeddings, self.roberta.encoder
         words = embeddings.word_embeddings.weight
         if words.dtype not in DTYPES or not infers(None, words, tokens):
@@ -426,7 +426,7 @@ class TextEncoder(nn.Module):
                 return None
             orders, children = [True] * len(stack), ("encoder", "embeddings")
             layers = Layers([*stack], TransformerLayer.modules_of, orders, children, embeddings)
-            plan = plan_of(self.roberta, layers, words.dtype, words.dtype, len(tokens))
+            plan = plan_of(self.roberta, layers, words.dtype, words.dtype, count)
         if plan is None:
             return None
         tables = (
@@ -435,16 +435,17 @@ class TextEncoder(nn.Module):
             embeddings.token_type_embeddings.weight,
         )
         x = Embedded((tokens, positions, None), tables, embeddings.LayerNorm)
-        count = len(tokens)
-        pooling = Pooling("first") if first_token_only else None
-        texts = len(packing.cu_seqlens) - 1
         if texts == 1:
+            pooling = Pooling("first") if first_token_only else None
             layout = Layout((count,), (1, count, count), pooling=pooling)
             return plan.run(x, _attend_text, layout, Added())
         longest = packing.longest
-        layout = Layout((count,), (texts, longest, longest), packed=True, pooling=pooling)
+        layout = Layout((count,), (texts, longest, longest), packed=True)
         offsets = packing.cu_seqlens.to(torch.int64)
-        return plan.run(x, partial(_attend_texts, packing), layout, Added(offsets))
+        states = plan.run(x, partial(_attend_texts, packing), layout, Added(offsets))
+        if states is None or not first_token_only:
+            return states
+        return states.index_select(0, offsets[:-1])
 
     def _encode(
         self, texts: Texts, reads: Reads | None = None, first_token_only: bool = False

@@ -274,15 +274,15 @@ class Recorder:
                 states = cast(Tensor, self._inputs[0]).view(-1, x.shape[-1])
             pooling = self._layout.pooling
             # The first token alone is what the last layer computes.
-            averages = pooling is not None and pooling != Pooling("first")
+            pooling = None if pooling == Pooling("first") else pooling
             for index, (layer, is_post_norm) in enumerate(zip(operands, orders, strict=True)):
                 self._layer, width = layer, layer.width
                 is_last = index == len(operands) - 1
-                is_out = is_last and not averages
+                is_out = is_last and pooling is None
                 self._target = out.view(-1, width) if is_out else self._buffer("states", width)
                 self._cuts = is_last and self._layout.cuts
                 states = (post_norm if is_post_norm else pre_norm)(self, states)
-            if pooling is not None and averages:
+            if pooling is not None:
                 offsets = None if self._layout.cuts else self._offsets
                 pool(states[: self._rows], offsets, out, normalised=pooling.normalised)
             self._cut()

@@ -243,7 +243,8 @@ class UnpaddedEncoder(CalledByName):
             x = self._run(call, layers, packing, mask, memory)
             if not cut:
                 return x, packing, None
-            return _run_for_first(last, x, packing), _of_one_token(packing), Pooling("first")
+            first = _of_one_token(packing)
+            return _run_for_first(last, x, packing, first), first, Pooling("first")
 
     def _can_pool(self, layers: Layers | None, packing: Packing, pooling: Pooling) -> bool:
         """Return whether a plan pools the states of these texts."""
@@ -467,11 +468,10 @@ class UnpaddedEncoder(CalledByName):
         return x if project is None else project(x), positions
 
 
-def _run_for_first(layer: Any, x: Tensor, packing: Packing) -> Tensor:
+def _run_for_first(layer: Any, x: Tensor, packing: Packing, first: Packing) -> Tensor:
     """Run a post-norm layer for the first token of each text: `[P, width]`."""
-    texts, starts = packing.shape[0], packing.cu_seqlens
-    bounds = torch.arange(texts + 1, dtype=starts.dtype, device=starts.device)
-    attend = Packed(bounds, starts, 1, packing.longest, packing.key_mask)
+    starts = packing.cu_seqlens
+    attend = Packed(first.cu_seqlens, starts, 1, packing.longest, packing.key_mask)
     with layer.context(x.device) as settings:
         rows = starts[:-1]
         x = post_norm(replace(layer.executor(attend, settings, None), rows=rows), x, rows=rows)
@@ -567,8 +567,8 @@ def plan(
     if not mask.numel():
         return None
     # NumPy reads the integers of tokenizers as they are.
-    real = mask if mask.dtype == torch.int64 else mask.bool()
-    if mask.device.type == "cpu" and host.all_true(real):
+    mask = mask if mask.dtype == torch.int64 else mask.bool()
+    if mask.device.type == "cpu" and host.all_true(mask):
         packing = _whole(*mask.shape)
         return packing, memory_mask is None or host.all_true(memory_mask.bool())
     mask = mask.bool()

@@ -109,7 +109,7 @@ class _Activate:
             value = b.bf16_to_fp32(b.bitcast(b.fp32_to_bf16(value), b.vector(ir.IntType(16))))
         if gate is not None:
             value = b.fmul(value, b.read_fp32(gate, self.element, i))
-        b.write(b.fp32_to_bf16(value) if self.half else value, out, i)
+        b.write_fp32(value, out, self.element, i)
 
 
 def activate(activation: Activation, x: Tensor, gate: Tensor | None, out: Tensor) -> None:

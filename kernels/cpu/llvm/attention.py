@@ -230,12 +230,6 @@ class AttentionEmitter:
         """The operation that adds the product of two units to an accumulator."""
         return self.b.dot_bf16 if self.half else self.b.multiply_add
 
-    def write_rounded(self, value: Any, base: Any, channel: Any) -> None:
-        """Store an fp32 vector in the dtype of the inputs."""
-        b = self.b
-        address = b.at(base, channel, self.element)
-        b.write(b.fp32_to_bf16(value) if self.half else value, address)
-
     def scale_scores(self, scores: Any, bias: Any, keys: Any) -> Any:
         """Scale a row of scores for powers of two, add its bias, mask past the last key; return the maximum."""
         b, lanes = self.b, self.level.lanes
@@ -395,7 +389,7 @@ class _Attention(AttentionEmitter):
                     out_row = self.row_address(out, indices[i])
                     for n in range(vectors):
                         attended = b.fmul(sums[i * vectors + n], inverse)
-                        self.write_rounded(attended, out_row, channel + n * lanes)
+                        b.write_fp32(attended, out_row, self.element, channel + n * lanes)
 
     def _score_tiles(self, rows: int, keys: Any) -> None:
         """Multiply tiles of queries with all packed keys into rows of scores."""
@@ -426,7 +420,7 @@ class _Attention(AttentionEmitter):
             out_row = self.row_address(out, row + i)
             for channel in range(0, self.width, lanes):
                 attended = b.fmul(b.read(sums, FP32, i * self.width + channel), inverse)
-                self.write_rounded(attended, out_row, channel)
+                b.write_fp32(attended, out_row, self.element, channel)
 
         b.loop(0, b.minimum_int(stop - row, ROWS * rows), 1, store)
 

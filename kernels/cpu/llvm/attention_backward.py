@@ -153,7 +153,7 @@ class _AttentionBackward(AttentionEmitter):
                 value = b.read(sums, FP32, channel)
                 if factor is not None:
                     value = b.fmul(value, factor)
-                self.write_rounded(value, out_row, channel)
+                b.write_fp32(value, out_row, self.element, channel)
 
         b.loop(0, keys, 1, row)
 
@@ -235,7 +235,7 @@ class _AttentionBackward(AttentionEmitter):
                     dq_row = self.row_address(entry.dq, indices[i])
                     for n in range(vectors):
                         value = b.fmul(sums[i * vectors + n], scale)
-                        self.write_rounded(value, dq_row, channel + n * lanes)
+                        b.write_fp32(value, dq_row, self.element, channel + n * lanes)
 
     def _softmax(
         self,

@@ -216,6 +216,11 @@ class Builder(ir.IRBuilder):
             return self.read(address, FP32)
         return self.bf16_to_fp32(self.read(address, INT16))
 
+    def write_fp32(self, value: Any, base: Any, element: Any, index: Any) -> None:
+        """Store an fp32 vector to elements of fp32 or bf16."""
+        rounded = self.fp32_to_bf16(value) if element == BF16 else value
+        self.write(rounded, self.at(base, index, element))
+
     def bf16_to_fp32(self, halves: Any) -> Any:
         """Convert bf16, passed as 16-bit integers, to fp32."""
         upper = self.shl(self.zext(halves, self.vector(INT32)), self.splat(16, INT32))

@@ -380,7 +380,7 @@ class _Linear:
         value = apply_if("gamma", b.fmul, value, column)
         value = apply_if("residual", b.fadd, value, row * args["residual_row"] + column)
         out = b.at(args["out"], row * args["out_row"] + column, self.element)
-        b.write(b.fp32_to_bf16(value) if self.half else value, b.at(out, n, self.element))
+        b.write_fp32(value, out, self.element, n)
 
     def _dequantise(self, sums: Any, row: Any, column: Any, bias: Any) -> Any:
         """Return `sums · scale · step + bias` in fp32."""

@@ -67,7 +67,7 @@ class _Rows:
         def write(i: Any) -> None:
             value = compute(i)
             with b.if_then(writes_out):
-                b.write(value if self.element == FP32 else b.fp32_to_bf16(value), out, i)
+                b.write_fp32(value, out, self.element, i)
             if b.level.bf16:
                 with b.if_then(has_narrow):
                     b.write(b.fp32_to_bf16(value), narrow, i)
@@ -99,7 +99,7 @@ class _Rows:
                 total,
             )
             total = b.fadd(total, b.read_fp32(positions, self.element, i))
-            b.write(total if self.element == FP32 else b.fp32_to_bf16(total), out, i)
+            b.write_fp32(total, out, self.element, i)
 
         b.loop(0, width, b.lanes, add)
 
@@ -243,7 +243,7 @@ class _Rotate:
                     turned = b.fmul(b.read_fp32(sin, self.table, entry), other)
                     turned = b.fneg(turned) if sign < 0 else turned
                     result = b.multiply_add(b.read_fp32(cos, self.table, entry), value, turned)
-                    b.write(result if self.element == FP32 else b.fp32_to_bf16(result), out, i)
+                    b.write_fp32(result, out, self.element, i)
 
             b.loop(0, half, b.lanes, vector)
 
@@ -296,7 +296,7 @@ class _Pool:
 
             (total,) = b.loop(first, last, 1, add, b.splat(0.0))
             value = b.fdiv(total, count)
-            self._write(value, out, i)
+            b.write_fp32(value, out, self.element, i)
             return [b.multiply_add(value, value, squares)]
 
         (squares,) = b.loop(0, width, b.lanes, mean, b.splat(0.0))
@@ -306,16 +306,13 @@ class _Pool:
         norm = b.maximum(b.broadcast(norm), b.splat(_SMALLEST_NORM))
 
         def divide(i: Any) -> None:
-            self._write(b.fdiv(b.read_fp32(out, self.element, i), norm), out, i)
+            quotient = b.fdiv(b.read_fp32(out, self.element, i), norm)
+            b.write_fp32(quotient, out, self.element, i)
 
         b.loop(0, width, b.lanes, divide)
 
     def _offset(self, index: Any) -> Any:
         return self.b.load_scalar(self.b.args["offsets"], index, INT64).value
-
-    def _write(self, value: Any, out: Any, i: Any) -> None:
-        b = self.b
-        b.write(value if self.element == FP32 else b.fp32_to_bf16(value), out, i)
 
 
 def pool(x: Tensor, offsets: Tensor | None, out: Tensor, *, normalised: bool) -> None:
