@@ -21,6 +21,7 @@ from itertools import repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_internals
@@ -130,7 +131,7 @@ class _Program(NamedTuple):
 
     segments: list[Segment]
     moves: int
-    invalid: Tensor  # [1] int64, not 0 if an index was outside its table
+    invalid: np.ndarray  # [1] int64, not 0 if an index was outside its table
 
 
 class Layers(NamedTuple):
@@ -233,8 +234,8 @@ class Plan:
         inputs = Inputs(tensors, [*map(Tensor.data_ptr, tensors)], context)
         for segment in program.segments:
             segment(inputs)
-        if isinstance(x, Embedded) and program.invalid.item():
-            program.invalid.zero_()
+        if isinstance(x, Embedded) and program.invalid[0]:
+            program.invalid[0] = 0
             raise IndexError("index out of range in self")
         return out
 
@@ -261,7 +262,7 @@ class Plan:
             before = moves()
             segments = recorder.record(self.operands, self.orders, x)
             if moves() == before:
-                return _Program(segments, before, recorder.invalid)
+                return _Program(segments, before, recorder.invalid.numpy())
 
 
 class _Thread(threading.local):
