@@ -185,8 +185,8 @@ def _join(layer: nn.Module, exported: type[Fused]) -> bool:
     """Put a layer into export form; returns False if its adapters run apart from its linear layers."""
     spec = exported.adapted(original_class(layer))["layer_spec"]
     modules = spec.modules(layer)
-    affines: list[Any] = [*modules.qkv]
-    if modules.projections:
+    affines: list[Any] = [modules.qkv]
+    if modules.qkv is None:
         affines = [
             _SETTINGS.affine_of(linear, *linear.parameters()) for linear in modules.projections
         ]
@@ -194,10 +194,9 @@ def _join(layer: nn.Module, exported: type[Fused]) -> bool:
     if proj is None or None in affines:
         return False
     weights, biases = map(list, zip(*affines, strict=True))
-    if modules.qkv_bias is not None:
-        biases = [modules.qkv_bias]
+    biases = [*modules.qkv_biases] or biases
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-    bias = flags.concatenate_biases(biases, [weight.shape[0] for weight in weights])
+    bias = flags.concatenate_biases(biases, [len(weight) // len(biases)] * len(biases))
     layer.add_module(_JOINED, JoinedAttention(weight, bias, proj, modules.heads))
     swap(layer, exported, _SETTINGS)
     return True

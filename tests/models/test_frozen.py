@@ -18,7 +18,7 @@ from xfm_fast.errors import InputError
 from xfm_fast.export.graphs import build
 from xfm_fast.kernels.backend import use_backend
 from xfm_fast.kernels.cpu import attention, gemm, int8, llvm, selection
-from xfm_fast.models import text
+from xfm_fast.models import text, vision
 from xfm_fast.packing import Packing
 from xfm_fast.plans import plan
 
@@ -331,3 +331,67 @@ def test_a_frozen_model_refuses_training_loading_and_export(model: XFM) -> None:
         model.encode_text(torch.full((1, 3), 7))
     with pytest.raises(InputError, match="float64"):
         XFM(model.config).eval().double().freeze()
+
+
+@pytest.mark.usefixtures("int8_chosen")
+@pytest.mark.parametrize(
+    "kind", ["plain", "frozen as it was", pytest.param("int8", marks=NEEDS_INT8)]
+)
+def test_blocks_of_images(
+    kind: str, freeze_in: Callable[[gemm.Layout], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By plans, by the general path, after edits of what no linear layer holds, and with a hook."""
+    if (reason := llvm.why_not()) is not None:
+        pytest.skip(f"no compiled kernels here: {reason}")
+    freeze_in("plain")
+    compiled = selection.Selection("products of bytes", torch.float32, "llvm", {}, {}, "settled")
+    monkeypatch.setitem(selection._selections, ("products of bytes", torch.float32), compiled)
+    monkeypatch.setattr(plan, "_CALLS_S", math.inf)
+    model = XFM(XFMConfig.preset("tiny")).eval().requires_grad_(False)
+    for weight in model._block_weights():
+        # Fresh blocks add next to nothing to their input.
+        weight.normal_(std=0.1)
+    if kind == "int8":
+        model.quantise()
+    elif kind != "plain":
+        model.freeze()
+    planned, run_plan = list[torch.Size](), plan.Plan.run
+
+    def observed(own: plan.Plan, x: Any, *given: Any) -> Tensor | None:
+        out = run_plan(own, x, *given)
+        planned.extend([x.shape] if out is not None else [])
+        return out
+
+    monkeypatch.setattr(plan.Plan, "run", observed)
+    encoder, size = model.vision_encoder, model.config.image_size
+    pixels = torch.randn(2, 3, size, size)
+
+    def run() -> Tensor:
+        planned.clear()
+        with torch.inference_mode():
+            return encoder(pixels)
+
+    def agree() -> Tensor:
+        encoded = run()
+        assert len(planned) == len(encoder.blocks)
+        with monkeypatch.context() as patched:
+            patched.setattr(vision, "DTYPES", ())
+            expected = run()
+        assert not planned
+        allowed = (0.1 if kind == "int8" else 2e-5) * float(expected.abs().max())
+        assert float((encoded - expected).abs().max()) <= allowed
+        return encoded
+
+    before = agree()
+    block: Any = encoder.blocks[0]
+    attn = block.attn
+    for written in (attn.q_bias, attn.v_bias, attn.relative_position_bias_table, block.gamma_1):
+        with torch.no_grad():
+            written.add_(torch.randn_like(written))
+        after = agree()
+        assert not torch.equal(after, before)
+        before = after
+    seen: list[Any] = []
+    block.mlp.fc1.register_forward_hook(lambda *given: seen.append(given))
+    run()
+    assert len(planned) == len(encoder.blocks) - 1

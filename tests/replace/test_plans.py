@@ -19,7 +19,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 
 import xfm_fast
-from tests.replace.families import FAMILIES, TRANSFORMERS, batch, make
+from tests.replace.families import FAMILIES, TRANSFORMERS, batch, make, randomised
 from xfm_fast import accelerate
 from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.cpu import int8, llvm, selection
@@ -186,6 +186,49 @@ def test_gemms_of_pytorch_between_kernels(
     assert len(ran) == 4 * layers
     # At least the projections, `proj` and the two linear layers of the MLP.
     assert between.count("Recorder._multiply.<locals>.call") >= 4 * layers
+
+
+def _images(kind: str) -> tuple[Any, tuple[Any, ...]]:
+    if kind == "torch":
+        layer = nn.TransformerEncoderLayer(64, 2, 128, activation="gelu", batch_first=True)
+        return randomised(layer, torch.float32).eval(), (torch.randn(2, 9, 64),)
+    family = FAMILIES[kind]
+    sizes: dict[str, Any] = {"embed_dim": 64, "num_heads": 2, "depth": 2, "mlp_ratio": 2}
+    inputs = family.inputs(torch.float32)
+    return family.model(torch.float32, **sizes).eval(), tuple(inputs.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "written"),
+    [
+        ("torch", "in_proj_bias"),
+        ("timm's BEiT-v2", "q_bias"),
+        ("timm's BEiT-v2", "relative_position_bias_table"),
+        ("timm's BEiT, both biases", "v_bias"),
+        ("timm's EVA", "v_bias"),
+        ("timm's EVA-02", "mlp.norm.weight"),
+        ("timm's BEiT-3", "attn.norm.bias"),
+    ],
+)
+def test_biases_and_norms_within_the_branches(
+    kind: str, written: str, ran: list[plans.Operands], between: list[str]
+) -> None:
+    """Biases that no linear layer holds, position tables and inner norms, before and after an edit."""
+    if kind != "torch" and kind not in FAMILIES:
+        pytest.skip("this version of the library has no such model")
+    original, given = _images(kind)
+    fast = copy.deepcopy(original)
+    accelerate(fast)
+    for _ in range(2):
+        with torch.no_grad():
+            ran.clear()
+            _near_floats(fast(*given), original(*given))
+            assert ran
+            for each in (original, fast):
+                torch.manual_seed(3)
+                for name, parameter in each.named_parameters():
+                    if name.endswith(written):
+                        parameter.add_(torch.randn_like(parameter))
 
 
 def _masked(name: str) -> tuple[Any, dict[str, Any], bool]:

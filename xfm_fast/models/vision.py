@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +16,11 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.caching import cached
-from xfm_fast.kernels.flags import kind_of
+from xfm_fast.kernels.flags import concatenate_biases, kind_of
 from xfm_fast.models.shares import can_chunk, run_chunked, without_hooks
+from xfm_fast.plans.orders import LayerModules
+from xfm_fast.plans.plan import DTYPES, Layers, infers, plan_of
+from xfm_fast.plans.recording import Added, Layout
 
 
 class RelPosAttention(nn.Module):
@@ -71,12 +76,18 @@ class RelPosAttention(nn.Module):
         self, x: Tensor, key_mask: Tensor | None = None, norm: nn.LayerNorm | None = None
     ) -> Tensor:
         """Run `forward` without the output projection, on x or `norm(x)`, for callers that fuse these."""
-        bias = qkv_bias(self.q_bias, self.v_bias)
+        bias = qkv_bias(self.q_bias, None, self.v_bias)
         if norm is None:
             qkv = ops.linear(x, self.qkv.weight, bias)
         else:
             qkv = ops.layer_norm_linear(x, norm.weight, norm.bias, norm.eps, self.qkv.weight, bias)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
+        return self.attend_heads(q, k, v, key_mask)
+
+    def attend_heads(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None
+    ) -> Tensor:
+        """Compute the attention of q, k and v `[B, N, H, D]`: `[B, N, width]`."""
         table = self.relative_position_bias_table
         return ops.relpos_attention(q, k, v, table, self.window, key_mask=key_mask).flatten(2)
 
@@ -84,15 +95,13 @@ class RelPosAttention(nn.Module):
         return f"heads={self.heads}, window={self.window}"
 
 
-def qkv_bias(q_bias: Tensor, v_bias: Tensor) -> Tensor:
+def qkv_bias(q_bias: Tensor, k_bias: Tensor | None, v_bias: Tensor) -> Tensor:
     """Build the bias `[3 * width]` of a joint linear layer for q, k and v; cached for inference."""
-
-    def compute() -> Tensor:
-        return torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
-
+    biases, widths = [q_bias, k_bias, v_bias], [len(q_bias)] * 3
+    compute: Any = partial(concatenate_biases, biases, widths)
     if torch.is_grad_enabled() and q_bias.requires_grad:
         return compute()
-    return cached("qkv bias", (q_bias, v_bias), compute)
+    return cached("qkv bias", tuple(bias for bias in biases if bias is not None), compute)
 
 
 # Devices that fuse the residual sum with the next norm, across blocks too. A CPU fuses the sum with the GEMM.
@@ -151,6 +160,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """Run the block on `[B, N, width]`; `key_mask` `[B, N]` is False for tokens to hide."""
+        planned = None if key_mask is not None else self._run_planned(x)
+        if planned is not None:
+            return planned
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         # With gradients or int8, norms are fused with the GEMMs that follow them.
         if x.device.type == "cpu" and (torch.is_grad_enabled() or kind_of(fc1.weight) == "int8"):
@@ -182,6 +194,36 @@ class Block(nn.Module):
             x,
             gamma=self.gamma_2,
             row_scale=self._row_scale(x),
+        )
+
+    def _run_planned(self, x: Tensor) -> Tensor | None:
+        """Run the block as one call of compiled code; None without a plan."""
+        attn = self.attn
+        if x.dtype not in DTYPES or x.ndim != 3 or not infers(None, x):
+            return None
+        if type(attn) is not RelPosAttention or x.shape[1] != 1 + math.prod(attn.window):
+            return None
+        layers = Layers([self], Block.modules_of, [False])
+        plan = plan_of(self, layers, x.dtype, x.dtype, x.shape[:-1].numel())
+        if plan is None:
+            return None
+        table, scale = attn.relative_position_bias_table, plan.operands[0].head_size ** -0.5
+        bias = ops.relpos_bias(table, attn.window, dtype=x.dtype, scale=scale)
+        layout, bias = Layout(x.shape[:2], (len(x), x.shape[1], x.shape[1])).biased(bias[None])
+        return plan.run(x, attn.attend_heads, layout, Added(bias=bias))
+
+    def modules_of(self) -> LayerModules:
+        """Return the modules of the block."""
+        attn, mlp = self.attn, self.mlp
+        return LayerModules(
+            norms=(self.norm1, self.norm2),
+            heads=attn.heads,
+            proj=attn.proj,
+            inner=(mlp.fc1,),
+            fc2=mlp.fc2,
+            projections=(attn.qkv,),
+            qkv_biases=(attn.q_bias, None, attn.v_bias),
+            gammas=(self.gamma_1, self.gamma_2),
         )
 
     def into_norm(

@@ -38,8 +38,9 @@ class LayerModules(NamedTuple):
     fc2: nn.Module  # linear layer out of it
     # linear layers to queries, keys and values, or one to all three
     projections: tuple[nn.Module, ...] = ()
-    qkv: tuple[tuple[Tensor, Tensor | None], ...] = ()  # weights and biases in place of projections
-    qkv_bias: Tensor | None = None  # bias of a single projection, stored outside the layer
+    qkv: tuple[Tensor, Tensor | None] | None = None  # weight and bias in place of projections
+    # biases to queries, keys and values of a single projection, stored outside of it
+    qkv_biases: tuple[Tensor | None, ...] = ()
     joins: bool = True  # one GEMM for all projections
     activation: Callable[[nn.Module], Any] | None = None  # looks up the activation in a layer
     # hidden layer of (x, apply_linear), unless it is `gelu(inner(x))`

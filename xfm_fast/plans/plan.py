@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_internals
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from xfm_fast.kernels import fp8
 from xfm_fast.kernels.backend import Backend, resolve
@@ -49,6 +50,7 @@ from xfm_fast.plans.recording import (
 from xfm_fast.plans.slots import SLOT, pack_of
 
 DTYPES = (torch.float32, torch.bfloat16)
+_LINEAR = {nn.Linear, NonDynamicallyQuantizableLinear}
 # Programs of a plan in one thread; the number of tokens of most texts is one of few.
 _MOST_PROGRAMS = 64
 # Seconds that the calls of a layer take without a plan: 0.6 to 0.9 ms on an Intel Xeon, 0.3 to 0.7 ms on AMD EPYCs.
@@ -95,14 +97,15 @@ class Watch:
         self._read, in_place = list[Tensor](), read.difference(map(id, copied))
         for module in within:
             slots += [(module._modules, name, value) for name, value in module._modules.items()]
-            for name, value in module._parameters.items():
-                # A bias may be added later, and a packed weight unpacked.
-                if value is None or id(value) in read or SLOT in module.__dict__:
-                    slots.append((module._parameters, name, value))
-                if id(value) in read:
-                    self._typed.append(value)
-                if id(value) in in_place:
-                    self._read.append(cast(Tensor, value))
+            for table in (module._parameters, module._buffers):
+                for name, value in table.items():
+                    # A bias may be added later, and a packed weight unpacked.
+                    if value is None or id(value) in read or SLOT in module.__dict__:
+                        slots.append((table, name, value))
+                    if id(value) in read:
+                        self._typed.append(value)
+                    if id(value) in in_place:
+                        self._read.append(cast(Tensor, value))
         self._types = [*map(type, self._typed)]
         self._owners, self._names, self._values = zip(*slots, strict=True)
         self._matrices = [tensor for tensor in self._read if tensor.ndim > 1]
@@ -153,7 +156,9 @@ class Plan:
         self.operands, self.orders = operands, layers.orders
         self.layers = layers if layers.children else None
         used = [t for each in operands for t in tensors_of(each.modules)]
-        norms = [norm for each in operands for norm in each.modules.norms]
+        norms = list[Any]()
+        for each in operands:
+            norms += (*each.modules.norms, *each.modules.inner_norms)
         embeddings, self._tables = layers.embeddings, list[nn.Module]()
         if embeddings is not None:
             used += embeddings.parameters()
@@ -162,7 +167,7 @@ class Plan:
         self._copied = [t for each in operands for t in each.copied]
         self._watch = Watch(owner, used, self._copied, layers.children, layers.config)
         self._copies = Sources(self._copied, partial(_drop, weakref.ref(owner), weakref.ref(self)))
-        self._norms = [norm for norm in norms if not isinstance(norm, nn.Identity)]
+        self._norms = [norm for norm in norms if not isinstance(norm, nn.Identity | None)]
         self._eps = [*map(attrgetter("eps"), self._norms)]
         functions = list[tuple[int, Callable[[nn.Module], Any], Any]]()
         self._gelus = list[nn.Module]()
@@ -174,6 +179,8 @@ class Plan:
                 if not isinstance(value, nn.Module):
                     functions.append((index, get, value))
         self._functions = functions
+        # Numbers of rows and threads for which other kernels are faster.
+        self.refused = set[tuple[int, int]]()
         self._approximations = [*map(attrgetter("approximate"), self._gelus)]
 
     @property
@@ -249,10 +256,10 @@ class Plan:
             delay = compiled_delay(self.operands[0].query, sizes[0], sizes[2])
             layout = layout if delay < _CALLS_S else layout._replace(sizes=None)
         for each in self.operands:
-            if rows * max(3 * each.width, each.hidden) > _MOST_ELEMENTS:
-                return None
             delays = (linear.delays(name, rows, dtype) for name, linear, dtype in each.linears)
-            if sum(map(min, delays)) >= _CALLS_S:
+            is_large = rows * max(3 * each.width, each.hidden) > _MOST_ELEMENTS
+            if is_large or sum(map(min, delays)) >= _CALLS_S:
+                self.refused.add((rows, torch.get_num_threads()))
                 return None
         # Their addresses are nothing else's.
         stand_ins = [None if t is None else torch.empty_like(t) for t in moving]
@@ -329,7 +336,7 @@ def plan_of(
     *,
     mixed: bool = False,
 ) -> Plan | None:
-    """Return the plan of a module, made anew after a change; None if it cannot cover the layers.
+    """Return the plan of a module, made anew after a change; None if it does not cover the layers or is slower.
 
     Args:
         dtype: Of the operands.
@@ -339,7 +346,7 @@ def plan_of(
     """
     plan = valid_plan(owner)
     if plan is not None and plan.dtypes == (dtype, residual):
-        return plan
+        return None if (rows, torch.get_num_threads()) in plan.refused else plan
     return _make(owner, layers, dtype, residual, rows, mixed=mixed)
 
 
@@ -373,11 +380,10 @@ def _can_plan(layer: nn.Module, modules: LayerModules, dtype: torch.dtype, *, mi
     Its linear layers must be plain, packed or int8, nothing may draw, and unless `mixed` all have
     one dtype.
     """
-    if not modules.projections or any(norm is not None for norm in modules.inner_norms):
+    proj: Any = modules.proj
+    if proj.in_features != proj.out_features:
         return False
     if modules.attention_p or modules.hidden_p or any(modules.branch_p):
-        return False
-    if modules.qkv_bias is not None:
         return False
     groups = projection_groups(modules)
     groups += [(linear,) for linear in (modules.proj, modules.fc2, *modules.inner)]
@@ -387,20 +393,25 @@ def _can_plan(layer: nn.Module, modules: LayerModules, dtype: torch.dtype, *, mi
             if packed.dtype != dtype or packed.is_mkldnn:
                 return False
             continue
-        if {*map(type, group)} != {nn.Linear} or any(SLOT in layer.__dict__ for layer in group):
+        if not {*map(type, group)} <= _LINEAR or any(SLOT in layer.__dict__ for layer in group):
             return False
         if len({kind_of(cast(Any, linear).weight) for linear in group}) > 1:
             return False
-    for norm in modules.norms:
+    for norm in (*modules.norms, *modules.inner_norms):
         is_plain = isinstance(norm, nn.LayerNorm) and norm.weight is not None
-        if not is_plain and not isinstance(norm, nn.Identity):
+        if not is_plain and not isinstance(norm, nn.Identity | None):
             return False
     tensors = tensors_of(modules)
-    owned = {id(parameter) for parameter in layer.parameters()}
+    owned = {id(tensor) for tensor in (*layer.parameters(), *layer.buffers())}
     # Inference tensors carry no version, without which no copy can be watched.
-    copies = any(
-        len(group) > 1 and packed is not None for group, packed in zip(groups, packs, strict=True)
-    ) or any(tensor.dtype != dtype or kind_of(tensor) is not None for tensor in tensors)
+    copies = (
+        bool(modules.qkv_biases)
+        or any(
+            len(group) > 1 and packed is not None
+            for group, packed in zip(groups, packs, strict=True)
+        )
+        or any(tensor.dtype != dtype or kind_of(tensor) is not None for tensor in tensors)
+    )
     return all(
         tensor.dtype in DTYPES
         and tensor.device.type == "cpu"

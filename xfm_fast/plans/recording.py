@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
@@ -111,14 +111,8 @@ class Operands:
         self.query = torch.empty(0, modules.heads, self.width // modules.heads, dtype=dtype)
         self.head_size = self.query.shape[-1]
         self.copied = list[Tensor]()
-        groups = projection_groups(modules)
-        # One GEMM on rounded rows is faster than three.
-        if not any(self._is_rounded(layer) for layer in groups[0]) and pack_of(groups[0]) is None:
-            groups = [(projection,) for projection in modules.projections]
         gammas = modules.gammas
-        self.qkv = list[_Linear]()
-        for group in groups:
-            self.qkv += self._separate(group) or [self._linear(group, dtype)]
+        self.qkv = [*self._projections(modules)]
         self.proj = self._linear([modules.proj], residual, gammas[ATTENTION])
         self.fc2 = self._linear([modules.fc2], residual, gammas[MLP])
         # The hidden layer is rounded to int8 from fp32, which is finer.
@@ -128,6 +122,7 @@ class Operands:
             id(layer): self._linear([layer], self.hidden_dtype) for layer in modules.inner
         }
         self.norms = [self._norm(norm) for norm in modules.norms]
+        self.inner_norms = [self._norm(norm) for norm in modules.inner_norms]
         self.gammas = [
             None if gamma is None or linear.prepared is not None else self._as(gamma, residual)
             for gamma, linear in zip(gammas, (self.proj, self.fc2), strict=True)
@@ -143,8 +138,22 @@ class Operands:
             *(("linear_residual", linear, self.residual) for linear in (self.proj, self.fc2)),
         ]
 
-    def _is_rounded(self, layer: Any) -> bool:
-        return kind_of(layer._parameters.get("weight")) == "int8"
+    def _projections(self, modules: LayerModules) -> Iterator[_Linear]:
+        """Prepare the linear layers to queries, keys and values."""
+        if modules.qkv is not None:
+            weight, bias = modules.qkv
+            yield self._affine([weight], [bias], self.dtype)
+            return
+        groups = projection_groups(modules)
+        # One GEMM on rounded rows is faster than three.
+        rounded = kind_of(groups[0][0]._parameters.get("weight")) == "int8"
+        if not rounded and pack_of(groups[0]) is None:
+            groups = [(projection,) for projection in modules.projections]
+        for group in groups:
+            if modules.qkv_biases:
+                yield self._linear(group, self.dtype, biases=modules.qkv_biases)
+            else:
+                yield from self._separate(group) or [self._linear(group, self.dtype)]
 
     def _as(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         if value.dtype == dtype:
@@ -154,28 +163,41 @@ class Operands:
         return value.detach().to(dtype)
 
     def _linear(
-        self, layers: Sequence[Any], out: torch.dtype, gamma: Tensor | None = None
+        self,
+        layers: Sequence[Any],
+        out: torch.dtype,
+        gamma: Tensor | None = None,
+        biases: Sequence[Tensor | None] = (),
     ) -> _Linear:
-        """Prepare one linear layer, or several on the same input as one."""
+        """Prepare one linear layer, or several on the same input as one; `biases` replace theirs."""
         packed = pack_of(layers)
-        rounded = packed is None and self._is_rounded(layers[0])
+        weights = [packed] if packed is not None else [layer.weight for layer in layers]
+        return self._affine(weights, biases or [layer.bias for layer in layers], out, gamma)
+
+    def _affine(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        out: torch.dtype,
+        gamma: Tensor | None = None,
+    ) -> _Linear:
+        """Prepare weights on the same input as one, with the biases of equal parts of the output."""
+        first = weights[0]
+        rounded = kind_of(first) == "int8"
         out = torch.float32 if rounded else out
-        biases = [None if layer.bias is None else self._as(layer.bias, out) for layer in layers]
-        bias = concatenate_biases(biases, [layer.out_features for layer in layers])
-        if len(layers) > 1:
-            self.copied += [layer.bias for layer in layers if layer.bias is not None]
-        if packed is not None:
-            return _Linear(packed, bias, None)
+        parts = [None if bias is None else self._as(bias, out) for bias in biases]
+        bias = concatenate_biases(parts, [self.width] * len(parts))
+        if len(parts) > 1 or (rounded and gamma is not None):
+            self.copied += [bias for bias in biases if bias is not None]
         if not rounded:
-            weight = self._as(layers[0].weight, self.dtype)
-            if weight.dtype != layers[0].weight.dtype:
+            weight = self._as(first, self.dtype)
+            if weight.dtype != first.dtype:
                 # A copy may as well have the order of the kernel.
                 weight = gemm.frozen(weight, "panels", self._memory)
             return _Linear(weight, bias, None)
-        weights = [layer.weight for layer in layers]
-        self.copied += weights
-        weight = weights[0] if len(layers) == 1 else torch.cat(weights)
-        return _Linear(weights[0], bias, int8.Prepared.of(weight, bias, gamma))
+        self.copied += weights if gamma is None else [*weights, gamma]
+        weight = first if len(weights) == 1 else torch.cat([*weights])
+        return _Linear(first, bias, int8.Prepared.of(weight, bias, gamma))
 
     def _separate(self, layers: Sequence[Any]) -> list[_Linear]:
         """Prepare the layers of one packed weight each for itself, so that their biases need no copy."""
@@ -188,7 +210,7 @@ class Operands:
         return linears
 
     def _norm(self, norm: Any) -> tuple[Tensor, Tensor | None, float] | None:
-        if isinstance(norm, nn.Identity):
+        if isinstance(norm, nn.Identity | None):
             return None
         return norm.weight, norm.bias, norm.eps
 
@@ -216,6 +238,13 @@ class Layout(NamedTuple):
     @property
     def rows(self) -> int:
         return torch.Size(self.lead).numel()
+
+    def biased(self, bias: Tensor) -> tuple[Layout, Tensor]:
+        """Return the layout of attention with a bias `[B or 1, H or 1, N or 1, N]`, and what the kernel adds."""
+        from xfm_fast.kernels.cpu.llvm.attention import readable_bias
+
+        bias, strides = cast(Any, readable_bias(bias))
+        return self._replace(bias=(len(bias), strides)), bias
 
     @property
     def cuts(self) -> bool:
@@ -360,6 +389,14 @@ class Recorder:
         self._narrowed[x.data_ptr()] = narrow
         return narrow
 
+    def _inner_norm(self, branch: int, x: Tensor) -> None:
+        """Record the norm before the last linear layer of a branch, in place."""
+        from xfm_fast.kernels.cpu.llvm.rows import layer_norm
+
+        norm = self._layer.inner_norms[branch]
+        if norm is not None:
+            layer_norm(x, *norm, x)
+
     def operand(self, x: Tensor) -> Tensor:
         return x
 
@@ -435,6 +472,7 @@ class Recorder:
 
     def add_attention(self, context: Tensor, residual: Tensor, norm: int) -> tuple[Tensor, Tensor]:
         layer = self._layer
+        self._inner_norm(ATTENTION, context)
         summed = self._buffer("sum", layer.width)
         residual = residual[: self._rows]
         self._multiply(layer.proj, context, summed, residual, layer.gammas[ATTENTION])
@@ -449,6 +487,7 @@ class Recorder:
             self._multiply(first, x, hidden, gelu=True)
         else:
             hidden = self._activated(x)
+        self._inner_norm(MLP, hidden)
         self._multiply(layer.fc2, hidden, out, residual, layer.gammas[MLP])
         self._narrowed.pop(out.data_ptr(), None)
         return out
@@ -514,5 +553,6 @@ def _parameters_of(modules: Iterable[nn.Module]) -> list[Tensor]:
 def tensors_of(modules: LayerModules) -> list[Tensor]:
     """Return the parameters and LayerScales that a layer computes with, without packed weights."""
     linears = (*modules.projections, modules.proj, *modules.inner, modules.fc2)
-    gammas = [gamma for gamma in modules.gammas if gamma is not None]
-    return _parameters_of((*linears, *modules.norms)) + gammas
+    norms = (norm for norm in (*modules.norms, *modules.inner_norms) if norm is not None)
+    others = (*(modules.qkv or ()), *modules.qkv_biases, *modules.gammas)
+    return _parameters_of((*linears, *norms)) + [t for t in others if t is not None]

@@ -295,12 +295,13 @@ def _vision_attention(block: Any, call: Mapping[str, Any]) -> Dense | None:
 
 def _vision_biases(block: Any, modules: LayerModules) -> LayerModules:
     attention = block.attn
-    bias = None if attention.q_bias is None else qkv_bias(attention.q_bias, attention.v_bias)
+    biases = attention.q_bias, None, attention.v_bias
     if is_adapted(attention.qkv):
         # The official code reads the weight and does not call the layer, so adapters have no
         # effect.
-        return modules._replace(projections=(), qkv=((attention.qkv.weight, bias),))
-    return modules._replace(qkv_bias=bias)
+        bias = None if attention.q_bias is None else qkv_bias(*biases)
+        return modules._replace(projections=(), qkv=(attention.qkv.weight, bias))
+    return modules if attention.q_bias is None else modules._replace(qkv_biases=biases)
 
 
 def _vision_refusal(block: Any) -> str | None:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from xfm_fast.kernels import host
 from xfm_fast.kernels.caching import cached
 from xfm_fast.kernels.cpu import llvm
+from xfm_fast.kernels.ops import relpos_bias
 from xfm_fast.plans.orders import Rotary
 from xfm_fast.plans.plan import DTYPES, Layers, Plan, infers, plan_of
 from xfm_fast.plans.recording import Added, Embedded, Layout, Pooling
-from xfm_fast.replace.attention import Attend, Dense, Packed, Padded, Unpacked
+from xfm_fast.replace.attention import Attend, Dense, Packed, Padded, PositionTable, Unpacked
 from xfm_fast.replace.structure import apply_rotary
 from xfm_fast.replace.swap import Settings
 
@@ -83,7 +84,7 @@ def layout_of(
             offsets = attend.cu_q.to(torch.int64)
             sizes = (len(offsets) - 1, attend.longest_q, attend.longest_k)
     else:
-        sizes, bias = _sizes_and_bias(attend, lead)
+        sizes, bias = _sizes_and_bias(attend, lead, size)
     if sizes is None:
         return Layout(lead), Added()
     positions, tables = None, (None, None)
@@ -94,15 +95,12 @@ def layout_of(
     layout = Layout(lead, sizes, offsets is not None, positions=positions)
     if bias is None:
         return layout, Added(offsets, None, *tables)
-    from xfm_fast.kernels.cpu.llvm.attention import readable_bias
-
-    added, strides = readable_bias(bias)
-    assert added is not None
-    return layout._replace(bias=(added.shape[0], strides)), Added(None, added, *tables)
+    layout, bias = layout.biased(bias)
+    return layout, Added(None, bias, *tables)
 
 
 def _sizes_and_bias(
-    attend: Attend, lead: tuple[int, ...]
+    attend: Attend, lead: tuple[int, ...], size: int
 ) -> tuple[tuple[int, int, int] | None, Tensor | None]:
     """Return the sizes of attention in texts of one length and what it adds to scores; None without a kernel."""
     if isinstance(attend, Unpacked):
@@ -112,12 +110,15 @@ def _sizes_and_bias(
     elif isinstance(attend, Dense | Padded):
         texts, length = lead
         mask, bias, window = attend.mask, getattr(attend, "bias", None), None
-        covered = getattr(attend, "scale", None) is None
+        covered = getattr(attend, "scale", None) in (None, size**-0.5)
         if isinstance(bias, Tensor) and bias.dtype == torch.bool:
             mask, bias = bias, mask
     else:
         return None, None
     sizes = (texts, length, length)
+    if isinstance(bias, PositionTable):
+        scale = size**-0.5
+        bias = relpos_bias(bias.table, bias.window, dtype=bias.table.dtype, scale=scale)[None]
     if not covered or not isinstance(bias, Tensor | None):
         return None, None
     if mask is None and window is None and not attend.causal:

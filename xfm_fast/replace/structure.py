@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.caching import cached
+from xfm_fast.models.vision import qkv_bias
 from xfm_fast.plans.orders import ATTENTION, MLP, LayerModules, Rotary
 from xfm_fast.plans.slots import pack_of
 from xfm_fast.replace.attention import Attend, Memory
@@ -75,15 +76,18 @@ class LayerCall:
     def _queries_keys_values(self, x: Tensor) -> Sequence[Tensor]:
         """Project x to q, k and v `[..., H, D]`; with `rows`, only these have queries."""
         modules, settings, heads = self.modules, self.settings, self.modules.heads
+        biases: Any = modules.qkv_biases
         if self.rows is not None and pack_of(modules.projections) is None:
             query, *key_value = modules.projections
             k, v = project("kv", key_value, x, heads, settings)
             (q,) = project("query", [query], x.index_select(0, self.rows), heads, settings)
             return q, k, v
-        if not modules.projections:
-            outputs = [settings.linear(x, weight, bias) for weight, bias in modules.qkv]
+        if modules.qkv is not None:
+            outputs = [settings.linear(x, *modules.qkv)]
         elif modules.joins or len(modules.projections) == 1:
-            outputs = settings.linears("qkv", x, *modules.projections, bias=modules.qkv_bias)
+            outputs = settings.linears(
+                "qkv", x, *modules.projections, bias=qkv_bias(*biases) if biases else None
+            )
         else:
             outputs = [apply_linear(layer, x, settings) for layer in modules.projections]
         if len(outputs) == 1:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from xfm_fast.models.text import concatenated
+from xfm_fast.models.vision import qkv_bias
 from xfm_fast.plans.orders import Formula, LayerModules
 from xfm_fast.replace.adapters import is_adapted
 from xfm_fast.replace.attention import (
@@ -80,13 +80,13 @@ def _adjust(block: Any, modules: LayerModules) -> LayerModules:
         modules = modules._replace(hidden=gated, formula=formula)
     if len(modules.projections) == 3:
         return modules
-    bias = None
-    if getattr(attn, "q_bias", None) is not None:
-        bias = concatenated("qkv bias", attn.q_bias, attn.k_bias, attn.v_bias)
-        if is_adapted(attn.qkv) and not attn.qkv_bias_separate:
-            # timm reads the weight here and does not call the layer, so adapters have no effect.
-            return modules._replace(projections=(), qkv=((attn.qkv.weight, bias),))
-    return modules._replace(qkv_bias=bias)
+    if getattr(attn, "q_bias", None) is None:
+        return modules
+    biases = attn.q_bias, attn.k_bias, attn.v_bias
+    if is_adapted(attn.qkv) and not attn.qkv_bias_separate:
+        # timm reads the weight here and does not call the layer, so adapters have no effect.
+        return modules._replace(projections=(), qkv=(attn.qkv.weight, qkv_bias(*biases)))
+    return modules._replace(qkv_biases=biases)
 
 
 def _normalised(block: Any, call: Mapping[str, Any], bias: Bias = None) -> Attend:
@@ -228,7 +228,7 @@ register(
         scores=_additive,
         also_takes=("attn_mask",),
         adjust=lambda block, modules: modules._replace(
-            qkv=((block.attn.in_proj_weight, block.attn.in_proj_bias),)
+            qkv=(block.attn.in_proj_weight, block.attn.in_proj_bias)
         ),
         refuses=_clip_refusal,
         # After the last block the tower multiplies by a parameter in its storage dtype.

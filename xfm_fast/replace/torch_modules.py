@@ -117,7 +117,7 @@ register(
         scores=_layer_attention,
         also_takes=("src_mask", "src_key_padding_mask", "is_causal"),
         adjust=lambda layer, modules: modules._replace(
-            qkv=((layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias),)
+            qkv=(layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias)
         ),
         refuses=_layer_refusal,
         # Its fast path reads the weights of linear layers and does not call them.
