@@ -27,7 +27,8 @@ from xfm_fast.kernels.flags import unmark
 from xfm_fast.plans import plan as plans
 from xfm_fast.plans import recording
 from xfm_fast.plans.plan import Plan
-from xfm_fast.replace import unpadded
+from xfm_fast.replace import planned, unpadded
+from xfm_fast.replace.attention import Dense
 
 KINDS = (
     "BERT",
@@ -229,6 +230,27 @@ def test_biases_and_norms_within_the_branches(
                 for name, parameter in each.named_parameters():
                     if name.endswith(written):
                         parameter.add_(torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize(
+    "shape", [(9, 9), (2, 9, 9), (1, 1, 1, 9), (1, 2, 9, 9), (4, 2, 9, 9), (4, 1, 1, 9)]
+)
+def test_biases_of_any_shape(
+    shape: tuple[int, ...], ran: list[plans.Operands], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Missing axes broadcast, as those of size 1 do."""
+    made = model()
+    accelerate(made)
+    layer, x, bias = made.encoder.layer[0], torch.randn(4, 9, 64), torch.randn(shape)
+    with torch.no_grad():
+        outputs = layer.run(x, Dense(bias=bias), layer.settings)
+        assert len(ran) == 1
+        with monkeypatch.context() as patched:
+            patched.setattr(plans, "DTYPES", ())
+            patched.setattr(planned, "DTYPES", ())
+            wanted = layer.run(x, Dense(bias=bias), layer.settings)
+    assert len(ran) == 1
+    _near_floats(outputs, wanted)
 
 
 def _masked(name: str) -> tuple[Any, dict[str, Any], bool]:

@@ -121,6 +121,11 @@ def _sizes_and_bias(
         bias = relpos_bias(bias.table, bias.window, dtype=bias.table.dtype, scale=scale)[None]
     if not covered or not isinstance(bias, Tensor | None):
         return None, None
+    if bias is not None:
+        bias = bias[(None,) * (4 - bias.ndim)]
+        entries, _, rows, keys = bias.shape
+        if entries not in (1, texts) or rows not in (1, length) or keys != length:
+            return None, None
     if mask is None and window is None and not attend.causal:
         return sizes, bias
     if bias is not None or length > _MOST_MASKED:
