@@ -68,6 +68,19 @@ def test_agrees_with_plain_pytorch(module: RelPosAttention, inputs: tuple[Tensor
         assert relative_error(module(*inputs), expected) > 1e-3
 
 
+@pytest.mark.parametrize("fixed", ["q_bias", "v_bias"])
+def test_one_bias_is_trained(module: RelPosAttention, fixed: str) -> None:
+    """A cached concatenation would leave the other one without a gradient."""
+    getattr(module, fixed).requires_grad_(False)
+    x, gradients = torch.randn(2, 7, 16), []
+    for run in (plain, RelPosAttention.__call__):
+        module.zero_grad()
+        run(module, x).square().sum().backward()
+        trained = [parameter.grad for parameter in module.parameters() if parameter.requires_grad]
+        gradients.append(torch.cat([gradient.flatten() for gradient in trained]))
+    assert relative_error(gradients[1], gradients[0]) < 1e-5
+
+
 def test_arguments_that_do_not_fit(module: RelPosAttention) -> None:
     with pytest.raises(InputError, match="heads=4"):
         RelPosAttention(10, 4, (2, 2))

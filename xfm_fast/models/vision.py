@@ -99,9 +99,10 @@ def qkv_bias(q_bias: Tensor, k_bias: Tensor | None, v_bias: Tensor) -> Tensor:
     """Build the bias `[3 * width]` of a joint linear layer for q, k and v; cached for inference."""
     biases, widths = [q_bias, k_bias, v_bias], [len(q_bias)] * 3
     compute: Any = partial(concatenate_biases, biases, widths)
-    if torch.is_grad_enabled() and q_bias.requires_grad:
+    sources = tuple(bias for bias in biases if bias is not None)
+    if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
         return compute()
-    return cached("qkv bias", tuple(bias for bias in biases if bias is not None), compute)
+    return cached("qkv bias", sources, compute)
 
 
 # Devices that fuse the residual sum with the next norm, across blocks too. A CPU fuses the sum with the GEMM.
