@@ -194,7 +194,7 @@ def _join(layer: nn.Module, exported: type[Fused]) -> bool:
     if proj is None or None in affines:
         return False
     weights, biases = map(list, zip(*affines, strict=True))
-    biases = [*modules.qkv_biases] or biases
+    biases = [*(modules.qkv_biases or biases)]
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     bias = flags.concatenate_biases(biases, [len(weight) // len(biases)] * len(biases))
     layer.add_module(_JOINED, JoinedAttention(weight, bias, proj, modules.heads))

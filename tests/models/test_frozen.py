@@ -335,15 +335,21 @@ def test_a_frozen_model_refuses_training_loading_and_export(model: XFM) -> None:
 
 @pytest.mark.usefixtures("int8_chosen")
 @pytest.mark.parametrize(
-    "kind", ["plain", "frozen as it was", pytest.param("int8", marks=NEEDS_INT8)]
+    "kind", ["plain", "frozen", "frozen as it was", pytest.param("int8", marks=NEEDS_INT8)]
 )
 def test_blocks_of_images(
-    kind: str, freeze_in: Callable[[gemm.Layout], None], monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    layout: gemm.Layout,
+    freeze_in: Callable[[gemm.Layout], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By plans, by the general path, after edits of what no linear layer holds, and with a hook."""
     if (reason := llvm.why_not()) is not None:
         pytest.skip(f"no compiled kernels here: {reason}")
-    freeze_in("plain")
+    # A plan cannot read oneDNN's blocks.
+    is_covered = kind != "frozen" or layout != "onednn"
+    if kind == "frozen as it was":
+        freeze_in("plain")
     compiled = selection.Selection("products of bytes", torch.float32, "llvm", {}, {}, "settled")
     monkeypatch.setitem(selection._selections, ("products of bytes", torch.float32), compiled)
     monkeypatch.setattr(plan, "_CALLS_S", math.inf)
@@ -373,7 +379,7 @@ def test_blocks_of_images(
 
     def agree() -> Tensor:
         encoded = run()
-        assert len(planned) == len(encoder.blocks)
+        assert len(planned) == is_covered * len(encoder.blocks)
         with monkeypatch.context() as patched:
             patched.setattr(vision, "DTYPES", ())
             expected = run()
@@ -391,7 +397,7 @@ def test_blocks_of_images(
         after = agree()
         assert not torch.equal(after, before)
         before = after
-    seen: list[Any] = []
-    block.mlp.fc1.register_forward_hook(lambda *given: seen.append(given))
-    run()
-    assert len(planned) == len(encoder.blocks) - 1
+    block.mlp.fc1.register_forward_hook(lambda *_: None)
+    allowed = (0.1 if kind == "int8" else 2e-5) * float(before.abs().max())
+    assert float((run() - before).abs().max()) <= allowed
+    assert len(planned) == is_covered * (len(encoder.blocks) - 1)

@@ -40,7 +40,7 @@ class LayerModules(NamedTuple):
     projections: tuple[nn.Module, ...] = ()
     qkv: tuple[Tensor, Tensor | None] | None = None  # weight and bias in place of projections
     # biases to queries, keys and values of a single projection, stored outside of it
-    qkv_biases: tuple[Tensor | None, ...] = ()
+    qkv_biases: tuple[Tensor, Tensor | None, Tensor] | None = None
     joins: bool = True  # one GEMM for all projections
     activation: Callable[[nn.Module], Any] | None = None  # looks up the activation in a layer
     # hidden layer of (x, apply_linear), unless it is `gelu(inner(x))`
@@ -54,6 +54,12 @@ class LayerModules(NamedTuple):
     branch_p: tuple[float, float] = (0.0, 0.0)  # dropout at the end of each branch
     # norms before proj and before fc2
     inner_norms: tuple[nn.Module | None, nn.Module | None] = (None, None)
+
+    @property
+    def applied_norms(self) -> list[nn.Module]:
+        """Norms before, behind and within the branches, without identities."""
+        norms = (*self.norms, *self.inner_norms)
+        return [norm for norm in norms if not isinstance(norm, nn.Identity | None)]
 
 
 class Executor(Protocol):

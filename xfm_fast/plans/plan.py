@@ -50,7 +50,8 @@ from xfm_fast.plans.recording import (
 from xfm_fast.plans.slots import SLOT, pack_of
 
 DTYPES = (torch.float32, torch.bfloat16)
-_LINEAR = {nn.Linear, NonDynamicallyQuantizableLinear}
+LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
+"""Classes of linear layers whose parameters may be read in place of a call."""
 # Programs of a plan in one thread; the number of tokens of most texts is one of few.
 _MOST_PROGRAMS = 64
 # Seconds that the calls of a layer take without a plan: 0.6 to 0.9 ms on an Intel Xeon, 0.3 to 0.7 ms on AMD EPYCs.
@@ -156,18 +157,15 @@ class Plan:
         self.operands, self.orders = operands, layers.orders
         self.layers = layers if layers.children else None
         used = [t for each in operands for t in tensors_of(each.modules)]
-        norms = list[Any]()
-        for each in operands:
-            norms += (*each.modules.norms, *each.modules.inner_norms)
+        self._norms = [norm for each in operands for norm in each.modules.applied_norms]
         embeddings, self._tables = layers.embeddings, list[nn.Module]()
         if embeddings is not None:
             used += embeddings.parameters()
-            norms.append(embeddings.LayerNorm)
+            self._norms.append(embeddings.LayerNorm)
             self._tables = [embeddings.word_embeddings, embeddings.position_embeddings]
         self._copied = [t for each in operands for t in each.copied]
         self._watch = Watch(owner, used, self._copied, layers.children, layers.config)
         self._copies = Sources(self._copied, partial(_drop, weakref.ref(owner), weakref.ref(self)))
-        self._norms = [norm for norm in norms if not isinstance(norm, nn.Identity | None)]
         self._eps = [*map(attrgetter("eps"), self._norms)]
         functions = list[tuple[int, Callable[[nn.Module], Any], Any]]()
         self._gelus = list[nn.Module]()
@@ -393,19 +391,18 @@ def _can_plan(layer: nn.Module, modules: LayerModules, dtype: torch.dtype, *, mi
             if packed.dtype != dtype or packed.is_mkldnn:
                 return False
             continue
-        if not {*map(type, group)} <= _LINEAR or any(SLOT in layer.__dict__ for layer in group):
+        if not {*map(type, group)} <= {*LINEARS} or any(SLOT in layer.__dict__ for layer in group):
             return False
         if len({kind_of(cast(Any, linear).weight) for linear in group}) > 1:
             return False
-    for norm in (*modules.norms, *modules.inner_norms):
-        is_plain = isinstance(norm, nn.LayerNorm) and norm.weight is not None
-        if not is_plain and not isinstance(norm, nn.Identity | None):
+    for norm in modules.applied_norms:
+        if not isinstance(norm, nn.LayerNorm) or norm.weight is None:
             return False
     tensors = tensors_of(modules)
     owned = {id(tensor) for tensor in (*layer.parameters(), *layer.buffers())}
     # Inference tensors carry no version, without which no copy can be watched.
     copies = (
-        bool(modules.qkv_biases)
+        modules.qkv_biases is not None
         or any(
             len(group) > 1 and packed is not None
             for group, packed in zip(groups, packs, strict=True)

@@ -150,7 +150,7 @@ class Operands:
         if not rounded and pack_of(groups[0]) is None:
             groups = [(projection,) for projection in modules.projections]
         for group in groups:
-            if modules.qkv_biases:
+            if modules.qkv_biases is not None:
                 yield self._linear(group, self.dtype, biases=modules.qkv_biases)
             else:
                 yield from self._separate(group) or [self._linear(group, self.dtype)]
@@ -553,6 +553,6 @@ def _parameters_of(modules: Iterable[nn.Module]) -> list[Tensor]:
 def tensors_of(modules: LayerModules) -> list[Tensor]:
     """Return the parameters and LayerScales that a layer computes with, without packed weights."""
     linears = (*modules.projections, modules.proj, *modules.inner, modules.fc2)
-    norms = (norm for norm in (*modules.norms, *modules.inner_norms) if norm is not None)
-    others = (*(modules.qkv or ()), *modules.qkv_biases, *modules.gammas)
-    return _parameters_of((*linears, *norms)) + [t for t in others if t is not None]
+    others = (*(modules.qkv or ()), *(modules.qkv_biases or ()), *modules.gammas)
+    parameters = _parameters_of((*linears, *modules.applied_norms))
+    return parameters + [tensor for tensor in others if tensor is not None]

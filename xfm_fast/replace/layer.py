@@ -17,11 +17,10 @@ from typing import Any, ClassVar, Literal, NamedTuple, cast, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from xfm_fast.errors import InputError
 from xfm_fast.plans.orders import Formula, LayerModules, post_norm, pre_norm
-from xfm_fast.plans.plan import Layers, forget
+from xfm_fast.plans.plan import LINEARS, Layers, forget
 from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.attention import Attend, Dense, Memory
 from xfm_fast.replace.planned import run_planned
@@ -168,9 +167,7 @@ class LayerSpec:
         values = (*self.scales, *self.inner_norms, self.head_size, self.heads)
         names = (*self.linears, *norms, *dropouts, *drop_paths, *values)
         parents = {name[:end] for name in names for end in range(len(name)) if name[end] == "."}
-        linear = (nn.Linear, NonDynamicallyQuantizableLinear)
-        if self.adaptable:
-            linear += (Adaptable,)
+        linear = (*LINEARS, Adaptable) if self.adaptable else LINEARS
         own_norms = (norm for norm in own if issubclass(norm, nn.LayerNorm))
         classes: dict[str, Any] = dict.fromkeys(sorted(parents), own or _Absent)
         classes |= dict.fromkeys(self.linears, linear)

@@ -116,11 +116,11 @@ def _sizes_and_bias(
     else:
         return None, None
     sizes = (texts, length, length)
-    if isinstance(bias, PositionTable):
-        scale = size**-0.5
-        bias = relpos_bias(bias.table, bias.window, dtype=bias.table.dtype, scale=scale)[None]
-    if not covered or not isinstance(bias, Tensor | None):
+    if not covered:
         return None, None
+    if isinstance(bias, PositionTable):
+        dtype = bias.table.dtype
+        bias = relpos_bias(*bias, dtype=dtype, scale=size**-0.5)
     if bias is not None:
         bias = bias[(None,) * (4 - bias.ndim)]
         entries, _, rows, keys = bias.shape

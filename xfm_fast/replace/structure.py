@@ -76,7 +76,6 @@ class LayerCall:
     def _queries_keys_values(self, x: Tensor) -> Sequence[Tensor]:
         """Project x to q, k and v `[..., H, D]`; with `rows`, only these have queries."""
         modules, settings, heads = self.modules, self.settings, self.modules.heads
-        biases: Any = modules.qkv_biases
         if self.rows is not None and pack_of(modules.projections) is None:
             query, *key_value = modules.projections
             k, v = project("kv", key_value, x, heads, settings)
@@ -85,9 +84,8 @@ class LayerCall:
         if modules.qkv is not None:
             outputs = [settings.linear(x, *modules.qkv)]
         elif modules.joins or len(modules.projections) == 1:
-            outputs = settings.linears(
-                "qkv", x, *modules.projections, bias=qkv_bias(*biases) if biases else None
-            )
+            bias = None if modules.qkv_biases is None else qkv_bias(*modules.qkv_biases)
+            outputs = settings.linears("qkv", x, *modules.projections, bias=bias)
         else:
             outputs = [apply_linear(layer, x, settings) for layer in modules.projections]
         if len(outputs) == 1:
