@@ -7,6 +7,7 @@ their own. The links of their names in `xfm_fast` serve a checkout alone: builds
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
 import tarfile
@@ -24,7 +25,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("benchmarks", "export", "kernels")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-DATA_SUFFIXES = {".json", ".yaml", ".html", ".css", ".js"}
+DATA_SUFFIXES = {".json", ".yaml", ".html", ".css", ".js", ".pyi"}
 
 
 @dataclass
@@ -136,7 +137,7 @@ def test_wheel_holds_every_module_and_data_file(builds: Builds) -> None:
     assert held == expected, (
         f"missing (no __init__.py beside it?): {expected - held}; unexpected: {held - expected}"
     )
-    assert {f"xfm_fast/{name}/__init__.py" for name in LINKED} | {"xfm_fast/py.typed"} <= held
+    assert {"xfm_fast/kernels/ops.py", "xfm_fast/export.py", "xfm_fast/py.typed"} <= held
 
 
 def test_sdist_holds_plain_files_only(builds: Builds) -> None:
@@ -160,7 +161,7 @@ def test_wheel_imports_away_from_the_checkout(builds: Builds, tmp_path: Path) ->
 import importlib, importlib.metadata, pathlib, sys
 unpacked = pathlib.Path(sys.argv[1])
 sys.path.insert(0, str(unpacked))
-for name in ("xfm_fast", "xfm_fast.kernels", "xfm_fast.export", "xfm_fast.benchmarks", "xfm_fast.config"):
+for name in ("xfm_fast", "xfm_fast.kernels.ops", "xfm_fast.export.onnx", "xfm_fast.benchmarks.measure", "xfm_fast.export"):
     module = importlib.import_module(name)
     assert pathlib.Path(module.__file__).is_relative_to(unpacked), (name, module.__file__)
     assert module.__doc__, name
@@ -176,6 +177,36 @@ print(xfm_fast.__version__, importlib.metadata.version("xfm-fast"))
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [_version(), _version()]
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_no_folder_of_the_checkout_hides_a_distribution(name: str, tmp_path: Path) -> None:
+    """A program that starts in the checkout has its root first on the path."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").touch()
+    code = f"import sys; sys.path.append(sys.argv[1]); import {name}; print({name}.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert Path(done.stdout.strip()).parent.parent in (tmp_path, *map(Path, site.getsitepackages()))
+
+
+def test_libraries_are_imported_from_the_root_of_the_checkout() -> None:
+    names = (
+        "sentence_transformers",
+        "transformers.models.bert.modeling_bert",
+        "timm",
+        "xfm_fast.kernels.ops",
+    )
+    code = "".join(f"import {name}\n" for name in names)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_command_line_entry_point(builds: Builds) -> None:

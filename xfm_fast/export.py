@@ -12,26 +12,12 @@ Every export writes a folder with `manifest.json`: sizes, checksums, and the com
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from .engines import export_engines
-    from .expected import Examples, generated_examples, make_examples
-    from .library import Samples
-    from .manifest import Manifest
-    from .model_repository import write_model_repository
-    from .onnx import export_onnx
-    from .quantise import quantize_int8
-    from .request import (
-        EngineRequest,
-        ExportRequest,
-        OnnxRequest,
-        RepositoryOptions,
-        TensorRTRequest,
-    )
-    from .runtimes.aoti import PackageRequest, export_packages
-    from .session import Session
-    from .verification import verify, verify_export
+# The folder `export` has no `__init__.py`, which would hide a distribution of its name from programs that start in
+# the checkout; type checkers read its `__init__.pyi`.
+__path__ = [str(Path(__file__).with_suffix(""))]
 
 _HOMES = {
     "EngineRequest": "request",
@@ -55,12 +41,6 @@ _HOMES = {
     "write_model_repository": "model_repository",
 }
 
-__all__ = [
-    "EngineRequest", "Examples", "ExportRequest", "Manifest", "OnnxRequest", "PackageRequest", "RepositoryOptions",
-    "Samples", "Session", "TensorRTRequest", "export_engines", "export_onnx", "export_packages", "generated_examples",
-    "make_examples", "quantize_int8", "verify", "verify_export", "write_model_repository",
-]  # fmt: skip
-
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
@@ -69,4 +49,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_HOMES})
