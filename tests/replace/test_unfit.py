@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -103,6 +104,43 @@ def test_an_inherited_or_decorated_forward_is_no_patch() -> None:
     kinds = (Derived, Chosen, Decorated, nn.ModuleList, nn.Module)
     assert [kind for kind in kinds if forward_patched(kind)] == []
     assert not any(forward_patched(original_class(part)) for part in bert().modules())
+
+
+@pytest.mark.parametrize(
+    ("package", "patched"), [("huggingface_hub", False), ("yaml", False), ("peft", True)]
+)
+def test_a_wrapper_of_a_required_distribution_is_no_patch(
+    package: str, patched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library may decorate its classes with functions of what it requires: transformers does with `kernels`."""
+    names = {"functools": functools, "__name__": f"{package}.inner"}
+    exec(inspect.getsource(wrapped).replace(": Any", "").replace("-> Any", ""), names)
+    layer_class = modeling_bert.BertLayer
+    monkeypatch.setattr(layer_class, "forward", names["wrapped"](layer_class.forward))
+    assert forward_patched(layer_class) is patched
+
+
+def test_a_wrapper_of_another_package_is_no_patch_in_the_source() -> None:
+    class Frozen(nn.Module):
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    assert not forward_patched(Frozen)
+    assert not forward_patched(modeling_bert.BertOutput)
+    with pytest.MonkeyPatch.context() as patch:
+        forward = modeling_bert.BertOutput.forward
+        patch.setattr(modeling_bert.BertOutput, "forward", torch.no_grad()(forward))
+        assert forward_patched(modeling_bert.BertOutput)
+
+
+def test_an_encoder_without_a_fused_layer_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer_class = modeling_bert.BertLayer
+    monkeypatch.setattr(layer_class, "forward", wrapped(layer_class.forward))
+    report = accelerate(bert(), unpad=True)
+    assert report.share == 0
+    assert str(report).startswith("0% of the linear weights run in fused modules")
+    assert "the original runs" in report.declining[""]
 
 
 def changes() -> dict[str, Any]:

@@ -43,6 +43,8 @@ from xfm_fast.replace.report import (
     Report,
     Trial,
     Unknown,
+    bypassed,
+    computed,
     in_graphs,
     linear_weights,
     size_of,
@@ -54,7 +56,6 @@ from xfm_fast.replace.swap import (
     Fused,
     Settings,
     counted,
-    find,
     forward_patched,
     forward_replaced,
     fused_form,
@@ -367,7 +368,7 @@ def _verify(
         report.runs[entry.path] = runs[module]
     # The outputs prove only the forms that computed them.
     computing = [module for module in report._modules if fused_form(module).computes]
-    computing = [module for module in computing if linear_weights(module)] or computing
+    computing = [each for each in computing if computed(each, fused_form(each))] or computing
     if not any(runs[module] for module in computing):
         raise InputError(
             f"verify compared the original with itself: {report.coverage()}. The model was reverted; give a batch that "
@@ -467,53 +468,44 @@ def _plan(
     reported: set[nn.Module] = set()
     layers: list[str] = []
     never_called: set[nn.Module] = set()
+    products: set[nn.Parameter] = set()
     for path, module in selected.items():
         if module in never_called:
             continue
         entry, form = decide(path, module, settings, FORMS)
         if entry is None:
             continue
-        computes = next(form.computes for form in FORMS if form.__name__ == entry.fused)
-        weights = linear_weights(module) if computes else set()
+        weights = computed(module, next(each for each in FORMS if each.__name__ == entry.fused))
+        products |= weights if form else set()
         entries.append(replace(entry, share=size_of(weights) / total))
         if entry.fused not in _SUBLAYERS:
             layers.append(path)
         if form is not None:
             forms.append((module, form))
             # Fused modules read the norms and attentions of PyTorch inside them.
-            for submodule in _bypassed(module, form).values():
+            for submodule in bypassed(module, form).values():
                 if original_class(submodule).__module__.startswith("torch.nn."):
                     never_called.add(submodule)
         elif weights:
             # Norms inside unrecognised layers are recognised too.
             reported.update(module.modules())
     modules = [module for module, form in forms if form.computes]
-    computing = {module for module in modules if linear_weights(module)}
+    computing = {module for module, form in forms if computed(module, form)}
     for module, form in forms:
         if not form.computes:
             continue
-        reported.add(module)
         within = [*module.modules()][1:]
-        if computing.isdisjoint(within):
+        if module in computing and computing.isdisjoint(within):
             reported.update(within)
-        else:
-            # The linear layers of an unpadded encoder are in its layers, some of which may be
-            # unknown.
-            reported.update(_bypassed(module, form).values())
+        reported.update({module, *bypassed(module, form).values()})
     unknown = unknown_layers(model, selected, reported, layers)
     if not modules:
         raise InputError(_why_nothing_fits(model, entries, unknown))
-    share = size_of(linear_weights(*modules)) / total
+    share = size_of(products) / total
     if settings.dtype is not None and all(module is not model for module, _ in forms):
         forms.append((model, Autocast))
     modules = [module for module, _ in forms]
     return Report(entries, unknown, share, _modules=modules, _eight_bits=settings.eight_bits), forms
-
-
-def _bypassed(module: nn.Module, fused: type[Fused]) -> dict[str, nn.Module]:
-    """Return the submodules that a fused form reads without calling, by name."""
-    names = fused.adapted(original_class(module)).get("bypassed", fused.bypassed)
-    return {name: submodule for name in names if (submodule := find(module, name)) is not None}
 
 
 def decide(
@@ -537,7 +529,7 @@ def decide(
 
 def _why_patched(module: nn.Module, fused: type[Fused]) -> str | None:
     """Return which class that the fused form bypasses has a forward from other code, or None."""
-    for name, submodule in {"": module, **_bypassed(module, fused)}.items():
+    for name, submodule in {"": module, **bypassed(module, fused)}.items():
         original = original_class(submodule)
         if forward_patched(original):
             owner = f" of {name}" if name else ""
@@ -548,7 +540,7 @@ def _why_patched(module: nn.Module, fused: type[Fused]) -> str | None:
 def _why_not_values(module: nn.Module, fused: type[Fused], settings: Settings) -> str | None:
     """Return why the ops cannot read a module's weights (quantised, sharded, mixed dtypes), or None."""
     dtypes: dict[torch.dtype, str] = {}
-    for name, submodule in _bypassed(module, fused).items():
+    for name, submodule in bypassed(module, fused).items():
         if adapters.is_adapted(submodule):
             continue
         for parameter in submodule._parameters.values():

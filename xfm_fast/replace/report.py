@@ -16,7 +16,7 @@ from xfm_fast.models.precision import PrecisionMixin
 from xfm_fast.plans.slots import slot_of
 from xfm_fast.replace import adapters
 from xfm_fast.replace.stored import FrozenLinear
-from xfm_fast.replace.swap import Fused, is_fused, restore
+from xfm_fast.replace.swap import Fused, find, is_fused, original_class, restore
 
 REGISTER = "register a LayerSpec to support it (xfm_fast.replace.register)"
 _MIN_SHARE = 0.05  # of the linear weights in unknown layers, to be reported
@@ -33,7 +33,7 @@ class Entry:
     fused: str  # name of the fused form
     gain: str  # benefit of the fused form
     reason: str | None = None  # why the module was not replaced; None if it was
-    share: float = 0.0  # share of the model's linear weights in this module
+    share: float = 0.0  # share of the model's linear weights that this module multiplies by itself
 
 
 class Trial(NamedTuple):
@@ -74,7 +74,7 @@ class Report:
     entries: list[Entry]
     # unrecognised layers with a relevant share of the model's linear weights
     unknown: list[Unknown] = field(default_factory=list)
-    share: float = 0.0  # share of the model's linear weights in replaced modules
+    share: float = 0.0  # share of the model's linear weights that replaced modules multiply by
     # largest difference of each verified output, relative to its largest value
     differences: dict[str, float] = field(default_factory=dict)
     # smallest cosine of each verified output
@@ -154,7 +154,7 @@ class Report:
         return line
 
     def __str__(self) -> str:
-        lines = self._table()
+        lines = [f"{self.share:.0%} of the linear weights run in fused modules", *self._table()]
         lines.append(f"{len(self.replaced)} modules replaced, {len(self.left)} not replaced")
         if declining := self.declining:
             lines[-1] += f"; {len(declining)} of them currently run their original"
@@ -169,7 +169,6 @@ class Report:
             lines.append(f"{rounded} weights run in {self._eight_bits}")
             if self._exempt:
                 lines[-1] += f"; {self._exempt} modules stay in floating point for accuracy"
-        lines.append(f"{self.share:.0%} of the linear weights are in replaced modules")
         if (adapted := adapters.summary(self._modules)) is not None:
             lines.append(adapted)
         return "\n".join(lines + self._verification())
@@ -235,7 +234,11 @@ def linear_weights(*modules: nn.Module) -> set[nn.Parameter]:
     layers = (
         layer for module in modules for layer in module.modules() if isinstance(layer, _LINEAR)
     )
-    return {p for layer in layers for p in layer.parameters(recurse=False) if p.ndim > 1}
+    return {p for layer in layers for p in _matrices(layer)}
+
+
+def _matrices(module: nn.Module) -> set[nn.Parameter]:
+    return {p for p in module.parameters(recurse=False) if p.ndim > 1}
 
 
 def unwatched(modules: Collection[nn.Module], eight_bits: EightBits | None) -> list[str]:
@@ -256,6 +259,18 @@ def unwatched(modules: Collection[nn.Module], eight_bits: EightBits | None) -> l
             "not seen: single elements of a large weight that are written through .data or NumPy"
         )
     return lines
+
+
+def bypassed(module: nn.Module, fused: type[Fused]) -> dict[str, nn.Module]:
+    """Return the submodules that a fused form reads without calling, by name."""
+    names = fused.adapted(original_class(module)).get("bypassed", fused.bypassed)
+    return {name: submodule for name in names if (submodule := find(module, name)) is not None}
+
+
+def computed(module: nn.Module, fused: type[Fused]) -> set[nn.Parameter]:
+    """Return the linear weights whose products a fused form computes itself, and no form inside it."""
+    layers = (module, *bypassed(module, fused).values()) if fused.computes else ()
+    return {p for layer in layers if isinstance(layer, _LINEAR) for p in _matrices(layer)}
 
 
 def size_of(weights: Collection[nn.Parameter]) -> int:
@@ -279,9 +294,7 @@ def unknown_layers(
     """
     tables = (nn.Embedding, nn.EmbeddingBag)
     matrices = {
-        module: {p for p in module.parameters(recurse=False) if p.ndim > 1}
-        for module in model.modules()
-        if not isinstance(module, tables)
+        module: _matrices(module) for module in model.modules() if not isinstance(module, tables)
     }
     total = size_of(set().union(*matrices.values())) or 1
     remaining: set[nn.Parameter] = set()

@@ -8,6 +8,7 @@ form does not cover. (PyTorch's `fully_shard` swaps classes in the same way.)
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 import weakref
 from collections import Counter
@@ -15,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, wraps
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
@@ -477,22 +479,72 @@ def forward_replaced(module: nn.Module) -> bool:
 
 
 def forward_patched(original: type[nn.Module]) -> bool:
-    """Return whether other code replaced or wrapped the forward of a class."""
+    """Return whether other code replaced or wrapped the forward of a class after the class was made."""
     function: Any = original.forward
     if function is nn.Module.forward:
         return False
     bases = [base for base in original.__mro__ if base not in (nn.Module, object)]
-    libraries = {base.__module__.partition(".")[0] for base in bases}
-    while True:
-        # `functools.wraps` copies names, but not the globals; a library may decorate with functions
-        # of its own.
-        module = getattr(function, "__globals__", {}).get("__name__", "builtins")
-        if module.partition(".")[0] not in libraries:
-            return True
-        if not hasattr(function, "__wrapped__"):
-            owner = (module, function.__qualname__.rpartition(".")[0])
-            return owner not in [(base.__module__, base.__qualname__) for base in bases]
+    wrappers = set()
+    while hasattr(function, "__wrapped__"):
+        wrappers.add(_package(function))
         function = function.__wrapped__
+    module, owner = _module(function), function.__qualname__.rpartition(".")[0]
+    if (module, owner) not in [(base.__module__, base.__qualname__) for base in bases]:
+        return True
+    libraries = {_package(base) for base in bases}
+    return not all(
+        package in libraries
+        or any(_requires(library, package) for library in libraries)
+        or any(package in _decorators(part) for part in (function, *bases))
+        for package in wrappers
+    )
+
+
+def _module(function: Any) -> str:
+    # `functools.wraps` copies names, but not the globals.
+    return getattr(function, "__globals__", {}).get("__name__") or function.__module__
+
+
+def _package(function: Any) -> str:
+    return _module(function).partition(".")[0]
+
+
+_providers = cache(packages_distributions)
+
+
+@cache
+def _requires(library: str, package: str) -> bool:
+    """Return whether the distribution of a library cannot do without that of a package."""
+    if _canonical(package) in _requirements(library):
+        return True
+    # Reading the names of all packages takes a third of a second.
+    needed = set().union(*map(_requirements, _providers().get(library, ())))
+    return not needed.isdisjoint(map(_canonical, _providers().get(package, ())))
+
+
+def _requirements(distribution: str) -> set[str]:
+    try:
+        lines = [line for line in requires(distribution) or () if "extra ==" not in line]
+    except PackageNotFoundError:
+        return set()
+    return {_canonical(re.split(r"[^\w.-]", line)[0]) for line in lines}
+
+
+def _canonical(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+@cache
+def _decorators(part: Any) -> set[str]:
+    """Return the packages of the decorators in the source of a class or function."""
+    try:
+        source = re.split(r"\b(?:class|def) ", inspect.getsource(part))[0]
+    except (OSError, TypeError):
+        return set()
+    names = vars(sys.modules[_module(part)])
+    found = [names.get(name) for name in re.findall(r"^\s*@(\w+)", source, re.MULTILINE)]
+    modules = (getattr(each, "__module__", None) or getattr(each, "__name__", "") for each in found)
+    return {module.partition(".")[0] for module in modules}
 
 
 def _stores_class_forward(module: nn.Module) -> bool:

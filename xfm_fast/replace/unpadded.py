@@ -141,7 +141,8 @@ class UnpaddedEncoder(CalledByName):
 
     def declines(self) -> str | None:
         for layer in self._layers():
-            if isinstance(layer, Fused) and (reason := layer.declines()) is not None:
+            reason = layer.declines() if isinstance(layer, Fused) else "the original runs"
+            if reason is not None:
                 return f"it computes padding: in a layer, {reason}"
         return None
 
