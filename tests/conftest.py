@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import importlib.util
 import json
 import lzma
 import os
@@ -11,7 +13,7 @@ import re
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +44,49 @@ PACKED = Path(__file__).parent / "golden"
 torch.set_num_threads(1)
 settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("reproducible")
+_import_or_skip = pytest.importorskip
+
+
+def _import_installed_or_skip(name: str, *args: Any, **options: Any) -> Any:
+    """Import a module, or skip where it is not installed; one that is there and cannot be imported fails."""
+    if importlib.util.find_spec(name) is not None:
+        importlib.import_module(name)
+    return _import_or_skip(name, *args, **options)
+
+
+def _import_parents_first(name: str, *args: Any, **options: Any) -> Any:
+    parent = name.rpartition(".")[0]
+    if parent:
+        _import_parents_first(parent, *args, **options)
+    return _import_installed_or_skip(name, *args, **options)
+
+
+pytest.importorskip = _import_parents_first
+
+
+def _missing_instructions(error: BaseException) -> str | None:
+    """Return what this processor lacks if an error says so, and the processor too."""
+    if "dtype='int8' is not offered here" in str(error):
+        from xfm_fast.kernels.cpu import int8
+
+        return int8.why_not()
+    if "bfloat16 on this CPU" in str(error) and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "this processor has no bfloat16 instructions"
+    return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, Any, Any]:
+    """Skip a test that asked for instructions that the processor lacks."""
+    try:
+        return (yield)
+    except ValueError as error:
+        reason = _missing_instructions(error)
+        if reason is None:
+            raise
+        pytest.skip(reason)
+
+
 _unpacked = tempfile.TemporaryDirectory(prefix="xfm-golden-")
 
 

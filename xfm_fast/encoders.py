@@ -218,7 +218,7 @@ class XFMEncoder:
 
         if isinstance(items[0], str):
             return text_tokens(items, self.tokenizer, self.model.config)
-        return image_pixels(items, self.model.config)
+        return image_pixels(items, self.model.config.image_size)
 
     def run(self, inputs: Any) -> Tensor:
         import torch

@@ -355,6 +355,26 @@ def test_image_processor_takes_any_image(model: XFM, folder: str, files: list[Pa
         processor("nothing.png")
 
 
+def test_image_processor_of_the_stored_dictionary(
+    folder: str, files: list[Path], tmp_path: Path
+) -> None:
+    """transformers 5.25 creates image processors from the contents of `preprocessor_config.json`."""
+    stored = json.loads(Path(folder, "preprocessor_config.json").read_text())
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    expected = processor(files)["pixel_values"]
+    processor.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "preprocessor_config.json").read_text()) == stored
+    for other in (
+        XFMImageProcessor.from_pretrained(folder),
+        XFMImageProcessor.from_dict(stored),
+        XFMImageProcessor.from_dict(processor.to_dict()),
+    ):
+        assert json.loads(json.dumps(other.to_dict())) == stored
+        torch.testing.assert_close(other(files)["pixel_values"], expected)
+    small = XFMImageProcessor.from_dict(stored | {"size": {"height": 16, "width": 16}})
+    assert small(files)["pixel_values"].shape[2:] == (16, 16)
+
+
 def test_tokenizer_is_that_of_captions(model: XFM, folder: str) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert model.tokenizer is not None

@@ -82,7 +82,7 @@ def test_the_ranking_rule_is_named_or_recorded(indexed: SearchIndex, model: XFME
     result = search(indexed, model, TEXT, rank="sum", top=20)
     paths = [Path(hit.location) for hit in result.hits]
     with torch.no_grad():
-        pixels = [image_pixels([path], model.model.config) for path in paths]
+        pixels = [image_pixels([path], model.model.config.image_size) for path in paths]
         logits = match_images(model, pixels, TEXT, 7)[:, 1]
     expected = logits + model.model.similarity(paths, TEXT)
     np.testing.assert_allclose([hit.score for hit in result.hits], expected, atol=1e-5)

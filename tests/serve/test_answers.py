@@ -71,7 +71,7 @@ def test_the_ranking_rule_is_named_or_recorded(
     start: Start, weights: Path, model: XFM, photos: list[Path], tmp_path: Path
 ) -> None:
     opened, paths = XFMEncoder(model, Source(), ""), photos[1:4]
-    pixels = [image_pixels([path], model.config) for path in paths]
+    pixels = [image_pixels([path], model.config.image_size) for path in paths]
     logits = match_images(opened, pixels, CAPTIONS[1], 3)[:, 1]
     similarity = model.similarity(paths, CAPTIONS[1])
     expected = {

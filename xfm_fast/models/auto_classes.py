@@ -5,6 +5,7 @@ They read only what `XFM.save_pretrained` writes, and compute what `XFM.encode` 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import threading
@@ -21,10 +22,11 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.models.clip.modeling_clip import CLIPOutput
 from transformers.tokenization_utils_base import TruncationStrategy
 
+from xfm_fast.checkpoint.files import CONFIG_FILE
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import DataError, InputError, UnavailableError
-from xfm_fast.io import write_bytes
-from xfm_fast.models.hub import TOKENIZER_SETTINGS, Download, local_folder
+from xfm_fast.io import make_folder, write_bytes
+from xfm_fast.models.hub import PREPROCESSOR_FILE, TOKENIZER_SETTINGS, Download, local_folder
 from xfm_fast.models.processor import (
     XFMProcessor,
     image_pixels,
@@ -124,24 +126,7 @@ class XFMModel(transformers.PreTrainedModel):
         return CLIPOutput(**results)
 
 
-class _Stored:
-    """Loading and saving by the files of an `XFMProcessor`, with which a subclass is created."""
-
-    processor: XFMProcessor
-
-    @classmethod
-    def from_pretrained(cls: Any, name: str | Path, *inputs: Any, **options: Any) -> Any:
-        """Load as `XFMProcessor.from_pretrained`."""
-        path, options = _locate(name, options)
-        options = {_LIMIT: get_tokenizer_config(path).get(_LIMIT), **options}
-        return cls(XFMProcessor.from_pretrained(path), **options)
-
-    def save_pretrained(self, save_directory: str | Path, *inputs: Any, **options: Any) -> Any:
-        """Save as `XFMProcessor.save_pretrained`."""
-        self.processor.save_pretrained(save_directory)
-
-
-class XFMTokenizer(_Stored, transformers.PreTrainedTokenizerFast):
+class XFMTokenizer(transformers.PreTrainedTokenizerFast):
     """Tokenizer that cleans and truncates texts as `XFM.encode`; a text without words is `<s></s>`.
 
     Threads may share it.
@@ -161,9 +146,16 @@ class XFMTokenizer(_Stored, transformers.PreTrainedTokenizerFast):
             raise DataError(f"{TOKENIZER_SETTINGS} has {_LIMIT}={limit!r}; give 3 tokens or more")
         super().__init__(**vocabulary, add_bos_token=True, add_eos_token=True, **options)
 
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *inputs: Any, **options: Any) -> Any:
+        """Load as `XFMProcessor.from_pretrained`."""
+        path, options = _locate(name, options)
+        options = {_LIMIT: get_tokenizer_config(path).get(_LIMIT), **options}
+        return cls(XFMProcessor.from_pretrained(path), **options)
+
     def save_pretrained(self, save_directory: str | Path, *inputs: Any, **options: Any) -> Any:
         """Save as `XFMProcessor.save_pretrained`, with the token limit."""
-        super().save_pretrained(save_directory)
+        self.processor.save_pretrained(save_directory)
         settings = json.dumps({_LIMIT: self.model_max_length})
         write_bytes({Path(save_directory, TOKENIZER_SETTINGS): settings.encode()})
 
@@ -181,16 +173,28 @@ def _clean(text: Any) -> Any:
     return [*map(_clean, text)] if isinstance(text, list | tuple) else clean_caption(text)
 
 
-class XFMImageProcessor(_Stored, transformers.BaseImageProcessor):
+class XFMImageProcessor(transformers.BaseImageProcessor):
     """Image transform of `XFM.encode`, for files, URLs, PIL images and arrays."""
 
-    def __init__(self, processor: XFMProcessor, **options: Any) -> None:
-        super().__init__(**preprocessor_settings(processor.config))
-        self.processor = processor
+    def __init__(self, *, size: dict[str, int], **settings: Any) -> None:
+        super().__init__(size=size, **settings)
+        self.settings = {**settings, "size": size}
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *inputs: Any, **options: Any) -> Any:
+        """Load from `config.json` alone, as `XFMProcessor.from_pretrained`."""
+        path, _ = _locate(name, options)
+        return cls(**preprocessor_settings(XFMConfig.load(path / CONFIG_FILE)))
+
+    def save_pretrained(self, save_directory: str | Path, *inputs: Any, **options: Any) -> Any:
+        """Write `preprocessor_config.json`."""
+        make_folder(Path(save_directory))
+        content = json.dumps(self.settings, indent=2) + "\n"
+        write_bytes({Path(save_directory, PREPROCESSOR_FILE): content.encode()})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of `preprocessor_config.json`."""
-        return preprocessor_settings(self.processor.config)
+        return copy.deepcopy(self.settings)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Download images and convert arrays; files stay names, which `XFM.encode` opens otherwise."""
@@ -204,7 +208,7 @@ class XFMImageProcessor(_Stored, transformers.BaseImageProcessor):
     def preprocess(self, images: Any, *inputs: Any, **options: Any) -> Any:
         """Return `pixel_values` `[B, 3, R, R]` of one or several images."""
         pictures = self.fetch_images(images if isinstance(images, list | tuple) else [images])
-        pixels = image_pixels(pictures, self.processor.config)
+        pixels = image_pixels(pictures, self.settings["size"]["height"])
         return transformers.BatchFeature({"pixel_values": pixels})
 
 
@@ -218,9 +222,10 @@ class XFMAutoProcessor(transformers.ProcessorMixin):
     def from_pretrained(cls, name: str | Path, *inputs: Any, **options: Any) -> Any:
         """Load both; of a model without a tokenizer, return the image processor alone."""
         images = XFMImageProcessor.from_pretrained(name, **options)
-        if images.processor.tokenizer is None:
+        path, options = _locate(name, options)
+        if XFMProcessor.from_pretrained(path).tokenizer is None:
             return images
-        return cls(images, XFMTokenizer.from_pretrained(name, **options))
+        return cls(images, XFMTokenizer.from_pretrained(path, **options))
 
     def save_pretrained(self, save_directory: str | Path, *inputs: Any, **options: Any) -> Any:
         """Save as the tokenizer."""

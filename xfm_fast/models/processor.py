@@ -98,7 +98,7 @@ class XFMProcessor:
             pictures = as_list(images)
             if not pictures:
                 raise InputError("the list of images is empty; give at least one")
-            inputs["pixels"] = image_pixels(pictures, self.config)
+            inputs["pixels"] = image_pixels(pictures, self.config.image_size)
         if text is not None:
             texts = as_list(text)
             if not texts:
@@ -195,10 +195,10 @@ def text_tokens(
 
 
 def image_pixels(
-    images: Sequence[Picture], config: XFMConfig, device: torch.device | None = None
+    images: Sequence[Picture], size: int, device: torch.device | None = None
 ) -> Tensor:
-    """Normalise images, each resized whole to the model's square: `[B, 3, R, R]`; raises `DataError`."""
-    transform = evaluation_transform(config.image_size)
+    """Normalise images, each resized whole to a square: `[B, 3, size, size]`; raises `DataError`."""
+    transform = evaluation_transform(size)
     return torch.stack([transform(open_image(image)) for image in images]).to(device)
 
 

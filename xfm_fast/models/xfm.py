@@ -187,7 +187,7 @@ class XFM(PretrainedMixin):
                     features.append(self.project_text(self.encode_text(input_ids, mask)))
             else:
                 for images in batches(sequence, batch_size):
-                    pixels = image_pixels(images, self.config, self.device)
+                    pixels = image_pixels(images, self.config.image_size, self.device)
                     features.append(self.project_image(self.encode_image(pixels)))
         if isinstance(items, str) or is_picture(items):
             return features[0][0]
@@ -253,7 +253,7 @@ class XFM(PretrainedMixin):
         for chunk in batches(captions, batch_size):
             input_ids, mask = text_tokens(chunk, self.tokenizer, self.config, self.device)
             if memory is None:
-                pixels = image_pixels([image], self.config, self.device)
+                pixels = image_pixels([image], self.config.image_size, self.device)
                 memory = self.image_memory(self.encode_image(pixels))
             index = torch.zeros(len(chunk), dtype=torch.long, device=self.device)
             embeds = self.encode_text(input_ids, mask)

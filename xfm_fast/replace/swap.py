@@ -502,7 +502,8 @@ def forward_patched(original: type[nn.Module]) -> bool:
 
 def _module(function: Any) -> str:
     # `functools.wraps` copies names, but not the globals.
-    return getattr(function, "__globals__", {}).get("__name__") or function.__module__
+    names = getattr(function, "__globals__", {})
+    return names.get("__name__") or function.__module__ or "builtins"
 
 
 def _package(function: Any) -> str:

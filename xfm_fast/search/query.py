@@ -119,7 +119,7 @@ def _rerank(
     opened, pixels, lost = list[Hit](), list[Tensor](), dict[str, str]()
     for hit in hits:
         try:
-            pixels.append(image_pixels([index.load(hit.entry)], config))
+            pixels.append(image_pixels([index.load(hit.entry)], config.image_size))
             opened.append(hit)
         except DataError as error:
             if index.root is None:
