@@ -210,7 +210,8 @@ def test_probes_models_metrics_and_docs(served: Running) -> None:
         "model": "tiny-xfm",
         "random_weights": False,
     }
-    assert served.get("/ready").json() == {"status": "ready"}
+    assert served.get("/ready").json() == served.get("/health").json()
+    assert served.get("/live").json() == {"status": "ok"}
     (listed,) = served.get("/v1/models").json()["data"]
     assert (listed["id"], listed["abilities"]) == ("tiny-xfm", ["embed", "rank", "compare"])
     served.post("/v1/rerank", {"query": "a red circle", "documents": [image(7)]})
