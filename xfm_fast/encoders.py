@@ -238,10 +238,11 @@ Encoder = LibraryEncoder | XFMEncoder
 
 
 def is_library_model(source: Source) -> bool:
-    """Return whether a source is a model of sentence-transformers or transformers, or its export, not an X-FM.
+    """Return whether a source is no X-FM: no file, and its configuration, if it has one, is of another model.
 
     Of a name on the Hub, only the small configuration is downloaded.
     """
+    from xfm_fast.checkpoint.files import model_folder
     from xfm_fast.config import MODEL_TYPE
 
     if source.model is None:
@@ -250,13 +251,8 @@ def is_library_model(source: Source) -> bool:
     if source.is_export:
         manifest = _read_object(str(path), MANIFEST_FILE) or {}
         return manifest.get("use") is not None
-    if path.is_file():
-        return False
-    config = _read_object(str(path) if path.is_dir() else source.model, "config.json")
-    if config is None:
-        # Older models keep the configuration of transformers in a folder below.
-        return (path / "modules.json").is_file()
-    return config.get("model_type") != MODEL_TYPE
+    config = _read_object(str(model_folder(path) or source.model), "config.json") or {}
+    return not path.is_file() and config.get("model_type") != MODEL_TYPE
 
 
 def open_encoder(source: str | Path | Source, *, device: str | None = None) -> Encoder:
@@ -342,7 +338,7 @@ def _open_library(source: Source) -> LibraryEncoder:
         from xfm_fast.models.hub import first_line
 
         raise CheckpointError(
-            f"{source} cannot be opened by sentence-transformers ({first_line(error)}); check its files"
+            f"{source} cannot be opened by sentence-transformers ({first_line(error)}); check its name and files"
         ) from error
     missing = next((name for name, value in model.named_parameters() if value.is_meta), None)
     if missing is not None:

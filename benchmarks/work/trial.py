@@ -282,6 +282,8 @@ def _model_folder(name: str) -> Path:
             f"{name} is no folder here; if it is a model on the Hugging Face Hub: pip install huggingface_hub"
         ) from None
     try:
+        if "/" not in name and not huggingface_hub.repo_exists(name):
+            name = f"sentence-transformers/{name}"
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_DOWNLOADED))
     except Exception as error:  # its HTTP libraries raise errors of their own
         raise CheckpointError(

@@ -204,6 +204,27 @@ def test_concurrent_requests_get_the_same_responses(served: Running) -> None:
         close(result, expected)
 
 
+def test_a_service_is_healthy_once_its_models_have_run(weights: Path) -> None:
+    options = ServiceOptions(port=0)
+    service = Service([load(weights, SourceOptions(device="cpu"), 0)], options)
+    begin, warm = threading.Event(), service.models[0].warm_up
+
+    def wait() -> None:
+        begin.wait(SECONDS)
+        warm()
+
+    service.models[0].warm_up = wait
+    with ThreadPoolExecutor(1) as threads:
+        try:
+            client = TestClient(service.app)
+            probes = [client.get(path) for path in ("/live", "/health", "/ready")]
+            assert [probe.status_code for probe in probes] == [200, 503, 503]
+            assert client.post("/v1/embeddings", json={"input": "a"}).status_code == 503
+        finally:
+            begin.set()
+            service.close()
+
+
 def test_probes_models_metrics_and_docs(served: Running) -> None:
     assert served.get("/health").json() == {
         "status": "ok",
