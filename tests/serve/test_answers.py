@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import shlex
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -18,6 +21,7 @@ from xfm_fast.encoders import XFMEncoder
 from xfm_fast.models.processor import image_pixels
 from xfm_fast.models.xfm import XFM
 from xfm_fast.search import Source, match_images
+from xfm_fast.serve import Service, ServiceOptions, SourceOptions, load
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 CURL, *PROGRAMS = (
@@ -204,25 +208,26 @@ def test_concurrent_requests_get_the_same_responses(served: Running) -> None:
         close(result, expected)
 
 
-def test_a_service_is_healthy_once_its_models_have_run(weights: Path) -> None:
-    options = ServiceOptions(port=0)
-    service = Service([load(weights, SourceOptions(device="cpu"), 0)], options)
-    begin, warm = threading.Event(), service.models[0].warm_up
+def test_a_service_is_healthy_once_its_models_have_run(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(weights, SourceOptions(device="cpu"), 0)
+    begin, service = threading.Event(), Service([model], ServiceOptions(port=0))
+    monkeypatch.setattr(model, "warm_up", begin.wait)
 
-    def wait() -> None:
-        begin.wait(SECONDS)
-        warm()
+    async def probe() -> list[list[int]]:
+        transport = httpx.ASGITransport(service.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            statuses = list[list[int]]()
+            for _ in range(2):
+                paths = ("/live", "/health", "/ready", "/info")
+                statuses.append([(await client.get(path)).status_code for path in paths])
+                begin.set()
+                await service.warm_up()
+            return statuses
 
-    service.models[0].warm_up = wait
-    with ThreadPoolExecutor(1) as threads:
-        try:
-            client = TestClient(service.app)
-            probes = [client.get(path) for path in ("/live", "/health", "/ready")]
-            assert [probe.status_code for probe in probes] == [200, 503, 503]
-            assert client.post("/v1/embeddings", json={"input": "a"}).status_code == 503
-        finally:
-            begin.set()
-            service.close()
+    assert asyncio.run(probe()) == [[200, 503, 503, 503], [200] * 4]
+    service.close()
 
 
 def test_probes_models_metrics_and_docs(served: Running) -> None:
