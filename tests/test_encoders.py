@@ -176,7 +176,7 @@ def test_options_of_xfm_do_not_apply(embedder: Path) -> None:
 
 def test_what_is_a_model_of_the_library(embedder: Path, folder: Path, tmp_path: Path) -> None:
     xfm = write_model(tmp_path / "xfm", seed=1)
-    sources: dict[str, bool] = {str(embedder): True, str(xfm): False, str(tmp_path): False}
+    sources: dict[str, bool] = {str(embedder): True, str(xfm): False, str(tmp_path): True}
     for name, is_library in sources.items():
         assert is_library_model(Source(name)) is is_library
     assert not is_library_model(Source(random="tiny"))

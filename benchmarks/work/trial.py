@@ -26,14 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from xfm_fast.checkpoint.files import model_folder
-from xfm_fast.config import MODEL_TYPE
 from xfm_fast.data.images import decode_image
-from xfm_fast.encoders import open_encoder
+from xfm_fast.encoders import is_library_model, open_encoder
 from xfm_fast.errors import CheckpointError, DataError, InputError, UnavailableError, XFMError
 from xfm_fast.io import read_bytes, read_json
 from xfm_fast.kernels.cpu import int8
-from xfm_fast.loading import MANIFEST_FILE, EncoderSource
+from xfm_fast.loading import EncoderSource
 from xfm_fast.replace import accelerate
 from xfm_fast.testing import bundled, captions_table
 
@@ -191,7 +189,7 @@ def open_model(name: str) -> Opened:
         return _open_timm(name)
     root = _model_folder(name)
     folder = _encoder_folder(root)
-    if _is_xfm(folder):
+    if not is_library_model(EncoderSource(str(folder))):
         raise InputError(
             f"{name} is an X-FM, which needs no accelerate; xfm-fast bench --model measures it"
         )
@@ -239,14 +237,6 @@ def open_model(name: str) -> Opened:
     return Opened(name, model.float().eval(), root, folder, size)
 
 
-def _is_xfm(folder: Path) -> bool:
-    """Return whether a folder holds an X-FM, a run of it, or its export."""
-    weights = model_folder(folder)
-    config = _read_json(weights / "config.json") if weights else None
-    is_model = isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
-    return is_model or (folder / MANIFEST_FILE).is_file()
-
-
 def _open_timm(name: str) -> Opened:
     try:
         import timm
@@ -273,8 +263,6 @@ def _model_folder(name: str) -> Path:
         raise CheckpointError(
             f"{name} is a file; give its folder, or a file of X-FM to xfm-fast bench --model"
         )
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise CheckpointError(f"{name} is no folder; check the path")
     try:
         import huggingface_hub
     except ImportError:
