@@ -28,7 +28,14 @@ from torch.utils import _pytree as pytree
 
 from xfm_fast.data.images import decode_image
 from xfm_fast.encoders import is_library_model, open_encoder
-from xfm_fast.errors import CheckpointError, DataError, InputError, UnavailableError, XFMError
+from xfm_fast.errors import (
+    CheckpointError,
+    DataError,
+    InputError,
+    UnavailableError,
+    XFMError,
+    needs,
+)
 from xfm_fast.io import read_bytes, read_json
 from xfm_fast.kernels.cpu import int8
 from xfm_fast.loading import EncoderSource
@@ -198,26 +205,16 @@ def open_model(name: str) -> Opened:
         raise CheckpointError(
             f"{folder} has no config.json; give the folder that save_pretrained wrote"
         )
-    try:
+    with needs("hf"):
         import transformers
-    except ImportError:
-        raise UnavailableError(f"{name} needs transformers; pip install '.[hf]'") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if not config.get("model_type"):
-        raise InputError(
-            f"{folder / 'config.json'} has no model_type, which selects the class of transformers"
-        )
     architectures = [item for item in config.get("architectures") or [] if isinstance(item, str)]
     classes: list[Any] = [getattr(transformers, item, None) for item in architectures] or [None]
     if "auto_map" in config and None in classes:
         raise InputError(
             f"{name} brings code of its own for {', '.join(architectures)}, which is not run; open it yourself and "
             "call xfm_fast.accelerate(model, verify=batch)"
-        )
-    if not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
-        raise CheckpointError(
-            f"{folder} has no model.safetensors; give the folder that save_pretrained wrote"
         )
     model_class = next(filter(None, classes), transformers.AutoModel)
     try:
@@ -238,11 +235,9 @@ def open_model(name: str) -> Opened:
 
 
 def _open_timm(name: str) -> Opened:
-    try:
+    with needs("hf"):
         import timm
         from timm.data import resolve_model_data_config
-    except ImportError:
-        raise UnavailableError(f"{name} needs timm; pip install '.[hf]'") from None
     architecture = name.removeprefix(TIMM)
     if not timm.is_model(architecture.split(".")[0]):
         near = ", ".join(get_close_matches(architecture, timm.list_models(), n=3))
@@ -263,12 +258,8 @@ def _model_folder(name: str) -> Path:
         raise CheckpointError(
             f"{name} is a file; give its folder, or a file of X-FM to xfm-fast bench --model"
         )
-    try:
+    with needs("hf"):
         import huggingface_hub
-    except ImportError:
-        raise UnavailableError(
-            f"{name} is no folder here; if it is a model on the Hugging Face Hub: pip install huggingface_hub"
-        ) from None
     try:
         if "/" not in name and not huggingface_hub.repo_exists(name):
             name = f"sentence-transformers/{name}"
