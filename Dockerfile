@@ -19,7 +19,7 @@ VOLUME /models
 EXPOSE 8000
 
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/ready', timeout=4)"]
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
 
 # Docker stops it with SIGTERM: it answers what is in flight, up to --timeout.
 ENTRYPOINT ["xfm-fast", "serve", "--host", "0.0.0.0", "--port", "8000"]

@@ -623,3 +623,21 @@ def test_trained_weights(tmp_path: Path) -> None:
     plain: Any = SentenceTransformer(str(folder), device="cpu")
     expected = plain.encode(texts)
     np.testing.assert_allclose(_vectors(table), expected, atol=2e-4)
+
+
+def test_ids_of_shards_are_theirs(embedder: LibraryEncoder, tmp_path: Path) -> None:
+    """Row numbers in their place would be the same in every shard."""
+    for shard in range(2):
+        rows = [{"id": f"{shard}-{row}", "text": f"a red circle {row}"} for row in range(3)]
+        lines = "\n".join(map(json.dumps, rows))
+        (tmp_path / f"{shard}.jsonl").write_text(lines)
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{shard}.parquet")
+    for suffix in ("jsonl", "parquet"):
+        found = list[str]()
+        for shard in range(2):
+            table = _embed(embedder, tmp_path / f"{shard}.{suffix}", tmp_path / f"{shard}{suffix}")
+            assert table.column_names == ["id", "text", "embedding"]
+            found += table["id"].to_pylist()
+        assert found == [f"{shard}-{row}" for shard in range(2) for row in range(3)]
+    named = _embed(embedder, tmp_path / "0.parquet", tmp_path / "named", id="text")
+    assert named["id"].to_pylist() == [f"a red circle {row}" for row in range(3)]

@@ -58,7 +58,8 @@ def assert_close(features: Tensor, expected: object, tolerance: float = 2e-6) ->
 def test_texts_are_embedded_as_by_the_library(embedder: Path) -> None:
     plain, fast = sentence_transformers.SentenceTransformer(str(embedder)), opened(embedder)
     assert (fast.use, fast.width, fast.modalities) == ("embedding", 64, ("text",))
-    assert "100% accelerated in fp32" in fast.origin
+    # The pooler, which no text is read from, is never called.
+    assert "94% accelerated in fp32" in fast.origin
     assert_close(fast.run(fast.prepare(TEXTS)), plain.encode(TEXTS))
     assert_close(fast.run(fast.prepare(TEXTS, "query")), plain.encode_query(TEXTS))
     assert_close(fast.run(fast.prepare(TEXTS, "document")), plain.encode_document(TEXTS))
@@ -176,7 +177,7 @@ def test_options_of_xfm_do_not_apply(embedder: Path) -> None:
 
 def test_what_is_a_model_of_the_library(embedder: Path, folder: Path, tmp_path: Path) -> None:
     xfm = write_model(tmp_path / "xfm", seed=1)
-    sources: dict[str, bool] = {str(embedder): True, str(xfm): False, str(tmp_path): False}
+    sources: dict[str, bool] = {str(embedder): True, str(xfm): False, str(tmp_path): True}
     for name, is_library in sources.items():
         assert is_library_model(Source(name)) is is_library
     assert not is_library_model(Source(random="tiny"))

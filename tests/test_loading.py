@@ -74,6 +74,9 @@ def source(
             "local_folder",
             lambda name, **_: folder / "model" if name == "org/x" else local(name),
         )
+        monkeypatch.setattr(
+            "huggingface_hub.hf_hub_download", lambda _, file: str(folder / "model" / file)
+        )
         return Source("org/x", device="cpu")
     sizes = str(folder / "sizes.json")
     return Source(

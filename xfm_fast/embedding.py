@@ -72,7 +72,7 @@ class EmbedOptions:
     Attributes:
         column: Column of the texts or images. [image if the model embeds images and there is one, else
             text; a WebDataset sample has both by its suffixes]
-        id: Column of the ids. [the key of a WebDataset sample, else the number of the row]
+        id: Column of the ids. [the key of a WebDataset sample, else `id` if there is one, else the number of the row]
         keep: Columns to copy. [the texts]
         role: What texts are to a search, which selects the model's prompt.
         prompt: Words before each text, in place of the model's prompt.
@@ -436,8 +436,7 @@ def _read(
         nonlocal content, id
         default = (name for name in reversed(encoder.modalities) if name in names)
         content = options.column or next(default, "text")
-        if _KEY in names:
-            id = id or _KEY
+        id = id or next((name for name in (_KEY, "id") if name in names), None)
         columns = {content, *(options.keep or ()), id or content}
         if absent := ", ".join(sorted(columns - {*names})):
             existing = ", ".join(names) or "none, since it has no rows"

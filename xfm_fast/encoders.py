@@ -238,10 +238,11 @@ Encoder = LibraryEncoder | XFMEncoder
 
 
 def is_library_model(source: Source) -> bool:
-    """Return whether a source is a model of sentence-transformers or transformers, or its export, not an X-FM.
+    """Return whether a source is no X-FM: no file, and its configuration, if it has one, is of another model.
 
     Of a name on the Hub, only the small configuration is downloaded.
     """
+    from xfm_fast.checkpoint.files import model_folder
     from xfm_fast.config import MODEL_TYPE
 
     if source.model is None:
@@ -250,13 +251,8 @@ def is_library_model(source: Source) -> bool:
     if source.is_export:
         manifest = _read_object(str(path), MANIFEST_FILE) or {}
         return manifest.get("use") is not None
-    if path.is_file():
-        return False
-    config = _read_object(str(path) if path.is_dir() else source.model, "config.json")
-    if config is None:
-        # Older models keep the configuration of transformers in a folder below.
-        return (path / "modules.json").is_file()
-    return config.get("model_type") != MODEL_TYPE
+    config = _read_object(str(model_folder(path) or source.model), "config.json") or {}
+    return not path.is_file() and config.get("model_type") != MODEL_TYPE
 
 
 def open_encoder(source: str | Path | Source, *, device: str | None = None) -> Encoder:
@@ -334,15 +330,20 @@ def _open_library(source: Source) -> LibraryEncoder:
     assert source.model is not None
     path = local_path(source.model)
     location = str(path) if path.is_dir() else source.model
-    use, device = _use_of(location), source.choose_device()
+    device = source.choose_device()
+    # The libraries repeat each request for 20 s.
+    download = {} if path.is_dir() or _reaches_hub(location) else {"local_files_only": True}
+    use = _use_of(location, **download)
     transformers.utils.logging.disable_progress_bar()
     try:
-        model: Any = getattr(sentence_transformers, _CLASSES[use])(location, device="cpu")
+        model: Any = getattr(sentence_transformers, _CLASSES[use])(
+            location, device="cpu", **download
+        )
     except Exception as error:  # the libraries raise anything for a foreign file
         from xfm_fast.models.hub import first_line
 
         raise CheckpointError(
-            f"{source} cannot be opened by sentence-transformers ({first_line(error)}); check its files"
+            f"{source} cannot be opened by sentence-transformers ({first_line(error)}); check its name and files"
         ) from error
     missing = next((name for name, value in model.named_parameters() if value.is_meta), None)
     if missing is not None:
@@ -375,25 +376,37 @@ def _accelerate(model: Any, source: Source, precision: torch.dtype | str) -> str
     return f"not accelerated, since no layer of it is known, in {dtype}"
 
 
-def _use_of(location: str) -> Use:
+def _reaches_hub(name: str) -> bool:
+    """Return whether the Hub answers, with the model or not."""
+    from huggingface_hub import repo_exists
+
+    try:
+        repo_exists(name)
+    except Exception:  # its HTTP libraries raise errors of their own
+        return False
+    return True
+
+
+def _use_of(location: str, **download: Any) -> Use:
     """Return what a model computes, from its files."""
-    settings = _read_object(location, "config_sentence_transformers.json") or {}
+    settings = _read_object(location, "config_sentence_transformers.json", **download) or {}
     for use, name in _CLASSES.items():
         if settings.get("model_type") == name:
             return use
-    architectures = (_read_object(location, "config.json") or {}).get("architectures") or [""]
+    config = _read_object(location, "config.json", **download) or {}
+    architectures = config.get("architectures") or [""]
     is_classifier = str(architectures[0]).endswith("ForSequenceClassification")
     return "ranking" if is_classifier and not settings else "embedding"
 
 
-def _read_object(location: str, file: str) -> dict[str, Any] | None:
+def _read_object(location: str, file: str, **download: Any) -> dict[str, Any] | None:
     """Read a JSON object of a folder or a name on the Hub; None if there is none."""
     try:
         path = Path(location, file)
         if not os.path.isdir(location):
             from huggingface_hub import hf_hub_download
 
-            path = Path(hf_hub_download(location, file))
+            path = Path(hf_hub_download(location, file, **download))
         value = read_json(path)
     except (ImportError, OSError, ValueError):
         return None

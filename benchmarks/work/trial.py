@@ -26,14 +26,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from xfm_fast.checkpoint.files import model_folder
-from xfm_fast.config import MODEL_TYPE
 from xfm_fast.data.images import decode_image
-from xfm_fast.encoders import open_encoder
-from xfm_fast.errors import CheckpointError, DataError, InputError, UnavailableError, XFMError
+from xfm_fast.encoders import is_library_model, open_encoder
+from xfm_fast.errors import (
+    CheckpointError,
+    DataError,
+    InputError,
+    UnavailableError,
+    XFMError,
+    needs,
+)
 from xfm_fast.io import read_bytes, read_json
 from xfm_fast.kernels.cpu import int8
-from xfm_fast.loading import MANIFEST_FILE, EncoderSource
+from xfm_fast.loading import EncoderSource
 from xfm_fast.replace import accelerate
 from xfm_fast.testing import bundled, captions_table
 
@@ -191,7 +196,7 @@ def open_model(name: str) -> Opened:
         return _open_timm(name)
     root = _model_folder(name)
     folder = _encoder_folder(root)
-    if _is_xfm(folder):
+    if not is_library_model(EncoderSource(str(folder))):
         raise InputError(
             f"{name} is an X-FM, which needs no accelerate; xfm-fast bench --model measures it"
         )
@@ -200,26 +205,16 @@ def open_model(name: str) -> Opened:
         raise CheckpointError(
             f"{folder} has no config.json; give the folder that save_pretrained wrote"
         )
-    try:
+    with needs("hf"):
         import transformers
-    except ImportError:
-        raise UnavailableError(f"{name} needs transformers; pip install '.[hf]'") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if not config.get("model_type"):
-        raise InputError(
-            f"{folder / 'config.json'} has no model_type, which selects the class of transformers"
-        )
     architectures = [item for item in config.get("architectures") or [] if isinstance(item, str)]
     classes: list[Any] = [getattr(transformers, item, None) for item in architectures] or [None]
     if "auto_map" in config and None in classes:
         raise InputError(
             f"{name} brings code of its own for {', '.join(architectures)}, which is not run; open it yourself and "
             "call xfm_fast.accelerate(model, verify=batch)"
-        )
-    if not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
-        raise CheckpointError(
-            f"{folder} has no model.safetensors; give the folder that save_pretrained wrote"
         )
     model_class = next(filter(None, classes), transformers.AutoModel)
     try:
@@ -239,20 +234,10 @@ def open_model(name: str) -> Opened:
     return Opened(name, model.float().eval(), root, folder, size)
 
 
-def _is_xfm(folder: Path) -> bool:
-    """Return whether a folder holds an X-FM, a run of it, or its export."""
-    weights = model_folder(folder)
-    config = _read_json(weights / "config.json") if weights else None
-    is_model = isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
-    return is_model or (folder / MANIFEST_FILE).is_file()
-
-
 def _open_timm(name: str) -> Opened:
-    try:
+    with needs("hf"):
         import timm
         from timm.data import resolve_model_data_config
-    except ImportError:
-        raise UnavailableError(f"{name} needs timm; pip install '.[hf]'") from None
     architecture = name.removeprefix(TIMM)
     if not timm.is_model(architecture.split(".")[0]):
         near = ", ".join(get_close_matches(architecture, timm.list_models(), n=3))
@@ -273,15 +258,11 @@ def _model_folder(name: str) -> Path:
         raise CheckpointError(
             f"{name} is a file; give its folder, or a file of X-FM to xfm-fast bench --model"
         )
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise CheckpointError(f"{name} is no folder; check the path")
-    try:
+    with needs("hf"):
         import huggingface_hub
-    except ImportError:
-        raise UnavailableError(
-            f"{name} is no folder here; if it is a model on the Hugging Face Hub: pip install huggingface_hub"
-        ) from None
     try:
+        if "/" not in name and not huggingface_hub.repo_exists(name):
+            name = f"sentence-transformers/{name}"
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_DOWNLOADED))
     except Exception as error:  # its HTTP libraries raise errors of their own
         raise CheckpointError(

@@ -117,6 +117,20 @@ def test_calls_are_reported(embedder: Make) -> None:
     assert report.share == pytest.approx(1 - pooler / sum(part.weight.numel() for part in linear))
 
 
+def test_a_library_without_the_loop_is_reported(
+    embedder: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before sentence-transformers 6.2, `encode` has no part that can be replaced."""
+    for owner in library.SentenceTransformer.__mro__:
+        if "_inference" in vars(owner):
+            monkeypatch.delattr(owner, "_inference")
+    report = accelerate(embedder(), unpad=True)
+    (entry,) = (entry for entry in report.left if entry.path == "")
+    assert "6.2" in (entry.reason or "")
+    assert str(entry.reason) in str(report)
+    assert report.share > 0.9
+
+
 @pytest.mark.parametrize("unpad", [True, False])
 @pytest.mark.parametrize(
     "options",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import shlex
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -18,6 +21,7 @@ from xfm_fast.encoders import XFMEncoder
 from xfm_fast.models.processor import image_pixels
 from xfm_fast.models.xfm import XFM
 from xfm_fast.search import Source, match_images
+from xfm_fast.serve import Service, ServiceOptions, SourceOptions, load
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 CURL, *PROGRAMS = (
@@ -204,13 +208,36 @@ def test_concurrent_requests_get_the_same_responses(served: Running) -> None:
         close(result, expected)
 
 
+def test_a_service_is_healthy_once_its_models_have_run(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(weights, SourceOptions(device="cpu"), 0)
+    begin, service = threading.Event(), Service([model], ServiceOptions(port=0))
+    monkeypatch.setattr(model, "warm_up", begin.wait)
+
+    async def probe() -> list[list[int]]:
+        transport = httpx.ASGITransport(service.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            statuses = list[list[int]]()
+            for _ in range(2):
+                paths = ("/live", "/health", "/ready", "/info")
+                statuses.append([(await client.get(path)).status_code for path in paths])
+                begin.set()
+                await service.warm_up()
+            return statuses
+
+    assert asyncio.run(probe()) == [[200, 503, 503, 503], [200] * 4]
+    service.close()
+
+
 def test_probes_models_metrics_and_docs(served: Running) -> None:
     assert served.get("/health").json() == {
         "status": "ok",
         "model": "tiny-xfm",
         "random_weights": False,
     }
-    assert served.get("/ready").json() == {"status": "ready"}
+    assert served.get("/ready").json() == served.get("/health").json()
+    assert served.get("/live").json() == {"status": "ok"}
     (listed,) = served.get("/v1/models").json()["data"]
     assert (listed["id"], listed["abilities"]) == ("tiny-xfm", ["embed", "rank", "compare"])
     served.post("/v1/rerank", {"query": "a red circle", "documents": [image(7)]})

@@ -144,8 +144,9 @@ class WholeCall(Autocast):
     output: ClassVar[str] = _SENTENCE
 
     @classmethod
-    def recognises(cls, module: nn.Module) -> bool:
-        return super().recognises(module) and hasattr(module, "_inference")
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        old = "its calls run the library's loop; sentence-transformers 6.2 or newer has one to replace"
+        return None if hasattr(module, "_inference") else old
 
     @classmethod
     def adapted(cls, original: Any) -> dict[str, Any]:

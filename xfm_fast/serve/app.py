@@ -37,7 +37,7 @@ _SMALL_ANSWER = 1 << 14
 _SOON, _LATER, _CLOSE = {"retry-after": "1"}, {"retry-after": "5"}, {"connection": "close"}
 _HOST = re.compile(r"(?:\[([^\[\]]*)\]|([^\[\]:]*))(?::\d*)?")
 # Paths without a key: probes of a supervisor.
-_OPEN_PATHS = ("/health", "/ready")
+_OPEN_PATHS = ("/live", "/health", "/ready")
 PAGES = {("GET", "/"), ("GET", "/search")}
 """Requests without a key for a page without data."""
 PICTURE_PATH = "/search/picture/"
@@ -161,7 +161,7 @@ class _Gate:
 
         try:
             self._check_head(headers, scope)
-            if not self._service.warmed_up and scope["path"] != "/health":
+            if not self._service.warmed_up and scope["path"] != "/live":
                 self._service.warm_up()
                 raise Problem(503, "the models are warming up; ask again in a second", _SOON)
             if scope["method"] == "POST" or scope["path"].startswith(PICTURE_PATH):

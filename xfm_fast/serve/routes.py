@@ -102,8 +102,9 @@ class Routes:
         for path, call in self.calls.items():
             answer = answers.get(call.endpoint.__name__)
             app.post(path, response_model=answer)(call.endpoint)
+        app.get("/live")(self.live)
         app.get("/health")(self.health)
-        app.get("/ready")(self.ready)
+        app.get("/ready")(self.health)
         app.get("/info")(self.info)
         app.get("/v1/models")(self.models)
 
@@ -338,14 +339,14 @@ class Routes:
             encoded = to_json(content(result))
         return Response(encoded, headers=headers, media_type="application/json")
 
-    async def health(self) -> dict[str, Any]:
+    async def live(self) -> dict[str, str]:
         """Answer while the process is alive."""
+        return {"status": "ok"}
+
+    async def health(self) -> dict[str, Any]:
+        """Answer once all models are warmed up; 503 before."""
         model = self._service.models[0]
         return {"status": "ok", "model": model.name, "random_weights": model.random}
-
-    async def ready(self) -> dict[str, str]:
-        """Answer once all models are warmed up; 503 before."""
-        return {"status": "ready"}
 
     async def models(self) -> dict[str, Any]:
         """List the served models and their names."""
