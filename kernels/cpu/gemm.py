@@ -22,7 +22,7 @@ from ..backend import PACKED, PLAIN, untraced
 from ..caching import cached
 from . import llvm
 from .selection import Race, compare, operands, register, select
-from .workspace import HugePages, scratch
+from .workspace import HugePages, collide, scratch, scratch_rows
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 """Dtypes of the CPU paths."""
@@ -40,6 +40,8 @@ _COMPILED_ROWS = 2048
 # Rows of the timed GEMMs of training: two images through a layer of a base-size encoder, and all tokens of a step, over
 # which the gradient of a weight sums.
 _TRAINED_ROWS, _SUMMED = 394, 1576
+# Rows that collide in cache are copied before a GEMM of at least so many.
+_COPIED_ROWS = 64
 # Rows that are transposed at once. The columns of wider blocks collide in cache.
 _BLOCK = 64
 # Rows of a slice for each thread: enough to keep it busy, and always well divided.
@@ -260,7 +262,7 @@ def mlp_residual(
         hidden = linear_gelu(rows, weight_in, bias_in)
         return linear_residual(hidden, weight_out, bias_out, residual, gamma)
     step = max(1, _HIDDEN_BYTES // (width * x.element_size())) if on_aten else _COMPILED_ROWS
-    memory = scratch("hidden", (min(step, count), width), x.dtype)
+    memory = scratch_rows("hidden", min(step, count), width, x.dtype)
     out = torch.empty_like(sums)
     for start in range(0, count, step):
         chunk = slice(start, start + step)
@@ -518,7 +520,14 @@ def _compiled(
         weight, stored = dense(weight), None
     if not kernel.takes(x, weight, bias, residual, gamma, turned=turned):
         return None
+    if collides(x):
+        x = scratch_rows("rows", *x.shape, x.dtype).copy_(x)
     return kernel.linear(x, weight, bias, residual, gamma, turned=turned, stored=stored, **options)
+
+
+def collides(x: Tensor) -> bool:
+    """Return whether rows `[n, K]` collide in cache and are so many that a GEMM is faster on a copy."""
+    return _WIDE_VECTORS and len(x) >= _COPIED_ROWS and collide(x.stride(0), x.dtype)
 
 
 def panels_of(weight: Tensor) -> Tensor | None:
@@ -536,8 +545,9 @@ def _linear_kernel():
 
 _UNDIVIDED = (compiled, _compiled_gelu)
 _HERE = llvm.why_not() is None
-# With the narrow vectors of AVX2 many rows gain no time over MKL, which sums as eager PyTorch does.
-_TRAINS = _HERE and llvm.levels()[0].lanes > 8
+# With the narrow vectors of AVX2 many rows gain no time over MKL, which sums as eager PyTorch does; and tiles have fewer
+# rows than a set of the first level of cache has lines.
+_WIDE_VECTORS = _HERE and llvm.levels()[0].lanes > 8
 # Processors differ in which is faster, so these are compared where they run. The first is the reference.
 _LINEAR: dict[str, Gemm] = {
     "aten": F.linear,
@@ -608,18 +618,18 @@ def _compiled_weight(dout: Tensor, x: Tensor, **options: Any) -> Tensor:
 _TRAINED: dict[str, Gemm] = {
     "aten": F.linear,
     "onednn": onednn_linear,
-    **({"llvm": compiled} if _TRAINS else {}),
+    **({"llvm": compiled} if _WIDE_VECTORS else {}),
 }
 _INPUT: dict[str, Gemm] = {
     "aten": torch.mm,
     "onednn": _onednn_input,
-    **({"llvm": _compiled_input} if _TRAINS else {}),
+    **({"llvm": _compiled_input} if _WIDE_VECTORS else {}),
 }
 _WEIGHT: dict[str, Gemm] = {
     "aten": lambda dout, x: dout.t() @ x,
     "transposed": _transposed_weight,
     "onednn": lambda dout, x: _transposed_weight(dout, x, _onednn_input),
-    **({"llvm": _compiled_weight} if _TRAINS else {}),
+    **({"llvm": _compiled_weight} if _WIDE_VECTORS else {}),
 }
 
 
