@@ -33,13 +33,13 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def scratch_rows(name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Scratch memory `[rows, width]`, whose rows are a line further apart if they would collide."""
-    padding = _LINE // dtype.itemsize if collide(width, dtype) else 0
+    """Scratch memory `[rows, width]`, whose rows are a line further apart if they would `collide`."""
+    padding = collide(width, dtype) * _LINE // dtype.itemsize
     return scratch(name, (rows, width + padding), dtype)[:, :width]
 
 
 def collide(stride: int, dtype: torch.dtype) -> bool:
-    """Return whether rows of this stride share one set of the first level of cache, which has fewer ways than a tile rows."""
+    """Return whether rows of a stride share one set of the first level of cache, which cannot hold a line of each."""
     return stride * dtype.itemsize % _SET_DISTANCE == 0
 
 

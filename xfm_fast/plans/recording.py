@@ -404,19 +404,16 @@ class Recorder:
         """Return the input of a linear layer, which rounds to int8 by itself."""
         from xfm_fast.kernels.cpu.llvm.rows import to_bf16
 
-        spreads = x.data_ptr() in self._addresses and gemm.collides(x)
-        narrows = x.dtype != self._layer.dtype
-        if linear.prepared is not None or not (spreads or narrows):
+        if linear.prepared is not None:
             return x
-        if x.data_ptr() not in self._narrowed and narrows:
-            narrow = self._narrow(x)
-            assert narrow is not None
-            to_bf16(x, narrow)
-        elif x.data_ptr() not in self._narrowed:
-            current, spread = self._current(x), self._buffer("spread", *x.shape[1:])
-            self._narrowed[x.data_ptr()] = spread
-            self._between(lambda inputs: spread.copy_(current(inputs)))
-        return self._narrowed[x.data_ptr()]
+        if x.data_ptr() not in self._narrowed:
+            if x.dtype != self._layer.dtype:
+                to_bf16(x, cast(Tensor, self._narrow(x)))
+            elif x.data_ptr() in self._addresses and gemm.collides(x):
+                current, spread = self._current(x), self._buffer("spread", x.shape[1])
+                self._narrowed[x.data_ptr()] = spread
+                self._between(lambda inputs: spread.copy_(current(inputs)))
+        return self._narrowed.get(x.data_ptr(), x)
 
     def norm(self, branch: int, x: Tensor, out: Tensor | None = None) -> Tensor:
         from xfm_fast.kernels.cpu.llvm.rows import layer_norm

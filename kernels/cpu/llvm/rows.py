@@ -272,7 +272,9 @@ class _Pool:
 
     def __init__(self, half: bool, normalised: bool, level: Level) -> None:
         self.element, self.normalised = BF16 if half else FP32, normalised
-        self.b = b = Builder(self.name, ("x", "offsets", "out"), ("x_row", "width", "period"), level)
+        self.b = b = Builder(
+            self.name, ("x", "offsets", "out"), ("x_row", "width", "period"), level
+        )
         b.task_loop(self._text)
 
     def _text(self, text: Any, thread: Any) -> None:
