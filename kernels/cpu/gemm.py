@@ -554,8 +554,8 @@ def _linear_kernel():
 
 _UNDIVIDED = (compiled, _compiled_gelu)
 _HERE = llvm.why_not() is None
-# With the narrow vectors of AVX2 many rows gain no time over MKL, which sums as eager PyTorch does, and a set of the cache
-# has a line for every row of a tile.
+# With the narrow vectors of AVX2 many rows gain no time over MKL, which sums as eager PyTorch does, and a set of the
+# cache has a line for every row of a tile.
 _WIDE_VECTORS = _HERE and llvm.levels()[0].lanes > 8
 # Processors differ in which is faster, so these are compared where they run. The first is the reference.
 _LINEAR: dict[str, Gemm] = {
