@@ -494,10 +494,11 @@ def test_tensors_without_dense_memory_are_refused(layout: str, inference: bool) 
     tried = 0
     for case in CASES.values():
         arguments = case.arguments()
+        if layout == "quantised" and "row_scale" in arguments:
+            # Cases convert it to the dtype of x.
+            continue
         for name, value in arguments.items():
-            # Cases convert `row_scale` to the dtype of x.
-            scaled = name == "x" and "row_scale" in arguments
-            if not isinstance(value, Tensor) or (scaled and layout == "quantised"):
+            if not isinstance(value, Tensor):
                 continue
             try:
                 changed = UNREADABLE[layout](value)
