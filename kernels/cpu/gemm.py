@@ -530,7 +530,7 @@ def _compiled(
     if not kernel.takes(x, weight, bias, residual, gamma, turned=turned):
         return None
     if collides(x):
-        x = scratch_rows("rows", *x.shape, x.dtype).copy_(x)
+        x = scratch_rows("rows", len(x), x.shape[1], x.dtype).copy_(x)
     return kernel.linear(x, weight, bias, residual, gamma, turned=turned, stored=stored, **options)
 
 

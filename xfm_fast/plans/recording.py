@@ -412,7 +412,11 @@ class Recorder:
             elif x.data_ptr() in self._addresses and gemm.collides(x):
                 current, spread = self._current(x), self._buffer("spread", x.shape[1])
                 self._narrowed[x.data_ptr()] = spread
-                self._between(lambda inputs: spread.copy_(current(inputs)))
+
+                def copy(inputs: Inputs) -> None:
+                    spread.copy_(current(inputs))
+
+                self._between(copy)
         return self._narrowed.get(x.data_ptr(), x)
 
     def norm(self, branch: int, x: Tensor, out: Tensor | None = None) -> Tensor:
