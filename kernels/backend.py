@@ -90,10 +90,10 @@ def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = 
     for tensor in tensors:
         if tensor is None:
             continue
-        layout = tensor.layout
-        if tensor.is_nested or tensor.is_quantized or layout not in (torch.strided, torch._mkldnn):
+        dense = tensor.layout is torch.strided or tensor.is_mkldnn
+        if tensor.is_nested or tensor.is_quantized or not dense:
             raise InputError(
-                f"a tensor is nested, sparse or quantised ({layout}, {tensor.dtype}); give a dense one, as from "
+                f"a tensor is nested, sparse or quantised ({tensor.layout}, {tensor.dtype}); give a dense one, as from "
                 "to_padded_tensor(), to_dense() or dequantize()"
             )
         if device is None:
