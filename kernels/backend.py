@@ -75,9 +75,9 @@ def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = 
     """Return the backend that runs an operation on these tensors: `reference`, `cpu`, `triton` or `flash_attn`.
 
     `has_flash` marks attention: other operations treat a block of `flash_attn` as `auto`, and attention on Hopper needs
-    a compiler without the faults of `hopper_fault`. ValueError for tensors on several devices, and for a named backend
-    that cannot run here; `auto` falls back to `reference`, as it does within `torch.func`, forward-mode differentiation
-    and traces, and for tensors that are not `plain`.
+    a compiler without the faults of `hopper_fault`. ValueError for nested, sparse and quantised tensors, for tensors on
+    several devices, and for a named backend that cannot run here; `auto` falls back to `reference`, as it does within
+    `torch.func`, forward-mode differentiation and traces, and for tensors that are not `plain`.
     """
     name = _block.backend if backend is None else _checked(backend)
     if name == "flash_attn" and not has_flash:
@@ -90,6 +90,12 @@ def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = 
     for tensor in tensors:
         if tensor is None:
             continue
+        dense = tensor.layout is torch.strided or tensor.is_mkldnn
+        if tensor.is_nested or tensor.is_quantized or not dense:
+            raise InputError(
+                f"a tensor is nested, sparse or quantised ({tensor.layout}, {tensor.dtype}); give a dense one, as from "
+                "to_padded_tensor(), to_dense() or dequantize()"
+            )
         if device is None:
             device = tensor.device
         elif tensor.device != device:

@@ -416,9 +416,9 @@ def drawn_seed(dropout_p: float, seed: Tensor | None, device: torch.device) -> T
 
 def scale_of(q: Tensor, scale: float | None) -> float:
     """Return the factor of the scores q kᵀ: 1/sqrt(D) by default."""
-    if not q.ndim or not q.shape[-1]:
+    if not q.ndim or not q.size(-1):
         refuse("of heads with at least one dimension", q=q)
-    return float(q.shape[-1] ** -0.5) if scale is None else positive_scale(scale)
+    return float(q.size(-1) ** -0.5) if scale is None else positive_scale(scale)
 
 
 def positive_scale(scale: float) -> float:

@@ -84,9 +84,9 @@ class Op(Generic[A]):
         inference = not compiling and torch.is_inference_mode_enabled()
         if inference and "frozen" in rungs and self._takes_frozen(arguments, backend):
             return rungs["frozen"](arguments, Call(backend, "cpu"))
-        arguments.check()
         tensors, weights, operands = self._tensors(arguments)
         call = Call(backend, resolve(backend, *tensors, has_flash=self.attention))
+        arguments.check()
         if weights:
             formats = [*map(kind_of, weights)]
             in_fp8, in_int8 = fp8.block.on or "fp8" in formats, {*formats} == {"int8"}
@@ -140,6 +140,7 @@ class Op(Generic[A]):
         return (
             is_frozen(first)
             and is_frozen(last)
+            and readable(*self._tensors(arguments)[0])
             and x.is_cpu
             and x.dtype == first.dtype
             and x.shape[-1] == first.shape[1]
@@ -147,7 +148,6 @@ class Op(Generic[A]):
             and not torch.is_autocast_enabled("cpu")
             and self._is_certain(arguments)
             and (residual is None or residual.shape == (*x.shape[:-1], last.shape[0]))
-            and readable(*self._tensors(arguments)[0])
         )
 
     def _takes_int8(

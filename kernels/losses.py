@@ -38,7 +38,8 @@ def linear_cross_entropy(
 
     Args:
         h: `[..., K]`; w: `[V, K]`; b: `[V]`; target: `[...]` integers below V.
-        ignore_index: target of rows that do not count; if no row counts, the loss and its gradients are 0.
+        ignore_index: target of rows that do not count; if no row counts, the loss and its gradients are 0. Of no rows
+            the loss is NaN, as PyTorch's.
         label_smoothing: share of the target probability that is spread evenly over the vocabulary.
 
     Returns:
@@ -49,7 +50,8 @@ def linear_cross_entropy(
         IndexError: a target outside the vocabulary, on CPU and within `check_contents()`; otherwise the loss is NaN.
     """
     args = Vocabulary(h, w, b, target, ignore_index, label_smoothing)
-    return LINEAR_CROSS_ENTROPY(args, backend)
+    loss = LINEAR_CROSS_ENTROPY(args, backend)
+    return loss if target.numel() else loss + math.nan
 
 
 def token_log_likelihood(

@@ -145,10 +145,10 @@ def relpos_bias(
     Raises:
         InputError: a table that does not fit the window.
     """
+    layout = "triton" if resolve(backend, table, has_flash=True) == "triton" else "cpu"
     heads = table.shape[-1] if table.ndim else 0
     q = torch.empty((1, 1 + window[0] * window[1], heads, 1), device="meta")
     RelPos(q, q, q, table, window).check()
-    layout = "triton" if resolve(backend, table, has_flash=True) == "triton" else "cpu"
     return _make_bias(table, window, scale, dtype, layout, head_dim)
 
 

@@ -21,8 +21,8 @@ from xfm_fast.errors import InputError
 from ..backend import PACKED, PLAIN, untraced
 from ..caching import cached
 from . import llvm
-from .selection import Race, compare, operands, register, select
-from .workspace import HugePages, scratch
+from .selection import RACES, Race, compare, operands, register, select
+from .workspace import HugePages, collide, scratch, scratch_rows
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 """Dtypes of the CPU paths."""
@@ -32,6 +32,8 @@ Gemm = Callable[..., Tensor]
 # Shapes of the timed GEMMs: packed caption tokens through a layer of the base width, a single caption, and a short
 # text, with which layouts are compared too.
 _ROWS, _FEW_ROWS, _TEXT_ROWS, _WIDTH, _WIDE = 224, 13, 24, 768, 3072
+# Inputs from which on layers have races of their own.
+_WIDTHS = (2048, 1024)
 # Fewer rows are autotuned separately: MKL's fp32 GEMMs of 13 rows take up to 1.7 times as long as of 16.
 _FEW = 16
 _HIDDEN_BYTES = 6 << 20
@@ -40,6 +42,8 @@ _COMPILED_ROWS = 2048
 # Rows of the timed GEMMs of training: two images through a layer of a base-size encoder, and all tokens of a step, over
 # which the gradient of a weight sums.
 _TRAINED_ROWS, _SUMMED = 394, 1576
+# Rows that collide in cache are copied before a GEMM of at least so many.
+_COPIED_ROWS = 64
 # Rows that are transposed at once. The columns of wider blocks collide in cache.
 _BLOCK = 64
 # Rows of a slice for each thread: enough to keep it busy, and always well divided.
@@ -176,7 +180,7 @@ def layout_of(weight: Tensor, *, few_rows: bool = False) -> Layout:
     if weight.dtype not in CPU_DTYPES or torch.are_deterministic_algorithms_enabled():
         return "plain"
     for race in ("layout", "layout for few rows")[: 1 + few_rows]:
-        seconds = dict(compare(race, weight.dtype).seconds)
+        seconds = dict(compare(_race(race, weight.shape[1]), weight.dtype).seconds)
         panels = seconds.pop("llvm-packed", math.inf) if _fits(weight) else math.inf
         packed = seconds.pop("onednn-packed", math.inf)
         plain = min(seconds.values(), default=math.nan)
@@ -260,7 +264,7 @@ def mlp_residual(
         hidden = linear_gelu(rows, weight_in, bias_in)
         return linear_residual(hidden, weight_out, bias_out, residual, gamma)
     step = max(1, _HIDDEN_BYTES // (width * x.element_size())) if on_aten else _COMPILED_ROWS
-    memory = scratch("hidden", (min(step, count), width), x.dtype)
+    memory = scratch_rows("hidden", min(step, count), width, x.dtype)
     out = torch.empty_like(sums)
     for start in range(0, count, step):
         chunk = slice(start, start + step)
@@ -317,7 +321,7 @@ def weight_gradient(
     """Return `dout^T x` over all rows: `[..., M]`, `[..., K]` → `[M, K]`, and the bias gradient in `sums` `[M]`."""
     dtype, dout, x = dtype or x.dtype, dout.reshape(-1, dout.shape[-1]), x.reshape(-1, x.shape[-1])
     # Some libraries refuse a sum over no rows.
-    name = select("weight gradient", dout.dtype) if len(x) else "aten"
+    name = select(_race("weight gradient", x.shape[1]), dout.dtype) if len(x) else "aten"
     if name == "llvm":
         # The GEMM sums in fp32: no second pass widens the result or reads dout again for the bias.
         return _compiled_weight(dout, x, wide=dtype == torch.float32, sums=sums)
@@ -340,14 +344,21 @@ def delay(name: str, operation: str, weight: Tensor, rows: int) -> float:
         return 0.0
     if torch.are_deterministic_algorithms_enabled() or (name == "llvm" and not _fits(weight)):
         return math.inf
-    seconds = _estimate(operation, weight.dtype, rows)
+    seconds = _estimate(operation, weight, rows)
     lost = seconds.get(name, math.inf) - min(seconds.values(), default=0.0)
-    return lost * weight.numel() / _WIDTH**2
+    return lost * 2 * _ROWS * weight.numel() / RACES[_race(operation, weight.shape[1])].flops
 
 
-def _estimate(operation: str, dtype: torch.dtype, rows: int) -> dict[str, float]:
-    """Return the seconds of candidates for a weight of the base width, between the races of few rows and of many."""
-    few, many = (compare(name, dtype).seconds for name in (f"{operation} of few rows", operation))
+def _race(operation: str, inputs: int) -> str:
+    """Return the name of the race of an operation for layers with so many inputs."""
+    width = next((width for width in _WIDTHS if inputs >= width), _WIDTH)
+    return operation if width == _WIDTH else f"{operation} of {width} inputs"
+
+
+def _estimate(operation: str, weight: Tensor, rows: int) -> dict[str, float]:
+    """Return the seconds of candidates for a weight of a race's size, between the races of few rows and of many."""
+    names = (_race(name, weight.shape[1]) for name in (f"{operation} of few rows", operation))
+    few, many = (compare(name, weight.dtype).seconds for name in names)
     timed = min(max(rows, _FEW_ROWS), _ROWS)
     share = (timed - _FEW_ROWS) / (_ROWS - _FEW_ROWS)
     return {
@@ -378,7 +389,7 @@ def _choose(operation: str, weight: Tensor, rows: int) -> str:
     choice = _select(few_rows, weight)
     if rows < _FEW or choice == name:
         return choice
-    seconds = _estimate(operation, weight.dtype, rows)
+    seconds = _estimate(operation, weight, rows)
     return min((choice, name), key=lambda each: seconds.get(each, math.inf))
 
 
@@ -386,7 +397,7 @@ def _select(
     operation: str, weight: Tensor, dtype: torch.dtype | None = None, *, turned: bool = False
 ) -> str:
     """Return the choice for a weight `[M, K]`, or `[K, M]` if `turned`, in a dtype, by default that of the weight."""
-    dtype = dtype or weight.dtype
+    dtype, operation = dtype or weight.dtype, _race(operation, weight.shape[1])
     return select(operation, dtype, fits=_fits(weight, dtype, turned=turned))
 
 
@@ -518,7 +529,14 @@ def _compiled(
         weight, stored = dense(weight), None
     if not kernel.takes(x, weight, bias, residual, gamma, turned=turned):
         return None
+    if collides(x):
+        x = scratch_rows("rows", len(x), x.shape[1], x.dtype).copy_(x)
     return kernel.linear(x, weight, bias, residual, gamma, turned=turned, stored=stored, **options)
+
+
+def collides(x: Tensor) -> bool:
+    """Return whether rows `[n, K]` collide in cache and are so many that a GEMM is faster on a copy."""
+    return _WIDE_VECTORS and len(x) >= _COPIED_ROWS and collide(x.stride(0), x.dtype)
 
 
 def panels_of(weight: Tensor) -> Tensor | None:
@@ -536,8 +554,9 @@ def _linear_kernel():
 
 _UNDIVIDED = (compiled, _compiled_gelu)
 _HERE = llvm.why_not() is None
-# With the narrow vectors of AVX2 many rows gain no time over MKL, which sums as eager PyTorch does.
-_TRAINS = _HERE and llvm.levels()[0].lanes > 8
+# With the narrow vectors of AVX2 many rows gain no time over MKL, which sums as eager PyTorch does, and a set of the
+# cache has a line for every row of a tile.
+_WIDE_VECTORS = _HERE and llvm.levels()[0].lanes > 8
 # Processors differ in which is faster, so these are compared where they run. The first is the reference.
 _LINEAR: dict[str, Gemm] = {
     "aten": F.linear,
@@ -608,36 +627,37 @@ def _compiled_weight(dout: Tensor, x: Tensor, **options: Any) -> Tensor:
 _TRAINED: dict[str, Gemm] = {
     "aten": F.linear,
     "onednn": onednn_linear,
-    **({"llvm": compiled} if _TRAINS else {}),
+    **({"llvm": compiled} if _WIDE_VECTORS else {}),
 }
 _INPUT: dict[str, Gemm] = {
     "aten": torch.mm,
     "onednn": _onednn_input,
-    **({"llvm": _compiled_input} if _TRAINS else {}),
+    **({"llvm": _compiled_input} if _WIDE_VECTORS else {}),
 }
 _WEIGHT: dict[str, Gemm] = {
     "aten": lambda dout, x: dout.t() @ x,
     "transposed": _transposed_weight,
     "onednn": lambda dout, x: _transposed_weight(dout, x, _onednn_input),
-    **({"llvm": _compiled_weight} if _TRAINS else {}),
+    **({"llvm": _compiled_weight} if _WIDE_VECTORS else {}),
 }
 
 
 def _example(
     dtype: torch.dtype,
     rows: int,
-    outputs: int = _WIDTH,
-    names: tuple[str, ...] = ("x", "weight", "bias"),
+    inputs: int,
+    outputs: int,
+    names: tuple[str, ...],
 ) -> tuple[Tensor, ...]:
-    """Return operands of a layer of the base width, by name."""
+    """Return operands of a layer by name."""
     shapes = {
-        "x": (rows, _WIDTH),
-        "weight": (outputs, _WIDTH),
+        "x": (rows, inputs),
+        "weight": (outputs, inputs),
         "bias": (outputs,),
         "residual": (rows, outputs),
     }
     tensors = dict(zip(shapes, operands(dtype, *shapes.values()), strict=True))
-    tensors["weight"] /= _WIDTH**0.5
+    tensors["weight"] /= inputs**0.5
     # A parameter is read from memory in a timing, as in a model.
     tensors["weight"] = nn.Parameter(tensors["weight"], requires_grad=False)
     return tuple(tensors[name] for name in names)
@@ -646,10 +666,13 @@ def _example(
 def _register(
     operation: str, candidates: dict[str, Gemm], rows: int, *names: str, outputs: int = _WIDTH
 ) -> None:
-    example = partial(_example, rows=rows, outputs=outputs, names=names or ("x", "weight", "bias"))
+    names = names or ("x", "weight", "bias")
     # The compiled kernel of weight gradients takes any sizes.
     any_size = operation in ("weight gradient", "layout", "layout for few rows")
-    register(operation, Race(candidates, example, 2 * rows * _WIDTH * outputs), any_size=any_size)
+    for width in (_WIDTH, *_WIDTHS):
+        example = partial(_example, rows=rows, inputs=width, outputs=outputs, names=names)
+        race = Race(candidates, example, 2 * rows * width * outputs)
+        register(_race(operation, width), race, any_size=any_size)
 
 
 for _name, _candidates in CANDIDATES.items():

@@ -32,6 +32,17 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return buffers[key][:numel].view(shape)
 
 
+def scratch_rows(name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Scratch memory `[rows, width]`, whose rows are a line further apart if they would `collide`."""
+    padding = collide(width, dtype) * _LINE // dtype.itemsize
+    return scratch(name, (rows, width + padding), dtype)[:, :width]
+
+
+def collide(stride: int, dtype: torch.dtype) -> bool:
+    """Return whether rows of a stride share one set of the first level of cache, which cannot hold a line of each."""
+    return stride * dtype.itemsize % _SET_DISTANCE == 0
+
+
 def moves() -> int:
     """Return how often a buffer of this thread moved or was added; its addresses are valid until the next move."""
     return getattr(_local, "moves", 0)
@@ -49,8 +60,8 @@ def even_slices(length: int, limit: int) -> list[slice]:
 
 
 _STEPS = 1 << 16
-# Address space of a chunk of huge pages, and bytes of a line of cache.
-_CHUNK, _LINE = 32 << 20, 64
+# Address space of a chunk of huge pages, bytes of a line of cache, and between the lines of one set.
+_CHUNK, _LINE, _SET_DISTANCE = 32 << 20, 64, 4096
 _HUGE_PAGE = 2 << 20
 
 

@@ -121,7 +121,13 @@ def test_gradients_of_many_rows_keep_what_these_have_in_common(
 def test_no_rows(name: str, backend: ops.Backend) -> None:
     runnable(name, backend)
     found = run(CASES[name], CASES[name].arguments(grad=True, n=0), backend)
-    assert all(t.isfinite().all() for t in found)
+    loss, *gradients = found
+    if name.startswith("linear_cross_entropy"):
+        # A mean over no rows is PyTorch's.
+        assert loss.isnan()
+    else:
+        assert loss.isfinite().all()
+    assert all(t.isfinite().all() for t in gradients)
 
 
 @each_backend
@@ -468,6 +474,59 @@ def test_arguments_that_do_not_fit_are_named() -> None:
             for backend in BACKENDS if "varlen" in name else ("auto",):
                 with pytest.raises(InputError, match=message):
                     CASES[name].operation(**CASES[name].arguments() | changes, backend=backend)
+
+
+UNREADABLE: dict[str, Callable[[Tensor], Tensor]] = {
+    "jagged": lambda t: torch.nested.nested_tensor([t[0], t[0]], layout=torch.jagged),
+    "nested": lambda t: torch.nested.nested_tensor([t[0], t[0]]),
+    "coo": Tensor.to_sparse,
+    "csr": Tensor.to_sparse_csr,
+    "csc": Tensor.to_sparse_csc,
+    "bsr": lambda t: t.to_sparse_bsr((1, 1)),
+    "quantised": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.parametrize("layout", UNREADABLE)
+@pytest.mark.parametrize("inference", [False, True])
+def test_tensors_without_dense_memory_are_refused(layout: str, inference: bool) -> None:
+    """In every argument of every operation, before anything reads their shapes."""
+    tried = 0
+    for case in CASES.values():
+        arguments = case.arguments()
+        if layout == "quantised" and "row_scale" in arguments:
+            # Cases convert it to the dtype of x.
+            continue
+        for name, value in arguments.items():
+            if not isinstance(value, Tensor):
+                continue
+            try:
+                changed = UNREADABLE[layout](value)
+            except (RuntimeError, TypeError, IndexError):
+                # Not of this type or number of dimensions.
+                continue
+            tried += 1
+            with (
+                torch.inference_mode(inference),
+                pytest.raises(InputError, match="nested, sparse or quantised"),
+            ):
+                case.operation(**arguments | {name: changed})
+    assert tried > 20
+    with pytest.raises(InputError, match="nested, sparse or quantised"):
+        ops.relpos_bias(UNREADABLE[layout](_random(12, 2)), (2, 2), dtype=torch.float32, scale=0.25)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_mean_over_no_rows_is_pytorchs(backend: ops.Backend, grad: bool) -> None:
+    h, w, b = (_random(*shape).requires_grad_(grad) for shape in ((0, 16), (50, 16), (50,)))
+    target = torch.empty(0, dtype=torch.long)
+    loss = ops.linear_cross_entropy(h, w, b, target, backend=backend)
+    wanted = torch.nn.functional.cross_entropy(torch.nn.functional.linear(h, w, b), target)
+    torch.testing.assert_close(loss, wanted, equal_nan=True)
+    if grad:
+        found = torch.autograd.grad(loss, (h, w, b))
+        torch.testing.assert_close(found, torch.autograd.grad(wanted, (h, w, b)))
 
 
 @each_backend

@@ -217,6 +217,58 @@ def test_the_layout_of_frozen_weights(
 
 
 @pytest.mark.skipif(bool(llvm.why_not()), reason="no compiled kernels here")
+def test_wide_layers_have_races_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the base width chooses says nothing of theirs."""
+    fast, slow = {"aten": 2.0, "llvm-packed": 1.0}, {"aten": 1.0, "llvm-packed": 2.0}
+    few, many = {"aten": 2.0, "llvm": 1.0}, {"aten": 1.0, "llvm": 2.0}
+    _measured(
+        monkeypatch,
+        {
+            "layout": fast,
+            "layout of 1024 inputs": slow,
+            "layout of 2048 inputs": fast,
+            "linear": few,
+            "linear of 1024 inputs": many,
+            "linear of few rows of 1024 inputs": few,
+            "linear of 2048 inputs": few,
+        },
+    )
+    weights = [torch.empty(1024, inputs) for inputs in (768, 1024, 1536, 2048, 3072, 4096)]
+    layouts = ["panels", "plain", "plain", "panels", "panels", "panels"]
+    assert [gemm.layout_of(weight) for weight in weights] == layouts
+    chosen = ["llvm", "aten", "aten", "llvm", "llvm", "llvm"]
+    assert [gemm._choose("linear", weight, 500) for weight in weights] == chosen
+    # A second of the race is a second of a layer of its size.
+    weight = torch.empty(768, 1024)
+    assert gemm.delay("llvm", "linear", weight, gemm._ROWS) == 1.0
+
+
+@pytest.mark.skipif(bool(llvm.why_not()), reason="no compiled kernels here")
+@pytest.mark.parametrize(("rows", "inputs"), [(63, 1024), (64, 768), (64, 1024), (80, 3072)])
+def test_many_rows_that_collide_in_cache_are_copied(
+    rows: int, inputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xfm_fast.kernels.cpu.llvm import linear
+
+    strides, run = list[int](), linear.linear
+
+    def observed(x: Tensor, *args: Any, **options: Any) -> Tensor:
+        strides.append(x.stride(0))
+        return run(x, *args, **options)
+
+    monkeypatch.setattr(linear, "linear", observed)
+    monkeypatch.setattr(gemm, "_WIDE_VECTORS", True)
+    x, weight, bias = torch.randn(rows, inputs), torch.randn(32, inputs), torch.randn(32)
+    for each in (weight, gemm.frozen(weight, "panels")):
+        found = gemm.compiled(x, each, bias)
+        torch.testing.assert_close(
+            found, torch.nn.functional.linear(x, weight, bias), rtol=1e-4, atol=1e-3
+        )
+    copied = rows >= 64 and inputs % 1024 == 0
+    assert strides == [inputs + 16 * copied] * 2
+
+
+@pytest.mark.skipif(bool(llvm.why_not()), reason="no compiled kernels here")
 def test_panels_of_another_dtype_or_turned_are_read_as_dense_values() -> None:
     weight, x = torch.randn(64, 32), torch.randn(5, 32)
     panels, bias = gemm.frozen(weight, "panels"), torch.randn(64)

@@ -24,6 +24,7 @@ from xfm_fast.objectives import (
     hard_negative_weights,
     masked_image_loss,
     masked_lm_loss,
+    masked_token_loss,
     matching_loss,
     sample_hard_negatives,
 )
@@ -203,6 +204,14 @@ def test_rows_of_all_processes_average_to_the_whole(shared: bool) -> None:
             for side, index in enumerate(drawn):
                 assert (weights[side][own].gather(1, index[:, None]) > 0).all()
     assert torch.stack(rows).mean().item() == pytest.approx(whole.item(), rel=1e-12)
+
+
+def test_no_masked_token_costs_nothing() -> None:
+    words = torch.randn(7, 3, requires_grad=True)
+    loss = masked_token_loss(torch.randn(0, 3), words, None, torch.empty(0, dtype=torch.long))
+    (gradient,) = torch.autograd.grad(loss, words)
+    assert loss == 0
+    assert not gradient.any()
 
 
 def test_a_mean_over_one_is_that_one() -> None:

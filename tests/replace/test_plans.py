@@ -603,6 +603,51 @@ def test_texts_of_many_lengths(threads: int, ran: list[plans.Operands]) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("lengths", [(5,), (60, 31)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("whole", [False, True])
+def test_no_rows_of_a_plan_collide_in_cache(
+    lengths: tuple[int, ...],
+    dtype: torch.dtype,
+    whole: bool,
+    ran: list[plans.Operands],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their strides are no multiple of 4 KB, whether the tokens are embedded in the plan or come from outside."""
+    from xfm_fast.kernels.cpu.llvm import linear
+
+    if llvm.why_not(dtype) is not None:
+        pytest.skip("bfloat16 is emulated on this processor")
+    strides, run = list[tuple[int, int]](), linear.linear
+
+    def observed(x: Tensor, *args: Any, **options: Any) -> Tensor:
+        strides.append((len(x), x.stride(0) * x.itemsize))
+        return run(x, *args, **options)
+
+    monkeypatch.setattr(linear, "linear", observed)
+    monkeypatch.setattr(recording.gemm, "_WIDE_VECTORS", True)
+    monkeypatch.setattr(plans, "_CALLS_S", math.inf)
+    monkeypatch.setattr(recording, "_STEP_S", math.inf)
+    width = 4096 // dtype.itemsize
+    original = _bert(hidden_size=width, num_attention_heads=8, intermediate_size=width).to(dtype)
+    fast, given = copy.deepcopy(original), _texts(*lengths)
+    accelerate(fast, unpad=True)
+    band = 2e-5 if dtype == torch.float32 else 2.0**-4
+    with torch.no_grad():
+        if whole:
+            found, wanted = states(fast, given), states(original, given)
+        else:
+            tokens = torch.randn(1, sum(lengths), width).to(dtype)
+            layers = (made.encoder.layer[0] for made in (fast, original))
+            found, wanted = (layer(tokens) for layer in layers)
+            found, wanted = (t[0] if isinstance(t, tuple) else t for t in (found, wanted))
+    assert ran
+    assert float((found - wanted).abs().max()) <= band * float(wanted.abs().max())
+    assert strides
+    for rows, stride in strides:
+        assert stride % 4096 or (rows < 64 and not whole)
+
+
 def test_threads_have_programs_of_their_own(ran: list[plans.Operands]) -> None:
     from concurrent.futures import ThreadPoolExecutor
 

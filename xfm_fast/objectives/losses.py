@@ -210,13 +210,14 @@ def masked_token_loss(
             f"hidden is {[*hidden.shape]} and targets {[*targets.shape]}; give a target per row"
         )
     try:
-        return ops.linear_cross_entropy(
+        loss = ops.linear_cross_entropy(
             hidden, word_embeddings, bias, targets, ignore_index=IGNORED
         )
     except IndexError as error:
         raise InputError(
             f"labels lie outside of the vocabulary of {word_embeddings.shape[0]}: {error}"
         ) from None
+    return loss if targets.numel() else loss.nan_to_num()
 
 
 def masked_image_loss(

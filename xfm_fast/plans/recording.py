@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xfm_fast.kernels.cpu import gemm, int8
-from xfm_fast.kernels.cpu.workspace import HugePages, scratch
+from xfm_fast.kernels.cpu.workspace import HugePages, scratch, scratch_rows
 from xfm_fast.kernels.flags import concatenate_biases, kind_of
 from xfm_fast.plans.orders import ATTENTION, MLP, Formula, LayerModules, post_norm, pre_norm
 from xfm_fast.plans.slots import SLOT, pack_of, slot_of
@@ -370,7 +370,7 @@ class Recorder:
         return lambda inputs: inputs.tensors[index].view(-1, shape[1])[: shape[0]]
 
     def _buffer(self, name: str, width: int, dtype: torch.dtype | None = None) -> Tensor:
-        return scratch(f"plan {name}", (self._rows, width), dtype or self._layer.residual)
+        return scratch_rows(f"plan {name}", self._rows, width, dtype or self._layer.residual)
 
     def _embed(self, x: Embedded) -> Tensor:
         from xfm_fast.kernels.cpu.llvm import rows
@@ -404,13 +404,20 @@ class Recorder:
         """Return the input of a linear layer, which rounds to int8 by itself."""
         from xfm_fast.kernels.cpu.llvm.rows import to_bf16
 
-        if x.dtype == self._layer.dtype or linear.prepared is not None:
+        if linear.prepared is not None:
             return x
         if x.data_ptr() not in self._narrowed:
-            narrow = self._narrow(x)
-            assert narrow is not None
-            to_bf16(x, narrow)
-        return self._narrowed[x.data_ptr()]
+            if x.dtype != self._layer.dtype:
+                to_bf16(x, cast(Tensor, self._narrow(x)))
+            elif x.data_ptr() in self._addresses and gemm.collides(x):
+                current, spread = self._current(x), self._buffer("spread", x.shape[1])
+                self._narrowed[x.data_ptr()] = spread
+
+                def copy(inputs: Inputs) -> None:
+                    spread.copy_(current(inputs))
+
+                self._between(copy)
+        return self._narrowed.get(x.data_ptr(), x)
 
     def norm(self, branch: int, x: Tensor, out: Tensor | None = None) -> Tensor:
         from xfm_fast.kernels.cpu.llvm.rows import layer_norm

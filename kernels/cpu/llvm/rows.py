@@ -19,7 +19,8 @@ _INDICES = tuple(f"{name}_ids" for name in _TABLES)
 _POINTERS = ("x", *_INDICES, *_TABLES, "weight", "bias", "out", "narrow", "invalid")
 # Of `torch.nn.functional.normalize`.
 _SMALLEST_NORM = 1e-12
-_NUMBERS = ("x_row", "width", "eps", *(f"{name}_count" for name in _TABLES))
+_STRIDES = ("x_row", "out_row", "narrow_row")
+_NUMBERS = (*_STRIDES, "width", "eps", *(f"{name}_count" for name in _TABLES))
 
 
 class _Rows:
@@ -42,8 +43,8 @@ class _Rows:
 
     def _row(self, row: Any, thread: Any) -> None:
         b, args, width = self.b, self.b.args, self.b.args["width"]
-        out = b.at(args["out"], row * width, self.element)
-        narrow = b.at(args["narrow"], row * width, BF16)
+        out = b.at(args["out"], row * args["out_row"], self.element)
+        narrow = b.at(args["narrow"], row * args["narrow_row"], BF16)
         has_narrow = b.is_not_null(args["narrow"])
         x = b.at(args["x"], row * args["x_row"], self.element)
         if self.source == "embeddings":
@@ -161,7 +162,8 @@ def _run(
     addresses = (0 if t is None else t.data_ptr() for t in (weight, bias, out, narrow))
     run = kernel(_Rows, source, x.dtype == torch.bfloat16, half_weight, levels()[0])
     pointers = (x.data_ptr(), *indexed, *addresses, invalid)
-    run((*pointers, x.stride(0), width, fp32_bits(eps), *counts), rows, torch.get_num_threads())
+    strides = (0 if t is None else t.stride(0) for t in (x, out, narrow))
+    run((*pointers, *strides, width, fp32_bits(eps), *counts), rows, torch.get_num_threads())
 
 
 def layer_norm(
@@ -270,7 +272,9 @@ class _Pool:
 
     def __init__(self, half: bool, normalised: bool, level: Level) -> None:
         self.element, self.normalised = BF16 if half else FP32, normalised
-        self.b = b = Builder(self.name, ("x", "offsets", "out"), ("width", "period"), level)
+        self.b = b = Builder(
+            self.name, ("x", "offsets", "out"), ("x_row", "width", "period"), level
+        )
         b.task_loop(self._text)
 
     def _text(self, text: Any, thread: Any) -> None:
@@ -291,7 +295,7 @@ class _Pool:
 
         def mean(i: Any, squares: Any) -> list[Any]:
             def add(row: Any, total: Any) -> list[Any]:
-                x = b.at(args["x"], row * width, self.element)
+                x = b.at(args["x"], row * args["x_row"], self.element)
                 return [b.fadd(total, b.read_fp32(x, self.element, i))]
 
             (total,) = b.loop(first, last, 1, add, b.splat(0.0))
@@ -323,4 +327,4 @@ def pool(x: Tensor, offsets: Tensor | None, out: Tensor, *, normalised: bool) ->
     texts, width = out.shape
     run = kernel(_Pool, x.dtype == torch.bfloat16, normalised, levels()[0])
     pointers = x.data_ptr(), 0 if offsets is None else offsets.data_ptr(), out.data_ptr()
-    run((*pointers, width, len(x) // texts), texts, torch.get_num_threads())
+    run((*pointers, x.stride(0), width, len(x) // texts), texts, torch.get_num_threads())
