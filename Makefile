@@ -9,6 +9,9 @@ BIN     := $(VENV)/bin
 OLDER   := .venv-transformers4
 # The oldest packages that pyproject.toml allows, which pip cannot be asked for and uv can.
 OLDEST  := .venv-oldest
+# The releases that everything was last tried with; LOCK= takes the newest instead.
+LOCK    ?= constraints.txt
+NEWEST  := .venv-newest
 
 # The first interpreter that is new enough and can make environments. python3 leads: it is the one the user chose.
 PYTHON ?= $(shell for p in python3 python python3.14 python3.13 python3.12 python3.11; do \
@@ -21,7 +24,7 @@ PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv install bench readme claims downstream soak fuzz mutants sizes docs test test-older test-oldest test-all check lint types audit packages format dist clean distclean
+.PHONY: help venv install bench readme claims downstream soak fuzz mutants sizes docs test test-older test-oldest newest lock test-all check lint types audit packages format dist clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -78,6 +81,14 @@ test-oldest: ## run the tests of models, kernels and training with the oldest pa
 		tests/test_io.py tests/test_nn.py tests/checkpoint tests/kernels tests/models tests/objectives tests/tasks \
 		tests/training tests/replace $(ARGS)
 
+newest: ## run the tests with the newest releases of all packages, whatever the lock says
+	rm -rf $(NEWEST)
+	$(MAKE) test VENV=$(NEWEST) LOCK=
+
+lock: ## write the lock anew from the newest releases (try them first: make newest)
+	$(MAKE) install VENV=$(NEWEST) EXTRAS=dev,docs LOCK=
+	$(NEWEST)/bin/python -m pip freeze --exclude-editable | sed -E 's/\+[^ ;]*//; /^triton==/d; / @ /d' > constraints.txt
+
 test-all: $(VENV)/$(EXTRAS).stamp test-older ## run every test
 	$(PYTEST) $(ARGS)
 
@@ -109,7 +120,7 @@ clean: ## remove builds and caches
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environment as well
-	rm -rf .venv $(OLDER) $(OLDEST) .venv-tritons
+	rm -rf .venv $(OLDER) $(OLDEST) $(NEWEST) .venv-tritons
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { \
@@ -118,6 +129,6 @@ $(BIN)/python:
 		exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/%.stamp: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --editable ".[$*]"
+$(VENV)/%.stamp: pyproject.toml $(LOCK) | $(BIN)/python
+	$(BIN)/python -m pip install $(LOCK:%=--constraint %) --editable ".[$*]"
 	@touch $@
