@@ -49,19 +49,16 @@ _import_or_skip = pytest.importorskip
 
 def _import_installed_or_skip(name: str, *args: Any, **options: Any) -> Any:
     """Import a module, or skip where it is not installed; one that is there and cannot be imported fails."""
-    if importlib.util.find_spec(name) is not None:
-        importlib.import_module(name)
+    words = name.split(".")
+    for count in range(1, len(words) + 1):
+        part = ".".join(words[:count])
+        if importlib.util.find_spec(part) is None:
+            break
+        importlib.import_module(part)
     return _import_or_skip(name, *args, **options)
 
 
-def _import_parents_first(name: str, *args: Any, **options: Any) -> Any:
-    parent = name.rpartition(".")[0]
-    if parent:
-        _import_parents_first(parent, *args, **options)
-    return _import_installed_or_skip(name, *args, **options)
-
-
-pytest.importorskip = _import_parents_first
+pytest.importorskip = _import_installed_or_skip
 
 
 def _missing_instructions(error: BaseException) -> str | None:
@@ -70,7 +67,8 @@ def _missing_instructions(error: BaseException) -> str | None:
         from xfm_fast.kernels.cpu import int8
 
         return int8.why_not()
-    if "bfloat16 on this CPU" in str(error) and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    asked = "bfloat16 on this CPU" in str(error) or "bf16 path needs the cpu support" in str(error)
+    if asked and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "this processor has no bfloat16 instructions"
     return None
 
@@ -80,7 +78,7 @@ def pytest_runtest_call() -> Generator[None, Any, Any]:
     """Skip a test that asked for instructions that the processor lacks."""
     try:
         return (yield)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         reason = _missing_instructions(error)
         if reason is None:
             raise

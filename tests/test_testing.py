@@ -54,3 +54,14 @@ def test_a_folder_of_photographs(folder: Path) -> None:
     assert collection.photo_of == [0, 0, 1, 1]
     assert collection.texts(3) == ["a noisy picture", "another one", "second caption of a"]
     assert {name for name, _ in collection.skipped} >= {"sub/b.png", "broken.jpg", "absent.png"}
+
+
+def test_an_installed_library_that_cannot_be_imported_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "made_up_broken.py").write_text("raise ImportError('of a test')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match="of a test"):
+        pytest.importorskip("made_up_broken", exc_type=ImportError)
+    with pytest.raises(pytest.skip.Exception):
+        pytest.importorskip("made_up_absent.part")

@@ -355,24 +355,36 @@ def test_image_processor_takes_any_image(model: XFM, folder: str, files: list[Pa
         processor("nothing.png")
 
 
-def test_image_processor_of_the_stored_dictionary(
+def test_image_processor_is_made_of_its_fields(
     folder: str, files: list[Path], tmp_path: Path
 ) -> None:
-    """transformers 5.25 creates image processors from the contents of `preprocessor_config.json`."""
-    stored = json.loads(Path(folder, "preprocessor_config.json").read_text())
-    processor = transformers.AutoImageProcessor.from_pretrained(folder)
-    expected = processor(files)["pixel_values"]
-    processor.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "preprocessor_config.json").read_text()) == stored
-    for other in (
+    """As those of transformers, from whichever door: a folder, a saved copy, a dictionary."""
+    register_auto_classes()
+    loaded: Any = transformers.AutoImageProcessor.from_pretrained(folder)
+    loaded.save_pretrained(tmp_path / "saved")
+    expected = loaded(files)["pixel_values"]
+    fields = loaded.to_dict()
+    fields["size"] = {"height": 48, "width": 48}
+    doors: list[Any] = [
         XFMImageProcessor.from_pretrained(folder),
-        XFMImageProcessor.from_dict(stored),
-        XFMImageProcessor.from_dict(processor.to_dict()),
-    ):
-        assert json.loads(json.dumps(other.to_dict())) == stored
-        torch.testing.assert_close(other(files)["pixel_values"], expected)
-    small = XFMImageProcessor.from_dict(stored | {"size": {"height": 16, "width": 16}})
-    assert small(files)["pixel_values"].shape[2:] == (16, 16)
+        XFMImageProcessor.from_pretrained(tmp_path / "saved"),
+        transformers.AutoImageProcessor.from_pretrained(tmp_path / "saved"),
+        XFMImageProcessor.from_dict(loaded.to_dict()),
+        pickle.loads(pickle.dumps(loaded)),
+    ]
+    for again in doors:
+        assert again.__class__ is XFMImageProcessor
+        assert again.to_json_string() == loaded.to_json_string()
+        torch.testing.assert_close(
+            again(list[Any](files))["pixel_values"], expected, rtol=0, atol=0
+        )
+    small: Any = XFMImageProcessor.from_dict(fields)
+    assert small(files)["pixel_values"].shape == (len(files), 3, 48, 48)
+
+
+def test_processor_passes_the_limit_of_tokens_on(folder: str) -> None:
+    processor = transformers.AutoProcessor.from_pretrained(folder, model_max_length=5)
+    assert processor.tokenizer.model_max_length == 5
 
 
 def test_tokenizer_is_that_of_captions(model: XFM, folder: str) -> None:

@@ -5,7 +5,6 @@ They read only what `XFM.save_pretrained` writes, and compute what `XFM.encode` 
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import threading
@@ -25,7 +24,7 @@ from transformers.tokenization_utils_base import TruncationStrategy
 from xfm_fast.checkpoint.files import CONFIG_FILE
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import DataError, InputError, UnavailableError
-from xfm_fast.io import make_folder, write_bytes
+from xfm_fast.io import write_bytes
 from xfm_fast.models.hub import PREPROCESSOR_FILE, TOKENIZER_SETTINGS, Download, local_folder
 from xfm_fast.models.processor import (
     XFMProcessor,
@@ -176,25 +175,15 @@ def _clean(text: Any) -> Any:
 class XFMImageProcessor(transformers.BaseImageProcessor):
     """Image transform of `XFM.encode`, for files, URLs, PIL images and arrays."""
 
-    def __init__(self, *, size: dict[str, int], **settings: Any) -> None:
-        super().__init__(size=size, **settings)
-        self.settings = {**settings, "size": size}
+    size: dict[str, int]
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *inputs: Any, **options: Any) -> Any:
-        """Load from `config.json` alone, as `XFMProcessor.from_pretrained`."""
-        path, _ = _locate(name, options)
-        return cls(**preprocessor_settings(XFMConfig.load(path / CONFIG_FILE)))
-
-    def save_pretrained(self, save_directory: str | Path, *inputs: Any, **options: Any) -> Any:
-        """Write `preprocessor_config.json`."""
-        make_folder(Path(save_directory))
-        content = json.dumps(self.settings, indent=2) + "\n"
-        write_bytes({Path(save_directory, PREPROCESSOR_FILE): content.encode()})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the contents of `preprocessor_config.json`."""
-        return copy.deepcopy(self.settings)
+    def get_image_processor_dict(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
+        """Return the stored settings, or those of the model in a folder of weights alone."""
+        path, options = _locate(pretrained_model_name_or_path, options)
+        if (path / PREPROCESSOR_FILE).is_file():
+            return super().get_image_processor_dict(path)[0], options
+        return preprocessor_settings(XFMConfig.load(path / CONFIG_FILE)), options
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Download images and convert arrays; files stay names, which `XFM.encode` opens otherwise."""
@@ -208,7 +197,7 @@ class XFMImageProcessor(transformers.BaseImageProcessor):
     def preprocess(self, images: Any, *inputs: Any, **options: Any) -> Any:
         """Return `pixel_values` `[B, 3, R, R]` of one or several images."""
         pictures = self.fetch_images(images if isinstance(images, list | tuple) else [images])
-        pixels = image_pixels(pictures, self.settings["size"]["height"])
+        pixels = image_pixels(pictures, self.size["height"])
         return transformers.BatchFeature({"pixel_values": pixels})
 
 
@@ -221,11 +210,11 @@ class XFMAutoProcessor(transformers.ProcessorMixin):
     @classmethod
     def from_pretrained(cls, name: str | Path, *inputs: Any, **options: Any) -> Any:
         """Load both; of a model without a tokenizer, return the image processor alone."""
-        images = XFMImageProcessor.from_pretrained(name, **options)
-        path, options = _locate(name, options)
+        path, _ = _locate(name, options)
+        images = XFMImageProcessor.from_pretrained(path)
         if XFMProcessor.from_pretrained(path).tokenizer is None:
             return images
-        return cls(images, XFMTokenizer.from_pretrained(path, **options))
+        return cls(images, XFMTokenizer.from_pretrained(name, **options))
 
     def save_pretrained(self, save_directory: str | Path, *inputs: Any, **options: Any) -> Any:
         """Save as the tokenizer."""
