@@ -72,7 +72,7 @@ class EmbedOptions:
     Attributes:
         column: Column of the texts or images. [image if the model embeds images and there is one, else
             text; a WebDataset sample has both by its suffixes]
-        id: Column of the ids. [the key of a WebDataset sample, else `id` if there is one, else the number of the row]
+        id: Column of the ids. [the key of a WebDataset sample, else the column id, else the number of the row]
         keep: Columns to copy. [the texts]
         role: What texts are to a search, which selects the model's prompt.
         prompt: Words before each text, in place of the model's prompt.
